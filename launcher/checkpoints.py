@@ -1,0 +1,54 @@
+"""Which model: the embedded one, a local folder, or a name on a hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import ModelConfig
+
+EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED_NAME = "embedded-shapes"
+NOTICE = (
+    "the embedded model (12 M parameters) answers questions about simple drawings: shapes, their colors, counts and places, and printed "
+    "numbers; it knows nothing of photos, other text or the world"
+)
+FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")  # weights as safetensors only, and no code
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    folder: Path
+    name: str  # in the API
+    notice: str = ""
+    sample: Path | None = None  # a picture to try it with
+
+
+def find_model(config: ModelConfig) -> Model:
+    """The model's folder, downloaded if need be. Raises ValueError when there is none."""
+    if not config.model:
+        return Model(EMBEDDED / "model", config.served_model_name or EMBEDDED_NAME, NOTICE, EMBEDDED / "samples" / "red-circle.png")
+    folder = Path(config.model)
+    if not folder.is_dir():
+        if config.model.startswith((".", "/", "~")):
+            raise ValueError(f"model {config.model!r} is no folder")
+        folder = _download(config.model, config.download_from)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model {str(folder)!r} has no safetensors files")
+    return Model(folder, config.served_model_name or config.model)
+
+
+def _download(name: str, source: str) -> Path:
+    if source == "modelscope":
+        try:
+            from modelscope import snapshot_download as fetch  # type: ignore[import-not-found,unused-ignore]
+        except ImportError:
+            raise ValueError("--download-from modelscope needs its package: pip install modelscope") from None
+        return Path(fetch(name, allow_patterns=list(FILES)))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"model {name!r} cannot be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None

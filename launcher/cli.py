@@ -1,0 +1,84 @@
+"""The command line, read off the dataclasses of `pipeline.config`, and the start of everything.
+
+The only place that reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.checkpoints import find_model
+from launcher.run_dir import RunDir
+from launcher.supervisor import Supervisor
+from pipeline import log
+from pipeline.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher",
+        description="Serves a Qwen-VL model: image work and token generation in processes of their own.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for section in dataclasses.fields(Config):
+        role = typing.get_type_hints(Config)[section.name]
+        hints = typing.get_type_hints(role)
+        group = parser.add_argument_group(section.name)
+        for field in dataclasses.fields(role):
+            _add_option(group, field, hints[field.name])
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[object], hint: object) -> None:
+    names = [f"--{field.name.replace('_', '-')}", *field.metadata["aliases"]]
+    text = field.metadata["help"]
+    if hint is bool:
+        group.add_argument(*names, dest=field.name, action="store_true", help=text)
+        return
+    is_optional = isinstance(hint, types.UnionType)
+    plain = next(part for part in typing.get_args(hint) if part is not type(None)) if is_optional else hint
+    is_list = typing.get_origin(plain) is tuple
+    group.add_argument(
+        *names, dest=field.name, type=str if is_list else typing.cast(type, plain), default=field.default, help=text,
+        nargs="+" if is_list else None, choices=field.metadata["choices"] or None, metavar=field.metadata["metavar"] or None,
+    )  # fmt: skip
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Exits with a message that names the option when one is unknown or out of range."""
+    parser = build_parser()
+    values = vars(parser.parse_args(arguments))
+    parts = {}
+    for section in dataclasses.fields(Config):
+        role = typing.get_type_hints(Config)[section.name]
+        chosen = {field.name: values[field.name] for field in dataclasses.fields(role)}
+        try:
+            parts[section.name] = role(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+        except ValueError as error:
+            parser.error(str(error))
+    return Config(**parts)
+
+
+def main(arguments: Sequence[str]) -> int:
+    config = parse(arguments)
+    log.configure("launcher", config.launcher.log_level)
+    try:
+        model = find_model(config.model)
+        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        with RunDir(config.launcher.run_dir, base) as run_dir:
+            named = dataclasses.replace(config.model, served_model_name=model.name)
+            return Supervisor(dataclasses.replace(config, model=named), model, run_dir).run()
+    except (ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 1

@@ -1,0 +1,50 @@
+"""The private folder that holds the pipeline's sockets; one launcher at a time has it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+
+class RunDir:
+    """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, without its sockets.
+
+    Raises ValueError when the folder is in use, or others may enter it.
+    """
+
+    def __init__(self, path: str, base: Path) -> None:
+        self._is_own = not path
+        self._path, self._base = path, base
+        self._lock = -1
+
+    def __enter__(self) -> Path:
+        self.path = Path(tempfile.mkdtemp(prefix="vlm-", dir=self._base)) if self._is_own else Path(self._path).absolute()
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = self.path.stat()
+        if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
+            raise ValueError(f"run_dir {str(self.path)!r} must belong to you and be closed to others (mode 0700)")
+        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"run_dir {str(self.path)!r} is in use by another launcher") from None
+        self._clear()  # what a launcher left that was killed
+        return self.path
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_socket() or entry.name.startswith("ranks."):
+                entry.unlink()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._clear()
+        (self.path / "lock").unlink()
+        os.close(self._lock)
+        if self._is_own:
+            shutil.rmtree(self.path, ignore_errors=True)

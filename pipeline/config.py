@@ -1,0 +1,122 @@
+"""Configuration: one frozen dataclass a role. An option's default, type and help live here only; the command line is read off.
+
+What is learned at run time (the number of KV blocks, say) is not configuration: it is returned in `WorkerReady`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.log import LEVELS
+
+MIB = 1 << 20
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str = "", aliases: tuple[str, ...] = ()) -> Any:
+    """A field that is also an option of the command line."""
+    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "aliases": aliases})
+
+
+def _at_least(config: object, **limits: float) -> None:
+    for name, limit in limits.items():
+        if (value := getattr(config, name)) is not None and value < limit:
+            raise ValueError(f"{name} must be at least {limit}, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    model: str = option("", "folder or hub name of a Qwen2-VL checkpoint (safetensors); without it the embedded model runs", metavar="MODEL")
+    served_model_name: str = option("", "name of the model in the API (default: as given to --model)", metavar="NAME")
+    download_from: str = option("huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope"))
+    dtype: str = option("auto", "type of weights and activations; auto: bfloat16 where the processor computes in it, else float32", choices=DTYPES)
+    device: str = option("auto", "auto: CUDA if there is a GPU, else the CPU", choices=("auto", "cpu", "cuda"))
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: what the model was made for)", metavar="TOKENS")
+
+    def __post_init__(self) -> None:
+        _at_least(self, max_model_len=16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiConfig:
+    host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
+    port: int = option(8000, "port to listen on", metavar="PORT")
+    api_key: tuple[str, ...] = option((), "key that clients must send; several may be given", metavar="KEY")
+    max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
+
+    def __post_init__(self) -> None:
+        _at_least(self, port=0, max_request_mib=1)
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535, got {self.port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessConfig:
+    allowed_local_media_path: str = option("", "folder from which requests may name files; without it none", metavar="FOLDER")
+    allowed_media_domains: tuple[str, ...] = option((), "if given, the only hosts that media URLs may name", metavar="HOST")
+    allow_private_media: bool = option(False, "let media URLs reach private, loopback and link-local addresses")
+    media_timeout_s: float = option(10.0, "time for one media download, in seconds", metavar="SECONDS")
+    max_media_mib: int = option(50, "largest media file, in MiB", metavar="MIB")
+    max_image_pixels: int = option(64_000_000, "largest picture before resizing, in pixels, judged by its header", metavar="PIXELS")
+    max_items_per_request: int = option(64, "most pictures in one request", metavar="N")
+    min_pixels: int | None = option(None, "pictures are enlarged to at least this (default: the model's)", metavar="PIXELS")
+    max_pixels: int | None = option(None, "pictures are reduced to at most this (default: the model's)", metavar="PIXELS")
+    pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
+    max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
+
+    def __post_init__(self) -> None:
+        _at_least(self, max_media_mib=1, max_image_pixels=1, max_items_per_request=0, pixel_pool_mib=0, max_open_requests=1, media_timeout_s=0.1)
+        _at_least(self, min_pixels=1, max_pixels=1)
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels must be at most max_pixels, got {self.min_pixels} and {self.max_pixels}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VitConfig:
+    vit: int | None = option(None, "number of ViT processes (default: as many as --tp)", metavar="N")
+    vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
+    embedding_pool_mib: int = option(256, "memory of each ViT for embeddings, in use or cached, in MiB", metavar="MIB")
+
+    def __post_init__(self) -> None:
+        _at_least(self, vit=1, vit_max_batch_patches=4, embedding_pool_mib=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlmConfig:
+    tp: int = option(1, "tensor parallel: LLM ranks, each on a GPU of its own", metavar="N", aliases=("--tensor-parallel-size",))
+    max_num_seqs: int = option(64, "requests computed at once", metavar="N")
+    max_num_batched_tokens: int = option(2048, "tokens computed in one step", metavar="TOKENS")
+    block_size: int = option(16, "tokens of one KV cache block", metavar="TOKENS")
+    kv_cache_gib: float = option(1.0, "memory for the KV cache of each rank, in GiB", metavar="GIB")
+
+    def __post_init__(self) -> None:
+        _at_least(self, tp=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
+        if not self.kv_cache_gib > 0:
+            raise ValueError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherConfig:
+    run_dir: str = option("", "folder for the pipeline's sockets, one launcher each (default: a new private one)", metavar="FOLDER")
+    log_level: str = option("info", "least important lines to show", choices=LEVELS)
+    shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")
+
+    def __post_init__(self) -> None:
+        _at_least(self, shutdown_timeout=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All of it; every worker is given the whole and reads its part."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    vit: VitConfig = field(default_factory=VitConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+
+    @property
+    def num_vits(self) -> int:
+        return self.llm.tp if self.vit.vit is None else self.vit.vit

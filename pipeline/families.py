@@ -1,0 +1,154 @@
+"""What a checkpoint's own files say about it, without torch: read by preprocess, vit, llm and the client library.
+
+Both layouts of `config.json` are understood: the flat one of the hub's Qwen2-VL folders and the nested one of transformers 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("qwen2_vl",)
+MAX_ASPECT_RATIO = 200  # of a picture; Qwen2-VL's processor refuses thinner ones
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextInfo:
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionInfo:
+    depth: int
+    embed_dim: int
+    num_heads: int
+    mlp_ratio: float
+    hidden_size: int  # of the embeddings, as the LLM takes them
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    min_pixels: int
+    max_pixels: int
+
+    @property
+    def factor(self) -> int:
+        """Sides of resized pictures are multiples of this."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def largest_pixels(self) -> int:
+        """An upper bound on the pixels of a resized picture: thin ones may pass `max_pixels`, since sides are rounded to `factor`."""
+        factor, ratio = self.factor, math.sqrt(MAX_ASPECT_RATIO)
+        thin = factor * math.sqrt(self.max_pixels) * ratio
+        enlarged = self.min_pixels + factor * math.sqrt(self.min_pixels) * (ratio + 1 / ratio) + factor * factor
+        return math.ceil(max(self.max_pixels, thin, enlarged))
+
+    def with_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> VisionInfo:
+        """The same with the server's limits in place of the model's. Raises ValueError when they cross."""
+        low = self.min_pixels if min_pixels is None else min_pixels
+        high = self.max_pixels if max_pixels is None else max_pixels
+        if low > high:
+            raise ValueError(f"min_pixels {low} is above max_pixels {high}")
+        return dataclasses.replace(self, min_pixels=low, max_pixels=high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    family: str
+    folder: Path
+    text: TextInfo
+    vision: VisionInfo
+    image_token_id: int
+    video_token_id: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: Mapping[str, float]  # the model's own temperature, top_p, top_k
+
+
+def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelInfo:
+    """Raises ValueError when the folder is no checkpoint of a known family. The limits replace the checkpoint's own."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model {str(folder)!r} has no config.json")
+    config = _read(folder / "config.json")
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        raise ValueError(f"model {str(folder)!r} is of the family {family!r}; served are {', '.join(FAMILIES)}")
+    text = config.get("text_config") or config
+    vision = config["vision_config"]
+    generation = _read(folder / "generation_config.json")
+    processor = _read(folder / "preprocessor_config.json")
+    size = processor.get("size") or {}
+    hidden_size, num_heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or config.get("rope_scaling") or {}
+    if (rope_type := rope.get("rope_type") or rope.get("type") or "default") not in ("default", "mrope"):
+        raise ValueError(f"model {str(folder)!r} has rotary embeddings of the unknown type {rope_type!r}")
+    if text.get("use_sliding_window") or config.get("use_sliding_window"):
+        raise ValueError(f"model {str(folder)!r} uses a sliding attention window, which is not served")
+    sampling = {name: generation[name] for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        sampling = {"temperature": 0.0}
+    return ModelInfo(
+        family=family,
+        folder=folder,
+        text=TextInfo(
+            hidden_size=hidden_size,
+            intermediate_size=int(text["intermediate_size"]),
+            num_layers=int(text["num_hidden_layers"]),
+            num_heads=num_heads,
+            num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
+            head_dim=hidden_size // num_heads,
+            vocab_size=int(text["vocab_size"]),
+            rms_norm_eps=float(text["rms_norm_eps"]),
+            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or config.get("rope_theta") or 1_000_000.0),
+            mrope_section=tuple(rope.get("mrope_section") or (16, 24, 24)),
+            max_position_embeddings=int(text["max_position_embeddings"]),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        ),
+        vision=VisionInfo(
+            depth=int(vision["depth"]),
+            embed_dim=int(vision["embed_dim"]),
+            num_heads=int(vision["num_heads"]),
+            mlp_ratio=float(vision["mlp_ratio"]),
+            hidden_size=int(vision.get("hidden_size") or hidden_size),
+            patch_size=int(vision["patch_size"]),
+            merge_size=int(vision["spatial_merge_size"]),
+            temporal_patch_size=int(vision.get("temporal_patch_size") or 2),
+            image_mean=tuple(processor.get("image_mean") or CLIP_MEAN),
+            image_std=tuple(processor.get("image_std") or CLIP_STD),
+            min_pixels=int(processor.get("min_pixels") or size.get("shortest_edge") or 56 * 56),
+            max_pixels=int(processor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280),
+        ).with_pixel_limits(min_pixels, max_pixels),
+        image_token_id=int(config["image_token_id"]),
+        video_token_id=int(config["video_token_id"]),
+        eos_token_ids=_as_ids(generation.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))),
+        default_sampling=sampling,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)

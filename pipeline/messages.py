@@ -1,0 +1,395 @@
+"""Every struct that crosses a process, and one union per edge.
+
+MessagePack maps with a `type` field; unknown fields are refused. Media bytes ride as further frames of the same multipart
+message. Token ids, positions and block tables travel as little-endian int32 bytes. No frame holds a tensor: it holds a
+`TensorHandle`. A message of a worker names its sender and the sender's epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, TypedDict
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ErrorInfo
+from pipeline.sampling import FinishReason, SamplingParams
+from pipeline.tensors import PoolInfo, TensorHandle
+from pipeline.topology import WorkerId
+
+PROTOCOL_VERSION = 1
+CLIENT_ID_BYTES = 16
+
+Int32Array = npt.NDArray[np.int32]
+
+
+def pack_int32(values: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
+    array = values if isinstance(values, np.ndarray) else np.fromiter(values, dtype="<i4")
+    return array.astype("<i4").tobytes()
+
+
+def unpack_int32(data: bytes) -> Int32Array:
+    return np.frombuffer(data, dtype="<i4")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class WorkerMessage(Message, frozen=True, kw_only=True):
+    sender: WorkerId
+    epoch: int
+
+
+class Origin(TypedDict):
+    """The fields of a worker that every message of it repeats."""
+
+    sender: WorkerId
+    epoch: int
+
+
+class ChunkKey(NamedTuple):
+    """One encode: a chunk of an item (picture, part of a video) of one attempt of a request."""
+
+    request_id: str
+    attempt: int
+    item: int
+    chunk: int
+
+
+class GridTHW(NamedTuple):
+    """Patches of an item: time, height, width."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.t * self.h * self.w
+
+
+class TextPart(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
+    text: str
+
+
+class ImagePart(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=True):
+    """A picture by URL, or in a further frame of the message: its bytes, or its bytes in base64."""
+
+    url: str = ""
+    frame: int = -1
+    is_base64: bool = False
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str | tuple[TextPart | ImagePart, ...]
+
+
+# --- ingest: clients → preprocess -----------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """client → preprocess → llm: I am here; repeated until `Welcome` comes."""
+
+    client_id: bytes
+    protocol: int
+
+
+class SubmitRequest(Message, frozen=True, kw_only=True):
+    """client → preprocess: run this. With the attempt already running it is a query for what was missed."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    messages: tuple[ChatMessage, ...]
+    sampling: SamplingParams
+    output_token_ids: bytes = b""  # of earlier attempts: the text goes on behind them
+    num_received: int = 0  # tokens that the client has, for a query
+
+
+class AbortRequest(Message, frozen=True, kw_only=True):
+    """client → preprocess → llm: end this. From preprocess also: it failed before it could run, for the reason `error`."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    error: ErrorInfo | None = None
+
+
+IngestMessage = Hello | SubmitRequest | AbortRequest
+
+# --- encode.<i>: preprocess and llm rank 0 → vit i ------------------------------------------------------------------
+
+
+class PoolOpened(WorkerMessage, frozen=True, kw_only=True):
+    """The sender's pool, once, before any handle of it."""
+
+    pool: PoolInfo
+
+
+class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → vit: I want this chunk encoded. First without pixels (a cached chunk needs none), then with them."""
+
+    key: ChunkKey
+    arrival: int  # order of the request among all
+    position: int  # order of the chunk in its request
+    mm_hash: bytes
+    grid_thw: GridTHW
+    pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
+
+
+class CancelEncode(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → vit: nobody wants these any more."""
+
+    keys: tuple[ChunkKey, ...]
+
+
+class LeaseReleased(WorkerMessage, frozen=True, kw_only=True):
+    """llm → vit: these embeddings have been read by every rank."""
+
+    lease_ids: tuple[int, ...]
+
+
+class LeaseSet(WorkerMessage, frozen=True, kw_only=True):
+    """llm → vit, once a second: all leases I hold; one that is missing twice is free, so a lost release heals."""
+
+    lease_ids: tuple[int, ...]
+    last_lease_id: int  # the latest that has arrived: younger ones may still be under way
+
+
+EncodeMessage = PoolOpened | EncodeRequest | CancelEncode | LeaseReleased | LeaseSet
+
+# --- feedback: vits and llm rank 0 → preprocess ---------------------------------------------------------------------
+
+
+class PixelsReleased(WorkerMessage, frozen=True, kw_only=True):
+    """vit → preprocess: this chunk needs no pixels (any more): encoded, found in the cache, or cancelled."""
+
+    key: ChunkKey
+
+
+class EncodeMiss(WorkerMessage, frozen=True, kw_only=True):
+    """vit → preprocess: I do not have this chunk, send its pixels."""
+
+    key: ChunkKey
+
+
+class ItemNotNeeded(WorkerMessage, frozen=True, kw_only=True):
+    """llm → preprocess: the prefix cache covers this item; stop fetching, decoding or encoding it."""
+
+    request_id: str
+    attempt: int
+    item: int
+
+
+class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
+    """llm → preprocess: forget this request's media and give its credit to another."""
+
+    request_id: str
+    attempt: int
+
+
+FeedbackMessage = PixelsReleased | EncodeMiss | ItemNotNeeded | RequestEnded
+
+# --- llm: preprocess and vits → llm rank 0 --------------------------------------------------------------------------
+
+
+class MmChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A chunk and the ViT that the router chose for it."""
+
+    mm_hash: bytes
+    num_tokens: int
+    vit: int
+    vit_epoch: int
+
+
+class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture or video in the prompt: placeholders [offset, offset + length), filled by its chunks in order."""
+
+    offset: int
+    length: int
+    grid_thw: GridTHW
+    mm_hash: bytes
+    chunks: tuple[MmChunk, ...]
+
+
+class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm: a request's metadata, sent before any of its pixels."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    arrival: int
+    prompt_token_ids: bytes
+    items: tuple[MmItem, ...]
+    sampling: SamplingParams
+    output_token_ids: bytes = b""
+    num_received: int = 0
+
+
+class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
+    """vit → llm: the embeddings of one chunk are in my pool, leased to you."""
+
+    key: ChunkKey
+    lease_id: int
+    embeddings: TensorHandle  # [num_tokens, hidden]
+
+
+class EncodeFailed(WorkerMessage, frozen=True, kw_only=True):
+    """vit → llm: this chunk cannot be encoded."""
+
+    key: ChunkKey
+    error: ErrorInfo
+
+
+LlmMessage = Hello | GenerateRequest | AbortRequest | PoolOpened | EmbeddingReady | EncodeFailed
+
+# --- steps: llm rank 0 → other ranks --------------------------------------------------------------------------------
+
+
+class EmbeddingSlice(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Rows [start, start + length) of an embedding go to rows [offset, …) of this sequence's part of the step."""
+
+    embeddings: TensorHandle
+    start: int
+    offset: int
+    length: int
+
+
+class SequencePlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One request's share of a step."""
+
+    token_ids: bytes  # int32 [num_tokens]
+    positions: bytes  # int32 [3, num_tokens]: M-RoPE rows time, height, width
+    num_computed_tokens: int  # tokens already in the KV cache
+    block_table: bytes  # int32 [num_blocks]
+    embeddings: tuple[EmbeddingSlice, ...]
+    wants_logits: bool  # its last token is sampled
+
+
+class StepPlan(WorkerMessage, frozen=True, kw_only=True):
+    """llm rank 0 → ranks: compute exactly this next. Numbered without gaps."""
+
+    step: int
+    sequences: tuple[SequencePlan, ...]
+
+
+StepsMessage = PoolOpened | StepPlan
+
+# --- outputs: llm rank 0 → clients ----------------------------------------------------------------------------------
+
+
+class Welcome(WorkerMessage, frozen=True, kw_only=True):
+    """llm → client: you are known; this is the model, and these are your credits."""
+
+    protocol: int
+    model_folder: str  # has the tokenizer's files
+    model_name: str
+    max_model_len: int
+    max_requests: int  # open at once
+    max_request_bytes: int  # of one SubmitRequest with its frames
+
+
+class Accepted(WorkerMessage, frozen=True, kw_only=True):
+    """llm → client: the request runs."""
+
+    request_id: str
+    attempt: int
+    num_prompt_tokens: int
+    mm_hashes: tuple[bytes, ...]
+    group: int = 0
+
+
+class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    request_id: str
+    attempt: int
+    offset: int  # tokens before these: a gap shows
+    new_token_ids: bytes
+    finish_reason: FinishReason | None
+
+
+class TokenOutputs(WorkerMessage, frozen=True, kw_only=True):
+    """llm → client: the new tokens of one step, for all of this client's requests."""
+
+    outputs: tuple[RequestOutput, ...]
+
+
+class RequestFailed(WorkerMessage, frozen=True, kw_only=True):
+    """llm → client: the request ended with an error."""
+
+    request_id: str
+    attempt: int
+    error: ErrorInfo
+
+
+class Interrupted(WorkerMessage, frozen=True, kw_only=True):
+    """llm → client: submit again, with the next attempt."""
+
+    request_id: str
+    attempt: int
+    reason: str
+
+
+OutputsMessage = Welcome | Accepted | TokenOutputs | RequestFailed | Interrupted
+
+# --- control: launcher → everyone -----------------------------------------------------------------------------------
+
+
+class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    worker: WorkerId
+    epoch: int
+    is_ready: bool
+    credits: int = 0
+
+
+class PipelineState(Message, frozen=True, kw_only=True):
+    """launcher → everyone: all workers and their epochs; to each new subscriber and once a second."""
+
+    workers: tuple[WorkerState, ...]
+    is_draining: bool = False
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """launcher → everyone: accept nothing new, finish what is open within `timeout_s`."""
+
+    timeout_s: float
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """launcher → everyone: end now. `reason` is empty at an orderly end, else it says which worker died of what."""
+
+    reason: str = ""
+
+
+ControlMessage = PipelineState | Drain | Shutdown
+
+# --- status: everyone → launcher ------------------------------------------------------------------------------------
+
+
+class WorkerReady(WorkerMessage, frozen=True, kw_only=True):
+    """worker → launcher: loaded; what was learnt at run time, and how many requests may be open with me."""
+
+    credits: int = 0
+    details: dict[str, int] = {}
+
+
+class WorkerStats(WorkerMessage, frozen=True, kw_only=True):
+    """worker → launcher: progress of loading, or counts while running. May be dropped."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+    num_open_requests: int = 0
+    counters: dict[str, int] = {}
+
+
+class WorkerFailed(WorkerMessage, frozen=True, kw_only=True):
+    """worker → launcher: I end because of this."""
+
+    error: str
+
+
+StatusMessage = WorkerReady | WorkerStats | WorkerFailed

@@ -1,0 +1,162 @@
+"""The frame around every worker process: its specification from the launcher, signals, READY or FAILED, its end.
+
+The launcher starts `python -m workers.<role>` and writes a `WorkerSpec` to its standard input. That pipe stays open as long
+as the launcher lives: its end, and the kernel's parent-death signal, end the worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from pipeline import log
+from pipeline.config import Config
+from pipeline.messages import ControlMessage, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
+from pipeline.sockets import Receiver, Sender, Sockets
+from pipeline.topology import CONTROL, STATUS, WorkerId
+
+logger = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1
+STATUS_LINGER_MS = 2000  # the last words of a failing worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a worker computes. On CUDA `device` is the GPU's ordinal."""
+
+    cores: tuple[int, ...]
+    num_threads: int
+    device: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    worker: WorkerId
+    epochs: dict[str, int]  # by worker name, its own included
+    run_dir: str
+    model_folder: str
+    placement: Placement
+    config: Config
+
+
+class WorkerContext:
+    """What `run_worker` hands to a worker's main function."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.config = spec.config
+        self.model_folder = Path(spec.model_folder)
+        self.worker = spec.worker
+        self.epoch = spec.epochs[str(spec.worker)]
+        epochs = {parse_worker(name): epoch for name, epoch in spec.epochs.items()}
+        self.sockets = Sockets(Path(spec.run_dir), epochs)
+        self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
+
+    @property
+    def origin(self) -> Origin:
+        return {"sender": self.worker, "epoch": self.epoch}
+
+    def control(self) -> Receiver[ControlMessage]:
+        return self.sockets.subscriber(CONTROL)
+
+    def ready(self, num_credits: int = 0, **details: int) -> None:
+        self.status.send(WorkerReady(credits=num_credits, details=details, **self.origin))
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
+
+    def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
+        stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)
+        self.status.try_send(stats)
+
+    def is_current(self, message: WorkerMessage) -> bool:
+        """Whether the sender is the incarnation that we know, or a later one."""
+        return message.epoch >= self.sockets.epochs.get(message.sender, 0)
+
+
+class ShutdownRequested(Exception):
+    """The launcher ends the pipeline: unwinds a worker's loop from wherever it is."""
+
+
+def raise_on_shutdown(control: Receiver[ControlMessage]) -> None:
+    """Reads what the launcher said; raises ShutdownRequested when it said to end. For loops that care for nothing else."""
+    while (received := control.receive()) is not None:
+        if isinstance(received.message, Shutdown):
+            raise ShutdownRequested
+
+
+def parse_worker(name: str) -> WorkerId:
+    role, rank = name.split(".")
+    return msgspec.convert((role, int(rank)), WorkerId)
+
+
+def write_spec(stream: IO[bytes], spec: WorkerSpec) -> None:
+    data = msgspec.msgpack.encode(spec)
+    stream.write(struct.pack("<I", len(data)) + data)
+    stream.flush()
+
+
+def read_spec(stream: IO[bytes]) -> WorkerSpec:
+    (length,) = struct.unpack("<I", stream.read(4))
+    return msgspec.msgpack.decode(stream.read(length), type=WorkerSpec)
+
+
+def run_worker(module: str) -> None:
+    """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after an error.
+
+    The module is imported only once cores and threads are settled, since torch reads them when it is loaded.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher alone decides
+    spec = read_spec(sys.stdin.buffer)
+    threading.Thread(target=_exit_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
+    _settle(spec.placement)
+    log.configure(str(spec.worker), spec.config.launcher.log_level)
+    context = WorkerContext(spec)
+    code = 0
+    try:
+        main: Callable[[WorkerContext], None] = importlib.import_module(module).main
+        main(context)
+    except ShutdownRequested:
+        pass
+    except Exception as error:
+        logger.debug("failed", exc_info=True)
+        context.status.send(WorkerFailed(error=_explain(error), **context.origin))
+        code = 1
+    context.sockets.close(linger_ms=STATUS_LINGER_MS)
+    sys.stderr.flush()
+    os._exit(code)  # helper threads may still sit in a library; nothing is left to lose
+
+
+def _settle(placement: Placement) -> None:
+    """Cores and threads, before any library that starts threads is imported."""
+    os.sched_setaffinity(0, placement.cores)
+    # A thread that spins for work on a core which another process needs costs whole scheduler ticks.
+    os.environ.update(OMP_NUM_THREADS=str(placement.num_threads), OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _exit_with_parent(stream: IO[bytes]) -> None:
+    while stream.read(1):
+        pass
+    os._exit(1)
+
+
+def _explain(error: Exception) -> str:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

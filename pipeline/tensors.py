@@ -1,0 +1,319 @@
+"""Tensors that two processes see at once: a pool its producer writes, and handles that consumers read in place.
+
+A `TensorPool` is one block, allocated at start and announced once; a `TensorHandle` names a part of it. A consumer maps the
+pool when it is announced, and from then on opening a handle is pointer arithmetic. Kinds behind the same calls:
+
+- `host`: an anonymous memory file, mapped by the peer through its descriptor. No name is left behind by a crash.
+- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle.
+
+Each pool has a table of slot generations in host memory, so that a handle which outlived its slot is refused, never read.
+This is the only file of the contract that touches torch, and only where a torch tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import PipelineError
+from pipeline.slots import Slot
+
+if TYPE_CHECKING:
+    import torch
+
+CUDA_GRANULE = 2 << 20  # a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
+ITEM_SIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class TensorHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A tensor in somebody's pool: about 35 bytes on the wire."""
+
+    pool_id: str
+    epoch: int
+    slot: int
+    generation: int
+    offset: int  # bytes from the start of the pool
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_SIZES[self.dtype]
+
+
+class PoolInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that a consumer needs to map a pool. Travels on ipc edges only: the handle gives access to the memory."""
+
+    pool_id: str
+    epoch: int
+    kind: str  # "host" or "cuda_ipc"
+    nbytes: int
+    max_slots: int
+    pid: int
+    table_fd: int  # memory file of the generation table: int64 [max_slots]
+    memory_fd: int = -1  # host
+    ipc_handle: bytes = b""  # cuda_ipc: 64 bytes
+    device_uuid: str = ""  # cuda_ipc: ordinals differ between processes
+
+
+class StaleHandleError(PipelineError):
+    """A handle of a dead epoch, of a slot that was given to somebody else, or outside its pool."""
+
+
+class Memory(Protocol):
+    """One mapped block."""
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class HostMemory:
+    """A shared mapping of a memory file; `buffer` is readable and writable by both sides."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self._map = mmap.mmap(fd, nbytes)
+        self.buffer = memoryview(self._map)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: str = "uint8") -> npt.NDArray[Any]:
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        import torch
+
+        count = int(np.prod(shape, dtype=np.int64))
+        return torch.frombuffer(self._map, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+
+    def close(self) -> None:
+        self.buffer.release()
+        with contextlib.suppress(BufferError):  # a tensor may still look at it: the mapping ends with the last of them
+            self._map.close()
+
+
+class CudaRuntime(Protocol):
+    """The few calls of `cuda.bindings.runtime` that pools need, so that a fake can stand in for them."""
+
+    def malloc(self, device: int, nbytes: int) -> int: ...
+
+    def free(self, pointer: int) -> None: ...
+
+    def get_ipc_handle(self, pointer: int) -> bytes: ...
+
+    def open_ipc_handle(self, device: int, handle: bytes) -> int: ...
+
+    def close_ipc_handle(self, pointer: int) -> None: ...
+
+    def device_uuid(self, device: int) -> str: ...
+
+    def device_of_uuid(self, uuid: str) -> int: ...
+
+    def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor: ...
+
+
+class CudaBindings:
+    """`CudaRuntime` on the real library. Never run on a GPU so far: its tests are marked `gpu`."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
+
+        self._runtime = runtime
+
+    def _check(self, result: tuple[Any, ...], call: str) -> Any:
+        if int(result[0]) != 0:
+            raise PipelineError(f"{call} failed: {result[0]!r}")
+        return result[1] if len(result) > 1 else None
+
+    def malloc(self, device: int, nbytes: int) -> int:
+        self._check(self._runtime.cudaSetDevice(device), "cudaSetDevice")
+        return int(self._check(self._runtime.cudaMalloc(nbytes), "cudaMalloc"))
+
+    def free(self, pointer: int) -> None:
+        self._check(self._runtime.cudaFree(pointer), "cudaFree")
+
+    def get_ipc_handle(self, pointer: int) -> bytes:
+        return bytes(self._check(self._runtime.cudaIpcGetMemHandle(pointer), "cudaIpcGetMemHandle").reserved)
+
+    def open_ipc_handle(self, device: int, handle: bytes) -> int:
+        self._check(self._runtime.cudaSetDevice(device), "cudaSetDevice")
+        struct = self._runtime.cudaIpcMemHandle_t()
+        struct.reserved = handle
+        lazy_peer_access = 1  # cudaIpcMemLazyEnablePeerAccess, the only flag there is, and mandatory
+        return int(self._check(self._runtime.cudaIpcOpenMemHandle(struct, lazy_peer_access), "cudaIpcOpenMemHandle"))
+
+    def close_ipc_handle(self, pointer: int) -> None:
+        self._check(self._runtime.cudaIpcCloseMemHandle(pointer), "cudaIpcCloseMemHandle")
+
+    def device_uuid(self, device: int) -> str:
+        return bytes(self._check(self._runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties").uuid.bytes).hex()
+
+    def device_of_uuid(self, uuid: str) -> int:
+        for device in range(self._check(self._runtime.cudaGetDeviceCount(), "cudaGetDeviceCount")):
+            if self.device_uuid(device) == uuid:
+                return device
+        raise PipelineError(f"the GPU with UUID {uuid} is not visible to this process")
+
+    def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        import torch
+
+        count = int(np.prod(shape, dtype=np.int64)) * ITEM_SIZES[dtype]
+        block = _CudaArray({"shape": (count,), "typestr": "|u1", "data": (pointer, False), "version": 3})
+        return torch.as_tensor(block, device=f"cuda:{device}").view(getattr(torch, dtype)).view(shape)
+
+
+class _CudaArray:
+    """The public protocol by which torch accepts foreign device memory."""
+
+    def __init__(self, interface: dict[str, object]) -> None:
+        self.__cuda_array_interface__ = interface
+
+
+class CudaMemory:
+    """Device memory at `pointer`: the producer's own allocation, or a consumer's mapping of it."""
+
+    def __init__(self, runtime: CudaRuntime, device: int, pointer: int, owned: bool) -> None:
+        self._runtime, self._device, self._pointer, self._owned = runtime, device, pointer, owned
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return self._runtime.tensor(self._device, self._pointer + offset, shape, dtype)
+
+    def close(self) -> None:
+        if self._owned:
+            self._runtime.free(self._pointer)
+        else:
+            self._runtime.close_ipc_handle(self._pointer)
+
+
+class TensorPool:
+    """The producer's side. `info` is to be announced once; who gets which slot is decided elsewhere (`slots.py`)."""
+
+    def __init__(self, info: PoolInfo, memory: Memory) -> None:
+        self.info = info
+        self.memory = memory
+        self._table_memory = HostMemory(info.table_fd, 8 * info.max_slots)
+        self._table = self._table_memory.array(0, (info.max_slots,), "int64")
+
+    @classmethod
+    def on_host(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int) -> TensorPool:
+        memory_fd = _memory_file(pool_id, nbytes)
+        table_fd = _memory_file(f"{pool_id}-table", 8 * max_slots)
+        info = PoolInfo(pool_id, epoch, "host", nbytes, max_slots, os.getpid(), table_fd, memory_fd)
+        return cls(info, HostMemory(memory_fd, nbytes))
+
+    @classmethod
+    def on_cuda(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int, device: int, runtime: CudaRuntime) -> TensorPool:
+        nbytes = (nbytes + CUDA_GRANULE - 1) // CUDA_GRANULE * CUDA_GRANULE
+        pointer = runtime.malloc(device, nbytes)
+        table_fd = _memory_file(f"{pool_id}-table", 8 * max_slots)
+        info = PoolInfo(
+            pool_id, epoch, "cuda_ipc", nbytes, max_slots, os.getpid(), table_fd,
+            ipc_handle=runtime.get_ipc_handle(pointer), device_uuid=runtime.device_uuid(device),
+        )  # fmt: skip
+        return cls(info, CudaMemory(runtime, device, pointer, owned=True))
+
+    def lend(self, slot: Slot, shape: tuple[int, ...], dtype: str) -> TensorHandle:
+        """A handle for a slot just allocated; from now on handles of the slot's earlier generations are stale."""
+        handle = TensorHandle(self.info.pool_id, self.info.epoch, slot.number, slot.generation, slot.offset, shape, dtype)
+        if handle.nbytes > slot.nbytes:
+            raise ValueError(f"a tensor of {handle.nbytes} bytes does not fit a slot of {slot.nbytes}")
+        self._table[slot.number] = slot.generation
+        return handle
+
+    def array(self, handle: TensorHandle) -> npt.NDArray[Any]:
+        """Host pools, without torch: the memory of a handle as numpy sees it."""
+        assert isinstance(self.memory, HostMemory)
+        return self.memory.array(handle.offset, handle.shape, handle.dtype)
+
+    def tensor(self, handle: TensorHandle) -> torch.Tensor:
+        return self.memory.tensor(handle.offset, handle.shape, handle.dtype)
+
+    def close(self) -> None:
+        self.memory.close()
+        del self._table
+        self._table_memory.close()
+        os.close(self.info.table_fd)
+        if self.info.memory_fd >= 0:
+            os.close(self.info.memory_fd)
+
+
+class _Mapping:
+    def __init__(self, info: PoolInfo, memory: Memory, table: HostMemory) -> None:
+        self.info, self.memory, self.table_memory = info, memory, table
+        self.table = table.array(0, (info.max_slots,), "int64")
+
+
+class PoolMap:
+    """The consumer's side: the pools of all producers, mapped once each."""
+
+    def __init__(self, runtime: CudaRuntime | None = None) -> None:
+        self._runtime = runtime
+        self._mappings: dict[str, _Mapping] = {}
+
+    def open(self, info: PoolInfo) -> None:
+        """Maps an announced pool; a pool of an earlier epoch with the same id is closed first."""
+        self.close(info.pool_id)
+        table = _map_peer(info.pid, info.table_fd, 8 * info.max_slots)
+        memory: Memory
+        match info.kind:
+            case "host":
+                memory = _map_peer(info.pid, info.memory_fd, info.nbytes)
+            case "cuda_ipc":
+                runtime = self._runtime or CudaBindings()
+                device = runtime.device_of_uuid(info.device_uuid)
+                memory = CudaMemory(runtime, device, runtime.open_ipc_handle(device, info.ipc_handle), owned=False)
+            case kind:
+                raise PipelineError(f"pool {info.pool_id} has the unknown kind {kind!r}")
+        self._mappings[info.pool_id] = _Mapping(info, memory, table)
+
+    def knows(self, pool_id: str, epoch: int) -> bool:
+        mapping = self._mappings.get(pool_id)
+        return mapping is not None and mapping.info.epoch >= epoch
+
+    def tensor(self, handle: TensorHandle) -> torch.Tensor:
+        """The tensor in place. Raises StaleHandleError if the handle's epoch, generation or extent is not the pool's."""
+        mapping = self._mappings.get(handle.pool_id)
+        if mapping is None:
+            raise StaleHandleError(f"{handle}: no pool of that name is open")
+        info = mapping.info
+        if handle.epoch != info.epoch:
+            raise StaleHandleError(f"{handle}: the pool is at epoch {info.epoch}")
+        if not 0 <= handle.slot < info.max_slots or handle.dtype not in ITEM_SIZES or min(handle.shape, default=1) < 0:
+            raise StaleHandleError(f"{handle}: no such slot, shape or dtype")
+        if handle.offset < 0 or handle.offset + handle.nbytes > info.nbytes:
+            raise StaleHandleError(f"{handle}: outside the pool of {info.nbytes} bytes")
+        if (generation := int(mapping.table[handle.slot])) != handle.generation:
+            raise StaleHandleError(f"{handle}: the slot is at generation {generation}")
+        return mapping.memory.tensor(handle.offset, handle.shape, handle.dtype)
+
+    def close(self, pool_id: str) -> None:
+        if (mapping := self._mappings.pop(pool_id, None)) is not None:
+            mapping.memory.close()
+            del mapping.table
+            mapping.table_memory.close()
+
+    def close_all(self) -> None:
+        for pool_id in list(self._mappings):
+            self.close(pool_id)
+
+
+def _memory_file(name: str, nbytes: int) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+def _map_peer(pid: int, fd: int, nbytes: int) -> HostMemory:
+    """Maps another process's memory file, opened through /proc: same user and PID namespace."""
+    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if (size := os.fstat(opened).st_size) < nbytes:
+            raise PipelineError(f"the memory file {fd} of process {pid} has {size} bytes, announced were {nbytes}")
+        return HostMemory(opened, nbytes)
+    finally:
+        os.close(opened)  # the mapping keeps the file alive

@@ -1,0 +1,68 @@
+"""The processes and the edges between them: this table and nothing else.
+
+A bound address carries the epoch of the process that binds it, so that a message queued for a dead process can never reach
+its successor. The launcher's own edges have no epoch: the run directory belongs to one launcher.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_IPC_PATH = 107  # bytes: sun_path of a Unix socket, less its terminator
+
+
+class Role(enum.StrEnum):
+    LAUNCHER = "launcher"
+    API = "api"
+    PREPROCESS = "preprocess"
+    VIT = "vit"
+    LLM = "llm"
+    CLIENT = "client"
+
+
+class WorkerId(NamedTuple):
+    role: Role
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.role}.{self.rank}"
+
+
+class Pattern(enum.Enum):
+    PUSH_PULL = "PULL binds, PUSH connects"
+    PUB_SUB = "XPUB binds, SUB connects"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    name: str
+    pattern: Pattern
+    binder: Role
+    peers: tuple[Role, ...]
+    per_rank: bool = False  # one address for each rank of the binder
+
+
+INGEST = Edge("ingest", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.API, Role.CLIENT))
+ENCODE = Edge("encode", Pattern.PUSH_PULL, Role.VIT, (Role.PREPROCESS, Role.LLM), per_rank=True)
+FEEDBACK = Edge("feedback", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.VIT, Role.LLM))
+LLM = Edge("llm", Pattern.PUSH_PULL, Role.LLM, (Role.PREPROCESS, Role.VIT))
+STEPS = Edge("steps", Pattern.PUB_SUB, Role.LLM, (Role.LLM,))
+OUTPUTS = Edge("outputs", Pattern.PUB_SUB, Role.LLM, (Role.API, Role.CLIENT))
+CONTROL = Edge("control", Pattern.PUB_SUB, Role.LAUNCHER, (Role.API, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM))
+STATUS = Edge("status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.PREPROCESS, Role.VIT, Role.LLM))
+EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS)
+
+
+def address(run_dir: Path, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
+    """Where `edge` is bound now, given each worker's epoch. Raises ValueError when the path is too long for a socket."""
+    name = f"{edge.name}.{rank}" if edge.per_rank else edge.name
+    if edge.binder is not Role.LAUNCHER:
+        name = f"{name}.{epochs[WorkerId(edge.binder, rank)]}"
+    path = str(run_dir / name)
+    if len(path.encode()) > MAX_IPC_PATH:
+        raise ValueError(f"run_dir {str(run_dir)!r} is too long: {path!r} has {len(path.encode())} bytes, a socket path at most {MAX_IPC_PATH}")
+    return f"ipc://{path}"

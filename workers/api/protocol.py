@@ -1,0 +1,156 @@
+"""OpenAI's chat completions as structs, and their conversion into the pipeline's own.
+
+Fields that would change the answer and are not served are refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+import msgspec
+
+from pipeline.errors import ErrorInfo, RequestError
+from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.sampling import SamplingParams
+
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ImageUrl(msgspec.Struct):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class TextContent(msgspec.Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImageContent(msgspec.Struct, tag_field="type", tag="image_url"):
+    image_url: ImageUrl | str
+
+
+class RequestMessage(msgspec.Struct):
+    role: str
+    content: str | list[TextContent | ImageContent] | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class ChatCompletionRequest(msgspec.Struct):
+    messages: list[RequestMessage]
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    # Known to OpenAI's or vLLM's API and not served: only the value that changes nothing is taken.
+    n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    response_format: Any = None
+    stop_token_ids: list[int] | None = None
+
+
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
+    "min_p": (0,), "min_tokens": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "response_format": ({"type": "text"},), "stop_token_ids": ([],),
+}  # fmt: skip
+_DECODER = msgspec.json.Decoder(ChatCompletionRequest, strict=True)
+
+
+def decode_request(body: bytes) -> ChatCompletionRequest:
+    """Raises RequestError, naming the field, for a body that is no such request."""
+    try:
+        try:
+            return _DECODER.decode(body)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            # Python clients write NaN and Infinity; read so, the range checks can name the field that holds it.
+            return msgspec.convert(json.loads(body), ChatCompletionRequest)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `")
+        missing = re.search(r"missing required field `(\w+)`", message)
+        parts = [path.rstrip("`").removeprefix("$").removeprefix("."), missing.group(1) if missing else ""]
+        field = ".".join(part for part in parts if part)
+        raise RequestError(f"{message}{f' in {field}' if field else ''}", field=field) from None
+    except (ValueError, RecursionError):
+        raise RequestError("the body is not valid JSON") from None
+
+
+def refuse_unserved(request: ChatCompletionRequest) -> None:
+    for field, neutral in NEUTRAL.items():
+        value = getattr(request, field)
+        if value is not None and value not in neutral:
+            raise RequestError(f"{field} is not served by this server, got {value}", field=field)
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options need stream to be true", field="stream_options")
+
+
+def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
+    return [ChatMessage(message.role, _to_content(message.content, index)) for index, message in enumerate(request.messages)]
+
+
+def _to_content(content: str | list[TextContent | ImageContent] | None, index: int) -> str | tuple[TextPart | ImagePart, ...]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts: list[TextPart | ImagePart] = []
+    for number, part in enumerate(content):
+        if isinstance(part, TextContent):
+            parts.append(TextPart(part.text))
+            continue
+        image = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url
+        field = f"messages[{index}].content[{number}].image_url"
+        if image.detail == "low":
+            raise RequestError("detail 'low' is not served: pictures are always seen in full", field=f"{field}.detail")
+        if not image.url:
+            raise RequestError("the URL of a picture must not be empty", field=field)
+        parts.append(ImagePart(url=image.url))
+    return tuple(parts)
+
+
+def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> SamplingParams:
+    """The request's sampling; what it leaves open is the model's own default. Raises RequestError out of range."""
+
+    def pick(name: str, fallback: float) -> float:
+        value = getattr(request, name)
+        return defaults.get(name, fallback) if value is None else value
+
+    if request.max_completion_tokens is not None and request.max_completion_tokens < 1:
+        raise RequestError(f"max_completion_tokens must be at least 1, got {request.max_completion_tokens}", field="max_completion_tokens")
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    return SamplingParams(
+        temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)), seed=request.seed,
+        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
+        ignore_eos=request.ignore_eos, stop=stop,
+    )  # fmt: skip
+
+
+def error_body(error: ErrorInfo) -> dict[str, object]:
+    """OpenAI's error object."""
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.field or None, "code": error.status}}
+
+
+def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens, "total_tokens": num_prompt_tokens + num_output_tokens}

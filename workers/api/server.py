@@ -1,0 +1,112 @@
+"""The HTTP routes. One client of the pipeline among others: it uses the client library as a script does."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+from aiohttp import web
+
+from pipeline.client import Piece, PipelineClient
+from pipeline.config import MIB, ApiConfig
+from pipeline.errors import ErrorInfo, RequestError
+from pipeline.families import ModelInfo
+from workers.api.protocol import decode_request, error_body, refuse_unserved, to_messages, to_sampling
+from workers.api.stream import DONE, Completion, error_event, events
+
+logger = logging.getLogger(__name__)
+RETRY_AFTER_S = "2"
+OPEN_ROUTES = ("/health",)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def error_response(error: ErrorInfo) -> web.Response:
+    headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {}
+    return web.json_response(error_body(error), status=error.status, headers=headers)
+
+
+class ApiServer:
+    """`client` may not be connected yet: until `is_ready` every request is answered with 503."""
+
+    def __init__(self, config: ApiConfig, client: PipelineClient, model_name: str, info: ModelInfo) -> None:
+        self._config, self._client, self._model_name, self._info = config, client, model_name, info
+        self._keys = [key.encode() for key in config.api_key]
+        self._created = int(time.time())
+        self.is_ready = False
+
+    def application(self) -> web.Application:
+        application = web.Application(client_max_size=self._config.max_request_mib * MIB, middlewares=[self._guard])
+        application.router.add_get("/health", self._health)
+        application.router.add_get("/v1/models", self._models)
+        application.router.add_post("/v1/chat/completions", self._chat)
+        return application
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Keys, and OpenAI's error object for whatever goes wrong."""
+        try:
+            if self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
+                return error_response(ErrorInfo(401, "a valid API key is needed: Authorization: Bearer KEY"))
+            return await handler(request)
+        except RequestError as error:
+            return error_response(error.info)
+        except web.HTTPRequestEntityTooLarge:
+            return error_response(ErrorInfo(413, f"the body is larger than {self._config.max_request_mib} MiB"))
+        except web.HTTPException as error:
+            return error_response(ErrorInfo(error.status, f"{request.method} {request.path}: {error.reason}"))
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.path)
+            return error_response(ErrorInfo(500, "the server made a mistake"))
+
+    def _is_authorized(self, request: web.Request) -> bool:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+        fits = [hmac.compare_digest(given, key) for key in self._keys]  # all are compared, whichever fits
+        return any(fits)
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        if not self.is_ready or self._client.failure or self._client.is_draining:
+            return error_response(ErrorInfo(503, self._client.failure or "not serving"))
+        return web.Response()
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        card = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "local"}
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = decode_request(await request.read())
+        refuse_unserved(body)
+        if body.model and body.model != self._model_name:
+            raise RequestError(f"the model {body.model!r} is not served here, only {self._model_name!r}", field="model", status=404)
+        messages, sampling = to_messages(body), to_sampling(body, dict(self._info.default_sampling))
+        if not self.is_ready:
+            raise RequestError("the server is still starting", status=503)
+        completion = Completion(f"chatcmpl-{uuid.uuid4().hex}", self._model_name)
+        async with aclosing(self._client.generate(messages, sampling, request_id=completion.completion_id)) as pieces:
+            # The status goes out with the first token or the failure: a broken picture is a 4xx, also when streaming.
+            first = await anext(pieces)
+            if body.stream:
+                include_usage = body.stream_options is not None and body.stream_options.include_usage
+                return await self._stream(request, completion, first, pieces, include_usage)
+            texts, last = [first.text], first
+            async for piece in pieces:
+                texts.append(piece.text)
+                last = piece
+            return web.json_response(completion.whole("".join(texts), last))
+
+    async def _stream(
+        self, request: web.Request, completion: Completion, first: Piece, rest: AsyncGenerator[Piece, None], include_usage: bool
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        try:
+            async for data in events(completion, first, rest, include_usage):
+                await response.write(data)
+        except RequestError as error:  # too late for a status: told inside the stream
+            await response.write(error_event(error.info) + DONE)
+        except ConnectionResetError:
+            logger.debug("the reader of %s went away", completion.completion_id)
+        return response

@@ -1,0 +1,72 @@
+"""The process of the HTTP endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import uvloop
+from aiohttp import web
+
+from pipeline.client import PipelineClient
+from pipeline.families import read_model_info
+from pipeline.messages import Shutdown
+from pipeline.process import ShutdownRequested, WorkerContext
+from pipeline.topology import CONTROL
+from workers.api.server import ApiServer
+
+logger = logging.getLogger(__name__)
+START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
+LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
+STATS_INTERVAL_S = 0.5
+
+
+def main(context: WorkerContext) -> None:
+    try:
+        uvloop.run(_serve(context))
+    except* ShutdownRequested:
+        pass
+
+
+async def _serve(context: WorkerContext) -> None:
+    config = context.config
+    control = context.sockets.async_subscriber(CONTROL)
+    client = PipelineClient(context.spec.run_dir)
+    server = ApiServer(config.api, client, config.model.served_model_name, read_model_info(context.model_folder))
+    runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS_S)
+    await runner.setup()
+
+    async def watch() -> None:
+        while True:
+            match (await control.receive()).message:
+                case Shutdown():
+                    await _say_last_words(client)
+                    raise ShutdownRequested
+
+    async def serve() -> None:
+        site = web.TCPSite(runner, config.api.host, config.api.port)
+        await site.start()
+        await client.start(START_TIMEOUT_S)
+        server.is_ready = True
+        port: int = runner.addresses[0][1]
+        context.ready(port=port)
+        while True:
+            context.stats(client.num_open, client.counters)
+            await asyncio.sleep(STATS_INTERVAL_S)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(watch())
+            tasks.create_task(serve())
+    finally:
+        await runner.cleanup()
+        await client.close()
+
+
+async def _say_last_words(client: PipelineClient) -> None:
+    """Waits until the handlers of open requests have told their clients, for a moment at most."""
+    end = time.monotonic() + LAST_WORDS_S
+    while client.num_open and time.monotonic() < end:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # from the handler's last write to the socket

@@ -1,0 +1,85 @@
+"""Qwen2-VL's decoder on a flat batch of tokens: no batch dimension, sequences side by side. Sharded over ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.families import TextInfo
+from workers.llm.parallel import HeadLayout, TensorParallel
+from workers.nn.layers import Linear, RMSNorm, rotate
+from workers.nn.loader import Checkpoint
+
+
+class Attention(Protocol):
+    """An attention backend; `layout` is what its `plan` returned for the step."""
+
+    def __call__(self, layer: int, layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Decoder:
+    def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel) -> None:
+        self.info, self.parallel = info, parallel
+        self.heads = HeadLayout(info, parallel.rank, parallel.size)
+        self.embed_tokens = checkpoint.load("model.embed_tokens.weight")  # [vocab, hidden]
+        self.layers = [_Layer(info, checkpoint, f"model.layers.{index}.", self.heads, parallel, index) for index in range(info.num_layers)]
+        self.norm = RMSNorm(checkpoint.load("model.norm.weight"), info.rms_norm_eps)
+        tied = info.tie_word_embeddings or "lm_head.weight" not in checkpoint
+        rows = self.heads.vocab_rows
+        head = self.embed_tokens[rows] if tied else checkpoint.load("lm_head.weight", rows)
+        if missing := self.heads.vocab_per_rank - len(head):
+            head = torch.cat([head, head.new_zeros(missing, head.shape[1])])
+        self.lm_head = Linear(head)
+        self._axes, self._frequencies = _rotary_constants(info, checkpoint.device)
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, positions: Tensor, attention: Attention, layout: Any) -> Tensor:
+        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens]."""
+        angles = positions[self._axes].float().T * self._frequencies  # [num_tokens, head_dim / 2]
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attention, layout)
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, vocab] float32, on every rank."""
+        return self.parallel.gather_last(self.lm_head(hidden).float())[:, : self.info.vocab_size]
+
+
+class _Layer:
+    def __init__(self, info: TextInfo, checkpoint: Checkpoint, prefix: str, heads: HeadLayout, parallel: TensorParallel, index: int) -> None:
+        self.heads, self.parallel, self.index = heads, parallel, index
+        attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        parts = [("q_proj", heads.query_rows), ("k_proj", heads.kv_rows), ("v_proj", heads.kv_rows)]
+        self.qkv = Linear(
+            torch.cat([checkpoint.load(f"{attn}{name}.weight", rows) for name, rows in parts]),
+            torch.cat([checkpoint.load(f"{attn}{name}.bias", rows) for name, rows in parts]),
+        )
+        self.o_proj = Linear(checkpoint.load(f"{attn}o_proj.weight", columns=heads.query_rows))
+        self.gate_up = Linear(torch.cat([checkpoint.load(f"{mlp}{name}.weight", heads.mlp_rows) for name in ("gate_proj", "up_proj")]))
+        self.down = Linear(checkpoint.load(f"{mlp}down_proj.weight", columns=heads.mlp_rows))
+        self.input_norm = RMSNorm(checkpoint.load(f"{prefix}input_layernorm.weight"), info.rms_norm_eps)
+        self.post_norm = RMSNorm(checkpoint.load(f"{prefix}post_attention_layernorm.weight"), info.rms_norm_eps)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layout: Any) -> Tensor:
+        heads, dim = self.heads, self.heads.head_dim
+        qkv = self.qkv(self.input_norm(x)).view(len(x), -1, dim)
+        q, k, v = qkv.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
+        out = attention(self.index, layout, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = x + self.parallel.all_reduce(self.o_proj(out.flatten(1)))
+        gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
+        return x + self.parallel.all_reduce(self.down(F.silu(gate) * up))
+
+
+def _rotary_constants(info: TextInfo, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which position row each frequency turns with [head_dim / 2], and the frequencies [head_dim / 2] float32."""
+    axes = torch.tensor([axis for axis, length in enumerate(info.mrope_section) for _ in range(length)], device=device)
+    frequencies = 1.0 / (info.rope_theta ** (torch.arange(0, info.head_dim, 2, dtype=torch.float32, device=device) / info.head_dim))
+    if len(axes) != len(frequencies):
+        raise ValueError(f"mrope_section {info.mrope_section} adds up to {len(axes)}, the head has {len(frequencies)} frequencies")
+    return axes, frequencies

@@ -1,0 +1,119 @@
+"""The process of an LLM rank. Rank 0: drain → step → drain → …; the other ranks compute the plans that it publishes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import MIB
+from pipeline.errors import PipelineError
+from pipeline.families import read_model_info
+from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, PoolOpened, StepPlan, Welcome
+from pipeline.process import WorkerContext, raise_on_shutdown
+from pipeline.sockets import Poller, Receiver
+from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
+from workers.llm.block_manager import BlockManager
+from workers.llm.engine import Engine
+from workers.llm.model_runner import ModelRunner, plan_kv_cache
+from workers.llm.parallel import TensorParallel
+from workers.llm.scheduler import Scheduler
+from workers.nn.loader import choose_device, choose_dtype
+
+logger = logging.getLogger(__name__)
+STATS_INTERVAL_S = 1.0
+OUTPUTS_HIGH_WATER_MARK = 4096  # frames that a client may lag behind before it is cut off
+MAX_REQUESTS_PER_CLIENT = 1024
+
+
+def main(context: WorkerContext) -> None:
+    config, rank, tp_size = context.config, context.worker.rank, context.config.llm.tp
+    torch.set_num_threads(context.spec.placement.num_threads)
+    control = context.control()
+    info = read_model_info(context.model_folder)
+    device = choose_device(config.model.device, context.spec.placement.device)
+    dtype = choose_dtype(config.model.dtype, device)
+    kv_plan = plan_kv_cache(info, config, tp_size, dtype)
+    rendezvous = Path(context.spec.run_dir) / f"ranks.{context.sockets.epochs[WorkerId(Role.LLM)]}"
+    # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
+    steps = context.sockets.subscriber(STEPS) if rank > 0 else None
+    parallel = TensorParallel.connect(rank, tp_size, device, rendezvous)
+
+    def progress(done: int, total: int) -> None:
+        context.progress("loading weights", done, total)
+
+    runner = ModelRunner(info, config, context.model_folder, device, parallel, kv_plan.num_blocks, progress)
+    try:
+        if steps is None:
+            scheduler = Scheduler(
+                BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
+                info.eos_token_ids,
+            )  # fmt: skip
+            welcome = Welcome(
+                protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
+                max_model_len=kv_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
+                max_request_bytes=config.api.max_request_mib * MIB, **context.origin,
+            )  # fmt: skip
+            _lead(context, control, scheduler, runner, welcome, info.vision.merge_size)
+        else:
+            _follow(context, control, steps, runner)
+    finally:
+        parallel.close()
+
+
+def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome, merge_size: int) -> None:
+    sockets, config = context.sockets, context.config
+    inbox = sockets.receiver(LLM)
+    outputs = sockets.publisher(OUTPUTS, lambda topic: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK)
+    vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
+    steps = sockets.publisher(STEPS) if config.llm.tp > 1 else None
+    if steps is not None:
+        num_ranks = 1
+        poller = Poller(steps, control)
+        while num_ranks < config.llm.tp:
+            poller.wait()
+            raise_on_shutdown(control)
+            num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
+    engine = Engine(
+        context.origin, scheduler, runner, welcome, merge_size, outputs.publish, steps.publish if steps else None,
+        sockets.sender(FEEDBACK), vits, context.is_current,
+    )  # fmt: skip
+    blocks = scheduler.blocks
+    context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
+    poller = Poller(inbox, outputs, control)
+    stats_due = 0.0
+    while True:
+        raise_on_shutdown(control)
+        now = time.monotonic()
+        engine.on_subscriptions(outputs.subscriptions(), now)
+        while (received := inbox.receive()) is not None:
+            engine.handle(received.message, now)
+        if now >= stats_due:
+            stats_due = now + STATS_INTERVAL_S
+            engine.tick(now)
+            context.stats(len(engine.requests), {**engine.counters, "free_blocks": blocks.num_free, "refused_messages": inbox.num_refused})
+            if not engine.requests:
+                engine.check_integrity()
+        if not engine.step(now):
+            poller.wait(max(0.0, stats_due - time.monotonic()))
+
+
+def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any], runner: ModelRunner) -> None:
+    poller = Poller(steps, control)
+    context.ready()
+    last_step = 0
+    while True:
+        raise_on_shutdown(control)
+        while (received := steps.receive()) is not None:
+            match received.message:
+                case PoolOpened(pool=pool):
+                    runner.pools.open(pool)
+                case StepPlan(step=step, sequences=sequences):
+                    if step != last_step + 1:
+                        raise PipelineError(f"step {step} came after step {last_step}")
+                    last_step = step
+                    runner.execute(sequences)
+        poller.wait()

@@ -1,0 +1,83 @@
+"""Reads weights out of a Hugging Face folder of safetensors, tensor by tensor, so that never more than one is held twice.
+
+Knows nothing of models. Names are given as the hub's Qwen2-VL checkpoints have them (`model.layers.…`, `visual.…`); files
+that transformers 5 wrote under other prefixes are read the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))  # as in some files, as asked for
+Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
+
+
+class Checkpoint:
+    """The tensors of a folder, by name. Raises ValueError for a folder without safetensors, KeyError for a missing tensor."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress = lambda done, total: None) -> None:
+        self.dtype, self.device = dtype, device
+        self._files: dict[Path, Any] = {}
+        self._places: dict[str, tuple[Path, str]] = {}  # name → file, name in the file
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            for name, file in json.loads(index.read_text())["weight_map"].items():
+                self._places[_usual_name(name)] = (folder / file, name)
+        else:
+            for path in sorted(folder.glob("*.safetensors")):
+                for name in self._open(path).keys():  # noqa: SIM118
+                    self._places[_usual_name(name)] = (path, name)
+        if not self._places:
+            raise ValueError(f"model {str(folder)!r} has no safetensors files")
+        self._progress, self._num_loaded, self._total = progress, 0, len(self._places)
+
+    def expect(self, prefix: str) -> None:
+        """Progress counts the tensors under this prefix only."""
+        self._total = sum(name.startswith(prefix) for name in self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device."""
+        if name not in self._places:
+            raise KeyError(f"the checkpoint has no tensor {name!r}")
+        path, stored = self._places[name]
+        part = self._open(path).get_slice(stored)
+        tensor: Tensor = part[rows] if columns is None else part[rows, columns]
+        self._num_loaded += 1
+        self._progress(min(self._num_loaded, self._total), self._total)
+        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]
+
+
+def _usual_name(name: str) -> str:
+    for found, wanted in PREFIXES:
+        if name.startswith(found):
+            return wanted + name.removeprefix(found)
+    return name
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the processor computes in it: without such instructions it is a hundred times slower than float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def choose_device(name: str, ordinal: int) -> torch.device:
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", ordinal)
+    return torch.device("cpu")

@@ -1,0 +1,85 @@
+"""Pictures: limits judged by the header, then decoding and resizing exactly as Hugging Face's Qwen2-VL processor does."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from pipeline.errors import RequestError
+from pipeline.families import MAX_ASPECT_RATIO, VisionInfo
+from pipeline.messages import GridTHW
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, before Pillow would
+
+
+class ImageSize(NamedTuple):
+    height: int
+    width: int
+
+
+def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> ImageSize:
+    """Height and width as shown, from the header alone. Raises RequestError for what is no picture, or too large or too thin."""
+    image = _open(data, field)
+    width, height = image.size
+    if width * height > max_source_pixels:
+        raise RequestError(f"the picture has {width} x {height} pixels, the limit is {max_source_pixels} in all", field=field)
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  EXIF comes from outside, and Pillow raises anything on broken ones
+        raise RequestError("the picture cannot be decoded", field=field) from None
+    size = ImageSize(width, height) if orientation in (5, 6, 7, 8) else ImageSize(height, width)
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise RequestError(f"the picture is {width} x {height}: its sides may differ by a factor of {MAX_ASPECT_RATIO} at most", field=field)
+    return size
+
+
+def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
+    """RGB pixels [height, width, 3] uint8 of the picture, resized to `target`. Raises RequestError when it is broken."""
+    image = _open(data, field)
+    try:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(image.resize((target.width, target.height), Image.Resampling.BICUBIC))
+    except Exception:  # noqa: BLE001  decoders raise anything on broken data, and their words are not for clients
+        raise RequestError("the picture cannot be decoded", field=field) from None
+
+
+def _open(data: bytes | memoryview, field: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # noqa: BLE001  decoders raise anything on broken data
+        raise RequestError(f"the media is not a picture of a known kind ({', '.join(FORMATS)})", field=field) from None
+
+
+def smart_resize(size: ImageSize, info: VisionInfo) -> ImageSize:
+    """The size at which the model sees a picture: sides are multiples of `factor`, the area within the limits, the aspect kept.
+
+    As Qwen2-VL's processor has it (`smart_resize`), the rounding of Python's `round` included.
+    """
+    factor = info.factor
+    height, width = (round(side / factor) * factor for side in size)
+    if height * width > info.max_pixels:
+        shrink = math.sqrt(size.height * size.width / info.max_pixels)
+        height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in size)
+    elif height * width < info.min_pixels:
+        grow = math.sqrt(info.min_pixels / (size.height * size.width))
+        height, width = (math.ceil(side * grow / factor) * factor for side in size)
+    return ImageSize(height, width)
+
+
+def grid_of(size: ImageSize, info: VisionInfo) -> GridTHW:
+    return GridTHW(1, size.height // info.patch_size, size.width // info.patch_size)
+
+
+def content_hash(data: bytes | memoryview, settings: bytes) -> bytes:
+    """Key of a picture as the model sees it: sha256 of its source bytes and of the settings it is processed with."""
+    digest = hashlib.sha256(len(settings).to_bytes(8, "little") + settings)
+    digest.update(data)
+    return digest.digest()

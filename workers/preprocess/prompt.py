@@ -1,0 +1,122 @@
+"""From chat messages to token ids: the model's own template and tokenizer, and a placeholder for every picture.
+
+What a user writes is text, whatever it looks like: a special token spelt out in it never becomes one, so it can neither end
+a turn nor take a picture's place. Placeholders belong to pictures by position, never by searching token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from pipeline.errors import RequestError
+from pipeline.messages import ChatMessage, ImagePart, TextPart
+
+ROLES = ("system", "user", "assistant")
+
+
+class Placeholder(NamedTuple):
+    offset: int
+    length: int
+
+
+class Prompt(NamedTuple):
+    token_ids: list[int]
+    placeholders: list[Placeholder]  # one for each picture, in the order of the messages
+
+
+class _TemplateRefusal(Exception):
+    """The template itself refused the messages, in its author's words."""
+
+
+class ChatPrompt:
+    """Raises ValueError for a folder without a chat template."""
+
+    def __init__(self, folder: Path, image_token_id: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # Specials are matched by us, in the template's own text; everything else is plain.
+        self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        alternatives = sorted(map(re.escape, self._special_ids), key=len, reverse=True)
+        self._specials = re.compile("|".join(alternatives) or r"(?!)")
+        self._image_token_id = image_token_id
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _raise_refusal
+        self._template = environment.from_string(_read_template(folder))
+
+    def build(self, messages: Sequence[ChatMessage], num_tokens: Callable[[int], int]) -> Prompt:
+        """`num_tokens(i)` is how many placeholders the i-th picture takes. Raises RequestError, naming the field at fault."""
+        mark = secrets.token_hex(8)  # put into specials that users spell out, so that they do not match; taken out again below
+        rendered = self._render([self._as_template_message(index, message, mark) for index, message in enumerate(messages)])
+        token_ids: list[int] = []
+        placeholders: list[Placeholder] = []
+        start = 0
+        for match in self._specials.finditer(rendered):
+            token_ids.extend(self._encode(rendered[start : match.start()].replace(mark, "")))
+            start = match.end()
+            token_id = self._special_ids[match.group()]
+            if token_id == self._image_token_id:
+                length = num_tokens(len(placeholders))
+                placeholders.append(Placeholder(len(token_ids), length))
+                token_ids.extend([token_id] * length)
+            else:
+                token_ids.append(token_id)
+        token_ids.extend(self._encode(rendered[start:].replace(mark, "")))
+        if len(placeholders) != (count := sum(isinstance(part, ImagePart) for part in parts_of(messages))):
+            raise RequestError(f"the model's chat template placed {len(placeholders)} of {count} pictures", field="messages")
+        return Prompt(token_ids, placeholders)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+
+    def _as_template_message(self, index: int, message: ChatMessage, mark: str) -> dict[str, Any]:
+        if message.role not in ROLES:
+            raise RequestError(f"unknown role {message.role!r}; known are {', '.join(ROLES)}", field=f"messages[{index}].role")
+
+        def plain(text: str) -> str:
+            return self._specials.sub(lambda match: match.group()[:1] + mark + match.group()[1:], text)
+
+        if isinstance(message.content, str):
+            return {"role": message.role, "content": plain(message.content)}
+        parts = [{"type": "text", "text": plain(part.text)} if isinstance(part, TextPart) else {"type": "image"} for part in message.content]
+        if all("text" in part for part in parts):
+            # Not every template knows lists for every role; without pictures the parts are one text.
+            return {"role": message.role, "content": "".join(part["text"] for part in parts)}
+        return {"role": message.role, "content": parts}
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True)
+        except _TemplateRefusal as refusal:
+            raise RequestError(f"the model's chat template refuses the messages: {refusal}", field="messages") from None
+        except (TemplateError, TypeError, ValueError, KeyError):
+            raise RequestError("the model's chat template cannot render the messages", field="messages") from None
+
+
+def parts_of(messages: Sequence[ChatMessage]) -> list[TextPart | ImagePart]:
+    return [part for message in messages if not isinstance(message.content, str) for part in message.content]
+
+
+def _raise_refusal(reason: str) -> None:
+    raise _TemplateRefusal(reason)
+
+
+def _read_template(folder: Path) -> str:
+    """The template where transformers puts it: a file of its own, `chat_template.json`, or the tokenizer's settings."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (path := folder / name).is_file() and isinstance(template := json.loads(path.read_text()).get("chat_template"), str):
+            return template
+    raise ValueError(f"model {str(folder)!r} has no chat template")

@@ -1,0 +1,3 @@
+from pipeline.process import run_worker
+
+run_worker("workers.vit.worker")

@@ -1,0 +1,82 @@
+"""Encoded chunks that stay in the ViT's pool: leased to the LLM, or kept for the next request with the same content.
+
+Pure: slots in, slots out. An entry without a lease is evicted when its place is needed, least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pipeline.slots import Slot, SlotAllocator
+
+MISSES_BEFORE_FREED = 2  # lease sets that lack a lease before it counts as released
+
+
+@dataclass(slots=True)
+class Feature:
+    mm_hash: bytes
+    slot: Slot
+    num_tokens: int
+    leases: set[int] = field(default_factory=set)
+
+
+class FeatureCache:
+    def __init__(self, allocator: SlotAllocator) -> None:
+        self._allocator = allocator
+        self._features: dict[bytes, Feature] = {}  # least recently used first
+        self._leases: dict[int, Feature] = {}
+        self._missing: dict[int, int] = {}  # lease → lease sets that lacked it
+        self._last_lease_id = 0
+
+    def add(self, mm_hash: bytes, slot: Slot, num_tokens: int) -> Feature:
+        feature = self._features[mm_hash] = Feature(mm_hash, slot, num_tokens)
+        return feature
+
+    def get(self, mm_hash: bytes) -> Feature | None:
+        if (feature := self._features.pop(mm_hash, None)) is not None:
+            self._features[mm_hash] = feature
+        return feature
+
+    def lease(self, feature: Feature) -> int:
+        """A new lease: unique for the life of this process."""
+        self._last_lease_id += 1
+        feature.leases.add(self._last_lease_id)
+        self._leases[self._last_lease_id] = feature
+        return self._last_lease_id
+
+    def release(self, lease_ids: Iterable[int]) -> None:
+        """Ends leases. One that has ended already is fine: a release and a lease set may say it twice."""
+        for lease_id in lease_ids:
+            self._missing.pop(lease_id, None)
+            if (feature := self._leases.pop(lease_id, None)) is not None:
+                feature.leases.discard(lease_id)
+
+    def reconcile(self, held: Iterable[int], last_lease_id: int) -> None:
+        """Heals lost releases: a lease that its holder has seen and lacks in two lease sets is free."""
+        known = set(held)
+        for lease_id in [lease for lease in self._leases if lease <= last_lease_id]:
+            if lease_id in known:
+                self._missing.pop(lease_id, None)
+                continue
+            self._missing[lease_id] = self._missing.get(lease_id, 0) + 1
+            if self._missing[lease_id] >= MISSES_BEFORE_FREED:
+                self.release([lease_id])
+
+    def evict_one(self) -> bool:
+        """Frees the least recently used feature that nobody leases; False if there is none."""
+        for feature in self._features.values():
+            if not feature.leases:
+                del self._features[feature.mm_hash]
+                self._allocator.free(feature.slot)
+                return True
+        return False
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    def check_integrity(self) -> None:
+        assert {lease for feature in self._features.values() for lease in feature.leases} == set(self._leases), "leases are lost or held twice"
+        assert set(self._missing) <= set(self._leases), "a lease that has ended is still counted as missing"
+        self._allocator.check_integrity()

@@ -1,0 +1,106 @@
+"""Qwen2-VL's vision encoder on packed patches. All that depends on the grids comes in as an input.
+
+Pictures (frames of a video too) attend within themselves only: `lengths` says where one ends and the next begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.families import VisionInfo
+from pipeline.messages import GridTHW
+from workers.nn.layers import LayerNorm, Linear, rotate
+from workers.nn.loader import Checkpoint
+
+LAYER_NORM_EPS = 1e-6
+ROPE_THETA = 10_000.0
+
+
+class VisionEncoder:
+    """Loads the tower under `visual.` of a checkpoint."""
+
+    def __init__(self, info: VisionInfo, checkpoint: Checkpoint) -> None:
+        self.info = info
+        self.dtype, self.device = checkpoint.dtype, checkpoint.device
+        self.patch_embed = Linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
+        self.blocks = [_Block(info, checkpoint, f"visual.blocks.{index}.") for index in range(info.depth)]
+        self.norm = _layer_norm(checkpoint, "visual.merger.ln_q")
+        self.merger_in = _linear(checkpoint, "visual.merger.mlp.0")
+        self.merger_out = _linear(checkpoint, "visual.merger.mlp.2")
+
+    @torch.inference_mode()
+    def __call__(self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Embeddings [num_patches / merge², hidden] of patches [num_patches, channels · temporal · patch²].
+
+        cos and sin are [num_patches, head_dim] float32; lengths are the patches of each frame, in order.
+        """
+        x = self.patch_embed(patches.to(self.dtype))  # [num_patches, embed_dim]
+        for block in self.blocks:
+            x = block(x, cos, sin, lengths)
+        x = self.norm(x).view(-1, self.merger_in.weight.shape[1])  # four neighbouring patches side by side
+        return self.merger_out(F.gelu(self.merger_in(x)))
+
+
+class _Block:
+    def __init__(self, info: VisionInfo, checkpoint: Checkpoint, prefix: str) -> None:
+        self.num_heads = info.num_heads
+        self.norm1 = _layer_norm(checkpoint, f"{prefix}norm1")
+        self.norm2 = _layer_norm(checkpoint, f"{prefix}norm2")
+        self.qkv = _linear(checkpoint, f"{prefix}attn.qkv")
+        self.proj = _linear(checkpoint, f"{prefix}attn.proj")
+        self.fc1 = _linear(checkpoint, f"{prefix}mlp.fc1")
+        self.fc2 = _linear(checkpoint, f"{prefix}mlp.fc2")
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        x = x + self.proj(self._attend(self.qkv(self.norm1(x)), cos, sin, lengths))
+        hidden = self.fc1(self.norm2(x))
+        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
+
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        q, k, v = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)  # [num_patches, heads, head_dim]
+        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
+        frames = zip(*(x.transpose(0, 1).split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
+        out = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in frames]
+        return torch.cat(out, dim=1).transpose(0, 1).flatten(1)
+
+
+def _linear(checkpoint: Checkpoint, name: str) -> Linear:
+    return Linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
+
+
+def _layer_norm(checkpoint: Checkpoint, name: str) -> LayerNorm:
+    return LayerNorm(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"), LAYER_NORM_EPS)
+
+
+def patchify(pixels: Tensor, info: VisionInfo) -> Tensor:
+    """Normalised patches [num_patches, channels · temporal · patch²] float32 of uint8 pixels [frames, height, width, 3].
+
+    Patches of one merged token stand together. A single picture is repeated to fill the temporal patch.
+    """
+    mean = torch.tensor(info.image_mean, device=pixels.device)
+    std = torch.tensor(info.image_std, device=pixels.device)
+    x = (pixels.float() / 255 - mean) / std
+    if missing := -len(x) % info.temporal_patch_size:
+        x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
+    frames, height, width, channels = x.shape
+    patch, merge, temporal = info.patch_size, info.merge_size, info.temporal_patch_size
+    x = x.view(frames // temporal, temporal, height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # time, rows, columns, merge rows, merge columns, channel, temporal, patch, patch
+    return x.reshape(-1, channels * temporal * patch * patch)
+
+
+def rotary_tables(grid: GridTHW, info: VisionInfo) -> tuple[Tensor, Tensor]:
+    """cos and sin [num_patches, head_dim] float32 of the patches' rows and columns, in the order of `patchify`."""
+    merge = info.merge_size
+    rows = torch.arange(grid.h)[:, None].expand(grid.h, grid.w)
+    columns = torch.arange(grid.w)[None, :].expand(grid.h, grid.w)
+    grouped = [x.reshape(grid.h // merge, merge, grid.w // merge, merge).transpose(1, 2).flatten().repeat(grid.t) for x in (rows, columns)]
+    quarter = info.embed_dim // info.num_heads // 2
+    frequencies = 1.0 / (ROPE_THETA ** (torch.arange(0, quarter, 2, dtype=torch.float32) / quarter))
+    angles = torch.cat([x[:, None].float() * frequencies for x in grouped], dim=-1)  # [num_patches, head_dim / 2]
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()

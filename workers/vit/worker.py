@@ -1,0 +1,214 @@
+"""The ViT process: drain → schedule → encode (on a thread of its own) → answer.
+
+The loop owns the sockets and all bookkeeping; the engine thread sees tensors only and wakes the loop when a batch is done, so
+that releases and cancellations are heard while the device works.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import assert_never
+
+import torch
+
+from pipeline.config import MIB, Config
+from pipeline.errors import ErrorInfo
+from pipeline.families import ModelInfo, VisionInfo, read_model_info
+from pipeline.messages import (
+    CancelEncode,
+    EmbeddingReady,
+    EncodeFailed,
+    EncodeMessage,
+    EncodeMiss,
+    EncodeRequest,
+    FeedbackMessage,
+    LeaseReleased,
+    LeaseSet,
+    LlmMessage,
+    PixelsReleased,
+    PoolOpened,
+)
+from pipeline.process import WorkerContext, raise_on_shutdown
+from pipeline.slots import Order, SlotAllocator, align
+from pipeline.sockets import Poller, Sink, Wakeup
+from pipeline.tensors import ITEM_SIZES, CudaBindings, PoolMap, StaleHandleError, TensorPool
+from pipeline.topology import ENCODE, FEEDBACK, LLM
+from workers.nn.loader import Checkpoint, choose_device, choose_dtype
+from workers.vit.batcher import Action, Batcher, NeedPixels, Pending, PixelsDone, Ready, Refused
+from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
+
+logger = logging.getLogger(__name__)
+MIN_POOL_CHUNKS = 3
+MAX_SLOTS = 8192
+STATS_INTERVAL_S = 1.0
+
+
+class VitCore:
+    """The ViT without its process: messages in, messages out. `llm` and `feedback` take what is to be sent."""
+
+    def __init__(
+        self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo, dtype: str,
+        llm: Sink[LlmMessage], feedback: Sink[FeedbackMessage],
+    ) -> None:  # fmt: skip
+        self._origin = context.origin
+        self._is_current = context.is_current
+        self.batcher, self._pool, self._info, self._dtype = batcher, pool, info, dtype
+        self._llm, self._feedback = llm, feedback
+        self._pools = PoolMap()
+        self.counters = {"encodes": 0, "stale_messages": 0}
+
+    def handle(self, message: EncodeMessage) -> None:
+        if not self._is_current(message):
+            self.counters["stale_messages"] += 1
+            return
+        match message:
+            case PoolOpened():
+                self._pools.open(message.pool)
+            case EncodeRequest():
+                order = Order(message.arrival, message.position)
+                self._act(self.batcher.on_request(message.key, order, message.mm_hash, message.grid_thw, message.pixels))
+            case CancelEncode():
+                self._act(self.batcher.on_cancel(message.keys))
+            case LeaseReleased():
+                self.batcher.cache.release(message.lease_ids)
+            case LeaseSet():
+                self.batcher.cache.reconcile(message.lease_ids, message.last_lease_id)
+            case _:
+                assert_never(message)
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case NeedPixels(key):
+                    self._feedback.send(EncodeMiss(key=key, **self._origin))
+                case PixelsDone(key):
+                    self._feedback.send(PixelsReleased(key=key, **self._origin))
+                case Ready(key, lease_id, feature):
+                    handle = self._pool.lend(feature.slot, (feature.num_tokens, self._info.hidden_size), self._dtype)
+                    self._llm.send(EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin))
+                case Refused(key, reason):
+                    self._llm.send(EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin))
+                case _:
+                    assert_never(action)
+
+    def next_batch(self, max_patches: int) -> tuple[list[Pending], list[EncodeJob]]:
+        """The chunks to encode now and their tensors. A chunk whose pixels cannot be right is refused here."""
+        batch: list[Pending] = []
+        jobs: list[EncodeJob] = []
+        while not batch and (candidates := self.batcher.next_batch(max_patches)):
+            for pending in candidates:
+                try:
+                    jobs.append(self._job(pending))
+                    batch.append(pending)
+                except StaleHandleError as error:
+                    self._act(self.batcher.on_failed(pending, f"the pixels cannot be read: {error}"))
+        return batch, jobs
+
+    def _job(self, pending: Pending) -> EncodeJob:
+        """Raises StaleHandleError when the pixels are gone or are not what was announced."""
+        assert pending.pixels is not None
+        assert pending.slot is not None
+        grid, patch = pending.grid_thw, self._info.patch_size
+        pixels = self._pools.tensor(pending.pixels)
+        if pixels.shape[1:] != (grid.h * patch, grid.w * patch, 3) or len(pixels) > grid.t * self._info.temporal_patch_size:
+            raise StaleHandleError(f"their shape {tuple(pixels.shape)} does not fit the grid {tuple(grid)}")
+        handle = self._pool.lend(pending.slot, (self.batcher.num_tokens(grid), self._info.hidden_size), self._dtype)
+        return EncodeJob(pixels, grid, self._pool.tensor(handle))
+
+    def on_encoded(self, batch: Sequence[Pending]) -> None:
+        self.counters["encodes"] += len(batch)
+        self._act(self.batcher.on_encoded(batch))
+
+
+class EngineThread:
+    """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
+
+    def __init__(self, engine: TorchEngine, wakeup: Wakeup) -> None:
+        self._engine, self._wakeup = engine, wakeup
+        self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True, name="engine").start()
+
+    def _run(self) -> None:
+        while True:
+            jobs = self._jobs.get()
+            try:
+                self._engine.encode(jobs)
+            except BaseException as error:  # noqa: BLE001  raised again in the worker's loop
+                self._done.put(error)
+            else:
+                self._done.put(None)
+            self._wakeup.set()
+
+    def start(self, jobs: Sequence[EncodeJob]) -> None:
+        self._jobs.put(jobs)
+
+    def take_done(self) -> bool:
+        """Whether the batch under way has been encoded. Raises what the engine raised."""
+        try:
+            error = self._done.get_nowait()
+        except queue.Empty:
+            return False
+        if error is not None:
+            raise error
+        return True
+
+
+def open_pool(context: WorkerContext, info: ModelInfo, config: Config, dtype: str, device_ordinal: int | None) -> tuple[TensorPool, SlotAllocator]:
+    merged = info.vision.factor**2  # pixels of one token
+    largest = align(-(-info.vision.largest_pixels // merged) * info.vision.hidden_size * ITEM_SIZES[dtype])
+    nbytes = align(max(config.vit.embedding_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
+    if device_ordinal is None:
+        pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
+    else:
+        pool = TensorPool.on_cuda(str(context.worker), context.epoch, nbytes, MAX_SLOTS, device_ordinal, CudaBindings())
+    return pool, SlotAllocator(nbytes, largest, MAX_SLOTS)
+
+
+def main(context: WorkerContext) -> None:
+    config = context.config
+    control, inbox = context.control(), context.sockets.receiver(ENCODE, context.worker.rank)
+    torch.set_num_threads(context.spec.placement.num_threads)
+    info = read_model_info(context.model_folder, config.preprocess.min_pixels, config.preprocess.max_pixels)
+    device = choose_device(config.model.device, context.spec.placement.device)
+    dtype = choose_dtype(config.model.dtype, device)
+    dtype_name = str(dtype).removeprefix("torch.")
+    pool, allocator = open_pool(context, info, config, dtype_name, device.index if device.type == "cuda" else None)
+    checkpoint = Checkpoint(context.model_folder, dtype, device, lambda done, total: context.progress("loading weights", done, total))
+    checkpoint.expect("visual.")
+    engine = TorchEngine(info.vision, VisionEncoder(info.vision, checkpoint))
+
+    llm, feedback = context.sockets.sender(LLM), context.sockets.sender(FEEDBACK)
+    llm.send(PoolOpened(**context.origin, pool=pool.info))
+    batcher = Batcher(allocator, info.vision.hidden_size * ITEM_SIZES[dtype_name], info.vision.merge_size)
+    core = VitCore(context, batcher, pool, info.vision, dtype_name, llm, feedback)
+    wakeup = Wakeup()
+    thread = EngineThread(engine, wakeup)
+    poller = Poller(inbox, control, wakeup)
+    context.ready(pool_bytes=pool.info.nbytes)
+
+    batch: list[Pending] = []
+    stats_due = 0.0
+    while True:
+        wakeup.clear()
+        raise_on_shutdown(control)
+        while (received := inbox.receive()) is not None:
+            core.handle(received.message)
+        if batch and thread.take_done():
+            core.on_encoded(batch)
+            batch = []
+        if not batch:
+            batch, jobs = core.next_batch(config.vit.vit_max_batch_patches)
+            if batch:
+                thread.start(jobs)
+        if time.monotonic() >= stats_due:
+            stats_due = time.monotonic() + STATS_INTERVAL_S
+            context.stats(0, {**core.counters, "leases": batcher.cache.num_leases, "refused_messages": inbox.num_refused})
+            if not batcher.num_pending:
+                batcher.check_integrity()
+        poller.wait(max(0.0, stats_due - time.monotonic()))
