@@ -89,17 +89,20 @@ class Fetcher:
         if not root:
             raise RequestError("local files are not allowed here (the server's option --allowed-local-media-path)", field=field)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except (OSError, ValueError):
             raise RequestError("the file cannot be read, or lies outside the allowed folder", field=field) from None
-        with open(fd, "rb") as file:
+        try:
             real = Path(os.readlink(f"/proc/self/fd/{fd}"))
             info = os.fstat(fd)
             if not real.is_relative_to(Path(root).resolve()) or not stat.S_ISREG(info.st_mode):
                 raise RequestError("the file cannot be read, or lies outside the allowed folder", field=field)
             if info.st_size > self._max_bytes:
                 raise self._too_large(field)
-            return file.read(self._max_bytes)
+            with open(fd, "rb", closefd=False) as file:
+                return file.read(self._max_bytes)
+        finally:
+            os.close(fd)
 
     async def _download(self, url: URL, field: str) -> bytes:
         async with self._slots:

@@ -31,11 +31,7 @@ def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> I
     width, height = image.size
     if width * height > max_source_pixels:
         raise RequestError(f"the picture has {width} x {height} pixels, the limit is {max_source_pixels} in all", field=field)
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  EXIF comes from outside, and Pillow raises anything on broken ones
-        raise RequestError("the picture cannot be decoded", field=field) from None
-    size = ImageSize(width, height) if orientation in (5, 6, 7, 8) else ImageSize(height, width)
+    size = ImageSize(width, height) if _orientation(image) in (5, 6, 7, 8) else ImageSize(height, width)
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise RequestError(f"the picture is {width} x {height}: its sides may differ by a factor of {MAX_ASPECT_RATIO} at most", field=field)
     return size
@@ -45,10 +41,22 @@ def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArr
     """RGB pixels [height, width, 3] uint8 of the picture, resized to `target`. Raises RequestError when it is broken."""
     image = _open(data, field)
     try:
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        image = image.convert("RGB")
         return np.asarray(image.resize((target.width, target.height), Image.Resampling.BICUBIC))
     except Exception:  # noqa: BLE001  decoders raise anything on broken data, and their words are not for clients
         raise RequestError("the picture cannot be decoded", field=field) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the picture is to be turned, from its header; 1 is upright, and so is a picture whose EXIF is broken."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look for a chunk behind its data
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  EXIF comes from outside, and Pillow raises anything on broken ones
+        return 1
 
 
 def _open(data: bytes | memoryview, field: str) -> Image.Image:

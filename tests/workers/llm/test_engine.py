@@ -1,0 +1,356 @@
+"""Rank 0's core with a real model and real pools: fidelity when embeddings come late, and how requests end."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Config, LlmConfig, ModelConfig
+from pipeline.errors import ErrorInfo
+from pipeline.families import ModelInfo, read_model_info
+from pipeline.messages import (
+    AbortRequest,
+    Accepted,
+    ChunkKey,
+    EmbeddingReady,
+    EncodeFailed,
+    GenerateRequest,
+    Hello,
+    LeaseReleased,
+    LeaseSet,
+    MmChunk,
+    MmItem,
+    PoolOpened,
+    RequestEnded,
+    RequestFailed,
+    RequestOutput,
+    TokenOutputs,
+    Welcome,
+    pack_int32,
+    unpack_int32,
+)
+from pipeline.sampling import FinishReason, SamplingParams
+from pipeline.slots import SlotAllocator, align
+from pipeline.sockets import Subscription
+from pipeline.tensors import TensorPool
+from tests.chats import CHATS, Chat, to_messages
+from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
+from tests.reference import Answer, Reference, assert_same_tokens
+from workers.llm.block_manager import BlockManager
+from workers.llm.engine import Engine
+from workers.llm.model_runner import ModelRunner
+from workers.llm.parallel import TensorParallel
+from workers.llm.scheduler import Scheduler
+from workers.nn.loader import Checkpoint
+from workers.preprocess.images import content_hash, decode, grid_of, read_size, smart_resize
+from workers.preprocess.prompt import ChatPrompt
+from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
+
+CLIENT = b"c" * 16
+NUM_TOKENS = 24
+CPU = torch.device("cpu")
+
+
+class Rig:
+    """An engine with a pool of embeddings beside it, and what its neighbours were told."""
+
+    def __init__(self, folder: Path, budget: int, block_size: int = 16) -> None:
+        self.info: ModelInfo = read_model_info(folder)
+        config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size))
+        runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), 600, lambda done, total: None)
+        self.scheduler = Scheduler(BlockManager(600, block_size), 8, budget, self.info.eos_token_ids)
+        self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
+        welcome = Welcome(
+            sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9
+        )
+        self.engine = Engine(
+            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, self.publisher, None, self.feedback, [self.vit]
+        )  # fmt: skip
+        self.now = 0.0
+        self.engine.on_subscriptions([Subscription(CLIENT, True)], self.now)
+        vision = self.info.vision
+        self.encoder = TorchEngine(vision, VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
+        self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
+        self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
+        self.prompt = ChatPrompt(folder, self.info.image_token_id)
+        self.lease_ids = itertools.count(1)
+
+    def open_pool(self) -> None:
+        self.engine.handle(PoolOpened(sender=VIT_0, epoch=1, pool=self.pool.info), self.now)
+
+    def request(self, chat: Chat, request_id: str, **options: object) -> tuple[GenerateRequest, list[EmbeddingReady]]:
+        """A request's metadata, and its embeddings as a ViT would send them."""
+        messages, frames = to_messages(chat)
+        vision = self.info.vision
+        targets = [smart_resize(read_size(frame, 10**9, ""), vision) for frame in frames]
+        grids = [grid_of(target, vision) for target in targets]
+        built = self.prompt.build(messages, lambda index: grids[index].num_patches // 4)
+        items, ready = [], []
+        for number, (place, grid, frame, target) in enumerate(zip(built.placeholders, grids, frames, targets, strict=True)):
+            mm_hash = content_hash(frame, b"")
+            items.append(MmItem(place.offset, place.length, grid, mm_hash, (MmChunk(mm_hash, place.length, 0, 1),)))
+            slot = self.slots.allocate(align(place.length * vision.hidden_size * 4))
+            assert slot is not None
+            handle = self.pool.lend(slot, (place.length, vision.hidden_size), "float32")
+            pixels = torch.from_numpy(np.array(decode(frame, target, "")))[None]
+            self.encoder.encode([EncodeJob(pixels, grid, self.pool.tensor(handle))])
+            key = ChunkKey(request_id, 1, number, 0)
+            ready.append(EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=next(self.lease_ids), embeddings=handle))
+        sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1)
+        fields = {"sampling": sampling, "attempt": 1, **options}
+        message = GenerateRequest(
+            sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1, prompt_token_ids=pack_int32(built.token_ids),
+            items=tuple(items), **fields,
+        )  # fmt: skip
+        return message, ready
+
+    def run(self) -> None:
+        while self.engine.step(self.now):
+            self.engine.check_integrity()
+
+    def outputs(self) -> list[RequestOutput]:
+        return [output for message in self.publisher.take(TokenOutputs) for output in message.outputs]
+
+    def tokens(self, request_id: str) -> list[int]:
+        mine = [output for output in self.outputs() if output.request_id == request_id]
+        for before, after in itertools.pairwise(mine):
+            assert after.offset == before.offset + len(before.new_token_ids) // 4
+        assert [output.finish_reason for output in mine].count(None) == len(mine) - 1
+        return [token for output in mine for token in unpack_int32(output.new_token_ids).tolist()]
+
+
+@pytest.fixture(scope="module")
+def references(random_checkpoint: Path) -> dict[str, Answer]:
+    reference = Reference(random_checkpoint)
+    return {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
+
+
+def test_the_reference_text_is_lively(references: dict[str, Answer]) -> None:
+    """Else equal tokens would prove nothing."""
+    assert len({tuple(answer.token_ids) for answer in references.values()}) == len(references)
+    assert all(len(set(answer.token_ids)) >= NUM_TOKENS // 3 for answer in references.values())
+
+
+@pytest.mark.parametrize(("budget", "block_size"), [(512, 16), (7, 4)])
+@pytest.mark.parametrize("name", CHATS)
+def test_late_and_unordered_embeddings_give_the_same_tokens(
+    name: str, budget: int, block_size: int, random_checkpoint: Path, references: dict[str, Answer]
+) -> None:
+    rig = Rig(random_checkpoint, budget, block_size)
+    rig.open_pool()
+    for number, order in enumerate(("in order", "reversed")):
+        request, ready = rig.request(CHATS[name], f"r{number}")
+        rig.engine.handle(request, rig.now)
+        for embedding in ready if order == "in order" else reversed(ready):
+            rig.run()  # prefills as far as it can before each arrival
+            rig.engine.handle(embedding, rig.now)
+        rig.run()
+        assert_same_tokens(rig.tokens(f"r{number}"), references[name], f"{name}, {order}")
+        released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
+        assert sorted(released) == sorted(embedding.lease_id for embedding in ready)
+
+
+def test_embeddings_before_the_pool_and_before_the_request(random_checkpoint: Path, references: dict[str, Answer]) -> None:
+    name = "three pictures between texts"
+    rig = Rig(random_checkpoint, 64)
+    request, ready = rig.request(CHATS[name], "r")
+    for embedding in ready[:2]:
+        rig.engine.handle(embedding, rig.now)
+    rig.open_pool()
+    rig.engine.handle(ready[2], rig.now)
+    rig.engine.handle(request, rig.now)
+    rig.run()
+    assert_same_tokens(rig.tokens("r"), references[name])
+
+
+def test_all_chats_in_one_batch(random_checkpoint: Path, references: dict[str, Answer]) -> None:
+    rig = Rig(random_checkpoint, 40)
+    rig.open_pool()
+    late: list[EmbeddingReady] = []
+    for name, chat in CHATS.items():
+        request, ready = rig.request(chat, name)
+        rig.engine.handle(request, rig.now)
+        late += ready
+        rig.engine.step(rig.now)
+    for embedding in reversed(late):
+        rig.engine.step(rig.now)
+        rig.engine.handle(embedding, rig.now)
+    rig.run()
+    outputs = rig.outputs()
+    for name in CHATS:
+        tokens = [t for output in outputs if output.request_id == name for t in unpack_int32(output.new_token_ids).tolist()]
+        assert_same_tokens(tokens, references[name], name)
+
+
+@pytest.fixture
+def rig(random_checkpoint: Path) -> Rig:
+    made = Rig(random_checkpoint, 64)
+    made.open_pool()
+    return made
+
+
+def test_a_seeded_request_draws_the_same_alone_and_in_company(rig: Rig) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=NUM_TOKENS, ignore_eos=True, seed=123)
+    drawn = []
+    for names in (["a"], ["x", "b", "y"]):
+        for name in names:
+            params = sampling if name in "ab" else replace_seed(sampling, 7)
+            rig.engine.handle(rig.request(CHATS["text only"], name, sampling=params)[0], rig.now)
+        rig.run()
+        outputs = [output for output in rig.outputs() if output.request_id in "ab"]
+        drawn.append([t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 5
+
+
+def replace_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
+    return SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_tokens, ignore_eos=True, seed=seed)
+
+
+def test_an_equal_attempt_is_a_query(rig: Rig) -> None:
+    request, _ = rig.request(CHATS["text only"], "r")
+    rig.engine.handle(request, rig.now)
+    for _ in range(6):
+        rig.engine.step(rig.now)
+    before = [token for output in rig.outputs() for token in unpack_int32(output.new_token_ids).tolist()]
+    rig.publisher.take(Accepted)
+    query, _ = rig.request(CHATS["text only"], "r", num_received=2)
+    rig.engine.handle(query, rig.now)
+    assert len(rig.publisher.take(Accepted)) == 1
+    (again,) = rig.outputs()
+    assert (again.offset, unpack_int32(again.new_token_ids).tolist(), again.finish_reason) == (2, before[2:], None)
+    rig.run()
+    rig.publisher.published.clear()
+    rig.engine.handle(query, rig.now)
+    (terminal,) = rig.outputs()
+    assert len(terminal.new_token_ids) // 4 == NUM_TOKENS - 2
+    assert terminal.finish_reason is FinishReason.LENGTH
+    assert not rig.engine.step(rig.now), "a query must not run a request again"
+
+
+def test_a_higher_attempt_replaces_a_lower_one_is_refused(rig: Rig) -> None:
+    name = "one picture"
+    first, ready = rig.request(CHATS[name], "r")
+    rig.engine.handle(first, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    second, _ = rig.request(CHATS[name], "r", attempt=2)
+    rig.engine.handle(second, rig.now)
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    assert rig.engine.requests["r"].attempt == 2
+    rig.engine.handle(first, rig.now)
+    assert rig.engine.requests["r"].attempt == 2
+    rig.engine.handle(ready[0], rig.now)  # of the first attempt: nobody wants it
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    rig.engine.check_integrity()
+
+
+def test_abort_frees_all_and_is_answered_each_time(rig: Rig) -> None:
+    request, ready = rig.request(CHATS["three pictures between texts"], "r")
+    rig.engine.handle(request, rig.now)
+    for embedding in ready:
+        rig.engine.handle(embedding, rig.now)
+    rig.engine.step(rig.now)
+    abort = AbortRequest(client_id=CLIENT, request_id="r", attempt=1)
+    rig.engine.handle(AbortRequest(client_id=b"x" * 16, request_id="r", attempt=1), rig.now)
+    assert "r" in rig.engine.requests, "only its own client may abort a request"
+    for _ in range(2):
+        rig.engine.handle(abort, rig.now)
+        assert [output.finish_reason for output in rig.outputs()][-1] is FinishReason.ABORT
+    assert len(rig.feedback.take(RequestEnded)) == 1
+    released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
+    assert sorted(released) == sorted(embedding.lease_id for embedding in ready)
+    rig.engine.check_integrity()
+
+
+def test_an_abort_before_the_request_holds(rig: Rig) -> None:
+    request, ready = rig.request(CHATS["one picture"], "r")
+    rig.engine.handle(ready[0], rig.now)
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1, error=ErrorInfo(400, "broken", "f")), rig.now)
+    rig.engine.handle(request, rig.now)
+    assert not rig.engine.requests
+    failures = rig.publisher.take(RequestFailed)
+    assert [failure.error.message for failure in failures] == ["broken", "broken"]
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+
+
+def test_a_failed_encode_ends_its_request_only(rig: Rig) -> None:
+    for name in ("a", "b"):
+        rig.engine.handle(rig.request(CHATS["text only" if name == "a" else "one picture"], name)[0], rig.now)
+    rig.engine.handle(EncodeFailed(sender=VIT_0, epoch=1, key=ChunkKey("b", 1, 0, 0), error=ErrorInfo(400, "too large")), rig.now)
+    (failure,) = rig.publisher.take(RequestFailed)
+    assert failure.request_id == "b"
+    rig.run()
+    assert len(rig.tokens("a")) == NUM_TOKENS
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(rig: Rig) -> None:
+    request, _ = rig.request([("user", ["word " * 1200])], "r")
+    rig.engine.handle(request, rig.now)
+    (failure,) = rig.publisher.take(RequestFailed)
+    assert failure.error.status == 400
+    assert failure.error.field == "messages"
+    assert "1000" in failure.error.message
+    assert not rig.engine.requests
+
+
+def test_lease_sets_name_what_is_held(rig: Rig) -> None:
+    request, ready = rig.request(CHATS["three pictures between texts"], "r")
+    rig.engine.handle(request, rig.now)
+    for embedding in (ready[0], ready[2]):
+        rig.engine.handle(embedding, rig.now)
+    rig.engine.tick(10.0)
+    (held,) = rig.vit.take(LeaseSet)
+    assert held.lease_ids == (ready[0].lease_id, ready[2].lease_id)
+    assert held.last_lease_id == ready[2].lease_id
+    rig.engine.step(rig.now)  # reads the first picture, and waits at the second
+    rig.engine.tick(20.0)
+    assert rig.vit.take(LeaseSet)[0].lease_ids == (ready[2].lease_id,)
+
+
+def test_a_client_that_leaves_loses_its_requests_after_a_grace(rig: Rig) -> None:
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    rig.engine.on_subscriptions([Subscription(CLIENT, False)], 100.0)
+    rig.engine.tick(101.0)
+    assert "r" in rig.engine.requests
+    rig.engine.on_subscriptions([Subscription(CLIENT, True)], 101.5)
+    rig.engine.tick(103.0)
+    assert "r" in rig.engine.requests, "it came back in time"
+    rig.engine.on_subscriptions([Subscription(CLIENT, False)], 110.0)
+    rig.engine.tick(112.1)
+    assert not rig.engine.requests
+    rig.engine.check_integrity()
+
+
+def test_a_slow_client_is_cut_off_and_others_are_not(rig: Rig) -> None:
+    other = b"o" * 16
+    rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], "slow")[0], rig.now)
+    good = msgspec.structs.replace(rig.request(CHATS["text only"], "good")[0], client_id=other)
+    rig.engine.handle(good, rig.now)
+    rig.publisher.full.add(CLIENT)
+    rig.engine.step(rig.now)
+    rig.engine.tick(5.0)
+    assert list(rig.engine.requests) == ["good"]
+    rig.run()
+    assert len(rig.tokens("good")) == NUM_TOKENS
+    assert rig.engine.counters["clients_cut_off"] == 1
+
+
+def test_only_subscribed_clients_are_welcomed(rig: Rig) -> None:
+    rig.engine.handle(Hello(client_id=b"u" * 16, protocol=1), rig.now)
+    assert rig.publisher.take(Welcome) == []
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=1), rig.now)
+    assert len(rig.publisher.take(Welcome)) == 1
+
+
+def test_messages_of_dead_epochs_are_dropped_and_counted(rig: Rig) -> None:
+    rig.engine._is_current = lambda message: message.epoch >= 2
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    assert not rig.engine.requests
+    assert rig.engine.counters["stale_messages"] == 1

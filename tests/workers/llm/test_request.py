@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.checkpoints import EMBEDDED
+from pipeline.messages import GenerateRequest, GridTHW, MmChunk, MmItem, pack_int32
+from pipeline.sampling import SamplingParams
+from pipeline.tensors import TensorHandle
+from pipeline.topology import Role, WorkerId
+from tests.chats import CHATS
+from tests.reference import Reference
+from workers.llm.request import Lease, Request, mrope_positions
+
+
+def item(offset: int, grid: GridTHW) -> MmItem:
+    length = grid.num_patches // 4
+    return MmItem(offset, length, grid, b"hash", (MmChunk(b"hash", length, 0, 1),))
+
+
+def request(num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | None = 8, max_model_len: int = 1000) -> Request:
+    message = GenerateRequest(
+        sender=WorkerId(Role.PREPROCESS),
+        epoch=1,
+        client_id=b"c" * 16,
+        request_id="r",
+        attempt=1,
+        arrival=1,
+        prompt_token_ids=pack_int32(range(num_tokens)),
+        items=items,
+        sampling=SamplingParams(max_tokens=max_tokens),
+    )
+    return Request.from_wire(message, 2, max_model_len)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_positions_are_those_of_hugging_face(name: str) -> None:
+    reference = Reference(EMBEDDED / "model")
+    inputs = reference.inputs(CHATS[name])
+    ids = inputs["input_ids"]
+    grids = inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.int64))
+    positions, deltas = reference.model.model.get_rope_index(ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grids)
+    items, search = [], 0
+    for grid in grids.tolist():
+        start = next(i for i in range(search, ids.shape[1]) if ids[0, i] == reference.model.config.image_token_id)
+        items.append(item(start, GridTHW(*grid)))
+        search = start + items[-1].length
+    ours, delta = mrope_positions(ids.shape[1], items, 2)
+    assert ours.tolist() == positions[:, 0].tolist()
+    assert delta == int(deltas[0, 0])
+
+
+def test_a_video_counts_time_in_the_first_row() -> None:
+    positions, delta = mrope_positions(2 + 3 * 2 * 2 + 1, [item(2, GridTHW(3, 4, 4))], 2)
+    assert positions[0].tolist() == [0, 1] + [2] * 4 + [3] * 4 + [4] * 4 + [5]
+    assert positions[2].tolist() == [0, 1] + [2, 3, 2, 3] * 3 + [5]
+    assert delta == 6 - 15
+
+
+def test_positions_behind_the_prompt_go_on_with_the_delta() -> None:
+    made = request(12, (item(2, GridTHW(1, 4, 4)),))
+    whole = made.positions_of(0, 12)
+    assert np.array_equal(np.concatenate([made.positions_of(0, 5), made.positions_of(5, 12)], axis=1), whole)
+    assert made.positions_of(12, 14).tolist() == [[12 + made.position_delta, 13 + made.position_delta]] * 3
+    assert whole.max() + 1 == 12 + made.position_delta
+
+
+def handle(rows: int) -> TensorHandle:
+    return TensorHandle("vit.0", 1, 0, 1, 0, (rows, 8), "float32")
+
+
+def test_prefill_may_go_up_to_the_first_missing_embedding() -> None:
+    made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
+    assert made.num_ready_tokens() == 3
+    made.chunks[1].embeddings = handle(8)
+    assert made.num_ready_tokens() == 3
+    made.chunks[0].embeddings = handle(4)
+    assert made.num_ready_tokens() == 30
+
+
+def test_embeddings_are_cut_to_the_chunk_of_the_step() -> None:
+    made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
+    for chunk in made.chunks:
+        chunk.embeddings = handle(chunk.wire.num_tokens)
+    slices = made.embedding_slices(5, 14)
+    assert [(part.start, part.offset, part.length) for part in slices] == [(2, 0, 2), (0, 5, 4)]
+    assert made.embedding_slices(7, 10) == ()
+
+
+def test_each_lease_is_handed_out_once_and_only_when_read() -> None:
+    made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
+    for number, chunk in enumerate(made.chunks):
+        chunk.embeddings, chunk.lease = handle(chunk.wire.num_tokens), Lease(0, number + 1)
+    made.num_computed_tokens = 6
+    assert made.take_read_leases() == []
+    made.num_computed_tokens = 7
+    assert made.take_read_leases() == [Lease(0, 1)]
+    assert made.take_read_leases() == []
+    assert made.num_ready_tokens() == 30
+    assert made.take_all_leases() == [Lease(0, 2)]
+
+
+def test_max_tokens_is_cut_to_the_context() -> None:
+    assert request(10, max_tokens=None, max_model_len=100).max_tokens == 90
+    assert request(10, max_tokens=500, max_model_len=100).max_tokens == 90
+    assert request(10, max_tokens=5, max_model_len=100).max_tokens == 5

@@ -1,0 +1,164 @@
+"""What may come in, and what may not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from pipeline.config import PreprocessConfig
+from pipeline.errors import RequestError
+from workers.preprocess.fetch import Fetcher, decode_base64, is_public
+
+Get = Callable[..., Awaitable[bytes]]
+
+
+async def handle(request: web.Request) -> web.StreamResponse:
+    match request.path:
+        case "/picture":
+            return web.Response(body=b"picture")
+        case "/large":
+            return web.Response(body=bytes(3 << 20))
+        case "/endless":
+            response = web.StreamResponse()
+            await response.prepare(request)
+            with pytest.raises((ConnectionError, asyncio.CancelledError)):
+                while True:
+                    await response.write(bytes(1 << 16))
+            return response
+        case "/slow":
+            await asyncio.sleep(30)
+            return web.Response()
+        case "/loop":
+            raise web.HTTPFound("/loop")
+        case "/once":
+            raise web.HTTPFound("/picture")
+        case "/to-file":
+            raise web.HTTPFound("file:///etc/passwd")
+        case _:
+            raise web.HTTPNotFound
+
+
+@pytest.fixture
+async def base() -> AsyncIterator[str]:
+    application = web.Application()
+    application.router.add_get("/{tail:.*}", handle)
+    runner = web.AppRunner(application, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def get() -> AsyncIterator[Get]:
+    fetchers: list[Fetcher] = []
+
+    async def fetch(url: str, **options: object) -> bytes:
+        fetchers.append(Fetcher(PreprocessConfig(**{"max_media_mib": 1, "media_timeout_s": 1.0, "allow_private_media": True, **options})))
+        return await fetchers[-1].fetch(url, "messages[0].content[0].image_url")
+
+    yield fetch
+    for fetcher in fetchers:
+        await fetcher.close()
+
+
+async def test_downloads_and_follows_a_redirect(base: str, get: Get) -> None:
+    assert await get(f"{base}/picture") == b"picture"
+    assert await get(f"{base}/once") == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "status"),
+    [
+        ("/missing", "status 404", 400),
+        ("/large", "larger than 1 MiB", 413),
+        ("/endless", "larger than 1 MiB", 413),
+        ("/slow", "within 1 s", 400),
+        ("/loop", "redirects more than", 400),
+        ("/to-file", "neither http nor https", 400),
+    ],
+)
+async def test_bad_answers_are_refused(base: str, get: Get, path: str, words: str, status: int) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        await get(base + path)
+    assert caught.value.info.status == status
+    assert caught.value.info.field == "messages[0].content[0].image_url"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1/x",
+        "http://localhost:1/x",
+        "http://[::1]:1/x",
+        "http://[::ffff:127.0.0.1]:1/x",
+        "http://10.0.0.1/x",
+        "http://169.254.169.254/latest",
+        "http://0.0.0.0:1/x",
+        "http://2130706433:1/x",
+        "http://0x7f.1:1/x",
+    ],
+)
+async def test_private_addresses_are_not_reached(url: str, get: Get) -> None:
+    with pytest.raises(RequestError, match="cannot be reached"):
+        await get(url, allow_private_media=False)
+
+
+async def test_a_running_local_server_is_not_reached_by_name_or_number(base: str, get: Get) -> None:
+    for url in (f"{base}/picture", f"{base.replace('127.0.0.1', 'localhost')}/picture"):
+        with pytest.raises(RequestError, match="cannot be reached"):
+            await get(url, allow_private_media=False)
+
+
+async def test_only_allowed_hosts(base: str, get: Get) -> None:
+    assert await get(f"{base}/picture", allowed_media_domains=("127.0.0.1",)) == b"picture"
+    for url in (f"{base}/picture", "http://good.example\\@evil.example/x", "http://good.example@evil.example/x"):
+        with pytest.raises(RequestError, match="not among the allowed|cannot be understood"):
+            await get(url, allowed_media_domains=("good.example",))
+
+
+@pytest.mark.parametrize("url", ["ftp://host/x", "gopher://x", "javascript:1", "http://", "http://[broken", "no-scheme", ""])
+async def test_other_urls_are_refused(url: str, get: Get) -> None:
+    with pytest.raises(RequestError):
+        await get(url)
+
+
+async def test_files_only_under_the_allowed_folder(get: Get, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "media", tmp_path / "secret"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"inside")
+    outside.write_bytes(b"outside")
+    (folder / "link").symlink_to(outside)
+    (folder / "large").write_bytes(bytes(2 << 20))
+    allowed = {"allowed_local_media_path": str(folder)}
+    assert await get(f"file://{folder}/a.png", **allowed) == b"inside"
+    assert await get(f"{folder}/a.png", **allowed) == b"inside"
+    for path in (f"file://{outside}", f"{folder}/link", f"{folder}/../secret", f"{folder}", f"{folder}/missing", "/dev/zero", f"{folder}\0"):
+        with pytest.raises(RequestError, match="outside the allowed folder"):
+            await get(path, **allowed)
+    with pytest.raises(RequestError, match="larger than"):
+        await get(f"{folder}/large", **allowed)
+    with pytest.raises(RequestError, match="--allowed-local-media-path"):
+        await get(f"{folder}/a.png")
+
+
+def test_public_addresses() -> None:
+    assert is_public("93.184.216.34")
+    assert is_public("2606:2800:220:1::1")
+    assert not any(map(is_public, ("192.168.1.1", "100.64.0.1", "fe80::1%eth0", "fc00::1", "224.0.0.1", "255.255.255.255", "nonsense")))
+
+
+def test_base64() -> None:
+    assert decode_base64(b"aGVsbG8=", 100, "f") == b"hello"
+    assert decode_base64(memoryview(b"aGVsbG8"), 100, "f") == b"hello"
+    for broken in (b"aGVs*bG8=", b"a", "bäh".encode()):
+        with pytest.raises(RequestError, match="broken"):
+            decode_base64(broken, 100, "f")
+    with pytest.raises(RequestError) as caught:
+        decode_base64(b"A" * 200, 100, "f")
+    assert caught.value.info.status == 413
