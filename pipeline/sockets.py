@@ -42,6 +42,9 @@ M = TypeVar("M")
 M_contra = TypeVar("M_contra", contravariant=True)
 
 
+S = TypeVar("S", bound="Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]")
+
+
 class Received(NamedTuple, Generic[M]):
     message: M
     frames: list[memoryview]
@@ -153,8 +156,8 @@ class Receiver(Generic[M]):
             if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
                 return received
 
-    def close(self) -> None:
-        self.socket.close(linger=0)
+    def close(self, linger_ms: int = 0) -> None:
+        self.socket.close(linger=linger_ms)
 
 
 class AsyncReceiver(Generic[M]):
@@ -180,8 +183,8 @@ class AsyncReceiver(Generic[M]):
         self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
         self.socket.setsockopt(zmq.SUBSCRIBE, topic)
 
-    def close(self) -> None:
-        self.socket.close(linger=0)
+    def close(self, linger_ms: int = 0) -> None:
+        self.socket.close(linger=linger_ms)
 
 
 class Publisher(Generic[M]):
@@ -253,22 +256,24 @@ class Sockets:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.setsockopt(zmq.BLOCKY, False)
         self._async_context = zmq.asyncio.Context.shadow(self._context)
-        self._async_sockets: list[zmq.asyncio.Socket] = []  # a context closes only those of its own making
+        self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
+
+    def _keep(self, opened: S) -> S:
+        self._opened.append(opened)
+        return opened
 
     def _url(self, edge: Edge, rank: int) -> str:
         return address(self.run_dir, edge, self.epochs, rank)
 
     def sender(self, edge: Edge, rank: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Sender[Any]:
         assert edge.pattern is Pattern.PUSH_PULL
-        return Sender(self._context, self._url(edge, rank), high_water_mark)
+        return self._keep(Sender(self._context, self._url(edge, rank), high_water_mark))
 
     def receiver(self, edge: Edge, rank: int = 0) -> Receiver[Any]:
-        return Receiver(self._pull(self._context, edge, rank, 0), UNIONS[edge])
+        return self._keep(Receiver(self._pull(self._context, edge, rank, 0), UNIONS[edge]))
 
     def async_receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0) -> AsyncReceiver[Any]:
-        socket = self._pull(self._async_context, edge, rank, max_message_bytes)
-        self._async_sockets.append(socket)
-        return AsyncReceiver(socket, UNIONS[edge])
+        return self._keep(AsyncReceiver(self._pull(self._async_context, edge, rank, max_message_bytes), UNIONS[edge]))
 
     def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int) -> Any:
         assert edge.pattern is Pattern.PUSH_PULL
@@ -288,15 +293,13 @@ class Sockets:
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(self._url(edge, 0))
-        return Publisher(socket, accepts)
+        return self._keep(Publisher(socket, accepts))
 
     def subscriber(self, edge: Edge, topic: bytes = ALL) -> Receiver[Any]:
-        return Receiver(self._sub(self._context, edge, topic), UNIONS[edge])
+        return self._keep(Receiver(self._sub(self._context, edge, topic), UNIONS[edge]))
 
     def async_subscriber(self, edge: Edge, topic: bytes = ALL) -> AsyncReceiver[Any]:
-        socket = self._sub(self._async_context, edge, topic)
-        self._async_sockets.append(socket)
-        return AsyncReceiver(socket, UNIONS[edge])
+        return self._keep(AsyncReceiver(self._sub(self._async_context, edge, topic), UNIONS[edge]))
 
     def _sub(self, context: Any, edge: Edge, topic: bytes) -> Any:
         assert edge.pattern is Pattern.PUB_SUB
@@ -309,7 +312,7 @@ class Sockets:
         return socket
 
     def close(self, linger_ms: int = 0) -> None:
-        """Closes what is still open, giving queued messages `linger_ms` to leave."""
-        for socket in self._async_sockets:
-            socket.close(linger=linger_ms)
-        self._context.destroy(linger=linger_ms)
+        """Closes all that was opened, giving queued messages `linger_ms` to leave."""
+        for opened in self._opened:
+            opened.close(linger_ms)
+        self._context.term()

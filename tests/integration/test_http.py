@@ -1,0 +1,303 @@
+"""The OpenAI endpoint over real processes, driven by the `openai` client."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+import shutil
+import struct
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from pipeline.client import PipelineClient
+from pipeline.messages import ChatMessage
+from pipeline.sampling import SamplingParams
+from tests.integration.conftest import LIMITS
+from tests.pictures import data_url, encode, noise, scene
+from tests.servers import Server
+
+MODEL = "embedded-shapes"
+
+
+def picture(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(value: str) -> dict[str, Any]:
+    return {"type": "text", "text": value}
+
+
+def ask(client: openai.OpenAI, *parts: dict[str, Any] | str, **options: Any) -> Any:
+    content: Any = parts[0] if len(parts) == 1 and isinstance(parts[0], str) else list(parts)
+    return client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}], **options)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as made:
+        yield made
+
+
+def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    with urllib.request.urlopen(f"{server.url}/health", timeout=10) as response:
+        assert response.status == 200
+
+
+def test_the_answer_to_a_picture(client: openai.OpenAI) -> None:
+    answer = ask(client, picture(data_url(scene(1))), text("What is in this picture?"), max_tokens=30)
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content
+    assert choice.finish_reason in ("stop", "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens > 16, "a 112 x 112 picture alone has 16 placeholders"
+    assert answer.model == MODEL
+
+
+def test_length_and_stop(client: openai.OpenAI) -> None:
+    short = ask(client, "Who are you?", max_tokens=3)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
+    assert ask(client, "Who are you?", max_completion_tokens=2).usage.completion_tokens == 2
+    full = ask(client, "Who are you?", max_tokens=40, extra_body={"ignore_eos": True})
+    assert (full.choices[0].finish_reason, full.usage.completion_tokens) == ("length", 40)
+    word = full.choices[0].message.content.split()[2]
+    cut = ask(client, "Who are you?", max_tokens=40, stop=[word], extra_body={"ignore_eos": True})
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.choices[0].message.content == full.choices[0].message.content.split(word)[0]
+    assert cut.usage.completion_tokens < 40
+
+
+def test_streaming_gives_the_same_text(client: openai.OpenAI) -> None:
+    parts = (picture(data_url(scene(4))), text("Describe the picture."))
+    whole = ask(client, *parts, max_tokens=40)
+    chunks = list(ask(client, *parts, max_tokens=40, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [whole.choices[0].finish_reason]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert not any(chunk.usage for chunk in ask(client, *parts, max_tokens=4, stream=True))
+
+
+def raw(server: Server, body: bytes, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    request = urllib.request.Request(server.url + path, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read(), dict(response.headers)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(), dict(error.headers)
+
+
+def test_a_stream_ends_with_done(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "max_tokens": 3}
+    status, data, headers = raw(server, json.dumps(body).encode())
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/event-stream")
+    events = data.decode().strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events[:-1])
+
+
+def test_string_and_list_content_are_the_same_for_every_role(client: openai.OpenAI) -> None:
+    def answer(wrap: Any) -> Any:
+        chat = [("system", "Answer in a few words."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Who are you?")]
+        messages = [{"role": role, "content": wrap(words)} for role, words in chat]
+        return client.chat.completions.create(model=MODEL, messages=messages, max_tokens=10)
+
+    first, second = answer(lambda words: words), answer(lambda words: [text(words)])
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.usage == second.usage
+
+
+def test_seeded_sampling_repeats_itself(client: openai.OpenAI) -> None:
+    def draw(seed: int) -> str:
+        return str(ask(client, "Tell me a joke.", temperature=2.0, seed=seed, max_tokens=20).choices[0].message.content)
+
+    first = draw(1)
+    assert draw(1) == first
+    assert len({draw(seed) for seed in range(2, 6)} | {first}) > 1
+
+
+class Media(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        data = encode(scene(1))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def media_url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Media) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_one_picture_by_url_path_and_base64_gets_one_answer(client: openai.OpenAI, media_url: str, media_folder: Path) -> None:
+    (media_folder / "a.png").write_bytes(encode(scene(1)))
+    urls = [f"{media_url}/a.png", f"file://{media_folder}/a.png", f"{media_folder}/a.png", data_url(scene(1))]
+    answers = [ask(client, picture(url), text("What is it?"), max_tokens=12) for url in urls]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+    assert len({answer.usage.prompt_tokens for answer in answers}) == 1
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT" + bytes(8)
+
+
+def as_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+BAD_PICTURES = {
+    "broken base64": "data:image/png;base64,@@@@",
+    "no comma": "data:image/png;base64",
+    "a text file": as_url(b"this is only text"),
+    "1 x 500": as_url(encode(noise(1, (1, 500)))),
+    "30000 x 30000": as_url(png_header(30_000, 30_000)),
+    "truncated": as_url(encode(noise(1, (300, 300)))[:9000]),
+    "empty": as_url(b""),
+    "unreachable host": "http://127.0.0.1:9/x.png",
+    "unknown host": "http://does-not-exist.invalid/x.png",
+    "forbidden path": "file:///etc/passwd",
+    "unknown scheme": "ftp://example.org/x.png",
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_bad_picture_is_a_4xx_that_names_the_field_and_the_server_goes_on(name: str, stream: bool, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, text("look"), picture(BAD_PICTURES[name]), stream=stream, max_tokens=5)
+    error = caught.value
+    assert 400 <= error.status_code < 500
+    assert isinstance(error.body, dict)
+    assert error.body["type"] == "invalid_request_error"
+    assert str(error.body["param"]).startswith("messages")
+    if name != "no comma":
+        assert error.body["param"] == "messages[0].content[1].image_url"
+    assert ask(client, "Hello", max_tokens=2).usage.completion_tokens == 2
+
+
+LONG = "word " * 3000
+BAD_BODIES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown role": ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    "no messages": ({"messages": []}, "messages"),
+    "messages missing": ({}, "messages"),
+    "prompt longer than the model": ({"messages": [{"role": "user", "content": LONG}]}, "messages"),
+    "max_tokens 0": ({"max_tokens": 0}, "max_tokens"),
+    "max_tokens -1": ({"max_tokens": -1}, "max_tokens"),
+    "temperature NaN": ({"temperature": float("nan")}, "temperature"),
+    "n 2": ({"n": 2}, "n"),
+    "too many pictures": ({"messages": [{"role": "user", "content": [picture(data_url(scene(1)))] * 65}]}, "messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_bad_body_is_a_400_that_names_the_field_and_the_server_goes_on(name: str, server: Server, client: openai.OpenAI) -> None:
+    fields, field = BAD_BODIES[name]
+    messages = {} if name == "messages missing" else {"messages": [{"role": "user", "content": "x"}]}
+    status, data, _ = raw(server, json.dumps({**messages, **fields}).encode())
+    error = json.loads(data)["error"]
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", field)
+    assert ask(client, "Hello", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_unknown_models_routes_and_methods(server: Server) -> None:
+    status, data, _ = raw(server, json.dumps({"model": "gpt-9", "messages": [{"role": "user", "content": "x"}]}).encode())
+    assert (status, json.loads(data)["error"]["param"]) == (404, "model")
+    assert raw(server, b"{}", "/v1/nothing")[0] == 404
+    assert raw(server, b"{}", "/v1/models")[0] == 405
+    assert raw(server, b"not json")[0] == 400
+
+
+def test_a_body_beyond_the_limit_is_a_413(server: Server) -> None:
+    status, data, _ = raw(server, b'{"messages": "' + bytes(65 << 20) + b'"}')
+    assert (status, json.loads(data)["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_many_at_once_get_what_each_gets_alone(client: openai.OpenAI) -> None:
+    questions = [(scene(seed), words) for seed in range(4) for words in ("What is it?", "Describe the picture.", "How many shapes are there?")]
+
+    def answer(pair: Any) -> Any:
+        return ask(client, picture(data_url(pair[0])), text(pair[1]), max_tokens=15, temperature=0).choices[0].message.content
+
+    alone = [answer(pair) for pair in questions]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(answer, questions)) == alone
+
+
+@pytest.fixture
+async def direct(server: Server) -> AsyncIterator[PipelineClient]:
+    async with PipelineClient(server.run_dir) as client:
+        yield client
+
+
+async def test_direct_submission_gives_the_same_answer(direct: PipelineClient, client: openai.OpenAI) -> None:
+    expected = ask(client, "Who are you?", max_tokens=12, temperature=0)
+    pieces = [piece async for piece in direct.generate([ChatMessage("user", "Who are you?")], SamplingParams(temperature=0, max_tokens=12))]
+    assert "".join(piece.text for piece in pieces) == expected.choices[0].message.content
+    assert pieces[-1].num_prompt_tokens == expected.usage.prompt_tokens
+    assert pieces[-1].num_output_tokens == expected.usage.completion_tokens
+
+
+def test_a_client_that_disconnects_frees_its_request_at_once() -> None:
+    """With room for one request only, the next one runs as soon as the first one's connection is gone."""
+    with Server("--max-num-seqs", "1", *LIMITS) as server, server.client() as client:
+        stream = ask(client, "Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        start = time.monotonic()
+        ask(client, "Hello", max_tokens=900, extra_body={"ignore_eos": True})
+        alone = time.monotonic() - start
+        stream.close()
+        stream = ask(client, "Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+        start = time.monotonic()
+        ask(client, "Hello", max_tokens=2)
+        assert time.monotonic() - start < max(1.0, alone / 3)
+        deadline = time.monotonic() + 5
+        while "abort" not in server.output and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "ended: abort" in server.output
+
+
+def test_keys_guard_every_route_but_health() -> None:
+    with Server("--api-key", "secret-1", "secret-2", *LIMITS) as server:
+        for key in ("secret-1", "secret-2"):
+            with server.client(key) as good:
+                assert [model.id for model in good.models.list()] == [MODEL]
+        for bad in ("secret", "", "secret-1x"):
+            status, data, _ = raw(server, b"{}", Authorization=f"Bearer {bad}")
+            assert (status, json.loads(data)["error"]["type"]) == (401, "authentication_error")
+        with urllib.request.urlopen(f"{server.url}/health", timeout=10) as response:
+            assert response.status == 200
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_printed_curl_works_when_pasted(server: Server) -> None:
+    command = next(line for line in server.lines if line.startswith("curl "))
+    out = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(out.stdout)["choices"][0]["message"]["content"]

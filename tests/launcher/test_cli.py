@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoints import EMBEDDED, find_model
+from launcher.cli import build_parser, parse
+from launcher.placement import place, workers
+from launcher.run_dir import RunDir
+from pipeline.config import Config, ModelConfig
+from pipeline.topology import Role, WorkerId
+
+
+def test_defaults_are_those_of_the_dataclasses() -> None:
+    assert parse([]) == Config()
+
+
+def test_every_option_reaches_its_field() -> None:
+    config = parse(["--model", "m", "--tensor-parallel-size", "4", "--api-key", "a", "b", "--allow-private-media", "--kv-cache-gib", "0.5"])
+    assert (config.model.model, config.llm.tp, config.num_vits) == ("m", 4, 4)
+    assert (config.api.api_key, config.preprocess.allow_private_media, config.llm.kv_cache_gib) == (("a", "b"), True, 0.5)
+    assert parse(["--tp", "2", "--vit", "1"]).num_vits == 1
+
+
+def test_every_field_has_an_option_with_help() -> None:
+    text = build_parser().format_help()
+    for section in dataclasses.fields(Config()):
+        for field in dataclasses.fields(getattr(Config(), section.name)):
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert len(field.metadata["help"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--no-such-option"], "--no-such-option"),
+        (["--mod", "x"], "--mod"),
+        (["--tp", "0"], "tp must be at least 1, got 0"),
+        (["--port", "70000"], "port must be at most 65535, got 70000"),
+        (["--dtype", "int3"], "int3"),
+        (["--min-pixels", "10", "--max-pixels", "5"], "min_pixels must be at most max_pixels"),
+    ],
+)
+def test_bad_options_end_with_the_option_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_embedded_model_is_the_default_and_says_what_it_can() -> None:
+    model = find_model(ModelConfig())
+    assert model.folder == EMBEDDED / "model"
+    assert "shapes" in model.notice
+    assert model.sample is not None
+    assert model.sample.is_file()
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing"])
+def test_a_missing_folder_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        find_model(ModelConfig(model=name))
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="no safetensors"):
+        find_model(ModelConfig(model=str(tmp_path)))
+
+
+def test_a_hub_name_that_cannot_be_had_is_an_error_with_its_name() -> None:
+    with pytest.raises(ValueError, match="'nobody/nothing' cannot be downloaded"):
+        find_model(ModelConfig(model="nobody/nothing"))
+
+
+def test_modelscope_without_its_package_says_so() -> None:
+    with pytest.raises(ValueError, match="pip install modelscope"):
+        find_model(ModelConfig(model="nobody/nothing", download_from="modelscope"))
+
+
+@pytest.mark.parametrize("num_cores", [1, 2, 4, 8, 13, 64])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_cores_are_divided_and_none_is_left_without(num_cores: int, size: int) -> None:
+    cores = list(range(10, 10 + num_cores))
+    placement = place(cores, size, size)
+    assert set(placement) == set(workers(size, size))
+    for share in placement.values():
+        assert share.cores
+        assert set(share.cores) <= set(cores)
+        assert 1 <= share.num_threads <= len(share.cores)
+    if num_cores > 1:
+        vits = {core for index in range(size) for core in placement[WorkerId(Role.VIT, index)].cores}
+        ranks = {core for rank in range(size) for core in placement[WorkerId(Role.LLM, rank)].cores}
+        assert not vits & ranks
+        assert vits | ranks == set(cores)
+    assert [placement[WorkerId(Role.LLM, rank)].device for rank in range(size)] == list(range(size))
+
+
+def test_a_run_directory_is_private_locked_and_cleaned(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunDir(str(path), tmp_path) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(folder / "llm.1"))
+        with pytest.raises(ValueError, match="in use by another launcher"), RunDir(str(path), tmp_path):
+            pass
+    assert list(path.iterdir()) == []
+    path.chmod(0o755)
+    with pytest.raises(ValueError, match="mode 0700"), RunDir(str(path), tmp_path):
+        pass
+
+
+def test_a_run_directory_of_its_own_vanishes(tmp_path: Path) -> None:
+    with RunDir("", tmp_path) as folder:
+        assert folder.parent == tmp_path
+    assert os.listdir(tmp_path) == []

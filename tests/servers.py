@@ -1,0 +1,127 @@
+"""A real pipeline for a test: `python -m launcher` with real processes, and proof that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import openai
+
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 30
+
+
+class Server:
+    """Use as a context manager: it is up inside, and checked for leftovers at the end."""
+
+    def __init__(self, *options: str, expects_failure: bool = False) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="vlm-test-")
+        self.run_dir = Path(self._folder.name) / "run"
+        self.run_dir.mkdir(mode=0o700)
+        self._options, self._expects_failure = options, expects_failure
+        self.url = ""
+        self.lines: list[str] = []
+        self.children: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "launcher", "--port", "0", "--run-dir", str(self.run_dir), "--log-level", "debug", *self._options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        if not self._expects_failure:
+            if not self._ready.wait(START_TIMEOUT_S) or not self.url:
+                self._kill()
+                raise AssertionError("the server did not start:\n" + self.output)
+            self.children = children_of(self.process.pid)
+        return self
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if match := re.match(r"Serving at (\S+)/v1", line):
+                self.url = match.group(1)
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+
+    def wait(self) -> int:
+        """Waits for the launcher to end by itself."""
+        code = self.process.wait(STOP_TIMEOUT_S)
+        self._reader.join()
+        return code
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.wait()
+
+    def _kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._reader.join()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self.process.poll() is None:
+                code = self.stop()
+                assert code == 0 or kind is not None, f"the launcher ended with {code}:\n{self.output}"
+            self._reader.join()
+        except BaseException:
+            self._kill()
+            raise
+        finally:
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+        if kind is None:
+            self.assert_nothing_left()
+            assert "does not stop: killed" not in self.output, self.output
+            assert "Traceback" not in self.output, self.output
+            assert "AssertionError" not in self.output, self.output
+        self._folder.cleanup()
+
+    def assert_nothing_left(self) -> None:
+        assert [name for name, pid in self.children.items() if is_alive(pid)] == []
+        assert list(self.run_dir.iterdir()) == []
+
+
+def children_of(pid: int) -> dict[str, int]:
+    """Worker processes of a launcher by name, such as "vit.0" (numbered in the order of their start)."""
+    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for child in sorted(int(name) for name in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        role = next(part for part in command if part.startswith("workers.")).removeprefix("workers.")
+        found[f"{role}.{counts.get(role, 0)}"] = child
+        counts[role] = counts.get(role, 0) + 1
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_dead(pids: dict[str, int], timeout_s: float) -> list[str]:
+    """Names of those that still live after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while (left := [name for name, pid in pids.items() if is_alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left

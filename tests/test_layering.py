@@ -1,0 +1,66 @@
+"""Imports point one way, and only where they may; walked in the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path for folder in ("pipeline", "workers", "launcher") for path in (ROOT / folder).rglob("*.py"))
+WORKERS = ("api", "preprocess", "vit", "llm")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module}
+    return found
+
+
+def role_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if parts[0] == "workers" else parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    role, names = role_of(path), imports(path)
+    if role == "pipeline":
+        assert not [name for name in names if name.startswith(("workers", "launcher"))]
+    if role in (*WORKERS, "nn"):
+        assert not [name for name in names if name.startswith("launcher")]
+        others = [f"workers.{other}" for other in WORKERS if other != role]
+        assert not [name for name in names if name.startswith(tuple(others))], "no worker imports another"
+    if role == "launcher":
+        assert not [name for name in names if name.startswith("workers")], "the launcher starts workers by name"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_who_may_know_what(path: Path) -> None:
+    role, names = role_of(path), imports(path)
+    roots = {name.split(".")[0] for name in names}
+    if path != ROOT / "pipeline" / "sockets.py":
+        assert "zmq" not in roots
+    if role in ("pipeline", "api", "preprocess", "launcher") and path.name != "tensors.py":
+        assert "torch" not in roots
+    if path.name == "tensors.py":
+        assert "torch" not in {name.split(".")[0] for name in imports(path, top_level_only=True)}
+    assert not roots & {"pickle", "dill", "cloudpickle", "multiprocessing", "shelve"}
+    if path.name in ("scheduler.py", "block_manager.py", "batcher.py", "feature_cache.py", "router.py", "slots.py", "placement.py"):
+        assert not roots & {"torch", "zmq", "time", "asyncio", "socket"}, "decisions are pure"
+
+
+def test_only_the_command_line_reads_the_environment() -> None:
+    for path in FILES:
+        if path != ROOT / "launcher" / "cli.py":
+            source = path.read_text()
+            assert "os.getenv" not in source, path
+            assert "os.environ.get" not in source, path
+            assert "os.environ[" not in source, path

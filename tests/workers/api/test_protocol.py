@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.errors import RequestError
+from pipeline.messages import ChatMessage, ImagePart, TextPart
+from workers.api.protocol import decode_request, error_body, refuse_unserved, to_messages, to_sampling
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+
+
+def test_content_as_string_and_as_list_for_every_role() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x/y", "detail": "high"}}]
+    for role in ("system", "user", "assistant"):
+        assert to_messages(decode_request(body(messages=[{"role": role, "content": "a"}]))) == [ChatMessage(role, "a")]
+        made = to_messages(decode_request(body(messages=[{"role": role, "content": parts}])))
+        assert made == [ChatMessage(role, (TextPart("a"), ImagePart(url="http://x/y")))]
+    short = [{"type": "image_url", "image_url": "http://x/y"}]
+    assert to_messages(decode_request(body(messages=[{"role": "user", "content": short}])))[0].content == (ImagePart(url="http://x/y"),)
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b"", ""),
+        (b"{", ""),
+        (b"[]", ""),
+        (b"\xff\xfe", ""),
+        (b"{}", "messages"),
+        (b'{"messages": "x"}', "messages"),
+        (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
+        (body(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
+        (body(messages=[{"role": "user", "content": [{"type": "audio"}]}]), "messages[0].content[0].type"),
+        (body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content[0].image_url"),
+        (body(max_tokens="many"), "max_tokens"),
+        (body(temperature="hot"), "temperature"),
+        (body(stream="yes"), "stream"),
+        (b"[" * 100_000, ""),
+    ],
+)
+def test_bad_bodies_are_refused_by_field(data: bytes, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        decode_request(data)
+    assert caught.value.info.status == 400
+    assert caught.value.info.field == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": [""]}, "stop"),
+    ],
+)
+def test_sampling_out_of_range_names_the_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        to_sampling(decode_request(body(**fields)), {})
+    assert caught.value.info.field == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"presence_penalty": 0.5},
+        {"tools": [{"type": "function"}]},
+        {"response_format": {"type": "json_object"}},
+        {"logit_bias": {"5": 1.0}},
+        {"min_p": 0.1},
+    ],
+)
+def test_what_is_not_served_is_refused_not_ignored(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        refuse_unserved(decode_request(body(**fields)))
+    assert caught.value.info.field == next(iter(fields))
+
+
+def test_neutral_values_and_unknown_fields_pass() -> None:
+    refuse_unserved(decode_request(body(n=1, presence_penalty=0.0, tools=[], response_format={"type": "text"}, user="me", metadata={})))
+
+
+def test_the_models_own_defaults_hold_where_the_request_is_silent() -> None:
+    made = to_sampling(decode_request(body()), {"temperature": 0.1, "top_p": 0.5, "top_k": 3})
+    assert (made.temperature, made.top_p, made.top_k) == (0.1, 0.5, 3)
+    made = to_sampling(decode_request(body(temperature=1, top_k=0, max_tokens=3, max_completion_tokens=5)), {"temperature": 0.1, "top_k": 3})
+    assert (made.temperature, made.top_k, made.max_tokens) == (1, 0, 5)
+
+
+def test_error_object() -> None:
+    error = RequestError("bad", field="messages[0]", status=400).info
+    assert error_body(error) == {"error": {"message": "bad", "type": "invalid_request_error", "param": "messages[0]", "code": 400}}
