@@ -78,22 +78,23 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if self.process.poll() is None:
-                code = self.stop()
-                assert code == 0 or kind is not None, f"the launcher ended with {code}:\n{self.output}"
-            self._reader.join()
-        except BaseException:
-            self._kill()
-            raise
+            self._end(is_failing=kind is not None)
         finally:
+            if self.process.poll() is None:
+                self._kill()
             assert self.process.stdout is not None
             self.process.stdout.close()
-        if kind is None:
+            self._folder.cleanup()
+
+    def _end(self, is_failing: bool) -> None:
+        if self.process.poll() is None:
+            code = self.stop()
+            assert code == 0 or is_failing, f"the launcher ended with {code}:\n{self.output}"
+        self._reader.join()
+        if not is_failing:
             self.assert_nothing_left()
-            assert "does not stop: killed" not in self.output, self.output
-            assert "Traceback" not in self.output, self.output
-            assert "AssertionError" not in self.output, self.output
-        self._folder.cleanup()
+            for words in ("does not stop: killed", "Traceback", "AssertionError"):
+                assert words not in self.output, self.output
 
     def assert_nothing_left(self) -> None:
         assert [name for name, pid in self.children.items() if is_alive(pid)] == []

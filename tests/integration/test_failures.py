@@ -1,0 +1,181 @@
+"""What happens when a worker dies, fails to start, or the launcher goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.integration.conftest import LIMITS
+from tests.servers import Server, wait_until_dead
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(model="embedded-shapes", messages=[{"role": "user", "content": "Hello"}], **options)
+
+
+@pytest.mark.parametrize("victim", ["preprocess.0", "vit.1", "llm.0", "llm.1"])
+def test_a_death_ends_the_launcher_with_its_name_and_every_request_with_an_error(victim: str) -> None:
+    with Server("--tp", "2", *LIMITS) as server, server.client() as client:
+        errors: list[BaseException] = []
+
+        def stream() -> None:
+            try:
+                for _ in ask(client, max_tokens=900, stream=True, extra_body={"ignore_eos": True}):
+                    started.set()
+            except openai.APIError as error:
+                errors.append(error)
+
+        def whole() -> None:
+            try:
+                ask(client, max_tokens=900, extra_body={"ignore_eos": True})
+            except openai.APIError as error:
+                errors.append(error)
+
+        started = threading.Event()
+        threads = [threading.Thread(target=stream), threading.Thread(target=whole)]
+        for thread in threads:
+            thread.start()
+        assert started.wait(30)
+        os.kill(server.children[victim], signal.SIGKILL)
+        assert server.wait() == 1
+        for thread in threads:
+            thread.join(20)
+        assert f"{victim} was killed by SIGKILL" in server.output
+        assert len(errors) == 2
+        assert all(f"{victim} was killed by SIGKILL" in str(error) for error in errors), errors
+        assert [getattr(error, "status_code", None) for error in errors].count(503) == 1, "the stream had its status already"
+        server.assert_nothing_left()
+
+
+def test_the_death_of_the_endpoint_ends_the_launcher() -> None:
+    with Server(*LIMITS) as server:
+        os.kill(server.children["api.0"], signal.SIGKILL)
+        assert server.wait() == 1
+        assert "api.0 was killed by SIGKILL" in server.output
+
+
+def broken_weights(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[8:16] = b"\xff" * 8
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(broken_weights, "SafetensorError"), (broken_config, "'llama'; served are qwen2_vl"), (no_template, "has no chat template")],
+)
+def test_a_worker_that_cannot_start_ends_the_launcher_with_its_own_error(spoil: Any, words: str, tmp_path: Path) -> None:
+    spoil(make_checkpoint(tmp_path / "model"))
+    with Server("--model", str(tmp_path / "model"), expects_failure=True) as server:
+        assert server.wait() == 1
+        assert words in server.output
+        server.assert_nothing_left()
+
+
+def test_a_model_that_does_not_divide_is_refused_with_the_numbers() -> None:
+    with Server("--tp", "3", "--vit", "1", expects_failure=True) as server:
+        assert server.wait() == 1
+        assert "tp 3 does not divide the model's 4 attention heads" in server.output
+
+
+def test_a_context_that_does_not_fit_is_refused_with_the_numbers() -> None:
+    with Server("--max-model-len", "8000", "--kv-cache-gib", "0.001", expects_failure=True) as server:
+        assert server.wait() == 1
+        assert "kv_cache_gib is 0.001" in server.output
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with Server("--port", str(taken.getsockname()[1]), expects_failure=True) as server:
+            assert server.wait() == 1
+            assert "api.0" in server.output
+            assert "address already in use" in server.output
+
+
+def test_ctrl_c_lets_open_requests_finish_and_refuses_new_ones() -> None:
+    with Server(*LIMITS) as server, server.client() as client:
+        texts: list[str] = []
+        started = threading.Event()
+
+        def stream() -> None:
+            for chunk in ask(client, max_tokens=150, stream=True, extra_body={"ignore_eos": True}):
+                started.set()
+                texts.extend(choice.finish_reason for choice in chunk.choices if choice.finish_reason)
+
+        thread = threading.Thread(target=stream)
+        thread.start()
+        assert started.wait(30)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        with pytest.raises(openai.APIError) as caught:
+            ask(client, max_tokens=2)
+        if isinstance(caught.value, openai.APIStatusError):
+            assert caught.value.status_code == 503
+            assert caught.value.response.headers["Retry-After"]
+        thread.join(30)
+        assert texts == ["length"]
+        assert server.wait() == 0
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with Server("--shutdown-timeout", "60", "--max-model-len", "8192") as server, server.client() as client:
+        stream = ask(client, max_tokens=8000, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 8
+        stream.close()
+
+
+def test_nothing_of_a_killed_launcher_lives_on() -> None:
+    with Server(*LIMITS) as server:
+        server.process.kill()
+        assert wait_until_dead(server.children, 5) == []
+        server.process.wait()
+        assert (server.run_dir / "lock").exists()
+        for left in server.run_dir.iterdir():
+            left.unlink()
+    with Server(*LIMITS) as server, server.client() as client:
+        assert ask(client, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_run_directory_with_the_leftovers_of_a_killed_launcher_is_taken_over(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "launcher", "--port", "0", "--run-dir", str(run_dir), *LIMITS]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert first.stdout is not None
+    assert any(line.startswith("Serving") for line in first.stdout)
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    assert len(list(run_dir.iterdir())) > 3
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as second:
+        assert second.stdout is not None
+        assert any(line.startswith("Serving") for line in second.stdout)
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(30) == 0
+    assert list(run_dir.iterdir()) == []

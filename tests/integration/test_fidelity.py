@@ -1,0 +1,122 @@
+"""Greedy tokens through the whole pipeline, real processes and sockets, are Hugging Face's: alone, together, chunked, sharded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoints import EMBEDDED
+from pipeline.client import PipelineClient
+from pipeline.messages import ChatMessage
+from pipeline.sampling import SamplingParams
+from tests.chats import CHATS, Chat, to_messages
+from tests.integration.conftest import LIMITS
+from tests.pictures import noise
+from tests.reference import Answer, Reference, assert_same_tokens
+from tests.servers import Server
+
+NUM_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+SETUPS = {
+    "default": (),
+    "small chunks and blocks": ("--max-num-batched-tokens", "9", "--block-size", "4", "--vit-max-batch-patches", "16"),
+    "tp 2": ("--tp", "2"),
+    "tp 4": ("--tp", "4"),
+}
+
+
+@pytest.fixture(scope="module")
+def references(random_checkpoint: Path) -> dict[str, Answer]:
+    reference = Reference(random_checkpoint)
+    return {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
+
+
+async def generate(client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes]) -> tuple[list[int], int]:
+    pieces = [piece async for piece in client.generate(messages, GREEDY, media)]
+    return [token for piece in pieces for token in piece.token_ids], pieces[-1].num_prompt_tokens
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, references: dict[str, Answer]) -> None:
+    async def run(server: Server) -> None:
+        async with PipelineClient(server.run_dir) as client:
+            for name, chat in CHATS.items():  # one after the other
+                tokens, num_prompt_tokens = await generate(client, *to_messages(chat))
+                assert num_prompt_tokens == len(references[name].prompt_token_ids)
+                assert_same_tokens(tokens, references[name], f"{setup}, {name}")
+            for _ in range(2):  # all at once; the second time with every picture cached
+                together = await asyncio.gather(*(generate(client, *to_messages(chat)) for chat in CHATS.values()))
+                for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
+                    assert_same_tokens(tokens, answer, f"{setup}, {name}, together")
+
+    with Server("--model", str(random_checkpoint), "--dtype", "float32", *LIMITS, *SETUPS[setup]) as server:
+        asyncio.run(run(server))
+
+
+@pytest.mark.parametrize("tp", ["1", "4"])
+def test_greedy_tokens_of_the_embedded_model(tp: str) -> None:
+    """The user's own command: the embedded model, `--tp 4`, on a CPU."""
+    reference = Reference(EMBEDDED / "model")
+    references = {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
+
+    async def run(server: Server) -> None:
+        async with PipelineClient(server.run_dir) as client:
+            together = await asyncio.gather(*(generate(client, *to_messages(chat)) for chat in CHATS.values()))
+            for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
+                assert_same_tokens(tokens, answer, f"tp {tp}, {name}")
+
+    with Server("--tp", tp, "--dtype", "float32", *LIMITS) as server:
+        roles = [name.split(".")[0] for name in server.children]
+        assert (roles.count("llm"), roles.count("vit")) == (int(tp), int(tp))
+        asyncio.run(run(server))
+
+
+def many_pictures(request: int, count: int) -> Chat:
+    parts: list[object] = []
+    for number in range(count):
+        parts += [f"{number}", noise(1000 * request + number, (28, 28))]
+    return [("user", [*parts, "What is the last one?"])]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("vits", ["1", "2"])
+def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) -> None:
+    """8 requests of 64 small pictures each, pools of three chunks: all finish, with the tokens that they get alone."""
+    from tests.checkpoints import make_checkpoint
+
+    folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
+    options = ["--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--vit", vits, "--dtype", "float32"]
+
+    async def run(server: Server) -> None:
+        async with PipelineClient(server.run_dir) as client:
+            chats = [to_messages(many_pictures(request, 64)) for request in range(8)]
+            together = await asyncio.gather(*(generate(client, *chat) for chat in chats))
+            for chat, (tokens, _) in list(zip(chats, together, strict=True))[:2]:
+                alone, _ = await generate(client, *chat)
+                assert alone == tokens
+
+    with Server("--model", str(folder), *options) as server:
+        asyncio.run(asyncio.wait_for(run(server), 100))
+
+
+def test_bfloat16_agreement_is_reported(random_checkpoint: Path, references: dict[str, Answer], record_property: pytest.FixtureRequest) -> None:
+    """In bfloat16 the rate of agreement is reported, not demanded; that it serves at all is."""
+
+    async def run(server: Server) -> float:
+        same = 0
+        async with PipelineClient(server.run_dir) as client:
+            for name, chat in CHATS.items():
+                tokens, _ = await generate(client, *to_messages(chat))
+                assert len(tokens) == NUM_TOKENS
+                same += sum(mine == theirs for mine, theirs in zip(tokens, references[name].token_ids, strict=True))
+        return same / (NUM_TOKENS * len(CHATS))
+
+    with Server("--model", str(random_checkpoint), "--dtype", "bfloat16", *LIMITS) as server:
+        rate = asyncio.run(run(server))
+    record_property("bfloat16_agreement", rate)  # type: ignore[operator]
+    print(f"bfloat16 tokens equal to float32 Hugging Face: {rate:.0%}")
+    assert 0 < rate <= 1
+
+
