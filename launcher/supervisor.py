@@ -193,10 +193,12 @@ class Supervisor:
                     child.error = message.error
 
     def _check_children(self) -> None:
-        for child in self._children.values():
-            if child.process.poll() is not None:
-                self._read_status()  # its last words
-                raise WorkerDied(f"{child.worker} {_describe_exit(child.process.returncode)}{': ' if child.error else ''}{child.error}")
+        dead = [child for child in self._children.values() if child.process.poll() is not None]
+        if dead:
+            self._read_status()  # their last words
+            # One that was killed comes first: others may have ended because it did, as ranks in a collective do.
+            first = min(dead, key=lambda child: child.process.returncode)
+            raise WorkerDied(f"{first.worker} {_describe_exit(first.process.returncode)}{': ' if first.error else ''}{first.error}")
 
     # End.
 
@@ -222,9 +224,12 @@ class Supervisor:
         return ""
 
     def _stop(self, reason: str) -> None:
-        """Ends and reaps every worker."""
+        """Ends and reaps every worker. One that is still starting holds nothing yet, and may not listen yet: it is killed."""
         self._control.publish(Shutdown(reason=reason))
         end = time.monotonic() + STOP_TIMEOUT_S
+        for child in self._children.values():
+            if not child.is_serving:
+                child.process.kill()
         for child in self._children.values():
             try:
                 child.process.wait(max(0.0, end - time.monotonic()))

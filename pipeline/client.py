@@ -241,7 +241,7 @@ class PipelineClient:
         assert self._ingest is not None
         while not self._welcome.done():
             self._ingest.send(Hello(client_id=self._client_id, protocol=PROTOCOL_VERSION))
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, PipelineError):
                 await asyncio.wait_for(asyncio.shield(self._welcome), HELLO_INTERVAL_S)
 
     async def _read_outputs(self, outputs: AsyncReceiver[OutputsMessage]) -> None:

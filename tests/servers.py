@@ -93,8 +93,9 @@ class Server:
         self._reader.join()
         if not is_failing:
             self.assert_nothing_left()
-            for words in ("does not stop: killed", "Traceback", "AssertionError"):
-                assert words not in self.output, self.output
+            assert "does not stop: killed" not in self.output, self.output
+            assert self.process.returncode or "Traceback" not in self.output, self.output
+            assert "AssertionError" not in self.output, self.output
 
     def assert_nothing_left(self) -> None:
         assert [name for name, pid in self.children.items() if is_alive(pid)] == []

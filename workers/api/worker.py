@@ -10,6 +10,7 @@ import uvloop
 from aiohttp import web
 
 from pipeline.client import PipelineClient
+from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import Shutdown
 from pipeline.process import ShutdownRequested, WorkerContext
@@ -47,7 +48,12 @@ async def _serve(context: WorkerContext) -> None:
     async def serve() -> None:
         site = web.TCPSite(runner, config.api.host, config.api.port)
         await site.start()
-        await client.start(START_TIMEOUT_S)
+        try:
+            await client.start(START_TIMEOUT_S)
+        except PipelineError:
+            if not client.failure:
+                raise
+            return  # the launcher ends everything, and `watch` hears it too
         server.is_ready = True
         port: int = runner.addresses[0][1]
         context.ready(port=port)
