@@ -116,7 +116,4 @@ def test_bfloat16_agreement_is_reported(random_checkpoint: Path, references: dic
     with Server("--model", str(random_checkpoint), "--dtype", "bfloat16", *LIMITS) as server:
         rate = asyncio.run(run(server))
     record_property("bfloat16_agreement", rate)  # type: ignore[operator]
-    print(f"bfloat16 tokens equal to float32 Hugging Face: {rate:.0%}")
     assert 0 < rate <= 1
-
-

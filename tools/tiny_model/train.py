@@ -98,7 +98,7 @@ class Batches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         rng = random.Random(self.seed)
-        processor = Qwen2VLImageProcessorPil(**IMAGE_LIMITS)
+        processor = Qwen2VLImageProcessorPil(min_pixels=IMAGE_LIMITS["min_pixels"], max_pixels=IMAGE_LIMITS["max_pixels"])
         while True:
             size = rng.choices(SIZES, weights=(7, 1, 1, 1))[0]
             scenes = [make_scene(rng, crowded=not self.num_turns and rng.random() < 0.8) for _ in range(self.batch_size)]
@@ -149,9 +149,9 @@ def make_fast(model: Qwen2VLForConditionalGeneration) -> None:
 
         return forward
 
-    model.model.visual.patch_embed.forward = embed_patches  # type: ignore[method-assign]
+    model.model.visual.patch_embed.forward = embed_patches
     for block in model.model.visual.blocks:
-        block.attn.forward = attend(block.attn)  # type: ignore[method-assign,assignment]
+        block.attn.forward = attend(block.attn)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -216,15 +216,19 @@ def run_stage(name: str, model: Qwen2VLForConditionalGeneration, head: DenseHead
 
 def export(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
     """Writes config, fp16 weights, generation and image-processor settings beside the tokenizer that is already there."""
-    model.generation_config.update(
-        do_sample=False, eos_token_id=[model.config.text_config.eos_token_id, model.config.text_config.bos_token_id],
-        pad_token_id=model.config.text_config.pad_token_id, bos_token_id=model.config.text_config.bos_token_id,
-    )  # fmt: skip
-    model.to(torch.float16).save_pretrained(folder)
+    text = json.loads(model.config.to_json_string(use_diff=False))["text_config"]
+    ids = {name: text[name] for name in ("bos_token_id", "pad_token_id")}
+    model.generation_config.update(do_sample=False, eos_token_id=[text["eos_token_id"], text["bos_token_id"]], **ids)
+    model.half().save_pretrained(folder)
     settings = {
-        **IMAGE_LIMITS, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }  # fmt: skip
+        **IMAGE_LIMITS,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -240,7 +244,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = bpe.train(args.out)
-    model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).to(device).train()
+    model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).train()
+    nn.Module.to(model, device)
     head = DenseHead(model.config.text_config.hidden_size).to(device)
     if args.resume:
         state = torch.load(args.resume, weights_only=True, map_location=device)

@@ -66,9 +66,7 @@ class Rig:
         runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), 600, lambda done, total: None)
         self.scheduler = Scheduler(BlockManager(600, block_size), 8, budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
-        welcome = Welcome(
-            sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9
-        )
+        welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9)
         self.engine = Engine(
             {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, self.publisher, None, self.feedback, [self.vit]
         )  # fmt: skip

@@ -1,0 +1,243 @@
+"""The client library against a pipeline played by the test, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from launcher.checkpoints import EMBEDDED
+from pipeline.client import PipelineClient
+from pipeline.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.messages import (
+    PROTOCOL_VERSION,
+    AbortRequest,
+    Accepted,
+    ChatMessage,
+    Drain,
+    Hello,
+    ImagePart,
+    PipelineState,
+    RequestFailed,
+    RequestOutput,
+    Shutdown,
+    SubmitRequest,
+    TextPart,
+    TokenOutputs,
+    Welcome,
+    WorkerState,
+    pack_int32,
+)
+from pipeline.sampling import FinishReason, SamplingParams
+from pipeline.sockets import Received, Sockets
+from pipeline.topology import CONTROL, INGEST, OUTPUTS
+from tests.fakes import LLM_0, PREPROCESS
+
+CHAT = [ChatMessage("user", "Hello")]
+GREEDY = SamplingParams(temperature=0)
+
+
+class Pipeline:
+    """Answers like one, as the test says."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.sockets = Sockets(run_dir, {LLM_0: 1, PREPROCESS: 1})
+        self.control = self.sockets.publisher(CONTROL)
+        self.outputs = self.sockets.publisher(OUTPUTS, lambda topic: len(topic) == 16)
+        self.ingest = self.sockets.async_receiver(INGEST)
+        self.client_id = b""
+        self.protocol = PROTOCOL_VERSION
+        self.max_requests = 4
+        self.tokenizer = Tokenizer.from_file(str(EMBEDDED / "model" / "tokenizer.json"))
+
+    async def welcome(self) -> None:
+        """Plays the start: the state to the new subscriber, then Welcome once Hello and subscription are there."""
+        while True:
+            if any(event.is_new for event in self.control.subscriptions()):
+                states = tuple(WorkerState(worker, 1, True) for worker in (LLM_0, PREPROCESS))
+                self.control.publish(PipelineState(workers=states))
+            known = [event.topic for event in self.outputs.subscriptions()]
+            self.client_id = known[0] if known else self.client_id
+            try:
+                received = await asyncio.wait_for(self.ingest.receive(), 0.02)
+            except TimeoutError:
+                continue
+            if isinstance(received.message, Hello) and received.message.client_id == self.client_id:
+                self.say(
+                    Welcome, protocol=self.protocol, model_folder=str(EMBEDDED / "model"), model_name="m", max_model_len=100,
+                    max_requests=self.max_requests, max_request_bytes=1000,
+                )  # fmt: skip
+                return
+
+    def say(self, kind: Callable[..., Any], **fields: Any) -> None:
+        assert self.outputs.publish(kind(sender=LLM_0, epoch=1, **fields), self.client_id)
+
+    def say_tokens(self, request: SubmitRequest, offset: int, tokens: Sequence[int], finish: FinishReason | None = None) -> None:
+        output = RequestOutput(request.request_id, request.attempt, offset, pack_int32(tokens), finish)
+        self.say(TokenOutputs, outputs=(output,))
+
+    async def next(self, kind: type) -> Received[Any]:
+        while True:
+            received = await asyncio.wait_for(self.ingest.receive(), 5)
+            if isinstance(received.message, kind):
+                return received
+
+
+@pytest.fixture
+async def pipeline(tmp_path: Path) -> AsyncIterator[Pipeline]:
+    made = Pipeline(tmp_path)
+    yield made
+    made.sockets.close()
+
+
+@pytest.fixture
+async def client(pipeline: Pipeline, tmp_path: Path) -> AsyncIterator[PipelineClient]:
+    made = PipelineClient(tmp_path)
+    await asyncio.gather(made.start(), pipeline.welcome())
+    yield made
+    await made.close()
+
+
+async def collect(client: PipelineClient, chat: Sequence[ChatMessage] = CHAT, sampling: SamplingParams = GREEDY, media: Sequence[bytes] = ()) -> Any:
+    pieces = [piece async for piece in client.generate(chat, sampling, media)]
+    return "".join(piece.text for piece in pieces), pieces
+
+
+async def test_text_comes_in_pieces_with_its_counts(client: PipelineClient, pipeline: Pipeline) -> None:
+    ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
+    task = asyncio.create_task(collect(client))
+    request = (await pipeline.next(SubmitRequest)).message
+    assert request.sampling.seed is not None, "the client fixes the seed, so that a resubmission repeats it"
+    pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    for offset, token in enumerate(ids):
+        pipeline.say_tokens(request, offset, [token], FinishReason.STOP if offset == len(ids) - 1 else None)
+    text, pieces = await task
+    assert text == "A red circle."
+    assert (pieces[-1].num_prompt_tokens, pieces[-1].num_output_tokens, pieces[-1].finish_reason) == (9, len(ids), "stop")
+    assert client.num_open == 0
+
+
+async def test_a_gap_is_asked_for_and_overlap_is_dropped(client: PipelineClient, pipeline: Pipeline) -> None:
+    ids = pipeline.tokenizer.encode("A blue star at the top left.", add_special_tokens=False).ids
+    task = asyncio.create_task(collect(client, [ChatMessage("user", (ImagePart(frame=0),))], media=[b"bytes"]))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    pipeline.say_tokens(request, 0, ids[:2])
+    pipeline.say_tokens(request, 4, ids[4:5])  # tokens 2 and 3 got lost
+    query = await pipeline.next(SubmitRequest)
+    assert (query.message.request_id, query.message.attempt, query.message.num_received) == (request.request_id, 1, 2)
+    assert query.frames == [], "what was accepted is not sent again"
+    pipeline.say_tokens(request, 5, ids[5:6])
+    pipeline.say_tokens(request, 1, ids[1:], FinishReason.LENGTH)  # the answer overlaps with what is there
+    text, pieces = await task
+    assert text == "A blue star at the top left."
+    assert [token for piece in pieces for token in piece.token_ids] == ids
+    assert client.counters["gaps"] >= 1
+
+
+async def test_outputs_of_another_attempt_or_request_are_dropped_and_counted(client: PipelineClient, pipeline: Pipeline) -> None:
+    task = asyncio.create_task(collect(client))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(TokenOutputs, outputs=(RequestOutput(request.request_id, 0, 0, pack_int32([20]), FinishReason.STOP),))
+    pipeline.say(TokenOutputs, outputs=(RequestOutput("someone else", 1, 0, pack_int32([20]), FinishReason.STOP),))
+    pipeline.say_tokens(request, 0, [], FinishReason.STOP)
+    assert (await task)[0] == ""
+    assert client.counters["stale_outputs"] == 2
+
+
+async def test_a_failure_is_raised_with_its_field_and_status(client: PipelineClient, pipeline: Pipeline) -> None:
+    task = asyncio.create_task(collect(client))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(RequestFailed, request_id=request.request_id, attempt=1, error=ErrorInfo(413, "too large", "messages[0]"))
+    with pytest.raises(RequestError, match="too large") as caught:
+        await task
+    assert (caught.value.info.status, caught.value.info.field) == (413, "messages[0]")
+
+
+async def test_leaving_early_aborts_until_it_is_answered(client: PipelineClient, pipeline: Pipeline) -> None:
+    stream = client.generate(CHAT, GREEDY)
+    task = asyncio.create_task(anext(stream))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say_tokens(request, 0, [20])
+    await task
+    await stream.aclose()
+    first = (await pipeline.next(AbortRequest)).message
+    second = (await pipeline.next(AbortRequest)).message
+    assert first == second
+    assert first.request_id == request.request_id
+    pipeline.say_tokens(request, 1, [], FinishReason.ABORT)
+    await asyncio.sleep(0.1)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(pipeline.ingest.receive(), 1.5)
+
+
+async def test_a_stop_string_ends_the_request_upstream(client: PipelineClient, pipeline: Pipeline) -> None:
+    ids = pipeline.tokenizer.encode("A red circle at the top", add_special_tokens=False).ids
+    task = asyncio.create_task(collect(client, sampling=SamplingParams(stop=("circle",))))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say_tokens(request, 0, ids)
+    text, pieces = await task
+    assert (text, pieces[-1].finish_reason) == ("A red ", FinishReason.STOP)
+    assert (await pipeline.next(AbortRequest)).message.request_id == request.request_id
+
+
+async def test_data_urls_become_frames(client: PipelineClient, pipeline: Pipeline) -> None:
+    parts = (TextPart("look"), ImagePart(url="data:image/png;base64,aGVsbG8="), ImagePart(url="http://x/y"), ImagePart(frame=0))
+    task = asyncio.create_task(collect(client, [ChatMessage("user", parts)], media=[b"mine"]))
+    received = await pipeline.next(SubmitRequest)
+    assert [bytes(frame) for frame in received.frames] == [b"mine", b"aGVsbG8="]
+    content = received.message.messages[0].content
+    assert content == (TextPart("look"), ImagePart(frame=1, is_base64=True), ImagePart(url="http://x/y"), ImagePart(frame=0))
+    pipeline.say_tokens(received.message, 0, [], FinishReason.STOP)
+    await task
+
+
+async def test_limits_are_kept_before_anything_is_sent(client: PipelineClient, pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="the limit is 1000") as caught:
+        await collect(client, media=[bytes(1001)])
+    assert caught.value.info.status == 413
+    tasks = [asyncio.create_task(collect(client)) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(RequestError) as caught:
+        await collect(client)
+    assert caught.value.info.status == 429
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_the_end_of_the_pipeline_ends_every_request_with_its_reason(client: PipelineClient, pipeline: Pipeline) -> None:
+    tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    pipeline.control.publish(Shutdown(reason="vit.0 was killed by SIGKILL"))
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(result, RequestError)
+        assert result.info.status == 503
+        assert "vit.0 was killed by SIGKILL" in result.info.message
+    with pytest.raises(RequestError, match=r"vit\.0"):
+        await collect(client)
+
+
+async def test_nothing_new_while_draining(client: PipelineClient, pipeline: Pipeline) -> None:
+    pipeline.control.publish(Drain(timeout_s=1))
+    await asyncio.sleep(0.1)
+    with pytest.raises(RequestError) as caught:
+        await collect(client)
+    assert caught.value.info.status == 503
+
+
+async def test_another_protocol_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.protocol = 99
+    client = PipelineClient(tmp_path)
+    with pytest.raises(PipelineError, match="protocol 99"):
+        await asyncio.gather(client.start(), pipeline.welcome())
+    await client.close()
+
+
+async def test_no_pipeline_is_told_after_the_timeout(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="no pipeline answered"):
+        await PipelineClient(tmp_path).start(timeout_s=0.3)

@@ -1,0 +1,53 @@
+"""Submits one question straight over ZeroMQ, without HTTP, and streams the answer.
+
+    python tools/submit.py --run-dir RUN_DIR "What is in this picture?" --image launcher/embedded/samples/red-circle.png
+
+The run directory is the one that the launcher names when it is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from pipeline.client import PipelineClient
+from pipeline.errors import PipelineError, RequestError
+from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.sampling import SamplingParams
+
+
+async def submit(args: argparse.Namespace, media: list[bytes]) -> None:
+    parts: tuple[ImagePart | TextPart, ...] = (*(ImagePart(frame=index) for index in range(len(media))), TextPart(args.question))
+    sampling = SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
+    client = PipelineClient(args.run_dir)
+    await client.start(timeout_s=5)
+    try:
+        async for piece in client.generate([ChatMessage("user", parts)], sampling, media):
+            print(piece.text, end="", flush=True)
+            if piece.finish_reason is not None:
+                print(f"\n[{piece.finish_reason}: {piece.num_prompt_tokens} prompt tokens, {piece.num_output_tokens} output tokens]")
+    finally:
+        await client.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question")
+    parser.add_argument("--run-dir", required=True, help="the pipeline's run directory")
+    parser.add_argument("--image", action="append", default=[], help="file of a picture; may be given several times")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int)
+    try:
+        args = parser.parse_args()
+        asyncio.run(submit(args, [Path(place).read_bytes() for place in args.image]))
+    except (RequestError, PipelineError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
