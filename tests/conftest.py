@@ -17,9 +17,10 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))

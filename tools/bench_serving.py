@@ -156,7 +156,7 @@ def make_checkpoint(folder: Path) -> None:
 
     embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
     ids = {name: embedded[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2,
         "vocab_size": 151_936, "max_position_embeddings": 32_768, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
@@ -165,8 +165,13 @@ def make_checkpoint(folder: Path) -> None:
     torch.manual_seed(0)
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     Qwen2VLForConditionalGeneration(config).bfloat16().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(EMBEDDED / "model" / name, folder / name)
+    tokenizer = json.loads((EMBEDDED / "model" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    start = 1 + max(*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"]))
+    vocab.update({f"\u0120w{token}": token for token in range(start, text["vocab_size"])})  # every id is a word, so every token is an event
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 @contextmanager
