@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.log import LEVELS
 
 MIB = 1 << 20
+MAX_OPEN_ITEMS = 1 << 16
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -68,6 +69,9 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         _at_least(self, max_media_mib=1, max_image_pixels=1, max_items_per_request=0, pixel_pool_mib=0, max_open_requests=1, media_timeout_s=0.1)
         _at_least(self, min_pixels=1, max_pixels=1)
+        # A picture takes at most four messages on an edge, and all of them together must stay below the high-water mark.
+        if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_ITEMS:
+            raise ValueError(f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_ITEMS}, got {product}")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must be at most max_pixels, got {self.min_pixels} and {self.max_pixels}")
 

@@ -30,7 +30,7 @@ from pipeline.messages import (
 )
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM, OUTPUTS, STATUS, STEPS, Edge, Pattern, WorkerId, address
 
-HIGH_WATER_MARK = 65_536  # messages; credits keep every edge far below it
+HIGH_WATER_MARK = 1 << 18  # messages; credits keep every edge below it (see PreprocessConfig)
 MAX_FRAMES = 257  # of one multipart message
 ALL = b""  # topic of edges on which every subscriber gets everything
 UNIONS: dict[Edge, Any] = {

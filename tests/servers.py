@@ -27,6 +27,7 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="vlm-test-")
         self.run_dir = Path(self._folder.name) / "run"
         self.run_dir.mkdir(mode=0o700)
+        self._shared_memory = set(os.listdir("/dev/shm"))
         self._options, self._expects_failure = options, expects_failure
         self.url = ""
         self.lines: list[str] = []
@@ -100,6 +101,7 @@ class Server:
     def assert_nothing_left(self) -> None:
         assert [name for name, pid in self.children.items() if is_alive(pid)] == []
         assert list(self.run_dir.iterdir()) == []
+        assert set(os.listdir("/dev/shm")) <= self._shared_memory
 
 
 def children_of(pid: int) -> dict[str, int]:

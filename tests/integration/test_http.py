@@ -284,6 +284,24 @@ def test_a_client_that_disconnects_frees_its_request_at_once() -> None:
         assert "ended: abort" in server.output
 
 
+def test_overload_is_a_503_with_retry_after_and_passes() -> None:
+    with Server("--max-open-requests", "1", *LIMITS) as server, server.client() as client:
+        stream = ask(client, "Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(client, "Hello", max_tokens=2)
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["Retry-After"]
+        assert isinstance(caught.value.body, dict)
+        assert caught.value.body["type"] == "server_error"
+        stream.close()
+        deadline = time.monotonic() + 5
+        while "ended: abort" not in server.output and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        assert ask(client, "Hello", max_tokens=2).usage.completion_tokens == 2
+
+
 def test_keys_guard_every_route_but_health() -> None:
     with Server("--api-key", "secret-1", "secret-2", *LIMITS) as server:
         for key in ("secret-1", "secret-2"):
