@@ -28,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launcher",
         description="Serves a Qwen-VL model: image work and token generation in processes of their own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     for section in dataclasses.fields(Config):
@@ -43,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[object], hint: object) -> None:
     names = [f"--{field.name.replace('_', '-')}", *field.metadata["aliases"]]
     text = field.metadata["help"]
+    if field.default not in (None, "", (), False):
+        text += f" (default: {field.default})"
     if hint is bool:
         group.add_argument(*names, dest=field.name, action="store_true", help=text)
         return
@@ -75,10 +76,14 @@ def main(arguments: Sequence[str]) -> int:
     log.configure("launcher", config.launcher.log_level)
     try:
         model = find_model(config.model)
-        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+        if not base.is_absolute() or not os.access(base, os.W_OK | os.X_OK):
+            base = Path(tempfile.gettempdir())
         with RunDir(config.launcher.run_dir, base) as run_dir:
             named = dataclasses.replace(config.model, served_model_name=model.name)
             return Supervisor(dataclasses.replace(config, model=named), model, run_dir).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,18 +1,27 @@
-"""The private folder that holds the pipeline's sockets; one launcher at a time has it."""
+"""The private folder that holds the pipeline's sockets; one launcher at a time has it.
+
+Nothing in it is touched but what a pipeline puts there: the folder may be given, and hold the sockets of others.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.topology import EDGES
+
+EDGE_NAMES = "|".join(edge.name for edge in EDGES)
+OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+")  # sockets by edge, rank and epoch; where ranks meet
+
 
 class RunDir:
-    """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, without its sockets.
+    """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, with its lock file only.
 
     Raises ValueError when the folder is in use, or others may enter it.
     """
@@ -39,12 +48,11 @@ class RunDir:
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
-            if entry.is_socket() or entry.name.startswith("ranks."):
+            if OURS.fullmatch(entry.name):
                 entry.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._clear()
-        (self.path / "lock").unlink()
-        os.close(self._lock)
+        os.close(self._lock)  # the file stays: unlinking it would let two launchers lock two files of one name
         if self._is_own:
             shutil.rmtree(self.path, ignore_errors=True)

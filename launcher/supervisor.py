@@ -8,6 +8,7 @@ The death of a worker ends the pipeline, with that worker's name and reason, and
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import signal
@@ -41,6 +42,7 @@ from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 logger = logging.getLogger(__name__)
 FIRST_EPOCH = 1
 HEARTBEAT_S = 1.0
+START_TIMEOUT_S = 600.0  # without a word from any worker
 STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
 
 
@@ -66,6 +68,7 @@ class Child:
     stats: WorkerStats | None = None
     stats_time: float = 0.0
     error: str = ""
+    error_time: float = math.inf
 
     @property
     def is_serving(self) -> bool:
@@ -94,6 +97,7 @@ class Supervisor:
         self._num_signals = 0
         self._is_draining = False
         self._heartbeat_due = 0.0
+        self._last_news = time.monotonic()
         self._progress = ProgressBar()
 
     def run(self) -> int:
@@ -102,7 +106,7 @@ class Supervisor:
         reason = ""
         try:
             self._start()
-            self._wait_until(lambda: all(child.is_serving for child in self._children.values()))
+            self._wait_until(self._is_started)
             self._announce()
             self._wait_until(lambda: False)
         except _Stopped:
@@ -133,7 +137,11 @@ class Supervisor:
             self._poller.add(self._children[worker].sentinel)
 
     def _spawn(self, worker: WorkerId, placement: Placement) -> Child:
+        # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
+        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         process = subprocess.Popen([sys.executable, "-m", f"workers.{worker.role}"], stdin=subprocess.PIPE)
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
         spec = WorkerSpec(
             worker=worker, epochs={str(name): epoch for name, epoch in self._epochs.items()}, run_dir=str(self._run_dir),
             model_folder=str(self._model.folder), placement=placement, config=self._config,
@@ -146,10 +154,18 @@ class Supervisor:
         self._progress.close()
         api = self._children[WorkerId(Role.API)].ready
         assert api is not None
-        url = f"http://{self._config.api.host}:{api.details['port']}"
+        url = f"http://{shown_host(self._config.api.host)}:{api.details['port']}"
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
         sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example_request(url, self._model, self._config.api.api_key)}\n\n")
         sys.stdout.flush()
+
+    def _is_started(self) -> bool:
+        """Raises WorkerDied when nothing has been heard of the start for too long."""
+        late = [str(child.worker) for child in self._children.values() if not child.is_serving]
+        busy = [name for name in late if time.monotonic() - self._last_news > START_TIMEOUT_S]
+        if busy:
+            raise WorkerDied(f"{', '.join(busy)} did not become ready: no progress for {START_TIMEOUT_S:.0f} s")
+        return not late
 
     # Watch.
 
@@ -158,12 +174,12 @@ class Supervisor:
         while True:
             self._wakeup.clear()
             self._read_status()
+            if self._num_signals > int(self._is_draining):
+                raise _Stopped
             self._check_children()
             has_new = any(event.is_new for event in self._control.subscriptions())
             if has_new or time.monotonic() >= self._heartbeat_due:
                 self._publish_state()
-            if self._num_signals > int(self._is_draining):
-                raise _Stopped
             if is_done():
                 return
             self._poller.wait(max(0.0, self._heartbeat_due - time.monotonic()))
@@ -180,6 +196,7 @@ class Supervisor:
     def _read_status(self) -> None:
         while (received := self._status.receive()) is not None:
             message = received.message
+            self._last_news = time.monotonic()
             child = self._children[message.sender]
             match message:
                 case WorkerReady():
@@ -190,14 +207,14 @@ class Supervisor:
                     if not child.is_serving:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case WorkerFailed():
-                    child.error = message.error
+                    child.error, child.error_time = message.error, time.monotonic()
 
     def _check_children(self) -> None:
         dead = [child for child in self._children.values() if child.process.poll() is not None]
         if dead:
             self._read_status()  # their last words
-            # One that was killed comes first: others may have ended because it did, as ranks in a collective do.
-            first = min(dead, key=lambda child: child.process.returncode)
+            # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
+            first = min(dead, key=lambda child: (child.process.returncode >= 0, child.error_time))
             raise WorkerDied(f"{first.worker} {_describe_exit(first.process.returncode)}{': ' if first.error else ''}{first.error}")
 
     # End.
@@ -242,6 +259,12 @@ class Supervisor:
             child.sentinel.close()
         self._sockets.close()
         self._wakeup.close()
+
+
+def shown_host(host: str) -> str:
+    """The host as it is written in a URL; for a wildcard, the loopback address, which reaches it from here."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _describe_exit(code: int) -> str:

@@ -17,15 +17,17 @@ import os
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from tokenizers import Tokenizer
 
+from pipeline.config import MAX_ITEMS
 from pipeline.detokenizer import Detokenizer, StopStrings
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.messages import (
@@ -58,7 +60,7 @@ from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 logger = logging.getLogger(__name__)
 HELLO_INTERVAL_S = 0.1
 TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
-QUERY_AFTER_S = 10.0  # of silence before a request that was not accepted is asked about
+QUERY_AFTER_S = 10.0  # of silence before a request is asked about
 HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second
 MAX_ABORTS = 30
 PREPROCESS, LLM_0 = WorkerId(Role.PREPROCESS), WorkerId(Role.LLM)
@@ -110,7 +112,8 @@ class PipelineClient:
         self._aborting: dict[str, _Aborting] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._heartbeat = time.monotonic()
-        self._end: ErrorInfo | None = None  # set once the pipeline is gone
+        self._end: ErrorInfo | None = None  # set while the pipeline is gone
+        self._is_silent = False  # it is gone only in that it does not speak: it may come back
         self.is_draining = False
         self.counters = {"stale_outputs": 0, "gaps": 0}
 
@@ -123,20 +126,21 @@ class PipelineClient:
 
     async def start(self, timeout_s: float = 60.0) -> Welcome:
         """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
-        self._tasks.append(asyncio.create_task(self._read_control()))
+        self._start_task(self._read_control())
         try:
             welcome = await asyncio.wait_for(asyncio.shield(self._welcome), timeout_s)
         except TimeoutError:
             await self.close()
             raise PipelineError(f"no pipeline answered in {self._sockets.run_dir} within {timeout_s:.0f} s") from None
         self._tokenizer = Tokenizer.from_file(str(Path(welcome.model_folder) / "tokenizer.json"))
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._start_task(self._watch())
         return welcome
 
     async def close(self) -> None:
-        """Aborts what is open and leaves."""
-        for request_id in list(self._open):
+        """Aborts what is open and leaves; generators that still wait raise."""
+        for request_id, opened in list(self._open.items()):
             self._abort(request_id)
+            opened.events.put_nowait(ErrorInfo(503, "the client was closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -167,13 +171,13 @@ class PipelineClient:
             while True:
                 event = await opened.events.get()
                 if isinstance(event, ErrorInfo):
-                    del self._open[request]
+                    self._open.pop(request, None)
                     raise RequestError.from_info(event)
                 token_ids = tuple(unpack_int32(event.new_token_ids).tolist())
                 finish = event.finish_reason
                 text = stop_strings.add(detokenizer.add(token_ids, finish is not None), finish is not None)
                 if finish is not None:
-                    del self._open[request]
+                    self._open.pop(request, None)
                 if stop_strings.is_hit:
                     finish = FinishReason.STOP
                 yield Piece(text, token_ids, finish, opened.num_prompt_tokens, event.offset + len(token_ids))
@@ -197,11 +201,17 @@ class PipelineClient:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
         moved = tuple(_move_data_urls(message, frames) for message in messages)
-        if (size := sum(len(frame) for frame in frames)) > welcome.max_request_bytes:
-            raise RequestError(f"the media of the request has {size} bytes, the limit is {welcome.max_request_bytes}", status=413, field="messages")
+        if len(frames) > MAX_ITEMS:
+            raise RequestError(f"the request has {len(frames)} pictures, the limit is {MAX_ITEMS}", field="messages")
         request = SubmitRequest(client_id=self._client_id, request_id=request_id, attempt=1, messages=moved, sampling=sampling)
-        self._open[request_id] = _Open(request, frames, heard=time.monotonic())
+        try:
+            size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
+        except UnicodeEncodeError:
+            raise RequestError("the text is not valid Unicode", field="messages") from None
+        if size > welcome.max_request_bytes:
+            raise RequestError(f"the request has {size} bytes, the limit is {welcome.max_request_bytes}", status=413, field="messages")
         self._ingest.send(request, frames)
+        self._open[request_id] = _Open(request, frames, heard=time.monotonic())
         return request_id
 
     def _abort(self, request_id: str) -> None:
@@ -220,6 +230,8 @@ class PipelineClient:
             match message:
                 case PipelineState():
                     self.is_draining = message.is_draining
+                    if self._is_silent:
+                        self._end, self._is_silent = None, False
                     epochs = {state.worker: state.epoch for state in message.workers}
                     if self._outputs is None and PREPROCESS in epochs and LLM_0 in epochs:
                         self._connect(epochs)
@@ -234,10 +246,22 @@ class PipelineClient:
         self._sockets.epochs.update(epochs)
         self._ingest = self._sockets.sender(INGEST)
         self._outputs = self._sockets.async_subscriber(OUTPUTS, self._client_id)
-        self._tasks.append(asyncio.create_task(self._read_outputs(self._outputs)))
-        self._tasks.append(asyncio.create_task(self._say_hello(self._outputs)))
+        self._start_task(self._read_outputs(self._outputs))
+        self._start_task(self._say_hello())
 
-    async def _say_hello(self, outputs: AsyncReceiver[OutputsMessage]) -> None:
+    def _start_task(self, work: Coroutine[None, None, None]) -> None:
+        """A task whose failure ends every request, instead of leaving them to wait for ever."""
+
+        def on_done(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("the client library failed", exc_info=error)
+                self._fail(f"the client library failed: {type(error).__name__}")
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(on_done)
+        self._tasks.append(task)
+
+    async def _say_hello(self) -> None:
         assert self._ingest is not None
         while not self._welcome.done():
             self._ingest.send(Hello(client_id=self._client_id, protocol=PROTOCOL_VERSION))
@@ -309,11 +333,12 @@ class PipelineClient:
 
     async def _watch(self) -> None:
         """Repeats aborts, asks about silent requests, notices that the launcher is gone."""
-        while self._end is None:
+        while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            if now - self._heartbeat > HEARTBEAT_TIMEOUT_S:
+            if now - self._heartbeat > HEARTBEAT_TIMEOUT_S and self._end is None:
                 self._fail("the server no longer answers")
+                self._is_silent = True
             for request_id, aborting in list(self._aborting.items()):
                 aborting.num_sent += 1
                 if aborting.num_sent > MAX_ABORTS:
@@ -321,7 +346,9 @@ class PipelineClient:
                 elif self._ingest is not None:
                     self._ingest.send(aborting.message)
             for opened in self._open.values():
-                if not opened.is_accepted and now - opened.heard > QUERY_AFTER_S:
+                if now - opened.heard > QUERY_AFTER_S and self._ingest is not None:
+                    # Hello first: if we were cut off for not reading, it makes us known again.
+                    self._ingest.send(Hello(client_id=self._client_id, protocol=PROTOCOL_VERSION))
                     opened.is_asking = False
                     self._query(opened)
 
@@ -341,8 +368,9 @@ def _move_data_urls(message: ChatMessage, frames: list[bytes | memoryview]) -> C
             header, comma, payload = part.url.partition(",")
             if not comma:
                 raise RequestError("a data: URL has a comma before its data", field="messages")
-            parts.append(ImagePart(frame=len(frames), is_base64=header.lower().endswith(";base64")))
-            frames.append(payload.encode("utf-8", "surrogatepass"))
+            is_base64 = header.lower().endswith(";base64")
+            parts.append(ImagePart(frame=len(frames), is_base64=is_base64))
+            frames.append(payload.encode("utf-8", "surrogatepass") if is_base64 else unquote_to_bytes(payload))
         else:
             parts.append(part)
     return ChatMessage(message.role, tuple(parts))

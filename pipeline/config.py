@@ -5,13 +5,16 @@ What is learned at run time (the number of KV blocks, say) is not configuration:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.log import LEVELS
 
 MIB = 1 << 20
 MAX_OPEN_ITEMS = 1 << 16
+MAX_ITEMS = 256  # of one request: each may ride in a frame of its own
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -22,8 +25,8 @@ def option(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str 
 
 def _at_least(config: object, **limits: float) -> None:
     for name, limit in limits.items():
-        if (value := getattr(config, name)) is not None and value < limit:
-            raise ValueError(f"{name} must be at least {limit}, got {value}")
+        if (value := getattr(config, name)) is not None and not limit <= value < math.inf:
+            raise ValueError(f"{name} must be at least {limit} and finite, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +67,28 @@ class PreprocessConfig:
     min_pixels: int | None = option(None, "pictures are enlarged to at least this (default: the model's)", metavar="PIXELS")
     max_pixels: int | None = option(None, "pictures are reduced to at most this (default: the model's)", metavar="PIXELS")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
+    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in MiB; more get 503", metavar="MIB")
     max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
 
     def __post_init__(self) -> None:
-        _at_least(self, max_media_mib=1, max_image_pixels=1, max_items_per_request=0, pixel_pool_mib=0, max_open_requests=1, media_timeout_s=0.1)
+        _at_least(
+            self,
+            max_media_mib=1,
+            max_image_pixels=1,
+            max_items_per_request=0,
+            pixel_pool_mib=0,
+            max_open_requests=1,
+            max_open_media_mib=1,
+            media_timeout_s=0.1,
+        )
         _at_least(self, min_pixels=1, max_pixels=1)
         # A picture takes at most four messages on an edge, and all of them together must stay below the high-water mark.
         if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_ITEMS:
             raise ValueError(f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_ITEMS}, got {product}")
+        if self.max_items_per_request > MAX_ITEMS:
+            raise ValueError(f"max_items_per_request must be at most {MAX_ITEMS}, got {self.max_items_per_request}")
+        if self.allowed_local_media_path and not Path(self.allowed_local_media_path).is_dir():
+            raise ValueError(f"allowed_local_media_path {self.allowed_local_media_path!r} is no folder")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must be at most max_pixels, got {self.min_pixels} and {self.max_pixels}")
 
@@ -96,8 +113,8 @@ class LlmConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, tp=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
-        if not self.kv_cache_gib > 0:
-            raise ValueError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
+        if not 0 < self.kv_cache_gib < math.inf:
+            raise ValueError(f"kv_cache_gib must be above 0 and finite, got {self.kv_cache_gib}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
+MAX_PENDING = 16  # ids without text that are waited with: more are no unfinished character, and decoding them again gets slow
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
@@ -24,10 +25,18 @@ class Detokenizer:
 
     def add(self, token_ids: Iterable[int], is_last: bool = False) -> str:
         """The text that these ids add. An unfinished character waits for its rest, or until `is_last`."""
-        self._ids.extend(token_ids)
+        shown = []
+        for token_id in token_ids:
+            self._ids.append(token_id)
+            shown.append(self._advance(len(self._ids) - self._told > MAX_PENDING))
+        if is_last:
+            shown.append(self._advance(True))
+        return "".join(shown)
+
+    def _advance(self, must_show: bool) -> str:
         before = self._decode(self._ids[self._window : self._told])
         after = self._decode(self._ids[self._window :])
-        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not is_last):
+        if (len(after) <= len(before) or after.endswith(REPLACEMENT)) and not must_show:
             return ""
         self._window, self._told = self._told, len(self._ids)
         return after[len(before) :]

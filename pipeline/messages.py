@@ -217,7 +217,7 @@ class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
-    """preprocess → llm: a request's metadata, sent before any of its pixels."""
+    """preprocess → llm: a request's metadata, sent before any of its pixels; again, as a query, it never starts a request."""
 
     client_id: bytes
     request_id: str
@@ -228,6 +228,7 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_token_ids: bytes = b""
     num_received: int = 0
+    is_query: bool = False
 
 
 class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):

@@ -15,10 +15,10 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -87,6 +87,16 @@ class WorkerContext:
         return message.epoch >= self.sockets.epochs.get(message.sender, 0)
 
 
+def run_async(serve: Coroutine[Any, Any, None]) -> None:
+    """Runs an asynchronous worker; ShutdownRequested ends it in order, from whichever task."""
+    import uvloop
+
+    try:
+        uvloop.run(serve)
+    except* ShutdownRequested:
+        pass
+
+
 class ShutdownRequested(Exception):
     """The launcher ends the pipeline: unwinds a worker's loop from wherever it is."""
 
@@ -120,7 +130,8 @@ def run_worker(module: str) -> None:
     The module is imported only once cores and threads are settled, since torch reads them when it is loaded.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher alone decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the launcher alone decides
     spec = read_spec(sys.stdin.buffer)
     threading.Thread(target=_exit_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
     _settle(spec.placement)
@@ -133,7 +144,8 @@ def run_worker(module: str) -> None:
     except ShutdownRequested:
         pass
     except Exception as error:
-        logger.debug("failed", exc_info=True)
+        # What was configured wrongly explains itself; anything else is a bug, and its place is wanted.
+        logger.log(logging.DEBUG if isinstance(error, ValueError | OSError) else logging.ERROR, "failed", exc_info=True)
         context.status.send(WorkerFailed(error=_explain(error), **context.origin))
         code = 1
     context.sockets.close(linger_ms=STATUS_LINGER_MS)

@@ -94,9 +94,12 @@ class SlotAllocator:
         if self._used.get(slot.number) != slot:
             raise ValueError(f"slot {slot} is not in use")
         del self._used[slot.number]
-        region = self._reserved if slot.offset >= self._reserved.start else self._general
+        region = self._reserved if self.is_reserved(slot) else self._general
         region.give(slot.offset, slot.nbytes)
         self._free_indices.append(slot.number)
+
+    def is_reserved(self, slot: Slot) -> bool:
+        return slot.offset >= self._reserved.start
 
     @property
     def num_used(self) -> int:
@@ -130,7 +133,8 @@ class OrderedSlots(Generic[K]):
     evict: Callable[[], bool] = lambda: False
     _expected: list[tuple[Order, K]] = field(default_factory=list)
     _orders: dict[K, Order] = field(default_factory=dict)
-    _waiting: dict[K, int] = field(default_factory=dict)  # key → bytes wanted
+    _waiting: list[tuple[Order, K]] = field(default_factory=list)
+    _wanted: dict[K, int] = field(default_factory=dict)  # bytes, of the keys that wait
 
     def expect(self, key: K, order: Order) -> None:
         if key in self._orders:
@@ -140,26 +144,29 @@ class OrderedSlots(Generic[K]):
 
     def forget(self, key: K) -> None:
         """The key needs no slot (any more). Unknown keys are fine: a hit and a cancellation may cross."""
-        self._waiting.pop(key, None)
         if (order := self._orders.pop(key, None)) is not None:
             del self._expected[bisect.bisect_left(self._expected, (order, key))]
+            if self._wanted.pop(key, None) is not None:
+                del self._waiting[bisect.bisect_left(self._waiting, (order, key))]
 
     def request(self, key: K, nbytes: int) -> None:
         if key not in self._orders:
             raise ValueError(f"{key} asks for a slot but was not expected")
-        self._waiting[key] = nbytes
+        if key not in self._wanted:
+            bisect.insort(self._waiting, (self._orders[key], key))
+        self._wanted[key] = nbytes
 
-    def is_expected(self, key: K) -> bool:
-        return key in self._orders
+    def is_oldest(self, key: K) -> bool:
+        return bool(self._expected) and self._expected[0][1] == key
 
     def grant(self) -> list[tuple[K, Slot]]:
         """Slots for waiting keys, oldest first, up to the first one that does not fit."""
         granted: list[tuple[K, Slot]] = []
-        for key in sorted(self._waiting, key=lambda key: self._orders[key]):
-            is_oldest = self._expected[0][1] == key
-            slot = self.allocator.allocate(self._waiting[key], is_oldest)
+        while self._waiting:
+            key = self._waiting[0][1]
+            slot = self.allocator.allocate(self._wanted[key], self.is_oldest(key))
             while slot is None and self.evict():
-                slot = self.allocator.allocate(self._waiting[key], is_oldest)
+                slot = self.allocator.allocate(self._wanted[key], self.is_oldest(key))
             if slot is None:
                 break
             self.forget(key)

@@ -17,6 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from pipeline.config import MAX_ITEMS
 from pipeline.errors import PipelineError, RequestError
 from pipeline.messages import (
     ControlMessage,
@@ -31,7 +32,7 @@ from pipeline.messages import (
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM, OUTPUTS, STATUS, STEPS, Edge, Pattern, WorkerId, address
 
 HIGH_WATER_MARK = 1 << 18  # messages; credits keep every edge below it (see PreprocessConfig)
-MAX_FRAMES = 257  # of one multipart message
+MAX_FRAMES = 1 + MAX_ITEMS  # of one multipart message
 ALL = b""  # topic of edges on which every subscriber gets everything
 UNIONS: dict[Edge, Any] = {
     INGEST: IngestMessage, ENCODE: EncodeMessage, FEEDBACK: FeedbackMessage, LLM: LlmMessage,

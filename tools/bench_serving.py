@@ -72,16 +72,27 @@ def make_body(rng: random.Random, num_words: int, num_output: int, num_images: i
 
 async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Result:
     result = Result(sent=time.perf_counter())
+    try:
+        await _receive(session, url, body, result)
+    except (aiohttp.ClientError, OSError) as error:
+        result.error = f"{type(error).__name__}: {error}"
+    return result
+
+
+async def _receive(session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Result) -> None:
     last = result.sent
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
             result.error = f"{response.status} {await response.text()}"
-            return result
+            return
         async for line in response.content:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
             now = time.perf_counter()
+            if "error" in event:
+                result.error = event["error"]["message"]
+                return
             if event.get("usage"):
                 result.num_prompt_tokens, result.num_output_tokens = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
             if event["choices"] and event["choices"][0]["delta"].get("content"):
@@ -92,7 +103,6 @@ async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
                 last = now
     result.e2el = time.perf_counter() - result.sent
     result.ttft = result.ttft or result.e2el
-    return result
 
 
 async def run_load(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, request_rate: float, rng: random.Random) -> list[Result]:

@@ -60,7 +60,11 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--seed", type=int)
-    return asyncio.run(ask(parser.parse_args()))
+    try:
+        return asyncio.run(ask(parser.parse_args()))
+    except (aiohttp.ClientError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

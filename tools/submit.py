@@ -43,7 +43,7 @@ def main() -> int:
     try:
         args = parser.parse_args()
         asyncio.run(submit(args, [Path(place).read_bytes() for place in args.image]))
-    except (RequestError, PipelineError) as error:
+    except (RequestError, PipelineError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

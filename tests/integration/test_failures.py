@@ -178,4 +178,4 @@ def test_a_run_directory_with_the_leftovers_of_a_killed_launcher_is_taken_over(t
         assert any(line.startswith("Serving") for line in second.stdout)
         second.send_signal(signal.SIGTERM)
         assert second.wait(30) == 0
-    assert list(run_dir.iterdir()) == []
+    assert [entry.name for entry in run_dir.iterdir()] == ["lock"]

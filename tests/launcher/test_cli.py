@@ -11,6 +11,7 @@ from launcher.checkpoints import EMBEDDED, find_model
 from launcher.cli import build_parser, parse
 from launcher.placement import place, workers
 from launcher.run_dir import RunDir
+from launcher.supervisor import shown_host
 from pipeline.config import Config, ModelConfig
 from pipeline.topology import Role, WorkerId
 
@@ -39,9 +40,14 @@ def test_every_field_has_an_option_with_help() -> None:
     [
         (["--no-such-option"], "--no-such-option"),
         (["--mod", "x"], "--mod"),
-        (["--tp", "0"], "tp must be at least 1, got 0"),
+        (["--tp", "0"], "tp must be at least 1 and finite, got 0"),
         (["--port", "70000"], "port must be at most 65535, got 70000"),
         (["--dtype", "int3"], "int3"),
+        (["--media-timeout-s", "nan"], "media_timeout_s must be at least 0.1 and finite"),
+        (["--kv-cache-gib", "inf"], "kv_cache_gib must be above 0 and finite"),
+        (["--max-items-per-request", "256"], "max_open_requests times max_items_per_request must be at most 65536"),
+        (["--max-items-per-request", "300", "--max-open-requests", "8"], "max_items_per_request must be at most 256"),
+        (["--allowed-local-media-path", "/no/such"], "is no folder"),
         (["--min-pixels", "10", "--max-pixels", "5"], "min_pixels must be at most max_pixels"),
     ],
 )
@@ -108,10 +114,27 @@ def test_a_run_directory_is_private_locked_and_cleaned(tmp_path: Path) -> None:
             left.bind(str(folder / "llm.1"))
         with pytest.raises(ValueError, match="in use by another launcher"), RunDir(str(path), tmp_path):
             pass
-    assert list(path.iterdir()) == []
+    assert [entry.name for entry in path.iterdir()] == ["lock"]
     path.chmod(0o755)
     with pytest.raises(ValueError, match="mode 0700"), RunDir(str(path), tmp_path):
         pass
+
+
+def test_what_others_keep_in_a_given_folder_stays(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    (tmp_path / "ranks.txt").write_text("mine")
+    with socket.socket(socket.AF_UNIX) as bus:
+        bus.bind(str(tmp_path / "bus"))
+        with RunDir(str(tmp_path), tmp_path):
+            pass
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bus", "lock", "ranks.txt"]
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fe80::1", "[fe80::1]"), ("host", "host")]
+)
+def test_hosts_as_urls_show_them(host: str, shown: str) -> None:
+    assert shown_host(host) == shown
 
 
 def test_a_run_directory_of_its_own_vanishes(tmp_path: Path) -> None:

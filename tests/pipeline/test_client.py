@@ -241,3 +241,51 @@ async def test_another_protocol_is_refused(pipeline: Pipeline, tmp_path: Path) -
 async def test_no_pipeline_is_told_after_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="no pipeline answered"):
         await PipelineClient(tmp_path).start(timeout_s=0.3)
+
+
+async def test_what_cannot_be_sent_leaves_nothing_open(client: PipelineClient) -> None:
+    with pytest.raises(RequestError, match="not valid Unicode") as caught:
+        await collect(client, [ChatMessage("user", "\ud800")])
+    assert caught.value.info.field == "messages"
+    with pytest.raises(RequestError, match="300 pictures, the limit is 256"):
+        await collect(client, [ChatMessage("user", tuple(ImagePart(url="data:,x") for _ in range(300)))])
+    with pytest.raises(RequestError, match="the limit is 1000"):
+        await collect(client, [ChatMessage("user", "x" * 2000)])
+    assert client.num_open == 0
+
+
+async def test_a_silent_request_is_asked_about_though_it_was_accepted(
+    client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.client.QUERY_AFTER_S", 0.5)
+    task = asyncio.create_task(collect(client))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    pipeline.say_tokens(request, 0, [20])  # and then the terminal message gets lost
+    for _ in range(2):  # and the first answer to the query, too
+        assert isinstance((await pipeline.next(Hello)).message, Hello)
+        assert (await pipeline.next(SubmitRequest)).message.num_received == 1
+    pipeline.say_tokens(request, 1, [], FinishReason.STOP)
+    assert (await task)[1][-1].finish_reason == "stop"
+
+
+async def test_a_pipeline_that_speaks_again_is_there_again(client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.client.HEARTBEAT_TIMEOUT_S", 0.5)
+    task = asyncio.create_task(collect(client))
+    with pytest.raises(RequestError, match="no longer answers"):
+        await asyncio.wait_for(task, 10)
+    assert client.failure
+    monkeypatch.setattr("pipeline.client.HEARTBEAT_TIMEOUT_S", 60)
+    pipeline.control.publish(PipelineState(workers=()))
+    await asyncio.sleep(0.2)
+    assert not client.failure
+
+
+async def test_closing_ends_generators_that_wait(pipeline: Pipeline, tmp_path: Path) -> None:
+    client = PipelineClient(tmp_path)
+    await asyncio.gather(client.start(), pipeline.welcome())
+    task = asyncio.create_task(collect(client))
+    await pipeline.next(SubmitRequest)
+    await client.close()
+    with pytest.raises(RequestError, match="closed"):
+        await asyncio.wait_for(task, 5)

@@ -31,16 +31,23 @@ class ImageContent(msgspec.Struct, tag_field="type", tag="image_url"):
     image_url: ImageUrl | str
 
 
-class RequestMessage(msgspec.Struct):
+class RequestMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
     content: str | list[TextContent | ImageContent] | None = None
+    name: str | None = None  # a label for people: no chat template of the family shows it
+    # What OpenAI's client sends back of an earlier answer; only empty values are taken.
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: Any = None
+    function_call: Any = None
+    tool_calls: list[Any] | None = None
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(msgspec.Struct):
+class ChatCompletionRequest(msgspec.Struct, forbid_unknown_fields=True):
     messages: list[RequestMessage]
     model: str = ""
     stream: bool = False
@@ -53,6 +60,13 @@ class ChatCompletionRequest(msgspec.Struct):
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
+    # These say nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # Known to OpenAI's or vLLM's API and not served: only the value that changes nothing is taken.
     n: int | None = None
     logprobs: bool | None = None
@@ -65,16 +79,34 @@ class ChatCompletionRequest(msgspec.Struct):
     logit_bias: dict[str, float] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
     response_format: Any = None
     stop_token_ids: list[int] | None = None
+    modalities: list[str] | None = None
 
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
-    "min_p": (0,), "min_tokens": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "response_format": ({"type": "text"},), "stop_token_ids": ([],),
-}  # fmt: skip
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "stop_token_ids": ([],),
+    "modalities": (["text"],),
+}
+NEUTRAL_IN_MESSAGE = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 _DECODER = msgspec.json.Decoder(ChatCompletionRequest, strict=True)
 
 
@@ -90,7 +122,7 @@ def decode_request(body: bytes) -> ChatCompletionRequest:
             return msgspec.convert(json.loads(body), ChatCompletionRequest)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `")
-        missing = re.search(r"missing required field `(\w+)`", message)
+        missing = re.search(r"(?:missing required|contains unknown) field `([^`]+)`", message)
         parts = [path.rstrip("`").removeprefix("$").removeprefix("."), missing.group(1) if missing else ""]
         field = ".".join(part for part in parts if part)
         raise RequestError(f"{message}{f' in {field}' if field else ''}", field=field) from None
@@ -103,12 +135,20 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
         value = getattr(request, field)
         if value is not None and value not in neutral:
             raise RequestError(f"{field} is not served by this server, got {value}", field=field)
+    for index, message in enumerate(request.messages):
+        for field in NEUTRAL_IN_MESSAGE:
+            if getattr(message, field):
+                raise RequestError(f"{field} in a message is not served by this server", field=f"messages[{index}].{field}")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options need stream to be true", field="stream_options")
 
 
 def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
-    return [ChatMessage(message.role, _to_content(message.content, index)) for index, message in enumerate(request.messages)]
+    """The pipeline's messages; `developer`, OpenAI's newer name for the system role, becomes what models know."""
+    return [
+        ChatMessage("system" if message.role == "developer" else message.role, _to_content(message.content, index))
+        for index, message in enumerate(request.messages)
+    ]
 
 
 def _to_content(content: str | list[TextContent | ImageContent] | None, index: int) -> str | tuple[TextPart | ImagePart, ...]:
@@ -136,8 +176,9 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
         value = getattr(request, name)
         return defaults.get(name, fallback) if value is None else value
 
-    if request.max_completion_tokens is not None and request.max_completion_tokens < 1:
-        raise RequestError(f"max_completion_tokens must be at least 1, got {request.max_completion_tokens}", field="max_completion_tokens")
+    for field in ("max_tokens", "max_completion_tokens"):
+        if (limit := getattr(request, field)) is not None and limit < 1:
+            raise RequestError(f"{field} must be at least 1, got {limit}", field=field)
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return SamplingParams(
         temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)), seed=request.seed,

@@ -6,14 +6,13 @@ import asyncio
 import logging
 import time
 
-import uvloop
 from aiohttp import web
 
 from pipeline.client import PipelineClient
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import Shutdown
-from pipeline.process import ShutdownRequested, WorkerContext
+from pipeline.process import ShutdownRequested, WorkerContext, run_async
 from pipeline.topology import CONTROL
 from workers.api.server import ApiServer
 
@@ -24,10 +23,7 @@ STATS_INTERVAL_S = 0.5
 
 
 def main(context: WorkerContext) -> None:
-    try:
-        uvloop.run(_serve(context))
-    except* ShutdownRequested:
-        pass
+    run_async(_serve(context))
 
 
 async def _serve(context: WorkerContext) -> None:

@@ -97,7 +97,7 @@ class Engine:
         self._feedback, self._vits, self._is_current = feedback, vits, is_current
         self.requests: dict[str, Request] = {}
         self._ended: dict[str, Ended] = {}  # oldest first
-        self._early: dict[str, list[tuple[float, EmbeddingReady]]] = {}  # of requests not here yet
+        self._early: dict[str, list[tuple[float, EmbeddingReady | EncodeFailed]]] = {}  # of requests or attempts not here yet
         self._unmapped: list[EmbeddingReady] = []  # of pools not here yet
         self._clients: dict[bytes, _Client] = {}
         self._last_lease_ids = [0] * len(vits)
@@ -113,8 +113,8 @@ class Engine:
             return
         match message:
             case Hello():
-                if message.client_id in self._clients:
-                    self._clients[message.client_id] = _Client()
+                if (client := self._clients.get(message.client_id)) is not None:
+                    client.is_cut_off = False  # it reads again; whether it has left is for its subscription to say
                     self._publish(self._welcome, message.client_id)
             case GenerateRequest():
                 self._on_generate(message, now)
@@ -125,8 +125,7 @@ class Engine:
             case EmbeddingReady():
                 self._on_embedding(message, now)
             case EncodeFailed():
-                request = self._find(message.key.request_id, message.key.attempt)
-                if request is not None:
+                if not self._is_early(message, now) and (request := self._find(message.key.request_id, message.key.attempt)) is not None:
                     self._end(request, message.error, now)
             case _:
                 assert_never(message)
@@ -148,6 +147,7 @@ class Engine:
     def _on_generate(self, message: GenerateRequest, now: float) -> None:
         request_id = message.request_id
         if (ended := self._ended.get(request_id)) is not None and ended.attempt >= message.attempt:
+            self._tell_preprocess(request_id, message.attempt)
             self._tell_ended(request_id, ended, message.num_received)
             return
         if (current := self.requests.get(request_id)) is not None:
@@ -160,40 +160,52 @@ class Engine:
                 self._publish_outputs(current.client_id, [self._output(current, message.num_received, missed)])
                 return
             self._forget(current)
-        request = Request.from_wire(message, self._merge_size, self._welcome.max_model_len)
-        if refusal := self._refusal(request):
-            self.requests[request_id] = request
-            self.scheduler.add(request)
-            self._end(request, ErrorInfo(400, refusal, "messages"), now)
-            return
-        self.requests[request_id] = request
+        request = self.requests[request_id] = Request.from_wire(message, self._merge_size, self._welcome.max_model_len)
         self.scheduler.add(request)
+        if refusal := self._refusal(request, message):
+            self._end(request, refusal, now)
+            self._drop_early(request_id)
+            return
         self.counters["prompt_tokens"] += len(request.prompt_token_ids)
         self._tell_accepted(request)
         for _, early in self._early.pop(request_id, ()):
-            self._on_embedding(early, now)
+            self.handle(early, now)
 
-    def _refusal(self, request: Request) -> str:
-        limit = min(self._welcome.max_model_len, self.scheduler.capacity)
-        if len(request.prompt_token_ids) >= limit:
-            return f"the prompt has {len(request.prompt_token_ids)} tokens, which leaves no room in the model's context of {limit}"
-        if request.max_num_tokens > self.scheduler.capacity:
-            return f"prompt and output of {request.max_num_tokens} tokens can never fit the KV cache of {self.scheduler.capacity} tokens"
-        return ""
+    def _refusal(self, request: Request, message: GenerateRequest) -> ErrorInfo | FinishReason | None:
+        """Why the request does not run, if it does not."""
+        if request.client_id not in self._clients:
+            return FinishReason.ABORT  # it left while its media were fetched
+        if message.is_query:
+            return ErrorInfo(503, "the server no longer knows this request")
+        limit, capacity = self._welcome.max_model_len, self.scheduler.capacity
+        if request.num_tokens >= limit:
+            return ErrorInfo(400, f"the prompt has {request.num_tokens} tokens, which leaves no room in the model's context of {limit}", "messages")
+        if request.max_num_tokens > capacity:
+            reason = f"prompt and output of {request.max_num_tokens} tokens can never fit the KV cache of {capacity} tokens"
+            return ErrorInfo(400, reason, "max_tokens")
+        if len(request.output_token_ids) >= request.max_tokens:
+            return ErrorInfo(400, f"all {request.max_tokens} output tokens are there already", "output_token_ids")
+        return None
 
     def _on_abort(self, message: AbortRequest, now: float) -> None:
-        outcome = message.error or FinishReason.ABORT
-        if (request := self.requests.get(message.request_id)) is not None:
-            if request.client_id == message.client_id and request.attempt <= message.attempt:
-                self._end(request, outcome, now)
+        """From the client, or from preprocess with the reason why the request cannot run."""
+        request = self.requests.get(message.request_id)
+        known = request or self._ended.get(message.request_id)
+        if known is not None and known.client_id != message.client_id:
+            if message.error is not None:  # preprocess refuses an id that belongs to somebody else
+                failed = RequestFailed(request_id=message.request_id, attempt=message.attempt, error=message.error, **self._origin)
+                self._publish(failed, message.client_id)
             return
+        if request is not None and request.attempt <= message.attempt:
+            self._end(request, message.error or FinishReason.ABORT, now)
+            return
+        self._tell_preprocess(message.request_id, message.attempt)
         ended = self._ended.get(message.request_id)
         if ended is None or ended.attempt < message.attempt:
-            ended = self._remember(message.request_id, Ended(message.client_id, message.attempt, now, (), outcome))
+            ended = Ended(message.client_id, message.attempt, now, (), message.error or FinishReason.ABORT)
+            self._remember(message.request_id, ended)
             self._drop_early(message.request_id)
-            self._feedback.send(RequestEnded(request_id=message.request_id, attempt=message.attempt, **self._origin))
-        if ended.client_id == message.client_id:
-            self._tell_ended(message.request_id, ended, len(ended.output_token_ids))
+        self._tell_ended(message.request_id, ended, len(ended.output_token_ids))
 
     def _on_pool(self, message: PoolOpened, now: float) -> None:
         self.runner.pools.open(message.pool)
@@ -208,15 +220,23 @@ class Engine:
         if not self.runner.pools.knows(message.embeddings.pool_id, message.embeddings.epoch):
             self._unmapped.append(message)
             return
-        request = self.requests.get(key.request_id)
-        if request is None and key.request_id not in self._ended:
-            self._early.setdefault(key.request_id, []).append((now, message))
+        if self._is_early(message, now):
             return
+        request = self.requests.get(key.request_id)
         chunk = _find_chunk(request, key.item, key.chunk) if request is not None and request.attempt == key.attempt else None
         if chunk is None or chunk.embeddings is not None or chunk.is_read:
             self._release([Lease(vit, message.lease_id)])
             return
         chunk.embeddings, chunk.lease = message.embeddings, Lease(vit, message.lease_id)
+
+    def _is_early(self, message: EmbeddingReady | EncodeFailed, now: float) -> bool:
+        """Keeps what a ViT says of an attempt that is not here yet: its connection may be faster than that of preprocess."""
+        request_id, attempt = message.key.request_id, message.key.attempt
+        known = self.requests.get(request_id) or self._ended.get(request_id)
+        if known is not None and known.attempt >= attempt:
+            return False
+        self._early.setdefault(request_id, []).append((now, message))
+        return True
 
     # One step.
 
@@ -260,7 +280,7 @@ class Engine:
     def _close(self, request: Request, outcome: FinishReason | ErrorInfo, now: float) -> Ended:
         del self.requests[request.request_id]
         self._release(request.take_all_leases())
-        self._feedback.send(RequestEnded(request_id=request.request_id, attempt=request.attempt, **self._origin))
+        self._tell_preprocess(request.request_id, request.attempt)
         ended = Ended(request.client_id, request.attempt, now, tuple(request.output_token_ids), outcome)
         logger.debug("%s ended: %s", request.request_id, outcome)
         return self._remember(request.request_id, ended)
@@ -270,6 +290,10 @@ class Engine:
         self.scheduler.remove(request)
         del self.requests[request.request_id]
         self._release(request.take_all_leases())
+
+    def _tell_preprocess(self, request_id: str, attempt: int) -> None:
+        """The request has ended, or never began. Saying it again is harmless, not saying it would keep its credit for ever."""
+        self._feedback.send(RequestEnded(request_id=request_id, attempt=attempt, **self._origin))
 
     def _remember(self, request_id: str, ended: Ended) -> Ended:
         self._ended.pop(request_id, None)
@@ -316,11 +340,13 @@ class Engine:
 
     def _held_leases(self) -> list[Lease]:
         held = [chunk.lease for request in self.requests.values() for chunk in request.chunks if chunk.lease is not None]
-        waiting = [message for early in self._early.values() for _, message in early] + self._unmapped
+        early = [message for messages in self._early.values() for _, message in messages]
+        waiting = [message for message in early if isinstance(message, EmbeddingReady)] + self._unmapped
         return held + [Lease(message.sender.rank, message.lease_id) for message in waiting]
 
     def _drop_early(self, request_id: str) -> None:
-        self._release([Lease(message.sender.rank, message.lease_id) for _, message in self._early.pop(request_id, ())])
+        early = [message for _, message in self._early.pop(request_id, ())]
+        self._release([Lease(message.sender.rank, message.lease_id) for message in early if isinstance(message, EmbeddingReady)])
 
     # What time does.
 

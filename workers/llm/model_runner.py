@@ -59,7 +59,12 @@ class ModelRunner:
         ends = np.cumsum(lengths) - 1
         wanted = [int(end) for end, sequence in zip(ends, sequences, strict=True) if sequence.wants_logits]
         # Ranks must agree on whether there is a collective at all: the plan says so, and it is the same for all.
-        return self.decoder.logits(hidden[wanted]) if wanted else hidden.new_zeros(0, 0)
+        if wanted:
+            return self.decoder.logits(hidden[wanted])
+        if self.device.type == "cuda" and any(sequence.embeddings for sequence in sequences):
+            # Nothing of this step is read on the host, but its leases are released now: the gather must have happened.
+            torch.cuda.current_stream(self.device).synchronize()
+        return hidden.new_zeros(0, 0)
 
     def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)

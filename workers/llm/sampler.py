@@ -56,7 +56,8 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], indices: Sequence[in
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
     vocab = logits.shape[-1]
-    scaled = logits.double() / column([p.temperature for p in params])
+    # The best logit is made 0 first, so that no temperature, however small, can overflow it.
+    scaled = (logits.double() - logits.double().amax(dim=-1, keepdim=True)) / column([p.temperature for p in params])
     probs, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=logits.device)[None]
     probs = probs.masked_fill(rank >= column([p.top_k if p.top_k > 0 else vocab for p in params]), 0.0)

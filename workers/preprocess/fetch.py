@@ -25,6 +25,7 @@ from pipeline.errors import RequestError
 MAX_REDIRECTS = 3
 MAX_CONCURRENT_DOWNLOADS = 32
 CHUNK_BYTES = 1 << 16
+IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 class _BlockedAddress(OSError):
@@ -53,8 +54,11 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif ip not in IPV6_UNICAST or ip.sixtofour is not None or ip.teredo is not None:
+            return False  # forms that carry an IPv4 address lead wherever a gateway takes them
     return ip.is_global and not ip.is_multicast
 
 
@@ -84,19 +88,22 @@ class Fetcher:
                 raise RequestError("a media URL must begin with http://, https://, data: or file://", field=field)
 
     def _read_file(self, path: str, field: str) -> bytes:
-        """Opens first and judges what was opened, so that nothing can be put in its place meanwhile."""
+        """Judges the path, and again what was opened, so that nothing can be put in its place meanwhile."""
         root = self._config.allowed_local_media_path
         if not root:
             raise RequestError("local files are not allowed here (the server's option --allowed-local-media-path)", field=field)
+        refusal = RequestError("the file cannot be read, or lies outside the allowed folder", field=field)
+        allowed = Path(root).resolve()
         try:
+            if not Path(path).resolve().is_relative_to(allowed):
+                raise refusal
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        except (OSError, ValueError):
-            raise RequestError("the file cannot be read, or lies outside the allowed folder", field=field) from None
+        except (OSError, ValueError, RuntimeError):
+            raise refusal from None
         try:
-            real = Path(os.readlink(f"/proc/self/fd/{fd}"))
             info = os.fstat(fd)
-            if not real.is_relative_to(Path(root).resolve()) or not stat.S_ISREG(info.st_mode):
-                raise RequestError("the file cannot be read, or lies outside the allowed folder", field=field)
+            if not Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(allowed) or not stat.S_ISREG(info.st_mode):
+                raise refusal
             if info.st_size > self._max_bytes:
                 raise self._too_large(field)
             with open(fd, "rb", closefd=False) as file:
@@ -146,11 +153,10 @@ class Fetcher:
             raise RequestError("the media's host is not among the allowed ones", field=field)
         if self._config.allow_private_media:
             return
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            return  # a name: the resolver judges what it stands for
-        if not is_public(host):
+        # A name is judged by the resolver. What ends in a number is an address, in one of many spellings (2130706433, 127.1, 0x7f.1)
+        # that some clients do not even resolve: only the canonical one is let through, and judged here.
+        last = (url.raw_host or "").rstrip(".").rpartition(".")[2].lower()
+        if (last.isdigit() or last.startswith("0x") or ":" in host) and not is_public(host):
             raise RequestError("the media's host cannot be reached", field=field)
 
     def _client(self) -> aiohttp.ClientSession:

@@ -15,7 +15,7 @@ from pipeline.errors import RequestError
 from pipeline.families import MAX_ASPECT_RATIO, VisionInfo
 from pipeline.messages import GridTHW
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, before Pillow would
 

@@ -41,7 +41,7 @@ class _TemplateRefusal(Exception):
 class ChatPrompt:
     """Raises ValueError for a folder without a chat template."""
 
-    def __init__(self, folder: Path, image_token_id: int) -> None:
+    def __init__(self, folder: Path, image_token_id: int, max_tokens: int = 1 << 20) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # Specials are matched by us, in the template's own text; everything else is plain.
         self._tokenizer.encode_special_tokens = True
@@ -49,7 +49,10 @@ class ChatPrompt:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         alternatives = sorted(map(re.escape, self._special_ids), key=len, reverse=True)
         self._specials = re.compile("|".join(alternatives) or r"(?!)")
+        self._first_characters = re.compile("|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)")
         self._image_token_id = image_token_id
+        # A text longer than this cannot fit whatever its tokens are: it is refused before it is tokenised.
+        self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _raise_refusal
@@ -57,7 +60,12 @@ class ChatPrompt:
 
     def build(self, messages: Sequence[ChatMessage], num_tokens: Callable[[int], int]) -> Prompt:
         """`num_tokens(i)` is how many placeholders the i-th picture takes. Raises RequestError, naming the field at fault."""
-        mark = secrets.token_hex(8)  # put into specials that users spell out, so that they do not match; taken out again below
+        # Put behind every character with which a special token begins, wherever a user writes it, so that no special can begin
+        # in a user's text, not even spread over several parts; taken out again below.
+        mark = secrets.token_hex(8)
+        count = sum(isinstance(part, ImagePart) for part in parts_of(messages))
+        if (length := sum(map(_num_characters, messages))) > self._max_characters:
+            raise RequestError(f"the text of {length} characters is longer than the model's context", field="messages")
         rendered = self._render([self._as_template_message(index, message, mark) for index, message in enumerate(messages)])
         token_ids: list[int] = []
         placeholders: list[Placeholder] = []
@@ -66,14 +74,14 @@ class ChatPrompt:
             token_ids.extend(self._encode(rendered[start : match.start()].replace(mark, "")))
             start = match.end()
             token_id = self._special_ids[match.group()]
-            if token_id == self._image_token_id:
+            if token_id == self._image_token_id and len(placeholders) < count:
                 length = num_tokens(len(placeholders))
                 placeholders.append(Placeholder(len(token_ids), length))
                 token_ids.extend([token_id] * length)
             else:
                 token_ids.append(token_id)
         token_ids.extend(self._encode(rendered[start:].replace(mark, "")))
-        if len(placeholders) != (count := sum(isinstance(part, ImagePart) for part in parts_of(messages))):
+        if len(placeholders) != count:
             raise RequestError(f"the model's chat template placed {len(placeholders)} of {count} pictures", field="messages")
         return Prompt(token_ids, placeholders)
 
@@ -85,7 +93,7 @@ class ChatPrompt:
             raise RequestError(f"unknown role {message.role!r}; known are {', '.join(ROLES)}", field=f"messages[{index}].role")
 
         def plain(text: str) -> str:
-            return self._specials.sub(lambda match: match.group()[:1] + mark + match.group()[1:], text)
+            return self._first_characters.sub(lambda match: match.group() + mark, text)
 
         if isinstance(message.content, str):
             return {"role": message.role, "content": plain(message.content)}
@@ -100,12 +108,18 @@ class ChatPrompt:
             return self._template.render(messages=messages, add_generation_prompt=True)
         except _TemplateRefusal as refusal:
             raise RequestError(f"the model's chat template refuses the messages: {refusal}", field="messages") from None
-        except (TemplateError, TypeError, ValueError, KeyError):
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError):
             raise RequestError("the model's chat template cannot render the messages", field="messages") from None
 
 
 def parts_of(messages: Sequence[ChatMessage]) -> list[TextPart | ImagePart]:
     return [part for message in messages if not isinstance(message.content, str) for part in message.content]
+
+
+def _num_characters(message: ChatMessage) -> int:
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
 
 
 def _raise_refusal(reason: str) -> None:

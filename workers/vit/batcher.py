@@ -44,15 +44,19 @@ class Pending:
 
     mm_hash: bytes
     grid_thw: GridTHW
-    supplier: ChunkKey  # who was asked for the pixels
+    supplier: ChunkKey | None = None  # who was asked for the pixels; None while it is parked
     waiters: dict[ChunkKey, Order] = field(default_factory=dict)
     pixels: TensorHandle | None = None
     slot: Slot | None = None
     is_encoding: bool = False
 
     @property
+    def oldest(self) -> ChunkKey:
+        return min(self.waiters, key=lambda key: self.waiters[key])
+
+    @property
     def order(self) -> Order:
-        return min(self.waiters.values())
+        return self.waiters[self.oldest]
 
 
 class Batcher:
@@ -61,37 +65,75 @@ class Batcher:
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
         self._largest, self._bytes_per_token, self._merged = allocator.reserve, bytes_per_token, merge_size**2
         self._pending: dict[bytes, Pending] = {}
+        self._parked: set[bytes] = set()  # hashes of pending chunks that lie encoded in the reserve (see `poll`)
         self._hashes: dict[ChunkKey, bytes] = {}  # of the keys that wait
 
     def num_tokens(self, grid_thw: GridTHW) -> int:
         return grid_thw.num_patches // self._merged
 
     def on_request(self, key: ChunkKey, order: Order, mm_hash: bytes, grid_thw: GridTHW, pixels: TensorHandle | None) -> list[Action]:
-        if (feature := self.cache.get(mm_hash)) is not None:
-            is_answered = pixels is not None and key not in self._hashes  # these are the pixels of an encode shared meanwhile
-            return [PixelsDone(key)] if is_answered else [Ready(key, self.cache.lease(feature), feature), PixelsDone(key)]
         if (size := self.num_tokens(grid_thw) * self._bytes_per_token) > self._largest:
             return [Refused(key, f"a chunk of {size} bytes of embeddings is larger than {self._largest}"), PixelsDone(key)]
-        pending = self._pending.get(mm_hash)
         if pixels is not None:
-            if pending is None or key not in pending.waiters or pending.pixels is not None:
-                return [PixelsDone(key)]  # cancelled meanwhile, or somebody else's came first
-            pending.pixels, pending.supplier = pixels, key
-            self._slots.request(mm_hash, size)
-            return []
+            return self._on_pixels(key, mm_hash, pixels)
+        feature = self.cache.get(mm_hash)
+        if feature is not None and not self._slots.allocator.is_reserved(feature.slot):
+            return [Ready(key, self.cache.lease(feature), feature), PixelsDone(key)]
         actions: list[Action] = []
+        pending = self._pending.get(mm_hash)
         if pending is None:
-            pending = self._pending[mm_hash] = Pending(mm_hash, grid_thw, supplier=key)
-            actions.append(NeedPixels(key))
+            pending = self._pending[mm_hash] = Pending(mm_hash, grid_thw)
+            if feature is not None:
+                self._parked.add(mm_hash)
+            else:
+                pending.supplier = key
+                actions.append(NeedPixels(key))
         pending.waiters[key] = order
         self._hashes[key] = mm_hash
         if pending.slot is None:
             self._expect(pending)
+        return [*actions, *self.poll()]
+
+    def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle) -> list[Action]:
+        pending = self._pending.get(mm_hash)
+        if pending is None or key not in pending.waiters or pending.pixels is not None or pending.is_encoding:
+            return [PixelsDone(key)]  # answered from the cache or cancelled meanwhile, or somebody else's came first
+        pending.pixels, pending.supplier = pixels, key
+        self._expect(pending)
+        return []
+
+    def poll(self) -> list[Action]:
+        """Serves chunks that lie in the reserve of the pool. To be called whenever a lease has ended or a slot was granted.
+
+        The reserve must come free for whatever is oldest. So what lies there is leased only to a request that needs nothing
+        older first; the others stay parked, as if it were not there. Once it has been evicted they need pixels like anybody.
+        """
+        actions: list[Action] = []
+        for mm_hash in list(self._parked):
+            pending, feature = self._pending[mm_hash], self.cache.peek(mm_hash)
+            while feature is not None and pending.waiters and self._slots.is_oldest(mm_hash):
+                actions.extend(self._serve(pending, pending.oldest, feature))
+            if not pending.waiters:
+                actions.extend(self._drop(pending))
+            elif feature is None:
+                self._parked.discard(mm_hash)
+                if pending.pixels is None:
+                    pending.supplier = pending.oldest
+                    actions.append(NeedPixels(pending.supplier))
+                self._expect(pending)
         return actions
+
+    def _serve(self, pending: Pending, key: ChunkKey, feature: Feature) -> list[Action]:
+        del pending.waiters[key], self._hashes[key]
+        if pending.waiters:
+            self._expect(pending)
+        # The supplier's pixels may still serve the others: they are released when nobody waits any more.
+        done = [] if key == pending.supplier and pending.waiters else [PixelsDone(key)]
+        return [Ready(key, self.cache.lease(feature), feature), *done]
 
     def _expect(self, pending: Pending) -> None:
         self._slots.expect(pending.mm_hash, pending.order)
-        if pending.pixels is not None:
+        if pending.pixels is not None and pending.mm_hash not in self._parked:
             self._slots.request(pending.mm_hash, self.num_tokens(pending.grid_thw) * self._bytes_per_token)
 
     def on_cancel(self, keys: Iterable[ChunkKey]) -> list[Action]:
@@ -105,21 +147,24 @@ class Batcher:
             if pending.is_encoding:
                 continue
             if not pending.waiters:
-                self._drop(pending)
-                actions.append(PixelsDone(key))
-            elif pending.pixels is None and pending.supplier == key:
-                pending.supplier = min(pending.waiters, key=lambda waiter: pending.waiters[waiter])
+                actions.extend(self._drop(pending, key))
+                continue
+            if pending.pixels is None and pending.supplier == key:
+                pending.supplier = pending.oldest
                 actions.append(NeedPixels(pending.supplier))
+            if pending.slot is None:
                 self._expect(pending)
-            elif pending.slot is None:
-                self._expect(pending)
-        return actions
+        return [*actions, *self.poll()]
 
-    def _drop(self, pending: Pending) -> None:
+    def _drop(self, pending: Pending, *keys: ChunkKey) -> list[Action]:
+        """Forgets a chunk that nobody waits for; whoever supplied its pixels gets them back, though it may have left before."""
         del self._pending[pending.mm_hash]
+        self._parked.discard(pending.mm_hash)
         self._slots.forget(pending.mm_hash)
         if pending.slot is not None:
             self._slots.allocator.free(pending.slot)
+        suppliers = {pending.supplier} if pending.pixels is not None and pending.supplier is not None else set()
+        return [PixelsDone(key) for key in sorted({*keys, *suppliers})]
 
     def next_batch(self, max_patches: int) -> list[Pending]:
         """Chunks to encode now, oldest first, at most `max_patches` together (one always goes, however large)."""
@@ -137,25 +182,32 @@ class Batcher:
         return batch
 
     def on_encoded(self, batch: Iterable[Pending]) -> list[Action]:
-        """The batch is in the pool: leases it to all who wait and keeps it."""
+        """The batch is in the pool: leases it to those who wait and keeps it."""
         actions: list[Action] = []
         for pending in batch:
             assert pending.slot is not None
-            del self._pending[pending.mm_hash]
+            assert pending.supplier is not None
             feature = self.cache.add(pending.mm_hash, pending.slot, self.num_tokens(pending.grid_thw))
-            for key in pending.waiters:
-                del self._hashes[key]
+            waiters = sorted(pending.waiters, key=lambda key: pending.waiters[key])
+            served = waiters[:1] if self._slots.allocator.is_reserved(pending.slot) else waiters
+            for key in served:
+                del self._hashes[key], pending.waiters[key]
                 actions.append(Ready(key, self.cache.lease(feature), feature))
-            actions.extend(PixelsDone(key) for key in {*pending.waiters, pending.supplier})
-        return actions
+            actions.extend(PixelsDone(key) for key in sorted({*served, pending.supplier}))
+            pending.pixels, pending.slot, pending.supplier, pending.is_encoding = None, None, None, False
+            if pending.waiters:
+                self._parked.add(pending.mm_hash)
+                self._expect(pending)
+            else:
+                del self._pending[pending.mm_hash]
+        return [*actions, *self.poll()]
 
     def on_failed(self, pending: Pending, reason: str) -> list[Action]:
         """The chunk cannot be encoded: tells all who wait and gives its slot back."""
         for key in pending.waiters:
             del self._hashes[key]
-        self._drop(pending)
-        keys = {*pending.waiters, pending.supplier}
-        return [*(Refused(key, reason) for key in pending.waiters), *(PixelsDone(key) for key in keys)]
+        refused = [Refused(key, reason) for key in pending.waiters]
+        return [*refused, *self._drop(pending, *pending.waiters)]
 
     @property
     def num_pending(self) -> int:
@@ -163,4 +215,5 @@ class Batcher:
 
     def check_integrity(self) -> None:
         self.cache.check_integrity()
+        assert self._parked <= set(self._pending), "a parked chunk is lost"
         assert set(self._hashes) == {key for pending in self._pending.values() for key in pending.waiters}, "a waiter is lost"

@@ -38,6 +38,10 @@ class FeatureCache:
             self._features[mm_hash] = feature
         return feature
 
+    def peek(self, mm_hash: bytes) -> Feature | None:
+        """Like `get`, without counting as a use."""
+        return self._features.get(mm_hash)
+
     def lease(self, feature: Feature) -> int:
         """A new lease: unique for the life of this process."""
         self._last_lease_id += 1

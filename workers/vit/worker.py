@@ -76,8 +76,10 @@ class VitCore:
                 self._act(self.batcher.on_cancel(message.keys))
             case LeaseReleased():
                 self.batcher.cache.release(message.lease_ids)
+                self._act(self.batcher.poll())
             case LeaseSet():
                 self.batcher.cache.reconcile(message.lease_ids, message.last_lease_id)
+                self._act(self.batcher.poll())
             case _:
                 assert_never(message)
 
@@ -107,6 +109,7 @@ class VitCore:
                     batch.append(pending)
                 except StaleHandleError as error:
                     self._act(self.batcher.on_failed(pending, f"the pixels cannot be read: {error}"))
+        self._act(self.batcher.poll())  # a grant may have evicted what others were waiting for
         return batch, jobs
 
     def _job(self, pending: Pending) -> EncodeJob:

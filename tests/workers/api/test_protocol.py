@@ -62,6 +62,7 @@ def test_bad_bodies_are_refused_by_field(data: bytes, field: str) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0, "max_completion_tokens": 5}, "max_tokens"),
         ({"seed": -1}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
@@ -91,8 +92,27 @@ def test_what_is_not_served_is_refused_not_ignored(fields: dict[str, Any]) -> No
     assert caught.value.info.field == next(iter(fields))
 
 
-def test_neutral_values_and_unknown_fields_pass() -> None:
+def test_neutral_values_pass() -> None:
     refuse_unserved(decode_request(body(n=1, presence_penalty=0.0, tools=[], response_format={"type": "text"}, user="me", metadata={})))
+    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    refuse_unserved(decode_request(body(messages=[answer])))
+
+
+@pytest.mark.parametrize("field", ["guided_json", "structured_outputs", "chat_template", "continue_final_message", "no_such_thing"])
+def test_unknown_fields_are_refused_by_name(field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        decode_request(body(**{field: 1}))
+    assert caught.value.info.field == field
+
+
+def test_tool_calls_in_a_message_are_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        refuse_unserved(decode_request(body(messages=[{"role": "assistant", "tool_calls": [{"id": "x"}]}])))
+    assert caught.value.info.field == "messages[0].tool_calls"
+
+
+def test_developer_is_the_system_role() -> None:
+    assert to_messages(decode_request(body(messages=[{"role": "developer", "content": "a"}]))) == [ChatMessage("system", "a")]
 
 
 def test_the_models_own_defaults_hold_where_the_request_is_silent() -> None:

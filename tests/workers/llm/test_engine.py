@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
-from pipeline.errors import ErrorInfo
+from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, read_model_info
 from pipeline.messages import (
     AbortRequest,
@@ -260,7 +260,7 @@ def test_abort_frees_all_and_is_answered_each_time(rig: Rig) -> None:
     for _ in range(2):
         rig.engine.handle(abort, rig.now)
         assert [output.finish_reason for output in rig.outputs()][-1] is FinishReason.ABORT
-    assert len(rig.feedback.take(RequestEnded)) == 1
+    assert rig.feedback.take(RequestEnded) == [RequestEnded(sender=LLM_0, epoch=1, request_id="r", attempt=1)] * 2, "one an abort"
     released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
     assert sorted(released) == sorted(embedding.lease_id for embedding in ready)
     rig.engine.check_integrity()
@@ -352,3 +352,102 @@ def test_messages_of_dead_epochs_are_dropped_and_counted(rig: Rig) -> None:
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     assert not rig.engine.requests
     assert rig.engine.counters["stale_messages"] == 1
+
+
+def test_a_request_of_a_client_that_left_does_not_run(rig: Rig) -> None:
+    rig.engine.on_subscriptions([Subscription(CLIENT, False)], 0.0)
+    rig.engine.tick(10.0)
+    rig.engine.handle(rig.request(CHATS["one picture"], "r")[0], 10.0)
+    assert not rig.engine.requests
+    assert [ended.request_id for ended in rig.feedback.take(RequestEnded)] == ["r"]
+    rig.engine.check_integrity()
+
+
+def test_a_late_hello_does_not_revive_a_client_that_left(rig: Rig) -> None:
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    rig.engine.on_subscriptions([Subscription(CLIENT, False)], 100.0)
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=1), 101.0)
+    rig.engine.tick(103.0)
+    assert not rig.engine.requests
+
+
+def test_a_client_that_was_cut_off_is_served_again_after_hello(rig: Rig) -> None:
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    rig.publisher.full.add(CLIENT)
+    rig.engine.step(rig.now)
+    rig.engine.tick(5.0)
+    rig.publisher.full.clear()
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=1), 6.0)
+    rig.engine.handle(rig.request(CHATS["text only"], "next")[0], 6.0)
+    rig.run()
+    assert len(rig.tokens("next")) == NUM_TOKENS
+
+
+def test_a_failed_encode_may_come_before_its_request(rig: Rig) -> None:
+    request, _ = rig.request(CHATS["one picture"], "r")
+    rig.engine.handle(EncodeFailed(sender=VIT_0, epoch=1, key=ChunkKey("r", 1, 0, 0), error=ErrorInfo(400, "too large")), rig.now)
+    rig.engine.handle(request, rig.now)
+    assert [failure.error.message for failure in rig.publisher.take(RequestFailed)] == ["too large"]
+    assert not rig.engine.requests
+
+
+def test_embeddings_of_an_attempt_that_is_not_here_yet_are_kept(rig: Rig) -> None:
+    request, ready = rig.request(CHATS["one picture"], "r")
+    rig.engine.handle(request, rig.now)
+    early = msgspec.structs.replace(ready[0], key=ChunkKey("r", 2, 0, 0))
+    rig.engine.handle(early, rig.now)
+    assert rig.vit.take(LeaseReleased) == []
+    rig.engine.handle(msgspec.structs.replace(request, attempt=2), rig.now)
+    rig.run()
+    assert len(rig.tokens("r")) == NUM_TOKENS
+
+
+def test_a_query_never_starts_a_request(rig: Rig) -> None:
+    request, _ = rig.request(CHATS["text only"], "r", is_query=True)
+    rig.engine.handle(request, rig.now)
+    assert not rig.engine.requests
+    (failure,) = rig.publisher.take(RequestFailed)
+    assert failure.error.status == 503
+
+
+def test_preprocess_always_hears_that_a_request_is_over(rig: Rig) -> None:
+    """Also of one that ended before it began: else its credit would be gone for ever."""
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    assert [ended.attempt for ended in rig.feedback.take(RequestEnded)] == [1, 1]
+
+
+def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
+    other = b"o" * 16
+    rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
+    rig.engine.handle(AbortRequest(client_id=other, request_id="r", attempt=1, error=error), rig.now)
+    assert [(topic, m.error) for topic, m in rig.publisher.published if isinstance(m, RequestFailed)] == [(other, error)]
+    rig.run()
+    assert len(rig.tokens("r")) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("count", [NUM_TOKENS, 5000])
+def test_more_output_than_was_asked_for_is_refused(count: int, rig: Rig) -> None:
+    rig.engine.handle(rig.request(CHATS["text only"], "r", output_token_ids=pack_int32([20] * count))[0], rig.now)
+    (failure,) = rig.publisher.take(RequestFailed)
+    assert failure.error.status == 400
+    rig.engine.check_integrity()
+
+
+def test_output_of_an_earlier_attempt_is_gone_on_from(rig: Rig, references: dict[str, Answer]) -> None:
+    so_far = references["text only"].token_ids[:10]
+    rig.engine.handle(rig.request(CHATS["text only"], "r", attempt=2, output_token_ids=pack_int32(so_far))[0], rig.now)
+    rig.run()
+    outputs = rig.outputs()
+    assert outputs[0].offset == 10
+    tokens = [t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()]
+    assert_same_tokens(so_far + tokens, references["text only"])
+
+
+def test_a_rank_that_lags_stops_the_pipeline(rig: Rig) -> None:
+    rig.engine._publish_step = lambda message: False
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    with pytest.raises(PipelineError, match="does not keep up"):
+        rig.engine.step(rig.now)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from pipeline.sampling import SamplingParams
@@ -35,6 +36,12 @@ def test_temperature_sharpens() -> None:
     drawn = sample(probs.log().expand(5000, -1), [Draw(SamplingParams(seed=9, temperature=0.5), k) for k in range(5000)])
     squared = (probs**2 / (probs**2).sum()).numpy()
     assert np.abs(np.bincount(drawn, minlength=3) / 5000 - squared).max() < 0.03
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-308, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 30.0, 29.0, -5.0]])
+    assert sample(logits, [Draw(SamplingParams(seed=1, temperature=temperature), 0)]) == [1]
 
 
 def drawn_tokens(**params: float) -> set[int]:
