@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,13 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.checkpoints import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Figures that tests report and do not demand."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value:.1%}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

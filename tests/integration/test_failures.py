@@ -151,6 +151,30 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         stream.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay_s", [0.4, 1.5])
+def test_a_signal_to_the_whole_group_during_start_ends_all_in_order(number: signal.Signals, delay_s: float) -> None:
+    """As Ctrl-C in a terminal, or a service manager, sends it."""
+    with Server(*LIMITS, expects_failure=True) as server:
+        deadline = time.monotonic() + 20
+        while "embedded model" not in server.output and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        os.killpg(server.process.pid, number)
+        assert server.wait() == 0, server.output
+        server.assert_nothing_left()
+
+
+def test_a_signal_to_the_whole_group_drains_like_one_to_the_launcher() -> None:
+    with Server(*LIMITS) as server, server.client() as client:
+        stream = ask(client, max_tokens=150, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        os.killpg(server.process.pid, signal.SIGTERM)
+        reasons = [choice.finish_reason for chunk in stream for choice in chunk.choices if choice.finish_reason]
+        assert reasons == ["length"]
+        assert server.wait() == 0
+
+
 def test_nothing_of_a_killed_launcher_lives_on() -> None:
     with Server(*LIMITS) as server:
         server.process.kill()

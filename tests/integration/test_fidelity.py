@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -83,7 +83,10 @@ def many_pictures(request: int, count: int) -> Chat:
 
 @pytest.mark.parametrize("vits", ["1", "2"])
 def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) -> None:
-    """8 requests of 64 small pictures each, pools of three chunks: all finish, with the tokens that they get alone."""
+    """8 requests of 64 small pictures each, pools of a few chunks: all finish, with the tokens that they get alone.
+
+    That exactly three fit, and that pixels come in reverse, is in `test_vit_process.py`.
+    """
     from tests.checkpoints import make_checkpoint
 
     folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
@@ -101,7 +104,9 @@ def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) 
         asyncio.run(asyncio.wait_for(run(server), 100))
 
 
-def test_bfloat16_agreement_is_reported(random_checkpoint: Path, references: dict[str, Answer], record_property: pytest.FixtureRequest) -> None:
+def test_bfloat16_agreement_is_reported(
+    random_checkpoint: Path, references: dict[str, Answer], record_property: Callable[[str, object], None]
+) -> None:
     """In bfloat16 the rate of agreement is reported, not demanded; that it serves at all is."""
 
     async def run(server: Server) -> float:
@@ -115,5 +120,5 @@ def test_bfloat16_agreement_is_reported(random_checkpoint: Path, references: dic
 
     with Server("--model", str(random_checkpoint), "--dtype", "bfloat16", *LIMITS) as server:
         rate = asyncio.run(run(server))
-    record_property("bfloat16_agreement", rate)  # type: ignore[operator]
+    record_property("tokens in bfloat16 equal to Hugging Face's in float32", rate)
     assert 0 < rate <= 1

@@ -78,7 +78,7 @@ def ask(scene: Scene, rng: random.Random) -> Question:
             name = thing.shape if shapes.count(thing.shape) == 1 and rng.random() < 0.5 else thing.name
             text = say((f"Where is the {name}?", f"In which place is the {name}?"))
             options.append(Question("position", text, sentence(where(thing.cell))))
-    weights = {"shape": 3.0, "colour": 2.0, "position": 2.0, "describe": 2.0, "count": 2.0, "exists": 1.0, "cell": 2.0}
+    weights = {"shape": 2.0, "colour": 4.0, "position": 2.0, "describe": 2.0, "count": 1.0, "exists": 1.0, "cell": 2.0}
     tally = {option.skill: sum(o.skill == option.skill for o in options) for option in options}
     return rng.choices(options, weights=[weights[o.skill] / tally[o.skill] for o in options])[0]
 

@@ -243,7 +243,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = bpe.train(args.out)
+    # A checkpoint that is resumed goes on with its own tokenizer: trained anew on other questions it would number its tokens anew.
+    has_tokenizer = (args.out / "tokenizer.json").is_file()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out) if has_tokenizer else bpe.train(args.out)
     model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).train()
     nn.Module.to(model, device)
     head = DenseHead(model.config.text_config.hidden_size).to(device)

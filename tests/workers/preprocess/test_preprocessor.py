@@ -1,0 +1,302 @@
+"""Preprocess without its process: what it tells the LLM and the ViTs, and what it keeps, when requests come, cross and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.checkpoints import EMBEDDED
+from pipeline.config import PreprocessConfig
+from pipeline.families import read_model_info
+from pipeline.messages import (
+    AbortRequest,
+    CancelEncode,
+    ChatMessage,
+    EncodeMiss,
+    EncodeRequest,
+    GenerateRequest,
+    ImagePart,
+    ItemNotNeeded,
+    PixelsReleased,
+    RequestEnded,
+    SubmitRequest,
+    TextPart,
+    pack_int32,
+)
+from pipeline.sampling import SamplingParams
+from pipeline.slots import SlotAllocator
+from pipeline.tensors import TensorPool
+from pipeline.topology import Role, WorkerId
+from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
+from tests.pictures import encode, noise, scene
+from workers.preprocess.preprocessor import Preprocessor
+
+CLIENT, OTHER = b"c" * 16, b"o" * 16
+
+
+@dataclass
+class Rig:
+    core: Preprocessor
+    llm: FakeSink
+    vits: list[FakeSink]
+    allocator: SlotAllocator
+    context: Any
+    arrivals: int = 0
+    decoded: list[object] = field(default_factory=list)
+
+    def submit(self, request_id: str, pictures: list[bytes] | None = None, **fields: Any) -> None:
+        pictures = pictures or []
+        parts = (*(ImagePart(frame=index) for index in range(len(pictures))), TextPart("What is it?"))
+        values = {"client_id": CLIENT, "attempt": 1, "messages": (ChatMessage("user", parts),), "sampling": SamplingParams(), **fields}
+        self.core.on_ingest(SubmitRequest(request_id=request_id, **values), [memoryview(picture) for picture in pictures])
+
+    async def settle(self) -> None:
+        """Until tasks and threads have nothing more to do."""
+        for _ in range(40):
+            await asyncio.sleep(0.005)
+
+    def feedback(self, kind: Any, **fields: Any) -> None:
+        sender = VIT_0 if kind in (EncodeMiss, PixelsReleased) else LLM_0
+        self.core.on_feedback(kind(sender=sender, epoch=1, **fields))
+
+    def end(self, request_id: str, attempt: int = 1) -> None:
+        self.feedback(RequestEnded, request_id=request_id, attempt=attempt)
+
+    def encodes(self) -> list[EncodeRequest]:
+        return [message for vit in self.vits for message in vit.take(EncodeRequest)]
+
+    def check_nothing_left(self) -> None:
+        assert self.core.num_open == 0
+        assert self.core.num_media_bytes == 0
+        assert self.allocator.num_used == 0
+        assert self.core._pictures == {}
+        self.core.tick(0.0)
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async with make_rig(2) as made:
+        yield made
+
+
+def make_rig(num_vits: int, **options: Any) -> Any:
+    from contextlib import asynccontextmanager
+
+    @asynccontextmanager
+    async def run() -> AsyncIterator[Rig]:
+        epochs = {WorkerId(Role.VIT, index): 1 for index in range(num_vits)}
+        context: Any = SimpleNamespace(
+            origin={"sender": PREPROCESS, "epoch": 1},
+            sockets=SimpleNamespace(epochs=epochs),
+            spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2)),
+            is_current=lambda message: message.epoch >= 1,
+        )
+        allocator = SlotAllocator(1 << 20, 1 << 18, 16)
+        pool = TensorPool.on_host("preprocess.0", 1, 1 << 20, 16)
+        llm, vits = FakeSink(), [FakeSink() for _ in range(num_vits)]
+        async with asyncio.TaskGroup() as tasks:
+            info = read_model_info(EMBEDDED / "model")
+            core = Preprocessor(context, PreprocessConfig(**options), info, pool, allocator, llm, vits, tasks)
+            yield Rig(core, llm, vits, allocator, context)
+            await core.close()
+        pool.close()
+
+    return run()
+
+
+async def test_metadata_goes_first_then_hashes_then_pixels(rig: Rig) -> None:
+    rig.submit("r", [encode(scene(1)), encode(scene(2))])
+    await rig.settle()
+    (generate,) = rig.llm.take(GenerateRequest)
+    assert [item.length for item in generate.items] == [16, 16]
+    assert sorted(chunk.vit for item in generate.items for chunk in item.chunks) == [0, 1], "spread over the ViTs"
+    for vit in rig.vits:
+        first, second = vit.take(EncodeRequest)
+        assert first.pixels is None
+        assert second.pixels is not None
+        assert second.pixels.shape == (1, 112, 112, 3)
+        rig.feedback(PixelsReleased, key=first.key)
+    assert rig.allocator.num_used == 0
+    rig.end("r")
+    rig.check_nothing_left()
+
+
+async def test_a_known_hash_is_asked_for_without_pixels_until_it_is_missed(rig: Rig) -> None:
+    picture = encode(scene(1))
+    rig.submit("a", [picture])
+    await rig.settle()
+    place = rig.llm.take(GenerateRequest)[0].items[0].chunks[0].vit
+    for message in rig.encodes():
+        if message.pixels is not None:
+            rig.feedback(PixelsReleased, key=message.key)
+    rig.submit("b", [picture])
+    await rig.settle()
+    (ask,) = rig.encodes()
+    assert ask.pixels is None
+    assert rig.llm.take(GenerateRequest)[0].items[0].chunks[0].vit == place
+    rig.feedback(EncodeMiss, key=ask.key)
+    rig.feedback(EncodeMiss, key=ask.key)  # said twice, decoded once
+    await rig.settle()
+    (answer,) = rig.encodes()
+    assert answer.pixels is not None
+    rig.feedback(PixelsReleased, key=answer.key)
+    rig.end("a")
+    rig.end("b")
+    rig.check_nothing_left()
+
+
+@pytest.mark.parametrize("when", ["before decoding", "while decoding", "with the ViT"])
+async def test_a_request_that_ends_early_leaves_nothing(rig: Rig, when: str) -> None:
+    rig.submit("r", [encode(noise(seed, (140, 140))) for seed in range(8)])
+    while not rig.llm.sent:
+        await asyncio.sleep(0)
+    if when == "while decoding":
+        await asyncio.sleep(0)
+    if when == "with the ViT":
+        await rig.settle()
+    rig.end("r")
+    await rig.settle()
+    assert sum(len(message.keys) for vit in rig.vits for message in vit.take(CancelEncode)) == 8
+    for message in rig.encodes():
+        if message.pixels is not None:
+            rig.feedback(PixelsReleased, key=message.key)
+    rig.check_nothing_left()
+
+
+async def test_an_item_that_is_not_needed_is_cancelled_and_others_are_not(rig: Rig) -> None:
+    rig.submit("r", [encode(scene(1)), encode(scene(2))])
+    while not rig.llm.sent:
+        await asyncio.sleep(0)
+    rig.feedback(ItemNotNeeded, request_id="r", attempt=1, item=0)
+    await rig.settle()
+    cancelled = [key.item for vit in rig.vits for message in vit.take(CancelEncode) for key in message.keys]
+    assert cancelled == [0]
+    assert {message.key.item for message in rig.encodes() if message.pixels is not None} >= {1}
+
+
+async def test_a_broken_picture_fails_each_request_that_has_it(rig: Rig) -> None:
+    broken = encode(noise(1, (140, 140)))[:20_000]
+    for name in ("a", "b"):
+        rig.submit(name, [broken])
+    await rig.settle()
+    (waiting,) = [m for m in rig.encodes() if m.key.request_id == "b"]
+    (failure,) = rig.llm.take(AbortRequest)
+    assert (failure.request_id, failure.error.status, failure.error.field) == ("a", 400, "messages[0].content[0].image_url")
+    rig.end("a")
+    rig.feedback(EncodeMiss, key=waiting.key)  # the ViT turns to the next who wants it
+    await rig.settle()
+    (failure,) = rig.llm.take(AbortRequest)
+    assert failure.request_id == "b"
+    rig.end("b")
+    rig.check_nothing_left()
+
+
+async def test_a_query_is_passed_on_and_never_run_again(rig: Rig) -> None:
+    rig.submit("r")
+    await rig.settle()
+    assert [m.is_query for m in rig.llm.take(GenerateRequest)] == [False]
+    rig.submit("r", messages=(), num_received=5)
+    rig.end("r")
+    rig.submit("r", messages=(), num_received=7)
+    assert [(m.is_query, m.num_received) for m in rig.llm.take(GenerateRequest)] == [(True, 5), (True, 7)]
+    rig.check_nothing_left()
+
+
+async def test_a_query_about_an_unknown_request_is_refused_and_leaves_nothing(rig: Rig) -> None:
+    rig.submit("gone", messages=(), num_received=5)
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert refusal.error is not None
+    rig.end("gone")
+    rig.check_nothing_left()
+
+
+async def test_another_client_can_neither_abort_nor_take_a_request(rig: Rig) -> None:
+    rig.submit("r")
+    rig.core.on_ingest(AbortRequest(client_id=OTHER, request_id="r", attempt=1), [])
+    assert rig.llm.sent == []
+    rig.submit("r", client_id=OTHER)
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert (refusal.client_id, refusal.error.status) == (OTHER, 409)
+    await rig.settle()
+    assert len(rig.llm.take(GenerateRequest)) == 1, "the first one goes on"
+
+
+async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
+    rig.submit("r", attempt=1)
+    rig.submit("r", attempt=2)
+    rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), [])
+    await rig.settle()
+    assert [m.attempt for m in rig.llm.take(GenerateRequest)] == [2]
+    rig.submit("r", attempt=1)
+    assert rig.core.counters["stale_messages"] == 2
+    rig.end("r", 2)
+    rig.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"output_token_ids": b"abc"}, "output_token_ids"),
+        ({"output_token_ids": pack_int32([-1])}, "output_token_ids"),
+        ({"output_token_ids": pack_int32([2**31 - 1])}, "output_token_ids"),
+        ({"num_received": -1}, "attempt"),
+        ({"attempt": 0}, "attempt"),
+        ({"messages": (ChatMessage("user", (ImagePart(frame=7),)),)}, "messages[0].content[0].image_url"),
+        ({"messages": (ChatMessage("user", (ImagePart(),)),)}, "messages[0].content[0].image_url"),
+        ({"messages": (ChatMessage("user", "x"),) * 2000}, "messages"),
+    ],
+)
+async def test_what_no_client_of_ours_would_send_is_refused(rig: Rig, fields: dict[str, Any], field: str) -> None:
+    rig.submit("r", **fields)
+    await rig.settle()
+    (refusal,) = rig.llm.take()
+    assert isinstance(refusal, AbortRequest)
+    assert refusal.error is not None
+    assert refusal.error.field == field
+    rig.end("r", fields.get("attempt", 1))
+    rig.check_nothing_left()
+
+
+async def test_an_unforeseen_failure_ends_its_request_only(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    def explode(*args: object) -> None:
+        raise ZeroDivisionError("a strange template")
+
+    build, rig.core._prompt.build = rig.core._prompt.build, explode  # type: ignore[method-assign,assignment]
+    rig.submit("bad")
+    await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert refusal.error.status == 500
+    assert "strange" not in refusal.error.message
+    assert "a strange template" in caplog.text
+    rig.core._prompt.build = build  # type: ignore[method-assign]
+    rig.submit("good")
+    await rig.settle()
+    assert len(rig.llm.take(GenerateRequest)) == 1
+
+
+async def test_memory_and_requests_are_bounded() -> None:
+    async with make_rig(1, max_open_media_mib=1, max_open_requests=2) as rig:
+        large = encode(noise(1, (500, 500)))
+        assert 1 << 19 < len(large) < 1 << 20
+        rig.submit("a", [large])
+        rig.submit("b", [large])
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("b", 503)
+        rig.submit("c")
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("c", 503)
+        await rig.settle()
+        for message in rig.encodes():
+            if message.pixels is not None:
+                rig.feedback(PixelsReleased, key=message.key)
+        for name in "abc":
+            rig.end(name)
+        rig.check_nothing_left()
+        rig.submit("d", [large])
+        await rig.settle()
+        assert len(rig.llm.take(GenerateRequest)) == 2, "a's and d's"
