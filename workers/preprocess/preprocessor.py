@@ -352,10 +352,14 @@ class Preprocessor:
                     self._finish(state)
             case EncodeMiss(key=key):
                 state = self._pictures.get(key)
-                if state is not None and not state.is_wanted:
+                if state is None:
+                    return
+                if not state.is_wanted:
                     state.is_wanted = True
                     self._slots.request(key, _pixel_bytes(state.picture.target))
                     self._grant()
+                elif state.slot is not None and not state.is_decoding:
+                    self._vits[state.vit].send(self._encode_request(state))  # sent when others' came first, and wanted now
             case ItemNotNeeded():
                 self._cancel([ChunkKey(message.request_id, message.attempt, message.item, 0)])
             case RequestEnded():

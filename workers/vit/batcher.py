@@ -96,8 +96,10 @@ class Batcher:
 
     def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle) -> list[Action]:
         pending = self._pending.get(mm_hash)
-        if pending is None or key not in pending.waiters or pending.pixels is not None or pending.is_encoding:
-            return [PixelsDone(key)]  # answered from the cache or cancelled meanwhile, or somebody else's came first
+        if pending is None or key not in pending.waiters:
+            return [PixelsDone(key)]  # answered from the cache or cancelled meanwhile
+        if pending.pixels is not None:
+            return []  # somebody else's came first; these may still be wanted, and are released when their owner is answered
         pending.pixels, pending.supplier = pixels, key
         self._expect(pending)
         return []
@@ -127,7 +129,6 @@ class Batcher:
         del pending.waiters[key], self._hashes[key]
         if pending.waiters:
             self._expect(pending)
-        # The supplier's pixels may still serve the others: they are released when nobody waits any more.
         done = [] if key == pending.supplier and pending.waiters else [PixelsDone(key)]
         return [Ready(key, self.cache.lease(feature), feature), *done]
 
@@ -135,6 +136,9 @@ class Batcher:
         self._slots.expect(pending.mm_hash, pending.order)
         if pending.pixels is not None and pending.mm_hash not in self._parked:
             self._slots.request(pending.mm_hash, self.num_tokens(pending.grid_thw) * self._bytes_per_token)
+
+    # Every key that was asked for gets exactly one PixelsDone: when it is answered, refused or cancelled, except that the pixels of
+    # a supplier stay until the others who wait for them are answered, too.
 
     def on_cancel(self, keys: Iterable[ChunkKey]) -> list[Action]:
         actions: list[Action] = []
@@ -144,10 +148,12 @@ class Batcher:
                 continue
             pending = self._pending[mm_hash]
             del pending.waiters[key]
+            if pending.pixels is None or pending.supplier != key:
+                actions.append(PixelsDone(key))  # else they may serve the others
             if pending.is_encoding:
                 continue
             if not pending.waiters:
-                actions.extend(self._drop(pending, key))
+                actions.extend(self._drop(pending))
                 continue
             if pending.pixels is None and pending.supplier == key:
                 pending.supplier = pending.oldest
@@ -156,15 +162,14 @@ class Batcher:
                 self._expect(pending)
         return [*actions, *self.poll()]
 
-    def _drop(self, pending: Pending, *keys: ChunkKey) -> list[Action]:
+    def _drop(self, pending: Pending) -> list[Action]:
         """Forgets a chunk that nobody waits for; whoever supplied its pixels gets them back, though it may have left before."""
         del self._pending[pending.mm_hash]
         self._parked.discard(pending.mm_hash)
         self._slots.forget(pending.mm_hash)
         if pending.slot is not None:
             self._slots.allocator.free(pending.slot)
-        suppliers = {pending.supplier} if pending.pixels is not None and pending.supplier is not None else set()
-        return [PixelsDone(key) for key in sorted({*keys, *suppliers})]
+        return [PixelsDone(pending.supplier)] if pending.pixels is not None and pending.supplier is not None else []
 
     def next_batch(self, max_patches: int) -> list[Pending]:
         """Chunks to encode now, oldest first, at most `max_patches` together (one always goes, however large)."""
@@ -193,8 +198,12 @@ class Batcher:
             for key in served:
                 del self._hashes[key], pending.waiters[key]
                 actions.append(Ready(key, self.cache.lease(feature), feature))
-            actions.extend(PixelsDone(key) for key in sorted({*served, pending.supplier}))
-            pending.pixels, pending.slot, pending.supplier, pending.is_encoding = None, None, None, False
+            pending.slot, pending.is_encoding = None, False
+            if pending.supplier in pending.waiters:  # it waits for its turn; should the reserve be needed, its pixels serve again
+                actions.extend(PixelsDone(key) for key in served)
+            else:
+                actions.extend(PixelsDone(key) for key in sorted({*served, pending.supplier}))
+                pending.pixels = pending.supplier = None
             if pending.waiters:
                 self._parked.add(pending.mm_hash)
                 self._expect(pending)
@@ -207,7 +216,8 @@ class Batcher:
         for key in pending.waiters:
             del self._hashes[key]
         refused = [Refused(key, reason) for key in pending.waiters]
-        return [*refused, *self._drop(pending, *pending.waiters)]
+        done = [PixelsDone(key) for key in pending.waiters if key != pending.supplier]
+        return [*refused, *done, *self._drop(pending)]
 
     @property
     def num_pending(self) -> int:

@@ -144,6 +144,9 @@ async def test_a_known_hash_is_asked_for_without_pixels_until_it_is_missed(rig: 
     await rig.settle()
     (answer,) = rig.encodes()
     assert answer.pixels is not None
+    rig.feedback(EncodeMiss, key=ask.key)  # the pixels came when others were there already, and those are gone
+    (again,) = rig.encodes()
+    assert again == answer
     rig.feedback(PixelsReleased, key=answer.key)
     rig.end("a")
     rig.end("b")
