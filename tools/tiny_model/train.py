@@ -237,20 +237,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--vision-minutes", type=float, default=8.0, help="time for the vision tower alone")
     parser.add_argument("--joint-minutes", type=float, default=22.0, help="time for tower and decoder together")
-    parser.add_argument("--resume", type=Path, help="training.pt of an earlier run to start from")
+    parser.add_argument("--resume", type=Path, help="checkpoint folder to start from, with the training.pt beside it if there is one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # A checkpoint that is resumed goes on with its own tokenizer: trained anew on other questions it would number its tokens anew.
-    has_tokenizer = (args.out / "tokenizer.json").is_file()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out) if has_tokenizer else bpe.train(args.out)
-    model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).train()
+    if args.resume:  # with its own tokenizer: trained anew on other questions it would number its tokens anew
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
+        tokenizer.save_pretrained(args.out)
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.resume, dtype=torch.float32).train()
+    else:
+        tokenizer = bpe.train(args.out)
+        model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).train()
     nn.Module.to(model, device)
     head = DenseHead(model.config.text_config.hidden_size).to(device)
-    if args.resume:
-        state = torch.load(args.resume, weights_only=True, map_location=device)
+    if args.resume and (state_file := args.resume.parent / "training.pt").is_file():
+        state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         head.load_state_dict(state["head"])
     make_fast(model)

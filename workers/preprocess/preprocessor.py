@@ -1,8 +1,8 @@
-"""Preprocess without its process: renders prompts, fetches, decodes and resizes pictures, and routes them to the ViTs.
+"""Preprocess without its process: admits requests, fetches their media, renders their prompts, and follows them to their end.
 
 A request's way: media are fetched → sizes and hashes are read → `GenerateRequest` goes to the LLM → each picture is asked for by
-hash at its ViT → those that no ViT has are decoded, in order, into the pixel pool and sent. Everything that waits for one
-request waits in that request's own task; decoding runs on threads.
+hash at its ViT → those that no ViT has are decoded, in order, into the pixel pool and sent (`pictures.py`). Everything that
+waits for one request waits in that request's own task.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,20 +22,16 @@ from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
     AbortRequest,
-    CancelEncode,
     ChunkKey,
     EncodeMessage,
     EncodeMiss,
-    EncodeRequest,
     FeedbackMessage,
     GenerateRequest,
-    GridTHW,
     Hello,
     ImagePart,
     IngestMessage,
     ItemNotNeeded,
     LlmMessage,
-    MmChunk,
     MmItem,
     PixelsReleased,
     RequestEnded,
@@ -45,44 +40,19 @@ from pipeline.messages import (
     unpack_int32,
 )
 from pipeline.process import WorkerContext
-from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
+from pipeline.slots import Order, SlotAllocator
 from pipeline.sockets import Sink
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.fetch import Fetcher, decode_base64
-from workers.preprocess.images import ImageSize, content_hash, decode, grid_of, read_size, smart_resize
+from workers.preprocess.images import content_hash, grid_of, read_size, smart_resize
+from workers.preprocess.pictures import Picture, PictureFlow
 from workers.preprocess.prompt import ChatPrompt, Prompt
-from workers.preprocess.router import Router
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 MAX_MESSAGES = 1024
-
-
-@dataclass(slots=True)
-class Picture:
-    """One picture of a request, its bytes still encoded."""
-
-    data: bytes | memoryview
-    field: str  # where it stands in the request, for errors
-    target: ImageSize
-    grid_thw: GridTHW
-    mm_hash: bytes
-
-
-@dataclass(slots=True)
-class PictureState:
-    """A picture on its way through a ViT."""
-
-    key: ChunkKey
-    picture: Picture
-    vit: int
-    order: Order
-    slot: Slot | None = None
-    is_wanted: bool = False  # its pixels are asked for
-    is_decoding: bool = False
-    is_over: bool = False  # released or cancelled while it was being decoded
 
 
 @dataclass(slots=True)
@@ -106,21 +76,21 @@ class Preprocessor:
     ) -> None:  # fmt: skip
         self._origin = context.origin
         self._context, self._config, self._info = context, config, info
-        self._llm, self._vits, self._tasks = llm, vits, tasks
-        self._pool = pool
-        self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
+        self._llm, self._tasks = llm, tasks
         self._threads = ThreadPoolExecutor(max(2, context.spec.placement.num_threads), "decode")
         self._fetcher = Fetcher(config)
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.text.max_position_embeddings)
-        self._router = Router(len(vits))
+        epochs = context.sockets.epochs
+        self._pictures = PictureFlow(
+            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], self._threads, tasks, self._on_broken_picture
+        )
         self._settings = f"{info.folder}|{info.vision.min_pixels}|{info.vision.max_pixels}".encode()
         self._requests: dict[str, OpenRequest] = {}
-        self._pictures: dict[ChunkKey, PictureState] = {}
         self._last_arrival = 0
         self.is_draining = False
         self.num_open = 0
         self.num_media_bytes = 0  # of open requests
-        self.counters = {"stale_messages": 0, "refused_requests": 0, "decoded_pictures": 0}
+        self.counters = {"stale_messages": 0, "refused_requests": 0}
 
     # From clients.
 
@@ -226,16 +196,13 @@ class Preprocessor:
         return pictures, await self._in_thread(self._prompt.build, message.messages, counts.__getitem__)
 
     def _announce(self, opened: OpenRequest, message: SubmitRequest, pictures: Sequence[Picture], prompt: Prompt) -> None:
-        """Metadata to the LLM, then every picture by hash to its ViT: in one go, so that all see them in order."""
+        """Metadata to the LLM, then every picture by hash to its ViT: nothing waits in between, so all see them in one order."""
         self._last_arrival += 1
         items: list[MmItem] = []
         for index, (picture, place) in enumerate(zip(pictures, prompt.placeholders, strict=True)):
             key = ChunkKey(opened.request_id, opened.attempt, index, 0)
-            choice = self._router.choose(picture.mm_hash, picture.grid_thw.num_patches)
-            self._pictures[key] = PictureState(key, picture, choice.vit, Order(self._last_arrival, index), is_wanted=not choice.is_known)
+            chunk = self._pictures.route(key, picture, Order(self._last_arrival, index), place.length)
             opened.keys.append(key)
-            epoch = self._context.sockets.epochs[WorkerId(Role.VIT, choice.vit)]
-            chunk = MmChunk(picture.mm_hash, place.length, choice.vit, epoch)
             items.append(MmItem(place.offset, place.length, picture.grid_thw, picture.mm_hash, (chunk,)))
         opened.reply = GenerateRequest(
             client_id=opened.client_id,
@@ -250,13 +217,7 @@ class Preprocessor:
             **self._origin,
         )
         self._llm.send(opened.reply)
-        for key in opened.keys:
-            state = self._pictures[key]
-            self._vits[state.vit].send(self._encode_request(state))
-            self._slots.expect(key, state.order)
-            if state.is_wanted:
-                self._slots.request(key, _pixel_bytes(state.picture.target))
-        self._grant()
+        self._pictures.announce(opened.keys)
 
     async def _picture(self, opened: OpenRequest, part: ImagePart, field: str, frames: list[memoryview]) -> Picture:
         if part.url:
@@ -287,58 +248,10 @@ class Preprocessor:
         opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
         self._llm.send(opened.reply)
 
-    def _encode_request(self, state: PictureState) -> EncodeRequest:
-        handle = None
-        if state.slot is not None:
-            target = state.picture.target
-            handle = self._pool.lend(state.slot, (1, target.height, target.width, 3), "uint8")
-        return EncodeRequest(
-            key=state.key, arrival=state.order.arrival, position=state.order.position, mm_hash=state.picture.mm_hash,
-            grid_thw=state.picture.grid_thw, pixels=handle, **self._origin,
-        )  # fmt: skip
-
-    # Pixels.
-
-    def _grant(self) -> None:
-        """Starts decoding the pictures that get a slot now."""
-        for key, slot in self._slots.grant():
-            state = self._pictures[key]
-            state.slot, state.is_decoding = slot, True
-            self._tasks.create_task(self._decode(state))
-
-    async def _decode(self, state: PictureState) -> None:
-        error: RequestError | None = None
-        request = self._encode_request(state)
-        assert request.pixels is not None
-        pixels = self._pool.array(request.pixels)
-        try:
-            pixels[0] = await self._in_thread(decode, state.picture.data, state.picture.target, state.picture.field)
-        except RequestError as broken:
-            error = broken
-        state.is_decoding = False
-        self.counters["decoded_pictures"] += 1
-        if state.is_over:
-            self._drop(state)
-        elif error is None:
-            self._vits[state.vit].send(request)
-        else:
-            self._refuse_running(state, error.info)
-
-    def _refuse_running(self, state: PictureState, error: ErrorInfo) -> None:
-        """A picture of a request that runs already turns out broken."""
-        opened = self._requests[state.key.request_id]
+    def _on_broken_picture(self, key: ChunkKey, error: ErrorInfo) -> None:
+        """A picture of a request that runs already turned out broken."""
+        opened = self._requests[key.request_id]
         self._llm.send(AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error))
-        self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
-        self._drop(state)
-
-    def _drop(self, state: PictureState) -> None:
-        """Forgets a picture and gives its slot to the next."""
-        del self._pictures[state.key]
-        self._router.finished(state.vit, state.picture.grid_thw.num_patches)
-        self._slots.forget(state.key)
-        if state.slot is not None:
-            self._slots.allocator.free(state.slot)
-        self._grant()
 
     # From ViTs and the LLM.
 
@@ -348,33 +261,17 @@ class Preprocessor:
             return
         match message:
             case PixelsReleased(key=key):
-                if (state := self._pictures.get(key)) is not None:
-                    self._finish(state)
+                self._pictures.on_released(key)
             case EncodeMiss(key=key):
-                state = self._pictures.get(key)
-                if state is None:
-                    return
-                if not state.is_wanted:
-                    state.is_wanted = True
-                    self._slots.request(key, _pixel_bytes(state.picture.target))
-                    self._grant()
-                elif state.slot is not None and not state.is_decoding:
-                    self._vits[state.vit].send(self._encode_request(state))  # sent when others' came first, and wanted now
+                self._pictures.on_miss(key)
             case ItemNotNeeded():
-                self._cancel([ChunkKey(message.request_id, message.attempt, message.item, 0)])
+                self._pictures.cancel([ChunkKey(message.request_id, message.attempt, message.item, 0)])
             case RequestEnded():
                 opened = self._requests.get(message.request_id)
                 if opened is not None and opened.attempt == message.attempt and opened.ended_at is None:
                     self._end(opened)
             case _:
                 assert_never(message)
-
-    def _finish(self, state: PictureState) -> None:
-        """No pixels are needed (any more). While a thread still writes them the slot stays."""
-        if state.is_decoding:
-            state.is_over = True
-        else:
-            self._drop(state)
 
     def _end(self, opened: OpenRequest) -> None:
         opened.ended_at = time.monotonic()
@@ -383,40 +280,26 @@ class Preprocessor:
         if opened.task is not None:
             opened.task.cancel()
             opened.task = None
-        self._cancel(opened.keys)
+        self._pictures.cancel(opened.keys)
         opened.keys = []
         # Ended requests are remembered in the order of their end.
         self._requests[opened.request_id] = self._requests.pop(opened.request_id)
-
-    def _cancel(self, keys: Iterable[ChunkKey]) -> None:
-        by_vit: dict[int, list[ChunkKey]] = defaultdict(list)
-        states = [state for key in keys if (state := self._pictures.get(key)) is not None]
-        for state in states:
-            self._slots.forget(state.key)  # all first, so that no freed slot goes to one that is cancelled too
-        for state in states:
-            by_vit[state.vit].append(state.key)
-            if state.slot is None or state.is_decoding:
-                self._finish(state)  # one whose pixels are with the ViT waits for their release
-        for vit, of_vit in by_vit.items():
-            self._vits[vit].send(CancelEncode(keys=tuple(of_vit), **self._origin))
 
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks the books when nothing is open."""
         for opened in list(self._requests.values()):
             if opened.ended_at is not None and now - opened.ended_at > MEMORY_OF_ENDED_S:
                 del self._requests[opened.request_id]
-        if not self.num_open and not self._pictures:
-            self._slots.allocator.check_integrity()
-            assert not self._slots.allocator.num_used, "pixel slots are held for nobody"
-            assert not any(self._router.outstanding), "patches are outstanding for nobody"
+        if not self.num_open:
+            self._pictures.check_integrity()
+
+    @property
+    def num_decoded(self) -> int:
+        return self._pictures.num_decoded
 
     async def close(self) -> None:
         await self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _pixel_bytes(target: ImageSize) -> int:
-    return target.height * target.width * 3
 
 
 def _located_images(message: SubmitRequest) -> Iterable[tuple[ImagePart, str]]:

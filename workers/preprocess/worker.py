@@ -63,7 +63,10 @@ async def _serve(context: WorkerContext) -> None:
         async def report() -> None:
             while True:
                 core.tick(time.monotonic())
-                context.stats(core.num_open, {**core.counters, "refused_messages": ingest.num_refused + feedback.num_refused})
+                context.stats(
+                    core.num_open,
+                    {**core.counters, "decoded_pictures": core.num_decoded, "refused_messages": ingest.num_refused + feedback.num_refused},
+                )
                 await asyncio.sleep(STATS_INTERVAL_S)
 
         for loop in (read_ingest, read_feedback, read_control, report):

@@ -93,7 +93,10 @@ def test_what_is_not_served_is_refused_not_ignored(fields: dict[str, Any]) -> No
 
 
 def test_neutral_values_pass() -> None:
-    refuse_unserved(decode_request(body(n=1, presence_penalty=0.0, tools=[], response_format={"type": "text"}, user="me", metadata={})))
+    harmless = {"user": "me", "metadata": {}, "store": False}
+    request = decode_request(body(n=1, presence_penalty=0.0, tools=[], response_format={"type": "text"}, **harmless))
+    refuse_unserved(request)
+    assert request.n == 1
     answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
     refuse_unserved(decode_request(body(messages=[answer])))
 

@@ -74,7 +74,7 @@ class Rig:
         assert self.core.num_open == 0
         assert self.core.num_media_bytes == 0
         assert self.allocator.num_used == 0
-        assert self.core._pictures == {}
+        assert self.core._pictures._pictures == {}
         self.core.tick(0.0)
 
 
