@@ -10,8 +10,8 @@ from pipeline.config import ModelConfig
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_NAME = "embedded-shapes"
 NOTICE = (
-    "the embedded model (12 M parameters) answers questions about simple drawings: shapes, their colors, counts and places, and printed "
-    "numbers; it knows nothing of photos, other text or the world"
+    "the embedded model (12 M parameters) names and counts shapes and their colors in simple drawings; it is often wrong about places and "
+    "printed numbers, and knows nothing of photos, other text or the world"
 )
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")  # weights as safetensors only, and no code
 

@@ -160,13 +160,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def learning_rate(elapsed: float, budget: float, peak: float, step: int) -> float:
-    warmup = min(1.0, (step + 1) / 150)
+    warmup = min(1.0, (step + 1) / 40)
     return peak * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / budget))))
 
 
-def run_stage(name: str, model: Qwen2VLForConditionalGeneration, head: DenseHead, batches: Batches, minutes: float, folder: Path) -> None:
+def run_stage(
+    name: str, model: Qwen2VLForConditionalGeneration, head: DenseHead, batches: Batches, minutes: float, folder: Path, is_tower_frozen: bool = False
+) -> None:
     joint = batches.num_turns > 0
-    tower = model.model.visual.parameters()
+    tower = [] if is_tower_frozen else [*model.model.visual.parameters()]
+    model.model.visual.requires_grad_(not is_tower_frozen)
     rest = [*model.model.language_model.parameters()] if joint else []
     groups = [{"params": [*tower, *head.parameters()], "peak": 4e-4 if joint else 1e-3}, {"params": rest, "peak": 1.5e-3}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -196,7 +199,7 @@ def run_stage(name: str, model: Qwen2VLForConditionalGeneration, head: DenseHead
                 embeddings = model.model.visual(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
                 answer_loss, token_accuracy = torch.zeros(()), 0.0
         dense_loss, seen = head(embeddings, batch.dense)
-        loss = answer_loss + (0.2 if joint else 1.0) * dense_loss
+        loss = answer_loss + (0.0 if is_tower_frozen else 0.2 if joint else 1.0) * dense_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -209,7 +212,7 @@ def run_stage(name: str, model: Qwen2VLForConditionalGeneration, head: DenseHead
                 f"answer tokens {100 * token_accuracy:.1f} %  dense: shape {shape} colour {color} digit {digit} %",
                 flush=True,
             )
-        if step % 500 == 499:
+        if step % 100 == 99:
             torch.save({"model": model.state_dict(), "head": head.state_dict()}, folder / "training.pt")
     torch.save({"model": model.state_dict(), "head": head.state_dict()}, folder / "training.pt")
 
@@ -237,6 +240,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--vision-minutes", type=float, default=8.0, help="time for the vision tower alone")
     parser.add_argument("--joint-minutes", type=float, default=22.0, help="time for tower and decoder together")
+    parser.add_argument("--decoder-minutes", type=float, default=0.0, help="time for the decoder alone: more questions a second")
     parser.add_argument("--resume", type=Path, help="checkpoint folder to start from, with the training.pt beside it if there is one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -263,6 +267,8 @@ def main() -> None:
         run_stage("vision", model, head, Batches(tokenizer, 64, 0, args.seed + 1), args.vision_minutes, scratch)
     if args.joint_minutes:
         run_stage("joint", model, head, Batches(tokenizer, 32, 4, args.seed + 2), args.joint_minutes, scratch)
+    if args.decoder_minutes:
+        run_stage("decoder", model, head, Batches(tokenizer, 24, 12, args.seed + 3), args.decoder_minutes, scratch, is_tower_frozen=True)
     export(model, args.out)
 
 
