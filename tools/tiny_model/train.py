@@ -165,13 +165,20 @@ def learning_rate(elapsed: float, budget: float, peak: float, step: int) -> floa
 
 
 def run_stage(
-    name: str, model: Qwen2VLForConditionalGeneration, head: DenseHead, batches: Batches, minutes: float, folder: Path, is_tower_frozen: bool = False
+    name: str,
+    model: Qwen2VLForConditionalGeneration,
+    head: DenseHead,
+    batches: Batches,
+    minutes: float,
+    folder: Path,
+    peak: float,
+    is_tower_frozen: bool = False,
 ) -> None:
     joint = batches.num_turns > 0
     tower = [] if is_tower_frozen else [*model.model.visual.parameters()]
     model.model.visual.requires_grad_(not is_tower_frozen)
     rest = [*model.model.language_model.parameters()] if joint else []
-    groups = [{"params": [*tower, *head.parameters()], "peak": 4e-4 if joint else 1e-3}, {"params": rest, "peak": 1.5e-3}]
+    groups = [{"params": [*tower, *head.parameters()], "peak": peak * (0.3 if joint else 0.7)}, {"params": rest, "peak": peak}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     device = next(model.parameters()).device
     start = time.monotonic()
@@ -242,6 +249,7 @@ def main() -> None:
     parser.add_argument("--joint-minutes", type=float, default=22.0, help="time for tower and decoder together")
     parser.add_argument("--decoder-minutes", type=float, default=0.0, help="time for the decoder alone: more questions a second")
     parser.add_argument("--resume", type=Path, help="checkpoint folder to start from, with the training.pt beside it if there is one")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate; lower for a short run on a resumed checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -264,11 +272,11 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}", flush=True)
     scratch = args.out.parent
     if args.vision_minutes:
-        run_stage("vision", model, head, Batches(tokenizer, 64, 0, args.seed + 1), args.vision_minutes, scratch)
-    if args.joint_minutes:
-        run_stage("joint", model, head, Batches(tokenizer, 32, 4, args.seed + 2), args.joint_minutes, scratch)
+        run_stage("vision", model, head, Batches(tokenizer, 64, 0, args.seed + 1), args.vision_minutes, scratch, args.peak)
     if args.decoder_minutes:
-        run_stage("decoder", model, head, Batches(tokenizer, 24, 12, args.seed + 3), args.decoder_minutes, scratch, is_tower_frozen=True)
+        run_stage("decoder", model, head, Batches(tokenizer, 24, 12, args.seed + 3), args.decoder_minutes, scratch, args.peak, is_tower_frozen=True)
+    if args.joint_minutes:
+        run_stage("joint", model, head, Batches(tokenizer, 32, 4, args.seed + 2), args.joint_minutes, scratch, args.peak)
     export(model, args.out)
 
 
