@@ -45,7 +45,8 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
     if field.default not in (None, "", (), False):
         text += f" (default: {field.default})"
     if hint is bool:
-        group.add_argument(*names, dest=field.name, action="store_true", help=text)
+        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        group.add_argument(*names, dest=field.name, action=action, default=field.default, help=text)
         return
     is_optional = isinstance(hint, types.UnionType)
     plain = next(part for part in typing.get_args(hint) if part is not type(None)) if is_optional else hint

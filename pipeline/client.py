@@ -28,7 +28,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from pipeline.config import MAX_ITEMS
-from pipeline.detokenizer import Detokenizer, StopStrings
+from pipeline.detokenizer import Detokenizer, StopStrings, token_bytes
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.messages import (
     CLIENT_ID_BYTES,
@@ -49,8 +49,10 @@ from pipeline.messages import (
     Shutdown,
     SubmitRequest,
     TextPart,
+    TokenLogprobs,
     TokenOutputs,
     Welcome,
+    pack_int32,
     unpack_int32,
 )
 from pipeline.sampling import FinishReason, SamplingParams
@@ -75,6 +77,8 @@ class Piece:
     finish_reason: FinishReason | None
     num_prompt_tokens: int
     num_output_tokens: int  # up to and with this piece
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if they were asked for
 
 
 @dataclass(slots=True)
@@ -84,7 +88,7 @@ class _Open:
     request: SubmitRequest
     frames: list[bytes | memoryview]
     heard: float
-    num_received: int = 0
+    token_ids: list[int] = field(default_factory=list)  # received so far
     num_prompt_tokens: int = 0
     is_accepted: bool = False
     is_asking: bool = False  # a query for missed tokens is under way
@@ -156,15 +160,17 @@ class PipelineClient:
         return self._end.message if self._end else ""
 
     async def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes] = (), request_id: str = ""
-    ) -> AsyncGenerator[Piece, None]:
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes] = (), request_id: str = "",
+        priority: int = 0, cache_salt: bytes = b"",
+    ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one chat and yields what comes, ending with the piece that has a finish reason.
 
-        `ImagePart(frame=i)` in a message names `media[i]`. Leaving the generator early aborts the request. Raises
-        RequestError when the request is refused or fails.
+        `ImagePart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with an equal
+        `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked. Leaving the
+        generator early aborts the request. Raises RequestError when the request is refused or fails.
         """
-        request = self._submit(messages, sampling, list(media), request_id or f"req-{uuid.uuid4().hex}")
-        opened = self._open[request]
+        request = request_id or f"req-{uuid.uuid4().hex}"
+        opened = self._submit(messages, sampling, list(media), request, priority, cache_salt)
         assert self._tokenizer is not None
         detokenizer, stop_strings = Detokenizer(self._tokenizer), StopStrings(sampling.stop)
         try:
@@ -180,14 +186,23 @@ class PipelineClient:
                     self._open.pop(request, None)
                 if stop_strings.is_hit:
                     finish = FinishReason.STOP
-                yield Piece(text, token_ids, finish, opened.num_prompt_tokens, event.offset + len(token_ids))
+                num_output_tokens = event.offset + len(token_ids)
+                yield Piece(text, token_ids, finish, opened.num_prompt_tokens, num_output_tokens, event.num_cached_tokens, event.logprobs)
                 if finish is not None:
                     return
         finally:
             if request in self._open:
                 self._abort(request)
 
-    def _submit(self, messages: Sequence[ChatMessage], sampling: SamplingParams, frames: list[bytes | memoryview], request_id: str) -> str:
+    def token_text(self, token_id: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        assert self._tokenizer is not None
+        return token_bytes(self._tokenizer, token_id)
+
+    def _submit(
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams, frames: list[bytes | memoryview], request_id: str,
+        priority: int, cache_salt: bytes,
+    ) -> _Open:  # fmt: skip
         if self._end is not None:
             raise RequestError.from_info(self._end)
         if self.is_draining:
@@ -203,7 +218,10 @@ class PipelineClient:
         moved = tuple(_move_data_urls(message, frames) for message in messages)
         if len(frames) > MAX_ITEMS:
             raise RequestError(f"the request has {len(frames)} pictures, the limit is {MAX_ITEMS}", field="messages")
-        request = SubmitRequest(client_id=self._client_id, request_id=request_id, attempt=1, messages=moved, sampling=sampling)
+        request = SubmitRequest(
+            client_id=self._client_id, request_id=request_id, attempt=1, messages=moved, sampling=sampling, priority=priority,
+            cache_salt=cache_salt,
+        )  # fmt: skip
         try:
             size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
         except UnicodeEncodeError:
@@ -211,8 +229,16 @@ class PipelineClient:
         if size > welcome.max_request_bytes:
             raise RequestError(f"the request has {size} bytes, the limit is {welcome.max_request_bytes}", status=413, field="messages")
         self._ingest.send(request, frames)
-        self._open[request_id] = _Open(request, frames, heard=time.monotonic())
-        return request_id
+        opened = self._open[request_id] = _Open(request, frames, heard=time.monotonic())
+        return opened
+
+    def _resubmit(self, opened: _Open) -> None:
+        """The next attempt: the same request, to be gone on with behind the tokens that are here."""
+        assert self._ingest is not None
+        request = opened.request
+        opened.request = msgspec.structs.replace(request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids))
+        opened.is_accepted, opened.is_asking, opened.heard = False, False, time.monotonic()
+        self._ingest.send(opened.request, opened.frames)
 
     def _abort(self, request_id: str) -> None:
         request = self._open.pop(request_id).request
@@ -287,7 +313,8 @@ class PipelineClient:
                         opened.events.put_nowait(message.error)
                 case Interrupted():
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
-                        opened.events.put_nowait(ErrorInfo(503, f"the request was interrupted: {message.reason}"))
+                        logger.info("%s was interrupted (%s): submitted again", message.request_id, message.reason)
+                        self._resubmit(opened)
 
     def _accept_welcome(self, welcome: Welcome) -> None:
         if welcome.protocol != PROTOCOL_VERSION:
@@ -309,23 +336,25 @@ class PipelineClient:
             self._aborting.pop(output.request_id, None)
         if (opened := self._find(output.request_id, output.attempt)) is None:
             return
-        if output.offset > opened.num_received:
+        num_received = len(opened.token_ids)
+        if output.offset > num_received:
             self.counters["gaps"] += 1
             self._query(opened)
             return
         opened.is_asking = False
-        known = opened.num_received - output.offset
+        known = num_received - output.offset
         token_ids = output.new_token_ids[4 * known :]
         if token_ids or output.finish_reason is not None:
-            opened.events.put_nowait(RequestOutput(output.request_id, output.attempt, opened.num_received, token_ids, output.finish_reason))
-            opened.num_received += len(token_ids) // 4
+            logprobs = output.logprobs[known:]
+            opened.events.put_nowait(msgspec.structs.replace(output, offset=num_received, new_token_ids=token_ids, logprobs=logprobs))
+            opened.token_ids += unpack_int32(token_ids).tolist()
 
     def _query(self, opened: _Open) -> None:
         """Asks for what was missed: the same request with the same attempt. Its media go along only if it may never have come in."""
         if opened.is_asking or self._ingest is None:
             return
         opened.is_asking, opened.heard = True, time.monotonic()
-        request = msgspec.structs.replace(opened.request, num_received=opened.num_received)
+        request = msgspec.structs.replace(opened.request, num_received=len(opened.token_ids))
         if opened.is_accepted:
             self._ingest.send(msgspec.structs.replace(request, messages=()))
         else:

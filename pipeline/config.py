@@ -110,11 +110,18 @@ class LlmConfig:
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", metavar="TOKENS")
     block_size: int = option(16, "tokens of one KV cache block", metavar="TOKENS")
     kv_cache_gib: float = option(1.0, "memory for the KV cache of each rank, in GiB", metavar="GIB")
+    prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
+    max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
+    overlap: str = option("auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         _at_least(self, tp=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
         if not 0 < self.kv_cache_gib < math.inf:
             raise ValueError(f"kv_cache_gib must be above 0 and finite, got {self.kv_cache_gib}")
+        if self.max_itl_stretch and not 1 < self.max_itl_stretch < math.inf:
+            raise ValueError(f"max_itl_stretch must be above 1 and finite, or 0, got {self.max_itl_stretch}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, got {self.max_num_batched_tokens} and {self.max_num_seqs}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

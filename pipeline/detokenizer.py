@@ -14,6 +14,26 @@ MAX_PENDING = 16  # ids without text that are waited with: more are no unfinishe
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes that one token stands for. Byte-level BPE writes each byte as a printable character (GPT-2, Radford et al. 2019)."""
+    token = tokenizer.id_to_token(token_id)
+    if token is None:
+        return b""
+    if all(character in _BYTES for character in token) and token_id not in tokenizer.get_added_tokens_decoder():
+        return bytes(_BYTES[character] for character in token)
+    return token.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Bytes that print stand for themselves; the others take the code points from 256 on, in their order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
 class Detokenizer:
     """One request's text. Special tokens are left out."""
 

@@ -81,7 +81,7 @@ class ModelInfo:
     image_token_id: int
     video_token_id: int
     eos_token_ids: tuple[int, ...]
-    default_sampling: Mapping[str, float]  # the model's own temperature, top_p, top_k
+    default_sampling: Mapping[str, float]  # the model's own temperature, top_p and so on
 
 
 def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelInfo:
@@ -103,9 +103,10 @@ def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int
         raise ValueError(f"model {str(folder)!r} has rotary embeddings of the unknown type {rope_type!r}")
     if text.get("use_sliding_window") or config.get("use_sliding_window"):
         raise ValueError(f"model {str(folder)!r} uses a sliding attention window, which is not served")
-    sampling = {name: generation[name] for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None}
-    if generation.get("do_sample") is False:
-        sampling = {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p") if generation.get("do_sample") is not False else ()
+    sampling = {name: generation[name] for name in (*names, "repetition_penalty") if generation.get(name) is not None}
+    if not names:
+        sampling["temperature"] = 0.0
     return ModelInfo(
         family=family,
         folder=folder,

@@ -108,6 +108,8 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_token_ids: bytes = b""  # of earlier attempts: the text goes on behind them
     num_received: int = 0  # tokens that the client has, for a query
+    priority: int = 0  # lower goes first
+    cache_salt: bytes = b""  # only requests with the same one share cached prefixes
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
@@ -160,7 +162,14 @@ class LeaseSet(WorkerMessage, frozen=True, kw_only=True):
     last_lease_id: int  # the latest that has arrived: younger ones may still be under way
 
 
-EncodeMessage = PoolOpened | EncodeRequest | CancelEncode | LeaseReleased | LeaseSet
+class LeaseRequest(WorkerMessage, frozen=True, kw_only=True):
+    """llm → vit: a preempted request needs this chunk again. Answered with `EmbeddingReady` or `LeaseRefused`."""
+
+    key: ChunkKey
+    mm_hash: bytes
+
+
+EncodeMessage = PoolOpened | EncodeRequest | CancelEncode | LeaseReleased | LeaseSet | LeaseRequest
 
 # --- feedback: vits and llm rank 0 → preprocess ---------------------------------------------------------------------
 
@@ -228,6 +237,8 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_token_ids: bytes = b""
     num_received: int = 0
+    priority: int = 0
+    cache_salt: bytes = b""
     is_query: bool = False
 
 
@@ -246,7 +257,13 @@ class EncodeFailed(WorkerMessage, frozen=True, kw_only=True):
     error: ErrorInfo
 
 
-LlmMessage = Hello | GenerateRequest | AbortRequest | PoolOpened | EmbeddingReady | EncodeFailed
+class LeaseRefused(WorkerMessage, frozen=True, kw_only=True):
+    """vit → llm: this chunk is no longer in my cache."""
+
+    key: ChunkKey
+
+
+LlmMessage = Hello | GenerateRequest | AbortRequest | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
 
 # --- steps: llm rank 0 → other ranks --------------------------------------------------------------------------------
 
@@ -260,21 +277,32 @@ class EmbeddingSlice(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     length: int
 
 
+class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A request takes a slot of the runner's tables, and whoever was there before is forgotten."""
+
+    slot: int
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    token_ids: bytes  # int32: prompt and output so far, where a penalty needs them
+
+
 class SequencePlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One request's share of a step."""
 
-    token_ids: bytes  # int32 [num_tokens]
+    slot: int
+    token_ids: bytes  # int32 [num_tokens]; empty: the one token that was sampled last for this slot
     positions: bytes  # int32 [3, num_tokens]: M-RoPE rows time, height, width
     num_computed_tokens: int  # tokens already in the KV cache
     block_table: bytes  # int32 [num_blocks]
     embeddings: tuple[EmbeddingSlice, ...]
-    wants_logits: bool  # its last token is sampled
+    is_sampled: bool  # the step yields the token behind its last
 
 
 class StepPlan(WorkerMessage, frozen=True, kw_only=True):
     """llm rank 0 → ranks: compute exactly this next. Numbered without gaps."""
 
     step: int
+    started: tuple[SequenceStart, ...]
     sequences: tuple[SequencePlan, ...]
 
 
@@ -304,12 +332,21 @@ class Accepted(WorkerMessage, frozen=True, kw_only=True):
     group: int = 0
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Log-probabilities at one output token: of itself first, then of the likeliest ones, best first."""
+
+    token_ids: bytes  # int32
+    logprobs: bytes  # float32
+
+
 class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     request_id: str
     attempt: int
     offset: int  # tokens before these: a gap shows
     new_token_ids: bytes
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of them, where they are wanted
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
 class TokenOutputs(WorkerMessage, frozen=True, kw_only=True):

@@ -13,8 +13,9 @@ import msgspec
 
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
+from pipeline.sampling import MAX_LOGPROBS, SamplingParams
 
+MAX_CHOICES = 32
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -60,14 +61,6 @@ class ChatCompletionRequest(msgspec.Struct, forbid_unknown_fields=True):
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    # These say nothing about the answer.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    # Known to OpenAI's or vLLM's API and not served: only the value that changes nothing is taken.
     n: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -77,33 +70,33 @@ class ChatCompletionRequest(msgspec.Struct, forbid_unknown_fields=True):
     min_p: float | None = None
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
+    stop_token_ids: list[int] | None = None
+    priority: int | None = None  # lower goes first
+    cache_salt: str | None = None  # only requests with the same one share cached prefixes
+    # These say nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # Known to OpenAI's or vLLM's API and not served: only the value that changes nothing is taken.
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     response_format: Any = None
-    stop_token_ids: list[int] | None = None
     modalities: list[str] | None = None
 
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "stop_token_ids": ([],),
     "modalities": (["text"],),
 }
 NEUTRAL_IN_MESSAGE = ("refusal", "annotations", "audio", "function_call", "tool_calls")
@@ -179,12 +172,39 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
     for field in ("max_tokens", "max_completion_tokens"):
         if (limit := getattr(request, field)) is not None and limit < 1:
             raise RequestError(f"{field} must be at least 1, got {limit}", field=field)
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
+    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_LOGPROBS:
+        raise RequestError(f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {request.top_logprobs}", field="top_logprobs")
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return SamplingParams(
-        temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)), seed=request.seed,
+        temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)), min_p=pick("min_p", 0.0),
+        presence_penalty=request.presence_penalty or 0.0, frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=pick("repetition_penalty", 1.0), logit_bias=_to_logit_bias(request.logit_bias or {}), seed=request.seed,
         max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-        ignore_eos=request.ignore_eos, stop=stop,
+        min_tokens=request.min_tokens or 0, ignore_eos=request.ignore_eos, stop=stop, stop_token_ids=tuple(request.stop_token_ids or ()),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )  # fmt: skip
+
+
+def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError:
+        raise RequestError("logit_bias maps token ids, written as strings, to numbers", field="logit_bias") from None
+
+
+def to_choice(sampling: SamplingParams, index: int) -> SamplingParams:
+    """The sampling of one of several answers: each draws numbers of its own."""
+    return sampling if sampling.seed is None or not index else msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**63)
+
+
+def num_choices(request: ChatCompletionRequest) -> int:
+    """How many answers are asked for. Raises RequestError for too many, or none."""
+    count = 1 if request.n is None else request.n
+    if not 1 <= count <= MAX_CHOICES:
+        raise RequestError(f"n must be between 1 and {MAX_CHOICES}, got {count}", field="n")
+    return count
 
 
 def error_body(error: ErrorInfo) -> dict[str, object]:
@@ -193,5 +213,8 @@ def error_body(error: ErrorInfo) -> dict[str, object]:
     return {"error": {"message": error.message, "type": kind, "param": error.field or None, "code": error.status}}
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens, "total_tokens": num_prompt_tokens + num_output_tokens}
+def usage(num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int) -> dict[str, object]:
+    return {
+        "prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens, "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }  # fmt: skip

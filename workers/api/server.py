@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import time
@@ -11,12 +12,12 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from pipeline.client import Piece, PipelineClient
+from pipeline.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
-from workers.api.protocol import decode_request, error_body, refuse_unserved, to_messages, to_sampling
-from workers.api.stream import DONE, Completion, error_event, events
+from workers.api.protocol import decode_request, error_body, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
+from workers.api.stream import DONE, ChoicePiece, Completion, error_event, side_by_side
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = "2"
@@ -27,6 +28,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def error_response(error: ErrorInfo) -> web.Response:
     headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {}
     return web.json_response(error_body(error), status=error.status, headers=headers)
+
+
+def _given_key(request: web.Request) -> bytes:
+    return request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
 
 
 class ApiServer:
@@ -63,7 +68,7 @@ class ApiServer:
             return error_response(ErrorInfo(500, "the server made a mistake"))
 
     def _is_authorized(self, request: web.Request) -> bool:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+        given = _given_key(request)
         fits = [hmac.compare_digest(given, key) for key in self._keys]  # all are compared, whichever fits
         return any(fits)
 
@@ -84,26 +89,35 @@ class ApiServer:
         messages, sampling = to_messages(body), to_sampling(body, dict(self._info.default_sampling))
         if not self.is_ready:
             raise RequestError("the server is still starting", status=503)
-        completion = Completion(f"chatcmpl-{uuid.uuid4().hex}", self._model_name)
-        async with aclosing(self._client.generate(messages, sampling, request_id=completion.completion_id)) as pieces:
-            # The status goes out with the first token or the failure: a broken picture is a 4xx, also when streaming.
-            first = await anext(pieces)
-            if body.stream:
-                include_usage = body.stream_options is not None and body.stream_options.include_usage
-                return await self._stream(request, completion, first, pieces, include_usage)
-            texts, last = [first.text], first
-            async for piece in pieces:
-                texts.append(piece.text)
-                last = piece
-            return web.json_response(completion.whole("".join(texts), last))
+        completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
+        completion = Completion(completion_id, self._model_name, count, bool(body.logprobs), self._client.token_text)
+        choices = [
+            self._client.generate(
+                messages, to_choice(sampling, index), request_id=f"{completion_id}-{index}", priority=body.priority or 0,
+                cache_salt=self._cache_salt(request, body.cache_salt or ""),
+            )
+            for index in range(count)
+        ]  # fmt: skip
+        async with aclosing(side_by_side(choices)) as pieces:
+            if not body.stream:
+                return web.json_response(await completion.whole(pieces))
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return await self._stream(request, completion, pieces, include_usage)
+
+    def _cache_salt(self, request: web.Request, salt: str) -> bytes:
+        """Who shares cached prefixes: requests with one key and one salt."""
+        key = _given_key(request) if self._keys else b""
+        return hashlib.sha256(hashlib.sha256(key).digest() + salt.encode("utf-8", "surrogatepass")).digest()
 
     async def _stream(
-        self, request: web.Request, completion: Completion, first: Piece, rest: AsyncGenerator[Piece, None], include_usage: bool
+        self, request: web.Request, completion: Completion, pieces: AsyncGenerator[ChoicePiece, None], include_usage: bool
     ) -> web.StreamResponse:
+        # The status goes out with the first token or the failure: a broken picture is a 4xx, also when streaming.
+        first = await anext(pieces)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
         await response.prepare(request)
         try:
-            async for data in events(completion, first, rest, include_usage):
+            async for data in completion.events(first, pieces, include_usage):
                 await response.write(data)
         except RequestError as error:  # too late for a status: told inside the stream
             await response.write(error_event(error.info) + DONE)

@@ -1,42 +1,150 @@
-"""Server-sent events of one chat completion."""
+"""A chat completion as OpenAI's objects: whole, or as server-sent events. Its choices run side by side, a request each."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from pipeline.client import Piece
 from pipeline.errors import ErrorInfo
+from pipeline.messages import TokenLogprobs, unpack_int32
+from pipeline.sampling import FinishReason
 from workers.api.protocol import error_body, usage
 
 DONE = b"data: [DONE]\n\n"
+Json = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+class ChoicePiece(NamedTuple):
+    """A piece of one of the choices."""
+
+    choice: int
+    piece: Piece
+
+
+async def side_by_side(choices: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[ChoicePiece, None]:
+    """The pieces of all choices as they come. The first failure ends all, and so does leaving early."""
+    queue: asyncio.Queue[ChoicePiece | BaseException] = asyncio.Queue()
+
+    async def read(index: int, choice: AsyncGenerator[Piece, None]) -> None:
+        async with aclosing(choice):
+            async for piece in choice:
+                queue.put_nowait(ChoicePiece(index, piece))
+
+    def on_done(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(index, choice)) for index, choice in enumerate(choices)]
+    for task in tasks:
+        task.add_done_callback(on_done)
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            num_open -= item.piece.finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One answer so far."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[Json] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.finish_reason = piece.finish_reason
+        self.num_prompt_tokens, self.num_output_tokens = piece.num_prompt_tokens, piece.num_output_tokens
+        self.num_cached_tokens = piece.num_cached_tokens
+
+
 class Completion:
-    """What every chunk of one answer repeats."""
+    """One answer to an HTTP request. `token_text` gives a token's bytes."""
 
-    completion_id: str
-    model: str
-    created: int = field(default_factory=lambda: int(time.time()))
+    def __init__(self, completion_id: str, model: str, num_choices: int, has_logprobs: bool, token_text: Callable[[int], bytes]) -> None:
+        self.completion_id, self._model, self._created = completion_id, model, int(time.time())
+        self._choices = [_Choice() for _ in range(num_choices)]
+        self._has_logprobs, self._token_text = has_logprobs, token_text
 
-    def chunk(self, **parts: object) -> bytes:
-        head = {"id": self.completion_id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
-        return event({**head, **parts})
+    def _head(self, kind: str) -> Json:
+        return {"id": self.completion_id, "object": kind, "created": self._created, "model": self._model}
 
-    def delta(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        return self.chunk(choices=[{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
+    def _usage(self) -> dict[str, object]:
+        """The prompt counts once, however many choices there are."""
+        first = self._choices[0]
+        return usage(first.num_prompt_tokens, sum(choice.num_output_tokens for choice in self._choices), first.num_cached_tokens)
 
-    def whole(self, text: str, last: Piece) -> dict[str, object]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
-        return {
-            "id": self.completion_id, "object": "chat.completion", "created": self.created, "model": self.model, "choices": [choice],
-            "usage": usage(last.num_prompt_tokens, last.num_output_tokens),
-        }  # fmt: skip
+    def _to_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> list[Json]:
+        """OpenAI's entries, one for each token."""
+        entries: list[Json] = []
+        for token in logprobs:
+            values: list[float] = np.frombuffer(token.logprobs, dtype="<f4").tolist()
+            chosen, *best = [self._entry(*pair) for pair in zip(unpack_int32(token.token_ids).tolist(), values, strict=True)]
+            entries.append({**chosen, "top_logprobs": best})
+        return entries
+
+    def _entry(self, token_id: int, logprob: float) -> Json:
+        text = self._token_text(token_id)
+        # JSON has no infinity; OpenAI writes the smallest logprob as -9999.
+        return {"token": text.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(text)}
+
+    async def whole(self, pieces: AsyncIterator[ChoicePiece]) -> Json:
+        async for index, piece in pieces:
+            choice = self._choices[index]
+            choice.add(piece)
+            choice.texts.append(piece.text)
+            choice.logprobs += self._to_logprobs(piece.logprobs)
+        choices = [
+            {
+                "index": index, "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                "logprobs": {"content": choice.logprobs, "refusal": None} if self._has_logprobs else None, "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(self._choices)
+        ]  # fmt: skip
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+
+    async def events(self, first: ChoicePiece, rest: AsyncIterator[ChoicePiece], include_usage: bool) -> AsyncIterator[bytes]:
+        """Of each choice the role, the text as it comes and the finish reason; then the usage if wanted, and the end mark."""
+        for index in range(len(self._choices)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        async for index, piece in _chain(first, rest):
+            self._choices[index].add(piece)
+            if piece.text or piece.logprobs:
+                yield self._chunk(index, {"content": piece.text}, logprobs=self._to_logprobs(piece.logprobs))
+            if piece.finish_reason is not None:
+                yield self._chunk(index, {}, piece.finish_reason)
+        if include_usage:
+            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None = None, logprobs: Sequence[Json] = ()) -> bytes:
+        shown = {"content": logprobs, "refusal": None} if self._has_logprobs and logprobs else None
+        choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}
+        return event({**self._head("chat.completion.chunk"), "choices": [choice]})
+
+
+async def _chain(first: ChoicePiece, rest: AsyncIterator[ChoicePiece]) -> AsyncIterator[ChoicePiece]:
+    yield first
+    async for item in rest:
+        yield item
 
 
 def event(body: object) -> bytes:
@@ -45,19 +153,3 @@ def event(body: object) -> bytes:
 
 def error_event(error: ErrorInfo) -> bytes:
     return event(error_body(error))
-
-
-async def events(completion: Completion, first: Piece, rest: AsyncIterator[Piece], include_usage: bool) -> AsyncIterator[bytes]:
-    """The answer as events: the role, the text as it comes, the finish reason, the usage if wanted, and the end mark."""
-    yield completion.delta({"role": "assistant", "content": ""})
-    piece = first
-    while True:
-        if piece.text:
-            yield completion.delta({"content": piece.text})
-        if piece.finish_reason is not None:
-            break
-        piece = await anext(rest)
-    yield completion.delta({}, piece.finish_reason)
-    if include_usage:
-        yield completion.chunk(choices=[], usage=usage(piece.num_prompt_tokens, piece.num_output_tokens))
-    yield DONE

@@ -1,6 +1,13 @@
-"""The KV cache's blocks: who holds which. Pure bookkeeping, no tensors."""
+"""The KV cache's blocks: who holds which, and which prefixes can be found again. Pure bookkeeping, no tensors.
+
+Prefix caching by block hashes, as vLLM and nano-vllm do it: a full block is published under the hash of everything up to its
+end. It may be held by several requests; held by none it stays findable until it is reused, least recently used first.
+"""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
 
 
 class BlockManager:
@@ -8,30 +15,90 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # reused from the front
+        self._num_users = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
         self._tables: dict[str, list[int]] = {}
 
     def num_needed(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, num_tokens: int) -> bool:
-        return self.num_needed(num_tokens) <= len(self._free)
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The published blocks of the longest known prefix."""
+        found: list[int] = []
+        for digest in hashes:
+            if (block := self._by_hash.get(digest)) is None:
+                break
+            found.append(block)
+        return found
 
-    def allocate(self, request_id: str, num_tokens: int) -> list[int]:
-        """Blocks for all of a request's tokens. Raises ValueError if it has some already or there are too few."""
-        needed = self.num_needed(num_tokens)
-        if request_id in self._tables or needed > len(self._free):
-            raise ValueError(f"cannot give {needed} blocks to {request_id}: {len(self._free)} are free, or it has some already")
-        table = self._tables[request_id] = [self._free.pop() for _ in range(needed)]
+    def is_published(self, digest: bytes) -> bool:
+        return digest in self._by_hash
+
+    def can_allocate(self, found: Sequence[int], num_tokens: int, num_spare: int = 0) -> bool:
+        """Whether blocks for `num_tokens`, the first of them `found`, can be had and `num_spare` free ones remain."""
+        revived = sum(self._num_users[block] == 0 for block in found)
+        return self.num_needed(num_tokens) - len(found) + revived + num_spare <= len(self._free)
+
+    def allocate(self, request_id: str, found: Sequence[int], num_tokens: int) -> list[int]:
+        """The block table of a new request: `found` blocks, then fresh ones up to `num_tokens`.
+
+        The table grows in place with `grow`. Raises ValueError if the request has blocks already or there are too few.
+        """
+        if request_id in self._tables or not self.can_allocate(found, num_tokens):
+            raise ValueError(f"no blocks for {num_tokens} tokens of {request_id}: {len(self._free)} are free, or it has some already")
+        for block in found:
+            self._num_users[block] += 1
+            self._free.pop(block, None)
+        table = self._tables[request_id] = list(found)
+        self.grow(request_id, num_tokens)
         return table
 
+    def grow(self, request_id: str, num_tokens: int) -> bool:
+        """Lengthens a request's table to hold `num_tokens`; False, and nothing done, if there are too few free blocks."""
+        table = self._tables[request_id]
+        missing = self.num_needed(num_tokens) - len(table)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            block, _ = self._free.popitem(last=False)
+            if (digest := self._hashes[block]) is not None:
+                del self._by_hash[digest]
+                self._hashes[block] = None
+            self._num_users[block] = 1
+            table.append(block)
+        return True
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Block `block` is full and computed. Where another holds the same content already, that one stays the one to find."""
+        if self._hashes[block] is None and digest not in self._by_hash:
+            self._hashes[block] = digest
+            self._by_hash[digest] = block
+
     def free(self, request_id: str) -> None:
-        self._free.extend(reversed(self._tables.pop(request_id)))
+        """Ends a request's hold. The end of its prefix is reused before the beginning, which more requests can share."""
+        for block in reversed(self._tables.pop(request_id)):
+            self._num_users[block] -= 1
+            if not self._num_users[block]:
+                self._free[block] = None
+                if self._hashes[block] is None:
+                    self._free.move_to_end(block, last=False)
 
     @property
     def num_free(self) -> int:
+        """Blocks that nobody holds; some of them may still be findable."""
         return len(self._free)
 
+    @property
+    def num_cached(self) -> int:
+        return len(self._by_hash)
+
     def check_integrity(self) -> None:
-        held = [block for table in self._tables.values() for block in table]
-        assert sorted([*held, *self._free]) == list(range(self.num_blocks)), "blocks are lost or held twice"
+        users = [0] * self.num_blocks
+        for table in self._tables.values():
+            for block in table:
+                users[block] += 1
+        assert users == self._num_users, "a block's users are counted wrong"
+        assert {block for block, count in enumerate(users) if not count} == set(self._free), "blocks are lost or held twice"
+        assert {digest: block for block, digest in enumerate(self._hashes) if digest is not None} == self._by_hash, "a hash names a wrong block"

@@ -1,4 +1,4 @@
-"""Computes a step plan on one rank: embeds, gathers the pictures' embeddings in place, runs the decoder, returns logits."""
+"""Computes a step plan on one rank: embeds, gathers the pictures' embeddings in place, runs the decoder, samples."""
 
 from __future__ import annotations
 
@@ -7,19 +7,61 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.families import ModelInfo
-from pipeline.messages import SequencePlan, unpack_int32
+from pipeline.messages import SequencePlan, StepPlan, TokenLogprobs, pack_int32, unpack_int32
 from pipeline.tensors import PoolMap
 from workers.llm.attention.torch import PagedAttention, Span
 from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import HeadLayout, TensorParallel
+from workers.llm.sampler import Sampled, Sampler
 from workers.nn.loader import Checkpoint, Progress, choose_dtype
 
 GIB = 1 << 30
+Int64Array = npt.NDArray[np.int64]
+
+
+class StepResult(NamedTuple):
+    """What the sampled sequences of a step yielded, in the plan's order."""
+
+    token_ids: list[int]
+    logprobs: Sequence[tuple[TokenLogprobs, ...]]  # one each where they are wanted, else none
+
+
+class Launched:
+    """A step under way. On CUDA its results are on their way to the host while the next step is prepared."""
+
+    def __init__(self, sampled: Sampled | None, num_logprobs: Sequence[int], device: torch.device) -> None:
+        self._num_logprobs = num_logprobs
+        self._parts = [_to_host(part) for part in sampled or () if part is not None]
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+
+    def result(self) -> StepResult:
+        """Waits for the step: every embedding that it reads has been gathered then."""
+        if self._event is not None:
+            self._event.synchronize()
+        if not self._parts:
+            return StepResult([], [])
+        token_ids, *best = (part.numpy() for part in self._parts)
+        if not best:
+            return StepResult(token_ids.tolist(), [()] * len(token_ids))
+        logprobs = [
+            (TokenLogprobs(pack_int32(ids[: count + 1]), values[: count + 1].astype("<f4").tobytes()),) if count >= 0 else ()
+            for values, ids, count in zip(*best, self._num_logprobs, strict=True)
+        ]
+        return StepResult(token_ids.tolist(), logprobs)
+
+
+def _to_host(part: Tensor) -> Tensor:
+    if part.device.type == "cpu":
+        return part
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
 
 
 class ModelRunner:
@@ -34,37 +76,50 @@ class ModelRunner:
         self.decoder = Decoder(info.text, checkpoint, parallel)
         heads = self.decoder.heads
         self.attention = PagedAttention(info.text.num_layers, num_blocks, config.llm.block_size, heads.num_kv_heads, heads.head_dim, dtype, device)
+        self.sampler = Sampler(config.llm.max_num_seqs, info.text.vocab_size, info.eos_token_ids, device)
+        self._last_tokens = torch.zeros(config.llm.max_num_seqs, dtype=torch.int64, device=device)  # by slot
 
     @torch.inference_mode()
-    def execute(self, sequences: Sequence[SequencePlan]) -> Tensor:
-        """Logits [num_sampled, vocab] float32 of the sequences that want them, in their order.
+    def launch(self, plan: StepPlan) -> Launched:
+        """Starts a step; on the CPU it has run when this returns.
 
         Raises StaleHandleError when an embedding of the plan is no longer there.
         """
-        token_ids = self._tensor(np.concatenate([unpack_int32(sequence.token_ids) for sequence in sequences]))
+        for start in plan.started:
+            self.sampler.start(start)
+        sequences = plan.sequences
+        sampled_slots = np.array([sequence.slot for sequence in sequences if sequence.is_sampled], dtype=np.int64)
+        hidden, ends = self._compute(sequences)
+        # Ranks must agree on whether there is a collective at all: the plan says so, and it is the same for all.
+        if not len(sampled_slots):
+            return Launched(None, (), self.device)
+        wanted = [index for index, sequence in enumerate(sequences) if sequence.is_sampled]
+        num_tokens = np.array([sequences[index].num_computed_tokens for index in wanted]) + np.diff(ends, prepend=0)[wanted]
+        logits = self.decoder.logits(hidden[ends[wanted] - 1])
+        sampled = self.sampler.sample(logits, sampled_slots, num_tokens)
+        self._last_tokens[self._tensor(sampled_slots)] = sampled.token_ids
+        return Launched(sampled, self.sampler.num_logprobs(sampled_slots), self.device)
+
+    def _compute(self, sequences: Sequence[SequencePlan]) -> tuple[Tensor, Int64Array]:
+        """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""
+        lengths = [max(1, len(sequence.token_ids) // 4) for sequence in sequences]
+        ends = np.cumsum(lengths)
+        host = [unpack_int32(sequence.token_ids or bytes(4)) for sequence in sequences]
+        token_ids = self._tensor(np.concatenate(host))
+        if late := [index for index, sequence in enumerate(sequences) if not sequence.token_ids]:
+            slots = np.array([sequences[index].slot for index in late])
+            token_ids[self._tensor(ends[late] - 1)] = self._last_tokens[self._tensor(slots)]
         positions = self._tensor(np.concatenate([unpack_int32(sequence.positions).reshape(3, -1) for sequence in sequences], axis=1))
-        lengths = [len(sequence.token_ids) // 4 for sequence in sequences]
         x = self.decoder.embed_tokens[token_ids]  # [num_tokens, hidden]
-        start = 0
-        for sequence, length in zip(sequences, lengths, strict=True):
+        for sequence, length, end in zip(sequences, lengths, ends.tolist(), strict=True):
             for part in sequence.embeddings:
-                rows = self.pools.tensor(part.embeddings)[part.start : part.start + part.length]
-                x[start + part.offset : start + part.offset + part.length] = rows
-            start += length
+                first = end - length + part.offset
+                x[first : first + part.length] = self.pools.tensor(part.embeddings)[part.start : part.start + part.length]
         spans = [
             Span(length, sequence.num_computed_tokens, self._tensor(unpack_int32(sequence.block_table)))
             for sequence, length in zip(sequences, lengths, strict=True)
         ]
-        hidden = self.decoder(x, positions, self.attention, self.attention.plan(spans))
-        ends = np.cumsum(lengths) - 1
-        wanted = [int(end) for end, sequence in zip(ends, sequences, strict=True) if sequence.wants_logits]
-        # Ranks must agree on whether there is a collective at all: the plan says so, and it is the same for all.
-        if wanted:
-            return self.decoder.logits(hidden[wanted])
-        if self.device.type == "cuda" and any(sequence.embeddings for sequence in sequences):
-            # Nothing of this step is read on the host, but its leases are released now: the gather must have happened.
-            torch.cuda.current_stream(self.device).synchronize()
-        return hidden.new_zeros(0, 0)
+        return self.decoder(x, positions, self.attention, self.attention.plan(spans)), ends
 
     def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)

@@ -1,10 +1,12 @@
-"""A request inside the engine: its tokens, its embeddings as they come in, how far it is computed.
+"""A request inside the engine: its tokens, their hashes, its embeddings as they come in, how far it is computed.
 
 This is the mutable object; on the wire it was a `GenerateRequest`, and the conversion is here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,7 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.messages import EmbeddingSlice, GenerateRequest, GridTHW, Int32Array, MmChunk, MmItem, unpack_int32
+from pipeline.messages import (
+    EmbeddingSlice,
+    GenerateRequest,
+    GridTHW,
+    Int32Array,
+    MmChunk,
+    MmItem,
+    TokenLogprobs,
+    pack_int32,
+    unpack_int32,
+)
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import TensorHandle
 
@@ -32,7 +44,8 @@ class Chunk:
     wire: MmChunk
     embeddings: TensorHandle | None = None
     lease: Lease | None = None
-    is_read: bool = False  # every rank has gathered all of it
+    is_read: bool = False  # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
+    is_lost: bool = False  # needed again after a preemption, and not leased any more
 
     @property
     def stop(self) -> int:
@@ -49,13 +62,23 @@ class Request:
     positions: Int32Array  # [3, prompt]
     position_delta: int  # what a token after the prompt adds to its index
     chunks: list[Chunk]
-    mm_hashes: tuple[bytes, ...]
+    items: tuple[MmItem, ...]
     sampling: SamplingParams
     max_tokens: int
+    priority: int = 0  # lower goes first
+    cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each output token of this attempt, where they are wanted
+    num_computed_tokens: int = 0  # in the KV cache, or being computed by a step under way
+    num_pending_tokens: int = 0  # 1 while a step under way samples one
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
+    num_published_blocks: int = 0
+    slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    was_admitted: bool = False
+    is_over: bool = False  # what a step under way yields for it is nobody's
+    _block_hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
     def from_wire(cls, message: GenerateRequest, merge_size: int, max_model_len: int) -> Request:
@@ -72,14 +95,29 @@ class Request:
         return cls(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=message.arrival,
             prompt_token_ids=prompt, positions=positions, position_delta=delta, chunks=chunks,
-            mm_hashes=tuple(item.mm_hash for item in message.items), sampling=message.sampling,
+            items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
         )  # fmt: skip
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Whoever has the lower one goes first."""
+        return self.priority, self.arrival
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        """Prompt and output, with the token that a step under way is about to yield."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_last_token_pending(self) -> bool:
+        """All that it may produce is there or under way."""
+        return len(self.output_token_ids) + self.num_pending_tokens >= self.max_tokens
 
     @property
     def max_num_tokens(self) -> int:
@@ -88,9 +126,26 @@ class Request:
     def num_ready_tokens(self) -> int:
         """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
         for chunk in self.chunks:
-            if chunk.embeddings is None and not chunk.is_read:
+            if chunk.embeddings is None and chunk.stop > self.num_computed_tokens:
                 return chunk.offset
         return self.num_tokens
+
+    def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Hashes of the first blocks: sha256 over the block before, the token ids, and for placeholders whose they are.
+
+        Placeholders are all the same token: the picture's own hash and the place in it tell them apart.
+        """
+        hashes = self._block_hashes
+        while len(hashes) < num_blocks:
+            start, stop = len(hashes) * block_size, (len(hashes) + 1) * block_size
+            digest = hashlib.sha256(hashes[-1] if hashes else hashlib.sha256(self.cache_salt).digest())
+            digest.update(pack_int32(self.token_ids(start, stop)))
+            for item in self.items:
+                first, last = max(start, item.offset), min(stop, item.offset + item.length)
+                if first < last:
+                    digest.update(struct.pack("<qqqq", first - start, last - first, first - item.offset, len(item.mm_hash)) + item.mm_hash)
+            hashes.append(digest.digest())
+        return hashes[:num_blocks]
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         prompt = len(self.prompt_token_ids)
@@ -112,15 +167,23 @@ class Request:
                 slices.append(EmbeddingSlice(chunk.embeddings, first - chunk.offset, first - start, last - first))
         return tuple(slices)
 
-    def take_read_leases(self) -> list[Lease]:
-        """Leases of the chunks that have been computed by now: each is handed out once."""
+    def take_read_leases(self, num_tokens: int) -> list[Lease]:
+        """Leases of the chunks among the first `num_tokens`, which have been computed: each is handed out once."""
         done: list[Lease] = []
         for chunk in self.chunks:
-            if chunk.lease is not None and chunk.stop <= self.num_computed_tokens:
+            if chunk.stop <= num_tokens:
                 chunk.is_read = True
-                done.append(chunk.lease)
+                if chunk.lease is not None:
+                    done.append(chunk.lease)
                 chunk.lease = chunk.embeddings = None
         return done
+
+    def start_over(self) -> None:
+        """Preempted: nothing is computed any more."""
+        self.num_computed_tokens = self.num_published_blocks = 0
+        self.block_table, self.slot = [], -1
+        for chunk in self.chunks:
+            chunk.is_read, chunk.is_lost = False, chunk.is_lost or chunk.is_read
 
     def take_all_leases(self) -> list[Lease]:
         leases = [chunk.lease for chunk in self.chunks if chunk.lease is not None]

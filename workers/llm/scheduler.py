@@ -1,38 +1,65 @@
 """Decides which requests compute how many tokens in the next step. Pure: no torch, no sockets, no clock.
 
-Continuous batching: decodes first, then prefills in the order of arrival, cut to the token budget and, each, to the first
-placeholder whose embedding has not arrived. A request is admitted, first come first served, when the KV cache has room for
-its prompt and all the tokens it may produce, so that no admitted request can get stuck for lack of blocks.
+Continuous batching: decodes first, then prefills in order (priority, then arrival), cut to the token budget and, each, to the
+first placeholder whose embedding has not arrived. While streams decode, prefill gets what `StepTimes` says is nearly free.
+
+A request is admitted, in order, when there is room for its prompt. Blocks for its output come as it grows; when there are none
+left, the youngest starts over later (preemption by recomputation, as in vLLM): its published blocks often are still there then.
+
+    schedule() → the step runs → schedule() of the next, if they overlap → update() → …
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeline.sampling import FinishReason
 from workers.llm.block_manager import BlockManager
 from workers.llm.request import Request
+from workers.llm.step_times import StepTimes
 
 
 class Scheduled(NamedTuple):
+    """Tokens [start, stop) of a request."""
+
     request: Request
-    num_tokens: int
+    start: int
+    stop: int
+    is_sampled: bool  # its last token is the newest there is, so the step yields the next one
 
     @property
-    def is_sampled(self) -> bool:
-        """Its last token is the newest there is, so the step yields the next one."""
-        return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+class Admitted(NamedTuple):
+    """A request that runs from now on, its first tokens found in the prefix cache."""
+
+    request: Request
+    num_cached_tokens: int
+
+
+class Schedule(NamedTuple):
+    scheduled: list[Scheduled]
+    admitted: list[Admitted]
 
 
 class Scheduler:
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
+        step_times: StepTimes | None = None, has_prefix_cache: bool = True,
+    ) -> None:  # fmt: skip
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.waiting: deque[Request] = deque()
+        self.step_times, self.has_prefix_cache = step_times, has_prefix_cache
+        self.waiting: list[Request] = []  # these two are in order
         self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
 
     @property
     def capacity(self) -> int:
@@ -40,46 +67,139 @@ class Scheduler:
         return self.blocks.num_blocks * self.blocks.block_size
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_order)
 
     def remove(self, request: Request) -> None:
         """Ends a request wherever it is and gives its blocks back."""
+        request.is_over = True
         if request in self.running:
-            self.running.remove(request)
-            self.blocks.free(request.request_id)
+            self._stop(request)
         else:
             self.waiting.remove(request)
 
-    def schedule(self) -> list[Scheduled]:
-        while self.waiting and len(self.running) < self.max_num_seqs and self.blocks.can_allocate(self.waiting[0].max_num_tokens):
-            request = self.waiting.popleft()
-            request.block_table = self.blocks.allocate(request.request_id, request.max_num_tokens)
-            self.running.append(request)
-        budget = self.max_num_batched_tokens
-        scheduled: list[Scheduled] = []
-        is_decode = [request.num_tokens - request.num_computed_tokens == 1 for request in self.running]
-        decodes = [request for request, decodes in zip(self.running, is_decode, strict=True) if decodes]
-        prefills = [request for request, decodes in zip(self.running, is_decode, strict=True) if not decodes]
-        for request in decodes + prefills:
-            num_tokens = min(budget, request.num_ready_tokens() - request.num_computed_tokens)
-            if num_tokens > 0:
-                scheduled.append(Scheduled(request, num_tokens))
-                budget -= num_tokens
-        return scheduled
+    def _stop(self, request: Request) -> None:
+        self.running.remove(request)
+        self.blocks.free(request.request_id)
+        self._free_slots.append(request.slot)
+        for digest in [digest for digest, owner in self._computing.items() if owner is request]:
+            del self._computing[digest]
+
+    # What the next step computes.
+
+    def schedule(self) -> Schedule:
+        has_preempted = self._make_room()
+        # What was just preempted would come straight back and take the blocks that it gave up.
+        admitted = [] if has_preempted else self._admit()
+        active = [request for request in self.running if not request.is_last_token_pending]
+        ready = [(request, request.num_ready_tokens() - request.num_computed_tokens) for request in active]
+        decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
+        prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
+        scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]
+        budget = self.max_num_batched_tokens - len(scheduled)
+        if decodes and prefills and self.step_times is not None:
+            budget = min(budget, self.step_times.num_free_tokens(len(decodes), prefills[0][0].num_computed_tokens))
+        for request, num_tokens in prefills:
+            if budget <= 0:
+                break
+            scheduled.append(self._take(request, min(budget, num_tokens)))
+            budget -= scheduled[-1].num_tokens
+        return Schedule(scheduled, admitted)
+
+    def _take(self, request: Request, num_tokens: int) -> Scheduled:
+        start = request.num_computed_tokens
+        stop = request.num_computed_tokens = start + num_tokens
+        is_sampled = stop == request.num_tokens
+        request.num_pending_tokens += is_sampled
+        return Scheduled(request, start, stop, is_sampled)
+
+    def _make_room(self) -> bool:
+        """A place in the KV cache for every running request's newest token. Whether somebody was preempted for it."""
+        num_before = self.num_preemptions
+        for request in list(self.running):
+            while request.slot >= 0 and not self.blocks.grow(request.request_id, request.num_tokens):
+                self._preempt(self.running[-1])
+        return self.num_preemptions > num_before
+
+    def _preempt(self, request: Request) -> None:
+        self._stop(request)
+        request.start_over()
+        self.add(request)
+        self.num_preemptions += 1
+
+    def _admit(self) -> list[Admitted]:
+        admitted: list[Admitted] = []
+        for request in list(self.waiting):
+            if len(self.running) == self.max_num_seqs:
+                break
+            hashes = self._hashes(request)
+            found = self.blocks.find(hashes)
+            if any(digest in self._computing for digest in hashes[len(found) : len(found) + 1]):
+                continue  # somebody computes what it needs next: it follows when that is in the cache
+            # A spare block for each that runs, or the newcomer would soon be preempted again.
+            if not self.blocks.can_allocate(found, request.num_tokens, num_spare=len(self.running)):
+                break  # and nobody overtakes it
+            self.waiting.remove(request)
+            request.block_table = self.blocks.allocate(request.request_id, found, request.num_tokens)
+            request.slot = self._free_slots.pop()
+            request.num_computed_tokens = len(found) * self.blocks.block_size
+            request.num_published_blocks = len(found)
+            if not request.was_admitted:
+                request.was_admitted, request.num_cached_tokens = True, min(request.num_computed_tokens, len(request.prompt_token_ids))
+            self._computing.update(dict.fromkeys(hashes[len(found) :], request))
+            insort(self.running, request, key=_order)
+            admitted.append(Admitted(request, request.num_computed_tokens))
+        return admitted
+
+    def _hashes(self, request: Request) -> list[bytes]:
+        """Of all full blocks but the one with the last token: something must be left to compute."""
+        if not self.has_prefix_cache:
+            return []
+        return request.block_hashes((request.num_tokens - 1) // self.blocks.block_size, self.blocks.block_size)
+
+    # What came of a step.
 
     def update(self, scheduled: list[Scheduled], sampled: Mapping[str, int]) -> list[Request]:
-        """Takes the step's results; returns the requests that have finished, with their reason set, their blocks freed."""
+        """Takes a step's results; returns the requests that have finished, with their reason set, their blocks freed.
+
+        A request that ended while the step ran gets nothing. One that was preempted meanwhile keeps its token.
+        """
         finished: list[Request] = []
-        for request, num_tokens in scheduled:
-            request.num_computed_tokens += num_tokens
-            if (token := sampled.get(request.request_id)) is None:
+        for item in scheduled:
+            request = item.request
+            if request.is_over:
                 continue
-            request.output_token_ids.append(token)
-            if token in self.eos_token_ids and not request.sampling.ignore_eos:
-                request.finish_reason = FinishReason.STOP
-            elif len(request.output_token_ids) >= request.max_tokens:
-                request.finish_reason = FinishReason.LENGTH
+            if item.is_sampled:
+                request.num_pending_tokens -= 1
+                request.output_token_ids.append(sampled[request.request_id])
+                request.finish_reason = self._finish_reason(request)
+            if self.has_prefix_cache and request.num_computed_tokens >= item.stop:
+                self._publish(request, item.stop // self.blocks.block_size)
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)
         return finished
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        token = request.output_token_ids[-1]
+        if token in request.sampling.stop_token_ids or (token in self.eos_token_ids and not request.sampling.ignore_eos):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(request.output_token_ids) >= request.max_tokens else None
+
+    def _publish(self, request: Request, num_blocks: int) -> None:
+        hashes = request.block_hashes(num_blocks, self.blocks.block_size)
+        for index in range(request.num_published_blocks, num_blocks):
+            self.blocks.publish(request.block_table[index], hashes[index])
+            self._computing.pop(hashes[index], None)
+        request.num_published_blocks = max(request.num_published_blocks, num_blocks)
+
+    def check_integrity(self) -> None:
+        self.blocks.check_integrity()
+        used = [request.slot for request in self.running]
+        assert sorted([*used, *self._free_slots]) == list(range(self.max_num_seqs)), "a slot is lost or used twice"
+        assert all(request in self.running for request in self._computing.values()), "blocks are awaited from nobody"
+        for queue in (self.waiting, self.running):
+            assert queue == sorted(queue, key=_order), "a queue is out of order"
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order

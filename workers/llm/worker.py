@@ -17,6 +17,7 @@ from pipeline.process import WorkerContext, raise_on_shutdown
 from pipeline.sockets import Poller, Receiver
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
+from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
 from workers.llm.model_runner import ModelRunner, plan_kv_cache
 from workers.llm.parallel import TensorParallel
@@ -50,7 +51,7 @@ def main(context: WorkerContext) -> None:
         if steps is None:
             scheduler = Scheduler(
                 BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
-                info.eos_token_ids,
+                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching,
             )  # fmt: skip
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
@@ -79,9 +80,14 @@ def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, 
             num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
     engine = Engine(
         context.origin, scheduler, runner, welcome, merge_size, outputs.publish, steps.publish if steps else None,
-        sockets.sender(FEEDBACK), vits, context.is_current,
+        sockets.sender(FEEDBACK), vits, context.is_current, has_overlap=has_overlap(config.llm.overlap, runner.device),
     )  # fmt: skip
     blocks = scheduler.blocks
+    if config.llm.max_itl_stretch:
+        context.progress("measuring steps", 0, 1)
+        scheduler.step_times = measure_step_times(
+            engine.execute, blocks, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
+        )
     context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
     poller = Poller(inbox, outputs, control)
     stats_due = 0.0
@@ -94,11 +100,24 @@ def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, 
         if now >= stats_due:
             stats_due = now + STATS_INTERVAL_S
             engine.tick(now)
-            context.stats(len(engine.requests), {**engine.counters, "free_blocks": blocks.num_free, "refused_messages": inbox.num_refused})
+            context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
             if not engine.requests:
                 engine.check_integrity()
         if not engine.step(now):
             poller.wait(max(0.0, stats_due - time.monotonic()))
+
+
+def has_overlap(option: str, device: torch.device) -> bool:
+    """Whether steps overlap. On the CPU the same cores would plan and compute: tokens would only come a step later."""
+    return option == "on" or (option == "auto" and device.type == "cuda")
+
+
+def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
+    blocks = engine.scheduler.blocks
+    return {
+        **engine.counters, "free_blocks": blocks.num_free, "cached_blocks": blocks.num_cached, "preemptions": engine.scheduler.num_preemptions,
+        "clients_cut_off": engine.num_clients_cut_off, "refused_messages": num_refused,
+    }  # fmt: skip
 
 
 def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any], runner: ModelRunner) -> None:
@@ -111,9 +130,9 @@ def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any]
             match received.message:
                 case PoolOpened(pool=pool):
                     runner.pools.open(pool)
-                case StepPlan(step=step, sequences=sequences):
+                case StepPlan(step=step) as plan:
                     if step != last_step + 1:
                         raise PipelineError(f"step {step} came after step {last_step}")
                     last_step = step
-                    runner.execute(sequences)
+                    runner.launch(plan)
         poller.wait()

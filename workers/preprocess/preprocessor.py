@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 MAX_MESSAGES = 1024
+MAX_SALT_BYTES = 256
 
 
 @dataclass(slots=True)
@@ -145,9 +146,14 @@ class Preprocessor:
             raise RequestError("attempt and num_received count from 1 and 0", field="attempt")
         if len(message.output_token_ids) % 4:
             raise RequestError("output_token_ids are not whole numbers", field="output_token_ids")
-        token_ids = unpack_int32(message.output_token_ids)
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._info.text.vocab_size:
+        if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
+            raise RequestError(f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority")
+        vocab_size, token_ids = self._info.text.vocab_size, unpack_int32(message.output_token_ids)
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
             raise RequestError("output_token_ids are outside the vocabulary", field="output_token_ids")
+        for name, ids in (("stop_token_ids", message.sampling.stop_token_ids), ("logit_bias", message.sampling.logit_bias)):
+            if wrong := [token_id for token_id in ids if token_id >= vocab_size]:
+                raise RequestError(f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name)
 
     def _hold_media(self, opened: OpenRequest, num_bytes: int) -> None:
         """Counts encoded media that a request holds until it ends. Raises RequestError rather than let memory grow."""
@@ -214,6 +220,8 @@ class Preprocessor:
             sampling=message.sampling,
             output_token_ids=message.output_token_ids,
             num_received=message.num_received,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
             **self._origin,
         )
         self._llm.send(opened.reply)

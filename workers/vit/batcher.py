@@ -30,12 +30,16 @@ class Ready(NamedTuple):
     feature: Feature
 
 
+class LeaseGone(NamedTuple):
+    key: ChunkKey
+
+
 class Refused(NamedTuple):
     key: ChunkKey
     reason: str
 
 
-Action = NeedPixels | PixelsDone | Ready | Refused
+Action = NeedPixels | PixelsDone | Ready | LeaseGone | Refused
 
 
 @dataclass(slots=True)
@@ -93,6 +97,13 @@ class Batcher:
         if pending.slot is None:
             self._expect(pending)
         return [*actions, *self.poll()]
+
+    def on_lease_request(self, key: ChunkKey, mm_hash: bytes) -> list[Action]:
+        """A chunk that was leased for this key before is needed again: no pixels are asked for."""
+        feature = self.cache.get(mm_hash)
+        if feature is None or self._slots.allocator.is_reserved(feature.slot):
+            return [LeaseGone(key)]
+        return [Ready(key, self.cache.lease(feature), feature)]
 
     def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle) -> list[Action]:
         pending = self._pending.get(mm_hash)

@@ -26,7 +26,9 @@ from pipeline.messages import (
     EncodeMiss,
     EncodeRequest,
     FeedbackMessage,
+    LeaseRefused,
     LeaseReleased,
+    LeaseRequest,
     LeaseSet,
     LlmMessage,
     PixelsReleased,
@@ -38,7 +40,7 @@ from pipeline.sockets import Poller, Sink, Wakeup
 from pipeline.tensors import ITEM_SIZES, CudaBindings, PoolMap, StaleHandleError, TensorPool
 from pipeline.topology import ENCODE, FEEDBACK, LLM
 from workers.nn.loader import Checkpoint, choose_device, choose_dtype
-from workers.vit.batcher import Action, Batcher, NeedPixels, Pending, PixelsDone, Ready, Refused
+from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
 
@@ -74,6 +76,8 @@ class VitCore:
                 self._act(self.batcher.on_request(message.key, order, message.mm_hash, message.grid_thw, message.pixels))
             case CancelEncode():
                 self._act(self.batcher.on_cancel(message.keys))
+            case LeaseRequest():
+                self._act(self.batcher.on_lease_request(message.key, message.mm_hash))
             case LeaseReleased():
                 self.batcher.cache.release(message.lease_ids)
                 self._act(self.batcher.poll())
@@ -93,6 +97,8 @@ class VitCore:
                 case Ready(key, lease_id, feature):
                     handle = self._pool.lend(feature.slot, (feature.num_tokens, self._info.hidden_size), self._dtype)
                     self._llm.send(EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin))
+                case LeaseGone(key):
+                    self._llm.send(LeaseRefused(key=key, **self._origin))
                 case Refused(key, reason):
                     self._llm.send(EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin))
                 case _:

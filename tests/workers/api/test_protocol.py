@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import RequestError
 from pipeline.messages import ChatMessage, ImagePart, TextPart
-from workers.api.protocol import decode_request, error_body, refuse_unserved, to_messages, to_sampling
+from workers.api.protocol import decode_request, error_body, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
 
 
 def body(**fields: Any) -> bytes:
@@ -66,6 +66,18 @@ def test_bad_bodies_are_refused_by_field(data: bytes, field: str) -> None:
         ({"seed": -1}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": list(range(65))}, "stop_token_ids"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ],
 )
 def test_sampling_out_of_range_names_the_field(fields: dict[str, Any], field: str) -> None:
@@ -77,13 +89,9 @@ def test_sampling_out_of_range_names_the_field(fields: dict[str, Any], field: st
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2},
-        {"logprobs": True},
-        {"presence_penalty": 0.5},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
-        {"logit_bias": {"5": 1.0}},
-        {"min_p": 0.1},
+        {"modalities": ["audio"]},
     ],
 )
 def test_what_is_not_served_is_refused_not_ignored(fields: dict[str, Any]) -> None:
@@ -123,6 +131,30 @@ def test_the_models_own_defaults_hold_where_the_request_is_silent() -> None:
     assert (made.temperature, made.top_p, made.top_k) == (0.1, 0.5, 3)
     made = to_sampling(decode_request(body(temperature=1, top_k=0, max_tokens=3, max_completion_tokens=5)), {"temperature": 0.1, "top_k": 3})
     assert (made.temperature, made.top_k, made.max_tokens) == (1, 0, 5)
+
+
+def test_everything_that_is_asked_for_arrives() -> None:
+    asked = {
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 2, "stop_token_ids": [5],
+        "logit_bias": {"7": -3}, "logprobs": True, "top_logprobs": 4,
+    }  # fmt: skip
+    made = to_sampling(decode_request(body(**asked)), {"repetition_penalty": 1.05})
+    expected = {**asked, "stop_token_ids": (5,), "logit_bias": {7: -3}, "logprobs": 4}
+    assert {name: getattr(made, name) for name in expected if name != "top_logprobs"} == {k: v for k, v in expected.items() if k != "top_logprobs"}
+    assert to_sampling(decode_request(body()), {"repetition_penalty": 1.05}).repetition_penalty == 1.05
+
+
+@pytest.mark.parametrize("count", [0, -1, 33])
+def test_too_many_choices_or_none_are_refused(count: int) -> None:
+    with pytest.raises(RequestError) as caught:
+        num_choices(decode_request(body(n=count)))
+    assert caught.value.info.field == "n"
+
+
+def test_each_choice_draws_numbers_of_its_own() -> None:
+    sampling = to_sampling(decode_request(body(seed=5)), {})
+    assert [to_choice(sampling, index).seed for index in range(3)] == [5, 6, 7]
+    assert to_choice(to_sampling(decode_request(body()), {}), 1).seed is None, "the client library draws one"
 
 
 def test_error_object() -> None:

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.errors import ErrorInfo, PipelineError
@@ -21,7 +22,11 @@ from pipeline.messages import (
     EncodeFailed,
     GenerateRequest,
     Hello,
+    Interrupted,
+    ItemNotNeeded,
+    LeaseRefused,
     LeaseReleased,
+    LeaseRequest,
     LeaseSet,
     MmChunk,
     MmItem,
@@ -60,15 +65,16 @@ CPU = torch.device("cpu")
 class Rig:
     """An engine with a pool of embeddings beside it, and what its neighbours were told."""
 
-    def __init__(self, folder: Path, budget: int, block_size: int = 16) -> None:
+    def __init__(self, folder: Path, budget: int, block_size: int = 16, num_blocks: int = 600, has_overlap: bool = False) -> None:
         self.info: ModelInfo = read_model_info(folder)
         config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size))
-        runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), 600, lambda done, total: None)
-        self.scheduler = Scheduler(BlockManager(600, block_size), 8, budget, self.info.eos_token_ids)
+        runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), num_blocks, lambda done, total: None)
+        self.scheduler = Scheduler(BlockManager(num_blocks, block_size), 8, budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9)
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, self.publisher, None, self.feedback, [self.vit]
+            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, self.publisher, None, self.feedback, [self.vit],
+            has_overlap=has_overlap,
         )  # fmt: skip
         self.now = 0.0
         self.engine.on_subscriptions([Subscription(CLIENT, True)], self.now)
@@ -135,13 +141,15 @@ def test_the_reference_text_is_lively(references: dict[str, Answer]) -> None:
     assert all(len(set(answer.token_ids)) >= NUM_TOKENS // 3 for answer in references.values())
 
 
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
 @pytest.mark.parametrize(("budget", "block_size"), [(512, 16), (7, 4)])
 @pytest.mark.parametrize("name", CHATS)
 def test_late_and_unordered_embeddings_give_the_same_tokens(
-    name: str, budget: int, block_size: int, random_checkpoint: Path, references: dict[str, Answer]
+    name: str, budget: int, block_size: int, has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]
 ) -> None:
-    rig = Rig(random_checkpoint, budget, block_size)
+    rig = Rig(random_checkpoint, budget, block_size, has_overlap=has_overlap)
     rig.open_pool()
+    rig.scheduler.has_prefix_cache = False
     for number, order in enumerate(("in order", "reversed")):
         request, ready = rig.request(CHATS[name], f"r{number}")
         rig.engine.handle(request, rig.now)
@@ -167,8 +175,9 @@ def test_embeddings_before_the_pool_and_before_the_request(random_checkpoint: Pa
     assert_same_tokens(rig.tokens("r"), references[name])
 
 
-def test_all_chats_in_one_batch(random_checkpoint: Path, references: dict[str, Answer]) -> None:
-    rig = Rig(random_checkpoint, 40)
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+def test_all_chats_in_one_batch(has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]) -> None:
+    rig = Rig(random_checkpoint, 40, has_overlap=has_overlap)
     rig.open_pool()
     late: list[EmbeddingReady] = []
     for name, chat in CHATS.items():
@@ -184,6 +193,169 @@ def test_all_chats_in_one_batch(random_checkpoint: Path, references: dict[str, A
     for name in CHATS:
         tokens = [t for output in outputs if output.request_id == name for t in unpack_int32(output.new_token_ids).tolist()]
         assert_same_tokens(tokens, references[name], name)
+
+
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+@pytest.mark.parametrize("name", CHATS)
+def test_a_warm_prefix_cache_gives_the_same_tokens_and_needs_no_picture(
+    name: str, has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]
+) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4, has_overlap=has_overlap)
+    rig.open_pool()
+    for turn in ("cold", "warm"):
+        request, ready = rig.request(CHATS[name], turn)
+        rig.engine.handle(request, rig.now)
+        if turn == "cold":
+            for embedding in ready:
+                rig.engine.handle(embedding, rig.now)
+        rig.run()
+        outputs = [output for output in rig.outputs() if output.request_id == turn]
+        assert_same_tokens([t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()], references[name], f"{name}, {turn}")
+        not_needed = [message.item for message in rig.feedback.take(ItemNotNeeded)]
+        if turn == "warm":
+            assert not_needed == list(range(len(ready)))
+            assert outputs[0].num_cached_tokens == (len(references[name].prompt_token_ids) - 1) // 4 * 4
+            for embedding in ready:  # they were under way already: given back at once
+                rig.engine.handle(embedding, rig.now)
+            assert (
+                sorted(lease for m in rig.vit.take(LeaseReleased) for lease in m.lease_ids)[-len(ready) :] == [e.lease_id for e in ready] or not ready
+            )
+
+
+def test_another_picture_of_equal_size_never_hits(random_checkpoint: Path) -> None:
+    """A, A, B, A: the same text, and A's answer each time that A is shown."""
+    chats = {name: [("user", [Image.new("RGB", (112, 112), color), "What do you see? " * 4])] for name, color in (("A", "red"), ("B", "blue"))}
+    reference = Reference(random_checkpoint)
+    expected = {name: reference.answer(chat, NUM_TOKENS) for name, chat in chats.items()}
+    assert expected["A"].token_ids != expected["B"].token_ids
+    assert expected["A"].prompt_token_ids == expected["B"].prompt_token_ids
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    cached = []
+    for number, name in enumerate("AABA"):
+        request, ready = rig.request(chats[name], f"r{number}")
+        rig.engine.handle(request, rig.now)
+        for embedding in ready:
+            rig.engine.handle(embedding, rig.now)
+        rig.run()
+        outputs = rig.outputs()
+        cached.append(outputs[0].num_cached_tokens)
+        assert_same_tokens([t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()], expected[name], name)
+    assert cached[1] == cached[3] > cached[2]
+    assert cached[2] <= request.items[0].offset
+    salted, ready = rig.request(chats["A"], "other tenant", cache_salt=b"x")
+    rig.engine.handle(salted, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    rig.run()
+    assert rig.outputs()[0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+@pytest.mark.parametrize("has_prefix_cache", [False, True], ids=["no cache", "cache"])
+def test_preempted_requests_go_on_with_the_same_tokens(
+    has_prefix_cache: bool, has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]
+) -> None:
+    """The cache holds the prompts and little more. Pictures that are needed again are leased again."""
+    num_blocks = sum(-(-len(references[name].prompt_token_ids) // 4) for name in CHATS) + len(CHATS) + 6
+    rig = Rig(random_checkpoint, 400, block_size=4, num_blocks=num_blocks, has_overlap=has_overlap)
+    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.open_pool()
+    handles = {}
+    for name, chat in CHATS.items():
+        request, ready = rig.request(chat, name)
+        rig.engine.handle(request, rig.now)
+        for embedding in ready:
+            handles[embedding.key] = embedding
+            rig.engine.handle(embedding, rig.now)
+    num_leased_again = 0
+    while rig.engine.step(rig.now):
+        rig.engine.check_integrity()
+        for again in rig.vit.take(LeaseRequest):
+            num_leased_again += 1
+            rig.engine.handle(msgspec.structs.replace(handles[again.key], lease_id=next(rig.lease_ids)), rig.now)
+    assert rig.scheduler.num_preemptions > 0
+    assert num_leased_again > 0 or has_prefix_cache
+    outputs = rig.outputs()
+    for name in CHATS:
+        tokens = [t for output in outputs if output.request_id == name for t in unpack_int32(output.new_token_ids).tolist()]
+        assert_same_tokens(tokens, references[name], name)
+    released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
+    assert len(released) == len(set(released)) == len(handles) + num_leased_again
+
+
+def test_a_picture_that_no_vit_has_any_more_interrupts_its_request(random_checkpoint: Path) -> None:
+    name = "one picture"
+    rig = Rig(random_checkpoint, 64)
+    rig.open_pool()
+    rig.scheduler.has_prefix_cache = False
+    request, ready = rig.request(CHATS[name], "r")
+    rig.engine.handle(request, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    for _ in range(5):
+        rig.engine.step(rig.now)
+    so_far = [t for output in rig.outputs() for t in unpack_int32(output.new_token_ids).tolist()]
+    rig.scheduler._preempt(rig.scheduler.running[0])
+    rig.engine.step(rig.now)
+    (again,) = rig.vit.take(LeaseRequest)
+    assert (again.key, again.mm_hash) == (ready[0].key, request.items[0].mm_hash)
+    rig.engine.handle(LeaseRefused(sender=VIT_0, epoch=1, key=again.key), rig.now)
+    assert [message.attempt for message in rig.publisher.take(Interrupted)] == [1]
+    assert not rig.engine.requests
+    rig.engine.check_integrity()
+    rig.engine.handle(msgspec.structs.replace(request, is_query=True), rig.now)
+    assert len(rig.publisher.take(Interrupted)) == 1, "a client that missed it asks"
+    rig.engine.handle(msgspec.structs.replace(request, attempt=2, output_token_ids=pack_int32(so_far)), rig.now)
+    rig.engine.handle(msgspec.structs.replace(ready[0], key=ChunkKey("r", 2, 0, 0), lease_id=99), rig.now)
+    rig.run()
+    answer = Reference(random_checkpoint).answer(CHATS[name], NUM_TOKENS)
+    assert_same_tokens(so_far + rig.tokens("r"), answer)
+
+
+def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 64, has_overlap=True)
+    rig.open_pool()
+    request, ready = rig.request(CHATS["one picture"], "r")
+    rig.engine.handle(request, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    rig.engine.step(rig.now)  # under way
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), rig.now)
+    assert rig.vit.take(LeaseReleased) == [], "the step still reads it"
+    rig.engine.tick(10.0)
+    assert rig.vit.take(LeaseSet)[0].lease_ids == (ready[0].lease_id,)
+    rig.run()
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    assert [(len(o.new_token_ids), o.finish_reason) for o in rig.outputs()] == [(0, FinishReason.ABORT)]
+    text, _ = rig.request(CHATS["text only"], "s")
+    rig.engine.handle(text, rig.now)
+    rig.run()
+    eos = unpack_int32(rig.outputs()[5].new_token_ids)[0]
+    rig.scheduler.eos_token_ids = frozenset([int(eos)])
+    again, _ = rig.request(CHATS["text only"], "t", sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS, seed=1))
+    rig.engine.handle(again, rig.now)
+    rig.run()
+    outputs = rig.outputs()
+    assert outputs[-1].finish_reason is FinishReason.STOP
+    assert [o.finish_reason for o in outputs[:-1]] == [None] * (len(outputs) - 1)
+    assert len(outputs) <= 6
+    rig.engine.check_integrity()
+
+
+def test_logprobs_come_with_their_tokens_and_again_on_a_query(rig: Rig, references: dict[str, Answer]) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=1, logprobs=2)
+    request, _ = rig.request(CHATS["text only"], "r", sampling=sampling)
+    rig.engine.handle(request, rig.now)
+    rig.run()
+    outputs = rig.outputs()
+    for output in outputs:
+        (entry,) = output.logprobs
+        chosen, best, second = unpack_int32(entry.token_ids).tolist()
+        values = np.frombuffer(entry.logprobs, dtype="<f4")
+        assert chosen == best == unpack_int32(output.new_token_ids)[0]
+        assert values[0] == values[1] > values[2]
+        assert second != best
+    rig.engine.handle(msgspec.structs.replace(request, num_received=3), rig.now)
+    (again,) = rig.outputs()
+    assert again.logprobs == outputs[3].logprobs + outputs[4].logprobs
 
 
 @pytest.fixture
@@ -337,7 +509,7 @@ def test_a_slow_client_is_cut_off_and_others_are_not(rig: Rig) -> None:
     assert list(rig.engine.requests) == ["good"]
     rig.run()
     assert len(rig.tokens("good")) == NUM_TOKENS
-    assert rig.engine.counters["clients_cut_off"] == 1
+    assert rig.engine.num_clients_cut_off == 1
 
 
 def test_only_subscribed_clients_are_welcomed(rig: Rig) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -92,11 +93,10 @@ def test_each_lease_is_handed_out_once_and_only_when_read() -> None:
     made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
     for number, chunk in enumerate(made.chunks):
         chunk.embeddings, chunk.lease = handle(chunk.wire.num_tokens), Lease(0, number + 1)
-    made.num_computed_tokens = 6
-    assert made.take_read_leases() == []
+    assert made.take_read_leases(6) == []
+    assert made.take_read_leases(7) == [Lease(0, 1)]
+    assert made.take_read_leases(7) == []
     made.num_computed_tokens = 7
-    assert made.take_read_leases() == [Lease(0, 1)]
-    assert made.take_read_leases() == []
     assert made.num_ready_tokens() == 30
     assert made.take_all_leases() == [Lease(0, 2)]
 
@@ -105,3 +105,20 @@ def test_max_tokens_is_cut_to_the_context() -> None:
     assert request(10, max_tokens=None, max_model_len=100).max_tokens == 90
     assert request(10, max_tokens=500, max_model_len=100).max_tokens == 90
     assert request(10, max_tokens=5, max_model_len=100).max_tokens == 5
+
+
+def test_block_hashes_name_the_text_the_picture_and_the_place_in_it() -> None:
+    def hashes(*, tokens: int = 7, mm_hash: bytes = b"h", offset: int = 3, salt: bytes = b"") -> list[bytes]:
+        made = request(16, (item(offset, GridTHW(1, 4, 4)),))
+        made.items = tuple(msgspec.structs.replace(one, mm_hash=mm_hash) for one in made.items)
+        made.prompt_token_ids, made.cache_salt = [tokens] * 16, salt
+        return made.block_hashes(4, 4)
+
+    plain = hashes()
+    assert plain == hashes()
+    assert len(set(plain)) == 4
+    for other in (hashes(tokens=8), hashes(mm_hash=b"i"), hashes(offset=2), hashes(salt=b"s")):
+        assert not set(plain) & set(other)
+    later = hashes(offset=5)
+    assert later[0] == hashes(offset=6)[0], "before the picture nothing tells them apart"
+    assert later[1] != hashes(offset=6)[1]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.messages import MmChunk
+from pipeline.messages import GridTHW, MmChunk, MmItem
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import TensorHandle
 from workers.llm.block_manager import BlockManager
 from workers.llm.request import Chunk, Request, mrope_positions
-from workers.llm.scheduler import Scheduler
+from workers.llm.scheduler import Scheduled, Scheduler
+from workers.llm.step_times import Measured, StepTimes
 
 EOS = 7
+ARRIVALS = itertools.count(1)
 
 
-def make(name: str, num_tokens: int, max_tokens: int = 4, gate: int | None = None, ignore_eos: bool = False) -> Request:
-    """A request; with `gate` its last tokens from there on wait for an embedding."""
+def make(
+    name: str, num_tokens: int, max_tokens: int = 4, gate: int | None = None, ignore_eos: bool = False, priority: int = 0, token: int | None = None,
+) -> Request:  # fmt: skip
+    """A request whose prompt is like no other's, or is all `token`; with `gate` its last tokens from there on wait for an embedding."""
     positions, delta = mrope_positions(num_tokens, [], 2)
     chunks = [] if gate is None else [Chunk(0, 0, gate, MmChunk(b"h", num_tokens - gate, 0, 1))]
     sampling = SamplingParams(ignore_eos=ignore_eos)
-    return Request(b"c", name, 1, 1, [1] * num_tokens, positions, delta, chunks, (), sampling, max_tokens)
+    arrival = next(ARRIVALS)
+    prompt = [1000 + arrival if token is None else token] * num_tokens
+    return Request(b"c", name, 1, arrival, prompt, positions, delta, chunks, (), sampling, max_tokens, priority)
 
 
 def scheduler(num_blocks: int = 100, budget: int = 16, max_seqs: int = 8) -> Scheduler:
@@ -29,7 +37,7 @@ def scheduler(num_blocks: int = 100, budget: int = 16, max_seqs: int = 8) -> Sch
 
 
 def step(made: Scheduler, token: int = 1) -> list[tuple[str, int]]:
-    scheduled = made.schedule()
+    scheduled, _ = made.schedule()
     made.update(scheduled, {item.request.request_id: token for item in scheduled if item.is_sampled})
     return [(item.request.request_id, item.num_tokens) for item in scheduled]
 
@@ -59,14 +67,131 @@ def test_prefill_stops_at_a_missing_embedding_and_others_go_on() -> None:
     assert step(made) == [("b", 1), ("a", 7)]
 
 
-def test_admission_reserves_prompt_and_output_first_come_first_served() -> None:
+def test_admission_reserves_the_prompt_and_a_spare_block_for_each_that_runs() -> None:
     made = scheduler(num_blocks=10)  # 40 tokens
     made.add(make("a", 20, max_tokens=8))
     made.add(make("b", 20, max_tokens=8))
     made.add(make("c", 1, max_tokens=1))
     made.schedule()
     assert [request.request_id for request in made.running] == ["a"]
-    assert [request.request_id for request in made.waiting] == ["b", "c"]
+    assert [request.request_id for request in made.waiting] == ["b", "c"], "nobody overtakes"
+
+
+def test_priorities_go_first_and_equals_in_order() -> None:
+    made = scheduler(max_seqs=1, budget=64)
+    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -5)):
+        made.add(make(name, 3, max_tokens=1, priority=priority))
+    assert [step(made)[0][0] for _ in range(4)] == ["d", "b", "a", "c"]
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
+    made = scheduler(num_blocks=8, budget=64)  # 32 tokens
+    old, young = make("old", 12, max_tokens=12), make("young", 11, max_tokens=12)
+    made.add(old)
+    made.add(young)
+    ended: list[str] = []
+    for _ in range(40):
+        scheduled, _ = made.schedule()
+        made.check_integrity()
+        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: 1 for item in scheduled if item.is_sampled})]
+    assert ended == ["old", "young"]
+    assert made.num_preemptions == 1
+    assert len(old.output_token_ids) == len(young.output_token_ids) == 12
+    assert made.blocks.num_free == 8
+
+
+def test_a_high_priority_is_not_preempted_for_a_low_one() -> None:
+    made = scheduler(num_blocks=8, budget=64)
+    low, high = make("low", 12, max_tokens=12, priority=5), make("high", 11, max_tokens=12, priority=0)
+    made.add(low)
+    made.add(high)
+    ended: list[str] = []
+    for _ in range(40):
+        scheduled, _ = made.schedule()
+        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: 1 for item in scheduled if item.is_sampled})]
+    assert ended == ["high", "low"]
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    made = scheduler(budget=64)
+    made.add(make("a", 10, max_tokens=3, token=5))
+    assert [step(made) for _ in range(3)] == [[("a", 10)], [("a", 1)], [("a", 1)]]
+    made.add(make("b", 10, max_tokens=1, token=5))
+    assert step(made) == [("b", 2)], "two full blocks are there"
+    made.add(make("c", 8, max_tokens=1, token=5))
+    assert step(made) == [("c", 4)], "the last token is always computed"
+
+
+def test_generated_tokens_are_found_in_the_next_turn() -> None:
+    made = scheduler(budget=64)
+    first = make("a", 6, max_tokens=7, token=5)
+    made.add(first)
+    while first.finish_reason is None:
+        step(made, token=9)
+    second = make("b", 0, max_tokens=1)
+    second.prompt_token_ids = [5] * 6 + [9] * 7 + [3] * 4
+    made.add(second)
+    assert step(made) == [("b", 17 - 12)], "12 of the 13 tokens are in full blocks, and the last of them was never computed"
+
+
+def test_without_a_prefix_cache_everything_is_computed() -> None:
+    made = Scheduler(BlockManager(100, 4), 8, 64, (EOS,), has_prefix_cache=False)
+    for name in "ab":
+        made.add(make(name, 10, max_tokens=1, token=5))
+        assert step(made) == [(name, 10)]
+    assert made.blocks.num_cached == 0
+
+
+def test_equal_prompts_at_once_are_computed_once() -> None:
+    made = scheduler(budget=8)
+    for name in "abc":
+        made.add(make(name, 17, max_tokens=1, token=5))
+    made.add(make("other", 3, max_tokens=1))
+    assert step(made) == [("a", 8)]
+    assert step(made) == [("a", 8)]
+    assert step(made) == [("a", 1), ("b", 1), ("c", 1), ("other", 3)]
+
+
+def test_one_that_waits_for_anothers_prefix_goes_on_when_that_ends() -> None:
+    made = scheduler(budget=8)
+    first = make("a", 17, max_tokens=1, token=5)
+    made.add(first)
+    made.add(make("b", 17, max_tokens=1, token=5))
+    assert step(made) == [("a", 8)]
+    made.remove(first)
+    assert step(made) == [("b", 8)], "what was computed is used, the rest it computes itself"
+    made.check_integrity()
+
+
+def test_tenants_with_different_salts_share_nothing() -> None:
+    made = scheduler(budget=64)
+    made.add(make("a", 10, max_tokens=1, token=5))
+    step(made)
+    other = make("b", 10, max_tokens=1, token=5)
+    other.cache_salt = b"other"
+    made.add(other)
+    assert step(made) == [("b", 10)]
+
+
+def test_an_equal_text_with_another_picture_shares_only_what_is_before_it() -> None:
+    def with_picture(name: str, mm_hash: bytes) -> Request:
+        request = make(name, 16, max_tokens=1, token=5)
+        request.items = (MmItem(6, 4, GridTHW(1, 4, 4), mm_hash, ()),)
+        return request
+
+    made = scheduler(budget=64)
+    for name, mm_hash, computed in (("a", b"x", 16), ("b", b"y", 12), ("c", b"x", 4), ("d", b"y", 4)):
+        made.add(with_picture(name, mm_hash))
+        assert step(made) == [(name, computed)]
+
+
+def test_decodes_are_protected_from_long_prompts() -> None:
+    times = StepTimes([Measured(1, 0.010), Measured(8, 0.010), Measured(16, 0.014), Measured(32, 0.028)], per_pair=0.0, max_stretch=1.25)
+    made = Scheduler(BlockManager(100, 4), 8, 64, (EOS,), times)
+    made.add(make("a", 5, max_tokens=50))
+    assert step(made) == [("a", 5)], "nobody to protect"
+    made.add(make("b", 60))
+    assert step(made) == [("a", 1), ("b", 12)], "13 tokens take 12.5 ms"
 
 
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
@@ -76,7 +201,7 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     ended: list[str] = []
     for number in range(200):
         made.add(make(f"short-{number}", 4, max_tokens=2))
-        scheduled = made.schedule()
+        scheduled, _ = made.schedule()
         ended += [r.request_id for r in made.update(scheduled, {s.request.request_id: 1 for s in scheduled if s.is_sampled})]
         if "long" in ended:
             break
@@ -102,62 +227,80 @@ def test_end_of_sequence(ignore_eos: bool, reason: FinishReason, count: int) -> 
     assert made.blocks.num_free == made.blocks.num_blocks
 
 
-def test_blocks_are_never_given_twice() -> None:
-    blocks = BlockManager(4, 4)
-    assert sorted(blocks.allocate("a", 9)) == sorted(set(blocks.allocate("b", 3)) ^ {0, 1, 2, 3})
-    assert not blocks.can_allocate(1)
-    with pytest.raises(ValueError, match="cannot give"):
-        blocks.allocate("c", 1)
-    blocks.free("a")
-    with pytest.raises(ValueError, match="cannot give"):
-        blocks.allocate("b", 1)
-    blocks.check_integrity()
-
-
 ACTIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 60), st.integers(1, 12), st.booleans()),
+    st.tuples(st.just("add"), st.integers(1, 60), st.integers(1, 30), st.booleans(), st.integers(0, 2), st.sampled_from((None, 5, 6))),
     st.tuples(st.just("abort"), st.integers(0, 30)),
     st.tuples(st.just("embedding"), st.integers(0, 30)),
     st.tuples(st.just("step"), st.integers(0, 9)),
 )
+TIMES = StepTimes([Measured(1, 1.0), Measured(64, 2.0)], per_pair=1e-4, max_stretch=1.25)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(ACTIONS, max_size=80), st.integers(18, 40), st.integers(1, 24), st.integers(1, 5))
-def test_invariants_hold_whatever_happens(actions: list[tuple[object, ...]], num_blocks: int, budget: int, max_seqs: int) -> None:
-    made = scheduler(num_blocks, budget, max_seqs)
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ACTIONS, max_size=80), st.integers(24, 40), st.integers(1, 24), st.integers(1, 5), st.booleans(), st.booleans())
+def test_invariants_hold_whatever_happens(
+    actions: list[tuple[object, ...]], num_blocks: int, budget: int, max_seqs: int, has_overlap: bool, is_protected: bool
+) -> None:
+    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap: no block is lost or held twice, the
+    budget holds, every request ends once with as many tokens as it asked for, and blocks that two requests share hold equal tokens."""
+    made = Scheduler(BlockManager(num_blocks, 4), max_seqs, max(budget, max_seqs), (EOS,), TIMES if is_protected else None)
     everyone: list[Request] = []
     ended: list[str] = []
+    under_way: list[list[Scheduled]] = []
+    contents: dict[int, list[int]] = {}  # of blocks: what is written there
 
-    def run(token: int) -> int:
-        scheduled = made.schedule()
-        assert sum(item.num_tokens for item in scheduled) <= budget
+    def write(item: Scheduled) -> None:
+        """Stands for the runner: tokens go to their blocks, and what is read there must be what belongs there."""
+        request = item.request
+        tokens = [*request.prompt_token_ids, *request.output_token_ids, *([1] * request.num_pending_tokens)]
+        for position in range(item.start, item.stop):
+            contents.setdefault(request.block_table[position // 4], [-1] * 4)[position % 4] = tokens[position]
+        for position in range(item.stop):
+            assert contents[request.block_table[position // 4]][position % 4] == tokens[position], "a foreign prefix"
+
+    def run() -> int:
+        scheduled, _ = made.schedule()
+        assert sum(item.num_tokens for item in scheduled) <= made.max_num_batched_tokens
         assert len(made.running) <= max_seqs
-        for request, num_tokens in scheduled:
-            assert request.num_computed_tokens + num_tokens <= min(request.num_ready_tokens(), len(request.block_table) * 4)
-        finished = made.update(scheduled, {item.request.request_id: token for item in scheduled if item.is_sampled})
-        ended.extend(request.request_id for request in finished)
-        made.blocks.check_integrity()
-        return len(scheduled)
+        for item in scheduled:
+            assert item.stop <= len(item.request.block_table) * 4
+            write(item)
+        if scheduled:
+            under_way.append(scheduled)
+        num_done = 0
+        while len(under_way) > (1 if has_overlap and scheduled else 0):
+            done = under_way.pop(0)
+            finished = made.update(done, {item.request.request_id: 1 for item in done if item.is_sampled})
+            for request in finished:
+                assert len(request.output_token_ids) == request.max_tokens
+            ended.extend(request.request_id for request in finished)
+            num_done += 1
+        made.check_integrity()
+        return num_done + len(scheduled)
 
     for action, *values in actions:
         match action:
             case "add":
-                length, max_tokens, is_gated = values
-                everyone.append(make(f"r{len(everyone)}", length, max_tokens, length // 2 if is_gated else None))
+                length, max_tokens, is_gated, priority, token = values
+                gate = length // 2 if is_gated else None
+                everyone.append(make(f"r{len(everyone)}", length, max_tokens, gate, True, priority, token))
                 made.add(everyone[-1])
             case "abort" if values[0] < len(everyone) and everyone[values[0]].request_id not in ended:
                 made.remove(everyone[values[0]])
                 ended.append(everyone[values[0]].request_id)
             case "embedding" if values[0] < len(everyone):
-                for chunk in everyone[values[0]].chunks:
-                    chunk.embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (chunk.wire.num_tokens, 8), "float32")
+                arrive(everyone[values[0]])
             case "step":
-                run(values[0])
-    for request in everyone:  # late embeddings do come: everything ends, once
-        for chunk in request.chunks:
-            chunk.embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (chunk.wire.num_tokens, 8), "float32")
-    while run(1):
-        pass
+                run()
+    for _ in range(5000):  # late embeddings do come: everything ends, once
+        for request in everyone:
+            arrive(request)
+        if not run():
+            break
     assert sorted(ended) == sorted(request.request_id for request in everyone)
     assert made.blocks.num_free == num_blocks
+
+
+def arrive(request: Request) -> None:
+    for chunk in request.chunks:
+        chunk.embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (chunk.wire.num_tokens, 8), "float32")

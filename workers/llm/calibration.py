@@ -1,0 +1,46 @@
+"""Measures at start how long steps of different sizes take on this machine, for decode protection."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.messages import SequencePlan, pack_int32
+from workers.llm.block_manager import BlockManager
+from workers.llm.step_times import Measured, StepTimes
+
+NUM_REPEATS = 3
+LONG_ENOUGH_S = 0.5  # steps beyond this are never near a decode step: the line goes on from the last two
+LONGEST_HISTORY = 1024
+OWNER = "calibration"
+
+
+def measure_step_times(
+    execute: Callable[[Sequence[SequencePlan]], float], blocks: BlockManager, max_num_batched_tokens: int, max_model_len: int, max_stretch: float
+) -> StepTimes:
+    """Runs steps of 1, 2, 4, … tokens without history and one with. `execute` runs a step and returns its seconds.
+
+    Uses blocks of the cache that nobody has yet, and gives them back.
+    """
+    longest = min(max_model_len, blocks.num_blocks * blocks.block_size)
+    table = pack_int32(blocks.allocate(OWNER, [], longest))
+
+    def seconds(num_tokens: int, num_computed: int) -> float:
+        positions = np.broadcast_to(np.arange(num_computed, num_computed + num_tokens, dtype=np.int32), (3, num_tokens))
+        plan = SequencePlan(0, pack_int32([0] * num_tokens), positions.tobytes(), num_computed, table, (), is_sampled=False)
+        execute([plan])
+        return statistics.median(execute([plan]) for _ in range(NUM_REPEATS))
+
+    measured: list[Measured] = []
+    size = 1
+    while size <= min(max_num_batched_tokens, longest):
+        measured.append(Measured(size, seconds(size, 0)))
+        if measured[-1].seconds > LONG_ENOUGH_S:
+            break
+        size *= 2
+    probe, history = measured[len(measured) // 2], min(LONGEST_HISTORY, longest - measured[-1].num_tokens)
+    per_pair = max(0.0, seconds(probe.num_tokens, history) - probe.seconds) / (probe.num_tokens * history) if history > 0 else 0.0
+    blocks.free(OWNER)
+    return StepTimes(measured, per_pair, max_stretch)

@@ -1,0 +1,161 @@
+"""Who reads rank 0's outputs: greets clients, publishes to them, cuts off who does not read, remembers what ended how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from pipeline.errors import ErrorInfo
+from pipeline.messages import (
+    Accepted,
+    Interrupted,
+    Origin,
+    OutputsMessage,
+    RequestFailed,
+    RequestOutput,
+    TokenLogprobs,
+    TokenOutputs,
+    Welcome,
+    pack_int32,
+)
+from pipeline.sampling import FinishReason
+from pipeline.sockets import Subscription
+from workers.llm.request import Request
+
+logger = logging.getLogger(__name__)
+MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
+GRACE_OF_CLIENTS_S = 2.0  # between a client's leaving and the end of its requests
+
+
+class Interruption(NamedTuple):
+    """The request cannot go on here; its client is to submit it again."""
+
+    reason: str
+
+
+Outcome = FinishReason | ErrorInfo | Interruption
+
+
+class Ended(NamedTuple):
+    """What is remembered of a request that has ended."""
+
+    client_id: bytes
+    attempt: int
+    time: float
+    outcome: Outcome
+    output_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+
+
+class Publish(Protocol):
+    def __call__(self, message: OutputsMessage, topic: bytes) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Client:
+    left_at: float | None = None
+    is_cut_off: bool = False
+
+
+class Clients:
+    """`publish` says False when a client lags too far behind. Times are seconds of any steady clock."""
+
+    def __init__(self, origin: Origin, welcome: Welcome, publish: Publish) -> None:
+        self._origin, self._welcome, self._publish = origin, welcome, publish
+        self._clients: dict[bytes, _Client] = {}
+        self._ended: dict[str, Ended] = {}  # oldest first
+        self.num_cut_off = 0
+
+    def __contains__(self, client_id: bytes) -> bool:
+        return client_id in self._clients
+
+    def on_subscriptions(self, events: Iterable[Subscription], now: float) -> None:
+        for topic, is_new in events:
+            if is_new:
+                self._clients[topic] = _Client()
+            elif topic in self._clients:
+                self._clients[topic].left_at = now
+
+    def greet(self, client_id: bytes) -> None:
+        """Answers a client that said hello, if it also listens. Whether it has left is for its subscription to say."""
+        if (client := self._clients.get(client_id)) is not None:
+            client.is_cut_off = False
+            self.publish(self._welcome, client_id)
+
+    def publish(self, message: OutputsMessage, client_id: bytes) -> None:
+        client = self._clients.get(client_id)
+        if client is None or client.is_cut_off or self._publish(message, client_id):
+            return
+        logger.warning("a client does not read its outputs: cut off")
+        client.is_cut_off = True
+        self.num_cut_off += 1
+
+    def lost(self, now: float) -> list[bytes]:
+        """The clients whose requests are to end: cut off, or gone for longer than the grace."""
+        lost: list[bytes] = []
+        for client_id, client in list(self._clients.items()):
+            has_left = client.left_at is not None and now - client.left_at >= GRACE_OF_CLIENTS_S
+            if has_left or client.is_cut_off:
+                lost.append(client_id)
+        return lost
+
+    def forget(self, now: float) -> None:
+        """Forgets clients that have left and requests that ended long ago."""
+        for client_id, client in list(self._clients.items()):
+            if client.left_at is not None and now - client.left_at >= GRACE_OF_CLIENTS_S:
+                del self._clients[client_id]
+        for request_id, ended in list(self._ended.items()):
+            if now - ended.time < MEMORY_OF_ENDED_S:
+                break
+            del self._ended[request_id]
+
+    # What they are told.
+
+    def tell_accepted(self, request: Request) -> None:
+        accepted = Accepted(
+            request_id=request.request_id, attempt=request.attempt, num_prompt_tokens=len(request.prompt_token_ids),
+            mm_hashes=tuple(item.mm_hash for item in request.items), **self._origin,
+        )  # fmt: skip
+        self.publish(accepted, request.client_id)
+
+    def tell_outputs(self, client_id: bytes, outputs: Sequence[RequestOutput]) -> None:
+        self.publish(TokenOutputs(outputs=tuple(outputs), **self._origin), client_id)
+
+    def tell_failed(self, client_id: bytes, request_id: str, attempt: int, error: ErrorInfo) -> None:
+        self.publish(RequestFailed(request_id=request_id, attempt=attempt, error=error, **self._origin), client_id)
+
+    def ended(self, request_id: str) -> Ended | None:
+        return self._ended.get(request_id)
+
+    def remember(self, request_id: str, ended: Ended) -> Ended:
+        self._ended.pop(request_id, None)
+        self._ended[request_id] = ended
+        return ended
+
+    def remember_request(self, request: Request, outcome: Outcome, now: float) -> Ended:
+        ended = Ended(
+            request.client_id, request.attempt, now, outcome, tuple(request.output_token_ids), tuple(request.logprobs), request.num_cached_tokens
+        )
+        return self.remember(request.request_id, ended)
+
+    def tell_ended(self, request_id: str, ended: Ended, num_received: int) -> None:
+        match ended.outcome:
+            case ErrorInfo():
+                self.tell_failed(ended.client_id, request_id, ended.attempt, ended.outcome)
+            case Interruption(reason):
+                self.publish(Interrupted(request_id=request_id, attempt=ended.attempt, reason=reason, **self._origin), ended.client_id)
+            case _:
+                missed = pack_int32(ended.output_token_ids[num_received:])
+                logprobs = ended.logprobs[num_received:]
+                output = RequestOutput(request_id, ended.attempt, num_received, missed, ended.outcome, logprobs, ended.num_cached_tokens)
+                self.tell_outputs(ended.client_id, [output])
+
+
+def output_of(request: Request, offset: int) -> RequestOutput:
+    """The request's tokens from `offset` on."""
+    token_ids = pack_int32(request.output_token_ids[offset:])
+    logprobs = tuple(request.logprobs[offset:])
+    return RequestOutput(request.request_id, request.attempt, offset, token_ids, request.finish_reason, logprobs, request.num_cached_tokens)
