@@ -21,16 +21,19 @@ from pipeline.messages import (
     Drain,
     Hello,
     ImagePart,
+    Interrupted,
     PipelineState,
     RequestFailed,
     RequestOutput,
     Shutdown,
     SubmitRequest,
     TextPart,
+    TokenLogprobs,
     TokenOutputs,
     Welcome,
     WorkerState,
     pack_int32,
+    unpack_int32,
 )
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.sockets import Received, Sockets
@@ -289,3 +292,58 @@ async def test_closing_ends_generators_that_wait(pipeline: Pipeline, tmp_path: P
     await client.close()
     with pytest.raises(RequestError, match="closed"):
         await asyncio.wait_for(task, 5)
+
+
+async def test_an_interrupted_request_is_submitted_again_and_goes_on(client: PipelineClient, pipeline: Pipeline) -> None:
+    ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
+    task = asyncio.create_task(collect(client, [ChatMessage("user", (ImagePart(frame=0),))], media=[b"picture"]))
+    first = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(Accepted, request_id=first.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    pipeline.say_tokens(first, 0, ids[:2])
+    pipeline.say(Interrupted, request_id=first.request_id, attempt=1, reason="preempted")
+    received = await pipeline.next(SubmitRequest)
+    again = received.message
+    assert (again.request_id, again.attempt, again.sampling) == (first.request_id, 2, first.sampling)
+    assert unpack_int32(again.output_token_ids).tolist() == ids[:2]
+    assert [bytes(frame) for frame in received.frames] == [b"picture"]
+    pipeline.say(Interrupted, request_id=first.request_id, attempt=1, reason="preempted")  # said again: of an attempt that is over
+    pipeline.say(Accepted, request_id=first.request_id, attempt=2, num_prompt_tokens=9, mm_hashes=())
+    pipeline.say_tokens(again, 2, ids[2:], FinishReason.STOP)
+    text, pieces = await task
+    assert text == "A red circle."
+    assert pieces[-1].num_output_tokens == len(ids)
+
+
+async def test_logprobs_follow_their_tokens_over_a_repeated_answer(client: PipelineClient, pipeline: Pipeline) -> None:
+    ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
+    entries = [TokenLogprobs(pack_int32([token]), bytes(4)) for token in ids]
+    task = asyncio.create_task(collect(client, sampling=SamplingParams(logprobs=0)))
+    request = (await pipeline.next(SubmitRequest)).message
+
+    def say(offset: int, stop: int, finish: FinishReason | None) -> None:
+        output = RequestOutput(request.request_id, 1, offset, pack_int32(ids[offset:stop]), finish, tuple(entries[offset:stop]), 8)
+        pipeline.say(TokenOutputs, outputs=(output,))
+
+    say(0, 2, None)
+    say(1, len(ids), FinishReason.STOP)
+    _, pieces = await task
+    assert [entry for piece in pieces for entry in piece.logprobs] == entries
+    assert pieces[-1].num_cached_tokens == 8
+
+
+async def test_priority_and_salt_travel(client: PipelineClient, pipeline: Pipeline) -> None:
+    pieces = client.generate(CHAT, GREEDY, priority=-3, cache_salt=b"tenant")
+    task = asyncio.ensure_future(anext(pieces))
+    request = (await pipeline.next(SubmitRequest)).message
+    assert (request.priority, request.cache_salt) == (-3, b"tenant")
+    pipeline.say_tokens(request, 0, [5], FinishReason.STOP)
+    await task
+
+
+async def test_the_bytes_of_tokens_add_up_to_the_text(client: PipelineClient, pipeline: Pipeline) -> None:
+    text = "A red circle \u2013 \u5706 \U0001f600\n"
+    ids = pipeline.tokenizer.encode(text, add_special_tokens=False).ids
+    assert b"".join(client.token_text(token) for token in ids) == text.encode()
+    end = pipeline.tokenizer.token_to_id("<|im_end|>")
+    assert client.token_text(end) == b"<|im_end|>"
+    assert client.token_text(10**6) == b""

@@ -250,7 +250,7 @@ def test_slow_joiner_on_pub_sub_is_seen_before_anything_is_published(open_socket
     ranks = [open_sockets().subscriber(STEPS) for _ in range(3)]
     assert len(wait_for_events(publisher, 3)) == 3
     for step in range(1, 101):
-        assert publisher.publish(StepPlan(sender=LLM_0, epoch=1, step=step, sequences=()))
+        assert publisher.publish(StepPlan(sender=LLM_0, epoch=1, step=step, started=(), sequences=()))
     for rank in ranks:
         assert [receive(rank).message.step for _ in range(100)] == list(range(1, 101))
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.messages import ChunkKey, GridTHW
 from pipeline.slots import ALIGNMENT, Order, SlotAllocator
 from pipeline.tensors import TensorHandle
-from workers.vit.batcher import Batcher, NeedPixels, PixelsDone, Ready, Refused
+from workers.vit.batcher import Batcher, LeaseGone, NeedPixels, PixelsDone, Ready, Refused
 
 GRID = GridTHW(1, 4, 4)  # 16 patches, 4 tokens
 TOKEN_BYTES = ALIGNMENT // 4  # so that one chunk is one unit of the pool
@@ -48,6 +48,22 @@ def test_a_new_chunk_is_asked_for_encoded_leased_and_kept() -> None:
     again = ask(made, "b", b"h", 2)
     assert [type(action) for action in again] == [Ready, PixelsDone]
     assert made.cache.num_leases == 2
+    made.check_integrity()
+
+
+def test_a_chunk_is_leased_again_while_it_is_there_and_never_encoded_for_it() -> None:
+    made = make(chunks=2)
+    ask(made, "a", b"h")
+    ask(made, "a", b"h", with_pixels=True)
+    (first, _) = encode(made)
+    assert isinstance(first, Ready)
+    (again,) = made.on_lease_request(key("a"), b"h")
+    assert isinstance(again, Ready)
+    assert again.lease_id != first.lease_id
+    made.cache.release([first.lease_id, again.lease_id])
+    made.cache.evict_one()
+    assert made.on_lease_request(key("a"), b"h") == [LeaseGone(key("a"))]
+    assert made.num_pending == 0
     made.check_integrity()
 
 
