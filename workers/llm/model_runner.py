@@ -74,6 +74,7 @@ class ModelRunner:
         checkpoint = Checkpoint(folder, dtype, device, progress)
         checkpoint.expect("model.")
         self.decoder = Decoder(info.text, checkpoint, parallel)
+        checkpoint.close()
         heads = self.decoder.heads
         self.attention = PagedAttention(info.text.num_layers, num_blocks, config.llm.block_size, heads.num_kv_heads, heads.head_dim, dtype, device)
         self.sampler = Sampler(config.llm.max_num_seqs, info.text.vocab_size, info.eos_token_ids, device)
@@ -110,13 +111,13 @@ class ModelRunner:
             slots = np.array([sequences[index].slot for index in late])
             token_ids[self._tensor(ends[late] - 1)] = self._last_tokens[self._tensor(slots)]
         positions = self._tensor(np.concatenate([unpack_int32(sequence.positions).reshape(3, -1) for sequence in sequences], axis=1))
-        x = self.decoder.embed_tokens[token_ids]  # [num_tokens, hidden]
+        x = self.decoder.embed(token_ids)  # [num_tokens, hidden]
         for sequence, length, end in zip(sequences, lengths, ends.tolist(), strict=True):
             for part in sequence.embeddings:
                 first = end - length + part.offset
                 x[first : first + part.length] = self.pools.tensor(part.embeddings)[part.start : part.start + part.length]
         spans = [
-            Span(length, sequence.num_computed_tokens, self._tensor(unpack_int32(sequence.block_table)))
+            Span(length, sequence.num_computed_tokens, unpack_int32(sequence.block_table).tolist())
             for sequence, length in zip(sequences, lengths, strict=True)
         ]
         return self.decoder(x, positions, self.attention, self.attention.plan(spans)), ends

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))  # as in some files, as asked for
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
 
 
@@ -45,16 +46,34 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
+    def map(self, name: str) -> Tensor:
+        """A tensor as it lies in its file, in the file's dtype on the CPU: only the parts that are used take memory."""
+        path, stored = self._place(name)
+        with path.open("rb") as file:  # safetensors: the length of a JSON header, the header, the data
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[stored]
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        dtype = FILE_DTYPES[entry["dtype"]]
+        storage = torch.UntypedStorage.from_file(str(path), False, stop)
+        return torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, entry["shape"])  # type: ignore[call-overload,no-any-return]
+
     def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device."""
-        if name not in self._places:
-            raise KeyError(f"the checkpoint has no tensor {name!r}")
-        path, stored = self._places[name]
+        """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device, with memory of its own."""
+        path, stored = self._place(name)
         part = self._open(path).get_slice(stored)
         tensor: Tensor = part[rows] if columns is None else part[rows, columns]
         self._num_loaded += 1
         self._progress(min(self._num_loaded, self._total), self._total)
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        return tensor.to(device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        if name not in self._places:
+            raise KeyError(f"the checkpoint has no tensor {name!r}")
+        return self._places[name]
+
+    def close(self) -> None:
+        """Lets go of the files, whose pages count as this process's memory as long as they are mapped."""
+        self._files.clear()
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:

@@ -191,6 +191,7 @@ def main(context: WorkerContext) -> None:
     checkpoint = Checkpoint(context.model_folder, dtype, device, lambda done, total: context.progress("loading weights", done, total))
     checkpoint.expect("visual.")
     engine = TorchEngine(info.vision, VisionEncoder(info.vision, checkpoint))
+    checkpoint.close()
 
     llm, feedback = context.sockets.sender(LLM), context.sockets.sender(FEEDBACK)
     llm.send(PoolOpened(**context.origin, pool=pool.info))

@@ -1,11 +1,13 @@
 """Attention over a paged KV cache in plain torch: the CPU's backend, and the reference for every other.
 
 Decode folds the query heads of a group into rows of one matmul: a single query through torch's fused attention is many times
-slower on a CPU.
+slower on a CPU. A long history is read in place where its blocks lie side by side; short ones are gathered and padded, since many
+small operations would cost more than the copy.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,66 +15,138 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL_HISTORY_BYTES = 512 << 10  # of one sequence in one layer: copying it costs about as much as computing it by itself
+
 
 class Span(NamedTuple):
     """One sequence's part of a step: `num_tokens` new tokens behind `num_computed` cached ones."""
 
     num_tokens: int
     num_computed: int
-    block_table: Tensor  # [num_blocks] int64
+    block_table: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        return self.num_computed + self.num_tokens
+
+
+class _History(NamedTuple):
+    """Where a sequence's tokens lie: its longest run of slots, and all others (attention does not mind the order)."""
+
+    run: slice
+    rest: Tensor | None  # [n] int64
+
+
+class _Chunk(NamedTuple):
+    """New tokens that attend to one another, and to a history in its order."""
+
+    history: slice | Tensor | None  # slots, the new tokens' included; None: there is no history
+    mask: Tensor | None  # [num_tokens, context] bool
+
+
+class _Together(NamedTuple):
+    """Decodes that are computed as one batch."""
+
+    slots: Tensor  # [num_sequences · longest] int64; behind the end of a sequence any
+    mask: Tensor  # [num_sequences, 1, 1, longest], 0 or -inf
 
 
 class _Layout(NamedTuple):
     spans: Sequence[Span]
     new_slots: Tensor  # [num_tokens] int64: where the step's keys and values go
-    context_slots: Sequence[Tensor]  # for each sequence [num_computed + num_tokens] int64
+    together: _Together | None  # of the decodes in front
+    others: Sequence[_History | _Chunk]  # of the spans behind them: one token, or several
 
 
 class PagedAttention:
-    """Holds the cache: for each layer keys and values [num_blocks · block_size, kv_heads, head_dim]."""
+    """Holds the cache: for each layer keys, then values of each slot: [num_blocks · block_size, 2 · kv_heads, head_dim]."""
 
     def __init__(
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.block_size, self.scale = block_size, head_dim**-0.5
-        shape = (num_layers, 2, num_blocks * block_size, num_kv_heads, head_dim)
+        self.block_size, self.num_kv_heads, self.scale = block_size, num_kv_heads, head_dim**-0.5
+        shape = (num_layers, num_blocks * block_size, 2 * num_kv_heads, head_dim)
         self.cache = torch.empty(shape, dtype=dtype, device=device)  # what was never written is never read
 
     def plan(self, spans: Sequence[Span]) -> _Layout:
         """What all layers of a step need to know, computed once."""
-        context = [self._slots(span) for span in spans]
-        new = [slots[span.num_computed :] for slots, span in zip(context, spans, strict=True)]
-        return _Layout(spans, torch.cat(new), context)
+        slots = [self._slots(span) for span in spans]
+        new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
+        num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
+        longest = max((span.length for span in spans[:num_decodes]), default=0)
+        if num_decodes < 2 or longest * self.cache[0, 0].nbytes > SMALL_HISTORY_BYTES:
+            num_decodes = 0
+        together = self._together(slots[:num_decodes], longest) if num_decodes else None
+        others = [self._other(*pair) for pair in zip(slots[num_decodes:], spans[num_decodes:], strict=True)]
+        return _Layout(spans, new, together, others)
 
     def _slots(self, span: Span) -> Tensor:
-        length = span.num_computed + span.num_tokens
-        offsets = torch.arange(self.block_size, device=span.block_table.device)
-        return (span.block_table[:, None] * self.block_size + offsets).flatten()[:length]
+        table = torch.tensor(span.block_table[: -(-span.length // self.block_size)])
+        slots = (table[:, None] * self.block_size + torch.arange(self.block_size)).flatten()[: span.length]
+        return slots.to(self.cache.device)
 
-    def __call__(self, layer: int, layout: _Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Writes the step's keys and values and attends: q [num_tokens, heads, head_dim], k and v [num_tokens, kv_heads, head_dim]."""
-        keys, values = self.cache[layer]
-        keys.index_copy_(0, layout.new_slots, k)
-        values.index_copy_(0, layout.new_slots, v)
+    def _together(self, slots: Sequence[Tensor], longest: int) -> _Together:
+        padded = torch.nn.utils.rnn.pad_sequence(list(slots), batch_first=True)
+        lengths = torch.tensor([len(of_span) for of_span in slots], device=padded.device)
+        is_outside = torch.arange(longest, device=padded.device) >= lengths[:, None]
+        mask = torch.zeros(padded.shape, dtype=self.cache.dtype, device=padded.device).masked_fill_(is_outside, -torch.inf)
+        return _Together(padded.flatten(), mask[:, None, None])
+
+    def _other(self, slots: Tensor, span: Span) -> _History | _Chunk:
+        if not span.num_computed:
+            return _Chunk(None, None)
+        history = self._history(slots, span)
+        if span.num_tokens == 1:
+            return history
+        # Causal, aligned to the bottom right.
+        mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device).tril(span.num_computed)
+        return _Chunk(history.run if history.rest is None else slots, mask)
+
+    def _history(self, slots: Tensor, span: Span) -> _History:
+        size, table = self.block_size, span.block_table[: -(-span.length // self.block_size)]
+        ends = [index for index in range(1, len(table)) if table[index] != table[index - 1] + 1]
+        first, last = max(itertools.pairwise([0, *ends, len(table)]), key=lambda run: run[1] - run[0])
+        start, stop = first * size, min(last * size, span.length)  # positions of the longest run
+        rest = torch.cat((slots[:start], slots[stop:]))
+        return _History(slice(table[first] * size, table[first] * size + stop - start), rest if len(rest) else None)
+
+    def __call__(self, layer: int, layout: _Layout, q: Tensor, kv: Tensor) -> Tensor:
+        """Writes the step's keys and values and attends: q [num_tokens, heads, head_dim], kv [num_tokens, 2 · kv_heads, head_dim]."""
+        cache = self.cache[layer]
+        cache.index_copy_(0, layout.new_slots, kv)
         parts: list[Tensor] = []
-        sizes = [span.num_tokens for span in layout.spans]
-        for span, slots, part in zip(layout.spans, layout.context_slots, q.split(sizes), strict=True):
-            attend = self._decode if span.num_tokens == 1 else self._prefill
-            parts.append(attend(part, keys.index_select(0, slots), values.index_select(0, slots)))
-        return torch.cat(parts)
+        start = 0
+        if layout.together is not None:
+            start = len(layout.spans) - len(layout.others)
+            parts.append(self._decode_together(cache, layout.together, q[:start]))
+        for span, other in zip(layout.spans[start:], layout.others, strict=True):
+            part, start = slice(start, start + span.num_tokens), start + span.num_tokens
+            parts.append(self._decode(cache, other, q[part]) if isinstance(other, _History) else self._prefill(cache, other, q[part], kv[part]))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        num_kv_heads = k.shape[1]
-        folded = q.view(num_kv_heads, -1, q.shape[-1])  # [kv_heads, group, head_dim]
-        scores = torch.matmul(folded, k.permute(1, 2, 0)) * self.scale  # [kv_heads, group, context]
-        weights = scores.float().softmax(dim=-1).to(v.dtype)
-        return torch.matmul(weights, v.transpose(0, 1)).view(1, -1, q.shape[-1])
+    def _decode_together(self, cache: Tensor, together: _Together, q: Tensor) -> Tensor:
+        num_sequences, (_, num_heads, dim) = len(together.mask), q.shape
+        rows = cache.index_select(0, together.slots).view(num_sequences, -1, 2, self.num_kv_heads, dim)
+        keys, values = rows[:, :, 0].permute(0, 2, 3, 1), rows[:, :, 1].transpose(1, 2)  # [sequences, kv_heads, …]
+        scores = torch.matmul(q.view(num_sequences, self.num_kv_heads, -1, dim) * self.scale, keys) + together.mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        return torch.matmul(weights, values).view(num_sequences, num_heads, dim)
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        num_tokens, length, group = len(q), len(k), q.shape[1] // k.shape[1]
-        k, v = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))  # [heads, context, head_dim]
-        mask = None
-        if num_tokens < length:  # causal, aligned to the bottom right
-            mask = torch.ones(num_tokens, length, dtype=torch.bool, device=q.device).tril(length - num_tokens)
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], mask, is_causal=mask is None, scale=self.scale)
+    def _decode(self, cache: Tensor, history: _History, q: Tensor) -> Tensor:
+        parts = [cache[history.run]] if history.rest is None else [cache[history.run], cache.index_select(0, history.rest)]
+        folded = q.view(self.num_kv_heads, -1, q.shape[-1]) * self.scale  # [kv_heads, group, head_dim]
+        scores = [torch.matmul(folded, part[:, : self.num_kv_heads].permute(1, 2, 0)) for part in parts]
+        weights = (scores[0] if len(parts) == 1 else torch.cat(scores, dim=-1)).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        sizes = [len(part) for part in parts]
+        values = [part[:, self.num_kv_heads :].transpose(0, 1) for part in parts]  # [kv_heads, context, head_dim]
+        out = [torch.matmul(share, value) for share, value in zip(weights.split(sizes, dim=-1), values, strict=True)]
+        return (out[0] if len(out) == 1 else out[0] + out[1]).view(1, -1, q.shape[-1])
+
+    def _prefill(self, cache: Tensor, chunk: _Chunk, q: Tensor, kv: Tensor) -> Tensor:
+        if chunk.history is not None:
+            kv = cache[chunk.history]
+        keys, values = kv.transpose(0, 1)[None].split(self.num_kv_heads, dim=1)  # [1, kv_heads, context, head_dim]
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys, values, chunk.mask, is_causal=chunk.mask is None, scale=self.scale, enable_gqa=True
+        )  # fmt: skip
         return out[0].transpose(0, 1)

@@ -10,37 +10,39 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.parallel import HeadLayout, TensorParallel
-from workers.nn.layers import Linear, RMSNorm, rotate
+from workers.nn.layers import Linear, RMSNorm, rotary_tables, rotate
 from workers.nn.loader import Checkpoint
 
 
 class Attention(Protocol):
     """An attention backend; `layout` is what its `plan` returned for the step."""
 
-    def __call__(self, layer: int, layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, layout: Any, q: Tensor, kv: Tensor) -> Tensor: ...
 
 
 class Decoder:
     def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel) -> None:
-        self.info, self.parallel = info, parallel
+        self.info, self.parallel, self._dtype = info, parallel, checkpoint.dtype
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
-        self.embed_tokens = checkpoint.load("model.embed_tokens.weight")  # [vocab, hidden]
+        self._embeddings = _embedding_table(checkpoint)
         self.layers = [_Layer(info, checkpoint, f"model.layers.{index}.", self.heads, parallel, index) for index in range(info.num_layers)]
         self.norm = RMSNorm(checkpoint.load("model.norm.weight"), info.rms_norm_eps)
         tied = info.tie_word_embeddings or "lm_head.weight" not in checkpoint
         rows = self.heads.vocab_rows
-        head = self.embed_tokens[rows] if tied else checkpoint.load("lm_head.weight", rows)
+        head = checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight", rows)
         if missing := self.heads.vocab_per_rank - len(head):
             head = torch.cat([head, head.new_zeros(missing, head.shape[1])])
         self.lm_head = Linear(head)
         self._axes, self._frequencies = _rotary_constants(info, checkpoint.device)
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[num_tokens, hidden]"""
+        return self._embeddings[token_ids].to(self._dtype)
+
     @torch.inference_mode()
     def __call__(self, x: Tensor, positions: Tensor, attention: Attention, layout: Any) -> Tensor:
         """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens]."""
-        angles = positions[self._axes].float().T * self._frequencies  # [num_tokens, head_dim / 2]
-        angles = torch.cat([angles, angles], dim=-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = rotary_tables(positions[self._axes].float().T * self._frequencies, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, attention, layout)
         return self.norm(x)
@@ -69,11 +71,24 @@ class _Layer:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layout: Any) -> Tensor:
         heads, dim = self.heads, self.heads.head_dim
         qkv = self.qkv(self.input_norm(x)).view(len(x), -1, dim)
-        q, k, v = qkv.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
-        out = attention(self.index, layout, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + self.parallel.all_reduce(self.o_proj(out.flatten(1)))
+        turned = qkv[:, : heads.num_heads + heads.num_kv_heads]  # queries and keys at once
+        turned.copy_(rotate(turned, cos, sin))
+        out = attention(self.index, layout, qkv[:, : heads.num_heads], qkv[:, heads.num_heads :])
+        x = self._add(x, self.o_proj, out.flatten(1))
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
-        return x + self.parallel.all_reduce(self.down(F.silu(gate) * up))
+        return self._add(x, self.down, F.silu(gate).mul_(up))
+
+    def _add(self, x: Tensor, linear: Linear, part: Tensor) -> Tensor:
+        """x + linear(part), where each rank has a part."""
+        if self.parallel.size == 1:
+            return linear.add_to(x, part)
+        return x + self.parallel.all_reduce(linear(part))
+
+
+def _embedding_table(checkpoint: Checkpoint) -> Tensor:
+    """[vocab, hidden]. On the CPU it stays in the file: where the output layer has the same weights they are in memory already."""
+    name = "model.embed_tokens.weight"
+    return checkpoint.map(name) if checkpoint.device.type == "cpu" else checkpoint.load(name)
 
 
 def _rotary_constants(info: TextInfo, device: torch.device) -> tuple[Tensor, Tensor]:

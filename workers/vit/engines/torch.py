@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipeline.families import VisionInfo
 from pipeline.messages import GridTHW
-from workers.vit.models.qwen2_vl import VisionEncoder, patchify, rotary_tables
+from workers.nn.layers import rotary_tables
+from workers.vit.models.qwen2_vl import VisionEncoder, patchify, rotary_angles
 
 
 class EncodeJob(NamedTuple):
@@ -29,8 +30,8 @@ class TorchEngine:
         """Fills every job's output. When it returns the device is done with them, so handles may be sent."""
         device = self.encoder.device
         patches = torch.cat([patchify(job.pixels.to(device), self.info) for job in jobs])
-        tables = [rotary_tables(job.grid_thw, self.info) for job in jobs]
-        cos, sin = (torch.cat(parts).to(device) for parts in zip(*tables, strict=True))
+        angles = torch.cat([rotary_angles(job.grid_thw, self.info) for job in jobs]).to(device)
+        cos, sin = rotary_tables(angles, torch.float32)
         lengths = [job.grid_thw.h * job.grid_thw.w for job in jobs for _ in range(job.grid_thw.t)]
         embeddings = self.encoder(patches, cos, sin, lengths)
         merged = self.info.merge_size**2

@@ -36,12 +36,12 @@ class VisionEncoder:
     def __call__(self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         """Embeddings [num_patches / merge², hidden] of patches [num_patches, channels · temporal · patch²].
 
-        cos and sin are [num_patches, head_dim] float32; lengths are the patches of each frame, in order.
+        cos and sin are those of `rotary_tables`, [num_patches, 1, head_dim] float32; lengths are the patches of each frame, in order.
         """
         x = self.patch_embed(patches.to(self.dtype))  # [num_patches, embed_dim]
         for block in self.blocks:
             x = block(x, cos, sin, lengths)
-        x = self.norm(x).view(-1, self.merger_in.weight.shape[1])  # four neighbouring patches side by side
+        x = self.norm(x).view(-1, self.merger_in.in_features)  # four neighbouring patches side by side
         return self.merger_out(F.gelu(self.merger_in(x)))
 
 
@@ -56,9 +56,9 @@ class _Block:
         self.fc2 = _linear(checkpoint, f"{prefix}mlp.fc2")
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
-        x = x + self.proj(self._attend(self.qkv(self.norm1(x)), cos, sin, lengths))
+        x = self.proj.add_to(x, self._attend(self.qkv(self.norm1(x)), cos, sin, lengths))
         hidden = self.fc1(self.norm2(x))
-        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
+        return self.fc2.add_to(x, hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
 
     def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         q, k, v = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)  # [num_patches, heads, head_dim]
@@ -93,14 +93,12 @@ def patchify(pixels: Tensor, info: VisionInfo) -> Tensor:
     return x.reshape(-1, channels * temporal * patch * patch)
 
 
-def rotary_tables(grid: GridTHW, info: VisionInfo) -> tuple[Tensor, Tensor]:
-    """cos and sin [num_patches, head_dim] float32 of the patches' rows and columns, in the order of `patchify`."""
+def rotary_angles(grid: GridTHW, info: VisionInfo) -> Tensor:
+    """Angles [num_patches, head_dim / 2] float32 of the patches' rows and columns, in the order of `patchify`."""
     merge = info.merge_size
     rows = torch.arange(grid.h)[:, None].expand(grid.h, grid.w)
     columns = torch.arange(grid.w)[None, :].expand(grid.h, grid.w)
     grouped = [x.reshape(grid.h // merge, merge, grid.w // merge, merge).transpose(1, 2).flatten().repeat(grid.t) for x in (rows, columns)]
     quarter = info.embed_dim // info.num_heads // 2
     frequencies = 1.0 / (ROPE_THETA ** (torch.arange(0, quarter, 2, dtype=torch.float32) / quarter))
-    angles = torch.cat([x[:, None].float() * frequencies for x in grouped], dim=-1)  # [num_patches, head_dim / 2]
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.cat([x[:, None].float() * frequencies for x in grouped], dim=-1)
