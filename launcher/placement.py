@@ -8,17 +8,17 @@ from pipeline.process import Placement
 from pipeline.topology import Role, WorkerId
 
 
-def workers(num_vits: int, tp_size: int) -> list[WorkerId]:
+def workers(num_vits: int, num_ranks: int) -> list[WorkerId]:
     """All workers of a pipeline, in the order in which they are started."""
     return [
-        *(WorkerId(Role.LLM, rank) for rank in range(tp_size)),
+        *(WorkerId(Role.LLM, rank) for rank in range(num_ranks)),
         *(WorkerId(Role.VIT, index) for index in range(num_vits)),
         WorkerId(Role.PREPROCESS),
         WorkerId(Role.API),
     ]
 
 
-def place(cores: Sequence[int], num_vits: int, tp_size: int) -> dict[WorkerId, Placement]:
+def place(cores: Sequence[int], num_vits: int, num_ranks: int) -> dict[WorkerId, Placement]:
     """Divides the cores: a quarter, at least one, for the ViTs, the rest for the LLM ranks; API and preprocessing float.
 
     Processes that compute never share a core unless there are more of them than cores: two that wait for each other's threads
@@ -29,7 +29,7 @@ def place(cores: Sequence[int], num_vits: int, tp_size: int) -> dict[WorkerId, P
         split = max(1, len(cores) // 4)
         vit_cores, llm_cores = cores[-split:], cores[:-split]
     placement = {WorkerId(Role.VIT, index): _share(vit_cores, index, num_vits) for index in range(num_vits)}
-    placement |= {WorkerId(Role.LLM, rank): _share(llm_cores, rank, tp_size) for rank in range(tp_size)}
+    placement |= {WorkerId(Role.LLM, rank): _share(llm_cores, rank, num_ranks) for rank in range(num_ranks)}
     for role in (Role.PREPROCESS, Role.API):
         placement[WorkerId(role)] = Placement(cores=tuple(cores), num_threads=len(cores))
     return placement

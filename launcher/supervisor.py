@@ -86,7 +86,7 @@ class _Stopped(Exception):
 class Supervisor:
     def __init__(self, config: Config, model: Model, run_dir: Path) -> None:
         self._config, self._model, self._run_dir = config, model, run_dir
-        self._workers = workers(config.num_vits, config.llm.tp)
+        self._workers = workers(config.num_vits, config.num_ranks)
         self._epochs = dict.fromkeys(self._workers, FIRST_EPOCH)
         self._sockets = Sockets(run_dir, self._epochs)
         self._status: Receiver[StatusMessage] = self._sockets.receiver(STATUS)
@@ -131,7 +131,7 @@ class Supervisor:
     def _start(self) -> None:
         if self._model.notice:
             logger.info("%s", self._model.notice)
-        placement = place(sorted(os.sched_getaffinity(0)), self._config.num_vits, self._config.llm.tp)
+        placement = place(sorted(os.sched_getaffinity(0)), self._config.num_vits, self._config.num_ranks)
         for worker in self._workers:
             self._children[worker] = self._spawn(worker, placement[worker])
             self._poller.add(self._children[worker].sentinel)
@@ -190,7 +190,7 @@ class Supervisor:
             WorkerState(child.worker, self._epochs[child.worker], child.is_serving, child.ready.credits if child.ready else 0)
             for child in self._children.values()
         )
-        if not self._control.publish(PipelineState(workers=states, is_draining=self._is_draining)):
+        if not self._control.publish(PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining)):
             logger.debug("a subscriber of the control edge lags behind")
 
     def _read_status(self) -> None:
@@ -226,7 +226,7 @@ class Supervisor:
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
         self._control.publish(Drain(timeout_s=self._config.launcher.shutdown_timeout))
-        busy = [child for child in self._children.values() if child.worker.role in (Role.API, Role.PREPROCESS) or child.worker == (Role.LLM, 0)]
+        busy = [child for child in self._children.values() if child.worker.role in (Role.API, Role.PREPROCESS) or self._is_lead(child.worker)]
 
         def is_idle() -> bool:
             has_none = all(child.stats is not None and child.stats_time > start and not child.stats.num_open_requests for child in busy)
@@ -239,6 +239,9 @@ class Supervisor:
         except WorkerDied as death:
             return str(death)
         return ""
+
+    def _is_lead(self, worker: WorkerId) -> bool:
+        return worker.role is Role.LLM and worker.rank in self._config.leads
 
     def _stop(self, reason: str) -> None:
         """Ends and reaps every worker. One that is still starting holds nothing yet, and may not listen yet: it is killed."""

@@ -65,7 +65,7 @@ TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
 QUERY_AFTER_S = 10.0  # of silence before a request is asked about
 HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second
 MAX_ABORTS = 30
-PREPROCESS, LLM_0 = WorkerId(Role.PREPROCESS), WorkerId(Role.LLM)
+PREPROCESS = WorkerId(Role.PREPROCESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ class PipelineClient:
         self._client_id = os.urandom(CLIENT_ID_BYTES)
         self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
         self._ingest: Sender[IngestMessage] | None = None
-        self._outputs: AsyncReceiver[OutputsMessage] | None = None
+        self._outputs: dict[int, AsyncReceiver[OutputsMessage]] = {}  # by the LLM rank that sends them
+        self._welcomed: set[int] = set()
         self._tokenizer: Tokenizer | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._open: dict[str, _Open] = {}
@@ -259,8 +260,8 @@ class PipelineClient:
                     if self._is_silent:
                         self._end, self._is_silent = None, False
                     epochs = {state.worker: state.epoch for state in message.workers}
-                    if self._outputs is None and PREPROCESS in epochs and LLM_0 in epochs:
-                        self._connect(epochs)
+                    if not self._outputs and {PREPROCESS, *(WorkerId(Role.LLM, lead) for lead in message.leads)} <= set(epochs):
+                        self._connect(epochs, message.leads)
                 case Drain():
                     self.is_draining = True
                 case Shutdown():
@@ -268,11 +269,12 @@ class PipelineClient:
                     if not self._welcome.done():
                         self._welcome.set_exception(PipelineError(self.failure))
 
-    def _connect(self, epochs: dict[WorkerId, int]) -> None:
+    def _connect(self, epochs: dict[WorkerId, int], leads: Sequence[int]) -> None:
         self._sockets.epochs.update(epochs)
         self._ingest = self._sockets.sender(INGEST)
-        self._outputs = self._sockets.async_subscriber(OUTPUTS, self._client_id)
-        self._start_task(self._read_outputs(self._outputs))
+        for lead in leads:
+            self._outputs[lead] = self._sockets.async_subscriber(OUTPUTS, self._client_id, lead)
+            self._start_task(self._read_outputs(self._outputs[lead]))
         self._start_task(self._say_hello())
 
     def _start_task(self, work: Coroutine[None, None, None]) -> None:
@@ -299,8 +301,7 @@ class PipelineClient:
             message = (await outputs.receive()).message
             match message:
                 case Welcome():
-                    if not self._welcome.done():
-                        self._accept_welcome(message)
+                    self._accept_welcome(message)
                 case Accepted():
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         opened.is_accepted, opened.num_prompt_tokens = True, message.num_prompt_tokens
@@ -317,9 +318,13 @@ class PipelineClient:
                         self._resubmit(opened)
 
     def _accept_welcome(self, welcome: Welcome) -> None:
+        """Ready when every group knows us: any of them may run what we submit."""
+        self._welcomed.add(welcome.sender.rank)
+        if self._welcome.done():
+            return
         if welcome.protocol != PROTOCOL_VERSION:
             self._welcome.set_exception(PipelineError(f"the pipeline speaks protocol {welcome.protocol}, this client {PROTOCOL_VERSION}"))
-        else:
+        elif self._welcomed >= set(self._outputs):
             self._welcome.set_result(welcome)
 
     def _find(self, request_id: str, attempt: int) -> _Open | None:

@@ -95,7 +95,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VitConfig:
-    vit: int | None = option(None, "number of ViT processes (default: as many as --tp)", metavar="N")
+    vit: int | None = option(None, "number of ViT processes (default: as many as LLM ranks)", metavar="N")
     vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
     embedding_pool_mib: int = option(256, "memory of each ViT for embeddings, in use or cached, in MiB", metavar="MIB")
 
@@ -106,17 +106,24 @@ class VitConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlmConfig:
     tp: int = option(1, "tensor parallel: LLM ranks, each on a GPU of its own", metavar="N", aliases=("--tensor-parallel-size",))
+    dp: int = option(1, "data parallel: groups of --tp ranks; each request runs in one of them", metavar="N", aliases=("--data-parallel-size",))
     max_num_seqs: int = option(64, "requests computed at once", metavar="N")
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", metavar="TOKENS")
     block_size: int = option(16, "tokens of one KV cache block", metavar="TOKENS")
-    kv_cache_gib: float = option(1.0, "memory for the KV cache of each rank, in GiB", metavar="GIB")
+    kv_cache_gib: float | None = option(
+        None, "memory for the KV cache of each rank, in GiB (default: 1 on the CPU, on a GPU what --gpu-memory-utilization leaves)", metavar="GIB"
+    )
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory for all that runs there: ViT, weights, KV cache", metavar="SHARE")
+    quantization: str = option("none", "int8: weights in 8 bits, activations too, token by token; on the CPU only", choices=("none", "int8"))
     prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
     max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
     overlap: str = option("auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        _at_least(self, tp=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
-        if not 0 < self.kv_cache_gib < math.inf:
+        _at_least(self, tp=1, dp=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise ValueError(f"kv_cache_gib must be above 0 and finite, got {self.kv_cache_gib}")
         if self.max_itl_stretch and not 1 < self.max_itl_stretch < math.inf:
             raise ValueError(f"max_itl_stretch must be above 1 and finite, or 0, got {self.max_itl_stretch}")
@@ -147,4 +154,13 @@ class Config:
 
     @property
     def num_vits(self) -> int:
-        return self.llm.tp if self.vit.vit is None else self.vit.vit
+        return self.num_ranks if self.vit.vit is None else self.vit.vit
+
+    @property
+    def num_ranks(self) -> int:
+        """LLM ranks of all groups; group g has the ranks g · tp to (g + 1) · tp - 1, and the first of them leads it."""
+        return self.llm.dp * self.llm.tp
+
+    @property
+    def leads(self) -> tuple[int, ...]:
+        return tuple(range(0, self.num_ranks, self.llm.tp))

@@ -57,6 +57,7 @@ class ChunkKey(NamedTuple):
     attempt: int
     item: int
     chunk: int
+    lead: int = 0  # the LLM rank that runs the request, or leads the group that does
 
 
 class GridTHW(NamedTuple):
@@ -323,13 +324,12 @@ class Welcome(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Accepted(WorkerMessage, frozen=True, kw_only=True):
-    """llm → client: the request runs."""
+    """llm → client: the request runs, in the group that the sender leads."""
 
     request_id: str
     attempt: int
     num_prompt_tokens: int
     mm_hashes: tuple[bytes, ...]
-    group: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -387,6 +387,7 @@ class PipelineState(Message, frozen=True, kw_only=True):
     """launcher → everyone: all workers and their epochs; to each new subscriber and once a second."""
 
     workers: tuple[WorkerState, ...]
+    leads: tuple[int, ...] = (0,)  # the LLM ranks that lead a group: clients listen to each
     is_draining: bool = False
 
 

@@ -286,29 +286,31 @@ class Sockets:
         socket.bind(self._url(edge, rank))
         return socket
 
-    def publisher(self, edge: Edge, accepts: Callable[[bytes], bool] = lambda topic: topic == ALL, high_water_mark: int = 1024) -> Publisher[Any]:
+    def publisher(
+        self, edge: Edge, accepts: Callable[[bytes], bool] = lambda topic: topic == ALL, high_water_mark: int = 1024, rank: int = 0
+    ) -> Publisher[Any]:
         assert edge.pattern is Pattern.PUB_SUB
         socket = self._context.socket(zmq.XPUB)
         socket.setsockopt(zmq.XPUB_NODROP, 1)
         socket.setsockopt(zmq.XPUB_MANUAL, 1)
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.bind(self._url(edge, 0))
+        socket.bind(self._url(edge, rank))
         return self._keep(Publisher(socket, accepts))
 
-    def subscriber(self, edge: Edge, topic: bytes = ALL) -> Receiver[Any]:
-        return self._keep(Receiver(self._sub(self._context, edge, topic), UNIONS[edge]))
+    def subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> Receiver[Any]:
+        return self._keep(Receiver(self._sub(self._context, edge, topic, rank), UNIONS[edge]))
 
-    def async_subscriber(self, edge: Edge, topic: bytes = ALL) -> AsyncReceiver[Any]:
-        return self._keep(AsyncReceiver(self._sub(self._async_context, edge, topic), UNIONS[edge]))
+    def async_subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> AsyncReceiver[Any]:
+        return self._keep(AsyncReceiver(self._sub(self._async_context, edge, topic, rank), UNIONS[edge]))
 
-    def _sub(self, context: Any, edge: Edge, topic: bytes) -> Any:
+    def _sub(self, context: Any, edge: Edge, topic: bytes, rank: int) -> Any:
         assert edge.pattern is Pattern.PUB_SUB
         socket = context.socket(zmq.SUB)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start after us
-        socket.connect(self._url(edge, 0))
+        socket.connect(self._url(edge, rank))
         socket.setsockopt(zmq.SUBSCRIBE, topic)
         return socket
 

@@ -100,7 +100,7 @@ def test_a_model_that_does_not_divide_is_refused_with_the_numbers() -> None:
 def test_a_context_that_does_not_fit_is_refused_with_the_numbers() -> None:
     with Server("--max-model-len", "8000", "--kv-cache-gib", "0.001", expects_failure=True) as server:
         assert server.wait() == 1
-        assert "kv_cache_gib is 0.001" in server.output
+        assert "there is room for 0.001" in server.output
 
 
 def test_a_port_in_use_is_told() -> None:

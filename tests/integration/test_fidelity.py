@@ -22,9 +22,26 @@ NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SETUPS = {
     "default": (),
-    "small chunks and blocks": ("--max-num-batched-tokens", "9", "--block-size", "4", "--vit-max-batch-patches", "16"),
+    "small chunks and blocks": (
+        "--max-num-batched-tokens",
+        "9",
+        "--max-num-seqs",
+        "8",
+        "--block-size",
+        "4",
+        "--vit-max-batch-patches",
+        "16",
+        "--max-itl-stretch",
+        "0",
+    ),
+    "little KV": ("--kv-cache-gib", "0.0011", "--max-model-len", "512"),
+    "no prefix cache": ("--no-prefix-caching",),
+    "overlap": ("--overlap", "on"),
     "tp 2": ("--tp", "2"),
+    "tp 2, overlap": ("--tp", "2", "--overlap", "on"),
     "tp 4": ("--tp", "4"),
+    "dp 2": ("--dp", "2"),
+    "dp 2, tp 2": ("--dp", "2", "--tp", "2", "--vit", "1"),
 }
 
 

@@ -64,7 +64,7 @@ class Leases:
 
     def request_again(self, request: Request, chunk: Chunk) -> None:
         """Asks for the embeddings of a chunk that was read before its request was preempted."""
-        key = ChunkKey(request.request_id, request.attempt, chunk.item, chunk.index)
+        key = ChunkKey(request.request_id, request.attempt, chunk.item, chunk.index, self._origin["sender"].rank)
         self._vits[chunk.wire.vit].send(LeaseRequest(key=key, mm_hash=chunk.wire.mm_hash, **self._origin))
 
     def send_sets(self, held: Iterable[Lease], now: float) -> None:

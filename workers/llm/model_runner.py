@@ -19,9 +19,12 @@ from workers.llm.attention.torch import PagedAttention, Span
 from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.llm.sampler import Sampled, Sampler
+from workers.nn.layers import Linear, QuantizedLinear
 from workers.nn.loader import Checkpoint, Progress, choose_dtype
 
 GIB = 1 << 30
+CPU_KV_CACHE_GIB = 1.0
+ACTIVATIONS_GIB = 1.5  # of the largest step, and what the libraries take
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -65,20 +68,27 @@ def _to_host(part: Tensor) -> Tensor:
 
 
 class ModelRunner:
-    def __init__(
-        self, info: ModelInfo, config: Config, folder: Path, device: torch.device, parallel: TensorParallel, num_blocks: int, progress: Progress
-    ) -> None:
-        self.device = device
+    """Loads the weights; `open_cache` follows, once it is known what memory is left."""
+
+    attention: PagedAttention
+
+    def __init__(self, info: ModelInfo, config: Config, folder: Path, device: torch.device, parallel: TensorParallel, progress: Progress) -> None:
+        self.device, self._info, self._config = device, info, config
         self.pools = PoolMap()
         dtype = choose_dtype(config.model.dtype, device)
         checkpoint = Checkpoint(folder, dtype, device, progress)
         checkpoint.expect("model.")
-        self.decoder = Decoder(info.text, checkpoint, parallel)
+        self.decoder = Decoder(info.text, checkpoint, parallel, QuantizedLinear if config.llm.quantization == "int8" else Linear)
         checkpoint.close()
-        heads = self.decoder.heads
-        self.attention = PagedAttention(info.text.num_layers, num_blocks, config.llm.block_size, heads.num_kv_heads, heads.head_dim, dtype, device)
+        self._dtype = dtype
         self.sampler = Sampler(config.llm.max_num_seqs, info.text.vocab_size, info.eos_token_ids, device)
         self._last_tokens = torch.zeros(config.llm.max_num_seqs, dtype=torch.int64, device=device)  # by slot
+
+    def open_cache(self, num_blocks: int) -> None:
+        heads, size = self.decoder.heads, self._config.llm.block_size
+        self.attention = PagedAttention(
+            self._info.text.num_layers, num_blocks, size, heads.num_kv_heads, heads.head_dim, self._dtype, self.device
+        )  # fmt: skip
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -131,15 +141,34 @@ class KvPlan(NamedTuple):
     max_model_len: int
 
 
-def plan_kv_cache(info: ModelInfo, config: Config, tp_size: int, dtype: torch.dtype) -> KvPlan:
-    """Blocks that fit `--kv-cache-gib` on one rank, never more than `max_num_seqs` full contexts need.
+def kv_cache_gib(config: Config, device: torch.device) -> float:
+    """Memory for the KV cache of one rank. On a GPU what is left of its share now, after the ViT and the weights.
+
+    Raises ValueError, with the numbers, when nothing is.
+    """
+    if config.llm.kv_cache_gib is not None:
+        return config.llm.kv_cache_gib
+    if device.type != "cuda":
+        return CPU_KV_CACHE_GIB
+    free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
+    left = config.llm.gpu_memory_utilization * total - (total - free) - ACTIVATIONS_GIB
+    if left <= 0:
+        raise ValueError(
+            f"gpu_memory_utilization {config.llm.gpu_memory_utilization} of {total:.1f} GiB leaves no room for a KV cache: "
+            f"{total - free:.1f} GiB are used, and {ACTIVATIONS_GIB} GiB are kept for activations"
+        )
+    return left
+
+
+def plan_kv_cache(info: ModelInfo, config: Config, tp_size: int, dtype: torch.dtype, available_gib: float) -> KvPlan:
+    """Blocks that fit `available_gib` on one rank, never more than `max_num_seqs` full contexts need.
 
     Where no `max_model_len` is asked for, the context is cut to what fits. Raises ValueError, with the numbers, when one is
     asked for that the model or the cache cannot hold.
     """
     heads = HeadLayout(info.text, 0, tp_size)
     block_bytes = info.text.num_layers * 2 * heads.num_kv_heads * heads.head_dim * dtype.itemsize * config.llm.block_size
-    fitting = int(config.llm.kv_cache_gib * GIB / block_bytes)
+    fitting = int(available_gib * GIB / block_bytes)
     limit, asked = info.text.max_position_embeddings, config.model.max_model_len
     if asked is not None and asked > limit:
         raise ValueError(f"max_model_len {asked} is more than the model's {limit} positions")
@@ -147,7 +176,7 @@ def plan_kv_cache(info: ModelInfo, config: Config, tp_size: int, dtype: torch.dt
     context = -(-length // config.llm.block_size)
     if context > fitting or length < 1:
         raise ValueError(
-            f"a context of {length or limit} tokens takes {max(context, 1) * block_bytes / GIB:.3f} GiB of KV cache, but kv_cache_gib is "
-            f"{config.llm.kv_cache_gib}: raise it or lower max_model_len"
+            f"a context of {length or limit} tokens takes {max(context, 1) * block_bytes / GIB:.3f} GiB of KV cache, but there is room for "
+            f"{available_gib:.3f}: raise kv_cache_gib or lower max_model_len"
         )
     return KvPlan(min(fitting, context * config.llm.max_num_seqs), length)

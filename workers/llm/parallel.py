@@ -43,6 +43,15 @@ class TensorParallel:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=-1)
 
+    def smallest(self, value: int) -> int:
+        """The smallest of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        shared = torch.tensor(value, dtype=torch.int64, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MIN)
+        return int(shared)
+
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()

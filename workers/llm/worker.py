@@ -1,4 +1,4 @@
-"""The process of an LLM rank. Rank 0: drain → step → drain → …; the other ranks compute the plans that it publishes."""
+"""The process of an LLM rank. The first of a group: drain → step → drain → …; the others compute the plans that it publishes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from pipeline.config import MIB
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, PoolOpened, StepPlan, Welcome
-from pipeline.process import WorkerContext, raise_on_shutdown
+from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolOpened, Shutdown, StepPlan, Welcome
+from pipeline.process import ShutdownRequested, WorkerContext, raise_on_shutdown
 from pipeline.sockets import Poller, Receiver
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
-from workers.llm.model_runner import ModelRunner, plan_kv_cache
+from workers.llm.model_runner import GIB, ModelRunner, kv_cache_gib, plan_kv_cache
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.nn.loader import choose_device, choose_dtype
@@ -31,23 +31,31 @@ MAX_REQUESTS_PER_CLIENT = 1024
 
 
 def main(context: WorkerContext) -> None:
-    config, rank, tp_size = context.config, context.worker.rank, context.config.llm.tp
+    config, tp_size = context.config, context.config.llm.tp
+    rank, lead = context.worker.rank % tp_size, context.worker.rank // tp_size * tp_size
     torch.set_num_threads(context.spec.placement.num_threads)
     control = context.control()
     info = read_model_info(context.model_folder)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
-    kv_plan = plan_kv_cache(info, config, tp_size, dtype)
-    rendezvous = Path(context.spec.run_dir) / f"ranks.{context.sockets.epochs[WorkerId(Role.LLM)]}"
+    if config.llm.quantization != "none" and device.type != "cpu":
+        raise ValueError(f"quantization {config.llm.quantization!r} is for the CPU, but this rank computes on {device}")
+    if device.type == "cuda":
+        _wait_for_vits(context, control)
+    else:
+        plan_kv_cache(info, config, tp_size, dtype, kv_cache_gib(config, device))  # what cannot fit fails before the weights are loaded
+    rendezvous = Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
     # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
-    steps = context.sockets.subscriber(STEPS) if rank > 0 else None
+    steps = context.sockets.subscriber(STEPS, rank=lead) if rank > 0 else None
     parallel = TensorParallel.connect(rank, tp_size, device, rendezvous)
 
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)
 
-    runner = ModelRunner(info, config, context.model_folder, device, parallel, kv_plan.num_blocks, progress)
     try:
+        runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
+        kv_plan = plan_kv_cache(info, config, tp_size, dtype, parallel.smallest(int(kv_cache_gib(config, device) * GIB)) / GIB)
+        runner.open_cache(kv_plan.num_blocks)
         if steps is None:
             scheduler = Scheduler(
                 BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
@@ -65,12 +73,26 @@ def main(context: WorkerContext) -> None:
         parallel.close()
 
 
+def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
+    """A ViT on the same GPU takes its memory first; the KV cache gets what is left."""
+    poller = Poller(control)
+    while True:
+        poller.wait()
+        while (received := control.receive()) is not None:
+            match received.message:
+                case Shutdown():
+                    raise ShutdownRequested
+                case PipelineState(workers=workers):
+                    if all(state.is_ready for state in workers if state.worker.role is Role.VIT):
+                        return
+
+
 def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome, merge_size: int) -> None:
-    sockets, config = context.sockets, context.config
-    inbox = sockets.receiver(LLM)
-    outputs = sockets.publisher(OUTPUTS, lambda topic: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK)
+    sockets, config, lead = context.sockets, context.config, context.worker.rank
+    inbox = sockets.receiver(LLM, lead)
+    outputs = sockets.publisher(OUTPUTS, lambda topic: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead)
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
-    steps = sockets.publisher(STEPS) if config.llm.tp > 1 else None
+    steps = sockets.publisher(STEPS, rank=lead) if config.llm.tp > 1 else None
     if steps is not None:
         num_ranks = 1
         poller = Poller(steps, control)

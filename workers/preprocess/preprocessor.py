@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, assert_never
@@ -48,6 +48,7 @@ from workers.preprocess.fetch import Fetcher, decode_base64
 from workers.preprocess.images import content_hash, grid_of, read_size, smart_resize
 from workers.preprocess.pictures import Picture, PictureFlow
 from workers.preprocess.prompt import ChatPrompt, Prompt
+from workers.preprocess.router import GroupRouter, prefix_hashes
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -65,6 +66,8 @@ class OpenRequest:
     reply: GenerateRequest | AbortRequest | None = None  # what the LLM was told, for queries
     keys: list[ChunkKey] = field(default_factory=list)
     num_media_bytes: int = 0
+    lead: int | None = None  # of the group that runs it, once that is chosen
+    num_new_tokens: int = 0  # that count as outstanding there
     ended_at: float | None = None
 
 
@@ -73,11 +76,12 @@ class Preprocessor:
 
     def __init__(
         self, context: WorkerContext, config: PreprocessConfig, info: ModelInfo, pool: TensorPool, allocator: SlotAllocator,
-        llm: Sink[LlmMessage], vits: Sequence[Sink[EncodeMessage]], tasks: asyncio.TaskGroup,
+        llms: Mapping[int, Sink[LlmMessage]], vits: Sequence[Sink[EncodeMessage]], tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self._origin = context.origin
         self._context, self._config, self._info = context, config, info
-        self._llm, self._tasks = llm, tasks
+        self._llms, self._tasks = llms, tasks
+        self._groups = GroupRouter(list(llms))
         self._threads = ThreadPoolExecutor(max(2, context.spec.placement.num_threads), "decode")
         self._fetcher = Fetcher(config)
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.text.max_position_embeddings)
@@ -98,7 +102,8 @@ class Preprocessor:
     def on_ingest(self, message: IngestMessage, frames: list[memoryview]) -> None:
         match message:
             case Hello():
-                self._llm.send(message)
+                for llm in self._llms.values():
+                    llm.send(message)
             case SubmitRequest():
                 self._on_submit(message, frames)
             case AbortRequest():
@@ -110,20 +115,21 @@ class Preprocessor:
         known = self._requests.get(message.request_id)
         if known is not None and known.client_id != message.client_id:
             error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
-            self._llm.send(AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, error=error))
+            self._tell(known, AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, error=error))
             return
         if known is not None and known.attempt > message.attempt:
             self.counters["stale_messages"] += 1
             return
         if known is not None and known.attempt == message.attempt:  # a query; what is still being prepared answers by itself
             if isinstance(known.reply, GenerateRequest):
-                self._llm.send(msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True))
+                self._tell(known, msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True))
             elif known.reply is not None:
-                self._llm.send(known.reply)
+                self._tell(known, known.reply)
             return
         if known is not None:
             self._end(known)
         opened = self._requests[message.request_id] = OpenRequest(message.client_id, message.request_id, message.attempt)
+        opened.lead = known.lead if known is not None else None  # where a lower attempt may still run
         self.num_open += 1
         try:
             self._check_admission(message)
@@ -171,7 +177,12 @@ class Preprocessor:
             return
         if known is not None and known.task is not None:
             known.task.cancel()
-        self._llm.send(AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt))
+        self._tell(known, AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt))
+
+    def _tell(self, opened: OpenRequest | None, message: LlmMessage) -> None:
+        """To the group of a request; of one that has none, or is not known, the first group speaks."""
+        lead = opened.lead if opened is not None else None
+        self._llms[next(iter(self._llms)) if lead is None else lead].send(message)
 
     # One request's preparation.
 
@@ -205,11 +216,14 @@ class Preprocessor:
         """Metadata to the LLM, then every picture by hash to its ViT: nothing waits in between, so all see them in one order."""
         self._last_arrival += 1
         items: list[MmItem] = []
-        for index, (picture, place) in enumerate(zip(pictures, prompt.placeholders, strict=True)):
-            key = ChunkKey(opened.request_id, opened.attempt, index, 0)
-            chunk = self._pictures.route(key, picture, Order(self._last_arrival, index), place.length)
+        for picture, place in zip(pictures, prompt.placeholders, strict=True):
+            items.append(MmItem(place.offset, place.length, picture.grid_thw, picture.mm_hash, ()))
+        self._choose_group(opened, prompt, items, message.cache_salt)
+        for index, picture in enumerate(pictures):
+            key = self._key(opened, index)
+            chunk = self._pictures.route(key, picture, Order(self._last_arrival, index), items[index].length)
             opened.keys.append(key)
-            items.append(MmItem(place.offset, place.length, picture.grid_thw, picture.mm_hash, (chunk,)))
+            items[index] = msgspec.structs.replace(items[index], chunks=(chunk,))
         opened.reply = GenerateRequest(
             client_id=opened.client_id,
             request_id=opened.request_id,
@@ -224,8 +238,19 @@ class Preprocessor:
             cache_salt=message.cache_salt,
             **self._origin,
         )
-        self._llm.send(opened.reply)
+        self._tell(opened, opened.reply)
         self._pictures.announce(opened.keys)
+
+    def _choose_group(self, opened: OpenRequest, prompt: Prompt, items: Sequence[MmItem], cache_salt: bytes) -> None:
+        if len(self._llms) == 1 or opened.lead is not None:
+            opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
+            return
+        prefixes = prefix_hashes(prompt.token_ids, items, cache_salt)
+        opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, len(prompt.token_ids))
+
+    def _key(self, opened: OpenRequest, item: int) -> ChunkKey:
+        assert opened.lead is not None
+        return ChunkKey(opened.request_id, opened.attempt, item, 0, opened.lead)
 
     async def _picture(self, opened: OpenRequest, part: ImagePart, field: str, frames: list[memoryview]) -> Picture:
         if part.url:
@@ -254,12 +279,12 @@ class Preprocessor:
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
         opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
-        self._llm.send(opened.reply)
+        self._tell(opened, opened.reply)
 
     def _on_broken_picture(self, key: ChunkKey, error: ErrorInfo) -> None:
         """A picture of a request that runs already turned out broken."""
         opened = self._requests[key.request_id]
-        self._llm.send(AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error))
+        self._tell(opened, AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error))
 
     # From ViTs and the LLM.
 
@@ -273,7 +298,7 @@ class Preprocessor:
             case EncodeMiss(key=key):
                 self._pictures.on_miss(key)
             case ItemNotNeeded():
-                self._pictures.cancel([ChunkKey(message.request_id, message.attempt, message.item, 0)])
+                self._pictures.cancel([ChunkKey(message.request_id, message.attempt, message.item, 0, message.sender.rank)])
             case RequestEnded():
                 opened = self._requests.get(message.request_id)
                 if opened is not None and opened.attempt == message.attempt and opened.ended_at is None:
@@ -290,6 +315,8 @@ class Preprocessor:
             opened.task = None
         self._pictures.cancel(opened.keys)
         opened.keys = []
+        if opened.num_new_tokens and opened.lead is not None:
+            self._groups.finished(opened.lead, opened.num_new_tokens)
         # Ended requests are remembered in the order of their end.
         self._requests[opened.request_id] = self._requests.pop(opened.request_id)
 
@@ -300,6 +327,7 @@ class Preprocessor:
                 del self._requests[opened.request_id]
         if not self.num_open:
             self._pictures.check_integrity()
+            assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
 
     @property
     def num_decoded(self) -> int:

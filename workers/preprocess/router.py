@@ -1,10 +1,15 @@
-"""Chooses the ViT of each chunk. Pure. Its own memory is the directory: preprocess is the only router."""
+"""Chooses the ViT of each chunk and the LLM group of each request. Pure. Its own memory is the directory: preprocess is the only router."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
+
+from pipeline.messages import MmItem, pack_int32
 
 MAX_REMEMBERED = 100_000
+PREFIX_TOKENS = 64  # prefixes are remembered in steps of so many tokens
 
 
 class Choice:
@@ -35,3 +40,48 @@ class Router:
 
     def finished(self, vit: int, num_patches: int) -> None:
         self.outstanding[vit] -= num_patches
+
+
+class GroupRouter:
+    """Groups are named by the ranks that lead them."""
+
+    def __init__(self, leads: Sequence[int]) -> None:
+        self.outstanding = dict.fromkeys(leads, 0)  # tokens that each group has to compute
+        self._prefixes: dict[int, OrderedDict[bytes, None]] = {lead: OrderedDict() for lead in leads}
+
+    def choose(self, prefixes: Sequence[bytes], num_tokens: int) -> tuple[int, int]:
+        """The group that has the least to compute before and for this request, and the tokens that count as outstanding there.
+
+        What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute.
+        """
+        known = {lead: self._num_known(lead, prefixes) * PREFIX_TOKENS for lead in self.outstanding}
+        lead = min(self.outstanding, key=lambda lead: self.outstanding[lead] - known[lead])
+        seen = self._prefixes[lead]
+        for digest in prefixes:
+            seen.pop(digest, None)
+            seen[digest] = None
+        while len(seen) > MAX_REMEMBERED:
+            seen.popitem(last=False)
+        num_new = num_tokens - known[lead]
+        self.outstanding[lead] += num_new
+        return lead, num_new
+
+    def _num_known(self, lead: int, prefixes: Sequence[bytes]) -> int:
+        seen = self._prefixes[lead]
+        return next((index for index, digest in enumerate(prefixes) if digest not in seen), len(prefixes))
+
+    def finished(self, lead: int, num_tokens: int) -> None:
+        self.outstanding[lead] -= num_tokens
+
+
+def prefix_hashes(token_ids: Sequence[int], items: Sequence[MmItem], salt: bytes) -> list[bytes]:
+    """One digest for each whole `PREFIX_TOKENS` of a prompt, of all up to there: tokens, and the pictures that begin in it."""
+    digest = hashlib.sha256(salt)
+    hashes: list[bytes] = []
+    for start in range(0, len(token_ids) - PREFIX_TOKENS + 1, PREFIX_TOKENS):
+        digest.update(pack_int32(token_ids[start : start + PREFIX_TOKENS]))
+        for item in items:
+            if start <= item.offset < start + PREFIX_TOKENS:
+                digest.update(item.mm_hash)
+        hashes.append(digest.digest())
+    return hashes

@@ -39,7 +39,8 @@ async def _serve(context: WorkerContext) -> None:
         vit.send(PoolOpened(pool=pool.info, **context.origin))
     async with asyncio.TaskGroup() as tasks:
         allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
-        core = Preprocessor(context, config.preprocess, info, pool, allocator, sockets.sender(LLM), vits, tasks)
+        llms = {lead: sockets.sender(LLM, lead) for lead in config.leads}
+        core = Preprocessor(context, config.preprocess, info, pool, allocator, llms, vits, tasks)
 
         async def read_ingest() -> None:
             while True:

@@ -82,7 +82,7 @@ class Batcher:
             return self._on_pixels(key, mm_hash, pixels)
         feature = self.cache.get(mm_hash)
         if feature is not None and not self._slots.allocator.is_reserved(feature.slot):
-            return [Ready(key, self.cache.lease(feature), feature), PixelsDone(key)]
+            return [Ready(key, self.cache.lease(feature, key.lead), feature), PixelsDone(key)]
         actions: list[Action] = []
         pending = self._pending.get(mm_hash)
         if pending is None:
@@ -103,7 +103,7 @@ class Batcher:
         feature = self.cache.get(mm_hash)
         if feature is None or self._slots.allocator.is_reserved(feature.slot):
             return [LeaseGone(key)]
-        return [Ready(key, self.cache.lease(feature), feature)]
+        return [Ready(key, self.cache.lease(feature, key.lead), feature)]
 
     def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle) -> list[Action]:
         pending = self._pending.get(mm_hash)
@@ -141,7 +141,7 @@ class Batcher:
         if pending.waiters:
             self._expect(pending)
         done = [] if key == pending.supplier and pending.waiters else [PixelsDone(key)]
-        return [Ready(key, self.cache.lease(feature), feature), *done]
+        return [Ready(key, self.cache.lease(feature, key.lead), feature), *done]
 
     def _expect(self, pending: Pending) -> None:
         self._slots.expect(pending.mm_hash, pending.order)
@@ -208,7 +208,7 @@ class Batcher:
             served = waiters[:1] if self._slots.allocator.is_reserved(pending.slot) else waiters
             for key in served:
                 del self._hashes[key], pending.waiters[key]
-                actions.append(Ready(key, self.cache.lease(feature), feature))
+                actions.append(Ready(key, self.cache.lease(feature, key.lead), feature))
             pending.slot, pending.is_encoding = None, False
             if pending.supplier in pending.waiters:  # it waits for its turn; should the reserve be needed, its pixels serve again
                 actions.extend(PixelsDone(key) for key in served)

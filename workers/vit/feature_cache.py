@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.slots import Slot, SlotAllocator
 
@@ -21,11 +22,16 @@ class Feature:
     leases: set[int] = field(default_factory=set)
 
 
+class Lease(NamedTuple):
+    feature: Feature
+    lead: int  # the LLM rank that holds it
+
+
 class FeatureCache:
     def __init__(self, allocator: SlotAllocator) -> None:
         self._allocator = allocator
         self._features: dict[bytes, Feature] = {}  # least recently used first
-        self._leases: dict[int, Feature] = {}
+        self._leases: dict[int, Lease] = {}
         self._missing: dict[int, int] = {}  # lease → lease sets that lacked it
         self._last_lease_id = 0
 
@@ -42,24 +48,24 @@ class FeatureCache:
         """Like `get`, without counting as a use."""
         return self._features.get(mm_hash)
 
-    def lease(self, feature: Feature) -> int:
+    def lease(self, feature: Feature, lead: int) -> int:
         """A new lease: unique for the life of this process."""
         self._last_lease_id += 1
         feature.leases.add(self._last_lease_id)
-        self._leases[self._last_lease_id] = feature
+        self._leases[self._last_lease_id] = Lease(feature, lead)
         return self._last_lease_id
 
     def release(self, lease_ids: Iterable[int]) -> None:
         """Ends leases. One that has ended already is fine: a release and a lease set may say it twice."""
         for lease_id in lease_ids:
             self._missing.pop(lease_id, None)
-            if (feature := self._leases.pop(lease_id, None)) is not None:
-                feature.leases.discard(lease_id)
+            if (lease := self._leases.pop(lease_id, None)) is not None:
+                lease.feature.leases.discard(lease_id)
 
-    def reconcile(self, held: Iterable[int], last_lease_id: int) -> None:
+    def reconcile(self, lead: int, held: Iterable[int], last_lease_id: int) -> None:
         """Heals lost releases: a lease that its holder has seen and lacks in two lease sets is free."""
         known = set(held)
-        for lease_id in [lease for lease in self._leases if lease <= last_lease_id]:
+        for lease_id in [lease_id for lease_id, lease in self._leases.items() if lease.lead == lead and lease_id <= last_lease_id]:
             if lease_id in known:
                 self._missing.pop(lease_id, None)
                 continue

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import torch
@@ -51,16 +51,16 @@ STATS_INTERVAL_S = 1.0
 
 
 class VitCore:
-    """The ViT without its process: messages in, messages out. `llm` and `feedback` take what is to be sent."""
+    """The ViT without its process: messages in, messages out. `llms` are the ways to the ranks that lead a group."""
 
     def __init__(
         self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo, dtype: str,
-        llm: Sink[LlmMessage], feedback: Sink[FeedbackMessage],
+        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage],
     ) -> None:  # fmt: skip
         self._origin = context.origin
         self._is_current = context.is_current
         self.batcher, self._pool, self._info, self._dtype = batcher, pool, info, dtype
-        self._llm, self._feedback = llm, feedback
+        self._llms, self._feedback = llms, feedback
         self._pools = PoolMap()
         self.counters = {"encodes": 0, "stale_messages": 0}
 
@@ -82,7 +82,7 @@ class VitCore:
                 self.batcher.cache.release(message.lease_ids)
                 self._act(self.batcher.poll())
             case LeaseSet():
-                self.batcher.cache.reconcile(message.lease_ids, message.last_lease_id)
+                self.batcher.cache.reconcile(message.sender.rank, message.lease_ids, message.last_lease_id)
                 self._act(self.batcher.poll())
             case _:
                 assert_never(message)
@@ -96,11 +96,11 @@ class VitCore:
                     self._feedback.send(PixelsReleased(key=key, **self._origin))
                 case Ready(key, lease_id, feature):
                     handle = self._pool.lend(feature.slot, (feature.num_tokens, self._info.hidden_size), self._dtype)
-                    self._llm.send(EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin))
+                    self._llms[key.lead].send(EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin))
                 case LeaseGone(key):
-                    self._llm.send(LeaseRefused(key=key, **self._origin))
+                    self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
                 case Refused(key, reason):
-                    self._llm.send(EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin))
+                    self._llms[key.lead].send(EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin))
                 case _:
                     assert_never(action)
 
@@ -193,10 +193,11 @@ def main(context: WorkerContext) -> None:
     engine = TorchEngine(info.vision, VisionEncoder(info.vision, checkpoint))
     checkpoint.close()
 
-    llm, feedback = context.sockets.sender(LLM), context.sockets.sender(FEEDBACK)
-    llm.send(PoolOpened(**context.origin, pool=pool.info))
+    llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
+    for llm in llms.values():
+        llm.send(PoolOpened(**context.origin, pool=pool.info))
     batcher = Batcher(allocator, info.vision.hidden_size * ITEM_SIZES[dtype_name], info.vision.merge_size)
-    core = VitCore(context, batcher, pool, info.vision, dtype_name, llm, feedback)
+    core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback)
     wakeup = Wakeup()
     thread = EngineThread(engine, wakeup)
     poller = Poller(inbox, control, wakeup)

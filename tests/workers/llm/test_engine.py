@@ -68,7 +68,8 @@ class Rig:
     def __init__(self, folder: Path, budget: int, block_size: int = 16, num_blocks: int = 600, has_overlap: bool = False) -> None:
         self.info: ModelInfo = read_model_info(folder)
         config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size))
-        runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), num_blocks, lambda done, total: None)
+        runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
+        runner.open_cache(num_blocks)
         self.scheduler = Scheduler(BlockManager(num_blocks, block_size), 8, budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9)

@@ -101,7 +101,7 @@ def make_rig(num_vits: int, **options: Any) -> Any:
         llm, vits = FakeSink(), [FakeSink() for _ in range(num_vits)]
         async with asyncio.TaskGroup() as tasks:
             info = read_model_info(EMBEDDED / "model")
-            core = Preprocessor(context, PreprocessConfig(**options), info, pool, allocator, llm, vits, tasks)
+            core = Preprocessor(context, PreprocessConfig(**options), info, pool, allocator, {0: llm}, vits, tasks)
             yield Rig(core, llm, vits, allocator, context)
             await core.close()
         pool.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from workers.preprocess.router import MAX_REMEMBERED, Router
+from pipeline.messages import GridTHW, MmItem
+from workers.preprocess.router import MAX_REMEMBERED, PREFIX_TOKENS, GroupRouter, Router, prefix_hashes
 
 
 def test_a_known_hash_goes_where_it_went_before() -> None:
@@ -33,3 +34,44 @@ def test_memory_is_bounded() -> None:
         router.choose(number.to_bytes(4, "big"), 1)
     assert not router.choose((0).to_bytes(4, "big"), 1).is_known
     assert router.choose((MAX_REMEMBERED).to_bytes(4, "big"), 1).is_known
+
+
+def test_a_known_prefix_goes_where_it_is_and_new_ones_where_there_is_least_to_do() -> None:
+    router = GroupRouter([0, 4])
+    first, second = prefix_hashes([1] * 640, [], b""), prefix_hashes([2] * 640, [], b"")
+    assert router.choose(first, 640) == (0, 640)
+    assert router.choose(second, 640) == (4, 640)
+    assert router.choose(first, 650) == (0, 10)
+    assert router.choose(second, 650) == (4, 10)
+    for lead, num_tokens in ((0, 640), (4, 640), (0, 10), (4, 10)):
+        router.finished(lead, num_tokens)
+    assert router.outstanding == {0: 0, 4: 0}
+
+
+def test_a_group_that_is_busy_is_not_waited_for() -> None:
+    router = GroupRouter([0, 1])
+    prefix = prefix_hashes([1] * PREFIX_TOKENS, [], b"")
+    assert router.choose(prefix, PREFIX_TOKENS)[0] == 0
+    router.outstanding[0] += 10 * PREFIX_TOKENS
+    assert router.choose(prefix, PREFIX_TOKENS) == (1, PREFIX_TOKENS)
+
+
+def test_prefix_hashes_tell_texts_pictures_and_tenants_apart() -> None:
+    def item(mm_hash: bytes) -> MmItem:
+        return MmItem(70, 4, GridTHW(1, 4, 4), mm_hash, ())
+
+    tokens = [1] * (3 * PREFIX_TOKENS - 1)
+    plain = prefix_hashes(tokens, [item(b"a")], b"")
+    assert len(plain) == 2
+    assert plain == prefix_hashes([*tokens, 9], [item(b"a")], b"")[:2]
+    other = prefix_hashes(tokens, [item(b"b")], b"")
+    assert (plain[0] == other[0], plain[1] == other[1]) == (True, False)
+    assert not set(plain) & set(prefix_hashes(tokens, [item(b"a")], b"x"))
+
+
+def test_the_memory_of_a_group_is_bounded() -> None:
+    router = GroupRouter([0])
+    for number in range(MAX_REMEMBERED + 10):
+        router.choose([number.to_bytes(4, "big")], PREFIX_TOKENS)
+    assert router.choose([(0).to_bytes(4, "big")], PREFIX_TOKENS)[1] == PREFIX_TOKENS
+    assert router.choose([(MAX_REMEMBERED).to_bytes(4, "big")], PREFIX_TOKENS)[1] == 0

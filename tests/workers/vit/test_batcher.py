@@ -174,13 +174,13 @@ def test_a_lost_release_heals_after_two_lease_sets() -> None:
     ask(made, "a", b"h")
     ask(made, "a", b"h", with_pixels=True)
     lease = next(action.lease_id for action in encode(made) if isinstance(action, Ready))
-    younger = made.cache.lease(made.cache.get(b"h"))  # type: ignore[arg-type]
-    made.cache.reconcile([], lease)
+    younger = made.cache.lease(made.cache.get(b"h"), 0)  # type: ignore[arg-type]
+    made.cache.reconcile(0, [], lease)
     assert made.cache.num_leases == 2, "once is not enough"
-    made.cache.reconcile([lease], lease)
-    made.cache.reconcile([], lease)
+    made.cache.reconcile(0, [lease], lease)
+    made.cache.reconcile(0, [], lease)
     assert made.cache.num_leases == 2, "it was seen in between"
-    made.cache.reconcile([], lease)
+    made.cache.reconcile(0, [], lease)
     assert made.cache.num_leases == 1, f"{younger} may still be under way"
     made.cache.release([lease, younger, 999])
     assert made.cache.num_leases == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.parallel import HeadLayout, TensorParallel
-from workers.nn.layers import Linear, RMSNorm, rotary_tables, rotate
+from workers.nn.layers import Linear, QuantizedLinear, RMSNorm, rotary_tables, rotate
 from workers.nn.loader import Checkpoint
 
 
@@ -21,18 +21,18 @@ class Attention(Protocol):
 
 
 class Decoder:
-    def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel) -> None:
+    def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel, linear: type[Linear | QuantizedLinear] = Linear) -> None:
         self.info, self.parallel, self._dtype = info, parallel, checkpoint.dtype
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self._embeddings = _embedding_table(checkpoint)
-        self.layers = [_Layer(info, checkpoint, f"model.layers.{index}.", self.heads, parallel, index) for index in range(info.num_layers)]
+        self.layers = [_Layer(info, checkpoint, self.heads, parallel, linear, index) for index in range(info.num_layers)]
         self.norm = RMSNorm(checkpoint.load("model.norm.weight"), info.rms_norm_eps)
         tied = info.tie_word_embeddings or "lm_head.weight" not in checkpoint
         rows = self.heads.vocab_rows
         head = checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight", rows)
         if missing := self.heads.vocab_per_rank - len(head):
             head = torch.cat([head, head.new_zeros(missing, head.shape[1])])
-        self.lm_head = Linear(head)
+        self.lm_head = linear(head)
         self._axes, self._frequencies = _rotary_constants(info, checkpoint.device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -54,17 +54,20 @@ class Decoder:
 
 
 class _Layer:
-    def __init__(self, info: TextInfo, checkpoint: Checkpoint, prefix: str, heads: HeadLayout, parallel: TensorParallel, index: int) -> None:
+    def __init__(
+        self, info: TextInfo, checkpoint: Checkpoint, heads: HeadLayout, parallel: TensorParallel, linear: type[Linear | QuantizedLinear], index: int
+    ) -> None:
+        prefix = f"model.layers.{index}."
         self.heads, self.parallel, self.index = heads, parallel, index
         attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         parts = [("q_proj", heads.query_rows), ("k_proj", heads.kv_rows), ("v_proj", heads.kv_rows)]
-        self.qkv = Linear(
+        self.qkv = linear(
             torch.cat([checkpoint.load(f"{attn}{name}.weight", rows) for name, rows in parts]),
             torch.cat([checkpoint.load(f"{attn}{name}.bias", rows) for name, rows in parts]),
         )
-        self.o_proj = Linear(checkpoint.load(f"{attn}o_proj.weight", columns=heads.query_rows))
-        self.gate_up = Linear(torch.cat([checkpoint.load(f"{mlp}{name}.weight", heads.mlp_rows) for name in ("gate_proj", "up_proj")]))
-        self.down = Linear(checkpoint.load(f"{mlp}down_proj.weight", columns=heads.mlp_rows))
+        self.o_proj = linear(checkpoint.load(f"{attn}o_proj.weight", columns=heads.query_rows))
+        self.gate_up = linear(torch.cat([checkpoint.load(f"{mlp}{name}.weight", heads.mlp_rows) for name in ("gate_proj", "up_proj")]))
+        self.down = linear(checkpoint.load(f"{mlp}down_proj.weight", columns=heads.mlp_rows))
         self.input_norm = RMSNorm(checkpoint.load(f"{prefix}input_layernorm.weight"), info.rms_norm_eps)
         self.post_norm = RMSNorm(checkpoint.load(f"{prefix}post_attention_layernorm.weight"), info.rms_norm_eps)
 
@@ -78,7 +81,7 @@ class _Layer:
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
         return self._add(x, self.down, F.silu(gate).mul_(up))
 
-    def _add(self, x: Tensor, linear: Linear, part: Tensor) -> Tensor:
+    def _add(self, x: Tensor, linear: Linear | QuantizedLinear, part: Tensor) -> Tensor:
         """x + linear(part), where each rank has a part."""
         if self.parallel.size == 1:
             return linear.add_to(x, part)
