@@ -131,7 +131,7 @@ class Supervisor:
     def _start(self) -> None:
         if self._model.notice:
             logger.info("%s", self._model.notice)
-        placement = place(sorted(os.sched_getaffinity(0)), self._config.num_vits, self._config.num_ranks)
+        placement = place(sorted(os.sched_getaffinity(0)), self._config.num_vits, self._config.num_ranks, self._config.llm.llm_cores)
         for worker in self._workers:
             self._children[worker] = self._spawn(worker, placement[worker])
             self._poller.add(self._children[worker].sentinel)

@@ -114,13 +114,16 @@ class LlmConfig:
         None, "memory for the KV cache of each rank, in GiB (default: 1 on the CPU, on a GPU what --gpu-memory-utilization leaves)", metavar="GIB"
     )
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory for all that runs there: ViT, weights, KV cache", metavar="SHARE")
+    llm_cores: int | None = option(
+        None, "CPU cores of all LLM ranks together (default: all but a quarter, which the ViTs have; more are shared with them)", metavar="N"
+    )
     quantization: str = option("none", "int8: weights in 8 bits, activations too, token by token; on the CPU only", choices=("none", "int8"))
     prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
     max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
     overlap: str = option("auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        _at_least(self, tp=1, dp=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
+        _at_least(self, tp=1, dp=1, llm_cores=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:

@@ -156,8 +156,10 @@ def run_worker(module: str) -> None:
 def _settle(placement: Placement) -> None:
     """Cores and threads, before any library that starts threads is imported."""
     os.sched_setaffinity(0, placement.cores)
-    # A thread that spins for work on a core which another process needs costs whole scheduler ticks.
-    os.environ.update(OMP_NUM_THREADS=str(placement.num_threads), OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
+    # A thread that spins for work on a core which another process needs costs whole scheduler ticks; one that sleeps at once is woken
+    # hundreds of times a step. So many turns last from one operation of a step to the next, some ten microseconds.
+    os.environ.update(OMP_NUM_THREADS=str(placement.num_threads), GOMP_SPINCOUNT="10000", TOKENIZERS_PARALLELISM="false")
+    os.environ.pop("OMP_WAIT_POLICY", None)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 

@@ -187,7 +187,21 @@ def make_checkpoint(folder: Path) -> None:
 @contextmanager
 def served(model: Path, dtype: str) -> Any:
     """A server of our own, for as long as it is needed."""
-    command = [sys.executable, "-m", "launcher", "--model", str(model), "--dtype", dtype, "--port", "0", "--max-model-len", "4096"]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "--model",
+        str(model),
+        "--dtype",
+        dtype,
+        "--port",
+        "0",
+        "--max-model-len",
+        "4096",
+        "--llm-cores",
+        str(os.cpu_count()),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

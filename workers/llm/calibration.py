@@ -12,7 +12,8 @@ from workers.llm.block_manager import BlockManager
 from workers.llm.step_times import Measured, StepTimes
 
 NUM_REPEATS = 3
-LONG_ENOUGH_S = 0.5  # steps beyond this are never near a decode step: the line goes on from the last two
+SHORT_S = 0.05  # a longer step is measured once: noise is small beside it
+FAR_BEYOND = 4.0  # times the smallest step: no prompt share makes a step so long, and the line goes on from the last two
 LONGEST_HISTORY = 1024
 OWNER = "calibration"
 
@@ -30,14 +31,15 @@ def measure_step_times(
     def seconds(num_tokens: int, num_computed: int) -> float:
         positions = np.broadcast_to(np.arange(num_computed, num_computed + num_tokens, dtype=np.int32), (3, num_tokens))
         plan = SequencePlan(0, pack_int32([0] * num_tokens), positions.tobytes(), num_computed, table, (), is_sampled=False)
-        execute([plan])
-        return statistics.median(execute([plan]) for _ in range(NUM_REPEATS))
+        execute([plan])  # the first one of a size also prepares kernels
+        first = execute([plan])
+        return first if first > SHORT_S else statistics.median([first, *(execute([plan]) for _ in range(NUM_REPEATS - 1))])
 
     measured: list[Measured] = []
     size = 1
     while size <= min(max_num_batched_tokens, longest):
         measured.append(Measured(size, seconds(size, 0)))
-        if measured[-1].seconds > LONG_ENOUGH_S:
+        if measured[-1].seconds > FAR_BEYOND * measured[0].seconds:
             break
         size *= 2
     probe, history = measured[len(measured) // 2], min(LONGEST_HISTORY, longest - measured[-1].num_tokens)
