@@ -17,7 +17,7 @@ from types import TracebackType
 from pipeline.topology import EDGES
 
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
-OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+")  # sockets by edge, rank and epoch; where ranks meet
+OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+")  # sockets by edge, rank and epoch; where ranks meet
 
 
 class RunDir:

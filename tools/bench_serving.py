@@ -1,14 +1,12 @@
-"""Load on an OpenAI endpoint, and what users feel of it: TTFT, ITL, TPOT, E2EL and throughput, defined as `vllm bench serve` does.
+"""Load on OpenAI endpoints, and what users feel of it: TTFT, ITL, TPOT, E2EL, throughput and goodput, defined as `vllm bench serve` does.
 
-    python tools/bench_serving.py --base-url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8        # closed loop
-    python tools/bench_serving.py --base-url http://127.0.0.1:8000 --num-prompts 64 --request-rate 4       # open loop, Poisson
-    python tools/bench_serving.py --compare-with-hf --model FOLDER                                         # engine rates, both in one run
-
-The third form starts a server of its own and measures prefill and decode tokens/s at 1 and 8 requests beside Hugging Face's
-`generate()`, in interleaved rounds. Without --model it makes a random checkpoint of 0.3 B parameters of the real architecture.
+    python tools/bench_serving.py --num-prompts 64 --concurrency 8                        # closed loop
+    python tools/bench_serving.py --num-prompts 64 --request-rate 4                       # open loop, Poisson
+    python tools/bench_serving.py --images 3 --image-size 224x224,448x448 --turns 2       # chats about pictures
+    python tools/bench_serving.py --base-url http://HOST:8000 http://HOST:9000 --rounds 3 # two servers in turn, and their ratio
 
 TTFT: sent to first output. ITL: gaps between streamed events, pooled. TPOT: (E2EL - TTFT) / (output tokens - 1) of a request.
-E2EL: sent to last byte.
+E2EL: sent to last byte. Goodput: requests a second that keep all the limits of `--goodput`.
 """
 
 from __future__ import annotations
@@ -18,17 +16,10 @@ import asyncio
 import base64
 import io
 import json
-import os
-import platform
 import random
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,40 +29,77 @@ import numpy as np
 from PIL import Image
 
 WORDS = ["red", "blue", "green", "circle", "square", "star", "cross", "ring", "left", "right", "top", "bottom", "shape", "picture", "number"]
+METRICS = ("ttft", "tpot", "itl", "e2el")
+TABLE = ("output_tokens_per_s", "goodput", "ttft_ms.median", "ttft_ms.p99", "tpot_ms.median", "itl_ms.p99", "e2el_ms.median")
 
 
 @dataclass
 class Result:
+    """One request: times in seconds, from `sent` on."""
+
     sent: float
+    turn: int = 0
     ttft: float = 0.0
     e2el: float = 0.0
-    gaps: list[float] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)  # of streamed events
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    text: str = ""
     error: str = ""
 
     @property
     def tpot(self) -> float | None:
         return (self.e2el - self.ttft) / (self.num_output_tokens - 1) if self.num_output_tokens > 1 else None
 
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
-def make_body(rng: random.Random, num_words: int, num_output: int, num_images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """A request that no cache has seen: random words, random pixels."""
-    parts: list[dict[str, Any]] = []
-    for _ in range(num_images):
-        pixels = np.random.default_rng(rng.getrandbits(63)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    def keeps(self, limits: dict[str, float]) -> bool:
+        """Whether it is within the limits, in seconds. A request of one token has no TPOT and counts as 0 there."""
+        worst = {"ttft": self.ttft, "tpot": self.tpot or 0.0, "itl": max(self.gaps, default=0.0), "e2el": self.e2el}
+        return not self.error and all(worst[name] <= limit for name, limit in limits.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Chats of random words and noise. Pictures are distinct, or drawn from `num_shared_images`."""
+
+    num_words: int = 256
+    num_output: int = 64
+    num_images: int = 0
+    sizes: tuple[tuple[int, int], ...] = ((448, 448),)
+    num_shared_images: int = 0
+    num_turns: int = 1
+
+    def chats(self, count: int, rng: random.Random) -> list[list[list[dict[str, Any]]]]:
+        """For each chat the content of the user's turns; the pictures stand in the first."""
+        shared = [self._picture(rng) for _ in range(self.num_shared_images)]
+        return [[self._turn(rng, shared, turn) for turn in range(self.num_turns)] for _ in range(count)]
+
+    def _turn(self, rng: random.Random, shared: Sequence[dict[str, Any]], turn: int) -> list[dict[str, Any]]:
+        text = {"type": "text", "text": " ".join(rng.choices(WORDS, k=self.num_words))}
+        if turn:
+            return [text]
+        return [*(rng.choice(shared) if shared else self._picture(rng) for _ in range(self.num_images)), text]
+
+    def _picture(self, rng: random.Random) -> dict[str, Any]:
+        width, height = rng.choice(self.sizes)
+        pixels = np.random.default_rng(rng.getrandbits(63)).integers(0, 256, (height, width, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        parts.append({"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}})
-    parts.append({"type": "text", "text": " ".join(rng.choices(WORDS, k=num_words))})
-    return {
-        "messages": [{"role": "user", "content": parts}], "max_tokens": num_output, "ignore_eos": True, "temperature": 0,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}}
+
+    def body(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "messages": list(messages), "max_tokens": self.num_output, "ignore_eos": True, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
 
 
-async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Result:
-    result = Result(sent=time.perf_counter())
+async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], turn: int = 0) -> Result:
+    result = Result(sent=time.perf_counter(), turn=turn)
     try:
         await _receive(session, url, body, result)
     except (aiohttp.ClientError, OSError) as error:
@@ -80,8 +108,7 @@ async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
 
 
 async def _receive(session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Result) -> None:
-    last = result.sent
-    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+    async with session.post(f"{url.rstrip('/')}/v1/chat/completions", json=body) as response:
         if response.status != 200:
             result.error = f"{response.status} {await response.text()}"
             return
@@ -89,38 +116,54 @@ async def _receive(session: aiohttp.ClientSession, url: str, body: dict[str, Any
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
-            now = time.perf_counter()
             if "error" in event:
                 result.error = event["error"]["message"]
                 return
-            if event.get("usage"):
-                result.num_prompt_tokens, result.num_output_tokens = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
-            if event["choices"] and event["choices"][0]["delta"].get("content"):
-                if not result.ttft:
-                    result.ttft = now - result.sent
-                else:
-                    result.gaps.append(now - last)
-                last = now
+            if usage := event.get("usage"):
+                result.num_prompt_tokens, result.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                result.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            if event["choices"] and (text := event["choices"][0]["delta"].get("content")):
+                result.arrivals.append(time.perf_counter())
+                result.text += text
     result.e2el = time.perf_counter() - result.sent
-    result.ttft = result.ttft or result.e2el
+    result.ttft = result.arrivals[0] - result.sent if result.arrivals else result.e2el
 
 
-async def run_load(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, request_rate: float, rng: random.Random) -> list[Result]:
-    """Closed loop with `concurrency` requests at a time, or open loop with Poisson arrivals at `request_rate` a second."""
-    gate = asyncio.Semaphore(concurrency or len(bodies))
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+async def converse(session: aiohttp.ClientSession, url: str, workload: Workload, turns: Sequence[list[dict[str, Any]]]) -> list[Result]:
+    """The turns of one chat, each with the server's own answers before it. Ends at the first error."""
+    messages: list[dict[str, Any]] = []
+    results: list[Result] = []
+    for turn, content in enumerate(turns):
+        messages.append({"role": "user", "content": content})
+        results.append(await send(session, url, workload.body(messages), turn))
+        if results[-1].error:
+            break
+        messages.append({"role": "assistant", "content": results[-1].text})
+    return results
 
-        async def one(body: dict[str, Any]) -> Result:
+
+def open_session() -> aiohttp.ClientSession:
+    """Without limits of its own on connections and time."""
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0))
+
+
+async def run_load(
+    url: str, workload: Workload, chats: Sequence[list[list[dict[str, Any]]]], concurrency: int, request_rate: float, rng: random.Random
+) -> list[Result]:
+    """Closed loop with `concurrency` chats at a time, or open loop with Poisson arrivals at `request_rate` chats a second."""
+    gate = asyncio.Semaphore(concurrency or len(chats))
+    async with open_session() as session:
+
+        async def one(turns: list[list[dict[str, Any]]]) -> list[Result]:
             async with gate:
-                return await send(session, url, body)
+                return await converse(session, url, workload, turns)
 
         tasks = []
-        for body in bodies:
-            tasks.append(asyncio.create_task(one(body)))
+        for turns in chats:
+            tasks.append(asyncio.create_task(one(turns)))
             if request_rate:
                 await asyncio.sleep(rng.expovariate(request_rate))
-        return list(await asyncio.gather(*tasks))
+        return [result for results in await asyncio.gather(*tasks) for result in results]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -131,203 +174,144 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(ms.mean()), "median": float(np.median(ms)), "p99": float(np.percentile(ms, 99)), "max": float(ms.max())}
 
 
-def summarize(results: Sequence[Result], wall: float) -> dict[str, Any]:
+def summarize(results: Sequence[Result], wall: float, limits: dict[str, float]) -> dict[str, Any]:
     good = [result for result in results if not result.error]
+    turns = sorted({result.turn for result in good})
     return {
         "completed": len(good), "failed": len(results) - len(good), "wall_s": wall,
-        "request_throughput": len(good) / wall, "output_tokens_per_s": sum(r.num_output_tokens for r in good) / wall,
+        "request_throughput": len(good) / wall, "goodput": sum(result.keeps(limits) for result in results) / wall,
+        "output_tokens_per_s": sum(r.num_output_tokens for r in good) / wall,
         "total_tokens_per_s": sum(r.num_output_tokens + r.num_prompt_tokens for r in good) / wall,
+        "cached_prompt_tokens": sum(r.num_cached_tokens for r in good) / max(1, sum(r.num_prompt_tokens for r in good)),
         "ttft_ms": spread([r.ttft for r in good]), "tpot_ms": spread([r.tpot for r in good if r.tpot is not None]),
         "itl_ms": spread([gap for r in good for gap in r.gaps]), "e2el_ms": spread([r.e2el for r in good]),
+        "ttft_ms_by_turn": [spread([r.ttft for r in good if r.turn == turn]) for turn in turns],
         "errors": sorted({r.error for r in results if r.error}),
     }  # fmt: skip
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    for name in ("completed", "failed", "wall_s", "request_throughput", "output_tokens_per_s", "total_tokens_per_s"):
+    for name in (
+        "completed",
+        "failed",
+        "wall_s",
+        "request_throughput",
+        "goodput",
+        "output_tokens_per_s",
+        "total_tokens_per_s",
+        "cached_prompt_tokens",
+    ):
         print(f"{name:22} {summary[name]:.2f}")
-    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms"):
-        print(f"{name:22} " + "  ".join(f"{key} {value:.1f}" for key, value in summary[name].items()))
+    by_turn = summary["ttft_ms_by_turn"]
+    rows = [(f"{name}_ms", summary[f"{name}_ms"]) for name in METRICS]
+    rows += [(f"ttft_ms, turn {turn + 1}", row) for turn, row in enumerate(by_turn)] if len(by_turn) > 1 else []
+    for name, row in rows:
+        print(f"{name:22} " + "  ".join(f"{key} {value:.1f}" for key, value in row.items()))
     for error in summary["errors"][:3]:
         print("error:", error[:300])
 
 
-# Engine rates beside Hugging Face.
+def pick(summary: dict[str, Any], path: str) -> float:
+    name, _, part = path.partition(".")
+    return float((summary[name].get(part, float("nan"))) if part else summary[name])
 
 
-def make_checkpoint(folder: Path) -> None:
-    """0.31 B parameters: LM hidden 768, 12 layers, 6/2 heads, ffn 3072; vision depth 16, embed 640, 8 heads. Weights are random."""
-    import shutil
-
-    import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    from launcher.checkpoints import EMBEDDED
-
-    embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
-    ids = {name: embedded[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    text: dict[str, Any] = {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "vocab_size": 151_936, "max_position_embeddings": 32_768, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }  # fmt: skip
-    vision = {"depth": 16, "embed_dim": 640, "num_heads": 8, "hidden_size": 768}
-    torch.manual_seed(0)
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    Qwen2VLForConditionalGeneration(config).bfloat16().save_pretrained(folder)
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(EMBEDDED / "model" / name, folder / name)
-    tokenizer = json.loads((EMBEDDED / "model" / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    start = 1 + max(*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"]))
-    vocab.update({f"\u0120w{token}": token for token in range(start, text["vocab_size"])})  # every id is a word, so every token is an event
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+def print_ratios(urls: Sequence[str], rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Medians over the rounds, and what each server has in units of the first one."""
+    medians = {url: {path: statistics.median(pick(summary, path) for summary in rounds[url]) for path in TABLE} for url in urls}
+    print("| | " + " | ".join(urls) + " | " + " | ".join(f"{url} : {urls[0]}" for url in urls[1:]) + " |")
+    print("| --- |" + " --- |" * (2 * len(urls) - 1))
+    for path in TABLE:
+        values = [medians[url][path] for url in urls]
+        ratios = [value / values[0] if values[0] else float("nan") for value in values[1:]]
+        print(f"| {path} | " + " | ".join(f"{value:.1f}" for value in values) + " | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    return medians
 
 
-@contextmanager
-def served(model: Path, dtype: str) -> Any:
-    """A server of our own, for as long as it is needed."""
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "--model",
-        str(model),
-        "--dtype",
-        dtype,
-        "--port",
-        "0",
-        "--max-model-len",
-        "4096",
-        "--llm-cores",
-        str(os.cpu_count()),
+def plot_itl(results: Sequence[Result], path: Path, width: int = 1000, height: int = 420) -> None:
+    """Writes an SVG: the gap before each streamed event, in ms, over the time at which it came; a colour a stream."""
+    streams = [result for result in results if len(result.arrivals) > 1]
+    start = min((result.sent for result in streams), default=0.0)
+    end = max((result.arrivals[-1] for result in streams), default=1.0)
+    top = max((gap for result in streams for gap in result.gaps), default=0.001) * 1000
+    margin = 50
+
+    def x(seconds: float) -> float:
+        return margin + (seconds - start) / max(end - start, 1e-9) * (width - 2 * margin)
+
+    def y(ms: float) -> float:
+        return height - margin - ms / top * (height - 2 * margin)
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{margin}" y="20">Inter-token latency of {len(streams)} streams, ms over seconds</text>',
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield next(line.split()[2].removesuffix("/v1") for line in process.stdout if line.startswith("Serving at"))
-        finally:
-            process.send_signal(signal.SIGINT)
+    for part in range(5):
+        ms, seconds = top * part / 4, start + (end - start) * part / 4
+        lines.append(f'<line x1="{margin}" x2="{width - margin}" y1="{y(ms):.1f}" y2="{y(ms):.1f}" stroke="#ddd"/>')
+        lines.append(f'<text x="5" y="{y(ms) + 4:.1f}">{ms:.1f}</text>')
+        lines.append(f'<text x="{x(seconds) - 10:.1f}" y="{height - margin + 20}">{seconds - start:.1f}</text>')
+    for number, result in enumerate(streams):
+        points = " ".join(f"{x(at):.1f},{y(gap * 1000):.1f}" for at, gap in zip(result.arrivals[1:], result.gaps, strict=True))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="hsl({number * 137 % 360},70%,45%)"/>')
+    path.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
 
-def measure_server(url: str, batch: int, num_words: int, num_output: int, rng: random.Random) -> tuple[float, float]:
-    """Prefill and decode tokens/s with `batch` requests at once."""
-
-    def load(output: int, words: int) -> tuple[list[Result], float]:
-        bodies = [make_body(rng, words, output, 0, (0, 0)) for _ in range(batch)]
-        start = time.perf_counter()
-        results = asyncio.run(run_load(url, bodies, batch, 0.0, rng))
-        assert not any(result.error for result in results), results[0].error
-        return results, time.perf_counter() - start
-
-    prefill, wall = load(1, num_words)
-    decode, _ = load(num_output, 8)
-    steps = [result.tpot for result in decode if result.tpot is not None]
-    return sum(result.num_prompt_tokens for result in prefill) / wall, batch / statistics.mean(steps)
+def parse_limits(given: Sequence[str]) -> dict[str, float]:
+    """`ttft:500` and the like, in ms, as seconds by name. Raises ValueError for another name."""
+    limits: dict[str, float] = {}
+    for item in given:
+        name, _, value = item.partition(":")
+        if name not in METRICS:
+            raise ValueError(f"goodput knows {', '.join(METRICS)}, not {name!r}")
+        limits[name] = float(value) / 1000
+    return limits
 
 
-def measure_hf(model: Any, batch: int, num_words: int, num_output: int) -> tuple[float, float]:
-    """The same for `generate()`, as a static batch."""
-    import torch
-
-    def timed(length: int, new_tokens: int) -> float:
-        ids = torch.randint(100, 4000, (batch, length))
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
-        return time.perf_counter() - start
-
-    prefill = batch * num_words / timed(num_words, 1)
-    first = timed(16, 1)
-    return prefill, batch * (num_output - 1) / (timed(16, num_output) - first)
-
-
-def measure_machine() -> dict[str, float]:
-    """Read bandwidth and float32 matmul rate of all cores, for comparing runs on different machines."""
-    import torch
-
-    block = torch.ones(1 << 28)
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-
-    def best(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return {"read_gb_per_s": block.nbytes / best(block.sum) / 1e9, "matmul_gflop_per_s": 2 * 2048**3 / best(lambda: left @ right) / 1e9}
-
-
-def compare_with_hf(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from transformers import Qwen2VLForConditionalGeneration
-
-    from workers.nn.loader import choose_dtype
-
-    dtype = choose_dtype(args.dtype, torch.device("cpu"))
-    rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or Path(scratch)
-        if args.model is None:
-            make_checkpoint(folder)
-        model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
-        rows: dict[str, list[tuple[float, float]]] = {}
-        with served(folder, str(dtype).removeprefix("torch.")) as url:
-            measure_server(url, 1, 32, 8, rng)  # warm-up of both
-            measure_hf(model, 1, 32, 8)
-            for _ in range(args.rounds):
-                for batch in (1, 8):
-                    rows.setdefault(f"ours x{batch}", []).append(measure_server(url, batch, args.input_words, args.output_tokens, rng))
-                    rows.setdefault(f"transformers x{batch}", []).append(measure_hf(model, batch, args.input_words, args.output_tokens))
-    table = {
-        name: {"prefill": statistics.median(prefill for prefill, _ in runs), "decode": statistics.median(decode for _, decode in runs)}
-        for name, runs in rows.items()
-    }
-    machine = measure_machine()
-    readings = ", ".join(f"{name} {value:.0f}" for name, value in machine.items())
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, {dtype}, torch {torch.__version__}; {readings}")
-    print(f"tokens/s, median of {args.rounds} interleaved rounds; prompts of about {args.input_words} tokens, {args.output_tokens} output tokens")
-    print("\n| requests at once | prefill ours | transformers | ratio | decode ours | transformers | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for batch in (1, 8):
-        ours, theirs = table[f"ours x{batch}"], table[f"transformers x{batch}"]
-        cells = [f"{ours[kind]:.0f} | {theirs[kind]:.0f} | {ours[kind] / theirs[kind]:.2f}" for kind in ("prefill", "decode")]
-        print(f"| {batch} | {' | '.join(cells)} |")
-    return {"table": table, "machine": machine}
+def parse_sizes(given: str) -> tuple[tuple[int, int], ...]:
+    pairs = [size.split("x") for size in given.split(",")]
+    return tuple((int(width), int(height)) for width, height in pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--num-prompts", type=int, default=32)
-    parser.add_argument("--concurrency", type=int, default=0, help="closed loop: requests at a time (default: all)")
+    parser.add_argument("--base-url", nargs="+", default=["http://127.0.0.1:8000"], help="several are measured in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="each with a load of its own, the same for all servers")
+    parser.add_argument("--num-prompts", type=int, default=32, help="chats in a round")
+    parser.add_argument("--concurrency", type=int, default=0, help="closed loop: chats at a time (default: all)")
     parser.add_argument("--request-rate", type=float, default=0.0, help="open loop: arrivals a second")
-    parser.add_argument("--input-words", type=int, default=256, help="words of text in a prompt; about as many tokens")
+    parser.add_argument("--input-words", type=int, default=256, help="words of text in a turn; about as many tokens")
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--images", type=int, default=0, help="pictures in a request")
-    parser.add_argument("--image-size", default="448x448", help="WIDTHxHEIGHT")
-    parser.add_argument("--compare-with-hf", action="store_true", help="engine rates beside transformers' generate(), in one run")
-    parser.add_argument("--model", type=Path, help="checkpoint for --compare-with-hf")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="for --compare-with-hf")
-    parser.add_argument("--rounds", type=int, default=3, help="for --compare-with-hf")
+    parser.add_argument("--images", type=int, default=0, help="pictures in a chat")
+    parser.add_argument("--image-size", type=parse_sizes, default=((448, 448),), help="WIDTHxHEIGHT, or several with commas, drawn from")
+    parser.add_argument("--shared-images", type=int, default=0, help="draw the pictures from so many (default: all are distinct)")
+    parser.add_argument("--turns", type=int, default=1, help="questions in a chat")
+    parser.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits, such as ttft:500 itl:100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--plot", type=Path, help="write an SVG of the last round's ITL over time, a line a stream")
     args = parser.parse_args()
-    if args.compare_with_hf:
-        figures = compare_with_hf(args)
-    else:
-        rng = random.Random(args.seed)
-        width, _, height = args.image_size.partition("x")
-        size = (int(width), int(height))
-        bodies = [make_body(rng, args.input_words, args.output_tokens, args.images, size) for _ in range(args.num_prompts)]
-        start = time.perf_counter()
-        results = asyncio.run(run_load(args.base_url, bodies, args.concurrency, args.request_rate, rng))
-        figures = summarize(results, time.perf_counter() - start)
-        print_summary(figures)
+    limits = parse_limits(args.goodput)
+    workload = Workload(
+        num_words=args.input_words, num_output=args.output_tokens, num_images=args.images, sizes=args.image_size,
+        num_shared_images=args.shared_images, num_turns=args.turns,
+    )  # fmt: skip
+    rounds: dict[str, list[dict[str, Any]]] = {url: [] for url in args.base_url}
+    for number in range(args.rounds):
+        chats = workload.chats(args.num_prompts, random.Random(args.seed + number))
+        for url in args.base_url:
+            rng = random.Random(args.seed + number)
+            start = time.perf_counter()
+            results = asyncio.run(run_load(url, workload, chats, args.concurrency, args.request_rate, rng))
+            rounds[url].append(summarize(results, time.perf_counter() - start, limits))
+            print(f"\n{url}, round {number + 1} of {args.rounds}")
+            print_summary(rounds[url][-1])
+            if args.plot:
+                plot_itl(results, args.plot)
+    medians = print_ratios(args.base_url, rounds) if len(args.base_url) > 1 else {}
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        args.json.write_text(json.dumps({"rounds": rounds, "medians": medians}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

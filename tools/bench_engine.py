@@ -1,0 +1,358 @@
+"""What the engine reaches on this machine: each figure beside transformers, beside itself, or beside what the machine can do, in one run.
+
+    python -m tools.bench_engine                                 # 0.31 B parameters, everything
+    python -m tools.bench_engine --shape 2b --parts rates int8   # Qwen2-VL-2B's shape
+
+Weights are random: speed does not depend on their values. It starts servers of its own, with all cores for the LLM (nothing else
+runs in these loads but in `turns` and `memory`). Rounds are interleaved and medians are told, since shared machines drift.
+
+rates   prefill and decode tokens/s beside `generate()` in the same type; a decode step beside the read rate of memory, prefill beside
+        the rate of matrix products
+int8    decode tokens/s with `--quantization int8` beside without
+turns   TTFT of the second turn of a chat with three pictures beside its first
+memory  resident memory of the LLM process beside its weights and KV cache
+itl     P99 ITL of four streams while 512-token prompts arrive without pause, beside the streams alone; and the prompts' rate
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from launcher.checkpoints import EMBEDDED
+from pipeline.families import TextInfo, read_model_info
+from tools.bench_serving import Result, Workload, converse, open_session, run_load, send
+from workers.nn.loader import choose_dtype
+
+VOCABULARY = 151_936
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "0.3b": {
+        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2},
+        "vision": {"depth": 16, "embed_dim": 640, "num_heads": 8, "hidden_size": 768},
+    },
+    "2b": {
+        "text": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
+    },
+}
+PARTS = ("rates", "int8", "turns", "memory", "itl")
+NUM_STREAMS = 4
+
+
+class Row(NamedTuple):
+    what: str
+    ours: float
+    against: str
+    theirs: float
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+
+def make_checkpoint(folder: Path, shape: str) -> None:
+    """A random Qwen2-VL in bfloat16 with a tokenizer in which every id is a word, so that every token is a streamed event."""
+    embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
+    ids = {name: embedded[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    text = {
+        **SHAPES[shape]["text"], "vocab_size": VOCABULARY, "max_position_embeddings": 32_768, "bos_token_id": 0, "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(text_config=text, vision_config=SHAPES[shape]["vision"], tie_word_embeddings=True, **ids)
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(EMBEDDED / "model" / name, folder / name)
+    tokenizer = json.loads((EMBEDDED / "model" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    start = 1 + max(*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"]))
+    vocab.update({f"\u0120w{token}": token for token in range(start, VOCABULARY)})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+class Served(NamedTuple):
+    url: str
+    process: subprocess.Popen[str]
+
+    def memory_of(self, role: str) -> int:
+        """Resident bytes of the worker of that role."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments, status = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "status").read_text()
+            except OSError:
+                continue
+            if f"workers.{role}".encode() in arguments and f"PPid:\t{self.process.pid}\n" in status:
+                return 1024 * int(status.split("VmRSS:")[1].split()[0])
+        raise RuntimeError(f"the server has no {role} process")
+
+
+@contextmanager
+def serve(model: Path, dtype: torch.dtype, *options: str) -> Iterator[Served]:
+    """A server of our own, for as long as it is needed."""
+    command = [
+        sys.executable, "-m", "launcher", "--model", str(model), "--dtype", str(dtype).removeprefix("torch."), "--port", "0",
+        "--max-model-len", "8192", "--log-level", "warning", *options,
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = next(line.split()[2].removesuffix("/v1") for line in process.stdout if line.startswith("Serving at"))
+            yield Served(url, process)
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+ALL_CORES = ("--llm-cores", str(os.cpu_count()))
+
+
+def load(served: Served, workload: Workload, count: int, rng: random.Random) -> tuple[list[Result], float]:
+    """`count` chats at once, and the seconds they took together."""
+    chats = workload.chats(count, rng)
+    start = time.perf_counter()
+    results = asyncio.run(run_load(served.url, workload, chats, count, 0.0, rng))
+    seconds = time.perf_counter() - start
+    if failed := [result.error for result in results if result.error]:
+        raise RuntimeError(failed[0])
+    return results, seconds
+
+
+def prefill_rate(served: Served, num_words: int, rng: random.Random) -> float:
+    (result,), _ = load(served, Workload(num_words=num_words, num_output=1), 1, rng)
+    return result.num_prompt_tokens / result.ttft
+
+
+def decode_rate(served: Served, batch: int, num_output: int, rng: random.Random) -> float:
+    """Tokens/s of `batch` streams together, between the first token of the last stream and the last of the first."""
+    results, _ = load(served, Workload(num_words=8, num_output=num_output), batch, rng)
+    start, end = max(r.arrivals[0] for r in results), min(r.arrivals[-1] for r in results)
+    return sum(sum(start < at <= end for at in result.arrivals) for result in results) / (end - start)
+
+
+def generate_seconds(model: Any, batch: int, length: int, num_output: int) -> float:
+    ids = torch.randint(100, 4000, (batch, length))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=num_output, max_new_tokens=num_output)
+    return time.perf_counter() - start
+
+
+def generate_decode_rate(model: Any, batch: int, num_output: int) -> float:
+    return batch * (num_output - 1) / (generate_seconds(model, batch, 16, num_output) - generate_seconds(model, batch, 16, 1))
+
+
+def best_of(call: Callable[[], object], count: int = 4) -> float:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_rate() -> float:
+    """Bytes/s that all cores read from memory together."""
+    block = torch.ones(1 << 28)
+    return block.nbytes / best_of(block.sum)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations/s of all cores."""
+    left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / best_of(lambda: left @ right, 3)
+
+
+def num_weights(info: TextInfo) -> int:
+    """Numbers that a decode step reads: the layers' and the output's."""
+    heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim
+    layer = info.hidden_size * (heads + info.num_heads * info.head_dim) + 3 * info.hidden_size * info.intermediate_size
+    return info.num_layers * layer + info.vocab_size * info.hidden_size
+
+
+class Bench:
+    def __init__(self, folder: Path, dtype: torch.dtype, rounds: int, num_output: int) -> None:
+        self.folder, self.dtype, self.rounds, self.num_output = folder, dtype, rounds, num_output
+        self.info = read_model_info(folder).text
+        self.rng = random.Random(0)
+
+    def medians(self, calls: dict[str, Callable[[], float]]) -> dict[str, float]:
+        """Each call once a round, in turn; the first round, which warms up, is not counted."""
+        values: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(self.rounds + 1):
+            for name, call in calls.items():
+                value = call()
+                if number:
+                    values[name].append(value)
+        return {name: statistics.median(of_name) for name, of_name in values.items()}
+
+    def rates(self) -> list[Row]:
+        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
+        with serve(self.folder, self.dtype, *ALL_CORES) as served:
+            found = self.medians(
+                {
+                    "decode 1": lambda: decode_rate(served, 1, self.num_output, self.rng),
+                    "hf decode 1": lambda: generate_decode_rate(model, 1, self.num_output),
+                    "read": read_rate,
+                    "decode 8": lambda: decode_rate(served, 8, self.num_output, self.rng),
+                    "hf decode 8": lambda: generate_decode_rate(model, 8, self.num_output),
+                    "prefill 512": lambda: prefill_rate(served, 500, self.rng),
+                    "hf prefill 512": lambda: 512 / generate_seconds(model, 1, 512, 1),
+                    "prefill 2048": lambda: prefill_rate(served, 2036, self.rng),
+                    "hf prefill 2048": lambda: 2048 / generate_seconds(model, 1, 2048, 1),
+                    "matmul": lambda: matmul_rate(self.dtype),
+                }
+            )
+        kinds = {"decode 1": "decode, 1 request", "decode 8": "decode, 8 requests", "prefill 512": "prefill, 512", "prefill 2048": "prefill, 2048"}
+        rows = [Row(what, found[name], "transformers", found[f"hf {name}"], "tokens/s") for name, what in kinds.items()]
+        step_bytes = num_weights(self.info) * self.dtype.itemsize
+        rows.append(Row("decode step, 1 request, reads", found["decode 1"] * step_bytes / 1e9, "memory", found["read"] / 1e9, "GB/s"))
+        layers = num_weights(self.info) - self.info.vocab_size * self.info.hidden_size  # the output layer runs for one token only
+        rows.append(Row("prefill, 512, computes", found["prefill 512"] * 2 * layers / 1e9, "matrix products", found["matmul"] / 1e9, "GFLOP/s"))
+        return rows
+
+    def int8(self) -> list[Row]:
+        with serve(self.folder, self.dtype, *ALL_CORES) as plain, serve(self.folder, self.dtype, *ALL_CORES, "--quantization", "int8") as quantized:
+            found = self.medians(
+                {
+                    "plain 1": lambda: decode_rate(plain, 1, self.num_output, self.rng),
+                    "int8 1": lambda: decode_rate(quantized, 1, self.num_output, self.rng),
+                    "plain 8": lambda: decode_rate(plain, 8, self.num_output, self.rng),
+                    "int8 8": lambda: decode_rate(quantized, 8, self.num_output, self.rng),
+                    "plain prefill": lambda: prefill_rate(plain, 500, self.rng),
+                    "int8 prefill": lambda: prefill_rate(quantized, 500, self.rng),
+                }
+            )
+        name = str(self.dtype).removeprefix("torch.")
+        kinds = {"1": "decode in int8, 1 request", "8": "decode in int8, 8 requests", "prefill": "prefill in int8, 512"}
+        return [Row(what, found[f"int8 {kind}"], name, found[f"plain {kind}"], "tokens/s") for kind, what in kinds.items()]
+
+    def turns(self) -> list[Row]:
+        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=2)
+
+        async def chat(served: Served) -> tuple[float, float]:
+            async with open_session() as session:
+                first, second = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
+            return first.ttft, second.ttft
+
+        with serve(self.folder, self.dtype) as served:
+            times = [asyncio.run(chat(served)) for _ in range(self.rounds + 1)][1:]
+        first, second = (statistics.median(values) * 1000 for values in zip(*times, strict=True))
+        return [Row("TTFT of the second turn, 3 pictures", second, "first turn", first, "ms")]
+
+    def memory(self) -> list[Row]:
+        kv_gib = 1.0
+        with serve(self.folder, self.dtype, "--kv-cache-gib", str(kv_gib), "--max-num-seqs", "256") as served:
+            load(served, Workload(num_words=2000, num_output=2), 32, self.rng)  # touches the cache, which is not resident before
+            load(served, Workload(num_words=24, num_output=4, num_images=1), 2, self.rng)
+            resident = served.memory_of("llm")
+        kv_token = 2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.dtype.itemsize
+        kv = min(kv_gib * (1 << 30), 32 * 2048 * kv_token)
+        needed = num_weights(self.info) * self.dtype.itemsize + kv
+        return [Row("resident memory of the LLM process", resident / (1 << 20), "weights + KV used", needed / (1 << 20), "MiB")]
+
+    def itl(self) -> list[Row]:
+        streams = Workload(num_words=16, num_output=4 * self.num_output)
+        prompts = Workload(num_words=500, num_output=1)
+
+        async def run(served: Served, has_prompts: bool) -> tuple[list[float], float]:
+            """Gaps of the streams while all of them run, and prompt tokens/s meanwhile."""
+            num_prompt_tokens = 0
+
+            async def keep_sending() -> None:
+                nonlocal num_prompt_tokens
+                while True:
+                    (content,) = prompts.chats(1, self.rng)[0]
+                    result = await send(session, served.url, prompts.body([{"role": "user", "content": content}]))
+                    num_prompt_tokens += result.num_prompt_tokens
+
+            async with open_session() as session:
+                bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, self.rng)]
+                start = time.perf_counter()
+                running = [asyncio.create_task(send(session, served.url, body)) for body in bodies]
+                noise = [asyncio.create_task(keep_sending()) for _ in range(2 if has_prompts else 0)]
+                results = await asyncio.gather(*running)
+                seconds = time.perf_counter() - start
+                for task in noise:
+                    task.cancel()
+                await asyncio.gather(*noise, return_exceptions=True)
+            begin, end = max(r.arrivals[0] for r in results), min(r.arrivals[-1] for r in results)
+            gaps = [gap for r in results for at, gap in zip(r.arrivals[1:], r.gaps, strict=True) if begin < at <= end]
+            return gaps, num_prompt_tokens / seconds
+
+        alone: list[float] = []
+        mixed: list[float] = []
+        rates: list[float] = []
+        with serve(self.folder, self.dtype, *ALL_CORES) as served:
+            for number in range(self.rounds + 1):
+                quiet, _ = asyncio.run(run(served, False))
+                busy, rate = asyncio.run(run(served, True))
+                if number:
+                    alone.append(percentile(quiet, 99))
+                    mixed.append(percentile(busy, 99))
+                    rates.append(rate)
+            idle = statistics.median(prefill_rate(served, 500, self.rng) for _ in range(self.rounds))
+        return [
+            Row(
+                "P99 ITL of 4 streams, prompts arriving", statistics.median(mixed) * 1000, "the streams alone", statistics.median(alone) * 1000, "ms"
+            ),
+            Row("prefill while 4 streams run", statistics.median(rates), "idle engine", idle, "tokens/s"),
+        ]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
+    parser.add_argument("--model", type=Path, help="a checkpoint to measure instead")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    args = parser.parse_args()
+    dtype = choose_dtype(args.dtype, torch.device("cpu"))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or Path(scratch)
+        if args.model is None:
+            make_checkpoint(folder, args.shape)
+        bench = Bench(folder, dtype, args.rounds, args.output_tokens)
+        print(
+            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {args.model or args.shape}, {dtype}; memory "
+            f"{read_rate() / 1e9:.0f} GB/s, matrix products {matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median of {args.rounds} rounds\n",
+            flush=True,
+        )
+        print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+        for part in args.parts:
+            for row in getattr(bench, part)():
+                rows.append(row)
+                print(f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | {row.ratio:.2f} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
