@@ -86,8 +86,8 @@ def make_checkpoint(folder: Path, shape: str) -> None:
         shutil.copy(EMBEDDED / "model" / name, folder / name)
     tokenizer = json.loads((EMBEDDED / "model" / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
-    start = 1 + max(*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"]))
-    vocab.update({f"\u0120w{token}": token for token in range(start, VOCABULARY)})
+    vocab.update({token["content"]: token["id"] for token in tokenizer["added_tokens"]})  # else they are numbered anew behind the rest
+    vocab.update({f"\u0120w{token}": token for token in range(1 + max(vocab.values()), VOCABULARY)})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
@@ -146,6 +146,8 @@ def decode_rate(served: Served, batch: int, num_output: int, rng: random.Random)
     """Tokens/s of `batch` streams together, between the first token of the last stream and the last of the first."""
     results, _ = load(served, Workload(num_words=8, num_output=num_output), batch, rng)
     start, end = max(r.arrivals[0] for r in results), min(r.arrivals[-1] for r in results)
+    if start >= end:
+        raise RuntimeError("the streams were too short to run side by side: ask for more --output-tokens")
     return sum(sum(start < at <= end for at in result.arrivals) for result in results) / (end - start)
 
 
@@ -213,7 +215,7 @@ class Bench:
                     "decode 1": lambda: decode_rate(served, 1, self.num_output, self.rng),
                     "hf decode 1": lambda: generate_decode_rate(model, 1, self.num_output),
                     "read": read_rate,
-                    "decode 8": lambda: decode_rate(served, 8, self.num_output, self.rng),
+                    "decode 8": lambda: decode_rate(served, 8, 2 * self.num_output, self.rng),
                     "hf decode 8": lambda: generate_decode_rate(model, 8, self.num_output),
                     "prefill 512": lambda: prefill_rate(served, 500, self.rng),
                     "hf prefill 512": lambda: 512 / generate_seconds(model, 1, 512, 1),
@@ -236,8 +238,8 @@ class Bench:
                 {
                     "plain 1": lambda: decode_rate(plain, 1, self.num_output, self.rng),
                     "int8 1": lambda: decode_rate(quantized, 1, self.num_output, self.rng),
-                    "plain 8": lambda: decode_rate(plain, 8, self.num_output, self.rng),
-                    "int8 8": lambda: decode_rate(quantized, 8, self.num_output, self.rng),
+                    "plain 8": lambda: decode_rate(plain, 8, 2 * self.num_output, self.rng),
+                    "int8 8": lambda: decode_rate(quantized, 8, 2 * self.num_output, self.rng),
                     "plain prefill": lambda: prefill_rate(plain, 500, self.rng),
                     "int8 prefill": lambda: prefill_rate(quantized, 500, self.rng),
                 }
