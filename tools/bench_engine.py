@@ -262,13 +262,13 @@ class Bench:
         return [Row("TTFT of the second turn, 3 pictures", second, "first turn", first, "ms")]
 
     def memory(self) -> list[Row]:
-        kv_gib = 1.0
+        kv_gib = 0.5
         with serve(self.folder, self.dtype, "--kv-cache-gib", str(kv_gib), "--max-num-seqs", "256") as served:
-            load(served, Workload(num_words=2000, num_output=2), 32, self.rng)  # touches the cache, which is not resident before
+            load(served, Workload(num_words=2000, num_output=2), 12, self.rng)  # touches the cache, which is not resident before
             load(served, Workload(num_words=24, num_output=4, num_images=1), 2, self.rng)
             resident = served.memory_of("llm")
         kv_token = 2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.dtype.itemsize
-        kv = min(kv_gib * (1 << 30), 32 * 2048 * kv_token)
+        kv = min(kv_gib * (1 << 30), 12 * 2048 * kv_token)
         needed = num_weights(self.info) * self.dtype.itemsize + kv
         return [Row("resident memory of the LLM process", resident / (1 << 20), "weights + KV used", needed / (1 << 20), "MiB")]
 
