@@ -45,6 +45,9 @@ SETUPS = {
 }
 
 
+LOSSY = {"bfloat16": ("--dtype", "bfloat16"), "int8": ("--dtype", "float32", "--quantization", "int8")}
+
+
 @pytest.fixture(scope="module")
 def references(random_checkpoint: Path) -> dict[str, Answer]:
     reference = Reference(random_checkpoint)
@@ -121,10 +124,11 @@ def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) 
         asyncio.run(asyncio.wait_for(run(server), 100))
 
 
-def test_bfloat16_agreement_is_reported(
-    random_checkpoint: Path, references: dict[str, Answer], record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("name", LOSSY)
+def test_agreement_of_lossy_arithmetic_is_reported(
+    name: str, random_checkpoint: Path, references: dict[str, Answer], record_property: Callable[[str, object], None]
 ) -> None:
-    """In bfloat16 the rate of agreement is reported, not demanded; that it serves at all is."""
+    """The rate of agreement is reported, not demanded; that it serves at all is."""
 
     async def run(server: Server) -> float:
         same = 0
@@ -135,7 +139,7 @@ def test_bfloat16_agreement_is_reported(
                 same += sum(mine == theirs for mine, theirs in zip(tokens, references[name].token_ids, strict=True))
         return same / (NUM_TOKENS * len(CHATS))
 
-    with Server("--model", str(random_checkpoint), "--dtype", "bfloat16", *LIMITS) as server:
+    with Server("--model", str(random_checkpoint), *LOSSY[name], *LIMITS) as server:
         rate = asyncio.run(run(server))
-    record_property("tokens in bfloat16 equal to Hugging Face's in float32", rate)
+    record_property(f"tokens in {name} equal to Hugging Face's in float32", rate)
     assert 0 < rate <= 1
