@@ -90,6 +90,7 @@ class _Open:
     heard: float
     token_ids: list[int] = field(default_factory=list)  # received so far
     num_prompt_tokens: int = 0
+    mm_hashes: tuple[bytes, ...] | None = None  # of the pictures, as first accepted
     is_accepted: bool = False
     is_asking: bool = False  # a query for missed tokens is under way
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
@@ -120,7 +121,7 @@ class PipelineClient:
         self._end: ErrorInfo | None = None  # set while the pipeline is gone
         self._is_silent = False  # it is gone only in that it does not speak: it may come back
         self.is_draining = False
-        self.counters = {"stale_outputs": 0, "gaps": 0}
+        self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0}
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -214,6 +215,8 @@ class PipelineClient:
             raise RequestError(f"{welcome.max_requests} requests are open already", status=429)
         if request_id in self._open or request_id in self._aborting:
             raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
+        if not -(2**31) <= priority < 2**31:
+            raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
         moved = tuple(_move_data_urls(message, frames) for message in messages)
@@ -236,6 +239,7 @@ class PipelineClient:
     def _resubmit(self, opened: _Open) -> None:
         """The next attempt: the same request, to be gone on with behind the tokens that are here."""
         assert self._ingest is not None
+        self.counters["resubmitted"] += 1
         request = opened.request
         opened.request = msgspec.structs.replace(request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids))
         opened.is_accepted, opened.is_asking, opened.heard = False, False, time.monotonic()
@@ -304,7 +308,7 @@ class PipelineClient:
                     self._accept_welcome(message)
                 case Accepted():
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
-                        opened.is_accepted, opened.num_prompt_tokens = True, message.num_prompt_tokens
+                        self._on_accepted(opened, message)
                 case TokenOutputs():
                     for output in message.outputs:
                         self._take(output)
@@ -313,9 +317,18 @@ class PipelineClient:
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         opened.events.put_nowait(message.error)
                 case Interrupted():
+                    self._aborting.pop(message.request_id, None)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         logger.info("%s was interrupted (%s): submitted again", message.request_id, message.reason)
                         self._resubmit(opened)
+
+    def _on_accepted(self, opened: _Open, message: Accepted) -> None:
+        """An answer must not go on behind tokens that were about another picture."""
+        opened.is_accepted, opened.num_prompt_tokens = True, message.num_prompt_tokens
+        if opened.mm_hashes is not None and opened.mm_hashes != message.mm_hashes:
+            opened.events.put_nowait(ErrorInfo(409, "a picture's URL gives another picture than before the request was interrupted", "messages"))
+            self._abort(message.request_id)
+        opened.mm_hashes = message.mm_hashes
 
     def _accept_welcome(self, welcome: Welcome) -> None:
         """Ready when every group knows us: any of them may run what we submit."""
@@ -390,6 +403,13 @@ class PipelineClient:
         self._end = ErrorInfo(503, reason)
         for opened in self._open.values():
             opened.events.put_nowait(self._end)
+
+
+def move_data_urls(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[bytes]]:
+    """Messages for several requests with the same media: what stood in `data:` URLs is in frames, once."""
+    frames: list[bytes | memoryview] = []
+    moved = [_move_data_urls(message, frames) for message in messages]
+    return moved, [bytes(frame) if isinstance(frame, memoryview) else frame for frame in frames]
 
 
 def _move_data_urls(message: ChatMessage, frames: list[bytes | memoryview]) -> ChatMessage:

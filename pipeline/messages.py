@@ -120,6 +120,7 @@ class AbortRequest(Message, frozen=True, kw_only=True):
     request_id: str
     attempt: int
     error: ErrorInfo | None = None
+    is_foreign: bool = False  # from preprocess: the id belongs to somebody else, whose request goes on
 
 
 IngestMessage = Hello | SubmitRequest | AbortRequest

@@ -126,6 +126,8 @@ async def _receive(session: aiohttp.ClientSession, url: str, body: dict[str, Any
                 result.arrivals.append(time.perf_counter())
                 result.text += text
     result.e2el = time.perf_counter() - result.sent
+    if not result.num_prompt_tokens:
+        result.error = "the stream ended without its usage"
     result.ttft = result.arrivals[0] - result.sent if result.arrivals else result.e2el
 
 
@@ -158,11 +160,11 @@ async def run_load(
             async with gate:
                 return await converse(session, url, workload, turns)
 
-        tasks = []
+        tasks: list[asyncio.Task[list[Result]]] = []
         for turns in chats:
-            tasks.append(asyncio.create_task(one(turns)))
-            if request_rate:
+            if request_rate and tasks:
                 await asyncio.sleep(rng.expovariate(request_rate))
+            tasks.append(asyncio.create_task(one(turns)))
         return [result for results in await asyncio.gather(*tasks) for result in results]
 
 

@@ -54,8 +54,10 @@ def references(random_checkpoint: Path) -> dict[str, Answer]:
     return {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
 
 
-async def generate(client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes]) -> tuple[list[int], int]:
-    pieces = [piece async for piece in client.generate(messages, GREEDY, media)]
+async def generate(
+    client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes], sampling: SamplingParams = GREEDY
+) -> tuple[list[int], int]:
+    pieces = [piece async for piece in client.generate(messages, sampling, media)]
     return [token for piece in pieces for token in piece.token_ids], pieces[-1].num_prompt_tokens
 
 
@@ -119,6 +121,30 @@ def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) 
             for chat, (tokens, _) in list(zip(chats, together, strict=True))[:2]:
                 alone, _ = await generate(client, *chat)
                 assert alone == tokens
+
+    with Server("--model", str(folder), *options) as server:
+        asyncio.run(asyncio.wait_for(run(server), 100))
+
+
+def test_interrupted_requests_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """A KV cache that cannot hold all outputs, no prefix cache, and ViT pools that keep three pictures: the preempted start again."""
+    from tests.checkpoints import make_checkpoint
+
+    folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
+    options = [
+        "--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--kv-cache-gib", "0.00098", "--no-prefix-caching",
+        "--block-size", "4", "--dtype", "float32",
+    ]  # fmt: skip
+
+    async def run(server: Server) -> None:
+        async with PipelineClient(server.run_dir) as client:
+            chats = [to_messages(many_pictures(request, 40)) for request in range(3)]
+            sampling = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True)
+            alone = [await generate(client, *chat, sampling) for chat in chats]
+            assert client.counters["resubmitted"] == 0
+            together = await asyncio.gather(*(generate(client, *chat, sampling) for chat in chats))
+            assert client.counters["resubmitted"] > 0, "else this shows nothing"
+            assert together == alone
 
     with Server("--model", str(folder), *options) as server:
         asyncio.run(asyncio.wait_for(run(server), 100))

@@ -150,11 +150,24 @@ def test_what_steers_the_choice_of_tokens(client: openai.OpenAI) -> None:
     repeated = ask(client, "Who are you?", logprobs=True, frequency_penalty=2, presence_penalty=2, extra_body={"ignore_eos": True}, **options)
     tokens = [entry.token for entry in repeated.choices[0].logprobs.content]
     assert tokens[0] == first
-    assert len(tokens) == 8
+    assert len(tokens) == len(set(tokens)) == 8, "each is made unlikely once it was there"
+    again = ask(client, "Who are you?", logprobs=True, extra_body={"ignore_eos": True}, **{**options, "max_tokens": 60})
+    assert len({entry.token for entry in again.choices[0].logprobs.content}) < 60, "without a penalty they do repeat"
+    forced = ask(client, "Who are you?", logit_bias={"1000": 100}, **{**options, "max_tokens": 3})
+    assert forced.choices[0].message.content
+    assert len({entry.token for entry in ask(client, "Hi", logit_bias={"1000": 100}, logprobs=True, **options).choices[0].logprobs.content}) == 1
+    stopped = ask(client, "Hi", logit_bias={"1000": 100}, extra_body={"stop_token_ids": [1000]}, **options)
+    assert (stopped.choices[0].finish_reason, stopped.usage.completion_tokens) == ("stop", 1)
     ended = ask(client, "Hello", temperature=0, max_tokens=60)
     assert ended.choices[0].finish_reason == "stop"
     longer = ask(client, "Hello", temperature=0, max_tokens=60, extra_body={"min_tokens": 50})
     assert longer.usage.completion_tokens >= 50 > ended.usage.completion_tokens
+
+
+def test_a_priority_beyond_bounds_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "Hello", extra_body={"priority": 10**30})
+    assert caught.value.param == "priority"
 
 
 def test_a_token_outside_the_vocabulary_is_refused(client: openai.OpenAI) -> None:

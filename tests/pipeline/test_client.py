@@ -347,3 +347,36 @@ async def test_the_bytes_of_tokens_add_up_to_the_text(client: PipelineClient, pi
     end = pipeline.tokenizer.token_to_id("<|im_end|>")
     assert client.token_text(end) == b"<|im_end|>"
     assert client.token_text(10**6) == b""
+
+
+async def test_another_picture_at_the_same_url_fails_the_request(client: PipelineClient, pipeline: Pipeline) -> None:
+    task = asyncio.create_task(collect(client, [ChatMessage("user", (ImagePart(url="http://x/y.png"),))]))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=(b"one",))
+    pipeline.say_tokens(request, 0, [5, 6])
+    pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="preempted")
+    await pipeline.next(SubmitRequest)
+    pipeline.say(Accepted, request_id=request.request_id, attempt=2, num_prompt_tokens=9, mm_hashes=(b"other",))
+    with pytest.raises(RequestError, match="another picture"):
+        await task
+    assert (await pipeline.next(AbortRequest)).message.attempt == 2
+
+
+async def test_an_interruption_settles_an_abort(client: PipelineClient, pipeline: Pipeline) -> None:
+    pieces = client.generate(CHAT, GREEDY)
+    task = asyncio.ensure_future(anext(pieces))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say_tokens(request, 0, [5])
+    await task
+    await pieces.aclose()
+    await pipeline.next(AbortRequest)
+    pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="preempted")
+    while client._aborting:
+        await asyncio.sleep(0.01)
+    assert client.num_open == 0
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1, 10**30])
+async def test_a_priority_beyond_32_bits_is_refused(priority: int, client: PipelineClient) -> None:
+    with pytest.raises(RequestError, match="32 bits"):
+        await anext(client.generate(CHAT, GREEDY, priority=priority))

@@ -13,9 +13,9 @@ import msgspec
 
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import MAX_LOGPROBS, SamplingParams
+from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
 
-MAX_CHOICES = 32
+MAX_CHOICES = 16
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -176,6 +176,9 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
         raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_LOGPROBS:
         raise RequestError(f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {request.top_logprobs}", field="top_logprobs")
+    for field in ("logit_bias", "stop_token_ids"):
+        if len(getattr(request, field) or ()) > MAX_LOGIT_BIASES:
+            raise RequestError(f"{field} has more than {MAX_LOGIT_BIASES} entries", field=field)
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return SamplingParams(
         temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)), min_p=pick("min_p", 0.0),

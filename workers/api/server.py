@@ -12,7 +12,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from pipeline.client import PipelineClient
+from pipeline.client import PipelineClient, move_data_urls
 from pipeline.config import MIB, ApiConfig
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
@@ -90,10 +90,11 @@ class ApiServer:
         if not self.is_ready:
             raise RequestError("the server is still starting", status=503)
         completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
+        messages, media = move_data_urls(messages)  # once, however many choices there are
         completion = Completion(completion_id, self._model_name, count, bool(body.logprobs), self._client.token_text)
         choices = [
             self._client.generate(
-                messages, to_choice(sampling, index), request_id=f"{completion_id}-{index}", priority=body.priority or 0,
+                messages, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0,
                 cache_salt=self._cache_salt(request, body.cache_salt or ""),
             )
             for index in range(count)
@@ -106,6 +107,8 @@ class ApiServer:
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
         """Who shares cached prefixes: requests with one key and one salt."""
+        if not self._keys and not salt:
+            return b""
         key = _given_key(request) if self._keys else b""
         return hashlib.sha256(hashlib.sha256(key).digest() + salt.encode("utf-8", "surrogatepass")).digest()
 

@@ -67,6 +67,7 @@ class _Flight:
     """A step under way."""
 
     scheduled: list[Scheduled]
+    num_decodes: int  # of them, in front
     launched: Launched
     started_at: float
     leases: list[Lease] = field(default_factory=list)  # of requests that ended meanwhile: it may still read them
@@ -120,11 +121,10 @@ class Engine:
             case EmbeddingReady():
                 self._on_embedding(message, now)
             case EncodeFailed():
-                if not self._is_early(message, now) and (request := self._find(message.key.request_id, message.key.attempt)) is not None:
-                    self._end(request, message.error, now)
+                if not self._is_early(message, now) and self._is_wanted(self._find_chunk(message)):
+                    self._end(self.requests[message.key.request_id], message.error, now)
             case LeaseRefused(key=key):
-                chunk = self._find_chunk(message)
-                if chunk is not None and chunk.embeddings is None and not chunk.is_read:
+                if self._is_wanted(self._find_chunk(message)):
                     self.counters["interrupted"] += 1
                     self._end(self.requests[key.request_id], Interruption("preempted"), now)
             case _:
@@ -133,19 +133,16 @@ class Engine:
     def on_subscriptions(self, events: Iterable[Subscription], now: float) -> None:
         self._clients.on_subscriptions(events, now)
 
-    def _find(self, request_id: str, attempt: int) -> Request | None:
-        request = self.requests.get(request_id)
-        if request is None or request.attempt != attempt:
-            self.counters["stale_messages"] += 1
-            return None
-        return request
-
-    def _find_chunk(self, message: EmbeddingReady | LeaseRefused) -> Chunk | None:
+    def _find_chunk(self, message: EmbeddingReady | EncodeFailed | LeaseRefused) -> Chunk | None:
         key = message.key
         request = self.requests.get(key.request_id)
         if request is None or request.attempt != key.attempt:
             return None
         return next((chunk for chunk in request.chunks if chunk.item == key.item and chunk.index == key.chunk), None)
+
+    def _is_wanted(self, chunk: Chunk | None) -> bool:
+        """Its embeddings are waited for."""
+        return chunk is not None and chunk.embeddings is None and not chunk.is_read
 
     def _on_generate(self, message: GenerateRequest, now: float) -> None:
         request_id = message.request_id
@@ -194,9 +191,11 @@ class Engine:
         request = self.requests.get(message.request_id)
         ended = self._clients.ended(message.request_id)
         known = request or ended
+        if message.is_foreign:
+            assert message.error is not None
+            self._clients.tell_failed(message.client_id, message.request_id, message.attempt, message.error)
+            return
         if known is not None and known.client_id != message.client_id:
-            if message.error is not None:  # preprocess refuses an id that belongs to somebody else
-                self._clients.tell_failed(message.client_id, message.request_id, message.attempt, message.error)
             return
         if request is not None and request.attempt <= message.attempt:
             self._end(request, message.error or FinishReason.ABORT, now)
@@ -216,7 +215,7 @@ class Engine:
         if self._is_early(message, now):
             return
         chunk, lease = self._find_chunk(message), Lease(message.sender.rank, message.lease_id)
-        if chunk is None or chunk.embeddings is not None or chunk.is_read:
+        if chunk is None or not self._is_wanted(chunk):
             self._leases.release([lease])
             return
         chunk.embeddings, chunk.lease = message.embeddings, lease
@@ -235,6 +234,9 @@ class Engine:
     def step(self, now: float) -> bool:
         """Launches the next step and sends what came of the one before (without overlap, of this one). False: there is nothing to do."""
         schedule = self.scheduler.schedule()
+        for request in schedule.preempted:
+            logger.debug("%s is preempted", request.request_id)
+            self._give_back(request.take_all_leases())
         for admitted in schedule.admitted:
             self._on_admitted(*admitted)
         if schedule.scheduled:
@@ -264,7 +266,7 @@ class Engine:
         plan = self.plan([_plan(item) for item in schedule.scheduled])
         self._send_step(plan)
         started_at = self._clock()
-        self._under_way.append(_Flight(schedule.scheduled, self.runner.launch(plan), started_at))
+        self._under_way.append(_Flight(schedule.scheduled, schedule.num_decodes, self.runner.launch(plan), started_at))
 
     def plan(self, sequences: Sequence[SequencePlan]) -> StepPlan:
         """The next step in the count."""
@@ -309,10 +311,10 @@ class Engine:
         now, started_at = self._clock(), max(flight.started_at, self._step_end)
         self._step_end = now
         if self.scheduler.step_times is not None:
-            prefills = [item for item in flight.scheduled if item.num_tokens > 1]
+            prefills = flight.scheduled[flight.num_decodes :]
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
             num_prefill = sum(item.num_tokens for item in prefills)
-            self.scheduler.step_times.observe(len(flight.scheduled) - len(prefills), num_prefill, num_pairs, now - started_at)
+            self.scheduler.step_times.observe(flight.num_decodes, num_prefill, num_pairs, now - started_at)
 
     def _send_step(self, message: StepsMessage) -> None:
         if self._publish_step is not None and not self._publish_step(message):
@@ -339,7 +341,10 @@ class Engine:
 
     def _drop(self, request: Request) -> None:
         del self.requests[request.request_id]
-        leases = request.take_all_leases()
+        self._give_back(request.take_all_leases())
+
+    def _give_back(self, leases: list[Lease]) -> None:
+        """Releases leases as soon as no step under way can read what they hold."""
         if self._under_way:
             self._under_way[-1].leases += leases
         else:

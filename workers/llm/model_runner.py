@@ -20,7 +20,7 @@ from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.llm.sampler import Sampled, Sampler
 from workers.nn.layers import Linear, QuantizedLinear
-from workers.nn.loader import Checkpoint, Progress, choose_dtype
+from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 1.0
@@ -133,7 +133,7 @@ class ModelRunner:
         return self.decoder(x, positions, self.attention, self.attention.plan(spans)), ends
 
     def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self.device)
+        return to_device(values.astype(np.int64), self.device)
 
 
 class KvPlan(NamedTuple):

@@ -68,7 +68,7 @@ class Request:
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each output token of this attempt, where they are wanted
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one an output token, where wanted; empty for those of earlier attempts
     num_computed_tokens: int = 0  # in the KV cache, or being computed by a step under way
     num_pending_tokens: int = 0  # 1 while a step under way samples one
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
@@ -98,6 +98,7 @@ class Request:
             items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
+            logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * (len(message.output_token_ids) // 4),
         )  # fmt: skip
 
     @property
@@ -122,6 +123,11 @@ class Request:
     @property
     def max_num_tokens(self) -> int:
         return len(self.prompt_token_ids) + self.max_tokens
+
+    @property
+    def is_waiting_for_embeddings(self) -> bool:
+        """Some have never arrived. Those that a preemption lost come back at once or, if they are gone, the request does not wait."""
+        return any(chunk.embeddings is None and not chunk.is_lost and chunk.stop > self.num_computed_tokens for chunk in self.chunks)
 
     def num_ready_tokens(self) -> int:
         """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
@@ -179,11 +185,12 @@ class Request:
         return done
 
     def start_over(self) -> None:
-        """Preempted: nothing is computed any more."""
+        """Preempted: nothing is computed any more. What it holds leases of is to be given back: others may need the places."""
         self.num_computed_tokens = self.num_published_blocks = 0
         self.block_table, self.slot = [], -1
         for chunk in self.chunks:
-            chunk.is_read, chunk.is_lost = False, chunk.is_lost or chunk.is_read
+            chunk.is_lost = chunk.is_lost or chunk.is_read or chunk.lease is not None
+            chunk.is_read = False
 
     def take_all_leases(self) -> list[Lease]:
         leases = [chunk.lease for chunk in self.chunks if chunk.lease is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.messages import SequenceStart, unpack_int32
 from pipeline.sampling import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
+from workers.nn.loader import to_device
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 NUM_CANDIDATES = 1024  # best tokens that are sorted first; all are, where that is not enough for a row's top_p
@@ -125,7 +126,7 @@ class Sampler:
         return [int(count) for count in self._params["num_logprobs"][slots]]
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        return to_device(np.ascontiguousarray(values), self._device)
 
     def _column(self, values: npt.NDArray[np.generic]) -> Tensor:
         return self._tensor(values.astype(np.float64))[:, None]
@@ -169,14 +170,14 @@ class Sampler:
         """The smallest probability [num_rows, 1] that a row keeps. Tokens of equal probability are kept or cut together."""
         top_k, top_p = self._column(params["top_k"]), self._column(params["top_p"])
         num_sorted = min(NUM_CANDIDATES, self._vocab_size)
-        least, is_enough = _cut(probs.topk(num_sorted, dim=-1).values, top_k, top_p)
+        least, is_enough = _cut(probs.topk(num_sorted, dim=-1).values, top_k, top_p, self._vocab_size)
         if num_sorted < self._vocab_size and not bool(is_enough.all()):
             rows = (~is_enough[:, 0]).nonzero()[:, 0]
-            least[rows] = _cut(probs[rows].sort(dim=-1, descending=True).values, top_k[rows], top_p[rows])[0]
+            least[rows] = _cut(probs[rows].sort(dim=-1, descending=True).values, top_k[rows], top_p[rows], self._vocab_size)[0]
         return torch.maximum(least, probs.amax(dim=-1, keepdim=True) * self._column(params["min_p"]))
 
 
-def _cut(best: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+def _cut(best: Tensor, top_k: Tensor, top_p: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """The smallest of the `best` probabilities [num_rows, n] that top_k, then top_p, keep, and whether n were enough to tell."""
     rank = torch.arange(best.shape[-1], device=best.device)[None]
     kept = best.masked_fill(rank >= top_k, 0.0)
@@ -184,5 +185,6 @@ def _cut(best: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     # Of all the probability there is: what top_k keeps, or 1.
     total = torch.where(top_k <= best.shape[-1], cumulative[:, -1:], 1.0)
     num_kept = ((cumulative - kept < top_p * total) & (kept > 0)).sum(dim=-1, keepdim=True)
-    is_enough = (num_kept < best.shape[-1]) | (top_k <= best.shape[-1])
+    # With a larger top_k the total is known only when all are sorted.
+    is_enough = (top_k <= best.shape[-1]) | ((top_k >= vocab_size) & (num_kept < best.shape[-1]))
     return best.gather(-1, (num_kept - 1).clamp(min=0)), is_enough

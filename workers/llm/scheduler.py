@@ -44,6 +44,8 @@ class Admitted(NamedTuple):
 class Schedule(NamedTuple):
     scheduled: list[Scheduled]
     admitted: list[Admitted]
+    preempted: list[Request]  # their leases are to be given back, once no step reads them
+    num_decodes: int  # they are in front
 
 
 class Scheduler:
@@ -87,14 +89,15 @@ class Scheduler:
     # What the next step computes.
 
     def schedule(self) -> Schedule:
-        has_preempted = self._make_room()
+        preempted = self._make_room()
         # What was just preempted would come straight back and take the blocks that it gave up.
-        admitted = [] if has_preempted else self._admit()
+        admitted = [] if preempted else self._admit()
         active = [request for request in self.running if not request.is_last_token_pending]
         ready = [(request, request.num_ready_tokens() - request.num_computed_tokens) for request in active]
         decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
         prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
         scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]
+        num_decodes = len(scheduled)
         budget = self.max_num_batched_tokens - len(scheduled)
         if decodes and prefills and self.step_times is not None:
             budget = min(budget, self.step_times.num_free_tokens(len(decodes), prefills[0][0].num_computed_tokens))
@@ -103,7 +106,7 @@ class Scheduler:
                 break
             scheduled.append(self._take(request, min(budget, num_tokens)))
             budget -= scheduled[-1].num_tokens
-        return Schedule(scheduled, admitted)
+        return Schedule(scheduled, admitted, preempted, num_decodes)
 
     def _take(self, request: Request, num_tokens: int) -> Scheduled:
         start = request.num_computed_tokens
@@ -112,13 +115,14 @@ class Scheduler:
         request.num_pending_tokens += is_sampled
         return Scheduled(request, start, stop, is_sampled)
 
-    def _make_room(self) -> bool:
-        """A place in the KV cache for every running request's newest token. Whether somebody was preempted for it."""
-        num_before = self.num_preemptions
+    def _make_room(self) -> list[Request]:
+        """A place in the KV cache for every running request's newest token. Those that were preempted for it."""
+        preempted: list[Request] = []
         for request in list(self.running):
             while request.slot >= 0 and not self.blocks.grow(request.request_id, request.num_tokens):
+                preempted.append(self.running[-1])
                 self._preempt(self.running[-1])
-        return self.num_preemptions > num_before
+        return preempted
 
     def _preempt(self, request: Request) -> None:
         self._stop(request)
@@ -128,9 +132,14 @@ class Scheduler:
 
     def _admit(self) -> list[Admitted]:
         admitted: list[Admitted] = []
+        oldest = min((request.arrival for request in self.waiting), default=0)
         for request in list(self.waiting):
             if len(self.running) == self.max_num_seqs:
                 break
+            # Places for embeddings are granted in the order of arrival. Whoever overtook by its priority and then waited for
+            # such a place could wait for ever, for it may be held by those it overtook. So it overtakes when it has all it needs.
+            if request.is_waiting_for_embeddings and request.arrival > oldest:
+                continue
             hashes = self._hashes(request)
             found = self.blocks.find(hashes)
             if any(digest in self._computing for digest in hashes[len(found) : len(found) + 1]):
@@ -148,6 +157,8 @@ class Scheduler:
             self._computing.update(dict.fromkeys(hashes[len(found) :], request))
             insort(self.running, request, key=_order)
             admitted.append(Admitted(request, request.num_computed_tokens))
+            if request.arrival == oldest:
+                oldest = min((other.arrival for other in self.waiting), default=0)
         return admitted
 
     def _hashes(self, request: Request) -> list[bytes]:

@@ -52,13 +52,14 @@ class QuantizedLinear:
         self._dtype = weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.float()  # in bfloat16 the sum below would round the largest activation over the edge
         scales = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_(min=1e-8)
         # 128 is the zero point, and the half rounds.
         quantized = torch.addcmul(_ZERO, x, 127.0 / scales).to(torch.uint8)
         y = torch.ops.onednn.qlinear_pointwise(
             quantized, 1.0, 128, self._weight, self._scales, self._zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = y.mul_(scales.float() / 127.0)
+        y = y.mul_(scales / 127.0)
         if self._bias is not None:
             y = y.add_(self._bias)
         return y.to(self._dtype)  # type: ignore[no-any-return]

@@ -89,7 +89,7 @@ class Preprocessor:
         self._pictures = PictureFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], self._threads, tasks, self._on_broken_picture
         )
-        self._settings = f"{info.folder}|{info.vision.min_pixels}|{info.vision.max_pixels}".encode()
+        self._settings = f"{info.folder}|{info.vision.min_pixels}|{info.vision.max_pixels}|".encode()
         self._requests: dict[str, OpenRequest] = {}
         self._last_arrival = 0
         self.is_draining = False
@@ -115,7 +115,8 @@ class Preprocessor:
         known = self._requests.get(message.request_id)
         if known is not None and known.client_id != message.client_id:
             error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
-            self._tell(known, AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, error=error))
+            refusal = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, error=error, is_foreign=True)
+            self._tell(known, refusal)
             return
         if known is not None and known.attempt > message.attempt:
             self.counters["stale_messages"] += 1
@@ -126,24 +127,29 @@ class Preprocessor:
             elif known.reply is not None:
                 self._tell(known, known.reply)
             return
-        if known is not None:
+        if known is not None and known.ended_at is None:
             self._end(known)
+        was_accepted = known is not None and isinstance(known.reply, GenerateRequest)
         opened = self._requests[message.request_id] = OpenRequest(message.client_id, message.request_id, message.attempt)
         opened.lead = known.lead if known is not None else None  # where a lower attempt may still run
         self.num_open += 1
         try:
-            self._check_admission(message)
+            if not was_accepted:  # what was begun is gone on with, be the server full or about to stop
+                self._check_load()
+            self._check_fields(message)
             self._hold_media(opened, sum(len(frame) for frame in frames))
         except RequestError as error:
             self._refuse(opened, error.info)
             return
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
 
-    def _check_admission(self, message: SubmitRequest) -> None:
+    def _check_load(self) -> None:
         if self.is_draining:
             raise RequestError("the server is shutting down", status=503)
         if self.num_open > self._config.max_open_requests:
             raise RequestError(f"the server is overloaded: {self._config.max_open_requests} requests are open", status=503)
+
+    def _check_fields(self, message: SubmitRequest) -> None:
         if not message.messages:
             raise RequestError("messages must not be empty", field="messages")
         if len(message.messages) > MAX_MESSAGES:
@@ -201,7 +207,8 @@ class Preprocessor:
         parts = list(_located_images(message))
         if len(parts) > (limit := self._config.max_items_per_request):
             raise RequestError(f"the request has {len(parts)} pictures, the limit is {limit}", field="messages")
-        tasks = [asyncio.ensure_future(self._picture(opened, part, field, frames)) for part, field in parts]
+        settings = self._settings + message.cache_salt
+        tasks = [asyncio.ensure_future(self._picture(opened, part, field, frames, settings)) for part, field in parts]
         try:
             pictures = await asyncio.gather(*tasks)
         except BaseException:
@@ -252,7 +259,7 @@ class Preprocessor:
         assert opened.lead is not None
         return ChunkKey(opened.request_id, opened.attempt, item, 0, opened.lead)
 
-    async def _picture(self, opened: OpenRequest, part: ImagePart, field: str, frames: list[memoryview]) -> Picture:
+    async def _picture(self, opened: OpenRequest, part: ImagePart, field: str, frames: list[memoryview], settings: bytes) -> Picture:
         if part.url:
             data: bytes | memoryview = await self._fetcher.fetch(part.url, field)
             self._hold_media(opened, len(data))
@@ -260,10 +267,10 @@ class Preprocessor:
             data = frames[part.frame]
         else:
             raise RequestError("the picture has neither a URL nor data", field=field)
-        return await self._in_thread(self._inspect, data, part.is_base64, field)
+        return await self._in_thread(self._inspect, data, part.is_base64, field, settings)
 
-    def _inspect(self, data: bytes | memoryview, is_base64: bool, field: str) -> Picture:
-        """Size and hash of a picture, from its header and its bytes; runs on a thread."""
+    def _inspect(self, data: bytes | memoryview, is_base64: bool, field: str, settings: bytes) -> Picture:
+        """Size and hash of a picture, from its header and its bytes; runs on a thread. Tenants with different salts share no cached picture."""
         max_bytes = self._config.max_media_mib * MIB
         if is_base64:
             data = decode_base64(data, max_bytes, field)
@@ -271,7 +278,7 @@ class Preprocessor:
             raise RequestError(f"the media is larger than {self._config.max_media_mib} MiB", field=field, status=413)
         size = read_size(data, self._config.max_image_pixels, field)
         target = smart_resize(size, self._info.vision)
-        return Picture(data, field, target, grid_of(target, self._info.vision), content_hash(data, self._settings))
+        return Picture(data, field, target, grid_of(target, self._info.vision), content_hash(data, settings))
 
     async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

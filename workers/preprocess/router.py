@@ -10,6 +10,7 @@ from pipeline.messages import MmItem, pack_int32
 
 MAX_REMEMBERED = 100_000
 PREFIX_TOKENS = 64  # prefixes are remembered in steps of so many tokens
+OUTPUT_TOKENS = 512  # what the output of an open request counts as: else a common prefix would draw everyone to one group
 
 
 class Choice:
@@ -62,7 +63,7 @@ class GroupRouter:
             seen[digest] = None
         while len(seen) > MAX_REMEMBERED:
             seen.popitem(last=False)
-        num_new = num_tokens - known[lead]
+        num_new = num_tokens - known[lead] + OUTPUT_TOKENS
         self.outstanding[lead] += num_new
         return lead, num_new
 

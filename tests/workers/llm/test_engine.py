@@ -312,6 +312,34 @@ def test_a_picture_that_no_vit_has_any_more_interrupts_its_request(random_checkp
     assert_same_tokens(so_far + rig.tokens("r"), answer)
 
 
+def test_a_preempted_request_gives_its_leases_back_when_no_step_reads_them(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 16, has_overlap=True)
+    rig.open_pool()
+    request, ready = rig.request(CHATS["very different sizes"], "r")
+    rig.engine.handle(request, rig.now)
+    for embedding in ready:
+        rig.engine.handle(embedding, rig.now)
+    for _ in range(3):
+        rig.engine.step(rig.now)
+    before = {lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids}
+    preempted = rig.scheduler.running[0]
+    rig.scheduler._preempt(preempted)
+    rig.engine._give_back(preempted.take_all_leases())
+    assert rig.vit.take(LeaseReleased) == [], "a step is under way"
+    again: set[ChunkKey] = set()
+    handles = {embedding.key: embedding for embedding in ready}
+    while rig.engine.step(rig.now):
+        for asked in rig.vit.take(LeaseRequest):
+            again.add(asked.key)
+            rig.engine.handle(msgspec.structs.replace(handles[asked.key], lease_id=next(rig.lease_ids)), rig.now)
+    after = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
+    assert before.isdisjoint(after)
+    assert len(after) == len(set(after))
+    assert {embedding.lease_id for embedding in ready} <= before | set(after)
+    assert again
+    assert_same_tokens(rig.tokens("r"), Reference(random_checkpoint).answer(CHATS["very different sizes"], NUM_TOKENS))
+
+
 def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(random_checkpoint: Path) -> None:
     rig = Rig(random_checkpoint, 64, has_overlap=True)
     rig.open_pool()
@@ -595,7 +623,9 @@ def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
     rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
-    rig.engine.handle(AbortRequest(client_id=other, request_id="r", attempt=1, error=error), rig.now)
+    refusal = AbortRequest(client_id=other, request_id="r", attempt=1, error=error, is_foreign=True)
+    rig.engine.handle(refusal, rig.now)
+    assert rig.feedback.take(RequestEnded) == []
     assert [(topic, m.error) for topic, m in rig.publisher.published if isinstance(m, RequestFailed)] == [(other, error)]
     rig.run()
     assert len(rig.tokens("r")) == NUM_TOKENS
@@ -607,6 +637,22 @@ def test_more_output_than_was_asked_for_is_refused(count: int, rig: Rig) -> None
     (failure,) = rig.publisher.take(RequestFailed)
     assert failure.error.status == 400
     rig.engine.check_integrity()
+
+
+def test_logprobs_go_on_behind_an_earlier_attempt(rig: Rig, references: dict[str, Answer]) -> None:
+    so_far = references["text only"].token_ids[:10]
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1, logprobs=1)
+    options = {"attempt": 2, "output_token_ids": pack_int32(so_far), "sampling": sampling}
+    request, _ = rig.request(CHATS["text only"], "r", **options)
+    rig.engine.handle(request, rig.now)
+    rig.run()
+    for output in rig.outputs():
+        (entry,) = output.logprobs
+        assert unpack_int32(entry.token_ids)[0] == unpack_int32(output.new_token_ids)[0]
+    rig.engine.handle(msgspec.structs.replace(request, num_received=12), rig.now)
+    (again,) = rig.outputs()
+    chosen = [int(unpack_int32(entry.token_ids)[0]) for entry in again.logprobs]
+    assert chosen == unpack_int32(again.new_token_ids).tolist()
 
 
 def test_output_of_an_earlier_attempt_is_gone_on_from(rig: Rig, references: dict[str, Answer]) -> None:

@@ -113,6 +113,13 @@ def test_a_flat_distribution_over_many_tokens_is_cut_as_defined(params: dict[str
     assert reached == kept
 
 
+def test_a_top_k_beyond_what_is_sorted_first_counts_as_the_whole_for_top_p() -> None:
+    probs = torch.cat([torch.full((1024,), 0.905 / 1024), torch.full((976,), 0.045 / 976), torch.full((4000,), 0.05 / 4000)]).double()
+    probs -= torch.linspace(0, 1e-9, 6000).double()  # no two alike
+    kept = drawn_at(probs.log(), SamplingParams(seed=3, top_k=2000, top_p=0.9), set())
+    assert abs(len(kept) - 968) <= 1, "0.9 of the 0.95 that top_k keeps"
+
+
 def drawn_at(logits: Tensor, params: SamplingParams, kept: set[int]) -> set[int]:
     """What is left with a probability at all."""
     sampler = Sampler(1, logits.shape[-1], (EOS,), torch.device("cpu"))

@@ -37,7 +37,7 @@ def scheduler(num_blocks: int = 100, budget: int = 16, max_seqs: int = 8) -> Sch
 
 
 def step(made: Scheduler, token: int = 1) -> list[tuple[str, int]]:
-    scheduled, _ = made.schedule()
+    scheduled, *_ = made.schedule()
     made.update(scheduled, {item.request.request_id: token for item in scheduled if item.is_sampled})
     return [(item.request.request_id, item.num_tokens) for item in scheduled]
 
@@ -84,6 +84,23 @@ def test_priorities_go_first_and_equals_in_order() -> None:
     assert [step(made)[0][0] for _ in range(4)] == ["d", "b", "a", "c"]
 
 
+def test_who_waits_for_a_picture_overtakes_nobody() -> None:
+    """The place for its embedding may be held by one that it would overtake."""
+    made = scheduler(max_seqs=1, budget=64)
+    made.add(make("old", 3, max_tokens=1))
+    urgent = make("urgent", 8, max_tokens=1, gate=4, priority=-1)
+    made.add(urgent)
+    assert step(made) == [("old", 3)]
+    made.add(make("next", 3, max_tokens=1))
+    assert step(made) == [("urgent", 4)], "now it is the oldest"
+    made.remove(urgent)
+    made.add(make("last", 3, max_tokens=1))
+    complete = make("complete", 8, max_tokens=1, gate=4, priority=-1)
+    arrive(complete)
+    made.add(complete)
+    assert step(made) == [("complete", 8)]
+
+
 def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
     made = scheduler(num_blocks=8, budget=64)  # 32 tokens
     old, young = make("old", 12, max_tokens=12), make("young", 11, max_tokens=12)
@@ -91,7 +108,7 @@ def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
     made.add(young)
     ended: list[str] = []
     for _ in range(40):
-        scheduled, _ = made.schedule()
+        scheduled, *_ = made.schedule()
         made.check_integrity()
         ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: 1 for item in scheduled if item.is_sampled})]
     assert ended == ["old", "young"]
@@ -107,7 +124,7 @@ def test_a_high_priority_is_not_preempted_for_a_low_one() -> None:
     made.add(high)
     ended: list[str] = []
     for _ in range(40):
-        scheduled, _ = made.schedule()
+        scheduled, *_ = made.schedule()
         ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: 1 for item in scheduled if item.is_sampled})]
     assert ended == ["high", "low"]
 
@@ -201,7 +218,7 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     ended: list[str] = []
     for number in range(200):
         made.add(make(f"short-{number}", 4, max_tokens=2))
-        scheduled, _ = made.schedule()
+        scheduled, *_ = made.schedule()
         ended += [r.request_id for r in made.update(scheduled, {s.request.request_id: 1 for s in scheduled if s.is_sampled})]
         if "long" in ended:
             break
@@ -259,7 +276,7 @@ def test_invariants_hold_whatever_happens(
             assert contents[request.block_table[position // 4]][position % 4] == tokens[position], "a foreign prefix"
 
     def run() -> int:
-        scheduled, _ = made.schedule()
+        scheduled, *_ = made.schedule()
         assert sum(item.num_tokens for item in scheduled) <= made.max_num_batched_tokens
         assert len(made.running) <= max_seqs
         for item in scheduled:

@@ -42,6 +42,17 @@ def test_steps_that_take_longer_than_predicted_make_it_careful_and_back() -> Non
     assert before - 1 <= times.num_free_tokens(4, 0) <= before
 
 
+def test_outliers_are_forgotten_when_what_it_allows_is_what_is_done() -> None:
+    times = StepTimes([Measured(1, 0.020), Measured(2, 0.0225), Measured(4, 0.027), Measured(8, 0.036)], 0.0, 1.25)
+    before = times.num_free_tokens(1, 0)
+    for _ in range(3):
+        times.observe(1, times.num_free_tokens(1, 0) or 1, 0, 0.1)
+    for _ in range(1000):
+        share = times.num_free_tokens(1, 0)
+        times.observe(1, share, 0, times.predict(1 + share))
+    assert (times.num_free_tokens(1, 0) or before) == before
+
+
 def test_a_machine_that_is_slower_as_a_whole_changes_nothing() -> None:
     times = StepTimes(FLAT_THEN_STEEP, 0.0, 1.25)
     before = times.num_free_tokens(4, 0)

@@ -45,6 +45,15 @@ def test_int8_is_close_and_no_row_depends_on_another(rows: int, dtype: torch.dty
     torch.testing.assert_close(linear.add_to(y, x), y + y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_activation_keeps_its_sign(dtype: torch.dtype) -> None:
+    linear = QuantizedLinear(torch.ones(4, 64).to(dtype))
+    for value in torch.linspace(0.01, 500, 997).tolist():
+        x = torch.zeros(1, 64).to(dtype)
+        x[0, 0] = value
+        torch.testing.assert_close(linear(x).float(), x[:, :1].float().expand(1, 4), rtol=0.02, atol=1e-4)
+
+
 def test_int8_does_not_overflow_and_zero_is_zero() -> None:
     linear = QuantizedLinear(torch.ones(8, 512))
     assert torch.equal(linear(torch.zeros(2, 512)), torch.zeros(2, 8))

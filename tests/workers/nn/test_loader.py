@@ -56,6 +56,15 @@ def test_a_mapped_tensor_is_the_same_and_stays_when_the_checkpoint_is_closed(fol
     assert loaded.tolist() == [0, 1, 2]
 
 
+def test_a_tensor_that_is_not_aligned_is_loaded_instead(tmp_path: Path) -> None:
+    values = torch.arange(6, dtype=torch.float32)
+    header = json.dumps({"x": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}})
+    header += " " * (1 - (8 + len(header)) % 4 + 4)
+    assert (8 + len(header)) % 4
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + values.numpy().tobytes())
+    assert Checkpoint(tmp_path, torch.float32, CPU).map("x").tolist() == values.tolist()
+
+
 def test_what_is_loaded_does_not_hold_the_file(folder: Path) -> None:
     checkpoint = Checkpoint(folder, torch.float32, CPU)
     kept = [checkpoint.load("visual.patch.weight"), checkpoint.load("odd")]

@@ -17,9 +17,11 @@ from pipeline.messages import (
     AbortRequest,
     CancelEncode,
     ChatMessage,
+    ChunkKey,
     EncodeMiss,
     EncodeRequest,
     GenerateRequest,
+    Hello,
     ImagePart,
     ItemNotNeeded,
     PixelsReleased,
@@ -46,6 +48,7 @@ class Rig:
     vits: list[FakeSink]
     allocator: SlotAllocator
     context: Any
+    llms: dict[int, FakeSink] = field(default_factory=dict)
     arrivals: int = 0
     decoded: list[object] = field(default_factory=list)
 
@@ -84,7 +87,7 @@ async def rig() -> AsyncIterator[Rig]:
         yield made
 
 
-def make_rig(num_vits: int, **options: Any) -> Any:
+def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> Any:
     from contextlib import asynccontextmanager
 
     @asynccontextmanager
@@ -98,11 +101,11 @@ def make_rig(num_vits: int, **options: Any) -> Any:
         )
         allocator = SlotAllocator(1 << 20, 1 << 18, 16)
         pool = TensorPool.on_host("preprocess.0", 1, 1 << 20, 16)
-        llm, vits = FakeSink(), [FakeSink() for _ in range(num_vits)]
+        llms, vits = {lead: FakeSink() for lead in leads}, [FakeSink() for _ in range(num_vits)]
         async with asyncio.TaskGroup() as tasks:
             info = read_model_info(EMBEDDED / "model")
-            core = Preprocessor(context, PreprocessConfig(**options), info, pool, allocator, {0: llm}, vits, tasks)
-            yield Rig(core, llm, vits, allocator, context)
+            core = Preprocessor(context, PreprocessConfig(**options), info, pool, allocator, llms, vits, tasks)
+            yield Rig(core, llms[leads[0]], vits, allocator, context, llms)
             await core.close()
         pool.close()
 
@@ -303,3 +306,73 @@ async def test_memory_and_requests_are_bounded() -> None:
         rig.submit("d", [large])
         await rig.settle()
         assert len(rig.llm.take(GenerateRequest)) == 2, "a's and d's"
+
+
+async def test_groups_share_the_work_and_each_hears_of_its_own_requests_only() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        for number in range(4):
+            rig.submit(f"r{number}", [encode(scene(number))])
+            await rig.settle()
+        requests = {lead: [message.request_id for message in llm.take(GenerateRequest)] for lead, llm in rig.llms.items()}
+        assert sorted(len(names) for names in requests.values()) == [2, 2]
+        for message in rig.encodes():
+            assert message.key.request_id in requests[message.key.lead]
+            if message.pixels is not None:
+                rig.feedback(PixelsReleased, key=message.key)
+        (name, _) = requests[2]
+        rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id=name, attempt=1), [])
+        assert [message.request_id for message in rig.llms[2].take(AbortRequest)] == [name]
+        assert rig.llms[0].sent == []
+        rig.core.on_ingest(Hello(client_id=CLIENT, protocol=1), [])
+        assert all(len(llm.take(Hello)) == 1 for llm in rig.llms.values())
+        for number in range(4):
+            rig.end(f"r{number}")
+        rig.check_nothing_left()
+
+
+async def test_a_further_attempt_goes_to_the_same_group_and_counts_once() -> None:
+    async with make_rig(1, leads=(0, 2), max_open_requests=1) as rig:
+        rig.core._groups.outstanding[0] += 1  # so that the first goes to the other one
+        rig.submit("r")
+        await rig.settle()
+        assert len(rig.llms[2].take(GenerateRequest)) == 1
+        rig.end("r")
+        rig.submit("other")
+        await rig.settle()
+        assert rig.core.num_open == 1, "the server is full now"
+        rig.submit("r", attempt=2)
+        await rig.settle()
+        told = [(message.request_id, message.attempt) for message in rig.llms[2].take(GenerateRequest)]
+        assert told == [("other", 1), ("r", 2)], "what was begun is gone on with"
+        assert rig.core.num_open == 2
+        rig.end("r", attempt=2)
+        rig.end("other")
+        rig.core._groups.outstanding[0] -= 1
+        rig.check_nothing_left()
+
+
+async def test_tenants_share_no_cached_picture(rig: Rig) -> None:
+    picture = encode(scene(1))
+    for name, salt in (("a", b""), ("b", b"x"), ("c", b"x")):
+        rig.submit(name, [picture], cache_salt=salt)
+    await rig.settle()
+    hashes = {message.request_id: message.items[0].mm_hash for message in rig.llm.take(GenerateRequest)}
+    assert hashes["a"] != hashes["b"] == hashes["c"]
+    for message in rig.encodes():
+        if message.pixels is not None:
+            rig.feedback(PixelsReleased, key=message.key)
+    for name in "abc":
+        rig.end(name)
+        rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
+    rig.check_nothing_left()
+
+
+async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(rig: Rig) -> None:
+    rig.submit("r")
+    rig.submit("r", client_id=b"o" * 16)
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert (refusal.client_id, refusal.is_foreign, refusal.error.status) == (b"o" * 16, True, 409)
+    await rig.settle()
+    assert [message.client_id for message in rig.llm.take(GenerateRequest)] == [CLIENT]
+    rig.end("r")
+    rig.check_nothing_left()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pipeline.messages import GridTHW, MmItem
-from workers.preprocess.router import MAX_REMEMBERED, PREFIX_TOKENS, GroupRouter, Router, prefix_hashes
+from workers.preprocess.router import MAX_REMEMBERED, OUTPUT_TOKENS, PREFIX_TOKENS, GroupRouter, Router, prefix_hashes
 
 
 def test_a_known_hash_goes_where_it_went_before() -> None:
@@ -39,11 +39,9 @@ def test_memory_is_bounded() -> None:
 def test_a_known_prefix_goes_where_it_is_and_new_ones_where_there_is_least_to_do() -> None:
     router = GroupRouter([0, 4])
     first, second = prefix_hashes([1] * 640, [], b""), prefix_hashes([2] * 640, [], b"")
-    assert router.choose(first, 640) == (0, 640)
-    assert router.choose(second, 640) == (4, 640)
-    assert router.choose(first, 650) == (0, 10)
-    assert router.choose(second, 650) == (4, 10)
-    for lead, num_tokens in ((0, 640), (4, 640), (0, 10), (4, 10)):
+    chosen = [router.choose(*request) for request in ((first, 640), (second, 640), (first, 650), (second, 650))]
+    assert [(lead, num_tokens - OUTPUT_TOKENS) for lead, num_tokens in chosen] == [(0, 640), (4, 640), (0, 10), (4, 10)]
+    for lead, num_tokens in chosen:
         router.finished(lead, num_tokens)
     assert router.outstanding == {0: 0, 4: 0}
 
@@ -53,7 +51,14 @@ def test_a_group_that_is_busy_is_not_waited_for() -> None:
     prefix = prefix_hashes([1] * PREFIX_TOKENS, [], b"")
     assert router.choose(prefix, PREFIX_TOKENS)[0] == 0
     router.outstanding[0] += 10 * PREFIX_TOKENS
-    assert router.choose(prefix, PREFIX_TOKENS) == (1, PREFIX_TOKENS)
+    assert router.choose(prefix, PREFIX_TOKENS)[0] == 1
+
+
+def test_a_common_prefix_does_not_draw_everyone_to_one_group() -> None:
+    router = GroupRouter([0, 1])
+    prefix = prefix_hashes([1] * 2048, [], b"")
+    chosen = [router.choose(prefix, 2060)[0] for _ in range(60)]
+    assert 20 <= chosen.count(0) <= 40
 
 
 def test_prefix_hashes_tell_texts_pictures_and_tenants_apart() -> None:
@@ -73,5 +78,5 @@ def test_the_memory_of_a_group_is_bounded() -> None:
     router = GroupRouter([0])
     for number in range(MAX_REMEMBERED + 10):
         router.choose([number.to_bytes(4, "big")], PREFIX_TOKENS)
-    assert router.choose([(0).to_bytes(4, "big")], PREFIX_TOKENS)[1] == PREFIX_TOKENS
-    assert router.choose([(MAX_REMEMBERED).to_bytes(4, "big")], PREFIX_TOKENS)[1] == 0
+    assert router.choose([(0).to_bytes(4, "big")], PREFIX_TOKENS)[1] == PREFIX_TOKENS + OUTPUT_TOKENS
+    assert router.choose([(MAX_REMEMBERED).to_bytes(4, "big")], PREFIX_TOKENS)[1] == OUTPUT_TOKENS

@@ -86,7 +86,8 @@ class PagedAttention:
         return slots.to(self.cache.device)
 
     def _together(self, slots: Sequence[Tensor], longest: int) -> _Together:
-        padded = torch.nn.utils.rnn.pad_sequence(list(slots), batch_first=True)
+        # Padded with slots of its own: what another's hold, should it not be finite, would pass even a weight of zero.
+        padded = torch.stack([torch.cat((of_span, of_span[-1:].expand(longest - len(of_span)))) for of_span in slots])
         lengths = torch.tensor([len(of_span) for of_span in slots], device=padded.device)
         is_outside = torch.arange(longest, device=padded.device) >= lengths[:, None]
         mask = torch.zeros(padded.shape, dtype=self.cache.dtype, device=padded.device).masked_fill_(is_outside, -torch.inf)
