@@ -1,0 +1,177 @@
+"""The LLM's engine and a ViT's batcher together, each real, with tiny pools: whatever comes in whatever order, everything ends.
+
+Places for embeddings are granted by arrival, KV blocks by priority and shared prefix; who holds one may wait for the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.messages import (
+    AbortRequest,
+    ChunkKey,
+    EmbeddingReady,
+    GenerateRequest,
+    GridTHW,
+    Interrupted,
+    ItemNotNeeded,
+    LeaseRefused,
+    LeaseReleased,
+    LeaseRequest,
+    MmChunk,
+    MmItem,
+    RequestOutput,
+    StepPlan,
+    TokenOutputs,
+    Welcome,
+    pack_int32,
+)
+from pipeline.sampling import SamplingParams
+from pipeline.slots import ALIGNMENT, Order, SlotAllocator
+from pipeline.sockets import Subscription
+from pipeline.tensors import TensorHandle
+from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
+from workers.llm.block_manager import BlockManager
+from workers.llm.engine import Engine
+from workers.llm.model_runner import StepResult
+from workers.llm.scheduler import Scheduler
+from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Ready
+
+CLIENT = b"c" * 16
+GRID = GridTHW(1, 4, 4)  # 4 tokens
+PIXELS = TensorHandle("preprocess.0", 1, 0, 1, 0, (1, 56, 56, 3), "uint8")
+
+
+class Runner:
+    """Computes nothing."""
+
+    def __init__(self) -> None:
+        self.pools: Any = SimpleNamespace(knows=lambda *_: True)
+
+    def launch(self, plan: StepPlan) -> Any:
+        count = sum(sequence.is_sampled for sequence in plan.sequences)
+        return SimpleNamespace(result=lambda: StepResult([1] * count, [()] * count))
+
+
+class World:
+    """Preprocess and the clients are played: pixels come at once, an interrupted request is submitted again."""
+
+    def __init__(self, rng: random.Random, has_overlap: bool) -> None:
+        self.rng = rng
+        self.publisher, self.feedback, self.vit, self.runner = FakePublisher(), FakeSink(), FakeSink(), Runner()
+        scheduler = Scheduler(BlockManager(rng.randint(14, 40), 4), rng.randint(1, 4), 16, (7,), has_prefix_cache=rng.random() < 0.7)
+        welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=56, max_requests=9, max_request_bytes=9)
+        self.engine = Engine(
+            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, 2, self.publisher, None, self.feedback, [self.vit],
+            has_overlap=has_overlap,
+        )  # fmt: skip
+        self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
+        self.batcher = Batcher(SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64), ALIGNMENT // 4, 2)
+        self.arrivals = itertools.count(1)
+        self.open: dict[str, GenerateRequest] = {}
+        self.num_outputs: dict[str, int] = {}
+        self.num_interrupted = 0
+
+    def submit(self, name: str, request: GenerateRequest | None = None) -> None:
+        arrival = next(self.arrivals)
+        if request is None:
+            shared = [self.rng.choice((3, 4))] * self.rng.choice((0, 8))
+            items: list[MmItem] = []
+            offset = len(shared) + 2
+            for _ in range(self.rng.randint(0, 4)):
+                mm_hash = b"shared" if self.rng.random() < 0.2 else f"{name}.{offset}".encode()
+                items.append(MmItem(offset, 4, GRID, mm_hash, (MmChunk(mm_hash, 4, 0, 1),)))
+                offset += 5
+            tokens = [*shared, *(self.rng.randint(10, 99) for _ in range(offset + 1 - len(shared)))]
+            sampling = SamplingParams(temperature=0, seed=1, max_tokens=self.rng.randint(1, 16), ignore_eos=True)
+            request = GenerateRequest(
+                sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1, arrival=arrival, prompt_token_ids=pack_int32(tokens),
+                items=tuple(items), sampling=sampling, priority=self.rng.choice((0, 0, -1, 1)),
+            )  # fmt: skip
+        self.open[name] = request
+        self.engine.handle(request, 0.0)
+        for number, item in enumerate(request.items):
+            key = ChunkKey(name, request.attempt, number, 0)
+            self.act(self.batcher.on_request(key, Order(request.arrival, number), item.mm_hash, GRID, None))
+
+    def act(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Ready(key, lease_id, feature):
+                    handle = TensorHandle("vit.0", 1, feature.slot.index, 1, 0, (4, 8), "float32")
+                    self.engine.handle(EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=lease_id, embeddings=handle), 0.0)
+                case NeedPixels(key):
+                    request = self.open.get(key.request_id)
+                    if request is not None and request.attempt == key.attempt:
+                        item = request.items[key.item]
+                        self.act(self.batcher.on_request(key, Order(request.arrival, key.item), item.mm_hash, GRID, PIXELS))
+                case LeaseGone(key):
+                    self.engine.handle(LeaseRefused(sender=VIT_0, epoch=1, key=key), 0.0)
+
+    def turn(self) -> None:
+        """Everybody does what he can."""
+        self.engine.step(0.0)
+        self.engine.check_integrity()
+        for message in self.vit.take():
+            match message:
+                case LeaseReleased(lease_ids=lease_ids):
+                    self.batcher.cache.release(lease_ids)
+                    self.act(self.batcher.poll())
+                case LeaseRequest(key=key, mm_hash=mm_hash):
+                    self.act(self.batcher.on_lease_request(key, mm_hash))
+        for message in self.feedback.take(ItemNotNeeded):
+            self.act(self.batcher.on_cancel([ChunkKey(message.request_id, message.attempt, message.item, 0)]))
+        self.act(self.batcher.on_encoded(self.batcher.next_batch(self.rng.choice((16, 64)))))
+        for message in self.publisher.take(TokenOutputs):
+            for output in message.outputs:
+                self.on_output(output)
+        for message in self.publisher.take(Interrupted):
+            self.num_interrupted += 1
+            request = self.open[message.request_id]
+            self.cancel(request)
+            tokens = pack_int32([1] * self.num_outputs.get(message.request_id, 0))
+            changes = {"attempt": request.attempt + 1, "arrival": next(self.arrivals), "output_token_ids": tokens}
+            self.submit(message.request_id, GenerateRequest(**{**{f: getattr(request, f) for f in request.__struct_fields__}, **changes}))
+        self.batcher.check_integrity()
+
+    def on_output(self, output: RequestOutput) -> None:
+        self.num_outputs[output.request_id] = output.offset + len(output.new_token_ids) // 4
+        if output.finish_reason is not None and (request := self.open.pop(output.request_id, None)) is not None:
+            self.cancel(request)
+
+    def cancel(self, request: GenerateRequest) -> None:
+        self.act(self.batcher.on_cancel([ChunkKey(request.request_id, request.attempt, number, 0) for number in range(len(request.items))]))
+
+    def abort(self, name: str) -> None:
+        self.engine.handle(AbortRequest(client_id=CLIENT, request_id=name, attempt=self.open[name].attempt), 0.0)
+
+
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+def test_everything_ends_whatever_holds_what(has_overlap: bool) -> None:
+    num_preempted = num_interrupted = 0
+    for seed in range(120):
+        world = World(random.Random(seed), has_overlap)
+        names = [f"r{number}" for number in range(12)]
+        for name in names:
+            world.submit(name)
+            for _ in range(world.rng.choice((0, 0, 1, 5))):
+                world.turn()
+            if world.open and world.rng.random() < 0.15:
+                world.abort(world.rng.choice(sorted(world.open)))
+        for _ in range(3000):
+            if not world.open:
+                break
+            world.turn()
+        assert not world.open, f"seed {seed}: {sorted(world.open)} wait for ever"
+        for _ in range(3):
+            world.turn()
+        assert world.batcher.cache.num_leases == 0, f"seed {seed}: leases are held for nobody"
+        num_preempted += world.engine.scheduler.num_preemptions
+        num_interrupted += world.num_interrupted
+    assert num_preempted > 20, "else this shows little"
+    assert num_interrupted > 5
