@@ -162,7 +162,7 @@ class PipelineClient:
         return self._end.message if self._end else ""
 
     async def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes] = (), request_id: str = "",
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one chat and yields what comes, ending with the piece that has a finish reason.
@@ -219,7 +219,7 @@ class PipelineClient:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
-        moved = tuple(_move_data_urls(message, frames) for message in messages)
+        moved = move_data_urls(messages, frames)
         if len(frames) > MAX_ITEMS:
             raise RequestError(f"the request has {len(frames)} pictures, the limit is {MAX_ITEMS}", field="messages")
         request = SubmitRequest(
@@ -405,15 +405,12 @@ class PipelineClient:
             opened.events.put_nowait(self._end)
 
 
-def move_data_urls(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[bytes]]:
-    """Messages for several requests with the same media: what stood in `data:` URLs is in frames, once."""
-    frames: list[bytes | memoryview] = []
-    moved = [_move_data_urls(message, frames) for message in messages]
-    return moved, [bytes(frame) if isinstance(frame, memoryview) else frame for frame in frames]
+def move_data_urls(messages: Sequence[ChatMessage], frames: list[bytes | memoryview]) -> tuple[ChatMessage, ...]:
+    """Puts what stands in `data:` URLs into frames, so that large media are neither scanned nor copied as text on their way."""
+    return tuple(_move_data_urls(message, frames) for message in messages)
 
 
 def _move_data_urls(message: ChatMessage, frames: list[bytes | memoryview]) -> ChatMessage:
-    """`data:` URLs become frames, so that large media are neither scanned nor copied as text on their way."""
     if isinstance(message.content, str):
         return message
     parts: list[TextPart | ImagePart] = []

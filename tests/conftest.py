@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # servers under test share the cores with the tests
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests must not spin on cores that the servers under test need
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

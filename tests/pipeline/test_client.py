@@ -161,13 +161,19 @@ async def test_a_failure_is_raised_with_its_field_and_status(client: PipelineCli
     assert (caught.value.info.status, caught.value.info.field) == (413, "messages[0]")
 
 
-async def test_leaving_early_aborts_until_it_is_answered(client: PipelineClient, pipeline: Pipeline) -> None:
+async def leave_early(client: PipelineClient, pipeline: Pipeline) -> SubmitRequest:
+    """A request whose generator is left after the first token."""
     stream = client.generate(CHAT, GREEDY)
     task = asyncio.create_task(anext(stream))
-    request = (await pipeline.next(SubmitRequest)).message
+    request: SubmitRequest = (await pipeline.next(SubmitRequest)).message
     pipeline.say_tokens(request, 0, [20])
     await task
     await stream.aclose()
+    return request
+
+
+async def test_leaving_early_aborts_until_it_is_answered(client: PipelineClient, pipeline: Pipeline) -> None:
+    request = await leave_early(client, pipeline)
     first = (await pipeline.next(AbortRequest)).message
     second = (await pipeline.next(AbortRequest)).message
     assert first == second
@@ -363,12 +369,7 @@ async def test_another_picture_at_the_same_url_fails_the_request(client: Pipelin
 
 
 async def test_an_interruption_settles_an_abort(client: PipelineClient, pipeline: Pipeline) -> None:
-    pieces = client.generate(CHAT, GREEDY)
-    task = asyncio.ensure_future(anext(pieces))
-    request = (await pipeline.next(SubmitRequest)).message
-    pipeline.say_tokens(request, 0, [5])
-    await task
-    await pieces.aclose()
+    request = await leave_early(client, pipeline)
     await pipeline.next(AbortRequest)
     pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="preempted")
     while client._aborting:

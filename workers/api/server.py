@@ -90,11 +90,12 @@ class ApiServer:
         if not self.is_ready:
             raise RequestError("the server is still starting", status=503)
         completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
-        messages, media = move_data_urls(messages)  # once, however many choices there are
+        media: list[bytes | memoryview] = []
+        moved = move_data_urls(messages, media)  # once, however many choices there are
         completion = Completion(completion_id, self._model_name, count, bool(body.logprobs), self._client.token_text)
         choices = [
             self._client.generate(
-                messages, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0,
+                moved, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0,
                 cache_salt=self._cache_salt(request, body.cache_salt or ""),
             )
             for index in range(count)

@@ -33,9 +33,6 @@ class BlockManager:
             found.append(block)
         return found
 
-    def is_published(self, digest: bytes) -> bool:
-        return digest in self._by_hash
-
     def can_allocate(self, found: Sequence[int], num_tokens: int, num_spare: int = 0) -> bool:
         """Whether blocks for `num_tokens`, the first of them `found`, can be had and `num_spare` free ones remain."""
         revived = sum(self._num_users[block] == 0 for block in found)

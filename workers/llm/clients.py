@@ -59,6 +59,9 @@ class _Client:
     left_at: float | None = None
     is_cut_off: bool = False
 
+    def has_left(self, now: float) -> bool:
+        return self.left_at is not None and now - self.left_at >= GRACE_OF_CLIENTS_S
+
 
 class Clients:
     """`publish` says False when a client lags too far behind. Times are seconds of any steady clock."""
@@ -95,17 +98,12 @@ class Clients:
 
     def lost(self, now: float) -> list[bytes]:
         """The clients whose requests are to end: cut off, or gone for longer than the grace."""
-        lost: list[bytes] = []
-        for client_id, client in list(self._clients.items()):
-            has_left = client.left_at is not None and now - client.left_at >= GRACE_OF_CLIENTS_S
-            if has_left or client.is_cut_off:
-                lost.append(client_id)
-        return lost
+        return [client_id for client_id, client in self._clients.items() if client.is_cut_off or client.has_left(now)]
 
     def forget(self, now: float) -> None:
         """Forgets clients that have left and requests that ended long ago."""
         for client_id, client in list(self._clients.items()):
-            if client.left_at is not None and now - client.left_at >= GRACE_OF_CLIENTS_S:
+            if client.has_left(now):
                 del self._clients[client_id]
         for request_id, ended in list(self._ended.items()):
             if now - ended.time < MEMORY_OF_ENDED_S:

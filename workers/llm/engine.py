@@ -188,13 +188,13 @@ class Engine:
 
     def _on_abort(self, message: AbortRequest, now: float) -> None:
         """From the client, or from preprocess with the reason why the request cannot run."""
-        request = self.requests.get(message.request_id)
-        ended = self._clients.ended(message.request_id)
-        known = request or ended
         if message.is_foreign:
             assert message.error is not None
             self._clients.tell_failed(message.client_id, message.request_id, message.attempt, message.error)
             return
+        request = self.requests.get(message.request_id)
+        ended = self._clients.ended(message.request_id)
+        known = request or ended
         if known is not None and known.client_id != message.client_id:
             return
         if request is not None and request.attempt <= message.attempt:

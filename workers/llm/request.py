@@ -52,7 +52,7 @@ class Chunk:
         return self.offset + self.wire.num_tokens
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # one is only ever itself: queues need not compare its arrays
 class Request:
     client_id: bytes
     request_id: str

@@ -11,9 +11,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from workers.nn.loader import to_device
 
 SMALL_HISTORY_BYTES = 512 << 10  # of one sequence in one layer: copying it costs about as much as computing it by itself
 
@@ -47,7 +50,7 @@ class _Chunk(NamedTuple):
 class _Together(NamedTuple):
     """Decodes that are computed as one batch."""
 
-    slots: Tensor  # [num_sequences · longest] int64; behind the end of a sequence any
+    slots: Tensor  # [num_sequences · longest] int64; behind the end of a sequence its last
     mask: Tensor  # [num_sequences, 1, 1, longest], 0 or -inf
 
 
@@ -81,14 +84,13 @@ class PagedAttention:
         return _Layout(spans, new, together, others)
 
     def _slots(self, span: Span) -> Tensor:
-        table = torch.tensor(span.block_table[: -(-span.length // self.block_size)])
-        slots = (table[:, None] * self.block_size + torch.arange(self.block_size)).flatten()[: span.length]
-        return slots.to(self.cache.device)
+        table = np.array(span.block_table[: -(-span.length // self.block_size)])
+        return to_device((table[:, None] * self.block_size + np.arange(self.block_size)).ravel()[: span.length], self.cache.device)
 
     def _together(self, slots: Sequence[Tensor], longest: int) -> _Together:
         # Padded with slots of its own: what another's hold, should it not be finite, would pass even a weight of zero.
         padded = torch.stack([torch.cat((of_span, of_span[-1:].expand(longest - len(of_span)))) for of_span in slots])
-        lengths = torch.tensor([len(of_span) for of_span in slots], device=padded.device)
+        lengths = to_device(np.array([len(of_span) for of_span in slots]), padded.device)
         is_outside = torch.arange(longest, device=padded.device) >= lengths[:, None]
         mask = torch.zeros(padded.shape, dtype=self.cache.dtype, device=padded.device).masked_fill_(is_outside, -torch.inf)
         return _Together(padded.flatten(), mask[:, None, None])
