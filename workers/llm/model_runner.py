@@ -19,7 +19,7 @@ from workers.llm.attention.torch import PagedAttention, Span
 from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.llm.sampler import Sampled, Sampler
-from workers.nn.layers import Linear, QuantizedLinear
+from workers.nn.layers import make_int8_linear, make_linear
 from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
 
 GIB = 1 << 30
@@ -78,7 +78,7 @@ class ModelRunner:
         dtype = choose_dtype(config.model.dtype, device)
         checkpoint = Checkpoint(folder, dtype, device, progress)
         checkpoint.expect("model.")
-        self.decoder = Decoder(info.text, checkpoint, parallel, QuantizedLinear if config.llm.quantization == "int8" else Linear)
+        self.decoder = Decoder(info.text, checkpoint, parallel, make_int8_linear if config.llm.quantization == "int8" else make_linear)
         checkpoint.close()
         self._dtype = dtype
         self.sampler = Sampler(config.llm.max_num_seqs, info.text.vocab_size, info.eos_token_ids, device)

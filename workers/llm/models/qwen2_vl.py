@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.parallel import HeadLayout, TensorParallel
-from workers.nn.layers import Linear, QuantizedLinear, RMSNorm, rotary_tables, rotate
+from workers.nn.layers import Linear, RMSNorm, make_linear, rotary_tables, rotate
 from workers.nn.loader import Checkpoint
+
+MakeLinear = Callable[..., Linear]  # (weight, bias=None)
 
 
 class Attention(Protocol):
@@ -21,7 +24,7 @@ class Attention(Protocol):
 
 
 class Decoder:
-    def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel, linear: type[Linear | QuantizedLinear] = Linear) -> None:
+    def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel, linear: MakeLinear = make_linear) -> None:
         self.info, self.parallel, self._dtype = info, parallel, checkpoint.dtype
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self._embeddings = _embedding_table(checkpoint)
@@ -54,9 +57,7 @@ class Decoder:
 
 
 class _Layer:
-    def __init__(
-        self, info: TextInfo, checkpoint: Checkpoint, heads: HeadLayout, parallel: TensorParallel, linear: type[Linear | QuantizedLinear], index: int
-    ) -> None:
+    def __init__(self, info: TextInfo, checkpoint: Checkpoint, heads: HeadLayout, parallel: TensorParallel, linear: MakeLinear, index: int) -> None:
         prefix = f"model.layers.{index}."
         self.heads, self.parallel, self.index = heads, parallel, index
         attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
@@ -81,7 +82,7 @@ class _Layer:
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
         return self._add(x, self.down, F.silu(gate).mul_(up))
 
-    def _add(self, x: Tensor, linear: Linear | QuantizedLinear, part: Tensor) -> Tensor:
+    def _add(self, x: Tensor, linear: Linear, part: Tensor) -> Tensor:
         """x + linear(part), where each rank has a part."""
         if self.parallel.size == 1:
             return linear.add_to(x, part)

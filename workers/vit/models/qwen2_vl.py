@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.families import VisionInfo
 from pipeline.messages import GridTHW
-from workers.nn.layers import LayerNorm, Linear, rotate
+from workers.nn.layers import LayerNorm, Linear, make_linear, rotate
 from workers.nn.loader import Checkpoint
 
 LAYER_NORM_EPS = 1e-6
@@ -26,7 +26,7 @@ class VisionEncoder:
     def __init__(self, info: VisionInfo, checkpoint: Checkpoint) -> None:
         self.info = info
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
-        self.patch_embed = Linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
+        self.patch_embed = make_linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
         self.blocks = [_Block(info, checkpoint, f"visual.blocks.{index}.") for index in range(info.depth)]
         self.norm = _layer_norm(checkpoint, "visual.merger.ln_q")
         self.merger_in = _linear(checkpoint, "visual.merger.mlp.0")
@@ -69,7 +69,7 @@ class _Block:
 
 
 def _linear(checkpoint: Checkpoint, name: str) -> Linear:
-    return Linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
+    return make_linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
 
 
 def _layer_norm(checkpoint: Checkpoint, name: str) -> LayerNorm:
