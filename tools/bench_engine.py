@@ -6,8 +6,8 @@
 Weights are random: speed does not depend on their values. It starts servers of its own, with all cores for the LLM (nothing else
 runs in these loads but in `turns` and `memory`). Rounds are interleaved and medians are told, since shared machines drift.
 
-rates   prefill and decode tokens/s beside `generate()` in the same type; a decode step beside the read rate of memory, prefill beside
-        the rate of matrix products
+rates   prefill and decode tokens/s beside `generate()` in the same type (or in `--hf-dtype`); a decode step beside the read rate of
+        memory, prefill beside the rate of matrix products
 int8    decode tokens/s with `--quantization int8` beside without
 turns   TTFT of the second turn of a chat with three pictures beside its first
 memory  resident memory of the LLM process beside its weights and KV cache
@@ -40,7 +40,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import TextInfo, read_model_info
 from tools.bench_serving import Result, Workload, converse, open_session, run_load, send
-from workers.nn.loader import choose_dtype
+from workers.nn.loader import Checkpoint, choose_dtype
 
 VOCABULARY = 151_936
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -111,7 +111,7 @@ class Served(NamedTuple):
 def serve(model: Path, dtype: torch.dtype, *options: str) -> Iterator[Served]:
     """A server of our own, for as long as it is needed."""
     command = [
-        sys.executable, "-m", "launcher", "--model", str(model), "--dtype", str(dtype).removeprefix("torch."), "--device", "cpu", "--port", "0",
+        sys.executable, "-m", "launcher", "--model", str(model), "--dtype", name_of(dtype), "--device", "cpu", "--port", "0",
         "--max-model-len", "8192", "--log-level", "warning", *options,
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -193,10 +193,22 @@ def num_weights(info: TextInfo) -> int:
     return info.num_layers * layer + info.vocab_size * info.hidden_size
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    return Checkpoint(folder, torch.float32, torch.device("cpu")).map("model.embed_tokens.weight").dtype
+
+
 class Bench:
-    def __init__(self, folder: Path, dtype: torch.dtype, rounds: int, num_output: int) -> None:
-        self.folder, self.dtype, self.rounds, self.num_output = folder, dtype, rounds, num_output
+    """`dtype` is ours, `hf_dtype` that of transformers."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, hf_dtype: torch.dtype, rounds: int, num_output: int) -> None:
+        self.folder, self.dtype, self.hf_dtype, self.rounds, self.num_output = folder, dtype, hf_dtype, rounds, num_output
         self.info = read_model_info(folder).text
+        # Weights of 16 bits stay in 16 bits, whatever the arithmetic is done in.
+        self.weight_bytes = num_weights(self.info) * min(dtype.itemsize, stored_dtype(folder).itemsize)
         self.rng = random.Random(0)
 
     def medians(self, calls: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -210,7 +222,7 @@ class Bench:
         return {name: statistics.median(of_name) for name, of_name in values.items()}
 
     def rates(self) -> list[Row]:
-        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
+        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.hf_dtype).eval()
         with serve(self.folder, self.dtype, *ALL_CORES) as served:
             found = self.medians(
                 {
@@ -227,9 +239,9 @@ class Bench:
                 }
             )
         kinds = {"decode 1": "decode, 1 request", "decode 8": "decode, 8 requests", "prefill 512": "prefill, 512", "prefill 2048": "prefill, 2048"}
-        rows = [Row(what, found[name], "transformers", found[f"hf {name}"], "tokens/s") for name, what in kinds.items()]
-        step_bytes = num_weights(self.info) * self.dtype.itemsize
-        rows.append(Row("decode step, 1 request, reads", found["decode 1"] * step_bytes / 1e9, "memory", found["read"] / 1e9, "GB/s"))
+        theirs = "transformers" if self.hf_dtype == self.dtype else f"transformers, {name_of(self.hf_dtype)}"
+        rows = [Row(what, found[name], theirs, found[f"hf {name}"], "tokens/s") for name, what in kinds.items()]
+        rows.append(Row("decode step, 1 request, reads", found["decode 1"] * self.weight_bytes / 1e9, "memory", found["read"] / 1e9, "GB/s"))
         layers = num_weights(self.info) - self.info.vocab_size * self.info.hidden_size  # the output layer runs for one token only
         rows.append(Row("prefill, 512, computes", found["prefill 512"] * 2 * layers / 1e9, "matrix products", found["matmul"] / 1e9, "GFLOP/s"))
         return rows
@@ -246,7 +258,7 @@ class Bench:
                     "int8 prefill": lambda: prefill_rate(quantized, 500, self.rng),
                 }
             )
-        name = str(self.dtype).removeprefix("torch.")
+        name = name_of(self.dtype)
         kinds = {"1": "decode in int8, 1 request", "8": "decode in int8, 8 requests", "prefill": "prefill in int8, 512"}
         return [Row(what, found[f"int8 {kind}"], name, found[f"plain {kind}"], "tokens/s") for kind, what in kinds.items()]
 
@@ -271,7 +283,7 @@ class Bench:
             resident = served.memory_of("llm")
         kv_token = 2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.dtype.itemsize
         kv = min(kv_gib * (1 << 30), 12 * 2048 * kv_token)
-        needed = num_weights(self.info) * self.dtype.itemsize + kv
+        needed = self.weight_bytes + kv
         return [Row("resident memory of the LLM process", resident / (1 << 20), "weights + KV used", needed / (1 << 20), "MiB")]
 
     def itl(self) -> list[Row]:
@@ -335,18 +347,20 @@ def main() -> None:
     parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
     parser.add_argument("--model", type=Path, help="a checkpoint to measure instead")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--hf-dtype", choices=("float32", "bfloat16"), help="of transformers, if not the same")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
     dtype = choose_dtype(args.dtype, torch.device("cpu"))
+    hf_dtype = choose_dtype(args.hf_dtype or name_of(dtype), torch.device("cpu"))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch)
         if args.model is None:
             make_checkpoint(folder, args.shape)
-        bench = Bench(folder, dtype, args.rounds, args.output_tokens)
+        bench = Bench(folder, dtype, hf_dtype, args.rounds, args.output_tokens)
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {args.model or args.shape}, {dtype}; memory "
             f"{read_rate() / 1e9:.0f} GB/s, matrix products {matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median of {args.rounds} rounds\n",

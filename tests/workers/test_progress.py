@@ -55,7 +55,7 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> Any:
         count = sum(sequence.is_sampled for sequence in plan.sequences)
-        return SimpleNamespace(result=lambda: StepResult([1] * count, [()] * count))
+        return SimpleNamespace(has_run=True, result=lambda: StepResult([1] * count, [()] * count))
 
 
 class World:

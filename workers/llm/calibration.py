@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,7 +22,7 @@ OWNER = "calibration"
 def measure_step_times(
     execute: Callable[[Sequence[SequencePlan]], float], blocks: BlockManager, max_num_batched_tokens: int, max_model_len: int, max_stretch: float
 ) -> StepTimes:
-    """Runs steps of 1, 2, 4, … tokens without history and one with. `execute` runs a step and returns its seconds.
+    """Runs steps of 1, 2, 4, 6, 8, 12, … tokens without history and one with. `execute` runs a step and returns its seconds.
 
     Uses blocks of the cache that nobody has yet, and gives them back.
     """
@@ -36,13 +37,18 @@ def measure_step_times(
         return first if first > SHORT_S else statistics.median([first, *(execute([plan]) for _ in range(NUM_REPEATS - 1))])
 
     measured: list[Measured] = []
-    size = 1
-    while size <= min(max_num_batched_tokens, longest):
+    for size in itertools.takewhile(lambda size: size <= min(max_num_batched_tokens, longest), _sizes()):
         measured.append(Measured(size, seconds(size, 0)))
         if measured[-1].seconds > FAR_BEYOND * measured[0].seconds:
             break
-        size *= 2
     probe, history = measured[len(measured) // 2], min(LONGEST_HISTORY, longest - measured[-1].num_tokens)
     per_pair = max(0.0, seconds(probe.num_tokens, history) - probe.seconds) / (probe.num_tokens * history) if history > 0 else 0.0
     blocks.free(OWNER)
     return StepTimes(measured, per_pair, max_stretch)
+
+
+def _sizes() -> Iterator[int]:
+    """Powers of 2, and what lies midway: a product's time may leap from 6 rows to 7 and then stay up to 12."""
+    yield from (1, 2)
+    for power in itertools.count(2):
+        yield from (1 << power, 3 << power - 1)

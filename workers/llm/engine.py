@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 
 class Launched(Protocol):
+    has_run: bool  # already: the device computes nothing on its own
+
     def result(self) -> StepResult: ...
 
 
@@ -70,6 +72,7 @@ class _Flight:
     num_decodes: int  # of them, in front
     launched: Launched
     started_at: float
+    ended_at: float | None  # None: it runs on
     leases: list[Lease] = field(default_factory=list)  # of requests that ended meanwhile: it may still read them
 
 
@@ -266,7 +269,9 @@ class Engine:
         plan = self.plan([_plan(item) for item in schedule.scheduled])
         self._send_step(plan)
         started_at = self._clock()
-        self._under_way.append(_Flight(schedule.scheduled, schedule.num_decodes, self.runner.launch(plan), started_at))
+        launched = self.runner.launch(plan)
+        ended_at = self._clock() if launched.has_run else None
+        self._under_way.append(_Flight(schedule.scheduled, schedule.num_decodes, launched, started_at, ended_at))
 
     def plan(self, sequences: Sequence[SequencePlan]) -> StepPlan:
         """The next step in the count."""
@@ -308,13 +313,13 @@ class Engine:
 
     def _observe(self, flight: _Flight) -> None:
         """Lets the scheduler learn from the time that the step took: from its launch, or from the end of the one before."""
-        now, started_at = self._clock(), max(flight.started_at, self._step_end)
-        self._step_end = now
+        ended_at = flight.ended_at or self._clock()
+        started_at, self._step_end = max(flight.started_at, self._step_end), ended_at
         if self.scheduler.step_times is not None:
             prefills = flight.scheduled[flight.num_decodes :]
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
             num_prefill = sum(item.num_tokens for item in prefills)
-            self.scheduler.step_times.observe(flight.num_decodes, num_prefill, num_pairs, now - started_at)
+            self.scheduler.step_times.observe(flight.num_decodes, num_prefill, num_pairs, ended_at - started_at)
 
     def _send_step(self, message: StepsMessage) -> None:
         if self._publish_step is not None and not self._publish_step(message):

@@ -39,6 +39,7 @@ class Launched:
     """A step under way. On CUDA its results are on their way to the host while the next step is prepared."""
 
     def __init__(self, sampled: Sampled | None, num_logprobs: Sequence[int], device: torch.device) -> None:
+        self.has_run = device.type == "cpu"
         self._num_logprobs = num_logprobs
         self._parts = [_to_host(part) for part in sampled or () if part is not None]
         self._event = torch.cuda.Event() if device.type == "cuda" else None

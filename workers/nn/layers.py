@@ -49,7 +49,7 @@ class HalfLinear(Linear):
         self._weight = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self._weight)  # type: ignore[no-any-return]
+        return torch.ops.quantized.linear_dynamic_fp16.default(x, self._weight)  # type: ignore[no-any-return]
 
 
 class Int8Linear(Linear):
@@ -97,7 +97,7 @@ class FbgemmInt8Linear(Int8Linear):
             return torch.ops.quantized.linear_prepack(quantized, None)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / largest, 1 / 127, 128, self._weight)  # type: ignore[no-any-return]
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x / largest, 1 / 127, 128, self._weight)  # type: ignore[no-any-return]
 
 
 _ZERO_POINT = torch.tensor(128.5)  # and the half that rounds

@@ -12,6 +12,7 @@ import ipaddress
 import os
 import socket
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -62,6 +63,12 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+@dataclass
+class _Download:
+    task: asyncio.Task[bytes]
+    num_waiting: int = 0
+
+
 class Fetcher:
     """Use within one event loop; `close` it at the end."""
 
@@ -70,6 +77,7 @@ class Fetcher:
         self._max_bytes = config.max_media_mib * MIB
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_DOWNLOADS)
         self._session: aiohttp.ClientSession | None = None
+        self._downloads: dict[URL, _Download] = {}
 
     async def fetch(self, url: str, field: str) -> bytes:
         """The bytes behind an http, https or file URL or a bare path. Raises RequestError, which names the field."""
@@ -83,7 +91,7 @@ class Fetcher:
             case "file":
                 return await asyncio.to_thread(self._read_file, parsed.path, field)
             case "http" | "https":
-                return await self._download(parsed, field)
+                return await self._share(parsed, field)
             case _:
                 raise RequestError("a media URL must begin with http://, https://, data: or file://", field=field)
 
@@ -110,6 +118,23 @@ class Fetcher:
                 return file.read(self._max_bytes)
         finally:
             os.close(fd)
+
+    async def _share(self, url: URL, field: str) -> bytes:
+        """Downloads a URL once for all who want it at the same time, like the `n` choices of one request."""
+        download = self._downloads.get(url)
+        if download is None:
+            download = self._downloads[url] = _Download(asyncio.create_task(self._download(url, field)))
+        download.num_waiting += 1
+        try:
+            return await asyncio.shield(download.task)
+        except RequestError as error:
+            raise RequestError(error.info.message, field=field, status=error.info.status) from None
+        finally:
+            download.num_waiting -= 1
+            if download.task.done() or not download.num_waiting:
+                download.task.cancel()
+                if self._downloads.get(url) is download:  # nobody may join what is over
+                    del self._downloads[url]
 
     async def _download(self, url: URL, field: str) -> bytes:
         async with self._slots:

@@ -23,6 +23,7 @@ def test_it_measures_what_the_machine_does_and_leaves_no_trace() -> None:
         return 0.010 + 0.001 * max(0, num_tokens - 16) + 1e-6 * num_tokens * num_computed
 
     times = measure_step_times(execute, blocks, max_num_batched_tokens=2048, max_model_len=3000, max_stretch=1.25)
+    assert [num_tokens for num_tokens, _ in steps if num_tokens <= 16][:28:4] == [1, 2, 4, 6, 8, 12, 16], "each four times"
     assert times.predict(4) == pytest.approx(0.010)
     assert times.predict(40) == pytest.approx(0.034)
     assert times.predict(40, num_pairs=4000) == pytest.approx(0.038)

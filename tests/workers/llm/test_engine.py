@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -34,6 +36,7 @@ from pipeline.messages import (
     RequestEnded,
     RequestFailed,
     RequestOutput,
+    StepPlan,
     TokenOutputs,
     Welcome,
     pack_int32,
@@ -338,6 +341,32 @@ def test_a_preempted_request_gives_its_leases_back_when_no_step_reads_them(rando
     assert {embedding.lease_id for embedding in ready} <= before | set(after)
     assert again
     assert_same_tokens(rig.tokens("r"), Reference(random_checkpoint).answer(CHATS["very different sizes"], NUM_TOKENS))
+
+
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+def test_each_step_is_timed_by_itself(has_overlap: bool, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that computes while it is asked, a second a token: overlap changes when results are collected, not what steps took."""
+    rig = Rig(random_checkpoint, 16, has_overlap=has_overlap)
+    now = 0.0
+    observed: list[tuple[int, float]] = []
+    launch = rig.engine.runner.launch
+
+    def take_time(plan: StepPlan) -> Any:
+        nonlocal now
+        now += sum(max(1, len(sequence.token_ids) // 4) for sequence in plan.sequences)
+        return launch(plan)
+
+    def observe(num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
+        observed.append((num_decodes + num_prefill, seconds))
+
+    monkeypatch.setattr(rig.engine.runner, "launch", take_time)
+    monkeypatch.setattr(rig.engine, "_clock", lambda: now)
+    monkeypatch.setattr(rig.scheduler, "step_times", SimpleNamespace(observe=observe, num_free_tokens=lambda *_: 16))
+    request, _ = rig.request(CHATS["text only"], "r")
+    rig.engine.handle(request, rig.now)
+    rig.run()
+    assert len({num_tokens for num_tokens, _ in observed}) > 1
+    assert all(seconds == num_tokens for num_tokens, seconds in observed)
 
 
 def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(random_checkpoint: Path) -> None:

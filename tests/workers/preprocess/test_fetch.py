@@ -79,6 +79,35 @@ async def test_downloads_and_follows_a_redirect(base: str, get: Get) -> None:
     assert await get(f"{base}/once") == b"picture"
 
 
+async def test_who_wants_the_same_at_the_same_time_shares_one_download(base: str) -> None:
+    fetcher = Fetcher(PreprocessConfig(max_media_mib=1, media_timeout_s=1.0, allow_private_media=True))
+    fields = [f"field {number}" for number in range(3)]
+    assert await asyncio.gather(*(fetcher.fetch(f"{base}/picture", field) for field in fields)) == [b"picture"] * 3
+    assert handled == ["/picture"]
+    refusals = await asyncio.gather(*(fetcher.fetch(f"{base}/missing", field) for field in fields), return_exceptions=True)
+    assert [refusal.info.field for refusal in refusals if isinstance(refusal, RequestError)] == fields
+    assert await fetcher.fetch(f"{base}/picture", "later") == b"picture"
+    assert handled == ["/picture", "/missing", "/picture"], "nothing is kept"
+    await fetcher.close()
+
+
+async def test_a_download_ends_when_the_last_who_wants_it_leaves(base: str) -> None:
+    fetcher = Fetcher(PreprocessConfig(max_media_mib=1, media_timeout_s=60.0, allow_private_media=True))
+    first, second = (asyncio.create_task(fetcher.fetch(f"{base}/slow", "")) for _ in range(2))
+    await asyncio.sleep(0.2)
+    first.cancel()
+    await asyncio.sleep(0.1)
+    (download,) = fetcher._downloads.values()
+    assert not download.task.done(), "the second still wants it"
+    second.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert download.task.cancelled()
+    assert not fetcher._downloads
+    assert handled == ["/slow"]
+    await fetcher.close()
+
+
 @pytest.mark.parametrize(
     ("path", "words", "status"),
     [
