@@ -287,7 +287,7 @@ class Bench:
         return [Row("resident memory of the LLM process", resident / (1 << 20), "weights + KV used", needed / (1 << 20), "MiB")]
 
     def itl(self) -> list[Row]:
-        streams = Workload(num_words=16, num_output=4 * self.num_output)
+        streams = Workload(num_words=16, num_output=12 * self.num_output)
         prompts = Workload(num_words=500, num_output=1)
 
         async def run(served: Served, has_prompts: bool) -> tuple[list[float], float]:
@@ -305,17 +305,22 @@ class Bench:
 
             async with open_session() as session:
                 bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, self.rng)]
+                results = [Result(sent=0.0) for _ in bodies]
+                running = [asyncio.create_task(send(session, served.url, *pair)) for pair in zip(bodies, (0,) * NUM_STREAMS, results, strict=True)]
+                while not all(result.arrivals for result in results):
+                    await asyncio.sleep(0.01)
+                    if failed := [result.error for result in results if result.error]:
+                        raise RuntimeError(failed[0])
                 start = time.perf_counter()
-                running = [asyncio.create_task(send(session, served.url, body)) for body in bodies]
                 noise = [asyncio.create_task(keep_sending()) for _ in range(2 if has_prompts else 0)]
-                results = await asyncio.gather(*running)
+                await asyncio.gather(*running)
                 for task in noise:
                     if task.done():
                         task.result()
                     task.cancel()
                 await asyncio.gather(*noise, return_exceptions=True)
-            begin, end = max(r.arrivals[0] for r in results), min(r.arrivals[-1] for r in results)
-            gaps = [gap for r in results for at, gap in zip(r.arrivals[1:], r.gaps, strict=True) if begin < at <= end]
+            end = min(result.arrivals[-1] for result in results)
+            gaps = [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
             return gaps, num_prompt_tokens / (last_prompt - start) if num_prompt_tokens else 0.0
 
         alone: list[float] = []

@@ -98,8 +98,10 @@ class Workload:
         }  # fmt: skip
 
 
-async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], turn: int = 0) -> Result:
-    result = Result(sent=time.perf_counter(), turn=turn)
+async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], turn: int = 0, result: Result | None = None) -> Result:
+    """`result` is filled as events come."""
+    result = result or Result(sent=0.0)
+    result.sent, result.turn = time.perf_counter(), turn
     try:
         await _receive(session, url, body, result)
     except (aiohttp.ClientError, OSError) as error:
