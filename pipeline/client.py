@@ -183,7 +183,10 @@ class PipelineClient:
                     raise RequestError.from_info(event)
                 token_ids = tuple(unpack_int32(event.new_token_ids).tolist())
                 finish = event.finish_reason
-                text = stop_strings.add(detokenizer.add(token_ids, finish is not None), finish is not None)
+                # What comes before `min_tokens` cannot be, or begin, a stop string.
+                num_early = max(0, sampling.min_tokens - event.offset)
+                text = detokenizer.add(token_ids[:num_early])
+                text += stop_strings.add(detokenizer.add(token_ids[num_early:], finish is not None), finish is not None)
                 if finish is not None:
                     self._open.pop(request, None)
                 if stop_strings.is_hit:

@@ -28,8 +28,10 @@ TEXT = {
 VISION = {"depth": 3, "embed_dim": 96, "num_heads": 3, "hidden_size": 192, "mlp_ratio": 3}
 
 
-def make_checkpoint(folder: Path, seed: int = 0, scale: float = 5.0, processor: dict[str, int] | None = None) -> Path:
-    """A random Qwen2-VL in `folder`, as Hugging Face saves it."""
+def make_checkpoint(
+    folder: Path, seed: int = 0, scale: float = 5.0, processor: dict[str, int] | None = None, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A random Qwen2-VL in `folder`, as Hugging Face saves it, its weights in `dtype`."""
     embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
     text = embedded["text_config"]
     ids = {name: text[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
@@ -42,7 +44,7 @@ def make_checkpoint(folder: Path, seed: int = 0, scale: float = 5.0, processor: 
                 parameter.mul_(scale)
             elif "norm" not in name and "ln_q" not in name:
                 parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / "model" / name, folder / name)
     settings = json.loads((EMBEDDED / "model" / "preprocessor_config.json").read_text())

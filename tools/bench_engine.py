@@ -314,6 +314,8 @@ class Bench:
                 start = time.perf_counter()
                 noise = [asyncio.create_task(keep_sending()) for _ in range(2 if has_prompts else 0)]
                 await asyncio.gather(*running)
+                if failed := [result.error for result in results if result.error]:
+                    raise RuntimeError(failed[0])
                 for task in noise:
                     if task.done():
                         task.result()

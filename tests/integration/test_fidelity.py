@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.client import PipelineClient
 from pipeline.messages import ChatMessage
 from pipeline.sampling import SamplingParams
 from tests.chats import CHATS, Chat, to_messages
+from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
 from tests.pictures import noise
 from tests.reference import Answer, Reference, assert_same_tokens
@@ -78,6 +80,28 @@ def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, re
         asyncio.run(run(server))
 
 
+@pytest.fixture(scope="module")
+def bfloat16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("bfloat16"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("setup", [("--tp", "1"), ("--tp", "2"), ("--dp", "2"), ("--overlap", "on")], ids=" ".join)
+def test_weights_of_16_bits_computed_in_float32(setup: tuple[str, ...], bfloat16_checkpoint: Path) -> None:
+    """As published checkpoints come: another kind of linear layer than for weights of 32 bits."""
+    reference = Reference(bfloat16_checkpoint)
+    references = {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
+
+    async def run(server: Server) -> None:
+        async with PipelineClient(server.run_dir) as client:
+            for _ in range(2):  # the second time with every prefix and picture cached
+                together = await asyncio.gather(*(generate(client, *to_messages(chat)) for chat in CHATS.values()))
+                for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
+                    assert_same_tokens(tokens, answer, name)
+
+    with Server("--model", str(bfloat16_checkpoint), "--dtype", "float32", *LIMITS, *setup) as server:
+        asyncio.run(run(server))
+
+
 @pytest.mark.parametrize("tp", ["1", "4"])
 def test_greedy_tokens_of_the_embedded_model(tp: str) -> None:
     """The user's own command: the embedded model, `--tp 4`, on a CPU."""
@@ -109,8 +133,6 @@ def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) 
 
     That exactly three fit, and that pixels come in reverse, is in `test_vit_process.py`.
     """
-    from tests.checkpoints import make_checkpoint
-
     folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
     options = ["--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--vit", vits, "--dtype", "float32"]
 
@@ -128,8 +150,6 @@ def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) 
 
 def test_interrupted_requests_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """A KV cache that cannot hold all outputs, no prefix cache, and ViT pools that keep three pictures: the preempted start again."""
-    from tests.checkpoints import make_checkpoint
-
     folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
     options = [
         "--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--kv-cache-gib", "0.00098", "--no-prefix-caching",

@@ -160,6 +160,10 @@ def test_what_steers_the_choice_of_tokens(client: openai.OpenAI) -> None:
     assert (stopped.choices[0].finish_reason, stopped.usage.completion_tokens) == ("stop", 1)
     ended = ask(client, "Hello", temperature=0, max_tokens=60)
     assert ended.choices[0].finish_reason == "stop"
+    begins = ask(client, "Hello", temperature=0, max_tokens=20).choices[0].message.content
+    stopped = ask(client, "Hello", temperature=0, max_tokens=20, stop=[begins[:1]], extra_body={"min_tokens": 3})
+    assert stopped.choices[0].message.content.startswith(begins[:1]), "before min_tokens no stop string ends it either"
+    assert stopped.usage.completion_tokens >= 3
     longer = ask(client, "Hello", temperature=0, max_tokens=60, extra_body={"min_tokens": 50})
     assert longer.usage.completion_tokens >= 50 > ended.usage.completion_tokens
 
@@ -403,6 +407,15 @@ def test_keys_guard_every_route_but_health() -> None:
         for key in ("secret-1", "secret-2"):
             with server.client(key) as good:
                 assert [model.id for model in good.models.list()] == [MODEL]
+
+        def num_cached(key: str) -> int:
+            with server.client(key) as good:
+                answer = ask(good, "The same words from several people, long enough to fill some blocks of the cache.", max_tokens=1)
+            return answer.usage.prompt_tokens_details.cached_tokens
+
+        first, again, foreign = num_cached("secret-1"), num_cached("secret-1"), num_cached("secret-2")
+        assert (first, foreign) == (0, 0), "two keys are two tenants"
+        assert again > 0
         for bad in ("secret", "", "secret-1x"):
             status, data, _ = raw(server, b"{}", Authorization=f"Bearer {bad}")
             assert (status, json.loads(data)["error"]["type"]) == (401, "authentication_error")

@@ -58,8 +58,8 @@ class BlockManager:
         missing = self.num_needed(num_tokens) - len(table)
         if missing > len(self._free):
             return False
-        for _ in range(missing):
-            block, _ = self._free.popitem(last=False)
+        # Side by side as far as may be: attention reads a run of blocks in place.
+        for block in sorted(self._free.popitem(last=False)[0] for _ in range(missing)):
             if (digest := self._hashes[block]) is not None:
                 del self._by_hash[digest]
                 self._hashes[block] = None

@@ -107,7 +107,7 @@ class ModelRunner:
             return Launched(None, (), self.device)
         wanted = [index for index, sequence in enumerate(sequences) if sequence.is_sampled]
         num_tokens = np.array([sequences[index].num_computed_tokens for index in wanted]) + np.diff(ends, prepend=0)[wanted]
-        logits = self.decoder.logits(hidden[ends[wanted] - 1])
+        logits = self.decoder.logits(hidden[self._tensor(ends[wanted] - 1)])
         sampled = self.sampler.sample(logits, sampled_slots, num_tokens)
         self._last_tokens[self._tensor(sampled_slots)] = sampled.token_ids
         return Launched(sampled, self.sampler.num_logprobs(sampled_slots), self.device)

@@ -124,10 +124,12 @@ class Request:
     def max_num_tokens(self) -> int:
         return len(self.prompt_token_ids) + self.max_tokens
 
-    @property
-    def is_waiting_for_embeddings(self) -> bool:
-        """Some have never arrived. Those that a preemption lost come back at once or, if they are gone, the request does not wait."""
-        return any(chunk.embeddings is None and not chunk.is_lost and chunk.stop > self.num_computed_tokens for chunk in self.chunks)
+    def is_waiting_for_embeddings(self, num_computed_tokens: int) -> bool:
+        """Some, behind so many tokens, have never arrived.
+
+        Those that a preemption lost come back at once or, if they are gone, the request does not wait.
+        """
+        return any(chunk.embeddings is None and not chunk.is_lost and chunk.stop > num_computed_tokens for chunk in self.chunks)
 
     def num_ready_tokens(self) -> int:
         """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""

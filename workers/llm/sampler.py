@@ -111,7 +111,8 @@ class Sampler:
         token_ids = adjusted.argmax(dim=-1)
         rows = np.flatnonzero(params["temperature"] > 0)
         if len(rows):
-            token_ids[rows] = self._draw(adjusted if len(rows) == len(params) else adjusted[rows], params[rows], numbers[rows])
+            places = self._tensor(rows)
+            token_ids[places] = self._draw(adjusted if len(rows) == len(params) else adjusted[places], params[rows], numbers[rows])
         if self._counts is not None and params["has_penalty"].any():
             self._counts.index_put_((self._tensor(slots), token_ids), torch.ones_like(token_ids, dtype=torch.int32), accumulate=True)
         if (num_logprobs := int(params["num_logprobs"].max())) < 0:
@@ -157,7 +158,8 @@ class Sampler:
         if is_cut.any():
             least = torch.zeros(len(probs), 1, dtype=torch.float64, device=self._device)
             rows = np.flatnonzero(is_cut)
-            least[rows] = self._least_probable(probs[rows], params[rows])
+            places = self._tensor(rows)
+            least[places] = self._least_probable(probs[places], params[rows])
             probs = probs.masked_fill(probs < least, 0.0)
         cumulative = probs.cumsum(dim=-1)
         point = self._column(uniform(params["seed"], numbers.astype(np.uint64))) * cumulative[:, -1:]

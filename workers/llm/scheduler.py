@@ -100,7 +100,8 @@ class Scheduler:
         num_decodes = len(scheduled)
         budget = self.max_num_batched_tokens - len(scheduled)
         if decodes and prefills and self.step_times is not None:
-            budget = min(budget, self.step_times.num_free_tokens(len(decodes), prefills[0][0].num_computed_tokens))
+            shares = [(num_tokens, request.num_computed_tokens) for request, num_tokens in prefills]
+            budget = min(budget, self.step_times.num_free_tokens(len(decodes), shares))
         for request, num_tokens in prefills:
             if budget <= 0:
                 break
@@ -136,12 +137,12 @@ class Scheduler:
         for request in list(self.waiting):
             if len(self.running) == self.max_num_seqs:
                 break
-            # Places for embeddings are granted in the order of arrival. Whoever overtook by its priority and then waited for
-            # such a place could wait for ever, for it may be held by those it overtook. So it overtakes when it has all it needs.
-            if request.is_waiting_for_embeddings and request.arrival > oldest:
-                continue
             hashes = self._hashes(request)
             found = self.blocks.find(hashes)
+            # Places for embeddings are granted in the order of arrival. Whoever overtook by its priority and then waited for
+            # such a place could wait for ever, for it may be held by those it overtook. So it overtakes when it has all it needs.
+            if request.arrival > oldest and request.is_waiting_for_embeddings(len(found) * self.blocks.block_size):
+                continue
             if any(digest in self._computing for digest in hashes[len(found) : len(found) + 1]):
                 continue  # somebody computes what it needs next: it follows when that is in the cache
             # A spare block for each that runs, or the newcomer would soon be preempted again.

@@ -51,22 +51,24 @@ class StepTimes:
         inside = max(num_tokens, sizes[0]) - sizes[right - 1]
         return seconds[right - 1] + slope * inside + num_pairs * self._per_pair
 
-    def num_free_tokens(self, num_decodes: int, num_computed: int) -> int:
-        """Most prompt tokens, behind `num_computed` others, in a step with `num_decodes` streams.
+    def num_free_tokens(self, num_decodes: int, prefills: Sequence[tuple[int, int]]) -> int:
+        """Most prompt tokens in a step with `num_decodes` streams.
 
-        At least one, for prompts must get on; but now and then none, or a machine that has become slower as a whole would look
-        as if only the mixed steps had.
+        `prefills`: in turn, how many tokens each has to offer, and behind how many others. At least one token, for prompts must get
+        on; but now and then none, or a machine that has become slower as a whole would look as if only the mixed steps had.
         """
         if self._num_mixed_in_a_row >= MIXED_STEPS_IN_A_ROW:
             return 0
         allowed = self._max_stretch * self._alone * self.predict(num_decodes)
 
         def fits(num_tokens: int) -> bool:
-            return self._mixed * self.predict(num_decodes + num_tokens, num_tokens * (num_computed + num_tokens // 2)) <= allowed
+            num_pairs, left = 0, num_tokens
+            for num_offered, num_computed in prefills:
+                taken = min(left, num_offered)
+                num_pairs, left = num_pairs + taken * (num_computed + taken // 2), left - taken
+            return self._mixed * self.predict(num_decodes + num_tokens, num_pairs) <= allowed
 
-        low, high = 1, 2
-        while high < 1 << 20 and fits(high):
-            low, high = high, high * 2
+        low, high = 1, 1 + max(1, sum(num_offered for num_offered, _ in prefills))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
 from typing import Any
 
@@ -101,8 +102,8 @@ class FbgemmInt8Linear(Int8Linear):
 
 
 _ZERO_POINT = torch.tensor(128.5)  # and the half that rounds
-LARGEST_HALF = 65504.0
 HALF_STEP = 2.0**-24  # the smallest number that float16 has; every number near 0 is a multiple
+UNFELT = 2.0**-20  # an error of so much of the largest weight
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -120,14 +121,21 @@ def make_int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 def is_half_exact(weight: Tensor) -> bool:
     """Whether float16 holds these float32 weights: those of a checkpoint in float16, or in bfloat16, of which it rounds only what
-    is below 2⁻¹⁷, to the nearest multiple of 2⁻²⁴."""
+    is below 2⁻¹⁷, to the nearest multiple of 2⁻²⁴. Not if the largest weight is so small that this would be felt."""
+    least, most = weight.aminmax()
+    allowed = min(HALF_STEP / 2, float(torch.maximum(-least, most)) * UNFELT)
     parts = weight.split(4096)  # copies of a part, not of a whole output layer
-    return all(bool((part - part.half().float()).abs().max() <= HALF_STEP / 2) for part in parts)
+    return all(bool((part - part.half().float()).abs().max() <= allowed) for part in parts)
 
 
 @functools.cache
 def has_fbgemm() -> bool:
-    return torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+    # torch 2.11 names "x86" as its engine on ARM, too.
+    return is_x86() and torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+
+
+def is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ that transformers 5 wrote under other prefixes are read the same.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Checkpoint:
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
+            self._files.clear()  # one at a time: its pages count as this process's memory as long as it is mapped
             self._files[path] = safe_open(path, framework="pt")
         return self._files[path]
 
@@ -96,6 +98,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if platform.machine() == "aarch64":
+        fast = fast or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

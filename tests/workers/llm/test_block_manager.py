@@ -73,3 +73,14 @@ def test_a_found_block_that_is_free_counts_as_taken() -> None:
     assert blocks.can_allocate(found, 12)
     assert not blocks.can_allocate(found, 12, num_spare=1)
     assert not blocks.can_allocate(found, 16)
+
+
+def test_the_blocks_of_a_used_cache_lie_side_by_side_again() -> None:
+    blocks = BlockManager(100, 4)
+    for name in "ab":
+        for number, block in enumerate(blocks.allocate(name, [], 200)):
+            blocks.publish(block, f"{name}{number}".encode())
+    for name in "ab":
+        blocks.free(name)
+    assert blocks.allocate("c", [], 200) == list(range(50)), "attention reads one run in place; anything else it has to gather"
+    blocks.check_integrity()

@@ -117,6 +117,21 @@ def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
     assert made.blocks.num_free == 8
 
 
+def test_what_the_prefix_cache_covers_is_not_waited_for() -> None:
+    """Neither does it keep from overtaking: the picture lies in the first blocks."""
+    made = scheduler(num_blocks=20, budget=64)
+    first = make("first", 24, max_tokens=1, token=5)
+    made.add(first)
+    step(made)
+    made.add(make("holder", 44, max_tokens=4))
+    step(made)
+    made.add(make("large", 60, max_tokens=4, priority=5))
+    covered = make("covered", 24, max_tokens=1, priority=0, token=5)
+    covered.chunks = [Chunk(0, 0, 2, MmChunk(b"h", 8, 0, 1))]
+    made.add(covered)
+    assert ("covered", 4) in step(made)
+
+
 def test_a_high_priority_is_not_preempted_for_a_low_one() -> None:
     made = scheduler(num_blocks=8, budget=64)
     low, high = make("low", 12, max_tokens=12, priority=5), make("high", 11, max_tokens=12, priority=0)
@@ -213,11 +228,11 @@ def test_decodes_are_protected_from_long_prompts() -> None:
 
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     made = scheduler(num_blocks=30, budget=16)
-    made.add(make("first", 100, max_tokens=10))
-    made.add(make("long", 100, max_tokens=10))
     ended: list[str] = []
-    for number in range(200):
-        made.add(make(f"short-{number}", 4, max_tokens=2))
+    for number in range(200):  # so many short ones that, if they overtook, there would never be room for the long one
+        made.add(make(f"short-{number}", 4, max_tokens=12))
+        if number == 10:
+            made.add(make("long", 100, max_tokens=10))
         scheduled, *_ = made.schedule()
         ended += [r.request_id for r in made.update(scheduled, {s.request.request_id: 1 for s in scheduled if s.is_sampled})]
         if "long" in ended:

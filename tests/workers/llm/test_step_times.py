@@ -5,6 +5,7 @@ import pytest
 from workers.llm.step_times import MIXED_STEPS_IN_A_ROW, Measured, StepTimes
 
 FLAT_THEN_STEEP = [Measured(1, 0.010), Measured(16, 0.010), Measured(32, 0.020), Measured(64, 0.040)]
+LONG = [(4096, 0)]
 
 
 def test_times_between_and_beyond_what_was_measured() -> None:
@@ -22,54 +23,57 @@ def test_a_larger_step_never_looks_shorter() -> None:
 
 def test_exactly_what_fits_rides_along() -> None:
     times = StepTimes(FLAT_THEN_STEEP, per_pair=0.0, max_stretch=1.25)
-    assert times.num_free_tokens(num_decodes=1, num_computed=0) == 19  # 20 tokens take 12.5 ms
-    assert times.num_free_tokens(num_decodes=16, num_computed=0) == 4
-    assert times.num_free_tokens(num_decodes=64, num_computed=0) == 16
-    assert StepTimes(FLAT_THEN_STEEP, 1e-6, 1.25).num_free_tokens(1, 1000) == 2, "attention to a long history costs, too"
-    assert StepTimes(FLAT_THEN_STEEP, 1.0, 1.25).num_free_tokens(1, 1000) == 1, "prompts must get on"
+    assert times.num_free_tokens(1, LONG) == 19  # 20 tokens take 12.5 ms
+    assert times.num_free_tokens(16, LONG) == 4
+    assert times.num_free_tokens(64, LONG) == 16
+    assert StepTimes(FLAT_THEN_STEEP, 1e-6, 1.25).num_free_tokens(1, [(4096, 1000)]) == 2, "attention to a long history costs, too"
+    short_then_far = StepTimes(FLAT_THEN_STEEP, 1e-6, 1.25).num_free_tokens(1, [(1, 0), (4096, 1000)])
+    assert short_then_far == 1 + 2, "also when somebody with none is in front"
+    assert times.num_free_tokens(1, [(3, 0), (2, 0)]) == 5, "no more than there is"
+    assert StepTimes(FLAT_THEN_STEEP, 1.0, 1.25).num_free_tokens(1, [(4096, 1000)]) == 1, "prompts must get on"
 
 
 def test_steps_that_take_longer_than_predicted_make_it_careful_and_back() -> None:
     times = StepTimes(FLAT_THEN_STEEP, 0.0, 1.25)
-    before = times.num_free_tokens(4, 0)
+    before = times.num_free_tokens(4, LONG)
     for _ in range(100):
         times.observe(4, before, 0, 1.2 * times.predict(4 + before))
         times.observe(4, 0, 0, times.predict(4))
-    assert times.num_free_tokens(4, 0) < before
+    assert times.num_free_tokens(4, LONG) < before
     for _ in range(100):
         times.observe(4, before, 0, times.predict(4 + before))
         times.observe(4, 0, 0, times.predict(4))
-    assert before - 1 <= times.num_free_tokens(4, 0) <= before
+    assert before - 1 <= times.num_free_tokens(4, LONG) <= before
 
 
 def test_outliers_are_forgotten_when_what_it_allows_is_what_is_done() -> None:
     times = StepTimes([Measured(1, 0.020), Measured(2, 0.0225), Measured(4, 0.027), Measured(8, 0.036)], 0.0, 1.25)
-    before = times.num_free_tokens(1, 0)
+    before = times.num_free_tokens(1, LONG)
     for _ in range(3):
-        times.observe(1, times.num_free_tokens(1, 0) or 1, 0, 0.1)
+        times.observe(1, times.num_free_tokens(1, LONG) or 1, 0, 0.1)
     for _ in range(1000):
-        share = times.num_free_tokens(1, 0)
+        share = times.num_free_tokens(1, LONG)
         times.observe(1, share, 0, times.predict(1 + share))
-    assert (times.num_free_tokens(1, 0) or before) == before
+    assert (times.num_free_tokens(1, LONG) or before) == before
 
 
 def test_a_machine_that_is_slower_as_a_whole_changes_nothing() -> None:
     times = StepTimes(FLAT_THEN_STEEP, 0.0, 1.25)
-    before = times.num_free_tokens(4, 0)
+    before = times.num_free_tokens(4, LONG)
     for _ in range(200):
-        share = times.num_free_tokens(4, 0)
+        share = times.num_free_tokens(4, LONG)
         times.observe(4, share, 0, 3 * times.predict(4 + share))
-    assert before - 1 <= (times.num_free_tokens(4, 0) or before) <= before + 1
+    assert before - 1 <= (times.num_free_tokens(4, LONG) or before) <= before + 1
 
 
 def test_now_and_then_a_step_goes_without_prefill() -> None:
     times = StepTimes(FLAT_THEN_STEEP, 0.0, 1.25)
     for _ in range(MIXED_STEPS_IN_A_ROW):
-        assert times.num_free_tokens(1, 0) > 0
+        assert times.num_free_tokens(1, LONG) > 0
         times.observe(1, 5, 0, 0.011)
-    assert times.num_free_tokens(1, 0) == 0
+    assert times.num_free_tokens(1, LONG) == 0
     times.observe(1, 0, 0, 0.010)
-    assert times.num_free_tokens(1, 0) > 0
+    assert times.num_free_tokens(1, LONG) > 0
 
 
 def test_nothing_measured_is_an_error() -> None:

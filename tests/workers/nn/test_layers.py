@@ -15,6 +15,7 @@ from workers.nn.layers import (
     has_fbgemm,
     is_half_exact,
     is_int8_exact,
+    is_x86,
     make_int8_linear,
     make_linear,
     rotary_tables,
@@ -39,6 +40,7 @@ def test_a_linear_layer_is_what_torch_computes(rows: int, has_bias: bool, dtype:
     assert (linear.in_features, linear.out_features) == (48, 70)
 
 
+@pytest.mark.skipif(not is_x86(), reason="FBGEMM is for x86")
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 6, 7, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -55,13 +57,13 @@ def test_weights_of_16_bits_stay_in_16_bits_and_the_arithmetic_in_32(rows: int, 
 
 def test_which_kind_a_weight_gets() -> None:
     torch.manual_seed(0)
-    assert has_fbgemm(), "the x86 wheels of torch have it: without it decode is half as fast on most laptops"
+    assert has_fbgemm() == is_x86(), "the x86 wheels of torch have it: without it decode is half as fast on most laptops"
     exact = torch.randn(5000, 8).half().float()
-    assert type(make_linear(exact)) is HalfLinear
+    assert type(make_linear(exact)) is (HalfLinear if is_x86() else OneDnnLinear)
     assert type(make_linear(torch.randn(5000, 8))) is OneDnnLinear, "float16 would round it"
     assert type(make_linear(exact.double())) is Linear
     assert type(make_linear(exact.to("meta"))) is Linear
-    assert type(make_int8_linear(exact)) is (Int8Linear if is_int8_exact() else FbgemmInt8Linear)
+    assert type(make_int8_linear(exact)) is (Int8Linear if is_int8_exact() or not is_x86() else FbgemmInt8Linear)
     assert not can_pack(torch.zeros(4, 4, dtype=torch.float64))
 
 
@@ -69,11 +71,14 @@ def test_float16_holds_weights_of_bfloat16_checkpoints_but_no_others() -> None:
     assert is_half_exact((0.02 * torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))).bfloat16().float())
     for value, is_exact in ((65504.0, True), (65536.0, False), (1e-6, True), (1.0 + 2**-12, False), (float("nan"), False), (float("inf"), False)):
         weight = torch.zeros(5000, 2)
-        weight[4999, 1] = value
+        weight[0, 0], weight[4999, 1] = 0.5, value
         assert is_half_exact(weight) == is_exact, value
+    assert is_half_exact(torch.zeros(3, 3))
+    tiny = 1e-6 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert not is_half_exact(tiny), "all are so small that float16 would ruin them"
 
 
-INT8_KINDS = [Int8Linear, pytest.param(FbgemmInt8Linear, marks=pytest.mark.skipif(is_int8_exact(), reason="not used where there is VNNI"))]
+INT8_KINDS = [Int8Linear, pytest.param(FbgemmInt8Linear, marks=pytest.mark.skipif(is_int8_exact() or not is_x86(), reason="not used here"))]
 
 
 @pytest.mark.parametrize("kind", INT8_KINDS)
