@@ -198,7 +198,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    return Checkpoint(folder, torch.float32, torch.device("cpu")).map("model.embed_tokens.weight").dtype
+    return Checkpoint(folder, torch.float32, torch.device("cpu")).rows("model.embed_tokens.weight").dtype
 
 
 class Bench:

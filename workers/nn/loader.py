@@ -7,7 +7,9 @@ that transformers 5 wrote under other prefixes are read the same.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,26 @@ from torch import Tensor
 PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))  # as in some files, as asked for
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
+
+
+class Rows:
+    """Rows of a matrix in a file, read when they are asked for: the system keeps them at hand, and they take no memory of ours."""
+
+    def __init__(self, path: Path, start: int, num_columns: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._path, self._file = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        self._start, self._num_columns = start, num_columns
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """[n, num_columns] in the file's dtype, for row numbers [n]."""
+        size = self._num_columns * self.dtype.itemsize
+        data = bytearray(len(numbers) * size)
+        view = memoryview(data)
+        for index, number in enumerate(numbers.tolist()):
+            if os.preadv(self._file, [view[index * size : (index + 1) * size]], self._start + number * size) != size:
+                raise ValueError(f"row {number} is not in {self._path.name}")
+        return torch.frombuffer(data, dtype=self.dtype).view(-1, self._num_columns)
 
 
 class Checkpoint:
@@ -48,18 +70,13 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def map(self, name: str) -> Tensor:
-        """A tensor as it lies in its file, in the file's dtype on the CPU: only the parts that are used take memory."""
+    def rows(self, name: str) -> Rows:
+        """A matrix that stays in its file."""
         path, stored = self._place(name)
         with path.open("rb") as file:  # safetensors: the length of a JSON header, the header, the data
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[stored]
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        dtype = FILE_DTYPES.get(entry["dtype"])
-        if dtype is None or start % dtype.itemsize:  # a view needs its numbers where the processor can read them
-            return self.load(name)
-        storage = torch.UntypedStorage.from_file(str(path), False, stop)
-        return torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, entry["shape"])  # type: ignore[call-overload,no-any-return]
+        return Rows(path, 8 + length + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]])
 
     def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device, with memory of its own."""

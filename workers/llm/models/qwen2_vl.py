@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.families import TextInfo
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.nn.layers import Linear, RMSNorm, make_linear, rotary_tables, rotate
-from workers.nn.loader import Checkpoint
+from workers.nn.loader import Checkpoint, Rows
 
 MakeLinear = Callable[..., Linear]  # (weight, bias=None)
 
@@ -89,10 +89,10 @@ class _Layer:
         return x + self.parallel.all_reduce(linear(part))
 
 
-def _embedding_table(checkpoint: Checkpoint) -> Tensor:
+def _embedding_table(checkpoint: Checkpoint) -> Rows | Tensor:
     """[vocab, hidden]. On the CPU it stays in the file: where the output layer has the same weights they are in memory already."""
     name = "model.embed_tokens.weight"
-    return checkpoint.map(name) if checkpoint.device.type == "cpu" else checkpoint.load(name)
+    return checkpoint.rows(name) if checkpoint.device.type == "cpu" else checkpoint.load(name)
 
 
 def _rotary_constants(info: TextInfo, device: torch.device) -> tuple[Tensor, Tensor]:
