@@ -72,6 +72,15 @@ def parse(arguments: Sequence[str]) -> Config:
     return Config(**parts)
 
 
+def workers_environment() -> dict[str, str]:
+    """Ours, and that large blocks of memory are asked for in huge pages, which a process can only settle before it starts.
+
+    Weights are then read with few look-ups, and a large activation costs some page faults instead of ten thousand.
+    """
+    ours, users = "glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")
+    return {**os.environ, "GLIBC_TUNABLES": f"{ours}:{users}" if users else ours}
+
+
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
     log.configure("launcher", config.launcher.log_level)
@@ -82,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
             base = Path(tempfile.gettempdir())
         with RunDir(config.launcher.run_dir, base) as run_dir:
             named = dataclasses.replace(config.model, served_model_name=model.name)
-            return Supervisor(dataclasses.replace(config, model=named), model, run_dir).run()
+            return Supervisor(dataclasses.replace(config, model=named), model, run_dir, workers_environment()).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

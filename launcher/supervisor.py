@@ -84,8 +84,9 @@ class _Stopped(Exception):
 
 
 class Supervisor:
-    def __init__(self, config: Config, model: Model, run_dir: Path) -> None:
-        self._config, self._model, self._run_dir = config, model, run_dir
+    def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
+        """`environment` is the workers'."""
+        self._config, self._model, self._run_dir, self._environment = config, model, run_dir, environment
         self._workers = workers(config.num_vits, config.num_ranks)
         self._epochs = dict.fromkeys(self._workers, FIRST_EPOCH)
         self._sockets = Sockets(run_dir, self._epochs)
@@ -139,7 +140,7 @@ class Supervisor:
     def _spawn(self, worker: WorkerId, placement: Placement) -> Child:
         # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
         ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        process = subprocess.Popen([sys.executable, "-m", f"workers.{worker.role}"], stdin=subprocess.PIPE, env=_environment())
+        process = subprocess.Popen([sys.executable, "-m", f"workers.{worker.role}"], stdin=subprocess.PIPE, env=self._environment)
         for number, handler in ignored.items():
             signal.signal(number, handler)
         spec = WorkerSpec(
@@ -262,15 +263,6 @@ class Supervisor:
             child.sentinel.close()
         self._sockets.close()
         self._wakeup.close()
-
-
-def _environment() -> dict[str, str]:
-    """A worker's. Its large blocks of memory are asked for in huge pages, which a process can only settle before it starts.
-
-    Weights are then read with few look-ups, and a large activation costs some page faults instead of ten thousand.
-    """
-    ours, users = "glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")
-    return {**os.environ, "GLIBC_TUNABLES": f"{ours}:{users}" if users else ours}
 
 
 def shown_host(host: str) -> str:
