@@ -126,14 +126,18 @@ def serve(model: Path, dtype: torch.dtype, *options: str) -> Iterator[Served]:
 ALL_CORES = ("--llm-cores", str(os.cpu_count()))
 
 
+def raise_failed(results: Sequence[Result]) -> None:
+    if failed := [result.error for result in results if result.error]:
+        raise RuntimeError(failed[0])
+
+
 def load(served: Served, workload: Workload, count: int, rng: random.Random) -> tuple[list[Result], float]:
     """`count` chats at once, and the seconds they took together."""
     chats = workload.chats(count, rng)
     start = time.perf_counter()
     results = asyncio.run(run_load(served.url, workload, chats, count, 0.0, rng))
     seconds = time.perf_counter() - start
-    if failed := [result.error for result in results if result.error]:
-        raise RuntimeError(failed[0])
+    raise_failed(results)
     if any(len(result.arrivals) != result.num_output_tokens for result in results):
         raise RuntimeError("not every token was an event of its own: with this tokenizer rates cannot be told from events")
     return results, seconds
@@ -299,23 +303,20 @@ class Bench:
                 while True:
                     (content,) = prompts.chats(1, self.rng)[0]
                     result = await send(session, served.url, prompts.body([{"role": "user", "content": content}]))
-                    if result.error:
-                        raise RuntimeError(result.error)
+                    raise_failed([result])
                     num_prompt_tokens, last_prompt = num_prompt_tokens + result.num_prompt_tokens, time.perf_counter()
 
             async with open_session() as session:
                 bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, self.rng)]
                 results = [Result(sent=0.0) for _ in bodies]
-                running = [asyncio.create_task(send(session, served.url, *pair)) for pair in zip(bodies, (0,) * NUM_STREAMS, results, strict=True)]
+                running = [asyncio.create_task(send(session, served.url, body, result=result)) for body, result in zip(bodies, results, strict=True)]
                 while not all(result.arrivals for result in results):
                     await asyncio.sleep(0.01)
-                    if failed := [result.error for result in results if result.error]:
-                        raise RuntimeError(failed[0])
+                    raise_failed(results)
                 start = time.perf_counter()
                 noise = [asyncio.create_task(keep_sending()) for _ in range(2 if has_prompts else 0)]
                 await asyncio.gather(*running)
-                if failed := [result.error for result in results if result.error]:
-                    raise RuntimeError(failed[0])
+                raise_failed(results)
                 for task in noise:
                     if task.done():
                         task.result()

@@ -24,7 +24,7 @@ class Linear:
         return F.linear(x, self._weight, self._bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), which may be computed in the memory of neither."""
+        """residual + self(x), in one operation where there is one."""
         return residual + self(x)
 
 
@@ -46,7 +46,7 @@ class HalfLinear(Linear):
     """Float32 arithmetic with W kept as float16 (FBGEMM): half the bytes to read, which is what a decode step waits for."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight)  # the bias is packed with it
         self._weight = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:

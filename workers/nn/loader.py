@@ -50,7 +50,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress = lambda done, total: None) -> None:
         self.dtype, self.device = dtype, device
-        self._files: dict[Path, Any] = {}
+        self._opened: tuple[Path, Any] | None = None
         self._places: dict[str, tuple[Path, str]] = {}  # name → file, name in the file
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -95,16 +95,17 @@ class Checkpoint:
 
     def close(self) -> None:
         """Lets go of the files, whose pages count as this process's memory as long as they are mapped, and of what loading left behind."""
-        self._files.clear()
+        self._opened = None
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; it keeps what was freed in between, here as much as a layer
         if trim is not None:
             trim(0)
 
     def _open(self, path: Path) -> Any:
-        if path not in self._files:
-            self._files.clear()  # one at a time: its pages count as this process's memory as long as it is mapped
-            self._files[path] = safe_open(path, framework="pt")
-        return self._files[path]
+        """One file at a time: its pages count as this process's memory as long as it is mapped."""
+        if self._opened is None or self._opened[0] != path:
+            self._opened = None
+            self._opened = path, safe_open(path, framework="pt")
+        return self._opened[1]
 
 
 def _usual_name(name: str) -> str:
@@ -115,7 +116,7 @@ def _usual_name(name: str) -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the processor computes in it: without such instructions it is a hundred times slower than float32."""
+    """`auto` is bfloat16 where the processor computes in it: without such instructions it is several times slower than float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
