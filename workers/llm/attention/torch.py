@@ -1,8 +1,8 @@
 """Attention over a paged KV cache in plain torch: the CPU's backend, and the reference for every other.
 
-Decode folds the query heads of a group into rows of one matmul: a single query through torch's fused attention is many times
-slower on a CPU. A long history is read in place where its blocks lie side by side; short ones are gathered and padded, since many
-small operations would cost more than the copy.
+Decode folds the query heads of a group into the rows of one query: torch's fused attention is many times slower on a CPU with one
+row and `enable_gqa`. There a long history is read in place where its blocks lie side by side; short ones are gathered and padded,
+since many small operations would cost more than the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.nn.loader import to_device
 
-SMALL_HISTORY_BYTES = 512 << 10  # of one sequence in one layer: copying it costs about as much as computing it by itself
+SMALL_HISTORY_BYTES = 256 << 10  # of one sequence in one layer: copying it costs about as much as computing it by itself
 
 
 class Span(NamedTuple):
@@ -69,6 +69,7 @@ class PagedAttention:
     ) -> None:
         self.block_size, self.num_kv_heads, self.scale = block_size, num_kv_heads, head_dim**-0.5
         shape = (num_layers, num_blocks * block_size, 2 * num_kv_heads, head_dim)
+        self._is_cpu = device.type == "cpu"
         self.cache = torch.empty(shape, dtype=dtype, device=device)  # what was never written is never read
 
     def plan(self, spans: Sequence[Span]) -> _Layout:
@@ -77,7 +78,7 @@ class PagedAttention:
         new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
         num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
         longest = max((span.length for span in spans[:num_decodes]), default=0)
-        if num_decodes < 2 or longest * self.cache[0, 0].nbytes > SMALL_HISTORY_BYTES:
+        if self._is_cpu and (num_decodes < 2 or longest * self.cache[0, 0].nbytes > SMALL_HISTORY_BYTES):
             num_decodes = 0
         together = self._together(slots[:num_decodes], longest) if num_decodes else None
         others = [self._other(*pair) for pair in zip(slots[num_decodes:], spans[num_decodes:], strict=True)]
@@ -99,7 +100,7 @@ class PagedAttention:
         if not span.num_computed:
             return _Chunk(None, None)
         history = self._history(slots, span)
-        if span.num_tokens == 1:
+        if span.num_tokens == 1 and self._is_cpu:
             return history
         # Causal, aligned to the bottom right.
         mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device).tril(span.num_computed)
@@ -130,20 +131,23 @@ class PagedAttention:
     def _decode_together(self, cache: Tensor, together: _Together, q: Tensor) -> Tensor:
         num_sequences, (_, num_heads, dim) = len(together.mask), q.shape
         rows = cache.index_select(0, together.slots).view(num_sequences, -1, 2, self.num_kv_heads, dim)
-        keys, values = rows[:, :, 0].permute(0, 2, 3, 1), rows[:, :, 1].transpose(1, 2)  # [sequences, kv_heads, …]
-        scores = torch.matmul(q.view(num_sequences, self.num_kv_heads, -1, dim) * self.scale, keys) + together.mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        return torch.matmul(weights, values).view(num_sequences, num_heads, dim)
+        keys, values = rows.transpose(1, 3).unbind(2)  # [sequences, kv_heads, longest, head_dim]
+        folded = q.view(num_sequences, self.num_kv_heads, -1, dim)
+        return F.scaled_dot_product_attention(folded, keys, values, together.mask, scale=self.scale).view(num_sequences, num_heads, dim)
 
     def _decode(self, cache: Tensor, history: _History, q: Tensor) -> Tensor:
-        parts = [cache[history.run]] if history.rest is None else [cache[history.run], cache.index_select(0, history.rest)]
-        folded = q.view(self.num_kv_heads, -1, q.shape[-1]) * self.scale  # [kv_heads, group, head_dim]
-        scores = [torch.matmul(folded, part[:, : self.num_kv_heads].permute(1, 2, 0)) for part in parts]
-        weights = (scores[0] if len(parts) == 1 else torch.cat(scores, dim=-1)).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        sizes = [len(part) for part in parts]
-        values = [part[:, self.num_kv_heads :].transpose(0, 1) for part in parts]  # [kv_heads, context, head_dim]
-        out = [torch.matmul(share, value) for share, value in zip(weights.split(sizes, dim=-1), values, strict=True)]
-        return (out[0] if len(out) == 1 else out[0] + out[1]).view(1, -1, q.shape[-1])
+        out, log_sum = self._attend(q, cache[history.run])
+        if history.rest is not None:
+            of_rest, log_sum_of_rest = self._attend(q, cache.index_select(0, history.rest))
+            out = torch.lerp(out, of_rest.to(out.dtype), torch.sigmoid(log_sum_of_rest - log_sum)[..., None].to(out.dtype))
+        return out.reshape(1, -1, q.shape[-1])
+
+    def _attend(self, q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [1, kv_heads, group, head_dim] of one token over these rows of the cache, and the logarithm of what its softmax divides by."""
+        keys, values = rows.transpose(0, 1)[None].split(self.num_kv_heads, dim=1)  # [1, kv_heads, context, head_dim]
+        folded = q.view(1, self.num_kv_heads, -1, q.shape[-1])
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values, scale=self.scale)
+        return out, log_sum
 
     def _prefill(self, cache: Tensor, chunk: _Chunk, q: Tensor, kv: Tensor) -> Tensor:
         if chunk.history is not None:
