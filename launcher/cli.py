@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.checkpoints import find_model
+from launcher.gpu_sharing import gpu_sharing
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
 from pipeline import log
@@ -91,7 +92,9 @@ def main(arguments: Sequence[str]) -> int:
             base = Path(tempfile.gettempdir())
         with RunDir(config.launcher.run_dir, base) as run_dir:
             named = dataclasses.replace(config.model, served_model_name=model.name)
-            return Supervisor(dataclasses.replace(config, model=named), model, run_dir, workers_environment()).run()
+            config = dataclasses.replace(config, model=named)
+            with gpu_sharing(config, run_dir, workers_environment()) as environment:
+                return Supervisor(config, model, run_dir, environment).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

@@ -97,6 +97,10 @@ class PreprocessConfig:
 class VitConfig:
     vit: int | None = option(None, "number of ViT processes (default: as many as LLM ranks)", metavar="N")
     vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
+    embedding_transport: str = option(
+        "auto", "how embeddings reach the LLM; cuda_ipc: in place; host: through host memory; auto: cuda_ipc where ViT and driver can",
+        choices=("auto", "cuda_ipc", "host"),
+    )  # fmt: skip
     embedding_pool_mib: int = option(256, "memory of each ViT for embeddings, in use or cached, in MiB", metavar="MIB")
 
     def __post_init__(self) -> None:
@@ -120,6 +124,14 @@ class LlmConfig:
     quantization: str = option("none", "int8: weights in 8 bits, activations too, token by token; on the CPU only", choices=("none", "int8"))
     prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
     max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
+    attention: str = option(
+        "auto", "what computes attention; auto: triton on GPUs, torch on the CPU; flash3: FlashAttention-3, where it is installed",
+        choices=("auto", "torch", "triton", "flash3"),
+    )  # fmt: skip
+    all_reduce: str = option(
+        "nccl", "how ranks add up; symmetric: small sums through memory that all GPUs have mapped (NVLink)", choices=("nccl", "symmetric")
+    )
+    cuda_graphs: bool = option(True, "run decode steps as CUDA graphs, where attention is not torch's")
     overlap: str = option("auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -137,6 +149,10 @@ class LlmConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherConfig:
     run_dir: str = option("", "folder for the pipeline's sockets, one launcher each (default: a new private one)", metavar="FOLDER")
+    gpu_sharing: str = option(
+        "auto", "how ViT and LLM share a GPU; mps: at once, by a private MPS daemon; timeslice: in turns; auto: mps where it works",
+        choices=("auto", "mps", "timeslice"),
+    )  # fmt: skip
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")
 

@@ -4,7 +4,9 @@ A `TensorPool` is one block, allocated at start and announced once; a `TensorHan
 pool when it is announced, and from then on opening a handle is pointer arithmetic. Kinds behind the same calls:
 
 - `host`: an anonymous memory file, mapped by the peer through its descriptor. No name is left behind by a crash.
-- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle.
+- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle, on the same GPU or from a peer.
+
+Behind the slots lies a pattern that whoever maps the pool reads first: a mapping that works on paper only is refused.
 
 Each pool has a table of slot generations in host memory, so that a handle which outlived its slot is refused, never read.
 This is the only file of the contract that touches torch, and only where a torch tensor is asked for.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import secrets
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 CUDA_GRANULE = 2 << 20  # a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
+PATTERN_BYTES = 64
 ITEM_SIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -57,6 +61,7 @@ class PoolInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_slots: int
     pid: int
     table_fd: int  # memory file of the generation table: int64 [max_slots]
+    pattern: bytes  # found behind the last of the nbytes
     memory_fd: int = -1  # host
     ipc_handle: bytes = b""  # cuda_ipc: 64 bytes
     device_uuid: str = ""  # cuda_ipc: ordinals differ between processes
@@ -70,6 +75,13 @@ class Memory(Protocol):
     """One mapped block."""
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor: ...
+
+    def copy_to(self, out: torch.Tensor, offset: int) -> None:
+        """Fills a contiguous tensor, in the order of its stream."""
+
+    def read(self, offset: int, nbytes: int) -> bytes: ...
+
+    def write(self, offset: int, data: bytes) -> None: ...
 
     def close(self) -> None: ...
 
@@ -90,6 +102,15 @@ class HostMemory:
 
         count = int(np.prod(shape, dtype=np.int64))
         return torch.frombuffer(self._map, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+
+    def copy_to(self, out: torch.Tensor, offset: int) -> None:
+        out.copy_(self.tensor(offset, tuple(out.shape), str(out.dtype).removeprefix("torch.")))
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return bytes(self.buffer[offset : offset + nbytes])
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.buffer[offset : offset + len(data)] = data
 
     def close(self) -> None:
         self.buffer.release()
@@ -112,9 +133,13 @@ class CudaRuntime(Protocol):
 
     def device_uuid(self, device: int) -> str: ...
 
-    def device_of_uuid(self, uuid: str) -> int: ...
-
     def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor: ...
+
+    def copy(self, out: torch.Tensor, pointer: int) -> None: ...
+
+    def read(self, pointer: int, nbytes: int) -> bytes: ...
+
+    def write(self, pointer: int, data: bytes) -> None: ...
 
 
 class CudaBindings:
@@ -153,18 +178,31 @@ class CudaBindings:
     def device_uuid(self, device: int) -> str:
         return bytes(self._check(self._runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties").uuid.bytes).hex()
 
-    def device_of_uuid(self, uuid: str) -> int:
-        for device in range(self._check(self._runtime.cudaGetDeviceCount(), "cudaGetDeviceCount")):
-            if self.device_uuid(device) == uuid:
-                return device
-        raise PipelineError(f"the GPU with UUID {uuid} is not visible to this process")
-
     def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         import torch
 
         count = int(np.prod(shape, dtype=np.int64)) * ITEM_SIZES[dtype]
         block = _CudaArray({"shape": (count,), "typestr": "|u1", "data": (pointer, False), "version": 3})
         return torch.as_tensor(block, device=f"cuda:{device}").view(getattr(torch, dtype)).view(shape)
+
+    def copy(self, out: torch.Tensor, pointer: int) -> None:
+        """By the driver, which knows where the pointer leads: a tensor on the peer would open a context there, with its memory."""
+        import torch
+
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self._check(self._runtime.cudaMemcpyAsync(out.data_ptr(), pointer, out.nbytes, kind, stream), "cudaMemcpyAsync")
+
+    def read(self, pointer: int, nbytes: int) -> bytes:
+        data = bytearray(nbytes)
+        address = np.frombuffer(data, dtype=np.uint8).ctypes.data
+        self._check(self._runtime.cudaMemcpy(address, pointer, nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost), "cudaMemcpy")
+        return bytes(data)
+
+    def write(self, pointer: int, data: bytes) -> None:
+        source = np.frombuffer(data, dtype=np.uint8)
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._check(self._runtime.cudaMemcpy(pointer, source.ctypes.data, len(data), kind), "cudaMemcpy")
 
 
 class _CudaArray:
@@ -183,6 +221,15 @@ class CudaMemory:
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return self._runtime.tensor(self._device, self._pointer + offset, shape, dtype)
 
+    def copy_to(self, out: torch.Tensor, offset: int) -> None:
+        self._runtime.copy(out, self._pointer + offset)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return self._runtime.read(self._pointer + offset, nbytes)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._runtime.write(self._pointer + offset, data)
+
     def close(self) -> None:
         if self._owned:
             self._runtime.free(self._pointer)
@@ -196,24 +243,31 @@ class TensorPool:
     def __init__(self, info: PoolInfo, memory: Memory) -> None:
         self.info = info
         self.memory = memory
+        memory.write(info.nbytes, info.pattern)
         self._table_memory = HostMemory(info.table_fd, 8 * info.max_slots)
         self._table = self._table_memory.array(0, (info.max_slots,), "int64")
 
     @classmethod
     def on_host(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int) -> TensorPool:
-        memory_fd = _memory_file(pool_id, nbytes)
+        memory_fd = _memory_file(pool_id, nbytes + PATTERN_BYTES)
         table_fd = _memory_file(f"{pool_id}-table", 8 * max_slots)
-        info = PoolInfo(pool_id, epoch, "host", nbytes, max_slots, os.getpid(), table_fd, memory_fd)
-        return cls(info, HostMemory(memory_fd, nbytes))
+        info = PoolInfo(pool_id, epoch, "host", nbytes, max_slots, os.getpid(), table_fd, secrets.token_bytes(PATTERN_BYTES), memory_fd)
+        return cls(info, HostMemory(memory_fd, nbytes + PATTERN_BYTES))
 
     @classmethod
     def on_cuda(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int, device: int, runtime: CudaRuntime) -> TensorPool:
-        nbytes = (nbytes + CUDA_GRANULE - 1) // CUDA_GRANULE * CUDA_GRANULE
-        pointer = runtime.malloc(device, nbytes)
+        """Raises PipelineError where there is no such memory, or no handle to it."""
+        nbytes = (nbytes + PATTERN_BYTES + CUDA_GRANULE - 1) // CUDA_GRANULE * CUDA_GRANULE - PATTERN_BYTES
+        pointer = runtime.malloc(device, nbytes + PATTERN_BYTES)
+        try:
+            handle = runtime.get_ipc_handle(pointer)
+        except PipelineError:
+            runtime.free(pointer)
+            raise
         table_fd = _memory_file(f"{pool_id}-table", 8 * max_slots)
         info = PoolInfo(
-            pool_id, epoch, "cuda_ipc", nbytes, max_slots, os.getpid(), table_fd,
-            ipc_handle=runtime.get_ipc_handle(pointer), device_uuid=runtime.device_uuid(device),
+            pool_id, epoch, "cuda_ipc", nbytes, max_slots, os.getpid(), table_fd, secrets.token_bytes(PATTERN_BYTES),
+            ipc_handle=handle, device_uuid=runtime.device_uuid(device),
         )  # fmt: skip
         return cls(info, CudaMemory(runtime, device, pointer, owned=True))
 
@@ -249,27 +303,33 @@ class _Mapping:
 
 
 class PoolMap:
-    """The consumer's side: the pools of all producers, mapped once each."""
+    """The consumer's side: the pools of all producers, mapped once each; those on a GPU from the GPU `device`."""
 
-    def __init__(self, runtime: CudaRuntime | None = None) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: CudaRuntime | None = None, device: int = 0) -> None:
+        self._runtime, self._device = runtime, device
         self._mappings: dict[str, _Mapping] = {}
 
     def open(self, info: PoolInfo) -> None:
-        """Maps an announced pool; a pool of an earlier epoch with the same id is closed first."""
+        """Maps an announced pool; a pool of an earlier epoch with the same id is closed first.
+
+        Raises PipelineError where it cannot be mapped, or is not what was announced.
+        """
         self.close(info.pool_id)
-        table = _map_peer(info.pid, info.table_fd, 8 * info.max_slots)
-        memory: Memory
+        memory = self._map(info)
+        if memory.read(info.nbytes, PATTERN_BYTES) != info.pattern:
+            memory.close()
+            raise PipelineError(f"pool {info.pool_id} was mapped, but what its owner wrote is not in it")
+        self._mappings[info.pool_id] = _Mapping(info, memory, _map_peer(info.pid, info.table_fd, 8 * info.max_slots))
+
+    def _map(self, info: PoolInfo) -> Memory:
         match info.kind:
             case "host":
-                memory = _map_peer(info.pid, info.memory_fd, info.nbytes)
+                return _map_peer(info.pid, info.memory_fd, info.nbytes + PATTERN_BYTES)
             case "cuda_ipc":
-                runtime = self._runtime or CudaBindings()
-                device = runtime.device_of_uuid(info.device_uuid)
-                memory = CudaMemory(runtime, device, runtime.open_ipc_handle(device, info.ipc_handle), owned=False)
+                self._runtime = self._runtime or CudaBindings()
+                return CudaMemory(self._runtime, self._device, self._runtime.open_ipc_handle(self._device, info.ipc_handle), owned=False)
             case kind:
                 raise PipelineError(f"pool {info.pool_id} has the unknown kind {kind!r}")
-        self._mappings[info.pool_id] = _Mapping(info, memory, table)
 
     def knows(self, pool_id: str, epoch: int) -> bool:
         mapping = self._mappings.get(pool_id)
@@ -277,6 +337,18 @@ class PoolMap:
 
     def tensor(self, handle: TensorHandle) -> torch.Tensor:
         """The tensor in place. Raises StaleHandleError if the handle's epoch, generation or extent is not the pool's."""
+        return self._find(handle).memory.tensor(handle.offset, handle.shape, handle.dtype)
+
+    def copy_rows(self, out: torch.Tensor, handle: TensorHandle, start: int) -> None:
+        """Fills the contiguous `out` with the rows of a matrix from `start` on, in the order of its stream. Raises as `tensor` does."""
+        memory = self._find(handle).memory
+        row_bytes = handle.nbytes // max(1, handle.shape[0])
+        is_row = (tuple(out.shape[1:]), str(out.dtype)) == (handle.shape[1:], f"torch.{handle.dtype}")
+        if not is_row or start < 0 or start + len(out) > handle.shape[0]:
+            raise StaleHandleError(f"{handle}: rows {start} to {start + len(out)} as {tuple(out.shape)} of {out.dtype} are not in it")
+        memory.copy_to(out, handle.offset + start * row_bytes)
+
+    def _find(self, handle: TensorHandle) -> _Mapping:
         mapping = self._mappings.get(handle.pool_id)
         if mapping is None:
             raise StaleHandleError(f"{handle}: no pool of that name is open")
@@ -289,7 +361,7 @@ class PoolMap:
             raise StaleHandleError(f"{handle}: outside the pool of {info.nbytes} bytes")
         if (generation := int(mapping.table[handle.slot])) != handle.generation:
             raise StaleHandleError(f"{handle}: the slot is at generation {generation}")
-        return mapping.memory.tensor(handle.offset, handle.shape, handle.dtype)
+        return mapping
 
     def close(self, pool_id: str) -> None:
         if (mapping := self._mappings.pop(pool_id, None)) is not None:

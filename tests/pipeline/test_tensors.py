@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.slots import SlotAllocator
-from pipeline.tensors import CUDA_GRANULE, CudaBindings, HostMemory, PoolMap, StaleHandleError, TensorHandle, TensorPool
+from pipeline.tensors import CUDA_GRANULE, PATTERN_BYTES, CudaBindings, HostMemory, PoolMap, StaleHandleError, TensorHandle, TensorPool
 
 READER = """
 import sys, msgspec
@@ -110,7 +110,7 @@ def test_a_successor_pool_takes_the_place_of_the_dead_one(lent: Any) -> None:
 
 def test_a_pool_announced_larger_than_its_file_is_refused() -> None:
     pool = TensorPool.on_host("vit.0", 1, 4096, 8)
-    with pytest.raises(Exception, match="4096 bytes, announced were 8192"):
+    with pytest.raises(Exception, match="4160 bytes, announced were 8256"):
         PoolMap().open(msgspec.structs.replace(pool.info, nbytes=8192))
     pool.close()
 
@@ -174,24 +174,33 @@ class FakeCuda:
     def device_uuid(self, device: int) -> str:
         return f"uuid-{device}"
 
-    def device_of_uuid(self, uuid: str) -> int:
-        return int(uuid.removeprefix("uuid-"))
-
     def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         base = max(block for block in self.blocks if block <= pointer)
         return self.blocks[base].tensor(pointer - base, shape, dtype)
+
+    def copy(self, out: torch.Tensor, pointer: int) -> None:
+        out.copy_(self.tensor(0, pointer, tuple(out.shape), str(out.dtype).removeprefix("torch.")))
+
+    def read(self, pointer: int, nbytes: int) -> bytes:
+        return self.tensor(0, pointer, (nbytes,), "uint8").numpy().tobytes()
+
+    def write(self, pointer: int, data: bytes) -> None:
+        self.tensor(0, pointer, (len(data),), "uint8").copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
 
 def test_cuda_pool_bookkeeping() -> None:
     runtime = FakeCuda()
     pool, allocator = TensorPool.on_cuda("vit.1", 1, 3 << 20, 8, 1, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
-    assert pool.info.nbytes == 2 * CUDA_GRANULE
+    assert pool.info.nbytes == 2 * CUDA_GRANULE - PATTERN_BYTES
     assert (pool.info.kind, pool.info.device_uuid, len(pool.info.ipc_handle)) == ("cuda_ipc", "uuid-1", 64)
     pools = PoolMap(runtime)
     pools.open(pool.info)
     handles = [lend(pool, allocator, torch.full((4, 8), float(n))) for n in range(3)]
     assert [pools.tensor(handle).mean().item() for handle in handles] == [0, 1, 2]
     assert len(runtime.open) == 1, "a pool is mapped once, not once a handle"
+    out = torch.zeros(2, 8)
+    pools.copy_rows(out, handles[2], 1)
+    assert bool((out == 2).all())
     with pytest.raises(StaleHandleError, match="generation"):
         pools.tensor(msgspec.structs.replace(handles[0], generation=7))
     pools.close_all()

@@ -41,7 +41,7 @@ from pipeline.messages import (
 )
 from pipeline.sampling import FinishReason
 from pipeline.sockets import Sink, Subscription
-from pipeline.tensors import PoolMap
+from pipeline.tensors import PoolInfo
 from workers.llm.clients import Clients, Ended, Interruption, Outcome, Publish, output_of
 from workers.llm.leases import Leases
 from workers.llm.model_runner import StepResult
@@ -58,8 +58,15 @@ class Launched(Protocol):
     def result(self) -> StepResult: ...
 
 
+class Pools(Protocol):
+    def open(self, info: PoolInfo) -> None: ...
+
+    def knows(self, pool_id: str, epoch: int) -> bool: ...
+
+
 class Runner(Protocol):
-    pools: PoolMap
+    @property
+    def pools(self) -> Pools: ...
 
     def launch(self, plan: StepPlan) -> Launched: ...
 
@@ -117,8 +124,8 @@ class Engine:
             case AbortRequest():
                 self._on_abort(message, now)
             case PoolOpened():
+                self._send_step(message)  # first: the ranks open it together
                 self.runner.pools.open(message.pool)
-                self._send_step(message)
                 for embedding in self._leases.take_unmapped():
                     self._on_embedding(embedding, now)
             case EmbeddingReady():

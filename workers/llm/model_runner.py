@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +13,24 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.errors import PipelineError
 from pipeline.families import ModelInfo
 from pipeline.messages import SequencePlan, StepPlan, TokenLogprobs, pack_int32, unpack_int32
-from pipeline.tensors import PoolMap
-from workers.llm.attention.torch import PagedAttention, Span
+from pipeline.tensors import PoolInfo, PoolMap, TensorHandle
+from workers.llm.attention.torch import Span
+from workers.llm.backends import choose_backend
+from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes, is_decode
 from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.llm.sampler import Sampled, Sampler
 from workers.nn.layers import make_int8_linear, make_linear
 from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
 
+logger = logging.getLogger(__name__)
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 1.0
-ACTIVATIONS_GIB = 1.5  # of the largest step, and what the libraries take
+ACTIVATIONS_GIB = 1.5  # of the largest step, the graphs, and what the libraries take
+LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -68,28 +74,89 @@ def _to_host(part: Tensor) -> Tensor:
     return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
 
 
+class EmbeddingPools:
+    """The ViTs' pools as the ranks of a group see them together: each reads in place, or one that can hands the rows on."""
+
+    def __init__(self, pools: PoolMap, parallel: TensorParallel) -> None:
+        self._pools, self._parallel = pools, parallel
+        self._epochs: dict[str, int] = {}
+        self._readers: dict[str, int | None] = {}  # the rank that reads for all; None: each for itself
+
+    def open(self, info: PoolInfo) -> None:
+        """To be called on all ranks, in the same order among steps. Raises PipelineError when no rank can map the pool."""
+        error = ""
+        try:
+            self._pools.open(info)
+        except PipelineError as caught:
+            error = str(caught)
+        can_read = self._parallel.gather_flags(not error)
+        if not any(can_read):
+            raise PipelineError(f"the embeddings of {info.pool_id} cannot be read ({error}); --embedding-transport host needs no mapping")
+        self._epochs[info.pool_id] = info.epoch
+        self._readers[info.pool_id] = None if all(can_read) else can_read.index(True)
+        if error:
+            logger.warning("rank %d gets the embeddings of %s from rank %d: %s", self._parallel.rank, info.pool_id, can_read.index(True), error)
+
+    def knows(self, pool_id: str, epoch: int) -> bool:
+        return self._epochs.get(pool_id, -1) >= epoch
+
+    def gather(self, out: Tensor, embeddings: TensorHandle, start: int) -> None:
+        """Fills contiguous rows of a step's input, in the order of its stream. Raises StaleHandleError when they are no longer there."""
+        reader = self._readers.get(embeddings.pool_id)
+        if reader is None or reader == self._parallel.rank:
+            self._pools.copy_rows(out, embeddings, start)
+        if reader is not None:
+            self._parallel.broadcast(out, reader)
+
+
 class ModelRunner:
     """Loads the weights; `open_cache` follows, once it is known what memory is left."""
 
-    attention: PagedAttention
+    attention: Any
 
     def __init__(self, info: ModelInfo, config: Config, folder: Path, device: torch.device, parallel: TensorParallel, progress: Progress) -> None:
         self.device, self._info, self._config = device, info, config
-        self.pools = PoolMap()
+        self.pools = EmbeddingPools(PoolMap(device=device.index or 0), parallel)
         dtype = choose_dtype(config.model.dtype, device)
         checkpoint = Checkpoint(folder, dtype, device, progress)
         checkpoint.expect("model.")
-        self.decoder = Decoder(info.text, checkpoint, parallel, make_int8_linear if config.llm.quantization == "int8" else make_linear)
+        self._backend = choose_backend(config.llm.attention, device)
+        linear = make_int8_linear if config.llm.quantization == "int8" else make_linear
+        self.decoder = Decoder(info.text, checkpoint, parallel, linear, self._backend.kernels)
         checkpoint.close()
         self._dtype = dtype
-        self.sampler = Sampler(config.llm.max_num_seqs, info.text.vocab_size, info.eos_token_ids, device)
-        self._last_tokens = torch.zeros(config.llm.max_num_seqs, dtype=torch.int64, device=device)  # by slot
+        if config.llm.all_reduce == "symmetric":
+            parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
+        self._num_slots = config.llm.max_num_seqs
+        self.sampler = Sampler(self._num_slots, info.text.vocab_size, info.eos_token_ids, device, self._backend.sample)
+        # By slot; the last is that of the rows that fill up a batch.
+        self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
+        self._graphs: DecodeGraphs | None = None
 
-    def open_cache(self, num_blocks: int) -> None:
+    def open_cache(self, num_blocks: int, max_model_len: int) -> None:
+        """Makes the KV cache, and captures the graphs of decode steps where the backend can be captured."""
         heads, size = self.decoder.heads, self._config.llm.block_size
-        self.attention = PagedAttention(
+        self.attention = self._backend.attention(
             self._info.text.num_layers, num_blocks, size, heads.num_kv_heads, heads.head_dim, self._dtype, self.device
         )  # fmt: skip
+        if self._backend.sample is None or not self._config.llm.cuda_graphs:
+            return
+        sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
+        buffers = DecodeBuffers(sizes[-1], -(-max_model_len // size), size, self._num_slots, self.attention.spare_slot, self.device)
+        with torch.inference_mode():
+            self._graphs = DecodeGraphs(sizes, buffers, lambda inputs: self._decode(inputs, max_model_len), self.device)
+
+    def _decode(self, inputs: Inputs, longest: int) -> Outputs:
+        """One token more for each sequence. Everything stays on the device, and where it is: a CUDA graph can hold it."""
+        assert self._backend.sample is not None
+        slots = inputs.slots.long()
+        token_ids = torch.where(inputs.is_late != 0, self._last_tokens[slots], inputs.token_ids)
+        layout = self.attention.plan_decode(inputs.new_slots, inputs.tables, inputs.lengths, longest)
+        hidden = self.decoder(self.decoder.embed(token_ids), inputs.positions.expand(3, -1), self.attention, layout)
+        logits = self.decoder.logits(hidden)
+        chosen = self._backend.sample(logits, inputs.params)
+        self._last_tokens[slots] = chosen
+        return Outputs(chosen, logits)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -100,6 +167,8 @@ class ModelRunner:
         for start in plan.started:
             self.sampler.start(start)
         sequences = plan.sequences
+        if self._graphs is not None and 0 < len(sequences) <= self._graphs.sizes[-1] and all(is_decode(sequence) for sequence in sequences):
+            return self._launch_decode(self._graphs, sequences)
         sampled_slots = np.array([sequence.slot for sequence in sequences if sequence.is_sampled], dtype=np.int64)
         hidden, ends = self._compute(sequences)
         # Ranks must agree on whether there is a collective at all: the plan says so, and it is the same for all.
@@ -111,6 +180,17 @@ class ModelRunner:
         sampled = self.sampler.sample(logits, sampled_slots, num_tokens)
         self._last_tokens[self._tensor(sampled_slots)] = sampled.token_ids
         return Launched(sampled, self.sampler.num_logprobs(sampled_slots), self.device)
+
+    def _launch_decode(self, graphs: DecodeGraphs, sequences: Sequence[SequencePlan]) -> Launched:
+        slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
+        num_tokens = np.array([sequence.num_computed_tokens + 1 for sequence in sequences], dtype=np.int64)
+        outputs = graphs.run(sequences, self.sampler.draw_params(slots, num_tokens))
+        if self.sampler.is_plain(slots):
+            sampled = Sampled(outputs.token_ids, None, None)
+        else:  # the graph's choice does not count
+            sampled = self.sampler.sample(outputs.logits, slots, num_tokens)
+            self._last_tokens[self._tensor(slots)] = sampled.token_ids
+        return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
 
     def _compute(self, sequences: Sequence[SequencePlan]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""
@@ -126,7 +206,7 @@ class ModelRunner:
         for sequence, length, end in zip(sequences, lengths, ends.tolist(), strict=True):
             for part in sequence.embeddings:
                 first = end - length + part.offset
-                x[first : first + part.length] = self.pools.tensor(part.embeddings)[part.start : part.start + part.length]
+                self.pools.gather(x[first : first + part.length], part.embeddings, part.start)
         spans = [
             Span(length, sequence.num_computed_tokens, unpack_int32(sequence.block_table).tolist())
             for sequence, length in zip(sequences, lengths, strict=True)

@@ -12,13 +12,56 @@ from torch import Tensor
 from pipeline.families import TextInfo
 
 START_TIMEOUT_S = 300
+ONE_SHOT_BYTES = 256 << 10  # above it, who sums a part and hands it on is faster than everybody summing all
+
+
+class SymmetricMemory:
+    """All-reduce through a buffer that every rank has mapped from all others. For small tensors, of which NCCL's latency is most.
+
+    Never run so far: it takes several GPUs, with NVLink.
+    """
+
+    def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symm_mem
+
+        world = dist.group.WORLD
+        assert world is not None
+        self._buffer = symm_mem.empty(num_elements, dtype=dtype, device=device)
+        handle = symm_mem.rendezvous(self._buffer, world)
+        self._group = world.group_name
+        self._has_multicast = handle.multicast_ptr != 0  # the switch adds
+        self._most_one_shot = ONE_SHOT_BYTES // dtype.itemsize
+
+    def can_reduce(self, x: Tensor) -> bool:
+        return x.dtype == self._buffer.dtype and x.numel() <= self._buffer.numel()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        part = self._buffer[: x.numel()].view(x.shape)
+        part.copy_(x)
+        ops = torch.ops.symm_mem
+        if self._has_multicast:
+            ops.multimem_all_reduce_(part, "sum", self._group)
+        elif x.numel() <= self._most_one_shot:
+            return ops.one_shot_all_reduce(part, "sum", self._group)  # type: ignore[no-any-return]
+        else:
+            ops.two_shot_all_reduce_(part, "sum", self._group)
+        return x.copy_(part)
 
 
 class TensorParallel:
     """One rank of `size`. Alone it does nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size, self._device = rank, size, device
+        self._symmetric: SymmetricMemory | None = None
+
+    def use_symmetric_memory(self, num_elements: int, dtype: torch.dtype) -> None:
+        """For all-reduces of up to so many elements. Raises ValueError on the CPU."""
+        if self.size == 1:
+            return
+        if self._device is None or self._device.type != "cuda":
+            raise ValueError("all_reduce 'symmetric' needs GPUs")
+        self._symmetric = SymmetricMemory(num_elements, dtype, self._device)
 
     @classmethod
     def connect(cls, rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
@@ -28,27 +71,43 @@ class TensorParallel:
                 "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size,
                 timeout=timedelta(seconds=START_TIMEOUT_S),
             )  # fmt: skip
-        return cls(rank, size)
+        return cls(rank, size, device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' x, in place of x or elsewhere."""
+        if self._symmetric is not None and self._symmetric.can_reduce(x):
+            return self._symmetric.all_reduce(x)
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def gather_last(self, x: Tensor) -> Tensor:
-        """The ranks' parts [..., n] side by side as [..., size · n], on every rank."""
+        """The ranks' parts [num_rows, n] side by side as [num_rows, size · n], on every rank."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
+        parts = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(parts, x.contiguous())
+        return parts.transpose(0, 1).flatten(1)
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        """x becomes what it is on the rank `source`."""
+        if self.size > 1:
+            dist.broadcast(x, source)
+
+    def gather_flags(self, flag: bool) -> list[bool]:
+        """The ranks' flags, on every rank."""
+        if self.size == 1:
+            return [flag]
+        flags = torch.zeros(self.size, dtype=torch.int32, device=self._device)
+        flags[self.rank] = int(flag)
+        dist.all_reduce(flags)
+        return [bool(value) for value in flags.tolist()]
 
     def smallest(self, value: int) -> int:
         """The smallest of the ranks' values, on every rank."""
         if self.size == 1:
             return value
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        shared = torch.tensor(value, dtype=torch.int64, device=device)
+        shared = torch.tensor(value, dtype=torch.int64, device=self._device)
         dist.all_reduce(shared, dist.ReduceOp.MIN)
         return int(shared)
 

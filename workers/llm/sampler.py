@@ -6,7 +6,7 @@ So a request draws the same tokens whatever runs beside it, on every rank, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from workers.nn.loader import to_device
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 NUM_CANDIDATES = 1024  # best tokens that are sorted first; all are, where that is not enough for a row's top_p
 MAX_EOS = 16
+NUM_PARAMS = 5  # numbers of a row that its draw depends on
 
 Slots = npt.NDArray[np.int64]
 
@@ -61,8 +62,16 @@ def has_penalty(sampling: SamplingParams) -> bool:
 class Sampler:
     """Tables with a row for each slot; a request has a slot while it runs."""
 
-    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
-        self._device, self._num_slots, self._vocab_size = device, num_slots, vocab_size
+    def __init__(
+        self,
+        num_slots: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """`kernel` chooses by logits and `draw_params`, and waits for nothing; without it torch's operators do."""
+        self._device, self._num_slots, self._vocab_size, self._kernel = device, num_slots, vocab_size, kernel
         self._eos = list(eos_token_ids)[:MAX_EOS]
         self._params = np.zeros(num_slots, dtype=_PARAMS)
         # Padded with token 0 at weight 0, so that rows of different lengths are one operation.
@@ -103,16 +112,33 @@ class Sampler:
         output = tokens[num_prompt_tokens:]
         self._counts[slot].zero_().scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
+    def is_plain(self, slots: Slots) -> bool:
+        """Whether these need nothing but a token chosen by their logits as they are."""
+        params = self._params[slots]
+        return not params["is_adjusted"].any() and int(params["num_logprobs"].max()) < 0
+
+    def draw_params(self, slots: Slots, num_tokens: Slots) -> npt.NDArray[np.int32]:
+        """What the kernel needs to know of requests that have `num_tokens` so far: [5, num_rows], see `sampling_kernel.sample`."""
+        params = self._params[slots]
+        points = uniform(params["seed"], (num_tokens - params["num_prompt_tokens"]).astype(np.uint64))
+        numbers = np.stack([params["temperature"], params["top_p"], params["min_p"], points, np.zeros(len(slots))]).astype(np.float32)
+        as_bits = numbers.view(np.int32)
+        as_bits[4] = params["top_k"]
+        return as_bits
+
     def sample(self, logits: Tensor, slots: Slots, num_tokens: Slots) -> Sampled:
         """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens so far."""
         params = self._params[slots]
         numbers = num_tokens - params["num_prompt_tokens"]
         adjusted = self._adjust(logits, slots, params, numbers) if params["is_adjusted"].any() else logits
-        token_ids = adjusted.argmax(dim=-1)
-        rows = np.flatnonzero(params["temperature"] > 0)
-        if len(rows):
-            places = self._tensor(rows)
-            token_ids[places] = self._draw(adjusted if len(rows) == len(params) else adjusted[places], params[rows], numbers[rows])
+        if self._kernel is not None:
+            token_ids = self._kernel(adjusted, self._tensor(self.draw_params(slots, num_tokens)))
+        else:
+            token_ids = adjusted.argmax(dim=-1)
+            rows = np.flatnonzero(params["temperature"] > 0)
+            if len(rows):
+                places = self._tensor(rows)
+                token_ids[places] = self._draw(adjusted if len(rows) == len(params) else adjusted[places], params[rows], numbers[rows])
         if self._counts is not None and params["has_penalty"].any():
             self._counts.index_put_((self._tensor(slots), token_ids), torch.ones_like(token_ids, dtype=torch.int32), accumulate=True)
         if (num_logprobs := int(params["num_logprobs"].max())) < 0:

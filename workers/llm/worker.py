@@ -55,7 +55,7 @@ def main(context: WorkerContext) -> None:
     try:
         runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
         kv_plan = plan_kv_cache(info, config, tp_size, dtype, parallel.smallest(int(kv_cache_gib(config, device) * GIB)) / GIB)
-        runner.open_cache(kv_plan.num_blocks)
+        runner.open_cache(kv_plan.num_blocks, kv_plan.max_model_len)
         if steps is None:
             scheduler = Scheduler(
                 BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,

@@ -126,9 +126,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_device(name: str, ordinal: int) -> torch.device:
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", ordinal)
-    return torch.device("cpu")
+    """The GPU of that number, if the machine has any or one is asked for, else the CPU. Raises ValueError where there is no such GPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if ordinal >= (count := torch.cuda.device_count()):
+        raise ValueError(f"GPU {ordinal} is wanted, but this machine has {count}")
+    device = torch.device("cuda", ordinal)
+    torch.cuda.set_device(device)  # on which Triton launches, and where NCCL looks for this rank
+    return device
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

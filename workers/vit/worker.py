@@ -16,7 +16,7 @@ from typing import assert_never
 import torch
 
 from pipeline.config import MIB, Config
-from pipeline.errors import ErrorInfo
+from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
 from pipeline.messages import (
     CancelEncode,
@@ -172,11 +172,18 @@ def open_pool(context: WorkerContext, info: ModelInfo, config: Config, dtype: st
     merged = info.vision.factor**2  # pixels of one token
     largest = align(-(-info.vision.largest_pixels // merged) * info.vision.hidden_size * ITEM_SIZES[dtype])
     nbytes = align(max(config.vit.embedding_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
-    if device_ordinal is None:
-        pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
-    else:
-        pool = TensorPool.on_cuda(str(context.worker), context.epoch, nbytes, MAX_SLOTS, device_ordinal, CudaBindings())
-    return pool, SlotAllocator(nbytes, largest, MAX_SLOTS)
+    allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
+    name, transport = str(context.worker), config.vit.embedding_transport
+    if device_ordinal is not None and transport != "host":
+        try:
+            return TensorPool.on_cuda(name, context.epoch, nbytes, MAX_SLOTS, device_ordinal, CudaBindings()), allocator
+        except PipelineError as error:
+            if transport == "cuda_ipc":
+                raise
+            logger.warning("embeddings go through host memory: %s", error)
+    elif transport == "cuda_ipc":
+        raise ValueError("embedding_transport 'cuda_ipc' needs a GPU, but this ViT computes on the CPU")
+    return TensorPool.on_host(name, context.epoch, nbytes, MAX_SLOTS), allocator
 
 
 def main(context: WorkerContext) -> None:

@@ -68,11 +68,13 @@ CPU = torch.device("cpu")
 class Rig:
     """An engine with a pool of embeddings beside it, and what its neighbours were told."""
 
-    def __init__(self, folder: Path, budget: int, block_size: int = 16, num_blocks: int = 600, has_overlap: bool = False) -> None:
+    def __init__(
+        self, folder: Path, budget: int, block_size: int = 16, num_blocks: int = 600, has_overlap: bool = False, attention: str = "torch"
+    ) -> None:
         self.info: ModelInfo = read_model_info(folder)
-        config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size))
+        config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention))
         runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
-        runner.open_cache(num_blocks)
+        runner.open_cache(num_blocks, 1000)
         self.scheduler = Scheduler(BlockManager(num_blocks, block_size), 8, budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9)
@@ -164,6 +166,37 @@ def test_late_and_unordered_embeddings_give_the_same_tokens(
         assert_same_tokens(rig.tokens(f"r{number}"), references[name], f"{name}, {order}")
         released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
         assert sorted(released) == sorted(embedding.lease_id for embedding in ready)
+
+
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+def test_the_way_of_a_gpu_gives_the_same_tokens(has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]) -> None:
+    """Triton's kernels, padded decode batches and all, in the interpreter; one request draws, one has a bias and wants logprobs."""
+    rig = Rig(random_checkpoint, 512, has_overlap=has_overlap, attention="triton")
+    rig.open_pool()
+    greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=1)
+    favourite = 77
+    wishes = {
+        "text only": greedy,
+        "one picture": greedy,
+        "drawn": msgspec.structs.replace(greedy, temperature=1.0, top_p=0.9),
+        "biased": msgspec.structs.replace(greedy, logit_bias={favourite: 100.0}, logprobs=2),
+    }
+    for name, sampling in wishes.items():
+        request, ready = rig.request(CHATS.get(name, CHATS["text only"]), name, sampling=sampling)
+        rig.engine.handle(request, rig.now)
+        for embedding in ready:
+            rig.engine.handle(embedding, rig.now)
+    rig.run()
+    outputs = rig.outputs()
+    tokens = {name: [t for out in outputs if out.request_id == name for t in unpack_int32(out.new_token_ids).tolist()] for name in wishes}
+    for name in ("text only", "one picture"):
+        answer = references[name]
+        assert_same_tokens(tokens[name], answer._replace(token_ids=answer.token_ids[:5]), name)
+    assert len(set(tokens["drawn"])) > 2
+    assert tokens["drawn"] != tokens["text only"]
+    assert tokens["biased"] == [favourite] * 5
+    logprobs = [entry for out in outputs if out.request_id == "biased" for entry in out.logprobs]
+    assert [unpack_int32(entry.token_ids)[0] for entry in logprobs] == [favourite] * 5
 
 
 def test_embeddings_before_the_pool_and_before_the_request(random_checkpoint: Path, references: dict[str, Answer]) -> None:

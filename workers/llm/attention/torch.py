@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import to_device
 
 SMALL_HISTORY_BYTES = 256 << 10  # of one sequence in one layer: copying it costs about as much as computing it by itself
@@ -114,8 +115,19 @@ class PagedAttention:
         rest = torch.cat((slots[:start], slots[stop:]))
         return _History(slice(table[first] * size, table[first] * size + stop - start), rest if len(rest) else None)
 
-    def __call__(self, layer: int, layout: _Layout, q: Tensor, kv: Tensor) -> Tensor:
-        """Writes the step's keys and values and attends: q [num_tokens, heads, head_dim], kv [num_tokens, 2 · kv_heads, head_dim]."""
+    @staticmethod
+    def rotary(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of angles [num_tokens, head_dim / 2], for `__call__`."""
+        return rotary_tables(angles, dtype)
+
+    def __call__(self, layer: int, layout: _Layout, qkv: Tensor, bias: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Turns queries and keys of qkv [num_tokens, heads + 2 · kv_heads, head_dim], once the bias is on them, writes the keys and
+        values, and attends: [num_tokens, heads, head_dim]."""
+        if bias is not None:
+            qkv += bias.view(qkv.shape[1:])
+        turned = qkv[:, : -self.num_kv_heads]  # queries and keys at once
+        turned.copy_(rotate(turned, *rotary))
+        q, kv = qkv[:, : -2 * self.num_kv_heads], qkv[:, -2 * self.num_kv_heads :]
         cache = self.cache[layer]
         cache.index_copy_(0, layout.new_slots, kv)
         parts: list[Tensor] = []

@@ -1,9 +1,12 @@
-"""Qwen2-VL's decoder on a flat batch of tokens: no batch dimension, sequences side by side. Sharded over ranks."""
+"""Qwen2-VL's decoder on a flat batch of tokens: no batch dimension, sequences side by side. Sharded over ranks.
+
+There are two ways through a layer: torch's operators, and kernels that fuse what stands between the matrix products.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +14,36 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.parallel import HeadLayout, TensorParallel
-from workers.nn.layers import Linear, RMSNorm, make_linear, rotary_tables, rotate
+from workers.nn.layers import Linear, RMSNorm, make_linear
 from workers.nn.loader import Checkpoint, Rows
 
 MakeLinear = Callable[..., Linear]  # (weight, bias=None)
 
 
 class Attention(Protocol):
-    """An attention backend; `layout` is what its `plan` returned for the step."""
+    """An attention backend; `layout` is what its `plan` returned for the step, `rotary` what its `rotary` did."""
 
-    def __call__(self, layer: int, layout: Any, q: Tensor, kv: Tensor) -> Tensor: ...
+    @staticmethod
+    def rotary(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, layer: int, layout: Any, qkv: Tensor, bias: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor: ...
+
+
+class Kernels(NamedTuple):
+    """Those of `workers.nn.kernels`."""
+
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
 
 
 class Decoder:
-    def __init__(self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel, linear: MakeLinear = make_linear) -> None:
-        self.info, self.parallel, self._dtype = info, parallel, checkpoint.dtype
+    def __init__(
+        self, info: TextInfo, checkpoint: Checkpoint, parallel: TensorParallel, linear: MakeLinear = make_linear, kernels: Kernels | None = None
+    ) -> None:
+        self.info, self.parallel, self._dtype, self._kernels = info, parallel, checkpoint.dtype, kernels
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self._embeddings = _embedding_table(checkpoint)
-        self.layers = [_Layer(info, checkpoint, self.heads, parallel, linear, index) for index in range(info.num_layers)]
+        self.layers = [_Layer(info, checkpoint, self.heads, parallel, linear, index, kernels is not None) for index in range(info.num_layers)]
         self.norm = RMSNorm(checkpoint.load("model.norm.weight"), info.rms_norm_eps)
         tied = info.tie_word_embeddings or "lm_head.weight" not in checkpoint
         rows = self.heads.vocab_rows
@@ -44,11 +59,16 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, positions: Tensor, attention: Attention, layout: Any) -> Tensor:
-        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens]."""
-        cos, sin = rotary_tables(positions[self._axes].float().T * self._frequencies, x.dtype)
+        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens]. Kernels write over x."""
+        rotary = attention.rotary(positions[self._axes].float().T * self._frequencies, x.dtype)
+        if self._kernels is None:
+            for layer in self.layers:
+                x = layer(x, attention, layout, rotary)
+            return self.norm(x)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, cos, sin, attention, layout)
-        return self.norm(x)
+            delta = layer.with_kernels(self._kernels, x, delta, attention, layout, rotary)
+        return self._kernels.add_rms_norm(x, delta, self.norm.weight, self.norm.eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -57,30 +77,39 @@ class Decoder:
 
 
 class _Layer:
-    def __init__(self, info: TextInfo, checkpoint: Checkpoint, heads: HeadLayout, parallel: TensorParallel, linear: MakeLinear, index: int) -> None:
+    def __init__(
+        self, info: TextInfo, checkpoint: Checkpoint, heads: HeadLayout, parallel: TensorParallel, linear: MakeLinear, index: int, has_kernels: bool
+    ) -> None:
         prefix = f"model.layers.{index}."
         self.heads, self.parallel, self.index = heads, parallel, index
         attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         parts = [("q_proj", heads.query_rows), ("k_proj", heads.kv_rows), ("v_proj", heads.kv_rows)]
-        self.qkv = linear(
-            torch.cat([checkpoint.load(f"{attn}{name}.weight", rows) for name, rows in parts]),
-            torch.cat([checkpoint.load(f"{attn}{name}.bias", rows) for name, rows in parts]),
-        )
+        weight, bias = (torch.cat([checkpoint.load(f"{attn}{name}.{kind}", rows) for name, rows in parts]) for kind in ("weight", "bias"))
+        self.qkv = linear(weight, None if has_kernels else bias)
+        self.qkv_bias = bias if has_kernels else None  # which a kernel adds
         self.o_proj = linear(checkpoint.load(f"{attn}o_proj.weight", columns=heads.query_rows))
         self.gate_up = linear(torch.cat([checkpoint.load(f"{mlp}{name}.weight", heads.mlp_rows) for name in ("gate_proj", "up_proj")]))
         self.down = linear(checkpoint.load(f"{mlp}down_proj.weight", columns=heads.mlp_rows))
         self.input_norm = RMSNorm(checkpoint.load(f"{prefix}input_layernorm.weight"), info.rms_norm_eps)
         self.post_norm = RMSNorm(checkpoint.load(f"{prefix}post_attention_layernorm.weight"), info.rms_norm_eps)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layout: Any) -> Tensor:
-        heads, dim = self.heads, self.heads.head_dim
-        qkv = self.qkv(self.input_norm(x)).view(len(x), -1, dim)
-        turned = qkv[:, : heads.num_heads + heads.num_kv_heads]  # queries and keys at once
-        turned.copy_(rotate(turned, cos, sin))
-        out = attention(self.index, layout, qkv[:, : heads.num_heads], qkv[:, heads.num_heads :])
-        x = self._add(x, self.o_proj, out.flatten(1))
+    def __call__(self, x: Tensor, attention: Attention, layout: Any, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = self._add(x, self.o_proj, self._attend(self.input_norm(x), attention, layout, rotary))
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
         return self._add(x, self.down, F.silu(gate).mul_(up))
+
+    def with_kernels(
+        self, kernels: Kernels, x: Tensor, delta: Tensor | None, attention: Attention, layout: Any, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:  # fmt: skip
+        """x becomes x + delta + what attention yields; returns what the MLP yields, which the next norm adds."""
+        attended = self._attend(kernels.add_rms_norm(x, delta, self.input_norm.weight, self.input_norm.eps), attention, layout, rotary)
+        delta = self.parallel.all_reduce(self.o_proj(attended))
+        hidden = kernels.add_rms_norm(x, delta, self.post_norm.weight, self.post_norm.eps)
+        return self.parallel.all_reduce(self.down(kernels.silu_mul(self.gate_up(hidden))))
+
+    def _attend(self, x: Tensor, attention: Attention, layout: Any, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = self.qkv(x).view(len(x), -1, self.heads.head_dim)
+        return attention(self.index, layout, qkv, self.qkv_bias, rotary).flatten(1)
 
     def _add(self, x: Tensor, linear: Linear, part: Tensor) -> Tensor:
         """x + linear(part), where each rank has a part."""

@@ -1,0 +1,57 @@
+"""What computes a step beside the matrix products: the attention, the fused kernels, the choice of tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from workers.llm.attention.torch import PagedAttention
+from workers.llm.models.qwen2_vl import Kernels
+
+Sample = Callable[[Tensor, Tensor], Tensor]
+
+
+class Backend(NamedTuple):
+    name: str
+    attention: Any  # class
+    kernels: Kernels | None  # None: torch's operators
+    sample: Sample | None  # None: the sampler's own way, which a host steers
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """`auto` is Triton on a GPU, torch on the CPU; there Triton runs only in its interpreter, which is for tests.
+
+    Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here and only when needed:
+    an installation for the CPU has neither.
+    """
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "torch"
+    if name == "torch":
+        return Backend(name, PagedAttention, None, None)
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"attention {name!r} needs the package triton, which comes with CUDA builds of torch")
+    if device.type != "cuda" and not _is_interpreted():
+        raise ValueError(f"attention {name!r} needs a GPU, but this rank computes on {device}")
+    from workers.llm.sampling_kernel import sample
+    from workers.nn.kernels import add_rms_norm, silu_mul
+
+    kernels = Kernels(add_rms_norm, silu_mul)
+    if name == "flash3":
+        if importlib.util.find_spec("flash_attn_interface") is None:
+            raise ValueError("attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface")
+        from workers.llm.attention.flash3 import Flash3Attention
+
+        return Backend(name, Flash3Attention, kernels, sample)
+    from workers.llm.attention.triton import TritonAttention
+
+    return Backend(name, TritonAttention, kernels, sample)
+
+
+def _is_interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
