@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -35,24 +34,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
-from launcher.checkpoints import EMBEDDED
 from pipeline.families import TextInfo, read_model_info
 from tools.bench_serving import Result, Workload, converse, open_session, run_load, send
+from tools.random_checkpoint import SHAPES, make_checkpoint
 from workers.nn.loader import Checkpoint, choose_dtype
 
-VOCABULARY = 151_936
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "0.3b": {
-        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2},
-        "vision": {"depth": 16, "embed_dim": 640, "num_heads": 8, "hidden_size": 768},
-    },
-    "2b": {
-        "text": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
-        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
-    },
-}
 PARTS = ("rates", "int8", "turns", "memory", "itl")
 NUM_STREAMS = 4
 
@@ -67,28 +55,6 @@ class Row(NamedTuple):
     @property
     def ratio(self) -> float:
         return self.ours / self.theirs
-
-
-def make_checkpoint(folder: Path, shape: str) -> None:
-    """A random Qwen2-VL in bfloat16 with a tokenizer in which every id is a word, so that every token is a streamed event."""
-    embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
-    ids = {name: embedded[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    text = {
-        **SHAPES[shape]["text"], "vocab_size": VOCABULARY, "max_position_embeddings": 32_768, "bos_token_id": 0, "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, "tie_word_embeddings": True,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    config = Qwen2VLConfig(text_config=text, vision_config=SHAPES[shape]["vision"], tie_word_embeddings=True, **ids)
-    torch.set_default_dtype(torch.bfloat16)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(EMBEDDED / "model" / name, folder / name)
-    tokenizer = json.loads((EMBEDDED / "model" / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab.update({token["content"]: token["id"] for token in tokenizer["added_tokens"]})  # else they are numbered anew behind the rest
-    vocab.update({f"\u0120w{token}": token for token in range(1 + max(vocab.values()), VOCABULARY)})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 class Served(NamedTuple):

@@ -1,0 +1,184 @@
+"""What only a GPU can show: kernels compiled, graphs captured, pools mapped by another process. `tools/gpu_check.py` runs these."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Config, LlmConfig, ModelConfig
+from pipeline.families import read_model_info
+from pipeline.messages import SequencePlan, SequenceStart, StepPlan, pack_int32
+from pipeline.sampling import SamplingParams
+from pipeline.slots import SlotAllocator
+from pipeline.tensors import CudaBindings, PoolMap, TensorPool
+from tests.chats import CHATS, to_messages
+from tests.fakes import LLM_0
+from tests.reference import Reference, assert_same_tokens
+from tests.servers import Server
+from tests.workers.llm.test_sampling_kernel import OPTIONS
+from tests.workers.llm.test_triton_attention import make_spans, reference
+from workers.llm.model_runner import ModelRunner
+from workers.llm.parallel import TensorParallel
+from workers.llm.sampler import Sampler
+from workers.nn.layers import rotary_tables, rotate
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+CUDA = torch.device("cuda:0")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 1), (12, 2), (28, 4), (64, 8)])
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: torch.dtype, seed: int) -> None:
+    from workers.llm.attention.triton import TritonAttention
+
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    block_size = rng.choice([16, 64])
+    decodes = [(1, rng.choice([0, 1, 63, 64, 65, 2000])) for _ in range(rng.randint(0, 5))]
+    prefills = [(rng.choice([2, 64, 129, 700]), rng.choice([0, 1, 130])) for _ in range(rng.randint(not decodes, 2))]
+    num_blocks = 16_000 // block_size
+    attention = TritonAttention(1, num_blocks, block_size, num_kv_heads, 128, dtype, CUDA)
+    attention.cache.fill_(float("nan"))
+    spans = make_spans(rng, block_size, num_blocks, decodes + prefills)
+    for span in spans:
+        slots = [span.block_table[position // block_size] * block_size + position % block_size for position in range(span.num_computed)]
+        attention.cache[0, slots] = torch.randn(len(slots), 2 * num_kv_heads, 128, device=CUDA).to(dtype)
+    num_tokens = sum(span.num_tokens for span in spans)
+    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, 128, device=CUDA).to(dtype)
+    bias, angles = torch.randn(qkv[0].numel(), device=CUDA).to(dtype), 50 * torch.randn(num_tokens, 64, device=CUDA)
+    turned = rotate(qkv.float() + bias.float().view(qkv.shape[1:]), *rotary_tables(angles, torch.float32))
+    out = attention(0, attention.plan(spans), qkv, bias, attention.rotary(angles, dtype))
+    assert error(qkv[:, :num_heads], turned[:, :num_heads]) < TOLERANCE[dtype]
+    expected = reference(attention.cache[0].cpu(), block_size, spans, qkv[:, :num_heads].cpu())
+    assert error(out.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_sampling_kernel_draws_what_the_sampler_draws(options: dict[str, Any]) -> None:
+    from workers.llm.sampling_kernel import sample
+
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 151_936)
+    drawn = []
+    for device, kernel in ((CUDA, sample), (torch.device("cpu"), None)):
+        sampler = Sampler(1, logits.shape[-1], (), device, kernel)
+        sampler.start(SequenceStart(0, 0, SamplingParams(seed=3, **options), b""))
+        drawn.append(sampler.sample(logits.to(device), np.zeros(64, dtype=np.int64), np.arange(64)).token_ids.tolist())
+    # Where many tokens are about as probable a point may lie on a border, see the test in the interpreter.
+    assert sum(a != b for a, b in zip(*drawn, strict=True)) <= 3
+
+
+def make_runner(folder: Path, **options: Any) -> ModelRunner:
+    config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(max_num_seqs=8, **options))
+    runner = ModelRunner(read_model_info(folder), config, folder, CUDA, TensorParallel(), lambda done, total: None)
+    runner.open_cache(100, 1000)
+    return runner
+
+
+def generate(runner: ModelRunner, prompts: list[list[int]], num_tokens: int, is_ahead: bool) -> list[list[int]]:
+    """Greedy tokens of all prompts side by side; `is_ahead`: the next step is launched before the last one's result is taken."""
+    greedy = SamplingParams(temperature=0, seed=1)
+    starts = tuple(SequenceStart(slot, len(prompt), greedy, b"") for slot, prompt in enumerate(prompts))
+    launched, tokens = [], [[] for _ in prompts]  # type: ignore[var-annotated]
+    for step in range(num_tokens):
+        sequences = []
+        for slot, prompt in enumerate(prompts):
+            first = 0 if not step else len(prompt) + step - 1
+            ids = prompt if not step else ([] if is_ahead else tokens[slot][-1:])
+            positions = np.tile(np.arange(first, first + max(1, len(ids)), dtype=np.int32), (3, 1)).tobytes()
+            table = pack_int32(range(slot * 10, slot * 10 + 10))
+            sequences.append(SequencePlan(slot, pack_int32(ids), positions, first, table, (), is_sampled=True))
+        launched.append(runner.launch(StepPlan(sender=LLM_0, epoch=1, step=step, started=starts if not step else (), sequences=tuple(sequences))))
+        while len(launched) > int(is_ahead):
+            for of_slot, token in zip(tokens, launched.pop(0).result().token_ids, strict=True):
+                of_slot.append(token)
+    for rest in launched:
+        for of_slot, token in zip(tokens, rest.result().token_ids, strict=True):
+            of_slot.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_graphs_kernels_and_torch_agree(count: int, random_checkpoint: Path) -> None:
+    rng = random.Random(count)
+    prompts = [[rng.randrange(5, 4000) for _ in range(rng.randint(3, 90))] for _ in range(count)]
+    expected = generate(make_runner(random_checkpoint, attention="torch"), prompts, 30, is_ahead=False)
+    for options in ({"cuda_graphs": False}, {"cuda_graphs": True}):
+        runner = make_runner(random_checkpoint, attention="triton", **options)
+        for is_ahead in (False, True):
+            assert generate(runner, prompts, 30, is_ahead) == expected, f"{options}, ahead: {is_ahead}"
+
+
+EXPORTER = """
+import sys, msgspec, torch
+from pipeline.slots import SlotAllocator
+from pipeline.tensors import CudaBindings, TensorPool
+pool, slots = TensorPool.on_cuda("vit.0", 1, 64 << 20, 8, 0, CudaBindings()), SlotAllocator(64 << 20, 1 << 24, 8)
+handle = pool.lend(slots.allocate(1 << 24), (1024, 3584), "bfloat16")
+pool.tensor(handle).copy_(torch.arange(1024, device="cuda")[:, None].expand(-1, 3584))
+torch.cuda.synchronize()
+print(msgspec.msgpack.encode([pool.info, handle]).hex(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_embeddings_of_another_process_never_pass_through_the_host() -> None:
+    from pipeline.tensors import PoolInfo, TensorHandle
+
+    with subprocess.Popen([sys.executable, "-c", EXPORTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as exporter:
+        assert exporter.stdout is not None
+        assert exporter.stdin is not None
+        info, handle = msgspec.msgpack.decode(bytes.fromhex(exporter.stdout.readline()), type=tuple[PoolInfo, TensorHandle])
+        pools = PoolMap(device=0)
+        pools.open(info)
+        x = torch.zeros(2000, 3584, dtype=torch.bfloat16, device=CUDA)
+        pools.copy_rows(x[:8], handle, 0)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+            pools.copy_rows(x[100:500], handle, 300)
+            torch.cuda.synchronize()
+        copies = [event.name for event in profile.events() if "memcpy" in event.name.lower() and event.device_type.name == "CUDA"]
+        assert [name for name in copies if "HtoD" in name or "DtoH" in name] == []
+        assert any("DtoD" in name or "PtoP" in name for name in copies), copies
+        assert x[100:500, 7].tolist() == torch.arange(300, 700).to(torch.bfloat16).tolist()
+        assert not bool(x[500:].any())
+        pools.close_all()
+        exporter.stdin.close()
+
+
+def test_a_pool_is_never_mapped_by_its_owner() -> None:
+    """It is an error of the driver's, and must be one of ours."""
+    from pipeline.errors import PipelineError
+
+    pool, _ = TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, CudaBindings()), SlotAllocator(4 << 20, 1 << 16, 8)
+    with pytest.raises(PipelineError, match="cudaIpcOpenMemHandle"):
+        PoolMap(device=0).open(pool.info)
+    pool.close()
+
+
+@pytest.mark.parametrize("options", [(), ("--no-cuda-graphs", "--overlap", "off"), ("--embedding-transport", "host"), ("--gpu-sharing", "timeslice")])
+async def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str, ...], random_checkpoint: Path) -> None:
+    from pipeline.client import PipelineClient
+    from tests.integration.test_fidelity import NUM_TOKENS
+    from tests.integration.test_fidelity import generate as ask
+
+    reference_model = Reference(random_checkpoint)
+    with Server("--model", str(random_checkpoint), "--device", "cuda", "--dtype", "float32", "--kv-cache-gib", "1", *options) as server:
+        async with PipelineClient(server.run_dir) as client:
+            for name, chat in CHATS.items():
+                tokens, _ = await ask(client, *to_messages(chat))
+                assert_same_tokens(tokens, reference_model.answer(chat, NUM_TOKENS), name)
