@@ -28,8 +28,11 @@ PR_SET_PDEATHSIG = 1
 PROBE = """
 from cuda.bindings import runtime
 error, pointer = runtime.cudaMalloc(1 << 20)
-results = [error, *runtime.cudaMemset(pointer, 1, 1 << 20), *runtime.cudaDeviceSynchronize()]
-raise SystemExit(", ".join(map(str, results)) if any(int(result) for result in results) else 0)
+if int(error):
+    raise SystemExit(repr(error))
+for error, *_ in (runtime.cudaMemset(pointer, 1, 1 << 20), runtime.cudaDeviceSynchronize()):
+    if int(error):
+        raise SystemExit(repr(error))
 """
 
 
@@ -41,6 +44,8 @@ class MpsUnavailable(Exception):
 def gpu_sharing(config: Config, run_dir: Path, environment: Mapping[str, str], driver: Path = Path("/dev/nvidiactl")) -> Iterator[dict[str, str]]:
     """The workers' environment, with a daemon behind it where GPUs are shared by MPS. Raises ValueError where `mps` is asked for in vain."""
     option = config.launcher.gpu_sharing
+    if option == "mps" and config.model.device == "cpu":
+        raise ValueError("gpu_sharing 'mps' is for GPUs, but device is 'cpu'")
     if option == "timeslice" or config.model.device == "cpu" or (option == "auto" and not driver.exists()):
         yield dict(environment)
         return

@@ -18,6 +18,8 @@ import contextlib
 import mmap
 import os
 import secrets
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 CUDA_GRANULE = 2 << 20  # a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
 PATTERN_BYTES = 64
+MAPPING_CHECK_S = 60.0
+MAPPING_CHECK = """
+import sys, msgspec
+from pipeline.tensors import PoolInfo, PoolMap
+PoolMap(device=int(sys.argv[1])).open(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo))
+"""
 ITEM_SIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -176,7 +184,8 @@ class CudaBindings:
         self._check(self._runtime.cudaIpcCloseMemHandle(pointer), "cudaIpcCloseMemHandle")
 
     def device_uuid(self, device: int) -> str:
-        return bytes(self._check(self._runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties").uuid.bytes).hex()
+        properties = self._check(self._runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties")
+        return bytes(properties.uuid.bytes).hex()  # which lies in `properties`
 
     def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         import torch
@@ -372,6 +381,21 @@ class PoolMap:
     def close_all(self) -> None:
         for pool_id in list(self._mappings):
             self.close(pool_id)
+
+
+def check_mapping(info: PoolInfo, device: int = 0) -> None:
+    """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that fails.
+
+    A handle may be given where none can be opened: in a container without a shared PID namespace, or under some drivers.
+    """
+    command = [sys.executable, "-c", MAPPING_CHECK, str(device)]
+    try:
+        done = subprocess.run(command, input=msgspec.msgpack.encode(info), capture_output=True, timeout=MAPPING_CHECK_S)
+    except subprocess.TimeoutExpired:
+        raise PipelineError(f"pool {info.pool_id} could not be mapped by another process within {MAPPING_CHECK_S:.0f} s") from None
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
+        raise PipelineError(f"pool {info.pool_id} cannot be mapped by another process: {words[-1]}")
 
 
 def _memory_file(name: str, nbytes: int) -> int:

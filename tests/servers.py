@@ -13,9 +13,10 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import openai
+if TYPE_CHECKING:
+    import openai
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
@@ -61,6 +62,8 @@ class Server:
         return "".join(self.lines)
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
+        import openai  # here: where the GPU is, it may not be installed
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def wait(self) -> int:

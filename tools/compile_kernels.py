@@ -10,14 +10,17 @@ register lies in memory, so none should be; shared memory is of one program. Fai
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,7 +30,7 @@ from workers.llm.attention import triton as attention
 from workers.nn import kernels
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability
-MAX_REGISTERS = 255
+MAX_REGISTERS = {"decode": 160, "prefill": 255, "rotate": 128, "merge": 96, "add": 160, "silu": 64, "sample": 160}  # by a name's first word
 # By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers, or constants.
 POINTERS = {
     "q": "*bf16", "qkv": "*bf16", "bias": "*bf16", "cache": "*bf16", "gate_up": "*bf16", "x": "*bf16", "delta": "*bf16", "weight": "*bf16",
@@ -35,6 +38,7 @@ POINTERS = {
     "tables": "*i32", "lengths": "*i32", "new_slots": "*i32", "starts": "*i32", "tile_sequences": "*i32", "tile_offsets": "*i32",
 }  # fmt: skip
 FLOATS = ("scale", "eps")
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 VOCAB = 151_936
 
 
@@ -44,6 +48,7 @@ class Variant(NamedTuple):
     constants: Mapping[str, object]
     out: str = "*bf16"  # type of the argument `out`
     num_warps: int = 4
+    dtype: str = "*bf16"  # of whatever is in the model's type
 
 
 class Usage(NamedTuple):
@@ -55,19 +60,25 @@ class Usage(NamedTuple):
 
     @property
     def is_fine(self) -> bool:
-        return self.registers <= MAX_REGISTERS and not self.spilled_bytes and self.shared_bytes <= SHARED_LIMITS[self.capability]
+        most = MAX_REGISTERS[self.kernel.split()[0].rstrip(",")]
+        return self.registers <= most and not self.spilled_bytes and self.shared_bytes <= SHARED_LIMITS[self.capability]
 
 
 def variants(capability: int) -> Iterator[Variant]:
     head = {"DIM": 128, "DIM_PADDED": 128}
-    for heads, kv_heads in ((12, 2), (28, 4), (64, 8)):
-        group, name = heads // kv_heads, f"{heads}/{kv_heads} heads"
-        attended = {"NUM_KV_HEADS": kv_heads, "GROUP": group, **head, "BLOCK_SIZE": 16, "PRECISION": "tf32"}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for heads, kv_heads, dtype in ((12, 2, bf16), (28, 4, bf16), (64, 8, bf16), (28, 4, fp16), (28, 4, fp32)):
+        group, name, pointer = heads // kv_heads, f"{heads}/{kv_heads} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+        precision = "ieee" if dtype == fp32 else "tf32"
+        attended = {"NUM_KV_HEADS": kv_heads, "GROUP": group, **head, "BLOCK_SIZE": 16, "PRECISION": precision}
         for splits in (1, 16):
-            tile = {"ROWS": 16, "TILE": attention.DECODE_TILE, "NUM_SPLITS": splits}
-            yield Variant(f"decode, {name}, {splits} splits", attention.decode_kernel, attended | tile, "*fp32" if splits > 1 else "*bf16")
-        rows, keys, num_warps = attention.choose_prefill_tile(capability)
-        yield Variant(f"prefill, {name}", attention.prefill_kernel, attended | {"ROWS": rows, "TILE": keys}, num_warps=num_warps)
+            keys, num_warps = attention.choose_decode_tile(dtype)
+            tile = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
+            out = "*fp32" if splits > 1 else pointer
+            yield Variant(f"decode, {name}, {splits} splits", attention.decode_kernel, attended | tile, out, num_warps, pointer)
+        rows, keys, num_warps = attention.choose_prefill_tile(capability, dtype)
+        tile = {"ROWS": rows, "TILE": keys}
+        yield Variant(f"prefill, {name}", attention.prefill_kernel, attended | tile, pointer, num_warps, pointer)
         padded = {"HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads), "HALF": 64, "HALF_PADDED": 64, "HAS_BIAS": True}
         yield Variant(f"rotate and write, {name}", attention.rotate_and_write_kernel, {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded})
     splits = attention.MAX_SPLITS
@@ -83,9 +94,12 @@ def variants(capability: int) -> Iterator[Variant]:
 def compile_variant(variant: Variant, capability: int) -> Usage:
     names = variant.kernel.arg_names
     types = {name: "fp32" if name in FLOATS else POINTERS.get(name, "i32") for name in names} | {"out": variant.out}
+    types = {name: variant.dtype if kind == "*bf16" and name != "out" else kind for name, kind in types.items()}
     signature = {name: "constexpr" if name in variant.constants else types[name] for name in names}
-    # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16.
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if signature[name].startswith("*") or name.endswith("stride")}
+    # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16, but for those of the step.
+    steps = ("tables", "lengths", "table_stride", "params_stride")
+    is_aligned = [name not in steps and (signature[name].startswith("*") or name.endswith("stride")) for name in names]
+    aligned = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(is_aligned) if is_one}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.num_warps})
@@ -106,11 +120,21 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
+def numbers() -> list[tuple[int, int]]:
+    """Of all variants: the capability, and which of its variants."""
+    return [(capability, number) for capability in SHARED_LIMITS for number, _ in enumerate(variants(capability))]
+
+
+def compile_number(capability: int, number: int) -> Usage:
+    return compile_variant(next(itertools.islice(variants(capability), number, None)), capability)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     as_json = parser.parse_args().json
-    usages = [compile_variant(variant, capability) for capability in SHARED_LIMITS for variant in variants(capability)]
+    with ProcessPoolExecutor() as pool:
+        usages = list(pool.map(compile_number, *zip(*numbers(), strict=True)))
     if as_json:
         print(json.dumps([usage._asdict() for usage in usages]))
     else:

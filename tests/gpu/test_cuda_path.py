@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
 from tests.servers import Server
 from tests.workers.llm.test_sampling_kernel import OPTIONS
-from tests.workers.llm.test_triton_attention import make_spans, reference
+from tests.workers.llm.test_triton_attention import make_spans
+from workers.llm.attention.torch import Span
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampler import Sampler
@@ -37,6 +39,22 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+def in_float64(cache: torch.Tensor, block_size: int, spans: list[Span], q: torch.Tensor) -> torch.Tensor:
+    """Sequence by sequence, with a mask; what `tests.workers.llm.test_triton_attention.reference` says token by token."""
+    num_kv_heads, dim = cache.shape[1] // 2, cache.shape[2]
+    parts, row = [], 0
+    for span in spans:
+        slots = [span.block_table[position // block_size] * block_size + position % block_size for position in range(span.length)]
+        group = q.shape[1] // num_kv_heads
+        keys, values = (part.repeat_interleave(group, dim=1) for part in cache[slots].double().split(num_kv_heads, dim=1))
+        queries = q[row : row + span.num_tokens].double()
+        scores = torch.einsum("nhd,shd->hns", queries, keys) * dim**-0.5
+        seen = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=q.device).tril(span.num_computed)
+        parts.append(torch.einsum("hns,shd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), values))
+        row += span.num_tokens
+    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -63,8 +81,7 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
     turned = rotate(qkv.float() + bias.float().view(qkv.shape[1:]), *rotary_tables(angles, torch.float32))
     out = attention(0, attention.plan(spans), qkv, bias, attention.rotary(angles, dtype))
     assert error(qkv[:, :num_heads], turned[:, :num_heads]) < TOLERANCE[dtype]
-    expected = reference(attention.cache[0].cpu(), block_size, spans, qkv[:, :num_heads].cpu())
-    assert error(out.cpu(), expected) < TOLERANCE[dtype]
+    assert error(out, in_float64(attention.cache[0], block_size, spans, qkv[:, :num_heads])) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -123,6 +140,36 @@ def test_graphs_kernels_and_torch_agree(count: int, random_checkpoint: Path) -> 
             assert generate(runner, prompts, 30, is_ahead) == expected, f"{options}, ahead: {is_ahead}"
 
 
+@pytest.mark.filterwarnings("ignore:.*prototype feature")  # torch says so of the mode itself
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_a_step_waits_for_nothing(has_graphs: bool, random_checkpoint: Path) -> None:
+    """torch raises where an operation would wait for the GPU."""
+    runner = make_runner(random_checkpoint, attention="triton", cuda_graphs=has_graphs)
+    wishes = [
+        SamplingParams(temperature=0, seed=1), SamplingParams(seed=2, top_p=0.9, top_k=50), SamplingParams(seed=3, logprobs=3, logit_bias={5: 1.0}),
+        SamplingParams(seed=4, repetition_penalty=1.2, presence_penalty=0.5, min_tokens=9),
+    ]  # fmt: skip
+    prompt = list(range(10, 50))
+
+    def plan(step: int) -> StepPlan:
+        sequences, starts = [], []
+        for slot, sampling in enumerate(wishes):
+            first, ids = (0, prompt) if not step else (len(prompt) + step - 1, [])
+            positions = np.tile(np.arange(first, first + max(1, len(ids)), dtype=np.int32), (3, 1)).tobytes()
+            sequences.append(SequencePlan(slot, pack_int32(ids), positions, first, pack_int32(range(slot * 10, slot * 10 + 10)), (), is_sampled=True))
+            starts.append(SequenceStart(slot, len(prompt), sampling, pack_int32(prompt)))
+        return StepPlan(sender=LLM_0, epoch=1, step=step, started=tuple(starts) if not step else (), sequences=tuple(sequences))
+
+    for step in range(3):  # compiles, and makes the tables of penalties
+        runner.launch(plan(step)).result()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        launched = [runner.launch(plan(step)) for step in (0, 1, 2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(one.result().token_ids) for one in launched] == [4, 4, 4]
+
+
 EXPORTER = """
 import sys, msgspec, torch
 from pipeline.slots import SlotAllocator
@@ -170,15 +217,21 @@ def test_a_pool_is_never_mapped_by_its_owner() -> None:
     pool.close()
 
 
-@pytest.mark.parametrize("options", [(), ("--no-cuda-graphs", "--overlap", "off"), ("--embedding-transport", "host"), ("--gpu-sharing", "timeslice")])
-async def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str, ...], random_checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [("--embedding-transport", "cuda_ipc"), ("--no-cuda-graphs", "--overlap", "off"), ("--embedding-transport", "host")]
+)
+def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str, ...], random_checkpoint: Path) -> None:
     from pipeline.client import PipelineClient
     from tests.integration.test_fidelity import NUM_TOKENS
     from tests.integration.test_fidelity import generate as ask
 
     reference_model = Reference(random_checkpoint)
-    with Server("--model", str(random_checkpoint), "--device", "cuda", "--dtype", "float32", "--kv-cache-gib", "1", *options) as server:
+
+    async def run(server: Server) -> None:
         async with PipelineClient(server.run_dir) as client:
             for name, chat in CHATS.items():
                 tokens, _ = await ask(client, *to_messages(chat))
                 assert_same_tokens(tokens, reference_model.answer(chat, NUM_TOKENS), name)
+
+    with Server("--model", str(random_checkpoint), "--device", "cuda", "--dtype", "float32", "--kv-cache-gib", "1", *options) as server:
+        asyncio.run(run(server))

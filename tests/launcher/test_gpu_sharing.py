@@ -96,6 +96,7 @@ def test_where_it_cannot_be_auto_takes_turns_and_mps_is_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(module, "STOP_TIMEOUT_S", 0.3)
     environment = install(**programs) | extra
     caplog.set_level("INFO")
     with gpu_sharing(config("auto"), tmp_path, environment, driver=Path("/dev/null")) as workers:
@@ -106,7 +107,9 @@ def test_where_it_cannot_be_auto_takes_turns_and_mps_is_an_error(
     assert not (tmp_path / "mps").exists()
 
 
-@pytest.mark.parametrize(("option", "device", "driver"), [("timeslice", "auto", "/dev/null"), ("mps", "cpu", "/dev/null"), ("auto", "auto", "/none")])
+@pytest.mark.parametrize(
+    ("option", "device", "driver"), [("timeslice", "auto", "/dev/null"), ("auto", "cpu", "/dev/null"), ("auto", "auto", "/none")]
+)
 def test_nothing_is_started_where_nothing_is_shared(
     option: str, device: str, driver: str, install: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
@@ -114,6 +117,11 @@ def test_nothing_is_started_where_nothing_is_shared(
     with gpu_sharing(config(option, device), tmp_path, environment, driver=Path(driver)) as workers:
         assert workers == environment
         assert not (tmp_path / "mps").exists()
+
+
+def test_mps_on_the_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is for GPUs"), gpu_sharing(config("mps", "cpu"), tmp_path, {}):
+        pass
 
 
 def test_it_ends_with_a_launcher_that_is_killed(install: Callable[..., dict[str, str]], tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import PipelineError
 from pipeline.slots import SlotAllocator
-from pipeline.tensors import CUDA_GRANULE, PATTERN_BYTES, CudaBindings, HostMemory, PoolMap, StaleHandleError, TensorHandle, TensorPool
+from pipeline.tensors import CUDA_GRANULE, PATTERN_BYTES, CudaBindings, HostMemory, PoolMap, StaleHandleError, TensorHandle, TensorPool, check_mapping
 
 READER = """
 import sys, msgspec
@@ -207,6 +208,46 @@ def test_cuda_pool_bookkeeping() -> None:
     assert runtime.open == []
     pool.close()
     assert len(runtime.freed) == 1
+
+
+def test_a_pool_is_mapped_by_another_process_before_it_is_announced() -> None:
+    pool = TensorPool.on_host("vit.0", 1, 4096, 8)
+    check_mapping(pool.info)
+    with pytest.raises(PipelineError, match=r"cannot be mapped by another process: .*what its owner wrote is not in it"):
+        check_mapping(msgspec.structs.replace(pool.info, pattern=b"x" * PATTERN_BYTES))
+    pool.close()
+
+
+def test_a_cuda_pool_whose_exporter_died_gives_way_to_its_successor() -> None:
+    """The successor's first process frees nothing: the driver did that. What was mapped of the dead one is closed, and never read."""
+    runtime = FakeCuda()
+    dead, allocator = TensorPool.on_cuda("vit.0", 1, 3 << 20, 8, 0, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
+    pools = PoolMap(runtime)
+    pools.open(dead.info)
+    old = lend(dead, allocator, torch.ones(4, 8))
+    (mapped,) = runtime.open
+    next_pool, next_allocator = TensorPool.on_cuda("vit.0", 2, 3 << 20, 8, 0, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
+    pools.open(next_pool.info)
+    assert mapped not in runtime.open, "dead pages that stay mapped are still used memory"
+    with pytest.raises(StaleHandleError, match="the pool is at epoch 2"):
+        pools.copy_rows(torch.zeros(1, 8), old, 0)
+    out = torch.zeros(4, 8)
+    pools.copy_rows(out, lend(next_pool, next_allocator, torch.full((4, 8), 2.0)), 0)
+    assert bool((out == 2).all())
+    pools.close_all()
+    next_pool.close()
+    assert runtime.open == []
+
+
+def test_a_cuda_pool_without_a_handle_leaves_no_memory_behind() -> None:
+    class NoIpc(FakeCuda):
+        def get_ipc_handle(self, pointer: int) -> bytes:
+            raise PipelineError("cudaIpcGetMemHandle failed: not supported")
+
+    runtime = NoIpc()
+    with pytest.raises(PipelineError, match="not supported"):
+        TensorPool.on_cuda("vit.0", 1, 3 << 20, 8, 0, runtime)
+    assert runtime.freed == list(runtime.blocks)
 
 
 @pytest.mark.gpu

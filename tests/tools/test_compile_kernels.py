@@ -25,6 +25,6 @@ def test_no_kernel_spills_or_takes_more_than_there_is() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("usage", [Usage("k", 80, 256, 0, 0), Usage("k", 90, 90, 8, 0), Usage("k", 80, 90, 0, 200 << 10)])
+@pytest.mark.parametrize("usage", [Usage("decode", 80, 161, 0, 0), Usage("decode", 90, 90, 8, 0), Usage("merge", 80, 90, 0, 200 << 10)])
 def test_what_is_too_much(usage: Usage) -> None:
     assert not usage.is_fine

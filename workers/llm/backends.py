@@ -43,6 +43,8 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     if name == "flash3":
         if importlib.util.find_spec("flash_attn_interface") is None:
             raise ValueError("attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface")
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+            raise ValueError("attention 'flash3' is for Hopper GPUs")
         from workers.llm.attention.flash3 import Flash3Attention
 
         return Backend(name, Flash3Attention, kernels, sample)

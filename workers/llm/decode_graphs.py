@@ -121,7 +121,7 @@ class DecodeGraphs:
                     self._compute(inputs)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 outputs = self._compute(inputs)
             pool = pool or graph.pool()
             self._graphs[size] = graph, outputs

@@ -87,7 +87,7 @@ class EmbeddingPools:
         error = ""
         try:
             self._pools.open(info)
-        except PipelineError as caught:
+        except (PipelineError, OSError, ImportError) as caught:  # the others wait to hear of it
             error = str(caught)
         can_read = self._parallel.gather_flags(not error)
         if not any(can_read):
@@ -139,9 +139,15 @@ class ModelRunner:
         self.attention = self._backend.attention(
             self._info.text.num_layers, num_blocks, size, heads.num_kv_heads, heads.head_dim, self._dtype, self.device
         )  # fmt: skip
-        if self._backend.sample is None or not self._config.llm.cuda_graphs:
+        if self._backend.sample is None:
+            return
+        with torch.inference_mode():
+            self.attention.warm_up(heads.num_heads)
+        if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
+        # One for all sizes: as outputs of the graphs they would take as much as all sizes together.
+        self._logits = torch.empty(sizes[-1], self._info.text.vocab_size, dtype=torch.float32, device=self.device)
         buffers = DecodeBuffers(sizes[-1], -(-max_model_len // size), size, self._num_slots, self.attention.spare_slot, self.device)
         with torch.inference_mode():
             self._graphs = DecodeGraphs(sizes, buffers, lambda inputs: self._decode(inputs, max_model_len), self.device)
@@ -153,10 +159,14 @@ class ModelRunner:
         token_ids = torch.where(inputs.is_late != 0, self._last_tokens[slots], inputs.token_ids)
         layout = self.attention.plan_decode(inputs.new_slots, inputs.tables, inputs.lengths, longest)
         hidden = self.decoder(self.decoder.embed(token_ids), inputs.positions.expand(3, -1), self.attention, layout)
-        logits = self.decoder.logits(hidden)
+        logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
         self._last_tokens[slots] = chosen
         return Outputs(chosen, logits)
+
+    def close(self) -> None:
+        """Lets go of the graphs: NCCL does not end while one holds its communicator."""
+        self._graphs = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:

@@ -107,7 +107,7 @@ class Sampler:
         if self._counts is None or self._is_in_prompt is None:
             self._counts = torch.zeros(self._num_slots, self._vocab_size, dtype=torch.int32, device=self._device)
             self._is_in_prompt = torch.zeros(self._num_slots, self._vocab_size, dtype=torch.bool, device=self._device)
-        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        tokens = self._tensor(token_ids.astype(np.int64))
         self._is_in_prompt[slot].zero_().index_fill_(0, tokens[:num_prompt_tokens], True)
         output = tokens[num_prompt_tokens:]
         self._counts[slot].zero_().scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
@@ -121,7 +121,8 @@ class Sampler:
         """What the kernel needs to know of requests that have `num_tokens` so far: [5, num_rows], see `sampling_kernel.sample`."""
         params = self._params[slots]
         points = uniform(params["seed"], (num_tokens - params["num_prompt_tokens"]).astype(np.uint64))
-        numbers = np.stack([params["temperature"], params["top_p"], params["min_p"], points, np.zeros(len(slots))]).astype(np.float32)
+        temperature = np.where(params["top_k"] == 1, 0, params["temperature"])  # the same, and the cheapest way
+        numbers = np.stack([temperature, params["top_p"], params["min_p"], points, np.zeros(len(slots))]).astype(np.float32)
         as_bits = numbers.view(np.int32)
         as_bits[4] = params["top_k"]
         return as_bits

@@ -34,32 +34,34 @@ def _largest_threshold(row, best, scale, lower, wanted, VOCAB: tl.constexpr, TIL
     step = tl.full([], 1 << 27, tl.int32)  # eight of them pass 1.0, which is 0x3F800000
     for _ in range(10):
         candidates = low + tl.arange(0, 8) * step
-        found = tl.zeros([8], tl.float32)
+        found_by_lane = tl.zeros([8, TILE], tl.float32)
         for start in range(0, VOCAB, TILE):
             weights = _weights(row, start + tl.arange(0, TILE), best, scale, VOCAB)
             bits = weights.to(tl.int32, bitcast=True)
             is_kept = (bits[None, :] >= candidates[:, None]) & (bits >= lower)[None, :] & (weights > 0)[None, :]
-            found += tl.sum(tl.where(is_kept, 1.0 if COUNTS else weights[None, :], 0.0), 1)
+            found_by_lane += tl.where(is_kept, 1.0 if COUNTS else weights[None, :], 0.0)
+        found = tl.sum(found_by_lane, 1)  # once, not in each turn: it makes the whole program meet
         low += (tl.sum((found >= wanted).to(tl.int32), 0) - 1) * step
         low = tl.maximum(low, 0)
         step = step // 8
     return tl.maximum(low, lower)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["params_stride"])  # the number of rows: else each would be a kernel of its own
 def sample_kernel(logits, params, out, logits_stride, params_stride, VOCAB: tl.constexpr, TILE: tl.constexpr, SMALL_TILE: tl.constexpr):
     """Program (row)."""
     number = tl.program_id(0)
     row = logits + number.to(tl.int64) * logits_stride
     temperature = tl.load(params + number)
-    best, choice = float("-inf"), 0
+    best_by_lane = tl.full([TILE], float("-inf"), tl.float32)
+    choice_by_lane = tl.zeros([TILE], tl.int32)
     for start in range(0, VOCAB, TILE):
         tokens = start + tl.arange(0, TILE)
         tile = tl.load(row + tokens, mask=tokens < VOCAB, other=float("-inf"))
-        tile_best = tl.max(tile, 0)
-        if tile_best > best:
-            best = tile_best
-            choice = tl.min(tl.where(tile == tile_best, tokens, VOCAB), 0)
+        choice_by_lane = tl.where(tile > best_by_lane, tokens, choice_by_lane)
+        best_by_lane = tl.maximum(best_by_lane, tile)
+    best = tl.max(best_by_lane, 0)
+    choice = tl.min(tl.where(best_by_lane == best, choice_by_lane, VOCAB), 0)
     if temperature > 0:
         top_p, min_p = tl.load(params + params_stride + number), tl.load(params + 2 * params_stride + number)
         point = tl.load(params + 3 * params_stride + number)
@@ -71,15 +73,17 @@ def sample_kernel(logits, params, out, logits_stride, params_stride, VOCAB: tl.c
             kept_by_rank = _largest_threshold(row, best, scale, kept_by_rank, top_k.to(tl.float32), VOCAB, SMALL_TILE, True)
             least = tl.maximum(least, kept_by_rank)
         if top_p < 1:
-            kept = 0.0
+            kept_by_lane = tl.zeros([SMALL_TILE], tl.float32)
             for start in range(0, VOCAB, SMALL_TILE):
                 weights = _weights(row, start + tl.arange(0, SMALL_TILE), best, scale, VOCAB)
-                kept += tl.sum(tl.where(weights.to(tl.int32, bitcast=True) >= kept_by_rank, weights, 0.0), 0)
-            least = tl.maximum(least, _largest_threshold(row, best, scale, kept_by_rank, top_p * kept, VOCAB, SMALL_TILE, False))
-        total = tl.full([], 0.0, tl.float64)
+                kept_by_lane += tl.where(weights.to(tl.int32, bitcast=True) >= kept_by_rank, weights, 0.0)
+            kept = top_p * tl.sum(kept_by_lane, 0)
+            least = tl.maximum(least, _largest_threshold(row, best, scale, kept_by_rank, kept, VOCAB, SMALL_TILE, False))
+        total_by_lane = tl.zeros([TILE], tl.float32)
         for start in range(0, VOCAB, TILE):
             weights = _weights(row, start + tl.arange(0, TILE), best, scale, VOCAB)
-            total += tl.sum(tl.where(weights.to(tl.int32, bitcast=True) >= least, weights, 0.0), 0)
+            total_by_lane += tl.where(weights.to(tl.int32, bitcast=True) >= least, weights, 0.0)
+        total = tl.sum(total_by_lane.to(tl.float64), 0)
         # The first token at which the sum passes the point; should rounding let none, the last that is kept.
         target, before = point * total, tl.full([], 0.0, tl.float64)
         first, last = VOCAB, 0

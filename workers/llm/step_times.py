@@ -6,6 +6,7 @@ that is depends on the machine, the model and the load: measured at start, corre
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from typing import NamedTuple
 SMOOTHING = 0.1  # weight of the newest step in the corrections
 LARGEST_SMOOTHING = 0.5  # weight of one that speaks for many, because none of its kind came for long
 LARGEST_JUMP = 2.0  # one step says no more than that the machine is so many times slower: it may just have been interrupted
+FIXED_COST_SLACK = 1.1  # what costs hardly more than a single token rides along
+MOST_TO_WAIT = 31
 MIXED_STEPS_IN_A_ROW = 24  # then one without prefill, to see how long the streams' own steps take by now
 
 
@@ -40,6 +43,7 @@ class StepTimes:
         self._per_pair, self._max_stretch = per_pair, max_stretch
         self._alone, self._mixed = 1.0, 1.0  # measured over predicted, of steps without and with prefill
         self._num_mixed_in_a_row = 0
+        self._num_to_wait = 0  # steps of the streams alone before the next mixed one
 
     def predict(self, num_tokens: int, num_pairs: int = 0) -> float:
         """Seconds of a step, before correction: linear between measured sizes, and on from the last two."""
@@ -55,23 +59,32 @@ class StepTimes:
         """Most prompt tokens in a step with `num_decodes` streams.
 
         `prefills`: in turn, how many tokens each has to offer, and behind how many others. At least one token, for prompts must get
-        on; but now and then none, or a machine that has become slower as a whole would look as if only the mixed steps had.
+        on; but none for some steps after one that took too long, and now and then, or a machine that has become slower as a whole
+        would look as if only the mixed steps had.
         """
         if self._num_mixed_in_a_row >= MIXED_STEPS_IN_A_ROW:
             return 0
-        allowed = self._max_stretch * self._alone * self.predict(num_decodes)
+        if self._num_to_wait > 0:
+            return 0
 
-        def fits(num_tokens: int) -> bool:
+        def cost(num_tokens: int) -> float:
             num_pairs, left = 0, num_tokens
             for num_offered, num_computed in prefills:
                 taken = min(left, num_offered)
                 num_pairs, left = num_pairs + taken * (num_computed + taken // 2), left - taken
-            return self._mixed * self.predict(num_decodes + num_tokens, num_pairs) <= allowed
+            return self._mixed * self.predict(num_decodes + num_tokens, num_pairs)
 
+        alone = self._alone * self.predict(num_decodes)
+        allowed, cheapest = self._max_stretch * alone, cost(1)
+        if cheapest > allowed:
+            # No mixed step is to be had for that, as on a GPU, where decodes alone are one graph. So one is made to pay, and the
+            # streams get so many steps of their own for it that on average they are stretched no more than they may be.
+            allowed = FIXED_COST_SLACK * cheapest
+            self._num_to_wait = min(math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MOST_TO_WAIT)
         low, high = 1, 1 + max(1, sum(num_offered for num_offered, _ in prefills))
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            low, high = (middle, high) if cost(middle) <= allowed else (low, middle)
         return low
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
@@ -86,3 +99,4 @@ class StepTimes:
             weight = min(SMOOTHING * (1 + self._num_mixed_in_a_row), LARGEST_SMOOTHING)
             self._alone += weight * (min(ratio, LARGEST_JUMP * self._alone) - self._alone)
             self._num_mixed_in_a_row = 0
+            self._num_to_wait = max(0, self._num_to_wait - 1)

@@ -52,6 +52,7 @@ def main(context: WorkerContext) -> None:
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)
 
+    runner: ModelRunner | None = None
     try:
         runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
         kv_plan = plan_kv_cache(info, config, tp_size, dtype, parallel.smallest(int(kv_cache_gib(config, device) * GIB)) / GIB)
@@ -70,6 +71,8 @@ def main(context: WorkerContext) -> None:
         else:
             _follow(context, control, steps, runner)
     finally:
+        if runner is not None:
+            runner.close()
         parallel.close()
 
 

@@ -37,7 +37,7 @@ from pipeline.messages import (
 from pipeline.process import WorkerContext, raise_on_shutdown
 from pipeline.slots import Order, SlotAllocator, align
 from pipeline.sockets import Poller, Sink, Wakeup
-from pipeline.tensors import ITEM_SIZES, CudaBindings, PoolMap, StaleHandleError, TensorPool
+from pipeline.tensors import ITEM_SIZES, CudaBindings, PoolMap, StaleHandleError, TensorPool, check_mapping
 from pipeline.topology import ENCODE, FEEDBACK, LLM
 from workers.nn.loader import Checkpoint, choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
@@ -176,7 +176,13 @@ def open_pool(context: WorkerContext, info: ModelInfo, config: Config, dtype: st
     name, transport = str(context.worker), config.vit.embedding_transport
     if device_ordinal is not None and transport != "host":
         try:
-            return TensorPool.on_cuda(name, context.epoch, nbytes, MAX_SLOTS, device_ordinal, CudaBindings()), allocator
+            pool = TensorPool.on_cuda(name, context.epoch, nbytes, MAX_SLOTS, device_ordinal, CudaBindings())
+            try:
+                check_mapping(pool.info, device_ordinal)
+            except PipelineError:
+                pool.close()
+                raise
+            return pool, allocator
         except PipelineError as error:
             if transport == "cuda_ipc":
                 raise
@@ -208,6 +214,8 @@ def main(context: WorkerContext) -> None:
     wakeup = Wakeup()
     thread = EngineThread(engine, wakeup)
     poller = Poller(inbox, control, wakeup)
+    if device.type == "cuda":
+        engine.warm_up(config.vit.vit_max_batch_patches)  # takes what memory it needs before the LLM takes the rest
     context.ready(pool_bytes=pool.info.nbytes)
 
     batch: list[Pending] = []

@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.workers.llm.test_triton_attention import CPU, make_spans, reference
 from workers.llm.attention.torch import Span
 
+pytestmark = pytest.mark.interpreter
+
 
 def flash_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, page_table: Tensor, softmax_scale: float, causal: bool,

@@ -15,6 +15,8 @@ from pipeline.sampling import SamplingParams
 from workers.llm.sampler import Sampler
 from workers.llm.sampling_kernel import sample
 
+pytestmark = pytest.mark.interpreter
+
 OPTIONS: list[dict[str, Any]] = [
     {}, {"temperature": 0}, {"top_p": 0.9}, {"top_p": 0.05}, {"top_p": 0.999999}, {"top_k": 1}, {"top_k": 40}, {"min_p": 0.05}, {"min_p": 1.0},
     {"temperature": 1.7, "top_k": 90, "top_p": 0.6}, {"temperature": 0.3, "top_p": 0.8, "min_p": 0.01}, {"temperature": 1e-30},

@@ -12,6 +12,8 @@ from workers.llm.attention.torch import Span
 from workers.llm.attention.triton import MAX_SPLITS, TritonAttention, choose_num_splits, choose_prefill_tile, rotate_and_write
 from workers.nn.layers import rotary_tables, rotate
 
+pytestmark = pytest.mark.interpreter
+
 CPU = torch.device("cpu")
 
 
@@ -51,7 +53,7 @@ def test_random_steps(num_heads: int, num_kv_heads: int, seed: int) -> None:
     ]
     num_blocks = 1600 // block_size + 12
     attention = TritonAttention(2, num_blocks, block_size, num_kv_heads, dim, dtype, CPU)
-    attention._tile = rng.choice([choose_prefill_tile(80), choose_prefill_tile(90)])
+    attention._tile = rng.choice([choose_prefill_tile(80, torch.float16), choose_prefill_tile(90, torch.float16)])
     attention._num_processors = rng.choice([1, 8, 64])  # so also splits that have nothing to do
     attention.cache.fill_(float("nan"))  # what was never written must not be read
     spans = make_spans(rng, block_size, num_blocks, decodes + prefills)
@@ -79,7 +81,7 @@ def test_random_steps(num_heads: int, num_kv_heads: int, seed: int) -> None:
 
 def test_every_processor_gets_something_to_do_and_no_split_is_without_keys() -> None:
     assert choose_num_splits(1, 2, 132, 8192) == MAX_SPLITS
-    assert choose_num_splits(32, 2, 132, 8192) == 5
+    assert choose_num_splits(32, 2, 132, 8192) == 8
     assert choose_num_splits(256, 2, 132, 8192) == 1
     assert choose_num_splits(1, 2, 132, 100) == 2
     assert choose_num_splits(0, 2, 132, 0) == 1

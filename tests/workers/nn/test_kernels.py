@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from workers.nn.kernels import add_rms_norm, silu_mul
 
+pytestmark = pytest.mark.interpreter
+
 SIZES = [(1, 64), (3, 96), (5, 1536)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 

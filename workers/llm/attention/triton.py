@@ -20,7 +20,7 @@ from torch import Tensor
 from workers.llm.attention.torch import Span
 from workers.nn.loader import to_device
 
-DECODE_TILE = 64  # keys of one turn
+DECODE_KEYS = 64
 MIN_DOT_ROWS = 16
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 2
@@ -55,7 +55,7 @@ def _attend(
     return new_best, total * keep + tl.sum(weights, 1), out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def decode_kernel(
     q, cache, tables, lengths, out, sums, scale, q_stride, slot_stride, table_stride, out_stride, split_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
@@ -109,7 +109,8 @@ def merge_kernel(
     tl.store(out + sequence * out_stride + head * DIM + dims, merged.to(out.dtype.element_ty), mask=is_dim)
 
 
-@triton.jit
+# What depends on the step must not make a kernel of its own: it would be compiled while streams wait.
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def prefill_kernel(
     q, cache, tables, lengths, starts, tile_sequences, tile_offsets, out, scale, q_stride, slot_stride, table_stride, out_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
@@ -194,15 +195,27 @@ class PrefillTile(NamedTuple):
     num_warps: int
 
 
-def choose_prefill_tile(capability: int) -> PrefillTile:
+def choose_prefill_tile(capability: int, dtype: torch.dtype) -> PrefillTile:
     """The largest that needs no more registers than there are; from Hopper (90) on accumulators lie in more of them, or elsewhere."""
+    if dtype == torch.float32:
+        return PrefillTile(32, 32, 8)
     return PrefillTile(128, 64, 8) if capability >= 90 else PrefillTile(64, 32, 4)
 
 
+class DecodeTile(NamedTuple):
+    keys: int  # of one turn
+    num_warps: int
+
+
+def choose_decode_tile(dtype: torch.dtype) -> DecodeTile:
+    return DecodeTile(32, 8) if dtype == torch.float32 else DecodeTile(DECODE_KEYS, 4)
+
+
 def choose_num_splits(num_sequences: int, num_kv_heads: int, num_processors: int, longest: int) -> int:
-    """So many that all processors have programs to run, but none without a tile of keys."""
+    """So many that all processors have programs to run, but none without a tile of keys. A power of two: each number is a kernel of its own."""
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // max(1, num_sequences * num_kv_heads))
-    return max(1, min(wanted, -(-longest // DECODE_TILE), MAX_SPLITS))
+    most = max(1, min(-(-longest // DECODE_KEYS), MAX_SPLITS))
+    return 1 << min((wanted - 1).bit_length(), most.bit_length() - 1)
 
 
 class Layout(NamedTuple):
@@ -242,7 +255,7 @@ class TritonAttention:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             self._num_processors, capability = properties.multi_processor_count, 10 * properties.major + properties.minor
-        self._tile = choose_prefill_tile(capability)
+        self._tile = choose_prefill_tile(capability, dtype)
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
         self._scale = head_dim**-0.5 * 1.4426950408889634  # log2 e: exponentials of base 2 are what the hardware has
 
@@ -280,6 +293,17 @@ class TritonAttention:
         num_splits = choose_num_splits(len(lengths), self.num_kv_heads, self._num_processors, longest)
         return Layout(len(lengths), num_splits, new_slots, tables, lengths, None)
 
+    def warm_up(self, num_heads: int) -> None:
+        """Compiles what steps will ask for: prefill, and decode with each number of splits. Touches the spare block only."""
+        dtype, device = self.cache.dtype, self.cache.device
+        qkv = torch.zeros(2, num_heads + 2 * self.num_kv_heads, self.head_dim, dtype=dtype, device=device)
+        rotary = self.rotary(torch.zeros(2, self.head_dim // 2, device=device), dtype)
+        spare = [self.spare_slot // self.block_size]
+        self(0, self.plan([Span(2, 0, 2 * spare)]), qkv, None, rotary)
+        layout = self.plan([Span(1, 0, spare)])
+        for power in range(MAX_SPLITS.bit_length()):
+            self(0, layout._replace(num_splits=1 << power), qkv[:1], None, (rotary[0][:1], rotary[1][:1]))
+
     @staticmethod
     def rotary(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Of angles [num_tokens, head_dim / 2], for `__call__`: their cosines and sines, float32."""
@@ -302,6 +326,7 @@ class TritonAttention:
     def _decode(self, cache: Tensor, layout: Layout, q: Tensor, out: Tensor) -> None:
         num_sequences, num_heads, dim = q.shape
         group, splits, padded = num_heads // self.num_kv_heads, layout.num_splits, triton.next_power_of_2(dim)
+        tile = choose_decode_tile(q.dtype)
         parts, sums = out, out
         if splits > 1:
             parts = torch.empty(num_sequences, splits, num_heads, dim, dtype=torch.float32, device=q.device)
@@ -310,7 +335,7 @@ class TritonAttention:
             q, cache, layout.tables, layout.lengths, parts, sums, self._scale,
             q.stride(0), cache.stride(0), layout.tables.stride(0), parts.stride(0), parts.stride(1) if splits > 1 else 0,
             self.num_kv_heads, group, max(MIN_DOT_ROWS, triton.next_power_of_2(group)), dim, padded,
-            self.block_size, DECODE_TILE, splits, self._precision,
+            self.block_size, tile.keys, splits, self._precision, num_warps=tile.num_warps,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(num_sequences, num_heads)](

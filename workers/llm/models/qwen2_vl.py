@@ -71,9 +71,10 @@ class Decoder:
         return self._kernels.add_rms_norm(x, delta, self.norm.weight, self.norm.eps)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[num_rows, vocab] float32, on every rank."""
-        return self.parallel.gather_last(self.lm_head(hidden).float())[:, : self.info.vocab_size]
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[num_rows, vocab] float32, on every rank; in `out` where there is one."""
+        logits = self.parallel.gather_last(self.lm_head(hidden))[:, : self.info.vocab_size]
+        return logits.float() if out is None else out.copy_(logits)
 
 
 class _Layer:

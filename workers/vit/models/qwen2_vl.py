@@ -1,11 +1,12 @@
-"""Qwen2-VL's vision encoder on packed patches. All that depends on the grids comes in as an input.
+"""Qwen2-VL's vision encoder. All that depends on the grids comes in as an input.
 
-Pictures (frames of a video too) attend within themselves only: `lengths` says where one ends and the next begins.
+Pictures (frames of a video too) attend within themselves only. They come packed, in any sizes, and `lengths` says where one ends
+and the next begins; or as a batch of equal grids, which needs no mask, and which exports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from pipeline.messages import GridTHW
 from workers.nn.layers import LayerNorm, Linear, make_linear, rotate
 from workers.nn.loader import Checkpoint
 
+MakeLinear = Callable[..., Linear]  # (weight, bias=None)
 LAYER_NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 
@@ -23,53 +25,56 @@ ROPE_THETA = 10_000.0
 class VisionEncoder:
     """Loads the tower under `visual.` of a checkpoint."""
 
-    def __init__(self, info: VisionInfo, checkpoint: Checkpoint) -> None:
+    def __init__(self, info: VisionInfo, checkpoint: Checkpoint, linear: MakeLinear = make_linear) -> None:
         self.info = info
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
-        self.patch_embed = make_linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
-        self.blocks = [_Block(info, checkpoint, f"visual.blocks.{index}.") for index in range(info.depth)]
-        self.norm = _layer_norm(checkpoint, "visual.merger.ln_q")
-        self.merger_in = _linear(checkpoint, "visual.merger.mlp.0")
-        self.merger_out = _linear(checkpoint, "visual.merger.mlp.2")
 
-    @torch.inference_mode()
-    def __call__(self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        def load(name: str) -> Linear:
+            return linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
+
+        self.patch_embed = linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
+        self.blocks = [_Block(info, checkpoint, load, f"visual.blocks.{index}.") for index in range(info.depth)]
+        self.norm = _layer_norm(checkpoint, "visual.merger.ln_q")
+        self.merger_in = load("visual.merger.mlp.0")
+        self.merger_out = load("visual.merger.mlp.2")
+
+    def __call__(self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Embeddings [num_patches / merge², hidden] of patches [num_patches, channels · temporal · patch²].
 
         cos and sin are those of `rotary_tables`, [num_patches, 1, head_dim] float32; lengths are the patches of each frame, in order.
+        Without lengths patches are [frames, num_patches, …], embeddings too, and each frame's patches stand where cos and sin say.
         """
         x = self.patch_embed(patches.to(self.dtype))  # [num_patches, embed_dim]
         for block in self.blocks:
             x = block(x, cos, sin, lengths)
-        x = self.norm(x).view(-1, self.merger_in.in_features)  # four neighbouring patches side by side
+        x = self.norm(x).unflatten(-2, (-1, self.info.merge_size**2)).flatten(-2)  # four neighbouring patches side by side
         return self.merger_out(F.gelu(self.merger_in(x)))
 
 
 class _Block:
-    def __init__(self, info: VisionInfo, checkpoint: Checkpoint, prefix: str) -> None:
+    def __init__(self, info: VisionInfo, checkpoint: Checkpoint, load: Callable[[str], Linear], prefix: str) -> None:
         self.num_heads = info.num_heads
         self.norm1 = _layer_norm(checkpoint, f"{prefix}norm1")
         self.norm2 = _layer_norm(checkpoint, f"{prefix}norm2")
-        self.qkv = _linear(checkpoint, f"{prefix}attn.qkv")
-        self.proj = _linear(checkpoint, f"{prefix}attn.proj")
-        self.fc1 = _linear(checkpoint, f"{prefix}mlp.fc1")
-        self.fc2 = _linear(checkpoint, f"{prefix}mlp.fc2")
+        self.qkv = load(f"{prefix}attn.qkv")
+        self.proj = load(f"{prefix}attn.proj")
+        self.fc1 = load(f"{prefix}mlp.fc1")
+        self.fc2 = load(f"{prefix}mlp.fc2")
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None) -> Tensor:
         x = self.proj.add_to(x, self._attend(self.qkv(self.norm1(x)), cos, sin, lengths))
         hidden = self.fc1(self.norm2(x))
         return self.fc2.add_to(x, hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
 
-    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
-        q, k, v = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)  # [num_patches, heads, head_dim]
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # […, num_patches, heads, head_dim]
         q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
+        if lengths is None:
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            return out.transpose(1, 2).flatten(-2)
         frames = zip(*(x.transpose(0, 1).split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
-        out = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in frames]
-        return torch.cat(out, dim=1).transpose(0, 1).flatten(1)
-
-
-def _linear(checkpoint: Checkpoint, name: str) -> Linear:
-    return make_linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
+        parts = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in frames]
+        return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
 
 
 def _layer_norm(checkpoint: Checkpoint, name: str) -> LayerNorm:
