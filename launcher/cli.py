@@ -82,6 +82,11 @@ def workers_environment() -> dict[str, str]:
     return {**os.environ, "GLIBC_TUNABLES": f"{ours}:{users}" if users else ours}
 
 
+def default_cache_dir() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "vlm-pipeline"
+
+
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
     log.configure("launcher", config.launcher.log_level)
@@ -92,7 +97,8 @@ def main(arguments: Sequence[str]) -> int:
             base = Path(tempfile.gettempdir())
         with RunDir(config.launcher.run_dir, base) as run_dir:
             named = dataclasses.replace(config.model, served_model_name=model.name)
-            config = dataclasses.replace(config, model=named)
+            located = dataclasses.replace(config.launcher, cache_dir=config.launcher.cache_dir or str(default_cache_dir()))
+            config = dataclasses.replace(config, model=named, launcher=located)
             with gpu_sharing(config, run_dir, workers_environment()) as environment:
                 return Supervisor(config, model, run_dir, environment).run()
     except (ValueError, OSError) as error:

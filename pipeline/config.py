@@ -96,6 +96,10 @@ class PreprocessConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VitConfig:
     vit: int | None = option(None, "number of ViT processes (default: as many as LLM ranks)", metavar="N")
+    vit_engine: str = option(
+        "auto", "what computes the ViT; onnxruntime: from an ONNX file exported at the first start; auto: that on GPUs where it loads, else torch",
+        choices=("auto", "torch", "onnxruntime"),
+    )  # fmt: skip
     vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
     embedding_transport: str = option(
         "auto", "how embeddings reach the LLM; cuda_ipc: in place; host: through host memory; auto: cuda_ipc where ViT and driver can",
@@ -153,6 +157,7 @@ class LauncherConfig:
         "auto", "how ViT and LLM share a GPU; mps: at once, by a private MPS daemon; timeslice: in turns; auto: mps where it works",
         choices=("auto", "mps", "timeslice"),
     )  # fmt: skip
+    cache_dir: str = option("", "folder for exported encoders (default: vlm-pipeline in the user's cache folder)", metavar="FOLDER")
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")
 

@@ -39,6 +39,7 @@ SETUPS = {
     "little KV": ("--kv-cache-gib", "0.0011", "--max-model-len", "512"),
     "no prefix cache": ("--no-prefix-caching",),
     "overlap": ("--overlap", "on"),
+    "ViT on onnxruntime": ("--vit-engine", "onnxruntime", "--vit", "2"),
     "tp 2": ("--tp", "2"),
     "tp 2, overlap": ("--tp", "2", "--overlap", "on"),
     "tp 4": ("--tp", "4"),
@@ -64,7 +65,7 @@ async def generate(
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, references: dict[str, Answer]) -> None:
+def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, references: dict[str, Answer], tmp_path: Path) -> None:
     async def run(server: Server) -> None:
         async with PipelineClient(server.run_dir) as client:
             for name, chat in CHATS.items():  # one after the other
@@ -76,7 +77,7 @@ def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, re
                 for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
                     assert_same_tokens(tokens, answer, f"{setup}, {name}, together")
 
-    with Server("--model", str(random_checkpoint), "--dtype", "float32", *LIMITS, *SETUPS[setup]) as server:
+    with Server("--model", str(random_checkpoint), "--dtype", "float32", "--cache-dir", str(tmp_path), *LIMITS, *SETUPS[setup]) as server:
         asyncio.run(run(server))
 
 

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import assert_never
 
 import torch
@@ -39,10 +40,10 @@ from pipeline.slots import Order, SlotAllocator, align
 from pipeline.sockets import Poller, Sink, Wakeup
 from pipeline.tensors import ITEM_SIZES, CudaBindings, PoolMap, StaleHandleError, TensorPool, check_mapping
 from pipeline.topology import ENCODE, FEEDBACK, LLM
-from workers.nn.loader import Checkpoint, choose_device, choose_dtype
+from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
-from workers.vit.engines.torch import EncodeJob, TorchEngine
-from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.engines.choice import Engine, choose_engine, warm_up
+from workers.vit.engines.torch import EncodeJob
 
 logger = logging.getLogger(__name__)
 MIN_POOL_CHUNKS = 3
@@ -137,7 +138,7 @@ class VitCore:
 class EngineThread:
     """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
 
-    def __init__(self, engine: TorchEngine, wakeup: Wakeup) -> None:
+    def __init__(self, engine: Engine, wakeup: Wakeup) -> None:
         self._engine, self._wakeup = engine, wakeup
         self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -201,11 +202,10 @@ def main(context: WorkerContext) -> None:
     dtype = choose_dtype(config.model.dtype, device)
     dtype_name = str(dtype).removeprefix("torch.")
     pool, allocator = open_pool(context, info, config, dtype_name, device.index if device.type == "cuda" else None)
-    checkpoint = Checkpoint(context.model_folder, dtype, device, lambda done, total: context.progress("loading weights", done, total))
-    checkpoint.expect("visual.")
-    engine = TorchEngine(info.vision, VisionEncoder(info.vision, checkpoint))
-    checkpoint.close()
-
+    engine = choose_engine(
+        config.vit.vit_engine, info.vision, context.model_folder, dtype, device, context.spec.placement.num_threads,
+        Path(config.launcher.cache_dir), lambda done, total: context.progress("loading weights", done, total),
+    )  # fmt: skip
     llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
     for llm in llms.values():
         llm.send(PoolOpened(**context.origin, pool=pool.info))
@@ -215,7 +215,7 @@ def main(context: WorkerContext) -> None:
     thread = EngineThread(engine, wakeup)
     poller = Poller(inbox, control, wakeup)
     if device.type == "cuda":
-        engine.warm_up(config.vit.vit_max_batch_patches)  # takes what memory it needs before the LLM takes the rest
+        warm_up(engine, info.vision, dtype, device, config.vit.vit_max_batch_patches)  # takes what memory it needs before the LLM takes the rest
     context.ready(pool_bytes=pool.info.nbytes)
 
     batch: list[Pending] = []

@@ -26,17 +26,6 @@ class TorchEngine:
     def __init__(self, info: VisionInfo, encoder: VisionEncoder) -> None:
         self.info, self.encoder = info, encoder
 
-    def warm_up(self, max_patches: int) -> None:
-        """Encodes as much as a batch may hold, so that memory is taken and kernels are chosen before anybody waits."""
-        side, hidden = self.info.patch_size, self.info.hidden_size
-        merge = self.info.merge_size
-        columns = max(merge, max_patches // (16 * merge) * merge)
-        rows = max(merge, max_patches // columns // merge * merge)
-        device = self.encoder.device
-        pixels = torch.zeros(1, rows * side, columns * side, 3, dtype=torch.uint8, device=device)
-        output = torch.empty(rows * columns // merge**2, hidden, dtype=self.encoder.dtype, device=device)
-        self.encode([EncodeJob(pixels, GridTHW(1, rows, columns), output)])
-
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. When it returns the device is done with them, so handles may be sent."""

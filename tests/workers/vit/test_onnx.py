@@ -1,0 +1,115 @@
+"""The encoder as an ONNX file under onnxruntime, beside the torch engine, which is compared with Hugging Face elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from pipeline.families import VisionInfo, read_model_info
+from pipeline.messages import GridTHW
+from workers.nn.loader import Checkpoint
+from workers.vit.engines import onnx as export_module
+from workers.vit.engines.choice import choose_engine, warm_up
+from workers.vit.engines.onnx import exported, unfinished
+from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
+from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
+
+CPU = torch.device("cpu")
+GRIDS = [GridTHW(1, 4, 6), GridTHW(1, 8, 4), GridTHW(1, 4, 6), GridTHW(3, 2, 2), GridTHW(1, 16, 16), GridTHW(2, 4, 6)]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
+
+
+def no_progress(done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def info(random_checkpoint: Path) -> VisionInfo:
+    return read_model_info(random_checkpoint).vision
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def make_jobs(info: VisionInfo, dtype: torch.dtype) -> list[EncodeJob]:
+    """Outputs are parts of one block, as in a pool; what nobody writes stays NaN."""
+    generator = torch.Generator().manual_seed(0)
+    block, start, jobs = torch.full((200, info.hidden_size), torch.nan, dtype=dtype), 0, []
+    for grid in GRIDS:
+        frames = grid.t * info.temporal_patch_size if grid.t > 1 else 1
+        pixels = torch.randint(0, 256, (frames, grid.h * info.patch_size, grid.w * info.patch_size, 3), dtype=torch.uint8, generator=generator)
+        count = grid.num_patches // info.merge_size**2
+        jobs.append(EncodeJob(pixels, grid, block[start : start + count]))
+        start += count
+    return jobs
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_embeddings_are_those_of_the_torch_engine(dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, cache: Path) -> None:
+    """Sizes that the export never saw, several of one size, videos."""
+    reference = TorchEngine(info, VisionEncoder(info, Checkpoint(random_checkpoint, torch.float32, CPU)))
+    file = exported(info, random_checkpoint, dtype, cache, no_progress)
+    assert "Attention" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}, "runtimes have no fused one else"
+    expected, found = make_jobs(info, torch.float32), make_jobs(info, dtype)
+    reference.encode(expected)
+    OnnxRuntimeEngine(info, file, dtype, CPU, 1).encode(found)
+    for theirs, ours in zip(expected, found, strict=True):
+        error = (theirs.output - ours.output.float()).norm() / theirs.output.norm()
+        assert error < TOLERANCE[dtype], theirs.grid_thw
+
+
+def test_no_picture_sees_another(info: VisionInfo, random_checkpoint: Path, cache: Path) -> None:
+    engine = OnnxRuntimeEngine(info, exported(info, random_checkpoint, torch.float32, cache, no_progress), torch.float32, CPU, 1)
+    together, changed = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
+    changed[0].pixels.zero_()  # of the same size as the third
+    engine.encode(together)
+    engine.encode(changed)
+    assert not torch.equal(together[0].output, changed[0].output)
+    assert all(torch.equal(before.output, after.output) for before, after in zip(together[1:], changed[1:], strict=True))
+
+
+def test_a_second_start_exports_nothing(info: VisionInfo, random_checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = exported(info, random_checkpoint, torch.float32, cache, no_progress)
+    monkeypatch.setattr(export_module, "export", lambda *args: pytest.fail("exported again"))
+    assert exported(info, random_checkpoint, torch.float32, cache, no_progress) == first
+    engine = choose_engine("onnxruntime", info, random_checkpoint, torch.bfloat16, CPU, 1, cache, no_progress)
+    warm_up(engine, info, torch.bfloat16, CPU, 64)
+
+
+def test_processes_that_start_together_export_once(
+    info: VisionInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = []
+
+    def export(info: VisionInfo, checkpoint: Checkpoint, file: Path) -> None:
+        exports.append(file)
+        file.write_text("a file")
+
+    monkeypatch.setattr(export_module, "export", export)
+    threads = [threading.Thread(target=exported, args=(info, random_checkpoint, torch.float32, tmp_path, no_progress)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(exports) == 1
+    other = exported(info, random_checkpoint, torch.float16, tmp_path, no_progress)
+    assert len(exports) == 2, "a file for each type"
+    assert other.read_text() == "a file"
+
+
+def test_an_export_that_breaks_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> None:
+        with unfinished(tmp_path / "place") as draft:
+            (draft / "half").write_text("")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        broken()
+    assert list(tmp_path.iterdir()) == []
