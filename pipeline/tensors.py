@@ -38,7 +38,7 @@ MAPPING_CHECK_S = 60.0
 MAPPING_CHECK = """
 import sys, msgspec
 from pipeline.tensors import PoolInfo, PoolMap
-PoolMap(device=int(sys.argv[1])).open(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo))
+PoolMap(int(sys.argv[1]) if len(sys.argv) > 1 else None).open(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo))
 """
 ITEM_SIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -112,7 +112,12 @@ class HostMemory:
         return torch.frombuffer(self._map, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
 
     def copy_to(self, out: torch.Tensor, offset: int) -> None:
-        out.copy_(self.tensor(offset, tuple(out.shape), str(out.dtype).removeprefix("torch.")))
+        """To a GPU without waiting for it: who reads keeps its lease until its step is over."""
+        out.copy_(self.tensor(offset, tuple(out.shape), str(out.dtype).removeprefix("torch.")), non_blocking=True)
+
+    @property
+    def address(self) -> int:
+        return int(np.frombuffer(self._map, dtype="uint8").ctypes.data)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         return bytes(self.buffer[offset : offset + nbytes])
@@ -148,6 +153,10 @@ class CudaRuntime(Protocol):
     def read(self, pointer: int, nbytes: int) -> bytes: ...
 
     def write(self, pointer: int, data: bytes) -> None: ...
+
+    def lock_pages(self, address: int, nbytes: int) -> None: ...
+
+    def unlock_pages(self, address: int) -> None: ...
 
 
 class CudaBindings:
@@ -212,6 +221,12 @@ class CudaBindings:
         source = np.frombuffer(data, dtype=np.uint8)
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._check(self._runtime.cudaMemcpy(pointer, source.ctypes.data, len(data), kind), "cudaMemcpy")
+
+    def lock_pages(self, address: int, nbytes: int) -> None:
+        self._check(self._runtime.cudaHostRegister(address, nbytes, 0), "cudaHostRegister")
+
+    def unlock_pages(self, address: int) -> None:
+        self._check(self._runtime.cudaHostUnregister(address), "cudaHostUnregister")
 
 
 class _CudaArray:
@@ -305,6 +320,19 @@ class TensorPool:
             os.close(self.info.memory_fd)
 
 
+class LockedMemory(HostMemory):
+    """A shared mapping that stays in memory: a GPU copies from it by itself, which else the processor waits for."""
+
+    def __init__(self, fd: int, nbytes: int, runtime: CudaRuntime) -> None:
+        super().__init__(fd, nbytes)
+        self._runtime = runtime
+        runtime.lock_pages(self.address, nbytes)
+
+    def close(self) -> None:
+        self._runtime.unlock_pages(self.address)
+        super().close()
+
+
 class _Mapping:
     def __init__(self, info: PoolInfo, memory: Memory, table: HostMemory) -> None:
         self.info, self.memory, self.table_memory = info, memory, table
@@ -312,9 +340,9 @@ class _Mapping:
 
 
 class PoolMap:
-    """The consumer's side: the pools of all producers, mapped once each; those on a GPU from the GPU `device`."""
+    """The consumer's side: the pools of all producers, mapped once each, for the GPU `device` if there is one."""
 
-    def __init__(self, runtime: CudaRuntime | None = None, device: int = 0) -> None:
+    def __init__(self, device: int | None = None, runtime: CudaRuntime | None = None) -> None:
         self._runtime, self._device = runtime, device
         self._mappings: dict[str, _Mapping] = {}
 
@@ -331,11 +359,14 @@ class PoolMap:
         self._mappings[info.pool_id] = _Mapping(info, memory, _map_peer(info.pid, info.table_fd, 8 * info.max_slots))
 
     def _map(self, info: PoolInfo) -> Memory:
+        if self._device is not None and self._runtime is None:
+            self._runtime = CudaBindings()
         match info.kind:
             case "host":
-                return _map_peer(info.pid, info.memory_fd, info.nbytes + PATTERN_BYTES)
+                return _map_peer(info.pid, info.memory_fd, info.nbytes + PATTERN_BYTES, self._runtime)
             case "cuda_ipc":
-                self._runtime = self._runtime or CudaBindings()
+                if self._device is None or self._runtime is None:
+                    raise PipelineError(f"pool {info.pool_id} is on a GPU, but this process uses none")
                 return CudaMemory(self._runtime, self._device, self._runtime.open_ipc_handle(self._device, info.ipc_handle), owned=False)
             case kind:
                 raise PipelineError(f"pool {info.pool_id} has the unknown kind {kind!r}")
@@ -383,12 +414,12 @@ class PoolMap:
             self.close(pool_id)
 
 
-def check_mapping(info: PoolInfo, device: int = 0) -> None:
+def check_mapping(info: PoolInfo, device: int | None = None) -> None:
     """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that fails.
 
     A handle may be given where none can be opened: in a container without a shared PID namespace, or under some drivers.
     """
-    command = [sys.executable, "-c", MAPPING_CHECK, str(device)]
+    command = [sys.executable, "-c", MAPPING_CHECK, *([] if device is None else [str(device)])]
     try:
         done = subprocess.run(command, input=msgspec.msgpack.encode(info), capture_output=True, timeout=MAPPING_CHECK_S)
     except subprocess.TimeoutExpired:
@@ -404,12 +435,12 @@ def _memory_file(name: str, nbytes: int) -> int:
     return fd
 
 
-def _map_peer(pid: int, fd: int, nbytes: int) -> HostMemory:
-    """Maps another process's memory file, opened through /proc: same user and PID namespace."""
+def _map_peer(pid: int, fd: int, nbytes: int, runtime: CudaRuntime | None = None) -> HostMemory:
+    """Maps another process's memory file, opened through /proc: same user and PID namespace. Locked in memory where there is a GPU."""
     opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
         if (size := os.fstat(opened).st_size) < nbytes:
             raise PipelineError(f"the memory file {fd} of process {pid} has {size} bytes, announced were {nbytes}")
-        return HostMemory(opened, nbytes)
+        return HostMemory(opened, nbytes) if runtime is None else LockedMemory(opened, nbytes, runtime)
     finally:
         os.close(opened)  # the mapping keeps the file alive

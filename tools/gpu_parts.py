@@ -24,6 +24,7 @@ import aiohttp
 import numpy as np
 import torch
 
+from launcher.checkpoints import EMBEDDED
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import TextInfo, read_model_info
 from pipeline.messages import SequencePlan, SequenceStart, StepPlan, pack_int32
@@ -66,6 +67,8 @@ class Machine:
         self.large = self.shapes[-1]
 
     def checkpoint(self, shape: str) -> Path:
+        if shape == "embedded":
+            return EMBEDDED / "model"
         folder = self.folder / shape
         if not (folder / "tokenizer.json").exists():
             folder.mkdir(exist_ok=True)
@@ -198,9 +201,9 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
 def fidelity(machine: Machine) -> Iterator[Row]:
     from transformers import Qwen2VLForConditionalGeneration
 
-    for shape in machine.shapes:
+    for shape in ("embedded", *machine.shapes):
         folder = machine.checkpoint(shape)
-        token_ids = torch.randint(100, 5000, (1, 100 if machine.is_small else 600), generator=torch.Generator().manual_seed(0))
+        token_ids = torch.randint(100, 500, (1, 100 if machine.is_small else 600), generator=torch.Generator().manual_seed(0))
         logits: dict[str, torch.Tensor] = {}
         model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
         model = model.to(machine.device)

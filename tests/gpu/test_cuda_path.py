@@ -190,7 +190,7 @@ def test_embeddings_of_another_process_never_pass_through_the_host() -> None:
         assert exporter.stdout is not None
         assert exporter.stdin is not None
         info, handle = msgspec.msgpack.decode(bytes.fromhex(exporter.stdout.readline()), type=tuple[PoolInfo, TensorHandle])
-        pools = PoolMap(device=0)
+        pools = PoolMap(0)
         pools.open(info)
         x = torch.zeros(2000, 3584, dtype=torch.bfloat16, device=CUDA)
         pools.copy_rows(x[:8], handle, 0)
@@ -213,7 +213,7 @@ def test_a_pool_is_never_mapped_by_its_owner() -> None:
 
     pool, _ = TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, CudaBindings()), SlotAllocator(4 << 20, 1 << 16, 8)
     with pytest.raises(PipelineError, match="cudaIpcOpenMemHandle"):
-        PoolMap(device=0).open(pool.info)
+        PoolMap(0).open(pool.info)
     pool.close()
 
 

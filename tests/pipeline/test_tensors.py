@@ -20,7 +20,7 @@ from pipeline.tensors import CUDA_GRANULE, PATTERN_BYTES, CudaBindings, HostMemo
 READER = """
 import sys, msgspec
 from pipeline.tensors import PoolInfo, PoolMap, TensorHandle
-pools = PoolMap()
+pools = PoolMap(0 if "cuda_ipc" in sys.argv[3:] else None)
 pools.open(msgspec.msgpack.decode(bytes.fromhex(sys.argv[1]), type=PoolInfo))
 tensor = pools.tensor(msgspec.msgpack.decode(bytes.fromhex(sys.argv[2]), type=TensorHandle))
 tensor.mul_(2)
@@ -149,6 +149,7 @@ class FakeCuda:
         self.blocks: dict[int, HostMemory] = {}
         self.open: list[int] = []
         self.freed: list[int] = []
+        self.locked: dict[int, int] = {}
 
     def malloc(self, device: int, nbytes: int) -> int:
         fd = os.memfd_create("fake")
@@ -179,6 +180,12 @@ class FakeCuda:
         base = max(block for block in self.blocks if block <= pointer)
         return self.blocks[base].tensor(pointer - base, shape, dtype)
 
+    def lock_pages(self, address: int, nbytes: int) -> None:
+        self.locked[address] = nbytes
+
+    def unlock_pages(self, address: int) -> None:
+        del self.locked[address]
+
     def copy(self, out: torch.Tensor, pointer: int) -> None:
         out.copy_(self.tensor(0, pointer, tuple(out.shape), str(out.dtype).removeprefix("torch.")))
 
@@ -194,7 +201,7 @@ def test_cuda_pool_bookkeeping() -> None:
     pool, allocator = TensorPool.on_cuda("vit.1", 1, 3 << 20, 8, 1, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
     assert pool.info.nbytes == 2 * CUDA_GRANULE - PATTERN_BYTES
     assert (pool.info.kind, pool.info.device_uuid, len(pool.info.ipc_handle)) == ("cuda_ipc", "uuid-1", 64)
-    pools = PoolMap(runtime)
+    pools = PoolMap(0, runtime)
     pools.open(pool.info)
     handles = [lend(pool, allocator, torch.full((4, 8), float(n))) for n in range(3)]
     assert [pools.tensor(handle).mean().item() for handle in handles] == [0, 1, 2]
@@ -218,11 +225,33 @@ def test_a_pool_is_mapped_by_another_process_before_it_is_announced() -> None:
     pool.close()
 
 
+def test_host_pools_are_locked_in_memory_where_there_is_a_gpu() -> None:
+    runtime = FakeCuda()
+    pool, allocator = TensorPool.on_host("vit.0", 1, 1 << 20, 8), SlotAllocator(1 << 20, 1 << 16, 8)
+    pools = PoolMap(0, runtime)
+    pools.open(pool.info)
+    assert list(runtime.locked.values()) == [pool.info.nbytes + PATTERN_BYTES]
+    out = torch.zeros(2, 8)
+    pools.copy_rows(out, lend(pool, allocator, torch.full((4, 8), 3.0)), 2)
+    assert bool((out == 3).all())
+    pools.close_all()
+    assert runtime.locked == {}
+    pool.close()
+
+
+def test_a_pool_on_a_gpu_is_refused_by_who_has_none() -> None:
+    runtime = FakeCuda()
+    pool = TensorPool.on_cuda("vit.0", 1, 1 << 20, 8, 0, runtime)
+    with pytest.raises(PipelineError, match="this process uses none"):
+        PoolMap().open(pool.info)
+    pool.close()
+
+
 def test_a_cuda_pool_whose_exporter_died_gives_way_to_its_successor() -> None:
     """The successor's first process frees nothing: the driver did that. What was mapped of the dead one is closed, and never read."""
     runtime = FakeCuda()
     dead, allocator = TensorPool.on_cuda("vit.0", 1, 3 << 20, 8, 0, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
-    pools = PoolMap(runtime)
+    pools = PoolMap(0, runtime)
     pools.open(dead.info)
     old = lend(dead, allocator, torch.ones(4, 8))
     (mapped,) = runtime.open
@@ -256,7 +285,7 @@ def test_cuda_pool_on_a_gpu() -> None:
     pool, allocator = TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, runtime), SlotAllocator(4 << 20, 1 << 16, 8)
     handle = lend(pool, allocator, torch.arange(12, dtype=torch.float32, device="cuda").view(3, 4))
     torch.cuda.synchronize()
-    out = subprocess.run([sys.executable, "-c", READER, wire(pool.info), wire(handle)], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", READER, wire(pool.info), wire(handle), "cuda_ipc"], capture_output=True, text=True, check=True)
     torch.cuda.synchronize()
     assert float(out.stdout) == 132.0
     assert np.array_equal(pool.tensor(handle).cpu().numpy(), 2 * np.arange(12, dtype=np.float32).reshape(3, 4))

@@ -116,7 +116,7 @@ class ModelRunner:
 
     def __init__(self, info: ModelInfo, config: Config, folder: Path, device: torch.device, parallel: TensorParallel, progress: Progress) -> None:
         self.device, self._info, self._config = device, info, config
-        self.pools = EmbeddingPools(PoolMap(device=device.index or 0), parallel)
+        self.pools = EmbeddingPools(PoolMap(device.index if device.type == "cuda" else None), parallel)
         dtype = choose_dtype(config.model.dtype, device)
         checkpoint = Checkpoint(folder, dtype, device, progress)
         checkpoint.expect("model.")

@@ -85,9 +85,9 @@ class TensorParallel:
         """The ranks' parts [num_rows, n] side by side as [num_rows, size · n], on every rank."""
         if self.size == 1:
             return x
-        parts = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        parts = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
         dist.all_gather_into_tensor(parts, x.contiguous())
-        return parts.transpose(0, 1).flatten(1)
+        return parts.view(self.size, len(x), -1).transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor, source: int) -> None:
         """x becomes what it is on the rank `source`."""
