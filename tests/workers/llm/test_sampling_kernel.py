@@ -32,13 +32,13 @@ def draw(logits: Tensor, options: dict[str, Any], kernel: Callable[[Tensor, Tens
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("vocab", "spread"), [(7, 1.0), (1000, 3.0), (9000, 1.0)])
+@pytest.mark.parametrize(("vocab", "spread"), [(7, 1.0), (300, 3.0), (5000, 1.0)])
 def test_it_draws_what_the_sampler_draws(options: dict[str, Any], vocab: int, spread: float) -> None:
     torch.manual_seed(vocab)
-    logits = spread * torch.randn(12, vocab)
+    logits = spread * torch.randn(6 if vocab == 5000 else 12, vocab)
     drawn, expected = draw(logits, options, sample), draw(logits, options, None)
     # A point may lie so close to the border of two tokens that float32 takes the next one. They are narrow where there are many.
-    assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= (vocab == 9000)
+    assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= (vocab == 5000)
     assert all(abs(a - b) < 10 for a, b in zip(drawn, expected, strict=True))
 
 
@@ -50,7 +50,7 @@ def test_banned_tokens_and_rows_of_one_hope() -> None:
 
 
 def test_equal_logits_are_kept_together_and_the_first_is_the_best() -> None:
-    logits = torch.zeros(60, 10)
+    logits = torch.zeros(30, 10)
     logits[:, 5:] = -1.0
     assert set(draw(logits, {"top_k": 2}, sample)) == set(range(5))
     assert set(draw(logits, {"temperature": 0}, sample)) == {0}

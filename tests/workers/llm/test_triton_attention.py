@@ -40,7 +40,7 @@ def make_spans(rng: random.Random, block_size: int, num_blocks: int, sizes: list
     return [Span(new, old, [free.pop() for _ in range(-(-(new + old) // block_size) + rng.randint(0, 1))]) for new, old in sizes]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 1), (12, 2), (14, 2), (8, 1)])
 def test_random_steps(num_heads: int, num_kv_heads: int, seed: int) -> None:
     rng = random.Random(100 * num_heads + seed)
