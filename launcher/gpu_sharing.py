@@ -54,7 +54,7 @@ def gpu_sharing(config: Config, run_dir: Path, environment: Mapping[str, str], d
     except MpsUnavailable as reason:
         if option == "mps":
             raise ValueError(f"gpu_sharing 'mps': {reason}") from None
-        logger.info("ViT and LLM take turns on a GPU: %s", reason)
+        logger.info("no MPS daemon is started: %s", reason)
         yield dict(environment)
         return
     logger.info("ViT and LLM share a GPU by MPS")

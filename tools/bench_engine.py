@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,16 +74,17 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serve(model: Path, dtype: torch.dtype, *options: str) -> Iterator[Served]:
-    """A server of our own, for as long as it is needed."""
+def serve(model: Path, *options: str) -> Iterator[Served]:
+    """A server of our own, for as long as it is needed. Raises RuntimeError when it does not start."""
     command = [
-        sys.executable, "-m", "launcher", "--model", str(model), "--dtype", name_of(dtype), "--device", "cpu", "--port", "0",
-        "--max-model-len", "8192", "--log-level", "warning", *options,
+        sys.executable, "-m", "launcher", "--model", str(model), "--port", "0", "--max-model-len", "8192", "--log-level", "warning", *options,
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            url = next(line.split()[2].removesuffix("/v1") for line in process.stdout if line.startswith("Serving at"))
+            url = next((line.split()[2].removesuffix("/v1") for line in process.stdout if line.startswith("Serving at")), None)
+            if url is None:
+                raise RuntimeError("the server did not start")
             yield Served(url, process)
         finally:
             process.send_signal(signal.SIGINT)
@@ -191,9 +192,12 @@ class Bench:
                     values[name].append(value)
         return {name: statistics.median(of_name) for name, of_name in values.items()}
 
+    def serve(self, *options: str) -> AbstractContextManager[Served]:
+        return serve(self.folder, "--dtype", name_of(self.dtype), "--device", "cpu", *options)
+
     def rates(self) -> list[Row]:
         model: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.hf_dtype).eval()
-        with serve(self.folder, self.dtype, *ALL_CORES) as served:
+        with self.serve(*ALL_CORES) as served:
             found = self.medians(
                 {
                     "decode 1": lambda: decode_rate(served, 1, self.num_output, self.rng),
@@ -217,7 +221,7 @@ class Bench:
         return rows
 
     def int8(self) -> list[Row]:
-        with serve(self.folder, self.dtype, *ALL_CORES) as plain, serve(self.folder, self.dtype, *ALL_CORES, "--quantization", "int8") as quantized:
+        with self.serve(*ALL_CORES) as plain, self.serve(*ALL_CORES, "--quantization", "int8") as quantized:
             found = self.medians(
                 {
                     "plain 1": lambda: decode_rate(plain, 1, self.num_output, self.rng),
@@ -240,14 +244,14 @@ class Bench:
                 first, second = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
             return first.ttft, second.ttft
 
-        with serve(self.folder, self.dtype) as served:
+        with self.serve() as served:
             times = [asyncio.run(chat(served)) for _ in range(self.rounds + 1)][1:]
         first, second = (statistics.median(values) * 1000 for values in zip(*times, strict=True))
         return [Row("TTFT of the second turn, 3 pictures", second, "first turn", first, "ms")]
 
     def memory(self) -> list[Row]:
         kv_gib = 0.5
-        with serve(self.folder, self.dtype, "--kv-cache-gib", str(kv_gib), "--max-num-seqs", "256") as served:
+        with self.serve("--kv-cache-gib", str(kv_gib), "--max-num-seqs", "256") as served:
             load(served, Workload(num_words=2000, num_output=2), 12, self.rng)  # touches the cache, which is not resident before
             load(served, Workload(num_words=24, num_output=4, num_images=1), 2, self.rng)
             resident = served.memory_of("llm")
@@ -295,7 +299,7 @@ class Bench:
         alone: list[float] = []
         mixed: list[float] = []
         rates: list[float] = []
-        with serve(self.folder, self.dtype, *ALL_CORES) as served:
+        with self.serve(*ALL_CORES) as served:
             idle = statistics.median(prefill_rate(served, 500, self.rng) for _ in range(self.rounds + 1))
             for number in range(self.rounds + 1):
                 quiet, _ = asyncio.run(run(served, False))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from pipeline.families import TextInfo, read_model_info
 from pipeline.messages import SequencePlan, SequenceStart, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.topology import Role, WorkerId
+from tools.bench_engine import Served, num_weights, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize
 from tools.random_checkpoint import make_checkpoint
 from workers.llm.attention.torch import Span
@@ -273,9 +274,8 @@ def decode(machine: Machine) -> Iterator[Row]:
 
 
 def _weight_bytes(info: TextInfo) -> int:
-    """Of a decode step, in bf16: the output layer is read whole, of the embeddings only rows."""
-    attended = info.hidden_size * info.head_dim * (2 * info.num_heads + 2 * info.num_kv_heads)
-    return 2 * (info.num_layers * (attended + 3 * info.hidden_size * info.intermediate_size) + info.vocab_size * info.hidden_size)
+    """Of a decode step, in bf16."""
+    return 2 * num_weights(info)
 
 
 def _kv_bytes(info: TextInfo) -> int:
@@ -319,7 +319,7 @@ def prefill(machine: Machine) -> Iterator[Row]:
             runner.sampler.start(SequenceStart(0, length, SamplingParams(temperature=0, seed=1), b""))
             run = functools.partial(_run_step, runner, sequence)
             seconds = statistics.median(_timed(run) for _ in range(6))
-            layers = (_weight_bytes(info) // 2) - info.vocab_size * info.hidden_size
+            layers = num_weights(info) - info.vocab_size * info.hidden_size
             flops = 2 * length * layers + 2 * length * length * info.num_layers * info.num_heads * info.head_dim
             name, told = f"prefill, {machine.large}, {length} tokens", f"{seconds * 1000:.1f} ms, {length / seconds:.0f} tokens/s"
             yield Row(name, told, flops / seconds / machine.rates["matmul"], 0.6, "the matmul rate")
@@ -329,36 +329,22 @@ def _run_step(runner: ModelRunner, sequence: SequencePlan) -> None:
     runner.launch(_plan(0, [sequence])).result()
 
 
-@contextmanager
-def _serve(machine: Machine, shape: str, *options: str) -> Iterator[str]:
-    """The server's URL. Raises RuntimeError when it does not start."""
-    command = [
-        sys.executable, "-m", "launcher", "--model", str(machine.checkpoint(shape)), "--device", machine.device.type, "--port", "0",
-        "--log-level", "warning", "--max-model-len", "8192", "--max-num-seqs", "64", *options,
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url = next((line.split()[2].removesuffix("/v1") for line in process.stdout if line.startswith("Serving at")), None)
-            if url is None:
-                raise RuntimeError("the server did not start")
-            yield url
-        finally:
-            process.terminate()
+def _serve(machine: Machine, *options: str) -> AbstractContextManager[Served]:
+    return serve(machine.checkpoint(machine.shapes[0]), "--device", machine.device.type, "--max-num-seqs", "64", *options)
 
 
 def server(machine: Machine) -> Iterator[Row]:
     size = (112, 112) if machine.is_small else (840, 840)  # 900 tokens each: with the text about 2,800
     count, num_output = (2, 4) if machine.is_small else (32, 120)
-    with _serve(machine, machine.shapes[0]) as url:
+    with _serve(machine) as served:
         rng = random.Random(0)
         warm = Workload(num_words=20, num_output=4, num_images=1, sizes=(size,))
-        asyncio.run(run_load(url, warm, warm.chats(2, rng), 2, 0.0, rng))
+        asyncio.run(run_load(served.url, warm, warm.chats(2, rng), 2, 0.0, rng))
         for turns, wanted, published in ((1, 10.0, "3.85"), (3, 20.0, "6.05, 7.98 with its prefix cache")):
             load = Workload(num_words=60, num_output=num_output, num_images=3, sizes=(size,), num_turns=turns)
             chats = load.chats(2 * count, rng)
             start = time.perf_counter()
-            summary = summarize(asyncio.run(run_load(url, load, chats, count, 0.0, rng)), time.perf_counter() - start, {})
+            summary = summarize(asyncio.run(run_load(served.url, load, chats, count, 0.0, rng)), time.perf_counter() - start, {})
             rate = summary["request_throughput"]
             told = f"{rate:.2f} requests/s, TTFT {summary['ttft_ms']['median']:.0f} ms, ITL P99 {summary['itl_ms']['p99']:.1f} ms"
             name = f"server, {machine.shapes[0]}, {count} users, 3 pictures, {num_output} out, {turns} turn{'s' * (turns > 1)}"
@@ -391,8 +377,8 @@ def isolation(machine: Machine) -> Iterator[Row]:
     caches = ("--no-prefix-caching", "--embedding-pool-mib", "32")
     for sharing in ("timeslice", "mps"):
         try:
-            with _serve(machine, machine.shapes[0], "--gpu-sharing", sharing, "--vit-max-batch-patches", "1024", *caches) as url:
-                alone, mixed, num_sent = asyncio.run(_itl_with_and_without(url, side, num_pictures, num_output))
+            with _serve(machine, "--gpu-sharing", sharing, "--vit-max-batch-patches", "1024", *caches) as served:
+                alone, mixed, num_sent = asyncio.run(_itl_with_and_without(served.url, side, num_pictures, num_output))
         except RuntimeError as error:
             yield Row(f"isolation by {sharing}", str(error))
             continue

@@ -25,8 +25,7 @@ from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
 from tests.servers import Server
 from tests.workers.llm.test_sampling_kernel import OPTIONS
-from tests.workers.llm.test_triton_attention import make_spans
-from workers.llm.attention.torch import Span
+from tests.workers.llm.test_triton_attention import make_spans, reference
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampler import Sampler
@@ -39,22 +38,6 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out.double() - expected.double()).norm() / expected.double().norm())
-
-
-def in_float64(cache: torch.Tensor, block_size: int, spans: list[Span], q: torch.Tensor) -> torch.Tensor:
-    """Sequence by sequence, with a mask; what `tests.workers.llm.test_triton_attention.reference` says token by token."""
-    num_kv_heads, dim = cache.shape[1] // 2, cache.shape[2]
-    parts, row = [], 0
-    for span in spans:
-        slots = [span.block_table[position // block_size] * block_size + position % block_size for position in range(span.length)]
-        group = q.shape[1] // num_kv_heads
-        keys, values = (part.repeat_interleave(group, dim=1) for part in cache[slots].double().split(num_kv_heads, dim=1))
-        queries = q[row : row + span.num_tokens].double()
-        scores = torch.einsum("nhd,shd->hns", queries, keys) * dim**-0.5
-        seen = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=q.device).tril(span.num_computed)
-        parts.append(torch.einsum("hns,shd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), values))
-        row += span.num_tokens
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -81,7 +64,7 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
     turned = rotate(qkv.float() + bias.float().view(qkv.shape[1:]), *rotary_tables(angles, torch.float32))
     out = attention(0, attention.plan(spans), qkv, bias, attention.rotary(angles, dtype))
     assert error(qkv[:, :num_heads], turned[:, :num_heads]) < TOLERANCE[dtype]
-    assert error(out, in_float64(attention.cache[0], block_size, spans, qkv[:, :num_heads])) < TOLERANCE[dtype]
+    assert error(out, reference(attention.cache[0], block_size, spans, qkv[:, :num_heads])) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

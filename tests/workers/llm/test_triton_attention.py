@@ -18,20 +18,19 @@ CPU = torch.device("cpu")
 
 
 def reference(cache: Tensor, block_size: int, spans: list[Span], q: Tensor) -> Tensor:
-    """[num_tokens, heads, dim] in float64: gathered, masked, one query after the other."""
+    """[num_tokens, heads, dim] in float64: gathered, masked, one sequence after the other."""
     num_kv_heads, dim = cache.shape[1] // 2, cache.shape[2]
-    out, row = [], 0
+    parts, row = [], 0
     for span in spans:
         slots = [span.block_table[position // block_size] * block_size + position % block_size for position in range(span.length)]
-        rows = cache[slots].double()
-        for number in range(span.num_tokens):
-            seen = span.num_computed + number + 1
-            keys = rows[:seen, :num_kv_heads].repeat_interleave(q.shape[1] // num_kv_heads, dim=1)
-            values = rows[:seen, num_kv_heads:].repeat_interleave(q.shape[1] // num_kv_heads, dim=1)
-            scores = torch.einsum("hd,shd->hs", q[row].double(), keys) * dim**-0.5
-            out.append(torch.einsum("hs,shd->hd", scores.softmax(dim=-1), values))
-            row += 1
-    return torch.stack(out)
+        group = q.shape[1] // num_kv_heads
+        keys, values = (part.repeat_interleave(group, dim=1) for part in cache[slots].double().split(num_kv_heads, dim=1))
+        queries = q[row : row + span.num_tokens].double()
+        scores = torch.einsum("nhd,shd->hns", queries, keys) * dim**-0.5
+        seen = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=q.device).tril(span.num_computed)
+        parts.append(torch.einsum("hns,shd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), values))
+        row += span.num_tokens
+    return torch.cat(parts)
 
 
 def make_spans(rng: random.Random, block_size: int, num_blocks: int, sizes: list[tuple[int, int]]) -> list[Span]:
