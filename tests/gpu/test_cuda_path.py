@@ -16,10 +16,11 @@ import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
+from pipeline.memory import CudaBindings
 from pipeline.messages import SequencePlan, SequenceStart, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator
-from pipeline.tensors import CudaBindings, PoolMap, TensorPool
+from pipeline.tensors import PoolMap, TensorPool
 from tests.chats import CHATS, to_messages
 from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
@@ -123,6 +124,14 @@ def test_graphs_kernels_and_torch_agree(count: int, random_checkpoint: Path) -> 
             assert generate(runner, prompts, 30, is_ahead) == expected, f"{options}, ahead: {is_ahead}"
 
 
+def test_tied_weights_are_in_memory_once(random_checkpoint: Path) -> None:
+    decoder = make_runner(random_checkpoint).decoder
+    assert decoder.info.tie_word_embeddings
+    head, table = decoder.lm_head._weight, decoder._embeddings
+    assert isinstance(table, torch.Tensor)
+    assert head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+
+
 @pytest.mark.filterwarnings("ignore:.*prototype feature")  # torch says so of the mode itself
 @pytest.mark.parametrize("has_graphs", [False, True])
 def test_a_step_waits_for_nothing(has_graphs: bool, random_checkpoint: Path) -> None:
@@ -156,7 +165,8 @@ def test_a_step_waits_for_nothing(has_graphs: bool, random_checkpoint: Path) -> 
 EXPORTER = """
 import sys, msgspec, torch
 from pipeline.slots import SlotAllocator
-from pipeline.tensors import CudaBindings, TensorPool
+from pipeline.memory import CudaBindings
+from pipeline.tensors import TensorPool
 pool, slots = TensorPool.on_cuda("vit.0", 1, 64 << 20, 8, 0, CudaBindings()), SlotAllocator(64 << 20, 1 << 24, 8)
 handle = pool.lend(slots.allocate(1 << 24), (1024, 3584), "bfloat16")
 pool.tensor(handle).copy_(torch.arange(1024, device="cuda")[:, None].expand(-1, 3584))

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
+from pipeline.memory import CudaBindings, HostMemory
 from pipeline.slots import SlotAllocator
-from pipeline.tensors import CUDA_GRANULE, PATTERN_BYTES, CudaBindings, HostMemory, PoolMap, StaleHandleError, TensorHandle, TensorPool, check_mapping
+from pipeline.tensors import CUDA_GRANULE, PATTERN_BYTES, PoolMap, StaleHandleError, TensorHandle, TensorPool, check_mapping
 
 READER = """
 import sys, msgspec

@@ -79,8 +79,7 @@ class EmbeddingPools:
 
     def __init__(self, pools: PoolMap, parallel: TensorParallel) -> None:
         self._pools, self._parallel = pools, parallel
-        self._epochs: dict[str, int] = {}
-        self._readers: dict[str, int | None] = {}  # the rank that reads for all; None: each for itself
+        self._opened: dict[str, tuple[int, int | None]] = {}  # the epoch, and the rank that reads for all; None: each for itself
 
     def open(self, info: PoolInfo) -> None:
         """To be called on all ranks, in the same order among steps. Raises PipelineError when no rank can map the pool."""
@@ -92,17 +91,16 @@ class EmbeddingPools:
         can_read = self._parallel.gather_flags(not error)
         if not any(can_read):
             raise PipelineError(f"the embeddings of {info.pool_id} cannot be read ({error}); --embedding-transport host needs no mapping")
-        self._epochs[info.pool_id] = info.epoch
-        self._readers[info.pool_id] = None if all(can_read) else can_read.index(True)
+        self._opened[info.pool_id] = info.epoch, None if all(can_read) else can_read.index(True)
         if error:
             logger.warning("rank %d gets the embeddings of %s from rank %d: %s", self._parallel.rank, info.pool_id, can_read.index(True), error)
 
     def knows(self, pool_id: str, epoch: int) -> bool:
-        return self._epochs.get(pool_id, -1) >= epoch
+        return self._opened.get(pool_id, (-1, None))[0] >= epoch
 
     def gather(self, out: Tensor, embeddings: TensorHandle, start: int) -> None:
         """Fills contiguous rows of a step's input, in the order of its stream. Raises StaleHandleError when they are no longer there."""
-        reader = self._readers.get(embeddings.pool_id)
+        _, reader = self._opened.get(embeddings.pool_id, (-1, None))
         if reader is None or reader == self._parallel.rank:
             self._pools.copy_rows(out, embeddings, start)
         if reader is not None:

@@ -19,6 +19,7 @@ import torch
 from pipeline.config import MIB, Config
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
+from pipeline.memory import ITEM_SIZES, CudaBindings
 from pipeline.messages import (
     CancelEncode,
     EmbeddingReady,
@@ -38,7 +39,7 @@ from pipeline.messages import (
 from pipeline.process import WorkerContext, raise_on_shutdown
 from pipeline.slots import Order, SlotAllocator, align
 from pipeline.sockets import Poller, Sink, Wakeup
-from pipeline.tensors import ITEM_SIZES, CudaBindings, PoolMap, StaleHandleError, TensorPool, check_mapping
+from pipeline.tensors import PoolMap, StaleHandleError, TensorPool, check_mapping
 from pipeline.topology import ENCODE, FEEDBACK, LLM
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
@@ -56,13 +57,13 @@ class VitCore:
 
     def __init__(
         self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo, dtype: str,
-        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage],
+        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
     ) -> None:  # fmt: skip
         self._origin = context.origin
         self._is_current = context.is_current
         self.batcher, self._pool, self._info, self._dtype = batcher, pool, info, dtype
         self._llms, self._feedback = llms, feedback
-        self._pools = PoolMap()
+        self._pools = pools
         self.counters = {"encodes": 0, "stale_messages": 0}
 
     def handle(self, message: EncodeMessage) -> None:
@@ -138,13 +139,15 @@ class VitCore:
 class EngineThread:
     """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
 
-    def __init__(self, engine: Engine, wakeup: Wakeup) -> None:
-        self._engine, self._wakeup = engine, wakeup
+    def __init__(self, engine: Engine, device: torch.device, wakeup: Wakeup) -> None:
+        self._engine, self._device, self._wakeup = engine, device, wakeup
         self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name="engine").start()
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # which each thread has its own of
         while True:
             jobs = self._jobs.get()
             try:
@@ -201,7 +204,8 @@ def main(context: WorkerContext) -> None:
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
     dtype_name = str(dtype).removeprefix("torch.")
-    pool, allocator = open_pool(context, info, config, dtype_name, device.index if device.type == "cuda" else None)
+    ordinal = device.index if device.type == "cuda" else None
+    pool, allocator = open_pool(context, info, config, dtype_name, ordinal)
     engine = choose_engine(
         config.vit.vit_engine, info.vision, context.model_folder, dtype, device, context.spec.placement.num_threads,
         Path(config.launcher.cache_dir), lambda done, total: context.progress("loading weights", done, total),
@@ -210,9 +214,9 @@ def main(context: WorkerContext) -> None:
     for llm in llms.values():
         llm.send(PoolOpened(**context.origin, pool=pool.info))
     batcher = Batcher(allocator, info.vision.hidden_size * ITEM_SIZES[dtype_name], info.vision.merge_size)
-    core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback)
+    core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback, PoolMap(ordinal))
     wakeup = Wakeup()
-    thread = EngineThread(engine, wakeup)
+    thread = EngineThread(engine, device, wakeup)
     poller = Poller(inbox, control, wakeup)
     if device.type == "cuda":
         warm_up(engine, info.vision, dtype, device, config.vit.vit_max_batch_patches)  # takes what memory it needs before the LLM takes the rest

@@ -47,7 +47,10 @@ class Decoder:
         self.norm = RMSNorm(checkpoint.load("model.norm.weight"), info.rms_norm_eps)
         tied = info.tie_word_embeddings or "lm_head.weight" not in checkpoint
         rows = self.heads.vocab_rows
-        head = checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight", rows)
+        if tied and isinstance(self._embeddings, Tensor):
+            head = self._embeddings[rows]  # the same memory
+        else:
+            head = checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight", rows)
         if missing := self.heads.vocab_per_rank - len(head):
             head = torch.cat([head, head.new_zeros(missing, head.shape[1])])
         self.lm_head = linear(head)
