@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -43,6 +43,7 @@ from pipeline.messages import (
     IngestMessage,
     Interrupted,
     OutputsMessage,
+    Part,
     PipelineState,
     RequestFailed,
     RequestOutput,
@@ -51,6 +52,7 @@ from pipeline.messages import (
     TextPart,
     TokenLogprobs,
     TokenOutputs,
+    VideoPart,
     Welcome,
     pack_int32,
     unpack_int32,
@@ -66,6 +68,7 @@ QUERY_AFTER_S = 10.0  # of silence before a request is asked about
 HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second
 MAX_ABORTS = 30
 PREPROCESS = WorkerId(Role.PREPROCESS)
+M = TypeVar("M", ImagePart, VideoPart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ class PipelineClient:
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one chat and yields what comes, ending with the piece that has a finish reason.
 
-        `ImagePart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with an equal
+        `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with an equal
         `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked. Leaving the
         generator early aborts the request. Raises RequestError when the request is refused or fails.
         """
@@ -224,7 +227,7 @@ class PipelineClient:
             sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
         moved = move_data_urls(messages, frames)
         if len(frames) > MAX_ITEMS:
-            raise RequestError(f"the request has {len(frames)} pictures, the limit is {MAX_ITEMS}", field="messages")
+            raise RequestError(f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}", field="messages")
         request = SubmitRequest(
             client_id=self._client_id, request_id=request_id, attempt=1, messages=moved, sampling=sampling, priority=priority,
             cache_salt=cache_salt,
@@ -416,15 +419,23 @@ def move_data_urls(messages: Sequence[ChatMessage], frames: list[bytes | memoryv
 def _move_data_urls(message: ChatMessage, frames: list[bytes | memoryview]) -> ChatMessage:
     if isinstance(message.content, str):
         return message
-    parts: list[TextPart | ImagePart] = []
+    parts: list[Part] = []
     for part in message.content:
-        if isinstance(part, ImagePart) and part.url[:5].lower() == "data:":
-            header, comma, payload = part.url.partition(",")
-            if not comma:
-                raise RequestError("a data: URL has a comma before its data", field="messages")
-            is_base64 = header.lower().endswith(";base64")
-            parts.append(ImagePart(frame=len(frames), is_base64=is_base64))
-            frames.append(payload.encode("utf-8", "surrogatepass") if is_base64 else unquote_to_bytes(payload))
+        if isinstance(part, VideoPart) and part.frames:
+            parts.append(msgspec.structs.replace(part, frames=tuple(_move_data_url(frame, frames) for frame in part.frames)))
+        elif isinstance(part, VideoPart):
+            parts.append(_move_data_url(part, frames))
         else:
-            parts.append(part)
+            parts.append(part if isinstance(part, TextPart) else _move_data_url(part, frames))
     return ChatMessage(message.role, tuple(parts))
+
+
+def _move_data_url(part: M, frames: list[bytes | memoryview]) -> M:
+    if part.url[:5].lower() != "data:":
+        return part
+    header, comma, payload = part.url.partition(",")
+    if not comma:
+        raise RequestError("a data: URL has a comma before its data", field="messages")
+    is_base64 = header.lower().endswith(";base64")
+    frames.append(payload.encode("utf-8", "surrogatepass") if is_base64 else unquote_to_bytes(payload))
+    return msgspec.structs.replace(part, url="", frame=len(frames) - 1, is_base64=is_base64)

@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.log import LEVELS
 
 MIB = 1 << 20
-MAX_OPEN_ITEMS = 1 << 16
-MAX_ITEMS = 256  # of one request: each may ride in a frame of its own
+MAX_OPEN_CHUNKS = 1 << 16  # each takes at most four messages on an edge: all together stay below the high-water mark
+MAX_ITEMS = 1024  # pictures of one request, with those that are frames of a video: each may ride in a frame of its own
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -63,11 +63,14 @@ class PreprocessConfig:
     media_timeout_s: float = option(10.0, "time for one media download, in seconds", metavar="SECONDS")
     max_media_mib: int = option(50, "largest media file, in MiB", metavar="MIB")
     max_image_pixels: int = option(64_000_000, "largest picture before resizing, in pixels, judged by its header", metavar="PIXELS")
-    max_items_per_request: int = option(64, "most pictures in one request", metavar="N")
+    max_items_per_request: int = option(64, "most pictures and videos in one request", metavar="N")
     min_pixels: int | None = option(None, "pictures are enlarged to at least this (default: the model's)", metavar="PIXELS")
-    max_pixels: int | None = option(None, "pictures are reduced to at most this (default: the model's)", metavar="PIXELS")
+    max_pixels: int | None = option(None, "pictures, and frames of videos, are reduced to at most this (default: the model's)", metavar="PIXELS")
+    max_video_mib: int = option(256, "largest video file, in MiB; it is kept in a temporary file without a name", metavar="MIB")
+    max_video_frames: int | None = option(None, "most frames of a video that the model sees (default: the model's)", metavar="N")
+    video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
-    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in MiB; more get 503", metavar="MIB")
+    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; more get 503", metavar="MIB")
     max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
 
     def __post_init__(self) -> None:
@@ -80,11 +83,12 @@ class PreprocessConfig:
             max_open_requests=1,
             max_open_media_mib=1,
             media_timeout_s=0.1,
+            max_video_mib=1,
+            video_timeout_s=0.1,
         )
-        _at_least(self, min_pixels=1, max_pixels=1)
-        # A picture takes at most four messages on an edge, and all of them together must stay below the high-water mark.
-        if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_ITEMS:
-            raise ValueError(f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_ITEMS}, got {product}")
+        _at_least(self, min_pixels=1, max_pixels=1, max_video_frames=1)
+        if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_CHUNKS:
+            raise ValueError(f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_CHUNKS}, got {product}")
         if self.max_items_per_request > MAX_ITEMS:
             raise ValueError(f"max_items_per_request must be at most {MAX_ITEMS}, got {self.max_items_per_request}")
         if self.allowed_local_media_path and not Path(self.allowed_local_media_path).is_dir():

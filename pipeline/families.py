@@ -15,6 +15,8 @@ from typing import Any
 
 FAMILIES = ("qwen2_vl",)
 MAX_ASPECT_RATIO = 200  # of a picture; Qwen2-VL's processor refuses thinner ones
+VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a frame
+VIDEO_CHUNK_PATCHES = 1024  # a ViT packs several into one forward, and the first of them goes while others are still being decoded
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -33,6 +35,18 @@ class TextInfo:
     mrope_section: tuple[int, int, int]
     max_position_embeddings: int
     tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoInfo:
+    """How videos are sampled, and the area of each frame."""
+
+    fps: float
+    min_frames: int
+    max_frames: int
+    min_pixels: int
+    max_pixels: int
+    max_total_pixels: int  # of all frames together, so that long videos are seen in smaller frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +92,24 @@ class ModelInfo:
     folder: Path
     text: TextInfo
     vision: VisionInfo
+    video: VideoInfo
     image_token_id: int
     video_token_id: int
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float]  # the model's own temperature, top_p and so on
+
+    @property
+    def video_chunk_patches(self) -> int:
+        """A video goes through the ViTs in pieces of so many patches, or of two frames if those have more: never more than a picture may."""
+        return min(VIDEO_CHUNK_PATCHES, self.vision.max_pixels // self.vision.patch_size**2)
+
+    @property
+    def largest_pixel_bytes(self) -> int:
+        """An upper bound on the pixels, in bytes, of what goes through a ViT as one."""
+        vision, video = self.vision, self.video
+        frame = dataclasses.replace(vision, min_pixels=video.min_pixels, max_pixels=video.max_pixels).largest_pixels
+        piece = vision.temporal_patch_size * max(frame, self.video_chunk_patches * vision.patch_size**2)
+        return 3 * max(vision.largest_pixels, piece)
 
 
 def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelInfo:
@@ -96,7 +124,7 @@ def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int
     vision = config["vision_config"]
     generation = _read(folder / "generation_config.json")
     processor = _read(folder / "preprocessor_config.json")
-    size = processor.get("size") or {}
+    low, high = _pixel_limits(processor)
     hidden_size, num_heads = int(text["hidden_size"]), int(text["num_attention_heads"])
     rope = text.get("rope_parameters") or text.get("rope_scaling") or config.get("rope_scaling") or {}
     if (rope_type := rope.get("rope_type") or rope.get("type") or "default") not in ("default", "mrope"):
@@ -107,9 +135,24 @@ def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int
     sampling = {name: generation[name] for name in (*names, "repetition_penalty") if generation.get(name) is not None}
     if not names:
         sampling["temperature"] = 0.0
+    vision_info = VisionInfo(
+        depth=int(vision["depth"]),
+        embed_dim=int(vision["embed_dim"]),
+        num_heads=int(vision["num_heads"]),
+        mlp_ratio=float(vision["mlp_ratio"]),
+        hidden_size=int(vision.get("hidden_size") or hidden_size),
+        patch_size=int(vision["patch_size"]),
+        merge_size=int(vision["spatial_merge_size"]),
+        temporal_patch_size=int(vision.get("temporal_patch_size") or 2),
+        image_mean=tuple(processor.get("image_mean") or CLIP_MEAN),
+        image_std=tuple(processor.get("image_std") or CLIP_STD),
+        min_pixels=low or 56 * 56,
+        max_pixels=high or 28 * 28 * 1280,
+    ).with_pixel_limits(min_pixels, max_pixels)
     return ModelInfo(
         family=family,
         folder=folder,
+        video=_read_video_info(folder, processor, vision_info),
         text=TextInfo(
             hidden_size=hidden_size,
             intermediate_size=int(text["intermediate_size"]),
@@ -124,24 +167,35 @@ def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int
             max_position_embeddings=int(text["max_position_embeddings"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         ),
-        vision=VisionInfo(
-            depth=int(vision["depth"]),
-            embed_dim=int(vision["embed_dim"]),
-            num_heads=int(vision["num_heads"]),
-            mlp_ratio=float(vision["mlp_ratio"]),
-            hidden_size=int(vision.get("hidden_size") or hidden_size),
-            patch_size=int(vision["patch_size"]),
-            merge_size=int(vision["spatial_merge_size"]),
-            temporal_patch_size=int(vision.get("temporal_patch_size") or 2),
-            image_mean=tuple(processor.get("image_mean") or CLIP_MEAN),
-            image_std=tuple(processor.get("image_std") or CLIP_STD),
-            min_pixels=int(processor.get("min_pixels") or size.get("shortest_edge") or 56 * 56),
-            max_pixels=int(processor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280),
-        ).with_pixel_limits(min_pixels, max_pixels),
+        vision=vision_info,
         image_token_id=int(config["image_token_id"]),
         video_token_id=int(config["video_token_id"]),
         eos_token_ids=_as_ids(generation.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))),
         default_sampling=sampling,
+    )
+
+
+def _read_video_info(folder: Path, image_processor: dict[str, Any], vision: VisionInfo) -> VideoInfo:
+    """As transformers reads it: a file of its own, else the pictures' limits, here below the largest frame of Qwen's own code."""
+    processor = _read(folder / "video_preprocessor_config.json")
+    low, high = _pixel_limits(processor or image_processor)
+    high = min(high or VIDEO_MAX_PIXELS, vision.max_pixels, VIDEO_MAX_PIXELS if not processor else vision.max_pixels)
+    return VideoInfo(
+        fps=float(processor.get("fps") or 2.0),
+        min_frames=int(processor.get("min_frames") or 4),
+        max_frames=int(processor.get("max_frames") or 768),
+        min_pixels=min(low or VIDEO_MIN_PIXELS, high),
+        max_pixels=high,
+        max_total_pixels=int(int(processor.get("max_video_tokens") or 128_000) * vision.factor**2 * 0.9) * vision.temporal_patch_size,
+    )
+
+
+def _pixel_limits(processor: Mapping[str, Any]) -> tuple[int, int]:
+    """The least and the largest area of a processor's settings, 0 where they say none."""
+    size = processor.get("size") or {}
+    return (
+        int(processor.get("min_pixels") or size.get("shortest_edge") or 0),
+        int(processor.get("max_pixels") or size.get("longest_edge") or 0),
     )
 
 

@@ -82,11 +82,31 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=
     url: str = ""
     frame: int = -1
     is_base64: bool = False
+    uuid: str = ""  # the client's name for the content: what is cached under it is taken, and need not be sent again
+    min_pixels: int | None = None  # it is resized to an area in these limits, narrower than the server's
+    max_pixels: int | None = None
+
+
+class VideoPart(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=True):
+    """A video by URL or in a further frame of the message, as a picture is; or as a list of pictures, its frames."""
+
+    url: str = ""
+    frame: int = -1
+    is_base64: bool = False
+    frames: tuple[ImagePart, ...] = ()
+    uuid: str = ""  # as a picture's
+    fps: float | None = None  # frames a second that the model sees
+    max_frames: int | None = None
+    min_pixels: int | None = None  # of each frame
+    max_pixels: int | None = None
+
+
+Part = TextPart | ImagePart | VideoPart
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
-    content: str | tuple[TextPart | ImagePart, ...]
+    content: str | tuple[Part, ...]
 
 
 # --- ingest: clients → preprocess -----------------------------------------------------------------------------------

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
 from tests.pictures import encode, noise, scene
 
-Chat = Sequence[tuple[str, Sequence[str | Image.Image]]]
+
+class Clip(NamedTuple):
+    """A video in a chat, and how many frames a second of it are seen."""
+
+    data: bytes
+    fps: float
+
+
+Piece = str | Image.Image | Clip | tuple[Image.Image, ...]
+Chat = Sequence[tuple[str, Sequence[Piece]]]
 
 CHATS: dict[str, Chat] = {
     "text only": [("user", ["What is the capital of France?"])],
@@ -26,16 +36,22 @@ CHATS: dict[str, Chat] = {
 
 
 def to_messages(chat: Chat) -> tuple[list[ChatMessage], list[bytes]]:
-    """The messages, and the pictures' bytes as frames."""
+    """The messages, and the media's bytes as frames."""
     frames: list[bytes] = []
-    messages: list[ChatMessage] = []
-    for role, parts in chat:
-        content: list[TextPart | ImagePart] = []
-        for part in parts:
-            if isinstance(part, str):
-                content.append(TextPart(part))
-            else:
-                content.append(ImagePart(frame=len(frames)))
-                frames.append(encode(part))
-        messages.append(ChatMessage(role, tuple(content)))
-    return messages, frames
+
+    def add(data: bytes) -> int:
+        frames.append(data)
+        return len(frames) - 1
+
+    def to_part(piece: Piece) -> Part:
+        match piece:
+            case str():
+                return TextPart(piece)
+            case Clip():
+                return VideoPart(frame=add(piece.data), fps=piece.fps)
+            case tuple():
+                return VideoPart(frames=tuple(ImagePart(frame=add(encode(frame))) for frame in piece))
+            case _:
+                return ImagePart(frame=add(encode(piece)))
+
+    return [ChatMessage(role, tuple(to_part(piece) for piece in pieces)) for role, pieces in chat], frames

@@ -9,6 +9,7 @@ import random
 import numpy as np
 from PIL import Image
 
+from pipeline.families import VisionInfo
 from tools.tiny_model.scenes import draw, make_scene
 
 
@@ -25,6 +26,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def limits(info: VisionInfo) -> tuple[int, int, int]:
+    """What `smart_resize` takes beside a size."""
+    return info.factor, info.min_pixels, info.max_pixels
 
 
 def data_url(image: Image.Image) -> str:

@@ -13,13 +13,16 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.client import PipelineClient
 from pipeline.messages import ChatMessage
 from pipeline.sampling import SamplingParams
-from tests.chats import CHATS, Chat, to_messages
+from tests.chats import CHATS as PICTURE_CHATS
+from tests.chats import Chat, to_messages
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
 from tests.pictures import noise
 from tests.reference import Answer, Reference, assert_same_tokens
 from tests.servers import Server
+from tests.videos import VIDEO_CHATS
 
+CHATS = {**PICTURE_CHATS, **VIDEO_CHATS}
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SETUPS = {

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import zmq
 
+from pipeline.config import MAX_ITEMS
 from pipeline.errors import PipelineError
 from pipeline.messages import (
     CancelEncode,
@@ -151,7 +152,7 @@ def test_garbage_is_refused_and_counted_and_what_follows_arrives(open_sockets: C
         ]
         for frame in garbage:
             raw.send(frame)
-        raw.send_multipart([good, *[b"x"] * 300])
+        raw.send_multipart([good, *[b"x"] * (MAX_ITEMS + 1)])
         raw.send(good)
         assert receive(receiver).message == released(7)
     assert receiver.num_refused == len(garbage) + 1

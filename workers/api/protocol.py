@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import msgspec
 
 from pipeline.errors import ErrorInfo, RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
 from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 16
@@ -30,11 +30,28 @@ class TextContent(msgspec.Struct, tag_field="type", tag="text"):
 
 class ImageContent(msgspec.Struct, tag_field="type", tag="image_url"):
     image_url: ImageUrl | str
+    min_pixels: int | None = None  # it is resized to an area in these limits, narrower than the server's
+    max_pixels: int | None = None
+
+
+class VideoUrl(msgspec.Struct):
+    url: str | list[str]  # a list: the frames
+
+
+class VideoContent(msgspec.Struct, tag_field="type", tag="video_url"):
+    video_url: VideoUrl | str | list[str]
+    fps: float | None = None  # frames a second that the model sees
+    max_frames: int | None = None
+    min_pixels: int | None = None  # of each frame
+    max_pixels: int | None = None
+
+
+Content = TextContent | ImageContent | VideoContent
 
 
 class RequestMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
-    content: str | list[TextContent | ImageContent] | None = None
+    content: str | list[Content] | None = None
     name: str | None = None  # a label for people: no chat template of the family shows it
     # What OpenAI's client sends back of an earlier answer; only empty values are taken.
     refusal: str | None = None
@@ -144,22 +161,33 @@ def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
     ]
 
 
-def _to_content(content: str | list[TextContent | ImageContent] | None, index: int) -> str | tuple[TextPart | ImagePart, ...]:
+def _to_content(content: str | list[Content] | None, index: int) -> str | tuple[Part, ...]:
     if content is None or isinstance(content, str):
         return content or ""
-    parts: list[TextPart | ImagePart] = []
-    for number, part in enumerate(content):
-        if isinstance(part, TextContent):
-            parts.append(TextPart(part.text))
-            continue
-        image = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url
-        field = f"messages[{index}].content[{number}].image_url"
-        if image.detail == "low":
-            raise RequestError("detail 'low' is not served: pictures are always seen in full", field=f"{field}.detail")
-        if not image.url:
-            raise RequestError("the URL of a picture must not be empty", field=field)
-        parts.append(ImagePart(url=image.url))
-    return tuple(parts)
+    return tuple(_to_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
+
+
+def _to_part(part: Content, field: str) -> Part:
+    match part:
+        case TextContent():
+            return TextPart(part.text)
+        case ImageContent():
+            image = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url
+            if image.detail == "low":
+                raise RequestError("detail 'low' is not served; max_pixels beside image_url limits the size", field=f"{field}.image_url.detail")
+            if not image.url:
+                raise RequestError("the URL of a picture must not be empty", field=f"{field}.image_url")
+            return ImagePart(url=image.url, min_pixels=part.min_pixels, max_pixels=part.max_pixels)
+        case VideoContent():
+            url = part.video_url.url if isinstance(part.video_url, VideoUrl) else part.video_url
+            if not url or not all(url):
+                raise RequestError("the URL of a video, and of each frame in a list of them, must not be empty", field=f"{field}.video_url")
+            video = VideoPart(fps=part.fps, max_frames=part.max_frames, min_pixels=part.min_pixels, max_pixels=part.max_pixels)
+            if isinstance(url, str):
+                return msgspec.structs.replace(video, url=url)
+            return msgspec.structs.replace(video, frames=tuple(ImagePart(url=frame) for frame in url))
+        case _:
+            assert_never(part)
 
 
 def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> SamplingParams:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import hashlib
 import ipaddress
 import os
 import socket
 import stat
+import tempfile
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Generic, NamedTuple, TypeVar, cast
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -22,10 +26,13 @@ from yarl import URL
 
 from pipeline.config import MIB, PreprocessConfig
 from pipeline.errors import RequestError
+from workers.preprocess.videos import VideoFile
 
+D = TypeVar("D")
 MAX_REDIRECTS = 3
 MAX_CONCURRENT_DOWNLOADS = 32
 CHUNK_BYTES = 1 << 16
+WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 
 
@@ -63,10 +70,71 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+class Validators(NamedTuple):
+    """What a host said of a version of its content, to be asked later whether it still is the one."""
+
+    etag: str
+    last_modified: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"If-None-Match": self.etag} if self.etag else {"If-Modified-Since": self.last_modified}
+
+
+class Fetched(NamedTuple, Generic[D]):
+    """`data` is None when the content is still that of the validators with which it was asked for."""
+
+    data: D | None
+    validators: Validators | None  # None: the host cannot tell versions apart
+
+
 @dataclass
 class _Download:
-    task: asyncio.Task[bytes]
+    task: asyncio.Task[Any]
     num_waiting: int = 0
+
+
+class _Memory:
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._data = bytearray()
+
+    async def write(self, data: bytes) -> None:
+        self._data += data
+
+    async def end(self) -> bytes:
+        return bytes(self._data)
+
+    def close(self) -> None:
+        pass
+
+
+class _TemporaryFile:
+    """On disk, without a name: nothing is left of it, however this process ends."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  `close` does
+        self._digest = hashlib.sha256()
+        self._pending = bytearray()
+
+    async def write(self, data: bytes) -> None:
+        self._pending += data
+        if len(self._pending) >= WRITE_BYTES:
+            await self._flush()
+
+    async def end(self) -> VideoFile:
+        await self._flush()
+        with self._file:
+            return VideoFile(os.dup(self._file.fileno()), self._file.tell(), self._digest.digest())
+
+    def close(self) -> None:
+        self._file.close()
+
+    async def _flush(self) -> None:
+        data, self._pending = self._pending, bytearray()
+        await asyncio.to_thread(self._file.write, data)
+        await asyncio.to_thread(self._digest.update, data)
 
 
 class Fetcher:
@@ -74,28 +142,42 @@ class Fetcher:
 
     def __init__(self, config: PreprocessConfig) -> None:
         self._config = config
-        self._max_bytes = config.max_media_mib * MIB
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_DOWNLOADS)
         self._session: aiohttp.ClientSession | None = None
-        self._downloads: dict[URL, _Download] = {}
+        self._downloads: dict[tuple[object, ...], _Download] = {}
 
-    async def fetch(self, url: str, field: str) -> bytes:
-        """The bytes behind an http, https or file URL or a bare path. Raises RequestError, which names the field."""
+    async def fetch(self, url: str, field: str, validators: Validators | None = None) -> Fetched[bytes]:
+        """The bytes behind an http, https or file URL or a bare path, unless `validators` still hold.
+
+        Raises RequestError, which names the field.
+        """
+        return await self._fetch(url, field, validators, _Memory, self._config.max_media_mib * MIB, _read_all)
+
+    async def fetch_file(self, url: str, field: str, validators: Validators | None = None) -> Fetched[VideoFile]:
+        """The same, on disk. A local file is not copied."""
+        return await self._fetch(url, field, validators, _TemporaryFile, self._config.max_video_mib * MIB, _as_video_file)
+
+    async def _fetch(
+        self, url: str, field: str, validators: Validators | None, body: Callable[[int], Any], max_bytes: int, open_file: Callable[[int, int], D]
+    ) -> Fetched[D]:
+        def read_file(path: str) -> Fetched[D]:
+            return Fetched(self._read_file(path, field, max_bytes, open_file), None)
+
         if url.startswith("/"):
-            return await asyncio.to_thread(self._read_file, url, field)
+            return await asyncio.to_thread(read_file, url)
         try:
             parsed = URL(url)
         except ValueError:
             raise RequestError("the URL cannot be understood", field=field) from None
         match parsed.scheme:
             case "file":
-                return await asyncio.to_thread(self._read_file, parsed.path, field)
+                return await asyncio.to_thread(read_file, parsed.path)
             case "http" | "https":
-                return await self._share(parsed, field)
+                return await self._share((parsed, validators, body), lambda: self._download(parsed, field, validators, body(max_bytes)), field)
             case _:
                 raise RequestError("a media URL must begin with http://, https://, data: or file://", field=field)
 
-    def _read_file(self, path: str, field: str) -> bytes:
+    def _read_file(self, path: str, field: str, max_bytes: int, open_file: Callable[[int, int], D]) -> D:
         """Judges the path, and again what was opened, so that nothing can be put in its place meanwhile."""
         root = self._config.allowed_local_media_path
         if not root:
@@ -112,49 +194,52 @@ class Fetcher:
             info = os.fstat(fd)
             if not Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(allowed) or not stat.S_ISREG(info.st_mode):
                 raise refusal
-            if info.st_size > self._max_bytes:
-                raise self._too_large(field)
-            with open(fd, "rb", closefd=False) as file:
-                return file.read(self._max_bytes)
+            if info.st_size > max_bytes:
+                raise too_large(max_bytes, field)
+            return open_file(fd, max_bytes)
         finally:
             os.close(fd)
 
-    async def _share(self, url: URL, field: str) -> bytes:
+    async def _share(self, key: tuple[object, ...], download_it: Callable[[], Coroutine[Any, Any, Fetched[D]]], field: str) -> Fetched[D]:
         """Downloads a URL once for all who want it at the same time, like the `n` choices of one request."""
-        download = self._downloads.get(url)
+        download = self._downloads.get(key)
         if download is None:
-            download = self._downloads[url] = _Download(asyncio.create_task(self._download(url, field)))
+            download = self._downloads[key] = _Download(asyncio.create_task(download_it()))
         download.num_waiting += 1
         try:
-            return await asyncio.shield(download.task)
+            return cast(Fetched[D], await asyncio.shield(download.task))
         except RequestError as error:
             raise RequestError(error.info.message, field=field, status=error.info.status) from None
         finally:
             download.num_waiting -= 1
             if download.task.done() or not download.num_waiting:
                 download.task.cancel()
-                if self._downloads.get(url) is download:  # nobody may join what is over
-                    del self._downloads[url]
+                if self._downloads.get(key) is download:  # nobody may join what is over
+                    del self._downloads[key]
 
-    async def _download(self, url: URL, field: str) -> bytes:
+    async def _download(self, url: URL, field: str, validators: Validators | None, body: Any) -> Fetched[Any]:
         async with self._slots:
             try:
                 async with asyncio.timeout(self._config.media_timeout_s):
                     for _ in range(MAX_REDIRECTS + 1):
                         self._check_host(url, field)
-                        result = await self._get(url, field)
-                        if isinstance(result, bytes):
+                        result = await self._get(url, field, validators, body)
+                        if isinstance(result, Fetched):
                             return result
                         url = result
             except TimeoutError:
                 raise RequestError(f"the media did not come within {self._config.media_timeout_s:.0f} s", field=field) from None
             except (aiohttp.ClientError, OSError, ValueError):
                 raise RequestError("the media's host cannot be reached", field=field) from None
+            finally:
+                body.close()
         raise RequestError(f"the media URL redirects more than {MAX_REDIRECTS} times", field=field)
 
-    async def _get(self, url: URL, field: str) -> bytes | URL:
+    async def _get(self, url: URL, field: str, validators: Validators | None, body: Any) -> Fetched[Any] | URL:
         """The body, or where a redirect leads."""
-        async with self._client().get(url, allow_redirects=False) as response:
+        async with self._client().get(url, allow_redirects=False, headers=validators.headers if validators else None) as response:
+            if response.status == 304 and validators is not None:
+                return Fetched(None, validators)
             if response.status in (301, 302, 303, 307, 308):
                 target = url.join(URL(response.headers.get("Location", "")))
                 if target.scheme not in ("http", "https"):
@@ -162,14 +247,16 @@ class Fetcher:
                 return target
             if response.status != 200:
                 raise RequestError(f"the media's host answered with status {response.status}", field=field)
-            if (response.content_length or 0) > self._max_bytes:
-                raise self._too_large(field)
-            data = bytearray()
+            if (response.content_length or 0) > body.max_bytes:
+                raise too_large(body.max_bytes, field)
+            num_bytes = 0
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-                data += chunk
-                if len(data) > self._max_bytes:
-                    raise self._too_large(field)
-            return bytes(data)
+                num_bytes += len(chunk)
+                if num_bytes > body.max_bytes:
+                    raise too_large(body.max_bytes, field)
+                await body.write(chunk)
+            found = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+            return Fetched(await body.end(), found if any(found) else None)
 
     def _check_host(self, url: URL, field: str) -> None:
         host = url.host or ""
@@ -194,18 +281,30 @@ class Fetcher:
             )  # fmt: skip
         return self._session
 
-    def _too_large(self, field: str) -> RequestError:
-        return RequestError(f"the media is larger than {self._config.max_media_mib} MiB", field=field, status=413)
-
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
 
+def _read_all(fd: int, max_bytes: int) -> bytes:
+    with open(fd, "rb", closefd=False) as file:
+        return file.read(max_bytes)
+
+
+def _as_video_file(fd: int, max_bytes: int) -> VideoFile:
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+        return VideoFile(os.dup(fd), file.tell(), digest)
+
+
+def too_large(max_bytes: int, field: str) -> RequestError:
+    return RequestError(f"the media is larger than {max_bytes // MIB} MiB", field=field, status=413)
+
+
 def decode_base64(data: bytes | memoryview, max_bytes: int, field: str) -> bytes:
     """Strict base64, with or without padding. Raises RequestError when it is broken or decodes to more than `max_bytes`."""
     if len(data) * 3 // 4 > max_bytes + 3:
-        raise RequestError(f"the media is larger than {max_bytes // MIB} MiB", field=field, status=413)
+        raise too_large(max_bytes, field)
     try:
         return binascii.a2b_base64(bytes(data) + b"=" * (-len(data) % 4), strict_mode=True)
     except binascii.Error:

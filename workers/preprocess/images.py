@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from typing import Any, NamedTuple
@@ -32,9 +31,13 @@ def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> I
     if width * height > max_source_pixels:
         raise RequestError(f"the picture has {width} x {height} pixels, the limit is {max_source_pixels} in all", field=field)
     size = ImageSize(width, height) if _orientation(image) in (5, 6, 7, 8) else ImageSize(height, width)
-    if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise RequestError(f"the picture is {width} x {height}: its sides may differ by a factor of {MAX_ASPECT_RATIO} at most", field=field)
+    check_aspect(size, field)
     return size
+
+
+def check_aspect(size: ImageSize, field: str) -> None:
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise RequestError(f"it has {size.width} x {size.height} pixels: the sides may differ by a factor of {MAX_ASPECT_RATIO} at most", field=field)
 
 
 def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
@@ -66,28 +69,20 @@ def _open(data: bytes | memoryview, field: str) -> Image.Image:
         raise RequestError(f"the media is not a picture of a known kind ({', '.join(FORMATS)})", field=field) from None
 
 
-def smart_resize(size: ImageSize, info: VisionInfo) -> ImageSize:
+def smart_resize(size: ImageSize, factor: int, min_pixels: int, max_pixels: int) -> ImageSize:
     """The size at which the model sees a picture: sides are multiples of `factor`, the area within the limits, the aspect kept.
 
     As Qwen2-VL's processor has it (`smart_resize`), the rounding of Python's `round` included.
     """
-    factor = info.factor
     height, width = (round(side / factor) * factor for side in size)
-    if height * width > info.max_pixels:
-        shrink = math.sqrt(size.height * size.width / info.max_pixels)
+    if height * width > max_pixels:
+        shrink = math.sqrt(size.height * size.width / max_pixels)
         height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in size)
-    elif height * width < info.min_pixels:
-        grow = math.sqrt(info.min_pixels / (size.height * size.width))
+    elif height * width < min_pixels:
+        grow = math.sqrt(min_pixels / (size.height * size.width))
         height, width = (math.ceil(side * grow / factor) * factor for side in size)
     return ImageSize(height, width)
 
 
 def grid_of(size: ImageSize, info: VisionInfo) -> GridTHW:
     return GridTHW(1, size.height // info.patch_size, size.width // info.patch_size)
-
-
-def content_hash(data: bytes | memoryview, settings: bytes) -> bytes:
-    """Key of a picture as the model sees it: sha256 of its source bytes and of the settings it is processed with."""
-    digest = hashlib.sha256(len(settings).to_bytes(8, "little") + settings)
-    digest.update(data)
-    return digest.digest()

@@ -1,8 +1,8 @@
 """Preprocess without its process: admits requests, fetches their media, renders their prompts, and follows them to their end.
 
-A request's way: media are fetched → sizes and hashes are read → `GenerateRequest` goes to the LLM → each picture is asked for by
-hash at its ViT → those that no ViT has are decoded, in order, into the pixel pool and sent (`pictures.py`). Everything that
-waits for one request waits in that request's own task.
+A request's way: media are fetched, sizes and hashes read (`item_reader.py`) → `GenerateRequest` goes to the LLM → each chunk is asked
+for by hash at its ViT → those that no ViT has are decoded, in order, into the pixel pool and sent (`chunks.py`). Everything
+that waits for one request waits in that request's own task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from pipeline.config import MIB, PreprocessConfig
+from pipeline.config import MAX_OPEN_CHUNKS, MIB, PreprocessConfig
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
@@ -32,10 +32,13 @@ from pipeline.messages import (
     IngestMessage,
     ItemNotNeeded,
     LlmMessage,
+    MmChunk,
     MmItem,
     PixelsReleased,
     RequestEnded,
     SubmitRequest,
+    TextPart,
+    VideoPart,
     pack_int32,
     unpack_int32,
 )
@@ -44,11 +47,13 @@ from pipeline.slots import Order, SlotAllocator
 from pipeline.sockets import Sink
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
-from workers.preprocess.fetch import Fetcher, decode_base64
-from workers.preprocess.images import content_hash, grid_of, read_size, smart_resize
-from workers.preprocess.pictures import Picture, PictureFlow
+from workers.preprocess.chunks import ChunkFlow
+from workers.preprocess.fetch import Fetcher
+from workers.preprocess.item_reader import ItemReader, gather
+from workers.preprocess.media import Item
 from workers.preprocess.prompt import ChatPrompt, Prompt
 from workers.preprocess.router import GroupRouter, prefix_hashes
+from workers.preprocess.videos import VideoReaders
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -84,12 +89,14 @@ class Preprocessor:
         self._groups = GroupRouter(list(llms))
         self._threads = ThreadPoolExecutor(max(2, context.spec.placement.num_threads), "decode")
         self._fetcher = Fetcher(config)
-        self._prompt = ChatPrompt(info.folder, info.image_token_id, info.text.max_position_embeddings)
+        num_threads = max(2, context.spec.placement.num_threads)
+        self._readers = VideoReaders(pool.info.memory_fd, num_threads, config.video_timeout_s, config.max_image_pixels)
+        self._items = ItemReader(config, info, len(vits), self._fetcher, self._threads, self._readers)
+        self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)
         epochs = context.sockets.epochs
-        self._pictures = PictureFlow(
-            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], self._threads, tasks, self._on_broken_picture
-        )
-        self._settings = f"{info.folder}|{info.vision.min_pixels}|{info.vision.max_pixels}|".encode()
+        self._chunks = ChunkFlow(
+            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, self._on_broken_chunk
+        )  # fmt: skip
         self._requests: dict[str, OpenRequest] = {}
         self._last_arrival = 0
         self.is_draining = False
@@ -194,43 +201,47 @@ class Preprocessor:
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
         try:
-            pictures, prompt = await self._read_request(opened, message, frames)
+            items, prompt = await self._read_request(opened, message, frames)
         except RequestError as error:
             self._refuse(opened, error.info)
         except Exception:  # whatever strange input made fail is that request's fault alone
             logger.exception("%s cannot be prepared", opened.request_id)
             self._refuse(opened, ErrorInfo(500, "the server cannot prepare this request", "messages"))
         else:
-            self._announce(opened, message, pictures, prompt)
+            self._announce(opened, message, items, prompt)
 
-    async def _read_request(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> tuple[list[Picture], Prompt]:
-        parts = list(_located_images(message))
+    async def _read_request(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> tuple[list[Item], Prompt]:
+        parts = list(_located_media(message))
         if len(parts) > (limit := self._config.max_items_per_request):
-            raise RequestError(f"the request has {len(parts)} pictures, the limit is {limit}", field="messages")
-        settings = self._settings + message.cache_salt
-        tasks = [asyncio.ensure_future(self._picture(opened, part, field, frames, settings)) for part, field in parts]
-        try:
-            pictures = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()  # one bad picture ends the request: nobody waits for the others
-            raise
-        merged = self._info.vision.merge_size**2
-        counts = [picture.grid_thw.num_patches // merged for picture in pictures]
-        return pictures, await self._in_thread(self._prompt.build, message.messages, counts.__getitem__)
+            raise RequestError(f"the request has {len(parts)} pictures and videos, the limit is {limit}", field="messages")
 
-    def _announce(self, opened: OpenRequest, message: SubmitRequest, pictures: Sequence[Picture], prompt: Prompt) -> None:
-        """Metadata to the LLM, then every picture by hash to its ViT: nothing waits in between, so all see them in one order."""
+        def hold(num_bytes: int) -> None:
+            self._hold_media(opened, num_bytes)
+
+        items = await gather(self._items.read(part, field, frames, message.cache_salt, hold) for part, field in parts)
+        num_chunks = sum(len(item.chunks) for item in items)
+        if self._chunks.num_open + num_chunks > MAX_OPEN_CHUNKS:
+            raise RequestError("the server is overloaded: too many pictures and pieces of videos are open", status=503)
+        merged = self._info.vision.merge_size**2
+        counts = [item.grid_thw.num_patches // merged for item in items]
+        return items, await self._in_thread(self._prompt.build, message.messages, counts.__getitem__)
+
+    def _announce(self, opened: OpenRequest, message: SubmitRequest, media: Sequence[Item], prompt: Prompt) -> None:
+        """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them in one order."""
         self._last_arrival += 1
         items: list[MmItem] = []
-        for picture, place in zip(pictures, prompt.placeholders, strict=True):
-            items.append(MmItem(place.offset, place.length, picture.grid_thw, picture.mm_hash, ()))
+        for item, place in zip(media, prompt.placeholders, strict=True):
+            items.append(MmItem(place.offset, place.length, item.grid_thw, item.mm_hash, ()))
         self._choose_group(opened, prompt, items, message.cache_salt)
-        for index, picture in enumerate(pictures):
-            key = self._key(opened, index)
-            chunk = self._pictures.route(key, picture, Order(self._last_arrival, index), items[index].length)
-            opened.keys.append(key)
-            items[index] = msgspec.structs.replace(items[index], chunks=(chunk,))
+        assert opened.lead is not None
+        for number, item in enumerate(media):
+            routed: list[MmChunk] = []
+            for index, chunk in enumerate(item.chunks):
+                key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
+                num_tokens = chunk.grid_thw.num_patches // self._info.vision.merge_size**2
+                routed.append(self._chunks.route(key, chunk, Order(self._last_arrival, len(opened.keys)), num_tokens))
+                opened.keys.append(key)
+            items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
         opened.reply = GenerateRequest(
             client_id=opened.client_id,
             request_id=opened.request_id,
@@ -246,7 +257,7 @@ class Preprocessor:
             **self._origin,
         )
         self._tell(opened, opened.reply)
-        self._pictures.announce(opened.keys)
+        self._chunks.announce(opened.keys)
 
     def _choose_group(self, opened: OpenRequest, prompt: Prompt, items: Sequence[MmItem], cache_salt: bytes) -> None:
         if len(self._llms) == 1 or opened.lead is not None:
@@ -254,31 +265,6 @@ class Preprocessor:
             return
         prefixes = prefix_hashes(prompt.token_ids, items, cache_salt)
         opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, len(prompt.token_ids))
-
-    def _key(self, opened: OpenRequest, item: int) -> ChunkKey:
-        assert opened.lead is not None
-        return ChunkKey(opened.request_id, opened.attempt, item, 0, opened.lead)
-
-    async def _picture(self, opened: OpenRequest, part: ImagePart, field: str, frames: list[memoryview], settings: bytes) -> Picture:
-        if part.url:
-            data: bytes | memoryview = await self._fetcher.fetch(part.url, field)
-            self._hold_media(opened, len(data))
-        elif 0 <= part.frame < len(frames):
-            data = frames[part.frame]
-        else:
-            raise RequestError("the picture has neither a URL nor data", field=field)
-        return await self._in_thread(self._inspect, data, part.is_base64, field, settings)
-
-    def _inspect(self, data: bytes | memoryview, is_base64: bool, field: str, settings: bytes) -> Picture:
-        """Size and hash of a picture, from its header and its bytes; runs on a thread. Tenants with different salts share no cached picture."""
-        max_bytes = self._config.max_media_mib * MIB
-        if is_base64:
-            data = decode_base64(data, max_bytes, field)
-        if len(data) > max_bytes:
-            raise RequestError(f"the media is larger than {self._config.max_media_mib} MiB", field=field, status=413)
-        size = read_size(data, self._config.max_image_pixels, field)
-        target = smart_resize(size, self._info.vision)
-        return Picture(data, field, target, grid_of(target, self._info.vision), content_hash(data, settings))
 
     async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
@@ -288,8 +274,8 @@ class Preprocessor:
         opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
         self._tell(opened, opened.reply)
 
-    def _on_broken_picture(self, key: ChunkKey, error: ErrorInfo) -> None:
-        """A picture of a request that runs already turned out broken."""
+    def _on_broken_chunk(self, key: ChunkKey, error: ErrorInfo) -> None:
+        """Media of a request that runs already turned out broken."""
         opened = self._requests[key.request_id]
         self._tell(opened, AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error))
 
@@ -301,11 +287,13 @@ class Preprocessor:
             return
         match message:
             case PixelsReleased(key=key):
-                self._pictures.on_released(key)
+                self._chunks.on_released(key)
             case EncodeMiss(key=key):
-                self._pictures.on_miss(key)
+                self._chunks.on_miss(key)
             case ItemNotNeeded():
-                self._pictures.cancel([ChunkKey(message.request_id, message.attempt, message.item, 0, message.sender.rank)])
+                opened = self._requests.get(message.request_id)
+                if opened is not None and opened.attempt == message.attempt:
+                    self._chunks.cancel([key for key in opened.keys if key.item == message.item])
             case RequestEnded():
                 opened = self._requests.get(message.request_id)
                 if opened is not None and opened.attempt == message.attempt and opened.ended_at is None:
@@ -320,7 +308,7 @@ class Preprocessor:
         if opened.task is not None:
             opened.task.cancel()
             opened.task = None
-        self._pictures.cancel(opened.keys)
+        self._chunks.cancel(opened.keys)
         opened.keys = []
         if opened.num_new_tokens and opened.lead is not None:
             self._groups.finished(opened.lead, opened.num_new_tokens)
@@ -333,22 +321,23 @@ class Preprocessor:
             if opened.ended_at is not None and now - opened.ended_at > MEMORY_OF_ENDED_S:
                 del self._requests[opened.request_id]
         if not self.num_open:
-            self._pictures.check_integrity()
+            self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
 
     @property
     def num_decoded(self) -> int:
-        return self._pictures.num_decoded
+        return self._chunks.num_decoded
 
     async def close(self) -> None:
+        await self._readers.close()
         await self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _located_images(message: SubmitRequest) -> Iterable[tuple[ImagePart, str]]:
-    """The pictures of a request, each with the name of its field."""
+def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:
+    """The pictures and videos of a request, each with the name of its field."""
     for number, chat_message in enumerate(message.messages):
         if not isinstance(chat_message.content, str):
             for index, part in enumerate(chat_message.content):
-                if isinstance(part, ImagePart):
-                    yield part, f"messages[{number}].content[{index}].image_url"
+                if not isinstance(part, TextPart):
+                    yield part, f"messages[{number}].content[{index}].{'image' if isinstance(part, ImagePart) else 'video'}_url"

@@ -11,7 +11,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
 
 ROLES = ("system", "user", "assistant")
 
@@ -31,7 +31,7 @@ class Placeholder(NamedTuple):
 
 class Prompt(NamedTuple):
     token_ids: list[int]
-    placeholders: list[Placeholder]  # one for each picture, in the order of the messages
+    placeholders: list[Placeholder]  # one for each picture or video, in the order of the messages
 
 
 class _TemplateRefusal(Exception):
@@ -41,7 +41,7 @@ class _TemplateRefusal(Exception):
 class ChatPrompt:
     """Raises ValueError for a folder without a chat template."""
 
-    def __init__(self, folder: Path, image_token_id: int, max_tokens: int = 1 << 20) -> None:
+    def __init__(self, folder: Path, image_token_id: int, video_token_id: int, max_tokens: int = 1 << 20) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # Specials are matched by us, in the template's own text; everything else is plain.
         self._tokenizer.encode_special_tokens = True
@@ -50,7 +50,7 @@ class ChatPrompt:
         alternatives = sorted(map(re.escape, self._special_ids), key=len, reverse=True)
         self._specials = re.compile("|".join(alternatives) or r"(?!)")
         self._first_characters = re.compile("|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)")
-        self._image_token_id = image_token_id
+        self._image_token_id, self._video_token_id = image_token_id, video_token_id
         # A text longer than this cannot fit whatever its tokens are: it is refused before it is tokenised.
         self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -59,11 +59,12 @@ class ChatPrompt:
         self._template = environment.from_string(_read_template(folder))
 
     def build(self, messages: Sequence[ChatMessage], num_tokens: Callable[[int], int]) -> Prompt:
-        """`num_tokens(i)` is how many placeholders the i-th picture takes. Raises RequestError, naming the field at fault."""
+        """`num_tokens(i)` is how many placeholders the i-th picture or video takes. Raises RequestError, naming the field at fault."""
         # Put behind every character with which a special token begins, wherever a user writes it, so that no special can begin
         # in a user's text, not even spread over several parts; taken out again below.
         mark = secrets.token_hex(8)
-        count = sum(isinstance(part, ImagePart) for part in parts_of(messages))
+        media = [part for part in parts_of(messages) if not isinstance(part, TextPart)]
+        wanted = [self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media]
         if (length := sum(map(_num_characters, messages))) > self._max_characters:
             raise RequestError(f"the text of {length} characters is longer than the model's context", field="messages")
         rendered = self._render([self._as_template_message(index, message, mark) for index, message in enumerate(messages)])
@@ -74,15 +75,15 @@ class ChatPrompt:
             token_ids.extend(self._encode(rendered[start : match.start()].replace(mark, "")))
             start = match.end()
             token_id = self._special_ids[match.group()]
-            if token_id == self._image_token_id and len(placeholders) < count:
+            if len(placeholders) < len(wanted) and token_id == wanted[len(placeholders)]:
                 length = num_tokens(len(placeholders))
                 placeholders.append(Placeholder(len(token_ids), length))
                 token_ids.extend([token_id] * length)
             else:
                 token_ids.append(token_id)
         token_ids.extend(self._encode(rendered[start:].replace(mark, "")))
-        if len(placeholders) != count:
-            raise RequestError(f"the model's chat template placed {len(placeholders)} of {count} pictures", field="messages")
+        if len(placeholders) != len(wanted):
+            raise RequestError(f"the model's chat template placed {len(placeholders)} of {len(wanted)} pictures and videos", field="messages")
         return Prompt(token_ids, placeholders)
 
     def _encode(self, text: str) -> list[int]:
@@ -95,9 +96,9 @@ class ChatPrompt:
         def plain(text: str) -> str:
             return self._first_characters.sub(lambda match: match.group() + mark, text)
 
-        if isinstance(message.content, str):
-            return {"role": message.role, "content": plain(message.content)}
-        parts = [{"type": "text", "text": plain(part.text)} if isinstance(part, TextPart) else {"type": "image"} for part in message.content]
+        if isinstance(content := message.content, str):
+            return {"role": message.role, "content": plain(content)}
+        parts = [_as_template_part(part, plain) for part in content]
         if all("text" in part for part in parts):
             # Not every template knows lists for every role; without pictures the parts are one text.
             return {"role": message.role, "content": "".join(part["text"] for part in parts)}
@@ -112,7 +113,19 @@ class ChatPrompt:
             raise RequestError("the model's chat template cannot render the messages", field="messages") from None
 
 
-def parts_of(messages: Sequence[ChatMessage]) -> list[TextPart | ImagePart]:
+def _as_template_part(part: Part, plain: Callable[[str], str]) -> dict[str, str]:
+    match part:
+        case TextPart():
+            return {"type": "text", "text": plain(part.text)}
+        case ImagePart():
+            return {"type": "image"}
+        case VideoPart():
+            return {"type": "video"}
+        case _:
+            assert_never(part)
+
+
+def parts_of(messages: Sequence[ChatMessage]) -> list[Part]:
     return [part for message in messages if not isinstance(message.content, str) for part in message.content]
 
 

@@ -31,7 +31,7 @@ async def _serve(context: WorkerContext) -> None:
     feedback: AsyncReceiver[FeedbackMessage] = sockets.async_receiver(FEEDBACK)
     control = sockets.async_subscriber(CONTROL)
     info = read_model_info(context.model_folder, config.preprocess.min_pixels, config.preprocess.max_pixels)
-    largest = align(info.vision.largest_pixels * 3)
+    largest = align(info.largest_pixel_bytes)
     nbytes = align(max(config.preprocess.pixel_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
     pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]

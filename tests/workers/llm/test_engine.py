@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ from pipeline.sockets import Subscription
 from pipeline.tensors import TensorPool
 from tests.chats import CHATS, Chat, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
+from tests.pictures import limits
 from tests.reference import Answer, Reference, assert_same_tokens
 from workers.llm.block_manager import BlockManager
 from workers.llm.engine import Engine
@@ -55,7 +57,7 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.nn.loader import Checkpoint
-from workers.preprocess.images import content_hash, decode, grid_of, read_size, smart_resize
+from workers.preprocess.images import decode, grid_of, read_size, smart_resize
 from workers.preprocess.prompt import ChatPrompt
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
@@ -88,7 +90,7 @@ class Rig:
         self.encoder = TorchEngine(vision, VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
         self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
-        self.prompt = ChatPrompt(folder, self.info.image_token_id)
+        self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)
         self.lease_ids = itertools.count(1)
 
     def open_pool(self) -> None:
@@ -98,12 +100,12 @@ class Rig:
         """A request's metadata, and its embeddings as a ViT would send them."""
         messages, frames = to_messages(chat)
         vision = self.info.vision
-        targets = [smart_resize(read_size(frame, 10**9, ""), vision) for frame in frames]
+        targets = [smart_resize(read_size(frame, 10**9, ""), *limits(vision)) for frame in frames]
         grids = [grid_of(target, vision) for target in targets]
         built = self.prompt.build(messages, lambda index: grids[index].num_patches // 4)
         items, ready = [], []
         for number, (place, grid, frame, target) in enumerate(zip(built.placeholders, grids, frames, targets, strict=True)):
-            mm_hash = content_hash(frame, b"")
+            mm_hash = hashlib.sha256(frame).digest()
             items.append(MmItem(place.offset, place.length, grid, mm_hash, (MmChunk(mm_hash, place.length, 0, 1),)))
             slot = self.slots.allocate(align(place.length * vision.hidden_size * 4))
             assert slot is not None

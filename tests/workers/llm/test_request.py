@@ -12,6 +12,7 @@ from pipeline.tensors import TensorHandle
 from pipeline.topology import Role, WorkerId
 from tests.chats import CHATS
 from tests.reference import Reference
+from tests.videos import VIDEO_CHATS
 from workers.llm.request import Lease, Request, mrope_positions
 
 
@@ -35,17 +36,18 @@ def request(num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | N
     return Request.from_wire(message, 2, max_model_len)
 
 
-@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("name", [*CHATS, *VIDEO_CHATS])
 def test_positions_are_those_of_hugging_face(name: str) -> None:
     reference = Reference(EMBEDDED / "model")
-    inputs = reference.inputs(CHATS[name])
-    ids = inputs["input_ids"]
-    grids = inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.int64))
-    positions, deltas = reference.model.model.get_rope_index(ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grids)
+    inputs = reference.inputs({**CHATS, **VIDEO_CHATS}[name])
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    grids = {name: inputs.get(name, torch.empty(0, 3, dtype=torch.int64)) for name in ("image_grid_thw", "video_grid_thw")}
+    positions, deltas = reference.model.model.get_rope_index(ids, mm_token_type_ids=types, **grids)
     items, search = [], 0
-    for grid in grids.tolist():
-        start = next(i for i in range(search, ids.shape[1]) if ids[0, i] == reference.model.config.image_token_id)
-        items.append(item(start, GridTHW(*grid)))
+    waiting = [iter(of_kind.tolist()) for of_kind in grids.values()]
+    for _ in range(sum(map(len, grids.values()))):
+        start = next(i for i in range(search, ids.shape[1]) if types[0, i])
+        items.append(item(start, GridTHW(*next(waiting[int(types[0, start]) - 1]))))
         search = start + items[-1].length
     ours, delta = mrope_positions(ids.shape[1], items, 2)
     assert ours.tolist() == positions[:, 0].tolist()

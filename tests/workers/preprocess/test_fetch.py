@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from aiohttp import web
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import RequestError
-from workers.preprocess.fetch import Fetcher, decode_base64, is_public
+from workers.preprocess.fetch import Fetched, Fetcher, decode_base64, is_public
 
 Get = Callable[..., Awaitable[bytes]]
 
@@ -26,6 +27,17 @@ async def handle(request: web.Request) -> web.StreamResponse:
     match request.path:
         case "/picture":
             return web.Response(body=b"picture")
+        case "/versioned":
+            etag = {"ETag": '"1"'}
+            return (
+                web.Response(status=304, headers=etag) if request.headers.get("If-None-Match") == '"1"' else web.Response(body=b"one", headers=etag)
+            )
+        case "/dated":
+            date = {"Last-Modified": "Mon, 23 Nov 2026 08:00:00 GMT"}
+            is_same = request.headers.get("If-Modified-Since") == date["Last-Modified"]
+            return web.Response(status=304, headers=date) if is_same else web.Response(body=b"one", headers=date)
+        case "/unasked":
+            return web.Response(status=304)
         case "/large":
             return web.Response(body=bytes(3 << 20))
         case "/endless":
@@ -67,7 +79,9 @@ async def get() -> AsyncIterator[Get]:
 
     async def fetch(url: str, **options: object) -> bytes:
         fetchers.append(Fetcher(PreprocessConfig(**{"max_media_mib": 1, "media_timeout_s": 1.0, "allow_private_media": True, **options})))
-        return await fetchers[-1].fetch(url, "messages[0].content[0].image_url")
+        fetched = await fetchers[-1].fetch(url, "messages[0].content[0].image_url")
+        assert fetched.data is not None
+        return fetched.data
 
     yield fetch
     for fetcher in fetchers:
@@ -82,12 +96,43 @@ async def test_downloads_and_follows_a_redirect(base: str, get: Get) -> None:
 async def test_who_wants_the_same_at_the_same_time_shares_one_download(base: str) -> None:
     fetcher = Fetcher(PreprocessConfig(max_media_mib=1, media_timeout_s=1.0, allow_private_media=True))
     fields = [f"field {number}" for number in range(3)]
-    assert await asyncio.gather(*(fetcher.fetch(f"{base}/picture", field) for field in fields)) == [b"picture"] * 3
+    assert await asyncio.gather(*(fetcher.fetch(f"{base}/picture", field) for field in fields)) == [Fetched(b"picture", None)] * 3
     assert handled == ["/picture"]
     refusals = await asyncio.gather(*(fetcher.fetch(f"{base}/missing", field) for field in fields), return_exceptions=True)
     assert [refusal.info.field for refusal in refusals if isinstance(refusal, RequestError)] == fields
-    assert await fetcher.fetch(f"{base}/picture", "later") == b"picture"
+    assert await fetcher.fetch(f"{base}/picture", "later") == Fetched(b"picture", None)
     assert handled == ["/picture", "/missing", "/picture"], "nothing is kept"
+    await fetcher.close()
+
+
+@pytest.mark.parametrize("path", ["/versioned", "/dated"])
+async def test_what_has_not_changed_is_not_sent_again(base: str, path: str) -> None:
+    fetcher = Fetcher(PreprocessConfig(allow_private_media=True))
+    data, validators = await fetcher.fetch(base + path, "")
+    assert data == b"one"
+    assert validators is not None
+    assert await fetcher.fetch(base + path, "", validators) == Fetched(None, validators)
+    assert (await fetcher.fetch(base + path, "", validators._replace(etag='"0"'))).data == b"one"
+    with pytest.raises(RequestError, match="status 304"):
+        await fetcher.fetch(f"{base}/unasked", "")
+    await fetcher.close()
+
+
+async def test_a_video_is_kept_in_a_file_without_a_name_and_limited(base: str, tmp_path: Path) -> None:
+    (tmp_path / "video").write_bytes(bytes(range(256)) * 9000)
+    fetcher = Fetcher(PreprocessConfig(allow_private_media=True, max_video_mib=3, max_media_mib=1, allowed_local_media_path=str(tmp_path)))
+    for url, content in ((f"{base}/large", bytes(3 << 20)), (str(tmp_path / "video"), bytes(range(256)) * 9000)):
+        file = (await fetcher.fetch_file(url, "")).data
+        assert file is not None
+        assert (file.nbytes, file.digest) == (len(content), hashlib.sha256(content).digest())
+        with open(file.path, "rb") as reopened:  # noqa: ASYNC230
+            assert reopened.read() == content
+    with pytest.raises(RequestError, match="larger than 3 MiB") as refusal:
+        await fetcher.fetch_file(f"{base}/endless", "field")
+    assert (refusal.value.info.status, refusal.value.info.field) == (413, "field")
+    (tmp_path / "video").write_bytes(bytes((3 << 20) + 1))
+    with pytest.raises(RequestError, match="larger than 3 MiB"):
+        await fetcher.fetch_file(str(tmp_path / "video"), "")
     await fetcher.close()
 
 

@@ -77,7 +77,7 @@ class Rig:
         assert self.core.num_open == 0
         assert self.core.num_media_bytes == 0
         assert self.allocator.num_used == 0
-        assert self.core._pictures._pictures == {}
+        assert self.core._chunks._chunks == {}
         self.core.tick(0.0)
 
 

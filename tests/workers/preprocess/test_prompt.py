@@ -11,6 +11,7 @@ from pipeline.errors import RequestError
 from pipeline.families import read_model_info
 from pipeline.messages import ChatMessage, ImagePart, TextPart
 from tests.chats import CHATS, to_messages
+from tests.pictures import limits
 from tests.reference import Reference
 from workers.preprocess.images import grid_of, read_size, smart_resize
 from workers.preprocess.prompt import ChatPrompt
@@ -20,14 +21,14 @@ MODEL = EMBEDDED / "model"
 
 @pytest.fixture(scope="module")
 def prompt() -> ChatPrompt:
-    return ChatPrompt(MODEL, read_model_info(MODEL).image_token_id)
+    return ChatPrompt(MODEL, read_model_info(MODEL).image_token_id, 2)
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_token_ids_are_those_of_hugging_face(name: str, prompt: ChatPrompt) -> None:
     vision = read_model_info(MODEL).vision
     messages, frames = to_messages(CHATS[name])
-    counts = [grid_of(smart_resize(read_size(frame, 10**9, ""), vision), vision).num_patches // 4 for frame in frames]
+    counts = [grid_of(smart_resize(read_size(frame, 10**9, ""), *limits(vision)), vision).num_patches // 4 for frame in frames]
     built = prompt.build(messages, counts.__getitem__)
     expected = Reference(MODEL).inputs(CHATS[name])
     assert built.token_ids == expected["input_ids"][0].tolist()
@@ -64,7 +65,7 @@ def test_special_tokens_spread_over_parts_stay_text(texts: tuple[str, ...], has_
 
 
 def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenised() -> None:
-    small = ChatPrompt(MODEL, read_model_info(MODEL).image_token_id, max_tokens=10)
+    small = ChatPrompt(MODEL, read_model_info(MODEL).image_token_id, 2, max_tokens=10)
     with pytest.raises(RequestError, match="longer than the model's context"):
         small.build([ChatMessage("user", "x" * 100_000)], lambda index: 1)
     assert small.build([ChatMessage("user", "x")], lambda index: 1).token_ids
@@ -79,7 +80,7 @@ def test_unknown_role_is_named(prompt: ChatPrompt) -> None:
 def with_template(folder: Path, template: str) -> ChatPrompt:
     shutil.copy(MODEL / "tokenizer.json", folder / "tokenizer.json")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    return ChatPrompt(folder, read_model_info(MODEL).image_token_id)
+    return ChatPrompt(folder, read_model_info(MODEL).image_token_id, 2)
 
 
 def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
@@ -103,4 +104,4 @@ def test_a_template_that_forgets_a_picture_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_template_is_refused(tmp_path: Path) -> None:
     shutil.copy(MODEL / "tokenizer.json", tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="no chat template"):
-        ChatPrompt(tmp_path, 1)
+        ChatPrompt(tmp_path, 1, 2)

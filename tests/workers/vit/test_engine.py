@@ -10,7 +10,7 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
-from tests.pictures import encode, noise, scene
+from tests.pictures import encode, limits, noise, scene
 from tests.reference import Reference
 from workers.nn.loader import Checkpoint
 from workers.preprocess.images import decode, grid_of, read_size, smart_resize
@@ -31,7 +31,7 @@ def jobs(folder: Path) -> tuple[TorchEngine, list[EncodeJob]]:
     made = []
     for picture in PICTURES:
         data = encode(picture)
-        target = smart_resize(read_size(data, 10**8, ""), info)
+        target = smart_resize(read_size(data, 10**8, ""), *limits(info))
         pixels = torch.from_numpy(np.array(decode(data, target, "")))[None]
         grid = grid_of(target, info)
         made.append(EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.hidden_size)))

@@ -1,0 +1,174 @@
+"""Videos: sampled as Hugging Face samples them, read in processes that may die, and refused when they are no videos."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.errors import RequestError
+from pipeline.tensors import TensorPool
+from tests import reference
+from tests.videos import counting_frames, encode_video, read_number
+from workers.preprocess.images import ImageSize
+from workers.preprocess.video_reader import AvVideo, DecordVideo, VideoMetadata
+from workers.preprocess.videos import VideoFile, VideoReaders, frame_size, sample_frames
+
+
+def test_frames_are_sampled_as_by_hugging_face() -> None:
+    rng = random.Random(0)
+    for _ in range(3000):
+        total, rate = rng.randint(2, 3000), rng.choice([1, 5, 12.5, 23.976, 24, 25, 29.97, 30, 60, rng.uniform(0.5, 120)])
+        fps, most = rng.choice([0.1, 0.5, 1, 2, 4, 30]), rng.choice([4, 10, 64, 768])
+        found = sample_frames(VideoMetadata(total, rate, 1, 1), fps, 4, most, 2)
+        assert found == reference.sample_frames(total, rate, fps, most), (total, rate, fps, most)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 5])
+def test_the_shortest_videos_are_seen_whole_or_in_pairs(total: int) -> None:
+    frames = sample_frames(VideoMetadata(total, 24.0, 1, 1), 2.0, 4, 768, 2)
+    assert len(frames) == (1 if total == 1 else total // 2 * 2)
+    assert frames == sorted(set(frames))
+
+
+def test_frames_have_the_size_that_hugging_face_gives_them() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        size, count = ImageSize(rng.randint(30, 2200), rng.randint(30, 2200)), rng.choice([1, 2, 16, 301, 768])
+        low, high, total = 128 * 28 * 28, 768 * 28 * 28, int(128_000 * 28 * 28 * 0.9)
+        most = max(min(high, total * 2 // count), int(low * 1.05))
+        expected = reference.video_processing().smart_resize(*size, factor=28, min_pixels=low, max_pixels=most)
+        assert frame_size(size, count, low, high, total * 2, 28) == expected
+
+
+def video_file(data: bytes) -> VideoFile:
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(data)
+        return VideoFile(os.dup(file.fileno()), len(data), hashlib.sha256(data).digest())
+
+
+@pytest.fixture
+def pool() -> TensorPool:
+    return TensorPool.on_host("preprocess.0", 1, 8 << 20, 16)
+
+
+@pytest.fixture
+async def readers(pool: TensorPool) -> AsyncIterator[VideoReaders]:
+    made = VideoReaders(pool.info.memory_fd, 2, 20.0, 10**6)
+    yield made
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "matroska", "codec": "libvpx-vp9"}, {"g": "250", "bf": "2"}, {"has_sound": True}, {"fps": 29.97}], ids=str
+)
+@pytest.mark.parametrize("kind", [DecordVideo, AvVideo])
+def test_both_libraries_find_the_same_frames(kind: Callable[[str], DecordVideo | AvVideo], options: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "video"
+    path.write_bytes(encode_video(counting_frames(60), **options))  # type: ignore[arg-type]
+    video = kind(str(path))
+    assert video.metadata == VideoMetadata(60, pytest.approx(options.get("fps", 24.0), rel=1e-3), 120, 160)
+    for numbers in ([0, 1, 2], [3, 17, 18, 59], [40, 5], [59], [0], range(0, 60, 7)):
+        assert [read_number(frame) for frame in video.frames(numbers)] == list(numbers)
+
+
+async def test_frames_arrive_in_the_pool_as_torch_would_resize_them(readers: VideoReaders, pool: TensorPool) -> None:
+    frames = counting_frames(30)
+    file = video_file(encode_video(frames, crf="1"))
+    metadata = await readers.inspect(file, "")
+    assert metadata == VideoMetadata(30, 24.0, 120, 160)
+    size, numbers = ImageSize(84, 112), (0, 11, 29)
+    await readers.read(file, numbers, size, 4096, "")
+    out = pool.memory.array(4096, (3, *size, 3))  # type: ignore[attr-defined]
+    source = torch.from_numpy(np.stack(list(DecordVideo(file.path).frames(numbers)))).permute(0, 3, 1, 2)
+    expected = F.interpolate(source, tuple(size), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()  # what torchvision's resize calls
+    difference = np.abs(out.astype(int) - expected)
+    assert difference.max() <= 2
+    assert (difference != 0).mean() < 0.02
+    assert len(readers._all) == 1, "one process did both"
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"this is no video" * 100,
+    "picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "cut": encode_video(counting_frames(20))[:2000],
+    "noise": random.Random(0).randbytes(50_000),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_what_is_no_video_is_refused(name: str, readers: VideoReaders) -> None:
+    with pytest.raises(RequestError, match="not a video that can be decoded") as refusal:
+        await readers.inspect(video_file(BROKEN[name]), "field")
+    assert (refusal.value.info.status, refusal.value.info.field) == (400, "field")
+    assert await readers.inspect(video_file(encode_video(counting_frames(4))), ""), "the next is served"
+
+
+async def test_a_video_broken_in_its_middle_ends_in_frames_or_in_an_error(readers: VideoReaders) -> None:
+    data = bytearray(encode_video(counting_frames(100), g="10"))
+    data[len(data) // 3 : len(data) // 2] = random.Random(1).randbytes(len(data) // 2 - len(data) // 3)
+    file = video_file(bytes(data))
+    with contextlib.suppress(RequestError):
+        metadata = await readers.inspect(file, "")
+        await readers.read(file, range(0, metadata.num_frames, 10), ImageSize(28, 28), 0, "")
+    assert await readers.inspect(video_file(encode_video(counting_frames(4))), ""), "the next is served"
+
+
+async def test_too_large_frames_are_refused(readers: VideoReaders) -> None:
+    with pytest.raises(RequestError, match="1280 x 800 pixels, the limit is 1000000"):
+        await readers.inspect(video_file(encode_video(counting_frames(2, (1280, 800)))), "")
+
+
+async def test_a_reader_that_dies_or_hangs_costs_its_job_only(readers: VideoReaders) -> None:
+    file = video_file(encode_video(counting_frames(10)))
+    await readers.inspect(file, "")
+    (process,) = readers._all
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(RequestError, match="not a video"):
+        await readers.inspect(file, "")
+    await readers.inspect(file, "")
+    (process,) = readers._all
+    os.kill(process.pid, signal.SIGSTOP)
+    readers._timeout_s = 0.5
+    with pytest.raises(RequestError, match="could not be read within"):
+        await readers.inspect(file, "")
+    readers._timeout_s = 20.0
+    assert (await readers.inspect(file, "")).num_frames == 10
+    assert len(readers._all) == 1
+
+
+async def test_videos_read_side_by_side_keep_to_their_own(readers: VideoReaders, pool: TensorPool) -> None:
+    files = [video_file(encode_video(counting_frames(40)[start:])) for start in (0, 10, 20)]
+    size = ImageSize(120, 160)
+    step = size.height * size.width * 3
+
+    async def read(index: int, frame: int) -> int:
+        offset = (index * 10 + frame) * step
+        await readers.read(files[index], (frame,), size, offset, "")
+        return read_number(pool.memory.array(offset, (*size, 3)))  # type: ignore[attr-defined]
+
+    jobs = [(index, frame) for frame in range(10) for index in range(3)]
+    assert await asyncio.gather(*(read(*job) for job in jobs)) == [index * 10 + frame for index, frame in jobs]
+    assert len(readers._all) == 2
+
+
+async def test_the_file_is_gone_with_the_last_who_holds_it(readers: VideoReaders) -> None:
+    file = video_file(encode_video(counting_frames(4)))
+    path = file.path
+    await readers.inspect(file, "")
+    assert os.readlink(path).endswith("(deleted)")
+    del file
+    with pytest.raises(OSError, match="No such file"):
+        os.readlink(path)

@@ -1,0 +1,118 @@
+"""Pictures and videos as items of a prompt, and the chunks in which they go through the ViTs.
+
+A picture is one chunk, since all of it attends to all of it. Frames of a video do not attend to each other, so a video goes in
+several: over all ViTs, and the first are encoded while later ones are still being decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from pipeline.families import ModelInfo, VisionInfo
+from pipeline.messages import GridTHW
+from workers.preprocess.images import ImageSize, decode, grid_of
+from workers.preprocess.videos import VideoFile, VideoReaders
+
+Pixels = npt.NDArray[Any]
+
+
+class Source(Protocol):
+    """Where pixels come from."""
+
+    async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
+        """Fills out [frames, height, width, 3], which lies at `offset` bytes in the pixel pool. Raises RequestError when it is broken.
+
+        To be awaited to its end: threads and processes write there until then.
+        """
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What goes through a ViT as one."""
+
+    source: Source
+    frames: tuple[int, ...]
+    size: ImageSize
+    grid_thw: GridTHW
+    mm_hash: bytes
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.frames), *self.size, 3)
+
+    @property
+    def pixel_bytes(self) -> int:
+        return len(self.frames) * self.size.height * self.size.width * 3
+
+
+@dataclass(slots=True)
+class Item:
+    """A picture or video of a prompt."""
+
+    grid_thw: GridTHW
+    mm_hash: bytes
+    chunks: list[Chunk]
+
+
+class PictureSource:
+    """`load` brings the bytes if they are needed: those of a picture that a ViT has never are."""
+
+    def __init__(self, load: Callable[[], Awaitable[bytes | memoryview]], field: str, threads: Executor) -> None:
+        self._load, self._field, self._threads = load, field, threads
+
+    async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
+        data = await self._load()
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, data, out)
+
+    def _decode(self, data: bytes | memoryview, out: Pixels) -> None:
+        out[0] = decode(data, ImageSize(*out.shape[1:3]), self._field)
+
+
+class FramesSource:
+    """A video given as a list of pictures."""
+
+    def __init__(self, pictures: Sequence[Source]) -> None:
+        self._pictures = pictures
+
+    async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
+        results = await asyncio.gather(
+            *(self._pictures[frame].decode((0,), out[index : index + 1], offset) for index, frame in enumerate(frames)), return_exceptions=True
+        )  # fmt: skip
+        for error in results:
+            if error is not None:
+                raise error
+
+
+class VideoSource:
+    def __init__(self, load: Callable[[], Awaitable[VideoFile]], readers: VideoReaders, field: str) -> None:
+        self._load, self._readers, self._field = load, readers, field
+
+    async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
+        await self._readers.read(await self._load(), frames, ImageSize(*out.shape[1:3]), offset, self._field)
+
+
+def picture_item(source: Source, size: ImageSize, mm_hash: bytes, info: VisionInfo) -> Item:
+    grid = grid_of(size, info)
+    return Item(grid, mm_hash, [Chunk(source, (0,), size, grid, mm_hash)])
+
+
+def video_item(source: Source, frames: Sequence[int], size: ImageSize, content: bytes, info: ModelInfo, num_vits: int) -> Item:
+    """`content` is the hash of the whole video and of its settings. The last frame stands for those that a temporal patch lacks."""
+    temporal, grid = info.vision.temporal_patch_size, grid_of(size, info.vision)
+    length = -(-len(frames) // temporal)
+    step = min(max(1, info.video_chunk_patches // grid.num_patches), -(-length // num_vits))
+    chunks: list[Chunk] = []
+    digest = hashlib.sha256(content)
+    for first in range(0, length, step):
+        part = tuple(frames[first * temporal : (first + step) * temporal])
+        mm_hash = hashlib.sha256(content + repr((part, tuple(size))).encode()).digest()
+        digest.update(mm_hash)
+        chunks.append(Chunk(source, part, size, grid._replace(t=-(-len(part) // temporal)), mm_hash))
+    return Item(grid._replace(t=length), digest.digest(), chunks)
