@@ -28,6 +28,7 @@ from pipeline.sampling import SamplingParams
 from tests.integration.conftest import LIMITS
 from tests.pictures import data_url, encode, noise, scene
 from tests.servers import Server
+from tests.videos import CLIP
 
 MODEL = "embedded-shapes"
 
@@ -66,6 +67,56 @@ def test_the_answer_to_a_picture(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.usage.prompt_tokens > 16, "a 112 x 112 picture alone has 16 placeholders"
     assert answer.model == MODEL
+
+
+def video(url: object, **options: object) -> dict[str, object]:
+    return {"type": "video_url", "video_url": url, **options}
+
+
+def test_the_answer_to_a_video(client: openai.OpenAI) -> None:
+    """10 frames a second for 3 seconds: 6 frames are seen, 3 pairs of 48 patches, 12 tokens each."""
+    url = "data:video/mp4;base64," + base64.b64encode(CLIP.data).decode()
+    base = ask(client, "What happens?", max_tokens=5).usage.prompt_tokens + 2
+    counts = {}
+    for name, options in {"plain": {}, "fps": {"fps": 1}, "most": {"fps": 10, "max_frames": 4}}.items():
+        for form in (url, {"url": url}):
+            answer = ask(client, video(form, **options), text("What happens?"), max_tokens=5)
+            assert answer.choices[0].message.content
+            counts[name] = answer.usage.prompt_tokens - base
+    per_pair = counts["plain"] // 3
+    assert counts == {"plain": 3 * per_pair, "fps": 2 * per_pair, "most": 2 * per_pair}, "at least 4 frames"
+    frames = [data_url(scene(number)) for number in range(5)]
+    assert ask(client, video(frames), text("What happens?"), max_tokens=5).usage.prompt_tokens - base == 3 * 16
+
+
+def test_a_part_may_be_named_and_not_sent_again(client: openai.OpenAI) -> None:
+    whole = ask(client, {**picture(data_url(scene(5))), "uuid": "five"}, text("What is it?"), max_tokens=10, temperature=0)
+    named = ask(client, {"type": "image_url", "uuid": "five"}, text("What is it?"), max_tokens=10, temperature=0)
+    assert named.choices[0].message.content == whole.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="nothing is known"):
+        ask(client, {"type": "image_url", "uuid": "six"}, text("What is it?"), max_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (video("data:video/mp4;base64,AAAA"), "not a video that can be decoded"),
+        (video(""), "must not be empty"),
+        (video([]), "must not be empty"),
+        (video(["data:,x", ""]), "must not be empty"),
+        (video("data:video/mp4;base64,AAAA", fps=0), "fps must be above 0"),
+        (video("data:video/mp4;base64,AAAA", max_frames=10**6), "max_frames must be between 1 and the server's 768"),
+        (video([data_url(scene(1))], fps=2), "fps does not apply"),
+        (video([data_url(scene(1))], uuid="x"), "has no uuid"),
+        ({**picture(data_url(scene(1))), "max_pixels": 10**9}, "max_pixels must be between the server's"),
+        ({**picture(data_url(scene(1))), "min_pixels": 19600, "max_pixels": 12544}, "min_pixels must be at most max_pixels"),
+        ({"type": "image_url"}, "must not be empty"),
+    ],
+)  # fmt: skip
+def test_wrong_videos_and_limits_are_refused_by_name(client: openai.OpenAI, part: dict[str, object], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words) as refusal:
+        ask(client, part, text("What is it?"), max_tokens=5)
+    assert refusal.value.param.startswith("messages[0].content[0].")
 
 
 def test_length_and_stop(client: openai.OpenAI) -> None:

@@ -29,7 +29,8 @@ class TextContent(msgspec.Struct, tag_field="type", tag="text"):
 
 
 class ImageContent(msgspec.Struct, tag_field="type", tag="image_url"):
-    image_url: ImageUrl | str
+    image_url: ImageUrl | str | None = None  # none: the content is what was sent under this uuid before
+    uuid: str | None = None
     min_pixels: int | None = None  # it is resized to an area in these limits, narrower than the server's
     max_pixels: int | None = None
 
@@ -39,7 +40,8 @@ class VideoUrl(msgspec.Struct):
 
 
 class VideoContent(msgspec.Struct, tag_field="type", tag="video_url"):
-    video_url: VideoUrl | str | list[str]
+    video_url: VideoUrl | str | list[str] | None = None
+    uuid: str | None = None
     fps: float | None = None  # frames a second that the model sees
     max_frames: int | None = None
     min_pixels: int | None = None  # of each frame
@@ -172,20 +174,22 @@ def _to_part(part: Content, field: str) -> Part:
         case TextContent():
             return TextPart(part.text)
         case ImageContent():
-            image = ImageUrl(part.image_url) if isinstance(part.image_url, str) else part.image_url
+            image = part.image_url if isinstance(part.image_url, ImageUrl) else ImageUrl(part.image_url or "")
             if image.detail == "low":
                 raise RequestError("detail 'low' is not served; max_pixels beside image_url limits the size", field=f"{field}.image_url.detail")
-            if not image.url:
+            if not image.url and not (part.image_url is None and part.uuid):
                 raise RequestError("the URL of a picture must not be empty", field=f"{field}.image_url")
-            return ImagePart(url=image.url, min_pixels=part.min_pixels, max_pixels=part.max_pixels)
+            return ImagePart(url=image.url, uuid=part.uuid or "", min_pixels=part.min_pixels, max_pixels=part.max_pixels)
         case VideoContent():
             url = part.video_url.url if isinstance(part.video_url, VideoUrl) else part.video_url
-            if not url or not all(url):
+            if not (url is None and part.uuid) and (not url or not all(url)):
                 raise RequestError("the URL of a video, and of each frame in a list of them, must not be empty", field=f"{field}.video_url")
-            video = VideoPart(fps=part.fps, max_frames=part.max_frames, min_pixels=part.min_pixels, max_pixels=part.max_pixels)
-            if isinstance(url, str):
-                return msgspec.structs.replace(video, url=url)
-            return msgspec.structs.replace(video, frames=tuple(ImagePart(url=frame) for frame in url))
+            if isinstance(url, list) and part.uuid:
+                raise RequestError("a list of frames has no uuid", field=f"{field}.uuid")
+            return VideoPart(
+                url=url if isinstance(url, str) else "", frames=tuple(ImagePart(url=frame) for frame in url) if isinstance(url, list) else (),
+                uuid=part.uuid or "", fps=part.fps, max_frames=part.max_frames, min_pixels=part.min_pixels, max_pixels=part.max_pixels,
+            )  # fmt: skip
         case _:
             assert_never(part)
 

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
@@ -28,6 +30,7 @@ from pipeline.messages import (
     RequestEnded,
     SubmitRequest,
     TextPart,
+    VideoPart,
     pack_int32,
 )
 from pipeline.sampling import SamplingParams
@@ -36,6 +39,7 @@ from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
+from tests.videos import CLIP, read_number
 from workers.preprocess.preprocessor import Preprocessor
 
 CLIENT, OTHER = b"c" * 16, b"o" * 16
@@ -366,6 +370,102 @@ async def test_tenants_share_no_cached_picture(rig: Rig) -> None:
         rig.end(name)
         rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
     rig.check_nothing_left()
+
+
+async def test_a_video_is_spread_over_the_vits_and_arrives_in_its_chunks(rig: Rig) -> None:
+    part = VideoPart(frame=0)
+    rig.submit("r", [CLIP.data], messages=(ChatMessage("user", (part, TextPart("What happens?"))),))
+    async with asyncio.timeout(20):
+        while not (generated := rig.llm.take(GenerateRequest)):
+            await asyncio.sleep(0.01)
+        (item,) = generated[0].items
+        assert item.grid_thw.t == 3
+        assert [chunk.num_tokens for chunk in item.chunks] == [item.length // 3] * 3
+        assert sorted(chunk.vit for chunk in item.chunks) == [0, 0, 1]
+        assert len({chunk.mm_hash for chunk in item.chunks}) == 3
+        seen = {}
+        while len(seen) < 3:
+            await asyncio.sleep(0.01)
+            seen |= {message.key.chunk: message for message in rig.encodes() if message.pixels is not None}
+    frames = [read_number(frame) for _, message in sorted(seen.items()) for frame in rig.core._chunks._pool.array(message.pixels)]
+    assert frames == [0, 5, 10, 15, 20, 25]
+    rig.feedback(ItemNotNeeded, request_id="r", attempt=1, item=0)
+    cancelled = {key.chunk for vit in rig.vits for message in vit.take(CancelEncode) for key in message.keys}
+    assert cancelled == {0, 1, 2}, "an item is cancelled with all its chunks"
+    for message in seen.values():
+        rig.feedback(PixelsReleased, key=message.key)
+    rig.end("r")
+    rig.check_nothing_left()
+
+
+async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:
+    def submit(request_id: str, pictures: list[bytes], uuid: str = "u", salt: bytes = b"") -> None:
+        part = ImagePart(frame=0 if pictures else -1, uuid=uuid)
+        rig.submit(request_id, pictures, messages=(ChatMessage("user", (part,)),), cache_salt=salt)
+
+    submit("a", [encode(scene(1))])
+    await rig.settle()
+    submit("b", [])
+    submit("other", [], uuid="v")
+    submit("foreign", [], salt=b"s")
+    await rig.settle()
+    first, second = rig.llm.take(GenerateRequest)
+    assert first.items == second.items
+    refusals = rig.llm.take(AbortRequest)
+    assert [(refusal.request_id, refusal.error.status) for refusal in refusals] == [("other", 404), ("foreign", 404)]
+    rig.feedback(EncodeMiss, key=ChunkKey("b", 1, 0, 0))  # the ViT has let go of it
+    await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert (refusal.request_id, refusal.error.status, refusal.error.field) == ("b", 404, "messages[0].content[0].image_url.uuid")
+    submit("c", [encode(scene(1))])
+    await rig.settle()
+    rig.feedback(EncodeMiss, key=ChunkKey("c", 1, 0, 0))
+    await rig.settle()
+    assert [message.pixels is not None for message in rig.encodes() if message.key.request_id == "c"] == [False, True]
+    for name in ("a", "b", "c", "other", "foreign"):
+        rig.end(name)
+        rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
+    rig.check_nothing_left()
+
+
+async def test_a_url_that_has_not_changed_is_downloaded_again_only_on_a_miss() -> None:
+    contents, asked = {"1": encode(scene(1))}, []
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        ((tag, data),) = contents.items()
+        asked.append(request.headers.get("If-None-Match"))
+        return web.Response(status=304) if asked[-1] == f'"{tag}"' else web.Response(body=data, headers={"ETag": f'"{tag}"'})
+
+    application = web.Application()
+    application.router.add_get("/picture", handle)
+    async with make_rig(1, allow_private_media=True) as rig, TestServer(application) as server:
+
+        async def submit(request_id: str) -> GenerateRequest:
+            part = ImagePart(url=str(server.make_url("/picture")))
+            rig.submit(request_id, messages=(ChatMessage("user", (part,)),))
+            await rig.settle()
+            (generate,) = rig.llm.take(GenerateRequest)
+            return generate
+
+        assert (await submit("a")).items == (await submit("b")).items
+        assert asked == [None, '"1"']
+        rig.encodes()
+        rig.feedback(EncodeMiss, key=ChunkKey("b", 1, 0, 0))
+        await rig.settle()
+        assert asked == [None, '"1"', None]
+        assert [message.pixels is not None for message in rig.encodes()] == [True]
+        generate = await submit("c")
+        contents.clear()
+        contents["2"] = encode(scene(2))
+        rig.feedback(EncodeMiss, key=ChunkKey("c", 1, 0, 0))  # and what comes now is something else
+        await rig.settle()
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert "changed while" in refusal.error.message
+        assert (await submit("d")).items != generate.items
+        for name in "abcd":
+            rig.end(name)
+            rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
+        rig.check_nothing_left()
 
 
 async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(rig: Rig) -> None:
