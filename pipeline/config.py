@@ -101,8 +101,8 @@ class PreprocessConfig:
 class VitConfig:
     vit: int | None = option(None, "number of ViT processes (default: as many as LLM ranks)", metavar="N")
     vit_engine: str = option(
-        "auto", "what computes the ViT; onnxruntime: from an ONNX file exported at the first start; auto: that on GPUs where it loads, else torch",
-        choices=("auto", "torch", "onnxruntime"),
+        "auto", "what computes the ViT; tensorrt, onnxruntime: from an ONNX file exported at the first start; auto: these on GPUs where they load",
+        choices=("auto", "torch", "onnxruntime", "tensorrt"),
     )  # fmt: skip
     vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
     embedding_transport: str = option(

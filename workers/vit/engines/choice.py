@@ -37,18 +37,29 @@ def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.
 def choose_engine(
     name: str, info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress
 ) -> Engine:
-    """`auto` is onnxruntime on a GPU where its CUDA provider loads, else torch. Raises ValueError when what is asked for is not there."""
-    reason = "asked for"
-    if name == "auto":
-        name, reason = "torch", "the processor computes best with it"
-        if device.type == "cuda":
-            try:
-                return _onnxruntime(info, folder, dtype, device, num_threads, cache, progress, "its CUDA provider loads")
-            except (ImportError, ValueError, RuntimeError) as error:
-                reason = f"onnxruntime cannot: {error}"
-    if name == "onnxruntime":
-        return _onnxruntime(info, folder, dtype, device, num_threads, cache, progress, reason)
-    logger.info("ViT engine: torch (%s)", reason)
+    """`auto` is on a GPU TensorRT where it imports and builds, else onnxruntime where its CUDA provider loads, else torch; on the CPU torch.
+
+    Raises ValueError when what is asked for is not there.
+    """
+    made = {"torch": _torch, "onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
+    if name != "auto":
+        engine = made[name](info, folder, dtype, device, num_threads, cache, progress)
+        logger.info("ViT engine: %s (asked for)", name)
+        return engine
+    reasons: list[str] = []
+    for better in ("tensorrt", "onnxruntime") if device.type == "cuda" else ():
+        try:
+            engine = made[better](info, folder, dtype, device, num_threads, cache, progress)
+        except (ImportError, ValueError, RuntimeError) as error:
+            reasons.append(f"{better} cannot: {error}")
+        else:
+            logger.info("ViT engine: %s (%s)", better, "; ".join(reasons) or "it builds")
+            return engine
+    logger.info("ViT engine: torch (%s)", "; ".join(reasons) or "the processor computes best with it")
+    return _torch(info, folder, dtype, device, num_threads, cache, progress)
+
+
+def _torch(info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress) -> Engine:
     checkpoint = Checkpoint(folder, dtype, device, progress)
     checkpoint.expect("visual.")
     engine = TorchEngine(info, VisionEncoder(info, checkpoint))
@@ -57,17 +68,42 @@ def choose_engine(
 
 
 def _onnxruntime(
-    info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress, reason: str
-) -> Engine:
-    for module in ("onnxruntime", "onnxscript"):
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"vit_engine 'onnxruntime' needs the package {module}: install vlm-pipeline[cpu] or [gpu]")
+    info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress
+) -> Engine:  # fmt: skip
+    _need("onnxruntime", "onnxruntime", "onnxscript")
     from workers.vit.engines.onnx import exported
     from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
 
     if device.type == "cpu" and dtype == torch.bfloat16:
         dtype = torch.float32  # onnxruntime has no bfloat16 on the CPU; the pool keeps the model's type
     file = exported(info, folder, dtype, cache, progress)
-    engine = OnnxRuntimeEngine(info, file, dtype, device, num_threads)
-    logger.info("ViT engine: onnxruntime (%s)", reason)
-    return engine
+    return OnnxRuntimeEngine(info, file, dtype, device, num_threads)
+
+
+def _tensorrt(
+    info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress
+) -> Engine:  # fmt: skip
+    if device.type != "cuda":
+        raise ValueError("vit_engine 'tensorrt' needs a GPU")
+    if dtype == torch.float32:
+        raise ValueError("vit_engine 'tensorrt' has no attention for float32: take --dtype bfloat16 or float16")
+    _need("tensorrt", "onnxscript")
+    from workers.vit.engines.onnx import exported
+    from workers.vit.engines.tensorrt import TensorRtEngine, built, load_tensorrt
+
+    try:
+        trt = load_tensorrt()
+    except ImportError as error:
+        raise ValueError(f"vit_engine 'tensorrt': {error}") from None
+    file = exported(info, folder, dtype, cache, progress)
+    properties = torch.cuda.get_device_properties(device)
+    gpu = f"{properties.name} {properties.major}.{properties.minor} {properties.multi_processor_count}"
+    with torch.cuda.device(device):
+        engine = built(trt, info, file, gpu, cache, progress).read_bytes()
+        return TensorRtEngine(trt, info, engine, dtype, device)
+
+
+def _need(engine: str, *modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"vit_engine {engine!r} needs the package {module}: install vlm-pipeline[cpu] or [gpu]")

@@ -1,0 +1,183 @@
+"""The TensorRT engine without a GPU: the real encoder is read and built by TensorRT-RTX; what is around an engine runs on a stand-in for it."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.families import VisionInfo, read_model_info
+from tests.workers.vit.test_onnx import CPU, make_jobs, no_progress
+from workers.nn.loader import Checkpoint
+from workers.vit.engines import tensorrt as module
+from workers.vit.engines.choice import choose_engine
+from workers.vit.engines.onnx import INPUTS, exported
+from workers.vit.engines.tensorrt import Profile, TensorRtEngine, build, built, load_tensorrt, profiles_for
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
+
+
+@pytest.fixture(scope="module")
+def info(random_checkpoint: Path) -> VisionInfo:
+    return read_model_info(random_checkpoint).vision
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    try:
+        return load_tensorrt()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
+    dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, trt: Any, tmp_path: Path
+) -> None:
+    file = exported(info, random_checkpoint, dtype, tmp_path, no_progress)
+    told: list[tuple[int, int]] = []
+    engine = build(trt, file, info, lambda done, total: told.append((done, total)), trt.ComputeCapability.SM89)
+    weights = sum(path.stat().st_size for path in file.parent.iterdir())
+    assert len(engine) > weights // 2
+    assert all(0 <= done <= total for done, total in told)
+    assert max(done for done, _ in told) > 1
+
+
+def test_an_engine_is_built_once_for_a_gpu_and_a_version(
+    info: VisionInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = SimpleNamespace(__name__="tensorrt", __version__="11.4")
+    file = exported(info, random_checkpoint, torch.float16, tmp_path, no_progress)
+    builds: list[str] = []
+    monkeypatch.setattr(module, "build", lambda *args: builds.append("built") or b"engine")
+    first = built(trt, info, file, "H100", tmp_path, no_progress)
+    assert built(trt, info, file, "H100", tmp_path, no_progress) == first
+    assert first.read_bytes() == b"engine"
+    assert len(builds) == 1
+    others = {built(trt, info, file, "A100", tmp_path, no_progress)}
+    trt.__version__ = "11.5"
+    others.add(built(trt, info, file, "H100", tmp_path, no_progress))
+    assert len(builds) == 3
+    assert len({first, *others}) == 3
+
+    def fail(*args: object) -> bytes:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "build", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        built(trt, info, file, "B200", tmp_path, no_progress)
+    assert len(list((tmp_path / "tensorrt").glob("*/"))) == 3, "of a build that failed nothing is left"
+
+
+def test_what_cannot_be_read_is_an_error(info: VisionInfo, trt: Any, tmp_path: Path) -> None:
+    (tmp_path / "encoder.onnx").write_bytes(b"not a model")
+    with pytest.raises(RuntimeError, match="cannot read the encoder"):
+        build(trt, tmp_path / "encoder.onnx", info, no_progress)
+
+
+class FakeContext:
+    """Does what an execution context does, on the CPU: by shapes and addresses alone."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self.profile = -1
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return index < len(self._engine.profiles)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        sizes = self._engine.profiles[self.profile]
+        self._shapes[name] = shape
+        frames, patches = (shape[0], shape[1]) if name == INPUTS[0] else (1, shape[0])
+        return frames <= sizes.frames[2] and sizes.patches[0] <= patches <= sizes.patches[2] and "shape" not in self._engine.broken
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return "address" not in self._engine.broken
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        frames, patches, _ = self._shapes[INPUTS[0]]
+        return (frames, patches // 4, self._engine.encoder.info.hidden_size)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._engine.runs.append((self.profile, self._shapes[INPUTS[0]][:2]))
+        patches, cos, sin = (_at(self._addresses[name], self._shapes[name]) for name in INPUTS)
+        _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings")).copy_(self._engine.encoder(patches, cos, sin))
+        return "run" not in self._engine.broken
+
+
+class FakeEngine:
+    def __init__(self, encoder: VisionEncoder, profiles: tuple[Profile, ...]) -> None:
+        self.encoder, self.profiles = encoder, profiles
+        self.runs: list[tuple[int, tuple[int, ...]]] = []
+        self.broken = ""
+
+    def create_execution_context(self) -> FakeContext | None:
+        return None if "context" in self.broken else FakeContext(self)
+
+
+def _at(address: int, shape: tuple[int, ...]) -> torch.Tensor:
+    count = int(torch.tensor(shape).prod())
+    return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32).view(shape)
+
+
+@pytest.fixture
+def fake(info: VisionInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
+    engine = FakeEngine(VisionEncoder(info, Checkpoint(random_checkpoint, torch.float32, CPU)), profiles_for(info))
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"engine" else None)
+    logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
+    return SimpleNamespace(Runtime=lambda log: runtime, Logger=logger), engine
+
+
+def test_jobs_run_within_the_profiles_and_into_the_pool(info: VisionInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    trt, engine = fake
+    few = (Profile((1, 1, 2), (4, 24, 32)), Profile((1, 1, 1), (4, 256, 1600)))
+    monkeypatch.setattr(module, "profiles_for", lambda _: few)
+    engine.profiles = few
+    expected, found = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
+    TorchEngine(info, engine.encoder).encode(expected)
+    TensorRtEngine(trt, info, b"engine", torch.float32, CPU).encode(found)
+    for theirs, ours in zip(expected, found, strict=True):
+        assert torch.allclose(theirs.output, ours.output, atol=1e-4), theirs.grid_thw
+    assert {profile for profile, _ in engine.runs} == {0, 1}
+    assert sorted(frames for profile, (frames, _) in engine.runs if profile == 0) == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("broken", ["shape", "address", "run"])
+def test_a_call_that_fails_is_an_error(broken: str, info: VisionInfo, fake: tuple[Any, FakeEngine]) -> None:
+    trt, engine = fake
+    made = TensorRtEngine(trt, info, b"engine", torch.float32, CPU)
+    engine.broken = broken
+    with pytest.raises(RuntimeError, match="failed"):
+        made.encode(make_jobs(info, torch.float32))
+
+
+def test_an_engine_that_is_for_another_machine_is_an_error(info: VisionInfo, fake: tuple[Any, FakeEngine]) -> None:
+    trt, engine = fake
+    with pytest.raises(RuntimeError, match="cannot load"):
+        TensorRtEngine(trt, info, b"foreign", torch.float32, CPU)
+    engine.broken = "context"
+    with pytest.raises(RuntimeError, match="memory"):
+        TensorRtEngine(trt, info, b"engine", torch.float32, CPU)
+
+
+def test_profiles_hold_every_size_of_the_largest_picture() -> None:
+    for largest in (19_600, 200_000, 12_845_056):
+        info: Any = SimpleNamespace(merge_size=2, patch_size=14, largest_pixels=largest)
+        profiles = profiles_for(info)
+        assert profiles[-1].patches[2] * 14 * 14 >= largest
+        for profile in profiles:
+            for sizes in profile:
+                assert list(sizes) == sorted(sizes)
+
+
+def test_it_is_refused_where_it_cannot_be(info: VisionInfo, random_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        choose_engine("tensorrt", info, random_checkpoint, torch.float16, CPU, 1, tmp_path, no_progress)

@@ -1,0 +1,166 @@
+"""The TensorRT engine: built from our ONNX file once for a GPU, kept in the user's cache, its outputs bound to the embedding pool.
+
+Takes TensorRT 11 (`tensorrt`), or TensorRT-RTX (`tensorrt_rtx_bindings`), which has the same interface and builds on machines without a
+GPU. Networks are strongly typed: they compute in the types of the file. Execution was never run on a GPU so far: tests build the real
+encoder, and run everything around the engine with a stand-in for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.families import VisionInfo
+from workers.nn.loader import Progress
+from workers.vit.engines.batch import BatchEngine
+from workers.vit.engines.onnx import INPUTS, OUTPUT, locked, unfinished
+
+logger = logging.getLogger(__name__)
+MODULES = ("tensorrt", "tensorrt_rtx_bindings")
+FILE = "encoder.engine"
+WORKSPACE_BYTES = 2 << 30
+MANY, SMALL = 16, 1024  # frames of a run, when each has at most so many patches
+
+
+class Profile(NamedTuple):
+    """The sizes that a part of the engine is made for: least, usual, largest."""
+
+    frames: tuple[int, int, int]
+    patches: tuple[int, int, int]
+
+
+def load_tensorrt() -> Any:
+    """The module. Raises ImportError when neither is installed."""
+    for name in MODULES:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            reason = error
+    raise ImportError(f"neither {' nor '.join(MODULES)} can be imported: {reason}")
+
+
+def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
+    """One for many small frames, one for few large ones: memory follows the largest product of a profile's two axes."""
+    least, largest = info.merge_size**2, -(-info.largest_pixels // info.patch_size**2)
+    if largest <= SMALL:
+        return (Profile((1, 4, MANY), (least, min(256, largest), largest)),)
+    return (
+        Profile((1, 4, MANY), (least, 256, SMALL)),
+        Profile((1, 1, 2), (least, min(4096, largest), largest)),
+    )
+
+
+def build(trt: Any, file: Path, info: VisionInfo, progress: Progress, capability: Any = None) -> bytes:
+    """An engine of the ONNX file for this machine's GPU, or (TensorRT-RTX only) for a compute capability. Raises RuntimeError."""
+    log = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(log)
+    network = builder.create_network()
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(file)):
+        raise RuntimeError(f"TensorRT cannot read the encoder: {'; '.join(str(parser.get_error(index)) for index in range(parser.num_errors))}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+    config.progress_monitor = _monitor(trt, progress)
+    if capability is not None:
+        config.num_compute_capabilities = 1
+        _check(config.set_compute_capability(capability, 0), "set_compute_capability")
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for sizes in profiles_for(info):
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            rest = tuple(tensor.shape)[2:] if tensor.name == INPUTS[0] else tuple(tensor.shape)[1:]
+            axes = zip(sizes.frames, sizes.patches, strict=True)
+            shapes = [(frames, patches, *rest) if tensor.name == INPUTS[0] else (patches, *rest) for frames, patches in axes]
+            profile.set_shape(tensor.name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise RuntimeError(f"TensorRT refuses the sizes {sizes}")
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise RuntimeError("TensorRT cannot build an engine of the encoder")
+    return bytes(serialized)
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._phases: dict[str, tuple[int, int]] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._phases[phase_name] = (0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._phases[phase_name] = (step + 1, self._phases[phase_name][1])
+            progress(*next(iter(self._phases.values())))  # of the outermost
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+    return Monitor()
+
+
+def built(trt: Any, info: VisionInfo, file: Path, gpu: str, cache: Path, progress: Progress, capability: Any = None) -> Path:
+    """The engine of an exported file, built now if it is not in the cache yet. One process builds, others wait for it.
+
+    Engines hold code: they are read from the user's own folder only.
+    """
+    what = json.dumps([trt.__name__, trt.__version__, gpu, file.parent.name, profiles_for(info), WORKSPACE_BYTES])  # the folder's name is a hash
+    place = cache / "tensorrt" / hashlib.sha256(what.encode()).hexdigest()[:32]
+    with locked(place):
+        if not (place / FILE).exists():
+            logger.info("building the TensorRT engine in %s: this takes minutes, once", place)
+            with unfinished(place) as draft:
+                (draft / FILE).write_bytes(build(trt, file, info, progress, capability))
+    return place / FILE
+
+
+class TensorRtEngine(BatchEngine):
+    def __init__(self, trt: Any, info: VisionInfo, engine: bytes, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises RuntimeError for an engine that is not for this machine."""
+        super().__init__(info, dtype, device)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self._engine = self._runtime.deserialize_cuda_engine(engine)
+        if self._engine is None:
+            raise RuntimeError("TensorRT cannot load the engine on this GPU")
+        self._profiles = profiles_for(info)
+        self._contexts: list[Any] = []
+        for index in range(len(self._profiles)):
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise RuntimeError("TensorRT has not enough memory for the engine")
+            _check(context.set_optimization_profile_async(index, self._stream_handle), "set_optimization_profile_async")
+            self._contexts.append(context)
+
+    @property
+    def _stream_handle(self) -> int:
+        return 0 if self._stream is None else int(self._stream.cuda_stream)
+
+    def _most_frames(self, num_patches: int) -> int:
+        return self._profiles[self._profile(num_patches)].frames[2]
+
+    def _profile(self, num_patches: int) -> int:
+        return next(index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches[2])
+
+    def _run(self, patches: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        context = self._contexts[self._profile(patches.shape[1])]
+        for name, tensor in zip(INPUTS, (patches, cos, sin), strict=True):
+            _check(context.set_input_shape(name, tuple(tensor.shape)), f"set_input_shape {name} {tuple(tensor.shape)}")
+            _check(context.set_tensor_address(name, tensor.data_ptr()), "set_tensor_address")
+        if (shape := tuple(context.get_tensor_shape(OUTPUT))) != tuple(out.shape):
+            raise RuntimeError(f"TensorRT would yield {shape}, not {tuple(out.shape)}")
+        _check(context.set_tensor_address(OUTPUT, out.data_ptr()), "set_tensor_address")
+        _check(context.execute_async_v3(self._stream_handle), "execute_async_v3")
+
+
+def _check(is_done: bool, call: str) -> None:
+    """TensorRT reports by what it returns, and goes on with the last shape or address that it took."""
+    if not is_done:
+        raise RuntimeError(f"TensorRT's {call} failed")
