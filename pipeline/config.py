@@ -105,6 +105,9 @@ class VitConfig:
         choices=("auto", "torch", "onnxruntime", "tensorrt"),
     )  # fmt: skip
     vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
+    vit_slice_ms: float | None = option(
+        None, "longest turn of a ViT on its device, in milliseconds: batches are made so small; 0: as they come (default: 10 on GPUs)", metavar="MS"
+    )
     embedding_transport: str = option(
         "auto", "how embeddings reach the LLM; cuda_ipc: in place; host: through host memory; auto: cuda_ipc where ViT and driver can",
         choices=("auto", "cuda_ipc", "host"),
@@ -112,7 +115,7 @@ class VitConfig:
     embedding_pool_mib: int = option(256, "memory of each ViT for embeddings, in use or cached, in MiB", metavar="MIB")
 
     def __post_init__(self) -> None:
-        _at_least(self, vit=1, vit_max_batch_patches=4, embedding_pool_mib=0)
+        _at_least(self, vit=1, vit_max_batch_patches=4, vit_slice_ms=0, embedding_pool_mib=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

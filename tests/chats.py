@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from pipeline.client import PipelineClient
 from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.sampling import SamplingParams
 from tests.pictures import encode, noise, scene
 
 
@@ -20,6 +22,8 @@ class Clip(NamedTuple):
 
 Piece = str | Image.Image | Clip | tuple[Image.Image, ...]
 Chat = Sequence[tuple[str, Sequence[Piece]]]
+NUM_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 CHATS: dict[str, Chat] = {
     "text only": [("user", ["What is the capital of France?"])],
@@ -55,3 +59,10 @@ def to_messages(chat: Chat) -> tuple[list[ChatMessage], list[bytes]]:
                 return ImagePart(frame=add(encode(piece)))
 
     return [ChatMessage(role, tuple(to_part(piece) for piece in pieces)) for role, pieces in chat], frames
+
+
+async def generate(
+    client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes], sampling: SamplingParams = GREEDY
+) -> tuple[list[int], int]:
+    pieces = [piece async for piece in client.generate(messages, sampling, media)]
+    return [token for piece in pieces for token in piece.token_ids], pieces[-1].num_prompt_tokens

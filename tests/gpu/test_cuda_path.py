@@ -17,11 +17,12 @@ import torch
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
 from pipeline.memory import CudaBindings
-from pipeline.messages import SequencePlan, SequenceStart, StepPlan, pack_int32
+from pipeline.messages import GridTHW, SequencePlan, SequenceStart, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator
 from pipeline.tensors import PoolMap, TensorPool
-from tests.chats import CHATS, to_messages
+from tests.chats import CHATS, NUM_TOKENS, to_messages
+from tests.chats import generate as ask
 from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
 from tests.servers import Server
@@ -31,6 +32,9 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampler import Sampler
 from workers.nn.layers import rotary_tables, rotate
+from workers.nn.loader import Checkpoint
+from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 CUDA = torch.device("cuda:0")
@@ -215,8 +219,6 @@ def test_a_pool_is_never_mapped_by_its_owner() -> None:
 )
 def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str, ...], random_checkpoint: Path) -> None:
     from pipeline.client import PipelineClient
-    from tests.integration.test_fidelity import NUM_TOKENS
-    from tests.integration.test_fidelity import generate as ask
 
     reference_model = Reference(random_checkpoint)
 
@@ -228,3 +230,20 @@ def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str,
 
     with Server("--model", str(random_checkpoint), "--device", "cuda", "--dtype", "float32", "--kv-cache-gib", "1", *options) as server:
         asyncio.run(run(server))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_encoder_packs_pictures_of_any_sizes(dtype: torch.dtype, random_checkpoint: Path) -> None:
+    info = read_model_info(random_checkpoint).vision
+    generator, jobs = torch.Generator().manual_seed(0), []
+    for grid in (GridTHW(1, 4, 6), GridTHW(3, 8, 4), GridTHW(1, 30, 16), GridTHW(1, 2, 2)):
+        pixels = torch.randint(0, 256, (2 * grid.t, grid.h * 14, grid.w * 14, 3), dtype=torch.uint8, generator=generator)
+        jobs.append((pixels, grid))
+    outputs = []
+    for device, of_type in ((torch.device("cpu"), torch.float32), (CUDA, dtype)):
+        engine = TorchEngine(info, VisionEncoder(info, Checkpoint(random_checkpoint, of_type, device)))
+        made = [EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.hidden_size, dtype=of_type, device=device)) for pixels, grid in jobs]
+        engine.encode(made)
+        outputs.append([job.output.cpu() for job in made])
+    for ours, expected in zip(outputs[1], outputs[0], strict=True):
+        assert error(ours, expected) < (1e-4 if dtype == torch.float32 else 2e-2)

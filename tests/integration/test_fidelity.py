@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,9 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.client import PipelineClient
-from pipeline.messages import ChatMessage
 from pipeline.sampling import SamplingParams
 from tests.chats import CHATS as PICTURE_CHATS
-from tests.chats import Chat, to_messages
+from tests.chats import NUM_TOKENS, Chat, generate, to_messages
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
 from tests.pictures import noise
@@ -23,8 +22,6 @@ from tests.servers import Server
 from tests.videos import VIDEO_CHATS
 
 CHATS = {**PICTURE_CHATS, **VIDEO_CHATS}
-NUM_TOKENS = 24
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SETUPS = {
     "default": (),
     "small chunks and blocks": (
@@ -58,13 +55,6 @@ LOSSY = {"bfloat16": ("--dtype", "bfloat16"), "int8": ("--dtype", "float32", "--
 def references(random_checkpoint: Path) -> dict[str, Answer]:
     reference = Reference(random_checkpoint)
     return {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
-
-
-async def generate(
-    client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes], sampling: SamplingParams = GREEDY
-) -> tuple[list[int], int]:
-    pieces = [piece async for piece in client.generate(messages, sampling, media)]
-    return [token for piece in pieces for token in piece.token_ids], pieces[-1].num_prompt_tokens
 
 
 @pytest.mark.parametrize("setup", SETUPS)

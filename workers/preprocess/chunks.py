@@ -6,11 +6,13 @@ Knows nothing of prompts and requests' lives; runs in the event loop of preproce
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ErrorInfo, RequestError
+from pipeline.fair import FairClock
 from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.sockets import Sink
@@ -29,6 +31,7 @@ class ChunkState:
     order: Order
     slot: Slot | None = None
     is_wanted: bool = False  # its pixels are asked for
+    is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
 
@@ -38,10 +41,13 @@ class ChunkFlow:
 
     def __init__(
         self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]], vit_epoch: Callable[[int], int],
-        tasks: asyncio.TaskGroup, on_broken: Callable[[ChunkKey, ErrorInfo], None],
+        tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
     ) -> None:  # fmt: skip
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
-        self._tasks, self._on_broken = tasks, on_broken
+        self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
+        self._waiting: list[tuple[float, Order, ChunkKey]] = []  # a heap: who has a slot, and is to be decoded
+        self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
+        self._num_decoding = 0
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
         self._router = Router(len(vits))
         self._chunks: dict[ChunkKey, ChunkState] = {}
@@ -72,7 +78,7 @@ class ChunkFlow:
             state.is_wanted = True
             self._slots.request(key, state.chunk.pixel_bytes)
             self._grant()
-        elif state.slot is not None and not state.is_decoding:
+        elif state.slot is not None and not state.is_waiting and not state.is_decoding:
             self._vits[state.vit].send(self._encode_request(state))
 
     def on_released(self, key: ChunkKey) -> None:
@@ -102,11 +108,18 @@ class ChunkFlow:
         )  # fmt: skip
 
     def _grant(self) -> None:
-        """Starts decoding the chunks that get a slot now."""
+        """Starts decoding, requests in turn, as many chunks at once as there are hands."""
         for key, slot in self._slots.grant():
             state = self._chunks[key]
-            state.slot, state.is_decoding = slot, True
-            self._tasks.create_task(self._decode(state))
+            state.slot, state.is_waiting = slot, True
+            heapq.heappush(self._waiting, (self._turns.stamp(key[:2], state.chunk.pixel_bytes), state.order, key))
+        while self._waiting and self._num_decoding < self._most_decoding:
+            turn, _, key = heapq.heappop(self._waiting)
+            self._turns.advance(turn)
+            if (waiting := self._chunks.get(key)) is not None:  # else it was cancelled
+                waiting.is_waiting, waiting.is_decoding = False, True
+                self._num_decoding += 1
+                self._tasks.create_task(self._decode(waiting))
 
     async def _decode(self, state: ChunkState) -> None:
         error: RequestError | None = None
@@ -117,11 +130,13 @@ class ChunkFlow:
         except RequestError as broken:
             error = broken
         state.is_decoding = False
+        self._num_decoding -= 1
         self.num_decoded += 1
         if state.is_over:
             self._drop(state)
         elif error is None:
             self._vits[state.vit].send(request)
+            self._grant()
         else:
             self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
             self._drop(state)

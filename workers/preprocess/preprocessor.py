@@ -58,6 +58,7 @@ from workers.preprocess.videos import VideoReaders
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
+DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
 MAX_MESSAGES = 1024
 MAX_SALT_BYTES = 256
 
@@ -95,7 +96,8 @@ class Preprocessor:
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
-            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, self._on_broken_chunk
+            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, num_threads * DECODES_PER_THREAD,
+            self._on_broken_chunk,
         )  # fmt: skip
         self._requests: dict[str, OpenRequest] = {}
         self._last_arrival = 0

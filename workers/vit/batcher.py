@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipeline.fair import FairClock
 from pipeline.messages import ChunkKey, GridTHW
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.tensors import TensorHandle
@@ -52,6 +53,7 @@ class Pending:
     waiters: dict[ChunkKey, Order] = field(default_factory=dict)
     pixels: TensorHandle | None = None
     slot: Slot | None = None
+    turn: float = 0.0  # among those that have a slot
     is_encoding: bool = False
 
     @property
@@ -69,6 +71,7 @@ class Batcher:
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
         self._largest, self._bytes_per_token, self._merged = allocator.reserve, bytes_per_token, merge_size**2
         self._pending: dict[bytes, Pending] = {}
+        self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
         self._parked: set[bytes] = set()  # hashes of pending chunks that lie encoded in the reserve (see `poll`)
         self._hashes: dict[ChunkKey, bytes] = {}  # of the keys that wait
 
@@ -183,17 +186,20 @@ class Batcher:
         return [PixelsDone(pending.supplier)] if pending.pixels is not None and pending.supplier is not None else []
 
     def next_batch(self, max_patches: int) -> list[Pending]:
-        """Chunks to encode now, oldest first, at most `max_patches` together (one always goes, however large)."""
+        """Chunks to encode now, requests in turn, at most `max_patches` together (one always goes, however large)."""
         for mm_hash, slot in self._slots.grant():
-            self._pending[mm_hash].slot = slot
+            pending = self._pending[mm_hash]
+            pending.slot = slot
+            pending.turn = self._turns.stamp(pending.oldest[:2], pending.grid_thw.num_patches)
         batch: list[Pending] = []
         num_patches = 0
         waiting = [pending for pending in self._pending.values() if pending.slot is not None and not pending.is_encoding]
-        for pending in sorted(waiting, key=lambda pending: pending.order):
+        for pending in sorted(waiting, key=lambda pending: (pending.turn, pending.order)):
             num_patches += pending.grid_thw.num_patches
             if batch and num_patches > max_patches:
                 break
             pending.is_encoding = True
+            self._turns.advance(pending.turn)
             batch.append(pending)
         return batch
 

@@ -43,13 +43,15 @@ from pipeline.tensors import PoolMap, StaleHandleError, TensorPool, check_mappin
 from pipeline.topology import ENCODE, FEEDBACK, LLM
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
-from workers.vit.engines.choice import Engine, choose_engine, warm_up
+from workers.vit.engines.choice import Engine, EngineSpec, choose_engine, warm_up
 from workers.vit.engines.torch import EncodeJob
+from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
+GPU_SLICE_MS = 10.0
 
 
 class VitCore:
@@ -142,7 +144,7 @@ class EngineThread:
     def __init__(self, engine: Engine, device: torch.device, wakeup: Wakeup) -> None:
         self._engine, self._device, self._wakeup = engine, device, wakeup
         self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | float] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name="engine").start()
 
     def _run(self) -> None:
@@ -150,26 +152,27 @@ class EngineThread:
             torch.cuda.set_device(self._device)  # which each thread has its own of
         while True:
             jobs = self._jobs.get()
+            start = time.monotonic()
             try:
                 self._engine.encode(jobs)
             except BaseException as error:  # noqa: BLE001  raised again in the worker's loop
                 self._done.put(error)
             else:
-                self._done.put(None)
+                self._done.put(time.monotonic() - start)
             self._wakeup.set()
 
     def start(self, jobs: Sequence[EncodeJob]) -> None:
         self._jobs.put(jobs)
 
-    def take_done(self) -> bool:
-        """Whether the batch under way has been encoded. Raises what the engine raised."""
+    def take_done(self) -> float | None:
+        """The seconds that the batch under way took; None while it is not encoded. Raises what the engine raised."""
         try:
-            error = self._done.get_nowait()
+            done = self._done.get_nowait()
         except queue.Empty:
-            return False
-        if error is not None:
-            raise error
-        return True
+            return None
+        if isinstance(done, BaseException):
+            raise done
+        return done
 
 
 def open_pool(context: WorkerContext, info: ModelInfo, config: Config, dtype: str, device_ordinal: int | None) -> tuple[TensorPool, SlotAllocator]:
@@ -206,10 +209,15 @@ def main(context: WorkerContext) -> None:
     dtype_name = str(dtype).removeprefix("torch.")
     ordinal = device.index if device.type == "cuda" else None
     pool, allocator = open_pool(context, info, config, dtype_name, ordinal)
-    engine = choose_engine(
-        config.vit.vit_engine, info.vision, context.model_folder, dtype, device, context.spec.placement.num_threads,
-        Path(config.launcher.cache_dir), lambda done, total: context.progress("loading weights", done, total),
+    slice_ms = config.vit.vit_slice_ms
+    if slice_ms is None and device.type == "cuda":
+        slice_ms = GPU_SLICE_MS
+    limit = SliceLimit(config.vit.vit_max_batch_patches, slice_ms / 1000 if slice_ms else None)
+    spec = EngineSpec(
+        info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=context.spec.placement.num_threads,
+        cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
+    engine = choose_engine(config.vit.vit_engine, spec)
     llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
     for llm in llms.values():
         llm.send(PoolOpened(**context.origin, pool=pool.info))
@@ -229,11 +237,12 @@ def main(context: WorkerContext) -> None:
         raise_on_shutdown(control)
         while (received := inbox.receive()) is not None:
             core.handle(received.message)
-        if batch and thread.take_done():
+        if batch and (seconds := thread.take_done()) is not None:
+            limit.observe(sum(pending.grid_thw.num_patches for pending in batch), seconds)
             core.on_encoded(batch)
             batch = []
         if not batch:
-            batch, jobs = core.next_batch(config.vit.vit_max_batch_patches)
+            batch, jobs = core.next_batch(limit.max_patches)
             if batch:
                 thread.start(jobs)
         if time.monotonic() >= stats_due:

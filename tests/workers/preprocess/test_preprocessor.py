@@ -40,6 +40,7 @@ from pipeline.topology import Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
+from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
 
 CLIENT, OTHER = b"c" * 16, b"o" * 16
@@ -476,4 +477,53 @@ async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(
     await rig.settle()
     assert [message.client_id for message in rig.llm.take(GenerateRequest)] == [CLIENT]
     rig.end("r")
+    rig.check_nothing_left()
+
+
+async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One decode goes on at a time; the single picture comes while the first of sixty is being decoded."""
+    rig.core._chunks._most_decoding = 1
+    decoded: list[str] = []
+    gate = asyncio.Semaphore(0)
+    original = PictureSource.decode
+
+    async def decode(self: PictureSource, *args: Any) -> None:
+        await gate.acquire()
+        await original(self, *args)
+
+    monkeypatch.setattr(PictureSource, "decode", decode)
+    rig.submit("many", [encode(noise(seed, (112, 112))) for seed in range(20)])
+    await rig.settle()
+    rig.submit("one", [encode(scene(1))])
+    await rig.settle()
+    for _ in range(21):
+        gate.release()
+        await asyncio.sleep(0.02)
+        decoded += [message.key.request_id for message in rig.encodes() if message.pixels is not None]
+    await rig.settle()
+    decoded += [message.key.request_id for message in rig.encodes() if message.pixels is not None]
+    assert len(decoded) <= 21
+    assert "one" in decoded[:3]
+    for name, count in (("many", 20), ("one", 1)):
+        for item in range(count):
+            rig.feedback(PixelsReleased, key=ChunkKey(name, 1, item, 0))
+        rig.end(name)
+    gate.release()
+    await rig.settle()
+    rig.check_nothing_left()
+
+
+async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> None:
+    rig.core._chunks._most_decoding = 0
+    rig.submit("r", [encode(scene(seed)) for seed in range(5)])
+    await rig.settle()
+    assert rig.allocator.num_used == 5
+    rig.end("r")
+    rig.check_nothing_left()
+    rig.core._chunks._most_decoding = 2
+    rig.submit("s", [encode(scene(9))])
+    await rig.settle()
+    assert rig.core.num_decoded == 1
+    rig.feedback(PixelsReleased, key=ChunkKey("s", 1, 0, 0))
+    rig.end("s")
     rig.check_nothing_left()

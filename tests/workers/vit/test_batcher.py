@@ -316,3 +316,28 @@ def test_random_requests_sharing_pictures_all_finish(seed: int) -> None:
     assert not any(wanted.values()), "somebody waits for ever"
     assert made.num_pending == 0
     assert not supplied, "pixels were never given back"
+
+
+def test_a_request_of_many_chunks_does_not_hold_up_one_of_one() -> None:
+    made = make(chunks=100)
+    for item in range(64):
+        ask(made, "many", bytes([item]), 1, item)
+        ask(made, "many", bytes([item]), 1, item, with_pixels=True)
+    order: list[str] = []
+
+    def encode_one() -> None:
+        batch = made.next_batch(16)
+        order.extend(pending.oldest.request_id for pending in batch)
+        made.on_encoded(batch)
+
+    for _ in range(10):
+        encode_one()
+    ask(made, "one", b"one", 2)
+    ask(made, "one", b"one", 2, with_pixels=True)
+    encode_one()
+    encode_one()
+    assert order.count("one") == 1, "it goes next or next but one"
+    while made.num_pending:
+        encode_one()
+    assert len(order) == 65
+    made.check_integrity()

@@ -13,11 +13,12 @@ from pipeline.families import VisionInfo, read_model_info
 from pipeline.messages import GridTHW
 from workers.nn.loader import Checkpoint
 from workers.vit.engines import onnx as export_module
-from workers.vit.engines.choice import choose_engine, warm_up
+from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
 from workers.vit.engines.onnx import exported, unfinished
 from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.slices import SliceLimit
 
 CPU = torch.device("cpu")
 GRIDS = [GridTHW(1, 4, 6), GridTHW(1, 8, 4), GridTHW(1, 4, 6), GridTHW(3, 2, 2), GridTHW(1, 16, 16), GridTHW(2, 4, 6)]
@@ -51,6 +52,12 @@ def make_jobs(info: VisionInfo, dtype: torch.dtype) -> list[EncodeJob]:
     return jobs
 
 
+def make_spec(info: VisionInfo, folder: Path, dtype: torch.dtype, cache: Path) -> EngineSpec:
+    return EngineSpec(
+        info=info, folder=folder, dtype=dtype, device=CPU, num_threads=1, cache=cache, progress=no_progress, limit=SliceLimit(4096, None)
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_embeddings_are_those_of_the_torch_engine(dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, cache: Path) -> None:
     """Sizes that the export never saw, several of one size, videos."""
@@ -79,7 +86,7 @@ def test_a_second_start_exports_nothing(info: VisionInfo, random_checkpoint: Pat
     first = exported(info, random_checkpoint, torch.float32, cache, no_progress)
     monkeypatch.setattr(export_module, "export", lambda *args: pytest.fail("exported again"))
     assert exported(info, random_checkpoint, torch.float32, cache, no_progress) == first
-    engine = choose_engine("onnxruntime", info, random_checkpoint, torch.bfloat16, CPU, 1, cache, no_progress)
+    engine = choose_engine("onnxruntime", make_spec(info, random_checkpoint, torch.bfloat16, cache))
     warm_up(engine, info, torch.bfloat16, CPU, 64)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.families import VisionInfo, read_model_info
-from tests.workers.vit.test_onnx import CPU, make_jobs, no_progress
+from tests.workers.vit.test_onnx import CPU, make_jobs, make_spec, no_progress
 from workers.nn.loader import Checkpoint
 from workers.vit.engines import tensorrt as module
 from workers.vit.engines.choice import choose_engine
@@ -180,4 +180,4 @@ def test_profiles_hold_every_size_of_the_largest_picture() -> None:
 
 def test_it_is_refused_where_it_cannot_be(info: VisionInfo, random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a GPU"):
-        choose_engine("tensorrt", info, random_checkpoint, torch.float16, CPU, 1, tmp_path, no_progress)
+        choose_engine("tensorrt", make_spec(info, random_checkpoint, torch.float16, tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from pipeline.messages import GridTHW
 from workers.nn.loader import Checkpoint, Progress
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,20 @@ logger = logging.getLogger(__name__)
 class Engine(Protocol):
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. When it returns the device is done with them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine is made of."""
+
+    info: VisionInfo
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+    num_threads: int
+    cache: Path
+    progress: Progress
+    limit: SliceLimit
 
 
 def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.device, max_patches: int) -> None:
@@ -34,58 +50,53 @@ def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.
     engine.encode([EncodeJob(pixels, GridTHW(1, rows, columns), output)])
 
 
-def choose_engine(
-    name: str, info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress
-) -> Engine:
+def choose_engine(name: str, spec: EngineSpec) -> Engine:
     """`auto` is on a GPU TensorRT where it imports and builds, else onnxruntime where its CUDA provider loads, else torch; on the CPU torch.
 
     Raises ValueError when what is asked for is not there.
     """
     made = {"torch": _torch, "onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
     if name != "auto":
-        engine = made[name](info, folder, dtype, device, num_threads, cache, progress)
+        engine = made[name](spec)
         logger.info("ViT engine: %s (asked for)", name)
         return engine
     reasons: list[str] = []
-    for better in ("tensorrt", "onnxruntime") if device.type == "cuda" else ():
+    for better in ("tensorrt", "onnxruntime") if spec.device.type == "cuda" else ():
         try:
-            engine = made[better](info, folder, dtype, device, num_threads, cache, progress)
+            engine = made[better](spec)
         except (ImportError, ValueError, RuntimeError) as error:
             reasons.append(f"{better} cannot: {error}")
         else:
-            logger.info("ViT engine: %s (%s)", better, "; ".join(reasons) or "it builds")
+            logger.info("ViT engine: %s (%s)", better, "; ".join(reasons) or "the first choice on a GPU")
             return engine
     logger.info("ViT engine: torch (%s)", "; ".join(reasons) or "the processor computes best with it")
-    return _torch(info, folder, dtype, device, num_threads, cache, progress)
+    return _torch(spec)
 
 
-def _torch(info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress) -> Engine:
-    checkpoint = Checkpoint(folder, dtype, device, progress)
+def _torch(spec: EngineSpec) -> Engine:
+    checkpoint = Checkpoint(spec.folder, spec.dtype, spec.device, spec.progress)
     checkpoint.expect("visual.")
-    engine = TorchEngine(info, VisionEncoder(info, checkpoint))
+    engine = TorchEngine(spec.info, VisionEncoder(spec.info, checkpoint), spec.limit)
     checkpoint.close()
     return engine
 
 
-def _onnxruntime(
-    info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress
-) -> Engine:  # fmt: skip
+def _onnxruntime(spec: EngineSpec) -> Engine:
     _need("onnxruntime", "onnxruntime", "onnxscript")
     from workers.vit.engines.onnx import exported
     from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
 
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    dtype = spec.dtype
+    if spec.device.type == "cpu" and dtype == torch.bfloat16:
         dtype = torch.float32  # onnxruntime has no bfloat16 on the CPU; the pool keeps the model's type
-    file = exported(info, folder, dtype, cache, progress)
-    return OnnxRuntimeEngine(info, file, dtype, device, num_threads)
+    file = exported(spec.info, spec.folder, dtype, spec.cache, spec.progress)
+    return OnnxRuntimeEngine(spec.info, file, dtype, spec.device, spec.num_threads)
 
 
-def _tensorrt(
-    info: VisionInfo, folder: Path, dtype: torch.dtype, device: torch.device, num_threads: int, cache: Path, progress: Progress
-) -> Engine:  # fmt: skip
-    if device.type != "cuda":
+def _tensorrt(spec: EngineSpec) -> Engine:
+    if spec.device.type != "cuda":
         raise ValueError("vit_engine 'tensorrt' needs a GPU")
-    if dtype == torch.float32:
+    if spec.dtype == torch.float32:
         raise ValueError("vit_engine 'tensorrt' has no attention for float32: take --dtype bfloat16 or float16")
     _need("tensorrt", "onnxscript")
     from workers.vit.engines.onnx import exported
@@ -95,12 +106,12 @@ def _tensorrt(
         trt = load_tensorrt()
     except ImportError as error:
         raise ValueError(f"vit_engine 'tensorrt': {error}") from None
-    file = exported(info, folder, dtype, cache, progress)
-    properties = torch.cuda.get_device_properties(device)
+    file = exported(spec.info, spec.folder, spec.dtype, spec.cache, spec.progress)
+    properties = torch.cuda.get_device_properties(spec.device)
     gpu = f"{properties.name} {properties.major}.{properties.minor} {properties.multi_processor_count}"
-    with torch.cuda.device(device):
-        engine = built(trt, info, file, gpu, cache, progress).read_bytes()
-        return TensorRtEngine(trt, info, engine, dtype, device)
+    with torch.cuda.device(spec.device):
+        engine = built(trt, spec.info, file, gpu, spec.cache, spec.progress).read_bytes()
+        return TensorRtEngine(trt, spec.info, engine, spec.dtype, spec.device)
 
 
 def _need(engine: str, *modules: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from pipeline.families import VisionInfo
 from pipeline.messages import GridTHW
 from workers.nn.layers import rotary_tables
 from workers.vit.models.qwen2_vl import VisionEncoder, patchify, rotary_angles
+from workers.vit.slices import SliceLimit
 
 
 class EncodeJob(NamedTuple):
@@ -23,8 +24,10 @@ class EncodeJob(NamedTuple):
 
 
 class TorchEngine:
-    def __init__(self, info: VisionInfo, encoder: VisionEncoder) -> None:
-        self.info, self.encoder = info, encoder
+    """`limit` says in how many turns a large picture is encoded: between them the device is free for others."""
+
+    def __init__(self, info: VisionInfo, encoder: VisionEncoder, limit: SliceLimit | None = None) -> None:
+        self.info, self.encoder, self._limit = info, encoder, limit
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
@@ -34,9 +37,25 @@ class TorchEngine:
         angles = torch.cat([rotary_angles(job.grid_thw, self.info) for job in jobs]).to(device)
         cos, sin = rotary_tables(angles, torch.float32)
         lengths = [job.grid_thw.h * job.grid_thw.w for job in jobs for _ in range(job.grid_thw.t)]
-        embeddings = self.encoder(patches, cos, sin, lengths)
+        embeddings = self.encoder(patches, cos, sin, lengths, self._pauses(len(patches)))
         merged = self.info.merge_size**2
         for job, part in zip(jobs, embeddings.split([job.grid_thw.num_patches // merged for job in jobs]), strict=True):
             job.output.copy_(part)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        self._wait()
+
+    def _pauses(self, num_patches: int) -> Callable[[int], None] | None:
+        """Waits for the device after every so many layers, where one turn would be too long."""
+        num_turns = 1 if self._limit is None else self._limit.num_turns(num_patches)
+        if num_turns == 1:
+            return None
+        step = max(1, self.info.depth // num_turns)
+
+        def after_layer(index: int) -> None:
+            if (index + 1) % step == 0:
+                self._wait()
+
+        return after_layer
+
+    def _wait(self) -> None:
+        if self.encoder.device.type == "cuda":
+            torch.cuda.current_stream(self.encoder.device).synchronize()

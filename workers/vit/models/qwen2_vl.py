@@ -6,6 +6,7 @@ and the next begins; or as a batch of equal grids, which needs no mask, and whic
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -38,17 +39,42 @@ class VisionEncoder:
         self.merger_in = load("visual.merger.mlp.0")
         self.merger_out = load("visual.merger.mlp.2")
 
-    def __call__(self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    def __call__(
+        self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None = None, after_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Embeddings [num_patches / merge², hidden] of patches [num_patches, channels · temporal · patch²].
 
         cos and sin are those of `rotary_tables`, [num_patches, 1, head_dim] float32; lengths are the patches of each frame, in order.
         Without lengths patches are [frames, num_patches, …], embeddings too, and each frame's patches stand where cos and sin say.
         """
         x = self.patch_embed(patches.to(self.dtype))  # [num_patches, embed_dim]
-        for block in self.blocks:
-            x = block(x, cos, sin, lengths)
+        frames = None if lengths is None else Frames(lengths, x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, frames)
+            if after_layer is not None:
+                after_layer(index)
         x = self.norm(x).unflatten(-2, (-1, self.info.merge_size**2)).flatten(-2)  # four neighbouring patches side by side
         return self.merger_out(F.gelu(self.merger_in(x)))
+
+
+class Frames:
+    """Where each frame ends among packed patches, and attention within each of them."""
+
+    def __init__(self, lengths: Sequence[int], x: Tensor) -> None:
+        self.lengths, self.longest = list(lengths), max(lengths)
+        self._ends: Tensor | None = None
+        if x.device.type == "cuda" and x.dtype != torch.float32:  # for float32 there is no kernel
+            self._ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(x.device, non_blocking=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[num_patches, heads, head_dim], all of them."""
+        if self._ends is not None:
+            from torch.nn.attention.varlen import varlen_attn
+
+            return varlen_attn(q, k, v.contiguous(), self._ends, self._ends, self.longest, self.longest)  # type: ignore[return-value]
+        frames = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
+        parts = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in frames]
+        return torch.cat(parts, dim=1).transpose(0, 1)
 
 
 class _Block:
@@ -61,20 +87,18 @@ class _Block:
         self.fc1 = load(f"{prefix}mlp.fc1")
         self.fc2 = load(f"{prefix}mlp.fc2")
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None) -> Tensor:
-        x = self.proj.add_to(x, self._attend(self.qkv(self.norm1(x)), cos, sin, lengths))
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, frames: Frames | None) -> Tensor:
+        x = self.proj.add_to(x, self._attend(self.qkv(self.norm1(x)), cos, sin, frames))
         hidden = self.fc1(self.norm2(x))
         return self.fc2.add_to(x, hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
 
-    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, frames: Frames | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # […, num_patches, heads, head_dim]
         q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
-        if lengths is None:
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            return out.transpose(1, 2).flatten(-2)
-        frames = zip(*(x.transpose(0, 1).split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
-        parts = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in frames]
-        return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
+        if frames is not None:
+            return frames.attend(q, k, v).flatten(-2)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).flatten(-2)
 
 
 def _layer_norm(checkpoint: Checkpoint, name: str) -> LayerNorm:

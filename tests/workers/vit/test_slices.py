@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.families import VisionInfo
+from pipeline.messages import GridTHW
+from tests.workers.vit.test_onnx import CPU, cache, info, make_jobs  # noqa: F401
+from workers.nn.loader import Checkpoint
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.slices import SliceLimit
+
+
+def test_a_batch_shrinks_to_what_fits_the_turn() -> None:
+    limit = SliceLimit(4096, 0.010)
+    assert limit.max_patches == 4096, "nothing is known yet"
+    limit.observe(1000, 0.050)
+    assert limit.max_patches == 200
+    assert [limit.num_turns(count) for count in (1, 200, 201, 1000)] == [1, 1, 2, 5]
+    for _ in range(50):
+        limit.observe(1000, 0.001)
+    assert limit.max_patches == 4096
+    assert limit.num_turns(4000) == 1
+
+
+def test_without_a_turn_only_patches_count() -> None:
+    limit = SliceLimit(4096, None)
+    limit.observe(1, 100.0)
+    assert limit.max_patches == 4096
+    assert limit.num_turns(10**6) == 1
+
+
+def test_even_the_slowest_device_goes_on() -> None:
+    limit = SliceLimit(4096, 0.001)
+    limit.observe(4, 1000.0)
+    assert limit.max_patches == 1
+
+
+def test_a_large_picture_is_encoded_in_turns_with_the_same_result(info: VisionInfo, random_checkpoint: Any, monkeypatch: Any) -> None:  # noqa: F811
+    limit = SliceLimit(4096, 0.010)
+    engine = TorchEngine(info, VisionEncoder(info, Checkpoint(random_checkpoint, torch.float32, CPU)), limit)
+    waits: list[int] = []
+    monkeypatch.setattr(engine, "_wait", lambda: waits.append(1))
+    expected, found = make_jobs(info, torch.float32)[4:5], make_jobs(info, torch.float32)[4:5]
+    engine.encode(expected)
+    assert expected[0].grid_thw == GridTHW(1, 16, 16)
+    assert len(waits) == 1
+    limit.observe(256, 0.020)
+    engine.encode(found)
+    assert torch.equal(found[0].output, expected[0].output)
+    assert len(waits) == 1 + info.depth + 1, "two turns are wanted, and three layers go one by one"
