@@ -93,7 +93,7 @@ class ChunkFlow:
             self._slots.forget(state.key)  # all first, so that no freed slot goes to one that is cancelled too
         for state in states:
             by_vit[state.vit].append(state.key)
-            if state.slot is None or state.is_decoding:
+            if state.slot is None or state.is_waiting or state.is_decoding:
                 self._finish(state)
         for vit, of_vit in by_vit.items():
             self._vits[vit].send(CancelEncode(keys=tuple(of_vit), **self._origin))
