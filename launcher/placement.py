@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from pipeline.process import Placement
@@ -18,12 +19,15 @@ def workers(num_vits: int, num_ranks: int) -> list[WorkerId]:
     ]
 
 
-def place(cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: int | None = None) -> dict[WorkerId, Placement]:
+def place(
+    cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: int | None = None, num_vit_cores: int | None = None,
+    is_elastic: bool = False,
+) -> dict[WorkerId, Placement]:  # fmt: skip
     """Divides the cores: a quarter, at least one, for the ViTs, the rest for the LLM ranks; API and preprocessing float.
 
     Processes that compute never share a core unless there are more of them than cores: two that wait for each other's threads
-    cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, be they the ViTs' or not. ViT i and rank i
-    go to GPU i.
+    cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, with `num_vit_cores` the ViTs the last, be they
+    the others' or not. `is_elastic`: who computes alone has all cores, if no number was given. ViT i and rank i go to GPU i.
     """
     vit_cores, llm_cores = cores, cores
     if len(cores) > 1:
@@ -31,8 +35,15 @@ def place(cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: in
         vit_cores, llm_cores = cores[-split:], cores[:-split]
     if num_llm_cores is not None:
         llm_cores = cores[:num_llm_cores]
-    placement = {WorkerId(Role.VIT, index): _share(vit_cores, index, num_vits) for index in range(num_vits)}
-    placement |= {WorkerId(Role.LLM, rank): _share(llm_cores, rank, num_ranks) for rank in range(num_ranks)}
+    if num_vit_cores is not None:
+        vit_cores = cores[-num_vit_cores:]
+    placement: dict[WorkerId, Placement] = {}
+    for role, own, number, count in ((Role.VIT, vit_cores, num_vit_cores, num_vits), (Role.LLM, llm_cores, num_llm_cores, num_ranks)):
+        for index in range(count):
+            share = _share(own, index, count)
+            if is_elastic and number is None and len(own) < len(cores):
+                share = dataclasses.replace(share, wide_cores=_share(cores, index, count).cores)
+            placement[WorkerId(role, index)] = share
     for role in (Role.PREPROCESS, Role.API):
         placement[WorkerId(role)] = Placement(cores=tuple(cores), num_threads=len(cores))
     return placement

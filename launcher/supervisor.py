@@ -132,7 +132,11 @@ class Supervisor:
     def _start(self) -> None:
         if self._model.notice:
             logger.info("%s", self._model.notice)
-        placement = place(sorted(os.sched_getaffinity(0)), self._config.num_vits, self._config.num_ranks, self._config.llm.llm_cores)
+        config = self._config
+        placement = place(
+            sorted(os.sched_getaffinity(0)), config.num_vits, config.num_ranks, config.llm.llm_cores, config.vit.vit_cores,
+            is_elastic=config.launcher.cpu_sharing == "elastic",
+        )  # fmt: skip
         for worker in self._workers:
             self._children[worker] = self._spawn(worker, placement[worker])
             self._poller.add(self._children[worker].sentinel)

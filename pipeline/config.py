@@ -100,6 +100,7 @@ class PreprocessConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VitConfig:
     vit: int | None = option(None, "number of ViT processes (default: as many as LLM ranks)", metavar="N")
+    vit_cores: int | None = option(None, "CPU cores of all ViTs together (default: a quarter; more are shared with the LLM)", metavar="N")
     vit_engine: str = option(
         "auto", "what computes the ViT; tensorrt, onnxruntime: from an ONNX file exported at the first start; auto: these on GPUs where they load",
         choices=("auto", "torch", "onnxruntime", "tensorrt"),
@@ -115,7 +116,7 @@ class VitConfig:
     embedding_pool_mib: int = option(256, "memory of each ViT for embeddings, in use or cached, in MiB", metavar="MIB")
 
     def __post_init__(self) -> None:
-        _at_least(self, vit=1, vit_max_batch_patches=4, vit_slice_ms=0, embedding_pool_mib=0)
+        _at_least(self, vit=1, vit_cores=1, vit_max_batch_patches=4, vit_slice_ms=0, embedding_pool_mib=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,7 @@ class LlmConfig:
         None, "CPU cores of all LLM ranks together (default: all but a quarter, which the ViTs have; more are shared with them)", metavar="N"
     )
     quantization: str = option("none", "int8: weights in 8 bits, activations too, token by token; on the CPU only", choices=("none", "int8"))
+    partial_prefill: bool = option(True, "compute a prompt up to its first picture that is not encoded yet; without: wait for all of them")
     prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
     max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
     attention: str = option(
@@ -164,6 +166,11 @@ class LauncherConfig:
         "auto", "how ViT and LLM share a GPU; mps: at once, by a private MPS daemon; timeslice: in turns; auto: mps where it works",
         choices=("auto", "mps", "timeslice"),
     )  # fmt: skip
+    cpu_sharing: str = option(
+        "elastic",
+        "elastic: on the CPU, LLM and ViTs have all cores while the others idle; fixed: each only its own",
+        choices=("elastic", "fixed"),
+    )
     cache_dir: str = option("", "folder for exported encoders (default: vlm-pipeline in the user's cache folder)", metavar="FOLDER")
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")

@@ -326,6 +326,7 @@ class StepPlan(WorkerMessage, frozen=True, kw_only=True):
     step: int
     started: tuple[SequenceStart, ...]
     sequences: tuple[SequencePlan, ...]
+    is_wide: bool = False  # on all cores: nobody else computes
 
 
 StepsMessage = PoolOpened | StepPlan

@@ -26,10 +26,11 @@ from pipeline import log
 from pipeline.config import Config
 from pipeline.messages import ControlMessage, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
 from pipeline.sockets import Receiver, Sender, Sockets
-from pipeline.topology import CONTROL, STATUS, WorkerId
+from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
+BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
 STATUS_LINGER_MS = 2000  # the last words of a failing worker
 
 
@@ -40,6 +41,7 @@ class Placement:
     cores: tuple[int, ...]
     num_threads: int
     device: int = 0
+    wide_cores: tuple[int, ...] = ()  # while nobody else computes, a thread on each; empty: always `cores`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,8 @@ def run_worker(module: str) -> None:
     spec = read_spec(sys.stdin.buffer)
     threading.Thread(target=_exit_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
     _settle(spec.placement)
+    if spec.worker.role in (Role.API, Role.PREPROCESS):
+        os.nice(BEHIND_THE_STEP_LOOP)
     log.configure(str(spec.worker), spec.config.launcher.log_level)
     context = WorkerContext(spec)
     code = 0

@@ -46,7 +46,7 @@ def test_every_field_has_an_option_with_help() -> None:
         (["--media-timeout-s", "nan"], "media_timeout_s must be at least 0.1 and finite"),
         (["--kv-cache-gib", "inf"], "kv_cache_gib must be above 0 and finite"),
         (["--max-items-per-request", "256"], "max_open_requests times max_items_per_request must be at most 65536"),
-        (["--max-items-per-request", "300", "--max-open-requests", "8"], "max_items_per_request must be at most 256"),
+        (["--max-items-per-request", "2000", "--max-open-requests", "8"], "max_items_per_request must be at most 1024"),
         (["--allowed-local-media-path", "/no/such"], "is no folder"),
         (["--min-pixels", "10", "--max-pixels", "5"], "min_pixels must be at most max_pixels"),
     ],
@@ -141,3 +141,18 @@ def test_a_run_directory_of_its_own_vanishes(tmp_path: Path) -> None:
     with RunDir("", tmp_path) as folder:
         assert folder.parent == tmp_path
     assert os.listdir(tmp_path) == []
+
+
+def test_who_computes_alone_may_have_all_cores_unless_a_number_was_given() -> None:
+    elastic = place(range(8), 2, 2, is_elastic=True)
+    fixed = place(range(8), 2, 2)
+    for worker, placement in elastic.items():
+        assert (placement.cores, placement.num_threads) == (fixed[worker].cores, fixed[worker].num_threads)
+        assert fixed[worker].wide_cores == ()
+    assert [elastic[WorkerId(Role.LLM, rank)].wide_cores for rank in range(2)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [elastic[WorkerId(Role.VIT, rank)].wide_cores for rank in range(2)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    given = place(range(8), 1, 1, num_llm_cores=5, num_vit_cores=4, is_elastic=True)
+    assert given[WorkerId(Role.LLM)].cores == (0, 1, 2, 3, 4)
+    assert given[WorkerId(Role.VIT)].cores == (4, 5, 6, 7)
+    assert {placement.wide_cores for placement in given.values()} == {()}
+    assert place([3], 1, 1, is_elastic=True)[WorkerId(Role.LLM)].wide_cores == (), "one core is everybody's anyway"

@@ -104,6 +104,7 @@ class Engine:
         self._under_way: deque[_Flight] = deque()
         self._started: list[SequenceStart] = []  # that the runner has not been told of
         self._step, self._step_end = 0, 0.0
+        self.is_wide = False  # steps run on all cores
         self.counters = {"steps": 0, "stale_messages": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "interrupted": 0}
 
     @property
@@ -284,7 +285,7 @@ class Engine:
         """The next step in the count."""
         self._step += 1
         started, self._started = self._started, []
-        return StepPlan(step=self._step, started=tuple(started), sequences=tuple(sequences), **self._origin)
+        return StepPlan(step=self._step, started=tuple(started), sequences=tuple(sequences), is_wide=self.is_wide, **self._origin)
 
     def execute(self, sequences: Sequence[SequencePlan]) -> float:
         """Runs one step that belongs to no request, on all ranks; returns the seconds it took."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config import MIB
+from pipeline.core_sharing import Activity, CoreSharing
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolOpened, Shutdown, StepPlan, Welcome
@@ -22,6 +24,7 @@ from workers.llm.engine import Engine
 from workers.llm.model_runner import GIB, ModelRunner, kv_cache_gib, plan_kv_cache
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
+from workers.llm.step_times import StepTimes
 from workers.nn.loader import choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ def main(context: WorkerContext) -> None:
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)
 
+    placement = context.spec.placement if device.type == "cpu" else dataclasses.replace(context.spec.placement, wide_cores=())
+    sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
     runner: ModelRunner | None = None
     try:
         runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
@@ -60,16 +65,16 @@ def main(context: WorkerContext) -> None:
         if steps is None:
             scheduler = Scheduler(
                 BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
-                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching,
+                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching, is_partial=config.llm.partial_prefill,
             )  # fmt: skip
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
                 max_model_len=kv_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
                 max_request_bytes=config.api.max_request_mib * MIB, **context.origin,
             )  # fmt: skip
-            _lead(context, control, scheduler, runner, welcome, info.vision.merge_size)
+            _lead(context, control, scheduler, runner, welcome, info.vision.merge_size, sharing)
         else:
-            _follow(context, control, steps, runner)
+            _follow(context, control, steps, runner, sharing)
     finally:
         if runner is not None:
             runner.close()
@@ -90,7 +95,10 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
                         return
 
 
-def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome, merge_size: int) -> None:
+def _lead(
+    context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome, merge_size: int,
+    sharing: CoreSharing,
+) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
     inbox = sockets.receiver(LLM, lead)
     outputs = sockets.publisher(OUTPUTS, lambda topic: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead)
@@ -108,9 +116,12 @@ def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, 
         sockets.sender(FEEDBACK), vits, context.is_current, has_overlap=has_overlap(config.llm.overlap, runner.device),
     )  # fmt: skip
     blocks = scheduler.blocks
-    if config.llm.max_itl_stretch:
-        context.progress("measuring steps", 0, 1)
-        scheduler.step_times = measure_step_times(
+    step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
+    for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
+        context.progress("measuring steps", len(step_times), 2)
+        sharing.widen(is_wide)
+        engine.is_wide = is_wide
+        step_times[is_wide] = measure_step_times(
             engine.execute, blocks, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
         )
     context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
@@ -128,7 +139,11 @@ def _lead(context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, 
             context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
             if not engine.requests:
                 engine.check_integrity()
-        if not engine.step(now):
+        engine.is_wide = sharing.adapt()
+        scheduler.step_times = step_times.get(engine.is_wide)
+        is_busy = engine.step(now)
+        sharing.announce(is_busy)
+        if not is_busy:
             poller.wait(max(0.0, stats_due - time.monotonic()))
 
 
@@ -145,7 +160,7 @@ def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any], runner: ModelRunner) -> None:
+def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any], runner: ModelRunner, sharing: CoreSharing) -> None:
     poller = Poller(steps, control)
     context.ready()
     last_step = 0
@@ -159,5 +174,6 @@ def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any]
                     if step != last_step + 1:
                         raise PipelineError(f"step {step} came after step {last_step}")
                     last_step = step
+                    sharing.widen(plan.is_wide)
                     runner.launch(plan)
         poller.wait()

@@ -17,6 +17,7 @@ from typing import assert_never
 import torch
 
 from pipeline.config import MIB, Config
+from pipeline.core_sharing import Activity, CoreSharing
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
 from pipeline.memory import ITEM_SIZES, CudaBindings
@@ -213,8 +214,12 @@ def main(context: WorkerContext) -> None:
     if slice_ms is None and device.type == "cuda":
         slice_ms = GPU_SLICE_MS
     limit = SliceLimit(config.vit.vit_max_batch_patches, slice_ms / 1000 if slice_ms else None)
+    placement = context.spec.placement
+    sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
+    can_share = device.type == "cpu" and config.vit.vit_engine != "onnxruntime"  # which has threads of its own, as many as it began with
     spec = EngineSpec(
-        info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=context.spec.placement.num_threads,
+        info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
+        between_layers=sharing.adapt if can_share else None,
         cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
@@ -245,6 +250,7 @@ def main(context: WorkerContext) -> None:
             batch, jobs = core.next_batch(limit.max_patches)
             if batch:
                 thread.start(jobs)
+        sharing.announce(bool(batch or batcher.num_pending))
         if time.monotonic() >= stats_due:
             stats_due = time.monotonic() + STATS_INTERVAL_S
             context.stats(0, {**core.counters, "leases": batcher.cache.num_leases, "refused_messages": inbox.num_refused})

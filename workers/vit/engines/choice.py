@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,7 @@ class EngineSpec:
     cache: Path
     progress: Progress
     limit: SliceLimit
+    between_layers: Callable[[], object] | None = None  # where the engine can
 
 
 def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.device, max_patches: int) -> None:
@@ -76,7 +77,7 @@ def choose_engine(name: str, spec: EngineSpec) -> Engine:
 def _torch(spec: EngineSpec) -> Engine:
     checkpoint = Checkpoint(spec.folder, spec.dtype, spec.device, spec.progress)
     checkpoint.expect("visual.")
-    engine = TorchEngine(spec.info, VisionEncoder(spec.info, checkpoint), spec.limit)
+    engine = TorchEngine(spec.info, VisionEncoder(spec.info, checkpoint), spec.limit, spec.between_layers)
     checkpoint.close()
     return engine
 

@@ -24,15 +24,22 @@ class EncodeJob(NamedTuple):
 
 
 class TorchEngine:
-    """`limit` says in how many turns a large picture is encoded: between them the device is free for others."""
+    """`limit` says in how many turns a large picture is encoded: between them the device is free for others.
 
-    def __init__(self, info: VisionInfo, encoder: VisionEncoder, limit: SliceLimit | None = None) -> None:
-        self.info, self.encoder, self._limit = info, encoder, limit
+    `between_layers` is called there.
+    """
+
+    def __init__(
+        self, info: VisionInfo, encoder: VisionEncoder, limit: SliceLimit | None = None, between_layers: Callable[[], object] | None = None
+    ) -> None:
+        self.info, self.encoder, self._limit, self._between_layers = info, encoder, limit, between_layers
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. When it returns the device is done with them, so handles may be sent."""
         device = self.encoder.device
+        if self._between_layers is not None:
+            self._between_layers()
         patches = torch.cat([patchify(job.pixels.to(device), self.info) for job in jobs])
         angles = torch.cat([rotary_angles(job.grid_thw, self.info) for job in jobs]).to(device)
         cos, sin = rotary_tables(angles, torch.float32)
@@ -46,13 +53,15 @@ class TorchEngine:
     def _pauses(self, num_patches: int) -> Callable[[int], None] | None:
         """Waits for the device after every so many layers, where one turn would be too long."""
         num_turns = 1 if self._limit is None else self._limit.num_turns(num_patches)
-        if num_turns == 1:
+        if num_turns == 1 and self._between_layers is None:
             return None
         step = max(1, self.info.depth // num_turns)
 
         def after_layer(index: int) -> None:
-            if (index + 1) % step == 0:
+            if num_turns > 1 and (index + 1) % step == 0:
                 self._wait()
+            if self._between_layers is not None:
+                self._between_layers()
 
         return after_layer
 
