@@ -36,7 +36,7 @@ def test_content_as_string_and_as_list_for_every_role() -> None:
         (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
         (body(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
         (body(messages=[{"role": "user", "content": [{"type": "audio"}]}]), "messages[0].content[0].type"),
-        (body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content[0].image_url"),
+        (body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages[0].content[0].image_url.url"),
         (body(max_tokens="many"), "max_tokens"),
         (body(temperature="hot"), "temperature"),
         (body(stream="yes"), "stream"),

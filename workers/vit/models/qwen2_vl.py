@@ -90,7 +90,8 @@ class _Block:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, frames: Frames | None) -> Tensor:
         x = self.proj.add_to(x, self._attend(self.qkv(self.norm1(x)), cos, sin, frames))
         hidden = self.fc1(self.norm2(x))
-        return self.fc2.add_to(x, hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
+        gate = (1.702 * hidden).sigmoid_()  # QuickGELU
+        return self.fc2.add_to(x, hidden.mul_(gate))
 
     def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, frames: Frames | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # […, num_patches, heads, head_dim]

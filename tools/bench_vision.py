@@ -1,0 +1,397 @@
+"""What images cost, and whom: each figure beside its own reference, in one run.
+
+    python -m tools.bench_vision                              # 0.31 B parameters, everything
+    python -m tools.bench_vision --parts isolation --rounds 5
+
+Weights are random. Servers are its own. Rounds are interleaved and medians are told, since shared machines drift.
+
+isolation   ITL of four streams while images arrive without pause, beside the same streams alone: `--cpu-sharing fixed` and `elastic`, and
+            an in-process loop of the same code that encodes between its steps, as servers without a process for the ViT do
+ttft        of a request with four images: two ViTs beside one, prefill up to the first missing image beside waiting for all
+repeat      TTFT of an image seen before, with another text, beside the first time
+forward     patches/s of the encoder beside Hugging Face's tower and the rate of matrix products
+together    eight requests at once, each with an image of its own, beside Hugging Face one after the other
+decode      a 12-megapixel JPEG to pixels in the pool, beside Pillow's decode and resize alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from pipeline.config import Config, LlmConfig, ModelConfig
+from pipeline.families import read_model_info
+from pipeline.messages import GridTHW, SequencePlan, SequenceStart, StepPlan, pack_int32
+from pipeline.sampling import SamplingParams
+from pipeline.slots import SlotAllocator, align
+from pipeline.tensors import TensorPool
+from pipeline.topology import Role, WorkerId
+from tools.bench_engine import Row, matmul_rate, percentile, raise_failed, serve
+from tools.bench_serving import Result, Workload, open_session, run_load, send
+from tools.random_checkpoint import SHAPES, make_checkpoint
+from workers.llm.model_runner import ModelRunner
+from workers.llm.parallel import TensorParallel
+from workers.nn.loader import Checkpoint, choose_dtype
+from workers.preprocess.images import ImageSize, decode, read_size, smart_resize
+from workers.preprocess.media import PictureSource
+from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.models.qwen2_vl import VisionEncoder
+
+PARTS = ("isolation", "ttft", "repeat", "forward", "together", "decode")
+NUM_STREAMS = 4
+SIZES = ((448, 448), (1792, 1344))
+CPU = torch.device("cpu")
+
+
+class Bench:
+    def __init__(self, folder: Path, rounds: int, num_output: int) -> None:
+        self.folder, self.rounds, self.num_output = folder, rounds, num_output
+        self.dtype = choose_dtype("auto", CPU)
+        self.info = read_model_info(folder)
+        self.rng = random.Random(0)
+
+    # Isolation.
+
+    def isolation(self) -> list[Row]:
+        rows: list[Row] = []
+        worst: dict[tuple[str, tuple[int, int]], tuple[float, float]] = {}
+        for sharing in ("fixed", "elastic"):
+            with serve(self.folder, "--cpu-sharing", sharing) as served:
+                for size in SIZES:
+                    alone, beside = self._medians(partial(self._streams, served.url), size)
+                    worst[sharing, size] = beside
+                    rows += self._isolation_rows(f"--cpu-sharing {sharing}", size, alone, beside)
+        loop = _InProcess(self.folder, self.num_output)
+        for size in SIZES:
+            alone, beside = self._medians(loop.run, size)
+            rows += self._isolation_rows("in-process loop", size, alone, beside)
+            fixed, elastic, what = worst["fixed", size], worst["elastic", size], f"{size[0]}x{size[1]}"
+            rows.append(_row(f"longest gap, {what}: in-process loop", beside[1], "--cpu-sharing fixed", fixed[1]))
+            rows.append(_row(f"P99 ITL under images, {what}: elastic", elastic[0], "fixed", fixed[0]))
+        return rows
+
+    def _medians(
+        self, run: Callable[[tuple[int, int] | None], list[float]], size: tuple[int, int]
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """P99 and longest gap in seconds, without images and with: medians over the rounds; a first round warms up."""
+        found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        for number in range(self.rounds + 1):
+            for has_images in (False, True):
+                gaps = run(size if has_images else None)
+                if number:
+                    found[has_images].append((percentile(gaps, 99), max(gaps)))
+        p99, longest = ([statistics.median(values) for values in zip(*found[has_images], strict=True)] for has_images in (False, True))
+        return (p99[0], p99[1]), (longest[0], longest[1])
+
+    def _isolation_rows(self, name: str, size: tuple[int, int], alone: tuple[float, float], beside: tuple[float, float]) -> list[Row]:
+        what = f"images {size[0]}x{size[1]}, {name}"
+        return [
+            _row(f"P99 ITL, {what}", beside[0], "the streams alone", alone[0]),
+            _row(f"longest gap, {what}", beside[1], "the streams alone", alone[1]),
+        ]
+
+    def _streams(self, url: str, size: tuple[int, int] | None) -> list[float]:
+        return asyncio.run(self._run_streams(url, size))
+
+    async def _run_streams(self, url: str, size: tuple[int, int] | None) -> list[float]:
+        """Gaps of four streams while all of them run; two requests with an image of `size` each are always under way beside them."""
+        streams, images = (
+            Workload(num_words=16, num_output=self.num_output),
+            Workload(num_words=8, num_output=1, num_images=1, sizes=(size or (28, 28),)),
+        )
+        num_images = 0
+
+        async def keep_sending() -> None:
+            nonlocal num_images
+            while True:
+                (content,) = images.chats(1, self.rng)[0]
+                raise_failed([await send(session, url, images.body([{"role": "user", "content": content}]))])
+                num_images += 1
+
+        async with open_session() as session:
+            bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, self.rng)]
+            results = [Result(sent=0.0) for _ in bodies]
+            running = [asyncio.create_task(send(session, url, body, result=result)) for body, result in zip(bodies, results, strict=True)]
+            while not all(result.arrivals for result in results):
+                await asyncio.sleep(0.01)
+                raise_failed(results)
+            start = time.perf_counter()
+            noise = [asyncio.create_task(keep_sending()) for _ in range(2 if size else 0)]
+            await asyncio.gather(*running)
+            raise_failed(results)
+            for task in noise:
+                if task.done():
+                    task.result()
+                task.cancel()
+            await asyncio.gather(*noise, return_exceptions=True)
+        if size and not num_images:
+            raise RuntimeError("no image was answered while the streams ran: ask for more --output-tokens")
+        end = min(result.arrivals[-1] for result in results)
+        return [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
+
+    # One request, or eight.
+
+    def ttft(self) -> list[Row]:
+        load = Workload(num_words=16, num_output=1, num_images=4)
+        setups = {
+            "two ViTs": ("--vit", "2", "--vit-cores", "2"), "one ViT": ("--vit", "1", "--vit-cores", "1"),
+            "partial": ("--cpu-sharing", "fixed"), "waiting": ("--cpu-sharing", "fixed", "--no-partial-prefill"),
+        }  # fmt: skip
+        found: dict[str, list[float]] = {name: [] for name in setups}
+        for pair in (("two ViTs", "one ViT"), ("partial", "waiting")):
+            with serve(self.folder, *setups[pair[0]]) as first, serve(self.folder, *setups[pair[1]]) as second:
+                for number in range(self.rounds + 1):
+                    for name, served in zip(pair, (first, second), strict=True):
+                        (result,) = self._ask(served.url, load, 1)
+                        if number:
+                            found[name].append(result.ttft)
+        medians = {name: statistics.median(values) for name, values in found.items()}
+        return [
+            _row("TTFT, 4 images, two ViTs", medians["two ViTs"], "one ViT", medians["one ViT"]),
+            _row("TTFT, 4 images, partial prefill", medians["partial"], "waiting for all", medians["waiting"]),
+        ]
+
+    def repeat(self) -> list[Row]:
+        first, again = [], []
+        with serve(self.folder) as served:
+            for number in range(self.rounds + 1):
+                shared = Workload(num_words=8, num_output=1, num_images=1)
+                image = shared.chats(1, self.rng)[0][0][0]
+                times = []
+                for text in ("What is it?", "Which colour has it?"):
+                    body = shared.body([{"role": "user", "content": [{"type": "text", "text": text}, image]}])  # the text first: no prefix is shared
+                    times.append(asyncio.run(_send_one(served.url, body)).ttft)
+                if number:
+                    first.append(times[0])
+                    again.append(times[1])
+        return [_row("TTFT of an image seen before", statistics.median(again), "the first time", statistics.median(first))]
+
+    def together(self) -> list[Row]:
+        load = Workload(num_words=16, num_output=64, num_images=1)
+        model = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
+        processor = Qwen2VLImageProcessorPil(min_pixels=self.info.vision.min_pixels, max_pixels=self.info.vision.max_pixels)
+        ours, theirs = [], []
+        with serve(self.folder) as served:
+            self._ask(served.url, load, 2)
+            for _ in range(self.rounds):
+                start = time.perf_counter()
+                self._ask(served.url, load, 8)
+                ours.append(time.perf_counter() - start)
+                theirs.append(sum(self._hugging_face(model, processor) for _ in range(2)) * 4)  # two of eight
+        return [
+            _row(
+                "8 requests, an image and 64 tokens each",
+                statistics.median(ours),
+                "Hugging Face, one by one (2 of 8 measured)",
+                statistics.median(theirs),
+            )
+        ]
+
+    def _hugging_face(self, model: Any, processor: Any) -> float:
+        pixels = np.random.default_rng(self.rng.getrandbits(63)).integers(0, 256, (448, 448, 3), dtype=np.uint8)
+        start = time.perf_counter()
+        processed = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+        count = int(processed["image_grid_thw"].prod()) // 4
+        ids = torch.tensor(
+            [[*self.rng.choices(range(100, 4000), k=8), *[self.info.image_token_id] * count, *self.rng.choices(range(100, 4000), k=16)]]
+        )
+        types = (ids == self.info.image_token_id).int()
+        with torch.inference_mode():
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, pixel_values=processed["pixel_values"].to(self.dtype),
+                image_grid_thw=processed["image_grid_thw"], do_sample=False, min_new_tokens=64, max_new_tokens=64,
+            )  # fmt: skip
+        return time.perf_counter() - start
+
+    def _ask(self, url: str, load: Workload, count: int) -> list[Result]:
+        results = asyncio.run(run_load(url, load, load.chats(count, self.rng), count, 0.0, self.rng))
+        raise_failed(results)
+        return results
+
+    # Parts of the way.
+
+    def forward(self) -> list[Row]:
+        info = self.info.vision
+        torch.set_num_threads(os.cpu_count() or 1)
+        engine = TorchEngine(info, VisionEncoder(info, Checkpoint(self.folder, self.dtype, CPU)))
+        tower = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval().model.visual
+        weights = sum(parameter.numel() for block in tower.blocks for parameter in block.parameters())
+        rows = []
+        for side in (32, 64):
+            grid = GridTHW(1, side, side)
+            job = EncodeJob(
+                torch.zeros(1, side * 14, side * 14, 3, dtype=torch.uint8), grid, torch.empty(side * side // 4, info.hidden_size, dtype=self.dtype)
+            )
+            patches, grids = torch.zeros(side * side, 1176, dtype=self.dtype), torch.tensor([list(grid)])
+
+            def hugging_face(patches: torch.Tensor = patches, grids: torch.Tensor = grids) -> None:
+                with torch.inference_mode():
+                    tower(patches, grid_thw=grids)
+
+            ours, theirs = [], []
+            for number in range(self.rounds + 1):
+                times = [_seconds(partial(engine.encode, [job])), _seconds(hugging_face)]
+                if number:
+                    ours.append(times[0])
+                    theirs.append(times[1])
+            best = statistics.median(ours)
+            count = side * side
+            flop = 2 * count * weights + 4 * count * count * info.embed_dim * info.depth
+            rows.append(Row(f"encoder, {count} patches", count / best, "Hugging Face", count / statistics.median(theirs), "patches/s"))
+            rows.append(Row(f"encoder, {count} patches", flop / best / 1e9, "matrix products", matmul_rate(self.dtype) / 1e9, "GFLOP/s"))
+        return rows
+
+    def decode(self) -> list[Row]:
+        pixels = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 67, 3), dtype=np.uint8)).resize((4032, 3024)))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        data, info = buffer.getvalue(), self.info.vision
+        size = smart_resize(read_size(data, 10**8, ""), info.factor, info.min_pixels, info.max_pixels)
+        nbytes = align(size.height * size.width * 3)
+        pool, slots = TensorPool.on_host("bench", 1, 2 * nbytes, 8), SlotAllocator(2 * nbytes, nbytes, 8)
+        slot = slots.allocate(nbytes)
+        assert slot is not None
+        out = pool.array(pool.lend(slot, (1, *size, 3), "uint8"))
+
+        async def ready() -> bytes:
+            return data
+
+        def ours() -> None:
+            source = PictureSource(ready, "", threads)
+            smart_resize(read_size(data, 10**8, ""), info.factor, info.min_pixels, info.max_pixels)
+            asyncio.run(source.decode((0,), out, 0))
+
+        def pillow() -> None:
+            Image.open(io.BytesIO(data)).convert("RGB").resize((size.width, size.height), Image.Resampling.BICUBIC)
+
+        with ThreadPoolExecutor(1) as threads:
+            times = [(_seconds(ours), _seconds(pillow)) for _ in range(2 * self.rounds + 1)][1:]
+            assert np.array_equal(out[0], decode(data, ImageSize(*size), ""))
+        pool.close()
+        mine, theirs = (statistics.median(values) for values in zip(*times, strict=True))
+        return [_row(f"12-megapixel JPEG to {size.width}x{size.height}", mine, "Pillow alone", theirs)]
+
+
+class _InProcess:
+    """The same runner and the same encoder in one thread, all cores for both: an image that has come is encoded between two steps."""
+
+    def __init__(self, folder: Path, num_output: int) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        self._info, self._num_output = read_model_info(folder), num_output
+        config = Config(model=ModelConfig(max_model_len=4096), llm=LlmConfig(max_num_seqs=NUM_STREAMS + 1))
+        self._runner = ModelRunner(self._info, config, folder, CPU, TensorParallel(), lambda done, total: None)
+        self._block_size = config.llm.block_size
+        self._blocks = 4096 // self._block_size
+        self._runner.open_cache((NUM_STREAMS + 1) * self._blocks, 4096)
+        dtype = choose_dtype("auto", CPU)
+        vision = self._info.vision
+        self._engine = TorchEngine(vision, VisionEncoder(vision, Checkpoint(folder, dtype, CPU)))
+        self._dtype = dtype
+        self._step = 0
+
+    def run(self, size: tuple[int, int] | None) -> list[float]:
+        """Gaps of four streams; with `size` there is always another image of that size to encode and its prompt to compute, 16 tokens a step."""
+        gaps: list[float] = []
+        lengths = [32] * NUM_STREAMS
+        self._launch([self._plan(slot, [5] * 32, 0) for slot in range(NUM_STREAMS)], is_first=True)
+        prompt: list[int] = []
+        computed = 0
+        last = time.perf_counter()
+        for _ in range(self._num_output):
+            plans = [self._plan(slot, [7], length) for slot, length in enumerate(lengths)]
+            if size and computed >= len(prompt):
+                prompt, computed = [9] * (self._encode(size) + 16), 0
+            if computed < len(prompt):
+                part = prompt[computed : computed + 16]
+                plans.append(self._plan(NUM_STREAMS, part, computed))
+                computed += len(part)
+            self._launch(plans)
+            lengths = [length + 1 for length in lengths]
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+        return gaps
+
+    def _encode(self, size: tuple[int, int]) -> int:
+        vision = self._info.vision
+        target = smart_resize(ImageSize(size[1], size[0]), vision.factor, vision.min_pixels, vision.max_pixels)
+        grid = GridTHW(1, target.height // vision.patch_size, target.width // vision.patch_size)
+        output = torch.empty(grid.num_patches // 4, vision.hidden_size, dtype=self._dtype)
+        self._engine.encode([EncodeJob(torch.zeros(1, *target, 3, dtype=torch.uint8), grid, output)])
+        return len(output)
+
+    def _plan(self, slot: int, token_ids: list[int], first: int) -> SequencePlan:
+        positions = np.broadcast_to(np.arange(first, first + len(token_ids), dtype=np.int32), (3, len(token_ids)))
+        table = pack_int32(range(slot * self._blocks, (slot + 1) * self._blocks))
+        return SequencePlan(slot, pack_int32(token_ids), positions.tobytes(), first, table, (), is_sampled=True)
+
+    def _launch(self, plans: Sequence[SequencePlan], is_first: bool = False) -> None:
+        self._step += 1
+        starts = tuple(SequenceStart(slot, 32, SamplingParams(temperature=0, seed=0), b"") for slot in range(NUM_STREAMS + 1)) if is_first else ()
+        self._runner.launch(StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=starts, sequences=tuple(plans))).result()
+
+
+async def _send_one(url: str, body: dict[str, Any]) -> Result:
+    async with open_session() as session:
+        result = await send(session, url, body)
+    raise_failed([result])
+    return result
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _row(what: str, ours: float, against: str, theirs: float) -> Row:
+    return Row(what, ours * 1000, against, theirs * 1000, "ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
+    parser.add_argument("--model", type=Path, help="a checkpoint to measure instead")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output-tokens", type=int, default=400, help="of each stream of `isolation`")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or Path(scratch)
+        if args.model is None:
+            make_checkpoint(folder, args.shape)
+        bench = Bench(folder, args.rounds, args.output_tokens)
+        cores = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        print(f"{cores}, {args.model or args.shape}, {bench.dtype}; median of {args.rounds} rounds\n", flush=True)
+        print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+        for part in args.parts:
+            for row in getattr(bench, part)():
+                rows.append(row)
+                print(f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | {row.ratio:.2f} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
