@@ -172,11 +172,14 @@ class LauncherConfig:
         choices=("elastic", "fixed"),
     )
     cache_dir: str = option("", "folder for exported encoders (default: vlm-pipeline in the user's cache folder)", metavar="FOLDER")
+    trace_dir: str = option("", "folder in which each worker writes what it does when, for tools/trace.py", metavar="FOLDER")
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")
 
     def __post_init__(self) -> None:
         _at_least(self, shutdown_timeout=0)
+        if self.trace_dir and not Path(self.trace_dir).is_dir():
+            raise ValueError(f"trace_dir {self.trace_dir!r} is no folder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Cores that the LLM and the ViTs lend each other: who computes alone has all of them, and gives them back as soon as the other begins.
 
-Each process has one byte of a file in the run directory, mapped by all, that says whether it computes. Nobody is ever asked or told.
+Each process has one byte of a file in the run directory, mapped by all, that says whether it computes, and on whose cores. Nobody is ever
+asked or told. Who begins waits until the others have their hands off its cores, which takes them a step, or a layer.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pipeline.topology import Role, WorkerId
 
 FILE = "activity"
 MAX_WORKERS = 256  # of a role
+IDLE, OWN, WIDE = 0, 1, 2
+POLL_S = 0.001
+MOST_TO_WAIT_S = 0.3  # for cores; a step or a layer may take longer, and then both share them for a while
 HOLD_S = 0.1  # others have been idle for so long before their cores are taken: they often only wait for the next piece of work
 
 
 class Activity:
-    """Who computes: a byte for each LLM rank, then one for each ViT."""
+    """Who computes, and where: a byte for each LLM rank, then one for each ViT."""
 
     def __init__(self, run_dir: Path) -> None:
         fd = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -31,11 +35,12 @@ class Activity:
         finally:
             os.close(fd)
 
-    def announce(self, worker: WorkerId, is_busy: bool) -> None:
-        self._map[_start(worker.role) + worker.rank] = is_busy
+    def announce(self, worker: WorkerId, state: int) -> None:
+        self._map[_start(worker.role) + worker.rank] = state
 
-    def is_any_busy(self, role: Role) -> bool:
-        return any(self._map[_start(role) : _start(role) + MAX_WORKERS])
+    def most(self, role: Role) -> int:
+        """The state of whoever of a role is busiest."""
+        return max(self._map[_start(role) : _start(role) + MAX_WORKERS])
 
 
 def _start(role: Role) -> int:
@@ -43,32 +48,45 @@ def _start(role: Role) -> int:
 
 
 class CoreSharing:
-    """One compute process's view. Call `adapt` from the thread that computes, before each piece of work."""
+    """One compute process's view. The thread that computes calls `enter` before a piece of work, and may call `adapt` in its middle."""
 
     def __init__(
         self, activity: Activity, worker: WorkerId, placement: Placement, set_num_threads: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic, set_cores: Callable[[Sequence[int]], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         self._activity, self._worker, self._placement = activity, worker, placement
-        self._set_num_threads, self._clock, self._set_cores = set_num_threads, clock, set_cores or pin_all_threads
+        self._set_num_threads, self._clock, self._sleep, self._set_cores = set_num_threads, clock, sleep, set_cores or pin_all_threads
         self._other = Role.LLM if worker.role is Role.VIT else Role.VIT
         self._idle_since: float | None = None  # the others
-        self.is_wide = False
-        activity.announce(worker, False)  # whoever was here before may have died at work
+        self.is_wide = self._is_busy = False
+        self.announce(False)  # whoever was here before may have died at work
 
     @property
     def can_widen(self) -> bool:
         return bool(self._placement.wide_cores)
 
     def announce(self, is_busy: bool) -> None:
-        self._activity.announce(self._worker, is_busy)
+        """Others keep off our cores while we are busy: to be told as soon as work is in sight."""
+        self._is_busy = is_busy
+        self._activity.announce(self._worker, (WIDE if self.is_wide else OWN) if is_busy else IDLE)
+
+    def enter(self) -> bool:
+        """Announces work, adapts, and waits while others still compute on our cores. Whether theirs are ours now."""
+        self.adapt()
+        self.announce(True)
+        deadline = self._clock() + MOST_TO_WAIT_S
+        while self._activity.most(self._other) == WIDE and self._clock() < deadline:
+            self.adapt()  # should both have taken all at once, both give back
+            self._sleep(POLL_S)
+        return self.is_wide
 
     def adapt(self) -> bool:
         """Takes the others' cores or gives them back. Whether they are ours now."""
         if not self.can_widen:
             return False
         now = self._clock()
-        if self._activity.is_any_busy(self._other):
+        if self._activity.most(self._other) != IDLE:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
@@ -82,6 +100,7 @@ class CoreSharing:
         place = self._placement
         self._set_cores(place.wide_cores if is_wide else place.cores)
         self._set_num_threads(len(place.wide_cores) if is_wide else place.num_threads)
+        self.announce(self._is_busy)
 
 
 def pin_all_threads(cores: Sequence[int]) -> None:

@@ -27,6 +27,7 @@ from pipeline.config import Config
 from pipeline.messages import ControlMessage, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
 from pipeline.sockets import Receiver, Sender, Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
+from pipeline.trace import Tracer
 
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
@@ -66,6 +67,7 @@ class WorkerContext:
         epochs = {parse_worker(name): epoch for name, epoch in spec.epochs.items()}
         self.sockets = Sockets(Path(spec.run_dir), epochs)
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
+        self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
 
     @property
     def origin(self) -> Origin:
@@ -153,6 +155,7 @@ def run_worker(module: str) -> None:
         context.status.send(WorkerFailed(error=_explain(error), **context.origin))
         code = 1
     context.sockets.close(linger_ms=STATUS_LINGER_MS)
+    context.tracer.flush()
     sys.stderr.flush()
     os._exit(code)  # helper threads may still sit in a library; nothing is left to lose
 

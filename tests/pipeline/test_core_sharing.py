@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.core_sharing import HOLD_S, Activity, CoreSharing, pin_all_threads
+import pytest
+
+from pipeline.core_sharing import HOLD_S, MOST_TO_WAIT_S, POLL_S, Activity, CoreSharing, pin_all_threads
 from pipeline.process import Placement
 from pipeline.topology import Role, WorkerId
 
@@ -18,10 +20,17 @@ class Machine:
     def __init__(self, run_dir: Path) -> None:
         self.now, self.run_dir = 0.0, run_dir
         self.told: list[object] = []
+        self.meanwhile: list[Callable[[], object]] = []  # what others do while one sleeps
 
     def sharing(self, worker: WorkerId, wide: Sequence[int] = (0, 1, 2, 3)) -> CoreSharing:
         place = Placement(cores=(0, 1, 2), num_threads=3, wide_cores=tuple(wide))
-        return CoreSharing(Activity(self.run_dir), worker, place, self.told.append, lambda: self.now, self.told.append)
+        return CoreSharing(Activity(self.run_dir), worker, place, self.told.append, lambda: self.now, self.told.append, self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for call in self.meanwhile[:1]:
+            self.meanwhile.remove(call)
+            call()
 
 
 def test_cores_are_taken_after_a_while_and_given_back_at_once(tmp_path: Path) -> None:
@@ -70,6 +79,44 @@ def test_who_died_at_work_is_forgotten_when_the_successor_begins(tmp_path: Path)
     llm.adapt()
     machine.now = 1.01 * HOLD_S
     assert llm.adapt()
+
+
+def widen(machine: Machine, sharing: CoreSharing) -> None:
+    sharing.adapt()
+    machine.now += 1.01 * HOLD_S
+    assert sharing.enter()
+
+
+def test_who_begins_waits_until_its_cores_are_free(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    llm, vit = machine.sharing(LLM), machine.sharing(VIT)
+    widen(machine, llm)
+    start = machine.now
+    machine.meanwhile = [lambda: None, lambda: None, llm.adapt]  # its step goes on for two polls more
+    assert not vit.enter()
+    assert machine.now - start == pytest.approx(3 * POLL_S)
+    assert not llm.is_wide
+
+
+def test_nobody_waits_for_ever_and_two_that_take_all_at_once_both_give_back(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    llm, vit = machine.sharing(LLM), machine.sharing(VIT)
+    widen(machine, llm)
+    start = machine.now
+    assert not vit.enter()
+    assert machine.now - start == pytest.approx(MOST_TO_WAIT_S, rel=0.1), "a step that long is not waited for"
+    llm.announce(False)
+    vit.announce(False)
+    llm.widen(False)
+    for sharing in (llm, vit):
+        sharing.adapt()
+    machine.now += 1.01 * HOLD_S
+    assert vit.adapt()
+    assert llm.adapt(), "neither has begun"
+    vit.announce(True)
+    machine.meanwhile = [vit.adapt]
+    assert not llm.enter()
+    assert not vit.is_wide
 
 
 def test_fixed_cores_stay_as_they_are(tmp_path: Path) -> None:

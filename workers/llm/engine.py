@@ -42,6 +42,7 @@ from pipeline.messages import (
 from pipeline.sampling import FinishReason
 from pipeline.sockets import Sink, Subscription
 from pipeline.tensors import PoolInfo
+from pipeline.trace import Tracer
 from workers.llm.clients import Clients, Ended, Interruption, Outcome, Publish, output_of
 from workers.llm.leases import Leases
 from workers.llm.model_runner import StepResult
@@ -93,7 +94,7 @@ class Engine:
         self, origin: Origin, scheduler: Scheduler, runner: Runner, welcome: Welcome, merge_size: int, publish: Publish,
         publish_step: Callable[[StepsMessage], bool] | None, feedback: Sink[FeedbackMessage], vits: Sequence[Sink[EncodeMessage]],
         is_current: Callable[[WorkerMessage], bool] = lambda message: True, has_overlap: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.perf_counter, tracer: Tracer | None = None,
     ) -> None:  # fmt: skip
         self.scheduler, self.runner = scheduler, runner
         self._origin, self._welcome, self._merge_size = origin, welcome, merge_size
@@ -104,6 +105,7 @@ class Engine:
         self._under_way: deque[_Flight] = deque()
         self._started: list[SequenceStart] = []  # that the runner has not been told of
         self._step, self._step_end = 0, 0.0
+        self._tracer = tracer
         self.is_wide = False  # steps run on all cores
         self.counters = {"steps": 0, "stale_messages": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "interrupted": 0}
 
@@ -323,6 +325,10 @@ class Engine:
         """Lets the scheduler learn from the time that the step took: from its launch, or from the end of the one before."""
         ended_at = flight.ended_at or self._clock()
         started_at, self._step_end = max(flight.started_at, self._step_end), ended_at
+        if self._tracer is not None and self._tracer.is_on:
+            name = "decode" if flight.num_decodes == len(flight.scheduled) else "decode and prefill" if flight.num_decodes else "prefill"
+            ids = (item.request.request_id for item in flight.scheduled)
+            self._tracer.span(name, started_at, ids, sum(item.num_tokens for item in flight.scheduled), end=ended_at)
         if self.scheduler.step_times is not None:
             prefills = flight.scheduled[flight.num_decodes :]
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)

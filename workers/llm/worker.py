@@ -114,6 +114,7 @@ def _lead(
     engine = Engine(
         context.origin, scheduler, runner, welcome, merge_size, outputs.publish, steps.publish if steps else None,
         sockets.sender(FEEDBACK), vits, context.is_current, has_overlap=has_overlap(config.llm.overlap, runner.device),
+        tracer=context.tracer,
     )  # fmt: skip
     blocks = scheduler.blocks
     step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
@@ -139,7 +140,7 @@ def _lead(
             context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
             if not engine.requests:
                 engine.check_integrity()
-        engine.is_wide = sharing.adapt()
+        engine.is_wide = sharing.enter()
         scheduler.step_times = step_times.get(engine.is_wide)
         is_busy = engine.step(now)
         sharing.announce(is_busy)

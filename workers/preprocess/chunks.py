@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeReque
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.sockets import Sink
 from pipeline.tensors import TensorPool
+from pipeline.trace import Tracer
 from workers.preprocess.media import Chunk
 from workers.preprocess.router import Router
 
@@ -41,11 +43,12 @@ class ChunkFlow:
 
     def __init__(
         self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]], vit_epoch: Callable[[int], int],
-        tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
+        tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None], tracer: Tracer,
     ) -> None:  # fmt: skip
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
         self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
         self._waiting: list[tuple[float, Order, ChunkKey]] = []  # a heap: who has a slot, and is to be decoded
+        self._tracer = tracer
         self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
         self._num_decoding = 0
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
@@ -123,6 +126,7 @@ class ChunkFlow:
 
     async def _decode(self, state: ChunkState) -> None:
         error: RequestError | None = None
+        start = time.monotonic()
         request = self._encode_request(state)
         assert request.pixels is not None
         try:
@@ -131,6 +135,7 @@ class ChunkFlow:
             error = broken
         state.is_decoding = False
         self._num_decoding -= 1
+        self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1
         if state.is_over:
             self._drop(state)

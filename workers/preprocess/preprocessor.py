@@ -97,7 +97,7 @@ class Preprocessor:
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, num_threads * DECODES_PER_THREAD,
-            self._on_broken_chunk,
+            self._on_broken_chunk, context.tracer,
         )  # fmt: skip
         self._requests: dict[str, OpenRequest] = {}
         self._last_arrival = 0
@@ -202,6 +202,7 @@ class Preprocessor:
     # One request's preparation.
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
+        start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
         except RequestError as error:
@@ -211,6 +212,7 @@ class Preprocessor:
             self._refuse(opened, ErrorInfo(500, "the server cannot prepare this request", "messages"))
         else:
             self._announce(opened, message, items, prompt)
+        self._context.tracer.span("prepare", start, [opened.request_id])
 
     async def _read_request(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> tuple[list[Item], Prompt]:
         parts = list(_located_media(message))

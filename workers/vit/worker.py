@@ -6,6 +6,7 @@ that releases and cancellations are heard while the device works.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -142,8 +143,8 @@ class VitCore:
 class EngineThread:
     """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
 
-    def __init__(self, engine: Engine, device: torch.device, wakeup: Wakeup) -> None:
-        self._engine, self._device, self._wakeup = engine, device, wakeup
+    def __init__(self, engine: Engine, device: torch.device, sharing: CoreSharing, wakeup: Wakeup) -> None:
+        self._engine, self._device, self._sharing, self._wakeup = engine, device, sharing, wakeup
         self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | float] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name="engine").start()
@@ -153,6 +154,7 @@ class EngineThread:
             torch.cuda.set_device(self._device)  # which each thread has its own of
         while True:
             jobs = self._jobs.get()
+            self._sharing.enter()
             start = time.monotonic()
             try:
                 self._engine.encode(jobs)
@@ -215,11 +217,12 @@ def main(context: WorkerContext) -> None:
         slice_ms = GPU_SLICE_MS
     limit = SliceLimit(config.vit.vit_max_batch_patches, slice_ms / 1000 if slice_ms else None)
     placement = context.spec.placement
+    if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":  # which has threads of its own, as many as it began with
+        placement = dataclasses.replace(placement, wide_cores=())
     sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
-    can_share = device.type == "cpu" and config.vit.vit_engine != "onnxruntime"  # which has threads of its own, as many as it began with
     spec = EngineSpec(
         info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
-        between_layers=sharing.adapt if can_share else None,
+        between_layers=sharing.adapt if sharing.can_widen else None,
         cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
@@ -229,7 +232,7 @@ def main(context: WorkerContext) -> None:
     batcher = Batcher(allocator, info.vision.hidden_size * ITEM_SIZES[dtype_name], info.vision.merge_size)
     core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback, PoolMap(ordinal))
     wakeup = Wakeup()
-    thread = EngineThread(engine, device, wakeup)
+    thread = EngineThread(engine, device, sharing, wakeup)
     poller = Poller(inbox, control, wakeup)
     if device.type == "cuda":
         warm_up(engine, info.vision, dtype, device, config.vit.vit_max_batch_patches)  # takes what memory it needs before the LLM takes the rest
@@ -243,7 +246,10 @@ def main(context: WorkerContext) -> None:
         while (received := inbox.receive()) is not None:
             core.handle(received.message)
         if batch and (seconds := thread.take_done()) is not None:
-            limit.observe(sum(pending.grid_thw.num_patches for pending in batch), seconds)
+            num_patches = sum(pending.grid_thw.num_patches for pending in batch)
+            limit.observe(num_patches, seconds)
+            ids = (key.request_id for pending in batch for key in pending.waiters)
+            context.tracer.span("encode", time.monotonic() - seconds, ids, num_patches)
             core.on_encoded(batch)
             batch = []
         if not batch:

@@ -37,6 +37,7 @@ from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
+from pipeline.trace import Tracer
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
@@ -103,6 +104,7 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
             sockets=SimpleNamespace(epochs=epochs),
             spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2)),
             is_current=lambda message: message.epoch >= 1,
+            tracer=Tracer("", PREPROCESS),
         )
         allocator = SlotAllocator(1 << 20, 1 << 18, 16)
         pool = TensorPool.on_host("preprocess.0", 1, 1 << 20, 16)

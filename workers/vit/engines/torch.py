@@ -38,8 +38,6 @@ class TorchEngine:
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. When it returns the device is done with them, so handles may be sent."""
         device = self.encoder.device
-        if self._between_layers is not None:
-            self._between_layers()
         patches = torch.cat([patchify(job.pixels.to(device), self.info) for job in jobs])
         angles = torch.cat([rotary_angles(job.grid_thw, self.info) for job in jobs]).to(device)
         cos, sin = rotary_tables(angles, torch.float32)
