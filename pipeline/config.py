@@ -86,7 +86,7 @@ class PreprocessConfig:
             max_video_mib=1,
             video_timeout_s=0.1,
         )
-        _at_least(self, min_pixels=1, max_pixels=1, max_video_frames=1)
+        _at_least(self, min_pixels=1, max_pixels=1, max_video_frames=2)
         if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_CHUNKS:
             raise ValueError(f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_CHUNKS}, got {product}")
         if self.max_items_per_request > MAX_ITEMS:
@@ -134,7 +134,6 @@ class LlmConfig:
         None, "CPU cores of all LLM ranks together (default: all but a quarter, which the ViTs have; more are shared with them)", metavar="N"
     )
     quantization: str = option("none", "int8: weights in 8 bits, activations too, token by token; on the CPU only", choices=("none", "int8"))
-    partial_prefill: bool = option(True, "compute a prompt up to its first picture that is not encoded yet; without: wait for all of them")
     prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
     max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
     attention: str = option(

@@ -71,11 +71,12 @@ class VisionInfo:
 
     @property
     def largest_pixels(self) -> int:
-        """An upper bound on the pixels of a resized picture: thin ones may pass `max_pixels`, since sides are rounded to `factor`."""
+        """An upper bound on the pixels of a resized picture.
+
+        Thin ones may pass `max_pixels`, since sides are rounded to `factor`: most so where a request wants at least `max_pixels`.
+        """
         factor, ratio = self.factor, math.sqrt(MAX_ASPECT_RATIO)
-        thin = factor * math.sqrt(self.max_pixels) * ratio
-        enlarged = self.min_pixels + factor * math.sqrt(self.min_pixels) * (ratio + 1 / ratio) + factor * factor
-        return math.ceil(max(self.max_pixels, thin, enlarged))
+        return math.ceil(self.max_pixels + factor * math.sqrt(self.max_pixels) * (ratio + 1 / ratio) + factor * factor)
 
     def with_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> VisionInfo:
         """The same with the server's limits in place of the model's. Raises ValueError when they cross."""
@@ -106,8 +107,8 @@ class ModelInfo:
     @property
     def largest_pixel_bytes(self) -> int:
         """An upper bound on the pixels, in bytes, of what goes through a ViT as one."""
-        vision, video = self.vision, self.video
-        frame = dataclasses.replace(vision, min_pixels=video.min_pixels, max_pixels=video.max_pixels).largest_pixels
+        vision = self.vision
+        frame = dataclasses.replace(vision, max_pixels=self.video.max_pixels).largest_pixels
         piece = vision.temporal_patch_size * max(frame, self.video_chunk_patches * vision.patch_size**2)
         return 3 * max(vision.largest_pixels, piece)
 

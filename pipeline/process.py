@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import logging
 import os
+import resource
 import signal
 import struct
 import sys
@@ -163,6 +164,8 @@ def run_worker(module: str) -> None:
 def _settle(placement: Placement) -> None:
     """Cores and threads, before any library that starts threads is imported."""
     os.sched_setaffinity(0, placement.cores)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
     # A thread that spins for work on a core which another process needs costs whole scheduler ticks; one that sleeps at once is woken
     # hundreds of times a step. So many turns last from one operation of a step to the next, some ten microseconds.
     os.environ.update(OMP_NUM_THREADS=str(placement.num_threads), GOMP_SPINCOUNT="10000", TOKENIZERS_PARALLELISM="false")

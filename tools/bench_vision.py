@@ -7,7 +7,7 @@ Weights are random. Servers are its own. Rounds are interleaved and medians are 
 
 isolation   ITL of four streams while images arrive without pause, beside the same streams alone: `--cpu-sharing fixed` and `elastic`
 loop        the same of an in-process loop of the same code that encodes between its steps, as servers without a process for the ViT do
-ttft        of a request with four images: two ViTs beside one, prefill up to the first missing image beside waiting for all
+ttft        of a request with four images: two ViTs beside one
 repeat      TTFT of an image seen before, with another text, beside the first time
 forward     patches/s of the encoder beside Hugging Face's tower and the rate of matrix products
 together    eight requests at once, each with an image of its own, beside Hugging Face one after the other
@@ -161,23 +161,16 @@ class Bench:
 
     def ttft(self) -> list[Row]:
         load = Workload(num_words=16, num_output=1, num_images=4)
-        setups = {
-            "two ViTs": ("--vit", "2", "--vit-cores", "2"), "one ViT": ("--vit", "1", "--vit-cores", "1"),
-            "partial": ("--cpu-sharing", "fixed"), "waiting": ("--cpu-sharing", "fixed", "--no-partial-prefill"),
-        }  # fmt: skip
+        setups = {"two ViTs": ("--vit", "2", "--vit-cores", "2"), "one ViT": ("--vit", "1", "--vit-cores", "1")}
         found: dict[str, list[float]] = {name: [] for name in setups}
-        for pair in (("two ViTs", "one ViT"), ("partial", "waiting")):
-            with serve(self.folder, *setups[pair[0]]) as first, serve(self.folder, *setups[pair[1]]) as second:
-                for number in range(self.rounds + 1):
-                    for name, served in zip(pair, (first, second), strict=True):
-                        (result,) = self._ask(served.url, load, 1)
-                        if number:
-                            found[name].append(result.ttft)
+        with serve(self.folder, *setups["two ViTs"]) as two, serve(self.folder, *setups["one ViT"]) as one:
+            for number in range(self.rounds + 1):
+                for name, served in zip(setups, (two, one), strict=True):
+                    (result,) = self._ask(served.url, load, 1)
+                    if number:
+                        found[name].append(result.ttft)
         medians = {name: statistics.median(values) for name, values in found.items()}
-        return [
-            _row("TTFT, 4 images, two ViTs", medians["two ViTs"], "one ViT", medians["one ViT"]),
-            _row("TTFT, 4 images, partial prefill", medians["partial"], "waiting for all", medians["waiting"]),
-        ]
+        return [_row("TTFT, 4 images, two ViTs", medians["two ViTs"], "one ViT", medians["one ViT"])]
 
     def repeat(self) -> list[Row]:
         first, again = [], []

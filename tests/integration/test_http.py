@@ -105,7 +105,7 @@ def test_a_part_may_be_named_and_not_sent_again(client: openai.OpenAI) -> None:
         (video([]), "must not be empty"),
         (video(["data:,x", ""]), "must not be empty"),
         (video("data:video/mp4;base64,AAAA", fps=0), "fps must be above 0"),
-        (video("data:video/mp4;base64,AAAA", max_frames=10**6), "max_frames must be between 1 and the server's 768"),
+        (video("data:video/mp4;base64,AAAA", max_frames=10**6), "max_frames must be between 2 and the server's 768"),
         (video([data_url(scene(1))], fps=2), "fps does not apply"),
         (video([data_url(scene(1))], uuid="x"), "has no uuid"),
         ({**picture(data_url(scene(1))), "max_pixels": 10**9}, "max_pixels must be between the server's"),

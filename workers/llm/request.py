@@ -131,14 +131,11 @@ class Request:
         """
         return any(chunk.embeddings is None and not chunk.is_lost and chunk.stop > num_computed_tokens for chunk in self.chunks)
 
-    def num_ready_tokens(self, is_partial: bool = True) -> int:
-        """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived.
-
-        Not `is_partial`: none while any embedding is missing.
-        """
+    def num_ready_tokens(self) -> int:
+        """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
         for chunk in self.chunks:
             if chunk.embeddings is None and chunk.stop > self.num_computed_tokens:
-                return chunk.offset if is_partial else self.num_computed_tokens
+                return chunk.offset
         return self.num_tokens
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:

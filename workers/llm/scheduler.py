@@ -51,12 +51,12 @@ class Schedule(NamedTuple):
 class Scheduler:
     def __init__(
         self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
-        step_times: StepTimes | None = None, has_prefix_cache: bool = True, is_partial: bool = True,
+        step_times: StepTimes | None = None, has_prefix_cache: bool = True,
     ) -> None:  # fmt: skip
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.step_times, self.has_prefix_cache, self._is_partial = step_times, has_prefix_cache, is_partial
+        self.step_times, self.has_prefix_cache = step_times, has_prefix_cache
         self.waiting: list[Request] = []  # these two are in order
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -93,7 +93,7 @@ class Scheduler:
         # What was just preempted would come straight back and take the blocks that it gave up.
         admitted = [] if preempted else self._admit()
         active = [request for request in self.running if not request.is_last_token_pending]
-        ready = [(request, request.num_ready_tokens(self._is_partial) - request.num_computed_tokens) for request in active]
+        ready = [(request, request.num_ready_tokens() - request.num_computed_tokens) for request in active]
         decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
         prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
         scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]

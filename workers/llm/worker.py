@@ -65,7 +65,7 @@ def main(context: WorkerContext) -> None:
         if steps is None:
             scheduler = Scheduler(
                 BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
-                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching, is_partial=config.llm.partial_prefill,
+                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching,
             )  # fmt: skip
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,8 @@ from pipeline.tensors import TensorPool
 from pipeline.trace import Tracer
 from workers.preprocess.media import Chunk
 from workers.preprocess.router import Router
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class ChunkFlow:
         self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
         self._waiting: list[tuple[float, Order, ChunkKey]] = []  # a heap: who has a slot, and is to be decoded
         self._tracer = tracer
+        self.largest = allocator.reserve  # bytes of pixels
         self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
         self._num_decoding = 0
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
@@ -125,14 +129,17 @@ class ChunkFlow:
                 self._tasks.create_task(self._decode(waiting))
 
     async def _decode(self, state: ChunkState) -> None:
-        error: RequestError | None = None
+        error: ErrorInfo | None = None
         start = time.monotonic()
         request = self._encode_request(state)
         assert request.pixels is not None
         try:
             await state.chunk.source.decode(state.chunk.frames, self._pool.array(request.pixels), request.pixels.offset)
         except RequestError as broken:
-            error = broken
+            error = broken.info
+        except Exception:  # a full disk, say: that request's fault or nobody's, and no reason to end
+            logger.exception("%s cannot be decoded", state.key)
+            error = ErrorInfo(500, "the server cannot read the media of this request", "messages")
         state.is_decoding = False
         self._num_decoding -= 1
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
@@ -145,7 +152,7 @@ class ChunkFlow:
         else:
             self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
             self._drop(state)
-            self._on_broken(state.key, error.info)
+            self._on_broken(state.key, error)
 
     def _finish(self, state: ChunkState) -> None:
         """No pixels are needed (any more). While a thread still writes them the slot stays."""

@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, TypeVar, cast
 
@@ -114,7 +115,7 @@ class _TemporaryFile:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  `close` does
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  `close` does
         self._digest = hashlib.sha256()
         self._pending = bytearray()
 
@@ -126,6 +127,7 @@ class _TemporaryFile:
     async def end(self) -> VideoFile:
         await self._flush()
         with self._file:
+            self._file.flush()
             return VideoFile(os.dup(self._file.fileno()), self._file.tell(), self._digest.digest())
 
     def close(self) -> None:
@@ -173,7 +175,9 @@ class Fetcher:
             case "file":
                 return await asyncio.to_thread(read_file, parsed.path)
             case "http" | "https":
-                return await self._share((parsed, validators, body), lambda: self._download(parsed, field, validators, body(max_bytes)), field)
+                return await self._share(
+                    (parsed, validators, body), lambda: self._download(parsed, field, validators, partial(body, max_bytes)), field
+                )
             case _:
                 raise RequestError("a media URL must begin with http://, https://, data: or file://", field=field)
 
@@ -217,16 +221,18 @@ class Fetcher:
                 if self._downloads.get(key) is download:  # nobody may join what is over
                     del self._downloads[key]
 
-    async def _download(self, url: URL, field: str, validators: Validators | None, body: Any) -> Fetched[Any]:
+    async def _download(self, url: URL, field: str, validators: Validators | None, make_body: Callable[[], Any]) -> Fetched[Any]:
         async with self._slots:
+            body = make_body()
             try:
                 async with asyncio.timeout(self._config.media_timeout_s):
+                    asked = url
                     for _ in range(MAX_REDIRECTS + 1):
                         self._check_host(url, field)
                         result = await self._get(url, field, validators, body)
                         if isinstance(result, Fetched):
-                            return result
-                        url = result
+                            return result if url == asked else result._replace(validators=None)  # a redirect may lead elsewhere next time
+                        url, validators = result, None
             except TimeoutError:
                 raise RequestError(f"the media did not come within {self._config.media_timeout_s:.0f} s", field=field) from None
             except (aiohttp.ClientError, OSError, ValueError):

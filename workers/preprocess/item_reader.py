@@ -27,6 +27,7 @@ from workers.preprocess.videos import VideoFile, VideoReaders, frame_size, sampl
 
 MAX_REMEMBERED = 100_000
 MAX_FPS = 240.0
+MAX_UUID = 256
 D = TypeVar("D")
 Hold = Callable[[int], None]  # counts bytes that a request keeps
 Data = bytes | memoryview
@@ -49,7 +50,7 @@ class ItemReader:
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
-        self._known: OrderedDict[tuple[bytes, str, str, str], _Known] = OrderedDict()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()  # by a hash: what clients send has any length
         self._max_frames = info.video.max_frames if config.max_video_frames is None else config.max_video_frames
         self._settings = f"{info.folder}|".encode()
 
@@ -71,6 +72,8 @@ class ItemReader:
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
         if part.fps is not None:
             raise RequestError("fps does not apply to a list of frames: all of them are seen", field=field)
+        if part.uuid or any(frame.min_pixels or frame.max_pixels for frame in part.frames):
+            raise RequestError("a list of frames has no uuid, and its limits of size are those of the video", field=field)
         most = self._most_frames(part, field)
         if len(part.frames) > most:
             raise RequestError(f"the video has {len(part.frames)} frames, the limit is {most}", field=field)
@@ -107,11 +110,11 @@ class ItemReader:
         return low, high
 
     def _most_frames(self, part: VideoPart, field: str) -> int:
-        if part.max_frames is not None and not 1 <= part.max_frames <= self._max_frames:
-            raise RequestError(
-                f"max_frames must be between 1 and the server's {self._max_frames}, got {part.max_frames}", field=f"{field}.max_frames"
-            )
-        return part.max_frames or self._max_frames
+        least, most = self._info.vision.temporal_patch_size, self._max_frames
+        if part.max_frames is not None and not least <= part.max_frames <= most:
+            limits = f"{least} and the server's {most}"
+            raise RequestError(f"max_frames must be between {limits}, got {part.max_frames}", field=f"{field}.max_frames")
+        return part.max_frames or most
 
     def _frame_size(self, part: VideoPart, field: str, size: ImageSize, num_frames: int) -> ImageSize:
         video = self._info.video
@@ -143,8 +146,9 @@ class ItemReader:
 
         def spool() -> VideoFile:
             data = inline_data(part, field, frames, max_bytes)
-            with tempfile.TemporaryFile(buffering=0) as file:
+            with tempfile.TemporaryFile() as file:
                 file.write(data)
+                file.flush()
                 return VideoFile(os.dup(file.fileno()), len(data), hashlib.sha256(data).digest())
 
         async def load(validators: Validators | None) -> Fetched[VideoFile]:
@@ -164,7 +168,9 @@ class ItemReader:
         self, part: ImagePart | VideoPart, kind: str, field: str, salt: bytes,
         load: Callable[[Validators | None], Awaitable[Fetched[D]]], inspect: Callable[[D], Awaitable[_Known]],
     ) -> _Resolved[D]:  # fmt: skip
-        key = (salt, kind, "uuid", part.uuid) if part.uuid else (salt, kind, "url", part.url) if part.url else None
+        if len(part.uuid) > MAX_UUID:
+            raise RequestError(f"a uuid has at most {MAX_UUID} characters, this has {len(part.uuid)}", field=f"{field}.uuid")
+        key = hashlib.sha256(repr((salt, kind, part.uuid, "" if part.uuid else part.url)).encode()).digest() if part.uuid or part.url else None
         known = self._known.get(key) if key is not None else None
         if known is None or not part.uuid:
             fetched = await load(known.validators if known is not None else None)
@@ -189,7 +195,8 @@ class ItemReader:
 
         return _Resolved(known, _once(load_now))
 
-    def _remember(self, key: Any, known: _Known) -> None:
+    def _remember(self, key: bytes | None, known: _Known) -> None:
+        assert key is not None
         self._known[key] = known
         self._known.move_to_end(key)
         if len(self._known) > MAX_REMEMBERED:

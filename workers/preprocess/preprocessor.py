@@ -17,7 +17,7 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from pipeline.config import MAX_OPEN_CHUNKS, MIB, PreprocessConfig
+from pipeline.config import MAX_ITEMS, MAX_OPEN_CHUNKS, MIB, PreprocessConfig
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
@@ -205,6 +205,7 @@ class Preprocessor:
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
+            self._check_chunks(items)  # from here on nothing waits until they are announced
         except RequestError as error:
             self._refuse(opened, error.info)
         except Exception:  # whatever strange input made fail is that request's fault alone
@@ -216,6 +217,9 @@ class Preprocessor:
 
     async def _read_request(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> tuple[list[Item], Prompt]:
         parts = list(_located_media(message))
+        num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part, _ in parts)
+        if num_pictures > MAX_ITEMS:
+            raise RequestError(f"the request has {num_pictures} pictures and frames, the limit is {MAX_ITEMS}", field="messages")
         if len(parts) > (limit := self._config.max_items_per_request):
             raise RequestError(f"the request has {len(parts)} pictures and videos, the limit is {limit}", field="messages")
 
@@ -223,12 +227,22 @@ class Preprocessor:
             self._hold_media(opened, num_bytes)
 
         items = await gather(self._items.read(part, field, frames, message.cache_salt, hold) for part, field in parts)
-        num_chunks = sum(len(item.chunks) for item in items)
-        if self._chunks.num_open + num_chunks > MAX_OPEN_CHUNKS:
-            raise RequestError("the server is overloaded: too many pictures and pieces of videos are open", status=503)
         merged = self._info.vision.merge_size**2
         counts = [item.grid_thw.num_patches // merged for item in items]
-        return items, await self._in_thread(self._prompt.build, message.messages, counts.__getitem__)
+        limit = self._info.text.max_position_embeddings
+        if (total := sum(counts)) > limit:
+            raise RequestError(f"the pictures and videos take {total} tokens, the model's context has {limit}", field="messages")
+        prompt: Prompt = await self._in_thread(self._prompt.build, message.messages, counts.__getitem__)
+        if (total := len(prompt.token_ids)) > limit:
+            raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field="messages")
+        return items, prompt
+
+    def _check_chunks(self, items: Sequence[Item]) -> None:
+        chunks = [chunk for item in items for chunk in item.chunks]
+        if self._chunks.num_open + len(chunks) > MAX_OPEN_CHUNKS:
+            raise RequestError("the server is overloaded: too many pictures and pieces of videos are open", status=503)
+        if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
+            raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
 
     def _announce(self, opened: OpenRequest, message: SubmitRequest, media: Sequence[Item], prompt: Prompt) -> None:
         """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them in one order."""

@@ -25,7 +25,10 @@ from PIL import Image
 
 from pipeline.memory import HostMemory
 
-MEMORY_LIMIT = 4 << 30  # bytes of address space
+MEMORY_LIMIT = 4 << 30  # bytes of address space, beside the pool's
+# Containers that hold all that they show. FFmpeg also knows lists of other files, and would open these.
+FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+TS_PACKET = 188
 PR_SET_PDEATHSIG = 1
 Frame = npt.NDArray[Any]  # [height, width, 3] uint8
 
@@ -87,7 +90,7 @@ class AvVideo:
     def __init__(self, path: str) -> None:
         import av  # type: ignore[import-not-found,unused-ignore]
 
-        self._container = cast(Any, av.open(path))
+        self._container = cast(Any, av.open(path, options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}))
         self._stream = self._container.streams.video[0]
         packets = [packet for packet in self._container.demux(self._stream) if packet.pts is not None]
         self._times = sorted(packet.pts for packet in packets)
@@ -109,10 +112,23 @@ class AvVideo:
             frame = next(frame for frame in self._decoded if frame.pts is not None and frame.pts >= time)
             self._at = frame.pts
             image = frame.to_ndarray(format="rgb24")
-            yield np.rot90(image, -frame.rotation // 90) if frame.rotation % 360 else image
+            yield np.rot90(image, frame.rotation // 90) if frame.rotation % 360 else image
+
+
+def is_container(head: bytes) -> bool:
+    """Whether a file begins as one of `FORMATS` does."""
+    return (
+        head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+        or head.startswith((b"\x1aE\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"0&\xb2u\x8ef\xcf\x11"))
+        or (head.startswith(b"RIFF") and head[8:12] == b"AVI ")
+        or (len(head) > 2 * TS_PACKET and all(head[index * TS_PACKET] == 0x47 for index in range(3)))
+    )
 
 
 def open_video(path: str) -> Video:
+    with open(path, "rb") as file:
+        if not is_container(file.read(3 * TS_PACKET)):
+            raise ValueError("no container of a known kind")
     return DecordVideo(path) if platform.machine() == "x86_64" else AvVideo(path)
 
 
@@ -149,11 +165,12 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; whoever started us decides
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    fd = int(sys.argv[1])
+    limit = MEMORY_LIMIT + os.fstat(fd).st_size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints is no answer
-    fd = int(sys.argv[1])
     reader = Reader(HostMemory(fd, os.fstat(fd).st_size))
     while len(head := jobs.read(4)) == 4:
         job = msgspec.msgpack.decode(jobs.read(*struct.unpack("<I", head)), type=ReadJob)

@@ -87,26 +87,32 @@ class VideoReaders:
 
     async def _run(self, file: VideoFile, field: str, **what: object) -> Answer:
         async with self._places:
-            process = self._take(file) or await self._start()
-            is_new, process.video = process.video != file.number, file.number
-            job = ReadJob(path=file.path, is_new=is_new, max_pixels=self._max_frame_pixels, **what)  # type: ignore[arg-type]
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    answer = await self._ask(process.process, job)
-            except TimeoutError:
-                await self._kill(process.process)
-                raise RequestError(f"the video could not be read within {self._timeout_s:.0f} s", field=field) from None
-            except (asyncio.IncompleteReadError, OSError):
-                await self._kill(process.process)
-                logger.warning("the reader of a video ended with status %s", process.process.returncode)
-                answer = Failed()
-            except BaseException:
-                await self._kill(process.process)  # what it would say now nobody hears
-                raise
-            else:
-                self._idle.append(process)
-        if isinstance(answer, Failed):
-            raise RequestError(answer.reason or "the media is not a video that can be decoded", field=field)
+            idle = self._take(file)
+            answer = await self._try(idle or await self._start(), file, field, **what)
+            if answer is None and idle is not None:  # it may have died of what it read before
+                answer = await self._try(await self._start(), file, field, **what)
+        if answer is None or isinstance(answer, Failed):
+            raise RequestError((answer and answer.reason) or "the media is not a video that can be decoded", field=field)
+        return answer
+
+    async def _try(self, process: _Process, file: VideoFile, field: str, **what: object) -> Answer | None:
+        """None when the process has died of it."""
+        is_new, process.video = process.video != file.number, file.number
+        job = ReadJob(path=file.path, is_new=is_new, max_pixels=self._max_frame_pixels, **what)  # type: ignore[arg-type]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._ask(process.process, job)
+        except TimeoutError:
+            await self._kill(process.process)
+            raise RequestError(f"the video could not be read within {self._timeout_s:.0f} s", field=field) from None
+        except (asyncio.IncompleteReadError, OSError):
+            await self._kill(process.process)
+            logger.warning("the reader of a video ended with status %s", process.process.returncode)
+            return None
+        except BaseException:
+            await self._kill(process.process)  # what it would say now nobody hears
+            raise
+        self._idle.append(process)
         return answer
 
     def _take(self, file: VideoFile) -> _Process | None:

@@ -36,6 +36,8 @@ async def handle(request: web.Request) -> web.StreamResponse:
             date = {"Last-Modified": "Mon, 23 Nov 2026 08:00:00 GMT"}
             is_same = request.headers.get("If-Modified-Since") == date["Last-Modified"]
             return web.Response(status=304, headers=date) if is_same else web.Response(body=b"one", headers=date)
+        case "/moved":
+            raise web.HTTPFound("/versioned")
         case "/unasked":
             return web.Response(status=304)
         case "/large":
@@ -113,6 +115,8 @@ async def test_what_has_not_changed_is_not_sent_again(base: str, path: str) -> N
     assert validators is not None
     assert await fetcher.fetch(base + path, "", validators) == Fetched(None, validators)
     assert (await fetcher.fetch(base + path, "", validators._replace(etag='"0"'))).data == b"one"
+    assert await fetcher.fetch(f"{base}/moved", "") == Fetched(b"one", None), "a redirect may lead elsewhere next time"
+    assert (await fetcher.fetch(f"{base}/moved", "", validators)).data == b"one"
     with pytest.raises(RequestError, match="status 304"):
         await fetcher.fetch(f"{base}/unasked", "")
     await fetcher.close()

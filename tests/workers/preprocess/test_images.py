@@ -110,5 +110,6 @@ def test_no_size_passes_the_bound_on_resized_pixels(random_checkpoint: Path) -> 
         other = max(1, int(side * rng.uniform(1 / 200, 1)))
         size = ImageSize(side, other) if rng.random() < 0.5 else ImageSize(other, side)
         if max(size) <= 200 * min(size):
-            resized = smart_resize(size, *limits(info))
-            assert resized.height * resized.width <= info.largest_pixels, size
+            for low in (info.min_pixels, info.max_pixels):  # a request may ask for at least as much as the server allows at most
+                resized = smart_resize(size, info.factor, low, info.max_pixels)
+                assert resized.height * resized.width <= info.largest_pixels, size

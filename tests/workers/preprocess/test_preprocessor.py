@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -526,6 +527,56 @@ async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> N
     rig.submit("s", [encode(scene(9))])
     await rig.settle()
     assert rig.core.num_decoded == 1
+    rig.feedback(PixelsReleased, key=ChunkKey("s", 1, 0, 0))
+    rig.end("s")
+    rig.check_nothing_left()
+
+
+async def test_more_than_the_context_holds_is_refused_before_anything_is_announced(rig: Rig) -> None:
+    rig.submit("r", [encode(noise(seed, (140, 140))) for seed in range(60)])
+    rig.core._info = dataclasses.replace(rig.core._info, text=dataclasses.replace(rig.core._info.text, max_position_embeddings=1000))
+    await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert "take 1500 tokens, the model's context has 1000" in refusal.error.message
+    assert rig.encodes() == []
+    rig.end("r")
+    rig.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (ImagePart(frame=0, uuid="u" * 300), "at most 256 characters"),
+        (VideoPart(frames=(ImagePart(url="http://x/y"),) * 1025), "1025 pictures and frames, the limit is 1024"),
+        (VideoPart(frames=(ImagePart(frame=0, max_pixels=12544),)), "those of the video"),
+        (VideoPart(frames=(ImagePart(frame=0),), uuid="u"), "has no uuid"),
+        (VideoPart(frame=0, max_frames=1), "max_frames must be between 2 and"),
+    ],
+)
+async def test_parts_that_cannot_be_are_refused(rig: Rig, part: ImagePart | VideoPart, words: str) -> None:
+    rig.submit("r", [encode(scene(1))], messages=(ChatMessage("user", (part,)),))
+    await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert (refusal.error.status, words in refusal.error.message) == (400, True), refusal.error.message
+    rig.end("r")
+    rig.check_nothing_left()
+
+
+async def test_media_that_cannot_be_read_for_no_fault_of_theirs_end_their_request_only(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def decode(self: PictureSource, *args: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureSource, "decode", decode)
+        rig.submit("r", [encode(scene(1))])
+        await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert (refusal.error.status, "disk" in refusal.error.message) == (500, False)
+    rig.end("r")
+    rig.check_nothing_left()
+    rig.submit("s", [encode(scene(2))])
+    await rig.settle()
+    assert len(rig.llm.take(GenerateRequest)) == 2
     rig.feedback(PixelsReleased, key=ChunkKey("s", 1, 0, 0))
     rig.end("s")
     rig.check_nothing_left()

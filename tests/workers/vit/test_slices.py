@@ -19,10 +19,19 @@ def test_a_batch_shrinks_to_what_fits_the_turn() -> None:
     limit.observe(1000, 0.050)
     assert limit.max_patches == 200
     assert [limit.num_turns(count) for count in (1, 200, 201, 1000)] == [1, 1, 2, 5]
-    for _ in range(50):
+    for _ in range(100):
         limit.observe(1000, 0.001)
     assert limit.max_patches == 4096
     assert limit.num_turns(4000) == 1
+
+
+def test_what_a_forward_costs_as_such_does_not_make_batches_tiny() -> None:
+    """8 ms of launches and 10 us a patch: small pictures first, which alone look as if a patch took 0.1 ms."""
+    limit = SliceLimit(4096, 0.020)
+    for count in (64, 100, 64, 256, 80, 128, 300, 64, 500):
+        limit.observe(count, 0.008 + 1e-5 * count)
+    assert 1000 <= limit.max_patches <= 1300
+    assert limit.num_turns(2400) == 2
 
 
 def test_without_a_turn_only_patches_count() -> None:

@@ -174,6 +174,7 @@ def test_profiles_hold_every_size_of_the_largest_picture() -> None:
         profiles = profiles_for(info)
         assert profiles[-1].patches[2] * 14 * 14 >= largest
         for profile in profiles:
+            assert all(count % 4 == 0 for count in profile.patches), "whole tokens"
             for sizes in profile:
                 assert list(sizes) == sorted(sizes)
 

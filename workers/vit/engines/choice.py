@@ -44,6 +44,7 @@ class EngineSpec:
 def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.device, max_patches: int) -> None:
     """Encodes as much as a batch may hold, so that memory is taken and kernels are chosen before anybody waits."""
     merge, side = info.merge_size, info.patch_size
+    max_patches = min(max_patches, info.max_pixels // side**2)
     columns = max(merge, max_patches // (16 * merge) * merge)
     rows = max(merge, max_patches // columns // merge * merge)
     pixels = torch.zeros(1, rows * side, columns * side, 3, dtype=torch.uint8, device=device)

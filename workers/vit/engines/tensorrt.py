@@ -48,7 +48,8 @@ def load_tensorrt() -> Any:
 
 def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
     """One for many small frames, one for few large ones: memory follows the largest product of a profile's two axes."""
-    least, largest = info.merge_size**2, -(-info.largest_pixels // info.patch_size**2)
+    least = info.merge_size**2
+    largest = -(-info.largest_pixels // (least * info.patch_size**2)) * least  # whole tokens
     if largest <= SMALL:
         return (Profile((1, 4, MANY), (least, min(256, largest), largest)),)
     return (
@@ -147,7 +148,10 @@ class TensorRtEngine(BatchEngine):
         return self._profiles[self._profile(num_patches)].frames[2]
 
     def _profile(self, num_patches: int) -> int:
-        return next(index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches[2])
+        found = next((index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches[2]), None)
+        if found is None:
+            raise RuntimeError(f"the engine is for frames of at most {self._profiles[-1].patches[2]} patches, this has {num_patches}")
+        return found
 
     def _run(self, patches: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         context = self._contexts[self._profile(patches.shape[1])]
