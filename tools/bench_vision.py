@@ -46,7 +46,7 @@ from pipeline.slots import SlotAllocator, align
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from tools.bench_engine import Row, matmul_rate, percentile, raise_failed, serve
-from tools.bench_serving import Result, Workload, open_session, run_load, send
+from tools.bench_serving import Result, Workload, open_session, parse_sizes, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
@@ -64,8 +64,8 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    def __init__(self, folder: Path, rounds: int, num_output: int) -> None:
-        self.folder, self.rounds, self.num_output = folder, rounds, num_output
+    def __init__(self, folder: Path, rounds: int, num_output: int, sizes: Sequence[tuple[int, int]]) -> None:
+        self.folder, self.rounds, self.num_output, self.sizes = folder, rounds, num_output, sizes
         self.dtype = choose_dtype("auto", CPU)
         self.info = read_model_info(folder)
         self.rng = random.Random(0)
@@ -77,11 +77,11 @@ class Bench:
         rows: list[Row] = []
         for sharing in ("fixed", "elastic"):
             with serve(self.folder, "--cpu-sharing", sharing) as served:
-                for size in SIZES:
+                for size in self.sizes:
                     alone, beside = self._medians(partial(self._streams, served.url), size)
                     self._worst[sharing, size] = beside
                     rows += self._isolation_rows(f"--cpu-sharing {sharing}", size, alone, beside)
-        for size in SIZES:
+        for size in self.sizes:
             fixed, elastic = self._worst["fixed", size], self._worst["elastic", size]
             rows.append(_row(f"P99 ITL under images, {size[0]}x{size[1]}: elastic", elastic[0], "fixed", fixed[0]))
         return rows
@@ -89,7 +89,7 @@ class Bench:
     def loop(self) -> list[Row]:
         rows: list[Row] = []
         loop = _InProcess(self.folder, self.num_output)
-        for size in SIZES:
+        for size in self.sizes:
             alone, beside = self._medians(loop.run, size)
             rows += self._isolation_rows("in-process loop", size, alone, beside)
             if (fixed := self._worst.get(("fixed", size))) is not None:
@@ -127,7 +127,7 @@ class Bench:
         )
         num_images = 0
         # Made before: drawing them would hold up the loop that takes the streams' times.
-        chats = images.chats(MOST_IMAGES[size], self.rng) if size else []
+        chats = images.chats(MOST_IMAGES.get(size, 20), self.rng) if size else []
         bodies_with_images = [images.body([{"role": "user", "content": content}]) for (content,) in chats]
 
         async def keep_sending() -> None:
@@ -152,7 +152,7 @@ class Bench:
                     task.result()
                 task.cancel()
             await asyncio.gather(*noise, return_exceptions=True)
-        if size == SIZES[0] and not num_images:  # a large one may take longer than the streams
+        if size == self.sizes[0] and not num_images:  # a large one may take longer than the streams
             raise RuntimeError("no image was answered while the streams ran: ask for more --output-tokens")
         end = min(result.arrivals[-1] for result in results)
         return [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
@@ -376,6 +376,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output-tokens", type=int, default=400, help="of each stream of `isolation`")
+    parser.add_argument("--sizes", type=parse_sizes, default=SIZES, metavar="WxH,…", help="of the images of isolation and loop, smallest first")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
     rows: list[Row] = []
@@ -383,7 +384,7 @@ def main() -> None:
         folder = args.model or Path(scratch)
         if args.model is None:
             make_checkpoint(folder, args.shape)
-        bench = Bench(folder, args.rounds, args.output_tokens)
+        bench = Bench(folder, args.rounds, args.output_tokens, args.sizes)
         cores = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
         print(f"{cores}, {args.model or args.shape}, {bench.dtype}; median of {args.rounds} rounds\n", flush=True)
         print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
