@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.core_sharing import FILE as ACTIVITY
 from pipeline.topology import EDGES
 
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
-OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+")  # sockets by edge, rank and epoch; where ranks meet
+OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}")  # sockets by edge, rank and epoch; where ranks meet; who computes
 
 
 class RunDir:

@@ -264,37 +264,18 @@ class Bench:
         streams = Workload(num_words=16, num_output=12 * self.num_output)
         prompts = Workload(num_words=500, num_output=1)
 
-        async def run(served: Served, has_prompts: bool) -> tuple[list[float], float]:
+        def run(served: Served, has_prompts: bool) -> tuple[list[float], float]:
             """Gaps of the streams while all of them run, and prompt tokens/s meanwhile."""
-            num_prompt_tokens, last_prompt = 0, 0.0
 
-            async def keep_sending() -> None:
-                nonlocal num_prompt_tokens, last_prompt
-                while True:
-                    (content,) = prompts.chats(1, self.rng)[0]
-                    result = await send(session, served.url, prompts.body([{"role": "user", "content": content}]))
-                    raise_failed([result])
-                    num_prompt_tokens, last_prompt = num_prompt_tokens + result.num_prompt_tokens, time.perf_counter()
+            def prompt() -> dict[str, Any]:
+                (content,) = prompts.chats(1, self.rng)[0]
+                return prompts.body([{"role": "user", "content": content}])
 
-            async with open_session() as session:
-                bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, self.rng)]
-                results = [Result(sent=0.0) for _ in bodies]
-                running = [asyncio.create_task(send(session, served.url, body, result=result)) for body, result in zip(bodies, results, strict=True)]
-                while not all(result.arrivals for result in results):
-                    await asyncio.sleep(0.01)
-                    raise_failed(results)
-                start = time.perf_counter()
-                noise = [asyncio.create_task(keep_sending()) for _ in range(2 if has_prompts else 0)]
-                await asyncio.gather(*running)
-                raise_failed(results)
-                for task in noise:
-                    if task.done():
-                        task.result()
-                    task.cancel()
-                await asyncio.gather(*noise, return_exceptions=True)
-            end = min(result.arrivals[-1] for result in results)
-            gaps = [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
-            return gaps, num_prompt_tokens / (last_prompt - start) if num_prompt_tokens else 0.0
+            beside = asyncio.run(streams_beside(served.url, streams, self.rng, prompt if has_prompts else None))
+            if not beside.others:
+                return beside.gaps, 0.0
+            end = max(result.sent + result.e2el for result in beside.others)
+            return beside.gaps, sum(result.num_prompt_tokens for result in beside.others) / (end - beside.start)
 
         alone: list[float] = []
         mixed: list[float] = []
@@ -302,8 +283,8 @@ class Bench:
         with self.serve(*ALL_CORES) as served:
             idle = statistics.median(prefill_rate(served, 500, self.rng) for _ in range(self.rounds + 1))
             for number in range(self.rounds + 1):
-                quiet, _ = asyncio.run(run(served, False))
-                busy, rate = asyncio.run(run(served, True))
+                quiet, _ = run(served, False)
+                busy, rate = run(served, True)
                 if number:
                     alone.append(percentile(quiet, 99))
                     mixed.append(percentile(busy, 99))
@@ -314,6 +295,46 @@ class Bench:
             ),
             Row("prefill while 4 streams run", statistics.median(rates), "idle engine", idle, "tokens/s"),
         ]
+
+
+class Beside(NamedTuple):
+    """`others` are the requests that were answered while the streams ran, from `start` on."""
+
+    gaps: list[float]
+    others: list[Result]
+    start: float
+
+
+async def streams_beside(url: str, streams: Workload, rng: random.Random, other: Callable[[], dict[str, Any]] | None) -> Beside:
+    """Gaps of four streams while all of them run. Two requests of what `other` makes are always under way beside them."""
+    others: list[Result] = []
+
+    async def keep_sending() -> None:
+        assert other is not None
+        while True:
+            result = await send(session, url, other())
+            raise_failed([result])
+            others.append(result)
+
+    async with open_session() as session:
+        bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, rng)]
+        results = [Result(sent=0.0) for _ in bodies]
+        running = [asyncio.create_task(send(session, url, body, result=result)) for body, result in zip(bodies, results, strict=True)]
+        while not all(result.arrivals for result in results):
+            await asyncio.sleep(0.01)
+            raise_failed(results)
+        start = time.perf_counter()
+        noise = [asyncio.create_task(keep_sending()) for _ in range(2 if other else 0)]
+        await asyncio.gather(*running)
+        raise_failed(results)
+        for task in noise:
+            if task.done():
+                task.result()
+            task.cancel()
+        await asyncio.gather(*noise, return_exceptions=True)
+    end = min(result.arrivals[-1] for result in results)
+    gaps = [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
+    return Beside(gaps, others, start)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

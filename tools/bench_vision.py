@@ -45,7 +45,7 @@ from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator, align
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
-from tools.bench_engine import Row, matmul_rate, percentile, raise_failed, serve
+from tools.bench_engine import NUM_STREAMS, Row, matmul_rate, percentile, raise_failed, serve, streams_beside
 from tools.bench_serving import Result, Workload, open_session, parse_sizes, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from workers.llm.model_runner import ModelRunner
@@ -57,7 +57,6 @@ from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
 
 PARTS = ("isolation", "loop", "ttft", "repeat", "forward", "together", "decode")
-NUM_STREAMS = 4
 SIZES = ((448, 448), (1792, 1344))
 MOST_IMAGES = {SIZES[0]: 60, SIZES[1]: 8}  # that can be answered while the streams run
 CPU = torch.device("cpu")
@@ -117,45 +116,18 @@ class Bench:
         ]
 
     def _streams(self, url: str, size: tuple[int, int] | None) -> list[float]:
-        return asyncio.run(self._run_streams(url, size))
-
-    async def _run_streams(self, url: str, size: tuple[int, int] | None) -> list[float]:
         """Gaps of four streams while all of them run; two requests with an image of `size` each are always under way beside them."""
-        streams, images = (
-            Workload(num_words=16, num_output=self.num_output),
-            Workload(num_words=8, num_output=1, num_images=1, sizes=(size or (28, 28),)),
-        )
-        num_images = 0
+        streams = Workload(num_words=16, num_output=self.num_output)
+        if size is None:
+            return asyncio.run(streams_beside(url, streams, self.rng, None)).gaps
+        images = Workload(num_words=8, num_output=1, num_images=1, sizes=(size,))
         # Made before: drawing them would hold up the loop that takes the streams' times.
-        chats = images.chats(MOST_IMAGES.get(size, 20), self.rng) if size else []
-        bodies_with_images = [images.body([{"role": "user", "content": content}]) for (content,) in chats]
-
-        async def keep_sending() -> None:
-            nonlocal num_images
-            while True:
-                raise_failed([await send(session, url, bodies_with_images.pop())])
-                num_images += 1
-
-        async with open_session() as session:
-            bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, self.rng)]
-            results = [Result(sent=0.0) for _ in bodies]
-            running = [asyncio.create_task(send(session, url, body, result=result)) for body, result in zip(bodies, results, strict=True)]
-            while not all(result.arrivals for result in results):
-                await asyncio.sleep(0.01)
-                raise_failed(results)
-            start = time.perf_counter()
-            noise = [asyncio.create_task(keep_sending()) for _ in range(2 if size else 0)]
-            await asyncio.gather(*running)
-            raise_failed(results)
-            for task in noise:
-                if task.done():
-                    task.result()
-                task.cancel()
-            await asyncio.gather(*noise, return_exceptions=True)
-        if size == self.sizes[0] and not num_images:  # a large one may take longer than the streams
+        chats = images.chats(MOST_IMAGES.get(size, 20), self.rng)
+        bodies = [images.body([{"role": "user", "content": content}]) for (content,) in chats]
+        beside = asyncio.run(streams_beside(url, streams, self.rng, bodies.pop))
+        if size == self.sizes[0] and not beside.others:  # a large one may take longer than the streams
             raise RuntimeError("no image was answered while the streams ran: ask for more --output-tokens")
-        end = min(result.arrivals[-1] for result in results)
-        return [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
+        return beside.gaps
 
     # One request, or eight.
 

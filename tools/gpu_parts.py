@@ -372,18 +372,19 @@ def _transformers_row(machine: Machine, num_output: int) -> Row:
 
 
 def isolation(machine: Machine) -> Iterator[Row]:
-    """Pictures that nobody has seen for long: the ViT's cache is smaller than the round they come in. One batch is about one of them."""
-    side, num_pictures, num_output = (112, 8, 15) if machine.is_small else (448, 256, 2000)
+    """Pictures that nobody has seen for long: the ViT's cache is smaller than the round they come in. As many settings as the time allows."""
+    side, num_pictures, num_output = (112, 8, 15) if machine.is_small else (448, 256, 1000)
     caches = ("--no-prefix-caching", "--embedding-pool-mib", "32")
-    for sharing in ("timeslice", "mps"):
+    for slice_ms, sharing in itertools.product(("5", "2", "10"), ("timeslice", "mps")):
+        setting = f"{sharing}, ViT slice {slice_ms} ms"
         try:
-            with _serve(machine, "--gpu-sharing", sharing, "--vit-max-batch-patches", "1024", *caches) as served:
+            with _serve(machine, "--gpu-sharing", sharing, "--vit-slice-ms", slice_ms, *caches) as served:
                 alone, mixed, num_sent = asyncio.run(_itl_with_and_without(served.url, side, num_pictures, num_output))
         except RuntimeError as error:
-            yield Row(f"isolation by {sharing}", str(error))
+            yield Row(f"isolation by {setting}", str(error))
             continue
         told = f"{mixed * 1000:.1f} ms, alone {alone * 1000:.1f} ms, {num_sent} pictures"
-        yield Row(f"P99 ITL of 8 streams while pictures of {side}×{side} are encoded, {sharing}", told, mixed / alone, -1.2, "the streams alone")
+        yield Row(f"P99 ITL of 8 streams while pictures of {side}×{side} are encoded, {setting}", told, mixed / alone, -1.2, "the streams alone")
 
 
 async def _itl_with_and_without(url: str, side: int, num_pictures: int, num_output: int) -> tuple[float, float, int]:
