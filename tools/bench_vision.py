@@ -124,7 +124,13 @@ class Bench:
         # Made before: drawing them would hold up the loop that takes the streams' times.
         chats = images.chats(MOST_IMAGES.get(size, 20), self.rng)
         bodies = [images.body([{"role": "user", "content": content}]) for (content,) in chats]
-        beside = asyncio.run(streams_beside(url, streams, self.rng, bodies.pop))
+
+        def other() -> dict[str, Any]:
+            if not bodies:
+                raise RuntimeError("more images were answered than were made: ask for fewer --output-tokens, or a larger model")
+            return bodies.pop()
+
+        beside = asyncio.run(streams_beside(url, streams, self.rng, other))
         if size == self.sizes[0] and not beside.others:  # a large one may take longer than the streams
             raise RuntimeError("no image was answered while the streams ran: ask for more --output-tokens")
         return beside.gaps
