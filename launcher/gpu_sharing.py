@@ -6,7 +6,6 @@ fault of one reaches all. The daemon belongs to this launcher: its sockets are i
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import shutil
 import signal
@@ -15,16 +14,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 PROBE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 10.0
-PR_SET_PDEATHSIG = 1
 PROBE = """
 from cuda.bindings import runtime
 error, pointer = runtime.cudaMalloc(1 << 20)
@@ -78,7 +78,7 @@ class _Mps:
         # A session of its own, as Ctrl-C is for the launcher; and should that be killed, so is the daemon.
         self._process = subprocess.Popen(
             [control, "-f"], env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True, preexec_fn=_end_with_parent,
+            start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )  # fmt: skip
         try:
             self._wait(pipes / "control")
@@ -138,7 +138,3 @@ def _check(environment: Mapping[str, str]) -> str:
         if mig == "Enabled":
             raise MpsUnavailable("a GPU is divided by MIG")
     return control
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -170,7 +170,7 @@ class LauncherConfig:
         "elastic: on the CPU, LLM and ViTs have all cores while the others idle; fixed: each only its own",
         choices=("elastic", "fixed"),
     )
-    cache_dir: str = option("", "folder for exported encoders (default: vlm-pipeline in the user's cache folder)", metavar="FOLDER")
+    cache_dir: str = option("", "folder for exported and built encoders (default: vlm-pipeline in the user's cache folder)", metavar="FOLDER")
     trace_dir: str = option("", "folder in which each worker writes what it does when, for tools/trace.py", metavar="FOLDER")
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")

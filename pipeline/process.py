@@ -6,7 +6,6 @@ as the launcher lives: its end, and the kernel's parent-death signal, end the wo
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
@@ -26,12 +25,12 @@ import msgspec
 from pipeline import log
 from pipeline.config import Config
 from pipeline.messages import ControlMessage, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
+from pipeline.parent import end_with_parent
 from pipeline.sockets import Receiver, Sender, Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from pipeline.trace import Tracer
 
 logger = logging.getLogger(__name__)
-PR_SET_PDEATHSIG = 1
 BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
 STATUS_LINGER_MS = 2000  # the last words of a failing worker
 
@@ -134,7 +133,7 @@ def run_worker(module: str) -> None:
 
     The module is imported only once cores and threads are settled, since torch reads them when it is loaded.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the launcher alone decides
     spec = read_spec(sys.stdin.buffer)

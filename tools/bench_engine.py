@@ -341,6 +341,18 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100))
 
 
+def measure(bench: object, parts: Sequence[str], file: Path | None) -> None:
+    """Runs parts of a bench, methods that yield rows, and prints a table as they come; writes the figures to a file, too, if there is one."""
+    rows: list[Row] = []
+    print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+    for part in parts:
+        for row in getattr(bench, part)():
+            rows.append(row)
+            print(f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | {row.ratio:.2f} |", flush=True)
+    if file is not None:
+        file.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
@@ -354,7 +366,6 @@ def main() -> None:
     args = parser.parse_args()
     dtype = choose_dtype(args.dtype, torch.device("cpu"))
     hf_dtype = choose_dtype(args.hf_dtype or name_of(dtype), torch.device("cpu"))
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch)
         if args.model is None:
@@ -365,13 +376,7 @@ def main() -> None:
             f"{read_rate() / 1e9:.0f} GB/s, matrix products {matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median of {args.rounds} rounds\n",
             flush=True,
         )
-        print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
-        for part in args.parts:
-            for row in getattr(bench, part)():
-                rows.append(row)
-                print(f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | {row.ratio:.2f} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1) + "\n")
+        measure(bench, args.parts, args.json)
 
 
 if __name__ == "__main__":

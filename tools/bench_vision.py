@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import json
 import os
 import platform
 import random
@@ -45,7 +44,7 @@ from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator, align
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
-from tools.bench_engine import NUM_STREAMS, Row, matmul_rate, percentile, raise_failed, serve, streams_beside
+from tools.bench_engine import NUM_STREAMS, Row, matmul_rate, measure, percentile, raise_failed, serve, streams_beside
 from tools.bench_serving import Result, Workload, open_session, parse_sizes, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from workers.llm.model_runner import ModelRunner
@@ -357,7 +356,6 @@ def main() -> None:
     parser.add_argument("--sizes", type=parse_sizes, default=SIZES, metavar="WxH,…", help="of the images of isolation and loop, smallest first")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch)
         if args.model is None:
@@ -365,13 +363,7 @@ def main() -> None:
         bench = Bench(folder, args.rounds, args.output_tokens, args.sizes)
         cores = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
         print(f"{cores}, {args.model or args.shape}, {bench.dtype}; median of {args.rounds} rounds\n", flush=True)
-        print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
-        for part in args.parts:
-            for row in getattr(bench, part)():
-                rows.append(row)
-                print(f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | {row.ratio:.2f} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1) + "\n")
+        measure(bench, args.parts, args.json)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,9 @@ class Preprocessor:
         self._context, self._config, self._info = context, config, info
         self._llms, self._tasks = llms, tasks
         self._groups = GroupRouter(list(llms))
-        self._threads = ThreadPoolExecutor(max(2, context.spec.placement.num_threads), "decode")
-        self._fetcher = Fetcher(config)
         num_threads = max(2, context.spec.placement.num_threads)
+        self._threads = ThreadPoolExecutor(num_threads, "decode")
+        self._fetcher = Fetcher(config)
         self._readers = VideoReaders(pool.info.memory_fd, num_threads, config.video_timeout_s, config.max_image_pixels)
         self._items = ItemReader(config, info, len(vits), self._fetcher, self._threads, self._readers)
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)

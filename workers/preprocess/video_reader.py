@@ -8,7 +8,6 @@ pool. A file is named by its owner's descriptor, and stays open from one job to 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
@@ -24,12 +23,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.memory import HostMemory
+from pipeline.parent import end_with_parent
 
 MEMORY_LIMIT = 4 << 30  # bytes of address space, beside the pool's
 # Containers that hold all that they show. FFmpeg also knows lists of other files, and would open these.
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 TS_PACKET = 188
-PR_SET_PDEATHSIG = 1
 Frame = npt.NDArray[Any]  # [height, width, 3] uint8
 
 
@@ -162,7 +161,7 @@ class Reader:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; whoever started us decides
     fd = int(sys.argv[1])
