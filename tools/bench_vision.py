@@ -8,7 +8,7 @@ Weights are random. Servers are its own. Rounds are interleaved and medians are 
 isolation   ITL of four streams while images arrive without pause, beside the same streams alone: `--cpu-sharing fixed` and `elastic`
 loop        the same of an in-process loop of the same code that encodes between its steps, as servers without a process for the ViT do
 ttft        of a request with four images: two ViTs beside one
-repeat      TTFT of an image seen before, with another text, beside the first time
+repeat      TTFT of an image seen before, with another text, beside the first time: before the text, and behind it, where no prefix is shared
 forward     patches/s of the encoder beside Hugging Face's tower and the rate of matrix products
 together    eight requests at once, each with an image of its own, beside Hugging Face one after the other
 decode      a 12-megapixel JPEG to pixels in the pool, beside Pillow's decode and resize alone
@@ -150,19 +150,25 @@ class Bench:
         return [_row("TTFT, 4 images, two ViTs", medians["two ViTs"], "one ViT", medians["one ViT"])]
 
     def repeat(self) -> list[Row]:
-        first, again = [], []
+        load = Workload(num_words=8, num_output=1, num_images=1)
+        rows = []
         with serve(self.folder) as served:
-            for number in range(self.rounds + 1):
-                shared = Workload(num_words=8, num_output=1, num_images=1)
-                image = shared.chats(1, self.rng)[0][0][0]
-                times = []
-                for text in ("What is it?", "Which colour has it?"):
-                    body = shared.body([{"role": "user", "content": [{"type": "text", "text": text}, image]}])  # the text first: no prefix is shared
-                    times.append(asyncio.run(_send_one(served.url, body)).ttft)
-                if number:
-                    first.append(times[0])
-                    again.append(times[1])
-        return [_row("TTFT of an image seen before", statistics.median(again), "the first time", statistics.median(first))]
+            for place in ("before", "behind"):
+                first, again = [], []
+                for number in range(self.rounds + 1):
+                    image = load.chats(1, self.rng)[0][0][0]
+                    times = []
+                    for question in ("What is it?", "Which colour has it?"):
+                        parts = [image, {"type": "text", "text": question}]
+                        body = load.body([{"role": "user", "content": parts if place == "before" else parts[::-1]}])
+                        times.append(asyncio.run(_send_one(served.url, body)).ttft)
+                    if number:
+                        first.append(times[0])
+                        again.append(times[1])
+                rows.append(
+                    _row(f"TTFT, an image seen before, {place} its text", statistics.median(again), "the first time", statistics.median(first))
+                )
+        return rows
 
     def together(self) -> list[Row]:
         load = Workload(num_words=16, num_output=64, num_images=1)

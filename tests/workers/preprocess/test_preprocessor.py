@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
+import io
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from PIL import Image
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
@@ -470,6 +474,68 @@ async def test_a_url_that_has_not_changed_is_downloaded_again_only_on_a_miss() -
             rig.end(name)
             rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
         rig.check_nothing_left()
+
+
+async def test_the_same_bytes_are_one_picture_wherever_they_come_from(tmp_path: Path) -> None:
+    data = encode(scene(1))
+    (tmp_path / "a.png").write_bytes(data)
+
+    async def handle(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=data)
+
+    application = web.Application()
+    application.router.add_get("/picture", handle)
+    async with make_rig(1, allow_private_media=True, allowed_local_media_path=str(tmp_path)) as rig, TestServer(application) as server:
+        parts = {
+            "frame": ImagePart(frame=0),
+            "base64": ImagePart(frame=1, is_base64=True),
+            "url": ImagePart(url=str(server.make_url("/picture"))),
+            "path": ImagePart(url=f"file://{tmp_path}/a.png"),
+        }
+        for name, part in parts.items():
+            rig.submit(name, [data, base64.b64encode(data)], messages=(ChatMessage("user", (part,)),))
+        await rig.settle()
+        hashes = {message.request_id: message.items[0].mm_hash for message in rig.llm.take(GenerateRequest)}
+        assert set(hashes) == set(parts)
+        assert len(set(hashes.values())) == 1
+        for name in parts:
+            rig.end(name)
+            rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
+        rig.check_nothing_left()
+
+
+def with_palette(pixels: bytes, palette: list[int]) -> Image.Image:
+    image = Image.frombytes("P", (64, 64), pixels)
+    image.putpalette(palette)
+    return image
+
+
+async def test_pictures_that_differ_in_anything_seen_never_share_a_key(rig: Rig) -> None:
+    pixels = bytes(number % 4 for number in range(64 * 64))
+    greys, colours = [value for index in range(256) for value in (255 - index,) * 3], [value for index in range(256) for value in (index, 0, 255)]
+    pictures = {
+        "palette": encode(with_palette(pixels, greys)),
+        "another palette": encode(with_palette(pixels, colours)),
+        "the same bytes as grey": encode(Image.frombytes("L", (64, 64), pixels)),
+        "the same bytes as colours": encode(Image.frombytes("RGB", (32, 32), pixels[: 32 * 32 * 3])),
+        "the same bytes turned": encode(Image.frombytes("L", (32, 128), pixels)),
+        "one value more": encode(Image.frombytes("L", (64, 64), b"\1" + pixels[1:])),
+    }
+    seen = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures.values()]
+    assert len({(image.size, image.tobytes()) for image in seen}) == len(pictures)
+    for name, data in pictures.items():
+        rig.submit(name, [data])
+    part = ImagePart(frame=0, min_pixels=19600)
+    rig.submit("another size", [pictures["palette"]], messages=(ChatMessage("user", (part,)),))
+    names = [*pictures, "another size"]
+    await rig.settle()
+    hashes = {message.request_id: message.items[0].mm_hash for message in rig.llm.take(GenerateRequest)}
+    assert set(hashes) == set(names)
+    assert len(set(hashes.values())) == len(names)
+    for name in names:
+        rig.end(name)
+        rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
+    rig.check_nothing_left()
 
 
 async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(rig: Rig) -> None:
