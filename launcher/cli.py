@@ -74,12 +74,19 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def workers_environment() -> dict[str, str]:
-    """Ours, and that large blocks of memory are asked for in huge pages, which a process can only settle before it starts.
+    """Ours, and what a process can only settle before it starts.
 
-    Weights are then read with few look-ups, and a large activation costs some page faults instead of ten thousand.
+    Large blocks of memory in huge pages: weights are then read with few look-ups, and a large activation costs some page faults instead
+    of ten thousand. And how long a thread spins for work: on a core which another process needs that costs whole scheduler ticks, but one
+    that sleeps at once is woken hundreds of times a step. So many turns last from one operation of a step to the next, some ten
+    microseconds. How many threads compute each worker says itself; NumPy's library would start them when it is loaded.
     """
     ours, users = "glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")
-    return {**os.environ, "GLIBC_TUNABLES": f"{ours}:{users}" if users else ours}
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return {
+        "GLOO_SOCKET_IFNAME": "lo", **inherited, "GLIBC_TUNABLES": f"{ours}:{users}" if users else ours, "GOMP_SPINCOUNT": "10000",
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
 
 
 def default_cache_dir() -> Path:

@@ -12,7 +12,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from launcher.checkpoints import Model
 from launcher.placement import place, workers
 from launcher.progress import ProgressBar
 from pipeline.config import Config
+from pipeline.fork_server import ForkServer, WorkerProcess
 from pipeline.messages import (
     ControlMessage,
     Drain,
@@ -35,7 +35,7 @@ from pipeline.messages import (
     WorkerState,
     WorkerStats,
 )
-from pipeline.process import Placement, WorkerSpec, write_spec
+from pipeline.process import Placement, WorkerSpec
 from pipeline.sockets import Poller, Publisher, Receiver, Sockets, Wakeup
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 
@@ -46,24 +46,10 @@ START_TIMEOUT_S = 600.0  # without a word from any worker
 STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
 
 
-class _Sentinel:
-    """A process's end as something to poll."""
-
-    def __init__(self, pid: int) -> None:
-        self._fd = os.pidfd_open(pid)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 @dataclass(slots=True)
 class Child:
     worker: WorkerId
-    process: subprocess.Popen[bytes]
-    sentinel: _Sentinel
+    process: WorkerProcess
     ready: WorkerReady | None = None
     stats: WorkerStats | None = None
     stats_time: float = 0.0
@@ -86,14 +72,15 @@ class _Stopped(Exception):
 class Supervisor:
     def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
         """`environment` is the workers'."""
-        self._config, self._model, self._run_dir, self._environment = config, model, run_dir, environment
+        self._config, self._model, self._run_dir = config, model, run_dir
         self._workers = workers(config.num_vits, config.num_ranks)
         self._epochs = dict.fromkeys(self._workers, FIRST_EPOCH)
         self._sockets = Sockets(run_dir, self._epochs)
         self._status: Receiver[StatusMessage] = self._sockets.receiver(STATUS)
         self._control: Publisher[ControlMessage] = self._sockets.publisher(CONTROL)
         self._wakeup = Wakeup()
-        self._poller = Poller(self._status, self._control, self._wakeup)
+        self._fork_server = ForkServer(environment)
+        self._poller = Poller(self._status, self._control, self._wakeup, self._fork_server)
         self._children: dict[WorkerId, Child] = {}
         self._num_signals = 0
         self._is_draining = False
@@ -138,22 +125,14 @@ class Supervisor:
             is_elastic=config.launcher.cpu_sharing == "elastic",
         )  # fmt: skip
         for worker in self._workers:
-            self._children[worker] = self._spawn(worker, placement[worker])
-            self._poller.add(self._children[worker].sentinel)
+            self._children[worker] = self._start_worker(worker, placement[worker])
 
-    def _spawn(self, worker: WorkerId, placement: Placement) -> Child:
-        # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
-        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        process = subprocess.Popen([sys.executable, "-m", f"workers.{worker.role}"], stdin=subprocess.PIPE, env=self._environment)
-        for number, handler in ignored.items():
-            signal.signal(number, handler)
+    def _start_worker(self, worker: WorkerId, placement: Placement) -> Child:
         spec = WorkerSpec(
             worker=worker, epochs={str(name): epoch for name, epoch in self._epochs.items()}, run_dir=str(self._run_dir),
             model_folder=str(self._model.folder), placement=placement, config=self._config,
         )  # fmt: skip
-        assert process.stdin is not None
-        write_spec(process.stdin, spec)
-        return Child(worker, process, _Sentinel(process.pid))
+        return Child(worker, self._fork_server.start(spec))
 
     def _announce(self) -> None:
         self._progress.close()
@@ -215,12 +194,15 @@ class Supervisor:
                     child.error, child.error_time = message.error, time.monotonic()
 
     def _check_children(self) -> None:
-        dead = [child for child in self._children.values() if child.process.poll() is not None]
+        self._fork_server.read()
+        dead = [(child.process.exit_code, child) for child in self._children.values() if child.process.exit_code is not None]
         if dead:
             self._read_status()  # their last words
             # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
-            first = min(dead, key=lambda child: (child.process.returncode >= 0, child.error_time))
-            raise WorkerDied(f"{first.worker} {_describe_exit(first.process.returncode)}{': ' if first.error else ''}{first.error}")
+            code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
+            raise WorkerDied(f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}")
+        if self._fork_server.is_dead:
+            raise WorkerDied("the fork server, and with it every worker, was killed")
 
     # End.
 
@@ -256,15 +238,11 @@ class Supervisor:
             if not child.is_serving:
                 child.process.kill()
         for child in self._children.values():
-            try:
-                child.process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if not child.process.wait(max(0.0, end - time.monotonic())):
                 logger.warning("%s does not stop: killed", child.worker)
                 child.process.kill()
                 child.process.wait()
-            assert child.process.stdin is not None
-            child.process.stdin.close()
-            child.sentinel.close()
+        self._fork_server.close()
         self._sockets.close()
         self._wakeup.close()
 

@@ -1,8 +1,4 @@
-"""The frame around every worker process: its specification from the launcher, signals, READY or FAILED, its end.
-
-The launcher starts `python -m workers.<role>` and writes a `WorkerSpec` to its standard input. That pipe stays open as long
-as the launcher lives: its end, and the kernel's parent-death signal, end the worker.
-"""
+"""The frame around every worker process: its specification from the launcher, READY or FAILED, its end."""
 
 from __future__ import annotations
 
@@ -10,22 +6,18 @@ import importlib
 import logging
 import os
 import resource
-import signal
-import struct
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from pipeline import log
 from pipeline.config import Config
 from pipeline.messages import ControlMessage, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
-from pipeline.parent import end_with_parent
 from pipeline.sockets import Receiver, Sender, Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from pipeline.trace import Tracer
@@ -117,28 +109,11 @@ def parse_worker(name: str) -> WorkerId:
     return msgspec.convert((role, int(rank)), WorkerId)
 
 
-def write_spec(stream: IO[bytes], spec: WorkerSpec) -> None:
-    data = msgspec.msgpack.encode(spec)
-    stream.write(struct.pack("<I", len(data)) + data)
-    stream.flush()
-
-
-def read_spec(stream: IO[bytes]) -> WorkerSpec:
-    (length,) = struct.unpack("<I", stream.read(4))
-    return msgspec.msgpack.decode(stream.read(length), type=WorkerSpec)
-
-
-def run_worker(module: str) -> None:
-    """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after an error.
-
-    The module is imported only once cores and threads are settled, since torch reads them when it is loaded.
-    """
-    end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the launcher alone decides
-    spec = read_spec(sys.stdin.buffer)
-    threading.Thread(target=_exit_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
-    _settle(spec.placement)
+def run_worker(module: str, spec: WorkerSpec) -> NoReturn:
+    """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after an error."""
+    os.sched_setaffinity(0, spec.placement.cores)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
     if spec.worker.role in (Role.API, Role.PREPROCESS):
         os.nice(BEHIND_THE_STEP_LOOP)
     log.configure(str(spec.worker), spec.config.launcher.log_level)
@@ -158,24 +133,6 @@ def run_worker(module: str) -> None:
     context.tracer.flush()
     sys.stderr.flush()
     os._exit(code)  # helper threads may still sit in a library; nothing is left to lose
-
-
-def _settle(placement: Placement) -> None:
-    """Cores and threads, before any library that starts threads is imported."""
-    os.sched_setaffinity(0, placement.cores)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
-    # A thread that spins for work on a core which another process needs costs whole scheduler ticks; one that sleeps at once is woken
-    # hundreds of times a step. So many turns last from one operation of a step to the next, some ten microseconds.
-    os.environ.update(OMP_NUM_THREADS=str(placement.num_threads), GOMP_SPINCOUNT="10000", TOKENIZERS_PARALLELISM="false")
-    os.environ.pop("OMP_WAIT_POLICY", None)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
-def _exit_with_parent(stream: IO[bytes]) -> None:
-    while stream.read(1):
-        pass
-    os._exit(1)
 
 
 def _explain(error: Exception) -> str:

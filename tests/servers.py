@@ -111,14 +111,12 @@ class Server:
 
 
 def children_of(pid: int) -> dict[str, int]:
-    """Worker processes of a launcher by name, such as "vit.0" (numbered in the order of their start)."""
-    found: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    for child in sorted(int(name) for name in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-        role = next(part for part in command if part.startswith("workers.")).removeprefix("workers.")
-        found[f"{role}.{counts.get(role, 0)}"] = child
-        counts[role] = counts.get(role, 0) + 1
+    """Worker processes of a launcher by name, such as "vit.0"; the fork server by "server"."""
+    (server,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = {"server": int(server)}
+    for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+        _, _, module, rank, *_ = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        found[f"{module.removeprefix('workers.')}.{rank}"] = int(child)
     return found
 
 

@@ -8,6 +8,7 @@ Weights are random. Servers are its own. Rounds are interleaved and medians are 
 isolation   ITL of four streams while images arrive without pause, beside the same streams alone: `--cpu-sharing fixed` and `elastic`
 loop        the same of an in-process loop of the same code that encodes between its steps, as servers without a process for the ViT do
 ttft        of a request with four images: two ViTs beside one
+gate        TTFT of a request with four images, of which what is there is prefilled while later ones encode, beside waiting for all of them
 repeat      TTFT of an image seen before, with another text, beside the first time: before the text, and behind it, where no prefix is shared
 forward     patches/s of the encoder beside Hugging Face's tower and the rate of matrix products
 together    eight requests at once, each with an image of its own, beside Hugging Face one after the other
@@ -47,6 +48,7 @@ from pipeline.topology import Role, WorkerId
 from tools.bench_engine import NUM_STREAMS, Row, matmul_rate, measure, percentile, raise_failed, serve, streams_beside
 from tools.bench_serving import Result, Workload, open_session, parse_sizes, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
+from tools.trace import read_spans
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.nn.loader import Checkpoint, choose_dtype
@@ -55,7 +57,7 @@ from workers.preprocess.media import PictureSource
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
 
-PARTS = ("isolation", "loop", "ttft", "repeat", "forward", "together", "decode")
+PARTS = ("isolation", "loop", "ttft", "gate", "repeat", "forward", "together", "decode")
 SIZES = ((448, 448), (1792, 1344))
 MOST_IMAGES = {SIZES[0]: 60, SIZES[1]: 8}  # that can be answered while the streams run
 CPU = torch.device("cpu")
@@ -130,7 +132,7 @@ class Bench:
             return bodies.pop()
 
         beside = asyncio.run(streams_beside(url, streams, self.rng, other))
-        if size == self.sizes[0] and not beside.others:  # a large one may take longer than the streams
+        if size == SIZES[0] and not beside.others:  # a large one may take longer than the streams
             raise RuntimeError("no image was answered while the streams ran: ask for more --output-tokens")
         return beside.gaps
 
@@ -148,6 +150,23 @@ class Bench:
                         found[name].append(result.ttft)
         medians = {name: statistics.median(values) for name, values in found.items()}
         return [_row("TTFT, 4 images, two ViTs", medians["two ViTs"], "one ViT", medians["one ViT"])]
+
+    def gate(self) -> list[Row]:
+        """Waiting is put together from what was measured: until the last of the images was encoded, then the prefill of them all, which is
+        the TTFT of the same images with a text before them that no prefix shares."""
+        load = Workload(num_words=8, num_output=1, num_images=4)
+        found: list[tuple[float, float]] = []
+        with tempfile.TemporaryDirectory() as spans, serve(self.folder, "--cpu-sharing", "fixed", "--trace-dir", spans) as served:
+            for number in range(self.rounds + 1):
+                content = load.chats(1, self.rng)[0][0]
+                sent = time.monotonic()
+                first = asyncio.run(_send_one(served.url, load.body([{"role": "user", "content": content}]))).ttft
+                again = asyncio.run(_send_one(served.url, load.body([{"role": "user", "content": [content[-1], *content[:-1]]}]))).ttft
+                if number:
+                    encoded = max(span.end for span in read_spans(Path(spans))["vit.0"])
+                    found.append((first, encoded - sent + again))
+        gated, waiting = (statistics.median(values) for values in zip(*found, strict=True))
+        return [_row("TTFT, 4 images, prefilled as they come", gated, "waiting for all of them", waiting)]
 
     def repeat(self) -> list[Row]:
         load = Workload(num_words=8, num_output=1, num_images=1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from pipeline.config import Config, ModelConfig, PreprocessConfig, VitConfig
 from pipeline.families import read_model_info
+from pipeline.fork_server import ForkServer
 from pipeline.messages import (
     ChunkKey,
     EmbeddingReady,
@@ -31,7 +31,7 @@ from pipeline.messages import (
     WorkerReady,
     WorkerStats,
 )
-from pipeline.process import Placement, WorkerSpec, write_spec
+from pipeline.process import Placement, WorkerSpec
 from pipeline.slots import SlotAllocator
 from pipeline.sockets import Poller, Sockets
 from pipeline.tensors import PoolMap, TensorHandle, TensorPool
@@ -55,13 +55,12 @@ class Neighbours:
         self.encode = self.sockets.sender(ENCODE)
         limits = PreprocessConfig(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
         config = Config(model=ModelConfig(dtype="float32"), preprocess=limits, vit=VitConfig(embedding_pool_mib=0, vit_max_batch_patches=8))
-        self.process = subprocess.Popen([sys.executable, "-m", "workers.vit"], stdin=subprocess.PIPE)
+        self.server = ForkServer(os.environ)
         spec = WorkerSpec(
             worker=VIT_0, epochs={str(worker): epoch for worker, epoch in epochs.items()}, run_dir=str(run_dir), model_folder=str(folder),
             placement=Placement(cores=(0,), num_threads=1), config=config,
         )  # fmt: skip
-        assert self.process.stdin is not None
-        write_spec(self.process.stdin, spec)
+        self.process = self.server.start(spec)
         self.largest = read_model_info(folder, limits.min_pixels, limits.max_pixels).vision.largest_pixels
         self.pixels = TensorPool.on_host("preprocess.0", EPOCH, 64 << 20, 1024)
         self.slots = SlotAllocator(64 << 20, 1 << 16, 1024)
@@ -117,9 +116,8 @@ class Neighbours:
     def close(self) -> None:
         self.control.subscriptions()
         self.control.publish(Shutdown())
-        assert self.process.wait(10) == 0
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        assert self.process.wait(10)
+        assert self.process.exit_code == 0
         self.pools.close_all()
         self.pixels.close()
         self.sockets.close()
@@ -136,9 +134,7 @@ def around(tmp_path: Path) -> Iterator[Neighbours]:
         yield made
         made.close()
     finally:
-        if made.process.poll() is None:
-            made.process.kill()
-            made.process.wait()
+        made.server.close()
 
 
 def test_8_requests_of_64_pictures_in_reverse_order_through_a_pool_of_three(around: Neighbours) -> None:

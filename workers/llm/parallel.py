@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.families import TextInfo
+from workers.llm.shared_memory import SharedMemory, is_available
 
 START_TIMEOUT_S = 300
 ONE_SHOT_BYTES = 256 << 10  # above it, who sums a part and hands it on is faster than everybody summing all
@@ -54,6 +55,7 @@ class TensorParallel:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self._device = rank, size, device
         self._symmetric: SymmetricMemory | None = None
+        self._shared: SharedMemory | None = None
 
     def use_symmetric_memory(self, num_elements: int, dtype: torch.dtype) -> None:
         """For all-reduces of up to so many elements. Raises ValueError on the CPU."""
@@ -65,18 +67,23 @@ class TensorParallel:
 
     @classmethod
     def connect(cls, rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
-        """Joins the group that meets at the file `rendezvous`; NCCL on CUDA, gloo on the CPU."""
+        """Joins the group that meets at the file `rendezvous`; NCCL on CUDA, shared memory or else gloo on the CPU."""
         if size > 1:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size,
                 timeout=timedelta(seconds=START_TIMEOUT_S),
             )  # fmt: skip
-        return cls(rank, size, device)
+        made = cls(rank, size, device)
+        if size > 1 and device.type == "cpu" and is_available():
+            made._shared = SharedMemory.connect(rank, size)
+        return made
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x, in place of x or elsewhere."""
         if self._symmetric is not None and self._symmetric.can_reduce(x):
             return self._symmetric.all_reduce(x)
+        if self._shared is not None:
+            return self._shared.all_reduce(x)
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -85,8 +92,11 @@ class TensorParallel:
         """The ranks' parts [num_rows, n] side by side as [num_rows, size · n], on every rank."""
         if self.size == 1:
             return x
-        parts = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts, x.contiguous())
+        if self._shared is not None:
+            parts = self._shared.gather(x)
+        else:
+            parts = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
+            dist.all_gather_into_tensor(parts, x.contiguous())
         return parts.view(self.size, len(x), -1).transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor, source: int) -> None:
@@ -100,8 +110,7 @@ class TensorParallel:
             return [flag]
         flags = torch.zeros(self.size, dtype=torch.int32, device=self._device)
         flags[self.rank] = int(flag)
-        dist.all_reduce(flags)
-        return [bool(value) for value in flags.tolist()]
+        return [bool(value) for value in self.all_reduce(flags).tolist()]
 
     def smallest(self, value: int) -> int:
         """The smallest of the ranks' values, on every rank."""
@@ -112,6 +121,8 @@ class TensorParallel:
         return int(shared)
 
     def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

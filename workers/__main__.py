@@ -1,0 +1,7 @@
+"""The fork server of the workers; only the launcher starts it."""
+
+import sys
+
+from pipeline.fork_server import main
+
+main(sys.argv[1:])

@@ -1,3 +1,0 @@
-from pipeline.process import run_worker
-
-run_worker("workers.llm.worker")
