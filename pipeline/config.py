@@ -105,7 +105,9 @@ class VitConfig:
         "auto", "what computes the ViT; tensorrt, onnxruntime: from an ONNX file exported at the first start; auto: these on GPUs where they load",
         choices=("auto", "torch", "onnxruntime", "tensorrt"),
     )  # fmt: skip
-    vit_max_batch_patches: int = option(4096, "most patches in one forward of a ViT", metavar="PATCHES")
+    vit_max_batch_patches: int | None = option(
+        None, "most patches in one forward of a ViT (default: 4096 on GPUs, 1024 on the CPU, which gains nothing by more)", metavar="PATCHES"
+    )
     vit_slice_ms: float | None = option(
         None, "longest turn of a ViT on its device, in milliseconds: batches are made so small; 0: as they come (default: 10 on GPUs)", metavar="MS"
     )

@@ -17,13 +17,14 @@ import msgspec
 
 from pipeline import log
 from pipeline.config import Config
-from pipeline.messages import ControlMessage, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
+from pipeline.messages import ControlMessage, Drain, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
 from pipeline.sockets import Receiver, Sender, Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from pipeline.trace import Tracer
 
 logger = logging.getLogger(__name__)
 BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
+DRAIN_STATS_INTERVAL_S = 0.1  # the launcher waits for them
 STATUS_LINGER_MS = 2000  # the last words of a failing worker
 
 
@@ -97,11 +98,14 @@ class ShutdownRequested(Exception):
     """The launcher ends the pipeline: unwinds a worker's loop from wherever it is."""
 
 
-def raise_on_shutdown(control: Receiver[ControlMessage]) -> None:
-    """Reads what the launcher said; raises ShutdownRequested when it said to end. For loops that care for nothing else."""
+def raise_on_shutdown(control: Receiver[ControlMessage]) -> bool:
+    """Reads what the launcher said; raises ShutdownRequested when it said to end. Returns whether it said to finish what is open."""
+    is_draining = False
     while (received := control.receive()) is not None:
         if isinstance(received.message, Shutdown):
             raise ShutdownRequested
+        is_draining |= isinstance(received.message, Drain)
+    return is_draining
 
 
 def parse_worker(name: str) -> WorkerId:

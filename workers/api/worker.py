@@ -11,8 +11,8 @@ from aiohttp import web
 from pipeline.client import PipelineClient
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import Shutdown
-from pipeline.process import ShutdownRequested, WorkerContext, run_async
+from pipeline.messages import Drain, Shutdown
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
 from pipeline.topology import CONTROL
 from workers.api.server import ApiServer
 
@@ -37,6 +37,8 @@ async def _serve(context: WorkerContext) -> None:
     async def watch() -> None:
         while True:
             match (await control.receive()).message:
+                case Drain():
+                    tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
                 case Shutdown():
                     await _say_last_words(client)
                     raise ShutdownRequested
@@ -53,9 +55,12 @@ async def _serve(context: WorkerContext) -> None:
         server.is_ready = True
         port: int = runner.addresses[0][1]
         context.ready(port=port)
+        await report(STATS_INTERVAL_S)
+
+    async def report(interval: float) -> None:
         while True:
             context.stats(client.num_open, client.counters)
-            await asyncio.sleep(STATS_INTERVAL_S)
+            await asyncio.sleep(interval)
 
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -15,7 +15,7 @@ from pipeline.core_sharing import Activity, CoreSharing
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolOpened, Shutdown, StepPlan, Welcome
-from pipeline.process import ShutdownRequested, WorkerContext, raise_on_shutdown
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, raise_on_shutdown
 from pipeline.sockets import Poller, Receiver
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
@@ -127,15 +127,16 @@ def _lead(
         )
     context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
     poller = Poller(inbox, outputs, control)
-    stats_due = 0.0
+    stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     while True:
-        raise_on_shutdown(control)
+        if raise_on_shutdown(control):
+            stats_due, stats_interval = 0.0, DRAIN_STATS_INTERVAL_S
         now = time.monotonic()
         engine.on_subscriptions(outputs.subscriptions(), now)
         while (received := inbox.receive()) is not None:
             engine.handle(received.message, now)
         if now >= stats_due:
-            stats_due = now + STATS_INTERVAL_S
+            stats_due = now + stats_interval
             engine.tick(now)
             context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
             if not engine.requests:

@@ -55,6 +55,7 @@ class ChunkFlow:
         self.largest = allocator.reserve  # bytes of pixels
         self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
         self._num_decoding = 0
+        self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}  # by request, attempt and ViT: whether what was begun last is there
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
         self._router = Router(len(vits))
         self._chunks: dict[ChunkKey, ChunkState] = {}
@@ -126,9 +127,19 @@ class ChunkFlow:
             if (waiting := self._chunks.get(key)) is not None:  # else it was cancelled
                 waiting.is_waiting, waiting.is_decoding = False, True
                 self._num_decoding += 1
-                self._tasks.create_task(self._decode(waiting))
+                self._tasks.create_task(self._decode_in_order(waiting))
 
-    async def _decode(self, state: ChunkState) -> None:
+    async def _decode_in_order(self, state: ChunkState) -> None:
+        """Pixels go to a ViT in the order of the request, as the LLM needs them: else it would encode first what is decoded first."""
+        place = (*state.key[:2], state.vit)
+        before, sent = self._last_sent.get(place), asyncio.get_running_loop().create_future()
+        self._last_sent[place] = sent
+        await self._decode(state, before)
+        sent.set_result(None)
+        if self._last_sent[place] is sent:
+            del self._last_sent[place]
+
+    async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
         error: ErrorInfo | None = None
         start = time.monotonic()
         request = self._encode_request(state)
@@ -140,10 +151,13 @@ class ChunkFlow:
         except Exception:  # a full disk, say: that request's fault or nobody's, and no reason to end
             logger.exception("%s cannot be decoded", state.key)
             error = ErrorInfo(500, "the server cannot read the media of this request", "messages")
-        state.is_decoding = False
         self._num_decoding -= 1
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1
+        if before is not None and not before.done():
+            self._grant()
+            await before
+        state.is_decoding = False
         if state.is_over:
             self._drop(state)
         elif error is None:

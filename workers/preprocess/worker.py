@@ -8,7 +8,7 @@ import time
 from pipeline.config import MIB
 from pipeline.families import read_model_info
 from pipeline.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Shutdown
-from pipeline.process import ShutdownRequested, WorkerContext, run_async
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
 from pipeline.slots import SlotAllocator, align
 from pipeline.sockets import AsyncReceiver
 from pipeline.tensors import TensorPool
@@ -58,17 +58,18 @@ async def _serve(context: WorkerContext) -> None:
                         raise ShutdownRequested
                     case Drain():
                         core.is_draining = True
+                        tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
                     case PipelineState():
                         pass
 
-        async def report() -> None:
+        async def report(interval: float = STATS_INTERVAL_S) -> None:
             while True:
                 core.tick(time.monotonic())
                 context.stats(
                     core.num_open,
                     {**core.counters, "decoded_pictures": core.num_decoded, "refused_messages": ingest.num_refused + feedback.num_refused},
                 )
-                await asyncio.sleep(STATS_INTERVAL_S)
+                await asyncio.sleep(interval)
 
         for loop in (read_ingest, read_feedback, read_control, report):
             tasks.create_task(loop())

@@ -54,6 +54,7 @@ MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
 GPU_SLICE_MS = 10.0
+GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # more fill no core better, and what is done is there later
 
 
 class VitCore:
@@ -215,7 +216,8 @@ def main(context: WorkerContext) -> None:
     slice_ms = config.vit.vit_slice_ms
     if slice_ms is None and device.type == "cuda":
         slice_ms = GPU_SLICE_MS
-    limit = SliceLimit(config.vit.vit_max_batch_patches, slice_ms / 1000 if slice_ms else None)
+    max_patches = config.vit.vit_max_batch_patches or (GPU_BATCH_PATCHES if device.type == "cuda" else CPU_BATCH_PATCHES)
+    limit = SliceLimit(max_patches, slice_ms / 1000 if slice_ms else None)
     placement = context.spec.placement
     if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":  # which has threads of its own, as many as it began with
         placement = dataclasses.replace(placement, wide_cores=())
@@ -235,7 +237,7 @@ def main(context: WorkerContext) -> None:
     thread = EngineThread(engine, device, sharing, wakeup)
     poller = Poller(inbox, control, wakeup)
     if device.type == "cuda":
-        warm_up(engine, info.vision, dtype, device, config.vit.vit_max_batch_patches)  # takes what memory it needs before the LLM takes the rest
+        warm_up(engine, info.vision, dtype, device, max_patches)  # takes what memory it needs before the LLM takes the rest
     context.ready(pool_bytes=pool.info.nbytes)
 
     batch: list[Pending] = []

@@ -582,6 +582,35 @@ async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(rig: Rig, 
     rig.check_nothing_left()
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_pixels_go_in_the_order_of_the_request_whichever_are_there_first(is_cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LLM needs the first picture first; a ViT that has nothing to do would begin with what comes."""
+    decode, order = PictureSource.decode, []
+
+    async def slow_at_first(self: PictureSource, *args: Any) -> None:
+        order.append(self)
+        if self is order[0]:
+            await asyncio.sleep(0.1)
+        await decode(self, *args)
+
+    monkeypatch.setattr(PictureSource, "decode", slow_at_first)
+    async with make_rig(1) as rig:
+        rig.submit("r", [encode(scene(number)) for number in range(5)])
+        await asyncio.sleep(0.05)
+        assert len(order) == 5, "hands are not idle meanwhile"
+        if is_cancelled:
+            rig.feedback(ItemNotNeeded, request_id="r", attempt=1, item=1)
+            rig.feedback(PixelsReleased, key=ChunkKey("r", 1, 1, 0))
+        await rig.settle()
+        sent = [message.key.item for message in rig.encodes() if message.pixels is not None]
+        assert sent == ([0, 2, 3, 4] if is_cancelled else [0, 1, 2, 3, 4])
+        for item in range(5):
+            rig.feedback(PixelsReleased, key=ChunkKey("r", 1, item, 0))
+        rig.end("r")
+        rig.check_nothing_left()
+        assert rig.core._chunks._last_sent == {}
+
+
 async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> None:
     rig.core._chunks._most_decoding = 0
     rig.submit("r", [encode(scene(seed)) for seed in range(5)])
