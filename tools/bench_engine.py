@@ -37,7 +37,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from pipeline.families import TextInfo, read_model_info
-from tools.bench_serving import Result, Workload, converse, open_session, run_load, send
+from tools.bench_serving import Body, Result, Workload, converse, open_session, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from workers.nn.loader import Checkpoint, choose_dtype
 
@@ -305,7 +305,7 @@ class Beside(NamedTuple):
     start: float
 
 
-async def streams_beside(url: str, streams: Workload, rng: random.Random, other: Callable[[], dict[str, Any]] | None) -> Beside:
+async def streams_beside(url: str, streams: Workload, rng: random.Random, other: Callable[[], Body] | None) -> Beside:
     """Gaps of four streams while all of them run. Two requests of what `other` makes are always under way beside them."""
     others: list[Result] = []
 

@@ -98,7 +98,10 @@ class Workload:
         }  # fmt: skip
 
 
-async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], turn: int = 0, result: Result | None = None) -> Result:
+Body = dict[str, Any] | bytes  # of JSON, encoded before where the time that takes would be seen
+
+
+async def send(session: aiohttp.ClientSession, url: str, body: Body, turn: int = 0, result: Result | None = None) -> Result:
     """`result` is filled as events come."""
     result = result or Result(sent=0.0)
     result.sent, result.turn = time.perf_counter(), turn
@@ -109,8 +112,10 @@ async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], t
     return result
 
 
-async def _receive(session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Result) -> None:
-    async with session.post(f"{url.rstrip('/')}/v1/chat/completions", json=body) as response:
+async def _receive(session: aiohttp.ClientSession, url: str, body: Body, result: Result) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    async with session.post(f"{url.rstrip('/')}/v1/chat/completions", data=data, headers=headers) as response:
         if response.status != 200:
             result.error = f"{response.status} {await response.text()}"
             return

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import json
 import os
 import platform
 import random
@@ -125,11 +126,11 @@ class Bench:
         if size is None:
             return asyncio.run(streams_beside(url, streams, self.rng, None)).gaps
         images = Workload(num_words=8, num_output=1, num_images=1, sizes=(size,))
-        # Made before: drawing them would hold up the loop that takes the streams' times.
+        # Made before: drawing and encoding them would hold up the loop that takes the streams' times.
         chats = images.chats(MOST_IMAGES.get(size, 20), self.rng)
-        bodies = [images.body([{"role": "user", "content": content}]) for (content,) in chats]
+        bodies = [json.dumps(images.body([{"role": "user", "content": content}])).encode() for (content,) in chats]
 
-        def other() -> dict[str, Any]:
+        def other() -> bytes:
             if not bodies:
                 raise RuntimeError("more images were answered than were made: ask for fewer --output-tokens, or a larger model")
             return bodies.pop()

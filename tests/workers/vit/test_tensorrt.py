@@ -34,11 +34,17 @@ def trt() -> Any:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was exported once serves all tests."""
+    return tmp_path_factory.mktemp("onnx")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
-    dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, trt: Any, tmp_path: Path
+    dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, trt: Any, files: Path
 ) -> None:
-    file = exported(info, random_checkpoint, dtype, tmp_path, no_progress)
+    file = exported(info, random_checkpoint, dtype, files, no_progress)
     told: list[tuple[int, int]] = []
     engine = build(trt, file, info, lambda done, total: told.append((done, total)), trt.ComputeCapability.SM89)
     weights = sum(path.stat().st_size for path in file.parent.iterdir())
@@ -48,10 +54,10 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
 
 
 def test_an_engine_is_built_once_for_a_gpu_and_a_version(
-    info: VisionInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    info: VisionInfo, random_checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = SimpleNamespace(__name__="tensorrt", __version__="11.4")
-    file = exported(info, random_checkpoint, torch.float16, tmp_path, no_progress)
+    file = exported(info, random_checkpoint, torch.float16, files, no_progress)
     builds: list[str] = []
     monkeypatch.setattr(module, "build", lambda *args: builds.append("built") or b"engine")
     first = built(trt, info, file, "H100", tmp_path, no_progress)
