@@ -202,7 +202,7 @@ class Supervisor:
             code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
             raise WorkerDied(f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}")
         if self._fork_server.is_dead:
-            raise WorkerDied("the fork server, and with it every worker, was killed")
+            raise WorkerDied("the fork server has ended, and with it every worker")
 
     # End.
 
@@ -241,7 +241,7 @@ class Supervisor:
             if not child.process.wait(max(0.0, end - time.monotonic())):
                 logger.warning("%s does not stop: killed", child.worker)
                 child.process.kill()
-                child.process.wait()
+                child.process.wait(STOP_TIMEOUT_S)
         self._fork_server.close()
         self._sockets.close()
         self._wakeup.close()

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,8 +50,9 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
-    serial: int
-    exit_code: int  # negative: the signal that killed it
+    """Those that were found at once, so that who was killed is told with those that ended because of it."""
+
+    exit_codes: dict[int, int]  # by serial; negative: the signal that killed it
 
 
 class WorkerProcess:
@@ -66,7 +67,7 @@ class WorkerProcess:
         self._server.kill(self._serial)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether it has ended and been reaped."""
+        """Whether it has ended and been reaped, or else the server has ended, with which it does."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while self.exit_code is None and not self._server.is_dead:
             left = None if end is None else end - time.monotonic()
@@ -110,8 +111,10 @@ class ForkServer:
             self._send(Kill(serial))
 
     def _send(self, request: Start | Kill) -> None:
+        data = msgspec.msgpack.encode(request)
+        assert len(data) <= MAX_REQUEST
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `read` finds that it is dead
-            self._socket.send(msgspec.msgpack.encode(request))
+            self._socket.send(data)
 
     def read(self) -> None:
         """Takes what the server has told; never blocks."""
@@ -128,11 +131,12 @@ class ForkServer:
             match msgspec.msgpack.decode(data, type=Forked | Ended):
                 case Forked(serial, pid):
                     self._processes[serial].pid = pid
-                case Ended(serial, exit_code):
-                    self._processes.pop(serial).exit_code = exit_code
+                case Ended(exit_codes):
+                    for serial, exit_code in exit_codes.items():
+                        self._processes.pop(serial).exit_code = exit_code
 
     def close(self) -> None:
-        """Ends the server, and with it every worker that still lives."""
+        """Ends the server, and with it every worker that still lives. A server that does not hear is killed."""
         self._socket.close()
         try:
             self._server.wait(STOP_TIMEOUT_S)
@@ -141,50 +145,79 @@ class ForkServer:
             self._server.wait()
 
 
-class _Child:
-    def __init__(self, serial: int, pid: int) -> None:
-        self.serial, self.pid, self.sentinel = serial, pid, os.pidfd_open(pid)
+class _Server:
+    """The server's side."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._starts: dict[int, WorkerSpec] = {}  # by serial, in turn: still to be forked
+        self._pids: dict[int, int] = {}  # by serial
+        self._sentinels: dict[int, int] = {}  # serials, by the descriptor that is readable once the process has ended
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    def run(self) -> None:
+        """Until the launcher closes its end. What it says, and what ends, goes before the next start, which may take an import's time."""
+        while True:
+            ready = [fd for fd, _ in self._poll.poll(0 if self._starts else None)]
+            self._reap([fd for fd in ready if fd in self._sentinels])
+            if self._connection.fileno() in ready:
+                if not self._read():
+                    break
+            elif self._starts:
+                self._start(next(iter(self._starts)))
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGKILL)
+        self._reap(list(self._sentinels))
+
+    def _read(self) -> bool:
+        try:
+            data = self._connection.recv(MAX_REQUEST)
+        except ConnectionResetError:  # it went without having read everything
+            data = b""
+        if not data:
+            return False
+        match msgspec.msgpack.decode(data, type=Start | Kill):
+            case Start(serial, spec):
+                self._starts[serial] = spec
+            case Kill(serial):
+                if self._starts.pop(serial, None) is not None:
+                    self._tell(Ended({serial: -signal.SIGKILL}))
+                elif serial in self._pids:
+                    os.kill(self._pids[serial], signal.SIGKILL)
+        return True
+
+    def _start(self, serial: int) -> None:
+        spec = self._starts.pop(serial)
+        try:
+            pid = _fork(spec, [self._connection.fileno(), *self._sentinels])
+        except OSError:
+            traceback.print_exc()
+            self._tell(Ended({serial: 1}))
+            return
+        self._pids[serial] = pid
+        sentinel = os.pidfd_open(pid)
+        self._sentinels[sentinel] = serial
+        self._poll.register(sentinel, select.POLLIN)
+        self._tell(Forked(serial, pid))
+
+    def _reap(self, sentinels: Sequence[int]) -> None:
+        exit_codes: dict[int, int] = {}
+        for sentinel in sentinels:
+            serial = self._sentinels.pop(sentinel)
+            _, status = os.waitpid(self._pids.pop(serial), 0)
+            exit_codes[serial] = os.waitstatus_to_exitcode(status)
+            self._poll.unregister(sentinel)
+            os.close(sentinel)
+        if exit_codes:
+            self._tell(Ended(exit_codes))
+
+    def _tell(self, message: Forked | Ended) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_read` finds that the launcher has gone
+            self._connection.send(msgspec.msgpack.encode(message))
 
 
-def serve(connection: socket.socket) -> None:
-    """The server's loop, until the launcher closes its end."""
-    children: dict[int, _Child] = {}  # by sentinel
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-
-    def reap(child: _Child) -> None:
-        _, status = os.waitpid(child.pid, 0)
-        poll.unregister(child.sentinel)
-        os.close(child.sentinel)
-        del children[child.sentinel]
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.send(msgspec.msgpack.encode(Ended(child.serial, os.waitstatus_to_exitcode(status))))
-
-    while True:
-        for fd, _ in poll.poll():
-            if fd in children:
-                reap(children[fd])
-                continue
-            data = connection.recv(MAX_REQUEST)
-            if not data:
-                for child in list(children.values()):
-                    os.kill(child.pid, signal.SIGKILL)
-                    reap(child)
-                return
-            match msgspec.msgpack.decode(data, type=Start | Kill):
-                case Start(serial, spec):
-                    pid = _fork(spec, connection, [child.sentinel for child in children.values()])
-                    child = _Child(serial, pid)
-                    children[child.sentinel] = child
-                    poll.register(child.sentinel, select.POLLIN)
-                    connection.send(msgspec.msgpack.encode(Forked(serial, pid)))
-                case Kill(serial):
-                    for child in children.values():
-                        if child.serial == serial:
-                            os.kill(child.pid, signal.SIGKILL)
-
-
-def _fork(spec: WorkerSpec, connection: socket.socket, sentinels: list[int]) -> int:
+def _fork(spec: WorkerSpec, not_its_own: Sequence[int]) -> int:
     module = f"workers.{spec.worker.role}.worker"
     with contextlib.suppress(Exception):  # the worker meets the error again, and tells it as its own
         importlib.import_module(module)
@@ -196,9 +229,8 @@ def _fork(spec: WorkerSpec, connection: socket.socket, sentinels: list[int]) -> 
     try:
         end_with_parent()
         if os.getppid() == server:  # else it died before it could tell
-            connection.close()
-            for sentinel in sentinels:
-                os.close(sentinel)
+            for fd in not_its_own:
+                os.close(fd)
             _set_title(spec.worker)
             run_worker(module, spec)
     except BaseException:  # noqa: BLE001  nothing of the server's may run on in a worker
@@ -219,6 +251,5 @@ def _set_title(worker: WorkerId) -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     end_with_parent()
-    with socket.socket(fileno=int(arguments[0])) as connection:
-        serve(connection)
+    _Server(socket.socket(fileno=int(arguments[0]))).run()
     os._exit(0)

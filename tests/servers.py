@@ -112,7 +112,8 @@ class Server:
 
 def children_of(pid: int) -> dict[str, int]:
     """Worker processes of a launcher by name, such as "vit.0"; the fork server by "server"."""
-    (server,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (server,) = [child for child in children if "workers" in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
     found = {"server": int(server)}
     for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
         _, _, module, rank, *_ = Path(f"/proc/{child}/cmdline").read_text().split("\0")

@@ -156,16 +156,16 @@ class World:
     def abort(self, name: str) -> None:
         self.engine.handle(AbortRequest(client_id=CLIENT, request_id=name, attempt=self.open[name].attempt), 0.0)
 
-    def finish(self, max_turns: int, llm_each: int = 1, vit_each: int = 1) -> None:
+    def finish(self, max_turns: int, name: object, llm_each: int = 1, vit_each: int = 1) -> None:
         """Until nobody waits; then every lease must have come back."""
         for _ in range(max_turns):
             if not self.open:
                 break
             self.turn(llm_each, vit_each)
-        assert not self.open, f"{sorted(self.open)} wait for ever"
+        assert not self.open, f"{name}: {sorted(self.open)} wait for ever"
         for _ in range(3):
             self.turn()
-        assert self.batcher.cache.num_leases == 0, "leases are held for nobody"
+        assert self.batcher.cache.num_leases == 0, f"{name}: leases are held for nobody"
 
 
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
@@ -180,7 +180,7 @@ def test_everything_ends_whatever_holds_what(has_overlap: bool) -> None:
                 world.turn()
             if world.open and world.rng.random() < 0.15:
                 world.abort(world.rng.choice(sorted(world.open)))
-        world.finish(3000)
+        world.finish(3000, seed)
         num_preempted += world.engine.scheduler.num_preemptions
         num_interrupted += world.num_interrupted
     assert num_preempted > 20, "else this shows little"
@@ -194,7 +194,7 @@ def test_one_much_slower_than_the_other_holds_nothing_up_for_ever(llm_each: int,
         for number in range(12):
             world.submit(f"r{number}")
             world.turn(llm_each, vit_each)
-        world.finish(20_000, llm_each, vit_each)
+        world.finish(20_000, seed, llm_each, vit_each)
 
 
 def test_a_thousand_requests_with_one_picture_share_one_encode() -> None:
@@ -203,5 +203,5 @@ def test_a_thousand_requests_with_one_picture_share_one_encode() -> None:
         world.submit(f"r{number}", num_pictures=1, shared_rate=1.0)
         if number % 7 == 0:
             world.turn()
-    world.finish(20_000)
+    world.finish(20_000, "one picture")
     assert world.num_encodes == 1

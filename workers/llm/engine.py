@@ -376,7 +376,7 @@ class Engine:
     # What time does.
 
     def tick(self, now: float) -> None:
-        """Sends lease sets, ends the requests of clients that left or were cut off, forgets what is long over. Call it about once a second."""
+        """Sends lease sets, ends the requests of clients that left or were cut off, forgets what is long over. Call it every second."""
         held = [chunk.lease for request in self.requests.values() for chunk in request.chunks if chunk.lease is not None]
         held += [lease for flight in self._under_way for lease in flight.leases]
         self._leases.send_sets(held, now)

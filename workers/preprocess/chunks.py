@@ -24,6 +24,7 @@ from workers.preprocess.media import Chunk
 from workers.preprocess.router import Router
 
 logger = logging.getLogger(__name__)
+ORDER_PATIENCE_S = 0.25  # that pixels wait for earlier ones of their request, in memory that others may need
 
 
 @dataclass(slots=True)
@@ -134,10 +135,17 @@ class ChunkFlow:
         place = (*state.key[:2], state.vit)
         before, sent = self._last_sent.get(place), asyncio.get_running_loop().create_future()
         self._last_sent[place] = sent
+
+        def finish(_: object) -> None:
+            sent.set_result(None)
+            if self._last_sent[place] is sent:
+                del self._last_sent[place]
+
         await self._decode(state, before)
-        sent.set_result(None)
-        if self._last_sent[place] is sent:
-            del self._last_sent[place]
+        if before is None or before.done():
+            finish(None)
+        else:
+            before.add_done_callback(finish)  # those behind wait for those before all the same
 
     async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
         error: ErrorInfo | None = None
@@ -154,9 +162,9 @@ class ChunkFlow:
         self._num_decoding -= 1
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1
-        if before is not None and not before.done():
+        if before is not None and error is None and not state.is_over:
             self._grant()
-            await before
+            await asyncio.wait([before], timeout=ORDER_PATIENCE_S)
         state.is_decoding = False
         if state.is_over:
             self._drop(state)

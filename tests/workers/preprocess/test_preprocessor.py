@@ -46,6 +46,7 @@ from pipeline.trace import Tracer
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
+from workers.preprocess import chunks
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
 
@@ -582,28 +583,36 @@ async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(rig: Rig, 
     rig.check_nothing_left()
 
 
-@pytest.mark.parametrize("is_cancelled", [False, True])
-async def test_pixels_go_in_the_order_of_the_request_whichever_are_there_first(is_cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_cancelled", "is_patient"), [(False, True), (True, True), (False, False)])
+async def test_pixels_go_in_the_order_of_the_request_whichever_are_there_first(
+    is_cancelled: bool, is_patient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The LLM needs the first picture first; a ViT that has nothing to do would begin with what comes."""
-    decode, order = PictureSource.decode, []
+    decode, order, goes_on = PictureSource.decode, [], asyncio.Event()
 
     async def slow_at_first(self: PictureSource, *args: Any) -> None:
         order.append(self)
         if self is order[0]:
-            await asyncio.sleep(0.1)
+            await goes_on.wait()
         await decode(self, *args)
 
     monkeypatch.setattr(PictureSource, "decode", slow_at_first)
+    monkeypatch.setattr(chunks, "ORDER_PATIENCE_S", 60.0 if is_patient else 0.0)
     async with make_rig(1) as rig:
         rig.submit("r", [encode(scene(number)) for number in range(5)])
-        await asyncio.sleep(0.05)
+        await rig.settle()
         assert len(order) == 5, "hands are not idle meanwhile"
         if is_cancelled:
             rig.feedback(ItemNotNeeded, request_id="r", attempt=1, item=1)
             rig.feedback(PixelsReleased, key=ChunkKey("r", 1, 1, 0))
+        goes_on.set()
         await rig.settle()
         sent = [message.key.item for message in rig.encodes() if message.pixels is not None]
-        assert sent == ([0, 2, 3, 4] if is_cancelled else [0, 1, 2, 3, 4])
+        if is_patient:
+            assert sent == ([0, 2, 3, 4] if is_cancelled else [0, 1, 2, 3, 4])
+        else:
+            assert sorted(sent) == [0, 1, 2, 3, 4]
+            assert sent[-1] == 0, "the others did not wait for ever"
         for item in range(5):
             rig.feedback(PixelsReleased, key=ChunkKey("r", 1, item, 0))
         rig.end("r")
