@@ -15,10 +15,12 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.core_sharing import FILE as ACTIVITY
+from pipeline.flight_recorder import PREFIX as FLIGHT
 from pipeline.topology import EDGES
 
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
-OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}")  # sockets by edge, rank and epoch; where ranks meet; who computes
+# Sockets by edge, rank and epoch; where ranks meet; who computes; what each does.
+OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}|{re.escape(FLIGHT)}[a-z]+\.\d+")
 
 
 class RunDir:

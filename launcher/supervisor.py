@@ -1,68 +1,58 @@
-"""Starts the workers, watches them, ends them: one poller over their sentinels, their status messages and the signals.
+"""Starts the workers, watches them, replaces those that die, ends them: one poller over their ends, their words and the signals.
 
-    start all → wait until all are READY → serve until a signal or a death → drain → shut down → reap
+    start all → wait until all are READY → serve until a signal → drain → shut down → reap
 
-The death of a worker ends the pipeline, with that worker's name and reason, and every open request with that reason.
+A death is published, and a successor started, only when the dead one is reaped, and with it the others of its unit: a process that
+only stands still keeps its sockets and would swallow messages. A worker that ends by itself while it starts ends the pipeline.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import assert_never
 
 from launcher.checkpoints import Model
 from launcher.placement import place, workers
 from launcher.progress import ProgressBar
+from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
-from pipeline.fork_server import ForkServer, WorkerProcess
+from pipeline.core_sharing import IDLE, Activity
+from pipeline.flight_recorder import FlightRecorder
+from pipeline.fork_server import ForkServer
 from pipeline.messages import (
     ControlMessage,
     Drain,
     PipelineState,
+    PoolClosed,
     Shutdown,
     StatusMessage,
     WorkerFailed,
     WorkerReady,
-    WorkerState,
     WorkerStats,
 )
-from pipeline.process import Placement, WorkerSpec
+from pipeline.process import WorkerSpec
 from pipeline.sockets import Poller, Publisher, Receiver, Sockets, Wakeup
-from pipeline.topology import CONTROL, STATUS, Role, WorkerId
+from pipeline.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_name
 
 logger = logging.getLogger(__name__)
-FIRST_EPOCH = 1
 HEARTBEAT_S = 1.0
 START_TIMEOUT_S = 600.0  # without a word from any worker
 STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
+MAX_KILLED_STARTS = 5  # in a row: what kills a worker each time that it loads will do so again
+MAPPERS = {Role.VIT: Role.LLM, Role.PREPROCESS: Role.VIT}  # whose memory is mapped by whom
 
 
-@dataclass(slots=True)
-class Child:
-    worker: WorkerId
-    process: WorkerProcess
-    ready: WorkerReady | None = None
-    stats: WorkerStats | None = None
-    stats_time: float = 0.0
-    error: str = ""
-    error_time: float = math.inf
-
-    @property
-    def is_serving(self) -> bool:
-        return self.ready is not None
-
-
-class WorkerDied(Exception):
-    """A worker ended that should not have."""
+class CannotStart(Exception):
+    """A worker does not get as far as serving, or nobody is left to start one."""
 
 
 class _Stopped(Exception):
@@ -73,15 +63,21 @@ class Supervisor:
     def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
         """`environment` is the workers'."""
         self._config, self._model, self._run_dir = config, model, run_dir
-        self._workers = workers(config.num_vits, config.num_ranks)
-        self._epochs = dict.fromkeys(self._workers, FIRST_EPOCH)
-        self._sockets = Sockets(run_dir, self._epochs)
+        self._units = units(workers(config.num_vits, config.num_ranks), config.llm.tp)
+        self._unit_of = {worker: unit for unit in self._units for worker in unit.members}
+        self._placement = place(
+            sorted(os.sched_getaffinity(0)), config.num_vits, config.num_ranks, config.llm.llm_cores, config.vit.vit_cores,
+            is_elastic=config.launcher.cpu_sharing == "elastic",
+        )  # fmt: skip
+        self._sockets = Sockets(run_dir, {})
         self._status: Receiver[StatusMessage] = self._sockets.receiver(STATUS)
         self._control: Publisher[ControlMessage] = self._sockets.publisher(CONTROL)
         self._wakeup = Wakeup()
         self._fork_server = ForkServer(environment)
         self._poller = Poller(self._status, self._control, self._wakeup, self._fork_server)
-        self._children: dict[WorkerId, Child] = {}
+        self._recorders = {worker: FlightRecorder(run_dir, worker) for worker in self._unit_of}
+        self._activity = Activity(run_dir)
+        self._port = config.api.port  # that the endpoint has, once it is known
         self._num_signals = 0
         self._is_draining = False
         self._heartbeat_due = 0.0
@@ -93,14 +89,15 @@ class Supervisor:
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         reason = ""
         try:
-            self._start()
+            if self._model.notice:
+                logger.info("%s", self._model.notice)
             self._wait_until(self._is_started)
             self._announce()
             self._wait_until(lambda: False)
         except _Stopped:
             reason = self._drain()
-        except WorkerDied as death:
-            reason = str(death)
+        except CannotStart as failure:
+            reason = str(failure)
         finally:
             self._progress.close()
             if reason:
@@ -116,93 +113,146 @@ class Supervisor:
 
     # Start.
 
-    def _start(self) -> None:
-        if self._model.notice:
-            logger.info("%s", self._model.notice)
-        config = self._config
-        placement = place(
-            sorted(os.sched_getaffinity(0)), config.num_vits, config.num_ranks, config.llm.llm_cores, config.vit.vit_cores,
-            is_elastic=config.launcher.cpu_sharing == "elastic",
-        )  # fmt: skip
-        for worker in self._workers:
-            self._children[worker] = self._start_worker(worker, placement[worker])
-
-    def _start_worker(self, worker: WorkerId, placement: Placement) -> Child:
-        spec = WorkerSpec(
-            worker=worker, epochs={str(name): epoch for name, epoch in self._epochs.items()}, run_dir=str(self._run_dir),
-            model_folder=str(self._model.folder), placement=placement, config=self._config,
-        )  # fmt: skip
-        return Child(worker, self._fork_server.start(spec))
+    def _start_unit(self, unit: Unit) -> None:
+        config = dataclasses.replace(self._config, api=dataclasses.replace(self._config.api, port=self._port))
+        epochs = {str(worker): other.epoch for other in self._units for worker in other.members}
+        children: list[Child] = []
+        for worker in unit.members:
+            self._recorders[worker].clear()
+            spec = WorkerSpec(
+                worker=worker, epochs=epochs, run_dir=str(self._run_dir), model_folder=str(self._model.folder),
+                placement=self._placement[worker], config=config,
+            )  # fmt: skip
+            children.append(Child(worker, unit.epoch, self._fork_server.start(spec)))
+        unit.begin(children)
+        self._last_news = time.monotonic()
 
     def _announce(self) -> None:
         self._progress.close()
-        api = self._children[WorkerId(Role.API)].ready
-        assert api is not None
-        url = f"http://{shown_host(self._config.api.host)}:{api.details['port']}"
+        url = f"http://{shown_host(self._config.api.host)}:{self._port}"
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
         sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example_request(url, self._model, self._config.api.api_key)}\n\n")
         sys.stdout.flush()
 
     def _is_started(self) -> bool:
-        """Raises WorkerDied when nothing has been heard of the start for too long."""
-        late = [str(child.worker) for child in self._children.values() if not child.is_serving]
-        busy = [name for name in late if time.monotonic() - self._last_news > START_TIMEOUT_S]
-        if busy:
-            raise WorkerDied(f"{', '.join(busy)} did not become ready: no progress for {START_TIMEOUT_S:.0f} s")
-        return not late
+        return all(unit.has_served for unit in self._units)
 
     # Watch.
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:
-        """Handles what happens until `is_done`. Raises WorkerDied, and _Stopped at the first signal (outside of a drain)."""
+        """Handles what happens until `is_done`. Raises CannotStart, and _Stopped at the first signal (outside of a drain)."""
         while True:
             self._wakeup.clear()
             self._read_status()
             if self._num_signals > int(self._is_draining):
                 raise _Stopped
-            self._check_children()
+            self._watch_units()
             has_new = any(event.is_new for event in self._control.subscriptions())
             if has_new or time.monotonic() >= self._heartbeat_due:
                 self._publish_state()
+                self._kill_the_hung()
             if is_done():
                 return
-            self._poller.wait(max(0.0, self._heartbeat_due - time.monotonic()))
+            wake_at = min(self._heartbeat_due, *(unit.wakes_at() for unit in self._units))
+            self._poller.wait(max(0.0, wake_at - time.monotonic()))
 
     def _publish_state(self) -> None:
         self._heartbeat_due = time.monotonic() + HEARTBEAT_S
-        states = tuple(
-            WorkerState(child.worker, self._epochs[child.worker], child.is_serving, child.ready.credits if child.ready else 0)
-            for child in self._children.values()
-        )
+        states = tuple(state for unit in self._units for state in unit.states())
         if not self._control.publish(PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining)):
             logger.debug("a subscriber of the control edge lags behind")
 
     def _read_status(self) -> None:
         while (received := self._status.receive()) is not None:
             message = received.message
-            self._last_news = time.monotonic()
-            child = self._children[message.sender]
+            unit = self._unit_of.get(message.sender)
+            child = unit.children.get(message.sender) if unit is not None else None
+            if unit is None or child is None or message.epoch != child.epoch:
+                continue  # the last words of a dead one
+            self._last_news = now = time.monotonic()
             match message:
                 case WorkerReady():
-                    child.ready = message
+                    child.ready, child.moved_at = message, now
                     logger.debug("%s is ready %s", child.worker, message.details)
+                    self._on_ready(unit, message)
                 case WorkerStats():
-                    child.stats, child.stats_time = message, time.monotonic()
-                    if not child.is_serving:
+                    child.stats, child.stats_time = message, now
+                    if child.ready is None and not unit.has_served:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case WorkerFailed():
-                    child.error, child.error_time = message.error, time.monotonic()
+                    child.error, child.error_time = message.error, now
+                case PoolClosed():
+                    for dead in self._units:
+                        if message.pool_id == str(dead.members[0]) and message.pool_epoch == dead.epoch - 1:
+                            dead.unmapping.discard(message.sender)
+                case _:
+                    assert_never(message)
 
-    def _check_children(self) -> None:
+    def _on_ready(self, unit: Unit, message: WorkerReady) -> None:
+        self._port = message.details.get("port", self._port)
+        was_restarted = unit.has_served
+        unit.on_ready(time.monotonic())
+        if unit.is_serving and was_restarted:
+            logger.info("%s serves again, %.1f s after it died", unit.name, time.monotonic() - unit.died_at)
+        self._heartbeat_due = 0.0
+
+    def _watch_units(self) -> None:
+        """One look at every unit: has it died, is it reaped, is its successor due?"""
         self._fork_server.read()
-        dead = [(child.process.exit_code, child) for child in self._children.values() if child.process.exit_code is not None]
-        if dead:
-            self._read_status()  # their last words
-            # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
-            code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
-            raise WorkerDied(f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}")
         if self._fork_server.is_dead:
-            raise WorkerDied("the fork server has ended, and with it every worker")
+            raise CannotStart("the fork server has ended, and with it every worker")
+        now = time.monotonic()
+        for unit in self._units:
+            if unit.phase in (Phase.STARTING, Phase.SERVING) and any(child.process.exit_code is not None for child in unit.children.values()):
+                self._on_death(unit, now)
+            if unit.is_reaped:
+                self._on_reaped(unit, now)
+            if unit.phase is Phase.DOWN and now >= unit.wakes_at():
+                if unit.unmapping:
+                    logger.warning("%s still has memory of %s", ", ".join(map(str, sorted(unit.unmapping))), unit.name)
+                self._start_unit(unit)
+        late = [str(worker) for unit in self._units if unit.phase is Phase.STARTING for worker, child in unit.children.items() if not child.ready]
+        if late and now - self._last_news > START_TIMEOUT_S:
+            raise CannotStart(f"{', '.join(late)} did not become ready: no progress for {START_TIMEOUT_S:.0f} s")
+
+    def _on_death(self, unit: Unit, now: float) -> None:
+        """One of the unit has ended: its others are killed. Raises CannotStart where a successor would fare no better."""
+        self._read_status()  # last words
+        dead = [(child.process.exit_code, child) for child in unit.children.values() if child.process.exit_code is not None]
+        # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
+        code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
+        reason = f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}"
+        was_starting = unit.phase is Phase.STARTING
+        unit.on_death(now)
+        if was_starting and (code >= 0 or unit.num_deaths >= MAX_KILLED_STARTS):
+            raise CannotStart(reason)
+        logger.error("%s: it is replaced", reason)
+        for child in unit.children.values():
+            child.process.kill()
+
+    def _on_reaped(self, unit: Unit, now: float) -> None:
+        executed: set[bytes] = set()
+        for worker in unit.members:
+            executed.update(self._recorders[worker].executing())
+            self._activity.announce(worker, IDLE)
+            for edge in EDGES:
+                if edge.binder is worker.role:
+                    (self._run_dir / socket_name(edge, worker.rank, unit.epoch)).unlink(missing_ok=True)
+        mappers = {
+            child.worker for other in self._units if other.is_serving
+            for child in other.children.values() if child.worker.role is MAPPERS.get(unit.members[0].role)
+        }  # fmt: skip
+        unit.on_reaped(now, tuple(sorted(executed)), mappers)
+        self._publish_state()
+
+    def _kill_the_hung(self) -> None:
+        if not (patience_s := self._config.launcher.hang_timeout):
+            return
+        now = time.monotonic()
+        for child in [child for unit in self._units if unit.is_serving for child in unit.children.values()]:
+            if not has_moved(child, self._recorders[child.worker], now, patience_s):
+                logger.error("%s has not moved on for %.0f s: killed", child.worker, now - child.moved_at)
+                child.process.kill()
 
     # End.
 
@@ -213,31 +263,31 @@ class Supervisor:
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
         self._control.publish(Drain(timeout_s=self._config.launcher.shutdown_timeout))
-        busy = [child for child in self._children.values() if child.worker.role in (Role.API, Role.PREPROCESS) or self._is_lead(child.worker)]
+        tell = [WorkerId(Role.API), WorkerId(Role.PREPROCESS), *(WorkerId(Role.LLM, lead) for lead in self._config.leads)]
 
         def is_idle() -> bool:
-            has_none = all(child.stats is not None and child.stats_time > start and not child.stats.num_open_requests for child in busy)
-            return has_none or time.monotonic() >= end or not all(child.is_serving for child in busy)
+            if time.monotonic() >= end or not self._is_started():
+                return True
+            children = [self._unit_of[worker].children.get(worker) for worker in tell]
+            return all(child and child.stats and child.stats_time > start and not child.stats.num_open_requests for child in children)
 
         try:
             self._wait_until(is_idle)
         except _Stopped:
             logger.info("stopping at once")
-        except WorkerDied as death:
-            return str(death)
+        except CannotStart as failure:
+            return str(failure)
         return ""
-
-    def _is_lead(self, worker: WorkerId) -> bool:
-        return worker.role is Role.LLM and worker.rank in self._config.leads
 
     def _stop(self, reason: str) -> None:
         """Ends and reaps every worker. One that is still starting holds nothing yet, and may not listen yet: it is killed."""
         self._control.publish(Shutdown(reason=reason))
         end = time.monotonic() + STOP_TIMEOUT_S
-        for child in self._children.values():
-            if not child.is_serving:
+        children = [child for unit in self._units for child in unit.children.values()]
+        for child in children:
+            if child.ready is None:
                 child.process.kill()
-        for child in self._children.values():
+        for child in children:
             if not child.process.wait(max(0.0, end - time.monotonic())):
                 logger.warning("%s does not stop: killed", child.worker)
                 child.process.kill()

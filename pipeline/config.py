@@ -176,9 +176,14 @@ class LauncherConfig:
     trace_dir: str = option("", "folder in which each worker writes what it does when, for tools/trace.py", metavar="FOLDER")
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")
+    max_attempts: int = option(3, "a request is given up (503) when so many workers died while it executed there without a new token", metavar="N")
+    recovery_timeout: float = option(60.0, "seconds that a request waits for the successor of a worker that died; then 503", metavar="SECONDS")
+    hang_timeout: float = option(
+        120.0, "seconds without any progress after which a worker counts as hung and is replaced; 0: never", metavar="SECONDS"
+    )
 
     def __post_init__(self) -> None:
-        _at_least(self, shutdown_timeout=0)
+        _at_least(self, shutdown_timeout=0, max_attempts=1, recovery_timeout=0, hang_timeout=0)
         if self.trace_dir and not Path(self.trace_dir).is_dir():
             raise ValueError(f"trace_dir {self.trace_dir!r} is no folder")
 

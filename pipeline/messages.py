@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pipeline.errors import ErrorInfo
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import PoolInfo, TensorHandle
-from pipeline.topology import WorkerId
+from pipeline.topology import Role, WorkerId
 
 PROTOCOL_VERSION = 1
 CLIENT_ID_BYTES = 16
@@ -131,6 +131,8 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     num_received: int = 0  # tokens that the client has, for a query
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
+    lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
+    alone_in: Role | None = None  # it executed in such a worker when that died: it passes that stage alone
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
@@ -141,6 +143,7 @@ class AbortRequest(Message, frozen=True, kw_only=True):
     attempt: int
     error: ErrorInfo | None = None
     is_foreign: bool = False  # from preprocess: the id belongs to somebody else, whose request goes on
+    lead: int | None = None  # of the group that has accepted it
 
 
 IngestMessage = Hello | SubmitRequest | AbortRequest
@@ -154,6 +157,13 @@ class PoolOpened(WorkerMessage, frozen=True, kw_only=True):
     pool: PoolInfo
 
 
+class PoolClosed(WorkerMessage, frozen=True, kw_only=True):
+    """The pool of a dead worker is mapped here no longer. From llm rank 0 to the ranks: close it, behind the steps before this."""
+
+    pool_id: str
+    pool_epoch: int
+
+
 class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     """preprocess → vit: I want this chunk encoded. First without pixels (a cached chunk needs none), then with them."""
 
@@ -163,6 +173,7 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     mm_hash: bytes
     grid_thw: GridTHW
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
+    is_alone: bool = False  # in a batch of its own
 
 
 class CancelEncode(WorkerMessage, frozen=True, kw_only=True):
@@ -262,6 +273,7 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: bytes = b""
     is_query: bool = False
+    is_alone: bool = False  # until its first new token in steps of its own
 
 
 class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
@@ -329,7 +341,7 @@ class StepPlan(WorkerMessage, frozen=True, kw_only=True):
     is_wide: bool = False  # on all cores: nobody else computes
 
 
-StepsMessage = PoolOpened | StepPlan
+StepsMessage = PoolOpened | PoolClosed | StepPlan
 
 # --- outputs: llm rank 0 → clients ----------------------------------------------------------------------------------
 
@@ -343,6 +355,8 @@ class Welcome(WorkerMessage, frozen=True, kw_only=True):
     max_model_len: int
     max_requests: int  # open at once
     max_request_bytes: int  # of one SubmitRequest with its frames
+    max_attempts: int = 3  # a request that was executing in so many workers when they died is given up
+    recovery_timeout: float = 60.0  # seconds that a request waits for dead workers' successors
 
 
 class Accepted(WorkerMessage, frozen=True, kw_only=True):
@@ -391,6 +405,7 @@ class Interrupted(WorkerMessage, frozen=True, kw_only=True):
     request_id: str
     attempt: int
     reason: str
+    died: Role | None = None  # the role of a worker that died, if the request was executing in it
 
 
 OutputsMessage = Welcome | Accepted | TokenOutputs | RequestFailed | Interrupted
@@ -400,9 +415,12 @@ OutputsMessage = Welcome | Accepted | TokenOutputs | RequestFailed | Interrupted
 
 class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: WorkerId
-    epoch: int
+    epoch: int  # its incarnation: an earlier one is dead, reaped, and will never say anything again
     is_ready: bool
     credits: int = 0
+    executed: tuple[bytes, ...] = ()  # digests of the requests that were executing in the incarnation before when it died
+    num_open_requests: int = 0
+    counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
 
 
 class PipelineState(Message, frozen=True, kw_only=True):
@@ -453,4 +471,4 @@ class WorkerFailed(WorkerMessage, frozen=True, kw_only=True):
     error: str
 
 
-StatusMessage = WorkerReady | WorkerStats | WorkerFailed
+StatusMessage = WorkerReady | WorkerStats | WorkerFailed | PoolClosed

@@ -8,16 +8,29 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from pipeline import log
 from pipeline.config import Config
-from pipeline.messages import ControlMessage, Drain, Origin, Shutdown, WorkerFailed, WorkerMessage, WorkerReady, WorkerStats
+from pipeline.flight_recorder import FlightRecorder
+from pipeline.messages import (
+    ControlMessage,
+    Drain,
+    Origin,
+    PipelineState,
+    PoolClosed,
+    Shutdown,
+    WorkerFailed,
+    WorkerMessage,
+    WorkerReady,
+    WorkerState,
+    WorkerStats,
+)
 from pipeline.sockets import Receiver, Sender, Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from pipeline.trace import Tracer
@@ -48,6 +61,12 @@ class WorkerSpec:
     config: Config
 
 
+class ControlNews(NamedTuple):
+    is_draining: bool  # what is open is to be finished
+    died: Iterable[WorkerState]  # workers that have died, as their successors
+    states: tuple[WorkerState, ...] | None  # of all workers, if the launcher told them
+
+
 class WorkerContext:
     """What `run_worker` hands to a worker's main function."""
 
@@ -61,6 +80,7 @@ class WorkerContext:
         self.sockets = Sockets(Path(spec.run_dir), epochs)
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
         self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
+        self.recorder = FlightRecorder(Path(spec.run_dir), spec.worker)
 
     @property
     def origin(self) -> Origin:
@@ -79,9 +99,33 @@ class WorkerContext:
         stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)
         self.status.try_send(stats)
 
+    def pool_closed(self, worker: WorkerId, epoch: int) -> None:
+        """Tells that nothing of this process looks at the memory of a dead worker any more."""
+        self.status.send(PoolClosed(pool_id=str(worker), pool_epoch=epoch, **self.origin))
+
     def is_current(self, message: WorkerMessage) -> bool:
         """Whether the sender is the incarnation that we know, or a later one."""
         return message.epoch >= self.sockets.epochs.get(message.sender, 0)
+
+    def follow(self, state: PipelineState) -> list[WorkerState]:
+        """Connects to the successors of workers that died; returns these successors, as they are now."""
+        renewed = self.sockets.follow({worker.worker: worker.epoch for worker in state.workers})
+        return [worker for worker in state.workers if worker.worker in renewed]
+
+    def read_control(self, control: Receiver[ControlMessage]) -> ControlNews:
+        """What the launcher has said since the last call. Raises ShutdownRequested when it said to end."""
+        is_draining, died = False, []
+        states: tuple[WorkerState, ...] | None = None
+        while (received := control.receive()) is not None:
+            match received.message:
+                case Shutdown():
+                    raise ShutdownRequested
+                case Drain():
+                    is_draining = True
+                case PipelineState() as state:
+                    died += self.follow(state)
+                    states = state.workers
+        return ControlNews(is_draining, died, states)
 
 
 def run_async(serve: Coroutine[Any, Any, None]) -> None:
@@ -96,16 +140,6 @@ def run_async(serve: Coroutine[Any, Any, None]) -> None:
 
 class ShutdownRequested(Exception):
     """The launcher ends the pipeline: unwinds a worker's loop from wherever it is."""
-
-
-def raise_on_shutdown(control: Receiver[ControlMessage]) -> bool:
-    """Reads what the launcher said; raises ShutdownRequested when it said to end. Returns whether it said to finish what is open."""
-    is_draining = False
-    while (received := control.receive()) is not None:
-        if isinstance(received.message, Shutdown):
-            raise ShutdownRequested
-        is_draining |= isinstance(received.message, Drain)
-    return is_draining
 
 
 def parse_worker(name: str) -> WorkerId:

@@ -164,14 +164,20 @@ class Receiver(Generic[M]):
 class AsyncReceiver(Generic[M]):
     """The same for asyncio."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, union: Any) -> None:
-        self.socket = socket
+    def __init__(self, socket: zmq.asyncio.Socket, union: Any, url: str) -> None:
+        self.socket, self.url = socket, url
         self._decoding = _Decoding[M](union)
         self._has_topic = socket.type == zmq.SUB
 
     @property
     def num_refused(self) -> int:
         return self._decoding.num_refused
+
+    def reconnect(self, url: str) -> None:
+        """A subscriber: to the successor of a dead publisher."""
+        self.socket.disconnect(self.url)
+        self.socket.connect(url)
+        self.url = url
 
     async def receive(self) -> Received[M]:
         while True:
@@ -258,23 +264,35 @@ class Sockets:
         self._context.setsockopt(zmq.BLOCKY, False)
         self._async_context = zmq.asyncio.Context.shadow(self._context)
         self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
+        self._connected: list[tuple[Edge, int, Sender[Any] | AsyncReceiver[Any]]] = []  # to another worker, in time to its successor
 
     def _keep(self, opened: S) -> S:
         self._opened.append(opened)
         return opened
+
+    def follow(self, epochs: Mapping[WorkerId, int]) -> list[WorkerId]:
+        """Takes newer epochs over: what was connected to a worker that died is connected to its successor. Returns those workers."""
+        renewed = [worker for worker, epoch in epochs.items() if epoch > self.epochs.get(worker, 0)]
+        self.epochs.update({worker: epochs[worker] for worker in renewed})
+        for edge, rank, opened in self._connected:
+            if WorkerId(edge.binder, rank) in renewed:
+                opened.reconnect(self._url(edge, rank))
+        return renewed
 
     def _url(self, edge: Edge, rank: int) -> str:
         return address(self.run_dir, edge, self.epochs, rank)
 
     def sender(self, edge: Edge, rank: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Sender[Any]:
         assert edge.pattern is Pattern.PUSH_PULL
-        return self._keep(Sender(self._context, self._url(edge, rank), high_water_mark))
+        sender: Sender[Any] = self._keep(Sender(self._context, self._url(edge, rank), high_water_mark))
+        self._connected.append((edge, rank, sender))
+        return sender
 
     def receiver(self, edge: Edge, rank: int = 0) -> Receiver[Any]:
         return self._keep(Receiver(self._pull(self._context, edge, rank, 0), UNIONS[edge]))
 
     def async_receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0) -> AsyncReceiver[Any]:
-        return self._keep(AsyncReceiver(self._pull(self._async_context, edge, rank, max_message_bytes), UNIONS[edge]))
+        return self._keep(AsyncReceiver(self._pull(self._async_context, edge, rank, max_message_bytes), UNIONS[edge], self._url(edge, rank)))
 
     def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int) -> Any:
         assert edge.pattern is Pattern.PUSH_PULL
@@ -302,7 +320,11 @@ class Sockets:
         return self._keep(Receiver(self._sub(self._context, edge, topic, rank), UNIONS[edge]))
 
     def async_subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> AsyncReceiver[Any]:
-        return self._keep(AsyncReceiver(self._sub(self._async_context, edge, topic, rank), UNIONS[edge]))
+        subscriber: AsyncReceiver[Any] = self._keep(
+            AsyncReceiver(self._sub(self._async_context, edge, topic, rank), UNIONS[edge], self._url(edge, rank))
+        )
+        self._connected.append((edge, rank, subscriber))
+        return subscriber
 
     def _sub(self, context: Any, edge: Edge, topic: bytes, rank: int) -> Any:
         assert edge.pattern is Pattern.PUB_SUB

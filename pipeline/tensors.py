@@ -18,6 +18,7 @@ import os
 import secrets
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -75,6 +76,10 @@ class PoolInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class StaleHandleError(PipelineError):
     """A handle of a dead epoch, of a slot that was given to somebody else, or outside its pool."""
+
+
+class PoolGoneError(PipelineError):
+    """The process that announced a pool has died since."""
 
 
 class TensorPool:
@@ -152,9 +157,17 @@ class PoolMap:
     def open(self, info: PoolInfo) -> None:
         """Maps an announced pool; a pool of an earlier epoch with the same id is closed first.
 
-        Raises PipelineError where it cannot be mapped, or is not what was announced.
+        Raises PipelineError where it cannot be mapped, or is not what was announced; PoolGoneError when its process has died.
         """
         self.close(info.pool_id)
+        try:
+            self._open(info)
+        except (PipelineError, OSError) as error:
+            if is_dead(info.pid):
+                raise PoolGoneError(f"the owner of pool {info.pool_id} has died") from error
+            raise
+
+    def _open(self, info: PoolInfo) -> None:
         memory = self._map(info)
         if memory.read(info.nbytes, PATTERN_BYTES) != info.pattern:
             memory.close()
@@ -230,6 +243,15 @@ def check_mapping(info: PoolInfo, device: int | None = None) -> None:
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
         raise PipelineError(f"pool {info.pool_id} cannot be mapped by another process: {words[-1]}")
+
+
+def is_dead(pid: int) -> bool:
+    """Whether a process of this PID namespace has ended, be it reaped or not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
 
 
 def _map_peer(pid: int, fd: int, nbytes: int, runtime: CudaRuntime | None = None) -> HostMemory:

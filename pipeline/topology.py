@@ -57,12 +57,16 @@ STATUS = Edge("status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.PREPRO
 EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS)
 
 
+def socket_name(edge: Edge, rank: int, epoch: int) -> str:
+    """The file of an edge that a worker of this epoch binds."""
+    name = f"{edge.name}.{rank}" if edge.per_rank else edge.name
+    return name if edge.binder is Role.LAUNCHER else f"{name}.{epoch}"
+
+
 def address(run_dir: Path, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
     """Where `edge` is bound now, given each worker's epoch. Raises ValueError when the path is too long for a socket."""
-    name = f"{edge.name}.{rank}" if edge.per_rank else edge.name
-    if edge.binder is not Role.LAUNCHER:
-        name = f"{name}.{epochs[WorkerId(edge.binder, rank)]}"
-    path = str(run_dir / name)
+    epoch = 0 if edge.binder is Role.LAUNCHER else epochs[WorkerId(edge.binder, rank)]
+    path = str(run_dir / socket_name(edge, rank, epoch))
     if len(path.encode()) > MAX_IPC_PATH:
         raise ValueError(f"run_dir {str(run_dir)!r} is too long: {path!r} has {len(path.encode())} bytes, a socket path at most {MAX_IPC_PATH}")
     return f"ipc://{path}"

@@ -266,7 +266,7 @@ async def test_what_cannot_be_sent_leaves_nothing_open(client: PipelineClient) -
 async def test_a_silent_request_is_asked_about_though_it_was_accepted(
     client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.client.QUERY_AFTER_S", 0.5)
+    monkeypatch.setattr("pipeline.connection.QUERY_AFTER_S", 0.5)
     task = asyncio.create_task(collect(client))
     request = (await pipeline.next(SubmitRequest)).message
     pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
@@ -279,12 +279,12 @@ async def test_a_silent_request_is_asked_about_though_it_was_accepted(
 
 
 async def test_a_pipeline_that_speaks_again_is_there_again(client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.client.HEARTBEAT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pipeline.connection.HEARTBEAT_TIMEOUT_S", 0.5)
     task = asyncio.create_task(collect(client))
     with pytest.raises(RequestError, match="no longer answers"):
         await asyncio.wait_for(task, 10)
     assert client.failure
-    monkeypatch.setattr("pipeline.client.HEARTBEAT_TIMEOUT_S", 60)
+    monkeypatch.setattr("pipeline.connection.HEARTBEAT_TIMEOUT_S", 60)
     pipeline.control.publish(PipelineState(workers=()))
     await asyncio.sleep(0.2)
     assert not client.failure
@@ -372,7 +372,7 @@ async def test_an_interruption_settles_an_abort(client: PipelineClient, pipeline
     request = await leave_early(client, pipeline)
     await pipeline.next(AbortRequest)
     pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="preempted")
-    while client._aborting:
+    while client._connection._aborting:
         await asyncio.sleep(0.01)
     assert client.num_open == 0
 

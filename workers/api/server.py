@@ -12,16 +12,18 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from pipeline.client import PipelineClient, move_data_urls
+from pipeline.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
+from pipeline.data_urls import move_data_urls
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
+from workers.api.metrics import exposition
 from workers.api.protocol import decode_request, error_body, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
 from workers.api.stream import DONE, ChoicePiece, Completion, error_event, side_by_side
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = "2"
-OPEN_ROUTES = ("/health",)
+OPEN_ROUTES = ("/health", "/ready")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -46,6 +48,8 @@ class ApiServer:
     def application(self) -> web.Application:
         application = web.Application(client_max_size=self._config.max_request_mib * MIB, middlewares=[self._guard])
         application.router.add_get("/health", self._health)
+        application.router.add_get("/ready", self._ready)
+        application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/v1/models", self._models)
         application.router.add_post("/v1/chat/completions", self._chat)
         return application
@@ -76,6 +80,16 @@ class ApiServer:
         if not self.is_ready or self._client.failure or self._client.is_draining:
             return error_response(ErrorInfo(503, self._client.failure or "not serving"))
         return web.Response()
+
+    async def _ready(self, request: web.Request) -> web.StreamResponse:
+        """Which workers serve; 503 while one of them does not. Requests that come meanwhile are taken in and wait."""
+        workers = {str(state.worker): "ready" if state.is_ready else "starting" for state in self._client.workers}
+        is_ready = self.is_ready and not self._client.failure and not self._client.is_draining and set(workers.values()) == {"ready"}
+        body = {"ready": is_ready, "draining": self._client.is_draining, "workers": workers}
+        return web.json_response(body, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": RETRY_AFTER_S})
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=exposition(self._client.workers).encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         card = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "local"}

@@ -59,6 +59,7 @@ async def _serve(context: WorkerContext) -> None:
 
     async def report(interval: float) -> None:
         while True:
+            context.recorder.move()
             context.stats(client.num_open, client.counters)
             await asyncio.sleep(interval)
 

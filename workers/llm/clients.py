@@ -22,17 +22,19 @@ from pipeline.messages import (
 )
 from pipeline.sampling import FinishReason
 from pipeline.sockets import Subscription
+from pipeline.topology import Role
 from workers.llm.request import Request
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
-GRACE_OF_CLIENTS_S = 2.0  # between a client's leaving and the end of its requests
+GRACE_OF_CLIENTS_S = 0.8  # between a client's leaving and the end of its requests
 
 
 class Interruption(NamedTuple):
     """The request cannot go on here; its client is to submit it again."""
 
     reason: str
+    died: Role | None = None  # in a worker of this role, which died
 
 
 Outcome = FinishReason | ErrorInfo | Interruption
@@ -143,8 +145,9 @@ class Clients:
         match ended.outcome:
             case ErrorInfo():
                 self.tell_failed(ended.client_id, request_id, ended.attempt, ended.outcome)
-            case Interruption(reason):
-                self.publish(Interrupted(request_id=request_id, attempt=ended.attempt, reason=reason, **self._origin), ended.client_id)
+            case Interruption(reason, died):
+                told = Interrupted(request_id=request_id, attempt=ended.attempt, reason=reason, died=died, **self._origin)
+                self.publish(told, ended.client_id)
             case _:
                 missed = pack_int32(ended.output_token_ids[num_received:])
                 logprobs = ended.logprobs[num_received:]

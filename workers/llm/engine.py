@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
 from pipeline.errors import ErrorInfo, PipelineError
+from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
     AbortRequest,
     EmbeddingReady,
@@ -28,6 +29,7 @@ from pipeline.messages import (
     LeaseRefused,
     LlmMessage,
     Origin,
+    PoolClosed,
     PoolOpened,
     RequestEnded,
     RequestOutput,
@@ -37,14 +39,16 @@ from pipeline.messages import (
     StepsMessage,
     Welcome,
     WorkerMessage,
+    WorkerState,
     pack_int32,
 )
 from pipeline.sampling import FinishReason
 from pipeline.sockets import Sink, Subscription
 from pipeline.tensors import PoolInfo
+from pipeline.topology import Role, WorkerId
 from pipeline.trace import Tracer
 from workers.llm.clients import Clients, Ended, Interruption, Outcome, Publish, output_of
-from workers.llm.leases import Leases
+from workers.llm.leases import Leases, lease_of
 from workers.llm.model_runner import StepResult
 from workers.llm.request import Chunk, Lease, Request
 from workers.llm.sampler import has_penalty
@@ -61,6 +65,8 @@ class Launched(Protocol):
 
 class Pools(Protocol):
     def open(self, info: PoolInfo) -> None: ...
+
+    def close(self, pool_id: str) -> None: ...
 
     def knows(self, pool_id: str, epoch: int) -> bool: ...
 
@@ -87,18 +93,20 @@ class _Flight:
 class Engine:
     """`publish_step` hands a plan to the other ranks; None when there are none. Times are seconds of any steady clock.
 
-    `has_overlap`: a step is launched while the one before it runs, which pays where the device works by itself.
+    `epochs` are those of the living; `record` is told which requests execute from now on. `has_overlap`: a step is launched while the one
+    before it runs, which pays where the device works by itself.
     """
 
     def __init__(
         self, origin: Origin, scheduler: Scheduler, runner: Runner, welcome: Welcome, merge_size: int, publish: Publish,
         publish_step: Callable[[StepsMessage], bool] | None, feedback: Sink[FeedbackMessage], vits: Sequence[Sink[EncodeMessage]],
-        is_current: Callable[[WorkerMessage], bool] = lambda message: True, has_overlap: bool = False,
-        clock: Callable[[], float] = time.perf_counter, tracer: Tracer | None = None,
+        epochs: Mapping[WorkerId, int] | None = None, has_overlap: bool = False,
+        clock: Callable[[], float] = time.perf_counter, tracer: Tracer | None = None, record: Callable[[Iterable[str]], None] | None = None,
     ) -> None:  # fmt: skip
         self.scheduler, self.runner = scheduler, runner
         self._origin, self._welcome, self._merge_size = origin, welcome, merge_size
-        self._publish_step, self._feedback, self._is_current, self._clock = publish_step, feedback, is_current, clock
+        self._publish_step, self._feedback, self._clock, self._record = publish_step, feedback, clock, record
+        self._epochs: Mapping[WorkerId, int] = {} if epochs is None else epochs
         self._clients, self._leases = Clients(origin, welcome, publish), Leases(origin, vits)
         self._num_ahead = int(has_overlap)
         self.requests: dict[str, Request] = {}
@@ -116,7 +124,7 @@ class Engine:
     # What comes in.
 
     def handle(self, message: LlmMessage, now: float) -> None:
-        if isinstance(message, WorkerMessage) and not self._is_current(message):
+        if isinstance(message, WorkerMessage) and message.epoch < self._epochs.get(message.sender, 0):
             self.counters["stale_messages"] += 1
             return
         match message:
@@ -143,6 +151,25 @@ class Engine:
             case _:
                 assert_never(message)
 
+    def on_death(self, successor: WorkerState, now: float) -> None:
+        """Of a neighbour. Requests that needed something of it end here, to be submitted again; what has been read is not needed."""
+        match successor.worker.role:
+            case Role.VIT:
+                while self._under_way:  # a step may be reading what was the dead one's
+                    self._collect(self._under_way.popleft(), now)
+                self._leases.forget_vit(successor.worker.rank, successor.epoch)
+                hit = [request for request in self.requests.values() if request.forget_vit(successor.worker.rank, successor.epoch)]
+                self._send_step(PoolClosed(pool_id=str(successor.worker), pool_epoch=successor.epoch - 1, **self._origin))
+                self.runner.pools.close(str(successor.worker))
+            case Role.PREPROCESS:
+                hit = [request for request in self.requests.values() if any(chunk.is_awaited for chunk in request.chunks)]
+            case _:
+                return
+        for request in hit:
+            self.counters["interrupted"] += 1
+            was_executing = digest_of(request.request_id) in successor.executed
+            self._end(request, Interruption(f"{successor.worker} died", successor.worker.role if was_executing else None), now)
+
     def on_subscriptions(self, events: Iterable[Subscription], now: float) -> None:
         self._clients.on_subscriptions(events, now)
 
@@ -155,7 +182,7 @@ class Engine:
 
     def _is_wanted(self, chunk: Chunk | None) -> bool:
         """Its embeddings are waited for."""
-        return chunk is not None and chunk.embeddings is None and not chunk.is_read
+        return chunk is not None and chunk.embeddings is None and not chunk.is_read  # also when it was lost: it comes earlier then
 
     def _on_generate(self, message: GenerateRequest, now: float) -> None:
         request_id = message.request_id
@@ -183,12 +210,15 @@ class Engine:
         for early in self._leases.take_early(request_id):
             self.handle(early, now)
 
-    def _refusal(self, request: Request, message: GenerateRequest) -> ErrorInfo | FinishReason | None:
+    def _refusal(self, request: Request, message: GenerateRequest) -> Outcome | None:
         """Why the request does not run, if it does not."""
         if request.client_id not in self._clients:
             return FinishReason.ABORT  # it left while its media were fetched
         if message.is_query:
-            return ErrorInfo(503, "the server no longer knows this request")
+            return Interruption("it is not known here")
+        for chunk in request.chunks:
+            if chunk.wire.vit_epoch < self._epochs.get(vit := WorkerId(Role.VIT, chunk.wire.vit), 0):
+                return Interruption(f"{vit} died")
         limit, capacity = self._welcome.max_model_len, self.scheduler.capacity
         if request.num_tokens >= limit:
             return ErrorInfo(400, f"the prompt has {request.num_tokens} tokens, which leaves no room in the model's context of {limit}", "messages")
@@ -227,7 +257,7 @@ class Engine:
             return
         if self._is_early(message, now):
             return
-        chunk, lease = self._find_chunk(message), Lease(message.sender.rank, message.lease_id)
+        chunk, lease = self._find_chunk(message), lease_of(message)
         if chunk is None or not self._is_wanted(chunk):
             self._leases.release([lease])
             return
@@ -252,12 +282,17 @@ class Engine:
             self._give_back(request.take_all_leases())
         for admitted in schedule.admitted:
             self._on_admitted(*admitted)
+        if schedule.is_alone:
+            while self._under_way:
+                self._collect(self._under_way.popleft(), now)
         if schedule.scheduled:
             self._launch(schedule)
-        num_ahead = self._num_ahead if schedule.scheduled else 0
+        num_ahead = self._num_ahead if schedule.scheduled and not schedule.is_alone else 0
         has_work = bool(self._under_way)
         while len(self._under_way) > num_ahead:
             self._collect(self._under_way.popleft(), now)
+        if self._record is not None and has_work:
+            self._record([item.request.request_id for flight in self._under_way for item in flight.scheduled])
         return has_work
 
     def _on_admitted(self, request: Request, covered: int) -> None:
@@ -278,6 +313,9 @@ class Engine:
     def _launch(self, schedule: Schedule) -> None:
         plan = self.plan([_plan(item) for item in schedule.scheduled])
         self._send_step(plan)
+        if self._record is not None:
+            flights = [flight.scheduled for flight in self._under_way] + [schedule.scheduled]
+            self._record({item.request.request_id for scheduled in flights for item in scheduled})
         started_at = self._clock()
         launched = self.runner.launch(plan)
         ended_at = self._clock() if launched.has_run else None

@@ -17,6 +17,10 @@ LEASE_SET_INTERVAL_S = 1.0
 MEMORY_OF_EARLY_S = 60.0
 
 
+def lease_of(message: EmbeddingReady) -> Lease:
+    return Lease(message.sender.rank, message.epoch, message.lease_id)
+
+
 class Leases:
     """`vits` are the ways to the ViTs, by index."""
 
@@ -24,12 +28,25 @@ class Leases:
         self._origin, self._vits = origin, vits
         self._early: dict[str, list[tuple[float, EmbeddingReady | EncodeFailed]]] = {}  # of requests or attempts not here yet
         self._unmapped: list[EmbeddingReady] = []  # of pools not here yet
-        self._last_lease_ids = [0] * len(vits)
+        self._last_seen = [(0, 0)] * len(vits)  # epoch and lease id: a ViT's successor counts from one again
         self._lease_set_due = 0.0
 
     def saw(self, message: EmbeddingReady) -> None:
         vit = message.sender.rank
-        self._last_lease_ids[vit] = max(self._last_lease_ids[vit], message.lease_id)
+        self._last_seen[vit] = max(self._last_seen[vit], (message.epoch, message.lease_id))
+
+    def forget_vit(self, vit: int, epoch: int) -> None:
+        """A ViT has died, and with it what it had leased; `epoch` is its successor's."""
+
+        def is_alive(message: EmbeddingReady | EncodeFailed) -> bool:
+            return message.sender.rank != vit or message.epoch >= epoch
+
+        self._last_seen[vit] = max(self._last_seen[vit], (epoch, 0))
+        self._unmapped = [message for message in self._unmapped if is_alive(message)]
+        for request_id, early in list(self._early.items()):
+            self._early[request_id] = [(time, message) for time, message in early if is_alive(message)]
+            if not self._early[request_id]:
+                del self._early[request_id]
 
     def keep_unmapped(self, message: EmbeddingReady) -> None:
         self._unmapped.append(message)
@@ -47,7 +64,7 @@ class Leases:
 
     def drop_early(self, request_id: str) -> None:
         early = self.take_early(request_id)
-        self.release([Lease(message.sender.rank, message.lease_id) for message in early if isinstance(message, EmbeddingReady)])
+        self.release([lease_of(message) for message in early if isinstance(message, EmbeddingReady)])
 
     def forget_early(self, now: float) -> None:
         """Gives back what came for requests that never did."""
@@ -58,7 +75,8 @@ class Leases:
     def release(self, leases: Iterable[Lease]) -> None:
         by_vit: dict[int, list[int]] = defaultdict(list)
         for lease in leases:
-            by_vit[lease.vit].append(lease.lease_id)
+            if lease.vit_epoch >= self._last_seen[lease.vit][0]:  # else it ended with its ViT
+                by_vit[lease.vit].append(lease.lease_id)
         for vit, lease_ids in by_vit.items():
             self._vits[vit].send(LeaseReleased(lease_ids=tuple(lease_ids), **self._origin))
 
@@ -74,7 +92,8 @@ class Leases:
         self._lease_set_due = now + LEASE_SET_INTERVAL_S
         early = [message for messages in self._early.values() for _, message in messages]
         waiting = [message for message in early if isinstance(message, EmbeddingReady)] + self._unmapped
-        leases = [*held, *(Lease(message.sender.rank, message.lease_id) for message in waiting)]
+        leases = [*held, *map(lease_of, waiting)]
         for vit, sink in enumerate(self._vits):
-            lease_ids = tuple(lease.lease_id for lease in leases if lease.vit == vit)
-            sink.send(LeaseSet(lease_ids=lease_ids, last_lease_id=self._last_lease_ids[vit], **self._origin))
+            epoch, last_lease_id = self._last_seen[vit]
+            lease_ids = tuple(lease.lease_id for lease in leases if (lease.vit, lease.vit_epoch) == (vit, epoch))
+            sink.send(LeaseSet(lease_ids=lease_ids, last_lease_id=last_lease_id, **self._origin))

@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.families import ModelInfo
 from pipeline.messages import SequencePlan, StepPlan, TokenLogprobs, pack_int32, unpack_int32
-from pipeline.tensors import PoolInfo, PoolMap, TensorHandle
+from pipeline.tensors import PoolGoneError, PoolInfo, PoolMap, TensorHandle
 from workers.llm.attention.torch import Span
 from workers.llm.backends import choose_backend
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes, is_decode
@@ -83,17 +83,27 @@ class EmbeddingPools:
 
     def open(self, info: PoolInfo) -> None:
         """To be called on all ranks, in the same order among steps. Raises PipelineError when no rank can map the pool."""
-        error = ""
+        error, is_gone = "", False
         try:
             self._pools.open(info)
+        except PoolGoneError as caught:
+            error, is_gone = str(caught), True
         except (PipelineError, OSError, ImportError) as caught:  # the others wait to hear of it
             error = str(caught)
         can_read = self._parallel.gather_flags(not error)
+        if is_gone:
+            logger.info("%s", error)  # of a successor we shall hear
+            return
         if not any(can_read):
             raise PipelineError(f"the embeddings of {info.pool_id} cannot be read ({error}); --embedding-transport host needs no mapping")
         self._opened[info.pool_id] = info.epoch, None if all(can_read) else can_read.index(True)
         if error:
             logger.warning("rank %d gets the embeddings of %s from rank %d: %s", self._parallel.rank, info.pool_id, can_read.index(True), error)
+
+    def close(self, pool_id: str) -> None:
+        """Its owner has died; no step reads it any more."""
+        self._opened.pop(pool_id, None)
+        self._pools.close(pool_id)
 
     def knows(self, pool_id: str, epoch: int) -> bool:
         return self._opened.get(pool_id, (-1, None))[0] >= epoch
@@ -167,6 +177,11 @@ class ModelRunner:
         self._graphs = None
 
     @torch.inference_mode()
+    def finish(self) -> None:
+        """Waits until no step is under way."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def launch(self, plan: StepPlan) -> Launched:
         """Starts a step; on the CPU it has run when this returns.
 

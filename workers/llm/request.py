@@ -31,6 +31,7 @@ from pipeline.tensors import TensorHandle
 
 class Lease(NamedTuple):
     vit: int
+    vit_epoch: int
     lease_id: int
 
 
@@ -51,6 +52,11 @@ class Chunk:
     def stop(self) -> int:
         return self.offset + self.wire.num_tokens
 
+    @property
+    def is_awaited(self) -> bool:
+        """Its embeddings are under way. Those lost in a preemption are asked for later."""
+        return self.embeddings is None and not self.is_read and not self.is_lost
+
 
 @dataclass(slots=True, eq=False)  # one is only ever itself: queues need not compare its arrays
 class Request:
@@ -67,6 +73,8 @@ class Request:
     max_tokens: int
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
+    is_alone: bool = False  # it may be what a rank died of: nobody else is in its steps until it has yielded a token
+    num_earlier_tokens: int = 0  # of the output: from earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one an output token, where wanted; empty for those of earlier attempts
     num_computed_tokens: int = 0  # in the KV cache, or being computed by a step under way
@@ -97,6 +105,7 @@ class Request:
             prompt_token_ids=prompt, positions=positions, position_delta=delta, chunks=chunks,
             items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
+            is_alone=message.is_alone, num_earlier_tokens=len(message.output_token_ids) // 4,
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
             logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * (len(message.output_token_ids) // 4),
         )  # fmt: skip
@@ -105,6 +114,10 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Whoever has the lower one goes first."""
         return self.priority, self.arrival
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.is_alone and len(self.output_token_ids) == self.num_earlier_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -193,6 +206,17 @@ class Request:
         for chunk in self.chunks:
             chunk.is_lost = chunk.is_lost or chunk.is_read or chunk.lease is not None
             chunk.is_read = False
+
+    def forget_vit(self, vit: int, epoch: int) -> bool:
+        """A ViT has died: drops what it had encoded and was not read. Whether something of it is missing now."""
+        is_hit = False
+        for chunk in self.chunks:
+            if chunk.embeddings is not None and chunk.wire.vit == vit and chunk.embeddings.epoch < epoch:
+                chunk.lease = chunk.embeddings = None
+                is_hit = True
+            elif chunk.is_awaited and chunk.wire.vit == vit and chunk.wire.vit_epoch < epoch:
+                is_hit = True
+        return is_hit
 
     def take_all_leases(self) -> list[Lease]:
         leases = [chunk.lease for chunk in self.chunks if chunk.lease is not None]

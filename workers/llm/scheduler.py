@@ -46,6 +46,7 @@ class Schedule(NamedTuple):
     admitted: list[Admitted]
     preempted: list[Request]  # their leases are to be given back, once no step reads them
     num_decodes: int  # they are in front
+    is_alone: bool = False  # no other step may be under way meanwhile
 
 
 class Scheduler:
@@ -94,6 +95,10 @@ class Scheduler:
         admitted = [] if preempted else self._admit()
         active = [request for request in self.running if not request.is_last_token_pending]
         ready = [(request, request.num_ready_tokens() - request.num_computed_tokens) for request in active]
+        suspects = [(request, num_tokens) for request, num_tokens in ready if request.is_suspect and num_tokens > 0]
+        if suspects:
+            request, num_tokens = suspects[0]
+            return Schedule([self._take(request, min(self.max_num_batched_tokens, num_tokens))], admitted, preempted, 0, is_alone=True)
         decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
         prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
         scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]

@@ -14,8 +14,8 @@ from pipeline.config import MIB
 from pipeline.core_sharing import Activity, CoreSharing
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolOpened, Shutdown, StepPlan, Welcome
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, raise_on_shutdown
+from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolClosed, PoolOpened, Shutdown, StepPlan, Welcome
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, parse_worker
 from pipeline.sockets import Poller, Receiver
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
@@ -60,6 +60,7 @@ def main(context: WorkerContext) -> None:
     runner: ModelRunner | None = None
     try:
         runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
+        runner.decoder.on_layer = context.recorder.move
         kv_plan = plan_kv_cache(info, config, tp_size, dtype, parallel.smallest(int(kv_cache_gib(config, device) * GIB)) / GIB)
         runner.open_cache(kv_plan.num_blocks, kv_plan.max_model_len)
         if steps is None:
@@ -70,7 +71,8 @@ def main(context: WorkerContext) -> None:
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
                 max_model_len=kv_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
-                max_request_bytes=config.api.max_request_mib * MIB, **context.origin,
+                max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
+                recovery_timeout=config.launcher.recovery_timeout, **context.origin,
             )  # fmt: skip
             _lead(context, control, scheduler, runner, welcome, info.vision.merge_size, sharing)
         else:
@@ -109,12 +111,12 @@ def _lead(
         poller = Poller(steps, control)
         while num_ranks < config.llm.tp:
             poller.wait()
-            raise_on_shutdown(control)
+            context.read_control(control)
             num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
     engine = Engine(
         context.origin, scheduler, runner, welcome, merge_size, outputs.publish, steps.publish if steps else None,
-        sockets.sender(FEEDBACK), vits, context.is_current, has_overlap=has_overlap(config.llm.overlap, runner.device),
-        tracer=context.tracer,
+        sockets.sender(FEEDBACK), vits, sockets.epochs, has_overlap=has_overlap(config.llm.overlap, runner.device),
+        tracer=context.tracer, record=context.recorder.record,
     )  # fmt: skip
     blocks = scheduler.blocks
     step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
@@ -129,9 +131,15 @@ def _lead(
     poller = Poller(inbox, outputs, control)
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     while True:
-        if raise_on_shutdown(control):
-            stats_due, stats_interval = 0.0, DRAIN_STATS_INTERVAL_S
+        context.recorder.move()
         now = time.monotonic()
+        news = context.read_control(control)
+        if news.is_draining:
+            stats_due, stats_interval = 0.0, DRAIN_STATS_INTERVAL_S
+        for dead in news.died:
+            engine.on_death(dead, now)
+            if dead.worker.role is Role.VIT:
+                context.pool_closed(dead.worker, dead.epoch - 1)
         engine.on_subscriptions(outputs.subscriptions(), now)
         while (received := inbox.receive()) is not None:
             engine.handle(received.message, now)
@@ -167,15 +175,20 @@ def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any]
     context.ready()
     last_step = 0
     while True:
-        raise_on_shutdown(control)
+        context.recorder.move()
+        context.read_control(control)
         while (received := steps.receive()) is not None:
             match received.message:
                 case PoolOpened(pool=pool):
                     runner.pools.open(pool)
+                case PoolClosed(pool_id=pool_id, pool_epoch=pool_epoch):
+                    runner.finish()
+                    runner.pools.close(pool_id)
+                    context.pool_closed(parse_worker(pool_id), pool_epoch)
                 case StepPlan(step=step) as plan:
                     if step != last_step + 1:
                         raise PipelineError(f"step {step} came after step {last_step}")
                     last_step = step
                     sharing.widen(plan.is_wide)
                     runner.launch(plan)
-        poller.wait()
+        poller.wait(STATS_INTERVAL_S)

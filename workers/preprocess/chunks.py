@@ -15,13 +15,15 @@ from dataclasses import dataclass
 
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.fair import FairClock
-from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin
+from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin, PoolOpened
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.sockets import Sink
 from pipeline.tensors import TensorPool
+from pipeline.topology import Role
 from pipeline.trace import Tracer
 from workers.preprocess.media import Chunk
 from workers.preprocess.router import Router
+from workers.preprocess.threads import Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
 ORDER_PATIENCE_S = 0.25  # that pixels wait for earlier ones of their request, in memory that others may need
@@ -40,6 +42,7 @@ class ChunkState:
     is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
+    alone_in: Role | None = None  # its request may have been a worker's death: it passes this stage alone
 
 
 class ChunkFlow:
@@ -58,14 +61,14 @@ class ChunkFlow:
         self._num_decoding = 0
         self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}  # by request, attempt and ViT: whether what was begun last is there
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
-        self._router = Router(len(vits))
+        self.router = Router(len(vits))
         self._chunks: dict[ChunkKey, ChunkState] = {}
         self.num_decoded = 0
 
-    def route(self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int) -> MmChunk:
+    def route(self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int, alone_in: Role | None = None) -> MmChunk:
         """Takes a chunk in and chooses its ViT; `announce` tells that ViT."""
-        choice = self._router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
-        self._chunks[key] = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
+        choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
+        self._chunks[key] = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known, alone_in=alone_in)
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
@@ -107,13 +110,23 @@ class ChunkFlow:
         for vit, of_vit in by_vit.items():
             self._vits[vit].send(CancelEncode(keys=tuple(of_vit), **self._origin))
 
+    def on_vit_death(self, vit: int) -> None:
+        """Whatever it was sent is gone. Requests that needed it are interrupted by the LLM and come again."""
+        self.router.forget(vit)
+        states = [state for state in self._chunks.values() if state.vit == vit]
+        for state in states:
+            self._slots.forget(state.key)
+        for state in states:
+            self._finish(state)
+        self._vits[vit].send(PoolOpened(pool=self._pool.info, **self._origin))
+
     def _encode_request(self, state: ChunkState) -> EncodeRequest:
         handle = None
         if state.slot is not None:
             handle = self._pool.lend(state.slot, state.chunk.shape, "uint8")
         return EncodeRequest(
             key=state.key, arrival=state.order.arrival, position=state.order.position, mm_hash=state.chunk.mm_hash,
-            grid_thw=state.chunk.grid_thw, pixels=handle, **self._origin,
+            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=state.alone_in is Role.VIT, **self._origin,
         )  # fmt: skip
 
     def _grant(self) -> None:
@@ -148,6 +161,7 @@ class ChunkFlow:
             before.add_done_callback(finish)  # those behind wait for those before all the same
 
     async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
+        on_behalf_of.set(Work(state.key.request_id, state.alone_in is Role.PREPROCESS))
         error: ErrorInfo | None = None
         start = time.monotonic()
         request = self._encode_request(state)
@@ -186,7 +200,7 @@ class ChunkFlow:
     def _drop(self, state: ChunkState) -> None:
         """Forgets a chunk and gives its slot to the next."""
         del self._chunks[state.key]
-        self._router.finished(state.vit, state.chunk.grid_thw.num_patches)
+        self.router.finished(state.vit, state.chunk.grid_thw.num_patches)
         self._slots.forget(state.key)
         if state.slot is not None:
             self._slots.allocator.free(state.slot)
@@ -200,4 +214,4 @@ class ChunkFlow:
         self._slots.allocator.check_integrity()
         if not self._chunks:
             assert not self._slots.allocator.num_used, "pixel slots are held for nobody"
-            assert not any(self._router.outstanding), "patches are outstanding for nobody"
+            assert not any(self.router.outstanding), "patches are outstanding for nobody"

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, assert_never
 
@@ -39,6 +38,7 @@ from pipeline.messages import (
     SubmitRequest,
     TextPart,
     VideoPart,
+    WorkerState,
     pack_int32,
     unpack_int32,
 )
@@ -53,6 +53,7 @@ from workers.preprocess.item_reader import ItemReader, gather
 from workers.preprocess.media import Item
 from workers.preprocess.prompt import ChatPrompt, Prompt
 from workers.preprocess.router import GroupRouter, prefix_hashes
+from workers.preprocess.threads import RecordedThreads, Work, on_behalf_of
 from workers.preprocess.videos import VideoReaders
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
 MAX_MESSAGES = 1024
 MAX_SALT_BYTES = 256
+MAX_OVERLOAD = 2  # times the open requests that are taken in, so many may be gone on with
 
 
 @dataclass(slots=True)
@@ -89,10 +91,10 @@ class Preprocessor:
         self._llms, self._tasks = llms, tasks
         self._groups = GroupRouter(list(llms))
         num_threads = max(2, context.spec.placement.num_threads)
-        self._threads = ThreadPoolExecutor(num_threads, "decode")
+        self.threads = RecordedThreads(num_threads, context.recorder)
         self._fetcher = Fetcher(config)
         self._readers = VideoReaders(pool.info.memory_fd, num_threads, config.video_timeout_s, config.max_image_pixels)
-        self._items = ItemReader(config, info, len(vits), self._fetcher, self._threads, self._readers)
+        self._items = ItemReader(config, info, len(vits), self._fetcher, self.threads, self._readers)
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
@@ -138,13 +140,28 @@ class Preprocessor:
             return
         if known is not None and known.ended_at is None:
             self._end(known)
-        was_accepted = known is not None and isinstance(known.reply, GenerateRequest)
+        if known is None and message.lead is not None and message.lead in self._llms and not message.messages:
+            # A query about what went through our predecessor: its group knows.
+            self._llms[message.lead].send(
+                GenerateRequest(
+                    client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0, prompt_token_ids=b"",
+                    items=(), sampling=message.sampling, num_received=message.num_received, is_query=True, **self._origin,
+                )
+            )  # fmt: skip
+            return
         opened = self._requests[message.request_id] = OpenRequest(message.client_id, message.request_id, message.attempt)
-        opened.lead = known.lead if known is not None else None  # where a lower attempt may still run
+        # Where a lower attempt may still run; after our predecessor's death only its client knows, if anybody.
+        opened.lead = known.lead if known is not None else message.lead if message.lead in self._llms else None
+        if known is None and opened.lead is None and message.attempt > 1 and len(self._llms) > 1:
+            before = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt - 1)
+            for llm in self._llms.values():  # one of them may still run it, and another is about to
+                llm.send(before)
         self.num_open += 1
         try:
-            if not was_accepted:  # what was begun is gone on with, be the server full or about to stop
+            if message.attempt == 1:  # what was begun is gone on with, be the server full or about to stop
                 self._check_load()
+            elif self.num_open > MAX_OVERLOAD * self._config.max_open_requests:
+                raise RequestError("the server is overloaded", status=503)
             self._check_fields(message)
             self._hold_media(opened, sum(len(frame) for frame in frames))
         except RequestError as error:
@@ -192,7 +209,9 @@ class Preprocessor:
             return
         if known is not None and known.task is not None:
             known.task.cancel()
-        self._tell(known, AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt))
+        lead = known.lead if known is not None else message.lead
+        abort = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt)
+        self._llms[lead if lead is not None and lead in self._llms else next(iter(self._llms))].send(abort)
 
     def _tell(self, opened: OpenRequest | None, message: LlmMessage) -> None:
         """To the group of a request; of one that has none, or is not known, the first group speaks."""
@@ -202,6 +221,7 @@ class Preprocessor:
     # One request's preparation.
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
+        on_behalf_of.set(Work(opened.request_id, message.alone_in is Role.PREPROCESS))
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
@@ -257,7 +277,7 @@ class Preprocessor:
             for index, chunk in enumerate(item.chunks):
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = chunk.grid_thw.num_patches // self._info.vision.merge_size**2
-                routed.append(self._chunks.route(key, chunk, Order(self._last_arrival, len(opened.keys)), num_tokens))
+                routed.append(self._chunks.route(key, chunk, Order(self._last_arrival, len(opened.keys)), num_tokens, message.alone_in))
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
         opened.reply = GenerateRequest(
@@ -272,6 +292,7 @@ class Preprocessor:
             num_received=message.num_received,
             priority=message.priority,
             cache_salt=message.cache_salt,
+            is_alone=message.alone_in is Role.LLM,
             **self._origin,
         )
         self._tell(opened, opened.reply)
@@ -285,7 +306,7 @@ class Preprocessor:
         opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, len(prompt.token_ids))
 
     async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
@@ -297,7 +318,26 @@ class Preprocessor:
         opened = self._requests[key.request_id]
         self._tell(opened, AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error))
 
-    # From ViTs and the LLM.
+    # From the launcher, ViTs and the LLM.
+
+    def on_states(self, states: Iterable[WorkerState], died: Iterable[WorkerState]) -> None:
+        """How all workers are, and those of them that have taken the place of a dead one."""
+        states = list(states)
+        self._groups.available = {state.worker.rank for state in states if state.is_ready and state.worker.role is Role.LLM} & set(self._llms)
+        self._chunks.router.available = {state.worker.rank for state in states if state.is_ready and state.worker.role is Role.VIT}
+        for dead in died:
+            if dead.worker.role is Role.VIT:
+                self._chunks.on_vit_death(dead.worker.rank)
+            elif dead.worker.role is Role.LLM and dead.worker.rank in self._llms:
+                self._on_group_death(dead.worker.rank)
+
+    def _on_group_death(self, lead: int) -> None:
+        """Its requests are gone, and come again when their clients know its successor."""
+        self._groups.forget(lead)
+        for opened in [opened for opened in self._requests.values() if opened.lead == lead]:
+            if opened.ended_at is None:
+                self._end(opened)
+            opened.lead = None
 
     def on_feedback(self, message: FeedbackMessage) -> None:
         if not self._context.is_current(message):
@@ -349,7 +389,7 @@ class Preprocessor:
     async def close(self) -> None:
         await self._readers.close()
         await self._fetcher.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -25,6 +25,7 @@ class Choice:
 class Router:
     def __init__(self, num_vits: int) -> None:
         self.outstanding = [0] * num_vits  # patches that each ViT has been sent and not finished
+        self.available = set(range(num_vits))  # who serves; who does not will later
         self._places: OrderedDict[bytes, int] = OrderedDict()
 
     def choose(self, mm_hash: bytes, num_patches: int) -> Choice:
@@ -32,7 +33,7 @@ class Router:
         vit = self._places.pop(mm_hash, None)
         is_known = vit is not None
         if vit is None:
-            vit = min(range(len(self.outstanding)), key=lambda index: self.outstanding[index])
+            vit = min(self.available or range(len(self.outstanding)), key=lambda index: (self.outstanding[index], index))
         self._places[mm_hash] = vit
         if len(self._places) > MAX_REMEMBERED:
             self._places.popitem(last=False)
@@ -42,12 +43,18 @@ class Router:
     def finished(self, vit: int, num_patches: int) -> None:
         self.outstanding[vit] -= num_patches
 
+    def forget(self, vit: int) -> None:
+        """It has died, and knows nothing any more."""
+        for mm_hash in [mm_hash for mm_hash, place in self._places.items() if place == vit]:
+            del self._places[mm_hash]
+
 
 class GroupRouter:
     """Groups are named by the ranks that lead them."""
 
     def __init__(self, leads: Sequence[int]) -> None:
         self.outstanding = dict.fromkeys(leads, 0)  # tokens that each group has to compute
+        self.available = set(leads)  # who serves; who does not will later
         self._prefixes: dict[int, OrderedDict[bytes, None]] = {lead: OrderedDict() for lead in leads}
 
     def choose(self, prefixes: Sequence[bytes], num_tokens: int) -> tuple[int, int]:
@@ -56,7 +63,7 @@ class GroupRouter:
         What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute.
         """
         known = {lead: self._num_known(lead, prefixes) * PREFIX_TOKENS for lead in self.outstanding}
-        lead = min(self.outstanding, key=lambda lead: self.outstanding[lead] - known[lead])
+        lead = min(sorted(self.available or self.outstanding), key=lambda lead: self.outstanding[lead] - known[lead])
         seen = self._prefixes[lead]
         for digest in prefixes:
             seen.pop(digest, None)
@@ -73,6 +80,10 @@ class GroupRouter:
 
     def finished(self, lead: int, num_tokens: int) -> None:
         self.outstanding[lead] -= num_tokens
+
+    def forget(self, lead: int) -> None:
+        """It has died, and knows nothing any more."""
+        self._prefixes[lead].clear()
 
 
 def prefix_hashes(token_ids: Sequence[int], items: Sequence[MmItem], salt: bytes) -> list[bytes]:

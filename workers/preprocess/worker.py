@@ -18,6 +18,8 @@ from workers.preprocess.preprocessor import Preprocessor
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
+LIFE_INTERVAL_S = 0.5
+STUCK_S = 30.0  # in one piece of work: the largest picture takes some seconds
 
 
 def main(context: WorkerContext) -> None:
@@ -59,8 +61,8 @@ async def _serve(context: WorkerContext) -> None:
                     case Drain():
                         core.is_draining = True
                         tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
-                    case PipelineState():
-                        pass
+                    case PipelineState() as state:
+                        core.on_states(state.workers, context.follow(state))
 
         async def report(interval: float = STATS_INTERVAL_S) -> None:
             while True:
@@ -71,6 +73,13 @@ async def _serve(context: WorkerContext) -> None:
                 )
                 await asyncio.sleep(interval)
 
-        for loop in (read_ingest, read_feedback, read_control, report):
+        async def show_life() -> None:
+            """As long as the loop turns, and no thread is stuck in a decoder."""
+            while True:
+                if core.threads.longest_s(time.monotonic()) < STUCK_S:
+                    context.recorder.move()
+                await asyncio.sleep(LIFE_INTERVAL_S)
+
+        for loop in (read_ingest, read_feedback, read_control, report, show_life):
             tasks.create_task(loop())
         context.ready(config.preprocess.max_open_requests, pool_bytes=nbytes)

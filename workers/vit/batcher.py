@@ -54,6 +54,7 @@ class Pending:
     pixels: TensorHandle | None = None
     slot: Slot | None = None
     turn: float = 0.0  # among those that have a slot
+    is_alone: bool = False  # it may be what a ViT died of: its batch has nothing else
     is_encoding: bool = False
 
     @property
@@ -78,7 +79,9 @@ class Batcher:
     def num_tokens(self, grid_thw: GridTHW) -> int:
         return grid_thw.num_patches // self._merged
 
-    def on_request(self, key: ChunkKey, order: Order, mm_hash: bytes, grid_thw: GridTHW, pixels: TensorHandle | None) -> list[Action]:
+    def on_request(
+        self, key: ChunkKey, order: Order, mm_hash: bytes, grid_thw: GridTHW, pixels: TensorHandle | None, is_alone: bool = False
+    ) -> list[Action]:
         if (size := self.num_tokens(grid_thw) * self._bytes_per_token) > self._largest:
             return [Refused(key, f"a chunk of {size} bytes of embeddings is larger than {self._largest}"), PixelsDone(key)]
         if pixels is not None:
@@ -96,6 +99,7 @@ class Batcher:
                 pending.supplier = key
                 actions.append(NeedPixels(key))
         pending.waiters[key] = order
+        pending.is_alone |= is_alone
         self._hashes[key] = mm_hash
         if pending.slot is None:
             self._expect(pending)
@@ -196,7 +200,7 @@ class Batcher:
         waiting = [pending for pending in self._pending.values() if pending.slot is not None and not pending.is_encoding]
         for pending in sorted(waiting, key=lambda pending: (pending.turn, pending.order)):
             num_patches += pending.grid_thw.num_patches
-            if batch and num_patches > max_patches:
+            if batch and (num_patches > max_patches or pending.is_alone or batch[0].is_alone):
                 break
             pending.is_encoding = True
             self._turns.advance(pending.turn)
@@ -235,6 +239,15 @@ class Batcher:
         refused = [Refused(key, reason) for key in pending.waiters]
         done = [PixelsDone(key) for key in pending.waiters if key != pending.supplier]
         return [*refused, *done, *self._drop(pending)]
+
+    def forget_group(self, lead: int) -> list[Action]:
+        """An LLM group has died, and with it its requests and leases."""
+        self.cache.release_all(lead)
+        return self.on_cancel([key for key in self._hashes if key.lead == lead])
+
+    def forget_all(self) -> None:
+        """Preprocess has died, and with it all pixels and whoever waits for them. A batch under way is not to be interrupted."""
+        self.on_cancel(list(self._hashes))
 
     @property
     def num_pending(self) -> int:

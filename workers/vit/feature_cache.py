@@ -62,6 +62,10 @@ class FeatureCache:
             if (lease := self._leases.pop(lease_id, None)) is not None:
                 lease.feature.leases.discard(lease_id)
 
+    def release_all(self, lead: int) -> None:
+        """Its holder has died."""
+        self.release([lease_id for lease_id, lease in self._leases.items() if lease.lead == lead])
+
     def reconcile(self, lead: int, held: Iterable[int], last_lease_id: int) -> None:
         """Heals lost releases: a lease that its holder has seen and lacks in two lease sets is free."""
         known = set(held)

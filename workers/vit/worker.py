@@ -6,6 +6,7 @@ that releases and cancellations are heard while the device works.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -37,12 +38,13 @@ from pipeline.messages import (
     LlmMessage,
     PixelsReleased,
     PoolOpened,
+    WorkerState,
 )
-from pipeline.process import WorkerContext, raise_on_shutdown
+from pipeline.process import WorkerContext
 from pipeline.slots import Order, SlotAllocator, align
 from pipeline.sockets import Poller, Sink, Wakeup
-from pipeline.tensors import PoolMap, StaleHandleError, TensorPool, check_mapping
-from pipeline.topology import ENCODE, FEEDBACK, LLM
+from pipeline.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool, check_mapping
+from pipeline.topology import ENCODE, FEEDBACK, LLM, Role, WorkerId
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.engines.choice import Engine, EngineSpec, choose_engine, warm_up
@@ -77,10 +79,11 @@ class VitCore:
             return
         match message:
             case PoolOpened():
-                self._pools.open(message.pool)
+                with contextlib.suppress(PoolGoneError):  # of a successor we shall hear
+                    self._pools.open(message.pool)
             case EncodeRequest():
                 order = Order(message.arrival, message.position)
-                self._act(self.batcher.on_request(message.key, order, message.mm_hash, message.grid_thw, message.pixels))
+                self._act(self.batcher.on_request(message.key, order, message.mm_hash, message.grid_thw, message.pixels, message.is_alone))
             case CancelEncode():
                 self._act(self.batcher.on_cancel(message.keys))
             case LeaseRequest():
@@ -93,6 +96,15 @@ class VitCore:
                 self._act(self.batcher.poll())
             case _:
                 assert_never(message)
+
+    def on_death(self, worker: WorkerId) -> None:
+        """Of a neighbour; no batch may be under way, which might still read the memory of a dead one."""
+        if worker.role is Role.PREPROCESS:
+            self.batcher.forget_all()
+            self._pools.close(str(worker))
+        elif worker.rank in self._llms:
+            self._act(self.batcher.forget_group(worker.rank))
+            self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
 
     def _act(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -222,15 +234,21 @@ def main(context: WorkerContext) -> None:
     if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":  # which has threads of its own, as many as it began with
         placement = dataclasses.replace(placement, wide_cores=())
     sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
+
+    def between_layers() -> None:
+        context.recorder.move()
+        if sharing.can_widen:
+            sharing.adapt()
+
     spec = EngineSpec(
         info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
-        between_layers=sharing.adapt if sharing.can_widen else None,
+        between_layers=between_layers,
         cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
     llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
     for llm in llms.values():
-        llm.send(PoolOpened(**context.origin, pool=pool.info))
+        llm.send(PoolOpened(pool=pool.info, **context.origin))
     batcher = Batcher(allocator, info.vision.hidden_size * ITEM_SIZES[dtype_name], info.vision.merge_size)
     core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback, PoolMap(ordinal))
     wakeup = Wakeup()
@@ -241,11 +259,18 @@ def main(context: WorkerContext) -> None:
     context.ready(pool_bytes=pool.info.nbytes)
 
     batch: list[Pending] = []
+    died: list[WorkerState] = []
     stats_due = 0.0
     while True:
         wakeup.clear()
-        raise_on_shutdown(control)
-        while (received := inbox.receive()) is not None:
+        died += context.read_control(control).died
+        if died and not batch:
+            for dead in died:
+                core.on_death(dead.worker)
+                if dead.worker.role is Role.PREPROCESS:
+                    context.pool_closed(dead.worker, dead.epoch - 1)
+            died = []
+        while not died and (received := inbox.receive()) is not None:  # else what successors say would meet what is left of the dead
             core.handle(received.message)
         if batch and (seconds := thread.take_done()) is not None:
             num_patches = sum(pending.grid_thw.num_patches for pending in batch)
@@ -253,11 +278,15 @@ def main(context: WorkerContext) -> None:
             ids = (key.request_id for pending in batch for key in pending.waiters)
             context.tracer.span("encode", time.monotonic() - seconds, ids, num_patches)
             core.on_encoded(batch)
+            context.recorder.record(())
             batch = []
+            continue
         if not batch:
             batch, jobs = core.next_batch(limit.max_patches)
             if batch:
+                context.recorder.record({key.request_id for pending in batch for key in pending.waiters})
                 thread.start(jobs)
+            context.recorder.move()
         sharing.announce(bool(batch or batcher.num_pending))
         if time.monotonic() >= stats_due:
             stats_due = time.monotonic() + STATS_INTERVAL_S

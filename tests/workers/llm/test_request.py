@@ -94,7 +94,7 @@ def test_embeddings_are_cut_to_the_chunk_of_the_step() -> None:
 def test_each_lease_is_handed_out_once_and_only_when_read() -> None:
     made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
     for number, chunk in enumerate(made.chunks):
-        chunk.embeddings, chunk.lease = handle(chunk.wire.num_tokens), Lease(0, number + 1)
+        chunk.embeddings, chunk.lease = handle(chunk.wire.num_tokens), Lease(0, 1, number + 1)
     assert made.take_read_leases(6) == []
     assert made.take_read_leases(7) == [Lease(0, 1)]
     assert made.take_read_leases(7) == []

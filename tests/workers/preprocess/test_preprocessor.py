@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import io
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
 from pipeline.families import read_model_info
+from pipeline.flight_recorder import FlightRecorder
 from pipeline.messages import (
     AbortRequest,
     CancelEncode,
@@ -105,12 +107,14 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
     @asynccontextmanager
     async def run() -> AsyncIterator[Rig]:
         epochs = {WorkerId(Role.VIT, index): 1 for index in range(num_vits)}
+        folder = tempfile.TemporaryDirectory()
         context: Any = SimpleNamespace(
             origin={"sender": PREPROCESS, "epoch": 1},
             sockets=SimpleNamespace(epochs=epochs),
             spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2)),
             is_current=lambda message: message.epoch >= 1,
             tracer=Tracer("", PREPROCESS),
+            recorder=FlightRecorder(Path(folder.name), PREPROCESS),
         )
         allocator = SlotAllocator(1 << 20, 1 << 18, 16)
         pool = TensorPool.on_host("preprocess.0", 1, 1 << 20, 16)
@@ -121,6 +125,7 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
             yield Rig(core, llms[leads[0]], vits, allocator, context, llms)
             await core.close()
         pool.close()
+        folder.cleanup()
 
     return run()
 

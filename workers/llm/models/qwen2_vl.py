@@ -54,6 +54,7 @@ class Decoder:
         if missing := self.heads.vocab_per_rank - len(head):
             head = torch.cat([head, head.new_zeros(missing, head.shape[1])])
         self.lm_head = linear(head)
+        self.on_layer: Callable[[], object] = lambda: None  # where each layer is computed by itself
         self._axes, self._frequencies = _rotary_constants(info, checkpoint.device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -67,6 +68,7 @@ class Decoder:
         if self._kernels is None:
             for layer in self.layers:
                 x = layer(x, attention, layout, rotary)
+                self.on_layer()
             return self.norm(x)
         delta: Tensor | None = None
         for layer in self.layers:

@@ -1,0 +1,132 @@
+"""What the launcher knows of its workers: units that start and end together, and how long they stay down.
+
+STARTING → SERVING → ENDING (one member died, the others are killed) → DOWN (all reaped) → STARTING …
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.flight_recorder import FlightRecorder
+from pipeline.fork_server import WorkerProcess
+from pipeline.messages import WorkerReady, WorkerState, WorkerStats
+from pipeline.topology import Role, WorkerId
+
+FIRST_EPOCH = 1
+STABLE_S = 10.0  # who served so long before it died is started again at once
+FIRST_DELAY_S, MAX_DELAY_S = 0.25, 10.0
+MAX_UNMAP_S = 10.0  # the successor waits so long for others to close the dead one's memory
+
+
+class Phase(enum.Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    ENDING = "ending"
+    DOWN = "down"
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """One incarnation of a worker."""
+
+    worker: WorkerId
+    epoch: int
+    process: WorkerProcess
+    ready: WorkerReady | None = None
+    stats: WorkerStats | None = None
+    stats_time: float = 0.0
+    error: str = ""
+    error_time: float = math.inf
+    num_moves: int = -1
+    moved_at: float = math.inf  # from when on it should
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Workers that need each other's memory: a ViT alone, all ranks of a group together."""
+
+    members: tuple[WorkerId, ...]
+    children: dict[WorkerId, Child] = field(default_factory=dict)
+    phase: Phase = Phase.DOWN
+    epoch: int = FIRST_EPOCH
+    executed: tuple[bytes, ...] = ()  # in the incarnation before, when it died
+    has_served: bool = False
+    served_at: float = 0.0
+    died_at: float = 0.0
+    num_deaths: int = 0  # in a row, each soon after the start
+    num_restarts: int = 0
+    due: float = 0.0  # when the successor is to start
+    unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
+
+    @property
+    def name(self) -> str:
+        return str(self.members[0]) if len(self.members) == 1 else f"{self.members[0]} to {self.members[-1].rank}"
+
+    @property
+    def is_serving(self) -> bool:
+        return self.phase is Phase.SERVING
+
+    def states(self) -> list[WorkerState]:
+        ready = {worker: child.ready for worker, child in self.children.items() if child.ready is not None and self.phase is not Phase.ENDING}
+        return [
+            WorkerState(worker, self.epoch, True, ready[worker].credits, self.executed, *_told(self.children[worker]))
+            if worker in ready
+            else WorkerState(worker, self.epoch, False, 0, self.executed)
+            for worker in self.members
+        ]
+
+    def begin(self, children: Sequence[Child]) -> None:
+        self.children = {child.worker: child for child in children}
+        self.phase = Phase.STARTING
+
+    def on_ready(self, now: float) -> None:
+        """A member is ready; together they serve."""
+        if self.phase is Phase.STARTING and all(child.ready is not None for child in self.children.values()):
+            self.phase, self.has_served, self.served_at = Phase.SERVING, True, now
+
+    def on_death(self, now: float) -> None:
+        """One member has died: the others are to be killed."""
+        is_stable = self.is_serving and now - self.served_at >= STABLE_S
+        self.num_deaths = 0 if is_stable else self.num_deaths + 1
+        self.phase, self.died_at = Phase.ENDING, now
+
+    @property
+    def is_reaped(self) -> bool:
+        return self.phase is Phase.ENDING and all(child.process.exit_code is not None for child in self.children.values())
+
+    def on_reaped(self, now: float, executed: tuple[bytes, ...], mapped_by: set[WorkerId]) -> None:
+        """All are dead for good: from now on the next epoch counts."""
+        self.children = {}
+        self.phase, self.executed, self.unmapping = Phase.DOWN, executed, mapped_by
+        self.epoch += 1
+        self.num_restarts += 1
+        self.due = now + (0.0 if self.num_deaths <= 1 else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (self.num_deaths - 2)))
+
+    def wakes_at(self) -> float:
+        """When it is to start if nothing happens before."""
+        if self.phase is not Phase.DOWN:
+            return math.inf
+        return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
+
+
+def _told(child: Child) -> tuple[int, dict[str, int]]:
+    """Open requests and counters."""
+    details = child.ready.details if child.ready else {}
+    return (child.stats.num_open_requests, {**details, **child.stats.counters}) if child.stats else (0, details)
+
+
+def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
+    """All LLM ranks of a group in one unit, since a collective cannot lose a member; everybody else alone."""
+    ranks = sorted(worker for worker in workers if worker.role is Role.LLM)
+    groups = [tuple(ranks[first : first + tp]) for first in range(0, len(ranks), tp)]
+    return [Unit(group) for group in groups] + [Unit((worker,)) for worker in workers if worker.role is not Role.LLM]
+
+
+def has_moved(child: Child, recorder: FlightRecorder, now: float, patience_s: float) -> bool:
+    """Whether a serving worker has given a sign of life within `patience_s`."""
+    if (num_moves := recorder.num_moves) != child.num_moves:
+        child.num_moves, child.moved_at = num_moves, now
+    return now - child.moved_at < patience_s

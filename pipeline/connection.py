@@ -1,0 +1,416 @@
+"""A client's connection to the pipeline: it owns its requests until their terminal message, whoever dies meanwhile.
+
+Recovery is always resubmission: the same request_id, the next attempt, and the token ids that are here already. What must be submitted
+again is said by the launcher (preprocess died: whatever no LLM has accepted; an LLM rank died: all of its group) or by rank 0, which
+interrupts requests that needed something of a dead neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
+
+Knows nothing of text: what it hands out are token ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from pipeline.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.flight_recorder import digest_of
+from pipeline.messages import (
+    CLIENT_ID_BYTES,
+    PROTOCOL_VERSION,
+    AbortRequest,
+    Accepted,
+    ControlMessage,
+    Drain,
+    Hello,
+    IngestMessage,
+    Interrupted,
+    OutputsMessage,
+    PipelineState,
+    RequestFailed,
+    RequestOutput,
+    Shutdown,
+    SubmitRequest,
+    TokenOutputs,
+    Welcome,
+    WorkerState,
+    pack_int32,
+    unpack_int32,
+)
+from pipeline.sockets import AsyncReceiver, Sender, Sockets
+from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
+
+logger = logging.getLogger(__name__)
+HELLO_INTERVAL_S = 0.1
+TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
+QUERY_AFTER_S = 10.0  # of silence before a request is asked about
+HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second
+MAX_ABORTS = 30
+MAX_JITTER_S = 0.05  # so that not all clients submit again at once
+PREPROCESS = WorkerId(Role.PREPROCESS)
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """A request between its submission and its terminal message. `events` ends with a finish reason or an error."""
+
+    request: SubmitRequest
+    frames: list[bytes | memoryview]
+    heard: float
+    token_ids: list[int] = field(default_factory=list)  # received so far
+    num_earlier_tokens: int = 0  # of them, in attempts before this
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
+    mm_hashes: tuple[bytes, ...] | None = None  # of the pictures, as first accepted
+    is_accepted: bool = False  # this attempt
+    is_asking: bool = False  # a query for missed tokens is under way
+    is_held: bool = False  # not submitted (again) yet
+    num_deaths: int = 0  # of workers in which it was executing, in a row, with no new token between
+    waits_since: float | None = None  # for a dead worker's successor
+    events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
+
+    @property
+    def has_progress(self) -> bool:
+        return len(self.token_ids) > self.num_earlier_tokens
+
+
+@dataclass(slots=True)
+class _Aborting:
+    message: AbortRequest
+    num_sent: int = 1
+
+
+class Connection:
+    """Everything runs in the event loop that is current when `start` is called."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.client_id = os.urandom(CLIENT_ID_BYTES)
+        self._sockets = Sockets(Path(run_dir), {})
+        self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
+        self._ingest: Sender[IngestMessage] | None = None
+        self._outputs: dict[int, AsyncReceiver[OutputsMessage]] = {}  # by the LLM rank that sends them
+        self._welcomes: dict[int, int] = {}  # epochs of these ranks that know us
+        self._hello: asyncio.Task[None] | None = None
+        self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self._open: dict[str, OpenRequest] = {}
+        self._aborting: dict[str, _Aborting] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heartbeat = time.monotonic()
+        self.end: ErrorInfo | None = None  # set while the pipeline is gone
+        self._is_silent = False  # it is gone only in that it does not speak: it may come back
+        self.is_draining = False
+        self.workers: tuple[WorkerState, ...] = ()
+        self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0, "given_up": 0}
+
+    async def start(self, timeout_s: float) -> Welcome:
+        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
+        self._start_task(self._read_control())
+        try:
+            welcome = await asyncio.wait_for(asyncio.shield(self._welcome), timeout_s)
+        except TimeoutError:
+            await self.close()
+            raise PipelineError(f"no pipeline answered in {self._sockets.run_dir} within {timeout_s:.0f} s") from None
+        self._start_task(self._watch())
+        return welcome
+
+    async def close(self) -> None:
+        """Aborts what is open and leaves; who still waits for events is told."""
+        for opened in list(self._open.values()):
+            self._give_up(opened, ErrorInfo(503, "the client was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._sockets.close(linger_ms=200)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._open
+
+    @property
+    def _limits(self) -> Welcome:
+        return self._welcome.result()
+
+    # What goes out.
+
+    def submit(self, request: SubmitRequest, frames: list[bytes | memoryview]) -> OpenRequest:
+        """Raises RequestError for what is not taken in."""
+        request_id = request.request_id
+        if self.end is not None:
+            raise RequestError.from_info(self.end)
+        if self.is_draining:
+            raise RequestError("the server is shutting down", status=503)
+        if len(self._open) >= self._limits.max_requests:
+            raise RequestError(f"{self._limits.max_requests} requests are open already", status=429)
+        if request_id in self._open or request_id in self._aborting:
+            raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
+        try:
+            size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
+        except UnicodeEncodeError:
+            raise RequestError("the text is not valid Unicode", field="messages") from None
+        if size > self._limits.max_request_bytes:
+            raise RequestError(f"the request has {size} bytes, the limit is {self._limits.max_request_bytes}", status=413, field="messages")
+        opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())
+        if self._is_known:
+            self._send(request, frames)
+        else:
+            opened.is_held, opened.waits_since = True, opened.heard
+        return opened
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether every group knows us. Until then nothing is submitted: one that does not would end our requests as nobody's."""
+        epochs = self._sockets.epochs
+        return all(self._welcomes.get(lead) == epochs[WorkerId(Role.LLM, lead)] for lead in self._outputs)
+
+    def _send(self, message: IngestMessage, frames: Sequence[bytes | memoryview] = ()) -> None:
+        if self._ingest is not None:
+            self._ingest.send(message, frames)
+
+    def finish(self, request_id: str) -> None:
+        """Its terminal message has been taken."""
+        self._open.pop(request_id, None)
+
+    def abort(self, request_id: str) -> None:
+        """Ends an open request; repeated until the pipeline has answered."""
+        opened = self._open.pop(request_id)
+        request = opened.request
+        message = AbortRequest(client_id=self.client_id, request_id=request_id, attempt=request.attempt, lead=request.lead)
+        self._aborting[request_id] = _Aborting(message)
+        self._send(message)
+
+    def _give_up(self, opened: OpenRequest, reason: ErrorInfo) -> None:
+        opened.events.put_nowait(reason)
+        self.abort(opened.request.request_id)
+
+    # Recovery.
+
+    def _interrupt(self, opened: OpenRequest, reason: str, died: Role | None) -> None:
+        """The attempt is over. `died`: in a worker of this role, which died while the request was executing there."""
+        if opened.is_held:
+            return
+        request = opened.request
+        alone_in = request.alone_in
+        if opened.has_progress:
+            opened.num_deaths, alone_in = 0, None
+        elif died is not None:
+            opened.num_deaths += 1
+            alone_in = died
+        if opened.num_deaths >= self._limits.max_attempts:
+            self.counters["given_up"] += 1
+            times = f"{opened.num_deaths} times" if opened.num_deaths > 1 else "once"
+            what = f"the request was given up: {reason} while it was executing there, {times} in a row ({self._limits.max_attempts} are allowed)"
+            self._give_up(opened, ErrorInfo(503, what))
+            return
+        logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
+        opened.request = msgspec.structs.replace(
+            request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids), alone_in=alone_in
+        )
+        opened.num_earlier_tokens = len(opened.token_ids)
+        opened.is_accepted, opened.is_asking, opened.is_held = False, False, True
+        if opened.waits_since is None:
+            opened.waits_since = time.monotonic()
+        if self._is_known:
+            asyncio.get_running_loop().call_later(random.uniform(0, MAX_JITTER_S), self._submit_held)
+
+    def _submit_held(self) -> None:
+        if not self._is_known:
+            return
+        for opened in self._open.values():
+            if opened.is_held:
+                opened.is_held, opened.heard = False, time.monotonic()
+                self.counters["resubmitted"] += opened.request.attempt > 1
+                self._send(opened.request, opened.frames)
+
+    def _on_death(self, successor: WorkerState) -> None:
+        worker, executed = successor.worker, successor.executed
+        is_group = worker.role is Role.LLM and worker.rank in self._outputs
+        if worker != PREPROCESS and not is_group:
+            return
+        if is_group:
+            self._say_hello()
+        for opened in list(self._open.values()):
+            if not opened.is_accepted or (is_group and opened.request.lead == worker.rank):
+                was_executing = digest_of(opened.request.request_id) in executed
+                self._interrupt(opened, f"{worker} died", worker.role if was_executing else None)
+
+    # What comes in.
+
+    async def _read_control(self) -> None:
+        while True:
+            message = (await self._control.receive()).message
+            self._heartbeat = time.monotonic()
+            match message:
+                case PipelineState():
+                    self._on_state(message)
+                case Drain():
+                    self.is_draining = True
+                case Shutdown():
+                    self._fail(f"the server has stopped{': ' if message.reason else ''}{message.reason}")
+                    if not self._welcome.done():
+                        self._welcome.set_exception(PipelineError(f"the server has stopped: {message.reason}"))
+
+    def _on_state(self, state: PipelineState) -> None:
+        self.is_draining, self.workers = state.is_draining, state.workers
+        if self._is_silent:
+            self.end, self._is_silent = None, False
+        renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})
+        if self._outputs:
+            for worker in state.workers:
+                if worker.worker in renewed:
+                    self._on_death(worker)
+        elif {PREPROCESS, *(WorkerId(Role.LLM, lead) for lead in state.leads)} <= set(self._sockets.epochs):
+            self._connect(state.leads)
+
+    def _connect(self, leads: Sequence[int]) -> None:
+        self._ingest = self._sockets.sender(INGEST)
+        for lead in leads:
+            self._outputs[lead] = self._sockets.async_subscriber(OUTPUTS, self.client_id, lead)
+            self._start_task(self._read_outputs(self._outputs[lead]))
+        self._say_hello()
+
+    def _start_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """A task whose failure ends every request, instead of leaving them to wait for ever."""
+
+        def on_done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("the client library failed", exc_info=error)
+                self._fail(f"the client library failed: {type(error).__name__}")
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(on_done)
+        self._tasks.add(task)
+        return task
+
+    def _say_hello(self) -> None:
+        """Until every group has answered."""
+
+        async def say_hello() -> None:
+            while not self._is_known:
+                self._send(Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION))
+                await asyncio.sleep(HELLO_INTERVAL_S)
+
+        if self._hello is None or self._hello.done():
+            self._hello = self._start_task(say_hello())
+
+    async def _read_outputs(self, outputs: AsyncReceiver[OutputsMessage]) -> None:
+        while True:
+            message = (await outputs.receive()).message
+            match message:
+                case Welcome():
+                    self._accept_welcome(message)
+                case Accepted():
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        self._on_accepted(opened, message)
+                case TokenOutputs():
+                    for output in message.outputs:
+                        self._take(output)
+                case RequestFailed():
+                    self._aborting.pop(message.request_id, None)
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        opened.events.put_nowait(message.error)
+                case Interrupted():
+                    self._aborting.pop(message.request_id, None)
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        self._interrupt(opened, message.reason, message.died)
+
+    def _on_accepted(self, opened: OpenRequest, message: Accepted) -> None:
+        """An answer must not go on behind tokens that were about another picture."""
+        opened.is_accepted, opened.num_prompt_tokens, opened.waits_since = True, message.num_prompt_tokens, None
+        opened.request = msgspec.structs.replace(opened.request, lead=message.sender.rank)
+        if opened.mm_hashes is not None and opened.mm_hashes != message.mm_hashes:
+            self._give_up(opened, ErrorInfo(409, "a picture's URL gives another picture than before the request was interrupted", "messages"))
+        opened.mm_hashes = message.mm_hashes
+
+    def _accept_welcome(self, welcome: Welcome) -> None:
+        """Ready when every group knows us: any of them may run what we submit."""
+        if welcome.protocol != PROTOCOL_VERSION:
+            if not self._welcome.done():
+                self._welcome.set_exception(PipelineError(f"the pipeline speaks protocol {welcome.protocol}, this client {PROTOCOL_VERSION}"))
+            return
+        self._welcomes[welcome.sender.rank] = welcome.epoch
+        if self._is_known:
+            if not self._welcome.done():
+                self._welcome.set_result(welcome)
+            asyncio.get_running_loop().call_later(random.uniform(0, MAX_JITTER_S), self._submit_held)
+
+    def _find(self, request_id: str, attempt: int) -> OpenRequest | None:
+        opened = self._open.get(request_id)
+        if opened is None or opened.request.attempt != attempt:
+            self.counters["stale_outputs"] += 1
+            return None
+        opened.heard = time.monotonic()
+        return opened
+
+    def _take(self, output: RequestOutput) -> None:
+        """Passes on what is new; a repeated answer to a query overlaps with what is there, a gap is asked for."""
+        if output.finish_reason is not None:
+            self._aborting.pop(output.request_id, None)
+        if (opened := self._find(output.request_id, output.attempt)) is None:
+            return
+        num_received = len(opened.token_ids)
+        if output.offset > num_received:
+            self.counters["gaps"] += 1
+            self._query(opened)
+            return
+        opened.is_asking, opened.waits_since = False, None
+        if opened.num_cached_tokens is None:
+            opened.num_cached_tokens = output.num_cached_tokens
+        known = num_received - output.offset
+        token_ids = output.new_token_ids[4 * known :]
+        if token_ids or output.finish_reason is not None:
+            new = msgspec.structs.replace(
+                output, offset=num_received, new_token_ids=token_ids, logprobs=output.logprobs[known:], num_cached_tokens=opened.num_cached_tokens
+            )
+            opened.events.put_nowait(new)
+            opened.token_ids += unpack_int32(token_ids).tolist()
+
+    def _query(self, opened: OpenRequest) -> None:
+        """Asks for what was missed: the same request with the same attempt. Its media go along only if it may never have come in."""
+        if opened.is_asking or opened.is_held:
+            return
+        opened.is_asking, opened.heard = True, time.monotonic()
+        request = msgspec.structs.replace(opened.request, num_received=len(opened.token_ids))
+        if opened.is_accepted:
+            self._send(msgspec.structs.replace(request, messages=()))
+        else:
+            self._send(request, opened.frames)
+
+    async def _watch(self) -> None:
+        """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the launcher is gone."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            if now - self._heartbeat > HEARTBEAT_TIMEOUT_S and self.end is None:
+                self._fail("the server no longer answers")
+                self._is_silent = True
+            for request_id, aborting in list(self._aborting.items()):
+                aborting.num_sent += 1
+                if aborting.num_sent > MAX_ABORTS:
+                    del self._aborting[request_id]
+                else:
+                    self._send(aborting.message)
+            for opened in list(self._open.values()):
+                if opened.waits_since is not None and now - opened.waits_since > self._limits.recovery_timeout:
+                    self.counters["given_up"] += 1
+                    self._give_up(opened, ErrorInfo(503, f"the server did not recover within {self._limits.recovery_timeout:.0f} s"))
+                elif now - opened.heard > QUERY_AFTER_S and not opened.is_held:
+                    # Hello first: if we were cut off for not reading, it makes us known again.
+                    self._send(Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION))
+                    opened.is_asking = False
+                    self._query(opened)
+
+    def _fail(self, reason: str) -> None:
+        self.end = ErrorInfo(503, reason)
+        for opened in self._open.values():
+            opened.events.put_nowait(self.end)

@@ -1,0 +1,88 @@
+"""The threads in which requests' media are read and decoded, and what is known of them should one take the process down.
+
+What runs there is told to the flight recorder. A request that may have been a process's death has all threads for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from pipeline.flight_recorder import Executing, FlightRecorder
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Work(NamedTuple):
+    request_id: str
+    is_alone: bool = False
+
+
+on_behalf_of: ContextVar[Work] = ContextVar("on_behalf_of")  # whose work a task does
+
+
+class _Turns:
+    """Any number at once, or one alone. Who wants to be alone goes before those that come later."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_inside = self._num_alone = 0  # the latter inside or waiting
+
+    @contextlib.contextmanager
+    def take(self, is_alone: bool) -> Iterator[None]:
+        with self._changed:
+            if is_alone:
+                self._num_alone += 1
+                self._changed.wait_for(lambda: not self._num_inside)
+            else:
+                self._changed.wait_for(lambda: not self._num_alone)
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._num_alone -= is_alone
+                self._changed.notify_all()
+
+
+class RecordedThreads(ThreadPoolExecutor):
+    """Work is submitted by tasks that have said on whose behalf."""
+
+    def __init__(self, num_threads: int, recorder: FlightRecorder) -> None:
+        super().__init__(num_threads, "decode")
+        self._executing, self._turns, self._lock = Executing(recorder), _Turns(), threading.Lock()
+        self._starts: dict[object, float] = {}
+
+    def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        work = on_behalf_of.get(Work(""))
+
+        def run() -> R:
+            with self._turns.take(work.is_alone), self._recorded(work):
+                return function(*args, **kwargs)
+
+        return super().submit(run)
+
+    @contextlib.contextmanager
+    def _recorded(self, work: Work) -> Iterator[None]:
+        token: Any = object()
+        with self._lock:
+            self._executing.begin(work.request_id)
+            self._starts[token] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._executing.end(work.request_id)
+                del self._starts[token]
+
+    def longest_s(self, now: float) -> float:
+        """How long the oldest piece of work has been running."""
+        with self._lock:
+            return now - min(self._starts.values(), default=now)
