@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from tools.processes import workers_of
+
 if TYPE_CHECKING:
     import openai
 
@@ -45,7 +47,7 @@ class Server:
             if not self._ready.wait(START_TIMEOUT_S) or not self.url:
                 self._kill()
                 raise AssertionError("the server did not start:\n" + self.output)
-            self.children = children_of(self.process.pid)
+            self.children = workers_of(self.process.pid)
         return self
 
     def _read(self) -> None:
@@ -108,17 +110,6 @@ class Server:
         # The launcher has a session of its own; with it, nothing of that session may be left, whenever it ended.
         assert alive_in_session(self.process.pid) == []
         assert set(os.listdir("/dev/shm")) <= self._shared_memory
-
-
-def children_of(pid: int) -> dict[str, int]:
-    """Worker processes of a launcher by name, such as "vit.0"; the fork server by "server"."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (server,) = [child for child in children if "workers" in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
-    found = {"server": int(server)}
-    for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
-        _, _, module, rank, *_ = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-        found[f"{module.removeprefix('workers.')}.{rank}"] = int(child)
-    return found
 
 
 def is_alive(pid: int) -> bool:

@@ -38,6 +38,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from pipeline.families import TextInfo, read_model_info
 from tools.bench_serving import Body, Result, Workload, converse, open_session, run_load, send
+from tools.processes import resident_bytes, workers_of
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from workers.nn.loader import Checkpoint, choose_dtype
 
@@ -63,13 +64,9 @@ class Served(NamedTuple):
 
     def memory_of(self, role: str) -> int:
         """Resident bytes of the worker of that role."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                arguments, status = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "status").read_text()
-            except OSError:
-                continue
-            if f"workers.{role}".encode() in arguments and f"PPid:\t{self.process.pid}\n" in status:
-                return 1024 * int(status.split("VmRSS:")[1].split()[0])
+        for name, pid in workers_of(self.process.pid).items():
+            if name.startswith(f"{role}."):
+                return resident_bytes(pid)
         raise RuntimeError(f"the server has no {role} process")
 
 

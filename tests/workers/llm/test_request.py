@@ -96,11 +96,11 @@ def test_each_lease_is_handed_out_once_and_only_when_read() -> None:
     for number, chunk in enumerate(made.chunks):
         chunk.embeddings, chunk.lease = handle(chunk.wire.num_tokens), Lease(0, 1, number + 1)
     assert made.take_read_leases(6) == []
-    assert made.take_read_leases(7) == [Lease(0, 1)]
+    assert made.take_read_leases(7) == [Lease(0, 1, 1)]
     assert made.take_read_leases(7) == []
     made.num_computed_tokens = 7
     assert made.num_ready_tokens() == 30
-    assert made.take_all_leases() == [Lease(0, 2)]
+    assert made.take_all_leases() == [Lease(0, 1, 2)]
 
 
 def test_max_tokens_is_cut_to_the_context() -> None:

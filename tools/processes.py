@@ -1,0 +1,36 @@
+"""The processes of a pipeline that runs on this machine, and what they hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def workers_of(pid: int) -> dict[str, int]:
+    """Worker processes of a launcher by name, such as "vit.0"; the fork server by "server"."""
+    (server,) = [child for child in _children(pid) if "workers" in _command(child)]
+    found = {"server": server}
+    for child in _children(server):
+        command = _command(child)
+        if len(command) > 3 and command[2].startswith("workers."):  # else it has just been forked, or is being reaped
+            found[f"{command[2].removeprefix('workers.')}.{command[3]}"] = child
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def resident_bytes(pid: int) -> int:
+    return 1024 * int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
+
+
+def num_open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
