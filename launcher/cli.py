@@ -19,7 +19,7 @@ from launcher.checkpoints import find_model
 from launcher.gpu_sharing import gpu_sharing
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
-from pipeline import log
+from pipeline import faults, log
 from pipeline.config import Config
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(role)
         group = parser.add_argument_group(section.name)
         for field in dataclasses.fields(role):
-            _add_option(group, field, hints[field.name])
+            if field.name != "fault" or faults.are_available():
+                _add_option(group, field, hints[field.name])
     return parser
 
 
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Config:
     parts = {}
     for section in dataclasses.fields(Config):
         role = typing.get_type_hints(Config)[section.name]
-        chosen = {field.name: values[field.name] for field in dataclasses.fields(role)}
+        chosen = {field.name: values[field.name] for field in dataclasses.fields(role) if field.name in values}
         try:
             parts[section.name] = role(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
         except ValueError as error:

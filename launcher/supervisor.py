@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 START_TIMEOUT_S = 600.0  # without a word from any worker
 STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
+OTHERS_END_S = 0.5  # for a rank to end because of another, while both start
 MAX_KILLED_STARTS = 5  # in a row: what kills a worker each time that it loads will do so again
 MAPPERS = {Role.VIT: Role.LLM, Role.PREPROCESS: Role.VIT}  # whose memory is mapped by whom
 
@@ -218,6 +219,9 @@ class Supervisor:
     def _on_death(self, unit: Unit, now: float) -> None:
         """One of the unit has ended: its others are killed. Raises CannotStart where a successor would fare no better."""
         self._read_status()  # last words
+        if unit.phase is Phase.STARTING:
+            for child in unit.children.values():  # one rank may see the end of another before we do
+                child.process.wait(OTHERS_END_S)
         dead = [(child.process.exit_code, child) for child in unit.children.values() if child.process.exit_code is not None]
         # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
         code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import Fault
 from pipeline.log import LEVELS
 
 MIB = 1 << 20
@@ -182,8 +183,12 @@ class LauncherConfig:
         120.0, "seconds without any progress after which a worker counts as hung and is replaced; 0: never", metavar="SECONDS"
     )
 
+    fault: tuple[str, ...] = option((), "for tests: what is to go wrong, see pipeline/faults.py", metavar="ROLE:ACTION:WHAT[:NUMBER]")
+
     def __post_init__(self) -> None:
         _at_least(self, shutdown_timeout=0, max_attempts=1, recovery_timeout=0, hang_timeout=0)
+        for text in self.fault:
+            Fault.parse(text)
         if self.trace_dir and not Path(self.trace_dir).is_dir():
             raise ValueError(f"trace_dir {self.trace_dir!r} is no folder")
 

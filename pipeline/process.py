@@ -17,7 +17,7 @@ import msgspec
 
 from pipeline import log
 from pipeline.config import Config
-from pipeline.flight_recorder import FlightRecorder
+from pipeline.faults import Faults
 from pipeline.messages import (
     ControlMessage,
     Drain,
@@ -77,10 +77,11 @@ class WorkerContext:
         self.worker = spec.worker
         self.epoch = spec.epochs[str(spec.worker)]
         epochs = {parse_worker(name): epoch for name, epoch in spec.epochs.items()}
-        self.sockets = Sockets(Path(spec.run_dir), epochs)
+        self.faults = Faults(spec.config.launcher.fault, spec.worker)
+        self.sockets = Sockets(Path(spec.run_dir), epochs, self.faults.encoder())
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
         self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
-        self.recorder = FlightRecorder(Path(spec.run_dir), spec.worker)
+        self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
 
     @property
     def origin(self) -> Origin:

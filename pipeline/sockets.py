@@ -76,6 +76,12 @@ class Wakeup:
         os.close(self._fd)
 
 
+class Encoder(Protocol):
+    """msgspec's; or, in tests of faults, one that spoils messages, or says None for those that are to be lost."""
+
+    def encode(self, message: Any, /) -> bytes | None: ...
+
+
 class Sink(Protocol[M_contra]):
     """What a worker core needs of a sender; tests give it a list."""
 
@@ -85,9 +91,11 @@ class Sink(Protocol[M_contra]):
 class Sender(Generic[M]):
     """PUSH end of an edge. One peer; messages queue until it is there."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], url: str, high_water_mark: int = HIGH_WATER_MARK) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], url: str, high_water_mark: int = HIGH_WATER_MARK, encoder: Encoder | None = None
+    ) -> None:
         self._context, self._high_water_mark = context, high_water_mark
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder = encoder or msgspec.msgpack.Encoder()
         self._socket = self._connect(url)
         self.url = url
 
@@ -105,8 +113,10 @@ class Sender(Generic[M]):
 
     def try_send(self, message: M, frames: Sequence[bytes | memoryview] = ()) -> bool:
         """False when the queue is full. For what may be dropped, such as statistics."""
+        if (data := self._encoder.encode(message)) is None:
+            return True
         try:
-            self._socket.send_multipart([self._encoder.encode(message), *frames], zmq.NOBLOCK, copy=not frames)
+            self._socket.send_multipart([data, *frames], zmq.NOBLOCK, copy=not frames)
         except zmq.Again:
             return False
         return True
@@ -197,10 +207,10 @@ class AsyncReceiver(Generic[M]):
 class Publisher(Generic[M]):
     """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it exactly."""
 
-    def __init__(self, socket: zmq.Socket[bytes], accepts: Callable[[bytes], bool]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], accepts: Callable[[bytes], bool], encoder: Encoder | None = None) -> None:
         self.socket = socket
         self._accepts = accepts
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder = encoder or msgspec.msgpack.Encoder()
         self.num_refused = 0
 
     def subscriptions(self) -> list[Subscription]:
@@ -222,8 +232,10 @@ class Publisher(Generic[M]):
 
     def publish(self, message: M, topic: bytes = ALL) -> bool:
         """False: a subscriber of this topic does not keep up. Without subscribers the message is gone, and that is True."""
+        if (data := self._encoder.encode(message)) is None:
+            return True
         try:
-            self.socket.send_multipart([topic, self._encoder.encode(message)], zmq.NOBLOCK)
+            self.socket.send_multipart([topic, data], zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -257,8 +269,8 @@ class Poller:
 class Sockets:
     """Opens the edges of one process. `epochs` are those of the workers that bind them."""
 
-    def __init__(self, run_dir: Path, epochs: Mapping[WorkerId, int]) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None) -> None:
+        self.run_dir, self._encoder = run_dir, encoder
         self.epochs = dict(epochs)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.setsockopt(zmq.BLOCKY, False)
@@ -284,7 +296,7 @@ class Sockets:
 
     def sender(self, edge: Edge, rank: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Sender[Any]:
         assert edge.pattern is Pattern.PUSH_PULL
-        sender: Sender[Any] = self._keep(Sender(self._context, self._url(edge, rank), high_water_mark))
+        sender: Sender[Any] = self._keep(Sender(self._context, self._url(edge, rank), high_water_mark, self._encoder))
         self._connected.append((edge, rank, sender))
         return sender
 
@@ -314,7 +326,7 @@ class Sockets:
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(self._url(edge, rank))
-        return self._keep(Publisher(socket, accepts))
+        return self._keep(Publisher(socket, accepts, self._encoder))
 
     def subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> Receiver[Any]:
         return self._keep(Receiver(self._sub(self._context, edge, topic, rank), UNIONS[edge]))

@@ -276,6 +276,10 @@ def pipeline(options: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Pa
                     log.seek(0)
                     raise RuntimeError(f"the server did not start:\n{log.read()}")
                 yield process, run_dir, lines
+            except BaseException:
+                log.seek(0)
+                print(log.read()[-3000:], file=sys.stderr)
+                raise
             finally:
                 process.send_signal(signal.SIGINT)
                 process.wait(60)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from launcher.checkpoints import EMBEDDED
 from pipeline.client import PipelineClient
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -37,7 +38,7 @@ from pipeline.messages import (
 )
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.sockets import Received, Sockets
-from pipeline.topology import CONTROL, INGEST, OUTPUTS
+from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS
 
 CHAT = [ChatMessage("user", "Hello")]
@@ -48,10 +49,12 @@ class Pipeline:
     """Answers like one, as the test says."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.sockets = Sockets(run_dir, {LLM_0: 1, PREPROCESS: 1})
+        self.epochs = {LLM_0: 1, PREPROCESS: 1}
+        self.sockets = Sockets(run_dir, self.epochs)
         self.control = self.sockets.publisher(CONTROL)
         self.outputs = self.sockets.publisher(OUTPUTS, lambda topic: len(topic) == 16)
         self.ingest = self.sockets.async_receiver(INGEST)
+        self.limits: dict[str, Any] = {}
         self.client_id = b""
         self.protocol = PROTOCOL_VERSION
         self.max_requests = 4
@@ -61,8 +64,7 @@ class Pipeline:
         """Plays the start: the state to the new subscriber, then Welcome once Hello and subscription are there."""
         while True:
             if any(event.is_new for event in self.control.subscriptions()):
-                states = tuple(WorkerState(worker, 1, True) for worker in (LLM_0, PREPROCESS))
-                self.control.publish(PipelineState(workers=states))
+                self.say_states()
             known = [event.topic for event in self.outputs.subscriptions()]
             self.client_id = known[0] if known else self.client_id
             try:
@@ -72,12 +74,30 @@ class Pipeline:
             if isinstance(received.message, Hello) and received.message.client_id == self.client_id:
                 self.say(
                     Welcome, protocol=self.protocol, model_folder=str(EMBEDDED / "model"), model_name="m", max_model_len=100,
-                    max_requests=self.max_requests, max_request_bytes=1000,
+                    max_requests=self.max_requests, max_request_bytes=1000, **self.limits,
                 )  # fmt: skip
                 return
 
+    def say_states(self, **executed: tuple[bytes, ...]) -> None:
+        """`executed`: by role, what the incarnation before was executing when it died."""
+        states = tuple(WorkerState(worker, epoch, True, executed=executed.get(worker.role, ())) for worker, epoch in self.epochs.items())
+        self.control.publish(PipelineState(workers=states))
+
+    def replace(self, worker: WorkerId, *executed: str) -> None:
+        """A worker dies and its successor binds its edges; the launcher tells."""
+        self.epochs[worker] += 1
+        self.sockets.epochs.update(self.epochs)
+        if worker == PREPROCESS:
+            self.ingest.close()
+            self.ingest = self.sockets.async_receiver(INGEST)
+        else:
+            self.outputs.close()
+            self.client_id = b""  # until the client has subscribed anew
+            self.outputs = self.sockets.publisher(OUTPUTS, lambda topic: len(topic) == 16)
+        self.say_states(**{worker.role: tuple(map(digest_of, executed))})
+
     def say(self, kind: Callable[..., Any], **fields: Any) -> None:
-        assert self.outputs.publish(kind(sender=LLM_0, epoch=1, **fields), self.client_id)
+        assert self.outputs.publish(kind(sender=LLM_0, epoch=self.epochs[LLM_0], **fields), self.client_id)
 
     def say_tokens(self, request: SubmitRequest, offset: int, tokens: Sequence[int], finish: FinishReason | None = None) -> None:
         output = RequestOutput(request.request_id, request.attempt, offset, pack_int32(tokens), finish)
@@ -381,3 +401,106 @@ async def test_an_interruption_settles_an_abort(client: PipelineClient, pipeline
 async def test_a_priority_beyond_32_bits_is_refused(priority: int, client: PipelineClient) -> None:
     with pytest.raises(RequestError, match="32 bits"):
         await anext(client.generate(CHAT, GREEDY, priority=priority))
+
+
+# Recovery.
+
+
+async def accept(pipeline: Pipeline, task: asyncio.Task[Any], num_tokens: int = 0) -> SubmitRequest:
+    """Takes a request in and answers with its first tokens."""
+    request: SubmitRequest = (await pipeline.next(SubmitRequest)).message
+    pipeline.say(Accepted, request_id=request.request_id, attempt=request.attempt, num_prompt_tokens=9, mm_hashes=())
+    if num_tokens:
+        first = len(request.output_token_ids) // 4
+        pipeline.say_tokens(request, first, list(range(20 + first, 20 + first + num_tokens)))
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    return request
+
+
+async def test_what_no_llm_accepted_is_submitted_again_when_preprocess_dies(client: PipelineClient, pipeline: Pipeline) -> None:
+    tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
+    accepted = await accept(pipeline, tasks[0], 2)
+    lost = (await pipeline.next(SubmitRequest)).message
+    pipeline.replace(PREPROCESS)
+    again = (await pipeline.next(SubmitRequest)).message
+    assert (again.request_id, again.attempt, again.alone_in) == (lost.request_id, 2, None)
+    pipeline.say_tokens(again, 0, [20], FinishReason.STOP)
+    pipeline.say_tokens(accepted, 2, [22], FinishReason.STOP)
+    results = await asyncio.gather(*tasks)
+    assert [pieces[-1].num_output_tokens for _, pieces in results] == [3, 1]
+
+
+async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_again(client: PipelineClient, pipeline: Pipeline) -> None:
+    tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
+    first = await accept(pipeline, tasks[0], 2)
+    await pipeline.next(SubmitRequest)
+    pipeline.replace(LLM_0)
+    assert isinstance((await asyncio.wait_for(pipeline.ingest.receive(), 5)).message, Hello)
+    new = asyncio.create_task(collect(client))  # one that comes meanwhile waits, too
+    await asyncio.sleep(0.1)
+    await pipeline.welcome()
+    again = {message.request_id: message for message in [(await pipeline.next(SubmitRequest)).message for _ in range(3)]}
+    assert sorted(message.attempt for message in again.values()) == [1, 2, 2]
+    assert unpack_int32(again[first.request_id].output_token_ids).tolist() == [20, 21]
+    assert again[first.request_id].lead == 0
+    for message in again.values():
+        pipeline.say_tokens(message, len(message.output_token_ids) // 4, [22], FinishReason.STOP)
+    pieces = (await asyncio.gather(*tasks, new))[0][1]
+    assert [token for piece in pieces for token in piece.token_ids] == [20, 21, 22]
+
+
+async def test_a_request_that_workers_die_of_passes_alone_and_is_given_up(client: PipelineClient, pipeline: Pipeline) -> None:
+    task = asyncio.create_task(collect(client))
+    request = await accept(pipeline, task)
+    for attempt in (2, 3):
+        pipeline.replace(LLM_0, request.request_id)
+        await pipeline.welcome()
+        request = await accept(pipeline, task)
+        assert (request.attempt, request.alone_in) == (attempt, Role.LLM)
+    pipeline.replace(LLM_0, request.request_id)
+    with pytest.raises(RequestError, match=r"given up: llm\.0 died while it was executing there, 3 times in a row") as caught:
+        await task
+    assert caught.value.info.status == 503
+    assert (await pipeline.next(AbortRequest)).message.attempt == 3
+
+
+async def test_only_deaths_without_a_new_token_count(client: PipelineClient, pipeline: Pipeline) -> None:
+    task = asyncio.create_task(collect(client))
+    request = await accept(pipeline, task, 1)
+    for attempt in range(2, 7):
+        if attempt % 2:
+            pipeline.say(Interrupted, request_id=request.request_id, attempt=request.attempt, reason="vit.0 died", died=Role.VIT)
+        else:
+            pipeline.replace(LLM_0, request.request_id)
+            await pipeline.welcome()
+        request = await accept(pipeline, task, 1)
+        assert (request.attempt, request.alone_in) == (attempt, None)
+    pipeline.say_tokens(request, 6, [26], FinishReason.STOP)
+    assert (await task)[1][-1].num_output_tokens == 7
+
+
+async def test_a_request_waits_for_successors_only_so_long(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.limits = {"recovery_timeout": 1.0}
+    client = PipelineClient(tmp_path)
+    await asyncio.gather(client.start(), pipeline.welcome())
+    task = asyncio.create_task(collect(client))
+    await accept(pipeline, task, 1)
+    pipeline.replace(LLM_0)
+    with pytest.raises(RequestError, match="did not recover within 1 s") as caught:
+        await asyncio.wait_for(task, 5)
+    assert caught.value.info.status == 503
+    await client.close()
+
+
+async def test_queries_and_aborts_name_the_group_that_runs_the_request(
+    client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.connection.QUERY_AFTER_S", 0.5)
+    task = asyncio.create_task(collect(client))
+    await accept(pipeline, task)
+    query = (await pipeline.next(SubmitRequest)).message
+    assert (query.attempt, query.messages, query.lead) == (1, (), 0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await pipeline.next(AbortRequest)).message.lead == 0

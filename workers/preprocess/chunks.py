@@ -57,6 +57,7 @@ class ChunkFlow:
         self._waiting: list[tuple[float, Order, ChunkKey]] = []  # a heap: who has a slot, and is to be decoded
         self._tracer = tracer
         self.largest = allocator.reserve  # bytes of pixels
+        self._num_taken = allocator.num_used  # by nobody here
         self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
         self._num_decoding = 0
         self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}  # by request, attempt and ViT: whether what was begun last is there
@@ -213,5 +214,5 @@ class ChunkFlow:
     def check_integrity(self) -> None:
         self._slots.allocator.check_integrity()
         if not self._chunks:
-            assert not self._slots.allocator.num_used, "pixel slots are held for nobody"
+            assert self._slots.allocator.num_used == self._num_taken, "pixel slots are held for nobody"
             assert not any(self.router.outstanding), "patches are outstanding for nobody"

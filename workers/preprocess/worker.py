@@ -41,6 +41,7 @@ async def _serve(context: WorkerContext) -> None:
         vit.send(PoolOpened(pool=pool.info, **context.origin))
     async with asyncio.TaskGroup() as tasks:
         allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
+        context.faults.fill(allocator)
         llms = {lead: sockets.sender(LLM, lead) for lead in config.leads}
         core = Preprocessor(context, config.preprocess, info, pool, allocator, llms, vits, tasks)
 

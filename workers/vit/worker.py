@@ -246,6 +246,7 @@ def main(context: WorkerContext) -> None:
         cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
+    context.faults.fill(allocator)
     llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
     for llm in llms.values():
         llm.send(PoolOpened(pool=pool.info, **context.origin))

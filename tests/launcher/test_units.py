@@ -1,0 +1,101 @@
+"""The life of units, without processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from launcher.placement import workers
+from launcher.units import MAX_DELAY_S, MAX_UNMAP_S, STABLE_S, Child, Phase, Unit, has_moved, units
+from pipeline.flight_recorder import FlightRecorder
+from pipeline.messages import WorkerReady, WorkerStats
+from pipeline.topology import Role, WorkerId
+from tests.fakes import LLM_0, VIT_0
+
+RANKS = (WorkerId(Role.LLM, 0), WorkerId(Role.LLM, 1))
+
+
+def process() -> Any:
+    return SimpleNamespace(exit_code=None)
+
+
+def start(unit: Unit, now: float) -> None:
+    unit.begin([Child(worker, unit.epoch, process()) for worker in unit.members])
+    for child in unit.children.values():
+        assert not unit.is_serving
+        child.ready = WorkerReady(sender=child.worker, epoch=child.epoch, credits=3, details={"port": 7})
+        unit.on_ready(now)
+    assert unit.is_serving
+
+
+def die(unit: Unit, now: float, mapped_by: set[WorkerId] | None = None) -> None:
+    unit.on_death(now)
+    assert not unit.is_reaped
+    for child in unit.children.values():
+        child.process.exit_code = -9
+    assert unit.is_reaped
+    unit.on_reaped(now, (b"x",), mapped_by or set())
+
+
+def test_ranks_of_a_group_are_one_unit_and_others_stand_alone() -> None:
+    found = [unit.members for unit in units(workers(2, 4), 2)]
+    assert found[:2] == [RANKS, (WorkerId(Role.LLM, 2), WorkerId(Role.LLM, 3))]
+    assert {len(members) for members in found[2:]} == {1}
+    assert len(found) == 6
+
+
+def test_a_death_is_told_by_the_next_epoch_once_all_are_reaped() -> None:
+    unit = Unit(RANKS)
+    start(unit, 0.0)
+    assert [(state.epoch, state.is_ready, state.credits) for state in unit.states()] == [(1, True, 3)] * 2
+    unit.on_death(1.0)
+    assert [(state.epoch, state.is_ready) for state in unit.states()] == [(1, False)] * 2, "some may still live"
+    for child in unit.children.values():
+        assert not unit.is_reaped
+        child.process.exit_code = -9
+    unit.on_reaped(1.0, (b"x",), set())
+    assert [(state.epoch, state.is_ready, state.executed) for state in unit.states()] == [(2, False, (b"x",))] * 2
+    assert unit.phase is Phase.DOWN
+
+
+def test_restarts_back_off_until_one_has_lasted() -> None:
+    unit, delays = Unit((VIT_0,)), []
+    for _ in range(9):
+        start(unit, 100.0)
+        die(unit, 101.0)
+        delays.append(unit.wakes_at() - 101.0)
+    assert delays[0] == 0
+    assert delays[1:] == sorted(delays[1:])
+    assert 0 < delays[1] < 1
+    assert delays[-1] == MAX_DELAY_S
+    start(unit, 200.0)
+    die(unit, 200.0 + STABLE_S)
+    assert unit.wakes_at() == 200.0 + STABLE_S
+
+
+def test_the_successor_waits_until_the_dead_ones_memory_is_closed_but_not_for_ever() -> None:
+    unit = Unit((VIT_0,))
+    start(unit, 100.0)
+    die(unit, 150.0, mapped_by={LLM_0})
+    assert unit.wakes_at() == 150.0 + MAX_UNMAP_S
+    unit.unmapping.discard(LLM_0)
+    assert unit.wakes_at() == 150.0
+
+
+def test_states_carry_what_a_worker_counts() -> None:
+    unit = Unit((VIT_0,))
+    start(unit, 0.0)
+    unit.children[VIT_0].stats = WorkerStats(sender=VIT_0, epoch=1, phase="serving", num_open_requests=2, counters={"encodes": 5})
+    (state,) = unit.states()
+    assert (state.num_open_requests, state.counters) == (2, {"port": 7, "encodes": 5})
+
+
+def test_who_gives_no_sign_of_life_stands_still(tmp_path: Path) -> None:
+    recorder, child = FlightRecorder(tmp_path, VIT_0), Child(VIT_0, 1, process())
+    assert has_moved(child, recorder, 10.0, 5.0)
+    assert has_moved(child, recorder, 14.9, 5.0)
+    assert not has_moved(child, recorder, 15.1, 5.0)
+    recorder.move()
+    assert has_moved(child, recorder, 15.2, 5.0)
+    recorder.close()
