@@ -228,7 +228,7 @@ class Supervisor:
         reason = f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}"
         was_starting = unit.phase is Phase.STARTING
         unit.on_death(now)
-        if was_starting and (code >= 0 or unit.num_deaths >= MAX_KILLED_STARTS):
+        if was_starting and (code >= 0 or unit.num_killed_starts >= MAX_KILLED_STARTS):
             raise CannotStart(reason)
         logger.error("%s: it is replaced", reason)
         for child in unit.children.values():

@@ -57,7 +57,7 @@ class Unit:
     served_at: float = 0.0
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
-    num_restarts: int = 0
+    num_killed_starts: int = 0  # in a row
     due: float = 0.0  # when the successor is to start
     unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
 
@@ -85,12 +85,13 @@ class Unit:
     def on_ready(self, now: float) -> None:
         """A member is ready; together they serve."""
         if self.phase is Phase.STARTING and all(child.ready is not None for child in self.children.values()):
-            self.phase, self.has_served, self.served_at = Phase.SERVING, True, now
+            self.phase, self.has_served, self.served_at, self.num_killed_starts = Phase.SERVING, True, now, 0
 
     def on_death(self, now: float) -> None:
         """One member has died: the others are to be killed."""
         is_stable = self.is_serving and now - self.served_at >= STABLE_S
         self.num_deaths = 0 if is_stable else self.num_deaths + 1
+        self.num_killed_starts += self.phase is Phase.STARTING
         self.phase, self.died_at = Phase.ENDING, now
 
     @property
@@ -102,7 +103,6 @@ class Unit:
         self.children = {}
         self.phase, self.executed, self.unmapping = Phase.DOWN, executed, mapped_by
         self.epoch += 1
-        self.num_restarts += 1
         self.due = now + (0.0 if self.num_deaths <= 1 else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (self.num_deaths - 2)))
 
     def wakes_at(self) -> float:

@@ -74,6 +74,18 @@ def test_restarts_back_off_until_one_has_lasted() -> None:
     assert unit.wakes_at() == 200.0 + STABLE_S
 
 
+def test_only_starts_that_were_killed_in_a_row_count_as_such() -> None:
+    unit = Unit((VIT_0,))
+    for _ in range(3):
+        unit.begin([Child(VIT_0, unit.epoch, process())])
+        die(unit, 100.0)
+    assert unit.num_killed_starts == 3
+    start(unit, 101.0)
+    assert unit.num_killed_starts == 0
+    die(unit, 102.0)
+    assert unit.num_killed_starts == 0
+
+
 def test_the_successor_waits_until_the_dead_ones_memory_is_closed_but_not_for_ever() -> None:
     unit = Unit((VIT_0,))
     start(unit, 100.0)

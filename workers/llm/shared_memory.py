@@ -52,7 +52,7 @@ class SharedMemory:
         nbytes = size * LINE + 2 * size * PART_BYTES
         fd = create_memory_file("ranks", nbytes) if rank == 0 else -1
         places = torch.empty(size, 2, dtype=torch.int64)
-        dist.all_gather_into_tensor(places, torch.tensor([[os.getpid(), fd]]))
+        dist.all_gather(list(places), torch.tensor([os.getpid(), fd]))
         pids, fds = places.T.tolist()
         if rank > 0:
             fd = os.open(f"/proc/{pids[0]}/fd/{fds[0]}", os.O_RDWR | os.O_CLOEXEC)

@@ -254,7 +254,7 @@ def main(context: WorkerContext) -> None:
     core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback, PoolMap(ordinal))
     wakeup = Wakeup()
     thread = EngineThread(engine, device, sharing, wakeup)
-    poller = Poller(inbox, control, wakeup)
+    poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     if device.type == "cuda":
         warm_up(engine, info.vision, dtype, device, max_patches)  # takes what memory it needs before the LLM takes the rest
     context.ready(pool_bytes=pool.info.nbytes)
@@ -294,4 +294,4 @@ def main(context: WorkerContext) -> None:
             context.stats(0, {**core.counters, "leases": batcher.cache.num_leases, "refused_messages": inbox.num_refused})
             if not batcher.num_pending:
                 batcher.check_integrity()
-        poller.wait(max(0.0, stats_due - time.monotonic()))
+        (without_inbox if died else poller).wait(max(0.0, stats_due - time.monotonic()))

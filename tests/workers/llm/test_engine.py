@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, read_model_info
+from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
     AbortRequest,
     Accepted,
@@ -40,6 +41,7 @@ from pipeline.messages import (
     StepPlan,
     TokenOutputs,
     Welcome,
+    WorkerState,
     pack_int32,
     unpack_int32,
 )
@@ -47,6 +49,7 @@ from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.slots import SlotAllocator, align
 from pipeline.sockets import Subscription
 from pipeline.tensors import TensorPool
+from pipeline.topology import Role, WorkerId
 from tests.chats import CHATS, Chat, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import limits
@@ -734,3 +737,85 @@ def test_a_rank_that_lags_stops_the_pipeline(rig: Rig) -> None:
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     with pytest.raises(PipelineError, match="does not keep up"):
         rig.engine.step(rig.now)
+
+
+# The death of neighbours.
+
+
+def successor(worker: WorkerId, *executed: str) -> WorkerState:
+    return WorkerState(worker, 2, False, executed=tuple(map(digest_of, executed)))
+
+
+def test_with_a_vit_go_the_requests_that_have_not_read_what_it_had(rig: Rig) -> None:
+    rig.open_pool()
+    rig.engine._epochs = {VIT_0: 1}
+    (read, ready), (waiting, _), text = rig.request(CHATS["one picture"], "read"), rig.request(CHATS["one picture"], "waiting"), "text"
+    other = rig.request(CHATS["three pictures between texts"], "unread")
+    rig.engine.handle(read, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    rig.engine.step(rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], text)[0], rig.now)
+    rig.engine.handle(waiting, rig.now)
+    rig.engine.handle(other[0], rig.now)
+    rig.engine.handle(other[1][2], rig.now)
+    rig.vit.take()
+    rig.engine._epochs = {VIT_0: 2}
+    rig.engine.on_death(successor(VIT_0, "waiting"), rig.now)
+    assert {told.request_id: told.died for told in rig.publisher.take(Interrupted)} == {"waiting": Role.VIT, "unread": None}
+    assert not rig.engine.runner.pools.knows("vit.0", 1)
+    rig.run()
+    assert len(rig.tokens("read")) == NUM_TOKENS
+    assert rig.vit.take(LeaseReleased) == [], "its successor has never heard of these leases"
+    rig.engine.check_integrity()
+
+
+def test_a_request_that_names_a_dead_vit_is_interrupted_at_once(rig: Rig) -> None:
+    rig.engine._epochs = {VIT_0: 2}
+    rig.engine.handle(rig.request(CHATS["one picture"], "r")[0], rig.now)
+    (told,) = rig.publisher.take(Interrupted)
+    assert (told.reason, told.died) == ("vit.0 died", None)
+    assert not rig.engine.requests
+
+
+def test_what_a_dead_vit_sent_early_is_dropped_and_its_successors_leases_count_anew(rig: Rig) -> None:
+    rig.open_pool()
+    request, ready = rig.request(CHATS["one picture"], "r")
+    rig.engine.handle(ready[0], rig.now)
+    rig.engine._epochs = {VIT_0: 2}
+    rig.engine.on_death(successor(VIT_0), rig.now)
+    rig.engine.tick(rig.now)
+    (told,) = rig.vit.take(LeaseSet)
+    assert (told.lease_ids, told.last_lease_id) == ((), 0)
+    rig.engine.handle(request, rig.now)
+    assert len(rig.publisher.take(Interrupted)) == 1
+
+
+def test_with_preprocess_go_the_requests_that_wait_for_pictures(rig: Rig) -> None:
+    rig.open_pool()
+    (read, ready), (waiting, _) = rig.request(CHATS["one picture"], "read"), rig.request(CHATS["one picture"], "waiting")
+    rig.engine.handle(read, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    rig.engine.handle(waiting, rig.now)
+    rig.engine.on_death(successor(PREPROCESS, "waiting", "read"), rig.now)
+    assert [(told.request_id, told.died) for told in rig.publisher.take(Interrupted)] == [("waiting", Role.PREPROCESS)]
+    rig.run()
+    assert len(rig.tokens("read")) == NUM_TOKENS
+
+
+def test_who_executes_is_recorded_before_a_step_and_nobody_behind_it(rig: Rig) -> None:
+    records: list[set[str]] = []
+    rig.engine._record = lambda ids: records.append(set(ids))
+    for name in ("a", "b"):
+        rig.engine.handle(rig.request(CHATS["text only"], name, sampling=SamplingParams(max_tokens=1))[0], rig.now)
+    rig.run()
+    assert records == [{"a", "b"}, set()]
+
+
+def test_a_resubmitted_request_goes_on_as_if_nothing_had_been(rig: Rig) -> None:
+    rig.engine.handle(rig.request(CHATS["text only"], "whole")[0], rig.now)
+    rig.run()
+    whole = rig.tokens("whole")
+    request = rig.request(CHATS["text only"], "again", attempt=2, output_token_ids=pack_int32(whole[:9]), is_alone=True)[0]
+    rig.engine.handle(request, rig.now)
+    rig.run()
+    assert rig.tokens("again") == whole[9:]

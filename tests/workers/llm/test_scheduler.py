@@ -336,3 +336,30 @@ def test_invariants_hold_whatever_happens(
 def arrive(request: Request) -> None:
     for chunk in request.chunks:
         chunk.embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (chunk.wire.num_tokens, 8), "float32")
+
+
+def test_a_suspect_is_alone_in_its_steps_until_it_has_yielded_a_token() -> None:
+    made = scheduler(budget=16)
+    made.add(make("a", 3, max_tokens=9))
+    step(made)
+    suspect = make("s", 20, max_tokens=2)
+    suspect.is_alone = True
+    made.add(suspect)
+    made.add(make("b", 3))
+    schedules = [made.schedule() for _ in range(1)]
+    assert ([item.request.request_id for item in schedules[0].scheduled], schedules[0].is_alone) == (["s"], True)
+    made.update(schedules[0].scheduled, {})
+    assert step(made) == [("s", 4)]
+    assert step(made) == [("a", 1), ("s", 1), ("b", 3)]
+    assert not made.schedule().is_alone
+
+
+def test_a_suspect_that_waits_for_a_picture_holds_nobody_up() -> None:
+    made = scheduler()
+    suspect = make("s", 12, gate=0)
+    suspect.is_alone = True
+    made.add(suspect)
+    made.add(make("b", 6))
+    assert step(made) == [("b", 6)]
+    suspect.chunks[0].embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (12, 8), "float32")
+    assert step(made) == [("s", 12)]

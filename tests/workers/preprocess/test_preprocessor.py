@@ -34,10 +34,12 @@ from pipeline.messages import (
     ImagePart,
     ItemNotNeeded,
     PixelsReleased,
+    PoolOpened,
     RequestEnded,
     SubmitRequest,
     TextPart,
     VideoPart,
+    WorkerState,
     pack_int32,
 )
 from pipeline.sampling import SamplingParams
@@ -689,3 +691,96 @@ async def test_media_that_cannot_be_read_for_no_fault_of_theirs_end_their_reques
     rig.feedback(PixelsReleased, key=ChunkKey("s", 1, 0, 0))
     rig.end("s")
     rig.check_nothing_left()
+
+
+# The death of neighbours.
+
+
+def states(rig: Rig, **ready: bool) -> list[WorkerState]:
+    workers = [VIT_0, WorkerId(Role.VIT, 1), *(WorkerId(Role.LLM, lead) for lead in rig.llms)]
+    return [WorkerState(worker, 1, ready.get(f"{worker.role}_{worker.rank}", True)) for worker in workers]
+
+
+async def test_with_a_vit_go_its_chunks_and_the_memory_of_where_hashes_are(rig: Rig) -> None:
+    pictures = [encode(scene(number)) for number in range(4)]
+    rig.submit("r", pictures)
+    await rig.settle()
+    rig.llm.take()
+    first = rig.encodes()
+    assert rig.allocator.num_used == 4
+    dead = WorkerState(VIT_0, 2, False)
+    rig.context.sockets.epochs[VIT_0] = 2
+    rig.core.on_states(states(rig, vit_0=False), [dead])
+    assert rig.allocator.num_used == 2
+    assert isinstance(rig.vits[0].sent[0], PoolOpened), "its successor must know our pool before any handle of it"
+    rig.submit("r", pictures, attempt=2)
+    await rig.settle()
+    (again,) = rig.llm.take(GenerateRequest)
+    assert {chunk.vit for item in again.items for chunk in item.chunks} == {1}, "nobody is sent where nobody serves"
+    rig.core.on_states(states(rig), [])
+    rig.submit("s", [encode(scene(9))])
+    await rig.settle()
+    (chunk,) = rig.llm.take(GenerateRequest)[0].items[0].chunks
+    assert (chunk.vit, chunk.vit_epoch) == (0, 2)
+    for request_id, attempt in (("r", 2), ("s", 1)):
+        rig.end(request_id, attempt)
+    for message in [*first, *rig.encodes()]:
+        rig.core.on_feedback(PixelsReleased(sender=VIT_0, epoch=2, key=message.key))
+    rig.check_nothing_left()
+
+
+async def test_with_a_group_go_its_requests_and_they_come_again_elsewhere() -> None:
+    async with make_rig(2, leads=(0, 2)) as rig:
+        rig.submit("r", [encode(scene(1))])
+        await rig.settle()
+        (lead,) = [lead for lead, llm in rig.llms.items() if llm.take(GenerateRequest)]
+        dead = WorkerState(WorkerId(Role.LLM, lead), 2, False)
+        rig.core.on_states(states(rig, **{f"llm_{lead}": False}), [dead])
+        for vit in rig.vits:
+            for message in vit.take(CancelEncode):
+                for key in message.keys:
+                    rig.feedback(PixelsReleased, key=key)
+        rig.check_nothing_left()
+        rig.submit("r", [encode(scene(1))], attempt=2, lead=lead)
+        await rig.settle()
+        (other,) = [lead for lead, llm in rig.llms.items() if llm.take(GenerateRequest)]
+        assert other != lead
+        rig.end("r", 2)
+        for vit in rig.vits:
+            for message in vit.take(EncodeRequest):
+                rig.feedback(PixelsReleased, key=message.key)
+
+
+async def test_a_query_about_what_went_through_our_predecessor_reaches_its_group() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        rig.core.on_ingest(
+            SubmitRequest(client_id=CLIENT, request_id="r", attempt=3, messages=(), sampling=SamplingParams(), num_received=5, lead=2), []
+        )
+        (query,) = rig.llms[2].take(GenerateRequest)
+        assert (query.request_id, query.attempt, query.num_received, query.is_query) == ("r", 3, 5, True)
+        rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="r", attempt=3, lead=2), [])
+        assert len(rig.llms[2].take(AbortRequest)) == 1
+        assert rig.llms[0].sent == []
+        rig.check_nothing_left()
+
+
+async def test_after_our_predecessors_death_no_group_goes_on_with_an_attempt_before() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        rig.submit("r", attempt=2)
+        await rig.settle()
+        assert [llm.sent[0].attempt for llm in rig.llms.values()] == [1, 1]
+        assert sum(len(llm.take(GenerateRequest)) for llm in rig.llms.values()) == 1
+        rig.end("r", 2)
+
+
+async def test_a_suspect_is_told_as_such_to_the_stage_in_question(rig: Rig) -> None:
+    for number, (role, name) in enumerate(((Role.VIT, "v"), (Role.LLM, "l"))):
+        rig.submit(name, [encode(scene(20 + number))], attempt=2, alone_in=role)
+        await rig.settle()
+        (generate,) = rig.llm.take(GenerateRequest)
+        encodes = rig.encodes()
+        assert generate.is_alone == (role is Role.LLM)
+        assert {message.is_alone for message in encodes} == {role is Role.VIT}
+        rig.end(name, 2)
+        for message in encodes:
+            rig.feedback(PixelsReleased, key=message.key)

@@ -341,3 +341,43 @@ def test_a_request_of_many_chunks_does_not_hold_up_one_of_one() -> None:
         encode_one()
     assert len(order) == 61
     made.check_integrity()
+
+
+def test_a_suspect_has_a_batch_of_its_own() -> None:
+    made = make()
+    for arrival, name in enumerate("abc"):
+        made.on_request(key(name), Order(arrival, 0), name.encode(), GRID, None, name == "b")
+        made.on_request(key(name), Order(arrival, 0), name.encode(), GRID, pixels(arrival))
+    batches = [[pending.mm_hash for pending in made.next_batch(1000)] for _ in range(3)]
+    assert batches == [[b"a"], [b"b"], [b"c"]]
+
+
+def test_with_preprocess_all_goes_that_waits_for_pixels_and_what_is_encoded_stays() -> None:
+    made = make()
+    ask(made, "a", b"old")
+    ask(made, "a", b"old", with_pixels=True)
+    encode(made)
+    for number, name in enumerate("bc"):
+        ask(made, name, b"new", 2 + number)
+    ask(made, "d", b"other", 5, with_pixels=False)
+    ask(made, "d", b"other", 5, with_pixels=True)
+    made.forget_all()
+    assert made.num_pending == 0
+    made.check_integrity()
+    assert [type(action) for action in ask(made, "e", b"old", 9)] == [Ready, PixelsDone]
+
+
+def test_with_a_group_its_leases_and_requests_go() -> None:
+    made = make()
+    mine, theirs = ChunkKey("a", 1, 0, 0, lead=0), ChunkKey("b", 1, 0, 0, lead=2)
+    for place, name in enumerate((mine, theirs)):
+        made.on_request(name, Order(place, 0), b"h", GRID, None)
+        made.on_request(name, Order(place, 0), b"h", GRID, pixels(place))
+    encode(made)
+    waiting = ChunkKey("c", 1, 0, 0, lead=0)
+    made.on_request(waiting, Order(3, 0), b"i", GRID, None)
+    assert made.cache.num_leases == 2
+    assert made.forget_group(0) == [PixelsDone(waiting)]
+    assert made.cache.num_leases == 1
+    assert made.num_pending == 0
+    made.check_integrity()

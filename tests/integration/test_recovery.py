@@ -1,0 +1,164 @@
+"""Workers die, hang and lose things under load; every request ends right all the same."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from pipeline.client import PipelineClient
+from pipeline.errors import RequestError
+from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.sampling import SamplingParams
+from tests.integration.conftest import LIMITS
+from tests.pictures import encode, scene
+from tests.servers import Server
+from tools.processes import workers_of
+from tools.soak import Soak
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+async def ask(client: PipelineClient, request_id: str, number: int, sampling: SamplingParams = GREEDY) -> list[int]:
+    """The tokens about picture `number`."""
+    messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
+    pieces = [piece async for piece in client.generate(messages, sampling, [encode(scene(number))], request_id)]
+    assert pieces[-1].num_output_tokens == len([token for piece in pieces for token in piece.token_ids])
+    return [token for piece in pieces for token in piece.token_ids]
+
+
+async def counter(client: PipelineClient, worker: str, name: str) -> int:
+    await asyncio.sleep(2.2)  # counts are told once a second, and passed on once a second
+    return next(state.counters[name] for state in client.workers if str(state.worker) == worker)
+
+
+def restarts(client: PipelineClient) -> dict[str, int]:
+    return {str(state.worker): state.epoch - 1 for state in client.workers if state.epoch > 1}
+
+
+async def test_a_small_soak_with_kills_of_everybody_in_turn() -> None:
+    """At full size: `python tools/soak.py --minutes 10`."""
+    args = argparse.Namespace(
+        seed=5, chats=10, output_tokens=60, clients=2, streams=8, minutes=0.6, patience=90.0, interval=1.0, victims=["preprocess", "vit", "llm"]
+    )
+    with Server("--tp", "2", "--dtype", "float32", "--max-attempts", "5", *LIMITS) as server:
+        found = await Soak(args, server.process.pid, server.run_dir).run()
+        server.children = workers_of(server.process.pid)
+    assert found.wrong == []
+    assert found.left == []
+    assert sum(found.kills.values()) >= 5
+    assert found.num_resubmitted > 0
+    assert found.num_answers > 20
+    assert found.num_ties <= 2
+
+
+@pytest.fixture
+def faulty(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with Server("--dtype", "float32", *LIMITS, "--hang-timeout", "3", "--fault", *request.param) as server:
+        yield server
+        server.children = workers_of(server.process.pid)
+
+
+@pytest.mark.parametrize("faulty", [("vit:kill:bad-v", "llm:kill:bad-l", "preprocess:kill:bad-p")], indirect=True)
+async def test_a_request_that_kills_a_worker_every_time_is_given_up_and_the_others_finish(faulty: Server) -> None:
+    async with PipelineClient(faulty.run_dir) as client:
+        expected = [await ask(client, f"before-{number}", number) for number in range(4)]
+        good = [asyncio.create_task(ask(client, f"good-{number}", number)) for number in range(4)]
+        bad = [asyncio.create_task(ask(client, name, 10 + index)) for index, name in enumerate(("bad-v", "bad-l", "bad-p"))]
+        assert await asyncio.gather(*good) == expected
+        for task, worker in zip(bad, ("vit.0", "llm.0", "preprocess.0"), strict=True):
+            with pytest.raises(RequestError, match=f"given up: {worker} died while it was executing there") as caught:
+                await task
+            assert caught.value.info.status == 503
+        assert await ask(client, "after", 0) == expected[0]
+        assert client.counters["given_up"] == 3
+        assert all(count >= 2 for count in restarts(client).values()), restarts(client)
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [("llm:stop:hang-l:1", "vit:stop:hang-v:1", "vit:fail:fail-v:2", "preprocess:stop:hang-p:1", "llm:drop:LeaseReleased:3", "llm:drop:Accepted:1")],
+    indirect=True,
+)
+async def test_who_hangs_or_fails_is_replaced_and_what_is_lost_heals(faulty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.connection.QUERY_AFTER_S", 1.0)
+    async with PipelineClient(faulty.run_dir) as client:
+        # The first `Accepted` and the first releases get lost.
+        pieces = [piece async for piece in client.generate([ChatMessage("user", "Hello")], GREEDY)]
+        assert pieces[-1].num_output_tokens == 12
+        expected = await ask(client, "plain", 1)
+        for number in range(2, 5):
+            await ask(client, f"more-{number}", number)
+        await asyncio.sleep(3)
+        assert await counter(client, "vit.0", "leases") == 0
+        for name in ("hang-l", "hang-v", "fail-v", "hang-p"):
+            picture = {"hang-v": 31, "fail-v": 32, "hang-p": 33}.get(name, 1)
+            start = time.monotonic()
+            tokens = await asyncio.wait_for(ask(client, name, picture), 30)
+            assert tokens == (expected if picture == 1 else await ask(client, f"again-{name}", picture))
+            assert time.monotonic() - start > (0 if name == "fail-v" else 2)
+        assert restarts(client) == {"llm.0": 1, "vit.0": 2, "preprocess.0": 1}
+    assert "has not moved on for" in faulty.output
+
+
+@pytest.mark.parametrize("faulty", [("vit:fill:pool", "preprocess:fill:pool")], indirect=True)
+async def test_with_full_pools_all_goes_on_one_by_one(faulty: Server) -> None:
+    async with PipelineClient(faulty.run_dir) as client:
+        answers = await asyncio.wait_for(asyncio.gather(*(ask(client, f"r{number}", number % 3) for number in range(9))), 60)
+        assert answers[:3] == answers[3:6] == answers[6:]
+
+
+async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
+    """And the endpoint's death ends only what came through it: at once, and it is back on its port."""
+    long = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+    with Server(*LIMITS) as server:
+        async with PipelineClient(server.run_dir) as client:
+            expected = await ask(client, "expected", 1, long)
+            running = asyncio.create_task(ask(client, "running", 1, long))
+            ended: list[Exception] = []
+
+            def stream() -> None:
+                chat: Any = [{"role": "user", "content": "Hello"}]
+                with server.client() as http:
+                    events = http.chat.completions.create(model="", messages=chat, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+                    try:
+                        list(events)
+                    except Exception as error:  # noqa: BLE001  which one is the library's affair
+                        ended.append(error)
+
+            thread = threading.Thread(target=stream)
+            thread.start()
+            await asyncio.sleep(1.0)
+            assert not running.done()
+            pids = workers_of(server.process.pid)
+            for name in ("api.0", "vit.0", "preprocess.0"):
+                os.kill(pids[name], signal.SIGKILL)
+            killed = time.monotonic()
+            async with aiohttp.ClientSession() as probe:
+                while True:
+                    with contextlib.suppress(aiohttp.ClientError):
+                        async with probe.get(f"{server.url}/ready") as answer:
+                            if answer.status == 200:
+                                break
+                    assert time.monotonic() - killed < 5
+                    await asyncio.sleep(0.05)
+                async with probe.get(f"{server.url}/metrics") as answer:
+                    metrics = await answer.text()
+            assert 'vlm_worker_restarts{worker="api.0"} 1' in metrics
+            await asyncio.to_thread(thread.join, 10)
+            assert len(ended) == 1
+            while next(state.num_open_requests for state in client.workers if str(state.worker) == "llm.0") > 1:
+                assert time.monotonic() - killed < 2 + 2  # ended within two seconds; told within two more
+                await asyncio.sleep(0.05)
+            assert await running == expected
+            assert client.counters["resubmitted"] == 0
+        server.children = workers_of(server.process.pid)
