@@ -8,7 +8,6 @@ only stands still keeps its sockets and would swallow messages. A worker that en
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shlex
@@ -21,8 +20,10 @@ from types import FrameType
 from typing import assert_never
 
 from launcher.checkpoints import Model
+from launcher.listening import listen
 from launcher.placement import place, workers
 from launcher.progress import ProgressBar
+from launcher.reload import Reload
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
 from pipeline.core_sharing import IDLE, Activity
@@ -33,6 +34,8 @@ from pipeline.messages import (
     Drain,
     PipelineState,
     PoolClosed,
+    ReloadRequested,
+    Retire,
     Shutdown,
     StatusMessage,
     WorkerFailed,
@@ -64,6 +67,7 @@ class Supervisor:
     def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
         """`environment` is the workers'."""
         self._config, self._model, self._run_dir = config, model, run_dir
+        self._listening = listen(config.api.host, config.api.port)  # first: it may fail
         self._units = units(workers(config.num_vits, config.num_ranks), config.llm.tp)
         self._unit_of = {worker: unit for unit in self._units for worker in unit.members}
         self._placement = place(
@@ -78,8 +82,9 @@ class Supervisor:
         self._poller = Poller(self._status, self._control, self._wakeup, self._fork_server)
         self._recorders = {worker: FlightRecorder(run_dir, worker) for worker in self._unit_of}
         self._activity = Activity(run_dir)
-        self._port = config.api.port  # that the endpoint has, once it is known
-        self._num_signals = 0
+        self._reload = Reload(model.folder)
+        self._retired: list[Child] = []  # endpoints whose successors serve already
+        self._num_signals = self._num_hangups = 0
         self._is_draining = False
         self._heartbeat_due = 0.0
         self._last_news = time.monotonic()
@@ -87,7 +92,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serves until a signal (0) or a failure (1)."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         reason = ""
         try:
             if self._model.notice:
@@ -109,28 +114,31 @@ class Supervisor:
         return 1 if reason else 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._num_signals += 1
+        if number == signal.SIGHUP:
+            self._num_hangups += 1
+        else:
+            self._num_signals += 1
         self._wakeup.set()
 
     # Start.
 
     def _start_unit(self, unit: Unit) -> None:
-        config = dataclasses.replace(self._config, api=dataclasses.replace(self._config.api, port=self._port))
         epochs = {str(worker): other.epoch for other in self._units for worker in other.members}
         children: list[Child] = []
         for worker in unit.members:
             self._recorders[worker].clear()
             spec = WorkerSpec(
                 worker=worker, epochs=epochs, run_dir=str(self._run_dir), model_folder=str(self._model.folder),
-                placement=self._placement[worker], config=config,
+                placement=self._placement[worker], config=self._config,
             )  # fmt: skip
-            children.append(Child(worker, unit.epoch, self._fork_server.start(spec)))
+            fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
+            children.append(Child(worker, unit.epoch, self._fork_server.start(spec, fds)))
         unit.begin(children)
         self._last_news = time.monotonic()
 
     def _announce(self) -> None:
         self._progress.close()
-        url = f"http://{shown_host(self._config.api.host)}:{self._port}"
+        url = f"http://{shown_host(self._config.api.host)}:{self._listening[0].getsockname()[1]}"
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
         sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example_request(url, self._model, self._config.api.api_key)}\n\n")
         sys.stdout.flush()
@@ -148,6 +156,7 @@ class Supervisor:
             if self._num_signals > int(self._is_draining):
                 raise _Stopped
             self._watch_units()
+            self._watch_reload()
             has_new = any(event.is_new for event in self._control.subscriptions())
             if has_new or time.monotonic() >= self._heartbeat_due:
                 self._publish_state()
@@ -160,7 +169,9 @@ class Supervisor:
     def _publish_state(self) -> None:
         self._heartbeat_due = time.monotonic() + HEARTBEAT_S
         states = tuple(state for unit in self._units for state in unit.states())
-        if not self._control.publish(PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining)):
+        if not self._control.publish(
+            PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining, reload=self._reload.state)
+        ):
             logger.debug("a subscriber of the control edge lags behind")
 
     def _read_status(self) -> None:
@@ -180,6 +191,8 @@ class Supervisor:
                     child.stats, child.stats_time = message, now
                     if child.ready is None and not unit.has_served:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
+                case ReloadRequested():
+                    self._num_hangups += 1
                 case WorkerFailed():
                     child.error, child.error_time = message.error, now
                 case PoolClosed():
@@ -190,10 +203,12 @@ class Supervisor:
                     assert_never(message)
 
     def _on_ready(self, unit: Unit, message: WorkerReady) -> None:
-        self._port = message.details.get("port", self._port)
         was_restarted = unit.has_served
         unit.on_ready(time.monotonic())
-        if unit.is_serving and was_restarted:
+        if self._retired and message.sender.role is Role.API:
+            for child in self._retired:
+                self._control.publish(Retire(worker=child.worker, epoch=child.epoch))
+        elif unit.is_serving and was_restarted:
             logger.info("%s serves again, %.1f s after it died", unit.name, time.monotonic() - unit.died_at)
         self._heartbeat_due = 0.0
 
@@ -215,6 +230,25 @@ class Supervisor:
         late = [str(worker) for unit in self._units if unit.phase is Phase.STARTING for worker, child in unit.children.items() if not child.ready]
         if late and now - self._last_news > START_TIMEOUT_S:
             raise CannotStart(f"{', '.join(late)} did not become ready: no progress for {START_TIMEOUT_S:.0f} s")
+
+    def _watch_reload(self) -> None:
+        """Goes on with a reload, if one was asked for: whose turn it is dies, and its requests come again."""
+        if self._num_hangups:
+            self._num_hangups = 0
+            self._reload.begin(self._units, is_possible=self._is_started() and not self._is_draining)
+            self._heartbeat_due = 0.0
+        self._retired = [child for child in self._retired if child.process.exit_code is None]
+        unit = self._reload.next(self._units)
+        if unit is None:
+            return
+        if unit.members[0].role is Role.API:  # its connections would die with it: its successor comes first
+            self._retired += unit.children.values()
+            unit.epoch += 1
+            self._start_unit(unit)
+            return
+        unit.on_end(time.monotonic())
+        for child in unit.children.values():
+            child.process.kill()
 
     def _on_death(self, unit: Unit, now: float) -> None:
         """One of the unit has ended: its others are killed. Raises CannotStart where a successor would fare no better."""
@@ -238,7 +272,8 @@ class Supervisor:
         executed: set[bytes] = set()
         for worker in unit.members:
             executed.update(self._recorders[worker].executing())
-            self._activity.announce(worker, IDLE)
+            if worker.role in (Role.LLM, Role.VIT):
+                self._activity.announce(worker, IDLE)
             for edge in EDGES:
                 if edge.binder is worker.role:
                     (self._run_dir / socket_name(edge, worker.rank, unit.epoch)).unlink(missing_ok=True)
@@ -287,7 +322,7 @@ class Supervisor:
         """Ends and reaps every worker. One that is still starting holds nothing yet, and may not listen yet: it is killed."""
         self._control.publish(Shutdown(reason=reason))
         end = time.monotonic() + STOP_TIMEOUT_S
-        children = [child for unit in self._units for child in unit.children.values()]
+        children = [*self._retired, *(child for unit in self._units for child in unit.children.values())]
         for child in children:
             if child.ready is None:
                 child.process.kill()
@@ -298,6 +333,8 @@ class Supervisor:
                 child.process.wait(STOP_TIMEOUT_S)
         self._fork_server.close()
         self._sockets.close()
+        for listening in self._listening:
+            listening.close()
         self._wakeup.close()
 
 

@@ -57,6 +57,7 @@ class Unit:
     served_at: float = 0.0
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
+    is_planned: bool = False  # its end: no request is to blame
     num_killed_starts: int = 0  # in a row
     due: float = 0.0  # when the successor is to start
     unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
@@ -94,6 +95,10 @@ class Unit:
         self.num_killed_starts += self.phase is Phase.STARTING
         self.phase, self.died_at = Phase.ENDING, now
 
+    def on_end(self, now: float) -> None:
+        """It is to be replaced though nothing is wrong with it."""
+        self.phase, self.died_at, self.num_deaths, self.is_planned = Phase.ENDING, now, 0, True
+
     @property
     def is_reaped(self) -> bool:
         return self.phase is Phase.ENDING and all(child.process.exit_code is not None for child in self.children.values())
@@ -101,7 +106,8 @@ class Unit:
     def on_reaped(self, now: float, executed: tuple[bytes, ...], mapped_by: set[WorkerId]) -> None:
         """All are dead for good: from now on the next epoch counts."""
         self.children = {}
-        self.phase, self.executed, self.unmapping = Phase.DOWN, executed, mapped_by
+        self.phase, self.executed, self.unmapping = Phase.DOWN, () if self.is_planned else executed, mapped_by
+        self.is_planned = False
         self.epoch += 1
         self.due = now + (0.0 if self.num_deaths <= 1 else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (self.num_deaths - 2)))
 

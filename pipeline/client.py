@@ -25,7 +25,7 @@ from pipeline.connection import Connection, OpenRequest
 from pipeline.data_urls import move_data_urls
 from pipeline.detokenizer import Detokenizer, StopStrings, token_bytes
 from pipeline.errors import ErrorInfo, RequestError
-from pipeline.messages import ChatMessage, SubmitRequest, TokenLogprobs, Welcome, WorkerState, unpack_int32
+from pipeline.messages import ChatMessage, ReloadState, SubmitRequest, TokenLogprobs, Welcome, WorkerState, unpack_int32
 from pipeline.sampling import FinishReason, SamplingParams
 
 
@@ -83,6 +83,10 @@ class PipelineClient:
     def workers(self) -> tuple[WorkerState, ...]:
         """All workers, as the launcher told last."""
         return self._connection.workers
+
+    @property
+    def reload(self) -> ReloadState:
+        return self._connection.reload
 
     @property
     def counters(self) -> dict[str, int]:

@@ -48,6 +48,7 @@ class ApiConfig:
     host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = option(8000, "port to listen on", metavar="PORT")
     api_key: tuple[str, ...] = option((), "key that clients must send; several may be given", metavar="KEY")
+    admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
 
     def __post_init__(self) -> None:

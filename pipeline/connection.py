@@ -34,8 +34,10 @@ from pipeline.messages import (
     Interrupted,
     OutputsMessage,
     PipelineState,
+    ReloadState,
     RequestFailed,
     RequestOutput,
+    Retire,
     Shutdown,
     SubmitRequest,
     TokenOutputs,
@@ -107,6 +109,7 @@ class Connection:
         self._is_silent = False  # it is gone only in that it does not speak: it may come back
         self.is_draining = False
         self.workers: tuple[WorkerState, ...] = ()
+        self.reload = ReloadState()
         self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0, "given_up": 0}
 
     async def start(self, timeout_s: float) -> Welcome:
@@ -254,13 +257,15 @@ class Connection:
                     self._on_state(message)
                 case Drain():
                     self.is_draining = True
+                case Retire():
+                    pass  # of somebody else
                 case Shutdown():
                     self._fail(f"the server has stopped{': ' if message.reason else ''}{message.reason}")
                     if not self._welcome.done():
                         self._welcome.set_exception(PipelineError(f"the server has stopped: {message.reason}"))
 
     def _on_state(self, state: PipelineState) -> None:
-        self.is_draining, self.workers = state.is_draining, state.workers
+        self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload
         if self._is_silent:
             self.end, self._is_silent = None, False
         renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})

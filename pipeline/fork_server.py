@@ -30,6 +30,7 @@ from pipeline.process import WorkerSpec, run_worker
 from pipeline.topology import WorkerId
 
 MAX_REQUEST = 1 << 16  # bytes
+MAX_FDS = 16  # of one request
 STOP_TIMEOUT_S = 10.0
 TITLE_ROOM = "." * 24  # a worker's command line is written over the server's and is longer
 PR_SET_NAME = 15
@@ -100,21 +101,22 @@ class ForkServer:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def start(self, spec: WorkerSpec) -> WorkerProcess:
+    def start(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
+        """`fds` are open in the worker, too: see `WorkerContext`."""
         self._num_started += 1
         process = self._processes[self._num_started] = WorkerProcess(self, self._num_started)
-        self._send(Start(self._num_started, spec))
+        self._send(Start(self._num_started, spec), fds)
         return process
 
     def kill(self, serial: int) -> None:
         if serial in self._processes:
             self._send(Kill(serial))
 
-    def _send(self, request: Start | Kill) -> None:
+    def _send(self, request: Start | Kill, fds: Sequence[int] = ()) -> None:
         data = msgspec.msgpack.encode(request)
         assert len(data) <= MAX_REQUEST
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `read` finds that it is dead
-            self._socket.send(data)
+            socket.send_fds(self._socket, [data], list(fds))
 
     def read(self) -> None:
         """Takes what the server has told; never blocks."""
@@ -150,7 +152,7 @@ class _Server:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._starts: dict[int, WorkerSpec] = {}  # by serial, in turn: still to be forked
+        self._starts: dict[int, tuple[WorkerSpec, list[int]]] = {}  # by serial, in turn: still to be forked; with descriptors for it
         self._pids: dict[int, int] = {}  # by serial
         self._sentinels: dict[int, int] = {}  # serials, by the descriptor that is readable once the process has ended
         self._poll = select.poll()
@@ -172,29 +174,33 @@ class _Server:
 
     def _read(self) -> bool:
         try:
-            data = self._connection.recv(MAX_REQUEST)
+            data, fds, _, _ = socket.recv_fds(self._connection, MAX_REQUEST, MAX_FDS)
         except ConnectionResetError:  # it went without having read everything
-            data = b""
+            data, fds = b"", []
         if not data:
             return False
         match msgspec.msgpack.decode(data, type=Start | Kill):
             case Start(serial, spec):
-                self._starts[serial] = spec
+                self._starts[serial] = spec, list(fds)
             case Kill(serial):
-                if self._starts.pop(serial, None) is not None:
+                if (start := self._starts.pop(serial, None)) is not None:
+                    _close(start[1])
                     self._tell(Ended({serial: -signal.SIGKILL}))
                 elif serial in self._pids:
                     os.kill(self._pids[serial], signal.SIGKILL)
         return True
 
     def _start(self, serial: int) -> None:
-        spec = self._starts.pop(serial)
+        spec, fds = self._starts.pop(serial)
+        others = [fd for _, waiting in self._starts.values() for fd in waiting]
         try:
-            pid = _fork(spec, [self._connection.fileno(), *self._sentinels])
+            pid = _fork(spec, fds, [self._connection.fileno(), *self._sentinels, *others])
         except OSError:
             traceback.print_exc()
             self._tell(Ended({serial: 1}))
             return
+        finally:
+            _close(fds)
         self._pids[serial] = pid
         sentinel = os.pidfd_open(pid)
         self._sentinels[sentinel] = serial
@@ -217,7 +223,12 @@ class _Server:
             self._connection.send(msgspec.msgpack.encode(message))
 
 
-def _fork(spec: WorkerSpec, not_its_own: Sequence[int]) -> int:
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _fork(spec: WorkerSpec, fds: Sequence[int], not_its_own: Sequence[int]) -> int:
     module = f"workers.{spec.worker.role}.worker"
     with contextlib.suppress(Exception):  # the worker meets the error again, and tells it as its own
         importlib.import_module(module)
@@ -229,10 +240,9 @@ def _fork(spec: WorkerSpec, not_its_own: Sequence[int]) -> int:
     try:
         end_with_parent()
         if os.getppid() == server:  # else it died before it could tell
-            for fd in not_its_own:
-                os.close(fd)
+            _close(not_its_own)
             _set_title(spec.worker)
-            run_worker(module, spec)
+            run_worker(module, spec, fds)
     except BaseException:  # noqa: BLE001  nothing of the server's may run on in a worker
         traceback.print_exc()
     finally:

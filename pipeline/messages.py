@@ -423,12 +423,19 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
 
 
+class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    number: int = 0  # reloads asked for so far
+    is_running: bool = False
+    refusal: str = ""  # why the last one was refused
+
+
 class PipelineState(Message, frozen=True, kw_only=True):
     """launcher → everyone: all workers and their epochs; to each new subscriber and once a second."""
 
     workers: tuple[WorkerState, ...]
     leads: tuple[int, ...] = (0,)  # the LLM ranks that lead a group: clients listen to each
     is_draining: bool = False
+    reload: ReloadState = ReloadState()
 
 
 class Drain(Message, frozen=True, kw_only=True):
@@ -437,13 +444,20 @@ class Drain(Message, frozen=True, kw_only=True):
     timeout_s: float
 
 
+class Retire(Message, frozen=True, kw_only=True):
+    """launcher → one worker: your successor serves already. Accept nothing new, finish what is open, end."""
+
+    worker: WorkerId
+    epoch: int
+
+
 class Shutdown(Message, frozen=True, kw_only=True):
     """launcher → everyone: end now. `reason` is empty at an orderly end, else it says which worker died of what."""
 
     reason: str = ""
 
 
-ControlMessage = PipelineState | Drain | Shutdown
+ControlMessage = PipelineState | Drain | Retire | Shutdown
 
 # --- status: everyone → launcher ------------------------------------------------------------------------------------
 
@@ -471,4 +485,8 @@ class WorkerFailed(WorkerMessage, frozen=True, kw_only=True):
     error: str
 
 
-StatusMessage = WorkerReady | WorkerStats | WorkerFailed | PoolClosed
+class ReloadRequested(WorkerMessage, frozen=True, kw_only=True):
+    """api → launcher: an administrator asks for a reload."""
+
+
+StatusMessage = ReloadRequested | WorkerReady | WorkerStats | WorkerFailed | PoolClosed

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -24,6 +24,7 @@ from pipeline.messages import (
     Origin,
     PipelineState,
     PoolClosed,
+    Retire,
     Shutdown,
     WorkerFailed,
     WorkerMessage,
@@ -70,8 +71,8 @@ class ControlNews(NamedTuple):
 class WorkerContext:
     """What `run_worker` hands to a worker's main function."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> None:
+        self.spec, self.fds = spec, fds  # descriptors that the launcher gave; for api: sockets that listen
         self.config = spec.config
         self.model_folder = Path(spec.model_folder)
         self.worker = spec.worker
@@ -125,7 +126,9 @@ class WorkerContext:
                     is_draining = True
                 case PipelineState() as state:
                     died += self.follow(state)
-                    states = state.workers
+                    states, is_draining = state.workers, is_draining or state.is_draining
+                case Retire():
+                    pass  # of an endpoint
         return ControlNews(is_draining, died, states)
 
 
@@ -148,7 +151,7 @@ def parse_worker(name: str) -> WorkerId:
     return msgspec.convert((role, int(rank)), WorkerId)
 
 
-def run_worker(module: str, spec: WorkerSpec) -> NoReturn:
+def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoReturn:
     """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after an error."""
     os.sched_setaffinity(0, spec.placement.cores)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -156,7 +159,7 @@ def run_worker(module: str, spec: WorkerSpec) -> NoReturn:
     if spec.worker.role in (Role.API, Role.PREPROCESS):
         os.nice(BEHIND_THE_STEP_LOOP)
     log.configure(str(spec.worker), spec.config.launcher.log_level)
-    context = WorkerContext(spec)
+    context = WorkerContext(spec, fds)
     code = 0
     try:
         main: Callable[[WorkerContext], None] = importlib.import_module(module).main

@@ -41,7 +41,6 @@ SETUPS = {
     "overlap": ("--overlap", "on"),
     "ViT on onnxruntime": ("--vit-engine", "onnxruntime", "--vit", "2"),
     "tp 2, overlap": ("--tp", "2", "--overlap", "on"),
-    "tp 4": ("--tp", "4"),
     "dp 2": ("--dp", "2"),
     "dp 2, tp 2": ("--dp", "2", "--tp", "2", "--vit", "1"),
 }

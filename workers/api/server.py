@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -24,6 +25,8 @@ from workers.api.stream import DONE, ChoicePiece, Completion, error_event, side_
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = "2"
 OPEN_ROUTES = ("/health", "/ready")
+ADMIN_ROUTES = "/admin/"
+ADMIN_ANSWER_S = 5.0
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -39,11 +42,16 @@ def _given_key(request: web.Request) -> bytes:
 class ApiServer:
     """`client` may not be connected yet: until `is_ready` every request is answered with 503."""
 
-    def __init__(self, config: ApiConfig, client: PipelineClient, model_name: str, info: ModelInfo) -> None:
+    def __init__(
+        self, config: ApiConfig, client: PipelineClient, model_name: str, info: ModelInfo, request_reload: Callable[[], None] = lambda: None
+    ) -> None:
+        self._request_reload = request_reload
         self._config, self._client, self._model_name, self._info = config, client, model_name, info
         self._keys = [key.encode() for key in config.api_key]
         self._created = int(time.time())
         self.is_ready = False
+        self.is_retiring = False  # connections end with the answer that is under way on them
+        self.num_handled = 0  # requests under way
 
     def application(self) -> web.Application:
         application = web.Application(client_max_size=self._config.max_request_mib * MIB, middlewares=[self._guard])
@@ -51,14 +59,29 @@ class ApiServer:
         application.router.add_get("/ready", self._ready)
         application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/v1/models", self._models)
+        if self._config.admin_key:
+            application.router.add_post("/admin/reload", self._reload)
         application.router.add_post("/v1/chat/completions", self._chat)
         return application
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Keys, and OpenAI's error object for whatever goes wrong."""
+        self.num_handled += 1
         try:
-            if self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
+            response = await self._answer(request, handler)
+            if self.is_retiring:
+                response.force_close()
+            return response
+        finally:
+            self.num_handled -= 1
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if request.path.startswith(ADMIN_ROUTES):
+                if not hmac.compare_digest(_given_key(request), self._config.admin_key.encode()):
+                    return error_response(ErrorInfo(401, "the admin key is needed: Authorization: Bearer KEY"))
+            elif self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
                 return error_response(ErrorInfo(401, "a valid API key is needed: Authorization: Bearer KEY"))
             return await handler(request)
         except RequestError as error:
@@ -87,6 +110,19 @@ class ApiServer:
         is_ready = self.is_ready and not self._client.failure and not self._client.is_draining and set(workers.values()) == {"ready"}
         body = {"ready": is_ready, "draining": self._client.is_draining, "workers": workers}
         return web.json_response(body, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": RETRY_AFTER_S})
+
+    async def _reload(self, request: web.Request) -> web.StreamResponse:
+        """202 when it has begun, 409 with the reason when the launcher refuses."""
+        number = self._client.reload.number
+        self._request_reload()
+        end = time.monotonic() + ADMIN_ANSWER_S
+        while self._client.reload.number == number and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        if self._client.reload.number == number:
+            raise RequestError("the launcher does not answer", status=503)
+        if self._client.reload.refusal:
+            raise RequestError(self._client.reload.refusal, status=409)
+        return web.json_response({"status": "reloading"}, status=202)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=exposition(self._client.workers).encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

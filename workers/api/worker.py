@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 
 from aiohttp import web
@@ -11,7 +12,7 @@ from aiohttp import web
 from pipeline.client import PipelineClient
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import Drain, Shutdown
+from pipeline.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
 from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
 from pipeline.topology import CONTROL
 from workers.api.server import ApiServer
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
 LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
 STATS_INTERVAL_S = 0.5
+RETIRING_INTERVAL_S = 0.2
 
 
 def main(context: WorkerContext) -> None:
@@ -30,22 +32,40 @@ async def _serve(context: WorkerContext) -> None:
     config = context.config
     control = context.sockets.async_subscriber(CONTROL)
     client = PipelineClient(context.spec.run_dir)
-    server = ApiServer(config.api, client, config.model.served_model_name, read_model_info(context.model_folder))
+    info = read_model_info(context.model_folder)
+    server = ApiServer(config.api, client, config.model.served_model_name, info, lambda: context.status.send(ReloadRequested(**context.origin)))
     runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
+    # The launcher listens, too: what comes while nobody accepts waits for our successor.
+    sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in context.fds]
+    is_draining = False
 
     async def watch() -> None:
+        nonlocal is_draining
         while True:
-            match (await control.receive()).message:
-                case Drain():
+            message = (await control.receive()).message
+            match message:
+                case Drain() | PipelineState(is_draining=True) if not is_draining:
+                    is_draining = True
                     tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
+                case Retire(worker=worker, epoch=epoch) if (worker, epoch) == (context.worker, context.epoch):
+                    tasks.create_task(retire())
                 case Shutdown():
                     await _say_last_words(client)
                     raise ShutdownRequested
 
+    async def retire() -> None:
+        """Our successor accepts already: finishes what is open, and ends."""
+        server.is_retiring = True
+        for site in sites:
+            await site.stop()
+        while server.num_handled:  # noqa: ASYNC110
+            await asyncio.sleep(RETIRING_INTERVAL_S)
+        raise ShutdownRequested
+
     async def serve() -> None:
-        site = web.TCPSite(runner, config.api.host, config.api.port)
-        await site.start()
+        for site in sites:
+            await site.start()
         try:
             await client.start(START_TIMEOUT_S)
         except PipelineError:
@@ -53,8 +73,7 @@ async def _serve(context: WorkerContext) -> None:
                 raise
             return  # the launcher ends everything, and `watch` hears it too
         server.is_ready = True
-        port: int = runner.addresses[0][1]
-        context.ready(port=port)
+        context.ready()
         await report(STATS_INTERVAL_S)
 
     async def report(interval: float) -> None:

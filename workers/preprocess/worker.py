@@ -7,7 +7,7 @@ import time
 
 from pipeline.config import MIB
 from pipeline.families import read_model_info
-from pipeline.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Shutdown
+from pipeline.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Retire, Shutdown
 from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
 from pipeline.slots import SlotAllocator, align
 from pipeline.sockets import AsyncReceiver
@@ -54,16 +54,24 @@ async def _serve(context: WorkerContext) -> None:
             while True:
                 core.on_feedback((await feedback.receive()).message)
 
+        def drain() -> None:
+            if not core.is_draining:
+                core.is_draining = True
+                tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
+
         async def read_control() -> None:
             while True:
                 match (await control.receive()).message:
                     case Shutdown():
                         raise ShutdownRequested
                     case Drain():
-                        core.is_draining = True
-                        tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
+                        drain()
                     case PipelineState() as state:
                         core.on_states(state.workers, context.follow(state))
+                        if state.is_draining:
+                            drain()
+                    case Retire():
+                        pass  # of an endpoint
 
         async def report(interval: float = STATS_INTERVAL_S) -> None:
             while True:
