@@ -67,6 +67,11 @@ class PipelineClient:
         await self._connection.close()
 
     @property
+    def welcome(self) -> Welcome:
+        """What the pipeline told of itself; to be read once it has started."""
+        return self._connection.limits
+
+    @property
     def num_open(self) -> int:
         return self._connection.num_open
 

@@ -140,7 +140,7 @@ class Connection:
         return request_id in self._open
 
     @property
-    def _limits(self) -> Welcome:
+    def limits(self) -> Welcome:
         return self._welcome.result()
 
     # What goes out.
@@ -152,16 +152,16 @@ class Connection:
             raise RequestError.from_info(self.end)
         if self.is_draining:
             raise RequestError("the server is shutting down", status=503)
-        if len(self._open) >= self._limits.max_requests:
-            raise RequestError(f"{self._limits.max_requests} requests are open already", status=429)
+        if len(self._open) >= self.limits.max_requests:
+            raise RequestError(f"{self.limits.max_requests} requests are open already", status=429)
         if request_id in self._open or request_id in self._aborting:
             raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
         try:
             size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
         except UnicodeEncodeError:
             raise RequestError("the text is not valid Unicode", field="messages") from None
-        if size > self._limits.max_request_bytes:
-            raise RequestError(f"the request has {size} bytes, the limit is {self._limits.max_request_bytes}", status=413, field="messages")
+        if size > self.limits.max_request_bytes:
+            raise RequestError(f"the request has {size} bytes, the limit is {self.limits.max_request_bytes}", status=413, field="messages")
         opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())
         if self._is_known:
             self._send(request, frames)
@@ -208,10 +208,10 @@ class Connection:
         elif died is not None:
             opened.num_deaths += 1
             alone_in = died
-        if opened.num_deaths >= self._limits.max_attempts:
+        if opened.num_deaths >= self.limits.max_attempts:
             self.counters["given_up"] += 1
             times = f"{opened.num_deaths} times" if opened.num_deaths > 1 else "once"
-            what = f"the request was given up: {reason} while it was executing there, {times} in a row ({self._limits.max_attempts} are allowed)"
+            what = f"the request was given up: {reason} while it was executing there, {times} in a row ({self.limits.max_attempts} are allowed)"
             self._give_up(opened, ErrorInfo(503, what))
             return
         logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
@@ -406,9 +406,9 @@ class Connection:
                 else:
                     self._send(aborting.message)
             for opened in list(self._open.values()):
-                if opened.waits_since is not None and now - opened.waits_since > self._limits.recovery_timeout:
+                if opened.waits_since is not None and now - opened.waits_since > self.limits.recovery_timeout:
                     self.counters["given_up"] += 1
-                    self._give_up(opened, ErrorInfo(503, f"the server did not recover within {self._limits.recovery_timeout:.0f} s"))
+                    self._give_up(opened, ErrorInfo(503, f"the server did not recover within {self.limits.recovery_timeout:.0f} s"))
                 elif now - opened.heard > QUERY_AFTER_S and not opened.is_held:
                     # Hello first: if we were cut off for not reading, it makes us known again.
                     self._send(Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION))

@@ -7,7 +7,6 @@ import hashlib
 import hmac
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
@@ -15,11 +14,11 @@ from aiohttp import web
 
 from pipeline.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
-from pipeline.data_urls import move_data_urls
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
+from workers.api.chat import open_chat
 from workers.api.metrics import exposition
-from workers.api.protocol import decode_request, error_body, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
+from workers.api.protocol import decode_request, error_body
 from workers.api.stream import DONE, ChoicePiece, Completion, error_event, side_by_side
 
 logger = logging.getLogger(__name__)
@@ -133,28 +132,14 @@ class ApiServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = decode_request(await request.read())
-        refuse_unserved(body)
-        if body.model and body.model != self._model_name:
-            raise RequestError(f"the model {body.model!r} is not served here, only {self._model_name!r}", field="model", status=404)
-        messages, sampling = to_messages(body), to_sampling(body, dict(self._info.default_sampling))
         if not self.is_ready:
             raise RequestError("the server is still starting", status=503)
-        completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
-        media: list[bytes | memoryview] = []
-        moved = move_data_urls(messages, media)  # once, however many choices there are
-        completion = Completion(completion_id, self._model_name, count, bool(body.logprobs), self._client.token_text)
-        choices = [
-            self._client.generate(
-                moved, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0,
-                cache_salt=self._cache_salt(request, body.cache_salt or ""),
-            )
-            for index in range(count)
-        ]  # fmt: skip
-        async with aclosing(side_by_side(choices)) as pieces:
+        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        async with aclosing(side_by_side(chat.choices)) as pieces:
             if not body.stream:
-                return web.json_response(await completion.whole(pieces))
+                return web.json_response(await chat.completion.whole(pieces))
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._stream(request, completion, pieces, include_usage)
+            return await self._stream(request, chat.completion, pieces, include_usage)
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
         """Who shares cached prefixes: requests with one key and one salt."""

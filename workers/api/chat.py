@@ -1,0 +1,37 @@
+"""From a decoded body to a completion: what the HTTP endpoint and the offline batches have in common."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+from pipeline.client import Piece, PipelineClient
+from pipeline.data_urls import move_data_urls
+from pipeline.errors import RequestError
+from pipeline.families import ModelInfo
+from workers.api.protocol import ChatCompletionRequest, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
+from workers.api.stream import Completion
+
+
+class Chat(NamedTuple):
+    completion: Completion
+    choices: list[AsyncGenerator[Piece, None]]  # nothing is submitted before one of them is read
+
+
+def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: str, info: ModelInfo, cache_salt: bytes = b"") -> Chat:
+    """Raises RequestError for what is not served."""
+    refuse_unserved(body)
+    if body.model and body.model != model_name:
+        raise RequestError(f"the model {body.model!r} is not served here, only {model_name!r}", field="model", status=404)
+    messages, sampling = to_messages(body), to_sampling(body, dict(info.default_sampling))
+    completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
+    media: list[bytes | memoryview] = []
+    moved = move_data_urls(messages, media)  # once, however many choices there are
+    choices = [
+        client.generate(
+            moved, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0, cache_salt=cache_salt
+        )
+        for index in range(count)
+    ]
+    return Chat(Completion(completion_id, model_name, count, bool(body.logprobs), client.token_text), choices)
