@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,3 +124,31 @@ def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
     assert [name for name, _ in texts(target)] == [f"line-{number}" for number in range(40)]
     same = [ours == theirs for ours, theirs in zip(texts(target), texts(whole), strict=True)]
     assert sum(same) >= 38, "greedy answers differ by rounding at most"
+
+
+@pytest.fixture(scope="session")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The client in JavaScript, with its packages."""
+    folder = tmp_path_factory.mktemp("js")
+    for name in ("client.mjs", "package.json"):
+        shutil.copy(Path(__file__).parents[1] / "js" / name, folder)
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=folder, check=True, timeout=120)
+    return folder
+
+
+def run_javascript(folder: Path, server: Server, picture: Path, *more: str) -> Any:
+    command = ["node", "client.mjs", str(server.run_dir), "What is it?", str(picture), *more]
+    return json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+
+def test_a_client_in_another_language_gets_the_same(server: Server, javascript: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(encode(scene(1)))
+    theirs = run_javascript(javascript, server, picture)
+    with BlockingClient(server.run_dir) as client:
+        messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
+        pieces = list(client.generate(messages, SamplingParams(temperature=0, seed=1, max_tokens=16), [picture.read_bytes()]))
+    assert theirs["token_ids"] == [token for piece in pieces for token in piece.token_ids]
+    assert (theirs["finish_reason"], theirs["prompt_tokens"]) == (pieces[-1].finish_reason, pieces[-1].num_prompt_tokens)
+    refused = run_javascript(javascript, server, picture, "99")
+    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 1"

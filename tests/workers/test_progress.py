@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from pipeline.messages import (
+    PROTOCOL_VERSION,
     AbortRequest,
     ChunkKey,
     EmbeddingReady,
     GenerateRequest,
     GridTHW,
+    Hello,
     Interrupted,
     ItemNotNeeded,
     LeaseRefused,
@@ -71,6 +73,7 @@ class World:
             has_overlap=has_overlap,
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
+        self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
         self.batcher = Batcher(SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64), ALIGNMENT // 4, 2)
         self.arrivals = itertools.count(1)
         self.open: dict[str, GenerateRequest] = {}

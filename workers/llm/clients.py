@@ -58,6 +58,7 @@ class Publish(Protocol):
 
 @dataclass(slots=True)
 class _Client:
+    protocol: int | None = None  # that it speaks, once it has said hello
     left_at: float | None = None
     is_cut_off: bool = False
 
@@ -84,10 +85,13 @@ class Clients:
             elif topic in self._clients:
                 self._clients[topic].left_at = now
 
-    def greet(self, client_id: bytes) -> None:
+    def protocol_of(self, client_id: bytes) -> int | None:
+        return self._clients[client_id].protocol
+
+    def greet(self, client_id: bytes, protocol: int) -> None:
         """Answers a client that said hello, if it also listens. Whether it has left is for its subscription to say."""
         if (client := self._clients.get(client_id)) is not None:
-            client.is_cut_off = False
+            client.protocol, client.is_cut_off = protocol, False
             self.publish(self._welcome, client_id)
 
     def publish(self, message: OutputsMessage, client_id: bytes) -> None:

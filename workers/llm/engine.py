@@ -18,6 +18,7 @@ from typing import Protocol, assert_never
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
+    PROTOCOL_VERSION,
     AbortRequest,
     EmbeddingReady,
     EncodeFailed,
@@ -129,7 +130,7 @@ class Engine:
             return
         match message:
             case Hello():
-                self._clients.greet(message.client_id)
+                self._clients.greet(message.client_id, message.protocol)
             case GenerateRequest():
                 self._on_generate(message, now)
             case AbortRequest():
@@ -214,6 +215,9 @@ class Engine:
         """Why the request does not run, if it does not."""
         if request.client_id not in self._clients:
             return FinishReason.ABORT  # it left while its media were fetched
+        if (protocol := self._clients.protocol_of(request.client_id)) != PROTOCOL_VERSION:
+            said = "said no hello" if protocol is None else f"speaks protocol {protocol}"
+            return ErrorInfo(400, f"the client {said}, the pipeline speaks protocol {PROTOCOL_VERSION}")
         if message.is_query:
             return Interruption("it is not known here")
         for chunk in request.chunks:

@@ -19,6 +19,7 @@ from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, read_model_info
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
+    PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
     ChunkKey,
@@ -88,13 +89,18 @@ class Rig:
             has_overlap=has_overlap,
         )  # fmt: skip
         self.now = 0.0
-        self.engine.on_subscriptions([Subscription(CLIENT, True)], self.now)
+        self.greet(CLIENT)
         vision = self.info.vision
         self.encoder = TorchEngine(vision, VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
         self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
         self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)
         self.lease_ids = itertools.count(1)
+
+    def greet(self, client_id: bytes) -> None:
+        self.engine.on_subscriptions([Subscription(client_id, True)], self.now)
+        self.engine.handle(Hello(client_id=client_id, protocol=PROTOCOL_VERSION), self.now)
+        self.publisher.take(Welcome)
 
     def open_pool(self) -> None:
         self.engine.handle(PoolOpened(sender=VIT_0, epoch=1, pool=self.pool.info), self.now)
@@ -595,7 +601,7 @@ def test_a_client_that_leaves_loses_its_requests_after_a_grace(rig: Rig) -> None
 
 def test_a_slow_client_is_cut_off_and_others_are_not(rig: Rig) -> None:
     other = b"o" * 16
-    rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
+    rig.greet(other)
     rig.engine.handle(rig.request(CHATS["text only"], "slow")[0], rig.now)
     good = msgspec.structs.replace(rig.request(CHATS["text only"], "good")[0], client_id=other)
     rig.engine.handle(good, rig.now)
@@ -613,6 +619,19 @@ def test_only_subscribed_clients_are_welcomed(rig: Rig) -> None:
     assert rig.publisher.take(Welcome) == []
     rig.engine.handle(Hello(client_id=CLIENT, protocol=1), rig.now)
     assert len(rig.publisher.take(Welcome)) == 1
+
+
+@pytest.mark.parametrize(("hello", "words"), [(None, "said no hello"), (99, "speaks protocol 99, the pipeline speaks protocol 1")])
+def test_a_client_of_another_version_is_refused(rig: Rig, hello: int | None, words: str) -> None:
+    other = b"o" * 16
+    rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
+    if hello is not None:
+        rig.engine.handle(Hello(client_id=other, protocol=hello), rig.now)
+        assert rig.publisher.take(Welcome)[0].protocol == 1, "so that it can tell by itself"
+    rig.engine.handle(msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other), rig.now)
+    (failed,) = rig.publisher.take(RequestFailed)
+    assert failed.error.status == 400
+    assert words in failed.error.message
 
 
 def test_messages_of_dead_epochs_are_dropped_and_counted(rig: Rig) -> None:
@@ -687,7 +706,7 @@ def test_preprocess_always_hears_that_a_request_is_over(rig: Rig) -> None:
 
 def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
     other = b"o" * 16
-    rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
+    rig.greet(other)
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
     refusal = AbortRequest(client_id=other, request_id="r", attempt=1, error=error, is_foreign=True)

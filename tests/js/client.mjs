@@ -1,0 +1,68 @@
+// A client of the pipeline, written from docs/wire.md: asks one question about one picture and prints what comes as JSON.
+//
+//     node client.mjs RUN_DIR QUESTION PICTURE [PROTOCOL]
+
+import { randomBytes, randomUUID } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { decode, encode } from "@msgpack/msgpack";
+import { Push, Subscriber } from "zeromq";
+
+const [runDir, question, picture, protocol = "1"] = process.argv.slice(2);
+const clientId = randomBytes(16);
+const requestId = randomUUID();
+const address = (name) => `ipc://${runDir}/${name}`;
+
+const control = new Subscriber();
+control.connect(address("control"));
+control.subscribe("");
+const [, first] = await control.receive();
+const state = decode(first);
+const epochOf = (role, rank) => state.workers.find(({ worker }) => worker[0] === role && worker[1] === rank).epoch;
+
+const outputs = new Subscriber();
+for (const lead of state.leads ?? [0]) outputs.connect(address(`outputs.${lead}.${epochOf("llm", lead)}`));
+outputs.subscribe(clientId);
+const ingest = new Push();
+ingest.connect(address(`ingest.${epochOf("preprocess", 0)}`));
+
+const hello = () => ingest.send(encode({ type: "Hello", client_id: clientId, protocol: Number(protocol) }));
+const greeting = setInterval(hello, 100);
+const welcomed = new Set();
+let welcome;
+while (welcomed.size < (state.leads ?? [0]).length) {
+  const [, frame] = await outputs.receive();
+  const message = decode(frame);
+  if (message.type === "Welcome") {
+    welcome = message;
+    welcomed.add(message.sender[1]);
+  }
+}
+clearInterval(greeting);
+
+await ingest.send([
+  encode({
+    type: "SubmitRequest", client_id: clientId, request_id: requestId, attempt: 1,
+    messages: [{ role: "user", content: [{ type: "image", frame: 0 }, { type: "text", text: question }] }],
+    sampling: { temperature: 0, seed: 1, max_tokens: 16 },
+  }),
+  readFileSync(picture),
+]);
+
+const tokenIds = [];
+let numPromptTokens = 0;
+let end;
+while (end === undefined) {
+  const [, frame] = await outputs.receive();
+  const message = decode(frame);
+  if (message.type === "Accepted" && message.request_id === requestId) numPromptTokens = message.num_prompt_tokens;
+  if (message.type === "RequestFailed" && message.request_id === requestId) end = { error: message.error };
+  if (message.type !== "TokenOutputs") continue;
+  for (const [id, attempt, offset, ids, finishReason] of message.outputs) {
+    if (id !== requestId || attempt !== 1 || offset !== tokenIds.length) continue;
+    const view = new DataView(ids.buffer, ids.byteOffset, ids.byteLength);
+    for (let at = 0; at < ids.byteLength; at += 4) tokenIds.push(view.getInt32(at, true));
+    if (finishReason !== null) end = { finish_reason: finishReason };
+  }
+}
+console.log(JSON.stringify({ model: welcome.model_name, prompt_tokens: numPromptTokens, token_ids: tokenIds, ...end }));
+for (const socket of [control, outputs, ingest]) socket.close();
