@@ -82,7 +82,7 @@ def make_chats(count: int, rng: random.Random, num_output: int) -> list[Chat]:
         turns = []
         for turn in range(rng.randint(1, 3)):
             num_pictures = rng.choice((0, 1, 2)) if turn == 0 else rng.choice((0, 0, 1))
-            pictures = tuple(_png(rng) for _ in range(num_pictures))
+            pictures = tuple(png(rng) for _ in range(num_pictures))
             turns.append(Turn(rng.choice(QUESTIONS if pictures or turn else TEXTS), pictures))
         options: dict[str, Any] = {"max_tokens": rng.randint(num_output // 4, num_output), "ignore_eos": True, "logprobs": 2}
         if number % 3 == 1:
@@ -97,7 +97,7 @@ def make_chats(count: int, rng: random.Random, num_output: int) -> list[Chat]:
     return chats
 
 
-def _png(rng: random.Random) -> bytes:
+def png(rng: random.Random) -> bytes:
     buffer = io.BytesIO()
     size = rng.choice(((112, 112), (140, 112), (224, 168), (336, 336)))
     draw(make_scene(rng), size).save(buffer, "PNG")
