@@ -73,6 +73,10 @@ class PreprocessConfig:
     video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
     max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; more get 503", metavar="MIB")
+    preprocess_memory_mib: int | None = option(
+        None, "memory that preprocessing may take beside its pool, in MiB: a decoder that wants more fails, or dies alone (default: what the "
+        "limits of media and of pictures allow for)", metavar="MIB"
+    )  # fmt: skip
     max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
 
     def __post_init__(self) -> None:
@@ -87,6 +91,7 @@ class PreprocessConfig:
             media_timeout_s=0.1,
             max_video_mib=1,
             video_timeout_s=0.1,
+            preprocess_memory_mib=1,
         )
         _at_least(self, min_pixels=1, max_pixels=1, max_video_frames=2)
         if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_CHUNKS:

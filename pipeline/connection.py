@@ -130,6 +130,7 @@ class Connection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._ingest = None  # for whatever is still due
         self._sockets.close(linger_ms=200)
 
     @property

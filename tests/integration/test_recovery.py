@@ -23,7 +23,7 @@ from pipeline.messages import ChatMessage, ImagePart, TextPart
 from pipeline.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
-from tests.pictures import encode, scene
+from tests.pictures import encode, noise, scene
 from tests.servers import Server
 from tools.processes import workers_of
 from tools.soak import Soak
@@ -223,3 +223,18 @@ async def test_a_reload_of_another_checkpoint_is_refused(tmp_path: Path) -> None
             assert answer.status == 409
             assert "are not those that the server started with" in await answer.text()
         assert server.output.count("no reload: the files of") == 2
+
+
+async def test_a_picture_that_takes_too_much_memory_fails_alone() -> None:
+    huge = noise(1, (64, 64)).resize((7000, 7000))
+    with Server("--preprocess-memory-mib", "100", "--max-attempts", "2", *LIMITS) as server:
+        async with PipelineClient(server.run_dir) as client:
+            expected = await ask(client, "before", 1)
+            good = [asyncio.create_task(ask(client, f"good-{number}", 1)) for number in range(3)]
+            messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
+            with pytest.raises(RequestError) as caught:
+                _ = [piece async for piece in client.generate(messages, GREEDY, [encode(huge)])]
+            assert caught.value.info.status == 503, caught.value
+            assert await asyncio.gather(*good) == [expected] * 3
+            assert await ask(client, "after", 1) == expected
+        server.children = workers_of(server.process.pid)

@@ -48,6 +48,8 @@ def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArr
             image = ImageOps.exif_transpose(image)
         image = image.convert("RGB")
         return np.asarray(image.resize((target.width, target.height), Image.Resampling.BICUBIC))
+    except MemoryError:
+        raise RequestError("the picture takes more memory than this server gives to one", field=field, status=503) from None
     except Exception:  # noqa: BLE001  decoders raise anything on broken data, and their words are not for clients
         raise RequestError("the picture cannot be decoded", field=field) from None
 
