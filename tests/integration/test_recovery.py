@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
+import zmq
 
 from pipeline.client import PipelineClient
 from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.messages import ChatMessage, ChunkKey, EmbeddingReady, Hello, ImagePart, TextPart
 from pipeline.sampling import SamplingParams
+from pipeline.tensors import TensorHandle
 from tests.checkpoints import make_checkpoint
+from tests.fakes import PREPROCESS, VIT_0
 from tests.integration.conftest import LIMITS
 from tests.pictures import encode, noise, scene
 from tests.servers import Server
@@ -126,21 +130,24 @@ async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
     with Server(*LIMITS) as server:
         async with PipelineClient(server.run_dir) as client:
             expected = await ask(client, "expected", 1, long)
-            running = asyncio.create_task(ask(client, "running", 1, long))
             ended: list[Exception] = []
+            started = threading.Event()
 
             def stream() -> None:
                 chat: Any = [{"role": "user", "content": "Hello"}]
                 with server.client() as http:
                     events = http.chat.completions.create(model="", messages=chat, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
                     try:
-                        list(events)
+                        for _ in events:
+                            started.set()
                     except Exception as error:  # noqa: BLE001  which one is the library's affair
                         ended.append(error)
 
             thread = threading.Thread(target=stream)
             thread.start()
-            await asyncio.sleep(1.0)
+            running = asyncio.create_task(ask(client, "running", 1, long))
+            await asyncio.sleep(0.5)
+            assert await asyncio.to_thread(started.wait, 20)
             assert not running.done()
             pids = workers_of(server.process.pid)
             for name in ("api.0", "vit.0", "preprocess.0"):
@@ -238,3 +245,48 @@ async def test_a_picture_that_takes_too_much_memory_fails_alone() -> None:
             assert await asyncio.gather(*good) == [expected] * 3
             assert await ask(client, "after", 1) == expected
         server.children = workers_of(server.process.pid)
+
+
+async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server: Server) -> None:
+    """On every edge that a client can reach."""
+    handle = TensorHandle("vit.0", 1, 0, 1, 0, (1 << 30, 1 << 30), "float32")
+    key = ChunkKey("r", 1, 0, 0)
+    forged = EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=1, embeddings=handle)
+    good = msgspec.msgpack.encode(Hello(client_id=b"c" * 16, protocol=1))
+    no_text = {"type": "SubmitRequest", "client_id": b"c" * 16, "request_id": "\ud800".encode("utf-8", "surrogatepass")}
+    frames: list[list[bytes]] = [
+        [b""], [os.urandom(200)], [good[:-1]], [good + b"x"], [b"\xc1"], [msgspec.msgpack.encode({"type": "Unknown"})],
+        [msgspec.msgpack.encode({"type": "Hello", "client_id": b"c", "protocol": 1, "more": 1})], [msgspec.msgpack.encode(forged)],
+        [good] + [b""] * 3000, [msgspec.msgpack.encode(no_text)],
+    ]  # fmt: skip
+    async with PipelineClient(server.run_dir) as client:
+        expected = await ask(client, "before", 1)
+        epochs = restarts(client)
+        before = await counter(client, "preprocess.0", "refused_messages")
+        context = zmq.Context()
+        epoch = next(state.epoch for state in client.workers if state.worker == PREPROCESS)
+        for parts in frames:
+            with context.socket(zmq.PUSH) as socket:
+                socket.setsockopt(zmq.LINGER, 5000)
+                socket.connect(f"ipc://{server.run_dir}/ingest.{epoch}")
+                socket.send_multipart(parts)
+        with context.socket(zmq.PUSH) as socket:  # larger than anything that may come: its connection is closed
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(f"ipc://{server.run_dir}/ingest.{epoch}")
+            socket.send(bytes(1 << 30), copy=False)
+            await asyncio.sleep(0.5)
+        with context.socket(zmq.SUB) as listener:
+            for name in ("outputs.0.1", "control"):
+                listener.connect(f"ipc://{server.run_dir}/{name}")
+            for topic in (b"", b"x", b"c" * 15, b"c" * 5000):
+                listener.setsockopt(zmq.SUBSCRIBE, topic)
+            await asyncio.sleep(0.3)
+            assert await ask(client, "meanwhile", 1) == expected
+            heard = []
+            while listener.poll(0):
+                heard.append(listener.recv_multipart())
+            assert all(topic == b"" and b"PipelineState" in data for topic, data in heard), "only what is for everybody"
+        context.term()
+        assert await counter(client, "preprocess.0", "refused_messages") == before + len(frames)
+        assert await ask(client, "after", 1) == expected
+        assert restarts(client) == epochs

@@ -160,8 +160,9 @@ class Engine:
                     self._collect(self._under_way.popleft(), now)
                 self._leases.forget_vit(successor.worker.rank, successor.epoch)
                 hit = [request for request in self.requests.values() if request.forget_vit(successor.worker.rank, successor.epoch)]
-                self._send_step(PoolClosed(pool_id=str(successor.worker), pool_epoch=successor.epoch - 1, **self._origin))
-                self.runner.pools.close(str(successor.worker))
+                if not self.runner.pools.knows(name := str(successor.worker), successor.epoch):  # else it has taken the dead one's place already
+                    self._send_step(PoolClosed(pool_id=name, pool_epoch=successor.epoch - 1, **self._origin))
+                    self.runner.pools.close(name)
             case Role.PREPROCESS:
                 hit = [request for request in self.requests.values() if any(chunk.is_awaited for chunk in request.chunks)]
             case _:

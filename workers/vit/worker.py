@@ -44,7 +44,7 @@ from pipeline.process import WorkerContext
 from pipeline.slots import Order, SlotAllocator, align
 from pipeline.sockets import Poller, Sink, Wakeup
 from pipeline.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool, check_mapping
-from pipeline.topology import ENCODE, FEEDBACK, LLM, Role, WorkerId
+from pipeline.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.engines.choice import Engine, EngineSpec, choose_engine, warm_up
@@ -97,11 +97,13 @@ class VitCore:
             case _:
                 assert_never(message)
 
-    def on_death(self, worker: WorkerId) -> None:
+    def on_death(self, successor: WorkerState) -> None:
         """Of a neighbour; no batch may be under way, which might still read the memory of a dead one."""
+        worker = successor.worker
         if worker.role is Role.PREPROCESS:
             self.batcher.forget_all()
-            self._pools.close(str(worker))
+            if not self._pools.knows(str(worker), successor.epoch):  # else it has taken the dead one's place already
+                self._pools.close(str(worker))
         elif worker.rank in self._llms:
             self._act(self.batcher.forget_group(worker.rank))
             self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
@@ -267,7 +269,7 @@ def main(context: WorkerContext) -> None:
         died += context.read_control(control).died
         if died and not batch:
             for dead in died:
-                core.on_death(dead.worker)
+                core.on_death(dead)
                 if dead.worker.role is Role.PREPROCESS:
                     context.pool_closed(dead.worker, dead.epoch - 1)
             died = []
