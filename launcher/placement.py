@@ -9,13 +9,14 @@ from pipeline.process import Placement
 from pipeline.topology import Role, WorkerId
 
 
-def workers(num_vits: int, num_ranks: int) -> list[WorkerId]:
+def workers(num_vits: int, num_ranks: int, has_gateway: bool = False) -> list[WorkerId]:
     """All workers of a pipeline, in the order in which they are started."""
     return [
         *(WorkerId(Role.LLM, rank) for rank in range(num_ranks)),
         *(WorkerId(Role.VIT, index) for index in range(num_vits)),
         WorkerId(Role.PREPROCESS),
         WorkerId(Role.API),
+        *([WorkerId(Role.GATEWAY)] if has_gateway else []),
     ]
 
 
@@ -23,7 +24,7 @@ def place(
     cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: int | None = None, num_vit_cores: int | None = None,
     is_elastic: bool = False,
 ) -> dict[WorkerId, Placement]:  # fmt: skip
-    """Divides the cores: a quarter, at least one, for the ViTs, the rest for the LLM ranks; API and preprocessing float.
+    """Divides the cores: a quarter, at least one, for the ViTs, the rest for the LLM ranks; the others float.
 
     Processes that compute never share a core unless there are more of them than cores: two that wait for each other's threads
     cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, with `num_vit_cores` the ViTs the last, be they
@@ -44,7 +45,7 @@ def place(
             if is_elastic and number is None and len(own) < len(cores):
                 share = dataclasses.replace(share, wide_cores=_share(cores, index, count).cores)
             placement[WorkerId(role, index)] = share
-    for role in (Role.PREPROCESS, Role.API):
+    for role in (Role.PREPROCESS, Role.API, Role.GATEWAY):
         placement[WorkerId(role)] = Placement(cores=tuple(cores), num_threads=len(cores))
     return placement
 

@@ -68,7 +68,7 @@ class Supervisor:
         """`environment` is the workers'."""
         self._config, self._model, self._run_dir = config, model, run_dir
         self._listening = listen(config.api.host, config.api.port)  # first: it may fail
-        self._units = units(workers(config.num_vits, config.num_ranks), config.llm.tp)
+        self._units = units(workers(config.num_vits, config.num_ranks, config.has_gateway), config.llm.tp)
         self._unit_of = {worker: unit for unit in self._units for worker in unit.members}
         self._placement = place(
             sorted(os.sched_getaffinity(0)), config.num_vits, config.num_ranks, config.llm.llm_cores, config.vit.vit_cores,
@@ -140,6 +140,8 @@ class Supervisor:
         self._progress.close()
         url = f"http://{shown_host(self._config.api.host)}:{self._listening[0].getsockname()[1]}"
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
+        if self._config.has_gateway:
+            logger.info("serving clients with keys at tcp://%s:%s", shown_host(self._config.direct.direct_host), self._config.direct.direct_port)
         sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example_request(url, self._model, self._config.api.api_key)}\n\n")
         sys.stdout.flush()
 

@@ -28,8 +28,9 @@ T = TypeVar("T")
 class BlockingClient:
     """Use it as a context manager, or `start` and `close`."""
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None) -> None:
+        """As `PipelineClient`."""
+        self._place, self._keys, self._model_folder = place, keys, model_folder
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pipeline-client", daemon=True)
         self._client: PipelineClient | None = None
@@ -45,7 +46,7 @@ class BlockingClient:
         """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
 
         async def start() -> Welcome:
-            self._client = PipelineClient(self._run_dir)
+            self._client = PipelineClient(self._place, self._keys, self._model_folder)
             return await self._client.start(timeout_s)
 
         self._thread.start()

@@ -4,6 +4,8 @@
         async for piece in client.generate([ChatMessage("user", "Hello")], SamplingParams()):
             print(piece.text, end="")
 
+A pipeline on another machine: `PipelineClient("tcp://HOST:PORT", keys=FOLDER)`, with the keys that `tools/keys.py` has made.
+
 Tokens come over a `Connection`, which sees to it that no request is lost; here they become text.
 """
 
@@ -22,9 +24,10 @@ from tokenizers import Tokenizer
 
 from pipeline.config import MAX_ITEMS
 from pipeline.connection import Connection, OpenRequest
+from pipeline.curve import ClientKeys, Remote
 from pipeline.data_urls import move_data_urls
-from pipeline.detokenizer import Detokenizer, StopStrings, token_bytes
-from pipeline.errors import ErrorInfo, RequestError
+from pipeline.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
+from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.messages import ChatMessage, ReloadState, SubmitRequest, TokenLogprobs, Welcome, WorkerState, unpack_int32
 from pipeline.sampling import FinishReason, SamplingParams
 
@@ -45,8 +48,17 @@ class Piece:
 class PipelineClient:
     """One client of a pipeline; any number of requests at once. Use it as an asynchronous context manager, or `start` and `close`."""
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self._connection = Connection(run_dir)
+    def __init__(self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None) -> None:
+        """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway, which takes `keys`, a folder. `model_folder` has the
+        tokenizer's files, if they are not where the server has them. Raises ValueError for a place or keys that are none.
+        """
+        if str(place).startswith("tcp://"):
+            if keys is None:
+                raise ValueError(f"{place} takes keys: a folder that tools/keys.py has made for this client")
+            self._connection = Connection(Remote(str(place), ClientKeys.read(Path(keys))))
+        else:
+            self._connection = Connection(Path(place))
+        self._model_folder = None if model_folder is None else Path(model_folder)
         self._tokenizer: Tokenizer | None = None
 
     async def __aenter__(self) -> Self:
@@ -57,9 +69,13 @@ class PipelineClient:
         await self.close()
 
     async def start(self, timeout_s: float = 60.0) -> Welcome:
-        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
+        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, ends meanwhile, or has another tokenizer."""
         welcome = await self._connection.start(timeout_s)
-        self._tokenizer = Tokenizer.from_file(str(Path(welcome.model_folder) / "tokenizer.json"))
+        try:
+            self._tokenizer = _read_tokenizer(self.model_folder / "tokenizer.json", welcome.tokenizer_hash)
+        except PipelineError:
+            await self.close()
+            raise
         return welcome
 
     async def close(self) -> None:
@@ -70,6 +86,11 @@ class PipelineClient:
     def welcome(self) -> Welcome:
         """What the pipeline told of itself; to be read once it has started."""
         return self._connection.limits
+
+    @property
+    def model_folder(self) -> Path:
+        """With the files of the pipeline's model, but perhaps not its weights."""
+        return self._model_folder or Path(self.welcome.model_folder)
 
     @property
     def num_open(self) -> int:
@@ -156,3 +177,13 @@ class PipelineClient:
             cache_salt=cache_salt,
         )  # fmt: skip
         return self._connection.submit(request, frames)
+
+
+def _read_tokenizer(path: Path, expected_hash: bytes) -> Tokenizer:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise PipelineError(f"{str(path)!r} cannot be read: give the client a model_folder with the files of the server's model") from None
+    if tokenizer_hash(data) != expected_hash:
+        raise PipelineError(f"{str(path)!r} is not the tokenizer of the server's model")
+    return Tokenizer.from_buffer(data)

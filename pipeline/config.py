@@ -58,6 +58,21 @@ class ApiConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DirectConfig:
+    direct_port: int | None = option(
+        None, "first of three tcp ports for clients on other machines, straight over ZeroMQ, encrypted (default: none)", metavar="PORT"
+    )
+    direct_host: str = option("127.0.0.1", "address to listen on for them", metavar="ADDRESS")
+    direct_keys: str = option("", "folder of CURVE keys that tools/keys.py has made: the server's and its clients'", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        if (self.direct_port is not None) != bool(self.direct_keys):
+            raise ValueError("direct_port and direct_keys go together")
+        if self.direct_port is not None and not 1 <= self.direct_port <= 65533:
+            raise ValueError(f"direct_port must be at least 1 and at most 65533, got {self.direct_port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessConfig:
     allowed_local_media_path: str = option("", "folder from which requests may name files; without it none", metavar="FOLDER")
     allowed_media_domains: tuple[str, ...] = option((), "if given, the only hosts that media URLs may name", metavar="HOST")
@@ -205,6 +220,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
+    direct: DirectConfig = field(default_factory=DirectConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     vit: VitConfig = field(default_factory=VitConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
@@ -218,6 +234,10 @@ class Config:
     def num_ranks(self) -> int:
         """LLM ranks of all groups; group g has the ranks g · tp to (g + 1) · tp - 1, and the first of them leads it."""
         return self.llm.dp * self.llm.tp
+
+    @property
+    def has_gateway(self) -> bool:
+        return self.direct.direct_port is not None
 
     @property
     def leads(self) -> tuple[int, ...]:

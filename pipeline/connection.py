@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from pipeline.curve import Remote
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
@@ -56,7 +57,7 @@ QUERY_AFTER_S = 10.0  # of silence before a request is asked about
 HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second
 MAX_ABORTS = 30
 MAX_JITTER_S = 0.05  # so that not all clients submit again at once
-PREPROCESS = WorkerId(Role.PREPROCESS)
+PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,12 +93,15 @@ class _Aborting:
 class Connection:
     """Everything runs in the event loop that is current when `start` is called."""
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self.client_id = os.urandom(CLIENT_ID_BYTES)
-        self._sockets = Sockets(Path(run_dir), {})
+    def __init__(self, place: Path | Remote) -> None:
+        """`place`: the pipeline's run directory, or where its gateway is."""
+        self._is_remote = isinstance(place, Remote)
+        owner = place.owner if isinstance(place, Remote) else b""
+        self.client_id = owner + os.urandom(CLIENT_ID_BYTES - len(owner))
+        self._sockets = Sockets(place, {})
         self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
         self._ingest: Sender[IngestMessage] | None = None
-        self._outputs: dict[int, AsyncReceiver[OutputsMessage]] = {}  # by the LLM rank that sends them
+        self._leads: tuple[int, ...] = ()  # the LLM ranks that send outputs, once we are connected
         self._welcomes: dict[int, int] = {}  # epochs of these ranks that know us
         self._hello: asyncio.Task[None] | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
@@ -119,7 +123,8 @@ class Connection:
             welcome = await asyncio.wait_for(asyncio.shield(self._welcome), timeout_s)
         except TimeoutError:
             await self.close()
-            raise PipelineError(f"no pipeline answered in {self._sockets.run_dir} within {timeout_s:.0f} s") from None
+            hint = "; is the client's key known there, and the server's key right?" if self._is_remote else ""
+            raise PipelineError(f"no pipeline answered at {self._sockets.site.name} within {timeout_s:.0f} s{hint}") from None
         self._start_task(self._watch())
         return welcome
 
@@ -174,7 +179,7 @@ class Connection:
     def _is_known(self) -> bool:
         """Whether every group knows us. Until then nothing is submitted: one that does not would end our requests as nobody's."""
         epochs = self._sockets.epochs
-        return all(self._welcomes.get(lead) == epochs[WorkerId(Role.LLM, lead)] for lead in self._outputs)
+        return all(self._welcomes.get(lead) == epochs[WorkerId(Role.LLM, lead)] for lead in self._leads)
 
     def _send(self, message: IngestMessage, frames: Sequence[bytes | memoryview] = ()) -> None:
         if self._ingest is not None:
@@ -237,13 +242,16 @@ class Connection:
 
     def _on_death(self, successor: WorkerState) -> None:
         worker, executed = successor.worker, successor.executed
-        is_group = worker.role is Role.LLM and worker.rank in self._outputs
-        if worker != PREPROCESS and not is_group:
+        is_group = worker.role is Role.LLM and worker.rank in self._leads
+        is_gateway = worker == GATEWAY and self._is_remote  # what it held in either direction is lost, and to the LLM we had left
+        if worker != PREPROCESS and not is_group and not is_gateway:
             return
-        if is_group:
+        if is_gateway:
+            self._welcomes.clear()
+        if is_group or is_gateway:
             self._say_hello()
         for opened in list(self._open.values()):
-            if not opened.is_accepted or (is_group and opened.request.lead == worker.rank):
+            if not opened.is_accepted or is_gateway or (is_group and opened.request.lead == worker.rank):
                 was_executing = digest_of(opened.request.request_id) in executed
                 self._interrupt(opened, f"{worker} died", worker.role if was_executing else None)
 
@@ -270,7 +278,7 @@ class Connection:
         if self._is_silent:
             self.end, self._is_silent = None, False
         renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})
-        if self._outputs:
+        if self._leads:
             for worker in state.workers:
                 if worker.worker in renewed:
                     self._on_death(worker)
@@ -278,10 +286,10 @@ class Connection:
             self._connect(state.leads)
 
     def _connect(self, leads: Sequence[int]) -> None:
+        self._leads = tuple(leads)
         self._ingest = self._sockets.sender(INGEST)
-        for lead in leads:
-            self._outputs[lead] = self._sockets.async_subscriber(OUTPUTS, self.client_id, lead)
-            self._start_task(self._read_outputs(self._outputs[lead]))
+        for lead in leads[:1] if self._is_remote else leads:  # from a gateway they come all one way
+            self._start_task(self._read_outputs(self._sockets.async_subscriber(OUTPUTS, self.client_id, lead)))
         self._say_hello()
 
     def _start_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:

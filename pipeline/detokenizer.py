@@ -6,12 +6,18 @@ without and with the new one, and what the second has more is new (the way of Hu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
 MAX_PENDING = 16  # ids without text that are waited with: more are no unfinished character, and decoding them again gets slow
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+
+
+def tokenizer_hash(data: bytes) -> bytes:
+    """Tells one tokenizer.json from another."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:

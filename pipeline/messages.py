@@ -19,7 +19,7 @@ from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import PoolInfo, TensorHandle
 from pipeline.topology import Role, WorkerId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CLIENT_ID_BYTES = 16
 
 Int32Array = npt.NDArray[np.int32]
@@ -351,6 +351,7 @@ class Welcome(WorkerMessage, frozen=True, kw_only=True):
 
     protocol: int
     model_folder: str  # has the tokenizer's files
+    tokenizer_hash: bytes  # BLAKE2b, 16 bytes, of tokenizer.json
     model_name: str
     max_model_len: int
     max_requests: int  # open at once

@@ -156,7 +156,7 @@ def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoRetu
     os.sched_setaffinity(0, spec.placement.cores)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
-    if spec.worker.role in (Role.API, Role.PREPROCESS):
+    if spec.worker.role in (Role.API, Role.PREPROCESS, Role.GATEWAY):
         os.nice(BEHIND_THE_STEP_LOOP)
     log.configure(str(spec.worker), spec.config.launcher.log_level)
     context = WorkerContext(spec, fds)

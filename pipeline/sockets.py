@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -32,12 +33,15 @@ from pipeline.messages import (
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM, OUTPUTS, STATUS, STEPS, Edge, Pattern, WorkerId, address
 
 HIGH_WATER_MARK = 1 << 18  # messages; credits keep every edge below it (see PreprocessConfig)
+MAX_SUBSCRIPTION_BYTES = 4096  # far more than a topic has, or a handshake
 MAX_FRAMES = 1 + MAX_ITEMS  # of one multipart message
 ALL = b""  # topic of edges on which every subscriber gets everything
 UNIONS: dict[Edge, Any] = {
     INGEST: IngestMessage, ENCODE: EncodeMessage, FEEDBACK: FeedbackMessage, LLM: LlmMessage,
     STEPS: StepsMessage, OUTPUTS: OutputsMessage, CONTROL: ControlMessage, STATUS: StatusMessage,
 }  # fmt: skip
+
+USER_ID = "User-Id"  # as ZeroMQ calls the property
 
 M = TypeVar("M")
 M_contra = TypeVar("M_contra", contravariant=True)
@@ -49,11 +53,53 @@ S = TypeVar("S", bound="Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publi
 class Received(NamedTuple, Generic[M]):
     message: M
     frames: list[memoryview]
+    user: str = ""  # the public key of who sent it, where clients prove theirs
 
 
 class Subscription(NamedTuple):
     topic: bytes
     is_new: bool  # False: the subscriber left or died
+
+
+class Site(Protocol):
+    """Where the sockets of a process are."""
+
+    name: str
+    follows_epochs: bool  # each incarnation of a worker binds another address
+    is_authenticated: bool  # who connects has proven its public key
+
+    def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str: ...
+
+    def open(self, context: Any) -> None:
+        """Called once, with the context of all sockets."""
+
+    def prepare(self, socket: Any) -> None:
+        """Sets what such a socket needs before it binds or connects."""
+
+    def close(self) -> None: ...
+
+
+class RunDirectory:
+    """Unix sockets in the run directory of a pipeline on this machine."""
+
+    follows_epochs = True
+    is_authenticated = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = str(path)
+
+    def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
+        return address(self._path, edge, epochs, rank)
+
+    def open(self, context: Any) -> None:
+        pass
+
+    def prepare(self, socket: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Wakeup:
@@ -91,18 +137,15 @@ class Sink(Protocol[M_contra]):
 class Sender(Generic[M]):
     """PUSH end of an edge. One peer; messages queue until it is there."""
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], url: str, high_water_mark: int = HIGH_WATER_MARK, encoder: Encoder | None = None
-    ) -> None:
-        self._context, self._high_water_mark = context, high_water_mark
+    def __init__(self, open_socket: Callable[[], Any], url: str, high_water_mark: int = HIGH_WATER_MARK, encoder: Encoder | None = None) -> None:
+        self._open_socket, self._high_water_mark = open_socket, high_water_mark
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self._socket = self._connect(url)
         self.url = url
 
     def _connect(self, url: str) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.PUSH)
+        socket: zmq.Socket[bytes] = self._open_socket()
         socket.setsockopt(zmq.SNDHWM, self._high_water_mark)
-        socket.setsockopt(zmq.LINGER, 0)
         socket.connect(url)
         return socket
 
@@ -131,14 +174,16 @@ class Sender(Generic[M]):
 
 
 class _Decoding(Generic[M]):
-    def __init__(self, union: Any) -> None:
+    def __init__(self, union: Any, is_authenticated: bool = False) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._is_authenticated = is_authenticated
         self.num_refused = 0
 
     def decode(self, parts: list[zmq.Frame]) -> Received[M] | None:
         if len(parts) <= MAX_FRAMES:
             try:
-                return Received(self._decoder.decode(parts[0].buffer), [part.buffer for part in parts[1:]])
+                user = parts[0].get(USER_ID) if self._is_authenticated else ""
+                return Received(self._decoder.decode(parts[0].buffer), [part.buffer for part in parts[1:]], str(user))
             except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RequestError):
                 pass
         self.num_refused += 1
@@ -146,11 +191,11 @@ class _Decoding(Generic[M]):
 
 
 class Receiver(Generic[M]):
-    """PULL end of an edge, or SUB with one topic: `receive` never blocks."""
+    """PULL end of an edge, or SUB: `receive` never blocks."""
 
-    def __init__(self, socket: zmq.Socket[bytes], union: Any) -> None:
-        self.socket = socket
-        self._decoding = _Decoding[M](union)
+    def __init__(self, socket: zmq.Socket[bytes], union: Any, url: str, is_authenticated: bool = False) -> None:
+        self.socket, self.url = socket, url
+        self._decoding = _Decoding[M](union, is_authenticated)
         self._has_topic = socket.type == zmq.SUB
 
     @property
@@ -169,6 +214,30 @@ class Receiver(Generic[M]):
 
     def close(self, linger_ms: int = 0) -> None:
         self.socket.close(linger=linger_ms)
+
+
+class Relayed(Receiver[M]):
+    """SUB for whatever topics there are to be passed on, and these change."""
+
+    def receive_raw(self) -> tuple[bytes, bytes] | None:
+        """Topic and message, not decoded; None when there is none."""
+        try:
+            topic, data = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return topic, data
+
+    def subscribe(self, topic: bytes) -> None:
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+
+    def unsubscribe(self, topic: bytes) -> None:
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+
+    def reconnect(self, url: str) -> None:
+        """To the successor of a dead publisher."""
+        self.socket.disconnect(self.url)
+        self.socket.connect(url)
+        self.url = url
 
 
 class AsyncReceiver(Generic[M]):
@@ -205,11 +274,17 @@ class AsyncReceiver(Generic[M]):
 
 
 class Publisher(Generic[M]):
-    """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it exactly."""
+    """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it exactly.
 
-    def __init__(self, socket: zmq.Socket[bytes], accepts: Callable[[bytes], bool], encoder: Encoder | None = None) -> None:
+    `accepts` is given a topic and the public key of who asks for it (empty where nobody proves one).
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], accepts: Callable[[bytes, str], bool], encoder: Encoder | None = None, is_authenticated: bool = False
+    ) -> None:
         self.socket = socket
-        self._accepts = accepts
+        self._accepts, self._is_authenticated = accepts, is_authenticated
+        self._refused: Counter[bytes] = Counter()  # topics that somebody still listens to in vain
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self.num_refused = 0
 
@@ -218,22 +293,31 @@ class Publisher(Generic[M]):
         seen: list[Subscription] = []
         while True:
             try:
-                event = self.socket.recv(zmq.NOBLOCK)
+                frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return seen
+            event = frame.bytes
             if event[:1] not in (b"\0", b"\1"):
                 continue
             topic, is_new = event[1:], event[0] == 1
-            if not self._accepts(topic):
-                self.num_refused += is_new
+            if is_new and not self._accepts(topic, str(frame.get(USER_ID)) if self._is_authenticated else ""):
+                self.num_refused += 1
+                self._refused[topic] += 1
+                continue
+            if not is_new and self._refused[topic] > 0:  # who leaves is not said: it must not pass for the one that was accepted
+                self._refused[topic] -= 1
+                self._refused += Counter()  # forgets those at zero
                 continue
             self.socket.setsockopt(zmq.SUBSCRIBE if is_new else zmq.UNSUBSCRIBE, topic)
             seen.append(Subscription(topic, is_new))
 
     def publish(self, message: M, topic: bytes = ALL) -> bool:
         """False: a subscriber of this topic does not keep up. Without subscribers the message is gone, and that is True."""
-        if (data := self._encoder.encode(message)) is None:
-            return True
+        data = self._encoder.encode(message)
+        return data is None or self.publish_raw(data, topic)
+
+    def publish_raw(self, data: bytes, topic: bytes) -> bool:
+        """The same for a message that is encoded already."""
         try:
             self.socket.send_multipart([topic, data], zmq.NOBLOCK)
         except zmq.Again:
@@ -259,24 +343,27 @@ class Poller:
     def add(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
         self._poller.register(source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN)
 
-    def remove(self, source: Pollable) -> None:
-        self._poller.unregister(source.fileno())
+    def remove(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller.unregister(source.socket if isinstance(source, Receiver | Publisher) else source.fileno())
 
     def wait(self, timeout_s: float | None = None) -> None:
         self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
 
 
 class Sockets:
-    """Opens the edges of one process. `epochs` are those of the workers that bind them."""
+    """Opens the edges of one process, in a run directory or at another site. `epochs` are those of the workers that bind them."""
 
-    def __init__(self, run_dir: Path, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None) -> None:
-        self.run_dir, self._encoder = run_dir, encoder
+    def __init__(self, place: Path | Site, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None) -> None:
+        self.site: Site = RunDirectory(place) if isinstance(place, Path) else place
+        self._encoder = encoder
         self.epochs = dict(epochs)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.setsockopt(zmq.BLOCKY, False)
         self._async_context = zmq.asyncio.Context.shadow(self._context)
+        self.site.open(self._context)
         self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
-        self._connected: list[tuple[Edge, int, Sender[Any] | AsyncReceiver[Any]]] = []  # to another worker, in time to its successor
+        # To another worker, in time to its successor.
+        self._connected: list[tuple[Edge, int, Sender[Any] | Relayed[Any] | AsyncReceiver[Any]]] = []
 
     def _keep(self, opened: S) -> S:
         self._opened.append(opened)
@@ -287,69 +374,86 @@ class Sockets:
         renewed = [worker for worker, epoch in epochs.items() if epoch > self.epochs.get(worker, 0)]
         self.epochs.update({worker: epochs[worker] for worker in renewed})
         for edge, rank, opened in self._connected:
-            if WorkerId(edge.binder, rank) in renewed:
+            if self.site.follows_epochs and WorkerId(edge.binder, rank) in renewed:
                 opened.reconnect(self._url(edge, rank))
         return renewed
 
     def _url(self, edge: Edge, rank: int) -> str:
-        return address(self.run_dir, edge, self.epochs, rank)
+        return self.site.url(edge, self.epochs, rank)
+
+    def _socket(self, context: Any, kind: int) -> Any:
+        socket = context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        self.site.prepare(socket)
+        return socket
+
+    # PUSH and PULL.
 
     def sender(self, edge: Edge, rank: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Sender[Any]:
         assert edge.pattern is Pattern.PUSH_PULL
-        sender: Sender[Any] = self._keep(Sender(self._context, self._url(edge, rank), high_water_mark, self._encoder))
+        sender: Sender[Any] = self._keep(Sender(lambda: self._socket(self._context, zmq.PUSH), self._url(edge, rank), high_water_mark, self._encoder))
         self._connected.append((edge, rank, sender))
         return sender
 
-    def receiver(self, edge: Edge, rank: int = 0) -> Receiver[Any]:
-        return self._keep(Receiver(self._pull(self._context, edge, rank, 0), UNIONS[edge]))
+    def receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Receiver[Any]:
+        socket = self._pull(self._context, edge, rank, max_message_bytes, high_water_mark)
+        return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank), self.site.is_authenticated))
 
     def async_receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0) -> AsyncReceiver[Any]:
-        return self._keep(AsyncReceiver(self._pull(self._async_context, edge, rank, max_message_bytes), UNIONS[edge], self._url(edge, rank)))
+        socket = self._pull(self._async_context, edge, rank, max_message_bytes, HIGH_WATER_MARK)
+        return self._keep(AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank)))
 
-    def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int) -> Any:
+    def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int, high_water_mark: int) -> Any:
         assert edge.pattern is Pattern.PUSH_PULL
-        socket = context.socket(zmq.PULL)
-        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.LINGER, 0)
+        socket = self._socket(context, zmq.PULL)
+        socket.setsockopt(zmq.RCVHWM, high_water_mark)
         if max_message_bytes:
             socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
         socket.bind(self._url(edge, rank))
         return socket
 
+    # PUB and SUB.
+
     def publisher(
-        self, edge: Edge, accepts: Callable[[bytes], bool] = lambda topic: topic == ALL, high_water_mark: int = 1024, rank: int = 0
-    ) -> Publisher[Any]:
+        self, edge: Edge, accepts: Callable[[bytes, str], bool] = lambda topic, _: topic == ALL, high_water_mark: int = 1024, rank: int = 0,
+    ) -> Publisher[Any]:  # fmt: skip
         assert edge.pattern is Pattern.PUB_SUB
-        socket = self._context.socket(zmq.XPUB)
+        socket = self._socket(self._context, zmq.XPUB)
         socket.setsockopt(zmq.XPUB_NODROP, 1)
         socket.setsockopt(zmq.XPUB_MANUAL, 1)
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
-        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION_BYTES)
         socket.bind(self._url(edge, rank))
-        return self._keep(Publisher(socket, accepts, self._encoder))
+        return self._keep(Publisher(socket, accepts, self._encoder, self.site.is_authenticated))
 
     def subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> Receiver[Any]:
-        return self._keep(Receiver(self._sub(self._context, edge, topic, rank), UNIONS[edge]))
+        socket = self._sub(self._context, edge, rank)
+        socket.setsockopt(zmq.SUBSCRIBE, topic)
+        return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank)))
+
+    def relayed(self, edge: Edge, rank: int = 0) -> Relayed[Any]:
+        relayed: Relayed[Any] = self._keep(Relayed(self._sub(self._context, edge, rank), UNIONS[edge], self._url(edge, rank)))
+        self._connected.append((edge, rank, relayed))
+        return relayed
 
     def async_subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> AsyncReceiver[Any]:
-        subscriber: AsyncReceiver[Any] = self._keep(
-            AsyncReceiver(self._sub(self._async_context, edge, topic, rank), UNIONS[edge], self._url(edge, rank))
-        )
+        socket = self._sub(self._async_context, edge, rank)
+        socket.setsockopt(zmq.SUBSCRIBE, topic)
+        subscriber: AsyncReceiver[Any] = self._keep(AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank)))
         self._connected.append((edge, rank, subscriber))
         return subscriber
 
-    def _sub(self, context: Any, edge: Edge, topic: bytes, rank: int) -> Any:
+    def _sub(self, context: Any, edge: Edge, rank: int) -> Any:
         assert edge.pattern is Pattern.PUB_SUB
-        socket = context.socket(zmq.SUB)
+        socket = self._socket(context, zmq.SUB)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start after us
         socket.connect(self._url(edge, rank))
-        socket.setsockopt(zmq.SUBSCRIBE, topic)
         return socket
 
     def close(self, linger_ms: int = 0) -> None:
         """Closes all that was opened, giving queued messages `linger_ms` to leave."""
         for opened in self._opened:
             opened.close(linger_ms)
+        self.site.close()
         self._context.term()

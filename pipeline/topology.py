@@ -21,6 +21,7 @@ class Role(enum.StrEnum):
     PREPROCESS = "preprocess"
     VIT = "vit"
     LLM = "llm"
+    GATEWAY = "gateway"
     CLIENT = "client"
 
 
@@ -46,15 +47,16 @@ class Edge:
     per_rank: bool = False  # one address for each rank of the binder; of the LLM for each rank that leads a group
 
 
-INGEST = Edge("ingest", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.API, Role.CLIENT))
+INGEST = Edge("ingest", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.API, Role.GATEWAY, Role.CLIENT))
 ENCODE = Edge("encode", Pattern.PUSH_PULL, Role.VIT, (Role.PREPROCESS, Role.LLM), per_rank=True)
 FEEDBACK = Edge("feedback", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.VIT, Role.LLM))
 LLM = Edge("llm", Pattern.PUSH_PULL, Role.LLM, (Role.PREPROCESS, Role.VIT), per_rank=True)
 STEPS = Edge("steps", Pattern.PUB_SUB, Role.LLM, (Role.LLM,), per_rank=True)
-OUTPUTS = Edge("outputs", Pattern.PUB_SUB, Role.LLM, (Role.API, Role.CLIENT), per_rank=True)
-CONTROL = Edge("control", Pattern.PUB_SUB, Role.LAUNCHER, (Role.API, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM))
-STATUS = Edge("status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.PREPROCESS, Role.VIT, Role.LLM))
+OUTPUTS = Edge("outputs", Pattern.PUB_SUB, Role.LLM, (Role.API, Role.GATEWAY, Role.CLIENT), per_rank=True)
+CONTROL = Edge("control", Pattern.PUB_SUB, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM))
+STATUS = Edge("status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM))
 EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS)
+DIRECT_EDGES = (CONTROL, INGEST, OUTPUTS)  # what clients use; the gateway binds these for clients on other machines
 
 
 def socket_name(edge: Edge, rank: int, epoch: int) -> str:

@@ -1,9 +1,10 @@
 """Answers a file of requests, OpenAI's batch format, straight over ZeroMQ.
 
-    python tools/batch.py --run-dir RUN_DIR requests.jsonl answers.jsonl
+    python -m tools.batch --run-dir RUN_DIR requests.jsonl answers.jsonl
 
 Each line of the input has `custom_id`, `method`, `url` and `body`; each line of the output answers the line of the input in the same place,
 with a status and a body, or with an error. What is there already is not asked again: after a kill the same command goes on where it was.
+From another machine: `--url tcp://HOST:PORT --keys FOLDER` instead of the run directory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from pipeline.client import PipelineClient
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo, read_model_info
+from tools.places import add_place
 from workers.api.chat import open_chat
 from workers.api.protocol import decode_request, error_body
 from workers.api.stream import side_by_side
@@ -104,9 +106,9 @@ async def run(args: argparse.Namespace) -> int:
     done = num_answered(args.output)
     total = sum(1 for _ in lines_of(args.input, 0))
     num_failed = 0
-    async with PipelineClient(args.run_dir) as client:
+    async with PipelineClient(args.run_dir or args.url, args.keys, args.model_folder) as client:
         welcome = client.welcome
-        info = read_model_info(Path(welcome.model_folder))
+        info = read_model_info(client.model_folder)
         width = min(args.concurrency, welcome.max_requests)
         with args.output.open("ab") as output, tqdm(total=total, initial=done, unit="request", disable=None) as bar:
             under_way: list[asyncio.Task[dict[str, Any]]] = []
@@ -135,12 +137,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--run-dir", required=True, help="the pipeline's run directory")
+    add_place(parser)
     parser.add_argument("--concurrency", type=int, default=64, help="requests under way at once")
     args = parser.parse_args()
     try:
         num_failed = asyncio.run(run(args))
-    except (PipelineError, OSError) as error:
+    except (PipelineError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if num_failed:

@@ -1,7 +1,7 @@
 """What a death costs those who wait: pauses of streams, extra time of requests, restarts.
 
-python tools/bench_recovery.py                     # the embedded model on this machine
-python tools/bench_recovery.py --tp 2 --rounds 5   # other options go to the launcher
+python -m tools.bench_recovery                     # the embedded model on this machine
+python -m tools.bench_recovery --tp 2 --rounds 5   # other options go to the launcher
 """
 
 from __future__ import annotations

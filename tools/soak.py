@@ -1,8 +1,8 @@
 """Load, and `kill -9` beside it: proves that no request is lost, none is answered twice, and nothing is left behind.
 
-    python tools/soak.py --minutes 10 --seed 1                    # preprocess, ViTs, LLM ranks in turn and at random
-    python tools/soak.py --minutes 10 --victims none              # no kills: does anything grow?
-    python tools/soak.py --tp 2 --minutes 5 --victims llm.0 vit.1
+    python -m tools.soak --minutes 10 --seed 1                    # preprocess, ViTs, LLM ranks in turn and at random
+    python -m tools.soak --minutes 10 --victims none              # no kills: does anything grow?
+    python -m tools.soak --tp 2 --minutes 5 --victims llm.0 vit.1
 
 First every chat runs once, undisturbed: that is the reference. Then streams run the same chats over and over, in random order, while workers
 are killed. Every answer must be the reference's, token by token; the one excuse is a tie: at the first difference the reference's two likeliest

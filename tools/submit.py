@@ -1,6 +1,6 @@
 """Submits one question straight over ZeroMQ, without HTTP, and streams the answer.
 
-    python tools/submit.py --run-dir RUN_DIR "What is in this picture?" --image launcher/embedded/samples/red-circle.png
+    python -m tools.submit --run-dir RUN_DIR "What is in this picture?" --image launcher/embedded/samples/red-circle.png
 
 The run directory is the one that the launcher names when it is ready.
 """
@@ -16,12 +16,13 @@ from pipeline.client import PipelineClient
 from pipeline.errors import PipelineError, RequestError
 from pipeline.messages import ChatMessage, ImagePart, TextPart
 from pipeline.sampling import SamplingParams
+from tools.places import add_place
 
 
 async def submit(args: argparse.Namespace, media: list[bytes]) -> None:
     parts: tuple[ImagePart | TextPart, ...] = (*(ImagePart(frame=index) for index in range(len(media))), TextPart(args.question))
     sampling = SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
-    client = PipelineClient(args.run_dir)
+    client = PipelineClient(args.run_dir or args.url, args.keys, args.model_folder)
     await client.start(timeout_s=5)
     try:
         async for piece in client.generate([ChatMessage("user", parts)], sampling, media):
@@ -35,7 +36,7 @@ async def submit(args: argparse.Namespace, media: list[bytes]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question")
-    parser.add_argument("--run-dir", required=True, help="the pipeline's run directory")
+    add_place(parser)
     parser.add_argument("--image", action="append", default=[], help="file of a picture; may be given several times")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -43,7 +44,7 @@ def main() -> int:
     try:
         args = parser.parse_args()
         asyncio.run(submit(args, [Path(place).read_bytes() for place in args.image]))
-    except (RequestError, PipelineError, OSError) as error:
+    except (RequestError, PipelineError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -1,6 +1,6 @@
 """Writes docs/wire.md: what goes over the wire, read off the structs.
 
-python tools/wire_page.py            # a test says whether the page is up to date
+python -m tools.wire_page            # a test says whether the page is up to date
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def request_line(number: int, **fields: Any) -> str:
 
 
 def batch(server: Server, source: Path, target: Path) -> list[str]:
-    return [sys.executable, "tools/batch.py", "--run-dir", str(server.run_dir), str(source), str(target), "--concurrency", "8"]
+    return [sys.executable, "-m", "tools.batch", "--run-dir", str(server.run_dir), str(source), str(target), "--concurrency", "8"]
 
 
 def test_a_batch_keeps_its_order_and_tells_errors_line_by_line(server: Server, tmp_path: Path) -> None:
@@ -151,4 +151,4 @@ def test_a_client_in_another_language_gets_the_same(server: Server, javascript: 
     assert theirs["token_ids"] == [token for piece in pieces for token in piece.token_ids]
     assert (theirs["finish_reason"], theirs["prompt_tokens"]) == (pieces[-1].finish_reason, pieces[-1].num_prompt_tokens)
     refused = run_javascript(javascript, server, picture, "99")
-    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 1"
+    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 2"

@@ -21,7 +21,7 @@ import zmq
 
 from pipeline.client import PipelineClient
 from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ChunkKey, EmbeddingReady, Hello, ImagePart, TextPart
+from pipeline.messages import PROTOCOL_VERSION, ChatMessage, ChunkKey, EmbeddingReady, Hello, ImagePart, TextPart
 from pipeline.sampling import SamplingParams
 from pipeline.tensors import TensorHandle
 from tests.checkpoints import make_checkpoint
@@ -53,7 +53,7 @@ def restarts(client: PipelineClient) -> dict[str, int]:
 
 
 async def test_a_small_soak_with_kills_of_everybody_in_turn() -> None:
-    """At full size: `python tools/soak.py --minutes 10`."""
+    """At full size: `python -m tools.soak --minutes 10`."""
     args = argparse.Namespace(
         seed=5, chats=10, output_tokens=60, clients=2, streams=8, minutes=0.6, patience=90.0, interval=1.0, victims=["preprocess", "vit", "llm"]
     )
@@ -252,11 +252,11 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
     handle = TensorHandle("vit.0", 1, 0, 1, 0, (1 << 30, 1 << 30), "float32")
     key = ChunkKey("r", 1, 0, 0)
     forged = EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=1, embeddings=handle)
-    good = msgspec.msgpack.encode(Hello(client_id=b"c" * 16, protocol=1))
+    good = msgspec.msgpack.encode(Hello(client_id=b"c" * 16, protocol=PROTOCOL_VERSION))
     no_text = {"type": "SubmitRequest", "client_id": b"c" * 16, "request_id": "\ud800".encode("utf-8", "surrogatepass")}
     frames: list[list[bytes]] = [
         [b""], [os.urandom(200)], [good[:-1]], [good + b"x"], [b"\xc1"], [msgspec.msgpack.encode({"type": "Unknown"})],
-        [msgspec.msgpack.encode({"type": "Hello", "client_id": b"c", "protocol": 1, "more": 1})], [msgspec.msgpack.encode(forged)],
+        [msgspec.msgpack.encode({"type": "Hello", "client_id": b"c", "protocol": PROTOCOL_VERSION, "more": 1})], [msgspec.msgpack.encode(forged)],
         [good] + [b""] * 3000, [msgspec.msgpack.encode(no_text)],
     ]  # fmt: skip
     async with PipelineClient(server.run_dir) as client:

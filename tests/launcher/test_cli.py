@@ -93,7 +93,7 @@ def test_modelscope_without_its_package_says_so() -> None:
 def test_cores_are_divided_and_none_is_left_without(num_cores: int, size: int) -> None:
     cores = list(range(10, 10 + num_cores))
     placement = place(cores, size, size)
-    assert set(placement) == set(workers(size, size))
+    assert set(placement) == set(workers(size, size, has_gateway=True))
     for share in placement.values():
         assert share.cores
         assert set(share.cores) <= set(cores)

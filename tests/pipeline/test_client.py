@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.client import PipelineClient
+from pipeline.detokenizer import tokenizer_hash
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
@@ -52,7 +53,7 @@ class Pipeline:
         self.epochs = {LLM_0: 1, PREPROCESS: 1}
         self.sockets = Sockets(run_dir, self.epochs)
         self.control = self.sockets.publisher(CONTROL)
-        self.outputs = self.sockets.publisher(OUTPUTS, lambda topic: len(topic) == 16)
+        self.outputs = self.sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == 16)
         self.ingest = self.sockets.async_receiver(INGEST)
         self.limits: dict[str, Any] = {}
         self.client_id = b""
@@ -73,7 +74,8 @@ class Pipeline:
                 continue
             if isinstance(received.message, Hello) and received.message.client_id == self.client_id:
                 self.say(
-                    Welcome, protocol=self.protocol, model_folder=str(EMBEDDED / "model"), model_name="m", max_model_len=100,
+                    Welcome, protocol=self.protocol, model_folder=str(EMBEDDED / "model"),
+                    tokenizer_hash=tokenizer_hash((EMBEDDED / "model" / "tokenizer.json").read_bytes()), model_name="m", max_model_len=100,
                     max_requests=self.max_requests, max_request_bytes=1000, **self.limits,
                 )  # fmt: skip
                 return
@@ -93,7 +95,7 @@ class Pipeline:
         else:
             self.outputs.close()
             self.client_id = b""  # until the client has subscribed anew
-            self.outputs = self.sockets.publisher(OUTPUTS, lambda topic: len(topic) == 16)
+            self.outputs = self.sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == 16)
         self.say_states(**{worker.role: tuple(map(digest_of, executed))})
 
     def say(self, kind: Callable[..., Any], **fields: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_dead_peers_queue_never_reaches_its_successor(open_sockets: Callable[.
     sender.send(released(1))  # queued for epoch 1, which is not there
     successor = open_sockets(vit=2)
     receiver = successor.receiver(ENCODE)
-    sender.reconnect(address(successor.run_dir, ENCODE, successor.epochs))
+    sender.reconnect(successor.site.url(ENCODE, successor.epochs))
     sender.send(released(2))
     assert receive(receiver).message.lease_ids == (2,)
     time.sleep(0.1)
@@ -116,7 +116,7 @@ def test_a_killed_peer_and_its_successor_at_a_new_epoch(open_sockets: Callable[.
         sender.send(released(number))  # into the void: no error, and no block
     successor = open_sockets(vit=2)
     receiver = successor.receiver(ENCODE)
-    sender.reconnect(address(successor.run_dir, ENCODE, successor.epochs))
+    sender.reconnect(successor.site.url(ENCODE, successor.epochs))
     sender.send(released(5))
     assert receive(receiver).message.lease_ids == (5,)
 
@@ -186,7 +186,7 @@ def test_media_ride_as_frames(open_sockets: Callable[..., Sockets]) -> None:
 def test_only_exact_topics_are_served(open_sockets: Callable[..., Sockets]) -> None:
     """A subscription to the empty topic would read everyone's text."""
     client, spy = b"c" * 16, b"s" * 16
-    publisher = open_sockets().publisher(OUTPUTS, lambda topic: len(topic) == 16)
+    publisher = open_sockets().publisher(OUTPUTS, lambda topic, _: len(topic) == 16)
     mine = open_sockets().subscriber(OUTPUTS, client)
     spies = [open_sockets().subscriber(OUTPUTS, topic) for topic in (ALL, client[:8], client + b"x", spy)]
     seen: list[bytes] = []
@@ -214,7 +214,7 @@ def wait_for_events(publisher: Any, count: int) -> list[Any]:
 
 def test_a_slow_subscriber_is_named_and_costs_others_nothing(open_sockets: Callable[..., Sockets]) -> None:
     slow, fast = b"s" * 16, b"f" * 16
-    publisher = open_sockets().publisher(OUTPUTS, lambda topic: len(topic) == 16, high_water_mark=50)
+    publisher = open_sockets().publisher(OUTPUTS, lambda topic, _: len(topic) == 16, high_water_mark=50)
     sockets = open_sockets()
     receivers = {topic: sockets.subscriber(OUTPUTS, topic) for topic in (slow, fast)}
     receivers[slow].socket.setsockopt(zmq.RCVHWM, 10)
@@ -237,7 +237,7 @@ def test_a_dead_subscriber_shows(open_sockets: Callable[..., Sockets], tmp_path:
         "import sys, pathlib, time\nfrom pipeline.sockets import *\nfrom pipeline.topology import *\n"
         "s = Sockets(pathlib.Path(sys.argv[1]), {WorkerId(Role.LLM): 1}).subscriber(OUTPUTS, b'd' * 16)\ntime.sleep(60)"
     )
-    publisher = open_sockets().publisher(OUTPUTS, lambda topic: len(topic) == 16)
+    publisher = open_sockets().publisher(OUTPUTS, lambda topic, _: len(topic) == 16)
     peer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     assert wait_for_events(publisher, 1) == [(b"d" * 16, True)]
     peer.kill()

@@ -72,7 +72,7 @@ def test_two_servers_are_compared_with_the_first(capsys: pytest.CaptureFixture[s
 def test_a_run_against_a_server(tmp_path: Path) -> None:
     with Server("--max-model-len", "1024", "--kv-cache-gib", "0.25") as server:
         command = [
-            sys.executable, "tools/bench_serving.py", "--base-url", server.url, server.url + "/", "--num-prompts", "3", "--input-words", "8",
+            sys.executable, "-m", "tools.bench_serving", "--base-url", server.url, server.url + "/", "--num-prompts", "3", "--input-words", "8",
             "--output-tokens", "5", "--images", "1", "--image-size", "112x112", "--turns", "2", "--goodput", "e2el:60000",
             "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "itl.svg"),
         ]  # fmt: skip

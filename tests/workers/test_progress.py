@@ -67,7 +67,10 @@ class World:
         self.rng = rng
         self.publisher, self.feedback, self.vit, self.runner = FakePublisher(), FakeSink(), FakeSink(), Runner()
         scheduler = Scheduler(BlockManager(rng.randint(14, 40), 4), rng.randint(1, 4), 16, (7,), has_prefix_cache=rng.random() < 0.7)
-        welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=56, max_requests=9, max_request_bytes=9)
+        welcome = Welcome(
+            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
+            max_model_len=56, max_requests=9, max_request_bytes=9,
+        )  # fmt: skip
         self.engine = Engine(
             {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, 2, self.publisher, None, self.feedback, [self.vit],
             has_overlap=has_overlap,

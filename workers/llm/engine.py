@@ -215,7 +215,7 @@ class Engine:
     def _refusal(self, request: Request, message: GenerateRequest) -> Outcome | None:
         """Why the request does not run, if it does not."""
         if request.client_id not in self._clients:
-            return FinishReason.ABORT  # it left while its media were fetched
+            return Interruption("its client had left")  # while its media were fetched
         if (protocol := self._clients.protocol_of(request.client_id)) != PROTOCOL_VERSION:
             said = "said no hello" if protocol is None else f"speaks protocol {protocol}"
             return ErrorInfo(400, f"the client {said}, the pipeline speaks protocol {PROTOCOL_VERSION}")
@@ -425,7 +425,7 @@ class Engine:
         self._leases.send_sets(held, now)
         lost = self._clients.lost(now)
         for request in [request for request in self.requests.values() if request.client_id in lost]:
-            self._end(request, FinishReason.ABORT, now)
+            self._end(request, Interruption("its client had left, or did not read"), now)  # if it comes back, it may go on
         self._clients.forget(now)
         self._leases.forget_early(now)
 

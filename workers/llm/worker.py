@@ -12,6 +12,7 @@ import torch
 
 from pipeline.config import MIB
 from pipeline.core_sharing import Activity, CoreSharing
+from pipeline.detokenizer import tokenizer_hash
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolClosed, PoolOpened, Shutdown, StepPlan, Welcome
@@ -72,7 +73,8 @@ def main(context: WorkerContext) -> None:
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
                 max_model_len=kv_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
                 max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
-                recovery_timeout=config.launcher.recovery_timeout, **context.origin,
+                recovery_timeout=config.launcher.recovery_timeout,
+                tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()), **context.origin,
             )  # fmt: skip
             _lead(context, control, scheduler, runner, welcome, info.vision.merge_size, sharing)
         else:
@@ -103,7 +105,7 @@ def _lead(
 ) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
     inbox = sockets.receiver(LLM, lead)
-    outputs = sockets.publisher(OUTPUTS, lambda topic: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead)
+    outputs = sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead)
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
     steps = sockets.publisher(STEPS, rank=lead) if config.llm.tp > 1 else None
     if steps is not None:

@@ -83,7 +83,10 @@ class Rig:
         runner.open_cache(num_blocks, 1000)
         self.scheduler = Scheduler(BlockManager(num_blocks, block_size), 8, budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
-        welcome = Welcome(sender=LLM_0, epoch=1, protocol=1, model_folder="", model_name="m", max_model_len=1000, max_requests=9, max_request_bytes=9)
+        welcome = Welcome(
+            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
+            max_model_len=1000, max_requests=9, max_request_bytes=9,
+        )  # fmt: skip
         self.engine = Engine(
             {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, self.publisher, None, self.feedback, [self.vit],
             has_overlap=has_overlap,
@@ -615,19 +618,19 @@ def test_a_slow_client_is_cut_off_and_others_are_not(rig: Rig) -> None:
 
 
 def test_only_subscribed_clients_are_welcomed(rig: Rig) -> None:
-    rig.engine.handle(Hello(client_id=b"u" * 16, protocol=1), rig.now)
+    rig.engine.handle(Hello(client_id=b"u" * 16, protocol=PROTOCOL_VERSION), rig.now)
     assert rig.publisher.take(Welcome) == []
-    rig.engine.handle(Hello(client_id=CLIENT, protocol=1), rig.now)
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), rig.now)
     assert len(rig.publisher.take(Welcome)) == 1
 
 
-@pytest.mark.parametrize(("hello", "words"), [(None, "said no hello"), (99, "speaks protocol 99, the pipeline speaks protocol 1")])
+@pytest.mark.parametrize(("hello", "words"), [(None, "said no hello"), (99, f"speaks protocol 99, the pipeline speaks protocol {PROTOCOL_VERSION}")])
 def test_a_client_of_another_version_is_refused(rig: Rig, hello: int | None, words: str) -> None:
     other = b"o" * 16
     rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
     if hello is not None:
         rig.engine.handle(Hello(client_id=other, protocol=hello), rig.now)
-        assert rig.publisher.take(Welcome)[0].protocol == 1, "so that it can tell by itself"
+        assert rig.publisher.take(Welcome)[0].protocol == PROTOCOL_VERSION, "so that it can tell by itself"
     rig.engine.handle(msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other), rig.now)
     (failed,) = rig.publisher.take(RequestFailed)
     assert failed.error.status == 400
@@ -653,7 +656,7 @@ def test_a_request_of_a_client_that_left_does_not_run(rig: Rig) -> None:
 def test_a_late_hello_does_not_revive_a_client_that_left(rig: Rig) -> None:
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     rig.engine.on_subscriptions([Subscription(CLIENT, False)], 100.0)
-    rig.engine.handle(Hello(client_id=CLIENT, protocol=1), 101.0)
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 101.0)
     rig.engine.tick(103.0)
     assert not rig.engine.requests
 
@@ -664,7 +667,7 @@ def test_a_client_that_was_cut_off_is_served_again_after_hello(rig: Rig) -> None
     rig.engine.step(rig.now)
     rig.engine.tick(5.0)
     rig.publisher.full.clear()
-    rig.engine.handle(Hello(client_id=CLIENT, protocol=1), 6.0)
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 6.0)
     rig.engine.handle(rig.request(CHATS["text only"], "next")[0], 6.0)
     rig.run()
     assert len(rig.tokens("next")) == NUM_TOKENS

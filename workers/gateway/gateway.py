@@ -1,0 +1,89 @@
+"""What the gateway passes on, and for whom. Pure: sockets are given."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from pipeline.curve import owner_of
+from pipeline.messages import CLIENT_ID_BYTES, Hello, IngestMessage
+from pipeline.sockets import Subscription
+
+logger = logging.getLogger(__name__)
+MAX_CLIENTS_PER_KEY = 256
+
+
+class Upstream(Protocol):
+    """The outputs of one LLM rank."""
+
+    def subscribe(self, topic: bytes) -> None: ...
+
+    def unsubscribe(self, topic: bytes) -> None: ...
+
+
+class Gateway:
+    """`publish` takes an encoded message and a client's id; False when that client lags too far behind."""
+
+    def __init__(self, upstreams: Sequence[Upstream], publish: Callable[[bytes, bytes], bool]) -> None:
+        self._upstreams, self._publish = upstreams, publish
+        # One client may be here twice: it has connected again, and its old connection has not been missed yet.
+        self._num_connections: Counter[bytes] = Counter()
+        self._cut_off: set[bytes] = set()
+        self.counters = {"relayed_messages": 0, "refused_client_ids": 0, "cut_off_clients": 0}
+
+    @property
+    def num_clients(self) -> int:
+        return len(self._num_connections)
+
+    def accepts(self, topic: bytes, user: str) -> bool:
+        """Whether who holds this key may read what is for this client."""
+        owner = owner_of(user)
+        if len(topic) != CLIENT_ID_BYTES or not topic.startswith(owner):
+            return False
+        return topic in self._num_connections or sum(known.startswith(owner) for known in self._num_connections) < MAX_CLIENTS_PER_KEY
+
+    def on_subscriptions(self, events: Iterable[Subscription]) -> None:
+        for client_id, is_new in events:
+            was_here = client_id in self._num_connections
+            self._num_connections[client_id] += 1 if is_new else -1
+            if is_new and not was_here:
+                self._listen(client_id)
+            elif self._num_connections[client_id] <= 0:
+                del self._num_connections[client_id]
+                if client_id in self._cut_off:
+                    self._cut_off.remove(client_id)
+                elif was_here:
+                    self._stop_listening(client_id)
+
+    def _listen(self, client_id: bytes) -> None:
+        for upstream in self._upstreams:
+            upstream.subscribe(client_id)
+
+    def _stop_listening(self, client_id: bytes) -> None:
+        """The LLM then takes it that the client has left, and ends its requests."""
+        for upstream in self._upstreams:
+            upstream.unsubscribe(client_id)
+
+    def is_relayed(self, message: IngestMessage, user: str) -> bool:
+        """Whether this message of a client goes on to the pipeline. One that was cut off has to say hello before anything else."""
+        if len(message.client_id) != CLIENT_ID_BYTES or not message.client_id.startswith(owner_of(user)):
+            self.counters["refused_client_ids"] += 1
+            return False
+        if message.client_id in self._cut_off:
+            if not isinstance(message, Hello):
+                return False
+            self._cut_off.remove(message.client_id)
+            self._listen(message.client_id)
+        self.counters["relayed_messages"] += 1
+        return True
+
+    def on_output(self, client_id: bytes, data: bytes) -> None:
+        """A message of the LLM. A client that does not read is cut off; it loses nothing for good, since it asks when it reads again."""
+        if client_id in self._cut_off or self._publish(data, client_id):
+            return
+        logger.warning("a client does not read its outputs: cut off")
+        self._cut_off.add(client_id)
+        self._stop_listening(client_id)
+        self.counters["cut_off_clients"] += 1

@@ -1,0 +1,119 @@
+"""The process that serves clients on other machines: between encrypted tcp sockets outside and the run directory's sockets inside.
+
+In a process of its own, so that neither encryption nor a stranger's bytes are any business of the LLM's loop; when it dies, what was under
+way in it comes again, as with every other worker.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pipeline.config import MIB
+from pipeline.curve import Door, ServerKeys
+from pipeline.messages import ControlMessage, Drain, IngestMessage, OutputsMessage, PipelineState, Retire, Shutdown
+from pipeline.process import ShutdownRequested, WorkerContext
+from pipeline.sockets import Poller, Publisher, Received, Receiver, Relayed, Sockets
+from pipeline.topology import CONTROL, INGEST, OUTPUTS
+from workers.gateway.gateway import Gateway
+
+INSIDE_HIGH_WATER_MARK = 16  # messages to preprocess: what it does not take waits outside, with the client that sent it
+CLIENT_HIGH_WATER_MARK = 16  # messages of one client that are not read yet
+OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is cut off
+RETRY_S = 0.005  # while preprocess takes nothing
+LIFE_INTERVAL_S = 0.5
+STATS_INTERVAL_S = 0.5
+LINGER_MS = 500  # the last words of a pipeline that ends
+
+
+def main(context: WorkerContext) -> None:
+    config = context.config
+    port = config.direct.direct_port
+    assert port is not None, "placement starts no gateway without a port"
+    door = Door(config.direct.direct_host, port, ServerKeys.read(Path(config.direct.direct_keys)))
+    outside = Sockets(door, {})
+    relay = _Relay(context, door, outside)
+    context.ready()
+    try:
+        while True:
+            relay.turn()
+    except ShutdownRequested:
+        relay.relay_outputs()
+        raise
+    finally:
+        outside.close(LINGER_MS)
+
+
+class _Relay:
+    def __init__(self, context: WorkerContext, door: Door, outside: Sockets) -> None:
+        self._context, self._door = context, door
+        config = context.config
+        self._ups: list[Relayed[OutputsMessage]] = [context.sockets.relayed(OUTPUTS, lead) for lead in config.leads]
+        self._to_preprocess = context.sockets.sender(INGEST, high_water_mark=INSIDE_HIGH_WATER_MARK)
+        self._control = context.control()
+        self._gateway = Gateway(self._ups, lambda data, topic: self._outputs.publish_raw(data, topic))
+        self._outputs: Publisher[OutputsMessage] = outside.publisher(OUTPUTS, self._gateway.accepts, OUTPUTS_HIGH_WATER_MARK)
+        self._states: Publisher[ControlMessage] = outside.publisher(CONTROL)
+        self._ingest: Receiver[IngestMessage] = outside.receiver(
+            INGEST, max_message_bytes=(config.api.max_request_mib + 1) * MIB, high_water_mark=CLIENT_HIGH_WATER_MARK
+        )
+        self._state: PipelineState | None = None
+        self._waiting: Received[IngestMessage] | None = None  # for preprocess to take it
+        self._poller = Poller(self._control, self._states, self._outputs, *self._ups)
+        self._is_reading = False
+        self._stats_due = 0.0
+
+    def turn(self) -> None:
+        """One turn of the loop: drains what there is, then sleeps until something comes."""
+        self._context.recorder.move()
+        self._read_control()
+        if any(event.is_new for event in self._states.subscriptions()) and self._state is not None:
+            self._states.publish(self._state)
+        self._gateway.on_subscriptions(self._outputs.subscriptions())
+        self._relay_ingest()
+        self.relay_outputs()
+        if (now := time.monotonic()) >= self._stats_due:
+            self._stats_due = now + STATS_INTERVAL_S
+            refused = {
+                "refused_connections": self._door.num_refused,
+                "refused_subscriptions": self._outputs.num_refused + self._states.num_refused,
+                "refused_messages": self._ingest.num_refused,
+            }
+            self._context.stats(0, {**self._gateway.counters, **refused, "clients": self._gateway.num_clients})
+        if self._is_reading != (self._waiting is None):
+            self._is_reading = not self._is_reading
+            (self._poller.add if self._is_reading else self._poller.remove)(self._ingest)
+        self._poller.wait(RETRY_S if self._waiting is not None else LIFE_INTERVAL_S)
+
+    def _read_control(self) -> None:
+        while (received := self._control.receive()) is not None:
+            match received.message:
+                case PipelineState() as state:
+                    self._context.follow(state)
+                    self._state = state
+                    self._states.publish(state)
+                case Drain() as drain:
+                    self._states.publish(drain)
+                case Shutdown() as shutdown:
+                    self._states.publish(shutdown)
+                    raise ShutdownRequested
+                case Retire():
+                    pass  # of an endpoint
+
+    def _relay_ingest(self) -> None:
+        while True:
+            if self._waiting is None:
+                received = self._ingest.receive()
+                if received is None:
+                    return
+                if not self._gateway.is_relayed(received.message, received.user):
+                    continue
+                self._waiting = received
+            if not self._to_preprocess.try_send(self._waiting.message, self._waiting.frames):
+                return
+            self._waiting = None
+
+    def relay_outputs(self) -> None:
+        for upstream in self._ups:
+            while (raw := upstream.receive_raw()) is not None:
+                self._gateway.on_output(*raw)
