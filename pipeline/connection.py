@@ -402,9 +402,15 @@ class Connection:
 
     async def _watch(self) -> None:
         """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the launcher is gone."""
+        last, stood_still = time.monotonic(), False
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
+            if now - last > 2 * TICK_S:  # we stood still ourselves: first is to be read what came meanwhile
+                last, stood_still = now, True
+                self._heartbeat = now
+                continue
+            asks_all, last, stood_still = stood_still, now, False  # perhaps we were cut off
             if now - self._heartbeat > HEARTBEAT_TIMEOUT_S and self.end is None:
                 self._fail("the server no longer answers")
                 self._is_silent = True
@@ -418,7 +424,7 @@ class Connection:
                 if opened.waits_since is not None and now - opened.waits_since > self.limits.recovery_timeout:
                     self.counters["given_up"] += 1
                     self._give_up(opened, ErrorInfo(503, f"the server did not recover within {self.limits.recovery_timeout:.0f} s"))
-                elif now - opened.heard > QUERY_AFTER_S and not opened.is_held:
+                elif (asks_all or now - opened.heard > QUERY_AFTER_S) and not opened.is_held:
                     # Hello first: if we were cut off for not reading, it makes us known again.
                     self._send(Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION))
                     opened.is_asking = False

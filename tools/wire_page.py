@@ -67,9 +67,18 @@ again, with the next `attempt`, the same fields and the tokens that you have in 
   `Welcome`.
 - `Interrupted` came: that request.
 
-Outputs of an earlier attempt are to be dropped. A request that was executing in a worker that died (`died` in `Interrupted`; or the first 8
+Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hello` and query: what was ended because you did not read, or were
+away, answers with `Interrupted`. A request that was executing in a worker that died (`died` in `Interrupted`; or the first 8
 bytes of BLAKE2b, made for that length, of its id are among the `executed` of the successor's state), with no new token in that attempt,
 should say so: `alone_in` is the role of that worker. After `max_attempts` such deaths in a row it should be given up.
+
+## From another machine
+
+With `--direct-port P` a gateway serves the same three edges over tcp: control at port P, ingest at P + 1, outputs of all leads at P + 2, whatever
+the epochs. All sockets use CURVE, with the keys that `python -m tools.keys` has made. The first 8 bytes of the client id are those of BLAKE2b,
+made for that length, of the client's public key in its text form (Z85); only who holds the key can say or read anything under such an id. When
+the epoch of `gateway.0` grows, connections are as good as new: say `Hello`, and when each lead has answered submit everything again, with the
+next `attempt`.
 
 """
 

@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -290,3 +292,13 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
         assert await counter(client, "preprocess.0", "refused_messages") == before + len(frames)
         assert await ask(client, "after", 1) == expected
         assert restarts(client) == epochs
+
+
+def test_who_does_not_read_costs_others_nothing_and_is_cut_off() -> None:
+    """The small size of `tools/slow_reader.py`; docs/recovery.md has a minute of it."""
+    command = [sys.executable, "-m", "tools.slow_reader", "--seconds", "7", "--requests", "1", "--tokens", "2600", "--neighbours", "1"]
+    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=90)  # noise of a short run
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["submitted again"] == 1
+    assert found["cut off after (s)"] > 0

@@ -31,7 +31,7 @@ class Gateway:
         # One client may be here twice: it has connected again, and its old connection has not been missed yet.
         self._num_connections: Counter[bytes] = Counter()
         self._cut_off: set[bytes] = set()
-        self.counters = {"relayed_messages": 0, "refused_client_ids": 0, "cut_off_clients": 0}
+        self.counters = {"relayed_messages": 0, "refused_client_ids": 0, "clients_cut_off": 0}
 
     @property
     def num_clients(self) -> int:
@@ -86,4 +86,4 @@ class Gateway:
         logger.warning("a client does not read its outputs: cut off")
         self._cut_off.add(client_id)
         self._stop_listening(client_id)
-        self.counters["cut_off_clients"] += 1
+        self.counters["clients_cut_off"] += 1

@@ -30,7 +30,7 @@ from workers.nn.loader import choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
-OUTPUTS_HIGH_WATER_MARK = 4096  # frames that a client may lag behind before it is cut off
+OUTPUTS_HIGH_WATER_MARK = 1024  # messages, one a step, that a client may lag behind before it is cut off
 MAX_REQUESTS_PER_CLIENT = 1024
 
 

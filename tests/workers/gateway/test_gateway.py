@@ -107,7 +107,7 @@ def test_who_does_not_read_is_cut_off_until_it_says_hello() -> None:
     assert rig.topics == [other, slow]
     rig.gateway.on_output(slow, b"4")
     assert rig.published[-1] == (slow, b"4")
-    assert rig.gateway.counters["cut_off_clients"] == 1
+    assert rig.gateway.counters["clients_cut_off"] == 1
 
 
 def test_who_was_cut_off_and_leaves_is_forgotten() -> None:
