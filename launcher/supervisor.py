@@ -27,6 +27,7 @@ from launcher.reload import Reload
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
 from pipeline.core_sharing import IDLE, Activity
+from pipeline.ends import Poller, Publisher, Receiver, Wakeup
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.fork_server import ForkServer
 from pipeline.messages import (
@@ -43,7 +44,7 @@ from pipeline.messages import (
     WorkerStats,
 )
 from pipeline.process import WorkerSpec
-from pipeline.sockets import Poller, Publisher, Receiver, Sockets, Wakeup
+from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_name
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.curve import Remote
+from pipeline.ends import AsyncReceiver, Sender
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
@@ -47,7 +48,7 @@ from pipeline.messages import (
     pack_int32,
     unpack_int32,
 )
-from pipeline.sockets import AsyncReceiver, Sender, Sockets
+from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)

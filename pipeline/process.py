@@ -17,6 +17,7 @@ import msgspec
 
 from pipeline import log
 from pipeline.config import Config
+from pipeline.ends import Receiver, Sender
 from pipeline.faults import Faults
 from pipeline.messages import (
     ControlMessage,
@@ -32,7 +33,7 @@ from pipeline.messages import (
     WorkerState,
     WorkerStats,
 )
-from pipeline.sockets import Receiver, Sender, Sockets
+from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from pipeline.trace import Tracer
 

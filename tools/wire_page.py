@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.ends import MAX_FRAMES
 from pipeline.messages import (
     PROTOCOL_VERSION,
     ChatMessage,
@@ -22,7 +23,7 @@ from pipeline.messages import (
     SubmitRequest,
 )
 from pipeline.sampling import SamplingParams
-from pipeline.sockets import MAX_FRAMES, UNIONS
+from pipeline.sockets import UNIONS
 from pipeline.topology import EDGES, Pattern
 
 PAGE = Path(__file__).parents[1] / "docs" / "wire.md"

@@ -17,6 +17,6 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(media_folder: Path) -> Iterator[Server]:
-    """The embedded model, as a newcomer starts it, with local media allowed."""
-    with Server("--allowed-local-media-path", str(media_folder), "--allow-private-media", *LIMITS) as running:
+    """The embedded model, with local media allowed; in float32, so that answers do not depend on what else is computed with them."""
+    with Server("--dtype", "float32", "--allowed-local-media-path", str(media_folder), "--allow-private-media", *LIMITS) as running:
         yield running

@@ -30,7 +30,7 @@ from tests.checkpoints import make_checkpoint
 from tests.fakes import PREPROCESS, VIT_0
 from tests.integration.conftest import LIMITS
 from tests.pictures import encode, noise, scene
-from tests.servers import Server
+from tests.servers import Server, is_alive
 from tools.processes import workers_of
 from tools.soak import Soak
 
@@ -213,10 +213,13 @@ async def test_a_reload_replaces_every_worker_and_no_request_fails() -> None:
             assert "reload: done" in server.output
             assert await asyncio.gather(*under_way) == expected
             assert [await stream_text(server, session, number, 200) for number in range(2)] == expected
+            while is_alive(before["api.0"]):  # until its connections have been idle for a while
+                assert time.monotonic() < end + 10
+                await asyncio.sleep(0.1)
             after = workers_of(server.process.pid)
             assert before.keys() == after.keys()
             assert [name for name in before if before[name] == after[name]] == ["server"]
-            assert "has died" not in server.output
+            assert ": it is replaced" not in server.output, "nobody died by itself"
         server.children = after
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, ModelConfig, PreprocessConfig, VitConfig
+from pipeline.ends import Poller
 from pipeline.families import read_model_info
 from pipeline.fork_server import ForkServer
 from pipeline.messages import (
@@ -33,7 +34,7 @@ from pipeline.messages import (
 )
 from pipeline.process import Placement, WorkerSpec
 from pipeline.slots import SlotAllocator
-from pipeline.sockets import Poller, Sockets
+from pipeline.sockets import Sockets
 from pipeline.tensors import PoolMap, TensorHandle, TensorPool
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, LLM, STATUS
 from tests.checkpoints import make_checkpoint

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from launcher.checkpoints import EMBEDDED
 from pipeline.client import PipelineClient
 from pipeline.detokenizer import tokenizer_hash
+from pipeline.ends import Received
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
@@ -38,7 +39,7 @@ from pipeline.messages import (
     unpack_int32,
 )
 from pipeline.sampling import FinishReason, SamplingParams
-from pipeline.sockets import Received, Sockets
+from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS
 

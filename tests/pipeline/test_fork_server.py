@@ -14,10 +14,11 @@ import pytest
 from launcher.checkpoints import EMBEDDED
 from launcher.cli import workers_environment
 from pipeline.config import Config
+from pipeline.ends import Poller
 from pipeline.fork_server import ForkServer, WorkerProcess
 from pipeline.messages import Shutdown, WorkerFailed, WorkerReady
 from pipeline.process import Placement, WorkerSpec
-from pipeline.sockets import Poller, Sockets
+from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from tests.servers import is_alive
 

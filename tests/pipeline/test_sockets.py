@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 from pipeline.config import MAX_ITEMS
+from pipeline.ends import ALL, Poller, Receiver, Wakeup
 from pipeline.errors import PipelineError
 from pipeline.messages import (
     CancelEncode,
@@ -28,7 +29,7 @@ from pipeline.messages import (
     WorkerStats,
 )
 from pipeline.sampling import FinishReason
-from pipeline.sockets import ALL, UNIONS, Poller, Receiver, Sockets, Wakeup
+from pipeline.sockets import UNIONS, Sockets
 from pipeline.topology import CONTROL, EDGES, ENCODE, INGEST, OUTPUTS, STATUS, STEPS, Pattern, Role, WorkerId, address
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
 
@@ -100,7 +101,7 @@ def test_a_dead_peers_queue_never_reaches_its_successor(open_sockets: Callable[.
 
 def test_a_killed_peer_and_its_successor_at_a_new_epoch(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib\nfrom pipeline.sockets import *\nfrom pipeline.topology import *\n"
+        "import sys, pathlib\nfrom pipeline.ends import *\nfrom pipeline.sockets import *\nfrom pipeline.topology import *\n"
         "r = Sockets(pathlib.Path(sys.argv[1]), {WorkerId(Role.VIT): 1}).receiver(ENCODE)\nPoller(r).wait()\n"
         "print(r.receive() is not None, flush=True)\nPoller(r).wait(60)\nimport time; time.sleep(60)"
     )

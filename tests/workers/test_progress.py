@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.ends import Subscription
 from pipeline.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -35,7 +36,6 @@ from pipeline.messages import (
 )
 from pipeline.sampling import SamplingParams
 from pipeline.slots import ALIGNMENT, Order, SlotAllocator
-from pipeline.sockets import Subscription
 from pipeline.tensors import TensorHandle
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from workers.llm.block_manager import BlockManager

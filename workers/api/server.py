@@ -49,11 +49,13 @@ class ApiServer:
         self._keys = [key.encode() for key in config.api_key]
         self._created = int(time.time())
         self.is_ready = False
-        self.is_retiring = False  # connections end with the answer that is under way on them
+        self.is_retiring = False  # connections end with the next answer on them
         self.num_handled = 0  # requests under way
+        self.handled_at = 0.0  # when the last one was
 
     def application(self) -> web.Application:
         application = web.Application(client_max_size=self._config.max_request_mib * MIB, middlewares=[self._guard])
+        application.on_response_prepare.append(self._announce_end)
         application.router.add_get("/health", self._health)
         application.router.add_get("/ready", self._ready)
         application.router.add_get("/metrics", self._metrics)
@@ -68,12 +70,16 @@ class ApiServer:
         """Keys, and OpenAI's error object for whatever goes wrong."""
         self.num_handled += 1
         try:
-            response = await self._answer(request, handler)
-            if self.is_retiring:
-                response.force_close()
-            return response
+            return await self._answer(request, handler)
         finally:
             self.num_handled -= 1
+            self.handled_at = time.monotonic()
+
+    async def _announce_end(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Says in the head of an answer that its connection ends with it: who was not told may send the next request on it."""
+        if self.is_retiring:
+            response.force_close()
+            response.headers["Connection"] = "close"  # the head is made before this hook
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

@@ -22,6 +22,7 @@ START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
 LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
 STATS_INTERVAL_S = 0.5
 RETIRING_INTERVAL_S = 0.2
+IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
 
 
 def main(context: WorkerContext) -> None:
@@ -55,11 +56,12 @@ async def _serve(context: WorkerContext) -> None:
                     raise ShutdownRequested
 
     async def retire() -> None:
-        """Our successor accepts already: finishes what is open, and ends."""
+        """Our successor accepts already: finishes what is open, serves what comes on open connections for the last time, and ends."""
         server.is_retiring = True
         for site in sites:
             await site.stop()
-        while server.num_handled:  # noqa: ASYNC110
+        server.handled_at = max(server.handled_at, time.monotonic())
+        while server.num_handled or time.monotonic() - server.handled_at < IDLE_CONNECTIONS_S:  # noqa: ASYNC110
             await asyncio.sleep(RETIRING_INTERVAL_S)
         raise ShutdownRequested
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from pipeline.curve import owner_of
+from pipeline.ends import Subscription
 from pipeline.messages import CLIENT_ID_BYTES, Hello, IngestMessage
-from pipeline.sockets import Subscription
 
 logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pipeline.config import MIB
 from pipeline.curve import Door, ServerKeys
+from pipeline.ends import Poller, Publisher, Received, Receiver, Relayed
 from pipeline.messages import ControlMessage, Drain, IngestMessage, OutputsMessage, PipelineState, Retire, Shutdown
 from pipeline.process import ShutdownRequested, WorkerContext
-from pipeline.sockets import Poller, Publisher, Received, Receiver, Relayed, Sockets
+from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, INGEST, OUTPUTS
 from workers.gateway.gateway import Gateway
 

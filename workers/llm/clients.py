@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from pipeline.ends import Subscription
 from pipeline.errors import ErrorInfo
 from pipeline.messages import (
     Accepted,
@@ -21,7 +22,6 @@ from pipeline.messages import (
     pack_int32,
 )
 from pipeline.sampling import FinishReason
-from pipeline.sockets import Subscription
 from pipeline.topology import Role
 from workers.llm.request import Request
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
+from pipeline.ends import Sink, Subscription
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
@@ -44,7 +45,6 @@ from pipeline.messages import (
     pack_int32,
 )
 from pipeline.sampling import FinishReason
-from pipeline.sockets import Sink, Subscription
 from pipeline.tensors import PoolInfo
 from pipeline.topology import Role, WorkerId
 from pipeline.trace import Tracer

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from pipeline.ends import Sink
 from pipeline.messages import ChunkKey, EmbeddingReady, EncodeFailed, EncodeMessage, LeaseReleased, LeaseRequest, LeaseSet, Origin
-from pipeline.sockets import Sink
 from workers.llm.request import Chunk, Lease, Request
 
 LEASE_SET_INTERVAL_S = 1.0

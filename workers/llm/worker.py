@@ -13,11 +13,11 @@ import torch
 from pipeline.config import MIB
 from pipeline.core_sharing import Activity, CoreSharing
 from pipeline.detokenizer import tokenizer_hash
+from pipeline.ends import Poller, Receiver
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolClosed, PoolOpened, Shutdown, StepPlan, Welcome
 from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, parse_worker
-from pipeline.sockets import Poller, Receiver
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
 from workers.llm.calibration import measure_step_times

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.fair import FairClock
 from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin, PoolOpened
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
-from pipeline.sockets import Sink
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role
 from pipeline.trace import Tracer

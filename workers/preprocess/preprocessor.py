@@ -17,6 +17,7 @@ from typing import TypeVar, assert_never
 import msgspec
 
 from pipeline.config import MAX_ITEMS, MAX_OPEN_CHUNKS, MIB, PreprocessConfig
+from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
@@ -44,7 +45,6 @@ from pipeline.messages import (
 )
 from pipeline.process import WorkerContext
 from pipeline.slots import Order, SlotAllocator
-from pipeline.sockets import Sink
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 from pipeline.config import MIB, PreprocessConfig
+from pipeline.ends import AsyncReceiver
 from pipeline.families import read_model_info
 from pipeline.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Retire, Shutdown
 from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
 from pipeline.slots import SlotAllocator, align
-from pipeline.sockets import AsyncReceiver
 from pipeline.tensors import TensorPool
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
 from workers.preprocess.preprocessor import Preprocessor

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.config import MIB, Config
 from pipeline.core_sharing import Activity, CoreSharing
+from pipeline.ends import Poller, Sink, Wakeup
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
 from pipeline.memory import ITEM_SIZES, CudaBindings
@@ -42,7 +43,6 @@ from pipeline.messages import (
 )
 from pipeline.process import WorkerContext
 from pipeline.slots import Order, SlotAllocator, align
-from pipeline.sockets import Poller, Sink, Wakeup
 from pipeline.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool, check_mapping
 from pipeline.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.nn.loader import choose_device, choose_dtype

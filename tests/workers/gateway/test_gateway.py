@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.curve import owner_of
+from pipeline.ends import Subscription
 from pipeline.messages import AbortRequest, Hello
-from pipeline.sockets import Subscription
 from workers.gateway.gateway import MAX_CLIENTS_PER_KEY, Gateway
 
 ALICE, BOB = "alice's public key", "bob's public key"

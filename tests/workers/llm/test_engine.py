@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline.config import Config, LlmConfig, ModelConfig
+from pipeline.ends import Subscription
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, read_model_info
 from pipeline.flight_recorder import digest_of
@@ -48,7 +49,6 @@ from pipeline.messages import (
 )
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.slots import SlotAllocator, align
-from pipeline.sockets import Subscription
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from tests.chats import CHATS, Chat, to_messages
