@@ -412,7 +412,9 @@ class Connection:
                 self._heartbeat = now
                 continue
             asks_all, last, stood_still = stood_still, now, False  # perhaps we were cut off
-            if now - self._heartbeat > HEARTBEAT_TIMEOUT_S and self.end is None:
+            # The gateway may be down while the launcher is not.
+            patience = max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout) if self._is_remote else HEARTBEAT_TIMEOUT_S
+            if now - self._heartbeat > patience and self.end is None:
                 self._fail("the server no longer answers")
                 self._is_silent = True
             for request_id, aborting in list(self._aborting.items()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from pathlib import Path
 
 
@@ -34,3 +36,14 @@ def resident_bytes(pid: int) -> int:
 
 def num_open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports on the loopback address that nobody listens on now."""
+    while True:
+        with contextlib.ExitStack() as probes:
+            first = probes.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                for number in range(1, count):
+                    probes.enter_context(socket.create_server(("127.0.0.1", first + number)))
+                return int(first)

@@ -3,6 +3,7 @@
     python -m tools.soak --minutes 10 --seed 1                    # preprocess, ViTs, LLM ranks in turn and at random
     python -m tools.soak --minutes 10 --victims none              # no kills: does anything grow?
     python -m tools.soak --tp 2 --minutes 5 --victims llm.0 vit.1
+    python -m tools.soak --over-tcp --victims gateway llm vit     # all clients but one come by the gateway
 
 First every chat runs once, undisturbed: that is the reference. Then streams run the same chats over and over, in random order, while workers
 are killed. Every answer must be the reference's, token by token; the one excuse is a tie: at the first difference the reference's two likeliest
@@ -33,10 +34,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.client import PipelineClient
+from pipeline.curve import make_client_keys, make_server_keys
 from pipeline.errors import RequestError
 from pipeline.messages import ChatMessage, ImagePart, TextPart, TokenLogprobs
 from pipeline.sampling import SamplingParams
-from tools.processes import num_open_files, resident_bytes, workers_of
+from pipeline.topology import DIRECT_EDGES
+from tools.processes import free_port, num_open_files, resident_bytes, workers_of
 from tools.tiny_model.scenes import draw, make_scene
 
 TIE = 1e-3
@@ -154,21 +157,23 @@ class Findings:
 
 
 class Soak:
-    def __init__(self, args: argparse.Namespace, launcher: int, run_dir: Path) -> None:
-        self._args, self._launcher, self._run_dir = args, launcher, run_dir
+    def __init__(self, args: argparse.Namespace, launcher: int, run_dir: Path, remote: tuple[str, Path] | None = None) -> None:
+        """`remote`: address and keys, for all clients but the first."""
+        self._args, self._launcher, self._run_dir, self._remote = args, launcher, run_dir, remote
         self._rng = random.Random(args.seed)
         self._chats = make_chats(args.chats, self._rng, args.output_tokens)
         self._references: list[list[Answer]] = []
         self.found = Findings()
 
     async def run(self) -> Findings:
-        clients = [PipelineClient(self._run_dir) for _ in range(self._args.clients)]
+        places = [(self._run_dir, None)] + [self._remote or (self._run_dir, None)] * (self._args.clients - 1)
+        clients = [PipelineClient(place, keys) for place, keys in places]
         for client in clients:
             await client.start()
         for chat in self._chats:
             self._references.append([answer async for answer in self._play(clients[0], chat, None)])
         for client in clients:  # warms up what a first load makes grow
-            await asyncio.gather(*(self._check(client, number) for number in range(min(4, len(self._chats)))))
+            await asyncio.gather(*(self._check(client, number) for number in range(len(self._chats) if self._remote else min(4, len(self._chats)))))
         before = await self._holdings(clients[0])
         end = time.monotonic() + 60 * self._args.minutes
         streams = [asyncio.create_task(self._stream(clients[index % len(clients)], index, end)) for index in range(self._args.streams)]
@@ -315,9 +320,18 @@ def main() -> int:
     parser.add_argument("--victims", nargs="+", default=["preprocess", "vit", "llm"], help="roles or workers; none: nobody is killed")
     parser.add_argument("--interval", type=float, default=4.0, help="seconds between a worker's return and the next kill, on average")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that the last requests may take to end")
+    parser.add_argument("--over-tcp", action="store_true", help="all clients but the first come by a gateway")
     args, options = parser.parse_known_args()
-    with pipeline(["--dtype", "float32", "--max-attempts", "5", *options]) as (process, run_dir, lines):
-        found = asyncio.run(Soak(args, process.pid, run_dir).run())
+    options = ["--dtype", "float32", "--max-attempts", "5", *options]
+    remote: tuple[str, Path] | None = None
+    with tempfile.TemporaryDirectory(prefix="soak-keys-") as folder:
+        if args.over_tcp:
+            keys, port = Path(folder) / "keys", free_port(len(DIRECT_EDGES))
+            make_server_keys(keys)
+            remote = f"tcp://127.0.0.1:{port}", make_client_keys(keys, "soak")
+            options += ["--direct-port", str(port), "--direct-keys", str(keys)]
+        with pipeline(options) as (process, run_dir, lines):
+            found = asyncio.run(Soak(args, process.pid, run_dir, remote).run())
     return report(found, lines)
 
 

@@ -23,12 +23,11 @@ from pipeline.curve import ClientKeys, Remote, make_client_keys, make_server_key
 from pipeline.errors import PipelineError
 from pipeline.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
 from pipeline.sampling import SamplingParams
-from pipeline.topology import INGEST, OUTPUTS
+from pipeline.topology import DIRECT_EDGES, INGEST, OUTPUTS
 from tests.integration.test_direct import request_line
 from tests.pictures import encode, scene
-from tests.pipeline.test_curve import free_port
 from tests.servers import Server
-from tools.processes import workers_of
+from tools.processes import free_port, workers_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 CHAT = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
@@ -58,7 +57,7 @@ class Served(NamedTuple):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("curve")
-    keys, port = folder / "keys", free_port()
+    keys, port = folder / "keys", free_port(len(DIRECT_EDGES))
     make_server_keys(keys)
     client = make_client_keys(keys, "alice")
     make_client_keys(keys, "bob")

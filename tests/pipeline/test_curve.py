@@ -19,22 +19,13 @@ from pipeline.messages import Hello, PipelineState, TokenOutputs
 from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, DIRECT_EDGES, INGEST, OUTPUTS
 from tests.fakes import LLM_0
+from tools.processes import free_port
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     make_server_keys(tmp_path / "keys")
     return tmp_path / "keys"
-
-
-def free_port() -> int:
-    """The first of as many as the edges need."""
-    while True:
-        with sockets_of_the_system.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port + len(DIRECT_EDGES) < 60_000:
-            return port
 
 
 class Site(NamedTuple):
@@ -46,7 +37,7 @@ class Site(NamedTuple):
 
 @pytest.fixture
 def site(keys: Path) -> Iterator[Site]:
-    port = free_port()
+    port = free_port(len(DIRECT_EDGES))
     door = Door("127.0.0.1", port, ServerKeys.read(keys))
     made = [Sockets(door, {})]
 
