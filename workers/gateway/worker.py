@@ -13,13 +13,15 @@ from pipeline.config import MIB
 from pipeline.curve import Door, ServerKeys
 from pipeline.ends import Poller, Publisher, Received, Receiver, Relayed
 from pipeline.messages import ControlMessage, Drain, IngestMessage, OutputsMessage, PipelineState, Retire, Shutdown
-from pipeline.process import ShutdownRequested, WorkerContext
+from pipeline.process import ShutdownRequested, WorkerContext, limit_memory
 from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, INGEST, OUTPUTS
 from workers.gateway.gateway import Gateway
 
-INSIDE_HIGH_WATER_MARK = 16  # messages to preprocess: what it does not take waits outside, with the client that sent it
-CLIENT_HIGH_WATER_MARK = 16  # messages of one client that are not read yet
+INSIDE_HIGH_WATER_MARK = 4  # messages to preprocess: what it does not take waits outside, with the client that sent it
+CLIENT_HIGH_WATER_MARK = 2  # messages of one client that are not read yet
+BASE_MIB = 1024
+MAX_HELD_REQUESTS = 16  # of the largest size, in memory: a client that sends endlessly takes down this process only
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is cut off
 RETRY_S = 0.005  # while preprocess takes nothing
 LIFE_INTERVAL_S = 0.5
@@ -32,6 +34,7 @@ def main(context: WorkerContext) -> None:
     port = config.direct.direct_port
     assert port is not None, "placement starts no gateway without a port"
     door = Door(config.direct.direct_host, port, ServerKeys.read(Path(config.direct.direct_keys)))
+    limit_memory(BASE_MIB + MAX_HELD_REQUESTS * config.api.max_request_mib)
     outside = Sockets(door, {})
     relay = _Relay(context, door, outside)
     context.ready()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
-from pathlib import Path
 
 from pipeline.config import MIB, PreprocessConfig
 from pipeline.ends import AsyncReceiver
 from pipeline.families import read_model_info
 from pipeline.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Retire, Shutdown
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
 from pipeline.slots import SlotAllocator, align
 from pipeline.tensors import TensorPool
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
@@ -31,16 +29,12 @@ def main(context: WorkerContext) -> None:
     run_async(_serve(context))
 
 
-def limit_memory(config: PreprocessConfig, num_threads: int) -> None:
-    """Sets the most private memory that this process may have: what it has, and what its work may take."""
-    allowed = config.preprocess_memory_mib
-    if allowed is None:
-        pictures = num_threads * COPIES_OF_A_PICTURE * 4 * config.max_image_pixels // MIB
-        allowed = BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib + pictures
-    taken = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = 1024 * int(taken.split()[1]) + allowed * MIB
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+def allowed_mib(config: PreprocessConfig, num_threads: int) -> int:
+    """Memory that the work of this process may take."""
+    if config.preprocess_memory_mib is not None:
+        return config.preprocess_memory_mib
+    pictures = num_threads * COPIES_OF_A_PICTURE * 4 * config.max_image_pixels // MIB
+    return BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib + pictures
 
 
 async def _serve(context: WorkerContext) -> None:
@@ -56,7 +50,7 @@ async def _serve(context: WorkerContext) -> None:
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
     for vit in vits:
         vit.send(PoolOpened(pool=pool.info, **context.origin))
-    limit_memory(config.preprocess, context.spec.placement.num_threads)
+    limit_memory(allowed_mib(config.preprocess, context.spec.placement.num_threads))
     async with asyncio.TaskGroup() as tasks:
         allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
         context.faults.fill(allocator)
