@@ -129,7 +129,7 @@ async def test_with_full_pools_all_goes_on_one_by_one(faulty: Server) -> None:
 async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
     """And the endpoint's death ends only what came through it: at once, and it is back on its port."""
     long = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
-    with Server(*LIMITS) as server:
+    with Server("--dtype", "float32", *LIMITS) as server:
         async with PipelineClient(server.run_dir) as client:
             expected = await ask(client, "expected", 1, long)
             ended: list[Exception] = []
