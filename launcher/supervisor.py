@@ -285,6 +285,8 @@ class Supervisor:
             for child in other.children.values() if child.worker.role is MAPPERS.get(unit.members[0].role)
         }  # fmt: skip
         unit.on_reaped(now, tuple(sorted(executed)), mappers)
+        for other in self._units:
+            other.unmapping.difference_update(unit.members)  # the dead map nothing, and their successors never did
         self._publish_state()
 
     def _kill_the_hung(self) -> None:

@@ -176,6 +176,25 @@ async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
         server.children = workers_of(server.process.pid)
 
 
+async def test_nobody_waits_for_the_dead_to_close_memory() -> None:
+    """Preprocess dies, and then the ViT that would have had to say that it closed the dead one's pool."""
+    with Server(*LIMITS, "--dtype", "float32") as server:
+        async with PipelineClient(server.run_dir) as client:
+            expected = await ask(client, "before", 1)
+            pids = workers_of(server.process.pid)
+            os.kill(pids["vit.0"], signal.SIGSTOP)
+            os.kill(pids["preprocess.0"], signal.SIGKILL)
+            start = time.monotonic()
+            while restarts(client) != {"preprocess.0": 1}:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            assert "preprocess.0" not in workers_of(server.process.pid), "its successor waits for the ViT"
+            os.kill(pids["vit.0"], signal.SIGKILL)
+            assert await ask(client, "after", 1) == expected
+            assert time.monotonic() - start < 5
+        server.children = workers_of(server.process.pid)
+
+
 async def stream_text(server: Server, session: aiohttp.ClientSession, number: int, max_tokens: int) -> str:
     """The text of one streamed answer; fails with whatever is no orderly end."""
     chat = [{"role": "user", "content": f"Tell me about number {number}"}]
