@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 DOMAIN = "clients"  # of ZAP, ZeroMQ's authentication protocol
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"  # names of files and folders
 OWNER_BYTES = CLIENT_ID_BYTES // 2  # a client id begins with what follows from its key; the rest is random
+WARNING_INTERVAL_S = 10.0
+MAX_RECONNECT_MS = 1000  # between two attempts to connect, which begin more often
 HEARTBEAT_MS, SILENCE_MS = 5_000, 15_000  # a connection that is silent for so long is closed: the machine at its other end is gone
 
 
@@ -145,6 +149,7 @@ def tcp_address(host: str, port: int, edge: Edge) -> str:
 
 def _prepare(socket: Any) -> None:
     socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, SILENCE_MS)
@@ -193,6 +198,7 @@ class Door:
         self._host, self._port, self._keys = host, port, keys
         self.name = f"tcp://{host}:{port}"
         self.num_refused = 0  # connections
+        self._warned_at = -math.inf
 
     def open(self, context: Any) -> None:
         self._authenticator = ThreadAuthenticator(context)
@@ -202,8 +208,10 @@ class Door:
     def callback(self, domain: str, public: bytes) -> bool:
         """Called by the authenticator with the public key of who connects."""
         if (name := self._keys.client_name(public)) is None:
-            logger.warning("a client with an unknown key was refused")
             self.num_refused += 1
+            if (now := time.monotonic()) - self._warned_at > WARNING_INTERVAL_S:  # it tries again and again
+                self._warned_at = now
+                logger.warning("a client with an unknown key was refused (%d connections so far)", self.num_refused)
             return False
         logger.debug("client %s has connected", name)
         return True
