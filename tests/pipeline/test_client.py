@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,25 @@ async def test_a_pipeline_that_speaks_again_is_there_again(client: PipelineClien
     pipeline.control.publish(PipelineState(workers=()))
     await asyncio.sleep(0.2)
     assert not client.failure
+
+
+async def test_who_stood_still_takes_its_own_silence_for_nobody_elses(
+    client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks about what it has open, since it may have been cut off."""
+    monkeypatch.setattr("pipeline.connection.TICK_S", 0.2)
+    monkeypatch.setattr("pipeline.connection.HEARTBEAT_TIMEOUT_S", 1.5)
+    task = asyncio.create_task(collect(client))
+    await pipeline.next(SubmitRequest)
+    await asyncio.sleep(1.1)  # the first tick was a second long still
+    pipeline.say_states()
+    await asyncio.sleep(0.05)
+    time.sleep(2)  # noqa: ASYNC251  the whole loop
+    request = (await pipeline.next(SubmitRequest)).message
+    assert request.attempt == 1, "a query"
+    assert not client.failure
+    pipeline.say_tokens(request, 0, [], FinishReason.STOP)
+    assert (await asyncio.wait_for(task, 5))[1][-1].finish_reason == "stop"
 
 
 async def test_closing_ends_generators_that_wait(pipeline: Pipeline, tmp_path: Path) -> None:
