@@ -1,7 +1,7 @@
-"""Pictures drawn on the fly: coloured shapes on a plain ground, or a printed number.
+"""Pictures of coloured shapes on a plain ground, drawn on the fly.
 
-Everything is drawn from a `random.Random`, so a seed names a picture. A scene keeps the truth about itself; `questions.py`
-asks about it and `dense_labels` says what covers each merged vision token, which is what the vision tower learns first.
+Everything is drawn from a `random.Random`, so a seed names a picture. A scene keeps the truth about itself: `lessons.py` asks
+about it, and `labels` says what covers each merged vision token, which is what the vision tower learns first.
 """
 
 from __future__ import annotations
@@ -10,162 +10,190 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 32, 38),
-    "orange": (245, 138, 20),
-    "yellow": (248, 222, 40),
-    "green": (40, 160, 62),
-    "blue": (36, 76, 212),
-    "purple": (140, 46, 168),
-    "black": (18, 18, 20),
-    "white": (250, 250, 250),
-}
-CELLS = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
-# Colour-shape pairs that no training picture shows: evaluation asks for them by name.
+from tools.tiny_model.labels import Labels
+from tools.tiny_model.names import CELLS, COLORS, SHAPES, Color
+
+# Colour-shape pairs, and shapes at a place, that no training picture shows: evaluation asks for them by name.
 HELD_OUT_PAIRS = frozenset(
-    {("red", "star"), ("blue", "cross"), ("green", "triangle"), ("yellow", "ring"), ("purple", "square"), ("orange", "circle")}
-)
-NUM_DENSE_CLASSES = (1 + len(SHAPES), 1 + len(COLORS), 11)  # shape, colour, digit; class 0 is "none"
-SIZES = ((112, 112), (140, 140), (140, 112), (112, 140))  # (width, height) in pixels
+    {
+        ("red", "star"), ("blue", "cross"), ("green", "triangle"), ("yellow", "ring"), ("purple", "square"), ("orange", "circle"),
+        ("pink", "diamond"), ("black", "heart"),
+    }
+)  # fmt: skip
+HELD_OUT_PLACES = frozenset(
+    {
+        ("circle", "top right"), ("square", "bottom"), ("triangle", "left"), ("star", "bottom left"), ("cross", "top"), ("ring", "bottom right"),
+        ("heart", "right"), ("diamond", "top left"),
+    }
+)  # fmt: skip
+SIZES = ((140, 140), (112, 112), (140, 112), (112, 140))  # (width, height) in pixels
+SMALL, LARGE = (0.072, 0.092), (0.132, 0.165)  # radii, as a share of the shorter side; nobody asks about the size of those between
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    shape: str
-    color: str
+    shape: str  # "" for a blob that has no name
+    color: str  # "" for a colour that has no name
     x: float  # centre, 0 to 1 of the width
     y: float
     radius: float  # share of the shorter side
+    paint: Color | None = None  # where the colour has no name
 
     @property
     def cell(self) -> str:
         return CELLS[min(2, int(self.y * 3)) * 3 + min(2, int(self.x * 3))]
 
     @property
+    def has_clear_place(self) -> bool:
+        """Whether it stands well inside its ninth of the picture."""
+        return all(abs(value * 3 - border) > 0.2 for value in (self.x, self.y) for border in (1, 2))
+
+    @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def size(self) -> str:
+        """"small", "large", or "" where people might disagree."""
+        return "small" if self.radius <= SMALL[1] else "large" if self.radius >= LARGE[0] else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
     things: tuple[Thing, ...]
-    number: str  # digits printed on the picture, or ""
-    ground: tuple[int, int, int]
-    ink: str  # colour of the number
+    ground: Color
     seed: int
 
 
-def make_scene(rng: random.Random, held_out: bool = False, crowded: bool = False) -> Scene:
-    """A random scene of up to 4 things. With `held_out`, its first thing is one of HELD_OUT_PAIRS; without, none is.
+def pick_ground(rng: random.Random) -> Color:
+    """White, grey, pastel, or dark."""
+    kind = rng.random()
+    if kind < 0.3:
+        white = rng.randint(244, 255)
+        return white, white, white
+    if kind < 0.75:
+        grey = rng.randint(120, 225)
+        return _shift((grey, grey, grey), rng, 14)
+    if kind < 0.92:
+        return rng.randint(175, 255), rng.randint(175, 255), rng.randint(175, 255)
+    dark = rng.randint(15, 70)
+    return _shift((dark, dark, dark), rng, 8)
 
-    A `crowded` scene has 5 to 9 things: more dense labels a picture, for the vision tower alone.
+
+def colors_on(ground: Color) -> list[str]:
+    """The colours that can be told from this ground."""
+    return [name for name, color in COLORS.items() if math.dist(color, ground) > 75]
+
+
+def make_scene(rng: random.Random, count: int | None = None, held_out: bool = False, odd: float = 0.0) -> Scene:
+    """A random scene of `count` things (0 to 9), of up to five where it is left open.
+
+    With `held_out`, its first thing is one of HELD_OUT_PAIRS and the others may stand in HELD_OUT_PLACES; without, none does. A share
+    `odd` of the things are blobs, or have a colour without a name: they teach the tower to see colour and shape apart.
     """
-    grey = rng.randint(120, 205)
-    ground = (*(max(0, min(255, grey + rng.randint(-14, 14))) for _ in range(3)),)
-    seed = rng.getrandbits(32)
-    if not held_out and rng.random() < 0.15:
-        number = str(rng.randint(0, 9)) if rng.random() < 0.5 else str(rng.randint(10, 999))
-        return Scene((), number, ground, rng.choice(list(COLORS)), seed)  # type: ignore[arg-type]
-    count = rng.randint(5, 9) if crowded else rng.choices(range(5), weights=(1, 6, 6, 6, 6))[0]
-    count = max(count, int(held_out))
+    ground = pick_ground(rng)
+    if count is None:
+        count = rng.choices(range(6), weights=(1, 5, 6, 5, 4, 4))[0]
+        count = max(count, int(held_out))
+    on_grid = count > 5 or rng.random() < 0.5
+    cells = rng.sample(range(9), count)
+    known = colors_on(ground)
     things: list[Thing] = []
-    for cell in rng.sample(range(9), count):
-        color, shape = _pick_pair(rng, held_out and not things)
-        row, column = divmod(cell, 3)
-        jitter = 0.055
-        radius = rng.uniform(0.085, 0.155)
-        x = (column + 0.5) / 3 + rng.uniform(-jitter, jitter)
-        y = (row + 0.5) / 3 + rng.uniform(-jitter, jitter)
-        if count == 1 and rng.random() < 0.35:  # one large thing, as people tend to draw
-            radius, x, y = rng.uniform(0.2, 0.36), rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58)
-        things.append(Thing(shape, color, x, y, radius))
-    return Scene(tuple(things), "", ground, "black", seed)  # type: ignore[arg-type]
+    for index, cell in enumerate(cells):
+        must = held_out and index == 0
+        for _ in range(12):
+            if must:
+                color, shape = rng.choice(sorted(pair for pair in HELD_OUT_PAIRS if pair[0] in known))
+            else:
+                color, shape = rng.choice(known), rng.choice(SHAPES)
+                if (color, shape) in HELD_OUT_PAIRS:
+                    continue
+            thing = _place(rng, shape, color, cell if on_grid else None, count)
+            if odd and rng.random() < odd:
+                thing = _make_odd(rng, thing, ground)
+            if not held_out and (thing.shape, thing.cell) in HELD_OUT_PLACES:
+                continue
+            if all(_is_apart(thing, other) for other in things):
+                things.append(thing)
+                break
+    return Scene(tuple(things), ground, rng.getrandbits(32))
 
 
-def _pick_pair(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    if held_out:
-        return rng.choice(sorted(HELD_OUT_PAIRS))
-    while True:
-        pair = (rng.choice(list(COLORS)), rng.choice(SHAPES))
-        if pair not in HELD_OUT_PAIRS:
-            return pair
+def _place(rng: random.Random, shape: str, color: str, cell: int | None, count: int) -> Thing:
+    if count == 1 and rng.random() < 0.4:  # one large thing, as people tend to draw
+        return Thing(shape, color, rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58), rng.uniform(0.18, 0.37))
+    kind = rng.random()
+    radius = rng.uniform(*SMALL) if kind < 0.4 or (count > 5 and kind < 0.7) else rng.uniform(*(LARGE if kind > 0.6 and count < 6 else (0.093, 0.115)))
+    if cell is None:
+        edge = radius * 1.2
+        return Thing(shape, color, rng.uniform(edge, 1 - edge), rng.uniform(edge, 1 - edge), radius)
+    row, column = divmod(cell, 3)
+    return Thing(shape, color, (column + 0.5) / 3 + rng.uniform(-0.06, 0.06), (row + 0.5) / 3 + rng.uniform(-0.06, 0.06), radius)
+
+
+def _is_apart(thing: Thing, other: Thing) -> bool:
+    return math.hypot(thing.x - other.x, thing.y - other.y) > 1.12 * (thing.radius + other.radius) + 0.015
+
+
+def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
+    """The same thing without a shape, or in a colour without a name: never in one near that of a pair that is held out."""
+    if rng.random() < 0.4:
+        return Thing("", thing.color, thing.x, thing.y, thing.radius)
+    for _ in range(20):
+        paint = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
+        nearest = sorted(COLORS, key=lambda name: math.dist(COLORS[name], paint))[:2]
+        if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in nearest):
+            return Thing(thing.shape, "", thing.x, thing.y, thing.radius, paint)
+    return thing
 
 
 def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
     """The scene as an RGB picture of `size` (width, height), drawn at twice the size and reduced."""
     rng = random.Random(scene.seed)
-    scale = 2
-    width, height = size[0] * scale, size[1] * scale
+    width, height = size[0] * 2, size[1] * 2
     image = Image.new("RGB", (width, height), scene.ground)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        color = _vary(COLORS[thing.color], rng)
-        centre = (thing.x * width, thing.y * height)
-        _draw_shape(pen, thing.shape, centre, thing.radius * min(width, height), color, scene.ground, rng)
-    if scene.number:
-        font = ImageFont.truetype(path, 40) if (path := rng.choice(fonts())) else None
-        points = rng.uniform(0.3, 0.62) * height
-        face = font.font_variant(size=int(points)) if font else ImageFont.load_default(size=points)
-        box = pen.textbbox((0, 0), scene.number, font=face)
-        if box[2] - box[0] > width * 0.92:
-            points *= width * 0.92 / (box[2] - box[0])
-            face = font.font_variant(size=int(points)) if font else ImageFont.load_default(size=points)
-        place = (width * rng.uniform(0.47, 0.53), height * rng.uniform(0.44, 0.56))
-        pen.text(place, scene.number, font=face, fill=_vary(COLORS[scene.ink], rng), anchor="mm")
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    noise = rng.choice((0, 0, 3, 6))
-    if noise:
-        pixels = np.asarray(image, dtype=np.int16)
-        grain = np.random.default_rng(scene.seed).integers(-noise, noise + 1, pixels.shape, dtype=np.int16)
-        image = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
-    return image
+        color = thing.paint or _shift(COLORS[thing.color], rng, 16)
+        draw_shape(pen, thing.shape, (thing.x * width, thing.y * height), thing.radius * min(width, height), color, scene.ground, rng)
+    return add_grain(image.reduce(2), rng)
 
 
-@cache
-def fonts() -> tuple[str, ...]:
-    """Paths of the fonts for numbers; "" is the one inside Pillow, so the list is never empty."""
-    folder = Path("/usr/share/fonts/truetype/dejavu")
-    names = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Bold.ttf")
-    return ("", *(str(folder / name) for name in names if (folder / name).exists()))
+def add_grain(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Often nothing, else a little noise."""
+    noise = rng.choice((0, 0, 0, 4, 8))
+    if not noise:
+        return image
+    pixels = np.asarray(image, dtype=np.int16)
+    grain = np.random.default_rng(rng.getrandbits(32)).integers(-noise, noise + 1, pixels.shape, dtype=np.int16)
+    return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
 
 
-def _vary(color: Sequence[int], rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (max(0, min(255, c + rng.randint(-16, 16))) for c in color)
+def _shift(color: Sequence[int], rng: random.Random, most: int) -> Color:
+    red, green, blue = (max(0, min(255, c + rng.randint(-most, most))) for c in color)
     return red, green, blue
 
 
-def _draw_shape(
+def draw_shape(
     pen: ImageDraw.ImageDraw,
     shape: str,
     centre: tuple[float, float],
     radius: float,
-    color: tuple[int, int, int],
-    ground: tuple[int, int, int],
+    color: Color,
+    ground: Color,
     rng: random.Random,
 ) -> None:
+    """A named shape, or with "" an irregular blob, turned by a little."""
     x, y = centre
     turn = rng.uniform(-0.2, 0.2)
 
-    def polygon(angles: Sequence[float], radii: Sequence[float]) -> None:
-        points = [(x + r * math.sin(a + turn), y - r * math.cos(a + turn)) for a, r in zip(angles, radii, strict=True)]
-        pen.polygon(points, fill=color)
+    def polygon(points: Sequence[tuple[float, float]]) -> None:
+        """Points as (angle from the top, share of the radius)."""
+        pen.polygon([(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in points], fill=color)
 
     match shape:
         case "circle":
@@ -175,45 +203,45 @@ def _draw_shape(
             hole = radius * rng.uniform(0.5, 0.62)
             pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=ground)
         case "square":
-            polygon([math.pi / 4 + k * math.pi / 2 for k in range(4)], [radius * 1.22] * 4)
+            polygon([(math.pi / 4 + k * math.pi / 2, 1.22) for k in range(4)])
         case "triangle":
-            polygon([k * 2 * math.pi / 3 for k in range(3)], [radius * 1.2] * 3)
+            polygon([(k * 2 * math.pi / 3, 1.2) for k in range(3)])
+        case "diamond":
+            turn *= 0.4  # turned further it would be a square
+            polygon([(0, 1.25), (math.pi / 2, 0.85), (math.pi, 1.25), (-math.pi / 2, 0.85)])
         case "star":
-            polygon([k * math.pi / 5 for k in range(10)], [radius * (1.25 if k % 2 == 0 else 0.52) for k in range(10)])
+            polygon([(k * math.pi / 5, 1.25 if k % 2 == 0 else 0.52) for k in range(10)])
+        case "heart":
+            curve = [(16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) for t in _steps(36)]
+            polygon([(math.atan2(cx, cy), math.hypot(cx, cy) / 15) for cx, cy in curve])
         case "cross":
             arm, long = 0.36, 1.1
             corners = [
                 (-arm, -long), (arm, -long), (arm, -arm), (long, -arm), (long, arm), (arm, arm),
                 (arm, long), (-arm, long), (-arm, arm), (-long, arm), (-long, -arm), (-arm, -arm),
             ]  # fmt: skip
-            polygon([math.atan2(cx, -cy) for cx, cy in corners], [radius * math.hypot(cx, cy) for cx, cy in corners])
+            polygon([(math.atan2(cx, -cy), math.hypot(cx, cy)) for cx, cy in corners])
+        case _:
+            polygon([(angle, rng.uniform(0.55, 1.25)) for angle in _steps(rng.randint(5, 9))])
 
 
-def dense_labels(scene: Scene, size: tuple[int, int], cell: int = 28) -> np.ndarray:
-    """What covers most of each merged token: [rows, columns, 3] int64 of shape, colour and digit class; 0 is nothing."""
-    rows, columns = size[1] // cell, size[0] // cell
-    labels = np.zeros((rows, columns, 3), dtype=np.int64)
-    best = np.zeros((rows, columns))
+def _steps(count: int) -> list[float]:
+    return [2 * math.pi * k / count for k in range(count)]
+
+
+def label(scene: Scene, size: tuple[int, int]) -> Labels:
+    """What covers most of each merged token, and how many centres are in it."""
+    labels = Labels(size)
+    best = np.zeros(labels.shape)
     for thing in scene.things:
         radius = thing.radius * min(size)
-        for row in range(rows):
-            for column in range(columns):
-                dx = _overlap(thing.x * size[0], radius, column * cell, cell)
-                dy = _overlap(thing.y * size[1], radius, row * cell, cell)
-                if dx * dy > max(best[row, column], 0.05 * cell * cell):
-                    best[row, column] = dx * dy
-                    labels[row, column, 0] = 1 + SHAPES.index(thing.shape)
-                    labels[row, column, 1] = 1 + list(COLORS).index(thing.color)
-    if scene.number:
-        # The number stands near the middle and fills at most 0.92 of the width: one class a column of its span.
-        for column in range(columns):
-            place = ((column + 0.5) / columns - 0.5) / 0.6 + 0.5
-            index = min(len(scene.number) - 1, max(0, int(place * len(scene.number))))
-            labels[rows // 2, column, 2] = 1 + int(scene.number[index])
-            labels[(rows - 1) // 2, column, 2] = 1 + int(scene.number[index])
-            labels[rows // 2, column, 1] = labels[(rows - 1) // 2, column, 1] = 1 + list(COLORS).index(scene.ink)
+        row, column = labels.token_at(thing.x * size[0], thing.y * size[1])
+        labels.add_centre(row, column)
+        for row, column, share in labels.overlaps(thing.x * size[0], thing.y * size[1], radius, radius):
+            if share > max(best[row, column], 0.05):
+                best[row, column] = share
+                labels.set("shape", row, column, thing.shape)
+                labels.set("color", row, column, thing.color)
+                labels.set("size", row, column, thing.size)
+                labels.set("cell", row, column, thing.cell if thing.has_clear_place else "")
     return labels
-
-
-def _overlap(centre: float, radius: float, start: float, length: float) -> float:
-    return max(0.0, min(centre + radius, start + length) - max(centre - radius, start))
