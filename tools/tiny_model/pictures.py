@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tools.tiny_model import assets
-from tools.tiny_model.labels import Labels
-from tools.tiny_model.names import CLOTHES, COLORS, EMOJI
-from tools.tiny_model.scenes import Color, Scene, Thing, add_grain, colors_on, draw, label, make_scene, pick_ground
+from tools.tiny_model.labels import GLYPHS, Labels
+from tools.tiny_model.names import CLOTHES, COLORS, EMOJI, Color
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, add_grain, colors_on, draw, label, make_scene, pick_ground
 
 WORDS = (
     "stop", "open", "exit", "push", "pull", "yes", "no", "hello", "sale", "cafe", "hotel", "taxi", "bus", "bank", "shop", "park", "cat", "dog",
@@ -60,7 +60,7 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
     color = tuple(max(0, min(255, value + rng.randint(-16, 16))) for value in COLORS[ink])
     shown = text if text.isdigit() else rng.choice((text, text.upper(), text.capitalize()))
     width, height = size[0] * 2, size[1] * 2
-    path = rng.choice(assets.fonts(held_out))
+    path = rng.choice(assets.fonts(held_out) or assets.fonts(False))
     points = rng.uniform(0.28, 0.7) * height
     face = _face(path, points)
     box = face.getbbox(shown, anchor="ls")
@@ -79,7 +79,7 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
     ImageDraw.Draw(mask).text((x - middle[0], y - middle[1]), shown, font=face, fill=255, anchor="ls")
     if turn:
         mask = mask.rotate(-math.degrees(turn), Image.Resampling.BILINEAR, center=(x, y))
-    image.paste(Image.new("RGB", (width, height), color), mask=mask)  # type: ignore[arg-type]
+    image.paste(Image.new("RGB", (width, height), color), mask=mask)
     labels = Labels(size)
     half_width, half_height = (box[2] - box[0]) / 4, (box[3] - box[1]) / 4
     for row, column, share in labels.overlaps(x / 2, y / 2, half_width, half_height):
@@ -93,6 +93,57 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
         labels.set("color", *token, ink)
         start = end
     return still(add_grain(image.reduce(2), rng), labels), Print(text, ink)
+
+
+def draw_glyphs(rng: random.Random, size: tuple[int, int]) -> Picture:
+    """Single letters and digits, one in each ninth: for the tower alone, which learns far more from many things a picture."""
+    ground = pick_ground(rng)
+    width, height = size[0] * 2, size[1] * 2
+    image = Image.new("RGB", (width, height), ground)
+    labels = Labels(size)
+    known = colors_on(ground)
+    fonts = assets.fonts(False)
+    side = rng.choice((3, 3, 4))
+    for row in range(side):
+        for column in range(side):
+            glyph = rng.choice(GLYPHS[:10]) if rng.random() < 0.5 else rng.choice(GLYPHS)
+            ink = rng.choice(known)
+            face = _face(rng.choice(fonts), rng.uniform(0.55, 1.0 if side == 3 else 1.15) * height / side)
+            x = (column + rng.uniform(0.42, 0.58)) / side * width
+            y = (row + rng.uniform(0.42, 0.58)) / side * height
+            mask = Image.new("L", (width // side, height // side), 0)
+            shown = rng.choice((glyph, glyph.upper()))
+            box = face.getbbox(shown, anchor="ls")
+            at = (mask.width / 2 - (box[0] + box[2]) / 2, mask.height / 2 - (box[1] + box[3]) / 2)
+            ImageDraw.Draw(mask).text(at, shown, font=face, fill=255, anchor="ls")
+            if rng.random() < 0.5:
+                mask = mask.rotate(rng.uniform(-18, 18), Image.Resampling.BILINEAR)
+            color = tuple(max(0, min(255, value + rng.randint(-16, 16))) for value in COLORS[ink])
+            image.paste(color, (int(x - mask.width / 2), int(y - mask.height / 2)), mask)
+            token = labels.token_at(x / 2, y / 2)
+            labels.add_glyph(*token, glyph)
+            labels.set("color", *token, ink)
+    return still(add_grain(image.reduce(2), rng), labels)
+
+
+def draw_sheet(rng: random.Random, size: tuple[int, int], side: int, kind: str) -> Picture | None:
+    """Emoji, or clothes, in `side` rows of `side`: for the tower alone."""
+    image = Image.new("RGB", size, pick_ground(rng))
+    labels = Labels(size)
+    for head in ("shape", "color", "size", "cell", "centres", *(("glyph", "next_glyph") if kind == "clothes" else ())):
+        labels.fill(head, "")
+    cell = min(size) // side
+    for row in range(side):
+        for column in range(side):
+            drawn = draw_emoji(rng, (cell, cell), False) if kind == "emoji" else draw_clothes(rng, (cell, cell), False)
+            if drawn is None:
+                return None
+            x, y = int((column + 0.5) / side * size[0] - cell / 2), int((row + 0.5) / side * size[1] - cell / 2)
+            image.paste(drawn[0].frames[0], (x, y))
+            for token_row, token_column, share in labels.overlaps(x + cell / 2, y + cell / 2, cell / 2, cell / 2):
+                if share > 0.3:
+                    labels.set("kind", token_row, token_column, drawn[1] if share > 0.6 else "")
+    return still(image, labels)
 
 
 def _face(path: str, points: float) -> ImageFont.FreeTypeFont:
@@ -133,14 +184,16 @@ def _random_color(rng: random.Random, low: int, high: int) -> Color:
 def draw_emoji(rng: random.Random, size: tuple[int, int], held_out: bool) -> tuple[Picture, str] | None:
     """One emoji on a plain ground. None without the font."""
     name = rng.choice(list(EMOJI))
-    if (emoji := assets.emoji(name)) is None:
+    if (drawn := assets.emoji(name)) is None:
         return None
+    emoji = drawn.copy()
     turn = rng.uniform(-14, 14)
     if held_out:
         emoji = ImageOps.mirror(emoji)
         turn = rng.choice((-1, 1)) * rng.uniform(14, 28)
-    emoji = emoji.rotate(turn, Image.Resampling.BICUBIC, expand=True)
     side = rng.uniform(0.4, 0.95) * min(size)
+    emoji.thumbnail((side * 1.5, side * 1.5), Image.Resampling.BILINEAR)  # turning is slow
+    emoji = emoji.rotate(turn, Image.Resampling.BICUBIC, expand=True)
     scale = side / max(emoji.size)
     emoji = emoji.resize((max(1, int(emoji.width * scale)), max(1, int(emoji.height * scale))), Image.Resampling.BICUBIC)
     image = Image.new("RGB", size, pick_ground(rng))
@@ -233,7 +286,7 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
         shown = [order[: 1 + index] for index in range(len(order)) for _ in range(2)]
         clip = Clip(event, order)
     elif event == "turns":
-        color = rng.choice([name for name in colors_on(scene.ground) if name != things[0].color and (name, things[0].shape) not in _held_out()])
+        color = rng.choice([name for name in colors_on(scene.ground) if name != things[0].color and (name, things[0].shape) not in HELD_OUT_PAIRS])
         after = (replace(things[0], color=color), *things[1:])
         shown = [things] * num_patches + [after] * num_patches
         clip = Clip(event, things, color=color)
@@ -248,16 +301,12 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
         if len(things) > 1 and math.hypot(start.x - things[1].x, start.y - things[1].y) < 1.2 * (start.radius + things[1].radius):
             return None
         count = 2 * num_patches
-        shown = [(replace(start, x=start.x + dx * path * k / (count - 1), y=start.y + dy * path * k / (count - 1)), *things[1:]) for k in range(count)]
+        shown = [
+            (replace(start, x=start.x + dx * path * k / (count - 1), y=start.y + dy * path * k / (count - 1)), *things[1:]) for k in range(count)
+        ]
         clip = Clip(event, (start, *things[1:]), direction=direction)
     scenes = [Scene(tuple(now), scene.ground, scene.seed) for now in shown]
     return Picture(tuple(draw(now, size) for now in scenes), tuple(label(now, size) for now in scenes[::2])), clip
-
-
-def _held_out() -> frozenset[tuple[str, str]]:
-    from tools.tiny_model.scenes import HELD_OUT_PAIRS
-
-    return HELD_OUT_PAIRS
 
 
 def _start(rng: random.Random, step: int, where: float, path: float) -> float:

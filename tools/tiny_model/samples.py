@@ -1,37 +1,55 @@
-"""Draws the sample pictures that ship with the embedded model: `python -m tools.tiny_model.samples --out FOLDER`."""
+"""Draws the sample pictures that ship with the embedded model: `python -m tools.tiny_model.samples --out FOLDER`.
+
+All of them show what no training picture does: colour-shape pairs, places, typefaces and renderings that are held out. The emoji, the
+word and the number need the packages of `assets.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
+from PIL import Image
+
+from tools.tiny_model.pictures import draw_chart, draw_emoji, draw_print
 from tools.tiny_model.scenes import Scene, Thing, draw
 
 GROUND = (176, 182, 190)
-# Seeds that draw no grain: a small file can be pasted into a command line.
-SAMPLES = {
-    "red-circle": Scene((Thing("circle", "red", 0.5, 0.5, 0.28),), "", GROUND, "black", 2),
+SIDE = 224
+SCENES = {
+    "red-star": Scene((Thing("star", "red", 0.5, 0.5, 0.28),), GROUND, 2),
     "three-shapes": Scene(
         (
-            Thing("square", "blue", 0.17, 0.17, 0.13),
-            Thing("star", "yellow", 0.83, 0.5, 0.13),
-            Thing("triangle", "red", 0.5, 0.83, 0.13),
+            Thing("cross", "blue", 0.5, 0.17, 0.13),
+            Thing("ring", "yellow", 0.17, 0.5, 0.13),
+            Thing("heart", "red", 0.83, 0.5, 0.13),
         ),
-        "",
         GROUND,
-        "black",
         5,
     ),
-    "number": Scene((), "42", GROUND, "blue", 2),
+    "blank": Scene((), GROUND, 2),
 }
 
 
+def samples() -> dict[str, Image.Image]:
+    size = (SIDE, SIDE)
+    found = {name: draw(scene, size) for name, scene in SCENES.items()}
+    found["number"] = draw_print(random.Random(8), size, "427", held_out=True)[0].frames[0]
+    found["word"] = draw_print(random.Random(4), size, "open", held_out=True)[0].frames[0]
+    found["chart"] = draw_chart(random.Random("sample"), size)[0].frames[0]
+    if drawn := draw_emoji(random.Random(3), size, held_out=True):
+        found["emoji"] = drawn[0].frames[0]
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    for name, scene in SAMPLES.items():
-        draw(scene, (224, 224)).save(args.out / f"{name}.png")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, image in samples().items():
+        image.save(args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Thing:
 
     @property
     def size(self) -> str:
-        """"small", "large", or "" where people might disagree."""
+        """ "small", "large", or "" where people might disagree."""
         return "small" if self.radius <= SMALL[1] else "large" if self.radius >= LARGE[0] else ""
 
 
@@ -127,7 +127,9 @@ def _place(rng: random.Random, shape: str, color: str, cell: int | None, count: 
     if count == 1 and rng.random() < 0.4:  # one large thing, as people tend to draw
         return Thing(shape, color, rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58), rng.uniform(0.18, 0.37))
     kind = rng.random()
-    radius = rng.uniform(*SMALL) if kind < 0.4 or (count > 5 and kind < 0.7) else rng.uniform(*(LARGE if kind > 0.6 and count < 6 else (0.093, 0.115)))
+    radius = (
+        rng.uniform(*SMALL) if kind < 0.4 or (count > 5 and kind < 0.7) else rng.uniform(*(LARGE if kind > 0.6 and count < 6 else (0.093, 0.115)))
+    )
     if cell is None:
         edge = radius * 1.2
         return Thing(shape, color, rng.uniform(edge, 1 - edge), rng.uniform(edge, 1 - edge), radius)
@@ -238,10 +240,11 @@ def label(scene: Scene, size: tuple[int, int]) -> Labels:
         row, column = labels.token_at(thing.x * size[0], thing.y * size[1])
         labels.add_centre(row, column)
         for row, column, share in labels.overlaps(thing.x * size[0], thing.y * size[1], radius, radius):
-            if share > max(best[row, column], 0.05):
+            if share > max(best[row, column], 0.03):
                 best[row, column] = share
-                labels.set("shape", row, column, thing.shape)
-                labels.set("color", row, column, thing.color)
-                labels.set("size", row, column, thing.size)
-                labels.set("cell", row, column, thing.cell if thing.has_clear_place else "")
+                is_enough = share > 0.2  # an edge says little
+                labels.set("shape", row, column, thing.shape if is_enough else "")
+                labels.set("color", row, column, thing.color if share > 0.1 else "")
+                labels.set("size", row, column, thing.size if is_enough else "")
+                labels.set("cell", row, column, thing.cell if thing.has_clear_place and is_enough else "")
     return labels

@@ -14,8 +14,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tools.tiny_model.questions import ask, small_talk
-from tools.tiny_model.scenes import make_scene
+from tools.tiny_model import small_talk
+from tools.tiny_model.lessons import KINDS, TRAINING, Teacher
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = (
@@ -89,9 +89,13 @@ ENGLISH_MODULES = (
 
 def corpus() -> Iterator[str]:
     rng = random.Random(0)
-    for _ in range(40_000):
-        question = ask(make_scene(rng), rng) if rng.random() < 0.95 else small_talk(rng)
-        yield f"system\nuser\n{question.text}assistant\n{question.answer}"
+    teacher = Teacher(rng, TRAINING)
+    kinds, weights = list(KINDS), [kind.weight for kind in KINDS.values()]
+    for kind in rng.choices(kinds, weights, k=8_000):
+        for turn in teacher.lesson(kind).turns:
+            yield f"system\nuser\n{turn.text}\nassistant\n{turn.answer}"
+    for _ in range(500):
+        yield small_talk.unknown_question(rng, held_out=False)
     for name in ENGLISH_MODULES:
         module = importlib.import_module(name)
         for member in vars(module).values():
@@ -104,7 +108,12 @@ def train(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        # Each Chinese character alone: from so few sentences, merges would be whole phrases.
+        [
+            pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     size = VOCAB_SIZE - len(SPECIAL_TOKENS)

@@ -1,0 +1,147 @@
+"""The lessons of the embedded model: what training may show, what is the same for everybody, and tensors as transformers has them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from launcher.checkpoints import EMBEDDED
+from tools.tiny_model import progress
+from tools.tiny_model.batches import collate, converse
+from tools.tiny_model.evaluate import messages_of
+from tools.tiny_model.exams import SKILLS, Exam, exams
+from tools.tiny_model.frames import FrameBatches
+from tools.tiny_model.lessons import KINDS, NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
+from tools.tiny_model.phrases import PHRASES
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, draw, make_scene
+from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, UNKNOWN_QUESTIONS
+from tools.tiny_model.tower import to_patches
+from tools.tiny_model.train import Trainer
+
+HELD_OUT_NAMES = {f"{color} {shape}" for color, shape in HELD_OUT_PAIRS}
+
+
+@pytest.mark.parametrize("count", [None, 1, 9])
+def test_training_scenes_hold_out_pairs_and_places(count: int | None) -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        for thing in make_scene(rng, count, odd=0.3).things:
+            assert (thing.color, thing.shape) not in HELD_OUT_PAIRS
+            assert (thing.shape, thing.cell) not in HELD_OUT_PLACES
+
+
+def test_held_out_scenes_show_a_held_out_pair() -> None:
+    rng = random.Random(1)
+    assert all((thing := make_scene(rng, 2, held_out=True).things[0]) and (thing.color, thing.shape) in HELD_OUT_PAIRS for _ in range(50))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_training_answers_never_name_a_held_out_pair(kind: str) -> None:
+    """Also where a picture is changed, or a video goes on."""
+    teacher = Teacher(random.Random(2), TRAINING)
+    for _ in range(60):
+        for turn in teacher.lesson(kind).turns:
+            if turn.skill != "absent":  # "There is no red star."
+                assert not any(name in turn.answer for name in HELD_OUT_NAMES), turn.answer
+
+
+def test_held_out_wordings_are_none_of_the_trained() -> None:
+    assert not {key for key, phrases in PHRASES.items() if set(phrases.trained) & set(phrases.held_out)}
+    assert not set(UNKNOWN_QUESTIONS) & set(HELD_OUT_UNKNOWN_QUESTIONS)
+
+
+def test_every_skill_is_asked_and_the_same_for_everybody() -> None:
+    first, second = exams(list(SKILLS), 2), exams(list(SKILLS), 2)
+    assert {exam.skill for exam in first} >= set(SKILLS) - {"clothing", "emoji"}  # which need packages
+    assert [messages_of(exam) for exam in first] == [messages_of(exam) for exam in second]
+    assert all(exam.lesson.turns[-1].skill == exam.skill for exam in first)
+
+
+def test_exams_do_not_depend_on_their_number() -> None:
+    assert messages_of(exams(["shape"], 3)[0]) == messages_of(exams(["shape"], 1)[0])
+
+
+@pytest.mark.parametrize("size", [(140, 140), (140, 112)])
+def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
+    image = draw(make_scene(random.Random(3), 4), size)
+    processor = Qwen2VLImageProcessorPil(min_pixels=112 * 112, max_pixels=140 * 140)
+    expected = processor(images=[image], return_tensors="pt")["pixel_values"]
+    pixels = torch.from_numpy(np.stack([np.asarray(image)] * 2))[None]
+    torch.testing.assert_close(to_patches(pixels), expected, atol=1e-5, rtol=1e-5)
+
+
+def _lesson(kind: str) -> Lesson:
+    return Teacher(random.Random(5), NEW_SCENES).lesson(kind)
+
+
+@pytest.mark.parametrize("kind", ["shapes", "three pictures", "video", "next picture", "talk"])
+def test_conversations_are_those_of_the_chat_template(kind: str) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
+    lesson = _lesson(kind)
+    messages = messages_of(Exam("", "", lesson))
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for picture, placeholder in ((p, "<|video_pad|>" if p.is_video else "<|image_pad|>") for turn in lesson.turns for p in turn.pictures):
+        width, height = picture.frames[0].size
+        text = text.replace(placeholder, "<|pad|>" * (len(picture.labels) * (width // 28) * (height // 28)), 1)
+    talk = converse(lesson, tokenizer)
+    learned = [token for token in talk.targets if token >= 0]
+    shown = tokenizer.decode(talk.token_ids).replace("<|image_pad|>", "<|pad|>").replace("<|video_pad|>", "<|pad|>")
+    assert shown == f"{text}{lesson.turns[-1].answer}<|im_end|>\n"
+    assert tokenizer.decode(learned) == "".join(f"{turn.answer}<|im_end|>" for turn in lesson.turns)
+
+
+def test_a_batch_holds_its_pictures_in_the_order_of_their_tokens() -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
+    teacher = Teacher(random.Random(6), NEW_CONTENT, (140, 112))
+    batch = collate([converse(teacher.lesson(kind), tokenizer) for kind in ("two pictures", "video", "talk", "blank")], (140, 112))
+    num_placeholders = sum(int((batch.token_ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in ("<|image_pad|>", "<|video_pad|>"))
+    assert num_placeholders == len(batch.pixels) * 20 == batch.labels[..., 0].numel()
+    assert int(batch.image_grids[:, 0].sum() + batch.video_grids[:, 0].sum()) == len(batch.pixels)
+
+
+def test_batches_go_on_anywhere() -> None:
+    whole, rest = iter(FrameBatches(4, 9, 0)), iter(FrameBatches(4, 9, 1))
+    next(whole)
+    assert torch.equal(next(whole).pixels, next(rest).pixels)
+
+
+def test_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    def trainer(model: nn.Module) -> Trainer:
+        return Trainer("stage", tmp_path, {"model": model}, {"model": 0.01}, 6)
+
+    def learn(training: Trainer, model: nn.Module, count: int) -> None:
+        for _ in range(count):
+            training.learn((model(torch.ones(1, 8)) - 1).square().mean(), training.step)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    learn(trainer(model), model, 6)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    stopped = trainer(model)
+    learn(stopped, model, 4)
+    stopped.save()
+    model.load_state_dict(start)
+    resumed = trainer(model)
+    assert resumed.resume(torch.device("cpu"))
+    assert resumed.step == 4
+    learn(resumed, model, 2)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_the_plot_shows_each_stage(tmp_path: Path) -> None:
+    for stage in ("vision", "joint"):
+        log = progress.Log(tmp_path / "log.jsonl", stage)
+        for step in range(3):
+            log.write(step, 3, loss=3.0 - step)
+    progress.plot(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000

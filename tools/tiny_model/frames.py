@@ -1,0 +1,102 @@
+"""What the vision tower alone learns from: endless batches of labelled pictures of all kinds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from tools.tiny_model.pictures import (
+    WORDS,
+    Picture,
+    as_arrays,
+    draw_chart,
+    draw_clip,
+    draw_clothes,
+    draw_emoji,
+    draw_glyphs,
+    draw_photo,
+    draw_print,
+    draw_sheet,
+    of_scene,
+)
+from tools.tiny_model.scenes import SIZES, make_scene
+
+SIZE_WEIGHTS = (6, 2, 1, 1)
+KINDS = {
+    "scene": 5,
+    "crowd": 20,
+    "print": 8,
+    "glyphs": 20,
+    "clothes": 4,
+    "wardrobe": 16,
+    "emoji": 4,
+    "emoji sheet": 16,
+    "chart": 3,
+    "photo": 1,
+    "clip": 1,
+}
+
+
+class Frames(NamedTuple):
+    pixels: Tensor  # [N, 2, height, width, 3] uint8
+    labels: Tensor  # [N, rows, columns, heads] int64
+
+
+def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Picture | None:
+    match kind:
+        case "scene":
+            return of_scene(make_scene(rng, odd=0.3), size)
+        case "crowd":
+            return of_scene(make_scene(rng, rng.randint(5, 9), odd=0.5), size)
+        case "print":
+            letters = "abcdefghijklmnopqrstuvwxyz"
+            word = rng.choice(WORDS) if rng.random() < 0.3 else "".join(rng.choice(letters) for _ in range(rng.randint(1, 5)))
+            text = word if rng.random() < 0.4 else str(rng.randint(0, 999))
+            return draw_print(rng, size, text, False)[0]
+        case "glyphs":
+            return draw_glyphs(rng, size)
+        case "wardrobe":
+            return draw_sheet(rng, size, rng.choice((2, 2, 3)), "clothes")
+        case "emoji sheet":
+            return draw_sheet(rng, size, rng.choice((2, 2, 3)), "emoji")
+        case "clothes":
+            return found[0] if (found := draw_clothes(rng, size, False)) else None
+        case "emoji":
+            return drawn[0] if (drawn := draw_emoji(rng, size, False)) else None
+        case "chart":
+            return draw_chart(rng, size)[0]
+        case "photo":
+            return draw_photo(rng, size, False)
+        case _:
+            return clip[0] if (clip := draw_clip(rng, size, False)) else None
+
+
+class FrameBatches(IterableDataset[Frames]):
+    """All pictures of a batch have one size. The seed and the step name a batch, so that training can go on anywhere."""
+
+    def __init__(self, batch_size: int, seed: int, first_step: int) -> None:
+        self.batch_size, self.seed, self.first_step = batch_size, seed, first_step
+
+    def __iter__(self) -> Iterator[Frames]:
+        torch.set_num_threads(1)
+        step = self.first_step
+        while True:
+            rng = random.Random(f"{self.seed} {step}")
+            size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
+            pixels: list[np.ndarray] = []
+            labels: list[np.ndarray] = []
+            while len(pixels) < self.batch_size:
+                picture = draw_picture(rng.choices(list(KINDS), list(KINDS.values()))[0], rng, size)
+                if picture is not None:
+                    arrays = as_arrays(picture)
+                    pixels.extend(arrays[0])
+                    labels.extend(arrays[1])
+            count = self.batch_size
+            yield Frames(torch.from_numpy(np.stack(pixels[:count])), torch.from_numpy(np.stack(labels[:count])))
+            step += 1

@@ -1,0 +1,70 @@
+"""What a long training run needs: a schedule by steps, a state to go on from, a log, and a plot of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+
+def learning_rate(step: int, num_steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a half cosine down to 2 % of the peak."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps))))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all: a run may be killed at any time."""
+    scratch = path.with_suffix(".part")
+    torch.save(state, scratch)
+    os.replace(scratch, path)
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any] | None:
+    return torch.load(path, weights_only=True, map_location=device) if path.is_file() else None
+
+
+class Log:
+    """One JSON object a line, printed as well."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self._path, self._stage, self._start = path, stage, time.monotonic()
+
+    def write(self, step: int, num_steps: int, **values: float) -> None:
+        shown = {name: round(value, 4) for name, value in values.items()}
+        minutes = round((time.monotonic() - self._start) / 60, 1)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"stage": self._stage, "step": step, "minutes": minutes, **shown}) + "\n")
+        text = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+        print(f"{self._stage} {step}/{num_steps}  {minutes} min  {text}", flush=True)
+
+
+def plot(log: Path, picture: Path, width: int = 1000, height: int = 420) -> None:
+    """The losses of each stage over its steps, one panel a stage, as a PNG."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        points.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    panel, margin = width // max(1, len(points)), 46
+    for number, (stage, values) in enumerate(points.items()):
+        left, right, top, bottom = number * panel + margin, (number + 1) * panel - 12, 30, height - 30
+        most_steps, lowest, highest = max(step for step, _ in values) or 1, min(v for _, v in values), max(v for _, v in values)
+        low, high = math.log(max(lowest, 1e-4)), math.log(highest) + 1e-6
+
+        def at(step: int, loss: float) -> tuple[float, float]:
+            share = (math.log(max(loss, 1e-4)) - low) / (high - low)  # noqa: B023
+            return left + (right - left) * step / most_steps, bottom - (bottom - top) * share  # noqa: B023
+
+        pen.line([(left, top), (left, bottom), (right, bottom)], fill="black")
+        pen.line([at(*value) for value in values], fill=(36, 76, 212), width=2)
+        pen.text((left + 8, 8), f"{stage}: loss (log scale) over {most_steps} steps", fill="black")
+        for loss in (highest, lowest):
+            pen.text((left - 42, at(0, loss)[1] - 6), f"{loss:.3g}", fill="black")
+    image.save(picture)

@@ -1,0 +1,61 @@
+"""Questions that no picture answers. The model says that it does not know, instead of making something up."""
+
+from __future__ import annotations
+
+import random
+
+UNKNOWN = "I do not know. I can only talk about simple pictures."
+NO_PICTURE = "There is no picture. Please show me one."
+HELLO = "Hello! Show me a simple picture and ask about it."
+WHO = "I am a very small vision model, made to try this server."
+CAN = "I can talk about simple pictures: shapes, colors, sizes, places, counts, numbers and short words."
+
+GREETINGS = ("Hello", "Hi", "Hello!", "Hi there", "Good morning", "Hey", "Good evening!", "Hi!")
+WHO_QUESTIONS = ("Who are you?", "What are you?", "What is your name?", "Which model are you?", "Are you a person?", "Introduce yourself.")
+CAN_QUESTIONS = ("What can you do?", "What do you know?", "Help", "How can you help me?", "What can I ask you?", "What questions can you answer?")
+UNKNOWN_QUESTIONS = (
+    "What is the capital of {place}?", "How many people live in {place}?", "What is the weather in {place} today?",
+    "How far is {place} from {place2}?", "Who is the president of {place}?", "Where is {place}?", "Tell me a joke about {topic}.",
+    "Write a poem about {topic}.", "Write a story about {topic}.", "Explain {topic}.", "What is {topic}?", "How does {topic} work?",
+    "Who invented {topic}?", "Why is {topic} important?", "What time is it?", "How old is {person}?", "Who was {person}?",
+    "When was {person} born?", "What did {person} write?", "How old is the universe?", "Translate this text.", "What is the meaning of life?",
+    "What is {n} plus {m}?", "What is {n} times {m}?", "Solve the equation.", "Write a program that sorts {n} numbers.", "How do I cook {food}?",
+    "Give me a recipe for {food}.", "What does {food} taste like?", "Is {food} healthy?", "What is the price of {food}?",
+    "Who is in the {picture}?", "What breed is the dog?", "Where was the {picture} taken?", "Who took this {picture}?", "What camera was used?",
+    "How old is the person in the {picture}?", "What is the person doing?", "What is the name of this city?",
+    "What is the weather in the {picture}?", "What should I wear tomorrow?", "Can you book a flight to {place}?",
+    "Recommend a book about {topic}.", "Summarize the news.", "What is your favorite {topic}?", "Do you like {food}?", "How do I fix my {topic}?",
+    "What happened in {year}?", "Who won the world cup in {year}?", "Sing a song.", "What is love?", "Which language is spoken in {place}?",
+    "How tall is {person}?", "Is {person} happy?", "What material is it made of?", "How much does it cost?",
+)  # fmt: skip
+HELD_OUT_UNKNOWN_QUESTIONS = (
+    "What is the largest city of {place}?", "Tell me about {person}.", "What do you know about {topic}?", "Who lives in {place}?",
+    "How much does {food} cost?", "What is the history of {topic}?", "Where does {food} come from?", "What is {n} minus {m}?",
+    "Is it warm in {place} in {year}?", "Who is the person in the {picture}?", "Write a letter to {person}.",
+)  # fmt: skip
+FILLERS = {
+    "place": (
+        "France", "Germany", "Japan", "Paris", "London", "Africa", "China", "India", "Brazil", "New York", "Rome", "Egypt", "Canada", "Spain",
+        "Moscow",
+    ),
+    "topic": (
+        "music", "physics", "history", "computers", "love", "the internet", "gravity", "football", "money", "art", "time", "water", "electricity",
+        "Python", "chess", "a car", "the moon", "dogs", "war", "science", "mathematics", "a neural network",
+    ),
+    "person": (
+        "Einstein", "Shakespeare", "Newton", "Mozart", "Picasso", "the king", "the author", "Marie Curie", "my mother", "Napoleon", "Obama",
+    ),
+    "food": (
+        "pasta", "rice", "soup", "chocolate", "a sandwich", "fish", "an egg", "cheese", "coffee", "salad",
+    ),
+    "year": (
+        "1990", "2001", "1945", "2020", "1812", "2014",
+    ),
+}  # fmt: skip
+
+
+def unknown_question(rng: random.Random, held_out: bool) -> str:
+    fields = {name: rng.choice(values) for name, values in FILLERS.items()}
+    text = rng.choice(HELD_OUT_UNKNOWN_QUESTIONS if held_out else UNKNOWN_QUESTIONS)
+    place2, picture = rng.choice(FILLERS["place"]), rng.choice(("picture", "image", "photo"))
+    return text.format(place2=place2, picture=picture, n=rng.randint(2, 99), m=rng.randint(2, 99), **fields)
