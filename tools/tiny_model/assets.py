@@ -85,15 +85,12 @@ def clothes(test: bool) -> tuple[np.ndarray, np.ndarray] | None:
 
 @cache
 def photos(held_out: bool) -> tuple[Image.Image, ...]:
-    """Photos of scikit-image and, in training only, of scikit-learn."""
-    paths: list[Path] = []
-    for package, folder, names in (
-        ("skimage", "data", HELD_OUT_PHOTOS if held_out else PHOTOS),
-        ("sklearn", "datasets/images", ("flower.jpg",) if held_out else ("china.jpg",)),
-    ):
-        if (spec := importlib.util.find_spec(package)) and spec.origin:
-            paths += [path for name in names if (path := Path(spec.origin).parent / folder / name).is_file()]
-    return tuple(Image.open(path).convert("RGB") for path in paths)
+    """Photos that come with scikit-image."""
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        return ()
+    paths = (Path(spec.origin).parent / "data" / name for name in (HELD_OUT_PHOTOS if held_out else PHOTOS))
+    return tuple(Image.open(path).convert("RGB") for path in paths if path.is_file())
 
 
 def main() -> None:

@@ -22,14 +22,16 @@ from typing import Any, NamedTuple
 import aiohttp
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from launcher.checkpoints import EMBEDDED
 from tools.bench_engine import serve
-from tools.tiny_model.batches import collate, converse
+from tools.tiny_model.batches import converse
 from tools.tiny_model.exams import SKILLS, SPLITS, Exam, exams
 from tools.tiny_model.lessons import Turn
-from tools.tiny_model.tower import to_patches
+from tools.tiny_model.pictures import as_arrays
+from tools.tiny_model.tower import PATCH, to_patches
 
 CONCURRENCY = 16
 
@@ -95,18 +97,14 @@ class Transformers:
     def is_right(self, exam: Exam) -> bool:
         """Whether greedy decoding gives the right answer: every one of its tokens is the best one after those before it."""
         talk = converse(exam.lesson, self._tokenizer)
-        size = talk.pictures[0].frames[0].size if talk.pictures else (28, 28)
-        batch = collate([talk], size)
-        # After the answer stands a line break that nobody asked for.
-        token_ids = batch.token_ids[:, :-1]
+        token_ids = torch.tensor([talk.token_ids[:-1]])  # after the answer stands a line break that nobody asked for
         types = (token_ids == self._model.config.image_token_id).int() + 2 * (token_ids == self._model.config.video_token_id).int()
-        per_frame = to_patches(batch.pixels).reshape(len(batch.pixels), -1, 1176)
-        is_video = torch.tensor([picture.is_video for picture in talk.pictures for _ in picture.labels], dtype=torch.bool)
-        media: dict[str, Any] = {}
-        if len(batch.image_grids):
-            media |= {"pixel_values": per_frame[~is_video].flatten(0, 1), "image_grid_thw": batch.image_grids}
-        if len(batch.video_grids):
-            media |= {"pixel_values_videos": per_frame[is_video].flatten(0, 1), "video_grid_thw": batch.video_grids}
+        media: dict[str, Tensor] = {}
+        for is_video, names in ((False, ("pixel_values", "image_grid_thw")), (True, ("pixel_values_videos", "video_grid_thw"))):
+            pixels = [torch.from_numpy(as_arrays(picture)[0]) for picture in talk.pictures if picture.is_video == is_video]
+            if pixels:
+                grids = [[len(frames), frames.shape[2] // PATCH, frames.shape[3] // PATCH] for frames in pixels]
+                media |= dict(zip(names, (torch.cat([*map(to_patches, pixels)]), torch.tensor(grids)), strict=True))
         logits = self._model(input_ids=token_ids, mm_token_type_ids=types, **media).logits[0]
         answer = self._tokenizer.encode(f"{exam.lesson.turns[-1].answer}<|im_end|>", add_special_tokens=False)
         return bool((logits[-len(answer) - 1 : -1].argmax(-1) == token_ids[0, -len(answer) :]).all())

@@ -143,14 +143,15 @@ class Learner:
     def __init__(self, model: Qwen2VLForConditionalGeneration, head: DenseHead) -> None:
         self._model, self._head = model, head
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, is_tower_frozen: bool) -> tuple[Tensor, dict[str, float]]:
         model, config = self._model.model, self._model.config
         types = (batch.token_ids == config.image_token_id).long() + 2 * (batch.token_ids == config.video_token_id).long()
         inputs = model.language_model.embed_tokens(batch.token_ids)
         dense_loss, seen = torch.zeros((), device=inputs.device), {}
         if len(batch.pixels):
-            embeddings = model.visual(to_patches(batch.pixels), grid_thw=grids(batch.pixels)).pooler_output
-            dense_loss, seen = self._head(embeddings, batch.labels)
+            with torch.set_grad_enabled(not is_tower_frozen):
+                embeddings = model.visual(to_patches(batch.pixels), grid_thw=grids(batch.pixels)).pooler_output
+                dense_loss, seen = self._head(embeddings, batch.labels)
             inputs = inputs.masked_scatter((types > 0)[..., None], embeddings.to(inputs.dtype))
         positions, _ = model.get_rope_index(
             batch.token_ids,
@@ -181,7 +182,7 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     for pool, batch in () if trainer.is_done else batches_of(dataset):
         batch = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            loss, values = learner.loss(batch)
+            loss, values = learner.loss(batch, trainer.step < trainer.num_steps * args.frozen_share)
         trainer.learn(loss, pool)
         num_lessons += len(batch.token_ids)
         for name, value in values.items():
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for states, log, plot and the checkpoint")
     parser.add_argument("--vision-steps", type=int, default=2600, help="steps of 64 pictures for the vision tower alone")
     parser.add_argument("--joint-steps", type=int, default=6000, help="steps for tower and decoder together")
+    parser.add_argument("--frozen-share", type=float, default=0.6, help="of those steps in which the tower only looks: they are faster")
     parser.add_argument("--max-tokens", type=int, default=8000, help="tokens of a step of both together, padding included")
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")

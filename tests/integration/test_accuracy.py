@@ -1,0 +1,45 @@
+"""The embedded model is as often right through the server, in OpenAI's protocol, as it is in transformers: also from the caches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from launcher.checkpoints import EMBEDDED
+from tests.integration.conftest import LIMITS
+from tests.servers import Server
+from tools.tiny_model.evaluate import Answer, Transformers, ask_server
+from tools.tiny_model.exams import SKILLS, Exam, exams
+
+SETUPS = {
+    "float32": (("--dtype", "float32"), 0.0),
+    "ViT on onnxruntime": (("--dtype", "float32", "--vit-engine", "onnxruntime"), 0.01),
+    "bfloat16": (("--dtype", "bfloat16"), 0.04),
+}
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Exam]:
+    return exams(list(SKILLS), 2)
+
+
+@pytest.fixture(scope="module")
+def right(asked: list[Exam]) -> list[bool]:
+    judge = Transformers(EMBEDDED / "model")
+    return [judge.is_right(exam) for exam in asked]
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_right_where_transformers_is_right(setup: str, asked: list[Exam], right: list[bool]) -> None:
+    options, most_differences = SETUPS[setup]
+    with Server(*options, *LIMITS) as server:
+        answers, again = (asyncio.run(ask_server(server.url, asked)) for _ in range(2))
+    assert _differences(answers, asked, right) <= most_differences * len(asked)
+    assert _differences(again, asked, right) <= most_differences * len(asked)
+    assert all(answer.num_cached_tokens for answer, exam in zip(again, asked, strict=True) if exam.lesson.turns[0].pictures)
+
+
+def _differences(answers: Sequence[Answer], asked: Sequence[Exam], right: Sequence[bool]) -> int:
+    return sum((answer.text == exam.lesson.turns[-1].answer) != value for answer, exam, value in zip(answers, asked, right, strict=True))
