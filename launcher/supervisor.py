@@ -49,7 +49,7 @@ from pipeline.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_nam
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
-START_TIMEOUT_S = 600.0  # without a word from any worker
+START_TIMEOUT_S = 600.0  # without a word from what is to start
 STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
 OTHERS_END_S = 0.5  # for a rank to end because of another, while both start
 MAX_KILLED_STARTS = 5  # in a row: what kills a worker each time that it loads will do so again
@@ -88,7 +88,6 @@ class Supervisor:
         self._num_signals = self._num_hangups = 0
         self._is_draining = False
         self._heartbeat_due = 0.0
-        self._last_news = time.monotonic()
         self._progress = ProgressBar()
 
     def run(self) -> int:
@@ -134,8 +133,7 @@ class Supervisor:
             )  # fmt: skip
             fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
             children.append(Child(worker, unit.epoch, self._fork_server.start(spec, fds)))
-        unit.begin(children)
-        self._last_news = time.monotonic()
+        unit.begin(children, time.monotonic())
 
     def _announce(self) -> None:
         self._progress.close()
@@ -184,7 +182,7 @@ class Supervisor:
             child = unit.children.get(message.sender) if unit is not None else None
             if unit is None or child is None or message.epoch != child.epoch:
                 continue  # the last words of a dead one
-            self._last_news = now = time.monotonic()
+            unit.news_at = now = time.monotonic()
             match message:
                 case WorkerReady():
                     child.ready, child.moved_at = message, now
@@ -230,9 +228,14 @@ class Supervisor:
                 if unit.unmapping:
                     logger.warning("%s still has memory of %s", ", ".join(map(str, sorted(unit.unmapping))), unit.name)
                 self._start_unit(unit)
-        late = [str(worker) for unit in self._units if unit.phase is Phase.STARTING for worker, child in unit.children.items() if not child.ready]
-        if late and now - self._last_news > START_TIMEOUT_S:
-            raise CannotStart(f"{', '.join(late)} did not become ready: no progress for {START_TIMEOUT_S:.0f} s")
+            if unit.is_late(now, START_TIMEOUT_S):
+                late = ", ".join(str(worker) for worker, child in unit.children.items() if not child.ready)
+                reason = f"{late} did not become ready: no progress for {START_TIMEOUT_S:.0f} s"
+                if not unit.has_served:
+                    raise CannotStart(reason)
+                logger.error("%s: killed", reason)
+                for child in unit.children.values():
+                    child.process.kill()
 
     def _watch_reload(self) -> None:
         """Goes on with a reload, if one was asked for: whose turn it is dies, and its requests come again."""
@@ -241,8 +244,7 @@ class Supervisor:
             self._reload.begin(self._units, is_possible=self._is_started() and not self._is_draining)
             self._heartbeat_due = 0.0
         self._retired = [child for child in self._retired if child.process.exit_code is None]
-        unit = self._reload.next(self._units)
-        if unit is None:
+        if self._is_draining or (unit := self._reload.next(self._units)) is None:
             return
         if unit.members[0].role is Role.API:  # its connections would die with it: its successor comes first
             self._retired += unit.children.values()

@@ -59,6 +59,7 @@ class Unit:
     num_deaths: int = 0  # in a row, each soon after the start
     is_planned: bool = False  # its end: no request is to blame
     num_killed_starts: int = 0  # in a row
+    news_at: float = 0.0  # when one of its members last said something
     due: float = 0.0  # when the successor is to start
     unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
 
@@ -79,9 +80,13 @@ class Unit:
             for worker in self.members
         ]
 
-    def begin(self, children: Sequence[Child]) -> None:
+    def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
-        self.phase = Phase.STARTING
+        self.phase, self.news_at = Phase.STARTING, now
+
+    def is_late(self, now: float, patience_s: float) -> bool:
+        """Whether it stands still in its start. What it loads may take longer than that, but then it tells how far it is."""
+        return self.phase is Phase.STARTING and now - self.news_at > patience_s
 
     def on_ready(self, now: float) -> None:
         """A member is ready; together they serve."""

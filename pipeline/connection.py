@@ -26,6 +26,7 @@ from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
     CLIENT_ID_BYTES,
+    MAX_REQUEST_ID,
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
@@ -76,6 +77,7 @@ class OpenRequest:
     is_accepted: bool = False  # this attempt
     is_asking: bool = False  # a query for missed tokens is under way
     is_held: bool = False  # not submitted (again) yet
+    is_over: bool = False
     num_deaths: int = 0  # of workers in which it was executing, in a row, with no new token between
     waits_since: float | None = None  # for a dead worker's successor
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
@@ -83,6 +85,11 @@ class OpenRequest:
     @property
     def has_progress(self) -> bool:
         return len(self.token_ids) > self.num_earlier_tokens
+
+    def end(self, event: RequestOutput | ErrorInfo) -> None:
+        """Its terminal message is here, if not yet taken: nothing more is to happen to it."""
+        self.is_over = True
+        self.events.put_nowait(event)
 
 
 @dataclass(slots=True)
@@ -104,7 +111,8 @@ class Connection:
         self._ingest: Sender[IngestMessage] | None = None
         self._leads: tuple[int, ...] = ()  # the LLM ranks that send outputs, once we are connected
         self._welcomes: dict[int, int] = {}  # epochs of these ranks that know us
-        self._hello: asyncio.Task[None] | None = None
+        self._hello = Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION)
+        self._greeting: asyncio.Task[None] | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._open: dict[str, OpenRequest] = {}
         self._aborting: dict[str, _Aborting] = {}
@@ -161,6 +169,8 @@ class Connection:
             raise RequestError("the server is shutting down", status=503)
         if len(self._open) >= self.limits.max_requests:
             raise RequestError(f"{self.limits.max_requests} requests are open already", status=429)
+        if len(request_id) > MAX_REQUEST_ID:
+            raise RequestError(f"request_id may have {MAX_REQUEST_ID} characters", field="request_id")
         if request_id in self._open or request_id in self._aborting:
             raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
         try:
@@ -199,14 +209,14 @@ class Connection:
         self._send(message)
 
     def _give_up(self, opened: OpenRequest, reason: ErrorInfo) -> None:
-        opened.events.put_nowait(reason)
+        opened.end(reason)
         self.abort(opened.request.request_id)
 
     # Recovery.
 
     def _interrupt(self, opened: OpenRequest, reason: str, died: Role | None) -> None:
         """The attempt is over. `died`: in a worker of this role, which died while the request was executing there."""
-        if opened.is_held:
+        if opened.is_held or opened.is_over:
             return
         request = opened.request
         alone_in = request.alone_in
@@ -235,11 +245,13 @@ class Connection:
     def _submit_held(self) -> None:
         if not self._is_known:
             return
-        for opened in self._open.values():
-            if opened.is_held:
-                opened.is_held, opened.heard = False, time.monotonic()
-                self.counters["resubmitted"] += opened.request.attempt > 1
-                self._send(opened.request, opened.frames)
+        held = [opened for opened in self._open.values() if opened.is_held and not opened.is_over]
+        if held:
+            self._send(self._hello)  # first: we may have been away without noticing
+        for opened in held:
+            opened.is_held, opened.heard = False, time.monotonic()
+            self.counters["resubmitted"] += opened.request.attempt > 1
+            self._send(opened.request, opened.frames)
 
     def _on_death(self, successor: WorkerState) -> None:
         worker, executed = successor.worker, successor.executed
@@ -312,11 +324,11 @@ class Connection:
 
         async def say_hello() -> None:
             while not self._is_known:
-                self._send(Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION))
+                self._send(self._hello)
                 await asyncio.sleep(HELLO_INTERVAL_S)
 
-        if self._hello is None or self._hello.done():
-            self._hello = self._start_task(say_hello())
+        if self._greeting is None or self._greeting.done():
+            self._greeting = self._start_task(say_hello())
 
     async def _read_outputs(self, outputs: AsyncReceiver[OutputsMessage]) -> None:
         while True:
@@ -333,7 +345,7 @@ class Connection:
                 case RequestFailed():
                     self._aborting.pop(message.request_id, None)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
-                        opened.events.put_nowait(message.error)
+                        opened.end(message.error)
                 case Interrupted():
                     self._aborting.pop(message.request_id, None)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
@@ -387,12 +399,12 @@ class Connection:
             new = msgspec.structs.replace(
                 output, offset=num_received, new_token_ids=token_ids, logprobs=output.logprobs[known:], num_cached_tokens=opened.num_cached_tokens
             )
-            opened.events.put_nowait(new)
+            (opened.events.put_nowait if output.finish_reason is None else opened.end)(new)
             opened.token_ids += unpack_int32(token_ids).tolist()
 
     def _query(self, opened: OpenRequest) -> None:
         """Asks for what was missed: the same request with the same attempt. Its media go along only if it may never have come in."""
-        if opened.is_asking or opened.is_held:
+        if opened.is_asking or opened.is_held or opened.is_over:
             return
         opened.is_asking, opened.heard = True, time.monotonic()
         request = msgspec.structs.replace(opened.request, num_received=len(opened.token_ids))
@@ -424,16 +436,19 @@ class Connection:
                 else:
                     self._send(aborting.message)
             for opened in list(self._open.values()):
+                if opened.is_over:
+                    continue
                 if opened.waits_since is not None and now - opened.waits_since > self.limits.recovery_timeout:
                     self.counters["given_up"] += 1
                     self._give_up(opened, ErrorInfo(503, f"the server did not recover within {self.limits.recovery_timeout:.0f} s"))
                 elif (asks_all or now - opened.heard > QUERY_AFTER_S) and not opened.is_held:
                     # Hello first: if we were cut off for not reading, it makes us known again.
-                    self._send(Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION))
+                    self._send(self._hello)
                     opened.is_asking = False
                     self._query(opened)
 
     def _fail(self, reason: str) -> None:
         self.end = ErrorInfo(503, reason)
-        for opened in self._open.values():
-            opened.events.put_nowait(self.end)
+        for opened in list(self._open.values()):
+            if not opened.is_over:
+                self._give_up(opened, self.end)  # it may run on, where the pipeline only does not speak

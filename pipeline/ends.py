@@ -2,7 +2,8 @@
 
 Nothing here ever blocks in a send. What must arrive goes over PUSH/PULL, bounded by credits far below the high-water mark, so
 that reaching the mark is an error of the pipeline. What is published goes over XPUB with NODROP: a full queue is reported,
-never dropped in silence. A message that cannot be decoded is refused and counted; nothing dies of it.
+never dropped in silence; but on control, which repeats itself, who does not read loses what it does not read. A message
+that cannot be decoded is refused and counted; nothing dies of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pipeline.errors import PipelineError, RequestError
 
 HIGH_WATER_MARK = 1 << 18  # messages; credits keep every edge below it (see PreprocessConfig)
 MAX_FRAMES = 1 + MAX_ITEMS  # of one multipart message
+MAX_GARBAGE = 64  # messages that cannot be decoded, in a row: then the loop comes first
+MAX_EVENTS = 1024  # of subscribers, at once: the rest comes with the next turn of the loop
 ALL = b""  # topic of edges on which every subscriber gets everything
 USER_ID = "User-Id"  # as ZeroMQ calls the property
 
@@ -141,14 +144,15 @@ class Receiver(Generic[M]):
         return self._decoding.num_refused
 
     def receive(self) -> Received[M] | None:
-        """The next well-formed message, or None when there is none."""
-        while True:
+        """The next well-formed message, or None when there is none, or nothing but garbage for long."""
+        for _ in range(MAX_GARBAGE):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return None
             if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
                 return received
+        return None
 
     def close(self, linger_ms: int = 0) -> None:
         self.socket.close(linger=linger_ms)
@@ -226,14 +230,14 @@ class Publisher(Generic[M]):
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self.num_refused = 0
 
-    def subscriptions(self) -> list[Subscription]:
-        """Subscribers that came or went since the last call."""
+    def subscriptions(self, most: int = MAX_EVENTS) -> list[Subscription]:
+        """Subscribers that came or went since the last call, of the next `most` that `accepts` has to judge; more wake a poller again."""
         seen: list[Subscription] = []
-        while True:
+        for _ in range(most):
             try:
                 frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return seen
+                break
             event = frame.bytes
             if event[:1] not in (b"\0", b"\1"):
                 continue
@@ -248,6 +252,7 @@ class Publisher(Generic[M]):
                 continue
             self.socket.setsockopt(zmq.SUBSCRIBE if is_new else zmq.UNSUBSCRIBE, topic)
             seen.append(Subscription(topic, is_new))
+        return seen
 
     def publish(self, message: M, topic: bytes = ALL) -> bool:
         """False: a subscriber of this topic does not keep up. Without subscribers the message is gone, and that is True."""

@@ -8,7 +8,7 @@ message. Token ids, positions and block tables travel as little-endian int32 byt
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -21,6 +21,8 @@ from pipeline.topology import Role, WorkerId
 
 PROTOCOL_VERSION = 2
 CLIENT_ID_BYTES = 16
+MAX_REQUEST_ID = 256  # characters
+RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID)]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -123,7 +125,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     """client → preprocess: run this. With the attempt already running it is a query for what was missed."""
 
     client_id: bytes
-    request_id: str
+    request_id: RequestId
     attempt: int
     messages: tuple[ChatMessage, ...]
     sampling: SamplingParams
@@ -139,7 +141,7 @@ class AbortRequest(Message, frozen=True, kw_only=True):
     """client → preprocess → llm: end this. From preprocess also: it failed before it could run, for the reason `error`."""
 
     client_id: bytes
-    request_id: str
+    request_id: RequestId
     attempt: int
     error: ErrorInfo | None = None
     is_foreign: bool = False  # from preprocess: the id belongs to somebody else, whose request goes on

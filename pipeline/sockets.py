@@ -141,7 +141,9 @@ class Sockets:
     ) -> Publisher[Any]:  # fmt: skip
         assert edge.pattern is Pattern.PUB_SUB
         socket = self._socket(self._context, zmq.XPUB)
-        socket.setsockopt(zmq.XPUB_NODROP, 1)
+        # Over a full queue NODROP refuses the message for all subscribers of its topic. What everybody hears on control is said again
+        # every second: who does not read loses it, and only for itself.
+        socket.setsockopt(zmq.XPUB_NODROP, int(edge is not CONTROL))
         socket.setsockopt(zmq.XPUB_MANUAL, 1)
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION_BYTES)

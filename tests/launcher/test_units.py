@@ -21,7 +21,7 @@ def process() -> Any:
 
 
 def start(unit: Unit, now: float) -> None:
-    unit.begin([Child(worker, unit.epoch, process()) for worker in unit.members])
+    unit.begin([Child(worker, unit.epoch, process()) for worker in unit.members], now)
     for child in unit.children.values():
         assert not unit.is_serving
         child.ready = WorkerReady(sender=child.worker, epoch=child.epoch, credits=3, details={"port": 7})
@@ -77,7 +77,7 @@ def test_restarts_back_off_until_one_has_lasted() -> None:
 def test_only_starts_that_were_killed_in_a_row_count_as_such() -> None:
     unit = Unit((VIT_0,))
     for _ in range(3):
-        unit.begin([Child(VIT_0, unit.epoch, process())])
+        unit.begin([Child(VIT_0, unit.epoch, process())], 0.0)
         die(unit, 100.0)
     assert unit.num_killed_starts == 3
     start(unit, 101.0)
@@ -101,6 +101,17 @@ def test_states_carry_what_a_worker_counts() -> None:
     unit.children[VIT_0].stats = WorkerStats(sender=VIT_0, epoch=1, phase="serving", num_open_requests=2, counters={"encodes": 5})
     (state,) = unit.states()
     assert (state.num_open_requests, state.counters) == (2, {"port": 7, "encodes": 5})
+
+
+def test_who_says_nothing_while_it_starts_is_late_whatever_others_say() -> None:
+    unit = Unit((VIT_0,))
+    unit.begin([Child(VIT_0, 1, process())], 100.0)
+    assert not unit.is_late(109.0, 10.0)
+    unit.news_at = 109.0
+    assert not unit.is_late(118.0, 10.0)
+    assert unit.is_late(120.0, 10.0)
+    start(unit, 120.0)
+    assert not unit.is_late(500.0, 10.0)
 
 
 def test_who_gives_no_sign_of_life_stands_still(tmp_path: Path) -> None:

@@ -454,6 +454,40 @@ async def test_what_no_llm_accepted_is_submitted_again_when_preprocess_dies(clie
     assert [pieces[-1].num_output_tokens for _, pieces in results] == [3, 1]
 
 
+async def test_what_has_ended_is_not_submitted_again_though_nobody_took_its_end(client: PipelineClient, pipeline: Pipeline) -> None:
+    stream = client.generate(CHAT, GREEDY)
+    first = asyncio.ensure_future(anext(stream))
+    request = await accept(pipeline, asyncio.current_task())  # type: ignore[arg-type]
+    pipeline.say_tokens(request, 0, [50])
+    await first
+    pipeline.say_tokens(request, 1, [51], FinishReason.LENGTH)
+    opened = client._connection._open[request.request_id]
+    while not opened.is_over:
+        await asyncio.sleep(0.01)
+    pipeline.replace(LLM_0, request.request_id)
+    await pipeline.welcome()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(pipeline.ingest.receive(), 0.3)
+    assert [piece.finish_reason async for piece in stream][-1] == FinishReason.LENGTH
+    assert client._connection.counters["resubmitted"] == 0
+
+
+async def test_hello_comes_before_what_is_submitted_again(client: PipelineClient, pipeline: Pipeline) -> None:
+    """The LLM may have taken it that we had left."""
+    task = asyncio.create_task(collect(client))
+    request = await accept(pipeline, task)
+    pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="its client has to say hello again")
+    assert isinstance((await asyncio.wait_for(pipeline.ingest.receive(), 5)).message, Hello)
+    again = (await pipeline.next(SubmitRequest)).message
+    pipeline.say_tokens(again, 0, [50], FinishReason.STOP)
+    await task
+
+
+async def test_a_long_request_id_is_refused(client: PipelineClient) -> None:
+    with pytest.raises(RequestError, match="256 characters"):
+        await anext(client.generate(CHAT, GREEDY, request_id="x" * 257))
+
+
 async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_again(client: PipelineClient, pipeline: Pipeline) -> None:
     tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
     first = await accept(pipeline, tasks[0], 2)

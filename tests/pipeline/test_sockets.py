@@ -26,6 +26,7 @@ from pipeline.messages import (
     RequestOutput,
     StepPlan,
     TokenOutputs,
+    WorkerState,
     WorkerStats,
 )
 from pipeline.sampling import FinishReason
@@ -227,10 +228,37 @@ def test_a_slow_subscriber_is_named_and_costs_others_nothing(open_sockets: Calla
             lagged = number
             break
     assert lagged, "a subscriber that never reads must be noticed"
+    end = time.monotonic() + 20
     for number in range(200):
-        assert publisher.publish(outputs(b"", number), fast)
+        while not publisher.publish(outputs(b"", number), fast):  # what it has read is credited to it now and then only
+            assert time.monotonic() < end
         assert receive(receivers[fast]).message.outputs[0].offset == number
     assert not publisher.publish(outputs(payload), slow)
+
+
+def test_in_a_burst_each_subscription_is_judged_when_those_before_it_count(open_sockets: Callable[..., Sockets]) -> None:
+    known: set[bytes] = set()
+    publisher = open_sockets().publisher(OUTPUTS, lambda topic, _: len(known) < 3)
+    subscriber = open_sockets().subscriber(OUTPUTS, b"0" * 16)
+    for number in range(1, 10):
+        subscriber.socket.setsockopt(zmq.SUBSCRIBE, str(number).encode() * 16)
+    end = time.monotonic() + 5
+    while publisher.num_refused < 7 and time.monotonic() < end:
+        known.update(event.topic for event in publisher.subscriptions(most=1))
+    assert (len(known), publisher.num_refused) == (3, 7)
+
+
+def test_on_control_who_does_not_read_loses_only_its_own(open_sockets: Callable[..., Sockets]) -> None:
+    """All have the same topic there: a refusal would silence the launcher for everybody."""
+    publisher = open_sockets().publisher(CONTROL, high_water_mark=50)
+    sockets = open_sockets()
+    slow, fast = (sockets.subscriber(CONTROL) for _ in range(2))
+    slow.socket.setsockopt(zmq.RCVHWM, 10)
+    assert len(wait_for_events(publisher, 2)) == 2
+    large = PipelineState(workers=tuple(WorkerState(WorkerId(Role.LLM, rank), 1, True) for rank in range(500)))
+    for _ in range(3000):
+        assert publisher.publish(large)
+        assert receive(fast).message == large
 
 
 def test_a_dead_subscriber_shows(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:

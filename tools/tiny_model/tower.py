@@ -58,7 +58,7 @@ def make_fast(tower: Qwen2VisionTransformerPretrainedModel) -> None:
 
         return forward
 
-    tower.patch_embed.forward = embed_patches  # type: ignore[method-assign]
+    tower.patch_embed.forward = embed_patches  # type: ignore[method-assign, assignment]
     for module in tower.modules():
         if isinstance(module, VisionAttention):
             module.forward = attend(module)  # type: ignore[method-assign]

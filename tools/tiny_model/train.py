@@ -179,7 +179,7 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     started, num_lessons = time.monotonic(), 0
     sums: dict[str, list[float]] = defaultdict(list)
     dataset = LessonBatches(tokenizer, args.max_tokens, args.seed + 2, trainer.position)
-    for pool, batch in () if trainer.is_done else batches_of(dataset):
+    for pool, batch in () if trainer.is_done or args.export_only else batches_of(dataset):
         batch = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss, values = learner.loss(batch, trainer.step < trainer.num_steps * args.frozen_share)
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
     parser.add_argument("--start-from", type=Path, help="begin the second stage with the weights of this checkpoint, and with its tokenizer")
-    parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the state as it is")
+    parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint of the state as it is")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.out / "model"

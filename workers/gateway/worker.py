@@ -24,6 +24,8 @@ BASE_MIB = 1024
 MAX_HELD_REQUESTS = 16  # of the largest size, in memory: a client that sends endlessly takes down this process only
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is cut off
 RETRY_S = 0.005  # while preprocess takes nothing
+MAX_RELAYED = 64  # messages of clients in one turn of the loop, refused ones included
+GREETING_INTERVAL_S = 0.1
 LIFE_INTERVAL_S = 0.5
 STATS_INTERVAL_S = 0.5
 LINGER_MS = 500  # the last words of a pipeline that ends
@@ -64,16 +66,16 @@ class _Relay:
         self._state: PipelineState | None = None
         self._waiting: Received[IngestMessage] | None = None  # for preprocess to take it
         self._poller = Poller(self._control, self._states, self._outputs, *self._ups)
-        self._is_reading = False
-        self._stats_due = 0.0
+        self._is_reading = self._has_new = False
+        self._stats_due = self._greeted_at = 0.0
 
     def turn(self) -> None:
         """One turn of the loop: drains what there is, then sleeps until something comes."""
         self._context.recorder.move()
         self._read_control()
-        if any(event.is_new for event in self._states.subscriptions()) and self._state is not None:
-            self._states.publish(self._state)
-        self._gateway.on_subscriptions(self._outputs.subscriptions())
+        self._greet()
+        for _ in range(MAX_RELAYED):  # one by one: each is judged when those before it count
+            self._gateway.on_subscriptions(self._outputs.subscriptions(most=1))
         self._relay_ingest()
         self.relay_outputs()
         if (now := time.monotonic()) >= self._stats_due:
@@ -87,7 +89,14 @@ class _Relay:
         if self._is_reading != (self._waiting is None):
             self._is_reading = not self._is_reading
             (self._poller.add if self._is_reading else self._poller.remove)(self._ingest)
-        self._poller.wait(RETRY_S if self._waiting is not None else LIFE_INTERVAL_S)
+        self._poller.wait(RETRY_S if self._waiting is not None else GREETING_INTERVAL_S if self._has_new else LIFE_INTERVAL_S)
+
+    def _greet(self) -> None:
+        """Tells who is new how the pipeline is: all at once, and not too often, since everybody hears it."""
+        self._has_new |= any(event.is_new for event in self._states.subscriptions())
+        if self._has_new and self._state is not None and (now := time.monotonic()) >= self._greeted_at + GREETING_INTERVAL_S:
+            self._has_new, self._greeted_at = False, now
+            self._states.publish(self._state)
 
     def _read_control(self) -> None:
         while (received := self._control.receive()) is not None:
@@ -105,7 +114,7 @@ class _Relay:
                     pass  # of an endpoint
 
     def _relay_ingest(self) -> None:
-        while True:
+        for _ in range(MAX_RELAYED):
             if self._waiting is None:
                 received = self._ingest.receive()
                 if received is None:

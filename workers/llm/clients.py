@@ -27,6 +27,7 @@ from workers.llm.request import Request
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
+MAX_ENDED = 1 << 16  # requests remembered: a client can end what never was
 GRACE_OF_CLIENTS_S = 0.8  # between a client's leaving and the end of its requests
 
 
@@ -137,6 +138,8 @@ class Clients:
     def remember(self, request_id: str, ended: Ended) -> Ended:
         self._ended.pop(request_id, None)
         self._ended[request_id] = ended
+        if len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
         return ended
 
     def remember_request(self, request: Request, outcome: Outcome, now: float) -> Ended:

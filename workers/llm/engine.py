@@ -188,6 +188,12 @@ class Engine:
 
     def _on_generate(self, message: GenerateRequest, now: float) -> None:
         request_id = message.request_id
+        if (known := self.requests.get(request_id) or self._clients.ended(request_id)) is not None and known.client_id != message.client_id:
+            # Preprocess knows who uses it, unless it was restarted.
+            self._tell_preprocess(request_id, message.attempt)
+            in_use = ErrorInfo(409, f"request_id {request_id!r} is in use by another client", "request_id")
+            self._clients.tell_failed(message.client_id, request_id, message.attempt, in_use)
+            return
         if (ended := self._clients.ended(request_id)) is not None and ended.attempt >= message.attempt:
             self._tell_preprocess(request_id, message.attempt)
             self._clients.tell_ended(request_id, ended, message.num_received)
@@ -216,9 +222,10 @@ class Engine:
         """Why the request does not run, if it does not."""
         if request.client_id not in self._clients:
             return Interruption("its client had left")  # while its media were fetched
-        if (protocol := self._clients.protocol_of(request.client_id)) != PROTOCOL_VERSION:
-            said = "said no hello" if protocol is None else f"speaks protocol {protocol}"
-            return ErrorInfo(400, f"the client {said}, the pipeline speaks protocol {PROTOCOL_VERSION}")
+        if (protocol := self._clients.protocol_of(request.client_id)) is None:
+            return Interruption("its client has to say hello again")  # it was away, and may not have noticed
+        if protocol != PROTOCOL_VERSION:
+            return ErrorInfo(400, f"the client speaks protocol {protocol}, the pipeline speaks protocol {PROTOCOL_VERSION}")
         if message.is_query:
             return Interruption("it is not known here")
         for chunk in request.chunks:

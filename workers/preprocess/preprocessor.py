@@ -8,6 +8,7 @@ that waits for one request waits in that request's own task.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ import msgspec
 
 from pipeline.config import MAX_ITEMS, MAX_OPEN_CHUNKS, MIB, PreprocessConfig
 from pipeline.ends import Sink
-from pipeline.errors import ErrorInfo, RequestError
+from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
     AbortRequest,
@@ -114,7 +115,8 @@ class Preprocessor:
         match message:
             case Hello():
                 for llm in self._llms.values():
-                    llm.send(message)
+                    with contextlib.suppress(PipelineError):  # it is repeated; while an LLM loads, nobody reads it
+                        llm.send(message)
             case SubmitRequest():
                 self._on_submit(message, frames)
             case AbortRequest():

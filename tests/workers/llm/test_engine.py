@@ -624,17 +624,43 @@ def test_only_subscribed_clients_are_welcomed(rig: Rig) -> None:
     assert len(rig.publisher.take(Welcome)) == 1
 
 
-@pytest.mark.parametrize(("hello", "words"), [(None, "said no hello"), (99, f"speaks protocol 99, the pipeline speaks protocol {PROTOCOL_VERSION}")])
-def test_a_client_of_another_version_is_refused(rig: Rig, hello: int | None, words: str) -> None:
+def test_a_client_that_connects_again_without_a_word_is_to_say_hello(rig: Rig) -> None:
+    """A broken connection shows here, while the client may not have noticed."""
+    rig.engine.on_subscriptions([Subscription(CLIENT, False)], rig.now)
+    rig.engine.on_subscriptions([Subscription(CLIENT, True)], rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    assert "hello" in rig.publisher.take(Interrupted)[0].reason
+    assert not rig.publisher.take(RequestFailed)
+    rig.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], "r", attempt=2)[0], rig.now)
+    rig.run()
+    assert len(rig.tokens("r")) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_request_id_of_another_client_is_refused_and_its_request_goes_on(rig: Rig, has_ended: bool) -> None:
+    """Preprocess refuses it, too, but a new one knows of nothing."""
+    other = b"o" * 16
+    rig.greet(other)
+    rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
+    if has_ended:
+        rig.run()
+    rig.engine.handle(msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other, attempt=2), rig.now)
+    (failed,) = rig.publisher.take(RequestFailed)
+    assert failed.error.status == 409
+    rig.run()
+    assert len(rig.tokens("r")) == NUM_TOKENS
+
+
+def test_a_client_of_another_version_is_refused(rig: Rig) -> None:
     other = b"o" * 16
     rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
-    if hello is not None:
-        rig.engine.handle(Hello(client_id=other, protocol=hello), rig.now)
-        assert rig.publisher.take(Welcome)[0].protocol == PROTOCOL_VERSION, "so that it can tell by itself"
+    rig.engine.handle(Hello(client_id=other, protocol=99), rig.now)
+    assert rig.publisher.take(Welcome)[0].protocol == PROTOCOL_VERSION, "so that it can tell by itself"
     rig.engine.handle(msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other), rig.now)
     (failed,) = rig.publisher.take(RequestFailed)
     assert failed.error.status == 400
-    assert words in failed.error.message
+    assert f"speaks protocol 99, the pipeline speaks protocol {PROTOCOL_VERSION}" in failed.error.message
 
 
 def test_messages_of_dead_epochs_are_dropped_and_counted(rig: Rig) -> None:
