@@ -20,7 +20,7 @@ from tools.tiny_model.exams import SKILLS, Exam, exams
 from tools.tiny_model.frames import FrameBatches
 from tools.tiny_model.lessons import KINDS, NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
 from tools.tiny_model.phrases import PHRASES
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, draw, make_scene
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, draw, label, make_scene
 from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, UNKNOWN_QUESTIONS
 from tools.tiny_model.tower import to_patches
 from tools.tiny_model.train import Trainer
@@ -50,6 +50,13 @@ def test_training_answers_never_name_a_held_out_pair(kind: str) -> None:
         for turn in teacher.lesson(kind).turns:
             if turn.skill != "absent":  # "There is no red star."
                 assert not any(name in turn.answer for name in HELD_OUT_NAMES), turn.answer
+
+
+def test_the_mass_of_a_scene_is_the_number_of_its_things() -> None:
+    rng = random.Random(4)
+    for count in range(10):
+        scene = make_scene(rng, count)
+        assert label(scene, (140, 112)).mass.sum() == pytest.approx(len(scene.things), abs=1e-4)
 
 
 def test_held_out_wordings_are_none_of_the_trained() -> None:
@@ -102,7 +109,7 @@ def test_a_batch_holds_its_pictures_in_the_order_of_their_tokens() -> None:
     teacher = Teacher(random.Random(6), NEW_CONTENT, (140, 112))
     batch = collate([converse(teacher.lesson(kind), tokenizer) for kind in ("two pictures", "video", "talk", "blank")], (140, 112))
     num_placeholders = sum(int((batch.token_ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in ("<|image_pad|>", "<|video_pad|>"))
-    assert num_placeholders == len(batch.pixels) * 20 == batch.labels[..., 0].numel()
+    assert num_placeholders == len(batch.pixels) * 20 == batch.mass.numel()
     assert int(batch.image_grids[:, 0].sum() + batch.video_grids[:, 0].sum()) == len(batch.pixels)
 
 

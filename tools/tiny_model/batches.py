@@ -28,7 +28,8 @@ class Conversation(NamedTuple):
 
 class Batch(NamedTuple):
     pixels: Tensor  # [num_frames, 2, height, width, 3] uint8: the temporal patches of all pictures, in the order of their tokens
-    labels: Tensor  # [num_frames, rows, columns, heads] int64
+    classes: Tensor  # [num_frames, rows, columns, heads] int64
+    mass: Tensor  # [num_frames, rows, columns] float32
     image_grids: Tensor  # [num_images, 3] int64
     video_grids: Tensor  # [num_videos, 3] int64
     token_ids: Tensor  # [num_lessons, length] int64, padded with 0 at the end
@@ -81,13 +82,13 @@ def collate(talks: Sequence[Conversation], size: tuple[int, int]) -> Batch:
     for picture in pictures:
         grids[picture.is_video].append([len(picture.labels), rows, columns])
     if arrays:
-        pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in arrays]))
-        labels = torch.from_numpy(np.concatenate([labels for _, labels in arrays]))
+        pixels, classes, mass = (torch.from_numpy(np.concatenate(part)) for part in zip(*arrays, strict=True))
     else:
         pixels = torch.zeros(0, 2, size[1], size[0], 3, dtype=torch.uint8)
-        labels = torch.zeros(0, rows // 2, columns // 2, len(HEADS), dtype=torch.int64)
+        classes = torch.zeros(0, rows // 2, columns // 2, len(HEADS), dtype=torch.int64)
+        mass = torch.zeros(0, rows // 2, columns // 2)
     image_grids, video_grids = (torch.tensor(grid, dtype=torch.int64).reshape(-1, 3) for grid in grids)
-    return Batch(pixels, labels, image_grids, video_grids, token_ids, targets)
+    return Batch(pixels, classes, mass, image_grids, video_grids, token_ids, targets)
 
 
 class LessonBatches(IterableDataset[tuple[int, Batch]]):

@@ -101,7 +101,7 @@ class Transformers:
         types = (token_ids == self._model.config.image_token_id).int() + 2 * (token_ids == self._model.config.video_token_id).int()
         media: dict[str, Tensor] = {}
         for is_video, names in ((False, ("pixel_values", "image_grid_thw")), (True, ("pixel_values_videos", "video_grid_thw"))):
-            pixels = [torch.from_numpy(as_arrays(picture)[0]) for picture in talk.pictures if picture.is_video == is_video]
+            pixels = [torch.from_numpy(as_arrays(picture).pixels) for picture in talk.pictures if picture.is_video == is_video]
             if pixels:
                 grids = [[len(frames), frames.shape[2] // PATCH, frames.shape[3] // PATCH] for frames in pixels]
                 media |= dict(zip(names, (torch.cat([*map(to_patches, pixels)]), torch.tensor(grids)), strict=True))

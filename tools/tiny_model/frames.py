@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from tools.tiny_model.pictures import (
     WORDS,
+    Arrays,
     Picture,
     as_arrays,
     draw_chart,
@@ -30,22 +31,23 @@ from tools.tiny_model.scenes import SIZES, make_scene
 SIZE_WEIGHTS = (6, 2, 1, 1)
 KINDS = {
     "scene": 5,
-    "crowd": 20,
-    "print": 8,
-    "glyphs": 20,
+    "crowd": 22,
+    "print": 16,
+    "glyphs": 16,
     "clothes": 4,
-    "wardrobe": 16,
-    "emoji": 4,
-    "emoji sheet": 16,
-    "chart": 3,
+    "wardrobe": 14,
+    "emoji": 3,
+    "emoji sheet": 10,
+    "chart": 4,
     "photo": 1,
-    "clip": 1,
+    "clip": 6,
 }
 
 
 class Frames(NamedTuple):
     pixels: Tensor  # [N, 2, height, width, 3] uint8
-    labels: Tensor  # [N, rows, columns, heads] int64
+    classes: Tensor  # [N, rows, columns, heads] int64
+    mass: Tensor  # [N, rows, columns] float32
 
 
 def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Picture | None:
@@ -89,14 +91,10 @@ class FrameBatches(IterableDataset[Frames]):
         while True:
             rng = random.Random(f"{self.seed} {step}")
             size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
-            pixels: list[np.ndarray] = []
-            labels: list[np.ndarray] = []
-            while len(pixels) < self.batch_size:
+            drawn: list[Arrays] = []
+            while sum(len(arrays.pixels) for arrays in drawn) < self.batch_size:
                 picture = draw_picture(rng.choices(list(KINDS), list(KINDS.values()))[0], rng, size)
                 if picture is not None:
-                    arrays = as_arrays(picture)
-                    pixels.extend(arrays[0])
-                    labels.extend(arrays[1])
-            count = self.batch_size
-            yield Frames(torch.from_numpy(np.stack(pixels[:count])), torch.from_numpy(np.stack(labels[:count])))
+                    drawn.append(as_arrays(picture))
+            yield Frames(*(torch.from_numpy(np.concatenate(part)[: self.batch_size]) for part in zip(*drawn, strict=True)))
             step += 1

@@ -1,4 +1,4 @@
-"""Dense labels: for every merged vision token, which of some classes covers it, in several heads.
+"""Dense labels: for every merged vision token, which of some classes covers it, in several heads, and its share of each thing.
 
 The vision tower learns these first. End to end, from the answers alone, it would stay at chance for a long time.
 """
@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.tiny_model.names import CELLS, CLOTHES, COLORS, EMOJI, SHAPES
+from tools.tiny_model.names import CELLS, CLOTHES, COLORS, DIRECTIONS, EMOJI, SHAPES
 
 IGNORED = -100
 TOKEN = 28  # pixels a side of what one merged token sees
+CORE = 9.0  # half a side, in pixels, of the box around a thing's centre that is shared out among the tokens
 GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -24,11 +25,17 @@ class Head(NamedTuple):
 
 
 class Labels:
-    """Classes of each token of one picture: [rows, columns, heads] int64, 0 for nothing, IGNORED where it cannot be told."""
+    """Classes of each token of one picture, and how many things are in it.
+
+    `classes`: [rows, columns, heads] int64, 0 for nothing, IGNORED where it cannot be told. `mass`: [rows, columns] float32, the share that
+    the token has in the cores of things, so that its sum over the picture is their number (a density map, as crowds are counted with:
+    Lempitsky and Zisserman, 2010); NaN where nobody counts.
+    """
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.shape = (size[1] // TOKEN, size[0] // TOKEN)
         self.classes = np.zeros((*self.shape, len(HEADS)), dtype=np.int64)
+        self.mass = np.zeros(self.shape, dtype=np.float32)
 
     def set(self, head: str, row: int, column: int, name: str) -> None:
         """Says that `name` is there; "" is something that has no name in this head."""
@@ -37,9 +44,19 @@ class Labels:
     def fill(self, head: str, name: str) -> None:
         self.classes[..., HEAD_INDEX[head]] = _CLASSES[head][name] if name else IGNORED
 
-    def add_centre(self, row: int, column: int) -> None:
-        index = HEAD_INDEX["centres"]
-        self.classes[row, column, index] = min(2, self.classes[row, column, index] + 1)
+    def ignore_all_but(self, *heads: str) -> None:
+        """Nothing is known of the other heads, nor of how many things there are."""
+        for head in HEADS:
+            if head.name not in heads:
+                self.fill(head.name, "")
+        self.mass[:] = np.nan
+
+    def add_thing(self, x: float, y: float) -> None:
+        """Counts a thing with its centre there, in pixels."""
+        shares = list(self.overlaps(x, y, CORE, CORE))
+        total = sum(share for _, _, share in shares)  # less than all of it at the edge of the picture
+        for row, column, share in shares:
+            self.mass[row, column] += share / total
 
     def add_glyph(self, row: int, column: int, glyph: str) -> None:
         """Glyphs come in reading order; a token tells the first two whose centre it holds."""
@@ -47,6 +64,12 @@ class Labels:
             if self.classes[row, column, HEAD_INDEX[head]] <= 0:
                 self.classes[row, column, HEAD_INDEX[head]] = _CLASSES[head][glyph]
                 return
+
+    def cover_with_glyph(self, x: float, y: float, half_width: float, half_height: float, glyph: str) -> None:
+        """What a large glyph covers besides the token of its centre."""
+        for row, column, share in self.overlaps(x, y, half_width, half_height):
+            if self.classes[row, column, HEAD_INDEX["glyph"]] <= 0 and share > 0.15:
+                self.set("glyph", row, column, glyph if share > 0.55 else "")
 
     def token_at(self, x: float, y: float) -> tuple[int, int]:
         return (min(self.shape[0] - 1, max(0, int(y // TOKEN))), min(self.shape[1] - 1, max(0, int(x // TOKEN))))
@@ -69,10 +92,10 @@ def _heads() -> tuple[dict[str, dict[str, int]], tuple[Head, ...]]:
         "color": tuple(COLORS),
         "size": ("small", "large"),
         "cell": CELLS,
-        "centres": ("1", "2"),
         "glyph": tuple(GLYPHS),
         "next_glyph": tuple(GLYPHS),
         "kind": (*CLOTHES, *EMOJI, "photo"),
+        "motion": tuple(DIRECTIONS),
     }
     heads, start = [], 0
     for name, classes in names.items():

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tools.tiny_model import small_talk
-from tools.tiny_model.names import CELLS, CHINESE, COLORS, SHAPES
+from tools.tiny_model.names import CELLS, CHINESE, COLORS, DIRECTIONS, SHAPES
 from tools.tiny_model.phrases import loosely, say
 from tools.tiny_model.pictures import (
-    DIRECTIONS,
     WORDS,
     Clip,
     Picture,
@@ -136,7 +135,7 @@ class Teacher:
             self._shape, self._colour, self._where, self._size, self._extreme, self._relation, self._count, self._count_of, self._exists,
             self._absent, self._at, self._describe, self._json,
         ]  # fmt: skip
-        weights = (3, 3, 4, 1.5, 1, 1.5, 2, 1.5, 1.5, 0.7, 3, 2, 1)
+        weights = (3, 3, 4, 1.5, 1, 2.5, 2, 2, 1.5, 0.7, 3, 2, 1.5)
         while True:
             if turn := self.rng.choices(options, weights)[0](scene):
                 return turn
@@ -646,8 +645,8 @@ KINDS = {
     "blank": Kind(3, Teacher.blank),
     "follow-up": Kind(10, Teacher.follow_up),
     "next picture": Kind(3, Teacher.next_picture),
-    "number": Kind(9, Teacher.number),
-    "word": Kind(6, Teacher.word),
+    "number": Kind(10, Teacher.number),
+    "word": Kind(7, Teacher.word),
     "clothes": Kind(6, Teacher.clothes),
     "emoji": Kind(6, Teacher.emoji),
     "chart": Kind(5, Teacher.chart),
@@ -655,7 +654,7 @@ KINDS = {
     "changed": Kind(6, Teacher.changed),
     "two pictures": Kind(7, lambda teacher: teacher.several(2)),
     "three pictures": Kind(4, lambda teacher: teacher.several(3)),
-    "video": Kind(6, Teacher.video),
+    "video": Kind(10, Teacher.video),
     "Chinese": Kind(7, Teacher.chinese),
     "talk": Kind(3, Teacher.talk),
 }

@@ -18,6 +18,7 @@ PHRASES = {
     # one thing
     "shape": Phrases(
         (
+            "Tell me what shape it is.",
             "What shape is it?",
             "What shape is in the {picture}?",
             "What shape is this?",
@@ -25,15 +26,15 @@ PHRASES = {
             "Name the shape.",
             "What kind of shape is it?",
         ),
-        ("Tell me what shape it is.", "Which shape is in this {picture}?"),
+        ("Which shape is in this {picture}?",),
     ),
     "colour": Phrases(
         ("What {colour} is it?", "What {colour} is the shape?", "Which {colour} is it?", "What {colour} is this shape?", "Name the {colour}."),
         ("Tell me what {colour} it is.", "Which {colour} is this shape?"),
     ),
     "what": Phrases(
-        ("What is this?", "What is it?", "What do you see here?", "What is shown?", "What does the {picture} show?"),
-        ("Tell me what this is.", "What do we see here?"),
+        ("Tell me what this is.", "What is this?", "What is it?", "What do you see here?", "What is shown?", "What does the {picture} show?"),
+        ("What do we see here?",),
     ),
     # by what is known of it
     "shape of color": Phrases(
@@ -49,12 +50,13 @@ PHRASES = {
     "shape at": Phrases(("What shape is {where}?", "Which shape is {where}?", "Name the shape {where}."), ("Tell me what shape is {where}.",)),
     "colour of shape": Phrases(
         (
+            "Tell me what {colour} the {name} is.",
             "What {colour} is the {name}?",
             "Which {colour} is the {name}?",
             "What {colour} does the {name} have?",
             "What is the {colour} of the {name}?",
         ),
-        ("Tell me what {colour} the {name} is.", "Which {colour} does the {name} have?"),
+        ("Which {colour} does the {name} have?",),
     ),
     "colour at": Phrases(("What {colour} is the shape {where}?", "Which {colour} is the one {where}?"), ("What {colour} is the one {where}?",)),
     "where": Phrases(
@@ -82,13 +84,14 @@ PHRASES = {
     # all of them
     "count": Phrases(
         (
+            "Tell me how many shapes there are.",
             "How many shapes are there?",
             "How many shapes are in the {picture}?",
             "How many shapes do you see?",
             "Count the shapes.",
             "What is the number of shapes?",
         ),
-        ("Tell me how many shapes there are.", "How many shapes does the {picture} show?"),
+        ("How many shapes does the {picture} show?",),
     ),
     "count of": Phrases(
         ("How many {name} are there?", "How many {name} do you see?", "How many {name} are in the {picture}?", "Count the {name}."),
@@ -100,6 +103,7 @@ PHRASES = {
     ),
     "describe": Phrases(
         (
+            "Tell me what is in the {picture}.",
             "Describe the {picture}.",
             "What do you see?",
             "What is in the {picture}?",
@@ -107,7 +111,7 @@ PHRASES = {
             "Please describe this {picture}.",
             "What can you see in the {picture}?",
         ),
-        ("Tell me what is in the {picture}.", "Describe what you see."),
+        ("Describe what you see.",),
     ),
     # follow-ups
     "other": Phrases(
@@ -121,12 +125,27 @@ PHRASES = {
     "this one": Phrases(("And this one?", "What about this one?", "And here?"), ("And what about this one?",)),
     # print
     "number": Phrases(
-        ("What number is shown?", "What number is in the {picture}?", "Which number do you see?", "Read the number.", "What number is this?"),
-        ("Tell me what number is shown.", "Which number is in the {picture}?"),
+        (
+            "Tell me what number is shown.",
+            "What number is shown?",
+            "What number is in the {picture}?",
+            "Which number do you see?",
+            "Read the number.",
+            "What number is this?",
+        ),
+        ("Which number is in the {picture}?",),
     ),
     "word": Phrases(
-        ("What word is shown?", "What word is in the {picture}?", "Read the word.", "What does it say?", "Which word do you see?", "Read the text."),
-        ("Tell me what word is shown.", "What does the {picture} say?"),
+        (
+            "Tell me what word is shown.",
+            "What word is shown?",
+            "What word is in the {picture}?",
+            "Read the word.",
+            "What does it say?",
+            "Which word do you see?",
+            "Read the text.",
+        ),
+        ("What does the {picture} say?",),
     ),
     "colour of print": Phrases(("What {colour} is the {name}?", "Which {colour} does the {name} have?"), ("Tell me what {colour} the {name} is.",)),
     # clothing and emoji
@@ -135,19 +154,27 @@ PHRASES = {
         ("Tell me what kind of clothing this is.", "Which clothing is shown?"),
     ),
     "emoji": Phrases(
-        ("What emoji is this?", "Which emoji is shown?", "What is in the emoji?", "What does the emoji show?", "Name the emoji."),
-        ("Tell me what emoji this is.", "Which emoji do you see?"),
+        (
+            "Tell me what emoji this is.",
+            "What emoji is this?",
+            "Which emoji is shown?",
+            "What is in the emoji?",
+            "What does the emoji show?",
+            "Name the emoji.",
+        ),
+        ("Which emoji do you see?",),
     ),
     # charts
     "highest": Phrases(
         (
+            "Tell me which bar is the highest.",
             "Which bar is the highest?",
             "What bar is the highest?",
             "Which bar is the tallest?",
             "Which is the highest bar?",
             "Which {colour} has the highest bar?",
         ),
-        ("Tell me which bar is the highest.", "Which is the tallest bar?"),
+        ("Which is the tallest bar?",),
     ),
     "lowest": Phrases(
         ("Which bar is the lowest?", "What bar is the lowest?", "Which bar is the shortest?", "Which is the lowest bar?"),
@@ -169,13 +196,14 @@ PHRASES = {
     ),
     "changed": Phrases(
         (
+            "Tell me what changed.",
             "What changed?",
             "What is different?",
             "What has changed?",
             "What changed from the first {picture} to the second?",
             "What is the difference?",
         ),
-        ("Tell me what changed.", "What is different in the second {picture}?"),
+        ("What is different in the second {picture}?",),
     ),
     "same": Phrases(
         ("Are the {picture}s the same?", "Do both {picture}s show the same?", "Are the two {picture}s equal?"), ("Are both {picture}s the same?",)
@@ -200,7 +228,7 @@ PHRASES = {
         ("Which way does it move?", "In which direction does the {name} move?", "Which way does the {name} move?", "Where does the {name} go?"),
         ("Tell me which way the {name} moves.", "In which direction does it go?"),
     ),
-    "moves": Phrases(("What moves?", "Which shape moves?", "What is moving?"), ("Tell me what moves.", "Which shape is moving?")),
+    "moves": Phrases(("Tell me what moves.", "What moves?", "Which shape moves?", "What is moving?"), ("Which shape is moving?",)),
     "first": Phrases(
         ("What appears first?", "Which shape appears first?", "What comes first?"), ("Tell me what appears first.", "Which shape comes first?")
     ),
@@ -212,8 +240,8 @@ PHRASES = {
         ("Tell me the order of the shapes.",),
     ),
     "happens": Phrases(
-        ("What happens in the video?", "What happens?", "Describe the video.", "What do you see in the video?"),
-        ("Tell me what happens.", "What happens in this video?"),
+        ("Tell me what happens.", "What happens in the video?", "What happens?", "Describe the video.", "What do you see in the video?"),
+        ("What happens in this video?",),
     ),
     # JSON
     "json": Phrases(
@@ -262,5 +290,5 @@ def loosely(text: str, rng: random.Random) -> str:
     if kind < 0.2:
         return text[0].lower() + text[1:].rstrip("?.")
     if kind < 0.25:
-        return f"{rng.choice(('Please', 'Hi', 'Hello', 'Now', 'OK'))}, {text[0].lower()}{text[1:]}"
+        return f"{rng.choice(('Please', 'Hi', 'Hello', 'Now', 'OK', 'Tell me', 'Question'))}{rng.choice((',', ':'))} {text[0].lower()}{text[1:]}"
     return f"{text} {rng.choice(('Please.', 'Thank you.', 'Answer briefly.', 'Look closely.'))}"

@@ -10,13 +10,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tools.tiny_model import assets
 from tools.tiny_model.labels import GLYPHS, Labels
-from tools.tiny_model.names import CLOTHES, COLORS, EMOJI, Color
+from tools.tiny_model.names import CLOTHES, COLORS, DIRECTIONS, EMOJI, Color
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, add_grain, colors_on, draw, label, make_scene, pick_ground
 
 WORDS = (
@@ -84,14 +85,17 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
     half_width, half_height = (box[2] - box[0]) / 4, (box[3] - box[1]) / 4
     for row, column, share in labels.overlaps(x / 2, y / 2, half_width, half_height):
         labels.set("color", row, column, ink if share > 0.4 else "")
-    start = 0.0
+    start, centres = 0.0, []
     for index, glyph in enumerate(shown):
         end = face.getlength(shown[: index + 1])
         along = ((start + end) / 2 - middle[0]) / 2
         token = labels.token_at(x / 2 + along * math.cos(turn), y / 2 + along * math.sin(turn))
         labels.add_glyph(*token, glyph.lower())
         labels.set("color", *token, ink)
+        centres.append((x / 2 + along * math.cos(turn), y / 2 + along * math.sin(turn), (end - start) / 4))
         start = end
+    for (glyph_x, glyph_y, glyph_width), glyph in zip(centres, shown, strict=True):
+        labels.cover_with_glyph(glyph_x, glyph_y, glyph_width, half_height, glyph.lower())
     return still(add_grain(image.reduce(2), rng), labels), Print(text, ink)
 
 
@@ -122,6 +126,7 @@ def draw_glyphs(rng: random.Random, size: tuple[int, int]) -> Picture:
             image.paste(color, (int(x - mask.width / 2), int(y - mask.height / 2)), mask)
             token = labels.token_at(x / 2, y / 2)
             labels.add_glyph(*token, glyph)
+            labels.cover_with_glyph(x / 2, y / 2, (box[2] - box[0]) / 4, (box[3] - box[1]) / 4, glyph)
             labels.set("color", *token, ink)
     return still(add_grain(image.reduce(2), rng), labels)
 
@@ -130,8 +135,7 @@ def draw_sheet(rng: random.Random, size: tuple[int, int], side: int, kind: str) 
     """Emoji, or clothes, in `side` rows of `side`: for the tower alone."""
     image = Image.new("RGB", size, pick_ground(rng))
     labels = Labels(size)
-    for head in ("shape", "color", "size", "cell", "centres", *(("glyph", "next_glyph") if kind == "clothes" else ())):
-        labels.fill(head, "")
+    labels.ignore_all_but("kind")
     cell = min(size) // side
     for row in range(side):
         for column in range(side):
@@ -171,9 +175,8 @@ def draw_clothes(rng: random.Random, size: tuple[int, int], test: bool) -> tuple
         colored = ImageOps.colorize(image, _random_color(rng, 0, 80), _random_color(rng, 190, 255))
     labels = Labels(size)
     name = CLOTHES[int(data[1][index])]
+    labels.ignore_all_but("kind")
     labels.fill("kind", name)
-    for head in ("shape", "color", "size", "cell", "centres", "glyph", "next_glyph"):
-        labels.fill(head, "")
     return still(colored, labels), name
 
 
@@ -200,10 +203,9 @@ def draw_emoji(rng: random.Random, size: tuple[int, int], held_out: bool) -> tup
     x, y = rng.randint(0, size[0] - emoji.width), rng.randint(0, size[1] - emoji.height)
     image.paste(emoji, (x, y), emoji)
     labels = Labels(size)
+    labels.ignore_all_but("kind", "glyph", "next_glyph", "motion")
     for row, column, share in labels.overlaps(x + emoji.width / 2, y + emoji.height / 2, emoji.width / 2, emoji.height / 2):
         labels.set("kind", row, column, name if share > 0.25 else "")
-        for head in ("shape", "color", "size", "cell", "centres"):
-            labels.set(head, row, column, "")
     return still(add_grain(image, rng), labels), name
 
 
@@ -236,7 +238,7 @@ def draw_chart(rng: random.Random, size: tuple[int, int]) -> tuple[Picture, Char
             if covered > 0.25:
                 labels.set("shape", row, column, "bar")
                 labels.set("color", row, column, name)
-        labels.add_centre(*labels.token_at(x / 2, y / 2 + 1))  # of a bar, its top
+        labels.add_thing(x / 2, bottom / 2 - 10)
     line = (30, 30, 30) if sum(ground) > 250 else (225, 225, 225)
     if rng.random() < 0.85:
         pen.line((left, top, left, bottom), fill=line, width=3)
@@ -258,9 +260,6 @@ def draw_photo(rng: random.Random, size: tuple[int, int], held_out: bool) -> Pic
     labels = Labels(size)
     labels.fill("kind", "photo")
     return still(image, labels)
-
-
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +305,7 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
         ]
         clip = Clip(event, (start, *things[1:]), direction=direction)
     scenes = [Scene(tuple(now), scene.ground, scene.seed) for now in shown]
-    return Picture(tuple(draw(now, size) for now in scenes), tuple(label(now, size) for now in scenes[::2])), clip
+    return Picture(tuple(draw(now, size) for now in scenes), tuple(label(now, size, clip.direction) for now in scenes[::2])), clip
 
 
 def _start(rng: random.Random, step: int, where: float, path: float) -> float:
@@ -316,8 +315,16 @@ def _start(rng: random.Random, step: int, where: float, path: float) -> float:
     return low if step > 0 else low + path
 
 
-def as_arrays(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [T, 2, height, width, 3] uint8, where an image counts twice, and labels [T, rows, columns, heads]."""
+class Arrays(NamedTuple):
+    """T temporal patches of one picture."""
+
+    pixels: np.ndarray  # [T, 2, height, width, 3] uint8: an image counts twice
+    classes: np.ndarray  # [T, rows, columns, heads] int64
+    mass: np.ndarray  # [T, rows, columns] float32
+
+
+def as_arrays(picture: Picture) -> Arrays:
     frames: Sequence[Image.Image] = picture.frames if picture.is_video else picture.frames * 2
     pixels = np.stack([np.asarray(frame) for frame in frames])
-    return pixels.reshape(-1, 2, *pixels.shape[1:]), np.stack([labels.classes for labels in picture.labels])
+    classes, mass = (np.stack([getattr(labels, name) for labels in picture.labels]) for name in ("classes", "mass"))
+    return Arrays(pixels.reshape(-1, 2, *pixels.shape[1:]), classes, mass)

@@ -231,14 +231,13 @@ def _steps(count: int) -> list[float]:
     return [2 * math.pi * k / count for k in range(count)]
 
 
-def label(scene: Scene, size: tuple[int, int]) -> Labels:
-    """What covers most of each merged token, and how many centres are in it."""
+def label(scene: Scene, size: tuple[int, int], motion: str = "") -> Labels:
+    """What covers most of each merged token. `motion`: in which direction the first thing moves, in a video."""
     labels = Labels(size)
     best = np.zeros(labels.shape)
-    for thing in scene.things:
+    for index, thing in enumerate(scene.things):
         radius = thing.radius * min(size)
-        row, column = labels.token_at(thing.x * size[0], thing.y * size[1])
-        labels.add_centre(row, column)
+        labels.add_thing(thing.x * size[0], thing.y * size[1])
         for row, column, share in labels.overlaps(thing.x * size[0], thing.y * size[1], radius, radius):
             if share > max(best[row, column], 0.03):
                 best[row, column] = share
@@ -247,4 +246,6 @@ def label(scene: Scene, size: tuple[int, int]) -> Labels:
                 labels.set("color", row, column, thing.color if share > 0.1 else "")
                 labels.set("size", row, column, thing.size if is_enough else "")
                 labels.set("cell", row, column, thing.cell if thing.has_clear_place and is_enough else "")
+                if motion:
+                    labels.set("motion", row, column, motion if index == 0 else "")
     return labels

@@ -17,6 +17,7 @@ from tools.tiny_model.labels import HEADS, IGNORED, NUM_CLASSES, TOKEN
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PATCH = TOKEN // 2
+MASS_WEIGHT = 20.0
 
 
 def to_patches(pixels: Tensor) -> Tensor:
@@ -69,15 +70,19 @@ class DenseHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, NUM_CLASSES)
+        self.linear = nn.Linear(hidden_size, NUM_CLASSES + 1)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss, and of each head the accuracy over tokens where something is."""
+    def forward(self, embeddings: Tensor, classes: Tensor, mass: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss, and of each head the accuracy over tokens where something is; of the mass, how often a picture's sum is right when rounded."""
         logits = self.linear(embeddings).float()
-        loss = torch.zeros((), device=embeddings.device)
-        seen = {}
+        counted = ~mass.isnan()
+        found = logits[:, -1].reshape(mass.shape)
+        loss = MASS_WEIGHT * F.mse_loss(found[counted], mass[counted]) if counted.any() else torch.zeros((), device=embeddings.device)
+        pictures = counted.flatten(1).all(1)
+        sums = [values[pictures].flatten(1).sum(1).round() for values in (found, mass)]
+        seen = {"count": (sums[0] == sums[1]).float().mean().item()}
         for index, head in enumerate(HEADS):
-            targets = labels[..., index].flatten()
+            targets = classes[..., index].flatten()
             scores = logits[:, head.start : head.start + head.size]
             weight = torch.ones(head.size, device=scores.device)
             weight[0] = 0.4  # most tokens are empty

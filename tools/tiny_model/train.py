@@ -126,9 +126,9 @@ def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, dev
     trainer.resume(device)
     started, first = time.monotonic(), trainer.step
     for frames in () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step)):
-        pixels, labels = frames.pixels.to(device), frames.labels.to(device)
+        pixels, classes, mass = (part.to(device) for part in frames)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            loss, seen = head(tower(to_patches(pixels), grid_thw=grids(pixels)).pooler_output, labels)
+            loss, seen = head(tower(to_patches(pixels), grid_thw=grids(pixels)).pooler_output, classes, mass)
         trainer.learn(loss, trainer.step)
         if trainer.step % 25 == 0:
             rate = (trainer.step - first) * len(pixels) / (time.monotonic() - started)
@@ -151,7 +151,7 @@ class Learner:
         if len(batch.pixels):
             with torch.set_grad_enabled(not is_tower_frozen):
                 embeddings = model.visual(to_patches(batch.pixels), grid_thw=grids(batch.pixels)).pooler_output
-                dense_loss, seen = self._head(embeddings, batch.labels)
+                dense_loss, seen = self._head(embeddings, batch.classes, batch.mass)
             inputs = inputs.masked_scatter((types > 0)[..., None], embeddings.to(inputs.dtype))
         positions, _ = model.get_rope_index(
             batch.token_ids,
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8000, help="tokens of a step of both together, padding included")
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
-    parser.add_argument("--start-from", type=Path, help="begin the second stage with the weights of this checkpoint, and with its tokenizer")
+    parser.add_argument("--start-from", type=Path, help="begin with the weights of this checkpoint, and with its tokenizer, instead of from nothing")
     parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint of the state as it is")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -236,7 +236,6 @@ def main() -> None:
     tokenizer.save_pretrained(folder)
     if args.start_from:
         model = Qwen2VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32, attn_implementation="eager").train()
-        args.vision_steps = 0
     else:
         config = make_config(tokenizer)
         config._attn_implementation = "eager"
