@@ -32,15 +32,15 @@ SIZE_WEIGHTS = (6, 2, 1, 1)
 KINDS = {
     "scene": 5,
     "crowd": 22,
-    "print": 16,
-    "glyphs": 16,
+    "print": 18,
+    "glyphs": 22,
     "clothes": 4,
-    "wardrobe": 14,
+    "wardrobe": 10,
     "emoji": 3,
-    "emoji sheet": 10,
+    "emoji sheet": 8,
     "chart": 4,
     "photo": 1,
-    "clip": 6,
+    "clip": 8,
 }
 
 
