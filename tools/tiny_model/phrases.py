@@ -18,6 +18,9 @@ PHRASES = {
     # one thing
     "shape": Phrases(
         (
+            "Can you name the shape?",
+            "Say what shape is shown.",
+            "Which shape is shown in the {picture}?",
             "Tell me what shape it is.",
             "What shape is it?",
             "What shape is in the {picture}?",
@@ -29,16 +32,39 @@ PHRASES = {
         ("Which shape is in this {picture}?",),
     ),
     "colour": Phrases(
-        ("What {colour} is it?", "What {colour} is the shape?", "Which {colour} is it?", "What {colour} is this shape?", "Name the {colour}."),
+        (
+            "Say what {colour} it is.",
+            "Tell me the {colour}.",
+            "Which {colour} does it have?",
+            "What {colour} is it?",
+            "What {colour} is the shape?",
+            "Which {colour} is it?",
+            "What {colour} is this shape?",
+            "Name the {colour}.",
+        ),
         ("Tell me what {colour} it is.", "Which {colour} is this shape?"),
     ),
     "what": Phrases(
-        ("Tell me what this is.", "What is this?", "What is it?", "What do you see here?", "What is shown?", "What does the {picture} show?"),
+        (
+            "What am I looking at?",
+            "What do we have here?",
+            "Say what you see here.",
+            "Can you tell me what it is?",
+            "Tell me what this is.",
+            "What is this?",
+            "What is it?",
+            "What do you see here?",
+            "What is shown?",
+            "What does the {picture} show?",
+        ),
         ("What do we see here?",),
     ),
     # by what is known of it
     "shape of color": Phrases(
         (
+            "Tell me which shape is {color}.",
+            "Say what is {color}.",
+            "Which one is {color}?",
             "What shape is {color}?",
             "Which shape is {color}?",
             "What shape is the {color} one?",
@@ -47,7 +73,16 @@ PHRASES = {
         ),
         ("Tell me what shape is {color}.", "Which shape is the {color} one?"),
     ),
-    "shape at": Phrases(("What shape is {where}?", "Which shape is {where}?", "Name the shape {where}."), ("Tell me what shape is {where}.",)),
+    "shape at": Phrases(
+        (
+            "Tell me the shape {where}.",
+            "Say what shape stands {where}.",
+            "What shape is {where}?",
+            "Which shape is {where}?",
+            "Name the shape {where}.",
+        ),
+        ("Tell me what shape is {where}.",),
+    ),
     "colour of shape": Phrases(
         (
             "Tell me what {colour} the {name} is.",
@@ -58,32 +93,95 @@ PHRASES = {
         ),
         ("Which {colour} does the {name} have?",),
     ),
-    "colour at": Phrases(("What {colour} is the shape {where}?", "Which {colour} is the one {where}?"), ("What {colour} is the one {where}?",)),
+    "colour at": Phrases(
+        (
+            "Tell me the {colour} of the shape {where}.",
+            "What {colour} is the thing {where}?",
+            "Say what {colour} the shape {where} is.",
+            "What {colour} is the shape {where}?",
+            "Which {colour} is the one {where}?",
+        ),
+        ("What {colour} is the one {where}?",),
+    ),
     "where": Phrases(
-        ("Where is the {name}?", "Where do you see the {name}?", "In which place is the {name}?", "Where in the {picture} is the {name}?"),
+        (
+            "Tell me where you see the {name}.",
+            "Say where the {name} is.",
+            "Where can I find the {name}?",
+            "At which place is the {name}?",
+            "Where is the {name}?",
+            "Where do you see the {name}?",
+            "In which place is the {name}?",
+            "Where in the {picture} is the {name}?",
+        ),
         ("Tell me where the {name} is.", "In which place do you see the {name}?"),
     ),
     "at": Phrases(
-        ("What is {where}?", "What do you see {where}?", "Is there something {where}? What is it?", "What stands {where}?"),
+        (
+            "Tell me what stands {where}.",
+            "Say what is {where}.",
+            "What can you see {where}?",
+            "Tell me what you see {where}.",
+            "Which thing is {where}?",
+            "What is {where}?",
+            "What do you see {where}?",
+            "Is there something {where}? What is it?",
+            "What stands {where}?",
+        ),
         ("Tell me what is {where}.",),
     ),
     "size": Phrases(
-        ("Is the {name} small or large?", "What size is the {name}?", "How large is the {name}?", "Is the {name} large or small?"),
+        (
+            "Tell me how large the {name} is.",
+            "Say whether the {name} is small or large.",
+            "What is the size of the {name}?",
+            "Is the {name} small or large?",
+            "What size is the {name}?",
+            "How large is the {name}?",
+            "Is the {name} large or small?",
+        ),
         ("Tell me what size the {name} is.", "What size does the {name} have?"),
     ),
     "largest": Phrases(
-        ("Which shape is the largest?", "What is the largest shape?", "Which one is the largest?", "Which is the biggest shape?"),
+        (
+            "Tell me which one is the largest.",
+            "Say which shape is the biggest.",
+            "What is the largest one?",
+            "Which shape is the largest?",
+            "What is the largest shape?",
+            "Which one is the largest?",
+            "Which is the biggest shape?",
+        ),
         ("Tell me which shape is the largest.", "What is the biggest shape?"),
     ),
     "smallest": Phrases(
-        ("Which shape is the smallest?", "What is the smallest shape?", "Which one is the smallest?"), ("Tell me which shape is the smallest.",)
+        (
+            "Tell me the smallest shape.",
+            "Say which one is the smallest.",
+            "What is the smallest one?",
+            "Which shape is the smallest?",
+            "What is the smallest shape?",
+            "Which one is the smallest?",
+        ),
+        ("Tell me which shape is the smallest.",),
     ),
     "relation": Phrases(
-        ("Is the {name} {relation} the {other}?", "Does the {name} stand {relation} the {other}?"), ("Do you see the {name} {relation} the {other}?",)
+        (
+            "Do you see the {name} standing {relation} the {other}?",
+            "Tell me whether the {name} is {relation} the {other}.",
+            "Is it true that the {name} is {relation} the {other}?",
+            "Is the {name} {relation} the {other}?",
+            "Does the {name} stand {relation} the {other}?",
+        ),
+        ("Do you see the {name} {relation} the {other}?",),
     ),
     # all of them
     "count": Phrases(
         (
+            "Say how many shapes you see.",
+            "How many shapes can you count?",
+            "Give the number of shapes.",
+            "How many shapes does it show?",
             "Tell me how many shapes there are.",
             "How many shapes are there?",
             "How many shapes are in the {picture}?",
@@ -94,15 +192,35 @@ PHRASES = {
         ("How many shapes does the {picture} show?",),
     ),
     "count of": Phrases(
-        ("How many {name} are there?", "How many {name} do you see?", "How many {name} are in the {picture}?", "Count the {name}."),
+        (
+            "Say how many {name} there are.",
+            "Tell me the number of {name}.",
+            "How many {name} can you see?",
+            "How many {name} are there?",
+            "How many {name} do you see?",
+            "How many {name} are in the {picture}?",
+            "Count the {name}.",
+        ),
         ("Tell me how many {name} there are.", "How many {name} does the {picture} show?"),
     ),
     "exists": Phrases(
-        ("Is there {name}?", "Do you see {name}?", "Is there {name} in the {picture}?", "Does the {picture} show {name}?"),
+        (
+            "Can you see {name}?",
+            "Tell me whether there is {name}.",
+            "Is {name} in the {picture}?",
+            "Is there {name}?",
+            "Do you see {name}?",
+            "Is there {name} in the {picture}?",
+            "Does the {picture} show {name}?",
+        ),
         ("Tell me: is there {name}?", "Can you see {name} in the {picture}?"),
     ),
     "describe": Phrases(
         (
+            "Describe it.",
+            "Describe what is shown.",
+            "Say what you see.",
+            "Give a description of the {picture}.",
             "Tell me what is in the {picture}.",
             "Describe the {picture}.",
             "What do you see?",
@@ -115,17 +233,41 @@ PHRASES = {
     ),
     # follow-ups
     "other": Phrases(
-        ("And the other one?", "What about the other one?", "And the other shape?", "And the second one?", "How about the other one?"),
+        (
+            "And the other thing?",
+            "What about the other thing?",
+            "And what about the other one?",
+            "And the other one?",
+            "What about the other one?",
+            "And the other shape?",
+            "And the second one?",
+            "How about the other one?",
+        ),
         ("And what about the other shape?", "What about the other shape?"),
     ),
-    "and name": Phrases(("And the {name}?", "What about the {name}?", "How about the {name}?"), ("And what about the {name}?",)),
-    "where it": Phrases(("Where is it?", "And where is it?", "In which place is it?"), ("And in which place is it?",)),
-    "colour it": Phrases(("What {colour} is it?", "And what {colour} is it?", "And its {colour}?"), ("And which {colour} is it?",)),
-    "shape it": Phrases(("What shape is it?", "And what shape is it?", "And its shape?"), ("And which shape is it?",)),
-    "this one": Phrases(("And this one?", "What about this one?", "And here?"), ("And what about this one?",)),
+    "and name": Phrases(
+        ("And what is with the {name}?", "And what of the {name}?", "And the {name}?", "What about the {name}?", "How about the {name}?"),
+        ("And what about the {name}?",),
+    ),
+    "where it": Phrases(
+        ("And in what place?", "Where does it stand?", "Where is it?", "And where is it?", "In which place is it?"), ("And in which place is it?",)
+    ),
+    "colour it": Phrases(
+        ("And what is its {colour}?", "Which {colour} is it?", "What {colour} is it?", "And what {colour} is it?", "And its {colour}?"),
+        ("And which {colour} is it?",),
+    ),
+    "shape it": Phrases(
+        ("Which shape is it?", "And what is its shape?", "What shape is it?", "And what shape is it?", "And its shape?"), ("And which shape is it?",)
+    ),
+    "this one": Phrases(
+        ("And what about this?", "And in this one?", "And this one?", "What about this one?", "And here?"), ("And what about this one?",)
+    ),
     # print
     "number": Phrases(
         (
+            "Say which number is in the {picture}.",
+            "Tell me the number.",
+            "Which number is shown?",
             "Tell me what number is shown.",
             "What number is shown?",
             "What number is in the {picture}?",
@@ -137,6 +279,10 @@ PHRASES = {
     ),
     "word": Phrases(
         (
+            "Say which word is shown.",
+            "Tell me the word.",
+            "What does the word say?",
+            "What does the text in the {picture} say?",
             "Tell me what word is shown.",
             "What word is shown?",
             "What word is in the {picture}?",
@@ -147,14 +293,34 @@ PHRASES = {
         ),
         ("What does the {picture} say?",),
     ),
-    "colour of print": Phrases(("What {colour} is the {name}?", "Which {colour} does the {name} have?"), ("Tell me what {colour} the {name} is.",)),
+    "colour of print": Phrases(
+        (
+            "Tell me the {colour} of the {name}.",
+            "Say what {colour} the {name} is.",
+            "What {colour} is the {name}?",
+            "Which {colour} does the {name} have?",
+        ),
+        ("Tell me what {colour} the {name} is.",),
+    ),
     # clothing and emoji
     "clothes": Phrases(
-        ("What kind of clothing is this?", "What piece of clothing is shown?", "What clothing do you see?", "Name the clothing."),
+        (
+            "Tell me what clothing is shown.",
+            "Which piece of clothing is this?",
+            "Say what clothing it is.",
+            "Which kind of clothing do you see?",
+            "What kind of clothing is this?",
+            "What piece of clothing is shown?",
+            "What clothing do you see?",
+            "Name the clothing.",
+        ),
         ("Tell me what kind of clothing this is.", "Which clothing is shown?"),
     ),
     "emoji": Phrases(
         (
+            "Say which emoji it is.",
+            "Tell me the emoji.",
+            "What emoji do you see?",
             "Tell me what emoji this is.",
             "What emoji is this?",
             "Which emoji is shown?",
@@ -167,6 +333,8 @@ PHRASES = {
     # charts
     "highest": Phrases(
         (
+            "Say which bar is the tallest.",
+            "What is the highest bar?",
             "Tell me which bar is the highest.",
             "Which bar is the highest?",
             "What bar is the highest?",
@@ -177,25 +345,71 @@ PHRASES = {
         ("Which is the tallest bar?",),
     ),
     "lowest": Phrases(
-        ("Which bar is the lowest?", "What bar is the lowest?", "Which bar is the shortest?", "Which is the lowest bar?"),
+        (
+            "Tell me which bar is the shortest.",
+            "Say which bar is the lowest.",
+            "What is the lowest bar?",
+            "What is the shortest bar?",
+            "Which bar is the lowest?",
+            "What bar is the lowest?",
+            "Which bar is the shortest?",
+            "Which is the lowest bar?",
+        ),
         ("Tell me which bar is the lowest.", "Which is the shortest bar?"),
     ),
-    "bars": Phrases(("How many bars are there?", "How many bars does the chart have?", "Count the bars."), ("Tell me how many bars there are.",)),
+    "bars": Phrases(
+        (
+            "Tell me the number of bars.",
+            "Say how many bars there are.",
+            "How many bars are there?",
+            "How many bars does the chart have?",
+            "Count the bars.",
+        ),
+        ("Tell me how many bars there are.",),
+    ),
     "higher": Phrases(
-        ("Is the {name} bar higher than the {other} bar?", "Is the {name} bar taller than the {other} one?"),
+        (
+            "Is the {name} one taller than the {other} one?",
+            "Tell me whether the {name} bar is higher than the {other} bar.",
+            "Is the {name} bar higher than the {other} bar?",
+            "Is the {name} bar taller than the {other} one?",
+        ),
         ("Is the {name} one higher than the {other} one?",),
     ),
     # several pictures
     "more": Phrases(
-        ("Which {picture} has more shapes?", "Which {picture} shows more shapes?", "In which {picture} are there more shapes?"),
+        (
+            "Tell me which {picture} shows more shapes.",
+            "Say which {picture} has more shapes.",
+            "Which {picture} has more shapes?",
+            "Which {picture} shows more shapes?",
+            "In which {picture} are there more shapes?",
+        ),
         ("Tell me which {picture} has more shapes.",),
     ),
-    "fewer": Phrases(("Which {picture} has fewer shapes?", "Which {picture} shows fewer shapes?"), ("In which {picture} are there fewer shapes?",)),
+    "fewer": Phrases(
+        (
+            "Tell me which {picture} has fewer shapes.",
+            "Say in which {picture} there are fewer shapes.",
+            "Which {picture} has fewer shapes?",
+            "Which {picture} shows fewer shapes?",
+        ),
+        ("In which {picture} are there fewer shapes?",),
+    ),
     "most": Phrases(
-        ("Which {picture} has the most shapes?", "Which {picture} shows the most shapes?"), ("Tell me which {picture} has the most shapes.",)
+        (
+            "Tell me which {picture} shows the most shapes.",
+            "In which {picture} are the most shapes?",
+            "Which {picture} has the most shapes?",
+            "Which {picture} shows the most shapes?",
+        ),
+        ("Tell me which {picture} has the most shapes.",),
     ),
     "changed": Phrases(
         (
+            "Say what changed.",
+            "What is different now?",
+            "What changed in the second {picture}?",
             "Tell me what changed.",
             "What changed?",
             "What is different?",
@@ -206,46 +420,135 @@ PHRASES = {
         ("What is different in the second {picture}?",),
     ),
     "same": Phrases(
-        ("Are the {picture}s the same?", "Do both {picture}s show the same?", "Are the two {picture}s equal?"), ("Are both {picture}s the same?",)
+        (
+            "Do the two {picture}s show the same?",
+            "Are both of them the same?",
+            "Say whether the {picture}s are the same.",
+            "Are the {picture}s the same?",
+            "Do both {picture}s show the same?",
+            "Are the two {picture}s equal?",
+        ),
+        ("Are both {picture}s the same?",),
     ),
     "which shows": Phrases(
-        ("Which {picture} shows {name}?", "In which {picture} is {name}?", "Which {picture} has {name}?", "In which {picture} do you see {name}?"),
+        (
+            "Tell me which {picture} has {name}.",
+            "Say in which {picture} there is {name}.",
+            "Which {picture} shows {name}?",
+            "In which {picture} is {name}?",
+            "Which {picture} has {name}?",
+            "In which {picture} do you see {name}?",
+        ),
         ("Tell me which {picture} shows {name}.",),
     ),
     "shape in nth": Phrases(
-        ("What shape is in the {nth} {picture}?", "Which shape does the {nth} {picture} show?"), ("Tell me what shape is in the {nth} {picture}.",)
+        (
+            "Say which shape is in the {nth} {picture}.",
+            "Tell me which shape the {nth} {picture} shows.",
+            "What shape is in the {nth} {picture}?",
+            "Which shape does the {nth} {picture} show?",
+        ),
+        ("Tell me what shape is in the {nth} {picture}.",),
     ),
     "colour in nth": Phrases(
-        ("What {colour} is the shape in the {nth} {picture}?", "Which {colour} does the shape in the {nth} {picture} have?"),
+        (
+            "Tell me the {colour} of the shape in the {nth} {picture}.",
+            "What {colour} does the shape in the {nth} {picture} have?",
+            "What {colour} is the shape in the {nth} {picture}?",
+            "Which {colour} does the shape in the {nth} {picture} have?",
+        ),
         ("Tell me what {colour} the shape in the {nth} {picture} is.",),
     ),
     "what in nth": Phrases(
-        ("What is in the {nth} {picture}?", "Describe the {nth} {picture}.", "What does the {nth} {picture} show?"),
+        (
+            "Say what is in the {nth} {picture}.",
+            "Tell me what the {nth} {picture} shows.",
+            "What can you see in the {nth} {picture}?",
+            "What is in the {nth} {picture}?",
+            "Describe the {nth} {picture}.",
+            "What does the {nth} {picture} show?",
+        ),
         ("Tell me what is in the {nth} {picture}.", "What do you see in the {nth} {picture}?"),
     ),
     # videos
     "direction": Phrases(
-        ("Which way does it move?", "In which direction does the {name} move?", "Which way does the {name} move?", "Where does the {name} go?"),
+        (
+            "Say which way it moves.",
+            "Tell me where the {name} goes.",
+            "In what direction does it move?",
+            "Which way does it go?",
+            "Which way does it move?",
+            "In which direction does the {name} move?",
+            "Which way does the {name} move?",
+            "Where does the {name} go?",
+        ),
         ("Tell me which way the {name} moves.", "In which direction does it go?"),
     ),
-    "moves": Phrases(("Tell me what moves.", "What moves?", "Which shape moves?", "What is moving?"), ("Which shape is moving?",)),
+    "moves": Phrases(
+        (
+            "Say what is moving.",
+            "Tell me which shape moves.",
+            "Which thing moves?",
+            "Tell me what moves.",
+            "What moves?",
+            "Which shape moves?",
+            "What is moving?",
+        ),
+        ("Which shape is moving?",),
+    ),
     "first": Phrases(
-        ("What appears first?", "Which shape appears first?", "What comes first?"), ("Tell me what appears first.", "Which shape comes first?")
+        (
+            "Tell me which shape appears first.",
+            "Say what comes first.",
+            "Which one comes first?",
+            "What appears first?",
+            "Which shape appears first?",
+            "What comes first?",
+        ),
+        ("Tell me what appears first.", "Which shape comes first?"),
     ),
     "last": Phrases(
-        ("What appears last?", "Which shape appears last?", "What comes last?"), ("Tell me what appears last.", "Which shape comes last?")
+        (
+            "Tell me which shape appears last.",
+            "Say what comes last.",
+            "Which one comes last?",
+            "What appears last?",
+            "Which shape appears last?",
+            "What comes last?",
+        ),
+        ("Tell me what appears last.", "Which shape comes last?"),
     ),
     "order": Phrases(
-        ("In which order do the shapes appear?", "In what order do they appear?", "What is the order of the shapes?"),
+        (
+            "Tell me in which order they appear.",
+            "Say in what order the shapes appear.",
+            "In which order do they come?",
+            "In which order do the shapes appear?",
+            "In what order do they appear?",
+            "What is the order of the shapes?",
+        ),
         ("Tell me the order of the shapes.",),
     ),
     "happens": Phrases(
-        ("Tell me what happens.", "What happens in the video?", "What happens?", "Describe the video.", "What do you see in the video?"),
+        (
+            "Say what happens in the video.",
+            "What happens in this clip?",
+            "Tell me what you see in the video.",
+            "Tell me what happens.",
+            "What happens in the video?",
+            "What happens?",
+            "Describe the video.",
+            "What do you see in the video?",
+        ),
         ("What happens in this video?",),
     ),
     # JSON
     "json": Phrases(
         (
+            "Give the shapes as JSON.",
+            "List all shapes in the {picture} as JSON.",
+            "What do you see? Reply in JSON.",
+            "Tell me what you see as JSON.",
             "Describe the {picture} as JSON.",
             "Describe the {picture} in JSON.",
             "List the shapes as JSON.",
@@ -254,21 +557,41 @@ PHRASES = {
         ("List the shapes in JSON.", "What do you see? Answer as JSON."),
     ),
     "as json": Phrases(
-        ("{question} Answer in JSON.", "{question} Answer as JSON.", "{question} Reply with JSON."),
+        (
+            "Reply in JSON: {question}",
+            "As JSON: {question}",
+            "In JSON: {question}",
+            "{question} Use JSON.",
+            "{question} Answer in JSON.",
+            "{question} Answer as JSON.",
+            "{question} Reply with JSON.",
+        ),
         ("{question} Reply as JSON.", "Answer in JSON: {question}"),
     ),
     # Chinese
-    "zh shape": Phrases(("这是什么形状？", "图中是什么形状？", "图片里有什么形状？", "是什么形状？"), ("图片里是什么形状？", "图中有什么形状？")),
-    "zh colour": Phrases(("它是什么颜色？", "这个图形是什么颜色？", "是什么颜色？"), ("图中是什么颜色？", "这是什么颜色？")),
-    "zh colour of": Phrases(("{name}是什么颜色？", "{name}的颜色是什么？"), ("图中的{name}是什么颜色？",)),
-    "zh shape of": Phrases(("{color}的是什么形状？", "什么形状是{color}的？"), ("{color}的图形是什么形状？",)),
-    "zh count": Phrases(
-        ("有几个图形？", "图中有几个图形？", "图片里有多少个图形？", "一共有几个图形？"), ("图片里有几个图形？", "一共有多少个图形？")
+    "zh shape": Phrases(
+        ("请问这是什么形状？", "图里是什么形状？", "这是什么形状？", "图中是什么形状？", "图片里有什么形状？", "是什么形状？"),
+        ("图片里是什么形状？", "图中有什么形状？"),
     ),
-    "zh where": Phrases(("{name}在哪里？", "{name}在什么位置？"), ("图中的{name}在哪里？",)),
-    "zh exists": Phrases(("有{name}吗？", "图中有{name}吗？", "图片里有没有{name}？"), ("图片里有{name}吗？",)),
-    "zh describe": Phrases(("描述这张图片。", "你看到了什么？", "图片里有什么？", "图中有什么？"), ("请描述这张图片。", "图里有什么？")),
-    "zh number": Phrases(("这是什么数字？", "图中的数字是多少？", "图片里是什么数字？"), ("图中是什么数字？",)),
+    "zh colour": Phrases(
+        ("图里是什么颜色？", "请问它是什么颜色？", "图形是什么颜色？", "它是什么颜色？", "这个图形是什么颜色？", "是什么颜色？"),
+        ("图中是什么颜色？", "这是什么颜色？"),
+    ),
+    "zh colour of": Phrases(("图里的{name}是什么颜色？", "{name}是什么颜色？", "{name}的颜色是什么？"), ("图中的{name}是什么颜色？",)),
+    "zh shape of": Phrases(("{color}的那个是什么形状？", "{color}的是什么形状？", "什么形状是{color}的？"), ("{color}的图形是什么形状？",)),
+    "zh count": Phrases(
+        ("图里有几个图形？", "请问有几个图形？", "有几个图形？", "图中有几个图形？", "图片里有多少个图形？", "一共有几个图形？"),
+        ("图片里有几个图形？", "一共有多少个图形？"),
+    ),
+    "zh where": Phrases(("图里的{name}在哪里？", "请问{name}在哪里？", "{name}在哪里？", "{name}在什么位置？"), ("图中的{name}在哪里？",)),
+    "zh exists": Phrases(("图里有{name}吗？", "有没有{name}？", "有{name}吗？", "图中有{name}吗？", "图片里有没有{name}？"), ("图片里有{name}吗？",)),
+    "zh describe": Phrases(
+        ("请描述图片。", "请描述这张图。", "图里面有什么？", "描述这张图片。", "你看到了什么？", "图片里有什么？", "图中有什么？"),
+        ("请描述这张图片。", "图里有什么？"),
+    ),
+    "zh number": Phrases(
+        ("图里的数字是多少？", "这个数字是多少？", "这是什么数字？", "图中的数字是多少？", "图片里是什么数字？"), ("图中是什么数字？",)
+    ),
 }
 
 
