@@ -27,6 +27,11 @@ UNKNOWN_QUESTIONS = (
     "Recommend a book about {topic}.", "Summarize the news.", "What is your favorite {topic}?", "Do you like {food}?", "How do I fix my {topic}?",
     "What happened in {year}?", "Who won the world cup in {year}?", "Sing a song.", "What is love?", "Which language is spoken in {place}?",
     "How tall is {person}?", "Is {person} happy?", "What material is it made of?", "How much does it cost?",
+    "What is {n} divided by {m}?", "How much is {n} and {m}?", "Add {n} and {m}.", "What is half of {n}?", "Is {n} larger than {m}?",
+    "What is the longest river of {place}?", "What is the smallest village of {place}?", "Name a city of {place}.", "What do people eat in {place}?",
+    "Tell me something about {topic}.", "Tell me a story about {person}.", "Tell me a fact about {place}.", "What do you think about {topic}?",
+    "What can you say about {person}?", "Who works in {place}?", "Where can I buy {food}?", "What is the story of {topic}?", "Where is {person} now?",
+    "Write an essay on {topic}.", "Write to {person}.", "Is it cold in {place}?", "Who is the woman in the {picture}?", "Who is this person?",
 )  # fmt: skip
 HELD_OUT_UNKNOWN_QUESTIONS = (
     "What is the largest city of {place}?", "Tell me about {person}.", "What do you know about {topic}?", "Who lives in {place}?",

@@ -201,6 +201,8 @@ def export(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
     text = json.loads(model.config.to_json_string(use_diff=False))["text_config"]
     ids = {name: text[name] for name in ("bos_token_id", "pad_token_id")}
     model.generation_config.update(do_sample=False, eos_token_id=[text["eos_token_id"], text["bos_token_id"]], **ids)
+    for name in ("text_config", "vision_config"):
+        getattr(model.config, name).dtype = torch.float16
     model.half().save_pretrained(folder)
     settings = {
         **IMAGE_LIMITS,
@@ -217,13 +219,13 @@ def export(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, log, plot and the checkpoint")
-    parser.add_argument("--vision-steps", type=int, default=2600, help="steps of 64 pictures for the vision tower alone")
-    parser.add_argument("--joint-steps", type=int, default=6000, help="steps for tower and decoder together")
+    parser.add_argument("--vision-steps", type=int, default=4500, help="steps of 64 pictures for the vision tower alone")
+    parser.add_argument("--joint-steps", type=int, default=7000, help="steps for tower and decoder together")
     parser.add_argument("--frozen-share", type=float, default=0.6, help="of those steps in which the tower only looks: they are faster")
     parser.add_argument("--max-tokens", type=int, default=8000, help="tokens of a step of both together, padding included")
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
-    parser.add_argument("--start-from", type=Path, help="begin with the weights of this checkpoint, and with its tokenizer, instead of from nothing")
+    parser.add_argument("--start-from", type=Path, help="begin with what the run with this --out has learned, instead of from nothing")
     parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint of the state as it is")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -231,17 +233,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = args.start_from or folder
+    source = args.start_from / "model" if args.start_from else folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else bpe.train(folder)
     tokenizer.save_pretrained(folder)
     if args.start_from:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(args.start_from, dtype=torch.float32, attn_implementation="eager").train()
+        model = Qwen2VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").train()
     else:
         config = make_config(tokenizer)
         config._attn_implementation = "eager"
         model = Qwen2VLForConditionalGeneration(config).train()
     nn.Module.to(model, device)
     head = DenseHead(model.config.text_config.hidden_size).to(device)
+    if args.start_from and (state := progress.load(args.start_from / "joint.pt", device)) is not None:
+        head.load_state_dict(state["head"])
     tower = model.model.visual
     make_fast(tower)
     for block in (*tower.blocks, *model.model.language_model.layers):
