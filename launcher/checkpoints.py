@@ -10,8 +10,9 @@ from pipeline.config import ModelConfig
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_NAME = "embedded-shapes"
 NOTICE = (
-    "the embedded model (12 M parameters) names and counts shapes and their colors in simple drawings; it is often wrong about places and "
-    "printed numbers, and knows nothing of photos, other text or the world"
+    "the embedded model (12 M parameters) answers questions about simple pictures: shapes with their colors, sizes, places and number, printed "
+    "numbers and words, emoji, bar charts, what differs between pictures, what happens in short videos; of photos and of everything "
+    "else it says that it does not know"
 )
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")  # weights as safetensors only, and no code
 
@@ -27,7 +28,7 @@ class Model:
 def find_model(config: ModelConfig) -> Model:
     """The model's folder, downloaded if need be. Raises ValueError when there is none."""
     if not config.model:
-        return Model(EMBEDDED / "model", config.served_model_name or EMBEDDED_NAME, NOTICE, EMBEDDED / "samples" / "red-circle.png")
+        return Model(EMBEDDED / "model", config.served_model_name or EMBEDDED_NAME, NOTICE, EMBEDDED / "samples" / "red-star.png")
     folder = Path(config.model)
     if not folder.is_dir():
         if config.model.startswith((".", "/", "~")):

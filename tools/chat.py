@@ -1,6 +1,6 @@
 """Asks a running server one question, with pictures if you like, and streams the answer.
 
-python -m tools.chat "What is in this picture?" --image launcher/embedded/samples/red-circle.png
+python -m tools.chat "What is in this picture?" --image launcher/embedded/samples/red-star.png
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Submits one question straight over ZeroMQ, without HTTP, and streams the answer.
 
-    python -m tools.submit --run-dir RUN_DIR "What is in this picture?" --image launcher/embedded/samples/red-circle.png
+    python -m tools.submit --run-dir RUN_DIR "What is in this picture?" --image launcher/embedded/samples/red-star.png
 
 The run directory is the one that the launcher names when it is ready.
 """

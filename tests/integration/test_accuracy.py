@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Sequence
 
 import pytest
+from openai import OpenAI
 
 from launcher.checkpoints import EMBEDDED
 from tests.integration.conftest import LIMITS
@@ -17,6 +19,16 @@ SETUPS = {
     "float32": (("--dtype", "float32"), 0.0),
     "ViT on onnxruntime": (("--dtype", "float32", "--vit-engine", "onnxruntime"), 0.01),
     "bfloat16": (("--dtype", "bfloat16"), 0.04),
+}
+
+SAMPLES = {
+    "red-star": ("What shape is in the picture?", "A star."),
+    "three-shapes": ("What is in this picture?", "A blue cross at the top, a yellow ring on the left, a red heart on the right."),
+    "blank": ("What do you see?", "The picture is empty."),
+    "number": ("What number is shown?", "427."),
+    "word": ("What word is shown?", "Open."),
+    "chart": ("Which bar is the highest?", "The blue bar."),
+    "emoji": ("What emoji is this?", "A car."),
 }
 
 
@@ -39,6 +51,16 @@ def test_right_where_transformers_is_right(setup: str, asked: list[Exam], right:
     assert _differences(answers, asked, right) <= most_differences * len(asked)
     assert _differences(again, asked, right) <= most_differences * len(asked)
     assert all(answer.num_cached_tokens for answer, exam in zip(again, asked, strict=True) if exam.lesson.turns[0].pictures)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_sample_pictures(name: str, server: Server) -> None:
+    question, answer = SAMPLES[name]
+    url = f"data:image/png;base64,{base64.b64encode((EMBEDDED / 'samples' / f'{name}.png').read_bytes()).decode()}"
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        completion = client.chat.completions.create(model="embedded-shapes", messages=[{"role": "user", "content": content}])  # type: ignore[typeddict-item]
+    assert completion.choices[0].message.content == answer
 
 
 def _differences(answers: Sequence[Answer], asked: Sequence[Exam], right: Sequence[bool]) -> int:
