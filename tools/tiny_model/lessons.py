@@ -125,7 +125,9 @@ class Teacher:
     def crowd(self) -> list[Turn]:
         """Many shapes: mostly counting."""
         scene = self.scene(self.rng.randint(3, 9))
-        asked = [self._count(scene), *(self.rng.choice((self._count_of, self._exists, self._count_of, self.about))(scene) for _ in range(2))]
+        options = (self._count_of, self._count_of, self._count_of, self._exists, self.about)
+        turns = [self._count(scene), *(self.rng.choice(options)(scene) for _ in range(6))]
+        asked = list({turn.text: turn for turn in turns}.values())
         self.rng.shuffle(asked)
         return [replace(asked[0], pictures=(self.show(scene),)), *asked[1:]]
 
@@ -663,7 +665,7 @@ KINDS = {
     "next picture": Kind(3, Teacher.next_picture),
     "number": Kind(10, Teacher.number),
     "word": Kind(7, Teacher.word),
-    "clothes": Kind(6, Teacher.clothes),
+    "clothes": Kind(8, Teacher.clothes),
     "emoji": Kind(6, Teacher.emoji),
     "chart": Kind(5, Teacher.chart),
     "photo": Kind(1.5, Teacher.photo),
