@@ -18,12 +18,13 @@ from tools.tiny_model.batches import collate, converse
 from tools.tiny_model.evaluate import messages_of
 from tools.tiny_model.exams import SKILLS, Exam, exams
 from tools.tiny_model.frames import FrameBatches
+from tools.tiny_model.labels import COUNTED, HEADS, NUM_CLASSES
 from tools.tiny_model.lessons import KINDS, NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
-from tools.tiny_model.names import CHINESE
+from tools.tiny_model.names import CHINESE, COLORS, SHAPES
 from tools.tiny_model.phrases import PHRASES
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, draw, label, make_scene
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, Scene, Thing, draw, label, make_scene
 from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, UNKNOWN_QUESTIONS
-from tools.tiny_model.tower import to_patches
+from tools.tiny_model.tower import DenseHead, to_patches
 from tools.tiny_model.train import Trainer
 
 HELD_OUT_NAMES = {name for color, shape in HELD_OUT_PAIRS for name in (f"{color} {shape}", f"{CHINESE[color]}的{CHINESE[shape]}")}
@@ -53,10 +54,45 @@ def test_training_never_names_a_held_out_pair(kind: str) -> None:
 
 
 def test_the_mass_of_a_scene_is_the_number_of_its_things() -> None:
+    """Of all of them, of each colour, and of each shape."""
     rng = random.Random(4)
     for count in range(10):
-        scene = make_scene(rng, count)
-        assert label(scene, (140, 112)).mass.sum() == pytest.approx(len(scene.things), abs=1e-4)
+        scene = make_scene(rng, count, alike=0.5)
+        sums = label(scene, (140, 112)).mass.sum((0, 1))
+        expected = [sum(name in ("", thing.color, thing.shape) for thing in scene.things) for name in COUNTED]
+        assert sums == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_has_no_name_is_counted_among_all_things_only() -> None:
+    one = Thing("star", "", 0.25, 0.25, 0.1, (90, 120, 60))
+    other = Thing("", "blue", 0.75, 0.75, 0.1)
+    sums = dict(zip(COUNTED, label(Scene((one, other), (200, 200, 200), 1), (140, 140)).mass.sum((0, 1)), strict=True))
+    assert sums[""] == pytest.approx(2)
+    assert all(np.isnan(sums[name]) for name in (*COLORS, *SHAPES))
+    blue = label(Scene((other,), (200, 200, 200), 1), (140, 140)).mass[..., COUNTED.index("blue")]
+    assert blue.sum() == pytest.approx(1)
+
+
+def test_the_dense_head_learns_nothing_from_what_nobody_counts() -> None:
+    torch.manual_seed(0)
+    head = DenseHead(8)
+    embeddings, classes = torch.randn(4, 8), torch.zeros(1, 2, 2, len(HEADS), dtype=torch.int64)
+    mass = torch.full((1, 2, 2, len(COUNTED)), float("nan"))
+    mass[..., 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss, seen = head(embeddings, classes, mass)
+    loss.backward()
+    gradient = head.linear.weight.grad
+    assert gradient is not None
+    assert gradient[NUM_CLASSES].abs().sum() > 0
+    assert gradient[NUM_CLASSES + 1 :].abs().sum() == 0
+    assert seen["count"] in (0.0, 1.0)
+    assert np.isnan(seen["count of"])
+
+
+def test_scenes_of_things_alike_have_several_of_a_kind() -> None:
+    rng = random.Random(1)
+    scenes = [make_scene(rng, 8, alike=1.0) for _ in range(20)]
+    assert all(len({thing.color for thing in scene.things}) <= 4 and len({thing.shape for thing in scene.things}) <= 4 for scene in scenes)
 
 
 def test_held_out_wordings_are_none_of_the_trained() -> None:
@@ -109,7 +145,7 @@ def test_a_batch_holds_its_pictures_in_the_order_of_their_tokens() -> None:
     teacher = Teacher(random.Random(6), NEW_CONTENT, (140, 112))
     batch = collate([converse(teacher.lesson(kind), tokenizer) for kind in ("two pictures", "video", "talk", "blank")], (140, 112))
     num_placeholders = sum(int((batch.token_ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in ("<|image_pad|>", "<|video_pad|>"))
-    assert num_placeholders == len(batch.pixels) * 20 == batch.mass.numel()
+    assert num_placeholders == len(batch.pixels) * 20 == batch.mass[..., 0].numel()
     assert int(batch.image_grids[:, 0].sum() + batch.video_grids[:, 0].sum()) == len(batch.pixels)
 
 

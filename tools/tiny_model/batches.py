@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from tools.tiny_model.labels import HEADS, IGNORED, TOKEN
+from tools.tiny_model.labels import COUNTED, HEADS, IGNORED, TOKEN
 from tools.tiny_model.lessons import KINDS, SIZE_WEIGHTS, TRAINING, Lesson, Teacher
 from tools.tiny_model.pictures import Picture, as_arrays
 from tools.tiny_model.scenes import SIZES
@@ -29,7 +29,7 @@ class Conversation(NamedTuple):
 class Batch(NamedTuple):
     pixels: Tensor  # [num_frames, 2, height, width, 3] uint8: the temporal patches of all pictures, in the order of their tokens
     classes: Tensor  # [num_frames, rows, columns, heads] int64
-    mass: Tensor  # [num_frames, rows, columns] float32
+    mass: Tensor  # [num_frames, rows, columns, counted] float32
     image_grids: Tensor  # [num_images, 3] int64
     video_grids: Tensor  # [num_videos, 3] int64
     token_ids: Tensor  # [num_lessons, length] int64, padded with 0 at the end
@@ -86,7 +86,7 @@ def collate(talks: Sequence[Conversation], size: tuple[int, int]) -> Batch:
     else:
         pixels = torch.zeros(0, 2, size[1], size[0], 3, dtype=torch.uint8)
         classes = torch.zeros(0, rows // 2, columns // 2, len(HEADS), dtype=torch.int64)
-        mass = torch.zeros(0, rows // 2, columns // 2)
+        mass = torch.zeros(0, rows // 2, columns // 2, len(COUNTED))
     image_grids, video_grids = (torch.tensor(grid, dtype=torch.int64).reshape(-1, 3) for grid in grids)
     return Batch(pixels, classes, mass, image_grids, video_grids, token_ids, targets)
 
@@ -101,7 +101,6 @@ class LessonBatches(IterableDataset[tuple[int, Batch]]):
         self.tokenizer, self.max_tokens, self.seed, self.first_pool = tokenizer, max_tokens, seed, first_pool
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        torch.set_num_threads(1)
         kinds, weights = list(KINDS), [kind.weight for kind in KINDS.values()]
         pool = self.first_pool
         while True:

@@ -31,10 +31,10 @@ from tools.tiny_model.scenes import SIZES, make_scene
 SIZE_WEIGHTS = (6, 2, 1, 1)
 KINDS = {
     "scene": 5,
-    "crowd": 22,
+    "crowd": 28,
     "print": 18,
     "glyphs": 22,
-    "clothes": 4,
+    "clothes": 7,
     "wardrobe": 10,
     "emoji": 3,
     "emoji sheet": 8,
@@ -47,7 +47,7 @@ KINDS = {
 class Frames(NamedTuple):
     pixels: Tensor  # [N, 2, height, width, 3] uint8
     classes: Tensor  # [N, rows, columns, heads] int64
-    mass: Tensor  # [N, rows, columns] float32
+    mass: Tensor  # [N, rows, columns, counted] float32
 
 
 def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Picture | None:
@@ -55,7 +55,7 @@ def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Pictur
         case "scene":
             return of_scene(make_scene(rng, odd=0.3), size)
         case "crowd":
-            return of_scene(make_scene(rng, rng.randint(5, 9), odd=0.5), size)
+            return of_scene(make_scene(rng, rng.randint(5, 9), odd=rng.choice((0.0, 0.5)), alike=0.6), size)
         case "print":
             letters = "abcdefghijklmnopqrstuvwxyz"
             word = rng.choice(WORDS) if rng.random() < 0.3 else "".join(rng.choice(letters) for _ in range(rng.randint(1, 5)))
@@ -86,7 +86,6 @@ class FrameBatches(IterableDataset[Frames]):
         self.batch_size, self.seed, self.first_step = batch_size, seed, first_step
 
     def __iter__(self) -> Iterator[Frames]:
-        torch.set_num_threads(1)
         step = self.first_step
         while True:
             rng = random.Random(f"{self.seed} {step}")

@@ -15,6 +15,7 @@ from tools.tiny_model.names import CELLS, CLOTHES, COLORS, DIRECTIONS, EMOJI, SH
 IGNORED = -100
 TOKEN = 28  # pixels a side of what one merged token sees
 CORE = 9.0  # half a side, in pixels, of the box around a thing's centre that is shared out among the tokens
+COUNTED = ("", *COLORS, *SHAPES)  # what the density maps are of: all things, those of each colour, those of each shape
 GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -27,15 +28,16 @@ class Head(NamedTuple):
 class Labels:
     """Classes of each token of one picture, and how many things are in it.
 
-    `classes`: [rows, columns, heads] int64, 0 for nothing, IGNORED where it cannot be told. `mass`: [rows, columns] float32, the share that
-    the token has in the cores of things, so that its sum over the picture is their number (a density map, as crowds are counted with:
-    Lempitsky and Zisserman, 2010); NaN where nobody counts.
+    `classes`: [rows, columns, heads] int64, 0 for nothing, IGNORED where it cannot be told. `mass`: [rows, columns, len(COUNTED)] float32, the
+    share that the token has in the cores of things, so that its sum over the picture is their number (density maps, as crowds are counted
+    with: Lempitsky and Zisserman, 2010); NaN where nobody counts. With one map for each colour and shape, how many red ones there are is a
+    plain sum over tokens, which is what attention can do.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.shape = (size[1] // TOKEN, size[0] // TOKEN)
         self.classes = np.zeros((*self.shape, len(HEADS)), dtype=np.int64)
-        self.mass = np.zeros(self.shape, dtype=np.float32)
+        self.mass = np.zeros((*self.shape, len(COUNTED)), dtype=np.float32)
 
     def set(self, head: str, row: int, column: int, name: str) -> None:
         """Says that `name` is there; "" is something that has no name in this head."""
@@ -51,12 +53,18 @@ class Labels:
                 self.fill(head.name, "")
         self.mass[:] = np.nan
 
-    def add_thing(self, x: float, y: float) -> None:
-        """Counts a thing with its centre there, in pixels."""
+    def add_thing(self, x: float, y: float, color: str, shape: str) -> None:
+        """Counts a thing with its centre there, in pixels. Where its colour or shape has no name, nobody counts those there."""
         shares = list(self.overlaps(x, y, CORE, CORE))
         total = sum(share for _, _, share in shares)  # less than all of it at the edge of the picture
         for row, column, share in shares:
-            self.mass[row, column] += share / total
+            mass = self.mass[row, column]
+            mass[0] += share / total
+            for name, names in ((color, _COUNTED_COLORS), (shape, _COUNTED_SHAPES)):
+                if name in COUNTED[1:]:
+                    mass[COUNTED.index(name)] += share / total
+                elif not name:
+                    mass[names] = np.nan
 
     def add_glyph(self, row: int, column: int, glyph: str) -> None:
         """Glyphs come in reading order; a token tells the first two whose centre it holds."""
@@ -104,6 +112,7 @@ def _heads() -> tuple[dict[str, dict[str, int]], tuple[Head, ...]]:
     return {name: {c: 1 + i for i, c in enumerate(classes)} for name, classes in names.items()}, tuple(heads)
 
 
+_COUNTED_COLORS, _COUNTED_SHAPES = slice(1, 1 + len(COLORS)), slice(1 + len(COLORS), len(COUNTED))
 _CLASSES, HEADS = _heads()
 HEAD_INDEX = {head.name: index for index, head in enumerate(HEADS)}
 NUM_CLASSES = HEADS[-1].start + HEADS[-1].size

@@ -102,8 +102,8 @@ class Teacher:
 
     # Scenes of shapes
 
-    def scene(self, count: int | None = None) -> Scene:
-        return make_scene(self.rng, count, self.split.has_new_content)
+    def scene(self, count: int | None = None, alike: float = 0.0) -> Scene:
+        return make_scene(self.rng, count, self.split.has_new_content, alike=alike)
 
     def show(self, scene: Scene, size: tuple[int, int] | None = None) -> Picture:
         return of_scene(scene, size or self.size())
@@ -124,7 +124,7 @@ class Teacher:
 
     def crowd(self) -> list[Turn]:
         """Many shapes: mostly counting."""
-        scene = self.scene(self.rng.randint(3, 9))
+        scene = self.scene(self.rng.randint(3, 9), alike=0.5 if self.split.is_training else 0.0)
         options = (self._count_of, self._count_of, self._count_of, self._exists, self.about)
         turns = [self._count(scene), *(self.rng.choice(options)(scene) for _ in range(6))]
         asked = list({turn.text: turn for turn in turns}.values())
@@ -464,7 +464,9 @@ class Teacher:
             Turn("compare two", self.say("changed"), answer),
             Turn("compare two", self.say("same"), "Yes." if kind == "nothing" else "No."),
         ]
-        turns = self.rng.sample(turns, self.rng.randint(1, 2))
+        if self.split.is_training and kind in ("gone", "new", "turned"):
+            turns.append(Turn("compare two", self.say("which shows", name=article(thing.name)), nth(1 if kind == "new" else 0)))
+        turns = self.rng.sample(turns, self.rng.randint(1, len(turns)))
         return [replace(turns[0], pictures=pictures), *turns[1:]]
 
     def _may_be(self, color: str, shape: str, others: Sequence[Thing]) -> bool:
@@ -659,7 +661,7 @@ KINDS = {
     "shapes": Kind(24, Teacher.shapes),
     "one shape": Kind(6, lambda teacher: teacher.shapes(1)),
     "relations": Kind(4, Teacher.relations),
-    "crowd": Kind(13, Teacher.crowd),
+    "crowd": Kind(17, Teacher.crowd),
     "blank": Kind(3, Teacher.blank),
     "follow-up": Kind(7, Teacher.follow_up),
     "next picture": Kind(3, Teacher.next_picture),
@@ -669,7 +671,7 @@ KINDS = {
     "emoji": Kind(6, Teacher.emoji),
     "chart": Kind(5, Teacher.chart),
     "photo": Kind(1.5, Teacher.photo),
-    "changed": Kind(15, Teacher.changed),
+    "changed": Kind(18, Teacher.changed),
     "two pictures": Kind(8, lambda teacher: teacher.several(2)),
     "three pictures": Kind(5, lambda teacher: teacher.several(3)),
     "video": Kind(10, Teacher.video),

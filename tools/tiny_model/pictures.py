@@ -238,7 +238,7 @@ def draw_chart(rng: random.Random, size: tuple[int, int]) -> tuple[Picture, Char
             if covered > 0.25:
                 labels.set("shape", row, column, "bar")
                 labels.set("color", row, column, name)
-        labels.add_thing(x / 2, bottom / 2 - 10)
+        labels.add_thing(x / 2, bottom / 2 - 10, name, "bar")
     line = (30, 30, 30) if sum(ground) > 250 else (225, 225, 225)
     if rng.random() < 0.85:
         pen.line((left, top, left, bottom), fill=line, width=3)
@@ -320,7 +320,7 @@ class Arrays(NamedTuple):
 
     pixels: np.ndarray  # [T, 2, height, width, 3] uint8: an image counts twice
     classes: np.ndarray  # [T, rows, columns, heads] int64
-    mass: np.ndarray  # [T, rows, columns] float32
+    mass: np.ndarray  # [T, rows, columns, counted] float32
 
 
 def as_arrays(picture: Picture) -> Arrays:

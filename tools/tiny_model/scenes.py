@@ -89,11 +89,12 @@ def colors_on(ground: Color) -> list[str]:
     return [name for name, color in COLORS.items() if math.dist(color, ground) > 75]
 
 
-def make_scene(rng: random.Random, count: int | None = None, held_out: bool = False, odd: float = 0.0) -> Scene:
+def make_scene(rng: random.Random, count: int | None = None, held_out: bool = False, odd: float = 0.0, alike: float = 0.0) -> Scene:
     """A random scene of `count` things (0 to 9), of up to five where it is left open.
 
     With `held_out`, its first thing is one of HELD_OUT_PAIRS and the others may stand in HELD_OUT_PLACES; without, none does. A share
     `odd` of the things are blobs, or have a colour without a name: they teach the tower to see colour and shape apart.
+    A share `alike` of the scenes has things of few colours and shapes, so that there are several of each to be counted.
     """
     ground = pick_ground(rng)
     if count is None:
@@ -101,7 +102,10 @@ def make_scene(rng: random.Random, count: int | None = None, held_out: bool = Fa
         count = max(count, int(held_out))
     on_grid = count > 5 or rng.random() < 0.5
     cells = rng.sample(range(9), count)
-    known = colors_on(ground)
+    known: list[str] = colors_on(ground)
+    shapes: Sequence[str] = SHAPES
+    if alike and rng.random() < alike:
+        known, shapes = rng.sample(known, rng.randint(2, 4)), rng.sample(SHAPES, rng.randint(2, 4))
     things: list[Thing] = []
     for index, cell in enumerate(cells):
         must = held_out and index == 0
@@ -109,7 +113,7 @@ def make_scene(rng: random.Random, count: int | None = None, held_out: bool = Fa
             if must:
                 color, shape = rng.choice(sorted(pair for pair in HELD_OUT_PAIRS if pair[0] in known))
             else:
-                color, shape = rng.choice(known), rng.choice(SHAPES)
+                color, shape = rng.choice(known), rng.choice(shapes)
                 if (color, shape) in HELD_OUT_PAIRS:
                     continue
             thing = _place(rng, shape, color, cell if on_grid else None, count)
@@ -237,7 +241,7 @@ def label(scene: Scene, size: tuple[int, int], motion: str = "") -> Labels:
     best = np.zeros(labels.shape)
     for index, thing in enumerate(scene.things):
         radius = thing.radius * min(size)
-        labels.add_thing(thing.x * size[0], thing.y * size[1])
+        labels.add_thing(thing.x * size[0], thing.y * size[1], thing.color, thing.shape)
         for row, column, share in labels.overlaps(thing.x * size[0], thing.y * size[1], radius, radius):
             if share > max(best[row, column], 0.03):
                 best[row, column] = share

@@ -13,11 +13,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from tools.tiny_model.labels import HEADS, IGNORED, NUM_CLASSES, TOKEN
+from tools.tiny_model.labels import COUNTED, HEADS, IGNORED, NUM_CLASSES, TOKEN
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PATCH = TOKEN // 2
-MASS_WEIGHT = 20.0
+MASS_WEIGHT, SUM_WEIGHT = 20.0, 0.3
 
 
 def to_patches(pixels: Tensor) -> Tensor:
@@ -70,17 +70,22 @@ class DenseHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, NUM_CLASSES + 1)
+        self.linear = nn.Linear(hidden_size, NUM_CLASSES + len(COUNTED))
 
     def forward(self, embeddings: Tensor, classes: Tensor, mass: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss, and of each head the accuracy over tokens where something is; of the mass, how often a picture's sum is right when rounded."""
+        """Loss, and of each head the accuracy over tokens where something is; of the mass, how often a picture's sum is right when rounded: of
+        all its things ("count"), and of those of a colour or a shape that is there ("count of")."""
         logits = self.linear(embeddings).float()
         counted = ~mass.isnan()
-        found = logits[:, -1].reshape(mass.shape)
-        loss = MASS_WEIGHT * F.mse_loss(found[counted], mass[counted]) if counted.any() else torch.zeros((), device=embeddings.device)
-        pictures = counted.flatten(1).all(1)
-        sums = [values[pictures].flatten(1).sum(1).round() for values in (found, mass)]
-        seen = {"count": (sums[0] == sums[1]).float().mean().item()}
+        error = (logits[:, NUM_CLASSES:].reshape(mass.shape) - mass).masked_fill(~counted, 0.0)
+        numbers = mass.sum((1, 2))  # [pictures, counted]; NaN where a token is not counted
+        sum_error = error.sum((1, 2)).masked_fill(numbers.isnan(), 0.0)
+        loss = MASS_WEIGHT * error.square().sum(-1).mean() + SUM_WEIGHT * F.smooth_l1_loss(sum_error, torch.zeros_like(sum_error)) * len(COUNTED)
+        is_right = (sum_error.abs() < 0.5).float()
+        seen = {
+            "count": is_right[:, 0][~numbers[:, 0].isnan()].mean().item(),
+            "count of": is_right[:, 1:][numbers[:, 1:] > 0.5].mean().item(),
+        }
         for index, head in enumerate(HEADS):
             targets = classes[..., index].flatten()
             scores = logits[:, head.start : head.start + head.size]
