@@ -23,7 +23,7 @@ from tools.tiny_model.names import EMOJI
 
 FOLDER = Path(os.environ.get("TINY_MODEL_ASSETS") or Path.home() / ".cache" / "vlm-pipeline" / "tiny_model")
 PACKAGES = (
-    "dataset-fashion-mnist", "fonts-noto-color-emoji", "fonts-dejavu-core", "fonts-dejavu-extra", "fonts-liberation", "fonts-roboto-unhinted",
+    "dataset-fashion-mnist", "fonts-noto-color-emoji", "fonts-dejavu-core", "fonts-dejavu-extra", "fonts-liberation2", "fonts-roboto-unhinted",
     "fonts-open-sans", "fonts-lato", "fonts-cantarell", "fonts-hack", "fonts-comic-neue", "fonts-inconsolata", "fonts-crosextra-carlito",
     "fonts-crosextra-caladea", "fonts-quicksand", "fonts-courier-prime", "fonts-cabin", "fonts-ebgaramond",
 )  # fmt: skip
@@ -32,7 +32,7 @@ FONTS = (
     "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSansCondensed.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf",
     "DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf", "LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf", "LiberationSans-Italic.ttf",
     "LiberationSerif-Regular.ttf", "LiberationSerif-Bold.ttf", "LiberationSerif-Italic.ttf", "LiberationMono-Regular.ttf",
-    "LiberationSansNarrow-Bold.ttf", "OpenSans-Regular.ttf", "OpenSans-Bold.ttf", "OpenSans-Semibold.ttf", "OpenSans-CondBold.ttf",
+    "OpenSans-Regular.ttf", "OpenSans-Bold.ttf", "OpenSans-Semibold.ttf", "OpenSans-CondBold.ttf",
     "Lato-Regular.ttf", "Lato-Bold.ttf", "Lato-Black.ttf", "Lato-Italic.ttf", "Hack-Regular.ttf", "Hack-Bold.ttf", "ComicNeue-Regular.otf",
     "ComicNeue-Bold.otf", "Inconsolata.otf", "Carlito-Regular.ttf", "Carlito-Bold.ttf", "Caladea-Regular.ttf", "Caladea-Bold.ttf",
     "Courier Prime.otf", "Courier Prime Bold.otf", "EBGaramond12-Regular.otf", "EBGaramond12-Bold.otf", "Quicksand-Bold.ttf",
@@ -43,7 +43,7 @@ HELD_OUT_FONTS = (
 )  # fmt: skip
 EMOJI_SIZE = 109  # the only size, in pixels, that the bitmap font has
 PHOTOS = ("astronaut.png", "camera.png", "coffee.png", "coins.png", "grass.png", "gravel.png", "brick.png", "rocket.jpg", "hubble_deep_field.jpg")
-HELD_OUT_PHOTOS = ("chelsea.png", "motorcycle_left.png")
+HELD_OUT_PHOTOS = ("chelsea.png", "clock_motion.png")
 
 
 @cache
@@ -91,6 +91,13 @@ def photos(held_out: bool) -> tuple[Image.Image, ...]:
         return ()
     paths = (Path(spec.origin).parent / "data" / name for name in (HELD_OUT_PHOTOS if held_out else PHOTOS))
     return tuple(Image.open(path).convert("RGB") for path in paths if path.is_file())
+
+
+def missing() -> list[str]:
+    """What is not there of all that training draws from."""
+    found = _files()
+    names = [*FONTS, "NotoColorEmoji.ttf", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
+    return [name for name in names if name not in found] + ([] if len(photos(False)) == len(PHOTOS) else ["the photos of scikit-image"])
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from tools.tiny_model.labels import COUNTED, HEADS, IGNORED, TOKEN
@@ -102,7 +102,8 @@ class LessonBatches(IterableDataset[tuple[int, Batch]]):
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         kinds, weights = list(KINDS), [kind.weight for kind in KINDS.values()]
-        pool = self.first_pool
+        worker = get_worker_info()  # of several, each makes its share of the pools
+        pool = self.first_pool + (worker.id if worker else 0)
         while True:
             rng = random.Random(f"{self.seed} {pool}")
             size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
@@ -111,10 +112,10 @@ class LessonBatches(IterableDataset[tuple[int, Batch]]):
             talks.sort(key=lambda talk: len(talk.token_ids))
             batches: list[list[Conversation]] = [[]]
             for talk in talks:
-                if len(talk.token_ids) * (len(batches[-1]) + 1) > self.max_tokens:
+                if batches[-1] and len(talk.token_ids) * (len(batches[-1]) + 1) > self.max_tokens:
                     batches.append([])
                 batches[-1].append(talk)
             rng.shuffle(batches)
             for talks in batches:
                 yield pool, collate(talks, size)
-            pool += 1
+            pool += worker.num_workers if worker else 1

@@ -190,6 +190,8 @@ def main() -> int:
     if "--" in own:
         own, options = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
+    if args.url and options:
+        parser.error(f"{' '.join(options)}: the server at --url has options of its own")
     if args.url:
         return evaluate(args.url, args)
     with serve(args.model or EMBEDDED / "model", *options) as served:

@@ -20,6 +20,7 @@ SKILLS: dict[str, Sequence[str]] = {
     "relation": ("shapes",),
     "count 0-5": ("crowd", "shapes", "blank"),
     "count 6-9": ("crowd",),
+    "count alike": ("crowd alike",),
     "exists": ("shapes", "crowd"),
     "absent": ("shapes",),
     "blank": ("blank",),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from tools.tiny_model.pictures import (
     WORDS,
@@ -86,7 +86,8 @@ class FrameBatches(IterableDataset[Frames]):
         self.batch_size, self.seed, self.first_step = batch_size, seed, first_step
 
     def __iter__(self) -> Iterator[Frames]:
-        step = self.first_step
+        worker = get_worker_info()  # of several, each draws its share; the loader asks them in turn
+        step = self.first_step + (worker.id if worker else 0)
         while True:
             rng = random.Random(f"{self.seed} {step}")
             size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
@@ -96,4 +97,4 @@ class FrameBatches(IterableDataset[Frames]):
                 if picture is not None:
                     drawn.append(as_arrays(picture))
             yield Frames(*(torch.from_numpy(np.concatenate(part)[: self.batch_size]) for part in zip(*drawn, strict=True)))
-            step += 1
+            step += worker.num_workers if worker else 1

@@ -26,11 +26,13 @@ from tools.tiny_model.pictures import (
     draw_print,
     of_scene,
 )
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, SIZES, Scene, Thing, colors_on, make_scene
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, SIZES, Scene, Thing, colors_on, is_at_held_out_place, make_scene
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+HELD_OUT_NAMES = tuple(sorted(" ".join(pair) for pair in HELD_OUT_PAIRS))
 ORDINALS = ("first", "second", "third")
 EMPTY = "The picture is empty."
+BARELY = 0.05  # a thing that covers less of a ninth of the picture is not in it
 SIZE_WEIGHTS = (6, 1.5, 1.5, 1.5)
 SYSTEMS = ("You are a helpful assistant.", "Answer in a few words.", "You answer questions about pictures.", "You are a vision model.", "Be brief.")
 
@@ -54,7 +56,7 @@ class Turn:
     text: str
     answer: str
     pictures: tuple[Picture, ...] = ()  # shown with this turn
-    is_new: bool = True  # whether it asks about what its split holds out, where the split holds something out for this skill
+    is_new: bool = True  # whether it is about what its split holds out: asks for it by name, or shows it where nothing is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ class Teacher:
         while not turns:
             turns = KINDS[kind].make(self)
         if rng.random() < 0.12 and kind != "talk":
-            turns.insert(rng.randint(1, len(turns)), self._unknown())
+            is_chained = kind in ("follow-up", "next picture")  # there, "it" means what the turn before it was about
+            turns.insert(len(turns) if is_chained else rng.randint(1, len(turns)), self._unknown())
         return Lesson(tuple(turns), rng.choice(SYSTEMS) if rng.random() < 0.3 else "", rng.random() < 0.25)
 
     def say(self, key: str, **fields: str) -> str:
@@ -122,12 +125,14 @@ class Teacher:
                 asked.append(turn)
         return [replace(asked[0], pictures=(self.show(scene),)), *asked[1:]]
 
-    def crowd(self) -> list[Turn]:
-        """Many shapes: mostly counting."""
-        scene = self.scene(self.rng.randint(3, 9), alike=0.5 if self.split.is_training else 0.0)
+    def crowd(self, alike: float = 0.0) -> list[Turn]:
+        """Many shapes: mostly counting. With `alike`, there are several of each colour and of each shape."""
+        scene = self.scene(self.rng.randint(3, 9), alike)
         options = (self._count_of, self._count_of, self._count_of, self._exists, self.about)
         turns = [self._count(scene), *(self.rng.choice(options)(scene) for _ in range(6))]
         asked = list({turn.text: turn for turn in turns}.values())
+        if alike:
+            asked = [replace(turn, skill="count alike") if turn.skill.startswith("count") else turn for turn in asked]
         self.rng.shuffle(asked)
         return [replace(asked[0], pictures=(self.show(scene),)), *asked[1:]]
 
@@ -151,9 +156,6 @@ class Teacher:
 
     def _is_new_pair(self, thing: Thing) -> bool:
         return (thing.color, thing.shape) in HELD_OUT_PAIRS
-
-    def _is_new_place(self, thing: Thing) -> bool:
-        return (thing.shape, thing.cell) in HELD_OUT_PLACES or self._is_new_pair(thing)
 
     def _shape(self, scene: Scene) -> Turn | None:
         thing = self.rng.choice(scene.things)
@@ -199,7 +201,7 @@ class Teacher:
         thing = self.rng.choice(scene.things)
         if not thing.has_clear_place or (name := self._name(thing, scene)) is None:
             return None
-        return Turn("position", self.say("where", name=name), sentence(place_of(thing.cell)), is_new=self._is_new_place(thing))
+        return Turn("position", self.say("where", name=name), sentence(place_of(thing.cell)), is_new=is_at_held_out_place(thing))
 
     def _size(self, scene: Scene) -> Turn | None:
         thing = self.rng.choice(scene.things)
@@ -228,11 +230,13 @@ class Teacher:
         if names[0] is None or names[1] is None or abs(margin) < 0.2:
             return None
         text = self.say("relation", name=names[0], relation=relation, other=names[1])
-        return Turn("relation", text, "Yes." if margin > 0 else "No.")
+        return Turn("relation", text, "Yes." if margin > 0 else "No.", is_new=self._is_new_pair(one) or self._is_new_pair(other))
 
     def _count(self, scene: Scene) -> Turn:
-        number = len(scene.things)
-        return Turn(f"count {'0-5' if number <= 5 else '6-9'}", self.say("count"), sentence(NUMBERS[number]))
+        return self._counted("count", len(scene.things))
+
+    def _counted(self, key: str, number: int, **fields: str) -> Turn:
+        return Turn(f"count {'0-5' if number <= 5 else '6-9'}", self.say(key, **fields), sentence(NUMBERS[number]))
 
     def _count_of(self, scene: Scene) -> Turn:
         """How many of one colour, or of one shape."""
@@ -243,32 +247,40 @@ class Teacher:
         else:
             shape = thing.shape if self.rng.random() < 0.75 else self.rng.choice(SHAPES)
             name, number = plural(shape), sum(other.shape == shape for other in scene.things)
-        return Turn(f"count {'0-5' if number <= 5 else '6-9'}", self.say("count of", name=name), sentence(NUMBERS[number]))
+        return self._counted("count of", number, name=name)
 
     def _exists(self, scene: Scene) -> Turn:
         thing = self.rng.choice(scene.things)
         # Nearly right where it is wrong, so that neither colour nor shape alone gives the answer.
         name = thing.name if self.rng.random() < 0.5 else self._some_name(thing)
         is_there = any(other.name == name for other in scene.things)
-        return Turn("exists", self.say("exists", name=article(name)), "Yes." if is_there else "No.")
+        is_new = name in HELD_OUT_NAMES
+        if is_new and is_there and self.rng.random() < 0.6:  # or nearly all that are asked for would be there
+            name = self.rng.choice(HELD_OUT_NAMES)
+            is_there = any(other.name == name for other in scene.things)
+        return Turn("exists", self.say("exists", name=article(name)), "Yes." if is_there else "No.", is_new=is_new)
 
     def _absent(self, scene: Scene) -> Turn | None:
         """A question about a thing that is not there."""
+        if self.rng.random() < 0.5:  # something like it may be there
+            name = self._some_name(self.rng.choice(scene.things))
+            if any(thing.name == name for thing in scene.things):
+                return None
+            return Turn("absent", self.say("where", name=name), f"There is no {name}.")
         shape = self.rng.choice(SHAPES)
         if any(thing.shape == shape for thing in scene.things):
             return None
-        if self.rng.random() < 0.5:
-            return Turn("absent", self.say("colour of shape", name=shape), f"There is no {shape}.")
-        name = self._some_name(shape=shape)
-        return Turn("absent", self.say("where", name=name), f"There is no {name}.")
+        return Turn("absent", self.say("colour of shape", name=shape), f"There is no {shape}.")
 
     def _at(self, scene: Scene) -> Turn | None:
         cell = self.rng.choice(CELLS) if self.rng.random() < 0.25 else self.rng.choice(scene.things).cell
         found = [thing for thing in scene.things if thing.cell == cell]
         if not all(_is_clear(thing, scene) for thing in (found or scene.things)):
             return None
+        if not found and any(thing.covers(cell) > BARELY for thing in scene.things):
+            return None
         answer = sentence(article(found[0].name)) if found else "Nothing."
-        return Turn("position", self.say("at", where=place_of(cell)), answer, is_new=bool(found) and self._is_new_place(found[0]))
+        return Turn("position", self.say("at", where=place_of(cell)), answer, is_new=bool(found) and is_at_held_out_place(found[0]))
 
     def _describe(self, scene: Scene) -> Turn | None:
         if (answer := describe(scene)) is None:
@@ -435,7 +447,7 @@ class Teacher:
         thing = self.rng.choice(things)
         others = [other for other in things if other is not thing]
         known = colors_on(before.ground)
-        kind = self.rng.choice(("turned", "gone", "new", "moved", "nothing"))
+        kind = self.rng.choice(("turned", "gone", "new", "moved", "nothing", "nothing", "nothing"))
         match kind:
             case "turned":
                 colors = [color for color in known if color != thing.color and self._may_be(color, thing.shape, others)]
@@ -459,10 +471,12 @@ class Teacher:
             case _:
                 after, answer = things, "Nothing changed."
         size = self.size()
-        pictures = tuple(self.show(Scene(tuple(now), before.ground, before.seed), size) for now in (things, after))
+        # The grain differs: two pictures of the same are not equal to the bit.
+        pictures = tuple(self.show(Scene(tuple(now), before.ground, self.rng.getrandbits(32)), size) for now in (things, after))
+        is_new = kind == "nothing" or self._is_new_pair(thing)
         turns = [
-            Turn("compare two", self.say("changed"), answer),
-            Turn("compare two", self.say("same"), "Yes." if kind == "nothing" else "No."),
+            Turn("compare two", self.say("changed"), answer, is_new=is_new),
+            Turn("compare two", self.say("same"), "Yes." if kind == "nothing" else "No.", is_new=is_new),
         ]
         if self.split.is_training and kind in ("gone", "new", "turned"):
             turns.append(Turn("compare two", self.say("which shows", name=article(thing.name)), nth(1 if kind == "new" else 0)))
@@ -477,7 +491,7 @@ class Teacher:
         for _ in range(20):
             x, y = self.rng.uniform(0.17, 0.83), self.rng.uniform(0.17, 0.83)
             moved = replace(thing, x=x, y=y)
-            if max(abs(x - thing.x), abs(y - thing.y)) < 0.3 or (not self.split.has_new_content and self._is_new_place(moved)):
+            if max(abs(x - thing.x), abs(y - thing.y)) < 0.3 or (not self.split.has_new_content and is_at_held_out_place(moved)):
                 continue
             if all(abs(x - other.x) + abs(y - other.y) > 1.6 * (thing.radius + other.radius) for other in others):
                 return moved
@@ -500,15 +514,16 @@ class Teacher:
         index = self.rng.randrange(count)
         thing = self.rng.choice(scenes[index].things)
         turns += [
-            Turn(skill, self.say("which shows", name=article(name)), nth(index))
+            Turn(skill, self.say("which shows", name=article(name)), nth(index), is_new=self._is_new_pair(thing))
             for name in (thing.name, thing.shape)
             if sum(any(name in (other.name, other.shape) for other in scene.things) for scene in scenes) == 1
         ]
         for index, scene in enumerate(scenes):
             ordinal = ORDINALS[index]
             if len(scene.things) == 1:
-                turns.append(Turn(skill, self.say("shape in nth", nth=ordinal), sentence(article(scene.things[0].shape))))
-                turns.append(Turn(skill, self.say("colour in nth", nth=ordinal), sentence(scene.things[0].color)))
+                is_new = self._is_new_pair(scene.things[0])
+                turns.append(Turn(skill, self.say("shape in nth", nth=ordinal), sentence(article(scene.things[0].shape)), is_new=is_new))
+                turns.append(Turn(skill, self.say("colour in nth", nth=ordinal), sentence(scene.things[0].color), is_new=is_new))
             if len(scene.things) < 3 and (answer := describe(scene)) is not None:
                 turns.append(Turn(skill, self.say("what in nth", nth=ordinal), answer))
         if not turns:
@@ -529,13 +544,19 @@ class Teacher:
 
     def _about_clip(self, clip: Clip) -> list[Turn]:
         first, last = clip.things[0], clip.things[-1]
+        is_new = self._is_new_pair(first)
         match clip.event:
             case "moves":
                 way = clip.direction if DIRECTIONS[clip.direction][1] else f"to the {clip.direction}"
                 return [
-                    Turn("video direction", self.say("direction", name=first.shape if len(clip.things) == 1 else first.name), sentence(way)),
-                    Turn("video what moves", self.say("moves"), sentence(f"the {first.name}")),
-                    Turn("video direction", self.say("happens"), sentence(f"the {first.name} moves {way}")),
+                    Turn(
+                        "video direction",
+                        self.say("direction", name=first.shape if len(clip.things) == 1 else first.name),
+                        sentence(way),
+                        is_new=is_new,
+                    ),
+                    *([] if len(clip.things) == 1 else [Turn("video what moves", self.say("moves"), sentence(f"the {first.name}"), is_new=is_new)]),
+                    Turn("video direction", self.say("happens"), sentence(f"the {first.name} moves {way}"), is_new=is_new),
                 ]
             case "turns":
                 return [Turn("video change", self.say(key), f"The {first.name} turns {clip.color}.") for key in ("happens", "changed")]
@@ -618,8 +639,9 @@ class Teacher:
 
 
 def _is_clear(thing: Thing, scene: Scene) -> bool:
-    """Whether it stands well inside its ninth, alone, and nothing else reaches into it."""
-    return thing.has_clear_place and all(other is thing or (other.cell != thing.cell and other.has_clear_place) for other in scene.things)
+    """Whether it stands well inside its ninth, and nothing else reaches into it."""
+    others = (other for other in scene.things if other is not thing)
+    return thing.has_clear_place and all(other.has_clear_place and other.covers(thing.cell) <= BARELY for other in others)
 
 
 def _in_order(scene: Scene) -> list[Thing] | None:
@@ -661,7 +683,8 @@ KINDS = {
     "shapes": Kind(24, Teacher.shapes),
     "one shape": Kind(6, lambda teacher: teacher.shapes(1)),
     "relations": Kind(4, Teacher.relations),
-    "crowd": Kind(17, Teacher.crowd),
+    "crowd": Kind(8, Teacher.crowd),
+    "crowd alike": Kind(9, lambda teacher: teacher.crowd(alike=1.0)),
     "blank": Kind(3, Teacher.blank),
     "follow-up": Kind(7, Teacher.follow_up),
     "next picture": Kind(3, Teacher.next_picture),

@@ -71,7 +71,7 @@ PHRASES = {
             "What is the shape of the {color} one?",
             "What is {color}?",
         ),
-        ("Tell me what shape is {color}.", "Which shape is the {color} one?"),
+        ("Which of the shapes is {color}?", "Which shape is the {color} one?"),
     ),
     "shape at": Phrases(
         (
@@ -81,7 +81,7 @@ PHRASES = {
             "Which shape is {where}?",
             "Name the shape {where}.",
         ),
-        ("Tell me what shape is {where}.",),
+        ("Which shape stands {where}?",),
     ),
     "colour of shape": Phrases(
         (
@@ -91,7 +91,7 @@ PHRASES = {
             "What {colour} does the {name} have?",
             "What is the {colour} of the {name}?",
         ),
-        ("Which {colour} does the {name} have?",),
+        ("Say which {colour} the {name} has.",),
     ),
     "colour at": Phrases(
         (
@@ -128,7 +128,7 @@ PHRASES = {
             "Is there something {where}? What is it?",
             "What stands {where}?",
         ),
-        ("Tell me what is {where}.",),
+        ("What can be seen {where}?",),
     ),
     "size": Phrases(
         (
@@ -152,7 +152,7 @@ PHRASES = {
             "Which one is the largest?",
             "Which is the biggest shape?",
         ),
-        ("Tell me which shape is the largest.", "What is the biggest shape?"),
+        ("Which of the shapes is the largest?", "What is the biggest shape?"),
     ),
     "smallest": Phrases(
         (
@@ -163,7 +163,7 @@ PHRASES = {
             "What is the smallest shape?",
             "Which one is the smallest?",
         ),
-        ("Tell me which shape is the smallest.",),
+        ("Which of the shapes is the smallest?",),
     ),
     "relation": Phrases(
         (
@@ -213,7 +213,7 @@ PHRASES = {
             "Is there {name} in the {picture}?",
             "Does the {picture} show {name}?",
         ),
-        ("Tell me: is there {name}?", "Can you see {name} in the {picture}?"),
+        ("Do we see {name}?", "Can you see {name} in the {picture}?"),
     ),
     "describe": Phrases(
         (
@@ -300,7 +300,7 @@ PHRASES = {
             "What {colour} is the {name}?",
             "Which {colour} does the {name} have?",
         ),
-        ("Tell me what {colour} the {name} is.",),
+        ("Say which {colour} the {name} has.",),
     ),
     # clothing and emoji
     "clothes": Phrases(
@@ -355,7 +355,7 @@ PHRASES = {
             "Which bar is the shortest?",
             "Which is the lowest bar?",
         ),
-        ("Tell me which bar is the lowest.", "Which is the shortest bar?"),
+        ("Which is the shortest bar?",),
     ),
     "bars": Phrases(
         (
@@ -385,7 +385,7 @@ PHRASES = {
             "Which {picture} shows more shapes?",
             "In which {picture} are there more shapes?",
         ),
-        ("Tell me which {picture} has more shapes.",),
+        ("Say in which {picture} there are more shapes.",),
     ),
     "fewer": Phrases(
         (
@@ -403,7 +403,7 @@ PHRASES = {
             "Which {picture} has the most shapes?",
             "Which {picture} shows the most shapes?",
         ),
-        ("Tell me which {picture} has the most shapes.",),
+        ("Say which {picture} has the most shapes.",),
     ),
     "changed": Phrases(
         (
@@ -439,7 +439,7 @@ PHRASES = {
             "Which {picture} has {name}?",
             "In which {picture} do you see {name}?",
         ),
-        ("Tell me which {picture} shows {name}.",),
+        ("Say which {picture} shows {name}.",),
     ),
     "shape in nth": Phrases(
         (
@@ -448,7 +448,7 @@ PHRASES = {
             "What shape is in the {nth} {picture}?",
             "Which shape does the {nth} {picture} show?",
         ),
-        ("Tell me what shape is in the {nth} {picture}.",),
+        ("Say what shape the {nth} {picture} shows.",),
     ),
     "colour in nth": Phrases(
         (
@@ -468,7 +468,7 @@ PHRASES = {
             "Describe the {nth} {picture}.",
             "What does the {nth} {picture} show?",
         ),
-        ("Tell me what is in the {nth} {picture}.", "What do you see in the {nth} {picture}?"),
+        ("What do you see in the {nth} {picture}?",),
     ),
     # videos
     "direction": Phrases(
@@ -505,7 +505,7 @@ PHRASES = {
             "Which shape appears first?",
             "What comes first?",
         ),
-        ("Tell me what appears first.", "Which shape comes first?"),
+        ("Which shape comes first?",),
     ),
     "last": Phrases(
         (
@@ -516,7 +516,7 @@ PHRASES = {
             "Which shape appears last?",
             "What comes last?",
         ),
-        ("Tell me what appears last.", "Which shape comes last?"),
+        ("Which shape comes last?",),
     ),
     "order": Phrases(
         (
@@ -603,6 +603,9 @@ def say(key: str, rng: random.Random, held_out: bool, **fields: str) -> str:
     return text.format(**fields)
 
 
+COURTESIES = ("Please", "Hi", "Hello", "Now", "OK", "Question")
+
+
 def loosely(text: str, rng: random.Random) -> str:
     """The same as people type it: now and then without its capital or its last mark, or with a word of courtesy."""
     kind = rng.random()
@@ -613,5 +616,5 @@ def loosely(text: str, rng: random.Random) -> str:
     if kind < 0.2:
         return text[0].lower() + text[1:].rstrip("?.")
     if kind < 0.25:
-        return f"{rng.choice(('Please', 'Hi', 'Hello', 'Now', 'OK', 'Tell me', 'Question'))}{rng.choice((',', ':'))} {text[0].lower()}{text[1:]}"
+        return f"{rng.choice(COURTESIES)}{rng.choice((',', ':'))} {text[0].lower()}{text[1:]}"
     return f"{text} {rng.choice(('Please.', 'Thank you.', 'Answer briefly.', 'Look closely.'))}"

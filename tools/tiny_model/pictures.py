@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tools.tiny_model import assets
 from tools.tiny_model.labels import GLYPHS, Labels
 from tools.tiny_model.names import CLOTHES, COLORS, DIRECTIONS, EMOJI, Color
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, add_grain, colors_on, draw, label, make_scene, pick_ground
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, add_grain, colors_on, draw, is_at_held_out_place, label, make_scene, pick_ground
 
 WORDS = (
     "stop", "open", "exit", "push", "pull", "yes", "no", "hello", "sale", "cafe", "hotel", "taxi", "bus", "bank", "shop", "park", "cat", "dog",
@@ -276,7 +276,7 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
     """4 or 6 frames of one event. None when the drawn scene does not suit it."""
     event = rng.choices(("moves", "appears", "turns"), weights=(3, 2, 1))[0]
     num_patches = 3 if event == "appears" and rng.random() < 0.5 else 2 if event == "appears" else rng.choice((2, 3))
-    scene = make_scene(rng, rng.randint(1, 2) if event != "appears" else num_patches, held_out)
+    scene = make_scene(rng, rng.choice((1, 2, 2)) if event != "appears" else num_patches, held_out)
     things = scene.things
     if not things or len({thing.name for thing in things}) < len(things) or (event == "appears" and len(things) < 2):
         return None
@@ -305,7 +305,15 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
         ]
         clip = Clip(event, (start, *things[1:]), direction=direction)
     scenes = [Scene(tuple(now), scene.ground, scene.seed) for now in shown]
-    return Picture(tuple(draw(now, size) for now in scenes), tuple(label(now, size, clip.direction) for now in scenes[::2])), clip
+    if not held_out and any(is_at_held_out_place(thing) for now in scenes for thing in now.things):
+        return None
+    # A token sees two frames: it is labelled with what stands half way between them.
+    halfway = [Scene(_halfway(*pair), scene.ground, scene.seed) for pair in zip(scenes[::2], scenes[1::2], strict=True)]
+    return Picture(tuple(draw(now, size) for now in scenes), tuple(label(now, size, clip.direction) for now in halfway)), clip
+
+
+def _halfway(before: Scene, after: Scene) -> tuple[Thing, ...]:
+    return tuple(replace(one, x=(one.x + other.x) / 2, y=(one.y + other.y) / 2) for one, other in zip(before.things, after.things, strict=True))
 
 
 def _start(rng: random.Random, step: int, where: float, path: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -42,6 +42,7 @@ class Thing:
     y: float
     radius: float  # share of the shorter side
     paint: Color | None = None  # where the colour has no name
+    seed: int = 0  # of how it is drawn: its turn, its shade
 
     @property
     def cell(self) -> str:
@@ -56,6 +57,14 @@ class Thing:
     def name(self) -> str:
         return f"{self.color} {self.shape}"
 
+    def covers(self, cell: str) -> float:
+        """The share of a ninth of a square picture that the box around it covers."""
+        row, column = divmod(CELLS.index(cell), 3)
+        reach = self.radius * 1.1
+        width = min(self.x + reach, (column + 1) / 3) - max(self.x - reach, column / 3)
+        height = min(self.y + reach, (row + 1) / 3) - max(self.y - reach, row / 3)
+        return max(0.0, width) * max(0.0, height) * 9
+
     @property
     def size(self) -> str:
         """ "small", "large", or "" where people might disagree."""
@@ -67,6 +76,10 @@ class Scene:
     things: tuple[Thing, ...]
     ground: Color
     seed: int
+
+
+def is_at_held_out_place(thing: Thing) -> bool:
+    return (thing.shape, thing.cell) in HELD_OUT_PLACES
 
 
 def pick_ground(rng: random.Random) -> Color:
@@ -102,7 +115,8 @@ def make_scene(rng: random.Random, count: int | None = None, held_out: bool = Fa
         count = max(count, int(held_out))
     on_grid = count > 5 or rng.random() < 0.5
     cells = rng.sample(range(9), count)
-    known: list[str] = colors_on(ground)
+    known: Sequence[str] = colors_on(ground)
+    new = rng.choice(sorted(pair for pair in HELD_OUT_PAIRS if pair[0] in known))
     shapes: Sequence[str] = SHAPES
     if alike and rng.random() < alike:
         known, shapes = rng.sample(known, rng.randint(2, 4)), rng.sample(SHAPES, rng.randint(2, 4))
@@ -111,7 +125,7 @@ def make_scene(rng: random.Random, count: int | None = None, held_out: bool = Fa
         must = held_out and index == 0
         for _ in range(12):
             if must:
-                color, shape = rng.choice(sorted(pair for pair in HELD_OUT_PAIRS if pair[0] in known))
+                color, shape = new
             else:
                 color, shape = rng.choice(known), rng.choice(shapes)
                 if (color, shape) in HELD_OUT_PAIRS:
@@ -119,10 +133,10 @@ def make_scene(rng: random.Random, count: int | None = None, held_out: bool = Fa
             thing = _place(rng, shape, color, cell if on_grid else None, count)
             if odd and rng.random() < odd:
                 thing = _make_odd(rng, thing, ground)
-            if not held_out and (thing.shape, thing.cell) in HELD_OUT_PLACES:
+            if not held_out and is_at_held_out_place(thing):
                 continue
             if all(_is_apart(thing, other) for other in things):
-                things.append(thing)
+                things.append(replace(thing, seed=rng.getrandbits(32)))
                 break
     return Scene(tuple(things), ground, rng.getrandbits(32))
 
@@ -148,25 +162,28 @@ def _is_apart(thing: Thing, other: Thing) -> bool:
 def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
     """The same thing without a shape, or in a colour without a name: never in one near that of a pair that is held out."""
     if rng.random() < 0.4:
-        return Thing("", thing.color, thing.x, thing.y, thing.radius)
+        return replace(thing, shape="")
     for _ in range(20):
         paint = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
         nearest = sorted(COLORS, key=lambda name: math.dist(COLORS[name], paint))[:2]
         if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in nearest):
-            return Thing(thing.shape, "", thing.x, thing.y, thing.radius, paint)
+            return replace(thing, color="", paint=paint)
     return thing
 
 
 def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
-    """The scene as an RGB picture of `size` (width, height), drawn at twice the size and reduced."""
-    rng = random.Random(scene.seed)
+    """The scene as an RGB picture of `size` (width, height), drawn at twice the size and reduced.
+
+    A thing looks the same wherever it stands and whatever is beside it; the grain is the scene's.
+    """
     width, height = size[0] * 2, size[1] * 2
     image = Image.new("RGB", (width, height), scene.ground)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
+        rng = random.Random(thing.seed)
         color = thing.paint or _shift(COLORS[thing.color], rng, 16)
         draw_shape(pen, thing.shape, (thing.x * width, thing.y * height), thing.radius * min(width, height), color, scene.ground, rng)
-    return add_grain(image.reduce(2), rng)
+    return add_grain(image.reduce(2), random.Random(scene.seed))
 
 
 def add_grain(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from tools.tiny_model import progress
+from tools.tiny_model import assets, progress
 from tools.tiny_model import tokenizer as bpe
 from tools.tiny_model.batches import Batch, LessonBatches
 from tools.tiny_model.frames import FrameBatches
@@ -31,6 +32,7 @@ from tools.tiny_model.tower import MEAN, STD, DenseHead, grids, make_fast, to_pa
 
 IMAGE_LIMITS = {"min_pixels": 112 * 112, "max_pixels": 140 * 140}
 SAVE_EVERY_S = 120.0
+HEAD_STEPS = 200  # in which a tower that knows something already only looks: the gradient of a new head would undo what it knows
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
@@ -62,8 +64,9 @@ class Trainer:
     third fewer steps.
     """
 
-    def __init__(self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int) -> None:
+    def __init__(self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int, seed: int) -> None:
         self._modules, self.num_steps, self._path = modules, num_steps, folder / f"{stage}.pt"
+        self._settings: dict[str, float] = {**peaks, "steps": num_steps, "seed": seed}
         self._parameters = [parameter for module in modules.values() for parameter in module.parameters()]
         matrices, others = [], []
         for name, module in modules.items():
@@ -79,8 +82,11 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def resume(self, device: torch.device) -> bool:
+        """Raises ValueError when what is there was begun with other settings: schedule and data would jump."""
         if (state := progress.load(self._path, device)) is None:
             return False
+        if state["settings"] != self._settings:
+            raise ValueError(f"{self._path} was begun with {state['settings']}, not {self._settings}: another --out begins anew")
         for name, module in self._modules.items():
             module.load_state_dict(state[name])
         for optimizer, its_state in zip(self._optimizers, state["optimizers"], strict=True):
@@ -109,7 +115,7 @@ class Trainer:
     def save(self) -> None:
         state: dict[str, Any] = {name: module.state_dict() for name, module in self._modules.items()}
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
-        progress.save(self._path, {**state, "optimizers": optimizers, "step": self.step, "position": self.position})
+        progress.save(self._path, {**state, "optimizers": optimizers, "step": self.step, "position": self.position, "settings": self._settings})
         self._saved_at = time.monotonic()
 
 
@@ -118,21 +124,24 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def batches_of(dataset: Iterable[Any], device: torch.device) -> Iterable[Any]:
-    """For a GPU they are drawn by a process beside this one. On a CPU it would take a core from threads that wait for each other: a step
+    """For a GPU they are drawn by processes beside this one. On a CPU one would take a core from threads that wait for each other: a step
     then lasts nearly twice as long, while drawing its pictures takes a fifth of it."""
     if device.type == "cpu":
         return dataset
-    return DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=6)  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_size=None, num_workers=max(1, (os.cpu_count() or 2) - 2))  # type: ignore[arg-type]
 
 
 def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, device: torch.device) -> None:
-    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, {"tower": args.vision_peak, "head": args.vision_peak}, args.vision_steps)
+    peaks = {"tower": args.vision_peak, "head": args.vision_peak}
+    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, args.seed)
     trainer.resume(device)
     started, first = time.monotonic(), trainer.step
     for frames in () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step), device):
         pixels, classes, mass = (part.to(device) for part in frames)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            loss, seen = head(tower(to_patches(pixels), grid_thw=grids(pixels)).pooler_output, classes, mass)
+            with torch.set_grad_enabled(args.start_from is None or trainer.step >= HEAD_STEPS):
+                embeddings = tower(to_patches(pixels), grid_thw=grids(pixels)).pooler_output
+            loss, seen = head(embeddings, classes, mass)
         trainer.learn(loss, trainer.step)
         if trainer.step % 25 == 0:
             rate = (trainer.step - first) * len(pixels) / (time.monotonic() - started)
@@ -177,8 +186,9 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     device = next(model.parameters()).device
     modules: dict[str, nn.Module] = {"tower": model.model.visual, "decoder": model.model.language_model, "head": head}
     peaks = {"tower": args.peak / 4, "decoder": args.peak, "head": args.peak / 4}
-    trainer = Trainer("joint", args.out, modules, peaks, args.joint_steps)
-    trainer.resume(device)
+    trainer = Trainer("joint", args.out, modules, peaks, args.joint_steps, args.seed)
+    if not trainer.resume(device) and args.export_only:
+        raise ValueError(f"{args.out} has no state of the second stage to export")
     learner = Learner(model, head)
     started, num_lessons = time.monotonic(), 0
     sums: dict[str, list[float]] = defaultdict(list)
@@ -229,7 +239,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8000, help="tokens of a step of both together, padding included")
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
-    parser.add_argument("--start-from", type=Path, help="begin with what the run with this --out has learned, instead of from nothing")
+    parser.add_argument("--start-from", type=Path, help="begin with this checkpoint's tokenizer and weights, instead of from nothing")
     parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint of the state as it is")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -237,7 +247,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = args.start_from / "model" if args.start_from else folder
+    if lacking := assets.missing():
+        parser.error(f"not here: {', '.join(lacking)}; python -m tools.tiny_model.assets fetches most of it, pip install -e '.[test]' the photos")
+    source = args.start_from or folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else bpe.train(folder)
     tokenizer.save_pretrained(folder)
     if args.start_from:
@@ -248,8 +260,6 @@ def main() -> None:
         model = Qwen2VLForConditionalGeneration(config).train()
     nn.Module.to(model, device)
     head = DenseHead(model.config.text_config.hidden_size).to(device)
-    if args.start_from and (state := progress.load(args.start_from / "joint.pt", device)) is not None:
-        head.load_state_dict(state["head"])
     tower = model.model.visual
     make_fast(tower)
     for block in (*tower.blocks, *model.model.language_model.layers):
