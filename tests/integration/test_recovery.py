@@ -318,7 +318,7 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
 
 def test_who_does_not_read_costs_others_nothing_and_is_cut_off() -> None:
     """The small size of `tools/slow_reader.py`; docs/recovery.md has a minute of it."""
-    command = [sys.executable, "-m", "tools.slow_reader", "--seconds", "7", "--requests", "1", "--tokens", "2600", "--neighbours", "1"]
+    command = [sys.executable, "-m", "tools.slow_reader", "--seconds", "14", "--requests", "1", "--tokens", "2600", "--neighbours", "1"]
     done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=90)  # noise of a short run
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
