@@ -234,8 +234,8 @@ def test_lessons_go_on_at_any_pool() -> None:
 
 def test_things_alike_may_hold_a_new_pair() -> None:
     rng = random.Random(1)
-    for _ in range(50):
-        make_scene(rng, 6, held_out=True, alike=1.0)
+    scenes = [make_scene(rng, 6, held_out=True, alike=1.0) for _ in range(50)]
+    assert all((scene.things[0].color, scene.things[0].shape) in HELD_OUT_PAIRS for scene in scenes)
 
 
 def test_a_thing_looks_the_same_beside_others() -> None:

@@ -548,16 +548,13 @@ class Teacher:
         match clip.event:
             case "moves":
                 way = clip.direction if DIRECTIONS[clip.direction][1] else f"to the {clip.direction}"
-                return [
-                    Turn(
-                        "video direction",
-                        self.say("direction", name=first.shape if len(clip.things) == 1 else first.name),
-                        sentence(way),
-                        is_new=is_new,
-                    ),
-                    *([] if len(clip.things) == 1 else [Turn("video what moves", self.say("moves"), sentence(f"the {first.name}"), is_new=is_new)]),
+                alone = len(clip.things) == 1
+                turns = [
+                    Turn("video direction", self.say("direction", name=first.shape if alone else first.name), sentence(way), is_new=is_new),
                     Turn("video direction", self.say("happens"), sentence(f"the {first.name} moves {way}"), is_new=is_new),
                 ]
+                # Where nothing else is, what moves can be told without seeing it move.
+                return turns if alone else [*turns, Turn("video what moves", self.say("moves"), sentence(f"the {first.name}"), is_new=is_new)]
             case "turns":
                 return [Turn("video change", self.say(key), f"The {first.name} turns {clip.color}.") for key in ("happens", "changed")]
         names = [f"the {thing.name}" for thing in clip.things]
