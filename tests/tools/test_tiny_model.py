@@ -17,17 +17,18 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from launcher.checkpoints import EMBEDDED
-from tools.tiny_model import pictures, progress
+from tools.tiny_model import pictures, progress, scene_lessons
 from tools.tiny_model.batches import LessonBatches, collate, converse
 from tools.tiny_model.evaluate import messages_of
 from tools.tiny_model.exams import SKILLS, Exam, exams
 from tools.tiny_model.frames import FrameBatches
 from tools.tiny_model.labels import COUNTED, HEADS, NUM_CLASSES
-from tools.tiny_model.lessons import KINDS, NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
+from tools.tiny_model.lessons import KINDS, make_lesson
 from tools.tiny_model.names import CHINESE, COLORS, SHAPES
 from tools.tiny_model.phrases import COURTESIES, PHRASES
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, Scene, Thing, draw, is_at_held_out_place, label, make_scene
 from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, UNKNOWN_QUESTIONS
+from tools.tiny_model.teacher import NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
 from tools.tiny_model.tower import DenseHead, to_patches
 from tools.tiny_model.train import Trainer
 
@@ -60,7 +61,7 @@ def test_training_never_shows_what_is_held_out(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(pictures, "draw", watched)
     teacher = Teacher(random.Random(3), TRAINING)
     for kind in kinds * 20:
-        teacher.lesson(kind)
+        make_lesson(teacher, kind)
     assert len(shown) > 100
     for thing in (thing for scene in shown for thing in scene.things):
         assert (thing.color, thing.shape) not in HELD_OUT_PAIRS
@@ -72,7 +73,7 @@ def test_training_never_names_a_held_out_pair(kind: str) -> None:
     """Neither shown, nor asked for: what is asked for and never there would be learned as absent."""
     teacher = Teacher(random.Random(2), TRAINING)
     for _ in range(60):
-        for turn in teacher.lesson(kind).turns:
+        for turn in make_lesson(teacher, kind).turns:
             told = turn.text + turn.answer.replace('"color": "', "").replace('", "shape": "', " ")
             assert not any(name in told for name in HELD_OUT_NAMES), turn
 
@@ -149,11 +150,11 @@ def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
     processor = Qwen2VLImageProcessorPil(min_pixels=112 * 112, max_pixels=140 * 140)
     expected = processor(images=[image], return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.stack([np.asarray(image)] * 2))[None]
-    torch.testing.assert_close(to_patches(pixels), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(to_patches(pixels)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def _lesson(kind: str) -> Lesson:
-    return Teacher(random.Random(5), NEW_SCENES).lesson(kind)
+    return make_lesson(Teacher(random.Random(5), NEW_SCENES), kind)
 
 
 @pytest.mark.parametrize("kind", ["shapes", "three pictures", "video", "next picture", "talk"])
@@ -175,7 +176,7 @@ def test_conversations_are_those_of_the_chat_template(kind: str) -> None:
 def test_a_batch_holds_its_pictures_in_the_order_of_their_tokens() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
     teacher = Teacher(random.Random(6), NEW_CONTENT, (140, 112))
-    batch = collate([converse(teacher.lesson(kind), tokenizer) for kind in ("two pictures", "video", "talk", "blank")], (140, 112))
+    batch = collate([converse(make_lesson(teacher, kind), tokenizer) for kind in ("two pictures", "video", "talk", "blank")], (140, 112))
     num_placeholders = sum(int((batch.token_ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in ("<|image_pad|>", "<|video_pad|>"))
     assert num_placeholders == len(batch.pixels) * 20 == batch.mass[..., 0].numel()
     assert int(batch.image_grids[:, 0].sum() + batch.video_grids[:, 0].sum()) == len(batch.pixels)
@@ -251,7 +252,9 @@ def test_nothing_is_where_nothing_reaches() -> None:
     assert large.covers("top") > 0.1
     assert Thing("circle", "red", 0.5, 0.5, 0.1).covers("top") == 0
     teacher = Teacher(random.Random(2), NEW_SCENES)
-    assert all(turn is None or turn.answer != "Nothing." for turn in (teacher._at(Scene((large,), (200, 200, 200), 1)) for _ in range(200)))
+    assert all(
+        turn is None or turn.answer != "Nothing." for turn in (scene_lessons._at(teacher, Scene((large,), (200, 200, 200), 1)) for _ in range(200))
+    )
 
 
 def test_the_plot_shows_each_stage(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from tools.tiny_model.labels import COUNTED, HEADS, IGNORED, TOKEN
-from tools.tiny_model.lessons import KINDS, SIZE_WEIGHTS, TRAINING, Lesson, Teacher
+from tools.tiny_model.lessons import KINDS, make_lesson
 from tools.tiny_model.pictures import Picture, as_arrays
 from tools.tiny_model.scenes import SIZES
+from tools.tiny_model.teacher import SIZE_WEIGHTS, TRAINING, Lesson, Teacher
 
 POOL = 160  # lessons that are sorted by length before they are cut into batches
 
@@ -108,7 +109,7 @@ class LessonBatches(IterableDataset[tuple[int, Batch]]):
             rng = random.Random(f"{self.seed} {pool}")
             size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
             teacher = Teacher(rng, TRAINING, size)
-            talks = [converse(teacher.lesson(kind), self.tokenizer) for kind in rng.choices(kinds, weights, k=POOL)]
+            talks = [converse(make_lesson(teacher, kind), self.tokenizer) for kind in rng.choices(kinds, weights, k=POOL)]
             talks.sort(key=lambda talk: len(talk.token_ids))
             batches: list[list[Conversation]] = [[]]
             for talk in talks:

@@ -29,8 +29,8 @@ from launcher.checkpoints import EMBEDDED
 from tools.bench_engine import serve
 from tools.tiny_model.batches import converse
 from tools.tiny_model.exams import SKILLS, SPLITS, Exam, exams
-from tools.tiny_model.lessons import Turn
 from tools.tiny_model.pictures import as_arrays
+from tools.tiny_model.teacher import Turn
 from tools.tiny_model.tower import PATCH, to_patches
 
 CONCURRENCY = 16
@@ -104,7 +104,7 @@ class Transformers:
             pixels = [torch.from_numpy(as_arrays(picture).pixels) for picture in talk.pictures if picture.is_video == is_video]
             if pixels:
                 grids = [[len(frames), frames.shape[2] // PATCH, frames.shape[3] // PATCH] for frames in pixels]
-                media |= dict(zip(names, (torch.cat([*map(to_patches, pixels)]), torch.tensor(grids)), strict=True))
+                media |= dict(zip(names, (torch.cat([to_patches(frames).flatten(0, 1) for frames in pixels]), torch.tensor(grids)), strict=True))
         logits = self._model(input_ids=token_ids, mm_token_type_ids=types, **media).logits[0]
         answer = self._tokenizer.encode(f"{exam.lesson.turns[-1].answer}<|im_end|>", add_special_tokens=False)
         return bool((logits[-len(answer) - 1 : -1].argmax(-1) == token_ids[0, -len(answer) :]).all())

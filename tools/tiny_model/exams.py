@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tools.tiny_model import assets
-from tools.tiny_model.lessons import NEW_CONTENT, NEW_PHRASES, NEW_SCENES, Lesson, Split, Teacher
+from tools.tiny_model.lessons import make_lesson
+from tools.tiny_model.teacher import NEW_CONTENT, NEW_PHRASES, NEW_SCENES, Lesson, Split, Teacher
 
 SPLITS = {"new scenes": NEW_SCENES, "new content": NEW_CONTENT, "new wordings": NEW_PHRASES}
 # Each skill with the kinds of lessons that ask for it.
@@ -87,7 +88,7 @@ def _lessons(skill: str, name: str, split: Split, count: int) -> list[Lesson]:
     teacher = Teacher(rng, split)
     found: list[Lesson] = []
     while len(found) < count:
-        lesson = teacher.lesson(rng.choice(SKILLS[skill]))
+        lesson = make_lesson(teacher, rng.choice(SKILLS[skill]))
         for index, turn in enumerate(lesson.turns):
             if turn.skill == skill and (turn.is_new or not split.has_new_content):
                 found.append(replace(lesson, turns=lesson.turns[: index + 1]))

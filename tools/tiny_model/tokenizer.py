@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from tools.tiny_model import small_talk
-from tools.tiny_model.lessons import KINDS, TRAINING, Teacher
+from tools.tiny_model.lessons import KINDS, make_lesson
+from tools.tiny_model.teacher import TRAINING, Teacher
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = (
@@ -92,7 +93,7 @@ def corpus() -> Iterator[str]:
     teacher = Teacher(rng, TRAINING)
     kinds, weights = list(KINDS), [kind.weight for kind in KINDS.values()]
     for kind in rng.choices(kinds, weights, k=8_000):
-        for turn in teacher.lesson(kind).turns:
+        for turn in make_lesson(teacher, kind).turns:
             yield f"system\nuser\n{turn.text}\nassistant\n{turn.answer}"
     for _ in range(500):
         yield small_talk.unknown_question(rng, held_out=False)

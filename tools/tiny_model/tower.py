@@ -21,11 +21,12 @@ MASS_WEIGHT, SUM_WEIGHT = 20.0, 0.3
 
 
 def to_patches(pixels: Tensor) -> Tensor:
-    """[N, 2, height, width, 3] uint8 to [N * num_patches, 1176] float32, in the order of Qwen's image processor."""
+    """[N, 2, height, width, 3] uint8 to [N, num_patches, 1176] float32, in the order of Qwen's image processor."""
     num_frames, _, height, width, _ = pixels.shape
-    x = (pixels.float() / 255 - pixels.new_tensor(MEAN, dtype=torch.float32)) / pixels.new_tensor(STD, dtype=torch.float32)
-    x = x.reshape(num_frames, 2, height // TOKEN, 2, PATCH, width // TOKEN, 2, PATCH, 3)
-    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(num_frames * (height // PATCH) * (width // PATCH), -1)
+    x = pixels.reshape(num_frames, 2, height // TOKEN, 2, PATCH, width // TOKEN, 2, PATCH, 3)
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(num_frames, (height // PATCH) * (width // PATCH), 3, -1).float()
+    mean, std = (x.new_tensor(values)[:, None] * 255 for values in (MEAN, STD))
+    return x.sub_(mean).div_(std).flatten(2)
 
 
 def grids(pixels: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 def make_fast(tower: Qwen2VisionTransformerPretrainedModel) -> None:
-    """Training-only shortcuts with equal results: patch embedding as a matmul, attention batched over equal pictures."""
+    """Training-only shortcuts with equal results: patch embedding as a matmul, and a batch of equal pictures as [N, num_patches, dim] all
+    the way (kernels compiled for a flat row of patches of any number would divide for every element)."""
 
     def embed_patches(patches: Tensor) -> Tensor:
         projection = tower.patch_embed.proj.weight
@@ -50,12 +52,11 @@ def make_fast(tower: Qwen2VisionTransformerPretrainedModel) -> None:
 
     def attend(attention: VisionAttention) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object) -> Tensor:
-            count = len(cu_seqlens) - 1
-            q, k, v = attention.qkv(hidden).reshape(len(hidden), 3, attention.num_heads, -1).unbind(1)
-            q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-            q, k, v = (x.to(v.dtype).reshape(count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            out = attend_plainly(q, k, v).transpose(1, 2).reshape(len(hidden), -1)
-            return attention.proj(out)  # type: ignore[no-any-return]
+            count, length, _dim = hidden.shape
+            q, k, v = attention.qkv(hidden).reshape(count, length, 3, attention.num_heads, -1).unbind(2)
+            q, k = apply_rotary_pos_emb_vision(q, k, *(x[:length] for x in position_embeddings))  # the same in every picture
+            q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+            return attention.proj(attend_plainly(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
         return forward
 

@@ -64,9 +64,10 @@ class Trainer:
     third fewer steps.
     """
 
-    def __init__(self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int, seed: int) -> None:
+    def __init__(self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int, **settings: float) -> None:
+        """`settings` are whatever else must be the same when the stage goes on."""
         self._modules, self.num_steps, self._path = modules, num_steps, folder / f"{stage}.pt"
-        self._settings: dict[str, float] = {**peaks, "steps": num_steps, "seed": seed}
+        self._settings = {**peaks, "steps": num_steps, **settings}
         self._parameters = [parameter for module in modules.values() for parameter in module.parameters()]
         matrices, others = [], []
         for name, module in modules.items():
@@ -120,7 +121,7 @@ class Trainer:
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and "embed" not in name and name != "linear.weight"
+    return parameter.ndim == 2 and "embed" not in name and "merger" not in name and name != "linear.weight"
 
 
 def batches_of(dataset: Iterable[Any], device: torch.device) -> Iterable[Any]:
@@ -131,10 +132,18 @@ def batches_of(dataset: Iterable[Any], device: torch.device) -> Iterable[Any]:
     return DataLoader(dataset, batch_size=None, num_workers=max(1, (os.cpu_count() or 2) - 2))  # type: ignore[arg-type]
 
 
+def compile_blocks(blocks: Iterable[nn.Module], dynamic: bool) -> None:
+    """Where batches have one of a few shapes, kernels made for these save a quarter of a step over those for any shape."""
+    torch.compiler.reset()
+    for block in blocks:
+        block.compile(dynamic=dynamic)
+
+
 def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, device: torch.device) -> None:
     peaks = {"tower": args.vision_peak, "head": args.vision_peak}
-    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, args.seed)
+    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, seed=args.seed)
     trainer.resume(device)
+    compile_blocks(tower.blocks, dynamic=False)  # type: ignore[arg-type]
     started, first = time.monotonic(), trainer.step
     for frames in () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step), device):
         pixels, classes, mass = (part.to(device) for part in frames)
@@ -186,10 +195,12 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     device = next(model.parameters()).device
     modules: dict[str, nn.Module] = {"tower": model.model.visual, "decoder": model.model.language_model, "head": head}
     peaks = {"tower": args.peak / 4, "decoder": args.peak, "head": args.peak / 4}
-    trainer = Trainer("joint", args.out, modules, peaks, args.joint_steps, args.seed)
+    settings = {"seed": args.seed, "frozen_share": args.frozen_share, "max_tokens": args.max_tokens}
+    trainer = Trainer("joint", args.out, modules, peaks, args.joint_steps, **settings)
     if not trainer.resume(device) and args.export_only:
         raise ValueError(f"{args.out} has no state of the second stage to export")
     learner = Learner(model, head)
+    compile_blocks((*model.model.visual.blocks, *model.model.language_model.layers), dynamic=True)
     started, num_lessons = time.monotonic(), 0
     sums: dict[str, list[float]] = defaultdict(list)
     dataset = LessonBatches(tokenizer, args.max_tokens, args.seed + 2, trainer.position)
@@ -262,8 +273,6 @@ def main() -> None:
     head = DenseHead(model.config.text_config.hidden_size).to(device)
     tower = model.model.visual
     make_fast(tower)
-    for block in (*tower.blocks, *model.model.language_model.layers):
-        block.compile(dynamic=True)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}", flush=True)
     if not args.export_only:
         train_tower(tower, head, args, device)
