@@ -43,6 +43,11 @@ def right(asked: list[Exam]) -> list[bool]:
     return [judge.is_right(exam) for exam in asked]
 
 
+def test_it_is_mostly_right_in_transformers(right: list[bool]) -> None:
+    """Or being right in the same cases would say little. docs/embedded-model.md has the figures of far more questions."""
+    assert sum(right) >= 0.9 * len(right)
+
+
 @pytest.mark.parametrize("setup", SETUPS)
 def test_right_where_transformers_is_right(setup: str, asked: list[Exam], right: list[bool]) -> None:
     options, most_differences = SETUPS[setup]

@@ -262,6 +262,8 @@ def main() -> None:
         parser.error(f"not here: {', '.join(lacking)}; python -m tools.tiny_model.assets fetches most of it, pip install -e '.[test]' the photos")
     source = args.start_from or folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else bpe.train(folder)
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, which transformers 5.24 would write down with it
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
     if args.start_from:
         model = Qwen2VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").train()
