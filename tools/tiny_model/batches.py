@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from tools.tiny_model.labels import COUNTED, HEADS, IGNORED, TOKEN
 from tools.tiny_model.lessons import KINDS, make_lesson
 from tools.tiny_model.pictures import Picture, as_arrays
-from tools.tiny_model.scenes import SIZES
-from tools.tiny_model.teacher import SIZE_WEIGHTS, TRAINING, Lesson, Teacher
+from tools.tiny_model.scenes import SIZE_WEIGHTS, SIZES
+from tools.tiny_model.teacher import TRAINING, Lesson, Teacher
 
 POOL = 160  # lessons that are sorted by length before they are cut into batches
 

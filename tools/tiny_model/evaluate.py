@@ -192,6 +192,8 @@ def main() -> int:
     args = parser.parse_args(own)
     if args.url and options:
         parser.error(f"{' '.join(options)}: the server at --url has options of its own")
+    if args.url and args.model and not args.transformers:
+        parser.error("--model is for --transformers here: the server at --url has its own")
     if args.url:
         return evaluate(args.url, args)
     with serve(args.model or EMBEDDED / "model", *options) as served:

@@ -42,7 +42,7 @@ SKILLS: dict[str, Sequence[str]] = {
     "video change": ("video",),
     "JSON": ("shapes", "number"),
     "Chinese": ("Chinese",),
-    "unknown": ("talk", "shapes", "emoji"),
+    "unknown": ("talk", "shapes"),
     "greeting": ("talk",),
     "no picture": ("talk",),
 }
@@ -77,7 +77,7 @@ def _can_be_asked(skill: str, split: Split) -> bool:
             return assets.emoji("cat") is not None
         case "photo":
             return bool(assets.photos(split.has_new_content))
-        case "digits" | "words" | "colour of print":
+        case "digits" | "words" | "colour of print" | "JSON" | "Chinese":
             return bool(assets.fonts(split.has_new_content))
         case _:
             return True

@@ -26,9 +26,8 @@ from tools.tiny_model.pictures import (
     draw_sheet,
     of_scene,
 )
-from tools.tiny_model.scenes import SIZES, make_scene
+from tools.tiny_model.scenes import SIZE_WEIGHTS, SIZES, make_scene
 
-SIZE_WEIGHTS = (6, 2, 1, 1)
 KINDS = {
     "scene": 5,
     "crowd": 28,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 from tools.tiny_model.pictures import WORDS, draw_chart, draw_clothes, draw_emoji, draw_photo, draw_print
 from tools.tiny_model.scene_lessons import shapes
-from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, as_json, sentence
+from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, sentence
 
 
 def number(teacher: Teacher) -> list[Turn]:
     text = str(teacher.rng.randint(0, 9) if teacher.rng.random() < 0.25 else teacher.rng.randint(10, 999))
-    picture, truth = draw_print(teacher.rng, teacher.size(), text, teacher.split.has_new_content)
+    picture, ink = draw_print(teacher.rng, teacher.size(), text, teacher.split.has_new_content)
     turns = [Turn("digits", teacher.say("number"), f"{text}.")]
     options = [
-        Turn("colour of print", teacher.say("colour of print", name="number"), sentence(truth.ink)),
+        Turn("colour of print", teacher.say("colour of print", name="number"), sentence(ink)),
         Turn("describe", teacher.say("describe"), f"The number {text}."),
-        Turn("JSON", teacher.say("as json", question=teacher.say("number")), as_json({"number": int(text)})),
+        Turn("JSON", teacher.say("as json", question=teacher.say("number")), json.dumps({"number": int(text)})),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))
     return teacher.shuffled(turns, picture)
@@ -22,10 +24,10 @@ def number(teacher: Teacher) -> list[Turn]:
 
 def word(teacher: Teacher) -> list[Turn]:
     text = teacher.rng.choice(WORDS)
-    picture, truth = draw_print(teacher.rng, teacher.size(), text, teacher.split.has_new_content)
+    picture, ink = draw_print(teacher.rng, teacher.size(), text, teacher.split.has_new_content)
     turns = [Turn("words", teacher.say("word"), sentence(text))]
     options = [
-        Turn("colour of print", teacher.say("colour of print", name="word"), sentence(truth.ink)),
+        Turn("colour of print", teacher.say("colour of print", name="word"), sentence(ink)),
         Turn("describe", teacher.say("describe"), f"The word {text}."),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))

@@ -201,7 +201,7 @@ PHRASES = {
             "How many {name} are in the {picture}?",
             "Count the {name}.",
         ),
-        ("Tell me how many {name} there are.", "How many {name} does the {picture} show?"),
+        ("Tell me how many {name} you can see.", "How many {name} does the {picture} show?"),
     ),
     "exists": Phrases(
         (
@@ -247,7 +247,7 @@ PHRASES = {
     ),
     "and name": Phrases(
         ("And what is with the {name}?", "And what of the {name}?", "And the {name}?", "What about the {name}?", "How about the {name}?"),
-        ("And what about the {name}?",),
+        ("And how about the {name}?",),
     ),
     "where it": Phrases(
         ("And in what place?", "Where does it stand?", "Where is it?", "And where is it?", "In which place is it?"), ("And in which place is it?",)
@@ -418,6 +418,10 @@ PHRASES = {
             "What is the difference?",
         ),
         ("What is different in the second {picture}?",),
+    ),
+    "changed in video": Phrases(
+        ("Say what changed.", "Tell me what changed.", "What changed?", "What has changed?", "What is different now?"),
+        ("What changes in the video?",),
     ),
     "same": Phrases(
         (

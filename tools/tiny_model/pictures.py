@@ -18,7 +18,19 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tools.tiny_model import assets
 from tools.tiny_model.labels import GLYPHS, Labels
 from tools.tiny_model.names import CLOTHES, COLORS, DIRECTIONS, EMOJI, Color
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, add_grain, colors_on, draw, is_at_held_out_place, label, make_scene, pick_ground
+from tools.tiny_model.scenes import (
+    HELD_OUT_PAIRS,
+    Scene,
+    Thing,
+    add_grain,
+    colors_on,
+    draw,
+    is_at_held_out_place,
+    label,
+    make_scene,
+    pick_ground,
+    shift,
+)
 
 WORDS = (
     "stop", "open", "exit", "push", "pull", "yes", "no", "hello", "sale", "cafe", "hotel", "taxi", "bus", "bank", "shop", "park", "cat", "dog",
@@ -48,17 +60,11 @@ def of_scene(scene: Scene, size: tuple[int, int]) -> Picture:
     return still(draw(scene, size), label(scene, size))
 
 
-@dataclass(frozen=True, slots=True)
-class Print:
-    text: str
-    ink: str
-
-
-def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: bool) -> tuple[Picture, Print]:
-    """A number or a word, large, turned by up to 20 degrees."""
+def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: bool) -> tuple[Picture, str]:
+    """A number or a word, large, turned by up to 20 degrees; the colour of its ink."""
     ground = pick_ground(rng)
     ink = rng.choice(colors_on(ground))
-    color = tuple(max(0, min(255, value + rng.randint(-16, 16))) for value in COLORS[ink])
+    color = shift(COLORS[ink], rng, 16)
     shown = text if text.isdigit() else rng.choice((text, text.upper(), text.capitalize()))
     width, height = size[0] * 2, size[1] * 2
     path = rng.choice(assets.fonts(held_out) or assets.fonts(False))
@@ -96,7 +102,7 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
         start = end
     for (glyph_x, glyph_y, glyph_width), glyph in zip(centres, shown, strict=True):
         labels.cover_with_glyph(glyph_x, glyph_y, glyph_width, half_height, glyph.lower())
-    return still(add_grain(image.reduce(2), rng), labels), Print(text, ink)
+    return still(add_grain(image.reduce(2), rng), labels), ink
 
 
 def draw_glyphs(rng: random.Random, size: tuple[int, int]) -> Picture:
@@ -122,7 +128,7 @@ def draw_glyphs(rng: random.Random, size: tuple[int, int]) -> Picture:
             ImageDraw.Draw(mask).text(at, shown, font=face, fill=255, anchor="ls")
             if rng.random() < 0.5:
                 mask = mask.rotate(rng.uniform(-18, 18), Image.Resampling.BILINEAR)
-            color = tuple(max(0, min(255, value + rng.randint(-16, 16))) for value in COLORS[ink])
+            color = shift(COLORS[ink], rng, 16)
             image.paste(color, (int(x - mask.width / 2), int(y - mask.height / 2)), mask)
             token = labels.token_at(x / 2, y / 2)
             labels.add_glyph(*token, glyph)
@@ -232,7 +238,7 @@ def draw_chart(rng: random.Random, size: tuple[int, int]) -> tuple[Picture, Char
     for index, (name, share) in enumerate(zip(chart.colors, chart.heights, strict=True)):
         x = left + (index + 0.5) * slot
         y = bottom - share * (bottom - top)
-        color = tuple(max(0, min(255, value + rng.randint(-16, 16))) for value in COLORS[name])
+        color = shift(COLORS[name], rng, 16)
         pen.rectangle((x - thickness / 2, y, x + thickness / 2, bottom), fill=color)
         for row, column, covered in labels.overlaps(x / 2, (y + bottom) / 4, thickness / 4, (bottom - y) / 4):
             if covered > 0.25:
@@ -297,8 +303,6 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
         start = replace(thing, x=_start(rng, dx, thing.x, path), y=_start(rng, dy, thing.y, path))
         if len(things) > 1 and abs((things[1].x - start.x) * dy) + abs((things[1].y - start.y) * dx) < 1.3 * (start.radius + things[1].radius):
             return None  # it would pass over the other one
-        if len(things) > 1 and math.hypot(start.x - things[1].x, start.y - things[1].y) < 1.2 * (start.radius + things[1].radius):
-            return None
         count = 2 * num_patches
         shown = [
             (replace(start, x=start.x + dx * path * k / (count - 1), y=start.y + dy * path * k / (count - 1)), *things[1:]) for k in range(count)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+WARMUP = 100  # steps
 
-def learning_rate(step: int, num_steps: int, peak: float, warmup: int = 100) -> float:
+
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
     """Linear warm-up, then a half cosine down to 2 % of the peak."""
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps))))
+    return peak * min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps))))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -44,12 +46,13 @@ class Log:
         print(f"{self._stage} {step}/{num_steps}  {minutes} min  {text}", flush=True)
 
 
-def plot(log: Path, picture: Path, width: int = 1000, height: int = 420) -> None:
+def plot(log: Path, picture: Path) -> None:
     """The losses of each stage over its steps, one panel a stage, as a PNG."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         points.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))
+    width, height = 1000, 420
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
     panel, margin = width // max(1, len(points)), 46

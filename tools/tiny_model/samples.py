@@ -1,7 +1,7 @@
 """Draws the sample pictures that ship with the embedded model: `python -m tools.tiny_model.samples --out FOLDER`.
 
-All of them show what no training picture does: colour-shape pairs, places, typefaces and renderings that are held out. The emoji, the
-word and the number need the packages of `assets.py`.
+They show what no training picture does: colour-shape pairs, places, typefaces and renderings that are held out; but for the blank one and
+the chart, in which there is nothing to hold out. The emoji, the word and the number need the packages of `assets.py`.
 """
 
 from __future__ import annotations

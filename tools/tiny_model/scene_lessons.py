@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 from tools.tiny_model.names import CELLS, COLORS, SHAPES
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, is_at_held_out_place, make_scene
-from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, as_json, is_new_pair, place_of, plural, sentence, shown
+from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, is_new_pair, place_of, plural, sentence, shown
 
 HELD_OUT_NAMES = tuple(sorted(" ".join(pair) for pair in HELD_OUT_PAIRS))
 EMPTY = "The picture is empty."
@@ -81,12 +82,10 @@ def blank(teacher: Teacher) -> list[Turn]:
     )  # fmt: skip
     turns = [Turn("blank", teacher.say(key, **fields), EMPTY) for key, fields in teacher.rng.sample(questions, teacher.rng.randint(1, 3))]
     if teacher.rng.random() < 0.3:
-        turns.append(Turn("count 0-5", teacher.say("count"), "Zero."))
+        turns.append(Turn("count 0-5", teacher.say("count"), "Zero.", is_new=False))
     if teacher.rng.random() < 0.3:
-        turns.append(Turn("exists", teacher.say("exists", name=article(name)), "No."))
-    teacher.rng.shuffle(turns)
-    picture = teacher.show(make_scene(teacher.rng, 0))
-    return shown(turns, picture)
+        turns.append(Turn("exists", teacher.say("exists", name=article(name)), "No.", is_new=name in HELD_OUT_NAMES))
+    return teacher.shuffled(turns, teacher.show(make_scene(teacher.rng, 0)))
 
 
 def about(teacher: Teacher, scene: Scene) -> Turn:
@@ -108,7 +107,7 @@ def _shape(teacher: Teacher, scene: Scene) -> Turn | None:
         return Turn("shape", teacher.say("shape"), answer, is_new=is_new_pair(thing))
     if is_clear(thing, scene) and teacher.rng.random() < 0.25:
         return Turn("shape", teacher.say("shape at", where=place_of(thing.cell)), answer, is_new=is_new_pair(thing))
-    if sum(other.color == thing.color for other in scene.things) > 1:
+    if not scene.has_one(thing, "color"):
         return None
     return Turn("shape", teacher.say("shape of color", color=thing.color), answer, is_new=is_new_pair(thing))
 
@@ -120,17 +119,16 @@ def _colour(teacher: Teacher, scene: Scene) -> Turn | None:
         return Turn("colour", teacher.say("colour"), answer, is_new=is_new_pair(thing))
     if is_clear(thing, scene) and teacher.rng.random() < 0.25:
         return Turn("colour", teacher.say("colour at", where=place_of(thing.cell)), answer, is_new=is_new_pair(thing))
-    if sum(other.shape == thing.shape for other in scene.things) > 1:
+    if not scene.has_one(thing, "shape"):
         return None
     return Turn("colour", teacher.say("colour of shape", name=thing.shape), answer, is_new=is_new_pair(thing))
 
 
 def _name(teacher: Teacher, thing: Thing, scene: Scene) -> str | None:
     """A name that means this thing alone."""
-    if sum(other.name == thing.name for other in scene.things) > 1:
+    if not scene.has_one(thing, "name"):
         return None
-    alone = sum(other.shape == thing.shape for other in scene.things) == 1
-    return thing.shape if alone and teacher.rng.random() < 0.4 else thing.name
+    return thing.shape if scene.has_one(thing, "shape") and teacher.rng.random() < 0.4 else thing.name
 
 
 def _where(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -210,11 +208,11 @@ def _absent(teacher: Teacher, scene: Scene) -> Turn | None:
         name = teacher.some_name(teacher.rng.choice(scene.things))
         if any(thing.name == name for thing in scene.things):
             return None
-        return Turn("absent", teacher.say("where", name=name), f"There is no {name}.")
+        return Turn("absent", teacher.say("where", name=name), f"There is no {name}.", is_new=name in HELD_OUT_NAMES)
     shape = teacher.rng.choice(SHAPES)
     if any(thing.shape == shape for thing in scene.things):
         return None
-    return Turn("absent", teacher.say("colour of shape", name=shape), f"There is no {shape}.")
+    return Turn("absent", teacher.say("colour of shape", name=shape), f"There is no {shape}.", is_new=False)
 
 
 def _at(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -239,7 +237,7 @@ def _describe(teacher: Teacher, scene: Scene) -> Turn | None:
 def _json(teacher: Teacher, scene: Scene) -> Turn | None:
     ordered = in_order(scene)
     if teacher.rng.random() < 0.5 and ordered is not None and len(ordered) < 4:
-        return Turn("JSON", teacher.say("json"), as_json({"shapes": [{"color": thing.color, "shape": thing.shape} for thing in ordered]}))
+        return Turn("JSON", teacher.say("json"), json.dumps({"shapes": [{"color": thing.color, "shape": thing.shape} for thing in ordered]}))
     for _ in range(8):
         turn = teacher.rng.choice((_shape, _colour, _count, _count_of))(teacher, scene)
         if turn is not None:
@@ -252,4 +250,4 @@ def _json(teacher: Teacher, scene: Scene) -> Turn | None:
         else ("shape", value.split()[-1]) if turn.skill == "shape"
         else ("count", NUMBERS.index(value))
     )  # fmt: skip
-    return Turn("JSON", teacher.say("as json", question=turn.text), as_json({key: content}))
+    return Turn("JSON", teacher.say("as json", question=turn.text), json.dumps({key: content}), is_new=turn.is_new)

@@ -1,6 +1,6 @@
 """Pictures of coloured shapes on a plain ground, drawn on the fly.
 
-Everything is drawn from a `random.Random`, so a seed names a picture. A scene keeps the truth about itself: `lessons.py` asks
+Everything is drawn from a `random.Random`, so a seed names a picture. A scene keeps the truth about itself: the lessons ask
 about it, and `labels` says what covers each merged vision token, which is what the vision tower learns first.
 """
 
@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -31,6 +32,7 @@ HELD_OUT_PLACES = frozenset(
     }
 )  # fmt: skip
 SIZES = ((140, 140), (112, 112), (140, 112), (112, 140))  # (width, height) in pixels
+SIZE_WEIGHTS = (6, 1.5, 1.5, 1.5)
 SMALL, LARGE = (0.072, 0.092), (0.132, 0.165)  # radii, as a share of the shorter side; nobody asks about the size of those between
 
 
@@ -77,6 +79,10 @@ class Scene:
     ground: Color
     seed: int
 
+    def has_one(self, like: Thing, what: Literal["color", "shape", "name"]) -> bool:
+        """Whether `like` is the only one of its colour, of its shape, or of both."""
+        return len([thing for thing in self.things if getattr(thing, what) == getattr(like, what)]) == 1
+
 
 def is_at_held_out_place(thing: Thing) -> bool:
     return (thing.shape, thing.cell) in HELD_OUT_PLACES
@@ -90,11 +96,11 @@ def pick_ground(rng: random.Random) -> Color:
         return white, white, white
     if kind < 0.75:
         grey = rng.randint(120, 225)
-        return _shift((grey, grey, grey), rng, 14)
+        return shift((grey, grey, grey), rng, 14)
     if kind < 0.92:
         return rng.randint(175, 255), rng.randint(175, 255), rng.randint(175, 255)
     dark = rng.randint(15, 70)
-    return _shift((dark, dark, dark), rng, 8)
+    return shift((dark, dark, dark), rng, 8)
 
 
 def colors_on(ground: Color) -> list[str]:
@@ -181,7 +187,7 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
         rng = random.Random(thing.seed)
-        color = thing.paint or _shift(COLORS[thing.color], rng, 16)
+        color = thing.paint or shift(COLORS[thing.color], rng, 16)
         draw_shape(pen, thing.shape, (thing.x * width, thing.y * height), thing.radius * min(width, height), color, scene.ground, rng)
     return add_grain(image.reduce(2), random.Random(scene.seed))
 
@@ -196,7 +202,7 @@ def add_grain(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
 
 
-def _shift(color: Sequence[int], rng: random.Random, most: int) -> Color:
+def shift(color: Sequence[int], rng: random.Random, most: int) -> Color:
     red, green, blue = (max(0, min(255, c + rng.randint(-most, most))) for c in color)
     return red, green, blue
 

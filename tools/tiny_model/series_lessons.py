@@ -9,7 +9,7 @@ from tools.tiny_model.names import DIRECTIONS
 from tools.tiny_model.pictures import Clip, draw_clip
 from tools.tiny_model.scene_lessons import describe, is_clear
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, colors_on, is_at_held_out_place
-from tools.tiny_model.teacher import ORDINALS, Teacher, Turn, article, is_new_pair, nth, place_of, sentence, shown
+from tools.tiny_model.teacher import NUMBERS, ORDINALS, Teacher, Turn, article, is_new_pair, nth, place_of, sentence, shown
 
 
 def follow_up(teacher: Teacher) -> list[Turn]:
@@ -35,7 +35,7 @@ def follow_up(teacher: Teacher) -> list[Turn]:
         last = other
     elif kind < 0.75:
         names = {"colour": other.shape, "shape": f"{other.color} one", "where": other.name, "at": f"one {place_of(other.cell)}"}
-        turns.append(Turn("follow-up", teacher.say("and name", name=names[asks]), texts[asks](other)[1]))
+        turns.append(Turn("follow-up", teacher.say("and name", name=names[asks]), texts[asks](other)[1], is_new=is_new_pair(other)))
         last = other
     else:
         last = one
@@ -124,7 +124,7 @@ def _elsewhere(teacher: Teacher, thing: Thing, others: Sequence[Thing]) -> Thing
 
 def several(teacher: Teacher, count: int) -> list[Turn]:
     """Two or three different pictures, and which of them has what."""
-    skill = f"compare {('two', 'three')[count - 2]}"
+    skill = f"compare {NUMBERS[count]}"
     scenes = [teacher.scene(1 if teacher.rng.random() < 0.5 else teacher.rng.randint(1, 5)) for _ in range(count)]
     if not all(scene.things for scene in scenes):
         return []
@@ -181,7 +181,7 @@ def _about_clip(teacher: Teacher, clip: Clip) -> list[Turn]:
             # Where nothing else is, what moves can be told without seeing it move.
             return turns if alone else [*turns, Turn("video what moves", teacher.say("moves"), sentence(f"the {first.name}"), is_new=is_new)]
         case "turns":
-            return [Turn("video change", teacher.say(key), f"The {first.name} turns {clip.color}.") for key in ("happens", "changed")]
+            return [Turn("video change", teacher.say(key), f"The {first.name} turns {clip.color}.") for key in ("happens", "changed in video")]
     names = [f"the {thing.name}" for thing in clip.things]
     return [
         Turn("video order", teacher.say("first"), sentence(f"the {first.name}")),

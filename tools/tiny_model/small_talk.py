@@ -35,7 +35,7 @@ UNKNOWN_QUESTIONS = (
 )  # fmt: skip
 HELD_OUT_UNKNOWN_QUESTIONS = (
     "What is the largest city of {place}?", "Tell me about {person}.", "What do you know about {topic}?", "Who lives in {place}?",
-    "How much does {food} cost?", "What is the history of {topic}?", "Where does {food} come from?", "What is {n} minus {m}?",
+    "How expensive is {food}?", "What is the history of {topic}?", "Where does {food} come from?", "What is {n} minus {m}?",
     "Is it warm in {place} in {year}?", "Who is the person in the {picture}?", "Write a letter to {person}.",
 )  # fmt: skip
 FILLERS = {

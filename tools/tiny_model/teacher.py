@@ -1,4 +1,4 @@
-"""What a lesson is, and the teacher that makes them: one random stream, one split of what may be shown and asked.
+"""What a lesson is, and what one is made with: a random stream, a split of what may be shown and asked, and how to say and show it.
 
 A `Lesson` is a chat of a few turns; each turn's `skill` names what it asks, so that accuracy can be told per skill. Every question
 has exactly one right answer, to the letter. `Split` says whether a lesson is for training or holds what training never shows.
@@ -6,7 +6,6 @@ has exactly one right answer, to the letter. `Split` says whether a lesson is fo
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,10 @@ from dataclasses import dataclass, replace
 from tools.tiny_model.names import COLORS, SHAPES
 from tools.tiny_model.phrases import loosely, say
 from tools.tiny_model.pictures import Picture, of_scene
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, SIZES, Scene, Thing, make_scene
+from tools.tiny_model.scenes import HELD_OUT_PAIRS, SIZE_WEIGHTS, SIZES, Scene, Thing, make_scene
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("first", "second", "third")
-SIZE_WEIGHTS = (6, 1.5, 1.5, 1.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +64,6 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-def as_json(value: object) -> str:
-    return json.dumps(value)
-
-
 def nth(index: int) -> str:
     return sentence(f"the {ORDINALS[index]} one")
 
@@ -84,7 +78,7 @@ def shown(turns: Sequence[Turn], *pictures: Picture) -> list[Turn]:
 
 
 class Teacher:
-    """Makes lessons of one split from one random stream, with pictures of one size where it is given."""
+    """What all kinds of lessons of one split need: a random stream, wordings, and pictures, of one size where it is given."""
 
     def __init__(self, rng: random.Random, split: Split, size: tuple[int, int] | None = None) -> None:
         self.rng, self.split, self._size_of_all = rng, split, size

@@ -61,13 +61,15 @@ class Trainer:
     """Weights and optimizers of one stage, and the state file that the stage goes on from.
 
     Matrices of the layers learn by Muon (Jordan 2024, as torch has it), everything else by AdamW: on the tower, Muon needed about a
-    third fewer steps.
+    third fewer steps. The merger's two do not: they are so large that Muon took half of its time for them.
     """
 
-    def __init__(self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int, **settings: float) -> None:
+    def __init__(
+        self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int, **settings: float | str
+    ) -> None:
         """`settings` are whatever else must be the same when the stage goes on."""
         self._modules, self.num_steps, self._path = modules, num_steps, folder / f"{stage}.pt"
-        self._settings = {**peaks, "steps": num_steps, **settings}
+        self._settings: dict[str, float | str] = {**peaks, "steps": num_steps, **settings}
         self._parameters = [parameter for module in modules.values() for parameter in module.parameters()]
         matrices, others = [], []
         for name, module in modules.items():
@@ -133,7 +135,10 @@ def batches_of(dataset: Iterable[Any], device: torch.device) -> Iterable[Any]:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], dynamic: bool) -> None:
-    """Where batches have one of a few shapes, kernels made for these save a quarter of a step over those for any shape."""
+    """Where batches have one of a few shapes, kernels made for these save a quarter of a step over those for any shape.
+
+    Forgets what was compiled before: the tower's blocks are compiled for either stage, and dynamo would go on with the kernels that it has.
+    """
     torch.compiler.reset()
     for block in blocks:
         block.compile(dynamic=dynamic)
@@ -141,7 +146,7 @@ def compile_blocks(blocks: Iterable[nn.Module], dynamic: bool) -> None:
 
 def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, device: torch.device) -> None:
     peaks = {"tower": args.vision_peak, "head": args.vision_peak}
-    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, seed=args.seed)
+    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, seed=args.seed, start=str(args.start_from))
     trainer.resume(device)
     compile_blocks(tower.blocks, dynamic=False)  # type: ignore[arg-type]
     started, first = time.monotonic(), trainer.step
@@ -195,7 +200,8 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     device = next(model.parameters()).device
     modules: dict[str, nn.Module] = {"tower": model.model.visual, "decoder": model.model.language_model, "head": head}
     peaks = {"tower": args.peak / 4, "decoder": args.peak, "head": args.peak / 4}
-    settings = {"seed": args.seed, "frozen_share": args.frozen_share, "max_tokens": args.max_tokens}
+    settings: dict[str, float | str] = {"seed": args.seed, "start": str(args.start_from)}
+    settings |= {"frozen_share": args.frozen_share, "max_tokens": args.max_tokens}
     trainer = Trainer("joint", args.out, modules, peaks, args.joint_steps, **settings)
     if not trainer.resume(device) and args.export_only:
         raise ValueError(f"{args.out} has no state of the second stage to export")
@@ -221,8 +227,11 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
             break
 
 
-def export(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
-    """Writes config, fp16 weights, generation and image-processor settings beside the tokenizer that is already there."""
+def export(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the checkpoint: config, fp16 weights, generation and image-processor settings, tokenizer and chat template."""
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, which transformers 5.24 would write down with it
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
     text = json.loads(model.config.to_json_string(use_diff=False))["text_config"]
     ids = {name: text[name] for name in ("bos_token_id", "pad_token_id")}
     model.generation_config.update(do_sample=False, eos_token_id=[text["eos_token_id"], text["bos_token_id"]], **ids)
@@ -244,10 +253,10 @@ def export(model: Qwen2VLForConditionalGeneration, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, log, plot and the checkpoint")
-    parser.add_argument("--vision-steps", type=int, default=4500, help="steps of 64 pictures for the vision tower alone")
-    parser.add_argument("--joint-steps", type=int, default=7000, help="steps for tower and decoder together")
+    parser.add_argument("--vision-steps", type=int, default=3000, help="steps of 64 pictures for the vision tower alone")
+    parser.add_argument("--joint-steps", type=int, default=12000, help="steps for tower and decoder together")
     parser.add_argument("--frozen-share", type=float, default=0.6, help="of those steps in which the tower only looks: they are faster")
-    parser.add_argument("--max-tokens", type=int, default=8000, help="tokens of a step of both together, padding included")
+    parser.add_argument("--max-tokens", type=int, default=5600, help="tokens of a step of both together, padding included")
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
     parser.add_argument("--start-from", type=Path, help="begin with this checkpoint's tokenizer and weights, instead of from nothing")
@@ -262,9 +271,6 @@ def main() -> None:
         parser.error(f"not here: {', '.join(lacking)}; python -m tools.tiny_model.assets fetches most of it, pip install -e '.[test]' the photos")
     source = args.start_from or folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else bpe.train(folder)
-    for name in ("is_local", "local_files_only"):  # how it was loaded here, which transformers 5.24 would write down with it
-        tokenizer.init_kwargs.pop(name, None)
-    tokenizer.save_pretrained(folder)
     if args.start_from:
         model = Qwen2VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").train()
     else:
@@ -279,8 +285,9 @@ def main() -> None:
     if not args.export_only:
         train_tower(tower, head, args, device)
     train_all(model, head, tokenizer, args)
-    progress.plot(args.out / "log.jsonl", args.out / "loss.png")
-    export(model, folder)
+    export(model, tokenizer, folder)
+    if (log := args.out / "log.jsonl").is_file():
+        progress.plot(log, args.out / "loss.png")
 
 
 if __name__ == "__main__":
