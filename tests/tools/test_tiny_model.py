@@ -75,6 +75,9 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Scene]:
     return seen
 
 
+WITHOUT_SHAPES = ("number", "word", "clothes", "emoji", "chart", "photo", "talk")
+
+
 def _has_nothing_held_out(scenes: Sequence[Scene]) -> bool:
     things = [thing for scene in scenes for thing in scene.things]
     return not any((thing.color, thing.shape) in HELD_OUT_PAIRS or is_at_held_out_place(thing) for thing in things)
@@ -84,16 +87,18 @@ def _has_nothing_held_out(scenes: Sequence[Scene]) -> bool:
 def test_no_lesson_of_training_shows_what_is_held_out(kind: str, shown: list[Scene]) -> None:
     """Whatever is drawn, also while it moves or after it has changed."""
     teacher = Teacher(random.Random(3), TRAINING)
-    for _ in range(25):
+    for _ in range(120 if kind == "video" else 25):
         make_lesson(teacher, kind)
+    assert kind in WITHOUT_SHAPES or len(shown) >= 20  # some lessons in Chinese are of print
     assert _has_nothing_held_out(shown)
 
 
 @pytest.mark.parametrize("kind", list(frames.KINDS))
 def test_no_picture_of_the_first_stage_shows_what_is_held_out(kind: str, shown: list[Scene]) -> None:
     rng = random.Random(3)
-    for _ in range(25):
+    for _ in range(120 if kind == "clip" else 25):
         frames.draw_picture(kind, rng, (112, 112))
+    assert kind not in ("scene", "crowd", "clip") or len(shown) >= 25
     assert _has_nothing_held_out(shown)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tools.tiny_model.names import CHINESE
 from tools.tiny_model.pictures import draw_print
-from tools.tiny_model.scene_lessons import in_order
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, is_at_held_out_place
-from tools.tiny_model.teacher import Teacher, Turn, is_new_pair, shown
+from tools.tiny_model.scene_lessons import HELD_OUT_NAMES, in_order
+from tools.tiny_model.scenes import Scene, is_at_held_out_place
+from tools.tiny_model.teacher import Teacher, Turn, distinct, is_new_pair, shown
 
 NUMBERS = ("零", "一", "两", "三", "四", "五", "六", "七", "八", "九")
 
@@ -20,8 +20,7 @@ def chinese(teacher: Teacher) -> list[Turn]:
     picture = teacher.show(scene)
     if not scene.things:
         return [Turn("Chinese", teacher.say("zh describe"), "图里什么都没有。", (picture,), is_new=False)]
-    turns = [turn for _ in range(6) if (turn := _in_chinese(teacher, scene))]
-    turns = list({turn.text: turn for turn in turns}.values())[:4]
+    turns = distinct(_in_chinese(teacher, scene) for _ in range(6))[:4]
     return shown(turns, picture) if turns else []
 
 
@@ -52,9 +51,8 @@ def _in_chinese(teacher: Teacher, scene: Scene) -> Turn | None:
         case "exists":
             name = thing.name if teacher.rng.random() < 0.5 else teacher.some_name()
             is_there = any(other.name == name for other in scene.things)
-            color, shape = name.split()
-            is_new = (color, shape) in HELD_OUT_PAIRS
-            return turn("exists", "有" if is_there else "没有", is_new, name=f"{CHINESE[color]}的{CHINESE[shape]}")
+            color, shape = (CHINESE[word] for word in name.split())
+            return turn("exists", "有" if is_there else "没有", name in HELD_OUT_NAMES, name=f"{color}的{shape}")
         case _:
             if (ordered := in_order(scene)) is not None and len(ordered) < 4:
                 parts = (f"{CHINESE[other.cell]}有一个{CHINESE[other.color]}的{CHINESE[other.shape]}" for other in ordered)

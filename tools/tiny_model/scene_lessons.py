@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from tools.tiny_model.names import CELLS, COLORS, SHAPES
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, is_at_held_out_place, make_scene
-from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, is_new_pair, place_of, plural, sentence, shown
+from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, distinct, is_new_pair, place_of, plural, sentence, shown
 
 HELD_OUT_NAMES = tuple(sorted(" ".join(pair) for pair in HELD_OUT_PAIRS))
 EMPTY = "The picture is empty."
@@ -43,11 +44,7 @@ def shapes(teacher: Teacher, count: int | None = None) -> list[Turn]:
     scene = teacher.scene(count)
     if not scene.things:
         return blank(teacher)
-    asked: list[Turn] = []
-    for _ in range(teacher.rng.randint(4, 8)):
-        turn = about(teacher, scene)
-        if all(turn.text != other.text for other in asked):
-            asked.append(turn)
+    asked = distinct(about(teacher, scene) for _ in range(teacher.rng.randint(4, 8)))
     return shown(asked, teacher.show(scene))
 
 
@@ -55,8 +52,7 @@ def crowd(teacher: Teacher, alike: float = 0.0) -> list[Turn]:
     """Many shapes: mostly counting. With `alike`, there are several of each colour and of each shape."""
     scene = teacher.scene(teacher.rng.randint(3, 9), alike)
     options = (_count_of, _count_of, _count_of, _exists, about)
-    turns = [_count(teacher, scene), *(teacher.rng.choice(options)(teacher, scene) for _ in range(6))]
-    asked = list({turn.text: turn for turn in turns}.values())
+    asked = distinct([_count(teacher, scene), *(teacher.rng.choice(options)(teacher, scene) for _ in range(6))])
     if alike:
         asked = [replace(turn, skill="count alike") if turn.skill.startswith("count") else turn for turn in asked]
     teacher.rng.shuffle(asked)
@@ -66,8 +62,7 @@ def crowd(teacher: Teacher, alike: float = 0.0) -> list[Turn]:
 def relations(teacher: Teacher) -> list[Turn]:
     """What stands left of what, mixed with where they stand. Among other questions alone, this one would stay at chance."""
     scene = teacher.scene(teacher.rng.randint(2, 4))
-    found = [teacher.rng.choice((_relation, _relation, _where))(teacher, scene) for _ in range(10)]
-    turns = list({turn.text: turn for turn in found if turn}.values())
+    turns = distinct(teacher.rng.choice((_relation, _relation, _where))(teacher, scene) for _ in range(10))
     return shown(turns, teacher.show(scene)) if turns else []
 
 
@@ -101,27 +96,28 @@ def about(teacher: Teacher, scene: Scene) -> Turn:
 
 
 def _shape(teacher: Teacher, scene: Scene) -> Turn | None:
-    thing = teacher.rng.choice(scene.things)
-    answer = sentence(article(thing.shape))
-    if len(scene.things) == 1 and teacher.rng.random() < 0.7:
-        return Turn("shape", teacher.say("shape"), answer, is_new=is_new_pair(thing))
-    if is_clear(thing, scene) and teacher.rng.random() < 0.25:
-        return Turn("shape", teacher.say("shape at", where=place_of(thing.cell)), answer, is_new=is_new_pair(thing))
-    if not scene.has_one(thing, "color"):
-        return None
-    return Turn("shape", teacher.say("shape of color", color=thing.color), answer, is_new=is_new_pair(thing))
+    return _shape_or_colour(teacher, scene, "shape", 0.7)
 
 
 def _colour(teacher: Teacher, scene: Scene) -> Turn | None:
+    return _shape_or_colour(teacher, scene, "colour", 0.5)
+
+
+def _shape_or_colour(teacher: Teacher, scene: Scene, skill: Literal["shape", "colour"], plainly: float) -> Turn | None:
+    """Asks for it by the other of the two, by its place, or, of a thing that is alone, `plainly` so often."""
     thing = teacher.rng.choice(scene.things)
-    answer = sentence(thing.color)
-    if len(scene.things) == 1 and teacher.rng.random() < 0.5:
-        return Turn("colour", teacher.say("colour"), answer, is_new=is_new_pair(thing))
-    if is_clear(thing, scene) and teacher.rng.random() < 0.25:
-        return Turn("colour", teacher.say("colour at", where=place_of(thing.cell)), answer, is_new=is_new_pair(thing))
-    if not scene.has_one(thing, "shape"):
+    if len(scene.things) == 1 and teacher.rng.random() < plainly:
+        text = teacher.say(skill)
+    elif is_clear(thing, scene) and teacher.rng.random() < 0.25:
+        text = teacher.say(f"{skill} at", where=place_of(thing.cell))
+    elif not scene.has_one(thing, "color" if skill == "shape" else "shape"):
         return None
-    return Turn("colour", teacher.say("colour of shape", name=thing.shape), answer, is_new=is_new_pair(thing))
+    elif skill == "shape":
+        text = teacher.say("shape of color", color=thing.color)
+    else:
+        text = teacher.say("colour of shape", name=thing.shape)
+    answer = sentence(article(thing.shape) if skill == "shape" else thing.color)
+    return Turn(skill, text, answer, is_new=is_new_pair(thing))
 
 
 def _name(teacher: Teacher, thing: Thing, scene: Scene) -> str | None:

@@ -7,7 +7,7 @@ has exactly one right answer, to the letter. `Split` says whether a lesson is fo
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tools.tiny_model.names import COLORS, SHAPES
@@ -75,6 +75,11 @@ def is_new_pair(thing: Thing) -> bool:
 def shown(turns: Sequence[Turn], *pictures: Picture) -> list[Turn]:
     """The turns, with the pictures shown in the first of them."""
     return [replace(turns[0], pictures=pictures), *turns[1:]]
+
+
+def distinct(turns: Iterable[Turn | None]) -> list[Turn]:
+    """Without those that could not be asked, and those that ask the same again."""
+    return list({turn.text: turn for turn in turns if turn}.values())
 
 
 class Teacher:

@@ -200,9 +200,10 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     device = next(model.parameters()).device
     modules: dict[str, nn.Module] = {"tower": model.model.visual, "decoder": model.model.language_model, "head": head}
     peaks = {"tower": args.peak / 4, "decoder": args.peak, "head": args.peak / 4}
-    settings: dict[str, float | str] = {"seed": args.seed, "start": str(args.start_from)}
-    settings |= {"frozen_share": args.frozen_share, "max_tokens": args.max_tokens}
-    trainer = Trainer("joint", args.out, modules, peaks, args.joint_steps, **settings)
+    trainer = Trainer(
+        "joint", args.out, modules, peaks, args.joint_steps,
+        seed=args.seed, start=str(args.start_from), frozen_share=args.frozen_share, max_tokens=args.max_tokens,
+    )  # fmt: skip
     if not trainer.resume(device) and args.export_only:
         raise ValueError(f"{args.out} has no state of the second stage to export")
     learner = Learner(model, head)
