@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class OpenRequest:
     is_asking: bool = False  # a query for missed tokens is under way
     is_held: bool = False  # not submitted (again) yet
     is_over: bool = False
-    num_deaths: int = 0  # of workers in which it was executing, in a row, with no new token between
+    deaths: Counter[Role] = field(default_factory=Counter)  # of workers in which it was executing, in a row, with no new token between
     waits_since: float | None = None  # for a dead worker's successor
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
 
@@ -219,21 +220,19 @@ class Connection:
         if opened.is_held or opened.is_over:
             return
         request = opened.request
-        alone_in = request.alone_in
         if opened.has_progress:
-            opened.num_deaths, alone_in = 0, None
-        elif died is not None:
-            opened.num_deaths += 1
-            alone_in = died
-        if opened.num_deaths >= self.limits.max_attempts:
+            opened.deaths.clear()
+        elif died is not None:  # each role counts by itself: whoever has only had bad neighbours in all of them is not given up
+            opened.deaths[died] += 1
+        if died is not None and opened.deaths[died] >= self.limits.max_attempts:
             self.counters["given_up"] += 1
-            times = f"{opened.num_deaths} times" if opened.num_deaths > 1 else "once"
+            times = f"{opened.deaths[died]} times" if opened.deaths[died] > 1 else "once"
             what = f"the request was given up: {reason} while it was executing there, {times} in a row ({self.limits.max_attempts} are allowed)"
             self._give_up(opened, ErrorInfo(503, what))
             return
         logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
         opened.request = msgspec.structs.replace(
-            request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids), alone_in=alone_in
+            request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids), alone_in=tuple(opened.deaths)
         )
         opened.num_earlier_tokens = len(opened.token_ids)
         opened.is_accepted, opened.is_asking, opened.is_held = False, False, True

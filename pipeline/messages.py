@@ -19,7 +19,7 @@ from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import PoolInfo, TensorHandle
 from pipeline.topology import Role, WorkerId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CLIENT_ID_BYTES = 16
 MAX_REQUEST_ID = 256  # characters
 RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID)]
@@ -134,7 +134,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
-    alone_in: Role | None = None  # it executed in such a worker when that died: it passes that stage alone
+    alone_in: tuple[Role, ...] = ()  # it executed in such workers when they died: it passes these stages alone
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):

@@ -71,7 +71,7 @@ again, with the next `attempt`, the same fields and the tokens that you have in 
 Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hello` and query: what was ended because you did not read, or were
 away, answers with `Interrupted`. A request that was executing in a worker that died (`died` in `Interrupted`; or the first 8
 bytes of BLAKE2b, made for that length, of its id are among the `executed` of the successor's state), with no new token in that attempt,
-should say so: `alone_in` is the role of that worker. After `max_attempts` such deaths in a row it should be given up.
+should say so: `alone_in` are the roles of such workers. After `max_attempts` such deaths of one role in a row it should be given up.
 
 ## From another machine
 

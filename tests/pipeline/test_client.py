@@ -447,7 +447,7 @@ async def test_what_no_llm_accepted_is_submitted_again_when_preprocess_dies(clie
     lost = (await pipeline.next(SubmitRequest)).message
     pipeline.replace(PREPROCESS)
     again = (await pipeline.next(SubmitRequest)).message
-    assert (again.request_id, again.attempt, again.alone_in) == (lost.request_id, 2, None)
+    assert (again.request_id, again.attempt, again.alone_in) == (lost.request_id, 2, ())
     pipeline.say_tokens(again, 0, [20], FinishReason.STOP)
     pipeline.say_tokens(accepted, 2, [22], FinishReason.STOP)
     results = await asyncio.gather(*tasks)
@@ -514,12 +514,24 @@ async def test_a_request_that_workers_die_of_passes_alone_and_is_given_up(client
         pipeline.replace(LLM_0, request.request_id)
         await pipeline.welcome()
         request = await accept(pipeline, task)
-        assert (request.attempt, request.alone_in) == (attempt, Role.LLM)
+        assert (request.attempt, request.alone_in) == (attempt, (Role.LLM,))
     pipeline.replace(LLM_0, request.request_id)
     with pytest.raises(RequestError, match=r"given up: llm\.0 died while it was executing there, 3 times in a row") as caught:
         await task
     assert caught.value.info.status == 503
     assert (await pipeline.next(AbortRequest)).message.attempt == 3
+
+
+async def test_who_had_bad_neighbours_in_every_stage_is_not_given_up(client: PipelineClient, pipeline: Pipeline) -> None:
+    task = asyncio.create_task(collect(client))
+    request = await accept(pipeline, task)
+    for died in (Role.VIT, Role.PREPROCESS, Role.VIT, Role.LLM):
+        pipeline.say(Interrupted, request_id=request.request_id, attempt=request.attempt, reason="it died", died=died)
+        request = await accept(pipeline, task)
+    assert (request.attempt, set(request.alone_in)) == (5, {Role.VIT, Role.PREPROCESS, Role.LLM})
+    pipeline.say(Interrupted, request_id=request.request_id, attempt=request.attempt, reason="vit.0 died", died=Role.VIT)
+    with pytest.raises(RequestError, match=r"given up: vit\.0 died while it was executing there, 3 times in a row"):
+        await task
 
 
 async def test_only_deaths_without_a_new_token_count(client: PipelineClient, pipeline: Pipeline) -> None:
@@ -532,7 +544,7 @@ async def test_only_deaths_without_a_new_token_count(client: PipelineClient, pip
             pipeline.replace(LLM_0, request.request_id)
             await pipeline.welcome()
         request = await accept(pipeline, task, 1)
-        assert (request.attempt, request.alone_in) == (attempt, None)
+        assert (request.attempt, request.alone_in) == (attempt, ())
     pipeline.say_tokens(request, 6, [26], FinishReason.STOP)
     assert (await task)[1][-1].num_output_tokens == 7
 

@@ -42,7 +42,7 @@ class ChunkState:
     is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
-    alone_in: Role | None = None  # its request may have been a worker's death: it passes this stage alone
+    alone_in: tuple[Role, ...] = ()  # its request may have been the death of such workers: it passes these stages alone
 
 
 class ChunkFlow:
@@ -66,7 +66,7 @@ class ChunkFlow:
         self._chunks: dict[ChunkKey, ChunkState] = {}
         self.num_decoded = 0
 
-    def route(self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int, alone_in: Role | None = None) -> MmChunk:
+    def route(self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int, alone_in: tuple[Role, ...] = ()) -> MmChunk:
         """Takes a chunk in and chooses its ViT; `announce` tells that ViT."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
         self._chunks[key] = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known, alone_in=alone_in)
@@ -127,7 +127,7 @@ class ChunkFlow:
             handle = self._pool.lend(state.slot, state.chunk.shape, "uint8")
         return EncodeRequest(
             key=state.key, arrival=state.order.arrival, position=state.order.position, mm_hash=state.chunk.mm_hash,
-            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=state.alone_in is Role.VIT, **self._origin,
+            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in, **self._origin,
         )  # fmt: skip
 
     def _grant(self) -> None:
@@ -162,7 +162,7 @@ class ChunkFlow:
             before.add_done_callback(finish)  # those behind wait for those before all the same
 
     async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
-        on_behalf_of.set(Work(state.key.request_id, state.alone_in is Role.PREPROCESS))
+        on_behalf_of.set(Work(state.key.request_id, Role.PREPROCESS in state.alone_in))
         error: ErrorInfo | None = None
         start = time.monotonic()
         request = self._encode_request(state)

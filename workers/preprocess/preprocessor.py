@@ -223,7 +223,7 @@ class Preprocessor:
     # One request's preparation.
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
-        on_behalf_of.set(Work(opened.request_id, message.alone_in is Role.PREPROCESS))
+        on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in))
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
@@ -294,7 +294,7 @@ class Preprocessor:
             num_received=message.num_received,
             priority=message.priority,
             cache_salt=message.cache_salt,
-            is_alone=message.alone_in is Role.LLM,
+            is_alone=Role.LLM in message.alone_in,
             **self._origin,
         )
         self._tell(opened, opened.reply)

@@ -775,7 +775,7 @@ async def test_after_our_predecessors_death_no_group_goes_on_with_an_attempt_bef
 
 async def test_a_suspect_is_told_as_such_to_the_stage_in_question(rig: Rig) -> None:
     for number, (role, name) in enumerate(((Role.VIT, "v"), (Role.LLM, "l"))):
-        rig.submit(name, [encode(scene(20 + number))], attempt=2, alone_in=role)
+        rig.submit(name, [encode(scene(20 + number))], attempt=2, alone_in=(role,))
         await rig.settle()
         (generate,) = rig.llm.take(GenerateRequest)
         encodes = rig.encodes()
