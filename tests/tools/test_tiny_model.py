@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from launcher.checkpoints import EMBEDDED
-from tools.tiny_model import assets, frames, object_lessons, pictures, progress, scene_lessons
+from tools.tiny_model import assets, frames, object_lessons, pictures, progress, scene_lessons, train
 from tools.tiny_model.batches import LessonBatches, collate, converse
 from tools.tiny_model.evaluate import messages_of
 from tools.tiny_model.exams import SKILLS, Exam, exams
@@ -289,6 +289,17 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
     Trainer("stage", tmp_path, {"model": model}, {"model": 0.01}, 6, seed=1).save()
     with pytest.raises(ValueError, match="another --out"):
         Trainer("stage", tmp_path, {"model": model}, {"model": 0.01}, 9, seed=1).resume(torch.device("cpu"))
+
+
+def test_a_run_that_begins_with_weights_has_to_fit_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path / "run"), "--start-from", str(EMBEDDED / "model"), "--vision-steps", "0"]
+    monkeypatch.setattr("sys.argv", ["train", *options])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "--start-from needs --vision-steps 200 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_that_several_processes_draw_come_in_the_same_order() -> None:

@@ -260,10 +260,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=5600, help="tokens of a step of both together, padding included")
     parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
-    parser.add_argument("--start-from", type=Path, help="begin with this checkpoint's tokenizer and weights, instead of from nothing")
+    parser.add_argument("--start-from", type=Path, help=f"begin with this checkpoint; the first {HEAD_STEPS} steps fit a head to it")
     parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint of the state as it is")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.start_from and args.vision_steps < HEAD_STEPS:
+        parser.error(f"--start-from needs --vision-steps {HEAD_STEPS} or more: the head is new, and hardly learns in the second stage")
     folder = args.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
