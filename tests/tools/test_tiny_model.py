@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -45,6 +46,16 @@ def test_training_scenes_hold_out_pairs_and_places(count: int | None) -> None:
         for thing in make_scene(rng, count, odd=0.3).things:
             assert (thing.color, thing.shape) not in HELD_OUT_PAIRS
             assert (thing.shape, thing.cell) not in HELD_OUT_PLACES
+
+
+def test_no_color_without_a_name_looks_like_that_of_a_held_out_pair() -> None:
+    rng = random.Random(1)
+    odd = [thing for _ in range(300) for thing in make_scene(rng, 5, odd=0.6).things if thing.paint and thing.shape]
+    assert len(odd) > 200
+    for color, shape in HELD_OUT_PAIRS:
+        by_name = [{name: math.dist(rgb, thing.paint or ()) for name, rgb in COLORS.items()} for thing in odd if thing.shape == shape]
+        assert 90 <= min(distances[color] for distances in by_name) < 130
+        assert all(min(distances, key=distances.__getitem__) != color for distances in by_name)
 
 
 def test_held_out_scenes_show_a_held_out_pair() -> None:

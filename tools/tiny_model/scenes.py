@@ -166,13 +166,17 @@ def _is_apart(thing: Thing, other: Thing) -> bool:
 
 
 def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
-    """The same thing without a shape, or in a colour without a name: never in one near that of a pair that is held out."""
+    """The same thing without a shape, or in a colour without a name: never in one that looks like that of a pair that is held out.
+
+    Further away than that it has to be shown: a blue cross was taken for a star while crosses had no colour between blue and any other.
+    """
     if rng.random() < 0.4:
         return replace(thing, shape="")
     for _ in range(20):
         paint = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
-        nearest = sorted(COLORS, key=lambda name: math.dist(COLORS[name], paint))[:2]
-        if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in nearest):
+        alike = [name for name, color in COLORS.items() if math.dist(color, paint) < 90]
+        nearest = min(COLORS, key=lambda name: math.dist(COLORS[name], paint))
+        if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in (nearest, *alike)):
             return replace(thing, color="", paint=paint)
     return thing
 
