@@ -151,4 +151,4 @@ def test_a_client_in_another_language_gets_the_same(server: Server, javascript: 
     assert theirs["token_ids"] == [token for piece in pieces for token in piece.token_ids]
     assert (theirs["finish_reason"], theirs["prompt_tokens"]) == (pieces[-1].finish_reason, pieces[-1].num_prompt_tokens)
     refused = run_javascript(javascript, server, picture, "99")
-    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 2"
+    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 3"
