@@ -174,9 +174,10 @@ def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
         return replace(thing, shape="")
     for _ in range(20):
         paint = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
-        alike = [name for name, color in COLORS.items() if math.dist(color, paint) < 90]
-        nearest = min(COLORS, key=lambda name: math.dist(COLORS[name], paint))
-        if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in (nearest, *alike)):
+        distances = {name: math.dist(color, paint) for name, color in COLORS.items()}
+        nearest = min(distances.values())
+        alike = [name for name, distance in distances.items() if distance < 90 or distance == nearest]
+        if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in alike):
             return replace(thing, color="", paint=paint)
     return thing
 
