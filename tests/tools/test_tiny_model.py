@@ -32,6 +32,7 @@ from tools.tiny_model.names import CHINESE, COLORS, SHAPES
 from tools.tiny_model.phrases import COURTESIES, PHRASES
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, Scene, Thing, draw, is_at_held_out_place, label, make_scene
 from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, UNKNOWN_QUESTIONS
+from tools.tiny_model.stitch import stitch
 from tools.tiny_model.teacher import NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
 from tools.tiny_model.tower import DenseHead, grids, make_fast, to_patches
 from tools.tiny_model.train import Trainer, is_layer_matrix
@@ -209,12 +210,16 @@ def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
     torch.testing.assert_close(to_patches(pixels)[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def _make_tower(seed: int) -> Qwen2VisionTransformerPretrainedModel:
+    torch.manual_seed(seed)
+    config = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2}
+    return Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config, attn_implementation="eager"))
+
+
 @pytest.mark.parametrize("size", [(140, 140), (140, 112)])
 def test_the_tower_is_the_same_when_it_is_made_fast(size: tuple[int, int]) -> None:
     """Embeddings and gradients of pictures of one size, as one call."""
-    torch.manual_seed(0)
-    config = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2}
-    tower = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config, attn_implementation="eager"))
+    tower = _make_tower(0)
     pixels = torch.randint(0, 256, (3, 2, size[1], size[0], 3), dtype=torch.uint8)
     patches, found = to_patches(pixels), []
     for is_fast in (False, True):
@@ -227,6 +232,27 @@ def test_the_tower_is_the_same_when_it_is_made_fast(size: tuple[int, int]) -> No
     assert len(found[0]) == len(found[1]) > 20
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shares_layers", [True, False])
+def test_a_tower_is_stitched_to_a_decoder_of_another(shares_layers: bool) -> None:
+    """It then says what the other says, as far as that is explained; where only their last matrices differed, all of it."""
+    tower, former = _make_tower(1), _make_tower(2)
+    if shares_layers:
+        last = {name: value for name, value in former.state_dict().items() if name.startswith("merger.mlp.2")}
+        former.load_state_dict({**tower.state_dict(), **last})
+    make_fast(tower)
+    make_fast(former)
+    pictures = [batch.pixels for batch in itertools.islice(FrameBatches(16, 5, 0), 20)]
+    explained = stitch(tower, former, pictures)
+    with torch.no_grad():
+        said, expected = (
+            torch.cat([one(to_patches(pixels), grid_thw=grids(pixels)).pooler_output.flatten(0, -2) for pixels in pictures[9::10]])
+            for one in (tower, former)
+        )
+    unexplained = (said - expected).square().sum() / (expected - expected.mean(0)).square().sum()
+    assert explained == pytest.approx(1 - unexplained.item(), abs=1e-3)
+    assert (explained > 0.99) == shares_layers
 
 
 def test_muon_has_the_matrices_of_layers_only() -> None:
