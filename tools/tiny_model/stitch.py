@@ -54,7 +54,7 @@ def stitch(tower: Qwen2VisionTransformerPretrainedModel, former: Qwen2VisionTran
     last.weight.copy_(fitted[:-1].T)
     last.bias.copy_(fitted[-1])
     x, y = (torch.cat(part) for part in zip(*tests, strict=True))
-    return 1 - ((x @ fitted - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+    return float(1 - (x @ fitted - y).square().sum() / (y - y.mean(0)).square().sum())
 
 
 def main() -> None:
