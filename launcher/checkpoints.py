@@ -11,8 +11,8 @@ EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_NAME = "embedded-shapes"
 NOTICE = (
     "the embedded model (12 M parameters) answers questions about simple pictures: shapes with their colors, sizes, places and number, printed "
-    "numbers and words, clothing, emoji, bar charts, what differs between pictures, what happens in short videos; of everything else it says "
-    "that it does not know"
+    "numbers and words, clothing, emoji, bar charts, what differs between pictures, what happens in short videos; to questions beyond "
+    "these it mostly answers that it does not know"
 )
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")  # weights as safetensors only, and no code
 

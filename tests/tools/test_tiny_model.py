@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from launcher.checkpoints import EMBEDDED
-from tools.tiny_model import assets, frames, object_lessons, pictures, progress, scene_lessons, train
+from tools.tiny_model import assets, chinese_lessons, frames, lessons, object_lessons, pictures, progress, scene_lessons, train
 from tools.tiny_model.batches import LessonBatches, collate, converse
 from tools.tiny_model.evaluate import messages_of
 from tools.tiny_model.exams import SKILLS, Exam, exams
@@ -30,10 +31,11 @@ from tools.tiny_model.labels import COUNTED, HEADS, NUM_CLASSES
 from tools.tiny_model.lessons import KINDS, make_lesson
 from tools.tiny_model.names import CHINESE, COLORS, SHAPES
 from tools.tiny_model.phrases import COURTESIES, PHRASES
+from tools.tiny_model.samples import samples
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, Scene, Thing, draw, is_at_held_out_place, label, make_scene
-from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, UNKNOWN_QUESTIONS
+from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, OF_THINGS, UNKNOWN_QUESTIONS
 from tools.tiny_model.stitch import stitch
-from tools.tiny_model.teacher import NEW_CONTENT, NEW_SCENES, TRAINING, Lesson, Teacher
+from tools.tiny_model.teacher import NEW_CONTENT, NEW_PHRASES, NEW_SCENES, TRAINING, Lesson, Split, Teacher, Turn
 from tools.tiny_model.tower import DenseHead, grids, make_fast, to_patches
 from tools.tiny_model.train import Trainer, is_layer_matrix
 
@@ -132,6 +134,34 @@ def test_training_never_names_a_held_out_pair(kind: str) -> None:
             assert not any(name in told for name in HELD_OUT_NAMES), turn
 
 
+def _answers(turns: Iterable[Turn | None]) -> dict[str, set[str]]:
+    answers: dict[str, set[str]] = {}
+    for turn in turns:
+        if turn:
+            answers.setdefault(turn.text, set()).add(turn.answer)
+    return answers
+
+
+@pytest.mark.parametrize("split", [NEW_SCENES, NEW_PHRASES])
+@pytest.mark.parametrize("ask", [scene_lessons.about, chinese_lessons.about])
+def test_every_question_has_one_right_answer(ask: Callable[[Teacher, Scene], Turn | None], split: Split) -> None:
+    """However often something is asked about a picture."""
+    for seed in range(12):
+        teacher = Teacher(random.Random(seed), split)
+        scene = teacher.scene(1 + seed % 6)
+        answers = _answers(ask(teacher, scene) for _ in range(250))
+        assert len(answers) > 25
+        assert not {text: found for text, found in answers.items() if len(found) > 1}
+
+
+@pytest.mark.parametrize("split", [NEW_SCENES, NEW_PHRASES])
+def test_every_question_without_a_picture_has_one_right_answer(split: Split) -> None:
+    teacher = Teacher(random.Random(1), split)
+    answers = _answers(turn for _ in range(1500) for turn in lessons.talk(teacher))
+    assert len(answers) > 200
+    assert not {text: found for text, found in answers.items() if len(found) > 1}
+
+
 def test_the_mass_of_a_scene_is_the_number_of_its_things() -> None:
     """Of all of them, of each colour, and of each shape."""
     rng = random.Random(4)
@@ -182,7 +212,10 @@ def _words(text: str) -> str:
 
 def test_held_out_wordings_are_none_of_the_trained() -> None:
     """Nor one of another question, nor with a courtesy before it, as training puts there now and then."""
-    templates = [_words(text) for phrases in PHRASES.values() for text in phrases.trained] + [_words(text) for text in UNKNOWN_QUESTIONS]
+    questions = [*UNKNOWN_QUESTIONS, *(text for phrases in PHRASES.values() for text in phrases.trained)]
+    for part, choices in OF_THINGS.items():
+        questions += [text.replace(f"{{{part}}}", word) for text in questions if f"{{{part}}}" in text for word in choices]
+    templates = [_words(text) for text in questions]
     trained = {f"{courtesy}{text}" for text in templates for courtesy in ("", *(f"{word.lower()} " for word in COURTESIES))}
     held_out = [_words(text) for phrases in PHRASES.values() for text in phrases.held_out] + [_words(text) for text in HELD_OUT_UNKNOWN_QUESTIONS]
     for text in held_out:
@@ -319,6 +352,37 @@ def test_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     learn(resumed, model, 2)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name])
+
+
+def test_the_log_goes_on_where_the_state_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are learned again are logged once, and a stage's minutes are all that it lasted."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    path = tmp_path / "log.jsonl"
+    other, log = progress.Log(path, "other"), progress.Log(path, "stage")
+    other.write(75, 75, loss=3.0)
+    for step in (25, 50, 75):
+        clock[0] += 60.0
+        log.write(step, 100, loss=1.0)
+    with path.open("a") as file:
+        file.write('{"stage": "sta')  # when it was killed
+    resumed = progress.Log(path, "stage")
+    resumed.go_on(60)
+    clock[0] += 30.0
+    resumed.write(75, 100, loss=0.5)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(entry["stage"], entry["step"], entry["minutes"]) for entry in entries] == [
+        ("other", 75, 0.0), ("stage", 25, 1.0), ("stage", 50, 2.0), ("stage", 75, 2.5),
+    ]  # fmt: skip
+
+
+def test_the_samples_are_those_that_their_tool_draws() -> None:
+    """As far as what they show is here."""
+    drawn = samples()
+    assert {"red-star", "three-shapes", "blank", "chart"} <= set(drawn) <= {path.stem for path in (EMBEDDED / "samples").iterdir()}
+    for name, image in drawn.items():
+        with Image.open(EMBEDDED / "samples" / f"{name}.png") as shipped:
+            np.testing.assert_array_equal(np.asarray(shipped.convert("RGB")), np.asarray(image), err_msg=name)
 
 
 def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path) -> None:

@@ -93,11 +93,13 @@ def photos(held_out: bool) -> tuple[Image.Image, ...]:
     return tuple(Image.open(path).convert("RGB") for path in paths if path.is_file())
 
 
-def missing() -> list[str]:
-    """What is not there of all that training draws from."""
-    found = _files()
-    names = [*FONTS, "NotoColorEmoji.ttf", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
-    return [name for name in names if name not in found] + ([] if len(photos(False)) == len(PHOTOS) else ["the photos of scikit-image"])
+def missing(for_exams: bool = False) -> list[str]:
+    """What is not there of all that training, or the exams, draw from."""
+    part = "t10k" if for_exams else "train"
+    names = [*FONTS, "NotoColorEmoji.ttf", f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
+    lacking = [name for name in (*names, *(HELD_OUT_FONTS if for_exams else ())) if name not in _files()]
+    has_photos = len(photos(False)) == len(PHOTOS) and (not for_exams or len(photos(True)) == len(HELD_OUT_PHOTOS))
+    return lacking if has_photos else [*lacking, "the photos of scikit-image"]
 
 
 def main() -> None:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from tools.tiny_model.names import CHINESE
+from tools.tiny_model.names import CELLS, CHINESE
 from tools.tiny_model.pictures import draw_print
-from tools.tiny_model.scene_lessons import HELD_OUT_NAMES, in_order
+from tools.tiny_model.scene_lessons import HELD_OUT_NAMES, in_order, stands_at
 from tools.tiny_model.scenes import Scene, is_at_held_out_place
+from tools.tiny_model.small_talk import CHINESE_UNKNOWN
 from tools.tiny_model.teacher import Teacher, Turn, distinct, is_new_pair, shown
 
 NUMBERS = ("零", "一", "两", "三", "四", "五", "六", "七", "八", "九")
 
 
 def chinese(teacher: Teacher) -> list[Turn]:
-    scene = teacher.scene(teacher.rng.choice((0, 1, 1, 2, 2, 3, 4)))
+    scene = teacher.scene(teacher.rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 4, teacher.rng.randint(5, 9))))
     if teacher.rng.random() < 0.12:
         text = str(teacher.rng.randint(0, 999))
         picture, _ = draw_print(teacher.rng, teacher.size(), text, teacher.split.has_new_content)
         return [Turn("Chinese", teacher.say("zh number"), f"{text}。", (picture,))]
     picture = teacher.show(scene)
-    if not scene.things:
-        return [Turn("Chinese", teacher.say("zh describe"), "图里什么都没有。", (picture,), is_new=False)]
-    turns = distinct(_in_chinese(teacher, scene) for _ in range(6))[:4]
+    turns = distinct(about(teacher, scene) if scene.things else _of_nothing(teacher) for _ in range(6))[:4]
     return shown(turns, picture) if turns else []
 
 
-def _in_chinese(teacher: Teacher, scene: Scene) -> Turn | None:
+def _of_nothing(teacher: Teacher) -> Turn:
+    """A question about an empty ground."""
+    key = teacher.rng.choice(("shape", "colour", "count", "where", "exists", "describe", "describe", "at", "size", "shape of", "colour of"))
+    color, shape = teacher.some_name().split()
+    color, shape = CHINESE[color], CHINESE[shape]
+    name = shape if key == "colour of" else f"{color}的{shape}"
+    text = teacher.say(f"zh {key}", name=name, color=color, where=CHINESE[teacher.rng.choice(CELLS)])
+    return Turn("Chinese", text, {"count": "零个。", "exists": "没有。"}.get(key, "图里什么都没有。"), is_new=False)
+
+
+def about(teacher: Teacher, scene: Scene) -> Turn | None:
+    """One random question about a scene that is not empty; None when what was drawn cannot be asked of it."""
     thing = teacher.rng.choice(scene.things)
     color, shape = CHINESE[thing.color], CHINESE[thing.shape]
     alone, is_new = len(scene.things) == 1, is_new_pair(thing)
@@ -32,7 +42,7 @@ def _in_chinese(teacher: Teacher, scene: Scene) -> Turn | None:
     def turn(key: str, answer: str, is_new: bool, **fields: str) -> Turn:
         return Turn("Chinese", teacher.say(f"zh {key}", **fields), f"{answer}。", is_new=is_new)
 
-    match teacher.rng.choice(("shape", "colour", "count", "where", "exists", "describe")):
+    match teacher.rng.choice(("shape", "colour", "count", "where", "exists", "describe", "at", "size", "unknown")):
         case "shape":
             if alone:
                 return turn("shape", shape, is_new)
@@ -53,6 +63,18 @@ def _in_chinese(teacher: Teacher, scene: Scene) -> Turn | None:
             is_there = any(other.name == name for other in scene.things)
             color, shape = (CHINESE[word] for word in name.split())
             return turn("exists", "有" if is_there else "没有", name in HELD_OUT_NAMES, name=f"{color}的{shape}")
+        case "at":
+            if found := stands_at(teacher, scene):
+                cell, there = found
+                answer = f"{CHINESE[there.color]}的{CHINESE[there.shape]}" if there else "什么都没有"
+                return turn("at", answer, there is not None and is_at_held_out_place(there), where=CHINESE[cell])
+        case "size":
+            if thing.size and scene.has_one(thing, "name"):
+                return turn("size", {"small": "小的", "large": "大的"}[thing.size], is_new, name=f"{color}的{shape}")
+        case "unknown":
+            if scene.has_one(thing, "name"):
+                text = teacher.say("zh unknown", name=f"{color}的{shape}")
+                return Turn("Chinese", text, CHINESE_UNKNOWN, is_new=is_new and shape in text)
         case _:
             if (ordered := in_order(scene)) is not None and len(ordered) < 4:
                 parts = (f"{CHINESE[other.cell]}有一个{CHINESE[other.color]}的{CHINESE[other.shape]}" for other in ordered)

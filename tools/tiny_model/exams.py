@@ -43,11 +43,13 @@ SKILLS: dict[str, Sequence[str]] = {
     "JSON": ("shapes", "number"),
     "Chinese": ("Chinese",),
     "unknown": ("talk", "shapes"),
+    "unknown of it": ("shapes", "one shape"),
     "greeting": ("talk",),
     "no picture": ("talk",),
 }
 SAME_CONTENT = ("clothing", "unknown", "greeting", "no picture", "blank", "charts")  # nothing in them can be held out but wordings
 FIXED_WORDINGS = ("greeting",)
+NEED_ASSETS = ("digits", "words", "colour of print", "clothing", "emoji", "photo", "describe", "JSON", "Chinese")
 
 
 class Exam(NamedTuple):

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from tools.tiny_model import small_talk
 from tools.tiny_model.chinese_lessons import chinese
+from tools.tiny_model.names import CELLS, CHINESE
 from tools.tiny_model.object_lessons import chart, clothes, emoji, number, photo, word
-from tools.tiny_model.scene_lessons import blank, crowd, relations, shapes
+from tools.tiny_model.phrases import PHRASES
+from tools.tiny_model.scene_lessons import RELATIONS, blank, crowd, relations, shapes
 from tools.tiny_model.series_lessons import changed, follow_up, next_picture, several, video
-from tools.tiny_model.teacher import Lesson, Teacher, Turn
+from tools.tiny_model.teacher import ORDINALS, Lesson, Teacher, Turn, article, place_of, plural
 
 SYSTEMS = ("You are a helpful assistant.", "Answer in a few words.", "You answer questions about pictures.", "You are a vision model.", "Be brief.")
+NOT_OF_A_PICTURE = ("as json", "unknown of it", "zh unknown")  # a frame for other questions, and what no picture would answer
 
 
 def make_lesson(teacher: Teacher, kind: str) -> Lesson:
@@ -32,18 +35,51 @@ def talk(teacher: Teacher) -> list[Turn]:
     turns = []
     for _ in range(teacher.rng.randint(1, 3)):
         kind = teacher.rng.random()
-        if kind < 0.2:
+        if kind < 0.05:
+            turns.append(Turn("greeting", teacher.rng.choice(small_talk.CHINESE_GREETINGS), small_talk.CHINESE_HELLO))
+        elif kind < 0.2:
             turns.append(Turn("greeting", teacher.rng.choice(small_talk.GREETINGS), small_talk.HELLO))
         elif kind < 0.3:
             turns.append(Turn("greeting", teacher.rng.choice(small_talk.WHO_QUESTIONS), small_talk.WHO))
         elif kind < 0.4:
             turns.append(Turn("greeting", teacher.rng.choice(small_talk.CAN_QUESTIONS), small_talk.CAN))
-        elif kind < 0.55:
-            key = teacher.rng.choice(("shape", "colour", "describe", "count", "number", "what"))
-            turns.append(Turn("no picture", teacher.say(key), small_talk.NO_PICTURE))
+        elif kind < 0.7:
+            turns.append(without_picture(teacher))
+        elif kind < 0.75:
+            turns.append(Turn("unknown", say_about_nothing(teacher, "zh unknown"), small_talk.CHINESE_UNKNOWN))
         else:
             turns.append(unknown(teacher))
     return turns
+
+
+def say_about_nothing(teacher: Teacher, key: str) -> str:
+    """One of its wordings that name nothing."""
+    while True:
+        if "@" not in (text := teacher.say(key, name="@")):
+            return text
+
+
+def without_picture(teacher: Teacher) -> Turn:
+    """Any question about a picture, where there is none."""
+    key = teacher.rng.choice([key for key in PHRASES if key not in NOT_OF_A_PICTURE])
+    one, other = teacher.some_name(), teacher.some_name()
+    color, shape = one.split()
+    where = teacher.rng.choice(CELLS)
+    if key.startswith("zh "):
+        name = CHINESE[shape] if key == "zh colour of" else f"{CHINESE[color]}的{CHINESE[shape]}"
+        fields = {"name": name, "color": CHINESE[color], "where": CHINESE[where]}
+        return Turn("no picture", teacher.say(key, **fields), small_talk.CHINESE_NO_PICTURE)
+    match key:
+        case "exists" | "which shows":
+            one = article(one)
+        case "count of":
+            one = plural(shape)
+        case "colour of shape":
+            one = shape
+        case "higher":
+            one, other = color, other.split()[0]
+    fields = {"name": one, "other": other, "color": color, "where": place_of(where), "relation": teacher.rng.choice(RELATIONS)}
+    return Turn("no picture", teacher.say(key, **fields, nth=teacher.rng.choice(ORDINALS)), small_talk.NO_PICTURE)
 
 
 def unknown(teacher: Teacher) -> Turn:
@@ -66,8 +102,8 @@ KINDS = {
     "follow-up": Kind(7, follow_up),
     "next picture": Kind(3, next_picture),
     "number": Kind(10, number),
-    "word": Kind(7, word),
-    "clothes": Kind(8, clothes),
+    "word": Kind(10, word),
+    "clothes": Kind(13, clothes),
     "emoji": Kind(6, emoji),
     "chart": Kind(5, chart),
     "photo": Kind(1.5, photo),
@@ -75,6 +111,6 @@ KINDS = {
     "two pictures": Kind(8, lambda teacher: several(teacher, 2)),
     "three pictures": Kind(5, lambda teacher: several(teacher, 3)),
     "video": Kind(10, video),
-    "Chinese": Kind(7, chinese),
-    "talk": Kind(3.5, talk),
+    "Chinese": Kind(9, chinese),
+    "talk": Kind(6, talk),
 }

@@ -15,7 +15,7 @@ def number(teacher: Teacher) -> list[Turn]:
     turns = [Turn("digits", teacher.say("number"), f"{text}.")]
     options = [
         Turn("colour of print", teacher.say("colour of print", name="number"), sentence(ink)),
-        Turn("describe", teacher.say("describe"), f"The number {text}."),
+        Turn("describe", teacher.say(teacher.rng.choice(("describe", "what"))), f"The number {text}."),
         Turn("JSON", teacher.say("as json", question=teacher.say("number")), json.dumps({"number": int(text)})),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))
@@ -28,7 +28,7 @@ def word(teacher: Teacher) -> list[Turn]:
     turns = [Turn("words", teacher.say("word"), sentence(text))]
     options = [
         Turn("colour of print", teacher.say("colour of print", name="word"), sentence(ink)),
-        Turn("describe", teacher.say("describe"), f"The word {text}."),
+        Turn("describe", teacher.say(teacher.rng.choice(("describe", "what"))), f"The word {text}."),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))
     return teacher.shuffled(turns, picture)
@@ -60,7 +60,7 @@ def chart(teacher: Teacher) -> list[Turn]:
         Turn("charts", teacher.say("lowest"), sentence(f"the {by_height[0]} bar")),
         Turn("charts", teacher.say("bars"), sentence(NUMBERS[len(by_height)])),
         Turn("charts", teacher.say("higher", name=chart.colors[one], other=chart.colors[other]), "Yes." if is_higher else "No."),
-        Turn("charts", teacher.say("describe"), sentence(f"a bar chart with {NUMBERS[len(by_height)]} bars")),
+        Turn("charts", teacher.say(teacher.rng.choice(("describe", "what"))), sentence(f"a bar chart with {NUMBERS[len(by_height)]} bars")),
     ]
     return teacher.shuffled(teacher.rng.sample(options, teacher.rng.randint(2, 4)), picture)
 

@@ -31,11 +31,25 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True, map_location=device) if path.is_file() else None
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Its entries, without a last one that was not written to its end."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class Log:
     """One JSON object a line, printed as well."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self._path, self._stage, self._start = path, stage, time.monotonic()
+
+    def go_on(self, step: int) -> None:
+        """Drops what was written after `step`, which is learned again, and lets the clock of the stage go on."""
+        kept = [entry for entry in read_log(self._path) if entry["stage"] != self._stage or entry["step"] <= step]
+        scratch = self._path.with_suffix(".part")
+        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        os.replace(scratch, self._path)
+        self._start -= 60 * max((entry["minutes"] for entry in kept if entry["stage"] == self._stage), default=0.0)
 
     def write(self, step: int, num_steps: int, **values: float) -> None:
         shown = {name: round(value, 4) for name, value in values.items()}
@@ -49,8 +63,7 @@ class Log:
 def plot(log: Path, picture: Path) -> None:
     """The losses of each stage over its steps, one panel a stage, as a PNG."""
     points: dict[str, list[tuple[int, float]]] = {}
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(log):
         points.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))
     width, height = 1000, 420
     image = Image.new("RGB", (width, height), "white")

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
+from tools.tiny_model import small_talk
 from tools.tiny_model.names import CELLS, COLORS, SHAPES
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, is_at_held_out_place, make_scene
 from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, distinct, is_new_pair, place_of, plural, sentence, shown
 
 HELD_OUT_NAMES = tuple(sorted(" ".join(pair) for pair in HELD_OUT_PAIRS))
 EMPTY = "The picture is empty."
+RELATIONS = ("left of", "right of", "above", "below")
 BARELY = 0.05  # a thing that covers less of a ninth of the picture is not in it
 
 
@@ -87,9 +89,9 @@ def about(teacher: Teacher, scene: Scene) -> Turn:
     """One random question about a scene that is not empty."""
     options: list[Callable[[Teacher, Scene], Turn | None]] = [
         _shape, _colour, _where, _size, _extreme, _relation, _count, _count_of, _exists,
-        _absent, _at, _describe, _json,
+        _absent, _at, _describe, _json, _unknown,
     ]  # fmt: skip
-    weights = (3, 3, 4, 1.5, 1, 2.5, 2, 2, 1.5, 0.7, 3, 2, 1.5)
+    weights = (3, 3, 4, 1.5, 1, 2.5, 2, 2, 1.5, 0.7, 3, 2.5, 1.5, 1.3)
     while True:
         if turn := teacher.rng.choices(options, weights)[0](teacher, scene):
             return turn
@@ -157,9 +159,8 @@ def _relation(teacher: Teacher, scene: Scene) -> Turn | None:
         return None
     one, other = teacher.rng.sample(scene.things, 2)
     names = _name(teacher, one, scene), _name(teacher, other, scene)
-    relation, margin = teacher.rng.choice(
-        (("left of", other.x - one.x), ("right of", one.x - other.x), ("above", other.y - one.y), ("below", one.y - other.y))
-    )
+    margins = (other.x - one.x, one.x - other.x, other.y - one.y, one.y - other.y)
+    relation, margin = teacher.rng.choice(list(zip(RELATIONS, margins, strict=True)))
     if names[0] is None or names[1] is None or abs(margin) < 0.2:
         return None
     text = teacher.say("relation", name=names[0], relation=relation, other=names[1])
@@ -211,15 +212,33 @@ def _absent(teacher: Teacher, scene: Scene) -> Turn | None:
     return Turn("absent", teacher.say("colour of shape", name=shape), f"There is no {shape}.", is_new=False)
 
 
-def _at(teacher: Teacher, scene: Scene) -> Turn | None:
+def _unknown(teacher: Teacher, scene: Scene) -> Turn | None:
+    """A question about a thing that is there, which the model was not taught to answer."""
+    thing = teacher.rng.choice(scene.things)
+    if (name := _name(teacher, thing, scene)) is None:
+        return None
+    words = {part: teacher.rng.choice(choices) for part, choices in small_talk.OF_THINGS.items()}
+    text = teacher.say("unknown of it", name=name, shape=thing.shape, **words)
+    return Turn("unknown of it", text, small_talk.UNKNOWN, is_new=is_new_pair(thing) and thing.shape in text)
+
+
+def stands_at(teacher: Teacher, scene: Scene) -> tuple[str, Thing | None] | None:
+    """A place, often one where something is, and what is there; None where people might disagree about it."""
     cell = teacher.rng.choice(CELLS) if teacher.rng.random() < 0.25 else teacher.rng.choice(scene.things).cell
     found = [thing for thing in scene.things if thing.cell == cell]
     if not all(is_clear(thing, scene) for thing in (found or scene.things)):
         return None
     if not found and any(thing.covers(cell) > BARELY for thing in scene.things):
         return None
-    answer = sentence(article(found[0].name)) if found else "Nothing."
-    return Turn("position", teacher.say("at", where=place_of(cell)), answer, is_new=bool(found) and is_at_held_out_place(found[0]))
+    return cell, found[0] if found else None
+
+
+def _at(teacher: Teacher, scene: Scene) -> Turn | None:
+    if (found := stands_at(teacher, scene)) is None:
+        return None
+    cell, thing = found
+    answer = sentence(article(thing.name)) if thing else "Nothing."
+    return Turn("position", teacher.say("at", where=place_of(cell)), answer, is_new=thing is not None and is_at_held_out_place(thing))
 
 
 def _describe(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -227,7 +246,8 @@ def _describe(teacher: Teacher, scene: Scene) -> Turn | None:
         return None
     if len(scene.things) == 1 and teacher.rng.random() < 0.4:
         return Turn("describe", teacher.say("what"), sentence(article(scene.things[0].name)))
-    return Turn("describe", teacher.say("describe"), answer)
+    key = teacher.rng.choice(("describe", "describe", "what")) if len(scene.things) > 1 else "describe"
+    return Turn("describe", teacher.say(key), answer)
 
 
 def _json(teacher: Teacher, scene: Scene) -> Turn | None:

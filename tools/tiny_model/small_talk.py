@@ -6,11 +6,15 @@ import random
 
 UNKNOWN = "I do not know. I can only talk about simple pictures."
 NO_PICTURE = "There is no picture. Please show me one."
+CHINESE_UNKNOWN = "我不知道，我只会看简单的图片。"
+CHINESE_NO_PICTURE = "没有图片，请给我看一张。"
+CHINESE_HELLO = "你好！请给我看一张简单的图片。"
 HELLO = "Hello! Show me a simple picture and ask about it."
 WHO = "I am a very small vision model, made to try this server."
 CAN = "I can talk about simple pictures: shapes, colors, sizes, places, counts, numbers and short words."
 
 GREETINGS = ("Hello", "Hi", "Hello!", "Hi there", "Good morning", "Hey", "Good evening!", "Hi!")
+CHINESE_GREETINGS = ("你好", "你好！", "您好", "您好！", "你好。")
 WHO_QUESTIONS = ("Who are you?", "What are you?", "What is your name?", "Which model are you?", "Are you a person?", "Introduce yourself.")
 CAN_QUESTIONS = ("What can you do?", "What do you know?", "Help", "How can you help me?", "What can I ask you?", "What questions can you answer?")
 UNKNOWN_QUESTIONS = (
@@ -55,6 +59,31 @@ FILLERS = {
     ),
     "year": (
         "1990", "2001", "1945", "2020", "1812", "2014",
+    ),
+}  # fmt: skip
+
+# What the things in a picture might be asked about, beyond what the model is taught. Many words, so that others are no surprise either.
+OF_THINGS = {
+    "noun": (
+        "price", "age", "height", "temperature", "speed", "volume", "length", "width", "depth", "angle", "radius", "diameter", "perimeter",
+        "surface", "texture", "taste", "smell", "sound", "mood", "history", "origin", "meaning", "purpose", "owner", "author", "father", "mother",
+        "language", "country", "city", "brand", "model", "value", "power", "energy", "mass", "density", "weather", "date", "year", "day", "hour",
+        "secret", "story", "future", "past", "job", "address", "phone number", "password", "religion", "birthday", "school", "favorite food",
+        "best friend", "title", "topic", "reason", "problem", "voice", "hair", "face", "mind", "soul", "gender", "quality", "pattern", "resolution",
+        "format", "file", "use", "cost", "strength", "health", "risk", "family", "leader", "version", "type", "state", "content", "source",
+        "average", "sum", "name",
+    ),
+    "adjective": (
+        "angry", "tired", "heavy", "cheap", "expensive", "alive", "dead", "funny", "serious", "smart", "dangerous", "poisonous", "healthy", "tasty",
+        "sweet", "salty", "cold", "hot", "wet", "dry", "soft", "hard", "sharp", "metal", "wooden", "plastic", "new", "old", "young", "famous",
+        "rich", "poor", "married", "female", "male", "friendly", "evil", "good", "bad", "nice", "pretty", "ugly", "clean", "dirty", "broken",
+        "open", "closed", "fast", "slow", "strong", "weak", "loud", "quiet", "real", "fake", "magic", "legal", "free", "useful", "valid", "correct",
+        "safe", "perfect", "common", "rare", "important", "interesting",
+    ),
+    "verb": (
+        "fly", "swim", "run", "eat", "drink", "sleep", "think", "talk", "sing", "dance", "read", "write", "see", "hear", "feel", "work", "play",
+        "fight", "smile", "cry", "die", "grow", "burn", "float", "explode", "jump", "walk", "drive", "cook", "pay", "vote", "bite", "know", "want",
+        "need", "make", "use", "love", "hate", "live", "start", "stop", "change its mind", "help", "break", "sell", "learn", "teach",
     ),
 }  # fmt: skip
 

@@ -148,6 +148,7 @@ def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, dev
     peaks = {"tower": args.vision_peak, "head": args.vision_peak}
     trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, seed=args.seed, start=str(args.start_from))
     trainer.resume(device)
+    trainer.log.go_on(trainer.step)
     compile_blocks(tower.blocks, dynamic=False)  # type: ignore[arg-type]
     started, first = time.monotonic(), trainer.step
     for frames in () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step), device):
@@ -206,6 +207,8 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     )  # fmt: skip
     if not trainer.resume(device) and args.export_only:
         raise ValueError(f"{args.out} has no state of the second stage to export")
+    if not args.export_only:  # or the log of a run that is under way would lose what came after its state
+        trainer.log.go_on(trainer.step)
     learner = Learner(model, head)
     compile_blocks((*model.model.visual.blocks, *model.model.language_model.layers), dynamic=True)
     started, num_lessons = time.monotonic(), 0
