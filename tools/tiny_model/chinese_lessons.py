@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tiny_model.names import CELLS, CHINESE
+from tools.tiny_model.names import CELLS, CHINESE, in_chinese
 from tools.tiny_model.pictures import draw_print
 from tools.tiny_model.scene_lessons import HELD_OUT_NAMES, in_order, stands_at
 from tools.tiny_model.scenes import Scene, is_at_held_out_place
@@ -26,10 +26,10 @@ def chinese(teacher: Teacher) -> list[Turn]:
 def _of_nothing(teacher: Teacher) -> Turn:
     """A question about an empty ground."""
     key = teacher.rng.choice(("shape", "colour", "count", "where", "exists", "describe", "describe", "at", "size", "shape of", "colour of"))
-    color, shape = teacher.some_name().split()
-    color, shape = CHINESE[color], CHINESE[shape]
-    name = shape if key == "colour of" else f"{color}的{shape}"
-    text = teacher.say(f"zh {key}", name=name, color=color, where=CHINESE[teacher.rng.choice(CELLS)])
+    name = teacher.some_name()
+    color, shape = (CHINESE[word] for word in name.split())
+    called = shape if key == "colour of" else in_chinese(name)
+    text = teacher.say(f"zh {key}", name=called, color=color, where=CHINESE[teacher.rng.choice(CELLS)])
     return Turn("Chinese", text, {"count": "零个。", "exists": "没有。"}.get(key, "图里什么都没有。"), is_new=False)
 
 
@@ -57,26 +57,25 @@ def about(teacher: Teacher, scene: Scene) -> Turn | None:
             return turn("count", f"{NUMBERS[len(scene.things)]}个", True)
         case "where":
             if thing.has_clear_place and scene.has_one(thing, "name"):
-                return turn("where", f"在{CHINESE[thing.cell]}", is_at_held_out_place(thing), name=f"{color}的{shape}")
+                return turn("where", f"在{CHINESE[thing.cell]}", is_at_held_out_place(thing), name=in_chinese(thing.name))
         case "exists":
             name = thing.name if teacher.rng.random() < 0.5 else teacher.some_name()
             is_there = any(other.name == name for other in scene.things)
-            color, shape = (CHINESE[word] for word in name.split())
-            return turn("exists", "有" if is_there else "没有", name in HELD_OUT_NAMES, name=f"{color}的{shape}")
+            return turn("exists", "有" if is_there else "没有", name in HELD_OUT_NAMES, name=in_chinese(name))
         case "at":
             if found := stands_at(teacher, scene):
                 cell, there = found
-                answer = f"{CHINESE[there.color]}的{CHINESE[there.shape]}" if there else "什么都没有"
+                answer = in_chinese(there.name) if there else "什么都没有"
                 return turn("at", answer, there is not None and is_at_held_out_place(there), where=CHINESE[cell])
         case "size":
             if thing.size and scene.has_one(thing, "name"):
-                return turn("size", {"small": "小的", "large": "大的"}[thing.size], is_new, name=f"{color}的{shape}")
+                return turn("size", {"small": "小的", "large": "大的"}[thing.size], is_new, name=in_chinese(thing.name))
         case "unknown":
             if scene.has_one(thing, "name"):
-                text = teacher.say("zh unknown", name=f"{color}的{shape}")
+                text = teacher.say("zh unknown", name=in_chinese(thing.name))
                 return Turn("Chinese", text, CHINESE_UNKNOWN, is_new=is_new and shape in text)
         case _:
             if (ordered := in_order(scene)) is not None and len(ordered) < 4:
-                parts = (f"{CHINESE[other.cell]}有一个{CHINESE[other.color]}的{CHINESE[other.shape]}" for other in ordered)
+                parts = (f"{CHINESE[other.cell]}有一个{in_chinese(other.name)}" for other in ordered)
                 return turn("describe", "，".join(parts), True)
     return None

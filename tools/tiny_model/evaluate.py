@@ -29,7 +29,7 @@ from launcher.checkpoints import EMBEDDED
 from tools.bench_engine import serve
 from tools.tiny_model import assets
 from tools.tiny_model.batches import converse
-from tools.tiny_model.exams import NEED_ASSETS, SKILLS, SPLITS, Exam, exams
+from tools.tiny_model.exams import SKILLS, SPLITS, Exam, exams, needs_assets
 from tools.tiny_model.pictures import as_arrays
 from tools.tiny_model.teacher import Turn
 from tools.tiny_model.tower import PATCH, to_patches
@@ -151,7 +151,7 @@ def evaluate(url: str, args: argparse.Namespace) -> int:
     right = [answer.text == exam.lesson.turns[-1].answer for exam, answer in zip(asked, answers, strict=True)]
     table = table_of(asked, right)
     print_table(table)
-    if (lacking := assets.missing(for_exams=True)) and not set(args.skills).isdisjoint(NEED_ASSETS):
+    if (lacking := assets.missing(for_exams=True)) and any(map(needs_assets, args.skills)):
         print(f"\nsome questions are not those of docs/embedded-model.md: {len(lacking)} files of what they show are not here, {lacking[0]} for one")
         print("(python -m tools.tiny_model.assets fetches most of them, pip install -e '.[test]' the photos)")
     if not_asked := [skill for skill in args.skills if skill not in table]:

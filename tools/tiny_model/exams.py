@@ -49,7 +49,7 @@ SKILLS: dict[str, Sequence[str]] = {
 }
 SAME_CONTENT = ("clothing", "unknown", "greeting", "no picture", "blank", "charts")  # nothing in them can be held out but wordings
 FIXED_WORDINGS = ("greeting",)
-NEED_ASSETS = ("digits", "words", "colour of print", "clothing", "emoji", "photo", "describe", "JSON", "Chinese")
+FROM_ASSETS = ("number", "word", "clothes", "emoji", "photo", "Chinese")  # kinds of lessons with pictures of what assets.py finds
 
 
 class Exam(NamedTuple):
@@ -67,6 +67,10 @@ def exams(skills: Sequence[str], count: int) -> list[Exam]:
         if _can_be_asked(skill, split)
         for lesson in _lessons(skill, name, split, count)
     ]
+
+
+def needs_assets(skill: str) -> bool:
+    return not set(SKILLS[skill]).isdisjoint(FROM_ASSETS)
 
 
 def _can_be_asked(skill: str, split: Split) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tools.tiny_model import small_talk
 from tools.tiny_model.chinese_lessons import chinese
-from tools.tiny_model.names import CELLS, CHINESE
+from tools.tiny_model.names import CELLS, CHINESE, in_chinese
 from tools.tiny_model.object_lessons import chart, clothes, emoji, number, photo, word
 from tools.tiny_model.phrases import PHRASES
 from tools.tiny_model.scene_lessons import RELATIONS, blank, crowd, relations, shapes
@@ -46,17 +46,10 @@ def talk(teacher: Teacher) -> list[Turn]:
         elif kind < 0.7:
             turns.append(without_picture(teacher))
         elif kind < 0.75:
-            turns.append(Turn("unknown", say_about_nothing(teacher, "zh unknown"), small_talk.CHINESE_UNKNOWN))
+            turns.append(unknown_in_chinese(teacher))
         else:
             turns.append(unknown(teacher))
     return turns
-
-
-def say_about_nothing(teacher: Teacher, key: str) -> str:
-    """One of its wordings that name nothing."""
-    while True:
-        if "@" not in (text := teacher.say(key, name="@")):
-            return text
 
 
 def without_picture(teacher: Teacher) -> Turn:
@@ -66,7 +59,7 @@ def without_picture(teacher: Teacher) -> Turn:
     color, shape = one.split()
     where = teacher.rng.choice(CELLS)
     if key.startswith("zh "):
-        name = CHINESE[shape] if key == "zh colour of" else f"{CHINESE[color]}的{CHINESE[shape]}"
+        name = CHINESE[shape] if key == "zh colour of" else in_chinese(one)
         fields = {"name": name, "color": CHINESE[color], "where": CHINESE[where]}
         return Turn("no picture", teacher.say(key, **fields), small_talk.CHINESE_NO_PICTURE)
     match key:
@@ -84,6 +77,13 @@ def without_picture(teacher: Teacher) -> Turn:
 
 def unknown(teacher: Teacher) -> Turn:
     return Turn("unknown", small_talk.unknown_question(teacher.rng, teacher.split.has_new_phrases), small_talk.UNKNOWN)
+
+
+def unknown_in_chinese(teacher: Teacher) -> Turn:
+    """In a wording that names no thing: there is none."""
+    while "@" in (text := teacher.say("zh unknown", name="@")):
+        pass
+    return Turn("unknown", text, small_talk.CHINESE_UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True)

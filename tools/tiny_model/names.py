@@ -44,3 +44,9 @@ CHINESE = {
     "black": "黑色", "white": "白色", "top left": "左上角", "top": "上方", "top right": "右上角", "left": "左边", "center": "中间", "right": "右边",
     "bottom left": "左下角", "bottom": "下方", "bottom right": "右下角",
 }  # fmt: skip
+
+
+def in_chinese(name: str) -> str:
+    """Of a colour and a shape: "red star"."""
+    color, shape = name.split()
+    return f"{CHINESE[color]}的{CHINESE[shape]}"

@@ -9,13 +9,17 @@ from tools.tiny_model.scene_lessons import shapes
 from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, sentence
 
 
+def _ask_what_it_is(teacher: Teacher) -> str:
+    return teacher.say(teacher.rng.choice(("describe", "what")))
+
+
 def number(teacher: Teacher) -> list[Turn]:
     text = str(teacher.rng.randint(0, 9) if teacher.rng.random() < 0.25 else teacher.rng.randint(10, 999))
     picture, ink = draw_print(teacher.rng, teacher.size(), text, teacher.split.has_new_content)
     turns = [Turn("digits", teacher.say("number"), f"{text}.")]
     options = [
         Turn("colour of print", teacher.say("colour of print", name="number"), sentence(ink)),
-        Turn("describe", teacher.say(teacher.rng.choice(("describe", "what"))), f"The number {text}."),
+        Turn("describe", _ask_what_it_is(teacher), f"The number {text}."),
         Turn("JSON", teacher.say("as json", question=teacher.say("number")), json.dumps({"number": int(text)})),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))
@@ -28,7 +32,7 @@ def word(teacher: Teacher) -> list[Turn]:
     turns = [Turn("words", teacher.say("word"), sentence(text))]
     options = [
         Turn("colour of print", teacher.say("colour of print", name="word"), sentence(ink)),
-        Turn("describe", teacher.say(teacher.rng.choice(("describe", "what"))), f"The word {text}."),
+        Turn("describe", _ask_what_it_is(teacher), f"The word {text}."),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))
     return teacher.shuffled(turns, picture)
@@ -60,7 +64,7 @@ def chart(teacher: Teacher) -> list[Turn]:
         Turn("charts", teacher.say("lowest"), sentence(f"the {by_height[0]} bar")),
         Turn("charts", teacher.say("bars"), sentence(NUMBERS[len(by_height)])),
         Turn("charts", teacher.say("higher", name=chart.colors[one], other=chart.colors[other]), "Yes." if is_higher else "No."),
-        Turn("charts", teacher.say(teacher.rng.choice(("describe", "what"))), sentence(f"a bar chart with {NUMBERS[len(by_height)]} bars")),
+        Turn("charts", _ask_what_it_is(teacher), sentence(f"a bar chart with {NUMBERS[len(by_height)]} bars")),
     ]
     return teacher.shuffled(teacher.rng.sample(options, teacher.rng.randint(2, 4)), picture)
 
