@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -37,7 +37,7 @@ from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, OF_THINGS, U
 from tools.tiny_model.stitch import stitch
 from tools.tiny_model.teacher import NEW_CONTENT, NEW_PHRASES, NEW_SCENES, TRAINING, Lesson, Split, Teacher, Turn
 from tools.tiny_model.tower import DenseHead, grids, make_fast, to_patches
-from tools.tiny_model.train import Trainer, is_layer_matrix
+from tools.tiny_model.train import Learner, Trainer, is_layer_matrix
 
 HELD_OUT_NAMES = {name for color, shape in HELD_OUT_PAIRS for name in (f"{color} {shape}", f"{CHINESE[color]}的{CHINESE[shape]}")}
 
@@ -53,12 +53,36 @@ def test_training_scenes_hold_out_pairs_and_places(count: int | None) -> None:
 
 def test_no_color_without_a_name_looks_like_that_of_a_held_out_pair() -> None:
     rng = random.Random(1)
-    odd = [thing for _ in range(300) for thing in make_scene(rng, 5, odd=0.6).things if thing.paint and thing.shape]
-    assert len(odd) > 200
+    odd = [thing for _ in range(2000) for thing in make_scene(rng, 5, odd=0.6).things if thing.paint and thing.shape]
+    plain = [(thing.shape, thing.paint) for thing in odd if thing.paint and not thing.fade]
+    assert len(plain) > 1000
     for color, shape in HELD_OUT_PAIRS:
-        by_name = [{name: math.dist(rgb, thing.paint or ()) for name, rgb in COLORS.items()} for thing in odd if thing.shape == shape]
+        by_name = [{name: math.dist(rgb, paint) for name, rgb in COLORS.items()} for its_shape, paint in plain if its_shape == shape]
         assert 90 <= min(distances[color] for distances in by_name) < 130
-        assert all(min(distances, key=distances.__getitem__) != color for distances in by_name)
+        assert all(min(distances, key=distances.__getitem__) != color or distances[color] >= 130 for distances in by_name)
+    crosses = [paint for shape, paint in plain if shape == "cross"]
+    assert any(min(COLORS, key=lambda name: math.dist(COLORS[name], paint)) == "blue" for paint in crosses), "blue's surroundings lack a side"
+
+
+def test_a_thing_in_two_colors_does_not_look_like_a_held_out_pair() -> None:
+    rng = random.Random(1)
+    odd = [thing for _ in range(2000) for thing in make_scene(rng, 5, odd=0.6).things]
+    faded = [(thing.shape, thing.paint, thing.fade) for thing in odd if thing.paint and thing.fade]
+    assert len(faded) > 1000
+    for shape, one, other in faded:
+        assert math.dist(one, other) > 200
+        mean = [sum(values) / 2 for values in zip(one, other, strict=True)]
+        assert all(math.dist(COLORS[color], mean) >= 90 for color, its_shape in HELD_OUT_PAIRS if its_shape == shape)
+
+
+def test_a_thing_in_two_colors_has_one_at_either_side() -> None:
+    one, other = (255, 0, 0), (0, 0, 255)
+    drawn = np.asarray(draw(Scene((Thing("square", "", 0.5, 0.5, 0.3, paint=one, fade=other, seed=3),), (0, 255, 0), 3), (112, 112)))
+    inside = drawn[34:78, 34:78].astype(int)
+    assert inside[..., 1].max() == 0, "the ground shines through"
+    assert inside[..., 0].max() > 200
+    assert inside[..., 2].max() > 200
+    assert (drawn[:5] == (0, 255, 0)).all()
 
 
 def test_held_out_scenes_show_a_held_out_pair() -> None:
@@ -413,6 +437,21 @@ def test_lessons_go_on_at_any_pool() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
     batches = itertools.dropwhile(lambda found: found[0] < 1, LessonBatches(tokenizer, 8000, 4))
     assert torch.equal(next(batches)[1].token_ids, next(iter(LessonBatches(tokenizer, 8000, 4, first_pool=1)))[1].token_ids)
+
+
+def test_a_tower_that_learns_from_lessons_sees_pictures_of_the_first_stage_too() -> None:
+    model = Qwen2VLForConditionalGeneration.from_pretrained(EMBEDDED / "model", dtype=torch.float32, attn_implementation="eager")
+    make_fast(model.model.visual)
+    learner = Learner(model, DenseHead(model.config.text_config.hidden_size))
+    talks = [converse(Lesson((Turn("what", "Hello!", "Hello."),)), PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model"))]
+    batch = collate(talks, (112, 112))  # without a picture: whatever the tower learns is from those beside
+
+    learner.loss(batch, None)[0].backward()
+    assert all(parameter.grad is None for parameter in model.model.visual.parameters())
+    loss, values = learner.loss(batch, next(iter(FrameBatches(2, 5, 0))))
+    loss.backward()
+    assert values["beside_loss"] > 0
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.model.visual.parameters())
 
 
 def test_things_alike_may_hold_a_new_pair() -> None:

@@ -29,7 +29,7 @@ from tools.tiny_model.pictures import (
 from tools.tiny_model.scenes import SIZE_WEIGHTS, SIZES, make_scene
 
 KINDS = {
-    "scene": 5,
+    "scene": 10,
     "crowd": 28,
     "print": 18,
     "glyphs": 22,
@@ -52,7 +52,7 @@ class Frames(NamedTuple):
 def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Picture | None:
     match kind:
         case "scene":
-            return of_scene(make_scene(rng, odd=0.3), size)
+            return of_scene(make_scene(rng, odd=0.5), size)
         case "crowd":
             return of_scene(make_scene(rng, rng.randint(5, 9), odd=rng.choice((0.0, 0.5)), alike=0.6), size)
         case "print":

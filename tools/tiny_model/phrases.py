@@ -229,6 +229,8 @@ PHRASES = {
             "Do you see {name}?",
             "Is there {name} in the {picture}?",
             "Does the {picture} show {name}?",
+            "Can we find {name} here?",
+            "Do they show {name}?",
         ),
         ("Do we see {name}?", "Can you see {name} in the {picture}?"),
     ),

@@ -91,7 +91,7 @@ def about(teacher: Teacher, scene: Scene) -> Turn:
         _shape, _colour, _where, _size, _extreme, _relation, _count, _count_of, _exists,
         _absent, _at, _describe, _json, _unknown,
     ]  # fmt: skip
-    weights = (3, 3, 4, 1.5, 1, 2.5, 2, 2, 1.5, 0.7, 3, 2.5, 1.5, 1.3)
+    weights = (3, 3, 4, 1.5, 1, 2.5, 2, 2, 1.5, 0.4, 3, 2.5, 1.5, 1.3)
     while True:
         if turn := teacher.rng.choices(options, weights)[0](teacher, scene):
             return turn

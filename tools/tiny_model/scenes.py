@@ -33,6 +33,7 @@ HELD_OUT_PLACES = frozenset(
 )  # fmt: skip
 SIZES = ((140, 140), (112, 112), (140, 112), (112, 140))  # (width, height) in pixels
 SIZE_WEIGHTS = (6, 1.5, 1.5, 1.5)
+FADED = 220.0  # least distance of two colours that a thing goes over from and into: with either name for all of it nobody would agree
 SMALL, LARGE = (0.072, 0.092), (0.132, 0.165)  # radii, as a share of the shorter side; nobody asks about the size of those between
 
 
@@ -44,6 +45,7 @@ class Thing:
     y: float
     radius: float  # share of the shorter side
     paint: Color | None = None  # where the colour has no name
+    fade: Color | None = None  # what `paint` goes over into, from one side of the thing to the other
     seed: int = 0  # of how it is drawn: its turn, its shade
 
     @property
@@ -166,20 +168,34 @@ def _is_apart(thing: Thing, other: Thing) -> bool:
 
 
 def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
-    """The same thing without a shape, or in a colour without a name: never in one that looks like that of a pair that is held out.
+    """The same thing without a shape, or in a colour without a name, or in two: never in what looks like the colour of a pair that is held out.
 
-    Further away than that it has to be shown: a blue cross was taken for a star while crosses had no colour between blue and any other.
+    Around that it has to be shown on all sides: a blue cross was taken for a star while crosses had no colour between blue and any other. In
+    two colours even its edges are seen in every colour.
     """
     if rng.random() < 0.4:
         return replace(thing, shape="")
-    for _ in range(20):
-        paint = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
-        distances = {name: math.dist(color, paint) for name, color in COLORS.items()}
-        nearest = min(distances.values())
-        alike = [name for name, distance in distances.items() if distance < 90 or distance == nearest]
-        if math.dist(paint, ground) > 75 and not any((name, thing.shape) in HELD_OUT_PAIRS for name in alike):
-            return replace(thing, color="", paint=paint)
+    is_faded = rng.random() < 0.5
+    for _ in range(40):
+        paint, other = _any_color(rng), _any_color(rng)
+        seen = [paint, other] if is_faded else [paint]
+        if min(math.dist(color, ground) for color in seen) < 75 or (is_faded and math.dist(paint, other) < FADED):
+            continue
+        mean = [sum(values) / len(seen) for values in zip(*seen, strict=True)]
+        if not any((name, thing.shape) in HELD_OUT_PAIRS for name in names_like(mean)):
+            return replace(thing, color="", paint=paint, fade=other if is_faded else None)
     return thing
+
+
+def _any_color(rng: random.Random) -> Color:
+    return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
+
+
+def names_like(color: Sequence[float]) -> list[str]:
+    """The names that somebody might give this colour: of all that are near, and of the nearest one unless that is far."""
+    distances = {name: math.dist(value, color) for name, value in COLORS.items()}
+    nearest = min(distances.values())
+    return [name for name, distance in distances.items() if distance < 90 or distance == nearest < 130]
 
 
 def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
@@ -193,8 +209,22 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
     for thing in scene.things:
         rng = random.Random(thing.seed)
         color = thing.paint or shift(COLORS[thing.color], rng, 16)
-        draw_shape(pen, thing.shape, (thing.x * width, thing.y * height), thing.radius * min(width, height), color, scene.ground, rng)
+        centre, radius = (thing.x * width, thing.y * height), thing.radius * min(width, height)
+        if thing.fade is None:
+            draw_shape(pen, thing.shape, centre, radius, color, scene.ground, rng)
+        else:
+            mask = Image.new("RGB", image.size)
+            draw_shape(ImageDraw.Draw(mask), thing.shape, centre, radius, (255, 255, 255), (0, 0, 0), rng)
+            image.paste(_faded(image.size, centre, radius, color, thing.fade, rng), mask=mask.convert("L"))
     return add_grain(image.reduce(2), random.Random(scene.seed))
+
+
+def _faded(size: tuple[int, int], centre: tuple[float, float], radius: float, color: Color, other: Color, rng: random.Random) -> Image.Image:
+    """One colour at one side of a thing and another at the other side, in any direction, with a soft or a sharp border."""
+    angle, steepness = rng.uniform(0, 2 * math.pi), rng.choice((0.5, 10.0)) / radius
+    columns, rows = np.arange(size[0]) - centre[0], np.arange(size[1])[:, None] - centre[1]
+    share = np.clip((columns * math.sin(angle) + rows * math.cos(angle)) * steepness + 0.5, 0, 1)[..., None]
+    return Image.fromarray((share * np.array(other) + (1 - share) * np.array(color)).astype(np.uint8))
 
 
 def add_grain(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -26,12 +27,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForCondi
 from tools.tiny_model import assets, progress
 from tools.tiny_model import tokenizer as bpe
 from tools.tiny_model.batches import Batch, LessonBatches
-from tools.tiny_model.frames import FrameBatches
+from tools.tiny_model.frames import FrameBatches, Frames
 from tools.tiny_model.labels import IGNORED
 from tools.tiny_model.tower import MEAN, STD, DenseHead, grids, make_fast, to_patches
 
 IMAGE_LIMITS = {"min_pixels": 112 * 112, "max_pixels": 140 * 140}
 SAVE_EVERY_S = 120.0
+FRAMES_BESIDE = 16  # pictures of the first stage in each step of the second in which the tower learns
 HEAD_STEPS = 200  # in which a tower that knows something already only looks: the gradient of a new head would undo what it knows
 
 
@@ -166,18 +168,23 @@ def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, dev
 
 
 class Learner:
-    """Loss of a batch of lessons."""
+    """Loss of a batch of lessons, and of pictures of the first stage while the tower learns.
+
+    Lessons show only what has a name, and of pairs of colour and shape only those that are not held out: from them alone the tower would
+    learn the pairs by heart, which it is kept from by shapes in colours without a name and blobs with one.
+    """
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, head: DenseHead) -> None:
         self._model, self._head = model, head
 
-    def loss(self, batch: Batch, is_tower_frozen: bool) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, beside: Frames | None) -> tuple[Tensor, dict[str, float]]:
+        """`beside`: pictures of the first stage; None while the tower only looks."""
         model, config = self._model.model, self._model.config
         types = (batch.token_ids == config.image_token_id).long() + 2 * (batch.token_ids == config.video_token_id).long()
         inputs = model.language_model.embed_tokens(batch.token_ids)
         dense_loss, seen = torch.zeros((), device=inputs.device), {}
         if len(batch.pixels):
-            with torch.set_grad_enabled(not is_tower_frozen):
+            with torch.set_grad_enabled(beside is not None):
                 embeddings = model.visual(to_patches(batch.pixels), grid_thw=grids(batch.pixels)).pooler_output
                 dense_loss, seen = self._head(embeddings, batch.classes, batch.mass)
             inputs = inputs.masked_scatter((types > 0)[..., None], embeddings.to(inputs.dtype))
@@ -194,6 +201,11 @@ class Learner:
         answer_loss = F.cross_entropy(logits, targets)
         accuracy = (logits.argmax(-1) == targets).float().mean().item()
         values = {"loss": answer_loss.item(), "answer_tokens": accuracy, "dense_loss": float(dense_loss.detach()), **seen}
+        if beside is not None:
+            embeddings = model.visual(to_patches(beside.pixels), grid_thw=grids(beside.pixels)).pooler_output
+            beside_loss, _ = self._head(embeddings, beside.classes, beside.mass)
+            dense_loss = dense_loss + beside_loss
+            values["beside_loss"] = beside_loss.item()
         return answer_loss + 0.1 * dense_loss, values
 
 
@@ -214,10 +226,13 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     started, num_lessons = time.monotonic(), 0
     sums: dict[str, list[float]] = defaultdict(list)
     dataset = LessonBatches(tokenizer, args.max_tokens, args.seed + 2, trainer.position)
+    frozen_steps = math.ceil(trainer.num_steps * args.frozen_share)
+    frames = iter(batches_of(FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device))
     for pool, batch in () if trainer.is_done or args.export_only else batches_of(dataset, device):
         batch = batch.to(device)
+        beside = None if trainer.step < frozen_steps else Frames(*(part.to(device) for part in next(frames)))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            loss, values = learner.loss(batch, trainer.step < trainer.num_steps * args.frozen_share)
+            loss, values = learner.loss(batch, beside)
         trainer.learn(loss, pool)
         num_lessons += len(batch.token_ids)
         for name, value in values.items():
