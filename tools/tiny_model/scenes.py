@@ -33,19 +33,19 @@ HELD_OUT_PLACES = frozenset(
 )  # fmt: skip
 SIZES = ((140, 140), (112, 112), (140, 112), (112, 140))  # (width, height) in pixels
 SIZE_WEIGHTS = (6, 1.5, 1.5, 1.5)
-FADED = 220.0  # least distance of two colours that a thing goes over from and into: with either name for all of it nobody would agree
+FADED = 220.0  # least RGB distance of the two colours of a thing: nearer to each other, one name might do for all of it
 SMALL, LARGE = (0.072, 0.092), (0.132, 0.165)  # radii, as a share of the shorter side; nobody asks about the size of those between
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
     shape: str  # "" for a blob that has no name
-    color: str  # "" for a colour that has no name
+    color: str  # "" for a colour that has no name, or two colours
     x: float  # centre, 0 to 1 of the width
     y: float
     radius: float  # share of the shorter side
     paint: Color | None = None  # where the colour has no name
-    fade: Color | None = None  # what `paint` goes over into, from one side of the thing to the other
+    fade: Color | None = None  # what `paint` fades to, from one side of the thing to the other
     seed: int = 0  # of how it is drawn: its turn, its shade
 
     @property
@@ -114,7 +114,7 @@ def make_scene(rng: random.Random, count: int | None = None, held_out: bool = Fa
     """A random scene of `count` things (0 to 9), of up to five where it is left open.
 
     With `held_out`, its first thing is one of HELD_OUT_PAIRS and the others may stand in HELD_OUT_PLACES; without, none does. A share
-    `odd` of the things are blobs, or have a colour without a name: they teach the tower to see colour and shape apart.
+    `odd` of the things are blobs, or have a colour without a name, or two colours: they teach the tower to see colour and shape apart.
     A share `alike` of the scenes has things of few colours and shapes, so that there are several of each to be counted.
     """
     ground = pick_ground(rng)
@@ -168,10 +168,10 @@ def _is_apart(thing: Thing, other: Thing) -> bool:
 
 
 def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
-    """The same thing without a shape, or in a colour without a name, or in two: never in what looks like the colour of a pair that is held out.
+    """The same thing without a shape, or in a colour without a name, or in two: as a whole it never looks like a pair that is held out.
 
-    Around that it has to be shown on all sides: a blue cross was taken for a star while crosses had no colour between blue and any other. In
-    two colours even its edges are seen in every colour.
+    Around such a pair's colour a shape has to be shown on all sides: a blue cross was taken for a star while crosses had no colour between
+    blue and any other. Of two colours one may be the pair's: a cross is shown half blue and half red, so that its edges are known in all colours.
     """
     if rng.random() < 0.4:
         return replace(thing, shape="")
@@ -213,9 +213,11 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
         if thing.fade is None:
             draw_shape(pen, thing.shape, centre, radius, color, scene.ground, rng)
         else:
-            mask = Image.new("RGB", image.size)
-            draw_shape(ImageDraw.Draw(mask), thing.shape, centre, radius, (255, 255, 255), (0, 0, 0), rng)
-            image.paste(_faded(image.size, centre, radius, color, thing.fade, rng), mask=mask.convert("L"))
+            reach = math.ceil(radius * 1.3)
+            left, top = (int(value) - reach for value in centre)
+            mask, inside = Image.new("RGB", (2 * reach + 2, 2 * reach + 2)), (centre[0] - left, centre[1] - top)
+            draw_shape(ImageDraw.Draw(mask), thing.shape, inside, radius, (255, 255, 255), (0, 0, 0), rng)
+            image.paste(_faded(mask.size, inside, radius, color, thing.fade, rng), (left, top), mask.convert("L"))
     return add_grain(image.reduce(2), random.Random(scene.seed))
 
 

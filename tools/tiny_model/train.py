@@ -2,8 +2,9 @@
 
 Two stages, both on pictures drawn on the fly. First the vision tower alone learns, for every merged token, what covers it (dense
 labels from the renderer: end to end, shape would stay at chance for a long time). Then tower and decoder together learn to answer
-whole conversations. The result, FOLDER/model, is a plain Hugging Face checkpoint with fp16 weights. A run that was stopped goes on
-where it was when the same command is given again: states, log and plot of the losses lie in FOLDER.
+whole conversations; as long as the tower learns there, it sees pictures of the first stage, too. The result, FOLDER/model, is a plain
+Hugging Face checkpoint with fp16 weights. A run that was stopped goes on where it was when the same command is given again: states, log
+and plot of the losses lie in FOLDER.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,12 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and "embed" not in name and "merger" not in name and name != "linear.weight"
 
 
-def batches_of(dataset: Iterable[Any], device: torch.device) -> Iterable[Any]:
-    """For a GPU they are drawn by processes beside this one. On a CPU one would take a core from threads that wait for each other: a step
-    then lasts nearly twice as long, while drawing its pictures takes a fifth of it."""
-    if device.type == "cpu":
-        return dataset
-    return DataLoader(dataset, batch_size=None, num_workers=max(1, (os.cpu_count() or 2) - 2))  # type: ignore[arg-type]
+def batches_of(dataset: Iterable[Any], device: torch.device, most_workers: int = 64) -> Iterator[Any]:
+    """For a GPU they are drawn by processes beside this one, from the first that is asked for. On a CPU such a process would take a core from
+    threads that wait for each other: a step then lasts nearly twice as long, while drawing its pictures takes a fifth of it."""
+    if device.type != "cpu":
+        dataset = DataLoader(dataset, batch_size=None, num_workers=min(most_workers, max(1, (os.cpu_count() or 2) - 2)))  # type: ignore[arg-type]
+    yield from dataset
 
 
 def compile_blocks(blocks: Iterable[nn.Module], dynamic: bool) -> None:
@@ -170,8 +171,8 @@ def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, dev
 class Learner:
     """Loss of a batch of lessons, and of pictures of the first stage while the tower learns.
 
-    Lessons show only what has a name, and of pairs of colour and shape only those that are not held out: from them alone the tower would
-    learn the pairs by heart, which it is kept from by shapes in colours without a name and blobs with one.
+    Lessons show only what has a name. From them alone the tower would learn the pairs of colour and shape by heart; shapes in colours without
+    a name or in two, and blobs in one with a name, keep it from that.
     """
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, head: DenseHead) -> None:
@@ -215,7 +216,7 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     peaks = {"tower": args.peak / 4, "decoder": args.peak, "head": args.peak / 4}
     trainer = Trainer(
         "joint", args.out, modules, peaks, args.joint_steps,
-        seed=args.seed, start=str(args.start_from), frozen_share=args.frozen_share, max_tokens=args.max_tokens,
+        seed=args.seed, start=str(args.start_from), frozen_share=args.frozen_share, max_tokens=args.max_tokens, beside=FRAMES_BESIDE,
     )  # fmt: skip
     if not trainer.resume(device) and args.export_only:
         raise ValueError(f"{args.out} has no state of the second stage to export")
@@ -227,7 +228,7 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     sums: dict[str, list[float]] = defaultdict(list)
     dataset = LessonBatches(tokenizer, args.max_tokens, args.seed + 2, trainer.position)
     frozen_steps = math.ceil(trainer.num_steps * args.frozen_share)
-    frames = iter(batches_of(FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device))
+    frames = batches_of(FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device, most_workers=2)
     for pool, batch in () if trainer.is_done or args.export_only else batches_of(dataset, device):
         batch = batch.to(device)
         beside = None if trainer.step < frozen_steps else Frames(*(part.to(device) for part in next(frames)))
