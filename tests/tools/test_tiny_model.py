@@ -36,7 +36,7 @@ from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, Scene, Thin
 from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, OF_THINGS, UNKNOWN_QUESTIONS
 from tools.tiny_model.stitch import stitch
 from tools.tiny_model.teacher import NEW_CONTENT, NEW_PHRASES, NEW_SCENES, TRAINING, Lesson, Split, Teacher, Turn
-from tools.tiny_model.tower import DenseHead, grids, make_fast, to_patches
+from tools.tiny_model.tower import DenseHead, embed, grids, make_fast, to_patches
 from tools.tiny_model.train import Learner, Trainer, is_layer_matrix
 
 HELD_OUT_NAMES = {name for color, shape in HELD_OUT_PAIRS for name in (f"{color} {shape}", f"{CHINESE[color]}的{CHINESE[shape]}")}
@@ -51,9 +51,13 @@ def test_training_scenes_hold_out_pairs_and_places(count: int | None) -> None:
             assert (thing.shape, thing.cell) not in HELD_OUT_PLACES
 
 
-def test_no_color_without_a_name_looks_like_that_of_a_held_out_pair() -> None:
+@pytest.fixture(scope="module")
+def odd() -> list[Thing]:
     rng = random.Random(1)
-    odd = [thing for _ in range(2000) for thing in make_scene(rng, 5, odd=0.6).things if thing.paint and thing.shape]
+    return [thing for _ in range(2000) for thing in make_scene(rng, 5, odd=0.6).things if thing.paint and thing.shape]
+
+
+def test_no_color_without_a_name_looks_like_that_of_a_held_out_pair(odd: list[Thing]) -> None:
     plain = [(thing.shape, thing.paint) for thing in odd if thing.paint and not thing.fade]
     assert len(plain) > 1000
     for color, shape in HELD_OUT_PAIRS:
@@ -64,9 +68,7 @@ def test_no_color_without_a_name_looks_like_that_of_a_held_out_pair() -> None:
     assert any(min(COLORS, key=lambda name: math.dist(COLORS[name], paint)) == "blue" for paint in crosses), "blue's surroundings lack a side"
 
 
-def test_a_thing_in_two_colors_does_not_look_like_a_held_out_pair() -> None:
-    rng = random.Random(1)
-    odd = [thing for _ in range(2000) for thing in make_scene(rng, 5, odd=0.6).things]
+def test_a_thing_in_two_colors_does_not_look_like_a_held_out_pair(odd: list[Thing]) -> None:
     faded = [(thing.shape, thing.paint, thing.fade) for thing in odd if thing.paint and thing.fade]
     assert len(faded) > 1000
     for shape, one, other in faded:
@@ -308,10 +310,7 @@ def test_a_tower_is_stitched_to_a_decoder_of_another(shares_layers: bool) -> Non
     pictures = [batch.pixels for batch in itertools.islice(FrameBatches(16, 5, 0), 20)]
     explained = stitch(tower, former, pictures)
     with torch.no_grad():
-        said, expected = (
-            torch.cat([one(to_patches(pixels), grid_thw=grids(pixels)).pooler_output.flatten(0, -2) for pixels in pictures[9::10]])
-            for one in (tower, former)
-        )
+        said, expected = (torch.cat([embed(one, pixels).flatten(0, -2) for pixels in pictures[9::10]]) for one in (tower, former))
     unexplained = (said - expected).square().sum() / (expected - expected.mean(0)).square().sum()
     assert explained == pytest.approx(1 - unexplained.item(), abs=1e-3)
     assert (explained > 0.99) == shares_layers

@@ -48,6 +48,9 @@ class Frames(NamedTuple):
     classes: Tensor  # [N, rows, columns, heads] int64
     mass: Tensor  # [N, rows, columns, counted] float32
 
+    def to(self, device: torch.device) -> Frames:
+        return Frames(*(part.to(device, non_blocking=True) for part in self))
+
 
 def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Picture | None:
     match kind:

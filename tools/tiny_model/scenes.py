@@ -182,7 +182,7 @@ def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
         if min(math.dist(color, ground) for color in seen) < 75 or (is_faded and math.dist(paint, other) < FADED):
             continue
         mean = [sum(values) / len(seen) for values in zip(*seen, strict=True)]
-        if not any((name, thing.shape) in HELD_OUT_PAIRS for name in names_like(mean)):
+        if not any((name, thing.shape) in HELD_OUT_PAIRS for name in _names_like(mean)):
             return replace(thing, color="", paint=paint, fade=other if is_faded else None)
     return thing
 
@@ -191,7 +191,7 @@ def _any_color(rng: random.Random) -> Color:
     return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
 
 
-def names_like(color: Sequence[float]) -> list[str]:
+def _names_like(color: Sequence[float]) -> list[str]:
     """The names that somebody might give this colour: of all that are near, and of the nearest one unless that is far."""
     distances = {name: math.dist(value, color) for name, value in COLORS.items()}
     nearest = min(distances.values())
@@ -213,20 +213,23 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
         if thing.fade is None:
             draw_shape(pen, thing.shape, centre, radius, color, scene.ground, rng)
         else:
-            reach = math.ceil(radius * 1.3)
-            left, top = (int(value) - reach for value in centre)
-            mask, inside = Image.new("RGB", (2 * reach + 2, 2 * reach + 2)), (centre[0] - left, centre[1] - top)
-            draw_shape(ImageDraw.Draw(mask), thing.shape, inside, radius, (255, 255, 255), (0, 0, 0), rng)
-            image.paste(_faded(mask.size, inside, radius, color, thing.fade, rng), (left, top), mask.convert("L"))
+            _draw_faded(image, thing.shape, centre, radius, color, thing.fade, rng)
     return add_grain(image.reduce(2), random.Random(scene.seed))
 
 
-def _faded(size: tuple[int, int], centre: tuple[float, float], radius: float, color: Color, other: Color, rng: random.Random) -> Image.Image:
-    """One colour at one side of a thing and another at the other side, in any direction, with a soft or a sharp border."""
+def _draw_faded(image: Image.Image, shape: str, centre: tuple[float, float], radius: float, color: Color, other: Color, rng: random.Random) -> None:
+    """A shape with one colour at one side and another at the other side, in any direction, with a soft or a sharp border."""
+    reach = math.ceil(radius * 1.3)
+    left, top = (int(value) - reach for value in centre)
+    x, y = centre[0] - left, centre[1] - top
+    side = 2 * reach + 2
+    mask = Image.new("RGB", (side, side))
+    draw_shape(ImageDraw.Draw(mask), shape, (x, y), radius, (255, 255, 255), (0, 0, 0), rng)
     angle, steepness = rng.uniform(0, 2 * math.pi), rng.choice((0.5, 10.0)) / radius
-    columns, rows = np.arange(size[0]) - centre[0], np.arange(size[1])[:, None] - centre[1]
+    columns, rows = np.arange(side) - x, np.arange(side)[:, None] - y
     share = np.clip((columns * math.sin(angle) + rows * math.cos(angle)) * steepness + 0.5, 0, 1)[..., None]
-    return Image.fromarray((share * np.array(other) + (1 - share) * np.array(color)).astype(np.uint8))
+    paint = (share * np.array(other) + (1 - share) * np.array(color)).astype(np.uint8)
+    image.paste(Image.fromarray(paint), (left, top), mask.convert("L"))
 
 
 def add_grain(image: Image.Image, rng: random.Random) -> Image.Image:

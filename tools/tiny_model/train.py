@@ -30,7 +30,7 @@ from tools.tiny_model import tokenizer as bpe
 from tools.tiny_model.batches import Batch, LessonBatches
 from tools.tiny_model.frames import FrameBatches, Frames
 from tools.tiny_model.labels import IGNORED
-from tools.tiny_model.tower import MEAN, STD, DenseHead, grids, make_fast, to_patches
+from tools.tiny_model.tower import MEAN, STD, DenseHead, embed, make_fast
 
 IMAGE_LIMITS = {"min_pixels": 112 * 112, "max_pixels": 140 * 140}
 SAVE_EVERY_S = 120.0
@@ -129,11 +129,12 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and "embed" not in name and "merger" not in name and name != "linear.weight"
 
 
-def batches_of(dataset: Iterable[Any], device: torch.device, most_workers: int = 64) -> Iterator[Any]:
+def batches_of(dataset: Iterable[Any], device: torch.device, max_workers: int | None = None) -> Iterator[Any]:
     """For a GPU they are drawn by processes beside this one, from the first that is asked for. On a CPU such a process would take a core from
     threads that wait for each other: a step then lasts nearly twice as long, while drawing its pictures takes a fifth of it."""
     if device.type != "cpu":
-        dataset = DataLoader(dataset, batch_size=None, num_workers=min(most_workers, max(1, (os.cpu_count() or 2) - 2)))  # type: ignore[arg-type]
+        free = max(1, (os.cpu_count() or 2) - 2)
+        dataset = DataLoader(dataset, batch_size=None, num_workers=min(max_workers or free, free))  # type: ignore[arg-type]
     yield from dataset
 
 
@@ -155,14 +156,14 @@ def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, dev
     compile_blocks(tower.blocks, dynamic=False)  # type: ignore[arg-type]
     started, first = time.monotonic(), trainer.step
     for frames in () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step), device):
-        pixels, classes, mass = (part.to(device) for part in frames)
+        frames = frames.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
             with torch.set_grad_enabled(args.start_from is None or trainer.step >= HEAD_STEPS):
-                embeddings = tower(to_patches(pixels), grid_thw=grids(pixels)).pooler_output
-            loss, seen = head(embeddings, classes, mass)
+                embeddings = embed(tower, frames.pixels)
+            loss, seen = head(embeddings, frames.classes, frames.mass)
         trainer.learn(loss, trainer.step)
         if trainer.step % 25 == 0:
-            rate = (trainer.step - first) * len(pixels) / (time.monotonic() - started)
+            rate = (trainer.step - first) * len(frames.pixels) / (time.monotonic() - started)
             trainer.log.write(trainer.step, trainer.num_steps, pictures_per_s=rate, loss=loss.item(), **seen)
         if trainer.is_done:
             break
@@ -186,7 +187,7 @@ class Learner:
         dense_loss, seen = torch.zeros((), device=inputs.device), {}
         if len(batch.pixels):
             with torch.set_grad_enabled(beside is not None):
-                embeddings = model.visual(to_patches(batch.pixels), grid_thw=grids(batch.pixels)).pooler_output
+                embeddings = embed(model.visual, batch.pixels)
                 dense_loss, seen = self._head(embeddings, batch.classes, batch.mass)
             inputs = inputs.masked_scatter((types > 0)[..., None], embeddings.to(inputs.dtype))
         positions, _ = model.get_rope_index(
@@ -203,8 +204,7 @@ class Learner:
         accuracy = (logits.argmax(-1) == targets).float().mean().item()
         values = {"loss": answer_loss.item(), "answer_tokens": accuracy, "dense_loss": float(dense_loss.detach()), **seen}
         if beside is not None:
-            embeddings = model.visual(to_patches(beside.pixels), grid_thw=grids(beside.pixels)).pooler_output
-            beside_loss, _ = self._head(embeddings, beside.classes, beside.mass)
+            beside_loss, _ = self._head(embed(model.visual, beside.pixels), beside.classes, beside.mass)
             dense_loss = dense_loss + beside_loss
             values["beside_loss"] = beside_loss.item()
         return answer_loss + 0.1 * dense_loss, values
@@ -228,10 +228,10 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     sums: dict[str, list[float]] = defaultdict(list)
     dataset = LessonBatches(tokenizer, args.max_tokens, args.seed + 2, trainer.position)
     frozen_steps = math.ceil(trainer.num_steps * args.frozen_share)
-    frames = batches_of(FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device, most_workers=2)
+    frames = batches_of(FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device, max_workers=2)
     for pool, batch in () if trainer.is_done or args.export_only else batches_of(dataset, device):
         batch = batch.to(device)
-        beside = None if trainer.step < frozen_steps else Frames(*(part.to(device) for part in next(frames)))
+        beside = None if trainer.step < frozen_steps else next(frames).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss, values = learner.loss(batch, beside)
         trainer.learn(loss, pool)
