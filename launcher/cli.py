@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launcher.checkpoints import find_model
 from launcher.gpu_sharing import gpu_sharing
+from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
 from pipeline import faults, log
@@ -107,6 +108,7 @@ def main(arguments: Sequence[str]) -> int:
             named = dataclasses.replace(config.model, served_model_name=model.name)
             located = dataclasses.replace(config.launcher, cache_dir=config.launcher.cache_dir or str(default_cache_dir()))
             config = dataclasses.replace(config, model=named, launcher=located)
+            config = limit_pictures(config, model.folder, os.environ)
             with gpu_sharing(config, run_dir, workers_environment()) as environment:
                 return Supervisor(config, model, run_dir, environment).run()
     except (ValueError, OSError) as error:

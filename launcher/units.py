@@ -137,7 +137,7 @@ def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
 
 
 def has_moved(child: Child, recorder: FlightRecorder, now: float, patience_s: float) -> bool:
-    """Whether a serving worker has given a sign of life within `patience_s`."""
+    """Whether a serving worker has given a sign of life within `patience_s`, or has announced that none will come yet."""
     if (num_moves := recorder.num_moves) != child.num_moves:
         child.num_moves, child.moved_at = num_moves, now
-    return now - child.moved_at < patience_s
+    return now - child.moved_at < patience_s or now < recorder.deadline

@@ -82,7 +82,10 @@ class PreprocessConfig:
     max_image_pixels: int = option(64_000_000, "largest picture before resizing, in pixels, judged by its header", metavar="PIXELS")
     max_items_per_request: int = option(64, "most pictures and videos in one request", metavar="N")
     min_pixels: int | None = option(None, "pictures are enlarged to at least this (default: the model's)", metavar="PIXELS")
-    max_pixels: int | None = option(None, "pictures, and frames of videos, are reduced to at most this (default: the model's)", metavar="PIXELS")
+    max_pixels: int | None = option(
+        None, "pictures, and frames of videos, are reduced to at most this (default: the model's; on a CPU 1280 tokens)",
+        metavar="PIXELS",
+    )  # fmt: skip
     max_video_mib: int = option(256, "largest video file, in MiB; it is kept in a temporary file without a name", metavar="MIB")
     max_video_frames: int | None = option(None, "most frames of a video that the model sees (default: the model's)", metavar="N")
     video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")

@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.topology import WorkerId
 PREFIX = "flight."  # of the files' names
 DIGEST_BYTES = 8
 NUM_BYTES = 1 << 16
-HEADER = struct.Struct("<qq")  # signs of life, digests that follow
+HEADER = struct.Struct("<qqd")  # signs of life, digests that follow, deadline
 MAX_DIGESTS = (NUM_BYTES - HEADER.size) // DIGEST_BYTES
 
 
@@ -38,17 +39,23 @@ class FlightRecorder:
             self._map = mmap.mmap(fd, NUM_BYTES)
         finally:
             os.close(fd)
-        self._count, _ = HEADER.unpack_from(self._map)
+        self._count, *_ = HEADER.unpack_from(self._map)
 
     def clear(self) -> None:
         """A new incarnation begins."""
-        HEADER.pack_into(self._map, 0, 0, 0)
+        HEADER.pack_into(self._map, 0, 0, 0, 0.0)
         self._count = 0
 
     def move(self) -> None:
         """A sign of life: to be given where a worker gets only while it moves on."""
         self._count += 1
         struct.pack_into("<q", self._map, 0, self._count)
+
+    def expect(self, seconds: float) -> None:
+        """No sign of life is to be expected within so many seconds, since a call is under way that gives none; 0: it is over."""
+        struct.pack_into("<d", self._map, 16, time.monotonic() + seconds if seconds else 0.0)
+        if not seconds:
+            self.move()
 
     def record(self, request_ids: Iterable[str]) -> None:
         """These execute from now on, and nobody else."""
@@ -62,6 +69,12 @@ class FlightRecorder:
     def num_moves(self) -> int:
         count: int = HEADER.unpack_from(self._map)[0]
         return count
+
+    @property
+    def deadline(self) -> float:
+        """Until when (of the machine's monotonic clock) a call may go on that gives no sign of life; 0: there is none."""
+        until: float = HEADER.unpack_from(self._map)[2]
+        return until
 
     def executing(self) -> tuple[bytes, ...]:
         count = min(MAX_DIGESTS, HEADER.unpack_from(self._map)[1])

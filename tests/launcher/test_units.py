@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,4 +122,17 @@ def test_who_gives_no_sign_of_life_stands_still(tmp_path: Path) -> None:
     assert not has_moved(child, recorder, 15.1, 5.0)
     recorder.move()
     assert has_moved(child, recorder, 15.2, 5.0)
+    recorder.close()
+
+
+def test_whoever_announced_a_long_call_stands_still_only_after_its_deadline(tmp_path: Path) -> None:
+    recorder, child = FlightRecorder(tmp_path, VIT_0), Child(VIT_0, 1, process())
+    now = time.monotonic()
+    assert has_moved(child, recorder, now, 5.0)
+    recorder.expect(100.0)
+    assert has_moved(child, recorder, now + 90.0, 5.0)
+    assert not has_moved(child, recorder, now + 101.0, 5.0), "a deadlock comes to light"
+    recorder.expect(0)
+    assert has_moved(child, recorder, now + 102.0, 5.0)
+    assert not has_moved(child, recorder, now + 108.0, 5.0)
     recorder.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from pipeline.flight_recorder import MAX_DIGESTS, Executing, FlightRecorder, digest_of
@@ -39,3 +40,18 @@ def test_a_request_executes_until_its_last_piece_ends(tmp_path: Path) -> None:
     executing.end("a")
     executing.end("b")
     assert recorder.executing() == ()
+
+
+def test_a_call_without_signs_of_life_is_announced(tmp_path: Path) -> None:
+    writer, reader = FlightRecorder(tmp_path, VIT_0), FlightRecorder(tmp_path, VIT_0)
+    assert reader.deadline == 0
+    writer.expect(50.0)
+    assert 40 < reader.deadline - time.monotonic() <= 50
+    assert reader.num_moves == 0
+    writer.record(["a"])
+    assert reader.executing() == (digest_of("a"),)
+    writer.expect(0)
+    assert (reader.deadline, reader.num_moves) == (0, 1)
+    writer.expect(50.0)
+    writer.clear()
+    assert reader.deadline == 0, "a successor has announced nothing"

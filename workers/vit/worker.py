@@ -47,6 +47,7 @@ from pipeline.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPoo
 from pipeline.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
+from workers.vit.deadlines import Deadlines
 from workers.vit.engines.choice import Engine, EngineSpec, choose_engine, warm_up
 from workers.vit.engines.torch import EncodeJob
 from workers.vit.slices import SliceLimit
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
+MEASURED_PATCHES = 64
 GPU_SLICE_MS = 10.0
 GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # more fill no core better, and what is done is there later
 
@@ -237,14 +239,14 @@ def main(context: WorkerContext) -> None:
         placement = dataclasses.replace(placement, wide_cores=())
     sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
 
-    def between_layers() -> None:
+    def after_work() -> None:
         context.recorder.move()
         if sharing.can_widen:
             sharing.adapt()
 
     spec = EngineSpec(
         info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
-        between_layers=between_layers,
+        after_work=after_work, deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
@@ -259,6 +261,8 @@ def main(context: WorkerContext) -> None:
     poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     if device.type == "cuda":
         warm_up(engine, info.vision, dtype, device, max_patches)  # takes what memory it needs before the LLM takes the rest
+    elif config.vit.vit_engine == "onnxruntime":
+        warm_up(engine, info.vision, dtype, device, MEASURED_PATCHES)  # the first deadline has a measurement then
     context.ready(pool_bytes=pool.info.nbytes)
 
     batch: list[Pending] = []

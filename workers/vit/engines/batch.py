@@ -5,21 +5,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from pipeline.families import VisionInfo
 from workers.nn.layers import rotary_tables
+from workers.vit.deadlines import Deadlines, encoder_flop
 from workers.vit.engines.torch import EncodeJob
 from workers.vit.models.qwen2_vl import patchify, rotary_angles
 
 
 class BatchEngine(ABC):
-    """`dtype` is that of the file, and so of its embeddings; work goes to a stream of its own on a GPU."""
+    """`dtype` is that of the file, and so of its embeddings; work goes to a stream of its own on a GPU.
 
-    def __init__(self, info: VisionInfo, dtype: torch.dtype, device: torch.device) -> None:
-        self.info, self._dtype, self._device = info, dtype, device
+    No sign of life comes out of a run: `deadlines` are told beforehand how much there is to do.
+    """
+
+    def __init__(self, info: VisionInfo, dtype: torch.dtype, device: torch.device, deadlines: Deadlines | None = None) -> None:
+        self.info, self._dtype, self._device, self._deadlines = info, dtype, device, deadlines
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @abstractmethod
@@ -33,12 +38,18 @@ class BatchEngine(ABC):
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. When it returns the device is done with them, so handles may be sent."""
-        if self._stream is None:
-            self._encode(jobs)
-            return
-        with torch.cuda.stream(self._stream):
-            self._encode(jobs)
-        self._stream.synchronize()
+        with self._deadline(jobs):
+            if self._stream is None:
+                self._encode(jobs)
+                return
+            with torch.cuda.stream(self._stream):
+                self._encode(jobs)
+            self._stream.synchronize()
+
+    def _deadline(self, jobs: Sequence[EncodeJob]) -> AbstractContextManager[None]:
+        if self._deadlines is None:
+            return nullcontext()
+        return self._deadlines.around(sum(job.grid_thw.t * encoder_flop(self.info, job.grid_thw.h * job.grid_thw.w) for job in jobs))
 
     def _encode(self, jobs: Sequence[EncodeJob]) -> None:
         alike: dict[tuple[int, int], list[EncodeJob]] = defaultdict(list)

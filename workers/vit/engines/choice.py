@@ -14,6 +14,7 @@ import torch
 from pipeline.families import VisionInfo
 from pipeline.messages import GridTHW
 from workers.nn.loader import Checkpoint, Progress
+from workers.vit.deadlines import Deadlines
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
 from workers.vit.slices import SliceLimit
@@ -38,7 +39,8 @@ class EngineSpec:
     cache: Path
     progress: Progress
     limit: SliceLimit
-    between_layers: Callable[[], object] | None = None  # where the engine can
+    after_work: Callable[[], object] | None = None  # where the engine can
+    deadlines: Deadlines | None = None  # where it cannot
 
 
 def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.device, max_patches: int) -> None:
@@ -78,7 +80,7 @@ def choose_engine(name: str, spec: EngineSpec) -> Engine:
 def _torch(spec: EngineSpec) -> Engine:
     checkpoint = Checkpoint(spec.folder, spec.dtype, spec.device, spec.progress)
     checkpoint.expect("visual.")
-    engine = TorchEngine(spec.info, VisionEncoder(spec.info, checkpoint), spec.limit, spec.between_layers)
+    engine = TorchEngine(spec.info, VisionEncoder(spec.info, checkpoint), spec.limit, spec.after_work)
     checkpoint.close()
     return engine
 
@@ -92,7 +94,7 @@ def _onnxruntime(spec: EngineSpec) -> Engine:
     if spec.device.type == "cpu" and dtype == torch.bfloat16:
         dtype = torch.float32  # onnxruntime has no bfloat16 on the CPU; the pool keeps the model's type
     file = exported(spec.info, spec.folder, dtype, spec.cache, spec.progress)
-    return OnnxRuntimeEngine(spec.info, file, dtype, spec.device, spec.num_threads)
+    return OnnxRuntimeEngine(spec.info, file, dtype, spec.device, spec.num_threads, spec.deadlines)
 
 
 def _tensorrt(spec: EngineSpec) -> Engine:
@@ -113,7 +115,7 @@ def _tensorrt(spec: EngineSpec) -> Engine:
     gpu = f"{properties.name} {properties.major}.{properties.minor} {properties.multi_processor_count}"
     with torch.cuda.device(spec.device):
         engine = built(trt, spec.info, file, gpu, spec.cache, spec.progress).read_bytes()
-        return TensorRtEngine(trt, spec.info, engine, spec.dtype, spec.device)
+        return TensorRtEngine(trt, spec.info, engine, spec.dtype, spec.device, spec.deadlines)
 
 
 def _need(engine: str, *modules: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families import VisionInfo
+from workers.vit.deadlines import Deadlines
 from workers.vit.engines.batch import BatchEngine
 from workers.vit.engines.onnx import INPUTS, OUTPUT
 
@@ -21,9 +22,12 @@ ELEMENT_TYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float1
 
 
 class OnnxRuntimeEngine(BatchEngine):
-    def __init__(self, info: VisionInfo, file: Path, dtype: torch.dtype, device: torch.device, num_threads: int) -> None:
+    def __init__(
+        self, info: VisionInfo, file: Path, dtype: torch.dtype, device: torch.device, num_threads: int,
+        deadlines: Deadlines | None = None,
+    ) -> None:  # fmt: skip
         """Raises RuntimeError where a GPU is wanted and onnxruntime's CUDA provider does not load."""
-        super().__init__(info, dtype, device)
+        super().__init__(info, dtype, device, deadlines)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are others' too

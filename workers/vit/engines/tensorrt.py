@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.families import VisionInfo
 from workers.nn.loader import Progress
+from workers.vit.deadlines import Deadlines
 from workers.vit.engines.batch import BatchEngine
 from workers.vit.engines.onnx import INPUTS, OUTPUT, locked, unfinished
 
@@ -124,9 +125,12 @@ def built(trt: Any, info: VisionInfo, file: Path, gpu: str, cache: Path, progres
 
 
 class TensorRtEngine(BatchEngine):
-    def __init__(self, trt: Any, info: VisionInfo, engine: bytes, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, trt: Any, info: VisionInfo, engine: bytes, dtype: torch.dtype, device: torch.device,
+        deadlines: Deadlines | None = None,
+    ) -> None:  # fmt: skip
         """Raises RuntimeError for an engine that is not for this machine."""
-        super().__init__(info, dtype, device)
+        super().__init__(info, dtype, device, deadlines)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:

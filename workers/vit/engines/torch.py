@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.families import VisionInfo
 from pipeline.messages import GridTHW
 from workers.nn.layers import rotary_tables
+from workers.vit.blocks import BLOCK_FLOP, Blocks
 from workers.vit.models.qwen2_vl import VisionEncoder, patchify, rotary_angles
 from workers.vit.slices import SliceLimit
 
@@ -26,13 +27,15 @@ class EncodeJob(NamedTuple):
 class TorchEngine:
     """`limit` says in how many turns a large picture is encoded: between them the device is free for others.
 
-    `between_layers` is called there.
+    `after_work` is called whenever some work is done: after each layer, and on a CPU, which may take minutes
+    for one, within layers.
     """
 
     def __init__(
-        self, info: VisionInfo, encoder: VisionEncoder, limit: SliceLimit | None = None, between_layers: Callable[[], object] | None = None
-    ) -> None:
-        self.info, self.encoder, self._limit, self._between_layers = info, encoder, limit, between_layers
+        self, info: VisionInfo, encoder: VisionEncoder, limit: SliceLimit | None = None,
+        after_work: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        self.info, self.encoder, self._limit, self._after_work = info, encoder, limit, after_work
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
@@ -42,7 +45,7 @@ class TorchEngine:
         angles = torch.cat([rotary_angles(job.grid_thw, self.info) for job in jobs]).to(device)
         cos, sin = rotary_tables(angles, torch.float32)
         lengths = [job.grid_thw.h * job.grid_thw.w for job in jobs for _ in range(job.grid_thw.t)]
-        embeddings = self.encoder(patches, cos, sin, lengths, self._pauses(len(patches)))
+        embeddings = self.encoder(patches, cos, sin, lengths, self._pauses(len(patches)), self._blocks())
         merged = self.info.merge_size**2
         for job, part in zip(jobs, embeddings.split([job.grid_thw.num_patches // merged for job in jobs]), strict=True):
             job.output.copy_(part)
@@ -51,17 +54,22 @@ class TorchEngine:
     def _pauses(self, num_patches: int) -> Callable[[int], None] | None:
         """Waits for the device after every so many layers, where one turn would be too long."""
         num_turns = 1 if self._limit is None else self._limit.num_turns(num_patches)
-        if num_turns == 1 and self._between_layers is None:
+        if num_turns == 1 and self._after_work is None:
             return None
         step = max(1, self.info.depth // num_turns)
 
         def after_layer(index: int) -> None:
             if num_turns > 1 and (index + 1) % step == 0:
                 self._wait()
-            if self._between_layers is not None:
-                self._between_layers()
+            if self._after_work is not None:
+                self._after_work()
 
         return after_layer
+
+    def _blocks(self) -> Blocks | None:
+        if self._after_work is None or self.encoder.device.type != "cpu":
+            return None
+        return Blocks(BLOCK_FLOP * torch.get_num_threads(), self._after_work)
 
     def _wait(self) -> None:
         if self.encoder.device.type == "cuda":

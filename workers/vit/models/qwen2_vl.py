@@ -17,6 +17,7 @@ from pipeline.families import VisionInfo
 from pipeline.messages import GridTHW
 from workers.nn.layers import LayerNorm, Linear, make_linear, rotate
 from workers.nn.loader import Checkpoint
+from workers.vit.blocks import Blocks
 
 MakeLinear = Callable[..., Linear]  # (weight, bias=None)
 LAYER_NORM_EPS = 1e-6
@@ -40,28 +41,45 @@ class VisionEncoder:
         self.merger_out = load("visual.merger.mlp.2")
 
     def __call__(
-        self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None = None, after_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+        self, patches: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int] | None = None,
+        after_layer: Callable[[int], None] | None = None, blocks: Blocks | None = None,
+    ) -> Tensor:  # fmt: skip
         """Embeddings [num_patches / merge², hidden] of patches [num_patches, channels · temporal · patch²].
 
         cos and sin are those of `rotary_tables`, [num_patches, 1, head_dim] float32; lengths are the patches of each frame, in order.
         Without lengths patches are [frames, num_patches, …], embeddings too, and each frame's patches stand where cos and sin say.
+        Packed patches may be computed in `blocks`.
         """
         x = self.patch_embed(patches.to(self.dtype))  # [num_patches, embed_dim]
-        frames = None if lengths is None else Frames(lengths, x)
+        frames = None if lengths is None else Frames(lengths, x, blocks)
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, frames)
             if after_layer is not None:
                 after_layer(index)
         x = self.norm(x).unflatten(-2, (-1, self.info.merge_size**2)).flatten(-2)  # four neighbouring patches side by side
-        return self.merger_out(F.gelu(self.merger_in(x)))
+        (embeddings,) = _by_rows(frames, self._merge, flop_of(self.merger_in, self.merger_out), x)
+        return embeddings
+
+    def _merge(self, x: Tensor) -> tuple[Tensor]:
+        return (self.merger_out(F.gelu(self.merger_in(x))),)
+
+
+def flop_of(*layers: Linear) -> float:
+    """Floating point operations of these layers for one row."""
+    return sum(2.0 * layer.in_features * layer.out_features for layer in layers)
+
+
+def _by_rows(frames: Frames | None, function: Callable[..., tuple[Tensor, ...]], flop_per_row: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+    if frames is None or frames.blocks is None:
+        return function(*inputs)
+    return frames.blocks.rows(function, flop_per_row, *inputs)
 
 
 class Frames:
     """Where each frame ends among packed patches, and attention within each of them."""
 
-    def __init__(self, lengths: Sequence[int], x: Tensor) -> None:
-        self.lengths, self.longest = list(lengths), max(lengths)
+    def __init__(self, lengths: Sequence[int], x: Tensor, blocks: Blocks | None = None) -> None:
+        self.lengths, self.longest, self.blocks = list(lengths), max(lengths), blocks
         self._ends: Tensor | None = None
         if x.device.type == "cuda" and x.dtype != torch.float32:  # for float32 there is no kernel
             self._ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(x.device, non_blocking=True)
@@ -73,8 +91,13 @@ class Frames:
 
             return varlen_attn(q, k, v.contiguous(), self._ends, self._ends, self.longest, self.longest)  # type: ignore[return-value]
         frames = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
-        parts = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in frames]
+        parts = [self._attend_one(q, k, v) for q, k, v in frames]
         return torch.cat(parts, dim=1).transpose(0, 1)
+
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.blocks is not None:
+            return self.blocks.attend(q, k, v)
+        return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
 
 
 class _Block:
@@ -88,18 +111,25 @@ class _Block:
         self.fc2 = load(f"{prefix}mlp.fc2")
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, frames: Frames | None) -> Tensor:
-        x = self.proj.add_to(x, self._attend(self.qkv(self.norm1(x)), cos, sin, frames))
+        q, k, v = _by_rows(frames, self._qkv, flop_of(self.qkv), x, cos, sin)
+        if frames is not None:
+            attended = frames.attend(q, k, v).flatten(-2)
+        else:
+            heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            attended = heads.transpose(1, 2).flatten(-2)
+        (out,) = _by_rows(frames, self._after_attention, flop_of(self.proj, self.fc1, self.fc2), x, attended)
+        return out
+
+    def _qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, and values: each […, num_patches, heads, head_dim]."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype), v
+
+    def _after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+        x = self.proj.add_to(x, attended)
         hidden = self.fc1(self.norm2(x))
         gate = (1.702 * hidden).sigmoid_()  # QuickGELU
-        return self.fc2.add_to(x, hidden.mul_(gate))
-
-    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, frames: Frames | None) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # […, num_patches, heads, head_dim]
-        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
-        if frames is not None:
-            return frames.attend(q, k, v).flatten(-2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2).flatten(-2)
+        return (self.fc2.add_to(x, hidden.mul_(gate)),)
 
 
 def _layer_norm(checkpoint: Checkpoint, name: str) -> LayerNorm:
