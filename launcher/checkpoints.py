@@ -25,14 +25,19 @@ class Model:
     sample: Path | None = None  # a picture to try it with
 
 
-def find_model(config: ModelConfig) -> Model:
-    """The model's folder, downloaded if need be. Raises ValueError when there is none."""
+def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
+    """The model's folder, downloaded if need be (and `can_keep`). Raises ValueError when there is none."""
     if not config.model:
         return Model(EMBEDDED / "model", config.served_model_name or EMBEDDED_NAME, NOTICE, EMBEDDED / "samples" / "red-star.png")
     folder = Path(config.model)
     if not folder.is_dir():
         if config.model.startswith((".", "/", "~")):
             raise ValueError(f"model {config.model!r} is no folder")
+        if not can_keep:
+            raise ValueError(
+                f"model {config.model!r} is to be downloaded, but this user has no home folder to keep it in: "
+                "set HF_HOME, give --cache-dir, or give --model a folder"
+            )
         folder = _download(config.model, config.download_from)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {str(folder)!r} has no safetensors files")
@@ -53,3 +58,5 @@ def _download(name: str, source: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"model {name!r} cannot be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise ValueError(f"model {name!r} cannot be kept: {error}; set HF_HOME, or give --model a folder") from None

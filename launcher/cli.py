@@ -1,6 +1,6 @@
 """The command line, read off the dataclasses of `pipeline.config`, and the start of everything.
 
-The only place that reads the environment.
+The only place that reads the environment; `environment.py` says what it means.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.checkpoints import find_model
+from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
 from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
@@ -75,41 +76,23 @@ def parse(arguments: Sequence[str]) -> Config:
     return Config(**parts)
 
 
-def workers_environment() -> dict[str, str]:
-    """Ours, and what a process can only settle before it starts.
-
-    Large blocks of memory in huge pages: weights are then read with few look-ups, and a large activation costs some page faults instead
-    of ten thousand. And how long a thread spins for work: on a core which another process needs that costs whole scheduler ticks, but one
-    that sleeps at once is woken hundreds of times a step. So many turns last from one operation of a step to the next, some ten
-    microseconds. How many threads compute each worker says itself; NumPy's library would start them when it is loaded.
-    """
-    ours, users = "glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES")
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    return {
-        "GLOO_SOCKET_IFNAME": "lo", **inherited, "GLIBC_TUNABLES": f"{ours}:{users}" if users else ours, "GOMP_SPINCOUNT": "10000",
-        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-
-
-def default_cache_dir() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "vlm-pipeline"
-
-
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
     log.configure("launcher", config.launcher.log_level)
     try:
-        model = find_model(config.model)
-        base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-        if not base.is_absolute() or not os.access(base, os.W_OK | os.X_OK):
-            base = Path(tempfile.gettempdir())
+        home = home_folder(os.environ)
+        if home is None and config.launcher.cache_dir:
+            os.environ["HOME"] = config.launcher.cache_dir  # a hub's client keeps what it downloads there
+        can_keep = home is not None or any(os.environ.get(name) for name in ("HOME", *PLACES_OF_HUBS))
+        model = find_model(config.model, can_keep)
+        base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))
         with RunDir(config.launcher.run_dir, base) as run_dir:
+            cache = cache_folder(config.launcher.cache_dir, os.environ, home, run_dir)
             named = dataclasses.replace(config.model, served_model_name=model.name)
-            located = dataclasses.replace(config.launcher, cache_dir=config.launcher.cache_dir or str(default_cache_dir()))
+            located = dataclasses.replace(config.launcher, cache_dir=str(cache))
             config = dataclasses.replace(config, model=named, launcher=located)
             config = limit_pictures(config, model.folder, os.environ)
-            with gpu_sharing(config, run_dir, workers_environment()) as environment:
+            with gpu_sharing(config, run_dir, workers_environment(os.environ, home, cache)) as environment:
                 return Supervisor(config, model, run_dir, environment).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)

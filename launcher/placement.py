@@ -28,7 +28,8 @@ def place(
 
     Processes that compute never share a core unless there are more of them than cores: two that wait for each other's threads
     cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, with `num_vit_cores` the ViTs the last, be they
-    the others' or not. `is_elastic`: who computes alone has all cores, if no number was given. ViT i and rank i go to GPU i.
+    the others' or not. `is_elastic`: who computes alone has all cores, if no number was given. Rank i goes to
+    GPU i, and so does ViT i, modulo the number of GPUs (which `choose_device` knows).
     """
     vit_cores, llm_cores = cores, cores
     if len(cores) > 1:

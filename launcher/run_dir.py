@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from launcher.environment import MAX_SOCKET_NAME
 from pipeline.core_sharing import FILE as ACTIVITY
 from pipeline.flight_recorder import PREFIX as FLIGHT
-from pipeline.topology import EDGES
+from pipeline.topology import EDGES, MAX_IPC_PATH
 
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
 # Sockets by edge, rank and epoch; where ranks meet; who computes; what each does.
@@ -26,7 +27,7 @@ OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}
 class RunDir:
     """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, with its lock file only.
 
-    Raises ValueError when the folder is in use, or others may enter it.
+    Raises ValueError when the folder is in use, others may enter it, or its name leaves sockets no room.
     """
 
     def __init__(self, path: str, base: Path) -> None:
@@ -36,6 +37,10 @@ class RunDir:
 
     def __enter__(self) -> Path:
         self.path = Path(tempfile.mkdtemp(prefix="vlm-", dir=self._base)) if self._is_own else Path(self._path).absolute()
+        excess = len(os.fsencode(self.path)) + 1 + MAX_SOCKET_NAME - MAX_IPC_PATH  # with the names of late epochs
+        if excess > 0:
+            limit = f"a socket's path has at most {MAX_IPC_PATH}"
+            raise ValueError(f"run_dir {str(self.path)!r} is too long by {excess} bytes: {limit}")
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = self.path.stat()
         if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:

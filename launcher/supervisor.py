@@ -20,6 +20,7 @@ from types import FrameType
 from typing import assert_never
 
 from launcher.checkpoints import Model
+from launcher.cores import usable_cores
 from launcher.listening import listen
 from launcher.placement import place, workers
 from launcher.progress import ProgressBar
@@ -72,7 +73,8 @@ class Supervisor:
         self._units = units(workers(config.num_vits, config.num_ranks, config.has_gateway), config.llm.tp)
         self._unit_of = {worker: unit for unit in self._units for worker in unit.members}
         self._placement = place(
-            sorted(os.sched_getaffinity(0)), config.num_vits, config.num_ranks, config.llm.llm_cores, config.vit.vit_cores,
+            usable_cores(list(os.sched_getaffinity(0))), config.num_vits, config.num_ranks,
+            config.llm.llm_cores, config.vit.vit_cores,
             is_elastic=config.launcher.cpu_sharing == "elastic",
         )  # fmt: skip
         self._sockets = Sockets(run_dir, {})

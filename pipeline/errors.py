@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import msgspec
+
+MAX_SHOWN = 80  # characters of a value in an error's text
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,3 +31,13 @@ class RequestError(Exception):
 
 class PipelineError(Exception):
     """Something that must not happen did: the worker stops, and with it the pipeline."""
+
+
+def shown(value: object) -> str:
+    """A value from outside for an error's text: short, however long, deep or odd it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = MAX_SHOWN
+    try:
+        return short.repr(value)[: 2 * MAX_SHOWN]
+    except Exception:  # noqa: BLE001  more digits than Python prints, a nesting deeper than its stack
+        return f"a value of type {type(value).__name__}"

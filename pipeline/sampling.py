@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -81,4 +81,5 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 def _check(holds: bool, field: str, value: object, limit: str) -> None:
     if not holds:
-        raise RequestError(f"{field} must be {limit}, got {value}", field=field)
+        got = value if isinstance(value, str) else shown(value)
+        raise RequestError(f"{field} must be {limit}, got {got}", field=field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoints import EMBEDDED
-from launcher.cli import workers_environment
+from launcher.environment import workers_environment
 from pipeline.config import Config
 from pipeline.ends import Poller
 from pipeline.fork_server import ForkServer, WorkerProcess
@@ -22,6 +23,7 @@ from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, STATUS, Role, WorkerId
 from tests.servers import is_alive
 
+ENVIRONMENT = workers_environment(os.environ, Path.home(), Path("/"))
 PREPROCESS = WorkerId(Role.PREPROCESS)
 OTHERS = (PREPROCESS, WorkerId(Role.VIT), WorkerId(Role.LLM))
 
@@ -31,7 +33,7 @@ class Pipeline:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self.server = ForkServer(workers_environment())
+        self.server = ForkServer(ENVIRONMENT)
         self.sockets = Sockets(run_dir, {PREPROCESS: 1})
         self.status, self.control = self.sockets.receiver(STATUS), self.sockets.publisher(CONTROL)
 
@@ -136,5 +138,5 @@ def test_what_the_workers_import_starts_no_thread() -> None:
         + "".join(f"import workers.{role}.worker\n" for role in ("api", "preprocess", "vit", "llm"))
         + "print(len(os.listdir('/proc/self/task')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=workers_environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+    done = subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT, text=True)
+    assert done.strip() == "1"

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))  # as in some files, as asked for
+WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
 
@@ -116,20 +117,34 @@ def _usual_name(name: str) -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the processor computes in it: without such instructions it is several times slower than float32."""
+    """`auto` is bfloat16 where the processor computes in it.
+
+    Without such instructions a CPU is several times slower in bfloat16 than in float32, and a GPU (before Ampere)
+    has float16.
+    """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        # The least of all GPUs: ranks and ViTs on different ones have one type.
+        least = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+        return torch.bfloat16 if least >= WITH_BFLOAT16 else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported()
     if platform.machine() == "aarch64":
         fast = fast or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
-def choose_device(name: str, ordinal: int) -> torch.device:
-    """The GPU of that number, if the machine has any or one is asked for, else the CPU. Raises ValueError where there is no such GPU."""
+def choose_device(name: str, ordinal: int, is_shared: bool = False) -> torch.device:
+    """The GPU of that number, if the machine has any or one is asked for, else the CPU.
+
+    `is_shared`: where there are fewer GPUs, they are counted round again. Raises ValueError where there is none.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if ordinal >= (count := torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    if is_shared and count:
+        ordinal %= count
+    if ordinal >= count:
         raise ValueError(f"GPU {ordinal} is wanted, but this machine has {count}")
     device = torch.device("cuda", ordinal)
     torch.cuda.set_device(device)  # on which Triton launches, and where NCCL looks for this rank

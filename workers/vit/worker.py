@@ -224,7 +224,7 @@ def main(context: WorkerContext) -> None:
     control, inbox = context.control(), context.sockets.receiver(ENCODE, context.worker.rank)
     torch.set_num_threads(context.spec.placement.num_threads)
     info = read_model_info(context.model_folder, config.preprocess.min_pixels, config.preprocess.max_pixels)
-    device = choose_device(config.model.device, context.spec.placement.device)
+    device = choose_device(config.model.device, context.spec.placement.device, is_shared=True)
     dtype = choose_dtype(config.model.dtype, device)
     dtype_name = str(dtype).removeprefix("torch.")
     ordinal = device.index if device.type == "cuda" else None

@@ -1,0 +1,121 @@
+"""What the launcher takes from its environment: where it may keep files, and what its workers are given.
+
+A container often has no home folder, a user without a name, and a folder for temporary files with a long name.
+None of that stops a start; what cannot be had is said with the option that gives it. Nothing here reads the
+environment: it is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.topology import MAX_IPC_PATH
+
+logger = logging.getLogger(__name__)
+MAX_SOCKET_NAME = 28  # characters: of an edge with its rank and epoch, and of what the MPS daemon binds
+OWN_RUN_DIR = len("/vlm-12345678/")
+MAX_BASE = MAX_IPC_PATH - OWN_RUN_DIR - MAX_SOCKET_NAME
+NAMES_OF_USER = (
+    "LOGNAME",
+    "USER",
+    "LNAME",
+    "USERNAME",
+)  # where getpass.getuser looks before it asks the system
+# Where clients of hubs keep files without a home folder.
+PLACES_OF_HUBS = ("HF_HOME", "HF_HUB_CACHE", "MODELSCOPE_CACHE", "XDG_CACHE_HOME")
+
+
+def _entry_home() -> str:
+    return pwd.getpwuid(os.getuid()).pw_dir
+
+
+def _entry_name() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+def can_make(folder: Path) -> bool:
+    """Whether this process may write in the folder, or make it."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def home_folder(environment: Mapping[str, str], entry_home: Callable[[], str] = _entry_home) -> Path | None:
+    """The user's home; None where there is none in which this process may write."""
+    named = environment.get("HOME")
+    if named is None:
+        try:
+            named = entry_home()
+        except KeyError:  # a uid without an entry in the user database
+            return None
+    home = Path(named)
+    return home if home.is_absolute() and home.is_dir() and can_make(home) else None
+
+
+def cache_folder(option: str, environment: Mapping[str, str], home: Path | None, run_dir: Path) -> Path:
+    """Where exported and built encoders are kept. Raises ValueError for a folder that was asked for in vain."""
+    if option:
+        if not can_make(Path(option)):
+            raise ValueError(f"cache_dir {option!r} cannot be written")
+        return Path(option).absolute()
+    named = Path(environment.get("XDG_CACHE_HOME", ""))
+    for base in (named if named.is_absolute() else None, home and home / ".cache"):
+        if base is not None and can_make(base / "vlm-pipeline"):
+            return base / "vlm-pipeline"
+    logger.info("there is no home folder: encoders are kept until the end only; --cache-dir names one that lasts")
+    return run_dir / "cache"
+
+
+def run_dir_base(environment: Mapping[str, str], temporary: Path) -> Path:
+    """Where a run directory is made. Raises ValueError where every place has too long a name for sockets in it."""
+    runtime = Path(environment.get("XDG_RUNTIME_DIR", ""))
+    places: Sequence[Path] = (*([runtime] if runtime.is_absolute() else []), temporary, Path("/tmp"))
+    for base in places:
+        if len(os.fsencode(base)) <= MAX_BASE and os.access(base, os.W_OK | os.X_OK):
+            return base
+    told = ", ".join(map(str, dict.fromkeys(places)))
+    raise ValueError(
+        f"no place for a run directory: of {told} none can be written and has at most {MAX_BASE} bytes, "
+        "as the names of sockets need; set TMPDIR to a shorter one, or give --run-dir"
+    )
+
+
+def workers_environment(
+    ours: Mapping[str, str],
+    home: Path | None,
+    cache: Path,
+    entry_name: Callable[[], str] = _entry_name,
+) -> dict[str, str]:
+    """Ours, and what a process can only settle before it starts.
+
+    Large blocks of memory in huge pages: weights are then read with few look-ups, and a large activation costs some
+    page faults instead of ten thousand. And how long a thread spins for work: on a core which another process needs
+    that costs whole scheduler ticks, but one that sleeps at once is woken hundreds of times a step. So many turns
+    last from one operation of a step to the next, some ten microseconds. How many threads compute each worker says
+    itself; NumPy's library would start them when it is loaded.
+
+    Without a home, or a user's name, libraries that keep compiled kernels (Triton, torch, the driver) fail or write
+    where they are started: they get the cache folder for a home, and the uid for a name.
+    """
+    tunables, users = "glibc.malloc.hugetlb=1", ours.get("GLIBC_TUNABLES")
+    inherited = {name: value for name, value in ours.items() if name != "OMP_WAIT_POLICY"}
+    if home is None:
+        inherited["HOME"] = str(cache)
+    if not any(inherited.get(name) for name in NAMES_OF_USER):
+        try:
+            entry_name()
+        except KeyError:
+            inherited["USER"] = f"uid{os.getuid()}"
+    return {
+        "GLOO_SOCKET_IFNAME": "lo",
+        **inherited,
+        "GLIBC_TUNABLES": f"{tunables}:{users}" if users else tunables,
+        "GOMP_SPINCOUNT": "10000",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
