@@ -15,6 +15,7 @@ from pipeline.families import read_model_info
 from pipeline.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
 from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
 from pipeline.topology import CONTROL
+from workers.api.connections import HttpRunner
 from workers.api.server import ApiServer
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,15 @@ async def _serve(context: WorkerContext) -> None:
     control = context.sockets.async_subscriber(CONTROL)
     client = PipelineClient(context.spec.run_dir)
     info = read_model_info(context.model_folder)
-    server = ApiServer(config.api, client, config.model.served_model_name, info, lambda: context.status.send(ReloadRequested(**context.origin)))
-    runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS_S)
+    server = ApiServer(
+        config.api,
+        client,
+        config.model.served_model_name,
+        info,
+        request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
+        recovery_timeout_s=config.launcher.recovery_timeout,
+    )
+    runner = HttpRunner(server.application(), shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
     # The launcher listens, too: what comes while nobody accepts waits for our successor.
     sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in context.fds]
@@ -52,7 +60,8 @@ async def _serve(context: WorkerContext) -> None:
                 case Retire(worker=worker, epoch=epoch) if (worker, epoch) == (context.worker, context.epoch):
                     tasks.create_task(retire())
                 case Shutdown():
-                    await _say_last_words(client)
+                    server.give_up()
+                    await _say_last_words(client, server)
                     raise ShutdownRequested
 
     async def retire() -> None:
@@ -73,8 +82,9 @@ async def _serve(context: WorkerContext) -> None:
         except PipelineError:
             if not client.failure:
                 raise
+            server.give_up()
             return  # the launcher ends everything, and `watch` hears it too
-        server.is_ready = True
+        server.set_ready()
         context.ready()
         await report(STATS_INTERVAL_S)
 
@@ -93,9 +103,9 @@ async def _serve(context: WorkerContext) -> None:
         await client.close()
 
 
-async def _say_last_words(client: PipelineClient) -> None:
+async def _say_last_words(client: PipelineClient, server: ApiServer) -> None:
     """Waits until the handlers of open requests have told their clients, for a moment at most."""
     end = time.monotonic() + LAST_WORDS_S
-    while client.num_open and time.monotonic() < end:  # noqa: ASYNC110
+    while (client.num_open or server.num_waiting) and time.monotonic() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)  # from the handler's last write to the socket
