@@ -16,8 +16,9 @@ from pipeline.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
-from workers.api.bodies import refuse_encodings
-from workers.api.chat import open_chat
+from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
+from workers.api.budget import Budget, Lease, memory_mib
+from workers.api.chat import Chat, open_chat
 from workers.api.errors import RETRY_AFTER_S, end_stream, error_response
 from workers.api.metrics import exposition
 from workers.api.protocol import decode_request
@@ -25,6 +26,7 @@ from workers.api.stream import ChoicePiece, Completion, side_by_side
 
 logger = logging.getLogger(__name__)
 OPEN_ROUTES = ("/health", "/ready")
+UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # answered at once, however full the memory is
 ADMIN_ROUTES = "/admin/"
 ADMIN_ANSWER_S = 5.0
 # Proxies hold a stream back unless they are told not to: nginx by X-Accel-Buffering.
@@ -34,6 +36,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer to a request, once its head is made
+LEASE = web.RequestKey("lease", Lease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -54,10 +57,13 @@ class ApiServer:
         info: ModelInfo,
         request_reload: Callable[[], None] = lambda: None,
         recovery_timeout_s: float = 60.0,
+        pace: Pace | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._request_reload, self._recovery_timeout_s = request_reload, recovery_timeout_s
         self._config, self._client, self._model_name, self._info = config, client, model_name, info
         self._keys = [key.encode() for key in config.api_key]
+        self._pace, self._budget = pace or Pace(), budget or Budget(memory_mib(config) * MIB)
         self._created = int(time.time())
         self.is_ready = False
         self._is_settled = asyncio.Event()  # ready, or never to be
@@ -75,7 +81,7 @@ class ApiServer:
         self._is_settled.set()
 
     def application(self) -> web.Application:
-        application = web.Application(client_max_size=self._config.max_request_mib * MIB, middlewares=[self._guard])
+        application = web.Application(middlewares=[self._guard])
         application.on_response_prepare.append(self._on_head)
         application.router.add_get("/health", self._health)
         application.router.add_get("/ready", self._ready)
@@ -89,9 +95,11 @@ class ApiServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.num_handled += 1
+        request[LEASE] = lease = Lease(self._budget, request.remote or "")
         try:
             return await self._answer(request, handler)
         finally:
+            lease.close()
             self.num_handled -= 1
             self.handled_at = time.monotonic()
 
@@ -110,6 +118,8 @@ class ApiServer:
         """Keys, and OpenAI's error object for whatever goes wrong: in the stream, if its head has gone out."""
         try:
             self._admit(request)
+            if request.path not in UNCOUNTED_ROUTES:
+                await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
         except asyncio.CancelledError:
             # The client has gone, or the server ends: then its readers are told.
@@ -124,11 +134,14 @@ class ApiServer:
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
             return response
-        except ConnectionError:
-            logger.debug("%s %s: the client went away", request.method, request.path)
-            return await self._fail(request, ErrorInfo(400, "the connection broke"))
-        except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
+        except MemoryError:
+            logger.error("%s %s: no memory is left", request.method, request.path)
+            return await self._fail(request, ErrorInfo(503, "the server has no memory left for this request"))
+        except Exception as error:
+            if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+                logger.debug("%s %s: the client went away", request.method, request.path)
+            else:
+                logger.exception("%s %s failed", request.method, request.path)
             return await self._fail(request, ErrorInfo(500, "the server made a mistake"))
 
     async def _fail(self, request: web.Request, error: ErrorInfo) -> web.StreamResponse:
@@ -140,7 +153,7 @@ class ApiServer:
 
     def _admit(self, request: web.Request) -> None:
         """Raises RequestError for what is refused by its head alone; its body is not looked at."""
-        refuse_encodings(request)
+        refuse_body(request, self._config.max_request_mib)
         if request.path.startswith(ADMIN_ROUTES):
             if not hmac.compare_digest(_given_key(request), self._config.admin_key.encode()):
                 raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
@@ -201,13 +214,19 @@ class ApiServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         await self._until_ready()
-        body = decode_request(await request.read())
-        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        chat = await self._open(request)
         async with aclosing(side_by_side(chat.choices)) as pieces:
-            if not body.stream:
+            if not chat.is_streamed:
                 return web.json_response(await chat.completion.whole(pieces))
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._stream(request, chat.completion, pieces, include_usage)
+            return await self._stream(request, chat.completion, pieces, chat.include_usage)
+
+    async def _open(self, request: web.Request) -> Chat:
+        """What outlives this call has the media once: neither the body nor the structs decoded from it are kept."""
+        lease = request[LEASE]
+        body = decode_request(await read_body(request, lease, self._pace, self._config.max_request_mib))
+        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        lease.keep(chat.media)
+        return chat
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
         """Who shares cached prefixes: requests with one key and one salt."""

@@ -10,15 +10,20 @@ import time
 from aiohttp import web
 
 from pipeline.client import PipelineClient
+from pipeline.config import ApiConfig
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
 from pipeline.topology import CONTROL
+from workers.api.budget import memory_mib
 from workers.api.connections import HttpRunner
 from workers.api.server import ApiServer
 
 logger = logging.getLogger(__name__)
+BASE_MIB = 1024  # for connections, answers and tokenizer
+COPIES_OF_BODIES = 2  # the allocator does not reuse at once what was given back
+COPIES_OF_A_BODY = 4  # while one is decoded
 START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
 LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
 STATS_INTERVAL_S = 0.5
@@ -28,6 +33,11 @@ IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
 
 def main(context: WorkerContext) -> None:
     run_async(_serve(context))
+
+
+def allowed_mib(config: ApiConfig) -> int:
+    """Memory that the work of this process may take."""
+    return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
 
 
 async def _serve(context: WorkerContext) -> None:
@@ -43,6 +53,7 @@ async def _serve(context: WorkerContext) -> None:
         request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
         recovery_timeout_s=config.launcher.recovery_timeout,
     )
+    limit_memory(allowed_mib(config.api))
     runner = HttpRunner(server.application(), shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
     # The launcher listens, too: what comes while nobody accepts waits for our successor.

@@ -111,8 +111,8 @@ def failing(error: BaseException) -> FakeClient:
     [
         (RequestError("it broke", status=503), 503),
         (RuntimeError("a bug"), 500),
-        (ConnectionResetError("of something else"), 400),
-        (MemoryError(), 500),
+        (ConnectionResetError("of something else"), 500),
+        (MemoryError(), 503),
         (ExceptionGroup("several", [ValueError()]), 500),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -129,6 +129,24 @@ async def test_an_error_after_the_head_is_told_in_the_stream(error: BaseExceptio
     events = [line.removeprefix("data: ") for line in data.decode().splitlines() if line.startswith("data: ")]
     assert json.loads(events[-2])["error"]["code"] == status
     assert events[-1] == "[DONE]"
+
+
+async def test_a_server_that_ends_tells_it_in_the_stream() -> None:
+    async def answer() -> Pieces:
+        yield piece("Hi")
+        await asyncio.Event().wait()
+
+    async with serving(endpoint(FakeClient(answer))) as site:
+        wire = site.connect()
+        opened = await wire.__aenter__()
+        await opened.send(post(STREAMED_CHAT))
+        await opened.head()
+        await opened.reader.readuntil(b"Hi")
+    data = await opened.rest()
+    assert b"HTTP/1.1" not in data
+    assert b'"code":503' in data
+    assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    await wire.__aexit__(None, None, None)
 
 
 async def test_an_error_before_the_head_has_its_own_status() -> None:
