@@ -54,9 +54,16 @@ class ApiConfig:
     api_key: tuple[str, ...] = option((), "key that clients must send; several may be given", metavar="KEY")
     admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
+    api_memory_mib: int | None = option(
+        None,
+        "memory for HTTP bodies, coming in or of open requests, in MiB; more wait a moment, then get 503 (default: a sixteenth "
+        "of the machine's, but room for 4 to 16 of the largest)",
+        metavar="MIB",
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, port=0, max_request_mib=1)
+        _at_least(self, api_memory_mib=2 * self.max_request_mib)
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
 

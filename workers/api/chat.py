@@ -17,21 +17,27 @@ from workers.api.stream import Completion
 class Chat(NamedTuple):
     completion: Completion
     choices: list[AsyncGenerator[Piece, None]]  # nothing is submitted before one of them is read
+    media: list[memoryview]  # that came with the body, once for all choices
+    is_streamed: bool
+    include_usage: bool
 
 
 def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: str, info: ModelInfo, cache_salt: bytes = b"") -> Chat:
-    """Raises RequestError for what is not served."""
+    """Raises RequestError for what is not served. Drop `body` then: of its media, their bytes are all that is needed."""
     refuse_unserved(body)
     if body.model and body.model != model_name:
         raise RequestError(f"the model {body.model!r} is not served here, only {model_name!r}", field="model", status=404)
     messages, sampling = to_messages(body), to_sampling(body, dict(info.default_sampling))
     completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
-    media: list[bytes | memoryview] = []
-    moved = move_data_urls(messages, media)  # once, however many choices there are
+    frames: list[bytes | memoryview] = []
+    moved = move_data_urls(messages, frames)  # once, however many choices there are
+    media = [memoryview(frame) for frame in frames]
     choices = [
         client.generate(
             moved, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0, cache_salt=cache_salt
         )
         for index in range(count)
     ]
-    return Chat(Completion(completion_id, model_name, count, bool(body.logprobs), client.token_text), choices)
+    completion = Completion(completion_id, model_name, count, bool(body.logprobs), client.token_text)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    return Chat(completion, choices, media, body.stream, include_usage)

@@ -122,7 +122,7 @@ NEUTRAL_IN_MESSAGE = ("refusal", "annotations", "audio", "function_call", "tool_
 _DECODER = msgspec.json.Decoder(ChatCompletionRequest, strict=True)
 
 
-def decode_request(body: bytes) -> ChatCompletionRequest:
+def decode_request(body: bytes | bytearray) -> ChatCompletionRequest:
     """Raises RequestError, naming the field, for a body that is no such request."""
     try:
         try:

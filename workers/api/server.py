@@ -16,46 +16,73 @@ from pipeline.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
-from workers.api.chat import open_chat
+from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
+from workers.api.budget import Budget, Lease, memory_mib
+from workers.api.chat import Chat, open_chat
+from workers.api.errors import RETRY_AFTER_S, end_stream, error_response
 from workers.api.metrics import exposition
-from workers.api.protocol import decode_request, error_body
-from workers.api.stream import DONE, ChoicePiece, Completion, error_event, side_by_side
+from workers.api.protocol import decode_request
+from workers.api.stream import ChoicePiece, Completion, side_by_side
 
 logger = logging.getLogger(__name__)
-RETRY_AFTER_S = "2"
 OPEN_ROUTES = ("/health", "/ready")
+UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # answered at once, however full the memory is
 ADMIN_ROUTES = "/admin/"
 ADMIN_ANSWER_S = 5.0
+# Proxies hold a stream back unless they are told not to: nginx by X-Accel-Buffering.
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer to a request, once its head is made
+LEASE = web.RequestKey("lease", Lease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def error_response(error: ErrorInfo) -> web.Response:
-    headers = {"Retry-After": RETRY_AFTER_S} if error.status in (429, 503) else {}
-    return web.json_response(error_body(error), status=error.status, headers=headers)
-
-
 def _given_key(request: web.Request) -> bytes:
-    return request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme's case does not matter (RFC 9110)."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
 
 
 class ApiServer:
-    """`client` may not be connected yet: until `is_ready` every request is answered with 503."""
+    """`client` may not be connected yet: requests wait for `set_ready`, at most `recovery_timeout_s`."""
 
     def __init__(
-        self, config: ApiConfig, client: PipelineClient, model_name: str, info: ModelInfo, request_reload: Callable[[], None] = lambda: None
+        self,
+        config: ApiConfig,
+        client: PipelineClient,
+        model_name: str,
+        info: ModelInfo,
+        request_reload: Callable[[], None] = lambda: None,
+        recovery_timeout_s: float = 60.0,
+        pace: Pace | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        self._request_reload = request_reload
+        self._request_reload, self._recovery_timeout_s = request_reload, recovery_timeout_s
         self._config, self._client, self._model_name, self._info = config, client, model_name, info
         self._keys = [key.encode() for key in config.api_key]
+        self._pace, self._budget = pace or Pace(), budget or Budget(memory_mib(config) * MIB)
         self._created = int(time.time())
         self.is_ready = False
+        self._is_settled = asyncio.Event()  # ready, or never to be
         self.is_retiring = False  # connections end with the next answer on them
         self.num_handled = 0  # requests under way
+        self.num_waiting = 0  # of them, for the pipeline to be ready
         self.handled_at = 0.0  # when the last one was
 
+    def set_ready(self) -> None:
+        self.is_ready = True
+        self._is_settled.set()
+
+    def give_up(self) -> None:
+        """The pipeline has ended before it was ready: who waits is told."""
+        self._is_settled.set()
+
     def application(self) -> web.Application:
-        application = web.Application(client_max_size=self._config.max_request_mib * MIB, middlewares=[self._guard])
-        application.on_response_prepare.append(self._announce_end)
+        application = web.Application(middlewares=[self._guard])
+        application.on_response_prepare.append(self._on_head)
         application.router.add_get("/health", self._health)
         application.router.add_get("/ready", self._ready)
         application.router.add_get("/metrics", self._metrics)
@@ -67,42 +94,89 @@ class ApiServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keys, and OpenAI's error object for whatever goes wrong."""
         self.num_handled += 1
+        request[LEASE] = lease = Lease(self._budget, request.remote or "")
         try:
             return await self._answer(request, handler)
         finally:
+            lease.close()
             self.num_handled -= 1
             self.handled_at = time.monotonic()
 
-    async def _announce_end(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Says in the head of an answer that its connection ends with it: who was not told may send the next request on it."""
-        if self.is_retiring:
+    async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Notes that an answer has begun, and says in its head that the connection ends with it, where it does.
+
+        A client that was not told may send its next request on the connection. What is left of a body that was refused
+        would be taken for the next request.
+        """
+        request[BEGUN] = response
+        if self.is_retiring or not request.content.is_eof():
             response.force_close()
             response.headers["Connection"] = "close"  # the head is made before this hook
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Keys, and OpenAI's error object for whatever goes wrong: in the stream, if its head has gone out."""
         try:
-            if request.path.startswith(ADMIN_ROUTES):
-                if not hmac.compare_digest(_given_key(request), self._config.admin_key.encode()):
-                    return error_response(ErrorInfo(401, "the admin key is needed: Authorization: Bearer KEY"))
-            elif self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
-                return error_response(ErrorInfo(401, "a valid API key is needed: Authorization: Bearer KEY"))
+            self._admit(request)
+            if request.path not in UNCOUNTED_ROUTES:
+                await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
+        except asyncio.CancelledError:
+            # The client has gone, or the server ends: then its readers are told.
+            if (begun := request.get(BEGUN)) is not None:
+                await end_stream(begun, ErrorInfo(503, "the server is shutting down"))
+            raise
         except RequestError as error:
-            return error_response(error.info)
-        except web.HTTPRequestEntityTooLarge:
-            return error_response(ErrorInfo(413, f"the body is larger than {self._config.max_request_mib} MiB"))
+            return await self._fail(request, error.info)
         except web.HTTPException as error:
-            return error_response(ErrorInfo(error.status, f"{request.method} {request.path}: {error.reason}"))
-        except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
-            return error_response(ErrorInfo(500, "the server made a mistake"))
+            what = f"{request.method} {request.path}: {error.reason}"
+            response = await self._fail(request, ErrorInfo(error.status, what))
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
+        except MemoryError:
+            logger.error("%s %s: no memory is left", request.method, request.path)
+            return await self._fail(request, ErrorInfo(503, "the server has no memory left for this request"))
+        except Exception as error:
+            if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+                logger.debug("%s %s: the client went away", request.method, request.path)
+            else:
+                logger.exception("%s %s failed", request.method, request.path)
+            return await self._fail(request, ErrorInfo(500, "the server made a mistake"))
+
+    async def _fail(self, request: web.Request, error: ErrorInfo) -> web.StreamResponse:
+        begun = request.get(BEGUN)
+        if begun is None:
+            return error_response(error)
+        await end_stream(begun, error)
+        return begun
+
+    def _admit(self, request: web.Request) -> None:
+        """Raises RequestError for what is refused by its head alone; its body is not looked at."""
+        refuse_body(request, self._config.max_request_mib)
+        if request.path.startswith(ADMIN_ROUTES):
+            if not hmac.compare_digest(_given_key(request), self._config.admin_key.encode()):
+                raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
+        elif self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
+            raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
 
     def _is_authorized(self, request: web.Request) -> bool:
         given = _given_key(request)
         fits = [hmac.compare_digest(given, key) for key in self._keys]  # all are compared, whichever fits
         return any(fits)
+
+    async def _until_ready(self) -> None:
+        """Raises RequestError when the pipeline does not become ready in time, or ends."""
+        self.num_waiting += 1
+        try:
+            async with asyncio.timeout(self._recovery_timeout_s):
+                await self._is_settled.wait()
+        except TimeoutError:
+            raise RequestError(f"the server did not start within {self._recovery_timeout_s:.0f} s", status=503) from None
+        finally:
+            self.num_waiting -= 1
+        if not self.is_ready:
+            raise RequestError(self._client.failure or "the server has stopped", status=503)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         if not self.is_ready or self._client.failure or self._client.is_draining:
@@ -133,19 +207,26 @@ class ApiServer:
         return web.Response(body=exposition(self._client.workers).encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
+        """Scripts ask for it to learn that the server has started: it waits until then."""
+        await self._until_ready()
         card = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "local"}
         return web.json_response({"object": "list", "data": [card]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = decode_request(await request.read())
-        if not self.is_ready:
-            raise RequestError("the server is still starting", status=503)
-        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        await self._until_ready()
+        chat = await self._open(request)
         async with aclosing(side_by_side(chat.choices)) as pieces:
-            if not body.stream:
+            if not chat.is_streamed:
                 return web.json_response(await chat.completion.whole(pieces))
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._stream(request, chat.completion, pieces, include_usage)
+            return await self._stream(request, chat.completion, pieces, chat.include_usage)
+
+    async def _open(self, request: web.Request) -> Chat:
+        """What outlives this call has the media once: neither the body nor the structs decoded from it are kept."""
+        lease = request[LEASE]
+        body = decode_request(await read_body(request, lease, self._pace, self._config.max_request_mib))
+        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        lease.keep(chat.media)
+        return chat
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
         """Who shares cached prefixes: requests with one key and one salt."""
@@ -159,13 +240,8 @@ class ApiServer:
     ) -> web.StreamResponse:
         # The status goes out with the first token or the failure: a broken picture is a 4xx, also when streaming.
         first = await anext(pieces)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+        response = web.StreamResponse(headers=STREAM_HEADERS)
         await response.prepare(request)
-        try:
-            async for data in completion.events(first, pieces, include_usage):
-                await response.write(data)
-        except RequestError as error:  # too late for a status: told inside the stream
-            await response.write(error_event(error.info) + DONE)
-        except ConnectionResetError:
-            logger.debug("the reader of %s went away", completion.completion_id)
+        async for data in completion.events(first, pieces, include_usage):
+            await response.write(data)
         return response

@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 
 from pipeline.client import Piece
-from pipeline.errors import ErrorInfo
+from pipeline.errors import ErrorInfo, RequestError
 from pipeline.messages import TokenLogprobs, unpack_int32
 from pipeline.sampling import FinishReason
 from workers.api.protocol import error_body, usage
 
 DONE = b"data: [DONE]\n\n"
+MAX_UNREAD_PIECES = 8192  # of one HTTP request, whose client reads more slowly than they come
 Json = dict[str, Any]
 
 
@@ -30,13 +31,18 @@ class ChoicePiece(NamedTuple):
 
 
 async def side_by_side(choices: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[ChoicePiece, None]:
-    """The pieces of all choices as they come. The first failure ends all, and so does leaving early."""
+    """The pieces of all choices as they come. The first failure ends all, and so does leaving early.
+
+    Raises RequestError when too many have come that were not taken.
+    """
     queue: asyncio.Queue[ChoicePiece | BaseException] = asyncio.Queue()
 
     async def read(index: int, choice: AsyncGenerator[Piece, None]) -> None:
         async with aclosing(choice):
             async for piece in choice:
                 queue.put_nowait(ChoicePiece(index, piece))
+                if queue.qsize() > MAX_UNREAD_PIECES:
+                    raise RequestError("the answer is not read as fast as it comes", status=503)
 
     def on_done(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

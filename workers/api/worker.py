@@ -10,14 +10,20 @@ import time
 from aiohttp import web
 
 from pipeline.client import PipelineClient
+from pipeline.config import ApiConfig
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, run_async
+from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
 from pipeline.topology import CONTROL
+from workers.api.budget import memory_mib
+from workers.api.connections import HttpRunner
 from workers.api.server import ApiServer
 
 logger = logging.getLogger(__name__)
+BASE_MIB = 1024  # for connections, answers and tokenizer
+COPIES_OF_BODIES = 2  # the allocator does not reuse at once what was given back
+COPIES_OF_A_BODY = 4  # while one is decoded
 START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
 LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
 STATS_INTERVAL_S = 0.5
@@ -29,13 +35,26 @@ def main(context: WorkerContext) -> None:
     run_async(_serve(context))
 
 
+def allowed_mib(config: ApiConfig) -> int:
+    """Memory that the work of this process may take."""
+    return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
+
+
 async def _serve(context: WorkerContext) -> None:
     config = context.config
     control = context.sockets.async_subscriber(CONTROL)
     client = PipelineClient(context.spec.run_dir)
     info = read_model_info(context.model_folder)
-    server = ApiServer(config.api, client, config.model.served_model_name, info, lambda: context.status.send(ReloadRequested(**context.origin)))
-    runner = web.AppRunner(server.application(), access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS_S)
+    server = ApiServer(
+        config.api,
+        client,
+        config.model.served_model_name,
+        info,
+        request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
+        recovery_timeout_s=config.launcher.recovery_timeout,
+    )
+    limit_memory(allowed_mib(config.api))
+    runner = HttpRunner(server.application(), shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
     # The launcher listens, too: what comes while nobody accepts waits for our successor.
     sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in context.fds]
@@ -52,7 +71,8 @@ async def _serve(context: WorkerContext) -> None:
                 case Retire(worker=worker, epoch=epoch) if (worker, epoch) == (context.worker, context.epoch):
                     tasks.create_task(retire())
                 case Shutdown():
-                    await _say_last_words(client)
+                    server.give_up()
+                    await _say_last_words(client, server)
                     raise ShutdownRequested
 
     async def retire() -> None:
@@ -73,8 +93,9 @@ async def _serve(context: WorkerContext) -> None:
         except PipelineError:
             if not client.failure:
                 raise
+            server.give_up()
             return  # the launcher ends everything, and `watch` hears it too
-        server.is_ready = True
+        server.set_ready()
         context.ready()
         await report(STATS_INTERVAL_S)
 
@@ -93,9 +114,9 @@ async def _serve(context: WorkerContext) -> None:
         await client.close()
 
 
-async def _say_last_words(client: PipelineClient) -> None:
+async def _say_last_words(client: PipelineClient, server: ApiServer) -> None:
     """Waits until the handlers of open requests have told their clients, for a moment at most."""
     end = time.monotonic() + LAST_WORDS_S
-    while client.num_open and time.monotonic() < end:  # noqa: ASYNC110
+    while (client.num_open or server.num_waiting) and time.monotonic() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)  # from the handler's last write to the socket

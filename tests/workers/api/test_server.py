@@ -1,19 +1,38 @@
-"""The endpoint at its end: what the others need is tried through a real pipeline, in tests/integration/test_http.py."""
+"""The endpoint at its edges: what the others need is tried through a real pipeline, in tests/integration/test_http.py."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+import asyncio
+import gzip
+import json
+import logging
+import time
+import zlib
 
+import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from pipeline.config import ApiConfig
-from workers.api.server import ApiServer
+from pipeline.errors import RequestError
+from tests.workers.api.serving import (
+    CHAT,
+    STREAMED_CHAT,
+    FakeClient,
+    Pieces,
+    endpoint,
+    get,
+    piece,
+    post,
+    serving,
+)
+
+BOMB_MIB = 64
+NUM_BOMBS = 8
+LONGEST_PAUSE_S = 0.25  # of the event loop, beside bombs that would take it for seconds
 
 
 async def test_who_retires_says_so_before_it_closes_a_connection() -> None:
     """Who was not told would send its next request on a connection that closes: that one would be lost."""
-    server = ApiServer(ApiConfig(), cast(Any, SimpleNamespace(failure="", is_draining=False)), "m", cast(Any, None))
+    server = endpoint()
     async with TestClient(TestServer(server.application())) as client:
         answer = await client.get("/v1/models")
         assert "Connection" not in answer.headers
@@ -21,3 +40,170 @@ async def test_who_retires_says_so_before_it_closes_a_connection() -> None:
         answer = await client.get("/v1/models")
         assert answer.headers["Connection"] == "close"
         assert (await client.get("/v1/models")).status == 200
+
+
+# Bodies that are not sent as they are.
+
+
+def bomb() -> bytes:
+    packer = zlib.compressobj(9, wbits=31)
+    block = bytes(1 << 20)
+    return b"".join(packer.compress(block) for _ in range(BOMB_MIB)) + packer.flush()
+
+
+async def longest_pause(until: asyncio.Event) -> float:
+    """Of the event loop, in seconds."""
+    longest, last = 0.0, time.monotonic()
+    while not until.is_set():
+        await asyncio.sleep(0.005)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    return longest
+
+
+@pytest.mark.parametrize("header", ["gzip", "deflate", "br", "zstd", "x-gzip", "GZIP", "identity, gzip", "x\xe9"])
+async def test_an_encoded_body_is_a_415(header: str) -> None:
+    client = FakeClient()
+    async with serving(endpoint(client)) as site:
+        answer = await site.ask(post(gzip.compress(CHAT), f"Content-Encoding: {header}"))
+        assert (answer.status, client.num_asked) == (415, 0)
+        assert "Content-Encoding" in answer.error.message
+
+
+async def test_a_body_in_an_unknown_transfer_coding_is_a_415() -> None:
+    body = gzip.compress(CHAT)
+    framed = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    async with serving(endpoint()) as site:
+        assert (await site.ask(post(framed, "Transfer-Encoding: gzip, chunked"))).error.status == 415
+
+
+async def test_identity_is_no_encoding() -> None:
+    async with serving(endpoint()) as site:
+        assert (await site.ask(post(CHAT, "Content-Encoding: Identity"))).status == 200
+
+
+@pytest.mark.parametrize("key", [(), ("secret",)], ids=["open", "without its key"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health", "/v1/nothing"])
+async def test_bombs_do_not_stop_the_loop(key: tuple[str, ...], path: str) -> None:
+    """Not even while what is left of them is thrown away."""
+    over = asyncio.Event()
+    async with serving(endpoint(api_key=key)) as site:
+        pause = asyncio.create_task(longest_pause(over))
+        request = post(bomb(), "Content-Encoding: gzip", path=path)
+        answers = await asyncio.gather(*(site.ask(request) for _ in range(NUM_BOMBS)))
+        over.set()
+    assert [answer.error.status for answer in answers] == [415] * NUM_BOMBS
+    assert await pause < LONGEST_PAUSE_S
+
+
+# Errors after the head of a stream.
+
+
+def failing(error: BaseException) -> FakeClient:
+    async def answer() -> Pieces:
+        yield piece("Hi")
+        raise error
+
+    return FakeClient(answer)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("it broke", status=503), 503),
+        (RuntimeError("a bug"), 500),
+        (ConnectionResetError("of something else"), 500),
+        (MemoryError(), 503),
+        (ExceptionGroup("several", [ValueError()]), 500),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+async def test_an_error_after_the_head_is_told_in_the_stream(error: BaseException, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "workers.api.server")
+    async with serving(endpoint(failing(error))) as site, site.connect() as wire:
+        await wire.send(post(STREAMED_CHAT))
+        data = await wire.rest()
+    assert data.count(b"HTTP/1.1 ") == 1, "one head"
+    assert data.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"x-accel-buffering: no\r\n" in data.lower(), "a proxy must not hold it back"
+    assert data.endswith(b"0\r\n\r\n"), "the stream is whole"
+    events = [line.removeprefix("data: ") for line in data.decode().splitlines() if line.startswith("data: ")]
+    assert json.loads(events[-2])["error"]["code"] == status
+    assert events[-1] == "[DONE]"
+
+
+async def test_a_server_that_ends_tells_it_in_the_stream() -> None:
+    async def answer() -> Pieces:
+        yield piece("Hi")
+        await asyncio.Event().wait()
+
+    async with serving(endpoint(FakeClient(answer))) as site:
+        wire = site.connect()
+        opened = await wire.__aenter__()
+        await opened.send(post(STREAMED_CHAT))
+        await opened.head()
+        await opened.reader.readuntil(b"Hi")
+    data = await opened.rest()
+    assert b"HTTP/1.1" not in data
+    assert b'"code":503' in data
+    assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    await wire.__aexit__(None, None, None)
+
+
+async def test_an_error_before_the_head_has_its_own_status() -> None:
+    async def answer() -> Pieces:
+        raise RequestError("not like that", field="messages")
+        yield
+
+    async with serving(endpoint(FakeClient(answer))) as site:
+        answered = await site.ask(post(STREAMED_CHAT))
+        assert (answered.error.status, answered.error.field) == (400, "messages")
+
+
+# A pipeline that is not ready yet.
+
+
+@pytest.mark.parametrize("request_bytes", [get("/v1/models"), post(), post(STREAMED_CHAT)], ids=["models", "whole", "stream"])
+async def test_requests_wait_until_the_pipeline_is_ready(request_bytes: bytes) -> None:
+    server = endpoint(is_ready=False)
+    async with serving(server) as site, site.connect() as wire:
+        await wire.send(request_bytes)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(wire.reader.read(1), 0.3)
+        assert (await site.ask(get("/health"))).error.status == 503
+        assert (await site.ask(get("/ready"))).status == 503
+        assert (await site.ask(get("/metrics"))).status == 200
+        server.set_ready()
+        assert (await wire.head())[0] == 200
+
+
+async def test_who_waits_too_long_for_the_pipeline_is_told() -> None:
+    async with serving(endpoint(is_ready=False, recovery_timeout_s=0.2)) as site:
+        start = time.monotonic()
+        for request in (get("/v1/models"), post()):
+            answer = await site.ask(request)
+            assert answer.error.status == 503
+            assert answer.headers["retry-after"]
+        assert time.monotonic() - start >= 0.4
+
+
+async def test_who_waits_for_a_pipeline_that_ends_is_told_at_once() -> None:
+    client = FakeClient()
+    server = endpoint(client, is_ready=False)
+    async with serving(server) as site:
+        waiting = asyncio.create_task(site.ask(post()))
+        while not server.num_waiting:
+            await asyncio.sleep(0.01)
+        client.failure = "the server has stopped: out of memory"
+        server.give_up()
+        assert (await waiting).error.message == client.failure
+
+
+async def test_who_leaves_while_waiting_waits_no_more() -> None:
+    server = endpoint(is_ready=False)
+    async with serving(server) as site:
+        async with site.connect() as wire:
+            await wire.send(get("/v1/models"))
+            while not server.num_waiting:
+                await asyncio.sleep(0.01)
+        while server.num_waiting:
+            await asyncio.sleep(0.01)

@@ -1,0 +1,251 @@
+"""What strangers do to connections, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import resource
+from contextlib import AsyncExitStack
+
+import pytest
+
+from pipeline.sampling import FinishReason
+from tests.workers.api.serving import (
+    CHAT,
+    STREAMED_CHAT,
+    FakeClient,
+    Pieces,
+    Site,
+    Wire,
+    endpoint,
+    get,
+    piece,
+    post,
+    serving,
+)
+from workers.api import connections, stream
+from workers.api.connections import MAX_CONNECTIONS, Patience, max_connections
+
+SHORT = Patience(head_s=0.3, idle_s=0.3, reading_s=0.5, closing_s=0.5)
+
+
+async def drip(wire: Wire, data: bytes) -> None:
+    """A byte now and then, as long as it is taken."""
+    with contextlib.suppress(ConnectionError):
+        for byte in data:
+            await wire.send(bytes([byte]))
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("is_second", [False, True], ids=["first", "on an open connection"])
+async def test_a_head_that_does_not_end_is_a_408(is_second: bool) -> None:
+    async with serving(endpoint(), patience=SHORT) as site, site.connect() as wire:
+        if is_second:
+            await wire.send(get("/v1/models"))
+            assert (await wire.answer()).status == 200
+        dripping = asyncio.create_task(drip(wire, get("/v1/models", *["X-A: b"] * 100)))
+        answer = await wire.answer()
+        assert (answer.error.status, answer.headers["connection"]) == (408, "close")
+        assert await wire.rest() == b""
+        dripping.cancel()
+        assert (await site.ask(get("/v1/models"))).status == 200
+
+
+async def test_a_connection_that_says_nothing_is_closed() -> None:
+    async with serving(endpoint(), patience=SHORT) as site, site.connect() as wire:
+        await wire.rest(timeout_s=5)
+
+
+async def test_a_connection_that_says_nothing_more_is_closed() -> None:
+    async with serving(endpoint(), patience=SHORT) as site, site.connect() as wire:
+        await wire.send(get("/v1/models"))
+        assert (await wire.answer()).status == 200
+        assert await wire.rest(timeout_s=5) == b""
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAMED_CHAT], ids=["whole", "stream"])
+async def test_a_client_that_does_not_read_is_cut_off(body: bytes) -> None:
+    """Else what is written for it stays in memory, and the request's place is not free."""
+    is_over = asyncio.Event()
+
+    async def answer() -> Pieces:
+        try:
+            for _ in range(200):
+                yield piece("word " * 20_000)
+            yield piece("", FinishReason.STOP)
+        finally:
+            is_over.set()
+
+    server = endpoint(FakeClient(answer))
+    async with serving(server, patience=SHORT) as site, site.connect() as wire:
+        await wire.send(post(body))
+        await asyncio.wait_for(is_over.wait(), 10)
+        await asyncio.sleep(2)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await wire.reader.readexactly(1 << 30)
+        assert server.num_handled == 0
+
+
+async def test_what_is_not_read_of_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "MAX_UNREAD_PIECES", 100)
+    num_given = 0
+
+    async def answer() -> Pieces:
+        nonlocal num_given
+        while True:
+            num_given += 1
+            yield piece("word " * 20_000)
+            await asyncio.sleep(0)
+
+    async with serving(endpoint(FakeClient(answer))) as site, site.connect() as wire:
+        await wire.send(post(STREAMED_CHAT))
+        await wire.head()
+        before = -1
+        while num_given > before:
+            before = num_given
+            await asyncio.sleep(0.2)
+        data = await wire.rest()
+        assert b"not read as fast" in data
+        assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_a_connection_that_is_idle_gives_its_place_to_a_new_one() -> None:
+    async with serving(endpoint(), most_connections=3) as site, AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(site.connect()) for _ in range(3)]
+        for wire in slow:
+            await wire.send(b"GET /v1")
+        await asyncio.sleep(0.1)
+        assert (await site.ask(get("/v1/models"))).status == 200
+        assert await slow[0].rest() == b"", "the oldest"
+        await slow[2].send(get("/v1/models").removeprefix(b"GET /v1"))
+        assert (await slow[2].answer()).status == 200
+
+
+async def test_where_all_connections_are_busy_a_new_one_is_told_so() -> None:
+    async def answer() -> Pieces:
+        await asyncio.Event().wait()
+        yield piece("")
+
+    client = FakeClient(answer)
+    async with serving(endpoint(client), most_connections=2) as site, AsyncExitStack() as stack:
+        for _ in range(2):
+            await (await stack.enter_async_context(site.connect())).send(post())
+        while client.num_asked < 2:
+            await asyncio.sleep(0.01)
+        async with site.connect() as wire:
+            answered = await wire.answer()
+            assert answered.error.status == 503
+            assert answered.headers["retry-after"]
+
+
+def test_connections_leave_descriptors_for_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, connections_ in ((64, 32), (256, 128), (1024, 896), (1 << 20, MAX_CONNECTIONS)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, most=most: (most, most))
+        assert max_connections() == connections_
+
+
+# Bytes that are no HTTP.
+
+BAD_HEADS = {
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 TLS \r\n\r\n", 400),
+    "a bad method": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "no version": (b"GET /\r\n\r\n", 404),
+    "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
+    "a bad URL": (b"GET http://[::1/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a bad header": (b"GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400),
+    "two lengths": (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+    "length and chunks": (
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400,
+    ),
+    "a negative length": (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+    "a long header": (get("/v1/models", "Cookie: " + "x" * 40_000), 431),
+    "a long line": (get("/v1/models?" + "x" * 40_000), 431),
+    "many headers": (get("/v1/models", *(f"X-{n}: {'y' * 5000}" for n in range(100))), 431),
+    "very many headers": (get("/v1/models", *["X: y"] * 1000), 400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+async def test_what_is_no_http_is_told_so_in_openais_object(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    data, status = BAD_HEADS[name]
+    async with serving(endpoint()) as site, site.connect() as wire:
+        await wire.send(data)
+        answer = await wire.answer()
+        assert answer.error.status == status
+        assert await wire.rest() == b"", "one answer, and the connection ends"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_headers_of_proxies_may_be_long() -> None:
+    async with serving(endpoint()) as site:
+        assert (await site.ask(get("/v1/models", "Cookie: " + "x" * 30_000))).status == 200
+
+
+async def test_one_head_may_not_be_sent_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_HEAD_BYTES", 10_000)
+    async with serving(endpoint()) as site, site.connect() as wire:
+        await wire.send(get("/v1/models", *["X: " + "y" * 900] * 5)[:-2])
+        await asyncio.sleep(0.1)
+        await wire.send(b"".join(b"X: %s\r\n" % (b"y" * 900) for _ in range(10)))
+        assert (await wire.answer()).error.status == 431
+
+
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nabcdeXX", b"-1\r\n", b"ffffffffffffffffff\r\n"])
+async def test_broken_chunks_are_a_400(rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(endpoint()) as site, site.connect() as wire:
+        await wire.send(post(b"4\r\n{   \r\n", "Transfer-Encoding: chunked"))
+        await asyncio.sleep(0.1)
+        await wire.send(rest)
+        assert (await wire.answer()).error.status == 400
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (get("/v1/nothing"), 404),
+        (post(b"{}", path="/v1/models"), 405),
+        (get("/v1/chat/completions"), 405),
+        (post(b"not json"), 400),
+        (b"PUT /v1/models HTTP/1.0\r\n\r\n", 405),
+    ],
+)
+async def test_every_error_is_openais_object(request_bytes: bytes, status: int) -> None:
+    async with serving(endpoint()) as site:
+        answer = await site.ask(request_bytes)
+        assert answer.error.status == status
+        assert ("allow" in answer.headers) is (status == 405)
+
+
+# Expectations.
+
+
+async def expecting(site: Site, *headers: str, path: str = "/v1/chat/completions") -> int:
+    """The status that comes before the body is sent."""
+    async with site.connect() as wire:
+        await wire.send(post(b"", *headers, path=path))
+        return (await wire.head())[0]
+
+
+async def test_a_body_is_asked_for_when_it_will_be_taken() -> None:
+    async with serving(endpoint(max_request_mib=1)) as site, site.connect() as wire:
+        await wire.send(post(b"", "Expect: 100-Continue", f"Content-Length: {len(CHAT)}"))
+        assert (await wire.head())[0] == 100
+        await wire.send(CHAT)
+        assert json.loads((await wire.answer()).body)["choices"]
+        large, length = f"Content-Length: {2 << 20}", f"Content-Length: {len(CHAT)}"
+        assert await expecting(site, "Expect: 100-continue", large) == 413
+        assert await expecting(site, "Expect: 100-continue", length, "Content-Encoding: gzip") == 415
+        assert await expecting(site, "Expect: 100-continue", length, path="/v1/nothing") == 404
+        assert await expecting(site, "Expect: the-moon", length) == 417
+    async with serving(endpoint(api_key=("secret",))) as site:
+        assert await expecting(site, "Expect: 100-continue", length) == 401
+
+
+async def test_who_does_not_wait_for_continue_need_not() -> None:
+    async with serving(endpoint()) as site, site.connect() as wire:
+        await wire.send(post(CHAT, "Expect: 100-continue"))
+        assert (await wire.answer()).status == 200

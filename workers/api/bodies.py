@@ -1,0 +1,85 @@
+"""The bodies of requests: which are taken, how fast they must come, and what they cost."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+
+from pipeline.config import MIB
+from pipeline.errors import RequestError
+from workers.api.budget import Lease
+
+BASE_BYTES = 256 << 10  # of the budget, that each request takes: what comes in before it is looked at
+STEP_BYTES = 1 << 20  # by which a body of unknown length takes more
+EXPECTATION = web.RequestKey("expectation", str)  # the `Expect` header, which aiohttp is not shown
+CONTINUE_WORD = "100-continue"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How fast a body must come in: after `grace_s` seconds, at `bytes_per_s` on the average."""
+
+    grace_s: float = 30.0
+    bytes_per_s: float = 16 << 10
+
+
+def refuse_body(request: web.Request, max_mib: int) -> None:
+    """Raises RequestError for a body that is refused by its head.
+
+    415: it is not sent as it is. A compressed MiB may be a GiB, and inflating takes the event loop's time: nothing is
+    inflated here, refused bodies included, so `auto_decompress` must be off where the connection is made.
+    """
+    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
+        for value in request.headers.getall(header, []):
+            for coding in value.split(","):
+                if (name := coding.strip().lower()) not in ("", plain):
+                    what = f"{header} {name[:40]!r} is not taken: send the body as it is"
+                    raise RequestError(what, status=415)
+    if (request.content_length or 0) > max_mib * MIB:
+        raise too_large(max_mib)
+    if request.get(EXPECTATION, CONTINUE_WORD).lower() != CONTINUE_WORD:
+        raise RequestError("of what may be expected only 100-continue is served", status=417)
+
+
+def too_large(max_mib: int) -> RequestError:
+    return RequestError(f"the body is larger than {max_mib} MiB", status=413)
+
+
+async def read_body(request: web.Request, lease: Lease, pace: Pace, max_mib: int) -> bytearray:
+    """The whole body. Its bytes are taken from the budget before they are read.
+
+    Raises RequestError: 400 for a broken body, 408 for one that comes too slowly, 413, 503.
+    """
+    await lease.grow(request.content_length or 0)
+    await _say_continue(request)
+    body = bytearray()
+    started = asyncio.get_running_loop().time()
+    while True:
+        try:
+            async with asyncio.timeout_at(started + pace.grace_s + len(body) / pace.bytes_per_s):
+                chunk = await request.content.readany()
+        except TimeoutError:
+            raise RequestError("the body comes too slowly", status=408) from None
+        except web.RequestPayloadError:
+            raise RequestError("the body is not what its head says: its length or its chunks are wrong") from None
+        if not chunk:
+            return body
+        num_bytes = len(body) + len(chunk)
+        if num_bytes > max_mib * MIB:
+            raise too_large(max_mib)
+        if num_bytes > lease.num_bytes:
+            began = asyncio.get_running_loop().time()
+            await lease.grow(num_bytes + STEP_BYTES)
+            started += asyncio.get_running_loop().time() - began  # we did not read
+        body += chunk
+
+
+async def _say_continue(request: web.Request) -> None:
+    """Asks for the body, where the client waits to be asked."""
+    if EXPECTATION in request and request.version >= HttpVersion11 and not request.content.is_eof():
+        await request.writer.write(CONTINUE)
+        request.writer.output_size = 0  # the answer has not begun

@@ -1,0 +1,145 @@
+"""How much memory all requests of the endpoint may hold together, and who may have how much of it.
+
+A request takes its part before memory grows. What is not there is waited for, in turn, for a moment; then the request is refused.
+One client never has all of it: who holds at most `SHARE` times what is free leaves room for those who hold little, however
+many ask for much (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet
+Switches").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipeline.config import MIB, ApiConfig
+from pipeline.errors import RequestError
+
+PATIENCE_S = 2.0  # of who waits for memory
+SHARE = 3.0  # alone a client has three quarters
+LEAST_BODIES, MOST_BODIES = 4, 16  # of the largest size, that there is room for by default
+MACHINE_SHARE = 16  # of the machine's memory, one part in so many
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    lease: Lease
+    num_bytes: int
+    turn: asyncio.Future[None]
+
+
+class Budget:
+    """Belongs to one event loop."""
+
+    def __init__(self, limit: int, patience_s: float = PATIENCE_S) -> None:
+        self._limit, self._patience_s = limit, patience_s
+        self.num_bytes = 0  # taken
+        self._taken: Counter[str] = Counter()  # by owner
+        self._waiting: list[_Waiting] = []
+
+    def _has_room(self, owner: str, num_bytes: int) -> bool:
+        free = self._limit - self.num_bytes - num_bytes
+        return free >= 0 and self._taken[owner] + num_bytes <= SHARE * free
+
+    async def take(self, lease: Lease, num_bytes: int) -> None:
+        """Raises RequestError (503) if there is no room for `num_bytes` more within the patience."""
+        waiting = _Waiting(lease, num_bytes, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._grant()
+        if waiting.turn.done():
+            return
+        try:
+            await asyncio.wait([waiting.turn], timeout=self._patience_s)
+        finally:
+            if not waiting.turn.done():
+                self._waiting.remove(waiting)
+                self._grant()
+        if not waiting.turn.done():
+            raise RequestError("the server has no memory left for this request", status=503)
+
+    def give(self, owner: str, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+        self._taken[owner] -= num_bytes
+        if not self._taken[owner]:
+            del self._taken[owner]
+        self._grant()
+
+    def _grant(self) -> None:
+        """To each owner in the order in which it has asked."""
+        blocked: set[str] = set()
+        for waiting in list(self._waiting):
+            owner = waiting.lease.owner
+            if owner in blocked or not self._has_room(owner, waiting.num_bytes):
+                blocked.add(owner)
+                continue
+            self._waiting.remove(waiting)
+            self.num_bytes += waiting.num_bytes
+            self._taken[owner] += waiting.num_bytes
+            waiting.lease.num_bytes += waiting.num_bytes
+            waiting.turn.set_result(None)
+
+
+class Lease:
+    """What one request has taken. Given back when it is closed and its media are gone, whoever had them last."""
+
+    def __init__(self, budget: Budget, owner: str) -> None:
+        self._budget, self.owner = budget, owner
+        self.num_bytes = 0
+        self._num_views = 0
+        self._is_closed = False
+
+    async def grow(self, num_bytes: int) -> None:
+        """To so many bytes at least. Raises RequestError (503) if there is no room."""
+        if (more := num_bytes - self.num_bytes) > 0:
+            await self._budget.take(self, more)
+
+    def keep(self, views: Sequence[memoryview]) -> None:
+        """Is not given back before these are gone: a socket may still have them when the request has ended."""
+        loop = asyncio.get_running_loop()
+
+        def on_gone() -> None:  # perhaps in a thread of ZeroMQ's
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._drop_view)
+
+        for view in views:
+            self._num_views += 1
+            weakref.finalize(view, on_gone).atexit = False
+
+    def _drop_view(self) -> None:
+        self._num_views -= 1
+        self._settle()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._is_closed and not self._num_views and self.num_bytes:
+            num_bytes, self.num_bytes = self.num_bytes, 0
+            self._budget.give(self.owner, num_bytes)
+
+
+def memory_mib(config: ApiConfig) -> int:
+    """For bodies: as the option says, or what this machine affords."""
+    if config.api_memory_mib is not None:
+        return config.api_memory_mib
+    affordable = machine_memory() // MACHINE_SHARE // MIB
+    return max(LEAST_BODIES * config.max_request_mib, min(MOST_BODIES * config.max_request_mib, affordable))
+
+
+def machine_memory(meminfo: Path = Path("/proc/meminfo"), own: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> int:
+    """Bytes that the machine has, or the container, whichever is less."""
+    total = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
+    limits = [total]
+    with contextlib.suppress(OSError):
+        paths = [PurePosixPath(line.split(":", 2)[2]).relative_to("/") for line in own.read_text().splitlines()]
+        for folder in {root / group for path in paths for group in (path, *path.parents)} | {root / "memory"}:
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    limits.append(int((folder / name).read_text()))
+    return min(limits)

@@ -1,0 +1,308 @@
+"""The endpoint's connections: what aiohttp's protocol leaves open, closed.
+
+How many there are, how long a client may take for a head, for nothing at all, and to read what it is sent; what is answered to
+bytes that are no HTTP. Once a second all connections are looked at. (The time of a body is `read_body`'s.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+from dataclasses import dataclass
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.http import HttpVersion11, RawRequestMessage
+from aiohttp.http_exceptions import BadHttpMethod, InvalidURLError, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from pipeline.errors import ErrorInfo
+from workers.api.bodies import EXPECTATION
+from workers.api.errors import LAST_WORDS_S, error_response, raw_error_response
+
+logger = logging.getLogger(__name__)
+MAX_LINE_BYTES = 32 << 10  # of the request's line and of each header: cookies and tokens of proxies are long
+MAX_HEAD_BYTES = 128 << 10
+READ_BUFFER_BYTES = 64 << 10  # of a body that nobody has read yet; the transport pauses at twice that
+REFUSED_BODY_S = 5.0  # its rest is read so long: a client that is cut off while it sends does not read the answer
+REFUSED_HEAD_S = 1.0  # the same after bytes that are no HTTP
+MAX_CONNECTIONS = 8192
+OTHER_FILES = 128  # descriptors for all else that this process opens
+WATCH_INTERVAL_S = 0.5
+NEVER_S = 7 * 24 * 3600.0  # aiohttp's own patience would end a head that is just coming in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a client may take, in seconds."""
+
+    head_s: float = 10.0  # from the first byte of a head, or from the connection's beginning, to the head's end
+    idle_s: float = 75.0  # between two requests
+    reading_s: float = 60.0  # without taking anything of what is sent to it
+    closing_s: float = 5.0  # to take the last of it
+
+
+def max_connections() -> int:
+    """As many as the limit of open files leaves room for."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MAX_CONNECTIONS, most - OTHER_FILES if most >= 2 * OTHER_FILES else most // 2)
+
+
+class HttpConnection(web.RequestHandler):
+    def __init__(self, server: HttpServer, patience: Patience, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server, self._patience = server, patience
+        self._tcp: asyncio.Transport | None = None  # also when `transport` is gone already
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the newest request
+        self._head_since: float | None = None  # when the head that is coming in began
+        self._num_head_bytes = 0
+        self._heard = 0.0
+        self._blocked_since: float | None = None  # the client takes nothing
+        self._closing_since: float | None = None
+        self._is_broken = False  # what still comes is thrown away
+        self._has_left = asyncio.Event()  # the client sends no more
+
+    # What comes in.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._tcp = cast(asyncio.Transport, transport)
+        self._heard = self._head_since = self._loop.time()
+        if self._server.make_room():
+            super().connection_made(transport)
+        else:
+            self._is_broken = True
+            self._tcp.write(raw_error_response(ErrorInfo(503, "too many connections are open")))
+            self._tcp.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_broken:
+            return
+        was_in_body, num_requests = not self._body.is_eof(), self._request_count
+        super().data_received(data)
+        if data:
+            self._heard = self._loop.time()
+        if self._request_count > num_requests:
+            self._on_head()
+        elif data and not was_in_body:
+            self._num_head_bytes += len(data)
+            if self._head_since is None:
+                self._head_since = self._heard
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._refuse_head(ErrorInfo(431, f"the head is longer than {MAX_HEAD_BYTES >> 10} KiB"))
+
+    def _on_head(self) -> None:
+        """The parser has handed out a request, or an error."""
+        self._head_since, self._num_head_bytes = None, 0
+        message, body = self._messages[-1]
+        if isinstance(message, RawRequestMessage):
+            self._body = body
+            return
+        self._is_broken = True
+        if not self._body.is_eof() and self._waiter is None:  # it is told by the request whose body this was to be
+            self._messages.pop()
+            self._body.set_exception(web.RequestPayloadError("broken"))
+            self._body.feed_eof()
+
+    def eof_received(self) -> None:
+        self._has_left.set()
+        super().eof_received()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._has_left.set()
+        self._tcp = None
+        super().connection_lost(exc)
+
+    # What goes out.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._blocked_since = self._loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._blocked_since = None
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """The answer to what aiohttp's parser refuses, which is a client's mistake, and to a mistake of ours."""
+        if status == 500:
+            logger.error("a request failed", exc_info=exc)
+        else:
+            logger.debug("no HTTP from %s: %s", request.remote, type(exc).__name__)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        response = error_response(explain(status, exc))
+        response.force_close()
+        return response
+
+    async def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> tuple[web.StreamResponse, bool]:
+        is_last = self._is_broken and not self._messages
+        if is_last:
+            resp.force_close()
+        finished = await super().finish_response(request, resp, start_time)
+        self._heard = self._loop.time()
+        if is_last:
+            await self._linger()
+        return finished
+
+    async def _linger(self) -> None:
+        """Closing while bytes still come would take the answer away from the client."""
+        if self._tcp is not None and not self._tcp.is_closing():
+            self._tcp.write_eof()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_left.wait(), REFUSED_HEAD_S)
+
+    def _refuse_head(self, error: ErrorInfo) -> None:
+        self._is_broken = True
+        if self._tcp is not None and self.is_idle:
+            self._tcp.write(raw_error_response(error))
+            self._tcp.write_eof()
+            self._loop.call_later(REFUSED_HEAD_S, self.force_close)
+        else:
+            self.force_close()
+
+    # How long it takes.
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is under way."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def idle_since(self) -> float:
+        """For whoever looks for a connection to be closed; a head that does not end counts from its beginning."""
+        return self._heard if self._head_since is None else self._head_since
+
+    def watch(self, now: float) -> None:
+        """Ends the connection if its client takes too long."""
+        patience, tcp = self._patience, self._tcp
+        if tcp is None:
+            return
+        if tcp.is_closing():
+            self._closing_since = self._closing_since or now
+            if now - self._closing_since > patience.closing_s:
+                tcp.abort()
+        elif self._blocked_since is not None and now - self._blocked_since > patience.reading_s:
+            logger.debug("a client does not read its answer: cut off")
+            tcp.abort()
+        elif self.is_idle and not self._is_broken:
+            if self._head_since is None:
+                if now - self._heard > patience.idle_s:
+                    self.force_close()
+            elif now - self._head_since > patience.head_s:
+                if self._num_head_bytes:
+                    self._refuse_head(ErrorInfo(408, "the head of the request comes too slowly"))
+                else:
+                    self.force_close()
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109
+        """Handlers that do not end in time may still tell it to their clients, before the transport is taken from them."""
+        if (task := self._task_handler) is not None:
+            await asyncio.wait([task], timeout=timeout)
+            task.cancel()
+            await asyncio.wait([task], timeout=LAST_WORDS_S)
+        await super().shutdown(timeout)
+
+
+def explain(status: int, error: BaseException | None) -> ErrorInfo:
+    """Without the client's own bytes, which aiohttp's message would show."""
+    match error:
+        case LineTooLong():
+            return ErrorInfo(431, f"a line of the head is longer than {MAX_LINE_BYTES >> 10} KiB")
+        case BadHttpMethod():
+            return ErrorInfo(status, "this is no HTTP request: its method is none")
+        case InvalidURLError():
+            return ErrorInfo(status, "the URL of the request is not valid")
+        case _ if status < 500:
+            return ErrorInfo(status, "the request is not valid HTTP")
+        case _:
+            return ErrorInfo(500, "the server made a mistake")
+
+
+class HttpServer(web.Server):
+    """Makes connections, not too many of them."""
+
+    def __init__(self, patience: Patience, most: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._patience, self._most = patience, most
+
+    def __call__(self) -> HttpConnection:
+        return HttpConnection(self, self._patience, loop=self._loop, **self._kwargs)
+
+    def make_room(self) -> bool:
+        """For one more; where all places are taken, the connection that has been idle for longest gives its place."""
+        if len(self._connections) < self._most:
+            return True
+        idle = [connection for connection in self._ours() if connection.is_idle]
+        if not idle:
+            return False
+        min(idle, key=lambda connection: connection.idle_since).force_close()
+        return True
+
+    def watch(self, now: float) -> None:
+        for connection in self._ours():
+            connection.watch(now)
+
+    def _ours(self) -> list[HttpConnection]:
+        return cast(list[HttpConnection], self.connections)
+
+
+class HttpRunner(web.AppRunner):
+    """An `AppRunner` for strangers' requests."""
+
+    def __init__(self, application: web.Application, patience: Patience | None = None, most_connections: int | None = None, **options: Any) -> None:
+        super().__init__(application, **options)
+        self._patience = patience or Patience()
+        self._most_connections = max_connections() if most_connections is None else most_connections
+        self._watching: asyncio.Task[None] | None = None
+
+    async def _make_server(self) -> HttpServer:
+        made = await super()._make_server()
+        server = HttpServer(
+            self._patience,
+            self._most_connections,
+            handler=made.request_handler,
+            request_factory=_without_expectation(made.request_factory),
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=NEVER_S,
+            lingering_time=REFUSED_BODY_S,
+            read_bufsize=READ_BUFFER_BYTES,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
+        )
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(WATCH_INTERVAL_S)
+                server.watch(asyncio.get_running_loop().time())
+
+        self._watching = asyncio.create_task(watch())
+        return server
+
+    async def _cleanup_server(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await super()._cleanup_server()
+
+
+def _without_expectation(make_request: Any) -> Any:
+    """aiohttp answers `Expect: 100-continue` before anybody has looked at the request. `read_body` does it instead."""
+
+    def make(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        expectation = message.headers.get("Expect")
+        if expectation is None:
+            return cast(web.BaseRequest, make_request(message, *rest))
+        headers = CIMultiDict(message.headers)
+        headers.popall("Expect")
+        request: web.BaseRequest = make_request(message._replace(headers=CIMultiDictProxy(headers)), *rest)
+        if message.version >= HttpVersion11:
+            request[EXPECTATION] = expectation
+        return request
+
+    return make
