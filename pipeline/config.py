@@ -16,6 +16,8 @@ from pipeline.log import LEVELS
 MIB = 1 << 20
 MAX_OPEN_CHUNKS = 1 << 16  # each takes at most four messages on an edge: all together stay below the high-water mark
 MAX_ITEMS = 1024  # pictures of one request, with those that are frames of a video: each may ride in a frame of its own
+MAX_MESSAGES = 1024  # of one request
+MAX_PARTS = 4096  # of all messages of one request
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -7,6 +7,15 @@ import reprlib
 import msgspec
 
 MAX_SHOWN = 80  # characters of a value in an error's text
+MAX_MESSAGE = 300  # characters of an error that a client is told
+MAX_FIELD = 200
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring, _REPR.maxlong = 2, 3, 3, 60, 40
+
+
+def brief(value: object) -> str:
+    """What a client sent, for an error that echoes it: short however large it is, and two levels deep at most."""
+    return _REPR.repr(value)[:120]
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,15 +27,24 @@ class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RequestError(Exception):
-    """Ends one request. `message` reaches the client, so it never carries the text of a decoder or of the system."""
+    """Ends one request. `message` reaches the client: it never carries the text of a decoder or of the system.
+
+    Both texts may echo what a client sent. They are cut, and without lone surrogates, which no encoder takes.
+    """
 
     def __init__(self, message: str, *, field: str = "", status: int = 400) -> None:
+        message = _printable(message, MAX_MESSAGE)
         super().__init__(message)
-        self.info = ErrorInfo(status, message, field)
+        self.info = ErrorInfo(status, message, _printable(field, MAX_FIELD))
 
     @classmethod
     def from_info(cls, info: ErrorInfo) -> RequestError:
         return cls(info.message, field=info.field, status=info.status)
+
+
+def _printable(text: str, limit: int) -> str:
+    kept = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return kept.encode("utf-8", "replace").decode()
 
 
 class PipelineError(Exception):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.client import Piece, PipelineClient
 from pipeline.data_urls import move_data_urls
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, brief
 from pipeline.families import ModelInfo
 from workers.api.protocol import ChatCompletionRequest, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
 from workers.api.stream import Completion
@@ -26,7 +26,8 @@ def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: s
     """Raises RequestError for what is not served. Drop `body` then: of its media, their bytes are all that is needed."""
     refuse_unserved(body)
     if body.model and body.model != model_name:
-        raise RequestError(f"the model {body.model!r} is not served here, only {model_name!r}", field="model", status=404)
+        what = f"the model {brief(body.model)} is not served here, only {model_name!r}"
+        raise RequestError(what, field="model", status=404)
     messages, sampling = to_messages(body), to_sampling(body, dict(info.default_sampling))
     completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
     frames: list[bytes | memoryview] = []

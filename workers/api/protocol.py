@@ -7,53 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal, assert_never
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from pipeline.errors import ErrorInfo, RequestError
-from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.config import MAX_MESSAGES, MAX_PARTS
+from pipeline.errors import ErrorInfo, RequestError, brief
+from pipeline.messages import ChatMessage, Part
 from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
+from workers.api.parts import to_part
 
 MAX_CHOICES = 16
+MANY_OBJECTS = 1 << 17  # opening braces in a body from which on its parts are counted before it is decoded
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-class ImageUrl(msgspec.Struct):
-    url: str
-    detail: Literal["auto", "low", "high"] = "auto"
-
-
-class TextContent(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
-
-
-class ImageContent(msgspec.Struct, tag_field="type", tag="image_url"):
-    image_url: ImageUrl | str | None = None  # none: the content is what was sent under this uuid before
-    uuid: str | None = None
-    min_pixels: int | None = None  # it is resized to an area in these limits, narrower than the server's
-    max_pixels: int | None = None
-
-
-class VideoUrl(msgspec.Struct):
-    url: str | list[str]  # a list: the frames
-
-
-class VideoContent(msgspec.Struct, tag_field="type", tag="video_url"):
-    video_url: VideoUrl | str | list[str] | None = None
-    uuid: str | None = None
-    fps: float | None = None  # frames a second that the model sees
-    max_frames: int | None = None
-    min_pixels: int | None = None  # of each frame
-    max_pixels: int | None = None
-
-
-Content = TextContent | ImageContent | VideoContent
 
 
 class RequestMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
-    content: str | list[Content] | None = None
+    content: str | list[dict[str, Any]] | None = None  # its parts: see parts.py
     name: str | None = None  # a label for people: no chat template of the family shows it
     # What OpenAI's client sends back of an earlier answer; only empty values are taken.
     refusal: str | None = None
@@ -122,35 +94,79 @@ NEUTRAL_IN_MESSAGE = ("refusal", "annotations", "audio", "function_call", "tool_
 _DECODER = msgspec.json.Decoder(ChatCompletionRequest, strict=True)
 
 
+class _OutlineMessage(msgspec.Struct):
+    content: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Outline(msgspec.Struct):
+    """A body of which nothing is made but a list of its messages."""
+
+    messages: list[msgspec.Raw] = []
+
+
 def decode_request(body: bytes | bytearray) -> ChatCompletionRequest:
     """Raises RequestError, naming the field, for a body that is no such request."""
     try:
+        if body.count(b"{") > MANY_OBJECTS:
+            _refuse_many_parts(body)
         try:
-            return _DECODER.decode(body)
+            request = _DECODER.decode(body)
         except msgspec.ValidationError:
             raise
-        except msgspec.DecodeError:
-            # Python clients write NaN and Infinity; read so, the range checks can name the field that holds it.
-            return msgspec.convert(json.loads(body), ChatCompletionRequest)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # Python clients write NaN, Infinity and lone surrogates; read so, the checks can name their field.
+            request = msgspec.convert(json.loads(body), ChatCompletionRequest)
+            _refuse_lone_surrogates(request)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `")
         missing = re.search(r"(?:missing required|contains unknown) field `([^`]+)`", message)
         parts = [path.rstrip("`").removeprefix("$").removeprefix("."), missing.group(1) if missing else ""]
         field = ".".join(part for part in parts if part)
         raise RequestError(f"{message}{f' in {field}' if field else ''}", field=field) from None
-    except (ValueError, RecursionError):
-        raise RequestError("the body is not valid JSON") from None
+    except (ValueError, RecursionError, OverflowError):
+        raise RequestError("the body is not valid JSON, or nested too deep") from None
+    _check_counts([one.content for one in request.messages])
+    return request
+
+
+def _check_counts(contents: Sequence[object]) -> None:
+    if (count := len(contents)) > MAX_MESSAGES:
+        raise RequestError(f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages")
+    if (count := sum(len(content) for content in contents if isinstance(content, list))) > MAX_PARTS:
+        raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
+
+
+def _refuse_many_parts(body: bytes | bytearray) -> None:
+    """Counts messages and parts before objects are made of them; braces may as well stand in a text."""
+    messages = msgspec.json.decode(body, type=_Outline).messages
+    _check_counts(messages)
+    contents = [msgspec.json.decode(message, type=_OutlineMessage).content for message in messages]
+    lists = [content for content in contents if memoryview(content)[:1] == b"["]
+    _check_counts([msgspec.json.decode(content, type=list[msgspec.Raw]) for content in lists])
+
+
+def _refuse_lone_surrogates(request: ChatCompletionRequest) -> None:
+    """Half a character, of a text that was cut in the middle: no encoder takes it."""
+    fields = {name: getattr(request, name) for name in request.__struct_fields__ if name != "messages"}
+    fields |= {f"messages[{index}]": message for index, message in enumerate(request.messages)}
+    for field, value in fields.items():
+        try:
+            msgspec.json.encode(value)
+        except UnicodeEncodeError:
+            raise RequestError("half a character (a lone surrogate) is no text", field=field) from None
 
 
 def refuse_unserved(request: ChatCompletionRequest) -> None:
     for field, neutral in NEUTRAL.items():
         value = getattr(request, field)
         if value is not None and value not in neutral:
-            raise RequestError(f"{field} is not served by this server, got {value}", field=field)
+            raise RequestError(f"{field} is not served by this server, got {brief(value)}", field=field)
     for index, message in enumerate(request.messages):
         for field in NEUTRAL_IN_MESSAGE:
             if getattr(message, field):
                 raise RequestError(f"{field} in a message is not served by this server", field=f"messages[{index}].{field}")
+    if request.priority is not None and not -(2**31) <= request.priority < 2**31:
+        raise RequestError(f"priority must fit 32 bits, got {brief(request.priority)}", field="priority")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options need stream to be true", field="stream_options")
 
@@ -163,35 +179,10 @@ def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
     ]
 
 
-def _to_content(content: str | list[Content] | None, index: int) -> str | tuple[Part, ...]:
+def _to_content(content: str | list[dict[str, Any]] | None, index: int) -> str | tuple[Part, ...]:
     if content is None or isinstance(content, str):
         return content or ""
-    return tuple(_to_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
-
-
-def _to_part(part: Content, field: str) -> Part:
-    match part:
-        case TextContent():
-            return TextPart(part.text)
-        case ImageContent():
-            image = part.image_url if isinstance(part.image_url, ImageUrl) else ImageUrl(part.image_url or "")
-            if image.detail == "low":
-                raise RequestError("detail 'low' is not served; max_pixels beside image_url limits the size", field=f"{field}.image_url.detail")
-            if not image.url and not (part.image_url is None and part.uuid):
-                raise RequestError("the URL of a picture must not be empty", field=f"{field}.image_url")
-            return ImagePart(url=image.url, uuid=part.uuid or "", min_pixels=part.min_pixels, max_pixels=part.max_pixels)
-        case VideoContent():
-            url = part.video_url.url if isinstance(part.video_url, VideoUrl) else part.video_url
-            if not (url is None and part.uuid) and (not url or not all(url)):
-                raise RequestError("the URL of a video, and of each frame in a list of them, must not be empty", field=f"{field}.video_url")
-            if isinstance(url, list) and part.uuid:
-                raise RequestError("a list of frames has no uuid", field=f"{field}.uuid")
-            return VideoPart(
-                url=url if isinstance(url, str) else "", frames=tuple(ImagePart(url=frame) for frame in url) if isinstance(url, list) else (),
-                uuid=part.uuid or "", fps=part.fps, max_frames=part.max_frames, min_pixels=part.min_pixels, max_pixels=part.max_pixels,
-            )  # fmt: skip
-        case _:
-            assert_never(part)
+    return tuple(to_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
 
 
 def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> SamplingParams:
@@ -202,8 +193,8 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
         return defaults.get(name, fallback) if value is None else value
 
     for field in ("max_tokens", "max_completion_tokens"):
-        if (limit := getattr(request, field)) is not None and limit < 1:
-            raise RequestError(f"{field} must be at least 1, got {limit}", field=field)
+        if (limit := getattr(request, field)) is not None and not 1 <= limit < 2**31:
+            raise RequestError(f"{field} must be at least 1 and fit 32 bits, got {brief(limit)}", field=field)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_LOGPROBS:

@@ -7,7 +7,6 @@ refused unless an option allows them; each redirect is checked like the first UR
 from __future__ import annotations
 
 import asyncio
-import binascii
 import hashlib
 import ipaddress
 import os
@@ -26,6 +25,7 @@ from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from pipeline.config import MIB, PreprocessConfig
+from pipeline.data_urls import forgiving_base64
 from pipeline.errors import RequestError
 from workers.preprocess.videos import VideoFile
 
@@ -33,6 +33,8 @@ D = TypeVar("D")
 MAX_REDIRECTS = 3
 MAX_CONCURRENT_DOWNLOADS = 32
 CHUNK_BYTES = 1 << 16
+MAX_URL = 1 << 16  # characters
+NO_URL = "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind data:image/png;base64, or the like"
 WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 
@@ -165,6 +167,7 @@ class Fetcher:
         def read_file(path: str) -> Fetched[D]:
             return Fetched(self._read_file(path, field, max_bytes, open_file), None)
 
+        check_form(url, field)
         if url.startswith("/"):
             return await asyncio.to_thread(read_file, url)
         try:
@@ -179,7 +182,7 @@ class Fetcher:
                     (parsed, validators, body), lambda: self._download(parsed, field, validators, partial(body, max_bytes)), field
                 )
             case _:
-                raise RequestError("a media URL must begin with http://, https://, data: or file://", field=field)
+                raise RequestError(NO_URL, field=field)
 
     def _read_file(self, path: str, field: str, max_bytes: int, open_file: Callable[[int, int], D]) -> D:
         """Judges the path, and again what was opened, so that nothing can be put in its place meanwhile."""
@@ -292,6 +295,17 @@ class Fetcher:
             await self._session.close()
 
 
+def check_form(url: str, field: str) -> None:
+    """Before anything is parsed: a client's mistake may be as large as a picture."""
+    start = url[:8].lower()
+    # A JPEG in base64 begins like a path.
+    is_path = start.startswith("/") and not start.startswith("/9j/")
+    if not is_path and not start.startswith(("http:", "https:", "file:")):
+        raise RequestError(NO_URL, field=field)
+    if len(url) > MAX_URL:
+        raise RequestError(f"a media URL has at most {MAX_URL} characters, this has {len(url)}", field=field)
+
+
 def _read_all(fd: int, max_bytes: int) -> bytes:
     with open(fd, "rb", closefd=False) as file:
         return file.read(max_bytes)
@@ -308,10 +322,11 @@ def too_large(max_bytes: int, field: str) -> RequestError:
 
 
 def decode_base64(data: bytes | memoryview, max_bytes: int, field: str) -> bytes:
-    """Strict base64, with or without padding. Raises RequestError when it is broken or decodes to more than `max_bytes`."""
-    if len(data) * 3 // 4 > max_bytes + 3:
-        raise too_large(max_bytes, field)
+    """Base64 as browsers take it. Raises RequestError when it is broken or decodes to more than `max_bytes`."""
     try:
-        return binascii.a2b_base64(bytes(data) + b"=" * (-len(data) % 4), strict_mode=True)
-    except binascii.Error:
+        decoded = forgiving_base64(bytes(data))
+    except ValueError:
         raise RequestError("the base64 data of the media is broken", field=field) from None
+    if len(decoded) > max_bytes:
+        raise too_large(max_bytes, field)
+    return decoded

@@ -17,7 +17,7 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from pipeline.config import MAX_ITEMS, MAX_OPEN_CHUNKS, MIB, PreprocessConfig
+from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_OPEN_CHUNKS, MAX_PARTS, MIB, PreprocessConfig
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo
@@ -61,7 +61,6 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
-MAX_MESSAGES = 1024
 MAX_SALT_BYTES = 256
 MAX_OVERLOAD = 2  # times the open requests that are taken in, so many may be gone on with
 
@@ -182,6 +181,8 @@ class Preprocessor:
             raise RequestError("messages must not be empty", field="messages")
         if len(message.messages) > MAX_MESSAGES:
             raise RequestError(f"there are {len(message.messages)} messages, the limit is {MAX_MESSAGES}", field="messages")
+        if (count := sum(0 if isinstance(one.content, str) else len(one.content) for one in message.messages)) > MAX_PARTS:
+            raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
         if message.num_received < 0 or message.attempt < 1:
             raise RequestError("attempt and num_received count from 1 and 0", field="attempt")
         if len(message.output_token_ids) % 4:

@@ -18,7 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, brief
 from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
 
 ROLES = ("system", "user", "assistant")
@@ -91,7 +91,8 @@ class ChatPrompt:
 
     def _as_template_message(self, index: int, message: ChatMessage, mark: str) -> dict[str, Any]:
         if message.role not in ROLES:
-            raise RequestError(f"unknown role {message.role!r}; known are {', '.join(ROLES)}", field=f"messages[{index}].role")
+            what = f"unknown role {brief(message.role)}; known are {', '.join(ROLES)}"
+            raise RequestError(what, field=f"messages[{index}].role")
 
         def plain(text: str) -> str:
             return self._first_characters.sub(lambda match: match.group() + mark, text)

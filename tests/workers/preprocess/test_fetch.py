@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import time
@@ -219,6 +220,22 @@ async def test_only_allowed_hosts(base: str, get: Get) -> None:
 async def test_other_urls_are_refused(url: str, get: Get) -> None:
     with pytest.raises(RequestError):
         await get(url)
+
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(300)).decode()
+JPEG = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(300)).decode()
+
+
+@pytest.mark.parametrize("url", [PNG, JPEG, "R0lGODlhAQ", "UklGRg", "AAAAIGZ0eXA", JPEG + "A" * 10**7, "a/b.png"], ids=len)
+async def test_base64_that_is_no_url_is_told_what_a_url_begins_with(url: str, get: Get, tmp_path: Path) -> None:
+    for allowed in ("", str(tmp_path)):
+        with pytest.raises(RequestError, match=r"must begin with http.*base64 alone is none: it goes behind data:"):
+            await get(url, allowed_local_media_path=allowed)
+
+
+async def test_a_url_has_a_length(get: Get) -> None:
+    with pytest.raises(RequestError, match="at most 65536 characters"):
+        await get("http://host/" + "x" * 10**7)
 
 
 async def test_files_only_under_the_allowed_folder(get: Get, tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Content parts of a chat as clients write them, and as the pipeline has them.
+
+OpenAI's clients, vLLM's and Qwen's own tools put the same settings beside a URL or inside its object, and Qwen's have
+part types of their own: docs/parts.md lists what is served. A key that would change the answer and is not served is
+refused by name. Numbers are only checked for what the wire can carry: what they may be depends on the model, and on
+the media, so preprocess judges it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping
+from functools import partial
+from typing import Any
+
+from pipeline.errors import RequestError, brief
+from pipeline.messages import ImagePart, Part, TextPart, VideoPart
+
+Fields = Mapping[str, Any]
+MAX_NUMBER = 2.0**63  # what a wire integer holds
+LOW_DETAIL_PIXELS = 512 * 512  # `detail: "low"`: the size in which OpenAI's models see it
+FULL_DETAILS = ("auto", "high", "original")
+# Where the URL stands, by the part's type.
+IMAGE_SOURCES = {"image_url": ("image_url",), "image": ("image", "image_url", "url")}
+VIDEO_SOURCES = {"video_url": ("video_url",), "video": ("video", "video_url", "url")}
+TYPES = ("text", *IMAGE_SOURCES, *VIDEO_SOURCES)
+# Settings by the kind of their number: an area may be a float, as clients compute some of them.
+IMAGE_SETTINGS = {"min_pixels": "area", "max_pixels": "area"}
+VIDEO_SETTINGS = {**IMAGE_SETTINGS, "fps": "real", "max_frames": "whole"}
+SIZES = frozenset(("min_pixels", "max_pixels"))  # with one of them, `detail` says nothing more
+# Keys that say nothing about the answer, whatever their value is.
+LABELS = {
+    *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "id", "index", "name", "title", "alt"),
+    *("filename", "format", "mime_type", "media_type", "provider_options", "provider_metadata"),
+}
+
+
+def to_part(given: Fields, field: str) -> Part:
+    """Raises RequestError, naming the key at fault below `field`."""
+    kind = _type_of(given, field)
+    if kind == "text":
+        return _text(given, field)
+    if kind in IMAGE_SOURCES:
+        return _image(given, field, IMAGE_SOURCES[kind])
+    return _video(given, field, VIDEO_SOURCES[kind])
+
+
+def _type_of(given: Fields, field: str) -> str:
+    kind = given.get("type")
+    if kind is None:  # vLLM's short form: the name of the only source tells the type
+        named = [name for name in TYPES if not _is_empty(given.get(name))]
+        if len(named) != 1:
+            raise RequestError(f"a part has a type: {', '.join(TYPES)}", field=f"{field}.type")
+        return named[0]
+    if kind not in TYPES:
+        raise RequestError(f"{brief(kind)} is no type of a part; served are {', '.join(TYPES)}", field=f"{field}.type")
+    return str(kind)
+
+
+def _text(given: Fields, field: str) -> TextPart:
+    text = given.get("text")
+    if not isinstance(text, str):
+        raise RequestError(f"the text of a part must be a string, got {brief(text)}", field=f"{field}.text")
+    _refuse_unserved(given, ("type", "text"), field)
+    return TextPart(text)
+
+
+def _image(given: Fields, field: str, sources: tuple[str, ...]) -> ImagePart:
+    keys = _Keys(given, field, sources)
+    url = keys.source
+    if not isinstance(url, str):
+        raise RequestError(f"the URL of a picture must be a string, got {brief(url)}", field=keys.source_field)
+    settings, uuid = keys.settings(IMAGE_SETTINGS), keys.uuid()
+    keys.refuse_others()
+    if not url and not uuid:
+        raise RequestError("the URL of a picture must not be empty", field=keys.source_field)
+    return ImagePart(url=url, uuid=uuid, **settings)
+
+
+def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
+    keys = _Keys(given, field, sources)
+    urls = keys.source if isinstance(keys.source, list) else [keys.source]
+    if not all(isinstance(url, str) for url in urls):
+        what = "a string, or a list of strings: its frames"
+        raise RequestError(f"the URL of a video must be {what}, got {brief(keys.source)}", field=keys.source_field)
+    settings, uuid = keys.settings(VIDEO_SETTINGS), keys.uuid()
+    keys.refuse_others()
+    if not all(urls) and not (urls == [""] and uuid):
+        what = "the URL of a video, and of each frame in a list of them"
+        raise RequestError(f"{what}, must not be empty", field=keys.source_field)
+    if not isinstance(keys.source, list):
+        return VideoPart(url=urls[0], uuid=uuid, **settings)
+    if uuid:
+        raise RequestError("a list of frames has no uuid", field=f"{field}.uuid")
+    return VideoPart(frames=tuple(ImagePart(url=url) for url in urls), **settings)
+
+
+class _Keys:
+    """The keys of a part and of the object in which its URL stands. Each is taken once; what is left is refused."""
+
+    def __init__(self, given: Fields, field: str, sources: tuple[str, ...]) -> None:
+        self._places = {field: given}
+        named = [name for name in sources if not _is_empty(given.get(name))]
+        if len(named) > 1:
+            raise RequestError(f"{named[0]} and {named[1]} are both given", field=f"{field}.{named[1]}")
+        name = named[0] if named else sources[0]
+        self.source_field = f"{field}.{name}"
+        self._taken = {field: {"type", name}, self.source_field: {"url"}}
+        self.source: Any = given.get(name) or ""
+        if isinstance(self.source, dict):
+            self._places[self.source_field] = self.source
+            self.source = self.source.get("url") or ""
+
+    def settings(self, kinds: Mapping[str, str]) -> dict[str, Any]:
+        """The settings that are given, in either place."""
+        found = {name: self._take(name, partial(_number, kind)) for name, kind in kinds.items()}
+        found = {name: value for name, value in found.items() if value is not None}
+        if self._take("detail", _detail) == "low" and not found.keys() & SIZES:
+            found["max_pixels"] = LOW_DETAIL_PIXELS
+        return found
+
+    def uuid(self) -> str:
+        return str(self._take("uuid", _string) or "")
+
+    def refuse_others(self) -> None:
+        for place, given in self._places.items():
+            _refuse_unserved(given, self._taken[place], place)
+
+    def _take(self, name: str, read: Callable[[object, str], Any]) -> Any:
+        """The value of a key, None where it is given nowhere. Raises RequestError for two that differ."""
+        values = []
+        for place, given in self._places.items():
+            self._taken[place].add(name)
+            if not _is_empty(given.get(name)):
+                values.append(read(given[name], f"{place}.{name}"))
+        if len(values) == 2 and values[0] != values[1]:
+            what = f"{name} is given twice and differs: {brief(values[0])} beside the URL, {brief(values[1])} in its object"
+            raise RequestError(what, field=f"{self.source_field}.{name}")
+        return values[0] if values else None
+
+
+def _refuse_unserved(given: Fields, served: Container[str], field: str) -> None:
+    for name, value in given.items():
+        if name not in served and name not in LABELS and not _is_empty(value):
+            raise RequestError(f"{brief(name)} in a part is not served by this server", field=f"{field}.{name}")
+
+
+def _is_empty(value: object) -> bool:
+    """Clients that serialise all their fields send null, or nothing in brackets, for those that are not set."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _number(kind: str, value: object, field: str) -> int | float:
+    name = field.rpartition(".")[2]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} must be a number, got {brief(value)}", field=field)
+    if not -MAX_NUMBER < value < MAX_NUMBER:  # not a number is out of every range
+        raise RequestError(f"{name} must be a number that 64 bits hold, got {brief(value)}", field=field)
+    if kind == "real":
+        return float(value)
+    if kind == "whole" and value != math.floor(value):
+        raise RequestError(f"{name} must be a whole number, got {brief(value)}", field=field)
+    return math.floor(value)
+
+
+def _detail(value: object, field: str) -> str:
+    detail = value.lower() if isinstance(value, str) else ""
+    if detail != "low" and detail not in FULL_DETAILS:
+        known = ", ".join(("low", *FULL_DETAILS))
+        raise RequestError(f"detail must be one of {known}, got {brief(value)}", field=field)
+    return "low" if detail == "low" else "full"
+
+
+def _string(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        name = field.rpartition(".")[2]
+        raise RequestError(f"{name} must be a string, got {brief(value)}", field=field)
+    return value
