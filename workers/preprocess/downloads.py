@@ -7,7 +7,7 @@ are limited while reading. What the URL says is fetched: no cookies, no compress
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import aiohttp
@@ -17,7 +17,7 @@ from pipeline.config import PreprocessConfig
 from pipeline.errors import RequestError
 from workers.preprocess.bodies import Body, too_large
 from workers.preprocess.media_urls import join_media_url
-from workers.preprocess.resolver import PublicResolver, is_public
+from workers.preprocess.resolver import MediaResolver, is_public
 
 D = TypeVar("D")
 MAX_REDIRECTS = 10
@@ -45,9 +45,11 @@ class Fetched(NamedTuple, Generic[D]):
 class Downloader:
     """Use within one event loop; `close` it at the end."""
 
-    def __init__(self, config: PreprocessConfig) -> None:
-        self._config = config
+    def __init__(self, config: PreprocessConfig, nameservers: Sequence[str] = ()) -> None:
+        """`nameservers`, each `address:port`, are asked in place of the system's."""
+        self._config, self._nameservers = config, nameservers
         self._session: aiohttp.ClientSession | None = None
+        self._resolver: MediaResolver | None = None
 
     async def download(
         self,
@@ -122,9 +124,9 @@ class Downloader:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            resolver = None if self._config.allow_private_media else PublicResolver()
+            self._resolver = MediaResolver(self._config.allow_private_media, self._nameservers)
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=resolver),
+                connector=aiohttp.TCPConnector(resolver=self._resolver),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,
                 auto_decompress=False,
@@ -135,6 +137,8 @@ class Downloader:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+        if self._resolver is not None:
+            await self._resolver.close()
 
 
 def _redirected(url: URL, location: str, field: str) -> URL:

@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,11 @@ class _Download:
 class Fetcher:
     """Use within one event loop; `close` it at the end."""
 
-    def __init__(self, config: PreprocessConfig) -> None:
+    def __init__(self, config: PreprocessConfig, nameservers: Sequence[str] = ()) -> None:
+        """`nameservers`, each `address:port`, are asked in place of the system's."""
         self._config = config
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_DOWNLOADS)
-        self._downloader = Downloader(config)
+        self._downloader = Downloader(config, nameservers)
         self._downloads: dict[tuple[object, ...], _Download] = {}
 
     async def fetch(self, url: str, field: str, validators: Validators | None = None) -> Fetched[bytes]:

@@ -1,4 +1,4 @@
-"""URLs of media, asked for byte for byte as they were given: a signature covers the letters of path and query.
+"""URLs of media, asked for byte for byte as given: a signature covers the letters of path and query.
 
 yarl splits a URL and makes the scheme, the user, the host and the port canonical; those are judged and
 connected to. The path and the query stay as they came: yarl's canonical form would decode `%7E` and drop the
