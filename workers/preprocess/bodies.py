@@ -1,0 +1,76 @@
+"""Where a download's bytes go: into memory, or into a file without a name."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import tempfile
+from typing import IO, Generic, Protocol, TypeVar
+
+from pipeline.config import MIB
+from pipeline.errors import RequestError
+from workers.preprocess.videos import VideoFile
+
+D_co = TypeVar("D_co", covariant=True)
+WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
+
+
+class Body(Protocol, Generic[D_co]):
+    """Takes chunks, gives what they make up at the end, and is closed in any case."""
+
+    max_bytes: int
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def end(self) -> D_co: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryBody:
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._data = bytearray()
+
+    async def write(self, data: bytes) -> None:
+        self._data += data
+
+    async def end(self) -> bytes:
+        return bytes(self._data)
+
+    def close(self) -> None:
+        pass
+
+
+class FileBody:
+    """On disk, without a name: nothing is left of it, however this process ends."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  `close` does
+        self._digest = hashlib.sha256()
+        self._pending = bytearray()
+
+    async def write(self, data: bytes) -> None:
+        self._pending += data
+        if len(self._pending) >= WRITE_BYTES:
+            await self._flush()
+
+    async def end(self) -> VideoFile:
+        await self._flush()
+        with self._file:
+            self._file.flush()
+            return VideoFile(os.dup(self._file.fileno()), self._file.tell(), self._digest.digest())
+
+    def close(self) -> None:
+        self._file.close()
+
+    async def _flush(self) -> None:
+        data, self._pending = self._pending, bytearray()
+        await asyncio.to_thread(self._file.write, data)
+        await asyncio.to_thread(self._digest.update, data)
+
+
+def too_large(max_bytes: int, field: str) -> RequestError:
+    return RequestError(f"the media is larger than {max_bytes // MIB} MiB", field=field, status=413)

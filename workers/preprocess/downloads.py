@@ -1,0 +1,153 @@
+"""One download by http or https, from the first URL through its redirects to the body.
+
+Every hop is judged before it is asked: its scheme, its host (`--allowed-media-domains`), its address. Sizes
+are limited while reading. What the URL says is fetched: no cookies, no compression, no environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import aiohttp
+from yarl import URL
+
+from pipeline.config import PreprocessConfig
+from pipeline.errors import RequestError
+from workers.preprocess.bodies import Body, too_large
+from workers.preprocess.media_urls import join_media_url
+from workers.preprocess.resolver import MediaResolver, is_public
+
+D = TypeVar("D")
+MAX_REDIRECTS = 10
+CHUNK_BYTES = 1 << 16
+
+
+class Validators(NamedTuple):
+    """What a host said of a version of its content, to be asked later whether it still is the one."""
+
+    etag: str
+    last_modified: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"If-None-Match": self.etag} if self.etag else {"If-Modified-Since": self.last_modified}
+
+
+class Fetched(NamedTuple, Generic[D]):
+    """`data` is None when the content is still that of the validators with which it was asked for."""
+
+    data: D | None
+    validators: Validators | None  # None: the host cannot tell versions apart
+
+
+class Downloader:
+    """Use within one event loop; `close` it at the end."""
+
+    def __init__(self, config: PreprocessConfig, nameservers: Sequence[str] = ()) -> None:
+        """`nameservers`, each `address:port`, are asked in place of the system's."""
+        self._config, self._nameservers = config, nameservers
+        self._session: aiohttp.ClientSession | None = None
+        self._resolver: MediaResolver | None = None
+
+    async def download(
+        self,
+        url: URL,
+        field: str,
+        validators: Validators | None,
+        make_body: Callable[[], Body[D]],
+    ) -> Fetched[D]:
+        """The content behind a URL of `parse_media_url`. Raises RequestError, which names the field."""
+        body = make_body()
+        try:
+            async with asyncio.timeout(self._config.media_timeout_s):
+                return await self._follow(url, field, validators, body)
+        except TimeoutError:
+            seconds = f"{self._config.media_timeout_s:.0f} s"
+            raise RequestError(f"the media did not come within {seconds}", field=field) from None
+        except (aiohttp.ClientError, OSError, ValueError):
+            raise RequestError("the media's host cannot be reached", field=field) from None
+        finally:
+            body.close()
+
+    async def _follow(self, url: URL, field: str, validators: Validators | None, body: Body[D]) -> Fetched[D]:
+        asked = url
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_host(url, field)
+            result = await self._get(url, field, validators, body)
+            if isinstance(result, Fetched):
+                # A redirect may lead elsewhere next time.
+                return result if url == asked else result._replace(validators=None)
+            url, validators = result, None
+        raise RequestError(f"the media URL redirects more than {MAX_REDIRECTS} times", field=field)
+
+    async def _get(
+        self,
+        url: URL,
+        field: str,
+        validators: Validators | None,
+        body: Body[D],
+    ) -> Fetched[D] | URL:
+        """The body, or where a redirect leads."""
+        headers = validators.headers if validators else None
+        async with self._client().get(url, allow_redirects=False, headers=headers) as response:
+            if response.status == 304 and validators is not None:
+                return Fetched(None, validators)
+            if response.status in (301, 302, 303, 307, 308):
+                return _redirected(url, response.headers.get("Location", ""), field)
+            if response.status != 200:
+                raise RequestError(f"the media's host answered with status {response.status}", field=field)
+            if (response.content_length or 0) > body.max_bytes:
+                raise too_large(body.max_bytes, field)
+            num_bytes = 0
+            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if num_bytes > body.max_bytes:
+                    raise too_large(body.max_bytes, field)
+                await body.write(chunk)
+            found = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+            return Fetched(await body.end(), found if any(found) else None)
+
+    def _check_host(self, url: URL, field: str) -> None:
+        host = url.host or ""
+        allowed = self._config.allowed_media_domains
+        if not host or (allowed and host not in allowed):
+            raise RequestError("the media's host is not among the allowed ones", field=field)
+        if self._config.allow_private_media:
+            return
+        # A name is judged by the resolver. What ends in a number is an address, in one of many spellings
+        # (2130706433, 127.1, 0x7f.1): only the canonical one is let through, and judged here.
+        last = (url.raw_host or "").rstrip(".").rpartition(".")[2].lower()
+        if (last.isdigit() or last.startswith("0x") or ":" in host) and not is_public(host):
+            raise RequestError("the media's host cannot be reached", field=field)
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._resolver = MediaResolver(self._config.allow_private_media, self._nameservers)
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(resolver=self._resolver),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity", "User-Agent": "vlm-pipeline"},
+            )
+        return self._session
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+        if self._resolver is not None:
+            await self._resolver.close()
+
+
+def _redirected(url: URL, location: str, field: str) -> URL:
+    if not location:
+        raise RequestError("the media's host redirects, but does not say where to", field=field)
+    try:
+        target = join_media_url(url, location)
+    except ValueError:
+        raise RequestError("the media URL redirects to what cannot be understood", field=field) from None
+    if target.scheme not in ("http", "https"):
+        raise RequestError("the media URL redirects to something that is neither http nor https", field=field)
+    return target

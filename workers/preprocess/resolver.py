@@ -1,0 +1,116 @@
+"""Names of media hosts to addresses: any number at once, each with a deadline, so that none waits for another's.
+
+c-ares (`aiodns`) asks the name servers of /etc/resolv.conf and reads /etc/hosts. `getaddrinfo` would take a thread
+for each name: uvloop has four, libuv gives two of them to names, and two names whose servers never answer would stop
+all others. A name is resolved once for a connection, which goes to exactly the addresses that were judged here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+if TYPE_CHECKING:
+    import pycares
+
+Lookup: TypeAlias = "asyncio.Future[pycares.AddrInfoResult]"
+
+LOOKUP_TIMEOUT_S = 5.0
+# c-ares waits five times as long as a server takes on average, and 250 ms at least (`ares_metrics.c`): beside a fast
+# cache, two tries are over after 0.75 s. A name that takes longer to find is asked for again until the deadline. Few
+# tries each time, as c-ares cannot be told to forget one name: it goes on for up to that long after the deadline.
+TRIES = 2
+FIRST_TRY_S = 0.5
+MAX_ROUNDS = 10
+MAX_LOOKUPS = 2048  # under way, the forgotten ones included: four times as many as there are downloads
+CLOSING_S = 1.0
+IPV6_UNICAST = ipaddress.ip_network("2000::/3")
+
+
+class MediaResolver(AbstractResolver):
+    """Use within one event loop; `close` it at the end. `nameservers` (`address:port`) replace the system's."""
+
+    def __init__(self, allow_private: bool, nameservers: Sequence[str] = ()) -> None:
+        import aiodns  # at the first URL: a machine that lacks it serves everything else (docs/gpu.md)
+
+        self._allow_private, self._timed_out = allow_private, aiodns.error.ARES_ETIMEOUT
+        self._dns = aiodns.DNSResolver(nameservers or None, timeout=FIRST_TRY_S, tries=TRIES)
+        self._lookups: set[Lookup] = set()
+
+    async def resolve(
+        self,
+        host: str,
+        port: int = 0,
+        family: socket.AddressFamily = socket.AF_UNSPEC,
+    ) -> list[ResolveResult]:
+        """The addresses of a host that may be connected to. Raises OSError when there is none."""
+        found: list[ResolveResult] = []
+        for node in (await self._look_up(host, family)).nodes:
+            address = node.addr[0].decode()
+            if self._allow_private or is_public(address):
+                found.append(
+                    ResolveResult(
+                        hostname=host,
+                        host=address,
+                        port=port,
+                        family=node.family,
+                        proto=0,
+                        flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                    )
+                )
+        if not found:
+            raise OSError("the name has no address that may be connected to")
+        return found
+
+    async def _look_up(self, host: str, family: socket.AddressFamily) -> pycares.AddrInfoResult:
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                for _ in range(MAX_ROUNDS):
+                    lookup = self._start(host, family)
+                    await asyncio.wait([lookup])  # a deadline or a client that leaves ends the wait only
+                    error = lookup.exception()
+                    if error is None:
+                        return lookup.result()
+                    if error.args[0] != self._timed_out:
+                        raise OSError("the name cannot be resolved") from error
+        except TimeoutError:
+            pass
+        raise OSError(f"the name servers have not answered within {LOOKUP_TIMEOUT_S:.0f} s")
+
+    def _start(self, host: str, family: socket.AddressFamily) -> Lookup:
+        if len(self._lookups) >= MAX_LOOKUPS:
+            raise OSError("too many names are being looked up")
+        lookup = self._dns.getaddrinfo(host, family=family, type=socket.SOCK_STREAM)
+        self._lookups.add(lookup)
+        lookup.add_done_callback(self._on_done)
+        return lookup
+
+    def _on_done(self, lookup: Lookup) -> None:
+        self._lookups.discard(lookup)
+        if not lookup.cancelled():
+            lookup.exception()  # read, as nobody else may: asyncio would warn
+
+    async def close(self) -> None:
+        """Lookups end first: c-ares' thread calls into the event loop, which may not be closed by then."""
+        self._dns.cancel()
+        if self._lookups:
+            await asyncio.wait(self._lookups, timeout=CLOSING_S)
+        await self._dns.close()
+
+
+def is_public(address: str) -> bool:
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif ip not in IPV6_UNICAST or ip.sixtofour is not None or ip.teredo is not None:
+            return False  # forms that carry an IPv4 address lead wherever a gateway takes them
+    return ip.is_global and not ip.is_multicast
