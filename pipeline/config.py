@@ -5,6 +5,7 @@ What is learned at run time (the number of KV blocks, say) is not configuration:
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,10 @@ class PreprocessConfig:
     )  # fmt: skip
     max_video_mib: int = option(256, "largest video file, in MiB; it is kept in a temporary file without a name", metavar="MIB")
     max_video_frames: int | None = option(None, "most frames of a video that the model sees (default: the model's)", metavar="N")
+    video_reader: str = option(
+        "pyav", "what decodes videos; decord: from the extra vlm-pipeline[decord], right in fewer containers",
+        choices=("pyav", "decord"),
+    )  # fmt: skip
     video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
     max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; more get 503", metavar="MIB")
@@ -129,6 +134,8 @@ class PreprocessConfig:
             raise ValueError(f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_CHUNKS}, got {product}")
         if self.max_items_per_request > MAX_ITEMS:
             raise ValueError(f"max_items_per_request must be at most {MAX_ITEMS}, got {self.max_items_per_request}")
+        if self.video_reader == "decord" and importlib.util.find_spec("decord") is None:
+            raise ValueError("video_reader 'decord' needs the package decord: install vlm-pipeline[decord]")
         if self.allowed_local_media_path and not Path(self.allowed_local_media_path).is_dir():
             raise ValueError(f"allowed_local_media_path {self.allowed_local_media_path!r} is no folder")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:

@@ -22,7 +22,7 @@ from pipeline.messages import ImagePart, VideoPart
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
 from workers.preprocess.images import ImageSize, check_aspect, read_size, smart_resize
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, picture_item, video_item
-from workers.preprocess.video_reader import VideoMetadata
+from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile, VideoReaders, frame_size, sample_frames
 
 MAX_REMEMBERED = 100_000

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import RequestError
 from workers.preprocess.images import ImageSize, smart_resize
-from workers.preprocess.video_reader import Answer, Failed, ReadJob, VideoMetadata
+from workers.preprocess.video import VideoMetadata
+from workers.preprocess.video_reader import Answer, Failed, ReadJob
 
 logger = logging.getLogger(__name__)
 _numbers = itertools.count()
+TORCH_LANES = 8
 
 
 class VideoFile:
@@ -38,17 +41,30 @@ class VideoFile:
 def sample_frames(metadata: VideoMetadata, fps: float, min_frames: int, max_frames: int, multiple: int) -> list[int]:
     """Evenly spread frame numbers, about `fps` a second, as many as a multiple of `multiple`.
 
-    As Qwen2-VL's video processor has it (`sample_frames`), rounding included; a video of fewer frames than `multiple` is seen whole.
+    As transformers' Qwen2-VL video processor has it (`sample_frames`), rounding included; a video of fewer frames than `multiple` is seen whole.
     """
     total = metadata.num_frames
     if total < multiple:
         return list(range(total))
     most = min(max_frames, total) // multiple * multiple
     wanted = int(min(max(total / metadata.fps * fps, min_frames), most)) // multiple * multiple
-    step = total / max(wanted, min(multiple, most))
-    # The values, as float32 has them, rounded down.
-    numbers = (np.arange(math.ceil(total / step)) * step).astype(np.float32).astype(np.int64)
+    numbers = _arange(total, total / max(wanted, min(multiple, most))).astype(np.int64)
     return [min(int(number), total - 1) for number in numbers]
+
+
+def _arange(stop: float, step: float) -> npt.NDArray[np.float32]:
+    """`torch.arange(0, stop, step)` to the last bit, which decides between two frames in long videos.
+
+    Torch (`RangeFactoriesKernel.cpp`) computes vectors, two at a time: of each the first value is rounded to float32, the others
+    are this plus multiples of the step, rounded again. What is left over is computed one by one. A vector has eight values
+    (AVX2, which torch also uses for this where there is AVX-512).
+    """
+    index = np.arange(math.ceil(stop / step))
+    single = (index * step).astype(np.float32)
+    lane = index % TORCH_LANES
+    base = single[index - lane].astype(np.float64)
+    whole = len(index) // (2 * TORCH_LANES) * (2 * TORCH_LANES)
+    return np.where(index < whole, (base + lane * step).astype(np.float32), single)
 
 
 def frame_size(size: ImageSize, num_frames: int, min_pixels: int, max_pixels: int, max_total_pixels: int, factor: int) -> ImageSize:
@@ -66,8 +82,9 @@ class _Process:
 class VideoReaders:
     """At most `count` reading processes, started when they are needed. Each job is whole: any of them can do it."""
 
-    def __init__(self, pool_fd: int, count: int, timeout_s: float, max_frame_pixels: int) -> None:
+    def __init__(self, pool_fd: int, count: int, timeout_s: float, max_frame_pixels: int, reader: str = "pyav") -> None:
         self._pool_fd, self._timeout_s, self._max_frame_pixels = pool_fd, timeout_s, max_frame_pixels
+        self._reader = reader
         self._places = asyncio.Semaphore(count)
         self._idle: list[_Process] = []
         self._all: set[asyncio.subprocess.Process] = set()
@@ -124,7 +141,7 @@ class VideoReaders:
 
     async def _start(self) -> _Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "workers.preprocess.video_reader", str(self._pool_fd),
+            sys.executable, "-m", "workers.preprocess.video_reader", str(self._pool_fd), self._reader,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=(self._pool_fd,),
         )  # fmt: skip
         self._all.add(process)

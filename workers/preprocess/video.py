@@ -1,0 +1,37 @@
+"""What readers of videos have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy.typing as npt
+
+Frame = npt.NDArray[Any]  # [height, width, 3] uint8
+
+
+class VideoMetadata(msgspec.Struct, frozen=True, tag=True):
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+
+class Video(Protocol):
+    """An open file. Numbers count the frames as decoding the whole file gives them."""
+
+    @property
+    def metadata(self) -> VideoMetadata: ...
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Frame]:
+        """One by one, in the order asked for. Raises VideoBroken when a frame cannot be had."""
+
+
+class VideoBroken(Exception):
+    """The video cannot be read; the words are for clients."""
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise VideoBroken(f"the video's frames have {width} x {height} pixels, the limit is {max_pixels} in all")

@@ -1,0 +1,26 @@
+"""Opens a file as a video, whatever kind it is, by the reader that was chosen."""
+
+from __future__ import annotations
+
+from workers.preprocess.containers import HEAD_BYTES, animation_of, demuxer_of
+from workers.preprocess.video import Video, VideoBroken
+
+
+def open_video(path: str, reader: str, max_pixels: int) -> Video:
+    """`reader` is `pyav` or `decord`; a frame may have `max_pixels`. Raises VideoBroken, or whatever a decoder makes of broken data."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    if (kind := animation_of(head)) is not None:
+        from workers.preprocess.animation import Animation
+
+        return Animation(path, kind, max_pixels)
+    demuxer = demuxer_of(head)
+    if demuxer is None:
+        raise VideoBroken("the media is not a video that can be decoded")
+    if reader == "decord":
+        from workers.preprocess.decord_video import DecordVideo
+
+        return DecordVideo(path, max_pixels)
+    from workers.preprocess.av_video import AvVideo
+
+    return AvVideo(path, demuxer, max_pixels)
