@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output-tokens", type=int, default=600)
     args, options = parser.parse_known_args()
-    with pipeline(options) as (process, run_dir, _):
+    with pipeline(options) as (process, run_dir, _, _):
         rows = asyncio.run(measure(process.pid, run_dir, args.rounds, args.output_tokens))
     print("| what | median | beside | median | ratio |\n| --- | --- | --- | --- | --- |")
     for row in rows:

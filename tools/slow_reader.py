@@ -152,7 +152,7 @@ def main() -> int:
     if args.child:
         asyncio.run(read_slowly(args.child, args.requests, args.tokens))
         return 0
-    with pipeline(["--dtype", "float32", *options]) as (process, run_dir, _):
+    with pipeline(["--dtype", "float32", *options]) as (process, run_dir, _, _):
         found = asyncio.run(SlowReader(args, process.pid, run_dir).run())
     return report(found, args.slowdown)
 

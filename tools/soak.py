@@ -267,9 +267,17 @@ class Soak:
                     self.found.left.append(f"{name}: {what} was {value}, is {now}")
 
 
+class Served(NamedTuple):
+    """A pipeline of our own; `lines` holds at its end what it has said of importance."""
+
+    process: subprocess.Popen[str]
+    run_dir: Path
+    lines: list[str]
+    url: str  # ends in /v1
+
+
 @contextmanager
-def pipeline(options: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Path, list[str]]]:
-    """A pipeline of our own, its run directory, and what it has said of importance."""
+def pipeline(options: Sequence[str]) -> Iterator[Served]:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         run_dir = Path(folder) / "run"
         command = [sys.executable, "-m", "launcher", "--port", "0", "--run-dir", str(run_dir), "--log-level", "warning", *options]
@@ -277,10 +285,11 @@ def pipeline(options: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Pa
             assert process.stdout is not None
             lines: list[str] = []
             try:
-                if not any(line.startswith("Serving at") for line in process.stdout):
+                said = next((line for line in process.stdout if line.startswith("Serving at")), "")
+                if not said:
                     log.seek(0)
                     raise RuntimeError(f"the server did not start:\n{log.read()}")
-                yield process, run_dir, lines
+                yield Served(process, run_dir, lines, said.split()[2])
             except BaseException:
                 log.seek(0)
                 print(log.read()[-3000:], file=sys.stderr)
@@ -330,7 +339,7 @@ def main() -> int:
             make_server_keys(keys)
             remote = f"tcp://127.0.0.1:{port}", make_client_keys(keys, "soak")
             options += ["--direct-port", str(port), "--direct-keys", str(keys)]
-        with pipeline(options) as (process, run_dir, lines):
+        with pipeline(options) as (process, run_dir, lines, _):
             found = asyncio.run(Soak(args, process.pid, run_dir, remote).run())
     return report(found, lines)
 

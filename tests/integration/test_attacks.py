@@ -1,0 +1,29 @@
+"""Every kind of attack at a small size; at full size: `python -m tools.attack`, whose results are in docs/attacks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import Server
+from tools.attack import ATTACKER, KINDS, MOST_RATIO, VICTIM, Size, attack
+
+SMALL = Size(seconds=3.0, pictures=2, connections=8, bodies=60)
+QUIET_FLOOR_S = 0.3  # a CI machine's own noise may add so much to a request of some 50 ms
+
+
+@pytest.fixture(scope="module")
+def attacked() -> Iterator[Server]:
+    options = ("--api-key", ATTACKER, VICTIM, "--allow-private-media", "--media-timeout-s", "2")
+    with Server("--max-model-len", "1024", "--kv-cache-gib", "0.25", *options) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_attack_stops_nobody_else(kind: str, attacked: Server) -> None:
+    found = await attack(kind, f"{attacked.url}/v1", attacked.run_dir, SMALL, 1)
+    assert found.faults == []
+    assert found.restarts == []
+    found.quiet = [max(QUIET_FLOOR_S, seconds) for seconds in found.quiet]
+    assert found.ratio <= MOST_RATIO, (found.quiet, found.beside)

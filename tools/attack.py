@@ -1,0 +1,357 @@
+"""Sends a server of our own what strangers send, and asks beside it, as another tenant, for a little text.
+
+    python -m tools.attack                                # everything at full size: about half an hour
+    python -m tools.attack --kinds pictures nested --size small
+
+For each kind: how long the text takes with nobody beside it, how long beside the attack (it may take three times as
+long), what the attacker was answered (OpenAI's error object in every case, no 5xx but 503), and who was restarted
+(nobody). Seeded and bounded; it talks to the loopback address only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+import zmq
+
+from tools import hostile
+from tools.soak import pipeline
+
+ATTACKER, VICTIM = "attacker-key", "victim-key"
+MOST_RATIO = 3.0  # of the median times, beside an attack and before
+NUM_QUIET = 9
+PAUSE_S = 0.3  # between the victim's requests
+ANSWER_S = 300.0  # no request may take longer
+START_S = 2.0  # of the attacker's process
+
+
+@dataclass
+class Outcome:
+    """What came of one attack."""
+
+    quiet: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    restarts: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.beside) / statistics.median(self.quiet)
+
+    @property
+    def is_fine(self) -> bool:
+        return not self.faults and not self.restarts and self.ratio <= MOST_RATIO
+
+
+class Size(NamedTuple):
+    """How much of it."""
+
+    seconds: float  # an attack is repeated for so long
+    pictures: int  # at once
+    connections: int
+    bodies: int  # mutated ones
+
+
+SIZES = {"small": Size(4.0, 2, 8, 150), "full": Size(60.0, 8, 200, 20_000)}
+
+
+class Target:
+    """The server under attack."""
+
+    def __init__(self, url: str, run_dir: Path, session: aiohttp.ClientSession, size: Size, seed: int) -> None:
+        self.url, self.run_dir, self.session, self.size = url, run_dir, session, size
+        self.rng = random.Random(seed)
+        self.statuses: Counter[str] = Counter()
+        self.faults: list[str] = []
+
+    async def post(self, body: bytes, headers: dict[str, str] | None = None, key: str = ATTACKER) -> int:
+        """The status; what it should not have been, or not have said, is a fault."""
+        sent = {"Content-Type": "application/json", "Authorization": f"Bearer {key}", **(headers or {})}
+        try:
+            async with self.session.post(f"{self.url}/chat/completions", data=body, headers=sent) as response:
+                answer = await response.read()
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            # Whoever is refused before the body is through may find the connection closed.
+            self.statuses[type(error).__name__] += 1
+            return 0
+        self.statuses[str(response.status)] += 1
+        if wrong := _wrong(response.status, answer):
+            self.faults.append(f"{wrong} to {body[:200]!r}")
+        return response.status
+
+    async def ask(self, words: str) -> float:
+        """Seconds that the victim waits for a few tokens."""
+        start = time.monotonic()
+        body = hostile.chat(hostile.text(words), max_tokens=8, ignore_eos=True)
+        if (status := await self.post(json.dumps(body).encode(), key=VICTIM)) != 200:
+            self.faults.append(f"the victim was answered with {status}")
+        return time.monotonic() - start
+
+    async def restarts(self) -> dict[str, int]:
+        headers = {"Authorization": f"Bearer {VICTIM}"}
+        async with self.session.get(f"{self.url.removesuffix('/v1')}/metrics", headers=headers) as response:
+            found = re.findall(r'vlm_worker_restarts\{worker="([^"]+)"\} (\d+)', await response.text())
+        return {worker: int(count) for worker, count in found}
+
+
+def _wrong(status: int, answer: bytes) -> str:
+    if status < 400:
+        return ""
+    try:
+        error = json.loads(answer)["error"]
+        is_openai = isinstance(error["message"], str) and {"type", "param", "code"} <= error.keys()
+    except (ValueError, KeyError, TypeError):
+        is_openai = False
+    if not is_openai:
+        return f"status {status} without OpenAI's error object ({answer[:100]!r})"
+    return f"status {status}" if status >= 500 and status != 503 else ""
+
+
+Attack = Callable[[Target], Awaitable[None]]
+
+
+async def _repeat(target: Target, at_once: int, send: Callable[[int], Awaitable[object]]) -> None:
+    end = time.monotonic() + target.size.seconds
+
+    async def one(index: int) -> None:
+        while time.monotonic() < end:
+            await send(index)
+            await asyncio.sleep(0.01)
+
+    await asyncio.gather(*(one(index) for index in range(at_once)))
+
+
+async def pictures(target: Target) -> None:
+    """Pictures that are small to send and long to read."""
+    is_full = target.size.seconds > 10
+    side, mib = (6000, 12) if is_full else (2000, 1)
+    made = [
+        (hostile.jpeg_of_scans(side, 2000 if is_full else 300), "image/jpeg"),
+        (hostile.jpeg_of_segments(mib << 20), "image/jpeg"),
+        (hostile.png_of_chunks(mib << 20), "image/png"),
+        (hostile.large_png(8000 if is_full else 3000), "image/png"),
+        (hostile.rle_bitmap(5000 if is_full else 1000), "image/bmp"),
+    ]
+
+    async def send(index: int) -> None:
+        data, kind = target.rng.choice(made)
+        # No cache is to have it.
+        part = hostile.picture_part(data + target.rng.randbytes(8), kind)
+        await target.post(json.dumps(hostile.chat(part, hostile.text("What is it?"))).encode())
+
+    await _repeat(target, target.size.pictures, send)
+
+
+async def compressed(target: Target) -> None:
+    """Bodies that inflate to a thousand times their length, with a key and without."""
+    bomb = hostile.inflating(64 << 20 if target.size.seconds < 10 else 1 << 30)
+
+    async def send(index: int) -> None:
+        await target.post(bomb, {"Content-Encoding": "gzip"}, ATTACKER if index % 2 else "nobody")
+
+    await _repeat(target, target.size.pictures, send)
+
+
+async def nested(target: Target) -> None:
+    """Messages deeper than a decoder's stack, to every PULL socket in the run directory."""
+    context = zmq.Context()
+    places = [path for path in target.run_dir.iterdir() if path.is_socket() and path.name.split(".")[0] in PULLS]
+    sockets = [context.socket(zmq.PUSH) for _ in places]
+    for place, socket in zip(places, sockets, strict=True):
+        socket.linger = 0
+        socket.connect(f"ipc://{place}")
+    try:
+        end = time.monotonic() + target.size.seconds
+        while time.monotonic() < end:
+            for socket in sockets:
+                for message in hostile.nested_messages(target.rng, 5):
+                    socket.send(message, zmq.DONTWAIT)
+                    target.statuses["sent"] += 1
+            await asyncio.sleep(0.02)
+    finally:
+        context.destroy(linger=0)
+
+
+PULLS = ("ingest", "encode", "feedback", "llm", "status")
+
+
+async def slow_bodies(target: Target) -> None:
+    """Connections that send their head or their body for ever, and bodies whose end never comes."""
+    host, port = target.url.split("/")[2].split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ATTACKER}\r\n"
+    begun = (head + "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n").encode().replace(b"{}", b"%d")
+    most = 60 << 20 if target.size.seconds > 10 else 4 << 20
+    end = time.monotonic() + target.size.seconds
+
+    async def one(index: int) -> None:
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+            if index % 3 == 0:
+                writer.write(head.encode())
+            elif index % 3 == 1:
+                writer.write(begun % 1000)
+            elif index % 15 == 2:
+                writer.write(begun % most + b" " * (most - 1))
+            while time.monotonic() < end:
+                writer.write(b"a: b\r\n" if index % 3 == 0 else b" ")
+                await asyncio.wait_for(writer.drain(), 5)
+                await asyncio.sleep(0.5)
+            writer.close()
+            target.statuses["held"] += 1
+        except (OSError, TimeoutError):
+            target.statuses["closed"] += 1
+
+    await asyncio.gather(*(one(index) for index in range(target.size.connections)))
+
+
+async def crowd(target: Target) -> None:
+    """More requests of one tenant than the server takes, long ones, with pictures, of the highest priority."""
+
+    async def send(index: int) -> None:
+        parts = [hostile.picture_part(hostile.png(target.rng)) for _ in range(index % 3)]
+        body = hostile.chat(*parts, hostile.text(f"Tell {target.rng.random()}"), max_tokens=200, ignore_eos=True)
+        if index % 4 == 0:
+            body["priority"] = -(2**31)
+        await target.post(json.dumps(body).encode())
+
+    await _repeat(target, 4 * target.size.connections, send)
+
+
+async def silent_hosts(target: Target) -> None:
+    """URLs of hosts that accept and never answer."""
+    hosts = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
+    port = hosts.sockets[0].getsockname()[1]
+
+    async def send(index: int) -> None:
+        urls = [f"http://127.0.0.1:{port}/{target.rng.random()}.png" for _ in range(60)]
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        await target.post(json.dumps(hostile.chat(*parts)).encode())
+
+    await _repeat(target, target.size.pictures, send)
+    hosts.close()
+
+
+async def mutated(target: Target) -> None:
+    """Bodies with something wrong."""
+    left = target.size.bodies
+
+    async def one() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            await target.post(hostile.mutated_body(target.rng))
+
+    await asyncio.gather(*(one() for _ in range(4)))
+
+
+KINDS: dict[str, Attack] = {
+    "pictures": pictures, "compressed": compressed, "nested": nested, "slow-bodies": slow_bodies, "crowd": crowd,
+    "silent-hosts": silent_hosts, "mutated": mutated,
+}  # fmt: skip
+
+
+def _attacker(name: str, url: str, run_dir: Path, size: Size, seed: int, end: Connection) -> None:
+    """The process of the attacker. On another machine it would take no time of the server's cores: here it takes what is left."""
+    os.nice(19)
+
+    async def main() -> Target:
+        async with _session() as session:
+            target = Target(url, run_dir, session, size, seed)
+            try:
+                await asyncio.wait_for(KINDS[name](target), None if name == "mutated" else ANSWER_S)
+            except TimeoutError:
+                target.faults.append(f"the attacker was not answered within {ANSWER_S:.0f} s")
+            return target
+
+    target = asyncio.run(main())
+    end.send((target.statuses, target.faults))
+
+
+def _session() -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=ANSWER_S)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
+
+async def attack(name: str, url: str, run_dir: Path, size: Size, seed: int) -> Outcome:
+    """One kind, against a server that is there for nothing else."""
+    outcome = Outcome()
+    async with _session() as session:
+        victim = Target(url, run_dir, session, size, seed)
+        before = await victim.restarts()
+        for number in range(NUM_QUIET + 1):
+            seconds = await victim.ask(f"Say hello {number}.")
+            if number:  # the first warms up
+                outcome.quiet.append(seconds)
+            await asyncio.sleep(PAUSE_S)
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        attacker = spawn.Process(target=_attacker, args=(name, url, run_dir, size, seed, theirs))
+        attacker.start()
+        await asyncio.sleep(START_S)
+        while not ours.poll() or len(outcome.beside) < 3:
+            outcome.beside.append(await victim.ask(f"Say hi {len(outcome.beside)}."))
+            await asyncio.sleep(PAUSE_S)
+        outcome.statuses, outcome.faults = ours.recv()
+        outcome.faults += victim.faults
+        attacker.join()
+        after = await victim.restarts()
+        outcome.restarts = [worker for worker, count in after.items() if count != before.get(worker)]
+    return outcome
+
+
+def report(name: str, outcome: Outcome) -> None:
+    quiet, beside = statistics.median(outcome.quiet), statistics.median(outcome.beside)
+    answers = ", ".join(f"{status}: {count}" for status, count in sorted(outcome.statuses.items()))
+    verdict = "fine" if outcome.is_fine else "NOT FINE"
+    print(
+        f"| {name} | {1000 * quiet:.0f} ms | {1000 * beside:.0f} ms | {outcome.ratio:.2f} | {1000 * max(outcome.beside):.0f} ms "
+        f"| {len(outcome.beside)} | {answers} | {', '.join(outcome.restarts) or 'nobody'} | {verdict} |",
+        flush=True,
+    )
+    for fault in outcome.faults[:10]:
+        print(fault[:400], file=sys.stderr)
+
+
+def run(kinds: Sequence[str], size: Size, seed: int, options: Sequence[str]) -> dict[str, Outcome]:
+    """Each kind against a server of its own."""
+    found: dict[str, Outcome] = {}
+    for name in kinds:
+        more = ["--api-key", ATTACKER, VICTIM, *(["--allow-private-media"] if name == "silent-hosts" else []), *options]
+        with pipeline(more) as served:
+            url = served.url
+            found[name] = asyncio.run(attack(name, url, served.run_dir, size, seed))
+        report(name, found[name])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--seed", type=int, default=1)
+    args, options = parser.parse_known_args()
+    print("| what | text, quiet | beside | ratio | longest | asked | answers to the attacker | restarted | |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    found = run(args.kinds, SIZES[args.size], args.seed, options)
+    return int(not all(outcome.is_fine for outcome in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
