@@ -20,7 +20,7 @@ from pipeline.topology import WorkerId
 PREFIX = "flight."  # of the files' names
 DIGEST_BYTES = 8
 NUM_BYTES = 1 << 16
-HEADER = struct.Struct("<qq")  # signs of life, digests that follow
+HEADER = struct.Struct("<qqq")  # signs of life, digests that follow, times that there were any
 MAX_DIGESTS = (NUM_BYTES - HEADER.size) // DIGEST_BYTES
 
 
@@ -32,18 +32,19 @@ def digest_of(request_id: str) -> bytes:
 
 class FlightRecorder:
     def __init__(self, run_dir: Path, worker: WorkerId) -> None:
-        fd = os.open(run_dir / f"{PREFIX}{worker}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.path = run_dir / f"{PREFIX}{worker}"
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, NUM_BYTES)
             self._map = mmap.mmap(fd, NUM_BYTES)
         finally:
             os.close(fd)
-        self._count, _ = HEADER.unpack_from(self._map)
+        self._count, _, self._num_records = HEADER.unpack_from(self._map)
 
     def clear(self) -> None:
         """A new incarnation begins."""
-        HEADER.pack_into(self._map, 0, 0, 0)
-        self._count = 0
+        HEADER.pack_into(self._map, 0, 0, 0, 0)
+        self._count = self._num_records = 0
 
     def move(self) -> None:
         """A sign of life: to be given where a worker gets only while it moves on."""
@@ -56,12 +57,19 @@ class FlightRecorder:
         struct.pack_into("<q", self._map, 8, 0)  # whoever reads it half written reads nothing
         if digests:
             self._map[HEADER.size : HEADER.size + DIGEST_BYTES * len(digests)] = b"".join(digests)
-            struct.pack_into("<q", self._map, 8, len(digests))
+            self._num_records += 1
+            struct.pack_into("<qq", self._map, 8, len(digests), self._num_records)
 
     @property
     def num_moves(self) -> int:
         count: int = HEADER.unpack_from(self._map)[0]
         return count
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether any request has executed in this incarnation."""
+        num_records: int = HEADER.unpack_from(self._map)[2]
+        return num_records > 0
 
     def executing(self) -> tuple[bytes, ...]:
         count = min(MAX_DIGESTS, HEADER.unpack_from(self._map)[1])
