@@ -127,6 +127,7 @@ class Supervisor:
     # Start.
 
     def _start_unit(self, unit: Unit) -> None:
+        self._bind_again()  # what starts connects to us
         epochs = {str(worker): other.epoch for other in self._units for worker in other.members}
         children: list[Child] = []
         for worker in unit.members:
@@ -279,6 +280,7 @@ class Supervisor:
     def _on_death(self, unit: Unit, now: float) -> None:
         """One of the unit has ended: its others are killed. Raises CannotStart where a successor would fare no better."""
         self._read_status()  # last words
+        self._bind_again()  # first: it may have ended because the run directory is gone
         if unit.phase is Phase.STARTING:
             for child in unit.children.values():  # one rank may see the end of another before we do
                 child.process.wait(OTHERS_END_S)

@@ -94,6 +94,7 @@ class WorkerContext:
 
     def ready(self, num_credits: int = 0, **details: int) -> None:
         self.status.send(WorkerReady(credits=num_credits, details=details, **self.origin))
+        self.faults.at_ready(self.epoch)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
