@@ -5,20 +5,24 @@ Nothing in it is touched but what a pipeline puts there: the folder may be given
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
 from launcher.environment import MAX_SOCKET_NAME
 from pipeline.core_sharing import FILE as ACTIVITY
 from pipeline.flight_recorder import PREFIX as FLIGHT
+from pipeline.liveness import LOCK
 from pipeline.topology import EDGES, MAX_IPC_PATH
 
+LOCK_TRIES, LOCK_PAUSE_S = 5, 0.02
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
 # Sockets by edge, rank and epoch; where ranks meet; who computes; what each does.
 OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}|{re.escape(FLIGHT)}[a-z]+\.\d+")
@@ -33,7 +37,7 @@ class RunDir:
     def __init__(self, path: str, base: Path) -> None:
         self._is_own = not path
         self._path, self._base = path, base
-        self._lock = -1
+        self._lock = self._folder = -1
 
     def __enter__(self) -> Path:
         self.path = Path(tempfile.mkdtemp(prefix="vlm-", dir=self._base)) if self._is_own else Path(self._path).absolute()
@@ -45,14 +49,25 @@ class RunDir:
         info = self.path.stat()
         if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
             raise ValueError(f"run_dir {str(self.path)!r} must belong to you and be closed to others (mode 0700)")
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not self._take_lock():
             os.close(self._lock)
-            raise ValueError(f"run_dir {str(self.path)!r} is in use by another launcher") from None
+            raise ValueError(f"run_dir {str(self.path)!r} is in use by another launcher")
+        # A folder that is locked itself is left alone, with all in it, by what cleans folders of temporary files (systemd).
+        self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
         self._clear()  # what a launcher left that was killed
         return self.path
+
+    def _take_lock(self) -> bool:
+        """A client that asks whether its launcher lives has the lock for microseconds."""
+        for _ in range(LOCK_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(LOCK_PAUSE_S)
+        return False
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
@@ -60,7 +75,9 @@ class RunDir:
                 entry.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._clear()
+        if self.path.is_dir():  # else somebody has removed it
+            self._clear()
+        os.close(self._folder)
         os.close(self._lock)  # the file stays: unlinking it would let two launchers lock two files of one name
         if self._is_own:
             shutil.rmtree(self.path, ignore_errors=True)

@@ -3,7 +3,8 @@
     start all → wait until all are READY → serve until a signal → drain → shut down → reap
 
 A death is published, and a successor started, only when the dead one is reaped, and with it the others of its unit: a process that
-only stands still keeps its sockets and would swallow messages. A worker that ends by itself while it starts ends the pipeline.
+only stands still keeps its sockets and would swallow messages. A worker that ends by itself at its first start, or again and again
+before it has done anything, ends the pipeline; one that has served is started again, however often that fails.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
 from pipeline.core_sharing import IDLE, Activity
 from pipeline.ends import Poller, Publisher, Receiver, Wakeup
+from pipeline.errors import PipelineError
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.fork_server import ForkServer
 from pipeline.messages import (
@@ -53,7 +55,7 @@ HEARTBEAT_S = 1.0
 START_TIMEOUT_S = 600.0  # without a word from what is to start
 STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
 OTHERS_END_S = 0.5  # for a rank to end because of another, while both start
-MAX_KILLED_STARTS = 5  # in a row: what kills a worker each time that it loads will do so again
+UNRECORDED = (Role.API, Role.GATEWAY)
 MAPPERS = {Role.VIT: Role.LLM, Role.PREPROCESS: Role.VIT}  # whose memory is mapped by whom
 
 
@@ -99,7 +101,7 @@ class Supervisor:
         try:
             if self._model.notice:
                 logger.info("%s", self._model.notice)
-            self._wait_until(self._is_started)
+            self._wait_until(lambda: all(unit.is_serving for unit in self._units))
             self._announce()
             self._wait_until(lambda: False)
         except _Stopped:
@@ -125,10 +127,11 @@ class Supervisor:
     # Start.
 
     def _start_unit(self, unit: Unit) -> None:
+        self._bind_again()  # what starts connects to us
         epochs = {str(worker): other.epoch for other in self._units for worker in other.members}
         children: list[Child] = []
         for worker in unit.members:
-            self._recorders[worker].clear()
+            self._renew_recorder(worker)
             spec = WorkerSpec(
                 worker=worker, epochs=epochs, run_dir=str(self._run_dir), model_folder=str(self._model.folder),
                 placement=self._placement[worker], config=self._config,
@@ -136,6 +139,13 @@ class Supervisor:
             fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
             children.append(Child(worker, unit.epoch, self._fork_server.start(spec, fds)))
         unit.begin(children, time.monotonic())
+
+    def _renew_recorder(self, worker: WorkerId) -> None:
+        """Empty, for a new incarnation; made anew where somebody has removed the file."""
+        if not self._recorders[worker].path.exists():
+            self._recorders[worker].close()
+            self._recorders[worker] = FlightRecorder(self._run_dir, worker)
+        self._recorders[worker].clear()
 
     def _announce(self) -> None:
         self._progress.close()
@@ -162,6 +172,7 @@ class Supervisor:
             self._watch_reload()
             has_new = any(event.is_new for event in self._control.subscriptions())
             if has_new or time.monotonic() >= self._heartbeat_due:
+                self._bind_again()
                 self._publish_state()
                 self._kill_the_hung()
             if is_done():
@@ -169,9 +180,18 @@ class Supervisor:
             wake_at = min(self._heartbeat_due, *(unit.wakes_at() for unit in self._units))
             self._poller.wait(max(0.0, wake_at - time.monotonic()))
 
+    def _bind_again(self) -> None:
+        """Else no successor of a worker would ever reach us. Raises CannotStart where the run directory itself is gone."""
+        try:
+            for path in self._sockets.bind_again():
+                logger.warning("%s was removed: bound again", path)
+        except PipelineError as error:
+            raise CannotStart(f"the run directory is gone: {error}") from None
+
     def _publish_state(self) -> None:
-        self._heartbeat_due = time.monotonic() + HEARTBEAT_S
-        states = tuple(state for unit in self._units for state in unit.states())
+        now = time.monotonic()
+        self._heartbeat_due = now + HEARTBEAT_S
+        states = tuple(state for unit in self._units for state in unit.states(now))
         if not self._control.publish(
             PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining, reload=self._reload.state)
         ):
@@ -260,6 +280,7 @@ class Supervisor:
     def _on_death(self, unit: Unit, now: float) -> None:
         """One of the unit has ended: its others are killed. Raises CannotStart where a successor would fare no better."""
         self._read_status()  # last words
+        self._bind_again()  # first: it may have ended because the run directory is gone
         if unit.phase is Phase.STARTING:
             for child in unit.children.values():  # one rank may see the end of another before we do
                 child.process.wait(OTHERS_END_S)
@@ -267,10 +288,11 @@ class Supervisor:
         # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
         code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
         reason = f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}"
-        was_starting = unit.phase is Phase.STARTING
-        unit.on_death(now)
-        if was_starting and (code >= 0 or unit.num_killed_starts >= MAX_KILLED_STARTS):
-            raise CannotStart(reason)
+        # The endpoint and the gateway execute no requests: to be ready is all that they prove.
+        has_worked = any(self._recorders[worker].has_worked or worker.role in UNRECORDED for worker in unit.members)
+        if unit.on_death(now, code, has_worked):
+            again = f" ({unit.num_failed_starts} starts in a row have failed)" if unit.num_failed_starts > 1 else ""
+            raise CannotStart(reason + again)
         logger.error("%s: it is replaced", reason)
         for child in unit.children.values():
             child.process.kill()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,9 @@ from pipeline.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
 STABLE_S = 10.0  # who served so long before it died is started again at once
+MAX_FAILED_STARTS = 5  # in a row: what fails each time before its first piece of work will do so again
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 10.0
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 MAX_UNMAP_S = 10.0  # the successor waits so long for others to close the dead one's memory
 
 
@@ -58,7 +61,8 @@ class Unit:
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
     is_planned: bool = False  # its end: no request is to blame
-    num_killed_starts: int = 0  # in a row
+    num_failed_starts: int = 0  # in a row: it ended before it was ready, or by itself before it had done anything
+    has_proven: bool = False  # once, for long or with a request: what ends it later is no reason to give up
     news_at: float = 0.0  # when one of its members last said something
     due: float = 0.0  # when the successor is to start
     unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
@@ -71,10 +75,10 @@ class Unit:
     def is_serving(self) -> bool:
         return self.phase is Phase.SERVING
 
-    def states(self) -> list[WorkerState]:
+    def states(self, now: float = 0.0) -> list[WorkerState]:
         ready = {worker: child.ready for worker, child in self.children.items() if child.ready is not None and self.phase is not Phase.ENDING}
         return [
-            WorkerState(worker, self.epoch, True, ready[worker].credits, self.executed, *_told(self.children[worker]))
+            WorkerState(worker, self.epoch, True, ready[worker].credits, self.executed, *_told(self.children[worker], now))
             if worker in ready
             else WorkerState(worker, self.epoch, False, 0, self.executed)
             for worker in self.members
@@ -91,14 +95,27 @@ class Unit:
     def on_ready(self, now: float) -> None:
         """A member is ready; together they serve."""
         if self.phase is Phase.STARTING and all(child.ready is not None for child in self.children.values()):
-            self.phase, self.has_served, self.served_at, self.num_killed_starts = Phase.SERVING, True, now, 0
+            self.phase, self.has_served, self.served_at = Phase.SERVING, True, now
 
-    def on_death(self, now: float) -> None:
-        """One member has died: the others are to be killed."""
+    def on_death(self, now: float, code: int = -signal.SIGKILL, has_worked: bool = False) -> bool:
+        """One member has died: the others are to be killed. Whether the unit is to be given up, and the pipeline with it.
+
+        That is so for one that has never served for long, nor computed a request, once so many starts in a row have failed:
+        at once where the very first ends by itself, since it explains a wrong option. Otherwise a unit is started again for
+        ever, at longer and longer intervals; the others serve meanwhile. `code` is the exit code of who died first; who is
+        killed from outside while it serves has not failed.
+        """
+        is_first, was_serving = not self.has_served, self.is_serving
         is_stable = self.is_serving and now - self.served_at >= STABLE_S
         self.num_deaths = 0 if is_stable else self.num_deaths + 1
-        self.num_killed_starts += self.phase is Phase.STARTING
+        if is_stable or (was_serving and has_worked):
+            self.has_proven, self.num_failed_starts = True, 0
+        elif is_first or (was_serving and code not in FROM_OUTSIDE):
+            self.num_failed_starts += 1
         self.phase, self.died_at = Phase.ENDING, now
+        if self.has_proven:
+            return False
+        return (is_first and code >= 0) or self.num_failed_starts >= MAX_FAILED_STARTS
 
     def on_end(self, now: float) -> None:
         """It is to be replaced though nothing is wrong with it."""
@@ -123,10 +140,13 @@ class Unit:
         return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
 
 
-def _told(child: Child) -> tuple[int, dict[str, int]]:
-    """Open requests and counters."""
+def _told(child: Child, now: float) -> tuple[int, dict[str, int], float]:
+    """Open requests, counters, and the seconds since they were told."""
     details = child.ready.details if child.ready else {}
-    return (child.stats.num_open_requests, {**details, **child.stats.counters}) if child.stats else (0, details)
+    if child.stats is None:
+        return 0, details, 0.0
+    silent_s = round(max(0.0, now - child.stats_time), 1)
+    return child.stats.num_open_requests, {**details, **child.stats.counters}, silent_s
 
 
 def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:

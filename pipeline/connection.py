@@ -4,6 +4,10 @@ Recovery is always resubmission: the same request_id, the next attempt, and the 
 again is said by the launcher (preprocess died: whatever no LLM has accepted; an LLM rank died: all of its group) or by rank 0, which
 interrupts requests that needed something of a dead neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
 
+Which groups know this client is known group by group: while one is dead, the others serve. Nothing waits without end: what no
+worker takes in, or is not submitted for want of a group, ends after `recovery_timeout`. A launcher that is silent but lives
+is no reason to end anything.
+
 Knows nothing of text: what it hands out are token ids.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import time
@@ -25,6 +30,7 @@ from pipeline.curve import Remote
 from pipeline.ends import AsyncReceiver, Sender
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
+from pipeline.liveness import LauncherLife
 from pipeline.messages import (
     CLIENT_ID_BYTES,
     MAX_REQUEST_ID,
@@ -38,6 +44,7 @@ from pipeline.messages import (
     Interrupted,
     OutputsMessage,
     PipelineState,
+    Preparing,
     ReloadState,
     RequestFailed,
     RequestOutput,
@@ -54,10 +61,11 @@ from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
-HELLO_INTERVAL_S = 0.1
+HELLO_INTERVAL_S, MAX_HELLO_INTERVAL_S = 0.1, 1.0
 TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
 QUERY_AFTER_S = 10.0  # of silence before a request is asked about
-HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second
+HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second; after so long it is looked at whether it lives
+BUSY_AFTER_S = 3.0  # a worker that has told nothing for so long is in a long piece of work, and answers behind it
 MAX_ABORTS = 30
 MAX_JITTER_S = 0.05  # so that not all clients submit again at once
 PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
@@ -69,7 +77,8 @@ class OpenRequest:
 
     request: SubmitRequest
     frames: list[bytes | memoryview]
-    heard: float
+    heard: float  # when its submission went out, or something about it came in
+    asked: float = -math.inf  # when it was last asked about
     token_ids: list[int] = field(default_factory=list)  # received so far
     num_earlier_tokens: int = 0  # of them, in attempts before this
     num_prompt_tokens: int = 0
@@ -110,8 +119,9 @@ class Connection:
         self._sockets = Sockets(place, {})
         self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
         self._ingest: Sender[IngestMessage] | None = None
-        self._leads: tuple[int, ...] = ()  # the LLM ranks that send outputs, once we are connected
-        self._welcomes: dict[int, int] = {}  # epochs of these ranks that know us
+        self._life = LauncherLife(None if isinstance(place, Remote) else place)
+        self._leads: tuple[int, ...] = ()  # the LLM ranks that lead a group, once we are connected
+        self._welcomes: dict[int, Welcome] = {}  # of these ranks, the last of each
         self._hello = Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION)
         self._greeting: asyncio.Task[None] | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
@@ -123,6 +133,7 @@ class Connection:
         self._is_silent = False  # it is gone only in that it does not speak: it may come back
         self.is_draining = False
         self.workers: tuple[WorkerState, ...] = ()
+        self._states: dict[WorkerId, WorkerState] = {}  # the same, by worker
         self.reload = ReloadState()
         self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0, "given_up": 0}
 
@@ -147,6 +158,7 @@ class Connection:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ingest = None  # for whatever is still due
         self._sockets.close(linger_ms=200)
+        self._life.close()
 
     @property
     def num_open(self) -> int:
@@ -183,17 +195,40 @@ class Connection:
         if size > self.limits.max_request_bytes:
             raise RequestError(f"the request has {size} bytes, the limit is {self.limits.max_request_bytes}", status=413, field="messages")
         opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())
-        if self._is_known:
-            self._send(request, frames)
+        if self._known_leads:
+            self._send_request(opened)
         else:
             opened.is_held, opened.waits_since = True, opened.heard
         return opened
 
+    def _knows_us(self, lead: int) -> bool:
+        welcome = self._welcomes.get(lead)
+        return welcome is not None and welcome.epoch == self._sockets.epochs[WorkerId(Role.LLM, lead)]
+
+    def _is_down(self, lead: int) -> bool:
+        """Whether the launcher says so; while it says nothing of a group, that is up."""
+        state = self._states.get(WorkerId(Role.LLM, lead))
+        return state is not None and not state.is_ready
+
     @property
-    def _is_known(self) -> bool:
-        """Whether every group knows us. Until then nothing is submitted: one that does not would end our requests as nobody's."""
-        epochs = self._sockets.epochs
-        return all(self._welcomes.get(lead) == epochs[WorkerId(Role.LLM, lead)] for lead in self._leads)
+    def _known_leads(self) -> tuple[int, ...]:
+        """The groups that serve and know us. To others nothing is submitted: they would end our requests as nobody's."""
+        return tuple(lead for lead in self._leads if self._knows_us(lead) and not self._is_down(lead))
+
+    @property
+    def _ungreeted_leads(self) -> tuple[int, ...]:
+        """The groups that serve and do not know us yet."""
+        return tuple(lead for lead in self._leads if not self._knows_us(lead) and not self._is_down(lead))
+
+    def _send_request(self, opened: OpenRequest) -> None:
+        """Submits it, to one of the groups that know us."""
+        opened.heard, opened.asked = time.monotonic(), -math.inf
+        request = opened.request
+        if len(self._leads) > 1:
+            leads = self._known_leads
+            lead = request.lead if request.lead in leads else None
+            request = opened.request = msgspec.structs.replace(request, leads=leads, lead=lead)
+        self._send(request, opened.frames)
 
     def _send(self, message: IngestMessage, frames: Sequence[bytes | memoryview] = ()) -> None:
         if self._ingest is not None:
@@ -240,19 +275,27 @@ class Connection:
         opened.is_accepted, opened.is_asking, opened.is_held = False, False, True
         if opened.waits_since is None:
             opened.waits_since = time.monotonic()
-        if self._is_known:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Where a group knows us: the start is over, and what is held is submitted."""
+        if not self._known_leads:
+            return
+        if not self._welcome.done():
+            self._welcome.set_result(self._welcomes[self._known_leads[0]])
+        if any(opened.is_held for opened in self._open.values()):
             asyncio.get_running_loop().call_later(random.uniform(0, MAX_JITTER_S), self._submit_held)
 
     def _submit_held(self) -> None:
-        if not self._is_known:
+        if not self._known_leads:
             return
         held = [opened for opened in self._open.values() if opened.is_held and not opened.is_over]
         if held:
             self._send(self._hello)  # first: we may have been away without noticing
         for opened in held:
-            opened.is_held, opened.heard = False, time.monotonic()
+            opened.is_held = False
             self.counters["resubmitted"] += opened.request.attempt > 1
-            self._send(opened.request, opened.frames)
+            self._send_request(opened)
 
     def _on_death(self, successor: WorkerState) -> None:
         worker, executed = successor.worker, successor.executed
@@ -262,8 +305,6 @@ class Connection:
             return
         if is_gateway:
             self._welcomes.clear()
-        if is_group or is_gateway:
-            self._say_hello()
         for opened in list(self._open.values()):
             if not opened.is_accepted or is_gateway or (is_group and opened.request.lead == worker.rank):
                 was_executing = digest_of(opened.request.request_id) in executed
@@ -289,6 +330,7 @@ class Connection:
 
     def _on_state(self, state: PipelineState) -> None:
         self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload
+        self._states = {worker.worker: worker for worker in state.workers}
         if self._is_silent:
             self.end, self._is_silent = None, False
         renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})
@@ -298,13 +340,15 @@ class Connection:
                     self._on_death(worker)
         elif {PREPROCESS, *(WorkerId(Role.LLM, lead) for lead in state.leads)} <= set(self._sockets.epochs):
             self._connect(state.leads)
+        if self._ungreeted_leads:
+            self._say_hello()
+        self._go_on()
 
     def _connect(self, leads: Sequence[int]) -> None:
         self._leads = tuple(leads)
         self._ingest = self._sockets.sender(INGEST)
         for lead in leads[:1] if self._is_remote else leads:  # from a gateway they come all one way
             self._start_task(self._read_outputs(self._sockets.async_subscriber(OUTPUTS, self.client_id, lead)))
-        self._say_hello()
 
     def _start_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """A task whose failure ends every request, instead of leaving them to wait for ever."""
@@ -321,12 +365,14 @@ class Connection:
         return task
 
     def _say_hello(self) -> None:
-        """Until every group has answered."""
+        """Until every group that serves has answered."""
 
         async def say_hello() -> None:
-            while not self._is_known:
+            pause_s = HELLO_INTERVAL_S
+            while self._ungreeted_leads:
                 self._send(self._hello)
-                await asyncio.sleep(HELLO_INTERVAL_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, MAX_HELLO_INTERVAL_S)  # a group in a long step answers only behind it
 
         if self._greeting is None or self._greeting.done():
             self._greeting = self._start_task(say_hello())
@@ -337,6 +383,9 @@ class Connection:
             match message:
                 case Welcome():
                     self._accept_welcome(message)
+                case Preparing():
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        opened.is_asking, opened.waits_since = False, None
                 case Accepted():
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         self._on_accepted(opened, message)
@@ -361,16 +410,13 @@ class Connection:
         opened.mm_hashes = message.mm_hashes
 
     def _accept_welcome(self, welcome: Welcome) -> None:
-        """Ready when every group knows us: any of them may run what we submit."""
+        """From then on that group may run what we submit."""
         if welcome.protocol != PROTOCOL_VERSION:
             if not self._welcome.done():
                 self._welcome.set_exception(PipelineError(f"the pipeline speaks protocol {welcome.protocol}, this client {PROTOCOL_VERSION}"))
             return
-        self._welcomes[welcome.sender.rank] = welcome.epoch
-        if self._is_known:
-            if not self._welcome.done():
-                self._welcome.set_result(welcome)
-            asyncio.get_running_loop().call_later(random.uniform(0, MAX_JITTER_S), self._submit_held)
+        self._welcomes[welcome.sender.rank] = welcome
+        self._go_on()
 
     def _find(self, request_id: str, attempt: int) -> OpenRequest | None:
         opened = self._open.get(request_id)
@@ -407,7 +453,7 @@ class Connection:
         """Asks for what was missed: the same request with the same attempt. Its media go along only if it may never have come in."""
         if opened.is_asking or opened.is_held or opened.is_over:
             return
-        opened.is_asking, opened.heard = True, time.monotonic()
+        opened.is_asking, opened.asked = True, time.monotonic()
         request = msgspec.structs.replace(opened.request, num_received=len(opened.token_ids))
         if opened.is_accepted:
             self._send(msgspec.structs.replace(request, messages=()))
@@ -423,11 +469,11 @@ class Connection:
             if now - last > 2 * TICK_S:  # we stood still ourselves: first is to be read what came meanwhile
                 last, stood_still = now, True
                 self._heartbeat = now
+                for opened in self._open.values():
+                    opened.heard = now
                 continue
             asks_all, last, stood_still = stood_still, now, False  # perhaps we were cut off
-            # The gateway may be down while the launcher is not.
-            patience = max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout) if self._is_remote else HEARTBEAT_TIMEOUT_S
-            if now - self._heartbeat > patience and self.end is None:
+            if self.end is None and self._has_ended(now):
                 self._fail("the server no longer answers")
                 self._is_silent = True
             for request_id, aborting in list(self._aborting.items()):
@@ -437,16 +483,47 @@ class Connection:
                 else:
                     self._send(aborting.message)
             for opened in list(self._open.values()):
-                if opened.is_over:
-                    continue
-                if opened.waits_since is not None and now - opened.waits_since > self.limits.recovery_timeout:
-                    self.counters["given_up"] += 1
-                    self._give_up(opened, ErrorInfo(503, f"the server did not recover within {self.limits.recovery_timeout:.0f} s"))
-                elif (asks_all or now - opened.heard > QUERY_AFTER_S) and not opened.is_held:
-                    # Hello first: if we were cut off for not reading, it makes us known again.
-                    self._send(self._hello)
-                    opened.is_asking = False
-                    self._query(opened)
+                if not opened.is_over:
+                    self._look_after(opened, now, asks_all)
+
+    def _has_ended(self, now: float) -> bool:
+        """Whether the launcher's silence is its end. One that is stopped, or swapped out, lives: others serve meanwhile."""
+        silent_s = now - self._heartbeat
+        if silent_s <= HEARTBEAT_TIMEOUT_S:
+            return False
+        is_over = self._life.is_over()
+        # On another machine, where the gateway may be down for a while, silence is all there is to go by.
+        return silent_s > max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout) if is_over is None else is_over
+
+    def _look_after(self, opened: OpenRequest, now: float, asks_all: bool) -> None:
+        """Once a second: is a request to be given up, or to be asked about?"""
+        timeout_s = self.limits.recovery_timeout
+        if opened.waits_since is not None and now - opened.waits_since > timeout_s:
+            self.counters["given_up"] += 1
+            self._give_up(opened, ErrorInfo(503, f"the server did not recover within {timeout_s:.0f} s"))
+            return
+        if opened.is_held:
+            return
+        if self._is_behind_work(opened):
+            opened.heard = now
+        patience_s = max(timeout_s, 3 * TICK_S)  # in which it is asked about, and answered
+        is_forsaken = not opened.is_accepted or now - self._heartbeat > patience_s  # nobody tells us of deaths
+        if is_forsaken and opened.asked > opened.heard and now - opened.heard > patience_s:
+            self.counters["given_up"] += 1
+            self._give_up(opened, ErrorInfo(503, f"the server did not answer within {patience_s:.0f} s"))
+            return
+        query_after_s = QUERY_AFTER_S if opened.is_accepted else min(QUERY_AFTER_S, patience_s / 3)
+        if asks_all or now - max(opened.heard, opened.asked) > query_after_s:
+            # Hello first: if we were cut off for not reading, it makes us known again.
+            self._send(self._hello)
+            opened.is_asking = False
+            self._query(opened)
+
+    def _is_behind_work(self, opened: OpenRequest) -> bool:
+        """Whether a group that may have it is in a step so long that it answers nobody: the launcher sees to its end."""
+        lead = opened.request.lead
+        states = [self._states.get(WorkerId(Role.LLM, group)) for group in (self._leads if lead is None else (lead,))]
+        return any(state is not None and state.is_ready and state.silent_s > BUSY_AFTER_S for state in states)
 
     def _fail(self, reason: str) -> None:
         self.end = ErrorInfo(503, reason)

@@ -4,6 +4,7 @@
     delay              the same request executes NUMBER seconds later
     drop, corrupt      the first NUMBER messages of the type WHAT that it sends
     fill               all of its tensor pool but what is kept for the oldest item; WHAT is "pool"
+    end                it fails as soon as it has told that it is ready; WHAT is "ready"; NUMBER: in so many incarnations
 
 Nothing in the workers knows of it: faults sit in the flight recorder, the sockets and the allocator that a worker is given.
 """
@@ -50,7 +51,7 @@ class Fault(msgspec.Struct, frozen=True):
         role, _, rest = text.partition(":")
         action, _, rest = rest.partition(":")
         what, _, number = rest.partition(":")
-        if action not in (*AT_EXECUTION, *AT_SENDING, "fill") or not what:
+        if action not in (*AT_EXECUTION, *AT_SENDING, "fill", "end") or not what:
             raise ValueError(f"fault {text!r} is not ROLE:ACTION:WHAT[:NUMBER]")
         return cls(role, action, what, float(number) if number else ALWAYS)
 
@@ -112,6 +113,11 @@ class Faults:
     def encoder(self) -> FaultyEncoder | None:
         faults = self._of(*AT_SENDING)
         return FaultyEncoder(faults) if faults else None
+
+    def at_ready(self, epoch: int) -> None:
+        for fault in self._of("end"):
+            if epoch <= fault.number:
+                raise InjectedFault(f"fault: {fault.what}")
 
     def fill(self, allocator: SlotAllocator) -> None:
         """Leaves only the reserve."""

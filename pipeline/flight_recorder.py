@@ -21,7 +21,8 @@ from pipeline.topology import WorkerId
 PREFIX = "flight."  # of the files' names
 DIGEST_BYTES = 8
 NUM_BYTES = 1 << 16
-HEADER = struct.Struct("<qqd")  # signs of life, digests that follow, deadline
+HEADER = struct.Struct("<qqqd")  # signs of life, digests that follow, times that there were any, deadline
+DEADLINE_AT = 24
 MAX_DIGESTS = (NUM_BYTES - HEADER.size) // DIGEST_BYTES
 
 
@@ -33,18 +34,19 @@ def digest_of(request_id: str) -> bytes:
 
 class FlightRecorder:
     def __init__(self, run_dir: Path, worker: WorkerId) -> None:
-        fd = os.open(run_dir / f"{PREFIX}{worker}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.path = run_dir / f"{PREFIX}{worker}"
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, NUM_BYTES)
             self._map = mmap.mmap(fd, NUM_BYTES)
         finally:
             os.close(fd)
-        self._count, *_ = HEADER.unpack_from(self._map)
+        self._count, _, self._num_records, _ = HEADER.unpack_from(self._map)
 
     def clear(self) -> None:
         """A new incarnation begins."""
-        HEADER.pack_into(self._map, 0, 0, 0, 0.0)
-        self._count = 0
+        HEADER.pack_into(self._map, 0, 0, 0, 0, 0.0)
+        self._count = self._num_records = 0
 
     def move(self) -> None:
         """A sign of life: to be given where a worker gets only while it moves on."""
@@ -53,7 +55,7 @@ class FlightRecorder:
 
     def expect(self, seconds: float) -> None:
         """No sign of life is to be expected within so many seconds, since a call is under way that gives none; 0: it is over."""
-        struct.pack_into("<d", self._map, 16, time.monotonic() + seconds if seconds else 0.0)
+        struct.pack_into("<d", self._map, DEADLINE_AT, time.monotonic() + seconds if seconds else 0.0)
         if not seconds:
             self.move()
 
@@ -63,7 +65,8 @@ class FlightRecorder:
         struct.pack_into("<q", self._map, 8, 0)  # whoever reads it half written reads nothing
         if digests:
             self._map[HEADER.size : HEADER.size + DIGEST_BYTES * len(digests)] = b"".join(digests)
-            struct.pack_into("<q", self._map, 8, len(digests))
+            self._num_records += 1
+            struct.pack_into("<qq", self._map, 8, len(digests), self._num_records)
 
     @property
     def num_moves(self) -> int:
@@ -73,8 +76,14 @@ class FlightRecorder:
     @property
     def deadline(self) -> float:
         """Until when (of the machine's monotonic clock) a call may go on that gives no sign of life; 0: there is none."""
-        until: float = HEADER.unpack_from(self._map)[2]
+        until: float = HEADER.unpack_from(self._map)[3]
         return until
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether any request has executed in this incarnation."""
+        num_records: int = HEADER.unpack_from(self._map)[2]
+        return num_records > 0
 
     def executing(self) -> tuple[bytes, ...]:
         count = min(MAX_DIGESTS, HEADER.unpack_from(self._map)[1])

@@ -134,6 +134,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
+    leads: tuple[int, ...] = ()  # of the groups that know the client: one of them is to run it; empty: of all
     alone_in: tuple[Role, ...] = ()  # it executed in such workers when they died: it passes these stages alone
 
 
@@ -299,7 +300,15 @@ class LeaseRefused(WorkerMessage, frozen=True, kw_only=True):
     key: ChunkKey
 
 
-LlmMessage = Hello | GenerateRequest | AbortRequest | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
+class Preparing(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm → client: the answer to a query about a request whose media are still on their way."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+
+
+LlmMessage = Hello | GenerateRequest | AbortRequest | Preparing | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
 
 # --- steps: llm rank 0 → other ranks --------------------------------------------------------------------------------
 
@@ -411,7 +420,7 @@ class Interrupted(WorkerMessage, frozen=True, kw_only=True):
     died: Role | None = None  # the role of a worker that died, if the request was executing in it
 
 
-OutputsMessage = Welcome | Accepted | TokenOutputs | RequestFailed | Interrupted
+OutputsMessage = Welcome | Preparing | Accepted | TokenOutputs | RequestFailed | Interrupted
 
 # --- control: launcher → everyone -----------------------------------------------------------------------------------
 
@@ -424,6 +433,7 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executed: tuple[bytes, ...] = ()  # digests of the requests that were executing in the incarnation before when it died
     num_open_requests: int = 0
     counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
+    silent_s: float = 0.0  # since it last told: some seconds are one long piece of work
 
 
 class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -94,11 +94,15 @@ class WorkerContext:
 
     def ready(self, num_credits: int = 0, **details: int) -> None:
         self.status.send(WorkerReady(credits=num_credits, details=details, **self.origin))
+        self.faults.at_ready(self.epoch)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
 
     def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
+        """Counts while running, to be told once a second or so; then is also seen to what this process has bound."""
+        for path in self.sockets.bind_again():
+            logger.warning("%s was removed: bound again", path)
         stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)
         self.status.try_send(stats)
 

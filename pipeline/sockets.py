@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -10,6 +11,7 @@ import zmq
 import zmq.asyncio
 
 from pipeline.ends import ALL, HIGH_WATER_MARK, AsyncReceiver, Encoder, Publisher, Receiver, Relayed, Sender
+from pipeline.errors import PipelineError
 from pipeline.messages import (
     ControlMessage,
     EncodeMessage,
@@ -22,6 +24,7 @@ from pipeline.messages import (
 )
 from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM, OUTPUTS, STATUS, STEPS, Edge, Pattern, WorkerId, address
 
+IPC = "ipc://"
 MAX_SUBSCRIPTION_BYTES = 4096  # far more than a topic has, or a handshake
 UNIONS: dict[Edge, Any] = {
     INGEST: IngestMessage, ENCODE: EncodeMessage, FEEDBACK: FeedbackMessage, LLM: LlmMessage,
@@ -84,6 +87,7 @@ class Sockets:
         self._async_context = zmq.asyncio.Context.shadow(self._context)
         self.site.open(self._context)
         self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
+        self._bound: list[tuple[str, Any]] = []  # urls and sockets
         # To another worker, in time to its successor.
         self._connected: list[tuple[Edge, int, Sender[Any] | Relayed[Any] | AsyncReceiver[Any]]] = []
 
@@ -99,6 +103,23 @@ class Sockets:
             if self.site.follows_epochs and WorkerId(edge.binder, rank) in renewed:
                 opened.reconnect(self._url(edge, rank))
         return renewed
+
+    def bind_again(self) -> list[str]:
+        """Makes the socket files anew that somebody has removed, a cleaner of /tmp perhaps. Returns their paths.
+
+        What is connected stays so. Raises PipelineError where the folder is gone, too.
+        """
+        missing = [(url, socket) for url, socket in self._bound if url.startswith(IPC) and not os.path.exists(url[len(IPC) :])]
+        for url, socket in missing:
+            try:
+                socket.bind(url)
+            except zmq.ZMQError as error:
+                raise PipelineError(f"{url[len(IPC) :]} was removed and cannot be made again: {error}") from None
+        return [url[len(IPC) :] for url, _ in missing]
+
+    def _bind(self, socket: Any, url: str) -> None:
+        socket.bind(url)
+        self._bound.append((url, socket))
 
     def _url(self, edge: Edge, rank: int) -> str:
         return self.site.url(edge, self.epochs, rank)
@@ -131,7 +152,7 @@ class Sockets:
         socket.setsockopt(zmq.RCVHWM, high_water_mark)
         if max_message_bytes:
             socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-        socket.bind(self._url(edge, rank))
+        self._bind(socket, self._url(edge, rank))
         return socket
 
     # PUB and SUB.
@@ -147,7 +168,7 @@ class Sockets:
         socket.setsockopt(zmq.XPUB_MANUAL, 1)
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION_BYTES)
-        socket.bind(self._url(edge, rank))
+        self._bind(socket, self._url(edge, rank))
         return self._keep(Publisher(socket, accepts, self._encoder, self.site.is_authenticated))
 
     def subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> Receiver[Any]:

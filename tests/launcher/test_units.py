@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from launcher.placement import workers
-from launcher.units import MAX_DELAY_S, MAX_UNMAP_S, STABLE_S, Child, Phase, Unit, has_moved, units
+from launcher.units import MAX_DELAY_S, MAX_FAILED_STARTS, MAX_UNMAP_S, STABLE_S, Child, Phase, Unit, has_moved, units
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.messages import WorkerReady, WorkerStats
 from pipeline.topology import Role, WorkerId
@@ -75,16 +78,66 @@ def test_restarts_back_off_until_one_has_lasted() -> None:
     assert unit.wakes_at() == 200.0 + STABLE_S
 
 
-def test_only_starts_that_were_killed_in_a_row_count_as_such() -> None:
+def fail(unit: Unit, code: int, has_worked: bool = False, now: float = 1.0) -> bool:
+    """The unit ends with this exit code, in whatever phase it is. Whether it is given up."""
+    is_given_up = unit.on_death(now, code, has_worked)
+    for child in unit.children.values():
+        child.process.exit_code = code
+    unit.on_reaped(now, (), set())
+    return is_given_up
+
+
+def begin(unit: Unit) -> None:
+    unit.begin([Child(worker, unit.epoch, process()) for worker in unit.members], 0.0)
+
+
+def test_a_first_start_that_ends_by_itself_is_given_up_at_once_and_one_that_is_killed_is_tried_again() -> None:
     unit = Unit((VIT_0,))
-    for _ in range(3):
-        unit.begin([Child(VIT_0, unit.epoch, process())], 0.0)
-        die(unit, 100.0)
-    assert unit.num_killed_starts == 3
-    start(unit, 101.0)
-    assert unit.num_killed_starts == 0
-    die(unit, 102.0)
-    assert unit.num_killed_starts == 0
+    begin(unit)
+    assert fail(unit, 1)
+    unit, found = Unit((VIT_0,)), []
+    for _ in range(MAX_FAILED_STARTS):
+        begin(unit)
+        found.append(fail(unit, -9))
+    assert found == [False] * (MAX_FAILED_STARTS - 1) + [True]
+
+
+@pytest.mark.parametrize("code", [0, 1, -signal.SIGSEGV])
+def test_who_is_ready_and_ends_before_it_has_done_anything_has_failed_to_start(code: int) -> None:
+    unit, found = Unit((VIT_0,)), []
+    for _ in range(MAX_FAILED_STARTS):
+        start(unit, 0.0)
+        found.append(fail(unit, code))
+    assert found == [False] * (MAX_FAILED_STARTS - 1) + [True]
+
+
+def test_who_has_worked_or_served_for_long_is_never_given_up() -> None:
+    for has_worked, now in ((True, 1.0), (False, STABLE_S)):
+        unit = Unit((VIT_0,))
+        start(unit, 0.0)
+        assert not fail(unit, 1, has_worked, now)
+        assert not any((start(unit, now), fail(unit, 1, now=now))[1] for _ in range(3 * MAX_FAILED_STARTS))
+        assert unit.wakes_at() == now + MAX_DELAY_S, "but it backs off"
+
+
+def test_a_restart_that_fails_is_tried_again_for_ever_and_backs_off() -> None:
+    """Though it has served only for a moment: others may be at work."""
+    unit, delays = Unit((VIT_0,)), []
+    start(unit, 0.0)
+    assert not fail(unit, -9)
+    for _ in range(4 * MAX_FAILED_STARTS):
+        begin(unit)
+        assert not fail(unit, 1)
+        delays.append(unit.wakes_at() - 1.0)
+    assert delays == sorted(delays)
+    assert delays[-1] == MAX_DELAY_S
+
+
+def test_who_is_killed_from_outside_has_not_failed() -> None:
+    unit = Unit((VIT_0,))
+    for _ in range(3 * MAX_FAILED_STARTS):
+        start(unit, 0.0)
+        assert not fail(unit, -signal.SIGKILL)
 
 
 def test_the_successor_waits_until_the_dead_ones_memory_is_closed_but_not_for_ever() -> None:
@@ -102,6 +155,8 @@ def test_states_carry_what_a_worker_counts() -> None:
     unit.children[VIT_0].stats = WorkerStats(sender=VIT_0, epoch=1, phase="serving", num_open_requests=2, counters={"encodes": 5})
     (state,) = unit.states()
     assert (state.num_open_requests, state.counters) == (2, {"port": 7, "encodes": 5})
+    unit.children[VIT_0].stats_time = 100.0
+    assert [state.silent_s for state in unit.states(102.5)] == [2.5]
 
 
 def test_who_says_nothing_while_it_starts_is_late_whatever_others_say() -> None:

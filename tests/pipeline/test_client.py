@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from pipeline.detokenizer import tokenizer_hash
 from pipeline.ends import Received
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.flight_recorder import digest_of
+from pipeline.liveness import LOCK
 from pipeline.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -27,6 +30,7 @@ from pipeline.messages import (
     ImagePart,
     Interrupted,
     PipelineState,
+    Preparing,
     RequestFailed,
     RequestOutput,
     Shutdown,
@@ -44,6 +48,7 @@ from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS
 
+LLM_1 = WorkerId(Role.LLM, 1)
 CHAT = [ChatMessage("user", "Hello")]
 GREEDY = SamplingParams(temperature=0)
 
@@ -58,6 +63,9 @@ class Pipeline:
         self.outputs = self.sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == 16)
         self.ingest = self.sockets.async_receiver(INGEST)
         self.limits: dict[str, Any] = {}
+        self.leads = [0]
+        self.down: set[WorkerId] = set()
+        self.silent: dict[WorkerId, float] = {}
         self.client_id = b""
         self.protocol = PROTOCOL_VERSION
         self.max_requests = 4
@@ -75,17 +83,28 @@ class Pipeline:
             except TimeoutError:
                 continue
             if isinstance(received.message, Hello) and received.message.client_id == self.client_id:
-                self.say(
-                    Welcome, protocol=self.protocol, model_folder=str(EMBEDDED / "model"),
-                    tokenizer_hash=tokenizer_hash((EMBEDDED / "model" / "tokenizer.json").read_bytes()), model_name="m", max_model_len=100,
-                    max_requests=self.max_requests, max_request_bytes=1000, **self.limits,
-                )  # fmt: skip
+                self.say(Welcome, **self.welcome_fields)
                 return
+
+    @property
+    def welcome_fields(self) -> dict[str, Any]:
+        folder = EMBEDDED / "model"
+        return {
+            "protocol": self.protocol, "model_folder": str(folder), "model_name": "m", "max_model_len": 100,
+            "tokenizer_hash": tokenizer_hash((folder / "tokenizer.json").read_bytes()),
+            "max_requests": self.max_requests, "max_request_bytes": 1000, **self.limits,
+        }  # fmt: skip
 
     def say_states(self, **executed: tuple[bytes, ...]) -> None:
         """`executed`: by role, what the incarnation before was executing when it died."""
-        states = tuple(WorkerState(worker, epoch, True, executed=executed.get(worker.role, ())) for worker, epoch in self.epochs.items())
-        self.control.publish(PipelineState(workers=states))
+        states = tuple(
+            WorkerState(
+                worker, epoch, worker not in self.down, executed=executed.get(worker.role, ()),
+                silent_s=self.silent.get(worker, 0.0),
+            )
+            for worker, epoch in self.epochs.items()
+        )  # fmt: skip
+        self.control.publish(PipelineState(workers=states, leads=tuple(self.leads)))
 
     def replace(self, worker: WorkerId, *executed: str) -> None:
         """A worker dies and its successor binds its edges; the launcher tells."""
@@ -573,3 +592,231 @@ async def test_queries_and_aborts_name_the_group_that_runs_the_request(
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert (await pipeline.next(AbortRequest)).message.lead == 0
+
+
+# Nothing waits without end.
+
+
+@pytest.fixture
+async def impatient(pipeline: Pipeline, tmp_path: Path) -> AsyncIterator[PipelineClient]:
+    """A client that waits for three seconds."""
+    pipeline.limits = {"recovery_timeout": 3.0}
+    made = PipelineClient(tmp_path)
+    await asyncio.gather(made.start(), pipeline.welcome())
+    yield made
+    await made.close()
+
+
+async def test_what_nobody_takes_in_ends(impatient: PipelineClient, pipeline: Pipeline) -> None:
+    """Its submission got lost, or nobody can be reached any more."""
+    start = time.monotonic()
+    task = asyncio.create_task(collect(impatient))
+    while not task.done():
+        pipeline.say_states()
+        await asyncio.sleep(0.2)
+    with pytest.raises(RequestError, match="did not answer within 3 s") as caught:
+        await task
+    assert caught.value.info.status == 503
+    assert 3 <= time.monotonic() - start < 7
+    assert impatient.num_open == 0
+    assert (await pipeline.next(SubmitRequest)).message.attempt == 1
+    assert (await pipeline.next(SubmitRequest)).message.attempt == 1, "it was asked about before"
+
+
+async def test_what_is_being_prepared_is_waited_for(impatient: PipelineClient, pipeline: Pipeline) -> None:
+    """A download that takes longer than a recovery may: preprocess answers that it has the request."""
+    task = asyncio.create_task(collect(impatient))
+    end = time.monotonic() + 8
+    while time.monotonic() < end:
+        pipeline.say_states()
+        with contextlib.suppress(TimeoutError):
+            received = await asyncio.wait_for(pipeline.ingest.receive(), 0.2)
+            if isinstance(received.message, SubmitRequest):
+                request = received.message
+                fields = {"client_id": pipeline.client_id, "request_id": request.request_id}
+                pipeline.say(Preparing, attempt=request.attempt, **fields)
+        assert not task.done()
+    pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    pipeline.say_tokens(request, 0, [20], FinishReason.STOP)
+    assert (await task)[1][-1].finish_reason == "stop"
+
+
+async def test_behind_a_long_step_a_request_waits(impatient: PipelineClient, pipeline: Pipeline) -> None:
+    """An LLM in a step of a minute answers nobody; the launcher sees that it moves on."""
+    task = asyncio.create_task(collect(impatient))
+    request = (await pipeline.next(SubmitRequest)).message
+    end = time.monotonic() + 6
+    while time.monotonic() < end:
+        pipeline.silent = {LLM_0: 60.0 - (end - time.monotonic())}
+        pipeline.say_states()
+        await asyncio.sleep(0.2)
+        assert not task.done()
+    pipeline.silent = {}
+    pipeline.say_tokens(request, 0, [20], FinishReason.STOP)
+    assert (await task)[1][-1].finish_reason == "stop"
+
+
+# A launcher that is silent.
+
+
+async def test_a_launcher_that_is_frozen_ends_nothing(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds its lock; the LLM goes on and answers."""
+    monkeypatch.setattr("pipeline.connection.HEARTBEAT_TIMEOUT_S", 0.5)
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = PipelineClient(tmp_path)
+        await asyncio.gather(client.start(), pipeline.welcome())
+        task = asyncio.create_task(collect(client))
+        request = await accept(pipeline, task, 1)
+        await asyncio.sleep(4)
+        assert not client.failure
+        assert not task.done()
+        new = asyncio.create_task(collect(client))
+        other = (await pipeline.next(SubmitRequest)).message
+        for message, offset in ((request, 1), (other, 0)):
+            pipeline.say_tokens(message, offset, [21], FinishReason.STOP)
+        assert [pieces[-1].finish_reason for _, pieces in await asyncio.gather(task, new)] == ["stop"] * 2
+        late = asyncio.create_task(collect(client))
+        fcntl.flock(lock, fcntl.LOCK_UN)  # and now it has died
+        with pytest.raises(RequestError, match="no longer answers"):
+            await asyncio.wait_for(late, 5)
+        await client.close()
+
+
+async def test_what_ends_while_the_launcher_is_frozen_is_not_waited_for_without_end(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is there to tell of the LLM's death."""
+    monkeypatch.setattr("pipeline.connection.HEARTBEAT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pipeline.connection.QUERY_AFTER_S", 1.0)
+    pipeline.limits = {"recovery_timeout": 3.0}
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = PipelineClient(tmp_path)
+        await asyncio.gather(client.start(), pipeline.welcome())
+        task = asyncio.create_task(collect(client))
+        await accept(pipeline, task, 1)
+        with pytest.raises(RequestError, match="did not answer within 3 s"):
+            await asyncio.wait_for(task, 10)
+        await client.close()
+
+
+# Groups.
+
+
+class Groups(Pipeline):
+    """Two of them, led by ranks 0 and 1."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
+        self.leads = [0, 1]
+        self.epochs[LLM_1] = self.sockets.epochs[LLM_1] = 1
+        self.second = self.sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == 16, rank=1)
+
+    def greet(self, lead: int) -> None:
+        worker, publisher = ((LLM_0, self.outputs), (LLM_1, self.second))[lead]
+        welcome = Welcome(sender=worker, epoch=self.epochs[worker], **self.welcome_fields)
+        assert publisher.publish(welcome, self.client_id)
+
+    def say_second(self, kind: Callable[..., Any], **fields: Any) -> None:
+        assert self.second.publish(kind(sender=LLM_1, epoch=self.epochs[LLM_1], **fields), self.client_id)
+
+    async def welcome_from_both(self, client: PipelineClient) -> None:
+        await self.welcome()
+        while not self.second.subscriptions():
+            await asyncio.sleep(0.02)
+        self.greet(1)
+        while client._connection._known_leads != (0, 1):
+            await asyncio.sleep(0.02)
+
+    def kill_second(self) -> None:
+        """Dead and reaped; its successor loads for long."""
+        self.epochs[LLM_1] += 1
+        self.sockets.epochs.update(self.epochs)
+        self.second.close()
+        self.second = self.sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == 16, rank=1)
+        self.down = {LLM_1}
+        self.say_states()
+
+
+@pytest.fixture
+async def groups(tmp_path: Path) -> AsyncIterator[Groups]:
+    made = Groups(tmp_path)
+    yield made
+    made.sockets.close()
+
+
+@pytest.fixture
+async def grouped(groups: Groups, tmp_path: Path) -> AsyncIterator[PipelineClient]:
+    made = PipelineClient(tmp_path)
+    await asyncio.gather(made.start(), groups.welcome_from_both(made))
+    yield made
+    await made.close()
+
+
+async def test_the_death_of_a_group_holds_up_nobody_elses_requests(grouped: PipelineClient, groups: Groups) -> None:
+    tasks = [asyncio.create_task(collect(grouped)) for _ in range(2)]
+    first, second = [(await groups.next(SubmitRequest)).message for _ in range(2)]
+    assert first.leads == second.leads == (0, 1)
+    groups.say(Accepted, request_id=first.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    groups.say_second(Accepted, request_id=second.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    await asyncio.sleep(0.1)
+    groups.kill_second()
+    start = time.monotonic()
+    again = (await groups.next(SubmitRequest)).message
+    assert (again.request_id, again.attempt) == (second.request_id, 2)
+    assert (again.leads, again.lead) == ((0,), None), "only to the group that lives"
+    tasks.append(asyncio.create_task(collect(grouped)))
+    new = (await groups.next(SubmitRequest)).message
+    assert (new.attempt, new.leads) == (1, (0,))
+    assert time.monotonic() - start < 1
+    for message in (first, again, new):
+        groups.say_tokens(message, 0, [20], FinishReason.STOP)
+    assert [pieces[-1].finish_reason for _, pieces in await asyncio.gather(*tasks)] == ["stop"] * 3
+    assert grouped.counters["resubmitted"] == 1
+
+
+async def test_a_group_that_is_back_is_used_once_it_knows_the_client(grouped: PipelineClient, groups: Groups) -> None:
+    groups.kill_second()
+    await asyncio.sleep(0.2)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(groups.ingest.receive(), 0.5)  # nobody is greeted who does not serve
+    groups.down = set()
+    groups.say_states()
+    assert isinstance((await groups.next(Hello)).message, Hello)
+    tasks = [asyncio.create_task(collect(grouped))]
+    assert (await groups.next(SubmitRequest)).message.leads == (0,)
+    while not groups.second.subscriptions():
+        await asyncio.sleep(0.02)
+    groups.greet(1)
+    while grouped._connection._known_leads != (0, 1):
+        await asyncio.sleep(0.02)
+    tasks.append(asyncio.create_task(collect(grouped)))
+    assert (await groups.next(SubmitRequest)).message.leads == (0, 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_client_starts_while_a_group_is_down(groups: Groups, tmp_path: Path) -> None:
+    groups.down = {LLM_1}
+    client = PipelineClient(tmp_path)
+    await asyncio.gather(client.start(5), groups.welcome())
+    task = asyncio.create_task(collect(client))
+    request = (await groups.next(SubmitRequest)).message
+    assert request.leads == (0,)
+    groups.say_tokens(request, 0, [20], FinishReason.STOP)
+    await task
+    await client.close()
+
+
+async def test_with_every_group_down_requests_wait_and_then_end(groups: Groups, tmp_path: Path) -> None:
+    groups.limits = {"recovery_timeout": 1.0}
+    client = PipelineClient(tmp_path)
+    await asyncio.gather(client.start(), groups.welcome_from_both(client))
+    groups.down = {LLM_0, LLM_1}
+    groups.say_states()
+    await asyncio.sleep(0.1)
+    with pytest.raises(RequestError, match="did not recover within 1 s"):
+        await asyncio.wait_for(collect(client), 5)
+    await client.close()

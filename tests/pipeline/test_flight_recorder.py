@@ -15,7 +15,9 @@ def test_what_is_recorded_is_read_by_another_and_outlives_the_writer(tmp_path: P
     writer.close()
     assert reader.executing() == (digest_of("a"), digest_of("b"))
     assert reader.num_moves == 2
+    assert reader.has_worked
     reader.clear()
+    assert not reader.has_worked
     assert (reader.executing(), reader.num_moves) == ((), 0)
     reader.close()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -161,8 +163,6 @@ def test_garbage_is_refused_and_counted_and_what_follows_arrives(open_sockets: C
 
 
 def test_a_message_beyond_the_size_limit_does_not_come_in(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
-    import asyncio
-
     async def run() -> None:
         receiver = open_sockets().async_receiver(INGEST, max_message_bytes=10_000)
         with zmq.Context() as context, context.socket(zmq.PUSH) as raw:
@@ -324,3 +324,51 @@ def test_every_message_survives_the_wire() -> None:
 
 def test_patterns() -> None:
     assert {edge.name for edge in EDGES if edge.pattern is Pattern.PUB_SUB} == {"steps", "outputs", "control"}
+
+
+# Files that somebody removes.
+
+
+def test_a_socket_file_that_was_removed_is_bound_again(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+    """Who is connected stays so, and who comes later finds it."""
+    binder, before = open_sockets(), open_sockets().sender(ENCODE)
+    receiver, publisher = binder.receiver(ENCODE), binder.publisher(CONTROL)
+    subscriber = open_sockets().subscriber(CONTROL)
+    assert len(wait_for_events(publisher, 1)) == 1
+    before.send(released(1))
+    assert receive(receiver).message == released(1)
+    assert binder.bind_again() == []
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+    late, late_subscriber = open_sockets().sender(ENCODE), open_sockets().subscriber(CONTROL)
+    late.send(released(2))
+    before.send(released(3))
+    assert receive(receiver).message == released(3)
+    assert sorted(binder.bind_again()) == [f"{tmp_path}/control", f"{tmp_path}/encode.0.1"]
+    assert receive(receiver).message == released(2)
+    assert len(wait_for_events(publisher, 1)) == 1
+    publisher.publish(PipelineState(workers=()))
+    for reader in (subscriber, late_subscriber):
+        assert receive(reader).message == PipelineState(workers=())
+    assert binder.bind_again() == []
+
+
+async def test_so_is_that_of_an_asynchronous_receiver(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+    binder = open_sockets()
+    receiver = binder.async_receiver(INGEST)
+    (tmp_path / "ingest.1").unlink()
+    open_sockets().sender(INGEST).send(Hello(client_id=b"c" * 16, protocol=3))
+    assert binder.bind_again() == [f"{tmp_path}/ingest.1"]
+    received = await asyncio.wait_for(receiver.receive(), 5)
+    assert isinstance(received.message, Hello)
+
+
+def test_where_the_folder_is_gone_that_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    sockets = Sockets(folder, EPOCHS)
+    sockets.receiver(STATUS)
+    shutil.rmtree(folder)
+    with pytest.raises(PipelineError, match="run/status was removed and cannot be made again"):
+        sockets.bind_again()
+    sockets.close()

@@ -26,6 +26,7 @@ OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is 
 RETRY_S = 0.005  # while preprocess takes nothing
 MAX_RELAYED = 64  # messages of clients in one turn of the loop, refused ones included
 GREETING_INTERVAL_S = 0.1
+HEARTBEAT_S = 2.0  # the launcher's is a second; where it stands still, clients hear the last state again
 LIFE_INTERVAL_S = 0.5
 STATS_INTERVAL_S = 0.5
 LINGER_MS = 500  # the last words of a pipeline that ends
@@ -94,9 +95,15 @@ class _Relay:
     def _greet(self) -> None:
         """Tells who is new how the pipeline is: all at once, and not too often, since everybody hears it."""
         self._has_new |= any(event.is_new for event in self._states.subscriptions())
-        if self._has_new and self._state is not None and (now := time.monotonic()) >= self._greeted_at + GREETING_INTERVAL_S:
-            self._has_new, self._greeted_at = False, now
-            self._states.publish(self._state)
+        # After a while without a word the launcher stands still; it lives, or we would not.
+        due = self._greeted_at + (GREETING_INTERVAL_S if self._has_new else HEARTBEAT_S)
+        if self._state is not None and time.monotonic() >= due:
+            self._has_new = False
+            self._tell(self._state)
+
+    def _tell(self, state: PipelineState) -> None:
+        self._greeted_at = time.monotonic()
+        self._states.publish(state)
 
     def _read_control(self) -> None:
         while (received := self._control.receive()) is not None:
@@ -104,7 +111,7 @@ class _Relay:
                 case PipelineState() as state:
                     self._context.follow(state)
                     self._state = state
-                    self._states.publish(state)
+                    self._tell(state)
                 case Drain() as drain:
                     self._states.publish(drain)
                 case Shutdown() as shutdown:

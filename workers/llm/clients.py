@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from pipeline.ends import Subscription
 from pipeline.errors import ErrorInfo
 from pipeline.messages import (
@@ -14,6 +16,7 @@ from pipeline.messages import (
     Interrupted,
     Origin,
     OutputsMessage,
+    Preparing,
     RequestFailed,
     RequestOutput,
     TokenLogprobs,
@@ -118,6 +121,11 @@ class Clients:
             del self._ended[request_id]
 
     # What they are told.
+
+    def tell_preparing(self, message: Preparing) -> None:
+        """What preprocess answers to a client's query goes through us: it has no way to clients of its own."""
+        told = msgspec.structs.replace(message, **self._origin)
+        self.publish(told, message.client_id)
 
     def tell_accepted(self, request: Request) -> None:
         accepted = Accepted(

@@ -33,6 +33,7 @@ from pipeline.messages import (
     Origin,
     PoolClosed,
     PoolOpened,
+    Preparing,
     RequestEnded,
     RequestOutput,
     SequencePlan,
@@ -135,6 +136,8 @@ class Engine:
                 self._on_generate(message, now)
             case AbortRequest():
                 self._on_abort(message, now)
+            case Preparing():
+                self._clients.tell_preparing(message)
             case PoolOpened():
                 self._send_step(message)  # first: the ranks open it together
                 self.runner.pools.open(message.pool)

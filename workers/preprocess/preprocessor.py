@@ -36,6 +36,7 @@ from pipeline.messages import (
     MmChunk,
     MmItem,
     PixelsReleased,
+    Preparing,
     RequestEnded,
     SubmitRequest,
     TextPart,
@@ -75,6 +76,7 @@ class OpenRequest:
     keys: list[ChunkKey] = field(default_factory=list)
     num_media_bytes: int = 0
     lead: int | None = None  # of the group that runs it, once that is chosen
+    leads: tuple[int, ...] = ()  # of the groups that know its client
     num_new_tokens: int = 0  # that count as outstanding there
     ended_at: float | None = None
 
@@ -133,30 +135,25 @@ class Preprocessor:
         if known is not None and known.attempt > message.attempt:
             self.counters["stale_messages"] += 1
             return
-        if known is not None and known.attempt == message.attempt:  # a query; what is still being prepared answers by itself
-            if isinstance(known.reply, GenerateRequest):
-                self._tell(known, msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True))
-            elif known.reply is not None:
-                self._tell(known, known.reply)
+        if known is not None and known.attempt == message.attempt:
+            self._on_query(known, message)
             return
         if known is not None and known.ended_at is None:
             self._end(known)
         if known is None and message.lead is not None and message.lead in self._llms and not message.messages:
             # A query about what went through our predecessor: its group knows.
-            self._llms[message.lead].send(
-                GenerateRequest(
-                    client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0, prompt_token_ids=b"",
-                    items=(), sampling=message.sampling, num_received=message.num_received, is_query=True, **self._origin,
-                )
-            )  # fmt: skip
+            self._llms[message.lead].send(self._query_of(message))
             return
         opened = self._requests[message.request_id] = OpenRequest(message.client_id, message.request_id, message.attempt)
+        opened.leads = message.leads
         # Where a lower attempt may still run; after our predecessor's death only its client knows, if anybody.
         opened.lead = known.lead if known is not None else message.lead if message.lead in self._llms else None
+        if opened.lead is not None and message.leads and opened.lead not in message.leads:
+            self._abandon(message, opened.lead)  # its client does not hear that group
+            opened.lead = None
         if known is None and opened.lead is None and message.attempt > 1 and len(self._llms) > 1:
-            before = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt - 1)
-            for llm in self._llms.values():  # one of them may still run it, and another is about to
-                llm.send(before)
+            for lead in self._llms:  # one of them may still run it, and another is about to
+                self._abandon(message, lead)
         self.num_open += 1
         try:
             if message.attempt == 1:  # what was begun is gone on with, be the server full or about to stop
@@ -169,6 +166,34 @@ class Preprocessor:
             self._refuse(opened, error.info)
             return
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
+
+    def _on_query(self, known: OpenRequest, message: SubmitRequest) -> None:
+        """The client has not heard of this attempt for a while: it is told again how far that is."""
+        if isinstance(known.reply, GenerateRequest):
+            self._tell(known, msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True))
+        elif known.reply is not None:
+            self._tell(known, known.reply)
+        elif known.ended_at is None:
+            preparing = Preparing(
+                client_id=known.client_id, request_id=known.request_id, attempt=known.attempt, **self._origin
+            )  # fmt: skip
+            self._tell(known, preparing)
+        else:  # a group's death ended it before its client knew of that: no group knows it, and says so
+            self._tell(known, self._query_of(message))
+
+    def _query_of(self, message: SubmitRequest) -> GenerateRequest:
+        """For a group that may know the request, of which nothing is known here."""
+        return GenerateRequest(
+            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0, prompt_token_ids=b"",
+            items=(), sampling=message.sampling, num_received=message.num_received, is_query=True, **self._origin,
+        )  # fmt: skip
+
+    def _abandon(self, message: SubmitRequest, lead: int) -> None:
+        """The attempt before this one ends in that group, if it still runs there."""
+        before = AbortRequest(
+            client_id=message.client_id, request_id=message.request_id, attempt=max(0, message.attempt - 1)
+        )  # fmt: skip
+        self._llms[lead].send(before)
 
     def _check_load(self) -> None:
         if self.is_draining:
@@ -214,12 +239,18 @@ class Preprocessor:
             known.task.cancel()
         lead = known.lead if known is not None else message.lead
         abort = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt)
-        self._llms[lead if lead is not None and lead in self._llms else next(iter(self._llms))].send(abort)
+        if lead is None or lead not in self._llms:
+            lead = self._speaker(known)
+        self._llms[lead].send(abort)
 
     def _tell(self, opened: OpenRequest | None, message: LlmMessage) -> None:
-        """To the group of a request; of one that has none, or is not known, the first group speaks."""
+        """To the group of a request; of one that has none, or is not known, another group speaks."""
         lead = opened.lead if opened is not None else None
-        self._llms[next(iter(self._llms)) if lead is None else lead].send(message)
+        self._llms[self._speaker(opened) if lead is None else lead].send(message)
+
+    def _speaker(self, opened: OpenRequest | None) -> int:
+        """A group that lives, and that the client hears, where there is one."""
+        return self._groups.candidates(opened.leads if opened is not None else ())[0]
 
     # One request's preparation.
 
@@ -306,7 +337,7 @@ class Preprocessor:
             opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
             return
         prefixes = prefix_hashes(prompt.token_ids, items, cache_salt)
-        opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, len(prompt.token_ids))
+        opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, len(prompt.token_ids), opened.leads)
 
     async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)

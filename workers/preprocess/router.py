@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.messages import MmItem, pack_int32
 
@@ -57,13 +57,18 @@ class GroupRouter:
         self.available = set(leads)  # who serves; who does not will later
         self._prefixes: dict[int, OrderedDict[bytes, None]] = {lead: OrderedDict() for lead in leads}
 
-    def choose(self, prefixes: Sequence[bytes], num_tokens: int) -> tuple[int, int]:
-        """The group that has the least to compute before and for this request, and the tokens that count as outstanding there.
+    def candidates(self, among: Collection[int] = ()) -> list[int]:
+        """The groups that a request may go to: of those `among` (none: of all) the living, or all where none lives."""
+        wanted = [lead for lead in self.outstanding if lead in among] or list(self.outstanding)
+        return [lead for lead in wanted if lead in self.available] or wanted
 
-        What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute.
+    def choose(self, prefixes: Sequence[bytes], num_tokens: int, among: Collection[int] = ()) -> tuple[int, int]:
+        """The group that has the least to compute before and for this request, and the tokens outstanding there for it.
+
+        What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute. `among`: see `candidates`.
         """
         known = {lead: self._num_known(lead, prefixes) * PREFIX_TOKENS for lead in self.outstanding}
-        lead = min(sorted(self.available or self.outstanding), key=lambda lead: self.outstanding[lead] - known[lead])
+        lead = min(sorted(self.candidates(among)), key=lambda lead: self.outstanding[lead] - known[lead])
         seen = self._prefixes[lead]
         for digest in prefixes:
             seen.pop(digest, None)

@@ -37,6 +37,7 @@ from pipeline.messages import (
     MmChunk,
     MmItem,
     PoolOpened,
+    Preparing,
     RequestEnded,
     RequestFailed,
     RequestOutput,
@@ -716,6 +717,18 @@ def test_embeddings_of_an_attempt_that_is_not_here_yet_are_kept(rig: Rig) -> Non
     rig.engine.handle(msgspec.structs.replace(request, attempt=2), rig.now)
     rig.run()
     assert len(rig.tokens("r")) == NUM_TOKENS
+
+
+def test_what_preprocess_answers_to_a_query_goes_to_its_client_only(rig: Rig) -> None:
+    other = b"o" * 16
+    rig.greet(other)
+    asked = Preparing(sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id="r", attempt=2)
+    rig.engine.handle(asked, rig.now)
+    (told,) = rig.publisher.take(Preparing)
+    assert (told.sender, told.request_id, told.attempt) == (LLM_0, "r", 2)
+    rig.engine.handle(msgspec.structs.replace(asked, client_id=b"unknown"), rig.now)
+    assert rig.publisher.take(Preparing) == []
+    assert rig.engine.requests == {}
 
 
 def test_a_query_never_starts_a_request(rig: Rig) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
+from pipeline.errors import RequestError
 from pipeline.families import read_model_info
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.messages import (
@@ -35,6 +36,7 @@ from pipeline.messages import (
     ItemNotNeeded,
     PixelsReleased,
     PoolOpened,
+    Preparing,
     RequestEnded,
     SubmitRequest,
     TextPart,
@@ -784,3 +786,86 @@ async def test_a_suspect_is_told_as_such_to_the_stage_in_question(rig: Rig) -> N
         rig.end(name, 2)
         for message in encodes:
             rig.feedback(PixelsReleased, key=message.key)
+
+
+# Groups that live, and clients that they know.
+
+
+def submission(**fields: Any) -> SubmitRequest:
+    chat = (ChatMessage("user", fields.pop("content", "Hello")),)
+    values = {"request_id": "r", "attempt": 1, "messages": chat, "sampling": SamplingParams(), **fields}
+    return SubmitRequest(client_id=CLIENT, **values)
+
+
+async def test_a_request_goes_only_to_groups_that_know_its_client() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        for number in range(6):
+            rig.core.on_ingest(submission(request_id=f"r{number}", leads=(2,)), [])
+        await rig.settle()
+        assert [len(llm.take(GenerateRequest)) for llm in rig.llms.values()] == [0, 6]
+        for number in range(6):
+            rig.end(f"r{number}")
+
+
+async def test_of_a_dead_group_a_living_one_takes_over_before_the_death_is_known_here() -> None:
+    """The client may hear of it before us: its word counts, and the dead group is told to forget the attempt before."""
+    async with make_rig(1, leads=(0, 2)) as rig:
+        rig.core.on_ingest(submission(leads=(0, 2)), [])
+        await rig.settle()
+        (lead,) = [lead for lead, llm in rig.llms.items() if llm.take(GenerateRequest)]
+        other = 2 - lead
+        rig.core.on_ingest(submission(attempt=2, leads=(other,), lead=None), [])
+        await rig.settle()
+        assert [message.attempt for message in rig.llms[lead].take(AbortRequest)] == [1]
+        assert len(rig.llms[other].take(GenerateRequest)) == 1
+        dead = WorkerState(WorkerId(Role.LLM, lead), 2, False)
+        rig.core.on_states(states(rig, **{f"llm_{lead}": False}), [dead])
+        assert rig.core.num_open == 1, "the death touches it no longer"
+        rig.end("r", 2)
+
+
+async def test_a_refusal_is_told_by_a_group_that_lives() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        rig.core.on_states(states(rig, llm_0=False), [])
+        rig.core.on_ingest(submission(content=(ImagePart(url="ftp://nowhere/x"),)), [])
+        await rig.settle()
+        assert rig.llms[0].sent == []
+        assert [message.error.status for message in rig.llms[2].take(AbortRequest)] == [400]
+        rig.end("r")
+
+
+async def test_a_query_about_what_is_being_prepared_is_answered() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        rig.core.on_states(states(rig, llm_0=False), [])
+        waiting = asyncio.Event()
+
+        async def read(*_: Any) -> Any:
+            await waiting.wait()
+            raise RequestError("the media did not come", field="messages")
+
+        rig.core._read_request = read  # type: ignore[method-assign]
+        request = submission(leads=(2,))
+        rig.core.on_ingest(request, [])
+        await rig.settle()
+        rig.core.on_ingest(request, [])
+        (preparing,) = rig.llms[2].take(Preparing)
+        assert (preparing.client_id, preparing.request_id, preparing.attempt) == (CLIENT, "r", 1)
+        waiting.set()
+        await rig.settle()
+        assert len(rig.llms[2].take(AbortRequest)) == 1
+        rig.core.on_ingest(request, [])
+        assert rig.llms[2].take(Preparing) == [], "it has failed, which is told again"
+        assert len(rig.llms[2].take(AbortRequest)) == 1
+        rig.end("r")
+
+
+async def test_a_query_about_what_a_groups_death_ended_makes_its_client_submit_again() -> None:
+    async with make_rig(1, leads=(0, 2)) as rig:
+        request = submission(lead=0)
+        rig.core._read_request = lambda *_: asyncio.Event().wait()  # type: ignore[assignment,method-assign]
+        rig.core.on_ingest(request, [])
+        await rig.settle()
+        rig.core.on_states(states(rig, llm_0=False), [WorkerState(LLM_0, 2, False)])
+        rig.core.on_ingest(request, [])
+        assert [message.is_query for message in rig.llms[2].take(GenerateRequest)] == [True]
+        assert rig.core.num_open == 0

@@ -80,3 +80,14 @@ def test_the_memory_of_a_group_is_bounded() -> None:
         router.choose([number.to_bytes(4, "big")], PREFIX_TOKENS)
     assert router.choose([(0).to_bytes(4, "big")], PREFIX_TOKENS)[1] == PREFIX_TOKENS + OUTPUT_TOKENS
     assert router.choose([(MAX_REMEMBERED).to_bytes(4, "big")], PREFIX_TOKENS)[1] == OUTPUT_TOKENS
+
+
+def test_only_living_groups_that_the_client_knows_are_chosen() -> None:
+    router = GroupRouter([0, 1, 2])
+    router.available = {0, 2}
+    assert {router.choose([], 1000)[0] for _ in range(10)} == {0, 2}
+    assert {router.choose([], 1000, (2, 1))[0] for _ in range(10)} == {2}
+    assert router.candidates((1,)) == [1], "it will be back"
+    assert router.candidates((7,)) == [0, 2], "of a pipeline that has other groups"
+    router.available = set()
+    assert router.candidates(()) == [0, 1, 2]
