@@ -1,4 +1,4 @@
-"""Films for tests: every container that is served, with the codecs common in it, and the ways in which files are odd.
+"""Films for tests: every container that is served, with the codecs common in it, and odd files.
 
 Frames tell their number (`tests/videos.py`) and are small, so that all are encoded within seconds.
 """
@@ -22,8 +22,9 @@ from tests.videos import Frames, counting_frames
 
 NUM_FRAMES = 50
 FPS = 25
-SOUND = {"webm": "libopus", "avi": "mp2", "mpegts": "mp2", "mpeg": "mp2", "asf": "wmav2", "ogg": "libopus"}  # elsewhere aac
-X265 = "log-level=none"
+# elsewhere aac
+SOUND = {"webm": "libopus", "avi": "mp2", "mpegts": "mp2", "mpeg": "mp2", "asf": "wmav2", "ogg": "libopus"}
+X265 = "log-level=none:keyint=12:min-keyint=12:bframes=3:pools=1:frame-threads=1"
 
 
 @functools.cache
@@ -56,7 +57,8 @@ class Film:
             cover = self._add(container, "mjpeg", "yuvj420p", {}) if self.has_cover else None
             if cover is not None:
                 cover.disposition = av.stream.Disposition.attached_pic
-            streams = [self._add(container, self.codec, self.pix_fmt, self.options) for _ in range(1 + self.has_second)]
+            count = 1 + self.has_second
+            streams = [self._add(container, self.codec, self.pix_fmt, self.options) for _ in range(count)]
             sound = container.add_stream(SOUND.get(self.kind, "aac"), rate=48000) if self.has_sound else None
             if cover is not None:
                 container.mux(cover.encode(video_frame(frames()[::-1][0], 0)))
@@ -91,14 +93,15 @@ def _silence(stream: Any) -> list[Any]:
     seconds = NUM_FRAMES // FPS
     stream.layout = "mono"
     stream.bit_rate = 64000
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000 * seconds), np.float32), format="fltp", layout="mono")
+    samples = np.zeros((1, 48000 * seconds), np.float32)
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
     frame.sample_rate = 48000
     frame.pts, frame.time_base = 0, Fraction(1, 48000)
     return [*stream.encode(frame), *stream.encode()]
 
 
 def without_first_packets(count: int, kind: str) -> Callable[[bytes], bytes]:
-    """A clip cut as players' editors cut: the packets of its beginning are missing, up to the middle of a group of pictures."""
+    """A clip as editors cut it without encoding anew: it begins in the middle of a group of pictures."""
 
     def change(data: bytes) -> bytes:
         out = io.BytesIO()
@@ -131,7 +134,8 @@ def trimmed(data: bytes) -> bytes:
     assert (version, count) == (0, 1)
     duration, start = struct.unpack(">Ii", data[at + 12 : at + 20])
     ticks = timescale(data) // FPS
-    return data[: at + 12] + struct.pack(">Ii", duration - 7 * 1000 // FPS, start + 7 * ticks) + data[at + 20 :]
+    entry = struct.pack(">Ii", duration - 7 * 1000 // FPS, start + 7 * ticks)
+    return data[: at + 12] + entry + data[at + 20 :]
 
 
 def timescale(data: bytes) -> int:
@@ -155,12 +159,12 @@ H264 = {"g": "12", "bf": "3", "preset": "ultrafast", "sc_threshold": "0"}
 B_FRAMES = {**H264, "preset": "veryfast"}
 OPEN_GOP = {**B_FRAMES, "x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0:b-adapt=0"}
 REFRESH = {"g": "12", "x264-params": "intra-refresh=1:keyint=12:bframes=0"}
-HEVC = {"preset": "ultrafast", "x265-params": f"keyint=12:min-keyint=12:bframes=3:open-gop=1:pools=1:frame-threads=1:{X265}"}
-HEVC_CLOSED = {"preset": "ultrafast", "x265-params": f"keyint=12:min-keyint=12:bframes=3:open-gop=0:pools=1:frame-threads=1:{X265}"}
+HEVC = {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=1"}
+HEVC_CLOSED = {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=0"}
 AV1 = {"preset": "12", "g": "12", "svtav1-params": "lp=1"}
 VP8 = {"g": "12", "deadline": "realtime", "cpu-used": "8", "b": "300k"}
 VP9 = {**VP8, "lag-in-frames": "0"}
-ALT_REF = {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "4", "b": "300k"}
+ALT_REF = {**VP8, "auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "4"}
 PARTS = {"g": "12", "bf": "2", "b": "600k"}
 PLAIN = {"g": "12", "b": "600k"}
 UNEVEN = [4 * number + (number % 3) + 20 * (number // 10) for number in range(NUM_FRAMES)]
@@ -173,22 +177,60 @@ FILMS: dict[str, Film] = {
     "mp4 h264, open groups": Film("mp4", "libx264", OPEN_GOP, is_indexed=True),
     "mp4 h264, intra refresh": Film("mp4", "libx264", REFRESH, is_indexed=True),
     "mp4 h264, interlaced": Film("mp4", "libx264", {**B_FRAMES, "flags": "+ildct+ilme"}),
-    "mp4 h264, fragmented": Film("mp4", "libx264", B_FRAMES, {"movflags": "frag_keyframe+empty_moov"}, is_indexed=True),
+    "mp4 h264, fragmented": Film(
+        "mp4",
+        "libx264",
+        B_FRAMES,
+        {"movflags": "frag_keyframe+empty_moov"},
+        is_indexed=True,
+    ),
     "mp4 h264, fragmented with sound": Film(
-        "mp4", "libx264", B_FRAMES, {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, has_sound=True, is_indexed=True
+        "mp4",
+        "libx264",
+        B_FRAMES,
+        {"movflags": "frag_keyframe+empty_moov+default_base_moof"},
+        has_sound=True,
+        is_indexed=True,
     ),
     "mp4 h264, uneven times": Film("mp4", "libx264", B_FRAMES, times=UNEVEN, is_indexed=True),
     "mp4 h264, cover first": Film("mp4", "libx264", B_FRAMES, has_cover=True, is_indexed=True),
-    "mp4 h264, two streams": Film("mp4", "libx264", B_FRAMES, has_second=True, has_sound=True, is_indexed=True),
+    "mp4 h264, two streams": Film(
+        "mp4",
+        "libx264",
+        B_FRAMES,
+        has_second=True,
+        has_sound=True,
+        is_indexed=True,
+    ),
     "mp4 h264, edit list": Film("mp4", "libx264", B_FRAMES, change=trimmed, num_shown=None),
-    "mp4 h264, turned": Film("mp4", "libx264", B_FRAMES, change=turned(0, 1, -1, 0), is_indexed=True, num_shown=None),
+    "mp4 h264, turned": Film(
+        "mp4",
+        "libx264",
+        B_FRAMES,
+        change=turned(0, 1, -1, 0),
+        is_indexed=True,
+        num_shown=None,
+    ),
     "mp4 h264, cut": Film("mp4", "libx264", B_FRAMES, change=without_first_packets(5, "mp4"), num_shown=None),
     "mp4 h264, with a hole": Film("mp4", "libx264", B_FRAMES, change=with_hole, num_shown=None),
-    "mp4 h264, lossless 4:4:4": Film("mp4", "libx264", {**B_FRAMES, "qp": "0"}, pix_fmt="yuv444p", is_indexed=True),
+    "mp4 h264, lossless 4:4:4": Film(
+        "mp4",
+        "libx264",
+        {**B_FRAMES, "qp": "0"},
+        pix_fmt="yuv444p",
+        is_indexed=True,
+    ),
     "mp4 hevc, open groups": Film("mp4", "libx265", HEVC, is_indexed=True),
     "mp4 hevc, closed groups": Film("mp4", "libx265", HEVC_CLOSED, is_indexed=True, has_sound=True),
     "mp4 hevc, cut": Film("mp4", "libx265", HEVC, change=without_first_packets(5, "mp4"), num_shown=None),
-    "mp4 hevc, cut at a later group": Film("mp4", "libx265", HEVC, change=without_first_packets(12, "mp4"), num_shown=None, is_indexed=True),
+    "mp4 hevc, cut at a later group": Film(
+        "mp4",
+        "libx265",
+        HEVC,
+        change=without_first_packets(12, "mp4"),
+        num_shown=None,
+        is_indexed=True,
+    ),
     "mp4 mpeg4": Film("mp4", "mpeg4", PARTS),
     "mp4 av1": Film("mp4", "libsvtav1", AV1, is_indexed=True),
     "mp4 vp9": Film("mp4", "libvpx-vp9", VP9, is_indexed=True),
@@ -198,7 +240,13 @@ FILMS: dict[str, Film] = {
     "matroska h264, open groups": Film("matroska", "libx264", OPEN_GOP, is_indexed=True),
     "matroska h264, uneven times": Film("matroska", "libx264", B_FRAMES, times=UNEVEN, is_indexed=True),
     "matroska h264, two streams": Film("matroska", "libx264", B_FRAMES, has_second=True, is_indexed=True),
-    "matroska h264, cut": Film("matroska", "libx264", OPEN_GOP, change=without_first_packets(5, "matroska"), num_shown=None),
+    "matroska h264, cut": Film(
+        "matroska",
+        "libx264",
+        OPEN_GOP,
+        change=without_first_packets(5, "matroska"),
+        num_shown=None,
+    ),
     "matroska hevc, open groups": Film("matroska", "libx265", HEVC, is_indexed=True),
     "matroska mpeg2": Film("matroska", "mpeg2video", PARTS),
     "matroska ffv1": Film("matroska", "ffv1", {"g": "12"}),
@@ -217,15 +265,32 @@ FILMS: dict[str, Film] = {
     "mpegts h264": Film("mpegts", "libx264", B_FRAMES),
     "mpegts h264 with sound": Film("mpegts", "libx264", B_FRAMES, has_sound=True),
     "mpegts h264, open groups": Film("mpegts", "libx264", OPEN_GOP),
-    "mpegts h264, cut": Film("mpegts", "libx264", B_FRAMES, change=without_first_bytes(0.3, 188), num_shown=None),
-    "mpegts h264, cut anywhere": Film("mpegts", "libx264", B_FRAMES, change=lambda data: data[1000:], num_shown=None),
+    "mpegts h264, cut": Film(
+        "mpegts",
+        "libx264",
+        B_FRAMES,
+        change=without_first_bytes(0.3, 188),
+        num_shown=None,
+    ),
+    "mpegts h264, cut anywhere": Film(
+        "mpegts",
+        "libx264",
+        B_FRAMES,
+        change=lambda data: data[1000:],
+        num_shown=None,
+    ),
     "mpegts h264, with a hole": Film("mpegts", "libx264", B_FRAMES, change=with_hole, num_shown=None),
     "mpegts hevc": Film("mpegts", "libx265", HEVC),
     "mpegts mpeg2": Film("mpegts", "mpeg2video", PARTS, has_sound=True),
     "mpegts mpeg2, interlaced": Film("mpegts", "mpeg2video", {**PARTS, "flags": "+ildct+ilme"}),
     "m2ts h264": Film("mpegts", "libx264", B_FRAMES, {"mpegts_m2ts_mode": "1"}, has_sound=True),
     "m2ts h264, cut": Film(
-        "mpegts", "libx264", B_FRAMES, {"mpegts_m2ts_mode": "1"}, change=without_first_bytes(0.3, 192), num_shown=None
+        "mpegts",
+        "libx264",
+        B_FRAMES,
+        {"mpegts_m2ts_mode": "1"},
+        change=without_first_bytes(0.3, 192),
+        num_shown=None,
     ),
     "mpeg mpeg2": Film("mpeg", "mpeg2video", PARTS),
     "mpeg mpeg2 with sound": Film("mpeg", "mpeg2video", PARTS, has_sound=True),
@@ -237,4 +302,4 @@ FILMS: dict[str, Film] = {
     "asf wmv1": Film("asf", "wmv1", PLAIN),
     "ogg vp8": Film("ogg", "libvpx", VP8, has_sound=True),
     "ogg theora": Film("ogg", "libtheora", PLAIN),
-}  # fmt: skip
+}

@@ -1,8 +1,9 @@
 """Videos by PyAV (FFmpeg): frame n is the n-th that decoding the whole file gives.
 
-Seeking is not used: where it lands depends on the container, and what is decoded from there on the codec. Instead packets are
-read from the file's beginning, which is cheap, and the decoder is fed from the last place where decoding may start
-(`packet_index.py`), or from the beginning where that is not certain. Then the frames are counted as the decoder gives them out.
+Seeking is not used: where it lands depends on the container, and what is decoded from there on the codec.
+Instead packets are read from the file's beginning, which is cheap, and the decoder is fed from the last place
+where decoding may start (`packet_index.py`). Where that is not certain the decoder is fed from the beginning,
+and the frames are counted as it gives them out.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ OPTIONS = {
     "use_absolute_path": "0",
 }
 INDEXED = ("mov", "matroska")  # demuxers whose presentation times are the file's own, one for each packet
-# A video of so many pixels in all is decoded to count its frames even where its packets tell: a fraction of a second.
+# A video of so many pixels in all is decoded to count its frames even where its packets tell: in a fraction
+# of a second.
 COUNTED_PIXELS = 1 << 25
-# With more, FFmpeg conceals no damage in H.264: what is missing of a picture shows what its memory held before, perhaps
-# of another client's video.
+# With more, FFmpeg conceals no damage in H.264: what is missing of a picture shows what its memory held
+# before, perhaps of another client's video.
 THREADS = 1
 RATE_TOLERANCE = 0.1  # a container's frame rate may differ so much from the frames' times
 NOT_DECODABLE = "the media is not a video that can be decoded"
 
 
 class AvVideo:
-    """`demuxer` is FFmpeg's short name. Raises VideoBroken, or what FFmpeg raises, for a file without a decodable frame."""
+    """`demuxer` is FFmpeg's short name. Raises VideoBroken or FFmpeg's errors if nothing can be decoded."""
 
     def __init__(self, path: str, demuxer: str, max_pixels: int) -> None:
         self._path, self._demuxer, self._max_pixels = path, demuxer, max_pixels
@@ -52,9 +54,10 @@ class AvVideo:
         if first is None:
             raise VideoBroken(NOT_DECODABLE)
         self._height, self._width = self._picture(first).shape[:2]
-        is_small = self._index is not None and len(self._index.times) * first.width * first.height <= COUNTED_PIXELS
-        if is_small or first.interlaced_frame:  # fields may be packets of their own
-            self._index = None
+        if self._index is not None:
+            num_pixels = len(self._index.times) * first.width * first.height
+            if num_pixels <= COUNTED_PIXELS or first.interlaced_frame:  # fields may be packets of their own
+                self._index = None
 
     @cached_property
     def metadata(self) -> VideoMetadata:
@@ -82,7 +85,7 @@ class AvVideo:
             yield self._picture(frame)
 
     def _indexed(self, number: int) -> Any | None:
-        """A frame, from the last entry before it. None when the file is not as its packets say: then frames are counted."""
+        """A frame, from the last entry before it. None when the file is not as its packets say."""
         assert self._index is not None
         if number >= len(self._index.times):
             return None
@@ -123,7 +126,7 @@ class AvVideo:
 
 
 class _Decoder:
-    """Decodes forwards, from the file's beginning or from a packet ahead. Damaged packets are left out, as players do."""
+    """Decodes forwards, from the file's beginning or from a packet ahead. Damaged packets are left out."""
 
     def __init__(self, path: str, demuxer: str, options: dict[str, str]) -> None:
         self._container: Any = av.open(f"file:{path}", format=demuxer, options=OPTIONS)
@@ -214,7 +217,7 @@ def _first_video(container: Any) -> Any:
 
 
 def display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of how a frame is to be shown: x' = a x + c y, y' = b x + d y, y downwards; the identity where nothing is said."""
+    """(a, b, c, d) of how a frame is to be shown: x' = a x + c y, y' = b x + d y, y downwards."""
     try:
         matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)
     except (KeyError, ValueError, IndexError):  # none, or side data that PyAV has no name for

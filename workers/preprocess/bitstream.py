@@ -1,7 +1,7 @@
 """What a packet of a video says about itself, read from its first bytes: without decoding.
 
-Containers mark key frames, but not whether decoding may start there. After an H.264 recovery point, say, pictures may still
-refer to those before it. The codec's own headers tell.
+Containers mark key frames, but not whether decoding may start there. After an H.264 recovery point, say,
+pictures may still refer to those before it. The codec's own headers tell.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ def _h264(length_size: int) -> Look:
         if units is None or any(unit[0] & 0x80 for unit in units):
             return Kind.DOUBTFUL
         types = [unit[0] & 31 for unit in units]
-        slices = [(unit, kind) for unit, kind in zip(units, types, strict=True) if H264_SLICE <= kind <= H264_IDR]
-        is_entry = all(kind == H264_IDR for _, kind in slices)
-        if sum(unit[1] >> 7 for unit, _ in slices if len(unit) > 1) != 1 or (not is_entry and set(types) & set(H264_PARAMETERS)):
+        slices = [unit for unit in units if H264_SLICE <= unit[0] & 31 <= H264_IDR]
+        is_entry = all(unit[0] & 31 == H264_IDR for unit in slices)
+        if sum(unit[1] >> 7 for unit in slices if len(unit) > 1) != 1:
+            return Kind.DOUBTFUL
+        if not is_entry and set(types) & set(H264_PARAMETERS):
             return Kind.DOUBTFUL
         return Kind.ENTRY if is_entry else Kind.PICTURE
 
@@ -76,16 +78,16 @@ def _h264(length_size: int) -> Look:
 
 
 def _hevc(length_size: int) -> Look:
-    """ITU-T H.265, 7.3.1.2 and 7.3.6.1. After a CRA all pictures later in time are decodable without what was before it."""
+    """ITU-T H.265, 7.3.1.2 and 7.3.6.1. Pictures later in time than a CRA depend on nothing before it."""
 
     def look(data: memoryview) -> Kind:
         units = _units(data, length_size)
         if units is None or any(unit[0] & 0x80 for unit in units):
             return Kind.DOUBTFUL
         types = [unit[0] >> 1 & 63 for unit in units]
-        slices = [(unit, kind) for unit, kind in zip(units, types, strict=True) if kind <= HEVC_LAST_SLICE]
-        is_entry = all(kind in (*HEVC_IDR, HEVC_CRA) for _, kind in slices)
-        if sum(unit[2] >> 7 for unit, _ in slices if len(unit) > 2) != 1 or set(types) & set(HEVC_BREAKS):
+        slices = [unit for unit in units if unit[0] >> 1 & 63 <= HEVC_LAST_SLICE]
+        is_entry = all(unit[0] >> 1 & 63 in (*HEVC_IDR, HEVC_CRA) for unit in slices)
+        if sum(unit[2] >> 7 for unit in slices if len(unit) > 2) != 1 or set(types) & set(HEVC_BREAKS):
             return Kind.DOUBTFUL
         if not is_entry and set(types) & set(HEVC_PARAMETERS):
             return Kind.DOUBTFUL
@@ -102,7 +104,7 @@ def _vp8(data: memoryview) -> Kind:
 
 
 def _vp9(data: memoryview) -> Kind:
-    """The VP9 bitstream specification, 6.2 and annex B: a packet is one picture, or an index at its end tells the sizes of several."""
+    """The VP9 bitstream specification, 6.2 and annex B: an index at the end tells the sizes of several."""
     last = data[-1]
     if last & 0xE0 != 0xC0:
         return _vp9_kind([data])
@@ -122,7 +124,8 @@ def _vp9(data: memoryview) -> Kind:
 def _vp9_kind(pictures: list[memoryview]) -> Kind:
     shown, is_entry = 0, False
     for number, picture in enumerate(pictures):
-        if not len(picture) or picture[0] >> 6 != 2 or picture[0] & 0x30 == 0x30:  # profile 3 has a further bit
+        # Profile 3 has a further bit in its header.
+        if not len(picture) or picture[0] >> 6 != 2 or picture[0] & 0x30 == 0x30:
             return Kind.DOUBTFUL
         shows_known, is_inter, is_shown = picture[0] >> 3 & 1, picture[0] >> 2 & 1, picture[0] >> 1 & 1
         shown += shows_known or is_shown
@@ -133,7 +136,7 @@ def _vp9_kind(pictures: list[memoryview]) -> Kind:
 
 
 def _av1(data: memoryview) -> Kind:
-    """The AV1 bitstream specification, 5.3 and 5.9: each packet shows one picture; a key frame that is shown resets all."""
+    """The AV1 bitstream specification, 5.3 and 5.9: one picture is shown; a shown key frame resets all."""
     at = 0
     while at < len(data):
         kind, has_extension, has_size = data[at] >> 3 & 15, data[at] >> 2 & 1, data[at] >> 1 & 1

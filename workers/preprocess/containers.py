@@ -9,11 +9,24 @@ from __future__ import annotations
 HEAD_BYTES = 8192  # of a file, that tell which container it is
 SYNC = 0x47  # begins each packet of a transport stream
 SYNC_PACKETS = 5  # so many in a row are no accident
-# Plain; with a camcorder's time code before each packet (.MTS, .m2ts); with a broadcast's check sum behind it.
+# Plain; with a camcorder's time code before each packet (.MTS, .m2ts); with a broadcast's check sum behind.
 TS_PACKET_SIZES = (188, 192, 204)
 _BOXES = (
-    b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"sidx", b"emsg", b"prft", b"wide", b"free", b"skip", b"pnot", b"udta", b"uuid",
-)  # fmt: skip
+    b"ftyp",
+    b"styp",
+    b"moov",
+    b"moof",
+    b"mdat",
+    b"sidx",
+    b"emsg",
+    b"prft",
+    b"wide",
+    b"free",
+    b"skip",
+    b"pnot",
+    b"udta",
+    b"uuid",
+)
 _MAGIC = {
     b"\x1aE\xdf\xa3": "matroska",
     b"FLV\x01": "flv",

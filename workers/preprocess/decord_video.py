@@ -1,7 +1,8 @@
 """Videos by decord, which whoever starts the server may choose (`--video-reader decord`).
 
-Its frames are those asked for in mp4, Matroska, WebM and FLV with closed groups of pictures. Elsewhere it gives others,
-without an error: in MPEG-TS, MPEG-PS and AVI with B-frames, and wherever groups are open (most of HEVC). It knows no AV1.
+Its frames are those asked for in mp4, Matroska, WebM and FLV with closed groups of pictures. Elsewhere it
+gives others, without an error: in MPEG-TS, MPEG-PS and AVI with B-frames, and wherever groups are open (most
+of HEVC). It knows no AV1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A video's frames and the places where decoding may start, from its packets alone: cheap, and only where it is certain."""
+"""A video's frames and where decoding may start, from its packets alone: only where it is certain."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class PacketIndex(NamedTuple):
 
 
 def index_packets(packets: Iterable[Any], look: Look) -> PacketIndex | None:
-    """None where anything leaves room for doubt: how many frames there are, and which, only decoding tells then."""
+    """None where anything leaves room for doubt: which frames there are only decoding tells then."""
     times: list[int] = []
     keys: list[int] = []
     for packet in packets:
         kind = look(memoryview(packet))
-        if kind is Kind.DOUBTFUL or packet.pts is None or packet.is_corrupt or packet.is_discard or _has_new_parameters(packet):
+        if kind is Kind.DOUBTFUL or packet.pts is None or packet.is_corrupt or packet.is_discard:
+            return None
+        if _has_new_parameters(packet):
             return None
         if kind is Kind.ENTRY and packet.is_keyframe:
             keys.append(len(times))

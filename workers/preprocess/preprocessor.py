@@ -95,7 +95,8 @@ class Preprocessor:
         num_threads = max(2, context.spec.placement.num_threads)
         self.threads = RecordedThreads(num_threads, context.recorder)
         self._fetcher = Fetcher(config)
-        self._readers = VideoReaders(pool.info.memory_fd, num_threads, config.video_timeout_s, config.max_image_pixels, config.video_reader)
+        limits = (config.video_timeout_s, config.max_image_pixels)
+        self._readers = VideoReaders(pool.info.memory_fd, num_threads, *limits, config.video_reader)
         self._items = ItemReader(config, info, len(vits), self._fetcher, self.threads, self._readers)
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)
         epochs = context.sockets.epochs

@@ -34,4 +34,5 @@ class VideoBroken(Exception):
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise VideoBroken(f"the video's frames have {width} x {height} pixels, the limit is {max_pixels} in all")
+        size = f"{width} x {height} pixels"
+        raise VideoBroken(f"the video's frames have {size}, the limit is {max_pixels} in all")

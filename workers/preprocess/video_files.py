@@ -7,7 +7,10 @@ from workers.preprocess.video import Video, VideoBroken
 
 
 def open_video(path: str, reader: str, max_pixels: int) -> Video:
-    """`reader` is `pyav` or `decord`; a frame may have `max_pixels`. Raises VideoBroken, or whatever a decoder makes of broken data."""
+    """`reader` is `pyav` or `decord`; a frame may have `max_pixels`.
+
+    Raises VideoBroken, or whatever a decoder makes of broken data.
+    """
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if (kind := animation_of(head)) is not None:

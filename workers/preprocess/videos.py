@@ -41,7 +41,8 @@ class VideoFile:
 def sample_frames(metadata: VideoMetadata, fps: float, min_frames: int, max_frames: int, multiple: int) -> list[int]:
     """Evenly spread frame numbers, about `fps` a second, as many as a multiple of `multiple`.
 
-    As transformers' Qwen2-VL video processor has it (`sample_frames`), rounding included; a video of fewer frames than `multiple` is seen whole.
+    As transformers' Qwen2-VL video processor has it (`sample_frames`), rounding included; a video of fewer
+    frames than `multiple` is seen whole.
     """
     total = metadata.num_frames
     if total < multiple:
@@ -55,9 +56,9 @@ def sample_frames(metadata: VideoMetadata, fps: float, min_frames: int, max_fram
 def _arange(stop: float, step: float) -> npt.NDArray[np.float32]:
     """`torch.arange(0, stop, step)` to the last bit, which decides between two frames in long videos.
 
-    Torch (`RangeFactoriesKernel.cpp`) computes vectors, two at a time: of each the first value is rounded to float32, the others
-    are this plus multiples of the step, rounded again. What is left over is computed one by one. A vector has eight values
-    (AVX2, which torch also uses for this where there is AVX-512).
+    Torch (`RangeFactoriesKernel.cpp`) computes vectors, two at a time: of each the first value is rounded to
+    float32, the others are this plus multiples of the step, rounded again. What is left over is computed one
+    by one. A vector has eight values (AVX2, which torch also uses for this where there is AVX-512).
     """
     index = np.arange(math.ceil(stop / step))
     single = (index * step).astype(np.float32)
@@ -82,7 +83,14 @@ class _Process:
 class VideoReaders:
     """At most `count` reading processes, started when they are needed. Each job is whole: any of them can do it."""
 
-    def __init__(self, pool_fd: int, count: int, timeout_s: float, max_frame_pixels: int, reader: str = "pyav") -> None:
+    def __init__(
+        self,
+        pool_fd: int,
+        count: int,
+        timeout_s: float,
+        max_frame_pixels: int,
+        reader: str = "pyav",
+    ) -> None:
         self._pool_fd, self._timeout_s, self._max_frame_pixels = pool_fd, timeout_s, max_frame_pixels
         self._reader = reader
         self._places = asyncio.Semaphore(count)

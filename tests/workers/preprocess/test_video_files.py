@@ -1,4 +1,4 @@
-"""Videos of every kind that is served: the frames asked for are those that decoding the whole file gives, to the bit."""
+"""Videos of every kind that is served: frames are those of decoding the whole file, to the bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def decoded_forwards(path: Path, is_damaged: bool) -> list[np.ndarray]:
     """
     pictures: list[np.ndarray] = []
     with av.open(str(path)) as container:
-        stream = next(one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic)
+        cover = av.stream.Disposition.attached_pic
+        stream = next(stream for stream in container.streams.video if not stream.disposition & cover)
         if is_damaged:
             stream.codec_context.thread_count = 1
         for packet in container.demux(stream):
@@ -57,7 +58,12 @@ def requests(count: int) -> list[Sequence[int]]:
 
 @pytest.mark.parametrize("name", FILMS)
 @pytest.mark.parametrize("counted_pixels", [0, 1 << 25], ids=["indexed", "counted"])
-def test_the_frames_asked_for_come(name: str, counted_pixels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frames_asked_for_come(
+    name: str,
+    counted_pixels: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With small videos' packets trusted as those of long ones, and not."""
     monkeypatch.setattr(av_video, "COUNTED_PIXELS", counted_pixels)
     film = FILMS[name]
@@ -66,7 +72,8 @@ def test_the_frames_asked_for_come(name: str, counted_pixels: int, tmp_path: Pat
     assert demuxer_of(path.read_bytes()[:HEAD_BYTES]) == DEMUXERS.get(film.kind, film.kind)
     expected = decoded_forwards(path, film.change is with_hole)
     if film.num_shown is not None:
-        assert [read_number(frame) for frame in expected] == list(range(film.num_shown)), "the film itself is right"
+        shown = [read_number(frame) for frame in expected]
+        assert shown == list(range(film.num_shown)), "the film itself is right"
     assert len(expected) > 20
     video = open_video(str(path), "pyav", MAX_PIXELS)
     assert isinstance(video, AvVideo)
@@ -79,7 +86,8 @@ def test_the_frames_asked_for_come(name: str, counted_pixels: int, tmp_path: Pat
     for numbers in requests(len(expected)):
         for again in (video, open_video(str(path), "pyav", MAX_PIXELS)):
             for number, frame in zip(numbers, again.frames(numbers), strict=True):
-                np.testing.assert_array_equal(frame, expected[number], err_msg=f"{name}: frame {number} of {list(numbers)}")
+                what = f"{name}: frame {number} of {list(numbers)}"
+                np.testing.assert_array_equal(frame, expected[number], err_msg=what)
     if counted_pixels == 0:
         assert (video._index is not None) == film.is_indexed, "its packets told the truth"
     with pytest.raises(VideoBroken, match=f"frame {len(expected)} cannot be decoded"):
