@@ -15,6 +15,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
 from launcher.gpu_sharing import gpu_sharing
 from launcher.run_dir import RunDir
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(role)
         group = parser.add_argument_group(section.name)
         for field in dataclasses.fields(role):
-            if field.name != "fault" or faults.are_available():
+            if field.metadata and (field.name != "fault" or faults.are_available()):
                 _add_option(group, field, hints[field.name])
     return parser
 
@@ -97,8 +98,11 @@ def default_cache_dir() -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
+    hide([key for key in (*config.api.api_key, config.api.admin_key) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
+        # Taken out of the environment: workers have no use for it.
+        config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
         model = find_model(config.model)
         base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
         if not base.is_absolute() or not os.access(base, os.W_OK | os.X_OK):

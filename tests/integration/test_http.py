@@ -453,8 +453,19 @@ def test_overload_is_a_503_with_retry_after_and_passes() -> None:
         assert ask(client, "Hello", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_keys_guard_every_route_but_health() -> None:
-    with Server("--api-key", "secret-1", "secret-2", *LIMITS) as server:
+def test_keys_guard_every_route_but_health(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# one line a key\nalice:secret-4\n")
+    file.chmod(0o600)
+    keys = ("--api-key", "secret-1", "secret-2", "--api-key-file", str(file), "--admin-key=secret-5")
+    with Server(*keys, *LIMITS, api_key="bob:secret-3") as server:
+        for folder in (Path("/proc") / str(pid) for pid in (server.process.pid, *server.children.values())):
+            shown = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            assert b"secret-" not in shown, f"{folder.name} shows a key to ps"
+        assert "secret-" not in server.output
+        assert '-H "Authorization: Bearer $VLM_API_KEY"' in server.output
+        for key in ("secret-3", "secret-4"):
+            assert raw(server, b"{}", "/v1/models", Authorization=f"bearer {key}")[0] == 405
         for key in ("secret-1", "secret-2"):
             with server.client(key) as good:
                 assert [model.id for model in good.models.list()] == [MODEL]

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from pipeline.client import PipelineClient
-from pipeline.config import MIB, ApiConfig
+from pipeline.config import MIB, ApiConfig, ApiKey
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
 from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
@@ -62,7 +62,7 @@ class ApiServer:
     ) -> None:
         self._request_reload, self._recovery_timeout_s = request_reload, recovery_timeout_s
         self._config, self._client, self._model_name, self._info = config, client, model_name, info
-        self._keys = [key.encode() for key in config.api_key]
+        self._keys = config.keys
         self._pace, self._budget = pace or Pace(), budget or Budget(memory_mib(config) * MIB)
         self._created = int(time.time())
         self.is_ready = False
@@ -95,7 +95,7 @@ class ApiServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.num_handled += 1
-        request[LEASE] = lease = Lease(self._budget, request.remote or "")
+        request[LEASE] = lease = Lease(self._budget, self._tenant(request))
         try:
             return await self._answer(request, handler)
         finally:
@@ -157,13 +157,19 @@ class ApiServer:
         if request.path.startswith(ADMIN_ROUTES):
             if not hmac.compare_digest(_given_key(request), self._config.admin_key.encode()):
                 raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
-        elif self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
+        elif self._keys and request.path not in OPEN_ROUTES and self._key_of(request) is None:
             raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
 
-    def _is_authorized(self, request: web.Request) -> bool:
+    def _key_of(self, request: web.Request) -> ApiKey | None:
+        """All keys are compared, whichever fits: the time it takes says nothing of them."""
         given = _given_key(request)
-        fits = [hmac.compare_digest(given, key) for key in self._keys]  # all are compared, whichever fits
-        return any(fits)
+        fits = [hmac.compare_digest(given, key.key.encode()) for key in self._keys]
+        return next((key for key, does_fit in zip(self._keys, fits, strict=True) if does_fit), None)
+
+    def _tenant(self, request: web.Request) -> str:
+        """On whose behalf a request is: the name of its key, else the address that it comes from."""
+        key = self._key_of(request)
+        return f"key:{key.name}" if key else f"peer:{request.remote}"
 
     async def _until_ready(self) -> None:
         """Raises RequestError when the pipeline does not become ready in time, or ends."""
@@ -229,11 +235,16 @@ class ApiServer:
         return chat
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
-        """Who shares cached prefixes: requests with one key and one salt."""
+        """Who shares cached prefixes: requests with one key's name and one salt.
+
+        The first key of the name goes in, too, so that nobody guesses it who knows the name.
+        """
         if not self._keys and not salt:
             return b""
-        key = _given_key(request) if self._keys else b""
-        return hashlib.sha256(hashlib.sha256(key).digest() + salt.encode("utf-8", "surrogatepass")).digest()
+        key = self._key_of(request)
+        first = next((f"{other.name}:{other.key}" for other in self._keys if key and other.name == key.name), "")
+        owner = hashlib.sha256(first.encode()).digest()
+        return hashlib.sha256(owner + salt.encode("utf-8", "surrogatepass")).digest()
 
     async def _stream(
         self, request: web.Request, completion: Completion, pieces: AsyncGenerator[ChoicePiece, None], include_usage: bool

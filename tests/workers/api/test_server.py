@@ -12,6 +12,7 @@ import zlib
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from pipeline.config import ApiKey
 from pipeline.errors import RequestError
 from tests.workers.api.serving import (
     CHAT,
@@ -207,3 +208,42 @@ async def test_who_leaves_while_waiting_waits_no_more() -> None:
                 await asyncio.sleep(0.01)
         while server.num_waiting:
             await asyncio.sleep(0.01)
+
+
+# Keys.
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [
+        ("Bearer secret", 200),
+        ("bearer secret", 200),
+        ("BEARER  secret ", 200),
+        ("Bearer named", 200),
+        ("Basic secret", 401),
+        ("secret", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        ("Bearer secre\xb5", 401),
+        ("Bearersecret", 401),
+    ],
+)
+async def test_the_scheme_of_a_key_has_no_case(value: str, status: int) -> None:
+    server = endpoint(api_key=("secret",), named_keys=(ApiKey("alice", "named"),))
+    async with serving(server) as site:
+        answer = await site.ask(get("/v1/models", f"Authorization: {value}"))
+        assert answer.status == status
+        if status == 401:
+            assert answer.error.message.startswith("a valid API key is needed")
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_keys_of_one_name_are_one_client() -> None:
+    keys = (ApiKey("alice", "a1"), ApiKey("alice", "a2"), ApiKey("bob", "b"))
+    client = FakeClient()
+    salts = []
+    async with serving(endpoint(client, named_keys=keys)) as site:
+        for key in ("a1", "a2", "b"):
+            assert (await site.ask(post(CHAT, f"Authorization: Bearer {key}"))).status == 200
+            salts.append(client.options["cache_salt"])
+    assert salts[0] == salts[1] != salts[2]
