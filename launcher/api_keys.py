@@ -1,4 +1,4 @@
-"""The API keys of the endpoint: from the command line, a file and the environment, and out of everybody's sight."""
+"""The API keys of the endpoint: from a file and the environment, and out of everybody's sight."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ARGUMENTS, ENVIRONMENT = slice(45, 47), slice(47, 49)
 def with_keys(config: ApiConfig, variable: str) -> ApiConfig:
     """Adds the keys of the file, and those of the environment variable's value.
 
-    Raises ValueError, which shows no key, for what is none, and OSError for a file that cannot be read. A file without
-    a key is an error: the server would be open to all.
+    Raises ValueError, which shows no key, for what is none, and OSError for a file that cannot be read.
+    A file without a key is an error: the server would be open to all.
     """
     found = list(_from_variable(variable)) if variable.strip() else []
     if config.api_key_file:
@@ -63,12 +63,13 @@ def _named(name: str, key: str, place: str) -> ApiKey:
 
 
 def hide(secrets: Sequence[str]) -> None:
-    """Overwrites secrets in this process's arguments, and VARIABLE in its environment, as `ps` and /proc show them.
+    """Overwrites secrets in this process's arguments, and VARIABLE in its environment, as `ps` shows them.
 
-    The kernel shows the memory in which it has put both at the start. What cannot be found there is left, with a warning.
+    The kernel shows the memory in which it has put both at the start. What cannot be found there is left,
+    with a warning.
     """
     numbers = [int(field) for field in Path("/proc/self/stat").read_text().rpartition(")")[2].split()[1:]]
-    # The first field behind the name is a letter and was left out: places are one less than those that are counted.
+    # The first field behind the name is a letter and was left out: places are one less than the counted ones.
     for place, shown in ((ARGUMENTS, "cmdline"), (ENVIRONMENT, "environ")):
         start, end = numbers[place.start - 1 : place.stop - 1]
         data = Path(f"/proc/self/{shown}").read_bytes()
@@ -81,7 +82,7 @@ def hide(secrets: Sequence[str]) -> None:
 
 
 def _hidden(data: bytes, secrets: Sequence[bytes]) -> bytes:
-    """Of the same length, with asterisks for secrets: where one is a whole argument, or a value behind `=`."""
+    """Of the same length, asterisks for secrets: where one is a whole argument, or a value behind `=`."""
     entries = []
     for entry in data.split(b"\0"):
         name, equals, value = entry.partition(b"=")

@@ -61,15 +61,23 @@ class ApiKey:
 class ApiConfig:
     host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = option(8000, "port to listen on", metavar="PORT")
-    api_key: tuple[str, ...] = option((), "key that clients must send; several may be given, also by --api-key-file and VLM_API_KEY", metavar="KEY")
-    api_key_file: str = option("", "file with a key in each line, as NAME:KEY; # begins a comment", metavar="FILE")
+    api_key: tuple[str, ...] = option(
+        (),
+        "key that clients must send; several may be given, also by --api-key-file and VLM_API_KEY",
+        metavar="KEY",
+    )
+    api_key_file: str = option(
+        "",
+        "file with a key in each line, as NAME:KEY; # begins a comment",
+        metavar="FILE",
+    )
     named_keys: tuple[ApiKey, ...] = ()  # of the file and the environment: no option of its own
     admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     api_memory_mib: int | None = option(
         None,
-        "memory for HTTP bodies, coming in or of open requests, in MiB; more wait a moment, then get 503 (default: a sixteenth "
-        "of the machine's, but room for 4 to 16 of the largest)",
+        "memory for HTTP bodies, coming in or of open requests, in MiB; more wait a moment, then get 503 "
+        "(default: a sixteenth of the machine's, but room for 4 to 16 of the largest)",
         metavar="MIB",
     )
 
@@ -87,8 +95,8 @@ class ApiConfig:
                 raise ValueError(f"the API key {key.name!r} must have printable characters without spaces")
             if (other := names.setdefault(key.key, key.name)) != key.name:
                 raise ValueError(f"the API keys {other!r} and {key.name!r} are the same")
-        if (num_bytes := sum(len(key.name) + len(key.key.encode()) for key in self.keys)) > MAX_KEY_BYTES:
-            raise ValueError(f"API keys and their names may have {MAX_KEY_BYTES} bytes together, got {num_bytes}")
+        if (size := sum(len(key.name) + len(key.key.encode()) for key in self.keys)) > MAX_KEY_BYTES:
+            raise ValueError(f"API keys and their names may have {MAX_KEY_BYTES} bytes together, got {size}")
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:

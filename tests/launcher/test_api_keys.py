@@ -54,7 +54,12 @@ def test_without_keys_there_are_none() -> None:
         ("alice:a\n", ",,", "no key in VLM_API_KEY"),
     ],
 )
-def test_what_is_no_key_is_told_without_showing_it(content: str, variable: str, words: str, tmp_path: Path) -> None:
+def test_what_is_no_key_is_told_without_showing_it(
+    content: str,
+    variable: str,
+    words: str,
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "keys"
     path.write_text(content)
     with pytest.raises(ValueError, match=words) as refusal:
@@ -73,7 +78,12 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, False), (0o644, True)])
-def test_a_file_that_everybody_may_read_is_warned_of(mode: int, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_everybody_may_read_is_warned_of(
+    mode: int,
+    warns: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     path = tmp_path / "keys"
     path.write_text("alice:secret")
     path.chmod(mode)

@@ -41,9 +41,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def _given_key(request: web.Request) -> bytes:
-    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme's case does not matter (RFC 9110)."""
+    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme has no case (RFC 9110)."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
+
+
+def _has_left(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()
 
 
 class ApiServer:
@@ -104,10 +108,10 @@ class ApiServer:
             self.handled_at = time.monotonic()
 
     async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Notes that an answer has begun, and says in its head that the connection ends with it, where it does.
+        """Notes that an answer has begun, and says in its head if the connection ends with it.
 
-        A client that was not told may send its next request on the connection. What is left of a body that was refused
-        would be taken for the next request.
+        A client that was not told may send its next request on the connection. What is left of a body that
+        was refused would be taken for the next request.
         """
         request[BEGUN] = response
         if self.is_retiring or not request.content.is_eof():
@@ -115,7 +119,7 @@ class ApiServer:
             response.headers["Connection"] = "close"  # the head is made before this hook
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keys, and OpenAI's error object for whatever goes wrong: in the stream, if its head has gone out."""
+        """Keys, and OpenAI's error object for whatever goes wrong: in the stream, if it has begun."""
         try:
             self._admit(request)
             if request.path not in UNCOUNTED_ROUTES:
@@ -138,7 +142,7 @@ class ApiServer:
             logger.error("%s %s: no memory is left", request.method, request.path)
             return await self._fail(request, ErrorInfo(503, "the server has no memory left for this request"))
         except Exception as error:
-            if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+            if isinstance(error, ConnectionError) and _has_left(request):
                 logger.debug("%s %s: the client went away", request.method, request.path)
             else:
                 logger.exception("%s %s failed", request.method, request.path)
@@ -178,7 +182,8 @@ class ApiServer:
             async with asyncio.timeout(self._recovery_timeout_s):
                 await self._is_settled.wait()
         except TimeoutError:
-            raise RequestError(f"the server did not start within {self._recovery_timeout_s:.0f} s", status=503) from None
+            what = f"the server did not start within {self._recovery_timeout_s:.0f} s"
+            raise RequestError(what, status=503) from None
         finally:
             self.num_waiting -= 1
         if not self.is_ready:
@@ -227,10 +232,11 @@ class ApiServer:
             return await self._stream(request, chat.completion, pieces, chat.include_usage)
 
     async def _open(self, request: web.Request) -> Chat:
-        """What outlives this call has the media once: neither the body nor the structs decoded from it are kept."""
+        """What outlives this call has the media once: the body, and what was decoded from it, are gone."""
         lease = request[LEASE]
         body = decode_request(await read_body(request, lease, self._pace, self._config.max_request_mib))
-        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        salt = self._cache_salt(request, body.cache_salt or "")
+        chat = open_chat(self._client, body, self._model_name, self._info, salt)
         lease.keep(chat.media)
         return chat
 
@@ -242,8 +248,8 @@ class ApiServer:
         if not self._keys and not salt:
             return b""
         key = self._key_of(request)
-        first = next((f"{other.name}:{other.key}" for other in self._keys if key and other.name == key.name), "")
-        owner = hashlib.sha256(first.encode()).digest()
+        first = next((other for other in self._keys if key and other.name == key.name), None)
+        owner = hashlib.sha256(f"{first.name}:{first.key}".encode() if first else b"").digest()
         return hashlib.sha256(owner + salt.encode("utf-8", "surrogatepass")).digest()
 
     async def _stream(

@@ -1,4 +1,4 @@
-"""The endpoint over real sockets, in the test's own process, with a client of the pipeline that is a stand-in."""
+"""The endpoint over real sockets, in the test's own process, with a stand-in for the pipeline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,13 @@ class FakeClient:
         self.media: Sequence[bytes | memoryview] = ()
         self.options: dict[str, Any] = {}
 
-    def generate(self, messages: Any, sampling: Any, media: Sequence[bytes | memoryview] = (), **options: Any) -> Pieces:
+    def generate(
+        self,
+        messages: Any,
+        sampling: Any,
+        media: Sequence[bytes | memoryview] = (),
+        **options: Any,
+    ) -> Pieces:
         self.num_asked += 1
         self.media, self.options = media, options
         return self.answer()

@@ -1,4 +1,4 @@
-"""The endpoint at its edges: what the others need is tried through a real pipeline, in tests/integration/test_http.py."""
+"""The endpoint at its edges: the rest is tried through a real pipeline, in tests/integration/test_http.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ async def longest_pause(until: asyncio.Event) -> float:
     return longest
 
 
-@pytest.mark.parametrize("header", ["gzip", "deflate", "br", "zstd", "x-gzip", "GZIP", "identity, gzip", "x\xe9"])
+CODINGS = ["gzip", "deflate", "br", "zstd", "x-gzip", "GZIP", "identity, gzip", "x\xe9"]
+
+
+@pytest.mark.parametrize("header", CODINGS)
 async def test_an_encoded_body_is_a_415(header: str) -> None:
     client = FakeClient()
     async with serving(endpoint(client)) as site:
@@ -118,7 +121,11 @@ def failing(error: BaseException) -> FakeClient:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-async def test_an_error_after_the_head_is_told_in_the_stream(error: BaseException, status: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_after_the_head_is_told_in_the_stream(
+    error: BaseException,
+    status: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.CRITICAL, "workers.api.server")
     async with serving(endpoint(failing(error))) as site, site.connect() as wire:
         await wire.send(post(STREAMED_CHAT))
@@ -163,8 +170,12 @@ async def test_an_error_before_the_head_has_its_own_status() -> None:
 # A pipeline that is not ready yet.
 
 
-@pytest.mark.parametrize("request_bytes", [get("/v1/models"), post(), post(STREAMED_CHAT)], ids=["models", "whole", "stream"])
-async def test_requests_wait_until_the_pipeline_is_ready(request_bytes: bytes) -> None:
+WAITING = {"models": get("/v1/models"), "whole": post(), "stream": post(STREAMED_CHAT)}
+
+
+@pytest.mark.parametrize("name", WAITING)
+async def test_requests_wait_until_the_pipeline_is_ready(name: str) -> None:
+    request_bytes = WAITING[name]
     server = endpoint(is_ready=False)
     async with serving(server) as site, site.connect() as wire:
         await wire.send(request_bytes)
