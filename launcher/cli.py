@@ -15,6 +15,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
 from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(role)
         group = parser.add_argument_group(section.name)
         for field in dataclasses.fields(role):
-            if field.name != "fault" or faults.are_available():
+            if field.metadata and (field.name != "fault" or faults.are_available()):
                 _add_option(group, field, hints[field.name])
     return parser
 
@@ -78,8 +79,11 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
+    hide([key for key in (*config.api.api_key, config.api.admin_key) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
+        # Taken out of the environment: workers have no use for it.
+        config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
         home = home_folder(os.environ)
         if home is None and config.launcher.cache_dir:
             os.environ["HOME"] = config.launcher.cache_dir  # a hub's client keeps what it downloads there

@@ -153,7 +153,8 @@ class Supervisor:
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
         if self._config.has_gateway:
             logger.info("serving clients with keys at tcp://%s:%s", shown_host(self._config.direct.direct_host), self._config.direct.direct_port)
-        sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example_request(url, self._model, self._config.api.api_key)}\n\n")
+        example = example_request(url, self._model, has_keys=bool(self._config.api.keys))
+        sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example}\n\n")
         sys.stdout.flush()
 
     def _is_started(self) -> bool:
@@ -379,9 +380,9 @@ def _describe_exit(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def example_request(url: str, model: Model, api_keys: tuple[str, ...]) -> str:
-    """A curl command for the shell; with a picture where the model comes with one."""
-    key = f" -H {shlex.quote(f'Authorization: Bearer {api_keys[0]}')}" if api_keys else ""
+def example_request(url: str, model: Model, has_keys: bool) -> str:
+    """A curl command for the shell; with a picture where the model comes with one. A key is never shown."""
+    key = ' -H "Authorization: Bearer $VLM_API_KEY"' if has_keys else ""
     head = f"curl -s {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d "
     if model.sample is None:
         return head + """'{"messages": [{"role": "user", "content": "Say hello."}]}'"""

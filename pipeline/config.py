@@ -5,6 +5,7 @@ What is learned at run time (the number of KV blocks, say) is not configuration:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pipeline.log import LEVELS
 
 MIB = 1 << 20
 MAX_OPEN_CHUNKS = 1 << 16  # each takes at most four messages on an edge: all together stay below the high-water mark
+MAX_KEY_BYTES = 32 << 10  # of all API keys: the configuration goes to each worker in one message
 MAX_ITEMS = 1024  # pictures of one request, with those that are frames of a video: each may ride in a frame of its own
 MAX_MESSAGES = 1024  # of one request
 MAX_PARTS = 4096  # of all messages of one request
@@ -50,25 +52,63 @@ class ModelConfig:
         _at_least(self, max_model_len=16)
 
 
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One key of the endpoint. Several may have one name: they are one client's."""
+
+    name: str
+    key: str = field(repr=False)
+
+    @classmethod
+    def unnamed(cls, key: str) -> ApiKey:
+        return cls(f"key-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}", key)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiConfig:
     host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = option(8000, "port to listen on", metavar="PORT")
-    api_key: tuple[str, ...] = option((), "key that clients must send; several may be given", metavar="KEY")
+    api_key: tuple[str, ...] = option(
+        (),
+        "key that clients must send; several may be given, also by --api-key-file and VLM_API_KEY",
+        metavar="KEY",
+    )
+    api_key_file: str = option(
+        "",
+        "file with a key in each line, as NAME:KEY; # begins a comment",
+        metavar="FILE",
+    )
+    named_keys: tuple[ApiKey, ...] = ()  # of the file and the environment: no option of its own
     admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     api_memory_mib: int | None = option(
         None,
-        "memory for HTTP bodies, coming in or of open requests, in MiB; more wait a moment, then get 503 (default: a sixteenth "
-        "of the machine's, but room for 4 to 16 of the largest)",
+        "memory for HTTP bodies, coming in or of open requests, in MiB; more wait a moment, then get 503 "
+        "(default: a sixteenth of the machine's, but room for 4 to 16 of the largest)",
         metavar="MIB",
     )
 
     def __post_init__(self) -> None:
         _at_least(self, port=0, max_request_mib=1)
         _at_least(self, api_memory_mib=2 * self.max_request_mib)
+        self._check_keys()
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
+
+    def _check_keys(self) -> None:
+        names: dict[str, str] = {}
+        for key in self.keys:
+            if not key.key or not key.key.isprintable() or " " in key.key:
+                raise ValueError(f"the API key {key.name!r} must have printable characters without spaces")
+            if (other := names.setdefault(key.key, key.name)) != key.name:
+                raise ValueError(f"the API keys {other!r} and {key.name!r} are the same")
+        if (size := sum(len(key.name) + len(key.key.encode()) for key in self.keys)) > MAX_KEY_BYTES:
+            raise ValueError(f"API keys and their names may have {MAX_KEY_BYTES} bytes together, got {size}")
+
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """All keys; without one everybody is served."""
+        return (*self.named_keys, *map(ApiKey.unnamed, self.api_key))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

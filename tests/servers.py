@@ -27,19 +27,28 @@ STOP_TIMEOUT_S = 30
 class Server:
     """Use as a context manager: it is up inside, and checked for leftovers at the end."""
 
-    def __init__(self, *options: str, expects_failure: bool = False) -> None:
+    def __init__(self, *options: str, expects_failure: bool = False, api_key: str = "") -> None:
+        """`api_key` is given in the environment."""
         self._folder = tempfile.TemporaryDirectory(prefix="vlm-test-")
         self.run_dir = Path(self._folder.name) / "run"
         self.run_dir.mkdir(mode=0o700)
         self._shared_memory = set(os.listdir("/dev/shm"))
         self._options, self._expects_failure = options, expects_failure
+        self._environment = {**os.environ, "VLM_API_KEY": api_key}
         self.url = ""
         self.lines: list[str] = []
         self.children: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "launcher", "--port", "0", "--run-dir", str(self.run_dir), "--log-level", "debug", *self._options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=self._environment,
+        )
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import json
+import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -29,6 +31,7 @@ from tests.integration.conftest import LIMITS
 from tests.pictures import data_url, encode, noise, scene
 from tests.servers import Server
 from tests.videos import CLIP
+from tools.processes import workers_of
 
 MODEL = "embedded-shapes"
 
@@ -453,8 +456,19 @@ def test_overload_is_a_503_with_retry_after_and_passes() -> None:
         assert ask(client, "Hello", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_keys_guard_every_route_but_health() -> None:
-    with Server("--api-key", "secret-1", "secret-2", *LIMITS) as server:
+def test_keys_guard_every_route_but_health(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# one line a key\nalice:secret-4\n")
+    file.chmod(0o600)
+    keys = ("--api-key", "secret-1", "secret-2", "--api-key-file", str(file), "--admin-key=secret-5")
+    with Server(*keys, *LIMITS, api_key="bob:secret-3") as server:
+        for folder in (Path("/proc") / str(pid) for pid in (server.process.pid, *server.children.values())):
+            shown = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            assert b"secret-" not in shown, f"{folder.name} shows a key to ps"
+        assert "secret-" not in server.output
+        assert '-H "Authorization: Bearer $VLM_API_KEY"' in server.output
+        for key in ("secret-3", "secret-4"):
+            assert raw(server, b"{}", "/v1/models", Authorization=f"bearer {key}")[0] == 405
         for key in ("secret-1", "secret-2"):
             with server.client(key) as good:
                 assert [model.id for model in good.models.list()] == [MODEL]
@@ -472,6 +486,26 @@ def test_keys_guard_every_route_but_health() -> None:
             assert (status, json.loads(data)["error"]["type"]) == (401, "authentication_error")
         with urllib.request.urlopen(f"{server.url}/health", timeout=10) as response:
             assert response.status == 200
+
+
+def test_who_asks_while_endpoint_and_model_come_back_waits() -> None:
+    """No 503 for a client that connects anew, neither for a chat nor for the list of models."""
+    chat = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}).encode()
+    with Server(*LIMITS) as server:
+        for name in ("llm.0", "api.0"):
+            os.kill(server.children[name], signal.SIGKILL)
+        statuses = []
+        end = time.monotonic() + 60
+        while len(statuses) < 6:
+            assert time.monotonic() < end
+            try:
+                statuses.append(raw(server, chat)[0])
+                with urllib.request.urlopen(f"{server.url}/v1/models", timeout=30) as response:
+                    statuses.append(response.status)
+            except (urllib.error.URLError, ConnectionError):  # of the endpoint that dies
+                time.sleep(0.01)
+        assert statuses == [200] * 6
+        server.children = workers_of(server.process.pid)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

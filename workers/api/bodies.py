@@ -30,8 +30,8 @@ class Pace:
 def refuse_body(request: web.Request, max_mib: int) -> None:
     """Raises RequestError for a body that is refused by its head.
 
-    415: it is not sent as it is. A compressed MiB may be a GiB, and inflating takes the event loop's time: nothing is
-    inflated here, refused bodies included, so `auto_decompress` must be off where the connection is made.
+    415: it is not sent as it is. A compressed MiB may be a GiB, and inflating takes the event loop's time:
+    nothing is inflated here, refused bodies included. (`auto_decompress` is off where the connection is made.)
     """
     for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         for value in request.headers.getall(header, []):
@@ -65,7 +65,8 @@ async def read_body(request: web.Request, lease: Lease, pace: Pace, max_mib: int
         except TimeoutError:
             raise RequestError("the body comes too slowly", status=408) from None
         except web.RequestPayloadError:
-            raise RequestError("the body is not what its head says: its length or its chunks are wrong") from None
+            what = "the body is not what its head says: its length or its chunks are wrong"
+            raise RequestError(what) from None
         if not chunk:
             return body
         num_bytes = len(body) + len(chunk)

@@ -1,9 +1,9 @@
 """How much memory all requests of the endpoint may hold together, and who may have how much of it.
 
-A request takes its part before memory grows. What is not there is waited for, in turn, for a moment; then the request is refused.
-One client never has all of it: who holds at most `SHARE` times what is free leaves room for those who hold little, however
-many ask for much (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet
-Switches").
+A request takes its part before memory grows. What is not there is waited for, in turn, for a moment; then the
+request is refused. One client never has all of it: who holds at most `SHARE` times what is free leaves room for
+those who hold little, however many ask for much (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic Queue
+Length Thresholds for Shared-Memory Packet Switches").
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ PATIENCE_S = 2.0  # of who waits for memory
 SHARE = 3.0  # alone a client has three quarters
 LEAST_BODIES, MOST_BODIES = 4, 16  # of the largest size, that there is room for by default
 MACHINE_SHARE = 16  # of the machine's memory, one part in so many
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +84,7 @@ class Budget:
 
 
 class Lease:
-    """What one request has taken. Given back when it is closed and its media are gone, whoever had them last."""
+    """What one request has taken. Given back when it is closed and its media are gone."""
 
     def __init__(self, budget: Budget, owner: str) -> None:
         self._budget, self.owner = budget, owner
@@ -99,7 +98,7 @@ class Lease:
             await self._budget.take(self, more)
 
     def keep(self, views: Sequence[memoryview]) -> None:
-        """Is not given back before these are gone: a socket may still have them when the request has ended."""
+        """Is not given back before these are gone: a socket may have them when the request has ended."""
         loop = asyncio.get_running_loop()
 
         def on_gone() -> None:  # perhaps in a thread of ZeroMQ's
@@ -132,13 +131,20 @@ def memory_mib(config: ApiConfig) -> int:
     return max(LEAST_BODIES * config.max_request_mib, min(MOST_BODIES * config.max_request_mib, affordable))
 
 
-def machine_memory(meminfo: Path = Path("/proc/meminfo"), own: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> int:
+def machine_memory(
+    meminfo: Path = Path("/proc/meminfo"),
+    own: Path = Path("/proc/self/cgroup"),
+    root: Path = Path("/sys/fs/cgroup"),
+) -> int:
     """Bytes that the machine has, or the container, whichever is less."""
-    total = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
+    lines = meminfo.read_text().splitlines()
+    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     limits = [total]
     with contextlib.suppress(OSError):
-        paths = [PurePosixPath(line.split(":", 2)[2]).relative_to("/") for line in own.read_text().splitlines()]
-        for folder in {root / group for path in paths for group in (path, *path.parents)} | {root / "memory"}:
+        lines = own.read_text().splitlines()
+        groups = [PurePosixPath(line.split(":", 2)[2]).relative_to("/") for line in lines]
+        folders = {root / part for group in groups for part in (group, *group.parents)}
+        for folder in folders | {root / "memory"}:
             for name in ("memory.max", "memory.limit_in_bytes"):
                 with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                     limits.append(int((folder / name).read_text()))

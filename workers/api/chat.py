@@ -23,7 +23,7 @@ class Chat(NamedTuple):
 
 
 def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: str, info: ModelInfo, cache_salt: bytes = b"") -> Chat:
-    """Raises RequestError for what is not served. Drop `body` then: of its media, their bytes are all that is needed."""
+    """Raises RequestError for what is not served. `body` is not needed any more: its media are in `media`."""
     refuse_unserved(body)
     if body.model and body.model != model_name:
         what = f"the model {brief(body.model)} is not served here, only {model_name!r}"

@@ -1,7 +1,8 @@
 """The endpoint's connections: what aiohttp's protocol leaves open, closed.
 
-How many there are, how long a client may take for a head, for nothing at all, and to read what it is sent; what is answered to
-bytes that are no HTTP. Once a second all connections are looked at. (The time of a body is `read_body`'s.)
+How many there are, how long a client may take for a head, for nothing at all, and to read what it is sent; what
+is answered to bytes that are no HTTP. All connections are looked at now and then. (The time of a body is
+`read_body`'s.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_LINE_BYTES = 32 << 10  # of the request's line and of each header: cookies and tokens of proxies are long
 MAX_HEAD_BYTES = 128 << 10
 READ_BUFFER_BYTES = 64 << 10  # of a body that nobody has read yet; the transport pauses at twice that
-REFUSED_BODY_S = 5.0  # its rest is read so long: a client that is cut off while it sends does not read the answer
+REFUSED_BODY_S = 5.0  # to read its rest: a client that is cut off while it sends does not read the answer
 REFUSED_HEAD_S = 1.0  # the same after bytes that are no HTTP
 MAX_CONNECTIONS = 8192
 OTHER_FILES = 128  # descriptors for all else that this process opens
@@ -39,7 +40,7 @@ NEVER_S = 7 * 24 * 3600.0  # aiohttp's own patience would end a head that is jus
 class Patience:
     """How long a client may take, in seconds."""
 
-    head_s: float = 10.0  # from the first byte of a head, or from the connection's beginning, to the head's end
+    head_s: float = 10.0  # from a head's first byte, or the connection's beginning, to the head's end
     idle_s: float = 75.0  # between two requests
     reading_s: float = 60.0  # without taking anything of what is sent to it
     closing_s: float = 5.0  # to take the last of it
@@ -101,7 +102,8 @@ class HttpConnection(web.RequestHandler):
             self._body = body
             return
         self._is_broken = True
-        if not self._body.is_eof() and self._waiter is None:  # it is told by the request whose body this was to be
+        # It is told by the request whose body this was to be.
+        if not self._body.is_eof() and self._waiter is None:
             self._messages.pop()
             self._body.set_exception(web.RequestPayloadError("broken"))
             self._body.feed_eof()
@@ -126,9 +128,13 @@ class HttpConnection(web.RequestHandler):
         self._blocked_since = None
 
     def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what aiohttp's parser refuses, which is a client's mistake, and to a mistake of ours."""
+        """The answer to what aiohttp's parser refuses, a client's mistake, and to a mistake of ours."""
         if status == 500:
             logger.error("a request failed", exc_info=exc)
         else:
@@ -139,7 +145,12 @@ class HttpConnection(web.RequestHandler):
         response.force_close()
         return response
 
-    async def finish_response(self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None) -> tuple[web.StreamResponse, bool]:
+    async def finish_response(
+        self,
+        request: web.BaseRequest,
+        resp: web.StreamResponse,
+        start_time: float | None,
+    ) -> tuple[web.StreamResponse, bool]:
         is_last = self._is_broken and not self._messages
         if is_last:
             resp.force_close()
@@ -174,7 +185,7 @@ class HttpConnection(web.RequestHandler):
 
     @property
     def idle_since(self) -> float:
-        """For whoever looks for a connection to be closed; a head that does not end counts from its beginning."""
+        """By which a connection is chosen to be closed; an endless head counts from its beginning."""
         return self._heard if self._head_since is None else self._head_since
 
     def watch(self, now: float) -> None:
@@ -200,7 +211,7 @@ class HttpConnection(web.RequestHandler):
                     self.force_close()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109
-        """Handlers that do not end in time may still tell it to their clients, before the transport is taken from them."""
+        """Handlers that do not end in time may tell it to their clients before the transport is closed."""
         if (task := self._task_handler) is not None:
             await asyncio.wait([task], timeout=timeout)
             task.cancel()
@@ -234,7 +245,7 @@ class HttpServer(web.Server):
         return HttpConnection(self, self._patience, loop=self._loop, **self._kwargs)
 
     def make_room(self) -> bool:
-        """For one more; where all places are taken, the connection that has been idle for longest gives its place."""
+        """For one more; where all places are taken, the connection that has been idle longest is closed."""
         if len(self._connections) < self._most:
             return True
         idle = [connection for connection in self._ours() if connection.is_idle]
@@ -254,7 +265,13 @@ class HttpServer(web.Server):
 class HttpRunner(web.AppRunner):
     """An `AppRunner` for strangers' requests."""
 
-    def __init__(self, application: web.Application, patience: Patience | None = None, most_connections: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        application: web.Application,
+        patience: Patience | None = None,
+        most_connections: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(application, **options)
         self._patience = patience or Patience()
         self._most_connections = max_connections() if most_connections is None else most_connections
@@ -292,7 +309,7 @@ class HttpRunner(web.AppRunner):
 
 
 def _without_expectation(make_request: Any) -> Any:
-    """aiohttp answers `Expect: 100-continue` before anybody has looked at the request. `read_body` does it instead."""
+    """aiohttp answers `Expect` before anybody has looked at the request; here `read_body` answers it."""
 
     def make(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
         expectation = message.headers.get("Expect")

@@ -40,8 +40,9 @@ def raw_error_response(error: ErrorInfo) -> bytes:
         "Connection": "close",
         **error_headers(error.status),
     }
-    head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-    return (head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n").encode() + body
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 async def end_stream(response: web.StreamResponse, error: ErrorInfo) -> None:

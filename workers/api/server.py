@@ -13,7 +13,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from pipeline.client import PipelineClient
-from pipeline.config import MIB, ApiConfig
+from pipeline.config import MIB, ApiConfig, ApiKey
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
 from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
@@ -41,9 +41,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def _given_key(request: web.Request) -> bytes:
-    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme's case does not matter (RFC 9110)."""
+    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme has no case (RFC 9110)."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
+
+
+def _has_left(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()
 
 
 class ApiServer:
@@ -62,7 +66,7 @@ class ApiServer:
     ) -> None:
         self._request_reload, self._recovery_timeout_s = request_reload, recovery_timeout_s
         self._config, self._client, self._model_name, self._info = config, client, model_name, info
-        self._keys = [key.encode() for key in config.api_key]
+        self._keys = config.keys
         self._pace, self._budget = pace or Pace(), budget or Budget(memory_mib(config) * MIB)
         self._created = int(time.time())
         self.is_ready = False
@@ -95,7 +99,7 @@ class ApiServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.num_handled += 1
-        request[LEASE] = lease = Lease(self._budget, request.remote or "")
+        request[LEASE] = lease = Lease(self._budget, self._tenant(request))
         try:
             return await self._answer(request, handler)
         finally:
@@ -104,10 +108,10 @@ class ApiServer:
             self.handled_at = time.monotonic()
 
     async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Notes that an answer has begun, and says in its head that the connection ends with it, where it does.
+        """Notes that an answer has begun, and says in its head if the connection ends with it.
 
-        A client that was not told may send its next request on the connection. What is left of a body that was refused
-        would be taken for the next request.
+        A client that was not told may send its next request on the connection. What is left of a body that
+        was refused would be taken for the next request.
         """
         request[BEGUN] = response
         if self.is_retiring or not request.content.is_eof():
@@ -115,7 +119,7 @@ class ApiServer:
             response.headers["Connection"] = "close"  # the head is made before this hook
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keys, and OpenAI's error object for whatever goes wrong: in the stream, if its head has gone out."""
+        """Keys, and OpenAI's error object for whatever goes wrong: in the stream, if it has begun."""
         try:
             self._admit(request)
             if request.path not in UNCOUNTED_ROUTES:
@@ -138,7 +142,7 @@ class ApiServer:
             logger.error("%s %s: no memory is left", request.method, request.path)
             return await self._fail(request, ErrorInfo(503, "the server has no memory left for this request"))
         except Exception as error:
-            if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+            if isinstance(error, ConnectionError) and _has_left(request):
                 logger.debug("%s %s: the client went away", request.method, request.path)
             else:
                 logger.exception("%s %s failed", request.method, request.path)
@@ -157,13 +161,19 @@ class ApiServer:
         if request.path.startswith(ADMIN_ROUTES):
             if not hmac.compare_digest(_given_key(request), self._config.admin_key.encode()):
                 raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
-        elif self._keys and request.path not in OPEN_ROUTES and not self._is_authorized(request):
+        elif self._keys and request.path not in OPEN_ROUTES and self._key_of(request) is None:
             raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
 
-    def _is_authorized(self, request: web.Request) -> bool:
+    def _key_of(self, request: web.Request) -> ApiKey | None:
+        """All keys are compared, whichever fits: the time it takes says nothing of them."""
         given = _given_key(request)
-        fits = [hmac.compare_digest(given, key) for key in self._keys]  # all are compared, whichever fits
-        return any(fits)
+        fits = [hmac.compare_digest(given, key.key.encode()) for key in self._keys]
+        return next((key for key, does_fit in zip(self._keys, fits, strict=True) if does_fit), None)
+
+    def _tenant(self, request: web.Request) -> str:
+        """On whose behalf a request is: the name of its key, else the address that it comes from."""
+        key = self._key_of(request)
+        return f"key:{key.name}" if key else f"peer:{request.remote}"
 
     async def _until_ready(self) -> None:
         """Raises RequestError when the pipeline does not become ready in time, or ends."""
@@ -172,7 +182,8 @@ class ApiServer:
             async with asyncio.timeout(self._recovery_timeout_s):
                 await self._is_settled.wait()
         except TimeoutError:
-            raise RequestError(f"the server did not start within {self._recovery_timeout_s:.0f} s", status=503) from None
+            what = f"the server did not start within {self._recovery_timeout_s:.0f} s"
+            raise RequestError(what, status=503) from None
         finally:
             self.num_waiting -= 1
         if not self.is_ready:
@@ -221,19 +232,25 @@ class ApiServer:
             return await self._stream(request, chat.completion, pieces, chat.include_usage)
 
     async def _open(self, request: web.Request) -> Chat:
-        """What outlives this call has the media once: neither the body nor the structs decoded from it are kept."""
+        """What outlives this call has the media once: the body, and what was decoded from it, are gone."""
         lease = request[LEASE]
         body = decode_request(await read_body(request, lease, self._pace, self._config.max_request_mib))
-        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        salt = self._cache_salt(request, body.cache_salt or "")
+        chat = open_chat(self._client, body, self._model_name, self._info, salt)
         lease.keep(chat.media)
         return chat
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
-        """Who shares cached prefixes: requests with one key and one salt."""
+        """Who shares cached prefixes: requests with one key's name and one salt.
+
+        The first key of the name goes in, too, so that nobody guesses it who knows the name.
+        """
         if not self._keys and not salt:
             return b""
-        key = _given_key(request) if self._keys else b""
-        return hashlib.sha256(hashlib.sha256(key).digest() + salt.encode("utf-8", "surrogatepass")).digest()
+        key = self._key_of(request)
+        first = next((other for other in self._keys if key and other.name == key.name), None)
+        owner = hashlib.sha256(f"{first.name}:{first.key}".encode() if first else b"").digest()
+        return hashlib.sha256(owner + salt.encode("utf-8", "surrogatepass")).digest()
 
     async def _stream(
         self, request: web.Request, completion: Completion, pieces: AsyncGenerator[ChoicePiece, None], include_usage: bool

@@ -1,4 +1,4 @@
-"""The endpoint over real sockets, in the test's own process, with a client of the pipeline that is a stand-in."""
+"""The endpoint over real sockets, in the test's own process, with a stand-in for the pipeline."""
 
 from __future__ import annotations
 
@@ -38,10 +38,17 @@ class FakeClient:
         self.answer, self.failure, self.is_draining, self.workers = answer, "", False, ()
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()
+        self.options: dict[str, Any] = {}
 
-    def generate(self, messages: Any, sampling: Any, media: Sequence[bytes | memoryview] = (), **options: Any) -> Pieces:
+    def generate(
+        self,
+        messages: Any,
+        sampling: Any,
+        media: Sequence[bytes | memoryview] = (),
+        **options: Any,
+    ) -> Pieces:
         self.num_asked += 1
-        self.media = media
+        self.media, self.options = media, options
         return self.answer()
 
     def token_text(self, token_id: int) -> bytes:

@@ -169,7 +169,7 @@ BAD_HEADS = {
 
 
 @pytest.mark.parametrize("name", BAD_HEADS)
-async def test_what_is_no_http_is_told_so_in_openais_object(name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_is_no_http_is_told_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
     data, status = BAD_HEADS[name]
     async with serving(endpoint()) as site, site.connect() as wire:
         await wire.send(data)

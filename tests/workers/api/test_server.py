@@ -1,4 +1,4 @@
-"""The endpoint at its edges: what the others need is tried through a real pipeline, in tests/integration/test_http.py."""
+"""The endpoint at its edges: the rest is tried through a real pipeline, in tests/integration/test_http.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import zlib
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from pipeline.config import ApiKey
 from pipeline.errors import RequestError
 from tests.workers.api.serving import (
     CHAT,
@@ -60,7 +61,10 @@ async def longest_pause(until: asyncio.Event) -> float:
     return longest
 
 
-@pytest.mark.parametrize("header", ["gzip", "deflate", "br", "zstd", "x-gzip", "GZIP", "identity, gzip", "x\xe9"])
+CODINGS = ["gzip", "deflate", "br", "zstd", "x-gzip", "GZIP", "identity, gzip", "x\xe9"]
+
+
+@pytest.mark.parametrize("header", CODINGS)
 async def test_an_encoded_body_is_a_415(header: str) -> None:
     client = FakeClient()
     async with serving(endpoint(client)) as site:
@@ -117,7 +121,11 @@ def failing(error: BaseException) -> FakeClient:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-async def test_an_error_after_the_head_is_told_in_the_stream(error: BaseException, status: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_after_the_head_is_told_in_the_stream(
+    error: BaseException,
+    status: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.CRITICAL, "workers.api.server")
     async with serving(endpoint(failing(error))) as site, site.connect() as wire:
         await wire.send(post(STREAMED_CHAT))
@@ -162,8 +170,12 @@ async def test_an_error_before_the_head_has_its_own_status() -> None:
 # A pipeline that is not ready yet.
 
 
-@pytest.mark.parametrize("request_bytes", [get("/v1/models"), post(), post(STREAMED_CHAT)], ids=["models", "whole", "stream"])
-async def test_requests_wait_until_the_pipeline_is_ready(request_bytes: bytes) -> None:
+WAITING = {"models": get("/v1/models"), "whole": post(), "stream": post(STREAMED_CHAT)}
+
+
+@pytest.mark.parametrize("name", WAITING)
+async def test_requests_wait_until_the_pipeline_is_ready(name: str) -> None:
+    request_bytes = WAITING[name]
     server = endpoint(is_ready=False)
     async with serving(server) as site, site.connect() as wire:
         await wire.send(request_bytes)
@@ -207,3 +219,42 @@ async def test_who_leaves_while_waiting_waits_no_more() -> None:
                 await asyncio.sleep(0.01)
         while server.num_waiting:
             await asyncio.sleep(0.01)
+
+
+# Keys.
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [
+        ("Bearer secret", 200),
+        ("bearer secret", 200),
+        ("BEARER  secret ", 200),
+        ("Bearer named", 200),
+        ("Basic secret", 401),
+        ("secret", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        ("Bearer secre\xb5", 401),
+        ("Bearersecret", 401),
+    ],
+)
+async def test_the_scheme_of_a_key_has_no_case(value: str, status: int) -> None:
+    server = endpoint(api_key=("secret",), named_keys=(ApiKey("alice", "named"),))
+    async with serving(server) as site:
+        answer = await site.ask(get("/v1/models", f"Authorization: {value}"))
+        assert answer.status == status
+        if status == 401:
+            assert answer.error.message.startswith("a valid API key is needed")
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_keys_of_one_name_are_one_client() -> None:
+    keys = (ApiKey("alice", "a1"), ApiKey("alice", "a2"), ApiKey("bob", "b"))
+    client = FakeClient()
+    salts = []
+    async with serving(endpoint(client, named_keys=keys)) as site:
+        for key in ("a1", "a2", "b"):
+            assert (await site.ask(post(CHAT, f"Authorization: Bearer {key}"))).status == 200
+            salts.append(client.options["cache_salt"])
+    assert salts[0] == salts[1] != salts[2]
