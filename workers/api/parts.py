@@ -25,9 +25,18 @@ IMAGE_SOURCES = {"image_url": ("image_url",), "image": ("image", "image_url", "u
 VIDEO_SOURCES = {"video_url": ("video_url",), "video": ("video", "video_url", "url")}
 TYPES = ("text", *IMAGE_SOURCES, *VIDEO_SOURCES)
 # Settings by the kind of their number: an area may be a float, as clients compute some of them.
-IMAGE_SETTINGS = {"min_pixels": "area", "max_pixels": "area"}
-VIDEO_SETTINGS = {**IMAGE_SETTINGS, "fps": "real", "max_frames": "whole"}
-SIZES = frozenset(("min_pixels", "max_pixels"))  # with one of them, `detail` says nothing more
+IMAGE_SETTINGS = {"min_pixels": "area", "max_pixels": "area", "resized_height": "whole", "resized_width": "whole"}
+VIDEO_SETTINGS = {
+    **IMAGE_SETTINGS,
+    "total_pixels": "area",
+    "fps": "real",
+    "nframes": "whole",
+    "min_frames": "whole",
+    "max_frames": "whole",
+    "video_start": "real",  # seconds
+    "video_end": "real",
+}
+SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # with one of them, `detail` says nothing more
 # Keys that say nothing about the answer, whatever their value is.
 LABELS = {
     *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "id", "index", "name", "title", "alt"),

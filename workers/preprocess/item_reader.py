@@ -20,13 +20,13 @@ from pipeline.errors import RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import ImagePart, VideoPart
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
-from workers.preprocess.images import ImageSize, check_aspect, read_size, smart_resize
+from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
+from workers.preprocess.images import ImageSize, check_aspect, read_size
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, picture_item, video_item
 from workers.preprocess.video import VideoMetadata
-from workers.preprocess.videos import VideoFile, VideoReaders, frame_size, sample_frames
+from workers.preprocess.videos import VideoFile, VideoReaders
 
 MAX_REMEMBERED = 100_000
-MAX_FPS = 240.0
 MAX_UUID = 256
 D = TypeVar("D")
 Hold = Callable[[int], None]  # counts bytes that a request keeps
@@ -56,6 +56,7 @@ class ItemReader:
 
     async def read(self, part: ImagePart | VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
         """Tenants with different salts share nothing. Raises RequestError for what cannot be had, or be an item."""
+        check_settings(part, self._info, self._max_frames, field)
         if isinstance(part, ImagePart):
             return await self._picture(part, field, frames, salt, hold)
         if part.frames:
@@ -64,62 +65,30 @@ class ItemReader:
 
     async def _picture(self, part: ImagePart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
         vision = self._info.vision
-        low, high = self._limits(part, field, vision.min_pixels, vision.max_pixels)
         known, load = await self._resolve_picture(part, field, frames, salt, hold)
-        size = smart_resize(known.size, vision.factor, low, high)
+        size = picture_size(part, known.size, vision, field)
         return picture_item(PictureSource(load, field, self._threads), size, self._hash(salt, "picture", known.content, size), vision)
 
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
-        if part.fps is not None:
-            raise RequestError("fps does not apply to a list of frames: all of them are seen", field=field)
-        if part.uuid or any(frame.min_pixels or frame.max_pixels for frame in part.frames):
-            raise RequestError("a list of frames has no uuid, and its limits of size are those of the video", field=field)
-        most = self._most_frames(part, field)
-        if len(part.frames) > most:
-            raise RequestError(f"the video has {len(part.frames)} frames, the limit is {most}", field=field)
         pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, salt, hold) for index, frame in enumerate(part.frames))
-        size = self._frame_size(part, field, pictures[0].known.size, len(pictures))
+        size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info.video, self._info.vision, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._threads) for _, load in pictures])
         return video_item(source, range(len(pictures)), size, self._hash(salt, "frames", content, size), self._info, self._num_vits)
 
     async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
-        most = self._most_frames(part, field)
-        if part.fps is not None and not 0 < part.fps <= MAX_FPS:
-            raise RequestError(f"fps must be above 0 and at most {MAX_FPS:.0f}, got {part.fps}", field=f"{field}.fps")
         known, load = await self._resolve_video(part, field, frames, salt, hold)
         metadata, video, vision = known.size, self._info.video, self._info.vision
         source_size = ImageSize(metadata.height, metadata.width)
         check_aspect(source_size, field)
-        sampled = sample_frames(metadata, part.fps or video.fps, video.min_frames, most, vision.temporal_patch_size)
-        size = self._frame_size(part, field, source_size, len(sampled))
+        sampled = chosen_frames(part, metadata, video, self._max_frames, vision.temporal_patch_size, field)
+        size = video_frame_size(part, source_size, len(sampled), video, vision, field)
         content = self._hash(salt, "video", known.content, size)
         return video_item(VideoSource(load, self._readers, field), sampled, size, content, self._info, self._num_vits)
 
     def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
         """Key of media as the model sees them: sha256 of their content, and of all that says what is made of it."""
         return hashlib.sha256(repr((self._settings, salt, kind, content, tuple(size))).encode()).digest()
-
-    def _limits(self, part: ImagePart | VideoPart, field: str, low: int, high: int) -> tuple[int, int]:
-        for name, value in (("min_pixels", part.min_pixels), ("max_pixels", part.max_pixels)):
-            if value is not None and not low <= value <= high:
-                raise RequestError(f"{name} must be between the server's {low} and {high}, got {value}", field=f"{field}.{name}")
-        low, high = part.min_pixels or low, part.max_pixels or high
-        if low > high:
-            raise RequestError(f"min_pixels must be at most max_pixels, got {low} and {high}", field=f"{field}.min_pixels")
-        return low, high
-
-    def _most_frames(self, part: VideoPart, field: str) -> int:
-        least, most = self._info.vision.temporal_patch_size, self._max_frames
-        if part.max_frames is not None and not least <= part.max_frames <= most:
-            limits = f"{least} and the server's {most}"
-            raise RequestError(f"max_frames must be between {limits}, got {part.max_frames}", field=f"{field}.max_frames")
-        return part.max_frames or most
-
-    def _frame_size(self, part: VideoPart, field: str, size: ImageSize, num_frames: int) -> ImageSize:
-        video = self._info.video
-        low, high = self._limits(part, field, video.min_pixels, video.max_pixels)
-        return frame_size(size, num_frames, low, high, video.max_total_pixels, self._info.vision.factor)
 
     # What is known of media, and how to get them.
 

@@ -416,6 +416,37 @@ async def test_a_video_is_spread_over_the_vits_and_arrives_in_its_chunks(rig: Ri
     rig.check_nothing_left()
 
 
+async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
+    """30 frames at 10 a second: the settings choose the frames, and every choice has keys of its own."""
+    parts = {
+        "whole": VideoPart(frame=0),
+        "four": VideoPart(frame=0, nframes=4),
+        "the end": VideoPart(frame=0, nframes=4, video_start=1.0),
+        "the beginning": VideoPart(frame=0, nframes=4, video_end=1.5),
+        "smaller": VideoPart(frame=0, nframes=4, resized_height=56, resized_width=56),
+        "smaller in all": VideoPart(frame=0, nframes=4, resized_height=56, resized_width=84),
+    }
+    for name, part in parts.items():
+        rig.submit(name, [CLIP.data], messages=(ChatMessage("user", (part,)),))
+    generated: dict[str, GenerateRequest] = {}
+    async with asyncio.timeout(60):
+        while len(generated) < len(parts):
+            await asyncio.sleep(0.01)
+            generated |= {message.request_id: message for message in rig.llm.take(GenerateRequest)}
+    assert len({message.items[0].mm_hash for message in generated.values()}) == len(parts)
+    chunks = [chunk.mm_hash for message in generated.values() for chunk in message.items[0].chunks]
+    assert len(set(chunks)) == len(chunks)
+    assert {name: message.items[0].grid_thw.t for name, message in generated.items()} == {name: 3 if name == "whole" else 2 for name in parts}
+    seen = {name: rig.core._requests[name].keys for name in parts}
+    frames = {name: [frame for key in keys for frame in rig.core._chunks._chunks[key].chunk.frames] for name, keys in seen.items()}
+    assert frames["four"] == [0, 7, 15, 22]
+    assert frames["the end"] == [10, 15, 20, 25]
+    assert frames["the beginning"] == [0, 4, 8, 12]
+    for name in parts:
+        rig.end(name)
+    await rig.settle()
+
+
 async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:
     def submit(request_id: str, pictures: list[bytes], uuid: str = "u", salt: bytes = b"") -> None:
         part = ImagePart(frame=0 if pictures else -1, uuid=uuid)
@@ -663,7 +694,9 @@ async def test_more_than_the_context_holds_is_refused_before_anything_is_announc
         (VideoPart(frames=(ImagePart(url="http://x/y"),) * 1025), "1025 pictures and frames, the limit is 1024"),
         (VideoPart(frames=(ImagePart(frame=0, max_pixels=12544),)), "those of the video"),
         (VideoPart(frames=(ImagePart(frame=0),), uuid="u"), "has no uuid"),
-        (VideoPart(frame=0, max_frames=1), "max_frames must be between 2 and"),
+        (VideoPart(frame=0, max_frames=1), "max_frames must be at least 2"),
+        (VideoPart(frame=0, nframes=4, fps=1.0), "exclude each other"),
+        (ImagePart(frame=0, max_pixels=0), "max_pixels must be at least 1"),
     ],
 )
 async def test_parts_that_cannot_be_are_refused(rig: Rig, part: ImagePart | VideoPart, words: str) -> None:

@@ -1,0 +1,192 @@
+"""What a part's settings make of a picture or a video: its size, and which of its frames are seen. Pure.
+
+Names and rules are those of Qwen's own code (qwen-vl-utils, `vision_process.py`); where transformers has a rule of its
+own (which frames are taken, when their number is known), it is transformers'. A bound that is looser than the server's
+is the server's: clients state their own defaults. A value that makes no sense is refused by its name. The functions
+behind `check_settings` take a part that has passed it; they, too, raise RequestError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from pipeline.errors import RequestError, brief
+from pipeline.families import MAX_ASPECT_RATIO, ModelInfo, VideoInfo, VisionInfo
+from pipeline.messages import ImagePart, VideoPart
+from workers.preprocess.images import ImageSize, smart_resize
+from workers.preprocess.video import VideoMetadata
+from workers.preprocess.videos import frame_size, sample_frames
+
+MAX_SIDE = 1 << 20  # of a size that is asked for
+MIN_TOKENS = 4  # of a picture whose size is asked for, as in qwen-vl-utils
+OF_FRAMES = ("fps", "nframes", "video_start", "video_end")  # mean nothing for a list of frames: all are seen
+OF_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+
+
+def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, field: str) -> None:
+    """Raises RequestError for what makes no sense whatever the media is, before anything is brought in.
+
+    `most` is the server's limit of frames.
+    """
+    vision, video = info.vision, info.video
+    limits = vision if isinstance(part, ImagePart) else video
+    _asked_size(part, vision.factor, limits.max_pixels, field)
+    _area_limits(part, limits.min_pixels, limits.max_pixels, field)
+    if isinstance(part, ImagePart):
+        return
+    for name in ("total_pixels", "nframes"):
+        _at_least(1, getattr(part, name), name, field)
+    _frame_limits(part, video.min_frames, most, vision.temporal_patch_size, field)
+    _check_window(part, field)
+    if part.frames:
+        _check_frame_list(part, most, vision.temporal_patch_size, field)
+
+
+def picture_size(part: ImagePart, size: ImageSize, vision: VisionInfo, field: str) -> ImageSize:
+    """At which a picture is seen."""
+    asked = _asked_size(part, vision.factor, vision.max_pixels, field)
+    low, high = _area_limits(part, vision.min_pixels, vision.max_pixels, field)
+    return asked or smart_resize(size, vision.factor, low, high)
+
+
+def video_frame_size(
+    part: VideoPart, size: ImageSize, num_frames: int, video: VideoInfo, vision: VisionInfo, field: str
+) -> ImageSize:  # fmt: skip
+    """At which each frame is seen: smaller where there are many, so that all have `total_pixels` at most."""
+    asked = _asked_size(part, vision.factor, video.max_pixels, field)
+    low, high = _area_limits(part, video.min_pixels, video.max_pixels, field)
+    total = video.max_total_pixels
+    if part.total_pixels is not None:
+        total = min(total, part.total_pixels * vision.temporal_patch_size)  # frames are merged in pairs
+    return asked or frame_size(size, num_frames, low, high, total, vision.factor)
+
+
+def chosen_frames(
+    part: VideoPart, metadata: VideoMetadata, video: VideoInfo, most: int, multiple: int, field: str
+) -> list[int]:  # fmt: skip
+    """The numbers of the frames that are seen, at most `most`, as many as a multiple of `multiple`."""
+    low, high = _frame_limits(part, video.min_frames, most, multiple, field)
+    start, end = frame_range(part, metadata, field)
+    window = msgspec.structs.replace(metadata, num_frames=end - start)
+    if part.nframes is None:
+        numbers = sample_frames(window, video.fps if part.fps is None else part.fps, low, high, multiple)
+    else:
+        count = _whole_number_of_frames(part.nframes, window.num_frames, most, multiple, field)
+        # At the video's own rate every frame is wanted: both limits say how many.
+        numbers = sample_frames(window, window.fps, count, count, multiple)[:count]
+    return [start + number for number in numbers]
+
+
+def frame_range(part: VideoPart, metadata: VideoMetadata, field: str) -> tuple[int, int]:
+    """First frame of the window of time that is asked for, and the one behind its last. As `calculate_video_frame_range`."""
+    total, fps = metadata.num_frames, metadata.fps
+    if part.video_start is None and part.video_end is None:
+        return 0, total
+    duration = total / fps
+    start = 0 if part.video_start is None else math.ceil(min(part.video_start, duration) * fps)
+    last = total - 1
+    if part.video_end is not None:
+        last = min(math.floor(min(part.video_end, duration) * fps), last)
+    if start >= last:
+        name = "video_start" if part.video_start is not None else "video_end"
+        what = f"between video_start and video_end there are no two frames: the video has {total}, in {duration:.2f} s"
+        raise RequestError(what, field=f"{field}.{name}")
+    return start, last + 1
+
+
+def _check_window(part: VideoPart, field: str) -> None:
+    for name in ("video_start", "video_end"):
+        seconds = getattr(part, name)
+        if seconds is not None and not 0 <= seconds < math.inf:
+            raise RequestError(f"{name} must be 0 seconds or more, got {brief(seconds)}", field=f"{field}.{name}")
+    if part.video_start is not None and part.video_end is not None and part.video_start >= part.video_end:
+        what = f"video_start must be before video_end, got {part.video_start} and {part.video_end}"
+        raise RequestError(what, field=f"{field}.video_start")
+
+
+def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> None:
+    """A video that is given as a list of pictures."""
+    for name in OF_FRAMES:
+        if getattr(part, name) is not None:
+            raise RequestError(f"{name} does not apply to a list of frames: all of them are seen", field=f"{field}.{name}")
+    if part.uuid or any(_is_any_given(frame, OF_SIZE) for frame in part.frames):
+        raise RequestError("a list of frames has no uuid, and its limits of size are those of the video", field=field)
+    count = len(part.frames)
+    low, high = _frame_limits(part, 1, most, multiple, field)
+    if count > high:
+        raise RequestError(f"the video has {count} frames, the limit is {high}", field=field)
+    if part.min_frames is not None and count < low:
+        raise RequestError(f"the video has {count} frames, min_frames is {low}", field=f"{field}.min_frames")
+
+
+def _asked_size(part: ImagePart | VideoPart, factor: int, max_pixels: int, field: str) -> ImageSize | None:
+    """The size that a part names itself, rounded to what the model takes. It goes before limits of the area."""
+    sides = part.resized_height, part.resized_width
+    if sides == (None, None):
+        return None
+    for name, side in zip(("resized_height", "resized_width"), sides, strict=True):
+        if side is None:
+            raise RequestError("resized_height and resized_width go together", field=f"{field}.{name}")
+        if not 1 <= side <= MAX_SIDE:
+            what = f"{name} must be between 1 and {MAX_SIDE} pixels, got {brief(side)}"
+            raise RequestError(what, field=f"{field}.{name}")
+    height, width = (max(side, factor) for side in sides if side is not None)
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        what = f"resized_height and resized_width may differ by a factor of {MAX_ASPECT_RATIO} at most"
+        raise RequestError(what, field=f"{field}.resized_height")
+    return smart_resize(ImageSize(height, width), factor, min(MIN_TOKENS * factor**2, max_pixels), max_pixels)
+
+
+def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -> tuple[int, int]:
+    """The least and the largest area, in pixels. `low` and `high` are the server's."""
+    for name in ("min_pixels", "max_pixels"):
+        _at_least(1, getattr(part, name), name, field)
+    least, most = part.min_pixels, part.max_pixels
+    if least is not None and most is not None and least > most:
+        raise RequestError(
+            f"min_pixels must be at most max_pixels, got {least} and {most}", field=f"{field}.min_pixels"
+        )  # fmt: skip
+    if least is not None and least > high:
+        raise RequestError(f"min_pixels must be at most the server's {high}, got {least}", field=f"{field}.min_pixels")
+    high = high if most is None else min(high, most)
+    # A picture may be made smaller than the server's least: it is the client's own, and costs less.
+    return min(low if least is None else max(low, least), high), high
+
+
+def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: str) -> tuple[int, int]:
+    """The least and the largest number of frames. `low` is the model's, `most` the server's."""
+    if part.fps is not None and not 0 < part.fps < math.inf:
+        raise RequestError(f"fps must be above 0, got {brief(part.fps)}", field=f"{field}.fps")
+    if part.fps is not None and part.nframes is not None:
+        raise RequestError("fps and nframes exclude each other", field=f"{field}.nframes")
+    _at_least(1, part.min_frames, "min_frames", field)
+    _at_least(multiple, part.max_frames, "max_frames", field)
+    if part.min_frames is not None:
+        low = math.ceil(part.min_frames / multiple) * multiple
+    if part.max_frames is not None:
+        if part.min_frames is not None and part.min_frames > part.max_frames:
+            what = f"min_frames must be at most max_frames, got {part.min_frames} and {part.max_frames}"
+            raise RequestError(what, field=f"{field}.min_frames")
+        most = min(most, part.max_frames)
+    return low, most
+
+
+def _whole_number_of_frames(asked: int, total: int, most: int, multiple: int, field: str) -> int:
+    count = round(asked / multiple) * multiple
+    high = min(total, most)
+    if not multiple <= count <= high:
+        what = f"nframes must be between {multiple} and {high}, of which the video has {total}; got {brief(asked)}"
+        raise RequestError(what, field=f"{field}.nframes")
+    return count
+
+
+def _at_least(limit: int, value: int | None, name: str, field: str) -> None:
+    if value is not None and value < limit:
+        raise RequestError(f"{name} must be at least {limit}, got {brief(value)}", field=f"{field}.{name}")
+
+
+def _is_any_given(part: ImagePart, names: Sequence[str]) -> bool:
+    return any(getattr(part, name) is not None for name in names)
