@@ -39,6 +39,7 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 
 BLOCK = 16
+NUM_PROMPTS = 8  # whose errors are taken together: one alone may be ten times another's
 GPU_TESTS = ("tests/gpu", "tests/pipeline/test_tensors.py")
 CONTEXT = 1024
 
@@ -204,20 +205,22 @@ def fidelity(machine: Machine) -> Iterator[Row]:
 
     for shape in ("embedded", *machine.shapes):
         folder = machine.checkpoint(shape)
-        token_ids = torch.randint(100, 500, (1, 100 if machine.is_small else 600), generator=torch.Generator().manual_seed(0))
+        num_tokens = 100 if machine.is_small else 600
+        prompts = torch.randint(100, 500, (NUM_PROMPTS, 1, num_tokens), generator=torch.Generator().manual_seed(0))
         logits: dict[str, torch.Tensor] = {}
         model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
         model = model.to(machine.device)
         for name in ("bf16", "float32"):
             with torch.inference_mode():
-                logits[name] = model(input_ids=token_ids.to(machine.device)).logits[0, -1].double().cpu()
+                last = [model(input_ids=prompt.to(machine.device)).logits[0, -1] for prompt in prompts]
+                logits[name] = torch.stack(last).double().cpu()
             model = model.float()  # there, not on the host: the same weights
         del model
         if machine.device.type == "cuda":
             torch.cuda.empty_cache()
         with _runner(machine, shape, 2) as runner:
-            prefilled = _hidden_logits(runner, token_ids[0].tolist(), 0)
-            chunked = _hidden_logits(runner, token_ids[0].tolist(), 37)
+            prefilled = torch.stack([_hidden_logits(runner, prompt[0].tolist(), 0) for prompt in prompts])
+            chunked = torch.stack([_hidden_logits(runner, prompt[0].tolist(), 37) for prompt in prompts])
         error = {name: _error(value, logits["float32"]) for name, value in (("theirs", logits["bf16"]), ("ours", prefilled), ("chunked", chunked))}
         told = f"{error['ours']:.4f} ({error['chunked']:.4f} in chunks), transformers {error['theirs']:.4f}"
         share = max(error["ours"], error["chunked"]) / error["theirs"]
