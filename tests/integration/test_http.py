@@ -61,6 +61,12 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
         assert response.status == 200
 
 
+def test_the_endpoint_has_a_limit_of_memory(server: Server) -> None:
+    limits = (Path("/proc") / str(server.children["api.0"]) / "limits").read_text()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max data size")]
+    assert (1 << 30) < int(line.split()[3]) < (8 << 30)
+
+
 def test_the_answer_to_a_picture(client: openai.OpenAI) -> None:
     answer = ask(client, picture(data_url(scene(1))), text("What is in this picture?"), max_tokens=30)
     (choice,) = answer.choices

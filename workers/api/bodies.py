@@ -31,7 +31,7 @@ def refuse_body(request: web.Request, max_mib: int) -> None:
     """Raises RequestError for a body that is refused by its head.
 
     415: it is not sent as it is. A compressed MiB may be a GiB, and inflating takes the event loop's time:
-    nothing is inflated here, refused bodies included. (`auto_decompress` is off where the connection is made.)
+    nothing is inflated here, refused bodies included. (`auto_decompress` is off in `HttpRunner`.)
     """
     for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         for value in request.headers.getall(header, []):

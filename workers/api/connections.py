@@ -1,7 +1,7 @@
 """The endpoint's connections: what aiohttp's protocol leaves open, closed.
 
-How many there are, how long a client may take for a head, for nothing at all, and to read what it is sent; what
-is answered to bytes that are no HTTP. All connections are looked at now and then. (The time of a body is
+How many there are, how long a client may take for a head, for nothing at all, and to read what it is sent;
+what is answered to bytes that are no HTTP. All connections are looked at now and then. (The time of a body is
 `read_body`'s.)
 """
 

@@ -14,7 +14,7 @@ from workers.api.protocol import error_body
 from workers.api.stream import DONE, error_event
 
 RETRY_AFTER_S = "2"
-LAST_WORDS_S = 2.0  # for the last event of a stream, whose reader may not read
+LAST_WORDS_S = 1.0  # for the last event of a stream, whose reader may not read
 
 
 def error_headers(status: int) -> dict[str, str]:

@@ -149,7 +149,7 @@ class ApiServer:
             return await self._fail(request, ErrorInfo(500, "the server made a mistake"))
 
     async def _fail(self, request: web.Request, error: ErrorInfo) -> web.StreamResponse:
-        begun = request.get(BEGUN)
+        begun: web.StreamResponse | None = request.get(BEGUN)
         if begun is None:
             return error_response(error)
         await end_stream(begun, error)

@@ -26,6 +26,7 @@ COPIES_OF_BODIES = 2  # the allocator does not reuse at once what was given back
 COPIES_OF_A_BODY = 4  # while one is decoded
 START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
 LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
+HANDLERS_END_S = 0.5  # for what is left then: bodies that still come in
 STATS_INTERVAL_S = 0.5
 RETIRING_INTERVAL_S = 0.2
 IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
@@ -54,7 +55,7 @@ async def _serve(context: WorkerContext) -> None:
         recovery_timeout_s=config.launcher.recovery_timeout,
     )
     limit_memory(allowed_mib(config.api))
-    runner = HttpRunner(server.application(), shutdown_timeout=LAST_WORDS_S)
+    runner = HttpRunner(server.application(), shutdown_timeout=HANDLERS_END_S)
     await runner.setup()
     # The launcher listens, too: what comes while nobody accepts waits for our successor.
     sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in context.fds]

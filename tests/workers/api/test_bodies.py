@@ -6,11 +6,13 @@ import asyncio
 import base64
 import contextlib
 import json
+import time
 import tracemalloc
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import zmq
 
 from pipeline.config import MIB, ApiConfig
 from pipeline.errors import RequestError
@@ -187,6 +189,29 @@ async def test_memory_is_not_given_back_before_the_media_are_gone() -> None:
     assert budget.num_bytes == 6
     await asyncio.to_thread(frames.clear)
     await asyncio.sleep(0.01)
+    assert budget.num_bytes == 0
+
+
+async def test_memory_that_a_socket_holds_is_not_given_back(tmp_path: Path) -> None:
+    """Its peer is a worker that is away: requests that were given up meanwhile still lie in the queue."""
+    budget = Budget(4 * MIB)
+    lease = Lease(budget, "a")
+    await lease.grow(MIB)
+    frames = [memoryview(bytes(MIB))]
+    lease.keep(frames)
+    with zmq.Context() as context:
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{tmp_path}/away")
+        socket.send_multipart([b"message", *frames], copy=False)
+        frames.clear()
+        lease.close()
+        await asyncio.sleep(0.1)
+        assert budget.num_bytes == MIB
+        socket.close()
+    end = time.monotonic() + 5
+    while budget.num_bytes and time.monotonic() < end:
+        await asyncio.sleep(0.01)
     assert budget.num_bytes == 0
 
 
