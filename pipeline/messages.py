@@ -144,6 +144,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
     alone_in: tuple[Role, ...] = ()  # it executed in such workers when they died: it passes these stages alone
+    tenant: str = ""  # on whose behalf: see docs/fairness.md; empty: the client's own
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
