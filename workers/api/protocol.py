@@ -104,7 +104,7 @@ class _Outline(msgspec.Struct):
     messages: list[msgspec.Raw] = []
 
 
-def decode_request(body: bytes) -> ChatCompletionRequest:
+def decode_request(body: bytes | bytearray) -> ChatCompletionRequest:
     """Raises RequestError, naming the field, for a body that is no such request."""
     try:
         if body.count(b"{") > MANY_OBJECTS:
@@ -136,12 +136,12 @@ def _check_counts(contents: Sequence[object]) -> None:
         raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
 
 
-def _refuse_many_parts(body: bytes) -> None:
+def _refuse_many_parts(body: bytes | bytearray) -> None:
     """Counts messages and parts before objects are made of them; braces may as well stand in a text."""
     messages = msgspec.json.decode(body, type=_Outline).messages
     _check_counts(messages)
     contents = [msgspec.json.decode(message, type=_OutlineMessage).content for message in messages]
-    lists = [content for content in contents if memoryview(content)[:1] == b"["]
+    lists = [content for content in contents if bytes(memoryview(content)[:1]) == b"["]
     _check_counts([msgspec.json.decode(content, type=list[msgspec.Raw]) for content in lists])
 
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import io
+import itertools
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -276,6 +277,7 @@ async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
         ({"messages": (ChatMessage("user", (ImagePart(frame=7),)),)}, "messages[0].content[0].image_url"),
         ({"messages": (ChatMessage("user", (ImagePart(),)),)}, "messages[0].content[0].image_url"),
         ({"messages": (ChatMessage("user", "x"),) * 2000}, "messages"),
+        ({"messages": (ChatMessage("user", (TextPart("x"),) * 3000),) * 2}, "messages"),
     ],
 )
 async def test_what_no_client_of_ours_would_send_is_refused(rig: Rig, fields: dict[str, Any], field: str) -> None:
@@ -435,12 +437,12 @@ async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
     assert [message.items[0].grid_thw.t for _, message in sorted(generated.items())] == [2, 2, 2, 2, 2, 3]
     states = rig.core._chunks._chunks
     made = {name: [states[key].chunk for key in rig.core._requests[name].keys] for name in parts}
-    frames = {name: [frame for chunk in chunks for frame in chunk.frames] for name, chunks in made.items()}
+    frames = {name: [frame for chunk in found for frame in chunk.frames] for name, found in made.items()}
     assert frames["four"] == [0, 7, 15, 22]
     assert frames["the end"] == [10, 15, 20, 25]
     assert frames["the beginning"] == [0, 4, 8, 12]
-    seen = {chunk.mm_hash: (chunk.frames, chunk.size) for chunks in made.values() for chunk in chunks}
-    for chunk in (chunk for chunks in made.values() for chunk in chunks):
+    seen = {chunk.mm_hash: (chunk.frames, chunk.size) for chunk in itertools.chain(*made.values())}
+    for chunk in itertools.chain(*made.values()):
         assert seen[chunk.mm_hash] == (chunk.frames, chunk.size), "one key, one content"
     for name in parts:
         rig.end(name)
