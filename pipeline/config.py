@@ -87,6 +87,9 @@ class ApiConfig:
         "(default: a sixteenth of the machine's, but room for 4 to 16 of the largest)",
         metavar="MIB",
     )
+    trust_forwarded_for: bool = option(
+        False, "a client without a key is told by the last address of X-Forwarded-For: only behind a proxy that sets it"
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, port=0, max_request_mib=1)

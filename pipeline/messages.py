@@ -145,6 +145,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
     leads: tuple[int, ...] = ()  # of the groups that know the client: one of them is to run it; empty: of all
     alone_in: tuple[Role, ...] = ()  # it executed in such workers when they died: it passes these stages alone
+    tenant: str = ""  # on whose behalf: see docs/fairness.md; empty: the client's own
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):

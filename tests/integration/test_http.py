@@ -98,6 +98,39 @@ def test_the_answer_to_a_video(client: openai.OpenAI) -> None:
     assert ask(client, video(frames), text("What happens?"), max_tokens=5).usage.prompt_tokens - base == 3 * 16
 
 
+def test_settings_count_beside_the_url_and_in_its_object(client: openai.OpenAI) -> None:
+    """A picture of 140 x 140 has 25 tokens, and 4 of 56 x 56; 30 frames are seen in pairs."""
+    url, clip = data_url(noise(1, (140, 140))), "data:video/mp4;base64," + base64.b64encode(CLIP.data).decode()
+
+    def num_tokens(*parts: dict[str, object]) -> int:
+        return ask(client, *parts, text("What is it?"), max_tokens=1).usage.prompt_tokens
+
+    base = num_tokens() + 2
+    for settings in ({"max_pixels": 3136}, {"resized_height": 60, "resized_width": 50}):
+        beside = {"type": "image_url", "image_url": {"url": url}, **settings}
+        inside = {"type": "image_url", "image_url": {"url": url, **settings}}
+        qwen = {"type": "image", "image": url, **settings}
+        assert [num_tokens(part) - base for part in (beside, inside, qwen)] == [4, 4, 4]
+    assert num_tokens(picture(url)) - base == 25
+    assert num_tokens({"type": "image_url", "image_url": {"url": url, "detail": "low"}}) - base == 25
+    pair = num_tokens(video(clip, nframes=2)) - base
+    for part in (video(clip, nframes=8), video({"url": clip, "nframes": 8}), {"type": "video", "video": clip, "nframes": 8}):
+        assert num_tokens(part) - base == 4 * pair
+    assert num_tokens(video(clip, fps=10, video_start=1.0, video_end=1.9)) - base == 5 * pair
+    for name in ("max_pixel", "num_frames"):
+        with pytest.raises(openai.BadRequestError, match=name) as refusal:
+            num_tokens({**picture(url), name: 4})
+        assert refusal.value.param == f"messages[0].content[0].{name}"
+
+
+def test_frames_in_one_data_url(client: openai.OpenAI) -> None:
+    frames = [data_url(scene(number)).partition(",")[2] for number in range(5)]
+    one = ask(client, video("data:video/jpeg;base64," + ",".join(frames)), text("What happens?"), max_tokens=5)
+    several = ask(client, video([f"data:;base64,{frame}" for frame in frames]), text("What happens?"), max_tokens=5)
+    assert one.usage.prompt_tokens == several.usage.prompt_tokens
+    assert one.choices[0].message.content == several.choices[0].message.content
+
+
 def test_a_part_may_be_named_and_not_sent_again(client: openai.OpenAI) -> None:
     whole = ask(client, {**picture(data_url(scene(5))), "uuid": "five"}, text("What is it?"), max_tokens=10, temperature=0)
     named = ask(client, {"type": "image_url", "uuid": "five"}, text("What is it?"), max_tokens=10, temperature=0)

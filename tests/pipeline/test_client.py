@@ -299,6 +299,8 @@ async def test_what_cannot_be_sent_leaves_nothing_open(client: PipelineClient) -
     with pytest.raises(RequestError, match="not valid Unicode") as caught:
         await collect(client, [ChatMessage("user", "\ud800")])
     assert caught.value.info.field == "messages"
+    with pytest.raises(RequestError, match="does not fit 64 bits"):
+        await collect(client, [ChatMessage("user", (ImagePart(url="data:,x", max_pixels=2**64),))])
     with pytest.raises(RequestError, match="1025 pictures and frames, the limit is 1024"):
         await collect(client, [ChatMessage("user", tuple(ImagePart(url="data:,x") for _ in range(1025)))])
     with pytest.raises(RequestError, match="the limit is 1000"):

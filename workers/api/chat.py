@@ -22,7 +22,14 @@ class Chat(NamedTuple):
     include_usage: bool
 
 
-def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: str, info: ModelInfo, cache_salt: bytes = b"") -> Chat:
+def open_chat(
+    client: PipelineClient,
+    body: ChatCompletionRequest,
+    model_name: str,
+    info: ModelInfo,
+    cache_salt: bytes = b"",
+    tenant: str = "",
+) -> Chat:
     """Raises RequestError for what is not served. `body` is not needed any more: its media are in `media`."""
     refuse_unserved(body)
     if body.model and body.model != model_name:
@@ -35,7 +42,13 @@ def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: s
     media = [memoryview(frame) for frame in frames]
     choices = [
         client.generate(
-            moved, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0, cache_salt=cache_salt
+            moved,
+            to_choice(sampling, index),
+            media,
+            request_id=f"{completion_id}-{index}",
+            priority=body.priority or 0,
+            cache_salt=cache_salt,
+            tenant=tenant,
         )
         for index in range(count)
     ]

@@ -141,7 +141,7 @@ def _refuse_many_parts(body: bytes | bytearray) -> None:
     messages = msgspec.json.decode(body, type=_Outline).messages
     _check_counts(messages)
     contents = [msgspec.json.decode(message, type=_OutlineMessage).content for message in messages]
-    lists = [content for content in contents if memoryview(content)[:1] == b"["]
+    lists = [content for content in contents if bytes(memoryview(content)[:1]) == b"["]
     _check_counts([msgspec.json.decode(content, type=list[msgspec.Raw]) for content in lists])
 
 

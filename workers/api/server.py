@@ -23,6 +23,7 @@ from workers.api.errors import RETRY_AFTER_S, end_stream, error_response
 from workers.api.metrics import exposition
 from workers.api.protocol import decode_request
 from workers.api.stream import ChoicePiece, Completion, side_by_side
+from workers.api.tenants import peer_tenant
 
 logger = logging.getLogger(__name__)
 OPEN_ROUTES = ("/health", "/ready")
@@ -173,7 +174,10 @@ class ApiServer:
     def _tenant(self, request: web.Request) -> str:
         """On whose behalf a request is: the name of its key, else the address that it comes from."""
         key = self._key_of(request)
-        return f"key:{key.name}" if key else f"peer:{request.remote}"
+        if key is not None:
+            return f"key:{key.name}"
+        forwarded = request.headers.getall("X-Forwarded-For", []) if self._config.trust_forwarded_for else []
+        return peer_tenant(request.remote, forwarded)
 
     async def _until_ready(self) -> None:
         """Raises RequestError when the pipeline does not become ready in time, or ends."""
@@ -236,7 +240,7 @@ class ApiServer:
         lease = request[LEASE]
         body = decode_request(await read_body(request, lease, self._pace, self._config.max_request_mib))
         salt = self._cache_salt(request, body.cache_salt or "")
-        chat = open_chat(self._client, body, self._model_name, self._info, salt)
+        chat = open_chat(self._client, body, self._model_name, self._info, salt, self._tenant(request))
         lease.keep(chat.media)
         return chat
 

@@ -1,7 +1,8 @@
 """From the parts of a message to items: brings media in, and learns their content's hash and their size before anything is decoded.
 
-What was learnt is remembered by a part's `uuid`, or by its URL as long as its host says that nothing changed: then nothing is brought in at
-all, until a ViT turns out not to have it.
+What was learnt is remembered: by a part's `uuid`, for later parts that have nothing else; and by its URL, as long as its
+host says that nothing changed. Then nothing is brought in, until a ViT turns out not to have it. Content that is sent along
+counts, whatever was sent under its name before.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import asyncio
 import hashlib
 import os
 import tempfile
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.config import MIB, PreprocessConfig
@@ -23,18 +24,25 @@ from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
 from workers.preprocess.images import ImageSize, check_aspect, read_size
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, picture_item, video_item
+from workers.preprocess.names import Memory
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile, VideoReaders
 
-MAX_REMEMBERED = 100_000
 MAX_UUID = 256
 D = TypeVar("D")
 Hold = Callable[[int], None]  # counts bytes that a request keeps
 Data = bytes | memoryview
 
 
+class Scope(NamedTuple):
+    """Whose media they are: names belong to a tenant, and to a salt of his; what is cached by content, to a salt."""
+
+    tenant: str
+    salt: bytes
+
+
 class _Known(NamedTuple):
-    content: bytes  # a hash of it, or of the name that a client gave it
+    content: bytes  # its hash
     size: Any  # ImageSize or VideoMetadata
     validators: Validators | None = None
 
@@ -50,40 +58,40 @@ class ItemReader:
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
-        self._known: OrderedDict[bytes, _Known] = OrderedDict()  # by a hash: what clients send has any length
+        self._known: Memory[_Known] = Memory()
         self._max_frames = info.video.max_frames if config.max_video_frames is None else config.max_video_frames
         self._settings = f"{info.folder}|".encode()
 
-    async def read(self, part: ImagePart | VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
-        """Tenants with different salts share nothing. Raises RequestError for what cannot be had, or be an item."""
+    async def read(self, part: ImagePart | VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
+        """Raises RequestError for what cannot be had, or be an item."""
         check_settings(part, self._info, self._max_frames, field)
         if isinstance(part, ImagePart):
-            return await self._picture(part, field, frames, salt, hold)
+            return await self._picture(part, field, frames, scope, hold)
         if part.frames:
-            return await self._frames(part, field, frames, salt, hold)
-        return await self._video(part, field, frames, salt, hold)
+            return await self._frames(part, field, frames, scope, hold)
+        return await self._video(part, field, frames, scope, hold)
 
-    async def _picture(self, part: ImagePart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
+    async def _picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
         vision = self._info.vision
-        known, load = await self._resolve_picture(part, field, frames, salt, hold)
+        known, load = await self._resolve_picture(part, field, frames, scope, hold)
         size = picture_size(part, known.size, vision, field)
-        return picture_item(PictureSource(load, field, self._threads), size, self._hash(salt, "picture", known.content, size), vision)
+        return picture_item(PictureSource(load, field, self._threads), size, self._hash(scope.salt, "picture", known.content, size), vision)
 
-    async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
-        pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, salt, hold) for index, frame in enumerate(part.frames))
+    async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
+        pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, scope, hold) for index, frame in enumerate(part.frames))
         size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info.video, self._info.vision, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._threads) for _, load in pictures])
-        return video_item(source, range(len(pictures)), size, self._hash(salt, "frames", content, size), self._info, self._num_vits)
+        return video_item(source, range(len(pictures)), size, self._hash(scope.salt, "frames", content, size), self._info, self._num_vits)
 
-    async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
-        known, load = await self._resolve_video(part, field, frames, salt, hold)
+    async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
+        known, load = await self._resolve_video(part, field, frames, scope, hold)
         metadata, video, vision = known.size, self._info.video, self._info.vision
         source_size = ImageSize(metadata.height, metadata.width)
         check_aspect(source_size, field)
         sampled = chosen_frames(part, metadata, video, self._max_frames, vision.temporal_patch_size, field)
         size = video_frame_size(part, source_size, len(sampled), video, vision, field)
-        content = self._hash(salt, "video", known.content, size)
+        content = self._hash(scope.salt, "video", known.content, size)
         return video_item(VideoSource(load, self._readers, field), sampled, size, content, self._info, self._num_vits)
 
     def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
@@ -92,7 +100,7 @@ class ItemReader:
 
     # What is known of media, and how to get them.
 
-    async def _resolve_picture(self, part: ImagePart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> _Resolved[Data]:
+    async def _resolve_picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[Data]:
         max_bytes = self._config.max_media_mib * MIB
 
         async def load(validators: Validators | None) -> Fetched[Data]:
@@ -108,9 +116,9 @@ class ItemReader:
         async def inspect_in_thread(data: Data) -> _Known:
             return await self._in_thread(inspect, data)
 
-        return await self._resolve(part, "picture", field, salt, load, inspect_in_thread)
+        return await self._resolve(part, "picture", field, scope, load, inspect_in_thread)
 
-    async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> _Resolved[VideoFile]:
+    async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[VideoFile]:
         max_bytes = self._config.max_video_mib * MIB
 
         def spool() -> VideoFile:
@@ -131,55 +139,66 @@ class ItemReader:
             metadata: VideoMetadata = await self._readers.inspect(file, field)
             return _Known(file.digest, metadata)
 
-        return await self._resolve(part, "video", field, salt, load, inspect)
+        return await self._resolve(part, "video", field, scope, load, inspect)
 
     async def _resolve(
-        self, part: ImagePart | VideoPart, kind: str, field: str, salt: bytes,
+        self, part: ImagePart | VideoPart, kind: str, field: str, scope: Scope,
         load: Callable[[Validators | None], Awaitable[Fetched[D]]], inspect: Callable[[D], Awaitable[_Known]],
     ) -> _Resolved[D]:  # fmt: skip
         if len(part.uuid) > MAX_UUID:
-            raise RequestError(f"a uuid has at most {MAX_UUID} characters, this has {len(part.uuid)}", field=f"{field}.uuid")
-        key = hashlib.sha256(repr((salt, kind, part.uuid, "" if part.uuid else part.url)).encode()).digest() if part.uuid or part.url else None
-        known = self._known.get(key) if key is not None else None
-        if known is None or not part.uuid:
-            fetched = await load(known.validators if known is not None else None)
-            if fetched.data is not None:
-                data = fetched.data
-                known = (await inspect(data))._replace(validators=fetched.validators)
-                if part.uuid:
-                    known = known._replace(content=hashlib.sha256(part.uuid.encode()).digest())
-                if key is not None and (part.uuid or fetched.validators is not None):
-                    self._remember(key, known)
-                return _Resolved(known, lambda: _ready(data))
-        assert known is not None
-        self._remember(key, known)
-        seen = known
-
-        async def load_now() -> D:
-            fetched = await load(None)
-            assert fetched.data is not None
-            if not part.uuid and (await inspect(fetched.data)).content != seen.content:
-                raise RequestError("the content of the URL changed while the request was under way", field=field)
-            return fetched.data
-
-        return _Resolved(known, _once(load_now))
-
-    def _remember(self, key: bytes | None, known: _Known) -> None:
-        assert key is not None
-        self._known[key] = known
-        self._known.move_to_end(key)
-        if len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
+            what = f"a uuid has at most {MAX_UUID} characters, this has {len(part.uuid)}"
+            raise RequestError(what, field=f"{field}.uuid")
+        tenant, name, url = scope.tenant, _key(scope, kind, "uuid", part.uuid), _key(scope, kind, "url", part.url)
+        if part.uuid and not part.url and part.frame < 0:
+            known = self._known.get(tenant, name)
+            if known is None:
+                raise unknown_uuid(field)
+            return _Resolved(known, _once(partial(_load_same, load, inspect, known, field)))
+        # The content counts. The name is only remembered, for parts that have nothing else.
+        known = self._known.get(tenant, url) if part.url else None
+        fetched = await load(known.validators if known is not None else None)
+        if (data := fetched.data) is not None:
+            known = (await inspect(data))._replace(validators=fetched.validators)
+            resolved = _Resolved(known, partial(_ready, data))
+        else:
+            assert known is not None
+            resolved = _Resolved(known, _once(partial(_load_same, load, inspect, known, field)))
+        if known.validators is not None:
+            self._known.put(tenant, url, known)
+        if part.uuid:
+            self._known.put(tenant, name, known._replace(validators=None))
+        return resolved
 
     async def _in_thread(self, function: Callable[..., D], *args: object) -> D:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+def _key(scope: Scope, kind: str, what: str, name: str) -> bytes:
+    """A hash: what clients send has any length."""
+    return hashlib.sha256(repr((scope.salt, kind, what, name)).encode()).digest()
+
+
+async def _load_same(
+    load: Callable[[Validators | None], Awaitable[Fetched[D]]], inspect: Callable[[D], Awaitable[_Known]], seen: _Known, field: str
+) -> D:  # fmt: skip
+    """The data of media that were only asked about, now that a ViT needs them."""
+    fetched = await load(None)
+    assert fetched.data is not None
+    if (await inspect(fetched.data)).content != seen.content:
+        raise RequestError("the content of the URL changed while the request was under way", field=field)
+    return fetched.data
+
+
+def unknown_uuid(field: str) -> RequestError:
+    what = "nothing is known (any more) under this uuid: send the content with it"
+    return RequestError(what, field=f"{field}.uuid", status=404)
 
 
 def inline_data(part: ImagePart | VideoPart, field: str, frames: Sequence[Data], max_bytes: int) -> Data:
     """The bytes of a part that came with its message."""
     if not 0 <= part.frame < len(frames):
         if part.uuid:
-            raise RequestError("nothing is known (any more) under this uuid: send the content with it", field=f"{field}.uuid", status=404)
+            raise unknown_uuid(field)
         raise RequestError("the part has neither a URL nor data", field=field)
     data = frames[part.frame]
     if part.is_base64:

@@ -51,7 +51,7 @@ from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.fetch import Fetcher
-from workers.preprocess.item_reader import ItemReader, gather
+from workers.preprocess.item_reader import ItemReader, Scope, gather
 from workers.preprocess.media import Item
 from workers.preprocess.prompt import ChatPrompt, Prompt
 from workers.preprocess.router import GroupRouter, prefix_hashes
@@ -281,7 +281,8 @@ class Preprocessor:
         def hold(num_bytes: int) -> None:
             self._hold_media(opened, num_bytes)
 
-        items = await gather(self._items.read(part, field, frames, message.cache_salt, hold) for part, field in parts)
+        scope = Scope(message.tenant or f"client:{message.client_id.hex()}", message.cache_salt)
+        items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
         merged = self._info.vision.merge_size**2
         counts = [item.grid_thw.num_patches // merged for item in items]
         limit = self._info.text.max_position_embeddings

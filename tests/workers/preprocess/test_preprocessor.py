@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import io
+import itertools
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -278,6 +279,7 @@ async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
         ({"messages": (ChatMessage("user", (ImagePart(frame=7),)),)}, "messages[0].content[0].image_url"),
         ({"messages": (ChatMessage("user", (ImagePart(),)),)}, "messages[0].content[0].image_url"),
         ({"messages": (ChatMessage("user", "x"),) * 2000}, "messages"),
+        ({"messages": (ChatMessage("user", (TextPart("x"),) * 3000),) * 2}, "messages"),
     ],
 )
 async def test_what_no_client_of_ours_would_send_is_refused(rig: Rig, fields: dict[str, Any], field: str) -> None:
@@ -434,14 +436,16 @@ async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
             await asyncio.sleep(0.01)
             generated |= {message.request_id: message for message in rig.llm.take(GenerateRequest)}
     assert len({message.items[0].mm_hash for message in generated.values()}) == len(parts)
-    chunks = [chunk.mm_hash for message in generated.values() for chunk in message.items[0].chunks]
-    assert len(set(chunks)) == len(chunks)
-    assert {name: message.items[0].grid_thw.t for name, message in generated.items()} == {name: 3 if name == "whole" else 2 for name in parts}
-    seen = {name: rig.core._requests[name].keys for name in parts}
-    frames = {name: [frame for key in keys for frame in rig.core._chunks._chunks[key].chunk.frames] for name, keys in seen.items()}
+    assert [message.items[0].grid_thw.t for _, message in sorted(generated.items())] == [2, 2, 2, 2, 2, 3]
+    states = rig.core._chunks._chunks
+    made = {name: [states[key].chunk for key in rig.core._requests[name].keys] for name in parts}
+    frames = {name: [frame for chunk in found for frame in chunk.frames] for name, found in made.items()}
     assert frames["four"] == [0, 7, 15, 22]
     assert frames["the end"] == [10, 15, 20, 25]
     assert frames["the beginning"] == [0, 4, 8, 12]
+    seen = {chunk.mm_hash: (chunk.frames, chunk.size) for chunk in itertools.chain(*made.values())}
+    for chunk in itertools.chain(*made.values()):
+        assert seen[chunk.mm_hash] == (chunk.frames, chunk.size), "one key, one content"
     for name in parts:
         rig.end(name)
     await rig.settle()
@@ -475,6 +479,63 @@ async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:
         rig.end(name)
         rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
     rig.check_nothing_left()
+
+
+async def submit_named(rig: Rig, request_id: str, picture: bytes | None, **fields: Any) -> bytes | int:
+    """Key of the picture that a request with the uuid "logo" is about, or the status of its refusal."""
+    part = ImagePart(frame=-1 if picture is None else 0, uuid="logo")
+    rig.submit(request_id, [] if picture is None else [picture], messages=(ChatMessage("user", (part,)),), **fields)
+    await rig.settle()
+    answers: list[bytes | int] = [message.items[0].mm_hash for message in rig.llm.take(GenerateRequest)]
+    answers += [message.error.status for message in rig.llm.take(AbortRequest)]
+    rig.end(request_id)
+    rig.feedback(PixelsReleased, key=ChunkKey(request_id, 1, 0, 0))
+    return answers[0]
+
+
+async def test_content_counts_whatever_was_sent_under_its_name_before(rig: Rig) -> None:
+    blue, red = encode(scene(1)), encode(scene(2))
+    first = await submit_named(rig, "a", blue)
+    assert await submit_named(rig, "b", None) == first
+    changed = await submit_named(rig, "c", red)
+    assert changed != first
+    assert await submit_named(rig, "d", None) == changed, "the name is what was sent last"
+    rig.submit("e", [red])
+    await rig.settle()
+    (generate,) = rig.llm.take(GenerateRequest)
+    assert generate.items[0].mm_hash == changed, "named or not, the same content has the same key"
+    rig.end("e")
+    rig.feedback(PixelsReleased, key=ChunkKey("e", 1, 0, 0))
+    await rig.settle()
+
+
+@pytest.mark.parametrize(
+    ("mine", "others"),
+    [
+        ({"client_id": CLIENT}, {"client_id": OTHER}),
+        ({"tenant": "key:1"}, {"tenant": "key:2"}),
+        ({"tenant": "peer:10.0.0.1"}, {"tenant": "peer:10.0.0.2"}),
+        ({"tenant": "peer:10.0.0.1"}, {}),
+        ({"tenant": "key:1", "cache_salt": b"a"}, {"tenant": "key:1", "cache_salt": b"b"}),
+        ({}, {"tenant": CLIENT.hex()}),
+    ],
+    ids=str,
+)
+async def test_a_name_is_its_tenants_own(rig: Rig, mine: dict[str, Any], others: dict[str, Any]) -> None:
+    blue, red = encode(scene(1)), encode(scene(2))
+    secret = await submit_named(rig, "a", blue, **mine)
+    assert await submit_named(rig, "b", None, **others) == 404
+    theirs = await submit_named(rig, "c", red, **others)
+    assert theirs not in (404, secret)
+    assert await submit_named(rig, "d", None, **mine) == secret
+    assert await submit_named(rig, "e", None, **others) == theirs
+    same = await submit_named(rig, "f", blue, **others)
+    assert (same == secret) == (mine.get("cache_salt") == others.get("cache_salt")), "content is shared by salt"
+
+
+async def test_a_client_that_comes_again_finds_the_names_of_its_tenant(rig: Rig) -> None:
+    first = await submit_named(rig, "a", encode(scene(1)), tenant="curve:alice")
+    assert await submit_named(rig, "b", None, tenant="curve:alice", client_id=OTHER) == first
 
 
 async def test_a_url_that_has_not_changed_is_downloaded_again_only_on_a_miss() -> None:
