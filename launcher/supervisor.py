@@ -46,7 +46,7 @@ from pipeline.messages import (
     WorkerReady,
     WorkerStats,
 )
-from pipeline.process import WorkerSpec
+from pipeline.process import WAITING, WorkerSpec
 from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_name
 
@@ -191,6 +191,8 @@ class Supervisor:
     def _publish_state(self) -> None:
         now = time.monotonic()
         self._heartbeat_due = now + HEARTBEAT_S
+        for report in filter(None, (unit.report(now) for unit in self._units)):
+            logger.info("%s", report)
         states = tuple(state for unit in self._units for state in unit.states(now))
         if not self._control.publish(
             PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining, reload=self._reload.state)
@@ -212,7 +214,7 @@ class Supervisor:
                     self._on_ready(unit, message)
                 case WorkerStats():
                     child.stats, child.stats_time = message, now
-                    if child.ready is None and not unit.has_served:
+                    if child.ready is None and not unit.has_served and not message.phase.startswith(WAITING):
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case ReloadRequested():
                     self._num_hangups += 1

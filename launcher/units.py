@@ -18,6 +18,7 @@ from pipeline.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
 STABLE_S = 10.0  # who served so long before it died is started again at once
+REPORT_S = 60.0  # a start that takes longer is told of so often
 MAX_FAILED_STARTS = 5  # in a row: what fails each time before its first piece of work will do so again
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 10.0
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
@@ -63,6 +64,8 @@ class Unit:
     is_planned: bool = False  # its end: no request is to blame
     num_failed_starts: int = 0  # in a row: it ended before it was ready, or by itself before it had done anything
     has_proven: bool = False  # once, for long or with a request: what ends it later is no reason to give up
+    begun_at: float = 0.0
+    report_due: float = 0.0
     news_at: float = 0.0  # when one of its members last said something
     due: float = 0.0  # when the successor is to start
     unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
@@ -86,11 +89,20 @@ class Unit:
 
     def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
-        self.phase, self.news_at = Phase.STARTING, now
+        self.phase, self.begun_at, self.news_at, self.report_due = Phase.STARTING, now, now, now + REPORT_S
 
     def is_late(self, now: float, patience_s: float) -> bool:
         """Whether it stands still in its start. What it loads may take longer than that, but then it tells how far it is."""
         return self.phase is Phase.STARTING and now - self.news_at > patience_s
+
+    def report(self, now: float) -> str:
+        """What it is doing, once a minute while it starts; else nothing."""
+        if self.phase is not Phase.STARTING or now < self.report_due:
+            return ""
+        self.report_due = now + REPORT_S
+        stats = [child.stats for child in self.children.values() if child.ready is None and child.stats is not None]
+        doing = f"{stats[0].phase}, {stats[0].done} of {stats[0].total}" if stats else "it has told nothing yet"
+        return f"{self.name} has been starting for {now - self.begun_at:.0f} s: {doing}"
 
     def on_ready(self, now: float) -> None:
         """A member is ready; together they serve."""

@@ -40,6 +40,7 @@ from pipeline.trace import Tracer
 logger = logging.getLogger(__name__)
 BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
 DRAIN_STATS_INTERVAL_S = 0.1  # the launcher waits for them
+WAITING = "waiting for "  # how a phase of a start begins in which it does nothing of its own
 STATUS_LINGER_MS = 2000  # the last words of a failing worker
 
 

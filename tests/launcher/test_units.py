@@ -169,6 +169,30 @@ def test_who_says_nothing_while_it_starts_is_late_whatever_others_say() -> None:
     assert not unit.is_late(500.0, 10.0)
 
 
+def test_a_long_start_is_told_of_once_a_minute() -> None:
+    """A ViT may build an engine for a quarter of an hour, and an LLM waits for it: neither is late, nor silent."""
+    vit, llm = Unit((VIT_0,)), Unit((LLM_0,))
+    begin(vit)
+    begin(llm)
+    reports: list[str] = []
+    for now in range(1, 901):
+        for unit, phase in ((vit, "loading weights"), (llm, "waiting for vit.0")):
+            unit.news_at = now  # as each word of it does
+            unit.children[unit.members[0]].stats = WorkerStats(sender=VIT_0, epoch=1, phase=phase, done=now, total=900)
+            reports += filter(None, [unit.report(now)])
+            assert not unit.is_late(now, 600.0)
+    assert len(reports) == 30
+    assert reports[:2] == [
+        "vit.0 has been starting for 60 s: loading weights, 60 of 900",
+        "llm.0 has been starting for 60 s: waiting for vit.0, 60 of 900",
+    ]
+    assert llm.is_late(1501, 600.0), "unless they stop telling"
+    for child in vit.children.values():
+        child.ready = WorkerReady(sender=VIT_0, epoch=1)
+    vit.on_ready(901)
+    assert vit.report(2000) == "", "it serves"
+
+
 def test_who_gives_no_sign_of_life_stands_still(tmp_path: Path) -> None:
     recorder, child = FlightRecorder(tmp_path, VIT_0), Child(VIT_0, 1, process())
     assert has_moved(child, recorder, 10.0, 5.0)
