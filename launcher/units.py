@@ -62,7 +62,7 @@ class Unit:
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
     is_planned: bool = False  # its end: no request is to blame
-    num_failed_starts: int = 0  # in a row: it ended before it was ready, or by itself before it had done anything
+    num_failed_starts: int = 0  # in a row: ended before it was ready, or by itself before its first work
     has_proven: bool = False  # once, for long or with a request: what ends it later is no reason to give up
     begun_at: float = 0.0
     report_due: float = 0.0
@@ -80,12 +80,13 @@ class Unit:
 
     def states(self, now: float = 0.0) -> list[WorkerState]:
         ready = {worker: child.ready for worker, child in self.children.items() if child.ready is not None and self.phase is not Phase.ENDING}
-        return [
-            WorkerState(worker, self.epoch, True, ready[worker].credits, self.executed, *_told(self.children[worker], now))
-            if worker in ready
-            else WorkerState(worker, self.epoch, False, 0, self.executed)
-            for worker in self.members
-        ]
+        return [self._state_of(worker, ready.get(worker), now) for worker in self.members]
+
+    def _state_of(self, worker: WorkerId, ready: WorkerReady | None, now: float) -> WorkerState:
+        if ready is None:
+            return WorkerState(worker, self.epoch, False, 0, self.executed)
+        told = _told(self.children[worker], now)
+        return WorkerState(worker, self.epoch, True, ready.credits, self.executed, *told)
 
     def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
@@ -100,8 +101,9 @@ class Unit:
         if self.phase is not Phase.STARTING or now < self.report_due:
             return ""
         self.report_due = now + REPORT_S
-        stats = [child.stats for child in self.children.values() if child.ready is None and child.stats is not None]
-        doing = f"{stats[0].phase}, {stats[0].done} of {stats[0].total}" if stats else "it has told nothing yet"
+        starting = [child.stats for child in self.children.values() if child.ready is None]
+        stats = next(filter(None, starting), None)
+        doing = "it has told nothing" if stats is None else f"{stats.phase}, {stats.done} of {stats.total}"
         return f"{self.name} has been starting for {now - self.begun_at:.0f} s: {doing}"
 
     def on_ready(self, now: float) -> None:
@@ -110,12 +112,13 @@ class Unit:
             self.phase, self.has_served, self.served_at = Phase.SERVING, True, now
 
     def on_death(self, now: float, code: int = -signal.SIGKILL, has_worked: bool = False) -> bool:
-        """One member has died: the others are to be killed. Whether the unit is to be given up, and the pipeline with it.
+        """One member has died, and the others are to be killed. Whether to give the pipeline up.
 
-        That is so for one that has never served for long, nor computed a request, once so many starts in a row have failed:
-        at once where the very first ends by itself, since it explains a wrong option. Otherwise a unit is started again for
-        ever, at longer and longer intervals; the others serve meanwhile. `code` is the exit code of who died first; who is
-        killed from outside while it serves has not failed.
+        That is so for one that has never served for long, nor computed a request, once so many starts in a
+        row have failed: at once where the very first ends by itself, since it explains a wrong option.
+        Otherwise a unit is started again for ever, at longer and longer intervals; the others serve
+        meanwhile. `code` is the exit code of who died first; who is killed from outside while it serves has
+        not failed.
         """
         is_first, was_serving = not self.has_served, self.is_serving
         is_stable = self.is_serving and now - self.served_at >= STABLE_S

@@ -101,7 +101,7 @@ class WorkerContext:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
 
     def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
-        """Counts while running, to be told once a second or so; then is also seen to what this process has bound."""
+        """Counts while running, told once a second or so; then also what is bound is looked after."""
         for path in self.sockets.bind_again():
             logger.warning("%s was removed: bound again", path)
         stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)

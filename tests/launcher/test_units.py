@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from launcher.placement import workers
-from launcher.units import MAX_DELAY_S, MAX_FAILED_STARTS, MAX_UNMAP_S, STABLE_S, Child, Phase, Unit, has_moved, units
+from launcher.units import (
+    MAX_DELAY_S,
+    MAX_FAILED_STARTS,
+    MAX_UNMAP_S,
+    STABLE_S,
+    Child,
+    Phase,
+    Unit,
+    has_moved,
+    units,
+)
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.messages import WorkerReady, WorkerStats
 from pipeline.topology import Role, WorkerId
@@ -90,7 +100,7 @@ def begin(unit: Unit) -> None:
     unit.begin([Child(worker, unit.epoch, process()) for worker in unit.members], 0.0)
 
 
-def test_a_first_start_that_ends_by_itself_is_given_up_at_once_and_one_that_is_killed_is_tried_again() -> None:
+def test_a_first_start_that_ends_by_itself_is_given_up_at_once_and_a_killed_one_is_tried_again() -> None:
     unit = Unit((VIT_0,))
     begin(unit)
     assert fail(unit, 1)
@@ -170,7 +180,10 @@ def test_who_says_nothing_while_it_starts_is_late_whatever_others_say() -> None:
 
 
 def test_a_long_start_is_told_of_once_a_minute() -> None:
-    """A ViT may build an engine for a quarter of an hour, and an LLM waits for it: neither is late, nor silent."""
+    """A ViT may build an engine for a quarter of an hour, and an LLM waits for it.
+
+    Neither is late, nor silent.
+    """
     vit, llm = Unit((VIT_0,)), Unit((LLM_0,))
     begin(vit)
     begin(llm)
@@ -178,7 +191,8 @@ def test_a_long_start_is_told_of_once_a_minute() -> None:
     for now in range(1, 901):
         for unit, phase in ((vit, "loading weights"), (llm, "waiting for vit.0")):
             unit.news_at = now  # as each word of it does
-            unit.children[unit.members[0]].stats = WorkerStats(sender=VIT_0, epoch=1, phase=phase, done=now, total=900)
+            stats = WorkerStats(sender=VIT_0, epoch=1, phase=phase, done=now, total=900)
+            unit.children[unit.members[0]].stats = stats
             reports += filter(None, [unit.report(now)])
             assert not unit.is_late(now, 600.0)
     assert len(reports) == 30

@@ -88,8 +88,8 @@ def main(context: WorkerContext) -> None:
 def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
     """A ViT on the same GPU takes its memory first; the KV cache gets what is left.
 
-    It may build an engine for long. The launcher hears what is waited for, and does not take the wait for a standstill: should
-    the ViT stand still, it is the ViT that is late.
+    It may build an engine for long. The launcher hears what is waited for, and does not take the wait for a
+    standstill: should the ViT stand still, it is the ViT that is late.
     """
     poller = Poller(control)
     while True:

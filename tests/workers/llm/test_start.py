@@ -21,7 +21,8 @@ VIT_1 = WorkerId(Role.VIT, 1)
 
 
 def states(*ready: WorkerId) -> PipelineState:
-    return PipelineState(workers=tuple(WorkerState(worker, 1, worker in ready) for worker in (LLM_0, VIT_0, VIT_1)))
+    workers = (LLM_0, VIT_0, VIT_1)
+    return PipelineState(workers=tuple(WorkerState(worker, 1, worker in ready) for worker in workers))
 
 
 def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_an_export_that_breaks_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_waits_for_anothers_export_tells_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_anothers_export_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the launcher would take a wait of ten minutes for a standstill."""
     monkeypatch.setattr("workers.vit.engines.onnx.WAIT_S", 0.01)
     told: list[tuple[int, int]] = []

@@ -85,7 +85,7 @@ def exported(info: VisionInfo, folder: Path, dtype: torch.dtype, cache: Path, pr
 
 @contextmanager
 def locked(place: Path, progress: Progress) -> Iterator[None]:
-    """One process at a time makes what is to be at `place`; who waits for another says so, as long as that takes."""
+    """One process at a time makes what is to be at `place`; who waits for another says so all the while."""
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with place.with_suffix(".lock").open("w") as file:
         while not _has_locked(file):
