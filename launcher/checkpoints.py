@@ -35,7 +35,7 @@ def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
             raise ValueError(f"model {config.model!r} is no folder")
         if not can_keep:
             raise ValueError(
-                f"model {config.model!r} is to be downloaded, but this user has no home folder to keep it in: "
+                f"model {config.model!r} is to be downloaded, but there is no home folder to keep it in: "
                 "set HF_HOME, give --cache-dir, or give --model a folder"
             )
         folder = _download(config.model, config.download_from)
@@ -59,4 +59,5 @@ def _download(name: str, source: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"model {name!r} cannot be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     except OSError as error:
-        raise ValueError(f"model {name!r} cannot be kept: {error}; set HF_HOME, or give --model a folder") from None
+        hint = "set HF_HOME, or give --model a folder"
+        raise ValueError(f"model {name!r} cannot be kept: {error}; {hint}") from None

@@ -14,8 +14,9 @@ PROCESS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 def usable_cores(affinity: Sequence[int], process: Path = PROCESS, mount: Path = MOUNT) -> list[int]:
     """As many of the cores as the quota has time for, at least one.
 
-    More threads than that would all stand still together, for tens of milliseconds, once the quota of a period is
-    spent. Which cores is drawn: every container on a machine sees the same ones, and the first few would be everybody's.
+    More threads than that would all stand still together, for tens of milliseconds, once the quota of a
+    period is spent. Which cores is drawn: every container on a machine sees the same ones, and the first
+    few would be everybody's.
     """
     cores = sorted(affinity)
     quota = cpu_quota(process, mount)
@@ -23,7 +24,7 @@ def usable_cores(affinity: Sequence[int], process: Path = PROCESS, mount: Path =
         return cores
     count = max(1, int(quota))
     start = random.randrange(len(cores) - count + 1)
-    logger.info("%d of %d cores are used: the CPU quota of this control group is %.3g", count, len(cores), quota)
+    logger.info("%d of %d cores are used: the control group's quota is %.3g", count, len(cores), quota)
     return cores[start : start + count]
 
 
@@ -42,7 +43,8 @@ def _quotas(process: Path, mount: Path) -> Iterator[float]:
         elif "cpu" in controllers.split(","):  # version 1; its mount may have the one name or both
             for name in dict.fromkeys((controllers, "cpu", "cpu,cpuacct")):
                 for folder in _upwards(mount / name, path):
-                    yield from _quota_of(_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
+                    quota, period = folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
+                    yield from _quota_of(_read(quota), _read(period))
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:

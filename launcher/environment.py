@@ -1,8 +1,8 @@
 """What the launcher takes from its environment: where it may keep files, and what its workers are given.
 
-A container often has no home folder, a user without a name, and a folder for temporary files with a long name.
-None of that stops a start; what cannot be had is said with the option that gives it. Nothing here reads the
-environment: it is given.
+A container often has no home folder, a user without a name, and a folder for temporary files with a long
+name. None of that stops a start; what cannot be had is said with the option that gives it. Nothing here
+reads the environment: it is given.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def home_folder(environment: Mapping[str, str], entry_home: Callable[[], str] = 
 
 
 def cache_folder(option: str, environment: Mapping[str, str], home: Path | None, run_dir: Path) -> Path:
-    """Where exported and built encoders are kept. Raises ValueError for a folder that was asked for in vain."""
+    """Where exported and built encoders are kept.
+
+    Raises ValueError for a folder that was asked for in vain.
+    """
     if option:
         if not can_make(Path(option)):
             raise ValueError(f"cache_dir {option!r} cannot be written")
@@ -66,12 +69,15 @@ def cache_folder(option: str, environment: Mapping[str, str], home: Path | None,
     for base in (named if named.is_absolute() else None, home and home / ".cache"):
         if base is not None and can_make(base / "vlm-pipeline"):
             return base / "vlm-pipeline"
-    logger.info("there is no home folder: encoders are kept until the end only; --cache-dir names one that lasts")
+    logger.info("no home folder: encoders are kept until the end only; --cache-dir names one that lasts")
     return run_dir / "cache"
 
 
 def run_dir_base(environment: Mapping[str, str], temporary: Path) -> Path:
-    """Where a run directory is made. Raises ValueError where every place has too long a name for sockets in it."""
+    """Where a run directory is made.
+
+    Raises ValueError where every place has too long a name for sockets in it.
+    """
     runtime = Path(environment.get("XDG_RUNTIME_DIR", ""))
     places: Sequence[Path] = (*([runtime] if runtime.is_absolute() else []), temporary, Path("/tmp"))
     for base in places:
@@ -92,14 +98,14 @@ def workers_environment(
 ) -> dict[str, str]:
     """Ours, and what a process can only settle before it starts.
 
-    Large blocks of memory in huge pages: weights are then read with few look-ups, and a large activation costs some
-    page faults instead of ten thousand. And how long a thread spins for work: on a core which another process needs
-    that costs whole scheduler ticks, but one that sleeps at once is woken hundreds of times a step. So many turns
-    last from one operation of a step to the next, some ten microseconds. How many threads compute each worker says
-    itself; NumPy's library would start them when it is loaded.
+    Large blocks of memory in huge pages: weights are then read with few look-ups, and a large activation
+    costs some page faults instead of ten thousand. And how long a thread spins for work: on a core which
+    another process needs that costs whole scheduler ticks, but one that sleeps at once is woken hundreds of
+    times a step. So many turns last from one operation of a step to the next, some ten microseconds. How
+    many threads compute each worker says itself; NumPy's library would start them when it is loaded.
 
-    Without a home, or a user's name, libraries that keep compiled kernels (Triton, torch, the driver) fail or write
-    where they are started: they get the cache folder for a home, and the uid for a name.
+    Without a home, or a user's name, libraries that keep compiled kernels (Triton, torch, the driver) fail
+    or write where they are started: they get the cache folder for a home, and the uid for a name.
     """
     tunables, users = "glibc.malloc.hugetlb=1", ours.get("GLIBC_TUNABLES")
     inherited = {name: value for name, value in ours.items() if name != "OMP_WAIT_POLICY"}

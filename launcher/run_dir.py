@@ -41,7 +41,8 @@ class RunDir:
 
     def __enter__(self) -> Path:
         self.path = Path(tempfile.mkdtemp(prefix="vlm-", dir=self._base)) if self._is_own else Path(self._path).absolute()
-        excess = len(os.fsencode(self.path)) + 1 + MAX_SOCKET_NAME - MAX_IPC_PATH  # with the names of late epochs
+        # With the names that sockets of late epochs have.
+        excess = len(os.fsencode(self.path)) + 1 + MAX_SOCKET_NAME - MAX_IPC_PATH
         if excess > 0:
             limit = f"a socket's path has at most {MAX_IPC_PATH}"
             raise ValueError(f"run_dir {str(self.path)!r} is too long by {excess} bytes: {limit}")
@@ -53,7 +54,8 @@ class RunDir:
         if not self._take_lock():
             os.close(self._lock)
             raise ValueError(f"run_dir {str(self.path)!r} is in use by another launcher")
-        # A folder that is locked itself is left alone, with all in it, by what cleans folders of temporary files (systemd).
+        # A folder that is locked itself is left alone, with all in it, by what cleans folders of temporary
+        # files (systemd).
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # not every file system has it
             fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -3,8 +3,9 @@
     start all → wait until all are READY → serve until a signal → drain → shut down → reap
 
 A death is published, and a successor started, only when the dead one is reaped, and with it the others of its unit: a process that
-only stands still keeps its sockets and would swallow messages. A worker that ends by itself at its first start, or again and again
-before it has done anything, ends the pipeline; one that has served is started again, however often that fails.
+only stands still keeps its sockets and would swallow messages. A worker that ends by itself at its first
+start, or again and again before it has done anything, ends the pipeline; one that has served is started
+again, however often that fails.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from pipeline.messages import (
     WorkerReady,
     WorkerStats,
 )
-from pipeline.process import WorkerSpec
+from pipeline.process import WAITING, WorkerSpec
 from pipeline.sockets import Sockets
 from pipeline.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_name
 
@@ -182,7 +183,10 @@ class Supervisor:
             self._poller.wait(max(0.0, wake_at - time.monotonic()))
 
     def _bind_again(self) -> None:
-        """Else no successor of a worker would ever reach us. Raises CannotStart where the run directory itself is gone."""
+        """Else no successor of a worker would ever reach us.
+
+        Raises CannotStart where the run directory itself is gone.
+        """
         try:
             for path in self._sockets.bind_again():
                 logger.warning("%s was removed: bound again", path)
@@ -192,6 +196,8 @@ class Supervisor:
     def _publish_state(self) -> None:
         now = time.monotonic()
         self._heartbeat_due = now + HEARTBEAT_S
+        for report in filter(None, (unit.report(now) for unit in self._units)):
+            logger.info("%s", report)
         states = tuple(state for unit in self._units for state in unit.states(now))
         if not self._control.publish(
             PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining, reload=self._reload.state)
@@ -213,7 +219,7 @@ class Supervisor:
                     self._on_ready(unit, message)
                 case WorkerStats():
                     child.stats, child.stats_time = message, now
-                    if child.ready is None and not unit.has_served:
+                    if child.ready is None and not unit.has_served and not message.phase.startswith(WAITING):
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case ReloadRequested():
                     self._num_hangups += 1
@@ -290,10 +296,13 @@ class Supervisor:
         code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
         reason = f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}"
         # The endpoint and the gateway execute no requests: to be ready is all that they prove.
-        has_worked = any(self._recorders[worker].has_worked or worker.role in UNRECORDED for worker in unit.members)
+        has_worked = any(
+            self._recorders[worker].has_worked or worker.role in UNRECORDED for worker in unit.members
+        )  # fmt: skip
         if unit.on_death(now, code, has_worked):
-            again = f" ({unit.num_failed_starts} starts in a row have failed)" if unit.num_failed_starts > 1 else ""
-            raise CannotStart(reason + again)
+            if (num_failed := unit.num_failed_starts) > 1:
+                reason += f" ({num_failed} starts in a row have failed)"
+            raise CannotStart(reason)
         logger.error("%s: it is replaced", reason)
         for child in unit.children.values():
             child.process.kill()

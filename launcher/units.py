@@ -18,6 +18,7 @@ from pipeline.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
 STABLE_S = 10.0  # who served so long before it died is started again at once
+REPORT_S = 60.0  # a start that takes longer is told of so often
 MAX_FAILED_STARTS = 5  # in a row: what fails each time before its first piece of work will do so again
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 10.0
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
@@ -61,8 +62,10 @@ class Unit:
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
     is_planned: bool = False  # its end: no request is to blame
-    num_failed_starts: int = 0  # in a row: it ended before it was ready, or by itself before it had done anything
+    num_failed_starts: int = 0  # in a row: ended before it was ready, or by itself before its first work
     has_proven: bool = False  # once, for long or with a request: what ends it later is no reason to give up
+    begun_at: float = 0.0
+    report_due: float = 0.0
     news_at: float = 0.0  # when one of its members last said something
     due: float = 0.0  # when the successor is to start
     unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
@@ -77,20 +80,31 @@ class Unit:
 
     def states(self, now: float = 0.0) -> list[WorkerState]:
         ready = {worker: child.ready for worker, child in self.children.items() if child.ready is not None and self.phase is not Phase.ENDING}
-        return [
-            WorkerState(worker, self.epoch, True, ready[worker].credits, self.executed, *_told(self.children[worker], now))
-            if worker in ready
-            else WorkerState(worker, self.epoch, False, 0, self.executed)
-            for worker in self.members
-        ]
+        return [self._state_of(worker, ready.get(worker), now) for worker in self.members]
+
+    def _state_of(self, worker: WorkerId, ready: WorkerReady | None, now: float) -> WorkerState:
+        if ready is None:
+            return WorkerState(worker, self.epoch, False, 0, self.executed)
+        told = _told(self.children[worker], now)
+        return WorkerState(worker, self.epoch, True, ready.credits, self.executed, *told)
 
     def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
-        self.phase, self.news_at = Phase.STARTING, now
+        self.phase, self.begun_at, self.news_at, self.report_due = Phase.STARTING, now, now, now + REPORT_S
 
     def is_late(self, now: float, patience_s: float) -> bool:
         """Whether it stands still in its start. What it loads may take longer than that, but then it tells how far it is."""
         return self.phase is Phase.STARTING and now - self.news_at > patience_s
+
+    def report(self, now: float) -> str:
+        """What it is doing, once a minute while it starts; else nothing."""
+        if self.phase is not Phase.STARTING or now < self.report_due:
+            return ""
+        self.report_due = now + REPORT_S
+        starting = [child.stats for child in self.children.values() if child.ready is None]
+        stats = next(filter(None, starting), None)
+        doing = "it has told nothing" if stats is None else f"{stats.phase}, {stats.done} of {stats.total}"
+        return f"{self.name} has been starting for {now - self.begun_at:.0f} s: {doing}"
 
     def on_ready(self, now: float) -> None:
         """A member is ready; together they serve."""
@@ -98,12 +112,13 @@ class Unit:
             self.phase, self.has_served, self.served_at = Phase.SERVING, True, now
 
     def on_death(self, now: float, code: int = -signal.SIGKILL, has_worked: bool = False) -> bool:
-        """One member has died: the others are to be killed. Whether the unit is to be given up, and the pipeline with it.
+        """One member has died, and the others are to be killed. Whether to give the pipeline up.
 
-        That is so for one that has never served for long, nor computed a request, once so many starts in a row have failed:
-        at once where the very first ends by itself, since it explains a wrong option. Otherwise a unit is started again for
-        ever, at longer and longer intervals; the others serve meanwhile. `code` is the exit code of who died first; who is
-        killed from outside while it serves has not failed.
+        That is so for one that has never served for long, nor computed a request, once so many starts in a
+        row have failed: at once where the very first ends by itself, since it explains a wrong option.
+        Otherwise a unit is started again for ever, at longer and longer intervals; the others serve
+        meanwhile. `code` is the exit code of who died first; who is killed from outside while it serves has
+        not failed.
         """
         is_first, was_serving = not self.has_served, self.is_serving
         is_stable = self.is_serving and now - self.served_at >= STABLE_S

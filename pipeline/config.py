@@ -42,7 +42,7 @@ class ModelConfig:
     download_from: str = option("huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope"))
     dtype: str = option(
         "auto",
-        "type of weights and activations; auto: bfloat16 where the processor computes in it, else float16 on a GPU, float32 on a CPU",
+        "type of weights and activations; auto: bfloat16 where native, else float16 on GPUs, float32",
         choices=DTYPES,
     )
     device: str = option("auto", "auto: CUDA if there is a GPU, else the CPU", choices=("auto", "cpu", "cuda"))

@@ -4,9 +4,9 @@ Recovery is always resubmission: the same request_id, the next attempt, and the 
 again is said by the launcher (preprocess died: whatever no LLM has accepted; an LLM rank died: all of its group) or by rank 0, which
 interrupts requests that needed something of a dead neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
 
-Which groups know this client is known group by group: while one is dead, the others serve. Nothing waits without end: what no
-worker takes in, or is not submitted for want of a group, ends after `recovery_timeout`. A launcher that is silent but lives
-is no reason to end anything.
+Which groups know this client is known group by group: while one is dead, the others serve. Nothing waits
+without end: what no worker takes in, or is not submitted for want of a group, ends after
+`recovery_timeout`. A launcher that is silent but lives is no reason to end anything.
 
 Knows nothing of text: what it hands out are token ids.
 """
@@ -65,7 +65,7 @@ HELLO_INTERVAL_S, MAX_HELLO_INTERVAL_S = 0.1, 1.0
 TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
 QUERY_AFTER_S = 10.0  # of silence before a request is asked about
 HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second; after so long it is looked at whether it lives
-BUSY_AFTER_S = 3.0  # a worker that has told nothing for so long is in a long piece of work, and answers behind it
+BUSY_AFTER_S = 3.0  # who has told nothing for so long is in a long piece of work, and answers behind it
 MAX_ABORTS = 30
 MAX_JITTER_S = 0.05  # so that not all clients submit again at once
 PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
@@ -212,7 +212,10 @@ class Connection:
 
     @property
     def _known_leads(self) -> tuple[int, ...]:
-        """The groups that serve and know us. To others nothing is submitted: they would end our requests as nobody's."""
+        """The groups that serve and know us.
+
+        To others nothing is submitted: they would end our requests as nobody's.
+        """
         return tuple(lead for lead in self._leads if self._knows_us(lead) and not self._is_down(lead))
 
     @property
@@ -372,7 +375,7 @@ class Connection:
             while self._ungreeted_leads:
                 self._send(self._hello)
                 await asyncio.sleep(pause_s)
-                pause_s = min(1.5 * pause_s, MAX_HELLO_INTERVAL_S)  # a group in a long step answers only behind it
+                pause_s = min(1.5 * pause_s, MAX_HELLO_INTERVAL_S)  # a group may be in a long step
 
         if self._greeting is None or self._greeting.done():
             self._greeting = self._start_task(say_hello())
@@ -487,13 +490,17 @@ class Connection:
                     self._look_after(opened, now, asks_all)
 
     def _has_ended(self, now: float) -> bool:
-        """Whether the launcher's silence is its end. One that is stopped, or swapped out, lives: others serve meanwhile."""
+        """Whether the launcher's silence is its end.
+
+        One that is stopped, or swapped out, lives: others serve meanwhile.
+        """
         silent_s = now - self._heartbeat
         if silent_s <= HEARTBEAT_TIMEOUT_S:
             return False
-        is_over = self._life.is_over()
+        if (is_over := self._life.is_over()) is not None:
+            return is_over
         # On another machine, where the gateway may be down for a while, silence is all there is to go by.
-        return silent_s > max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout) if is_over is None else is_over
+        return silent_s > max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout)
 
     def _look_after(self, opened: OpenRequest, now: float, asks_all: bool) -> None:
         """Once a second: is a request to be given up, or to be asked about?"""
@@ -507,7 +514,8 @@ class Connection:
         if self._is_behind_work(opened):
             opened.heard = now
         patience_s = max(timeout_s, 3 * TICK_S)  # in which it is asked about, and answered
-        is_forsaken = not opened.is_accepted or now - self._heartbeat > patience_s  # nobody tells us of deaths
+        # Whether the worker of an accepted one lives the launcher tells; while it is silent, nobody does.
+        is_forsaken = not opened.is_accepted or now - self._heartbeat > patience_s
         if is_forsaken and opened.asked > opened.heard and now - opened.heard > patience_s:
             self.counters["given_up"] += 1
             self._give_up(opened, ErrorInfo(503, f"the server did not answer within {patience_s:.0f} s"))
@@ -520,9 +528,13 @@ class Connection:
             self._query(opened)
 
     def _is_behind_work(self, opened: OpenRequest) -> bool:
-        """Whether a group that may have it is in a step so long that it answers nobody: the launcher sees to its end."""
+        """Whether a group that may have it is in a step so long that it answers nobody.
+
+        The launcher sees to its end.
+        """
         lead = opened.request.lead
-        states = [self._states.get(WorkerId(Role.LLM, group)) for group in (self._leads if lead is None else (lead,))]
+        groups = self._leads if lead is None else (lead,)
+        states = [self._states.get(WorkerId(Role.LLM, group)) for group in groups]
         return any(state is not None and state.is_ready and state.silent_s > BUSY_AFTER_S for state in states)
 
     def _fail(self, reason: str) -> None:

@@ -124,7 +124,8 @@ class _Decoding(Generic[M]):
     def decode(self, parts: list[zmq.Frame]) -> Received[M] | None:
         if 1 <= len(parts) <= MAX_FRAMES:
             # Whatever a decoder raises is the sender's fault alone: RecursionError for deep
-            # nesting, MemoryError, RequestError of a struct that checks itself, and what no list of names would foresee.
+            # nesting, MemoryError, RequestError of a struct that checks itself, and what no list of names
+            # would foresee.
             with contextlib.suppress(Exception):
                 user = parts[0].get(USER_ID) if self._is_authenticated else ""
                 message = self._decoder.decode(parts[0].buffer)

@@ -4,7 +4,7 @@
     delay              the same request executes NUMBER seconds later
     drop, corrupt      the first NUMBER messages of the type WHAT that it sends
     fill               all of its tensor pool but what is kept for the oldest item; WHAT is "pool"
-    end                it fails as soon as it has told that it is ready; WHAT is "ready"; NUMBER: in so many incarnations
+    end                it fails once it is ready; WHAT is "ready"; NUMBER: in so many incarnations
 
 Nothing in the workers knows of it: faults sit in the flight recorder, the sockets and the allocator that a worker is given.
 """

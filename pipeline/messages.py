@@ -318,7 +318,8 @@ class Preparing(WorkerMessage, frozen=True, kw_only=True):
     attempt: int
 
 
-LlmMessage = Hello | GenerateRequest | AbortRequest | Preparing | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
+FromPreprocess = Hello | GenerateRequest | AbortRequest | Preparing
+LlmMessage = FromPreprocess | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
 
 # --- steps: llm rank 0 → other ranks --------------------------------------------------------------------------------
 

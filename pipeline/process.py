@@ -40,6 +40,7 @@ from pipeline.trace import Tracer
 logger = logging.getLogger(__name__)
 BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
 DRAIN_STATS_INTERVAL_S = 0.1  # the launcher waits for them
+WAITING = "waiting for "  # how a phase of a start begins in which it does nothing of its own
 STATUS_LINGER_MS = 2000  # the last words of a failing worker
 
 
@@ -100,7 +101,7 @@ class WorkerContext:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
 
     def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
-        """Counts while running, to be told once a second or so; then is also seen to what this process has bound."""
+        """Counts while running, told once a second or so; then also what is bound is looked after."""
         for path in self.sockets.bind_again():
             logger.warning("%s was removed: bound again", path)
         stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)

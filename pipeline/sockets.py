@@ -105,17 +105,18 @@ class Sockets:
         return renewed
 
     def bind_again(self) -> list[str]:
-        """Makes the socket files anew that somebody has removed, a cleaner of /tmp perhaps. Returns their paths.
+        """Makes the socket files anew that somebody has removed, a cleaner of /tmp perhaps. Returns paths.
 
         What is connected stays so. Raises PipelineError where the folder is gone, too.
         """
-        missing = [(url, socket) for url, socket in self._bound if url.startswith(IPC) and not os.path.exists(url[len(IPC) :])]
-        for url, socket in missing:
+        files = [(url.removeprefix(IPC), socket) for url, socket in self._bound if url.startswith(IPC)]
+        missing = [(path, socket) for path, socket in files if not os.path.exists(path)]
+        for path, socket in missing:
             try:
-                socket.bind(url)
+                socket.bind(IPC + path)
             except zmq.ZMQError as error:
-                raise PipelineError(f"{url[len(IPC) :]} was removed and cannot be made again: {error}") from None
-        return [url[len(IPC) :] for url, _ in missing]
+                raise PipelineError(f"{path} was removed and cannot be made again: {error}") from None
+        return [path for path, _ in missing]
 
     def _bind(self, socket: Any, url: str) -> None:
         socket.bind(url)

@@ -1,4 +1,7 @@
-"""Nothing waits without end, and who can serve does: a group dies, the launcher stands still, files vanish, starts fail."""
+"""Nothing waits without end, and who can serve does.
+
+A group dies, the launcher stands still, files vanish, starts fail.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +75,7 @@ async def test_while_one_group_is_dead_the_other_serves() -> None:
                     await asyncio.sleep(0.01)
                 new = [asyncio.create_task(ask(client, question, LONG)) for question in questions]
                 async with PipelineClient(server.run_dir) as late:
-                    assert await ask(late, questions[0], LONG) == expected[0], "who comes meanwhile is served, too"
+                    assert await ask(late, questions[0], LONG) == expected[0], "who comes meanwhile is served"
                 assert await asyncio.wait_for(asyncio.gather(*running, *new), 60) == expected * 2
                 ready = {str(state.worker): state.is_ready for state in client.workers}
                 assert (ready["llm.0"], ready["llm.1"]) == (True, False)
@@ -119,7 +123,8 @@ async def test_what_a_cleaner_removes_from_the_run_directory_comes_back() -> Non
                 entry.unlink()
             assert await look(client, 1) == expected
             await asyncio.sleep(3)
-            sockets = {name for name in names if name.split(".")[0] not in ("lock", "activity", "flight", "ranks")}
+            others = ("lock", "activity", "flight", "ranks")
+            sockets = {name for name in names if name.split(".")[0] not in others}
             assert sockets <= {entry.name for entry in server.run_dir.iterdir()}
             async with PipelineClient(server.run_dir) as late:
                 assert await look(late, 1) == expected
@@ -184,6 +189,7 @@ def test_who_is_ready_and_fails_before_its_first_work_ends_the_pipeline_with_its
 @pytest.mark.timeout(120)
 def test_who_fails_twice_before_its_first_work_and_then_does_not_serves() -> None:
     with Server(*LIMITS, "--fault", "vit:end:ready:2") as server:
-        answer = server.client().chat.completions.create(model="", messages=[{"role": "user", "content": "Hello"}], max_tokens=5)
+        chat: Any = [{"role": "user", "content": "Hello"}]
+        answer = server.client().chat.completions.create(model="", messages=chat, max_tokens=5)
         assert answer.usage is not None
         server.children = workers_of(server.process.pid)

@@ -39,7 +39,8 @@ def test_the_cache_lies_where_it_can_be_written(tmp_path: Path, caplog: pytest.L
     assert cache_folder(str(named), {}, None, run_dir) == named
     assert cache_folder("", {"XDG_CACHE_HOME": str(named)}, home, run_dir) == named / "vlm-pipeline"
     assert cache_folder("", {"XDG_CACHE_HOME": "relative"}, home, run_dir) == home / ".cache/vlm-pipeline"
-    assert cache_folder("", {"XDG_CACHE_HOME": f"{__file__}/cache"}, home, run_dir) == home / ".cache/vlm-pipeline"
+    unusable = {"XDG_CACHE_HOME": f"{__file__}/cache"}
+    assert cache_folder("", unusable, home, run_dir) == home / ".cache/vlm-pipeline"
     with caplog.at_level("INFO"):
         assert cache_folder("", {}, None, run_dir) == run_dir / "cache"
     assert "--cache-dir" in caplog.text
@@ -91,7 +92,7 @@ def test_a_long_folder_for_temporary_files_is_not_taken(tmp_path: Path) -> None:
         assert len(str(made)) + 1 + MAX_SOCKET_NAME == MAX_IPC_PATH
 
 
-def test_where_no_place_will_do_tmpdir_and_the_option_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_place_will_do_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"/tmp.*TMPDIR.*--run-dir"):
         run_dir_base({}, tmp_path)

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from launcher.placement import workers
-from launcher.units import MAX_DELAY_S, MAX_FAILED_STARTS, MAX_UNMAP_S, STABLE_S, Child, Phase, Unit, has_moved, units
+from launcher.units import (
+    MAX_DELAY_S,
+    MAX_FAILED_STARTS,
+    MAX_UNMAP_S,
+    STABLE_S,
+    Child,
+    Phase,
+    Unit,
+    has_moved,
+    units,
+)
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.messages import WorkerReady, WorkerStats
 from pipeline.topology import Role, WorkerId
@@ -91,7 +101,7 @@ def begin(unit: Unit) -> None:
     unit.begin([Child(worker, unit.epoch, process()) for worker in unit.members], 0.0)
 
 
-def test_a_first_start_that_ends_by_itself_is_given_up_at_once_and_one_that_is_killed_is_tried_again() -> None:
+def test_a_first_start_that_ends_by_itself_is_given_up_at_once_and_a_killed_one_is_tried_again() -> None:
     unit = Unit((VIT_0,))
     begin(unit)
     assert fail(unit, 1)
@@ -168,6 +178,34 @@ def test_who_says_nothing_while_it_starts_is_late_whatever_others_say() -> None:
     assert unit.is_late(120.0, 10.0)
     start(unit, 120.0)
     assert not unit.is_late(500.0, 10.0)
+
+
+def test_a_long_start_is_told_of_once_a_minute() -> None:
+    """A ViT may build an engine for a quarter of an hour, and an LLM waits for it.
+
+    Neither is late, nor silent.
+    """
+    vit, llm = Unit((VIT_0,)), Unit((LLM_0,))
+    begin(vit)
+    begin(llm)
+    reports: list[str] = []
+    for now in range(1, 901):
+        for unit, phase in ((vit, "loading weights"), (llm, "waiting for vit.0")):
+            unit.news_at = now  # as each word of it does
+            stats = WorkerStats(sender=VIT_0, epoch=1, phase=phase, done=now, total=900)
+            unit.children[unit.members[0]].stats = stats
+            reports += filter(None, [unit.report(now)])
+            assert not unit.is_late(now, 600.0)
+    assert len(reports) == 30
+    assert reports[:2] == [
+        "vit.0 has been starting for 60 s: loading weights, 60 of 900",
+        "llm.0 has been starting for 60 s: waiting for vit.0, 60 of 900",
+    ]
+    assert llm.is_late(1501, 600.0), "unless they stop telling"
+    for child in vit.children.values():
+        child.ready = WorkerReady(sender=VIT_0, epoch=1)
+    vit.on_ready(901)
+    assert vit.report(2000) == "", "it serves"
 
 
 def test_who_gives_no_sign_of_life_stands_still(tmp_path: Path) -> None:

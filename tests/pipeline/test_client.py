@@ -661,7 +661,11 @@ async def test_behind_a_long_step_a_request_waits(impatient: PipelineClient, pip
 # A launcher that is silent.
 
 
-async def test_a_launcher_that_is_frozen_ends_nothing(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_launcher_that_is_frozen_ends_nothing(
+    pipeline: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It holds its lock; the LLM goes on and answers."""
     monkeypatch.setattr("pipeline.connection.HEARTBEAT_TIMEOUT_S", 0.5)
     with (tmp_path / LOCK).open("w") as lock:
@@ -756,7 +760,7 @@ async def grouped(groups: Groups, tmp_path: Path) -> AsyncIterator[PipelineClien
     await made.close()
 
 
-async def test_the_death_of_a_group_holds_up_nobody_elses_requests(grouped: PipelineClient, groups: Groups) -> None:
+async def test_a_dead_group_holds_up_nobody_elses_requests(grouped: PipelineClient, groups: Groups) -> None:
     tasks = [asyncio.create_task(collect(grouped)) for _ in range(2)]
     first, second = [(await groups.next(SubmitRequest)).message for _ in range(2)]
     assert first.leads == second.leads == (0, 1)
@@ -778,7 +782,7 @@ async def test_the_death_of_a_group_holds_up_nobody_elses_requests(grouped: Pipe
     assert grouped.counters["resubmitted"] == 1
 
 
-async def test_a_group_that_is_back_is_used_once_it_knows_the_client(grouped: PipelineClient, groups: Groups) -> None:
+async def test_a_group_that_is_back_is_used_once_it_knows_us(grouped: PipelineClient, groups: Groups) -> None:
     groups.kill_second()
     await asyncio.sleep(0.2)
     with pytest.raises(TimeoutError):

@@ -329,7 +329,7 @@ def test_patterns() -> None:
 # Files that somebody removes.
 
 
-def test_a_socket_file_that_was_removed_is_bound_again(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+def test_a_file_that_was_removed_is_bound_again(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
     """Who is connected stays so, and who comes later finds it."""
     binder, before = open_sockets(), open_sockets().sender(ENCODE)
     receiver, publisher = binder.receiver(ENCODE), binder.publisher(CONTROL)
@@ -353,7 +353,7 @@ def test_a_socket_file_that_was_removed_is_bound_again(open_sockets: Callable[..
     assert binder.bind_again() == []
 
 
-async def test_so_is_that_of_an_asynchronous_receiver(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+async def test_so_is_an_asynchronous_receivers(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
     binder = open_sockets()
     receiver = binder.async_receiver(INGEST)
     (tmp_path / "ingest.1").unlink()

@@ -123,7 +123,10 @@ class Clients:
     # What they are told.
 
     def tell_preparing(self, message: Preparing) -> None:
-        """What preprocess answers to a client's query goes through us: it has no way to clients of its own."""
+        """What preprocess answers to a client's query goes through us.
+
+        It has no way to clients of its own.
+        """
         told = msgspec.structs.replace(message, **self._origin)
         self.publish(told, message.client_id)
 

@@ -17,7 +17,7 @@ from pipeline.ends import Poller, Receiver
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolClosed, PoolOpened, Shutdown, StepPlan, Welcome
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, parse_worker
+from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
 from workers.llm.calibration import measure_step_times
@@ -86,7 +86,11 @@ def main(context: WorkerContext) -> None:
 
 
 def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
-    """A ViT on the same GPU takes its memory first; the KV cache gets what is left."""
+    """A ViT on the same GPU takes its memory first; the KV cache gets what is left.
+
+    It may build an engine for long. The launcher hears what is waited for, and does not take the wait for a
+    standstill: should the ViT stand still, it is the ViT that is late.
+    """
     poller = Poller(control)
     while True:
         poller.wait()
@@ -95,8 +99,11 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
                 case Shutdown():
                     raise ShutdownRequested
                 case PipelineState(workers=workers):
-                    if all(state.is_ready for state in workers if state.worker.role is Role.VIT):
+                    vits = [state for state in workers if state.worker.role is Role.VIT]
+                    missing = [str(state.worker) for state in vits if not state.is_ready]
+                    if not missing:
                         return
+                    context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
 
 
 def _lead(

@@ -119,8 +119,8 @@ def _usual_name(name: str) -> str:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the processor computes in it.
 
-    Without such instructions a CPU is several times slower in bfloat16 than in float32, and a GPU (before Ampere)
-    has float16.
+    Without such instructions a CPU is several times slower in bfloat16 than in float32, and a GPU (before
+    Ampere) has float16.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
@@ -137,7 +137,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_device(name: str, ordinal: int, is_shared: bool = False) -> torch.device:
     """The GPU of that number, if the machine has any or one is asked for, else the CPU.
 
-    `is_shared`: where there are fewer GPUs, they are counted round again. Raises ValueError where there is none.
+    `is_shared`: where there are fewer GPUs, they are counted round again. Raises ValueError without
+    any.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

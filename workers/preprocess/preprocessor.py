@@ -171,7 +171,8 @@ class Preprocessor:
     def _on_query(self, known: OpenRequest, message: SubmitRequest) -> None:
         """The client has not heard of this attempt for a while: it is told again how far that is."""
         if isinstance(known.reply, GenerateRequest):
-            self._tell(known, msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True))
+            query = msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True)
+            self._tell(known, query)
         elif known.reply is not None:
             self._tell(known, known.reply)
         elif known.ended_at is None:
@@ -185,8 +186,9 @@ class Preprocessor:
     def _query_of(self, message: SubmitRequest) -> GenerateRequest:
         """For a group that may know the request, of which nothing is known here."""
         return GenerateRequest(
-            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0, prompt_token_ids=b"",
-            items=(), sampling=message.sampling, num_received=message.num_received, is_query=True, **self._origin,
+            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0,
+            prompt_token_ids=b"", items=(), sampling=message.sampling, num_received=message.num_received,
+            is_query=True, **self._origin,
         )  # fmt: skip
 
     def _abandon(self, message: SubmitRequest, lead: int) -> None:
@@ -339,7 +341,8 @@ class Preprocessor:
             opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
             return
         prefixes = prefix_hashes(prompt.token_ids, items, cache_salt)
-        opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, len(prompt.token_ids), opened.leads)
+        num_tokens = len(prompt.token_ids)
+        opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, num_tokens, opened.leads)
 
     async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)

@@ -58,14 +58,20 @@ class GroupRouter:
         self._prefixes: dict[int, OrderedDict[bytes, None]] = {lead: OrderedDict() for lead in leads}
 
     def candidates(self, among: Collection[int] = ()) -> list[int]:
-        """The groups that a request may go to: of those `among` (none: of all) the living, or all where none lives."""
+        """The groups that a request may go to.
+
+        Of those `among` (none: of all) the living, or all where none lives.
+        """
         wanted = [lead for lead in self.outstanding if lead in among] or list(self.outstanding)
         return [lead for lead in wanted if lead in self.available] or wanted
 
-    def choose(self, prefixes: Sequence[bytes], num_tokens: int, among: Collection[int] = ()) -> tuple[int, int]:
-        """The group that has the least to compute before and for this request, and the tokens outstanding there for it.
+    def choose(
+        self, prefixes: Sequence[bytes], num_tokens: int, among: Collection[int] = (),
+    ) -> tuple[int, int]:  # fmt: skip
+        """The group that has the least to compute before and for this request, and the tokens for it there.
 
-        What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute. `among`: see `candidates`.
+        What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute. `among`: see
+        `candidates`.
         """
         known = {lead: self._num_known(lead, prefixes) * PREFIX_TOKENS for lead in self.outstanding}
         lead = min(sorted(self.candidates(among)), key=lambda lead: self.outstanding[lead] - known[lead])

@@ -30,7 +30,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         ((12, 0), torch.bfloat16),
     ],
 )
-def test_auto_is_float16_on_gpus_without_bfloat16(capability: tuple[int, int], dtype: torch.dtype, gpus: list[tuple[int, int]]) -> None:
+def test_auto_is_float16_on_gpus_without_bfloat16(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    gpus: list[tuple[int, int]],
+) -> None:
     gpus.append(capability)
     assert choose_dtype("auto", torch.device("cuda", 0)) == dtype
     assert choose_dtype("float32", torch.device("cuda", 0)) == torch.float32

@@ -902,7 +902,10 @@ async def test_a_request_goes_only_to_groups_that_know_its_client() -> None:
 
 
 async def test_of_a_dead_group_a_living_one_takes_over_before_the_death_is_known_here() -> None:
-    """The client may hear of it before us: its word counts, and the dead group is told to forget the attempt before."""
+    """The client may hear of it before us.
+
+    Its word counts, and the dead group is told to forget the attempt before.
+    """
     async with make_rig(1, leads=(0, 2)) as rig:
         rig.core.on_ingest(submission(leads=(0, 2)), [])
         await rig.settle()

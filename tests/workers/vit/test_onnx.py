@@ -14,7 +14,7 @@ from pipeline.messages import GridTHW
 from workers.nn.loader import Checkpoint
 from workers.vit.engines import onnx as export_module
 from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
-from workers.vit.engines.onnx import exported, unfinished
+from workers.vit.engines.onnx import exported, locked, unfinished
 from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
@@ -120,3 +120,28 @@ def test_an_export_that_breaks_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         broken()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_for_anothers_export_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the launcher would take a wait of ten minutes for a standstill."""
+    monkeypatch.setattr("workers.vit.engines.onnx.WAIT_S", 0.01)
+    told: list[tuple[int, int]] = []
+    place, may_end = tmp_path / "engine", threading.Event()
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 5:
+            may_end.set()
+
+    def make() -> None:
+        with locked(place, lambda done, total: None):
+            has_begun.set()
+            assert may_end.wait(10)
+
+    has_begun = threading.Event()
+    other = threading.Thread(target=make)
+    other.start()
+    assert has_begun.wait(10)
+    with locked(place, tell):
+        assert len(told) >= 5
+    other.join(10)

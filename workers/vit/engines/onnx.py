@@ -16,10 +16,12 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ VERSION = 1  # of what is exported: a change of the encoder's arithmetic or inpu
 OPSET = 23  # the first with an Attention operator
 INPUTS, OUTPUT = ("patches", "cos", "sin"), "embeddings"
 FILE = "encoder.onnx"
+WAIT_S = 1.0  # between two looks whether another process has made what is wanted
 
 
 class _Exported(nn.Module):
@@ -69,7 +72,7 @@ def export(info: VisionInfo, checkpoint: Checkpoint, file: Path) -> None:
 def exported(info: VisionInfo, folder: Path, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
     """The file for the checkpoint in `folder`, exported now if it is not in the cache yet. One process exports, others wait for it."""
     place = cache / "onnx" / _key(info, folder, dtype)
-    with locked(place):
+    with locked(place, progress):
         if not (place / FILE).exists():
             logger.info("exporting the vision encoder to %s", place)
             with unfinished(place) as draft:
@@ -81,12 +84,22 @@ def exported(info: VisionInfo, folder: Path, dtype: torch.dtype, cache: Path, pr
 
 
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """One process at a time makes what is to be at `place`."""
+def locked(place: Path, progress: Progress) -> Iterator[None]:
+    """One process at a time makes what is to be at `place`; who waits for another says so all the while."""
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with place.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _has_locked(file):
+            progress(0, 1)
+            time.sleep(WAIT_S)
         yield
+
+
+def _has_locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

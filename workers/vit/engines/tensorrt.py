@@ -116,7 +116,7 @@ def built(trt: Any, info: VisionInfo, file: Path, gpu: str, cache: Path, progres
     """
     what = json.dumps([trt.__name__, trt.__version__, gpu, file.parent.name, profiles_for(info), WORKSPACE_BYTES])  # the folder's name is a hash
     place = cache / "tensorrt" / hashlib.sha256(what.encode()).hexdigest()[:32]
-    with locked(place):
+    with locked(place, progress):
         if not (place / FILE).exists():
             logger.info("building the TensorRT engine in %s: this takes minutes, once", place)
             with unfinished(place) as draft:

@@ -1,0 +1,46 @@
+"""A rank on a GPU waits for the ViTs, and says so."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.messages import PipelineState, Shutdown, WorkerState
+from pipeline.process import WAITING, ShutdownRequested
+from pipeline.sockets import Sockets
+from pipeline.topology import CONTROL, Role, WorkerId
+from tests.fakes import LLM_0, VIT_0
+from workers.llm.worker import _wait_for_vits
+
+VIT_1 = WorkerId(Role.VIT, 1)
+
+
+def states(*ready: WorkerId) -> PipelineState:
+    workers = (LLM_0, VIT_0, VIT_1)
+    return PipelineState(workers=tuple(WorkerState(worker, 1, worker in ready) for worker in workers))
+
+
+def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Path) -> None:
+    sockets = Sockets(tmp_path, {})
+    publisher, control = sockets.publisher(CONTROL), sockets.subscriber(CONTROL)
+    while not publisher.subscriptions():
+        time.sleep(0.01)
+    told: list[Any] = []
+    context: Any = SimpleNamespace(progress=lambda *told_now: told.append(told_now))
+    for message in (states(), states(VIT_1), states(VIT_1), states(VIT_0, VIT_1)):
+        publisher.publish(message)
+    waiting = threading.Thread(target=_wait_for_vits, args=(context, control))
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert told == [(f"{WAITING}vit.0, vit.1", 0, 2), *[(f"{WAITING}vit.0", 1, 2)] * 2]
+    publisher.publish(states())
+    publisher.publish(Shutdown())
+    with pytest.raises(ShutdownRequested):
+        _wait_for_vits(context, control)
+    sockets.close()
