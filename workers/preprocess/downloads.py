@@ -57,12 +57,16 @@ class Downloader:
         field: str,
         validators: Validators | None,
         make_body: Callable[[], Body[D]],
+        count: Callable[[int], bool],
     ) -> Fetched[D]:
-        """The content behind a URL of `parse_media_url`. Raises RequestError, which names the field."""
+        """The content behind a URL of `parse_media_url`. Raises RequestError, which names the field.
+
+        `count` is told of all bytes before they are kept, and says whether there is room for them.
+        """
         body = make_body()
         try:
             async with asyncio.timeout(self._config.media_timeout_s):
-                return await self._follow(url, field, validators, body)
+                return await self._follow(url, field, validators, body, count)
         except TimeoutError:
             seconds = f"{self._config.media_timeout_s:.0f} s"
             raise RequestError(f"the media did not come within {seconds}", field=field) from None
@@ -71,11 +75,18 @@ class Downloader:
         finally:
             body.close()
 
-    async def _follow(self, url: URL, field: str, validators: Validators | None, body: Body[D]) -> Fetched[D]:
+    async def _follow(
+        self,
+        url: URL,
+        field: str,
+        validators: Validators | None,
+        body: Body[D],
+        count: Callable[[int], bool],
+    ) -> Fetched[D]:
         asked = url
         for _ in range(MAX_REDIRECTS + 1):
             self._check_host(url, field)
-            result = await self._get(url, field, validators, body)
+            result = await self._get(url, field, validators, body, count)
             if isinstance(result, Fetched):
                 # A redirect may lead elsewhere next time.
                 return result if url == asked else result._replace(validators=None)
@@ -88,6 +99,7 @@ class Downloader:
         field: str,
         validators: Validators | None,
         body: Body[D],
+        count: Callable[[int], bool],
     ) -> Fetched[D] | URL:
         """The body, or where a redirect leads."""
         headers = validators.headers if validators else None
@@ -105,6 +117,9 @@ class Downloader:
                 num_bytes += len(chunk)
                 if num_bytes > body.max_bytes:
                     raise too_large(body.max_bytes, field)
+                if not count(len(chunk)):
+                    message = "the server is overloaded: too many media are being downloaded"
+                    raise RequestError(message, field=field, status=503)
                 await body.write(chunk)
             found = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
             return Fetched(await body.end(), found if any(found) else None)
@@ -126,7 +141,7 @@ class Downloader:
         if self._session is None:
             self._resolver = MediaResolver(self._config.allow_private_media, self._nameservers)
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=self._resolver),
+                connector=aiohttp.TCPConnector(resolver=self._resolver, limit=0),  # `DownloadTurns` limits
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,
                 auto_decompress=False,
