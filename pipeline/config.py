@@ -81,12 +81,13 @@ class PreprocessConfig:
     allowed_media_domains: tuple[str, ...] = option((), "if given, the only hosts that media URLs may name", metavar="HOST")
     allow_private_media: bool = option(False, "let media URLs reach private, loopback and link-local addresses")
     media_proxy: str = option(
-        "", "HTTP proxy through which media URLs are fetched: it resolves their names, and has to keep private addresses "
-        "from being reached; no variable of the environment is read (default: none)", metavar="URL"
+        "", "HTTP proxy for media URLs: it resolves their names, and has to keep them from private "
+        "addresses; no variable of the environment is read (default: none)", metavar="URL"
     )  # fmt: skip
     media_contact: str = option(
-        "", "mail address or URL of who runs this server, told to the hosts of media in User-Agent: some demand it", metavar="TEXT"
-    )
+        "", "mail address or URL of who runs this server, for the User-Agent that hosts of media see: some "
+        "demand it", metavar="TEXT"
+    )  # fmt: skip
     media_timeout_s: float = option(10.0, "time for one media download, in seconds", metavar="SECONDS")
     max_media_mib: int = option(50, "largest media file, in MiB", metavar="MIB")
     max_image_pixels: int = option(64_000_000, "largest picture before resizing, in pixels, judged by its header", metavar="PIXELS")
@@ -131,9 +132,10 @@ class PreprocessConfig:
 
     def _check_media_options(self) -> None:
         if self.media_proxy and not HTTP_URL.fullmatch(self.media_proxy):
-            raise ValueError("media_proxy must be http://HOST:PORT, with USER:PASSWORD@ before HOST if need be")
+            raise ValueError("media_proxy must be http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT")
         if not CONTACT.fullmatch(self.media_contact):
-            raise ValueError(f"media_contact must be at most 200 plain characters, no brackets, got {self.media_contact!r}")
+            limits = "at most 200 ASCII characters without brackets"
+            raise ValueError(f"media_contact must be {limits}, got {self.media_contact!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from workers.preprocess.images import FORMATS
 from workers.preprocess.videos import VideoFile
 
 D_co = TypeVar("D_co", covariant=True)
+KINDS = [f"image/{name.lower()}" for name in FORMATS]
 WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 
 
@@ -33,7 +34,7 @@ class Body(Protocol, Generic[D_co]):
 class MemoryBody:
     """A picture. What can be read comes first: hosts choose a kind by this, and would send others."""
 
-    accept: ClassVar[str] = ",".join([*(f"image/{name.lower()}" for name in FORMATS), "image/*;q=0.8", "*/*;q=0.5"])
+    accept: ClassVar[str] = ",".join([*KINDS, "image/*;q=0.8", "*/*;q=0.5"])
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -124,7 +124,8 @@ class Downloader:
             num_bytes = 0
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
                 if not num_bytes and chunk.startswith(GZIP):
-                    raise RequestError("the media came compressed by gzip, which was not asked for", field=field)
+                    message = "the media came compressed by gzip, which was not asked for"
+                    raise RequestError(message, field=field)
                 num_bytes += len(chunk)
                 if num_bytes > body.max_bytes:
                     raise too_large(body.max_bytes, field)

@@ -90,7 +90,7 @@ async def test_a_tenant_leaves_as_many_places_as_it_holds(holders: Holders) -> N
         assert holders.num_of(f"small {tenant}") == 1, "there is always room for one more"
 
 
-async def test_a_free_place_goes_to_who_holds_least(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_free_place_goes_to_the_least(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download_turns, "MAX_DOWNLOADS", 4)
     for tenant in "abcd":
         await holders.ask(tenant, "r", times=9)
@@ -186,11 +186,11 @@ async def beside(
 ) -> AsyncIterator[None]:
     """Requests of 64 URLs that are never answered."""
     paths = (*(f"/silent{number}" for number in range(64)), *more)
-    tasks = [
-        asyncio.create_task(fetcher.fetch(f"{served.base}{path}?{request}", "", None, Asker(tenant, str(request))))
-        for request in range(num_requests)
-        for path in paths
-    ]
+    tasks = []
+    for number in range(num_requests):
+        urls = [f"{served.base}{path}?{number}" for path in paths]
+        asker = Asker(tenant, str(number))
+        tasks += [asyncio.create_task(fetcher.fetch(url, "", None, asker)) for url in urls]
     await asyncio.sleep(0.5)
     try:
         yield
@@ -224,8 +224,8 @@ async def test_silent_hosts_do_not_delay_a_neighbour(num_requests: int, neighbou
 
 async def test_nobody_waits_for_a_download_that_waits_for_its_turn() -> None:
     """The neighbour's URL is also the last of a request whose other hosts never answer."""
-    async with host(answer) as served, fetching() as fetcher, beside(served, fetcher, 1, "tenant", ("/picture",)):
-        async with asyncio.timeout(2.0):
+    async with host(answer) as served, fetching() as fetcher:
+        async with beside(served, fetcher, 1, "tenant", ("/picture",)), asyncio.timeout(2.0):
             fetched = await fetcher.fetch(f"{served.base}/picture?0", "", None, Asker("tenant", "neighbour"))
         assert fetched.data == b"picture"
 
