@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pipeline.faults import Fault
 from pipeline.log import LEVELS
 
 MIB = 1 << 20
+HTTP_URL = re.compile(r"http://([^\s/?#@]+@)?([^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/?")
+CONTACT = re.compile(r"[ !-'*-~]{0,200}")  # stands in round brackets in a header
 MAX_OPEN_CHUNKS = 1 << 16  # each takes at most four messages on an edge: all together stay below the high-water mark
 MAX_KEY_BYTES = 32 << 10  # of all API keys: the configuration goes to each worker in one message
 MAX_ITEMS = 1024  # pictures of one request, with those that are frames of a video: each may ride in a frame of its own
@@ -134,6 +137,14 @@ class PreprocessConfig:
     allowed_local_media_path: str = option("", "folder from which requests may name files; without it none", metavar="FOLDER")
     allowed_media_domains: tuple[str, ...] = option((), "if given, the only hosts that media URLs may name", metavar="HOST")
     allow_private_media: bool = option(False, "let media URLs reach private, loopback and link-local addresses")
+    media_proxy: str = option(
+        "", "HTTP proxy for media URLs: it resolves their names, and has to keep them from private "
+        "addresses; no variable of the environment is read (default: none)", metavar="URL"
+    )  # fmt: skip
+    media_contact: str = option(
+        "", "mail address or URL of who runs this server, for the User-Agent that hosts of media see: some "
+        "demand it", metavar="TEXT"
+    )  # fmt: skip
     media_timeout_s: float = option(10.0, "time for one media download, in seconds", metavar="SECONDS")
     max_media_mib: int = option(50, "largest media file, in MiB", metavar="MIB")
     max_image_pixels: int = option(64_000_000, "largest picture before resizing, in pixels, judged by its header", metavar="PIXELS")
@@ -181,8 +192,16 @@ class PreprocessConfig:
             raise ValueError("video_reader 'decord' needs the package decord: install vlm-pipeline[decord]")
         if self.allowed_local_media_path and not Path(self.allowed_local_media_path).is_dir():
             raise ValueError(f"allowed_local_media_path {self.allowed_local_media_path!r} is no folder")
+        self._check_media_options()
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must be at most max_pixels, got {self.min_pixels} and {self.max_pixels}")
+
+    def _check_media_options(self) -> None:
+        if self.media_proxy and not HTTP_URL.fullmatch(self.media_proxy):
+            raise ValueError("media_proxy must be http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT")
+        if not CONTACT.fullmatch(self.media_contact):
+            limits = "at most 200 ASCII characters without brackets"
+            raise ValueError(f"media_contact must be {limits}, got {self.media_contact!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,19 +6,22 @@ import asyncio
 import hashlib
 import os
 import tempfile
-from typing import IO, Generic, Protocol, TypeVar
+from typing import IO, ClassVar, Generic, Protocol, TypeVar
 
 from pipeline.config import MIB
 from pipeline.errors import RequestError
+from workers.preprocess.images import FORMATS
 from workers.preprocess.videos import VideoFile
 
 D_co = TypeVar("D_co", covariant=True)
+KINDS = [f"image/{name.lower()}" for name in FORMATS]
 WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 
 
 class Body(Protocol, Generic[D_co]):
     """Takes chunks, gives what they make up at the end, and is closed in any case."""
 
+    accept: ClassVar[str]  # for the header of this name
     max_bytes: int
 
     async def write(self, data: bytes) -> None: ...
@@ -29,6 +32,10 @@ class Body(Protocol, Generic[D_co]):
 
 
 class MemoryBody:
+    """A picture. What can be read comes first: hosts choose a kind by this, and would send others."""
+
+    accept: ClassVar[str] = ",".join([*KINDS, "image/*;q=0.8", "*/*;q=0.5"])
+
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._data = bytearray()
@@ -44,7 +51,9 @@ class MemoryBody:
 
 
 class FileBody:
-    """On disk, without a name: nothing is left of it, however this process ends."""
+    """A video, on disk, without a name: nothing is left of it, however this process ends."""
+
+    accept: ClassVar[str] = "video/*,*/*;q=0.5"
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -1,12 +1,14 @@
 """One download by http or https, from the first URL through its redirects to the body.
 
 Every hop is judged before it is asked: its scheme, its host (`--allowed-media-domains`), its address. Sizes
-are limited while reading. What the URL says is fetched: no cookies, no compression, no environment.
+are limited while reading. What the URL says is fetched: no cookies, no compression, and no proxy but
+`--media-proxy`, whatever the environment says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -22,6 +24,7 @@ from workers.preprocess.resolver import MediaResolver, is_public
 D = TypeVar("D")
 MAX_REDIRECTS = 10
 CHUNK_BYTES = 1 << 16
+GZIP = b"\x1f\x8b"  # no picture and no video begins with this
 
 
 class Validators(NamedTuple):
@@ -57,25 +60,41 @@ class Downloader:
         field: str,
         validators: Validators | None,
         make_body: Callable[[], Body[D]],
+        count: Callable[[int], bool],
     ) -> Fetched[D]:
-        """The content behind a URL of `parse_media_url`. Raises RequestError, which names the field."""
+        """The content behind a URL of `parse_media_url`. Raises RequestError, which names the field.
+
+        `count` is told of all bytes before they are kept, and says whether there is room for them.
+        """
         body = make_body()
         try:
             async with asyncio.timeout(self._config.media_timeout_s):
-                return await self._follow(url, field, validators, body)
+                return await self._follow(url, field, validators, body, count)
         except TimeoutError:
             seconds = f"{self._config.media_timeout_s:.0f} s"
             raise RequestError(f"the media did not come within {seconds}", field=field) from None
+        except (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError):
+            message = "the server's proxy for media cannot be reached, or refuses"
+            raise RequestError(message, field=field, status=502) from None
+        except aiohttp.ClientPayloadError:
+            raise RequestError("the media's host broke off its answer", field=field) from None
         except (aiohttp.ClientError, OSError, ValueError):
             raise RequestError("the media's host cannot be reached", field=field) from None
         finally:
             body.close()
 
-    async def _follow(self, url: URL, field: str, validators: Validators | None, body: Body[D]) -> Fetched[D]:
+    async def _follow(
+        self,
+        url: URL,
+        field: str,
+        validators: Validators | None,
+        body: Body[D],
+        count: Callable[[int], bool],
+    ) -> Fetched[D]:
         asked = url
         for _ in range(MAX_REDIRECTS + 1):
             self._check_host(url, field)
-            result = await self._get(url, field, validators, body)
+            result = await self._get(url, field, validators, body, count)
             if isinstance(result, Fetched):
                 # A redirect may lead elsewhere next time.
                 return result if url == asked else result._replace(validators=None)
@@ -88,10 +107,12 @@ class Downloader:
         field: str,
         validators: Validators | None,
         body: Body[D],
+        count: Callable[[int], bool],
     ) -> Fetched[D] | URL:
         """The body, or where a redirect leads."""
-        headers = validators.headers if validators else None
-        async with self._client().get(url, allow_redirects=False, headers=headers) as response:
+        headers = {"Accept": body.accept, **(validators.headers if validators else {})}
+        proxy = self._config.media_proxy or None
+        async with self._client().get(url, allow_redirects=False, headers=headers, proxy=proxy) as response:
             if response.status == 304 and validators is not None:
                 return Fetched(None, validators)
             if response.status in (301, 302, 303, 307, 308):
@@ -102,9 +123,15 @@ class Downloader:
                 raise too_large(body.max_bytes, field)
             num_bytes = 0
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                if not num_bytes and chunk.startswith(GZIP):
+                    message = "the media came compressed by gzip, which was not asked for"
+                    raise RequestError(message, field=field)
                 num_bytes += len(chunk)
                 if num_bytes > body.max_bytes:
                     raise too_large(body.max_bytes, field)
+                if not count(len(chunk)):
+                    message = "the server is overloaded: too many media are being downloaded"
+                    raise RequestError(message, field=field, status=503)
                 await body.write(chunk)
             found = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
             return Fetched(await body.end(), found if any(found) else None)
@@ -118,19 +145,23 @@ class Downloader:
             return
         # A name is judged by the resolver. What ends in a number is an address, in one of many spellings
         # (2130706433, 127.1, 0x7f.1): only the canonical one is let through, and judged here.
+        # A proxy resolves by itself: of names, only localhost is known here to be private (RFC 6761).
         last = (url.raw_host or "").rstrip(".").rpartition(".")[2].lower()
-        if (last.isdigit() or last.startswith("0x") or ":" in host) and not is_public(host):
+        is_address = last.isdigit() or last.startswith("0x") or ":" in host
+        if last == "localhost" or (is_address and not is_public(host)):
             raise RequestError("the media's host cannot be reached", field=field)
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._resolver = MediaResolver(self._config.allow_private_media, self._nameservers)
+            # With a proxy, the proxy's is the only name that is resolved here.
+            allow_private = self._config.allow_private_media or bool(self._config.media_proxy)
+            self._resolver = MediaResolver(allow_private, self._nameservers)
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=self._resolver),
+                connector=aiohttp.TCPConnector(resolver=self._resolver, limit=0),  # `DownloadTurns` limits
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,
                 auto_decompress=False,
-                headers={"Accept-Encoding": "identity", "User-Agent": "vlm-pipeline"},
+                headers={"Accept-Encoding": "identity", "User-Agent": user_agent(self._config.media_contact)},
             )
         return self._session
 
@@ -139,6 +170,14 @@ class Downloader:
             await self._session.close()
         if self._resolver is not None:
             await self._resolver.close()
+
+
+def user_agent(contact: str) -> str:
+    try:
+        version = importlib.metadata.version("vlm-pipeline")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder
+        version = "0"
+    return f"vlm-pipeline/{version} ({f'+{contact}' if contact else 'a server for Qwen-VL models'})"
 
 
 def _redirected(url: URL, location: str, field: str) -> URL:

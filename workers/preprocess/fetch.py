@@ -1,8 +1,8 @@
 """Brings media in: URLs, local files, base64. Everything from outside is hostile.
 
 One URL parser, and exactly what it parsed is fetched (`media_urls.py`). Names are resolved once, by us
-(`resolver.py`); addresses that are not public are refused unless an option allows them. Each redirect is checked
-like the first URL (`downloads.py`). Sizes are limited while reading.
+(`resolver.py`); addresses that are not public are refused unless an option allows them. Each redirect is
+checked like the first URL (`downloads.py`). Sizes are limited while reading.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipeline.data_urls import forgiving_base64
 from pipeline.errors import RequestError
 from workers.preprocess.bodies import Body, FileBody, MemoryBody
 from workers.preprocess.bodies import too_large as too_large
+from workers.preprocess.download_turns import NOBODY, Asker, BytesInFlight, DownloadTurns
 from workers.preprocess.downloads import Downloader
 from workers.preprocess.downloads import Fetched as Fetched
 from workers.preprocess.downloads import Validators as Validators
@@ -29,9 +30,10 @@ from workers.preprocess.media_urls import SURROUNDING, parse_media_url
 from workers.preprocess.videos import VideoFile
 
 D = TypeVar("D")
-MAX_CONCURRENT_DOWNLOADS = 32
 MAX_URL = 1 << 16  # characters
 NO_URL = "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind data:image/png;base64, or the like"
+# Of `max_open_media_mib`: a tenant that is alone may have half of this under way, what it may also keep open.
+IN_FLIGHT_FACTOR = 2
 
 
 @dataclass
@@ -46,33 +48,42 @@ class Fetcher:
     def __init__(self, config: PreprocessConfig, nameservers: Sequence[str] = ()) -> None:
         """`nameservers`, each `address:port`, are asked in place of the system's."""
         self._config = config
-        self._slots = asyncio.Semaphore(MAX_CONCURRENT_DOWNLOADS)
+        self._turns = DownloadTurns()
+        self._in_flight = BytesInFlight(IN_FLIGHT_FACTOR * config.max_open_media_mib * MIB)
         self._downloader = Downloader(config, nameservers)
         self._downloads: dict[tuple[object, ...], _Download] = {}
 
-    async def fetch(self, url: str, field: str, validators: Validators | None = None) -> Fetched[bytes]:
+    async def fetch(
+        self,
+        url: str,
+        field: str,
+        validators: Validators | None = None,
+        asker: Asker = NOBODY,
+    ) -> Fetched[bytes]:
         """The bytes behind an http, https or file URL or a bare path, unless `validators` still hold.
 
         Raises RequestError, which names the field.
         """
         max_bytes = self._config.max_media_mib * MIB
-        return await self._fetch(url, field, validators, MemoryBody, max_bytes, _read_all)
+        return await self._fetch(url, field, validators, asker, MemoryBody, max_bytes, _read_all)
 
     async def fetch_file(
         self,
         url: str,
         field: str,
         validators: Validators | None = None,
+        asker: Asker = NOBODY,
     ) -> Fetched[VideoFile]:
         """The same, on disk. A local file is not copied."""
         max_bytes = self._config.max_video_mib * MIB
-        return await self._fetch(url, field, validators, FileBody, max_bytes, _as_video_file)
+        return await self._fetch(url, field, validators, asker, FileBody, max_bytes, _as_video_file)
 
     async def _fetch(
         self,
         url: str,
         field: str,
         validators: Validators | None,
+        asker: Asker,
         body: Callable[[int], Body[D]],
         max_bytes: int,
         open_file: Callable[[int, int], D],
@@ -93,11 +104,13 @@ class Fetcher:
             case "http" | "https":
 
                 async def download() -> Fetched[D]:
-                    async with self._slots:
-                        return await self._downloader.download(parsed, field, validators, make_body)
+                    with self._in_flight.counted(asker.tenant) as count:
+                        make_body = partial(body, max_bytes)
+                        return await self._downloader.download(parsed, field, validators, make_body, count)
 
-                make_body = partial(body, max_bytes)
-                return await self._share((parsed, validators, body), download, field)
+                # The turn comes first: nobody joins a download that still waits for another's turn.
+                async with self._turns.take(asker):
+                    return await self._share((parsed, validators, body), download, field)
             case _:
                 raise RequestError(NO_URL, field=field)
 

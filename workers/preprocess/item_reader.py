@@ -20,6 +20,7 @@ from pipeline.config import MIB, PreprocessConfig
 from pipeline.errors import RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import ImagePart, VideoPart
+from workers.preprocess.download_turns import asked_by
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
 from workers.preprocess.images import ImageSize, check_aspect, read_size
@@ -101,11 +102,11 @@ class ItemReader:
     # What is known of media, and how to get them.
 
     async def _resolve_picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[Data]:
-        max_bytes = self._config.max_media_mib * MIB
+        max_bytes, asker = self._config.max_media_mib * MIB, asked_by.get()
 
         async def load(validators: Validators | None) -> Fetched[Data]:
             if part.url:
-                fetched = await self._fetcher.fetch(part.url, field, validators)
+                fetched = await self._fetcher.fetch(part.url, field, validators, asker)
                 hold(len(fetched.data or b""))
                 return Fetched(fetched.data, fetched.validators)
             return Fetched(await self._in_thread(inline_data, part, field, frames, max_bytes), None)
@@ -119,7 +120,7 @@ class ItemReader:
         return await self._resolve(part, "picture", field, scope, load, inspect_in_thread)
 
     async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[VideoFile]:
-        max_bytes = self._config.max_video_mib * MIB
+        max_bytes, asker = self._config.max_video_mib * MIB, asked_by.get()
 
         def spool() -> VideoFile:
             data = inline_data(part, field, frames, max_bytes)
@@ -130,7 +131,7 @@ class ItemReader:
 
         async def load(validators: Validators | None) -> Fetched[VideoFile]:
             if part.url:
-                fetched = await self._fetcher.fetch_file(part.url, field, validators)
+                fetched = await self._fetcher.fetch_file(part.url, field, validators, asker)
                 hold(fetched.data.nbytes if fetched.data is not None else 0)
                 return fetched
             return Fetched(await self._in_thread(spool), None)

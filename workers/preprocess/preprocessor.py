@@ -50,6 +50,7 @@ from pipeline.slots import Order, SlotAllocator
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
+from workers.preprocess.download_turns import Asker, asked_by
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.item_reader import ItemReader, Scope, gather
 from workers.preprocess.media import Item
@@ -259,6 +260,7 @@ class Preprocessor:
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
         on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in))
+        asked_by.set(Asker(opened.client_id, opened.request_id))
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)

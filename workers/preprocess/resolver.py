@@ -1,8 +1,8 @@
-"""Names of media hosts to addresses: any number at once, each with a deadline, so that none waits for another's.
+"""Names of media hosts to addresses: many at once, each with a deadline, so that none waits for another's.
 
-c-ares (`aiodns`) asks the name servers of /etc/resolv.conf and reads /etc/hosts. `getaddrinfo` would take a thread
-for each name: uvloop has four, libuv gives two of them to names, and two names whose servers never answer would stop
-all others. A name is resolved once for a connection, which goes to exactly the addresses that were judged here.
+c-ares (`aiodns`) asks the name servers of /etc/resolv.conf and reads /etc/hosts. `getaddrinfo` would take
+a thread for each name: uvloop has four, libuv gives two of them to names, and two names whose servers never
+answer would stop all others. A connection goes to exactly the addresses that were judged here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 Lookup: TypeAlias = "asyncio.Future[pycares.AddrInfoResult]"
 
 LOOKUP_TIMEOUT_S = 5.0
-# c-ares waits five times as long as a server takes on average, and 250 ms at least (`ares_metrics.c`): beside a fast
-# cache, two tries are over after 0.75 s. A name that takes longer to find is asked for again until the deadline. Few
-# tries each time, as c-ares cannot be told to forget one name: it goes on for up to that long after the deadline.
+# c-ares waits five times as long as a server takes on average, and 250 ms at least (`ares_metrics.c`):
+# beside a fast cache, two tries are over after 0.75 s. A name that takes longer to find is asked for again
+# until the deadline. Few tries each time: c-ares cannot forget one name, and goes on after the deadline.
 TRIES = 2
 FIRST_TRY_S = 0.5
 MAX_ROUNDS = 10
@@ -33,7 +33,7 @@ IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 class MediaResolver(AbstractResolver):
-    """Use within one event loop; `close` it at the end. `nameservers` (`address:port`) replace the system's."""
+    """Use within one loop; `close` it at the end. `nameservers` (`address:port`) replace the system's."""
 
     def __init__(self, allow_private: bool, nameservers: Sequence[str] = ()) -> None:
         import aiodns  # at the first URL: a machine that lacks it serves everything else (docs/gpu.md)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import hashlib
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -128,7 +130,8 @@ async def test_each_hop_is_judged(base: str, get: Get) -> None:
 
         async def answer(path: str, writer: asyncio.StreamWriter, target: str = target) -> None:
             hop = int(path[1:])
-            writer.write(reply(b"", f"Location: {hop + 1 if hop < 5 else target}", status="307 Temporary Redirect"))
+            location = f"Location: {hop + 1 if hop < 5 else target}"
+            writer.write(reply(b"", location, status="307 Temporary Redirect"))
 
         async with host(answer) as served:
             with pytest.raises(RequestError, match="not among the allowed"):
@@ -267,6 +270,151 @@ async def test_only_allowed_hosts(base: str, get: Get) -> None:
     for url in (f"{base}/picture", "http://good.example\\@evil.example/x", "http://good.example@evil.example/x"):
         with pytest.raises(RequestError, match=r"not among the allowed|cannot be understood"):
             await get(url, allowed_media_domains=("good.example",))
+
+
+async def answer(_: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(reply())
+
+
+async def test_hosts_are_told_who_asks_and_what_can_be_read() -> None:
+    async with host(answer) as served:
+        words = {"ops@example.org": "(+ops@example.org)", "": "(a server for Qwen-VL models)"}
+        for contact in words:
+            fetcher = Fetcher(PreprocessConfig(allow_private_media=True, media_contact=contact))
+            await fetcher.fetch(f"{served.base}/picture", "")
+            agent = served.header("User-Agent") or ""
+            assert re.fullmatch(rf"vlm-pipeline/[0-9.]+ {re.escape(words[contact])}", agent)
+            kinds = (served.header("Accept") or "").split(",")
+            assert {"image/jpeg", "image/png", "image/webp", "image/*;q=0.8", "*/*;q=0.5"} <= set(kinds)
+            assert [kind for kind in kinds if ";" in kind] == kinds[-2:], "what cannot be read is wanted less"
+            assert served.header("Accept-Encoding") == "identity"
+            await fetcher.fetch_file(f"{served.base}/video", "")
+            assert served.header("Accept") == "video/*,*/*;q=0.5"
+            await fetcher.close()
+
+
+@pytest.mark.parametrize("contact", ["a\r\nX: y", "a)b", "(", "ä", "x" * 201])
+def test_a_contact_is_plain_text(contact: str) -> None:
+    with pytest.raises(ValueError, match="media_contact"):
+        PreprocessConfig(media_contact=contact)
+
+
+async def test_a_proxy_is_asked_and_resolves_the_names(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For http it gets the whole URL, to the letter; the user and the word in its own are for it alone."""
+
+    async def proxied(target: str, writer: asyncio.StreamWriter) -> None:
+        found = reply(b"", "Location: /%7Eb?", status="302 Found")
+        writer.write(found if target.endswith("c?d=%7E") else reply())
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    async with host(proxied) as proxy:
+        options = {"allow_private_media": False, "media_proxy": f"http://user:word@127.0.0.1:{proxy.port}"}
+        urls = ["http://nowhere.test/c?d=%7E", "http://nowhere.test/%7Eb?"]
+        assert await get(urls[0], **options) == b"picture"
+        assert proxy.lines == [f"GET {url} HTTP/1.1" for url in urls]
+        assert proxy.header("Host") == "nowhere.test"
+        assert proxy.header("Proxy-Authorization") == "Basic dXNlcjp3b3Jk"
+        assert proxy.header("Authorization") is None
+
+
+async def test_what_is_refused_is_refused_before_the_proxy(get: Get) -> None:
+    hosts = ("127.0.0.1", "localhost", "a.localhost.", "10.0.0.1", "[::1]", "2130706433", "0x7f.1", "0")
+    async with host(answer) as proxy:
+        for name in hosts:
+            with pytest.raises(RequestError, match="cannot be reached"):
+                await get(f"http://{name}/x", allow_private_media=False, media_proxy=proxy.base)
+        with pytest.raises(RequestError, match="not among the allowed"):
+            await get("http://evil.test/x", media_proxy=proxy.base, allowed_media_domains=("good.test",))
+        assert not proxy.heads
+
+
+async def test_https_is_tunnelled_and_a_proxy_that_refuses_is_named(get: Get) -> None:
+    async def refuse(target: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(b"", status="403 Forbidden"))
+
+    async with host(refuse) as proxy:
+        with pytest.raises(RequestError, match="proxy for media") as refusal:
+            await get("https://nowhere.test/x", allow_private_media=False, media_proxy=proxy.base)
+        assert refusal.value.info.status == 502
+        assert proxy.lines == ["CONNECT nowhere.test:443 HTTP/1.1"]
+        closed = proxy.base
+    with pytest.raises(RequestError, match="proxy for media"):
+        await get("http://nowhere.test/x", allow_private_media=False, media_proxy=closed)
+
+
+PROXIES = ["proxy:3128", "https://proxy", "socks5://p", "http://", "http://a b", "http://p/x", "http://p:x"]
+
+
+@pytest.mark.parametrize("url", PROXIES)
+def test_a_proxy_is_an_http_url(url: str) -> None:
+    with pytest.raises(ValueError, match="media_proxy"):
+        PreprocessConfig(media_proxy=url)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: "
+FAULTS = {
+    "/early": (reply(bytes(100))[:-50], "broke off"),
+    "/chunks": (CHUNKED + b"5\r\nab", "broke off"),
+    "/no-chunk": (CHUNKED + b"zz\r\n", r"broke off|cannot be reached"),
+    "/head": (b"HTTP/1.1 200 OK\r\nContent-", "cannot be reached"),
+    "/nothing": (b"", "cannot be reached"),
+    "/other": (b"SSH-2.0-OpenSSH_9.9\r\n", "cannot be reached"),
+    "/length": (LENGTH + b"many\r\n\r\npicture", "cannot be reached"),
+    "/two-lengths": (LENGTH + b"1\r\nContent-Length: 2\r\n\r\nab", "cannot be reached"),
+    "/longer": (reply(b"picture") + b"and more", "cannot be reached"),
+    "/long-line": (b"HTTP/1.1 200 OK\r\nX: " + bytes(1 << 16), "cannot be reached"),
+    "/gzip": (reply(gzip.compress(b"picture"), "Content-Encoding: gzip"), "compressed by gzip"),
+    **{
+        f"/{status}": (reply(b"", status=f"{status} Some"), f"status {status}")
+        for status in (201, 202, 206, 300, 304, 401, 403, 429, 500, 502, 503, 599)
+    },
+    "/204": (b"HTTP/1.1 204 No Content\r\n\r\n", "status 204"),
+}
+
+
+@pytest.mark.parametrize("path", FAULTS)
+async def test_faults_of_a_host_are_told(path: str, get: Get) -> None:
+    async def fail(target: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(FAULTS[target][0])
+        writer.close()
+
+    async with host(fail) as served:
+        with pytest.raises(RequestError, match=FAULTS[path][1]) as refusal:
+            await get(served.base + path)
+        assert refusal.value.info.status == 400
+
+
+@pytest.mark.parametrize("line", [b"X-Y: z\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"])
+async def test_endless_heads_end(line: bytes, get: Get) -> None:
+    async def answer_for_ever(target: str, writer: asyncio.StreamWriter) -> None:
+        if line.startswith(b"X"):
+            writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(line)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+    async with host(answer_for_ever) as served:
+        start = time.monotonic()
+        with pytest.raises(RequestError, match=r"cannot be reached|within 1 s"):
+            await get(served.base)
+        assert time.monotonic() - start < 3.0
+
+
+async def test_what_a_host_says_of_its_media_is_not_believed(get: Get) -> None:
+    bodies = {
+        "/type": reply(b"picture", "Content-Type: text/html; charset=nonsense"),
+        "/encoding": reply(b"picture", "Content-Encoding: gzip"),
+    }
+
+    async def lie(target: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(bodies[target])
+
+    async with host(lie) as served:
+        for path in (*bodies, *bodies):
+            assert await get(served.base + path) == b"picture"
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "gopher://x", "javascript:1", "http://", "http://[broken", "no-scheme", ""])

