@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Sequence
@@ -153,6 +154,33 @@ def turned(a: int, b: int, c: int, d: int) -> Callable[[bytes], bytes]:
         return data[:at] + matrix + data[at + 36 :]
 
     return change
+
+
+def pointing_to(data: bytes, target: Path) -> bytes:
+    """A mov without media: by QuickTime's alias record they lie in another file."""
+    path = str(target).replace("/", ":").encode()
+    path += bytes(len(path) % 2)
+    record = bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + bytes(4) + bytes(16)
+    record += struct.pack(">HH", 2, len(path)) + path + struct.pack(">hH", -1, 0)
+    record += bytes(max(0, 150 - len(record)))
+    entry = struct.pack(">I4sI", 12 + len(record), b"alis", 0) + record
+    moov = data.index(b"moov") - 4
+    header = data[moov:]
+    for match in reversed(list(re.finditer(b"dref", header))):
+        header = _with_entry(header, match.end() + 8, entry)
+    media = data.index(b"mdat") + 4
+    return data[:media] + bytes(moov - media) + header
+
+
+def _with_entry(header: bytes, at: int, entry: bytes) -> bytes:
+    """Another data reference at an offset of the header; the boxes around it grow."""
+    old = int.from_bytes(header[at : at + 4], "big")
+    changed = bytearray(header[:at] + entry + header[at + old :])
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        box = header.rindex(name, 0, at) - 4
+        size = int.from_bytes(header[box : box + 4], "big") + len(entry) - old
+        changed[box : box + 4] = size.to_bytes(4, "big")
+    return bytes(changed)
 
 
 H264 = {"g": "12", "bf": "3", "preset": "ultrafast", "sc_threshold": "0"}

@@ -46,7 +46,10 @@ class Animation:
             yield on_white(self._image)
 
     def _open(self) -> Image.Image:
-        return Image.open(self._path, formats=(self._kind,))
+        try:
+            return Image.open(self._path, formats=(self._kind,))
+        except Image.DecompressionBombError:
+            raise VideoBroken("the video's frames have too many pixels") from None
 
     def _decoded(self) -> Iterator[Image.Image]:
         """All frames, up to the first that is broken."""
