@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneratio
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.chats import Chat, Clip, Piece
-from workers.preprocess.video_reader import open_video
+from workers.preprocess.video_reader import DEFAULT_READER, open_video
 
 TIE = 1e-3  # two best logits closer than this may swap
 
@@ -73,7 +73,7 @@ class Reference:
         if isinstance(piece, Clip):
             with tempfile.NamedTemporaryFile() as file:
                 Path(file.name).write_bytes(piece.data)
-                video = open_video(file.name)
+                video = open_video(file.name, DEFAULT_READER, 10**8)
                 total, rate, _, _ = msgspec.structs.astuple(video.metadata)
                 frames = np.stack(list(video.frames(sample_frames(total, rate, piece.fps, 768))))
         else:

@@ -66,7 +66,7 @@ def check_aspect(size: ImageSize, field: str) -> None:
 
 
 def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
-    """RGB pixels [height, width, 3] uint8 of the picture, resized to `target`. Raises RequestError when it is broken."""
+    """RGB pixels [height, width, 3] uint8, resized. Raises RequestError if it is broken, and MemoryError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
         return _decode(data, target, field)
@@ -82,7 +82,7 @@ def _decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDAr
             shown = shown.transpose(turn)
         return np.asarray(shown.resize((target.width, target.height), Image.Resampling.BICUBIC))
     except MemoryError:
-        raise RequestError("the picture takes more memory than this server gives to one", field=field, status=503) from None
+        raise
     except Exception:  # noqa: BLE001  decoders raise anything on broken data, and their words are not for clients
         raise RequestError("the picture cannot be decoded", field=field) from None
 
@@ -90,6 +90,8 @@ def _decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDAr
 def _open(data: bytes | memoryview, structure: Structure, field: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=(structure.kind,))
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001  decoders raise anything on broken data
         raise not_a_picture(field) from None
 

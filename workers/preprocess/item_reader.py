@@ -20,10 +20,11 @@ from pipeline.errors import RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import ImagePart, VideoPart
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
-from workers.preprocess.images import ImageSize, check_aspect, read_size, smart_resize
+from workers.preprocess.images import ImageSize, check_aspect, smart_resize
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, picture_item, video_item
+from workers.preprocess.readers import MediaReaders
 from workers.preprocess.video_reader import VideoMetadata
-from workers.preprocess.videos import VideoFile, VideoReaders, frame_size, sample_frames
+from workers.preprocess.videos import VideoFile, frame_size, sample_frames
 
 MAX_REMEMBERED = 100_000
 MAX_FPS = 240.0
@@ -46,7 +47,7 @@ class _Resolved(NamedTuple, Generic[D]):
 
 class ItemReader:
     def __init__(
-        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: Executor, readers: VideoReaders
+        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: Executor, readers: MediaReaders
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
@@ -67,7 +68,7 @@ class ItemReader:
         low, high = self._limits(part, field, vision.min_pixels, vision.max_pixels)
         known, load = await self._resolve_picture(part, field, frames, salt, hold)
         size = smart_resize(known.size, vision.factor, low, high)
-        return picture_item(PictureSource(load, field, self._threads), size, self._hash(salt, "picture", known.content, size), vision)
+        return picture_item(PictureSource(load, field, self._readers), size, self._hash(salt, "picture", known.content, size), vision)
 
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
         if part.fps is not None:
@@ -80,7 +81,7 @@ class ItemReader:
         pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, salt, hold) for index, frame in enumerate(part.frames))
         size = self._frame_size(part, field, pictures[0].known.size, len(pictures))
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
-        source = FramesSource([PictureSource(load, field, self._threads) for _, load in pictures])
+        source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
         return video_item(source, range(len(pictures)), size, self._hash(salt, "frames", content, size), self._info, self._num_vits)
 
     async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
@@ -133,13 +134,11 @@ class ItemReader:
                 return Fetched(fetched.data, fetched.validators)
             return Fetched(await self._in_thread(inline_data, part, field, frames, max_bytes), None)
 
-        def inspect(data: Data) -> _Known:
-            return _Known(hashlib.sha256(data).digest(), read_size(data, self._config.max_image_pixels, field))
+        async def inspect(data: Data) -> _Known:
+            size = await self._readers.inspect_picture(data, field)
+            return _Known(await self._in_thread(_sha256, data), size)
 
-        async def inspect_in_thread(data: Data) -> _Known:
-            return await self._in_thread(inspect, data)
-
-        return await self._resolve(part, "picture", field, salt, load, inspect_in_thread)
+        return await self._resolve(part, "picture", field, salt, load, inspect)
 
     async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> _Resolved[VideoFile]:
         max_bytes = self._config.max_video_mib * MIB
@@ -218,6 +217,10 @@ def inline_data(part: ImagePart | VideoPart, field: str, frames: Sequence[Data],
     if len(data) > max_bytes:
         raise too_large(max_bytes, field)
     return data
+
+
+def _sha256(data: Data) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 async def _ready(data: D) -> D:

@@ -1,34 +1,19 @@
-"""Reads videos, in a process of its own: what a hostile file makes of the decoder ends there, by a limit of memory or of time.
-
-    python -m workers.preprocess.video_reader <descriptor of the pixel pool>
-
-Jobs come by stdin and answers go by stdout, each a length (uint32) and a MessagePack. Frames are resized and written straight into the
-pool. A file is named by its owner's descriptor, and stays open from one job to the next.
-"""
+"""The libraries that decode videos, behind one protocol. Runs in reading processes (`reader_process.py`)."""
 
 from __future__ import annotations
 
-import os
 import platform
-import resource
-import signal
-import struct
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from pipeline.memory import HostMemory
-from pipeline.parent import end_with_parent
-
-MEMORY_LIMIT = 4 << 30  # bytes of address space, beside the pool's
 # Containers that hold all that they show. FFmpeg also knows lists of other files, and would open these.
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 TS_PACKET = 188
+DEFAULT_READER = "decord" if platform.machine() == "x86_64" else "pyav"
 Frame = npt.NDArray[Any]  # [height, width, 3] uint8
 
 
@@ -39,29 +24,8 @@ class VideoMetadata(msgspec.Struct, frozen=True, tag=True):
     width: int
 
 
-class ReadJob(msgspec.Struct, frozen=True):
-    """Without frames: what is it? Else these frames, resized, to this place in the pool, one after the other."""
-
-    path: str
-    is_new: bool  # not the file of the job before
-    max_pixels: int  # of a frame as it is in the file
-    frames: tuple[int, ...] = ()
-    height: int = 0
-    width: int = 0
-    offset: int = 0
-
-
-class Done(msgspec.Struct, frozen=True, tag=True):
-    pass
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`reason` is for clients; empty: the file is broken, in the decoder's words, which are not for them."""
-
-    reason: str = ""
-
-
-Answer = VideoMetadata | Done | Failed
+class VideoBroken(Exception):
+    """The video cannot be read; the words are for clients."""
 
 
 class Video(Protocol):
@@ -124,59 +88,14 @@ def is_container(head: bytes) -> bool:
     )
 
 
-def open_video(path: str) -> Video:
+def open_video(path: str, reader: str, max_pixels: int) -> Video:
+    """`reader` is pyav or decord. Raises VideoBroken, or whatever a decoder makes of broken data."""
     with open(path, "rb") as file:
         if not is_container(file.read(3 * TS_PACKET)):
             raise ValueError("no container of a known kind")
-    return DecordVideo(path) if platform.machine() == "x86_64" else AvVideo(path)
-
-
-class Reader:
-    def __init__(self, pool: HostMemory) -> None:
-        self._pool = pool
-        self._video: Video | None = None
-
-    def handle(self, job: ReadJob) -> Answer:
-        try:
-            if job.is_new or self._video is None:
-                self._video = None  # first: two at once would take twice the memory
-                self._video = open_video(job.path)
-            return self._read(self._video, job)
-        except MemoryError:
-            return Failed("the video takes too much memory")
-        except Exception as error:  # noqa: BLE001  decoders raise anything on broken data
-            sys.stderr.write(f"{type(error).__name__}: {error}"[:300] + "\n")
-            return Failed()
-
-    def _read(self, video: Video, job: ReadJob) -> Answer:
-        metadata = video.metadata
-        if metadata.height * metadata.width > job.max_pixels:
-            return Failed(f"the video's frames have {metadata.width} x {metadata.height} pixels, the limit is {job.max_pixels} in all")
-        if not job.frames:
-            return metadata if metadata.num_frames > 0 and 0 < metadata.fps < float("inf") else Failed()
-        out = self._pool.array(job.offset, (len(job.frames), job.height, job.width, 3))
-        for pixels, frame in zip(out, video.frames(job.frames), strict=True):
-            pixels[:] = Image.fromarray(frame).resize((job.width, job.height), Image.Resampling.BICUBIC)
-        return Done()
-
-
-def main() -> None:
-    end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; whoever started us decides
-    fd = int(sys.argv[1])
-    limit = MEMORY_LIMIT + os.fstat(fd).st_size
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a decoder prints is no answer
-    reader = Reader(HostMemory(fd, os.fstat(fd).st_size))
-    while len(head := jobs.read(4)) == 4:
-        job = msgspec.msgpack.decode(jobs.read(*struct.unpack("<I", head)), type=ReadJob)
-        answer = msgspec.msgpack.encode(reader.handle(job))
-        answers.write(struct.pack("<I", len(answer)) + answer)
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+    video: Video = DecordVideo(path) if reader == "decord" else AvVideo(path)
+    height, width = video.metadata.height, video.metadata.width
+    if height * width > max_pixels:
+        size = f"{width} x {height} pixels"
+        raise VideoBroken(f"the video's frames have {size}, the limit is {max_pixels} in all")
+    return video
