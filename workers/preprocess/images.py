@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageChops, ImageOps
+from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageChops, ImageCms, ImageOps
 
 from pipeline.errors import RequestError
 from pipeline.families import MAX_ASPECT_RATIO, VisionInfo
@@ -117,6 +117,10 @@ def _flatten(image: Image.Image, structure: Structure) -> Image.Image:
     box = image.tile[0][1] if isinstance(image, GifImagePlugin.GifImageFile) else None
     if image.mode in ("La", "RGBa"):  # colours multiplied by how opaque they are
         image = image.convert(image.mode.upper())
+    elif image.mode == "LAB":
+        image = _from_lab(image)
+    elif image.mode == "RGBA" and structure.kind == "BMP" and image.getchannel("A").getextrema() == (0, 0):
+        image = image.convert("RGB")  # many programs leave the fourth byte empty
     if image.has_transparency_data:
         if structure.kind == "PNG":
             _scale_transparency(image, structure.png_depth)
@@ -129,6 +133,18 @@ def _flatten(image: Image.Image, structure: Structure) -> Image.Image:
         canvas = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
         canvas.paste(shown.crop(box), box)
         return canvas
+    return shown
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    """CIE L*a*b*, which a TIFF may hold, in sRGB."""
+    shown = ImageCms.profileToProfile(
+        image,
+        ImageCms.createProfile("LAB"),
+        ImageCms.createProfile("sRGB"),
+        outputMode="RGB",
+    )
+    assert shown is not None
     return shown
 
 

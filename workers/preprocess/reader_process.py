@@ -146,7 +146,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; whoever started us decides
     warnings.simplefilter("ignore")  # of Pillow, about metadata
     pool_fd, inbox, memory_mib = map(int, sys.argv[1:4])
-    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    jobs, answers = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # what a decoder prints is no answer
     reader = Reader(HostMemory(pool_fd, os.fstat(pool_fd).st_size), inbox, memory_mib, sys.argv[4])
     _limit_memory(memory_mib)
@@ -155,8 +155,10 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, job.cpu_s)
         answer = msgspec.msgpack.encode(reader.handle(job))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(struct.pack("<I", len(answer)) + answer)
-        answers.flush()
+        try:
+            os.write(answers, struct.pack("<I", len(answer)) + answer)  # in one go: a pipe takes 4 KiB at least
+        except BrokenPipeError:
+            return  # whoever started us died before the kernel could have told us
 
 
 if __name__ == "__main__":

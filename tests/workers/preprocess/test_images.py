@@ -211,6 +211,32 @@ def test_a_gif_whose_first_frame_covers_a_part_lies_on_white() -> None:
     assert pixels[10, 10].tolist() != [255, 255, 255]
 
 
+def test_a_bmp_whose_fourth_byte_is_empty_is_no_empty_picture() -> None:
+    image = drawing()
+    image.putalpha(0)
+    rows = np.asarray(image)[::-1, :, [2, 1, 0, 3]].tobytes()
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiII", 108, 112, 112, 1, 32, 3, len(rows), 0, 0, 0, 0) + masks
+    head = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 14 + 108) + info.ljust(108, b"\0")
+    assert Image.open(io.BytesIO(head + rows)).mode == "RGBA"
+    assert decode(head + rows, SIZE, "").max() == 0, "black, as it is drawn"
+
+
+def test_a_tiff_in_lab_is_seen_in_its_colours() -> None:
+    from PIL import ImageCms
+
+    colours = Image.new("RGB", (112, 112), (200, 40, 40))
+    lab = ImageCms.profileToProfile(
+        colours,
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert lab is not None
+    found = decode(encode(lab, "TIFF"), SIZE, "").astype(int)
+    assert np.abs(found - (200, 40, 40)).max() < 6
+
+
 # Grey of more than 8 bits.
 
 
