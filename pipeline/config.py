@@ -160,12 +160,14 @@ class PreprocessConfig:
         "pyav", "what decodes videos; decord: from the extra vlm-pipeline[decord], right in fewer containers",
         choices=("pyav", "decord"),
     )  # fmt: skip
-    video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")
+    picture_timeout_s: float = option(10.0, "processor time to read a picture, in seconds", metavar="SECONDS")
+    video_timeout_s: float = option(60.0, "processor time to read a video, in seconds", metavar="SECONDS")
+    media_memory_mib: int = option(4096, "memory to read a picture or piece of video, in MiB", metavar="MIB")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
     max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; more get 503", metavar="MIB")
     preprocess_memory_mib: int | None = option(
-        None, "memory that preprocessing may take beside its pool, in MiB: a decoder that wants more fails, or dies alone (default: what the "
-        "limits of media and of pictures allow for)", metavar="MIB"
+        None, "memory that preprocessing may take beside its pool and the processes that read media, in MiB "
+        "(default: what the limits of media allow for)", metavar="MIB"
     )  # fmt: skip
     max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
 
@@ -180,7 +182,9 @@ class PreprocessConfig:
             max_open_media_mib=1,
             media_timeout_s=0.1,
             max_video_mib=1,
+            picture_timeout_s=0.01,
             video_timeout_s=0.1,
+            media_memory_mib=1,
             preprocess_memory_mib=1,
         )
         _at_least(self, min_pixels=1, max_pixels=1, max_video_frames=2)

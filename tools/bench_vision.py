@@ -28,7 +28,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ from workers.llm.parallel import TensorParallel
 from workers.nn.loader import Checkpoint, choose_dtype
 from workers.preprocess.images import ImageSize, decode, read_size, smart_resize
 from workers.preprocess.media import PictureSource
+from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.vit.engines.torch import EncodeJob, TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
 
@@ -279,21 +279,24 @@ class Bench:
         pool, slots = TensorPool.on_host("bench", 1, 2 * nbytes, 8), SlotAllocator(2 * nbytes, nbytes, 8)
         slot = slots.allocate(nbytes)
         assert slot is not None
-        out = pool.array(pool.lend(slot, (1, *size, 3), "uint8"))
+        handle = pool.lend(slot, (1, *size, 3), "uint8")
+        out = pool.array(handle)
+        readers = MediaReaders(pool.info.memory_fd, 1, ReadLimits(60.0, 60.0, 10**8, 4096), "pyav")
 
         async def ready() -> bytes:
             return data
 
-        def ours() -> None:
-            source = PictureSource(ready, "", threads)
-            smart_resize(read_size(data, 10**8, ""), info.factor, info.min_pixels, info.max_pixels)
-            asyncio.run(source.decode((0,), out, 0))
+        async def ours() -> None:
+            found = await readers.inspect_picture(data, "")
+            smart_resize(found, info.factor, info.min_pixels, info.max_pixels)
+            await PictureSource(ready, "", readers).decode((0,), out, handle.offset)
 
         def pillow() -> None:
             Image.open(io.BytesIO(data)).convert("RGB").resize((size.width, size.height), Image.Resampling.BICUBIC)
 
-        with ThreadPoolExecutor(1) as threads:
-            times = [(_seconds(ours), _seconds(pillow)) for _ in range(2 * self.rounds + 1)][1:]
+        with asyncio.Runner() as runner:
+            times = [(_seconds(lambda: runner.run(ours())), _seconds(pillow)) for _ in range(2 * self.rounds + 1)][1:]
+            runner.run(readers.close())
             assert np.array_equal(out[0], decode(data, ImageSize(*size), ""))
         pool.close()
         mine, theirs = (statistics.median(values) for values in zip(*times, strict=True))

@@ -258,14 +258,15 @@ async def test_a_reload_of_another_checkpoint_is_refused(tmp_path: Path) -> None
 
 async def test_a_picture_that_takes_too_much_memory_fails_alone() -> None:
     huge = noise(1, (64, 64)).resize((7000, 7000))
-    with Server("--preprocess-memory-mib", "100", "--max-attempts", "2", *LIMITS) as server:
+    with Server("--media-memory-mib", "100", "--max-attempts", "2", *LIMITS) as server:
         async with PipelineClient(server.run_dir) as client:
             expected = await ask(client, "before", 1)
             good = [asyncio.create_task(ask(client, f"good-{number}", 1)) for number in range(3)]
             messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
             with pytest.raises(RequestError) as caught:
                 _ = [piece async for piece in client.generate(messages, GREEDY, [encode(huge)])]
-            assert caught.value.info.status == 503, caught.value
+            assert caught.value.info.status == 400, caught.value
+            assert "100 MiB of memory" in caught.value.info.message
             assert await asyncio.gather(*good) == [expected] * 3
             assert await ask(client, "after", 1) == expected
         server.children = workers_of(server.process.pid)

@@ -1,22 +1,35 @@
-"""Pictures: limits judged by the header, then decoding and resizing exactly as Hugging Face's Qwen2-VL processor does."""
+"""Pictures: limits judged by the header, decoded as a person sees them, resized as Qwen2-VL's processor does.
+
+What a person sees is upright, on white where it is transparent, and has all its shades of grey where a sample
+has 16 bits. Qwen's own code (qwen-vl-utils) hands the same to Hugging Face's processor, whose resizing is met
+exactly; by itself that processor would show what lies hidden under transparency.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageChops, ImageCms, ImageOps
 
 from pipeline.errors import RequestError
 from pipeline.families import MAX_ASPECT_RATIO, VisionInfo
 from pipeline.messages import GridTHW
+from workers.preprocess.orientation import SWAPS_SIDES, TURNS, orientation
+from workers.preprocess.picture_files import END_OF_JPEG, Structure, not_a_picture, walk
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, before Pillow would
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # others decode beside
+WHITE = 255
+WIDE_MODES = ("I", "F")  # how the names of modes with more than 8 bits of grey begin
+TO_8_BITS = [(value + 128) // 257 for value in range(1 << 16)]
+MIN_IS_WHITE = 0  # of a TIFF's tag 262
+# What a decoder makes of it depends on it, if it is read at all: no marker of a JPEG, and no pattern.
+PADDING = bytes((37 * number * number + 11) % 251 for number in range(64))
 
 
 class ImageSize(NamedTuple):
@@ -26,49 +39,161 @@ class ImageSize(NamedTuple):
 
 def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> ImageSize:
     """Height and width as shown, from the header alone. Raises RequestError for what is no picture, or too large or too thin."""
-    image = _open(data, field)
+    structure = walk(data, field)
+    if structure.webp_size is not None:
+        _check_pixels(*structure.webp_size, max_source_pixels, field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about metadata
+        image = _open(data, structure, field)
     width, height = image.size
-    if width * height > max_source_pixels:
-        raise RequestError(f"the picture has {width} x {height} pixels, the limit is {max_source_pixels} in all", field=field)
-    size = ImageSize(width, height) if _orientation(image) in (5, 6, 7, 8) else ImageSize(height, width)
+    _check_pixels(width, height, max_source_pixels, field)
+    is_turned = orientation(structure, image) in SWAPS_SIDES
+    size = ImageSize(width, height) if is_turned else ImageSize(height, width)
     check_aspect(size, field)
     return size
 
 
+def _check_pixels(width: int, height: int, limit: int, field: str) -> None:
+    if width * height > limit:
+        pixels = f"{width} x {height} pixels"
+        raise RequestError(f"the picture has {pixels}, the limit is {limit} in all", field=field)
+
+
 def check_aspect(size: ImageSize, field: str) -> None:
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise RequestError(f"it has {size.width} x {size.height} pixels: the sides may differ by a factor of {MAX_ASPECT_RATIO} at most", field=field)
+        limit = f"the sides may differ by a factor of {MAX_ASPECT_RATIO} at most"
+        raise RequestError(f"it has {size.width} x {size.height} pixels: {limit}", field=field)
 
 
 def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
-    """RGB pixels [height, width, 3] uint8 of the picture, resized to `target`. Raises RequestError when it is broken."""
-    image = _open(data, field)
+    """RGB pixels [height, width, 3] uint8, resized. Raises RequestError if it is broken, and MemoryError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about metadata
+        return _decode(data, target, field)
+
+
+def _decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
+    structure = walk(data, field)
+    image = _open(data, structure, field)
     try:
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-        image = image.convert("RGB")
-        return np.asarray(image.resize((target.width, target.height), Image.Resampling.BICUBIC))
+        turn = TURNS.get(orientation(structure, image))
+        shown = _flatten(_whole(data, structure) if structure.lacks_end else image, structure)
+        if turn is not None:
+            shown = shown.transpose(turn)
+        return np.asarray(shown.resize((target.width, target.height), Image.Resampling.BICUBIC))
     except MemoryError:
-        raise RequestError("the picture takes more memory than this server gives to one", field=field, status=503) from None
+        raise
     except Exception:  # noqa: BLE001  decoders raise anything on broken data, and their words are not for clients
         raise RequestError("the picture cannot be decoded", field=field) from None
 
 
-def _orientation(image: Image.Image) -> int:
-    """How the picture is to be turned, from its header; 1 is upright, and so is a picture whose EXIF is broken."""
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the whole picture to look for a chunk behind its data
+def _open(data: bytes | memoryview, structure: Structure, field: str) -> Image.Image:
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  EXIF comes from outside, and Pillow raises anything on broken ones
-        return 1
-
-
-def _open(data: bytes | memoryview, field: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=(structure.kind,))
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001  decoders raise anything on broken data
-        raise RequestError(f"the media is not a picture of a known kind ({', '.join(FORMATS)})", field=field) from None
+        raise not_a_picture(field) from None
+
+
+def _whole(data: bytes | memoryview, structure: Structure) -> Image.Image:
+    """A JPEG of which the end mark is missing, and nothing else. Raises ValueError where more is.
+
+    libjpeg fills up what is missing and does not say so. It reads on behind the data only where these end too
+    early: then other bytes there make another picture.
+    """
+    body = bytes(data).rstrip(b"\xff")
+    files = [io.BytesIO(body + end + END_OF_JPEG) for end in (b"", PADDING)]
+    images = [Image.open(file, formats=(structure.kind,)) for file in files]
+    if ImageChops.difference(*images).getbbox() is not None:
+        raise ValueError("the data end before the picture does")
+    return images[0]
+
+
+def _flatten(image: Image.Image, structure: Structure) -> Image.Image:
+    """In RGB, on white where it is transparent."""
+    if image.mode.startswith(WIDE_MODES):
+        return _flatten_grey(image).convert("RGB")
+    box = image.tile[0][1] if isinstance(image, GifImagePlugin.GifImageFile) else None
+    if image.mode in ("La", "RGBa"):  # colours multiplied by how opaque they are
+        image = image.convert(image.mode.upper())
+    elif image.mode == "LAB":
+        image = _from_lab(image)
+    elif image.mode == "RGBA" and structure.kind == "BMP" and image.getchannel("A").getextrema() == (0, 0):
+        image = image.convert("RGB")  # many programs leave the fourth byte empty
+    if image.has_transparency_data:
+        if structure.kind == "PNG":
+            _scale_transparency(image, structure.png_depth)
+        seen = image.convert("RGBA")
+        shown = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
+        shown.paste(seen, mask=seen.getchannel("A"))
+    else:
+        shown = image.convert("RGB")
+    if box is not None and box != (0, 0, *image.size):  # a GIF's first frame need not cover its canvas
+        canvas = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
+        canvas.paste(shown.crop(box), box)
+        return canvas
+    return shown
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    """CIE L*a*b*, which a TIFF may hold, in sRGB."""
+    shown = ImageCms.profileToProfile(
+        image,
+        ImageCms.createProfile("LAB"),
+        ImageCms.createProfile("sRGB"),
+        outputMode="RGB",
+    )
+    assert shown is not None
+    return shown
+
+
+def _scale_transparency(image: Image.Image, depth: int) -> None:
+    """A PNG's transparent colour is told in the file's samples, and Pillow has brought those to 8 bits."""
+    colour = image.info.get("transparency")
+    if image.mode == "L" and isinstance(colour, int) and depth < 8:
+        image.info["transparency"] = colour * 255 // ((1 << depth) - 1)
+    elif image.mode == "RGB" and isinstance(colour, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _flatten_grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits in 8, on white where a PNG says that one value is transparent."""
+    is_inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == MIN_IS_WHITE
+    grey = _to_8_bits(image)
+    if is_inverted:
+        grey = ImageOps.invert(grey)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int) and 0 <= clear < 1 << 16:
+        mask = [WHITE] * (1 << 16)
+        mask[clear] = 0
+        shown = Image.new("L", image.size, WHITE)
+        shown.paste(grey, mask=image.convert("I").point(mask, "L"))
+        return shown
+    return grey
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """65535 is white. Of 32 bits and of fractions nobody says what white is: it is the first of 1 (of fractions),
+    255 and 65535 that no value is above. Where values go beyond these, or below 0, the largest is white, the
+    smallest black.
+    """
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(TO_8_BITS, "L")
+    values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "I" and low >= 0 and 255 < high < 1 << 16:
+        return image.point(TO_8_BITS, "L")
+    whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0,)
+    white = next((white for white in whites if high <= white), None)
+    if white is None or low < 0:
+        black, white = low, max(high, low + 1e-9)
+    else:
+        black = 0.0
+    out = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # row by row: all at once would be in memory four times
+        out[row] = np.rint((line.astype(np.float64) - black) * (WHITE / (white - black)))
+    return Image.fromarray(out)
 
 
 def smart_resize(size: ImageSize, factor: int, min_pixels: int, max_pixels: int) -> ImageSize:

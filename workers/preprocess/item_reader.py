@@ -23,11 +23,12 @@ from pipeline.messages import ImagePart, VideoPart
 from workers.preprocess.download_turns import asked_by
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
-from workers.preprocess.images import ImageSize, check_aspect, read_size
+from workers.preprocess.images import ImageSize, check_aspect
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, picture_item, video_item
 from workers.preprocess.names import Memory
+from workers.preprocess.readers import MediaReaders
 from workers.preprocess.video import VideoMetadata
-from workers.preprocess.videos import VideoFile, VideoReaders
+from workers.preprocess.videos import VideoFile
 
 MAX_UUID = 256
 D = TypeVar("D")
@@ -55,7 +56,7 @@ class _Resolved(NamedTuple, Generic[D]):
 
 class ItemReader:
     def __init__(
-        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: Executor, readers: VideoReaders
+        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: Executor, readers: MediaReaders
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
@@ -76,13 +77,13 @@ class ItemReader:
         vision = self._info.vision
         known, load = await self._resolve_picture(part, field, frames, scope, hold)
         size = picture_size(part, known.size, vision, field)
-        return picture_item(PictureSource(load, field, self._threads), size, self._hash(scope.salt, "picture", known.content, size), vision)
+        return picture_item(PictureSource(load, field, self._readers), size, self._hash(scope.salt, "picture", known.content, size), vision)
 
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
         pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, scope, hold) for index, frame in enumerate(part.frames))
         size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info.video, self._info.vision, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
-        source = FramesSource([PictureSource(load, field, self._threads) for _, load in pictures])
+        source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
         return video_item(source, range(len(pictures)), size, self._hash(scope.salt, "frames", content, size), self._info, self._num_vits)
 
     async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
@@ -111,13 +112,11 @@ class ItemReader:
                 return Fetched(fetched.data, fetched.validators)
             return Fetched(await self._in_thread(inline_data, part, field, frames, max_bytes), None)
 
-        def inspect(data: Data) -> _Known:
-            return _Known(hashlib.sha256(data).digest(), read_size(data, self._config.max_image_pixels, field))
+        async def inspect(data: Data) -> _Known:
+            size = await self._readers.inspect_picture(data, field)
+            return _Known(await self._in_thread(_sha256, data), size)
 
-        async def inspect_in_thread(data: Data) -> _Known:
-            return await self._in_thread(inspect, data)
-
-        return await self._resolve(part, "picture", field, scope, load, inspect_in_thread)
+        return await self._resolve(part, "picture", field, scope, load, inspect)
 
     async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[VideoFile]:
         max_bytes, asker = self._config.max_video_mib * MIB, asked_by.get()
@@ -207,6 +206,10 @@ def inline_data(part: ImagePart | VideoPart, field: str, frames: Sequence[Data],
     if len(data) > max_bytes:
         raise too_large(max_bytes, field)
     return data
+
+
+def _sha256(data: Data) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 async def _ready(data: D) -> D:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,10 +16,12 @@ import numpy.typing as npt
 
 from pipeline.families import ModelInfo, VisionInfo
 from pipeline.messages import GridTHW
-from workers.preprocess.images import ImageSize, decode, grid_of
-from workers.preprocess.videos import VideoFile, VideoReaders
+from workers.preprocess.images import ImageSize, grid_of
+from workers.preprocess.readers import MediaReaders
+from workers.preprocess.videos import VideoFile
 
 Pixels = npt.NDArray[Any]
+FRAMES_AT_ONCE = 8  # of a video given as pictures, that wait for a process
 
 
 class Source(Protocol):
@@ -29,7 +30,7 @@ class Source(Protocol):
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
         """Fills out [frames, height, width, 3], which lies at `offset` bytes in the pixel pool. Raises RequestError when it is broken.
 
-        To be awaited to its end: threads and processes write there until then.
+        To be awaited to its end: processes write there until then.
         """
 
 
@@ -64,15 +65,11 @@ class Item:
 class PictureSource:
     """`load` brings the bytes if they are needed: those of a picture that a ViT has never are."""
 
-    def __init__(self, load: Callable[[], Awaitable[bytes | memoryview]], field: str, threads: Executor) -> None:
-        self._load, self._field, self._threads = load, field, threads
+    def __init__(self, load: Callable[[], Awaitable[bytes | memoryview]], field: str, readers: MediaReaders) -> None:
+        self._load, self._field, self._readers = load, field, readers
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
-        data = await self._load()
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, data, out)
-
-    def _decode(self, data: bytes | memoryview, out: Pixels) -> None:
-        out[0] = decode(data, ImageSize(*out.shape[1:3]), self._field)
+        await self._readers.read_picture(await self._load(), ImageSize(*out.shape[1:3]), offset, self._field)
 
 
 class FramesSource:
@@ -82,16 +79,25 @@ class FramesSource:
         self._pictures = pictures
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
-        results = await asyncio.gather(
-            *(self._pictures[frame].decode((0,), out[index : index + 1], offset) for index, frame in enumerate(frames)), return_exceptions=True
-        )  # fmt: skip
-        for error in results:
-            if error is not None:
-                raise error
+        """After the first that is broken no other is begun."""
+        gate, errors = asyncio.Semaphore(FRAMES_AT_ONCE), list[Exception]()
+
+        async def decode(index: int, frame: int) -> None:
+            place = out[index : index + 1]
+            async with gate:
+                if not errors:
+                    try:
+                        await self._pictures[frame].decode((0,), place, offset + index * place.nbytes)
+                    except Exception as error:  # noqa: BLE001  raised when the others have ended
+                        errors.append(error)
+
+        await asyncio.gather(*(decode(index, frame) for index, frame in enumerate(frames)))
+        if errors:
+            raise errors[0]
 
 
 class VideoSource:
-    def __init__(self, load: Callable[[], Awaitable[VideoFile]], readers: VideoReaders, field: str) -> None:
+    def __init__(self, load: Callable[[], Awaitable[VideoFile]], readers: MediaReaders, field: str) -> None:
         self._load, self._readers, self._field = load, readers, field
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:

@@ -55,14 +55,14 @@ from workers.preprocess.fetch import Fetcher
 from workers.preprocess.item_reader import ItemReader, Scope, gather
 from workers.preprocess.media import Item
 from workers.preprocess.prompt import ChatPrompt, Prompt
+from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.router import GroupRouter, prefix_hashes
-from workers.preprocess.threads import RecordedThreads, Work, on_behalf_of
-from workers.preprocess.videos import VideoReaders
+from workers.preprocess.threads import RecordedThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
-DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
+DECODES_PER_READER = 2  # under way at once, so that none waits for work, and whose turn it is matters
 MAX_SALT_BYTES = 256
 MAX_OVERLOAD = 2  # times the open requests that are taken in, so many may be gone on with
 
@@ -83,7 +83,10 @@ class OpenRequest:
 
 
 class Preprocessor:
-    """Preprocess without its process. Everything runs in one event loop but decoding."""
+    """Preprocess without its process. All runs in one event loop, but for texts, hashes and decoding.
+
+    Texts have threads of their own: they never wait for media.
+    """
 
     def __init__(
         self, context: WorkerContext, config: PreprocessConfig, info: ModelInfo, pool: TensorPool, allocator: SlotAllocator,
@@ -94,15 +97,23 @@ class Preprocessor:
         self._llms, self._tasks = llms, tasks
         self._groups = GroupRouter(list(llms))
         num_threads = max(2, context.spec.placement.num_threads)
-        self.threads = RecordedThreads(num_threads, context.recorder)
+        self.recording = Recording(context.recorder)
+        self._text_threads = RecordedThreads(num_threads, self.recording, "text")
+        self._media_threads = RecordedThreads(num_threads, self.recording, "media")
         self._fetcher = Fetcher(config)
-        limits = (config.video_timeout_s, config.max_image_pixels)
-        self._readers = VideoReaders(pool.info.memory_fd, num_threads, *limits, config.video_reader)
-        self._items = ItemReader(config, info, len(vits), self._fetcher, self.threads, self._readers)
+        num_readers = num_threads + 1  # one request alone leaves one to the others
+        limits = ReadLimits(
+            config.picture_timeout_s,
+            config.video_timeout_s,
+            config.max_image_pixels,
+            config.media_memory_mib,
+        )
+        self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
+        self._items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
         self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
-            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, num_threads * DECODES_PER_THREAD,
+            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, num_readers * DECODES_PER_READER,
             self._on_broken_chunk, context.tracer,
         )  # fmt: skip
         self._requests: dict[str, OpenRequest] = {}
@@ -347,7 +358,7 @@ class Preprocessor:
         opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, num_tokens, opened.leads)
 
     async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function, *args)
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
@@ -428,9 +439,10 @@ class Preprocessor:
         return self._chunks.num_decoded
 
     async def close(self) -> None:
-        await self._readers.close()
+        await self.readers.close()
         await self._fetcher.close()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._text_threads, self._media_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -1,4 +1,4 @@
-"""The threads in which requests' media are read and decoded, and what is known of them should one take the process down.
+"""The threads that make texts and hashes of media, and what is known should one take the process down.
 
 What runs there is told to the flight recorder. A request that may have been a process's death has all threads for itself.
 """
@@ -52,25 +52,16 @@ class _Turns:
                 self._changed.notify_all()
 
 
-class RecordedThreads(ThreadPoolExecutor):
-    """Work is submitted by tasks that have said on whose behalf."""
+class Recording:
+    """What runs in all threads of the process together: the flight recorder has one list of it."""
 
-    def __init__(self, num_threads: int, recorder: FlightRecorder) -> None:
-        super().__init__(num_threads, "decode")
-        self._executing, self._turns, self._lock = Executing(recorder), _Turns(), threading.Lock()
+    def __init__(self, recorder: FlightRecorder) -> None:
+        self._executing, self._lock = Executing(recorder), threading.Lock()
         self._starts: dict[object, float] = {}
-
-    def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        work = on_behalf_of.get(Work(""))
-
-        def run() -> R:
-            with self._turns.take(work.is_alone), self._recorded(work):
-                return function(*args, **kwargs)
-
-        return super().submit(run)
+        self.turns = _Turns()
 
     @contextlib.contextmanager
-    def _recorded(self, work: Work) -> Iterator[None]:
+    def running(self, work: Work) -> Iterator[None]:
         token: Any = object()
         with self._lock:
             self._executing.begin(work.request_id)
@@ -86,3 +77,20 @@ class RecordedThreads(ThreadPoolExecutor):
         """How long the oldest piece of work has been running."""
         with self._lock:
             return now - min(self._starts.values(), default=now)
+
+
+class RecordedThreads(ThreadPoolExecutor):
+    """Work is submitted by tasks that have said on whose behalf."""
+
+    def __init__(self, num_threads: int, recording: Recording, name: str) -> None:
+        super().__init__(num_threads, name)
+        self._recording = recording
+
+    def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        work = on_behalf_of.get(Work(""))
+
+        def run() -> R:
+            with self._recording.turns.take(work.is_alone), self._recording.running(work):
+                return function(*args, **kwargs)
+
+        return super().submit(run)

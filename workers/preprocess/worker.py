@@ -17,24 +17,22 @@ from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
 COPIES_OF_MEDIA = 2  # as they came, in base64, and decoded
-COPIES_OF_A_PICTURE = 3  # while one is decoded and resized
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
 LIFE_INTERVAL_S = 0.5
-STUCK_S = 30.0  # in one piece of work: the largest picture takes some seconds
+STUCK_S = 30.0  # in one piece of work of a thread: the longest text takes some seconds
 
 
 def main(context: WorkerContext) -> None:
     run_async(_serve(context))
 
 
-def allowed_mib(config: PreprocessConfig, num_threads: int) -> int:
-    """Memory that the work of this process may take."""
+def allowed_mib(config: PreprocessConfig) -> int:
+    """Memory that the work of this process may take; processes that read media have a limit of their own."""
     if config.preprocess_memory_mib is not None:
         return config.preprocess_memory_mib
-    pictures = num_threads * COPIES_OF_A_PICTURE * 4 * config.max_image_pixels // MIB
-    return BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib + pictures
+    return BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib
 
 
 async def _serve(context: WorkerContext) -> None:
@@ -50,7 +48,7 @@ async def _serve(context: WorkerContext) -> None:
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
     for vit in vits:
         vit.send(PoolOpened(pool=pool.info, **context.origin))
-    limit_memory(allowed_mib(config.preprocess, context.spec.placement.num_threads))
+    limit_memory(allowed_mib(config.preprocess))
     async with asyncio.TaskGroup() as tasks:
         allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
         context.faults.fill(allocator)
@@ -95,9 +93,9 @@ async def _serve(context: WorkerContext) -> None:
                 await asyncio.sleep(interval)
 
         async def show_life() -> None:
-            """As long as the loop turns, and no thread is stuck in a decoder."""
+            """As long as the loop turns, and no thread is stuck."""
             while True:
-                if core.threads.longest_s(time.monotonic()) < STUCK_S:
+                if core.recording.longest_s(time.monotonic()) < STUCK_S:
                     context.recorder.move()
                 await asyncio.sleep(LIFE_INTERVAL_S)
 

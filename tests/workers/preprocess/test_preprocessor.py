@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -54,6 +55,7 @@ from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
 from workers.preprocess import chunks
+from workers.preprocess.images import ImageSize, decode
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
 
@@ -78,9 +80,12 @@ class Rig:
         self.core.on_ingest(SubmitRequest(request_id=request_id, **values), [memoryview(picture) for picture in pictures])
 
     async def settle(self) -> None:
-        """Until tasks and threads have nothing more to do."""
-        for _ in range(40):
-            await asyncio.sleep(0.005)
+        """Until tasks, threads and reading processes have nothing more to do."""
+        num_quiet = 0
+        async with asyncio.timeout(60):
+            while num_quiet < 40:
+                await asyncio.sleep(0.005)
+                num_quiet = num_quiet + 1 if self.core.readers.is_idle else 0
 
     def feedback(self, kind: Any, **fields: Any) -> None:
         sender = VIT_0 if kind in (EncodeMiss, PixelsReleased) else LLM_0
@@ -449,6 +454,76 @@ async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
     for name in parts:
         rig.end(name)
     await rig.settle()
+    rig.check_nothing_left()
+
+
+async def test_frames_given_as_pictures_arrive_each_at_its_place(rig: Rig) -> None:
+    frames = [encode(scene(number)) for number in range(2)]
+    video = VideoPart(frames=tuple(ImagePart(frame=number) for number in range(2)))
+    rig.submit("r", frames, messages=(ChatMessage("user", (video,)),))
+    await rig.settle()
+    (message,) = [message for message in rig.encodes() if message.pixels is not None]
+    pixels = rig.core._chunks._pool.array(message.pixels)
+    for frame, data in zip(pixels, frames, strict=True):
+        assert np.array_equal(frame, decode(data, ImageSize(*frame.shape[:2]), ""))
+    rig.feedback(PixelsReleased, key=message.key)
+    rig.end("r")
+    rig.check_nothing_left()
+
+
+async def test_no_frame_is_begun_after_a_broken_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [encode(noise(number, (140, 140))) for number in range(30)]
+    frames[1] = frames[1][:20_000]
+    video = VideoPart(frames=tuple(ImagePart(frame=number) for number in range(30)))
+    begun, decode = [], PictureSource.decode
+
+    async def counted(self: PictureSource, *args: Any) -> None:
+        begun.append(self)
+        await decode(self, *args)
+
+    monkeypatch.setattr(PictureSource, "decode", counted)
+    rig.core._chunks._most_decoding = 1
+    rig.submit("r", frames, messages=(ChatMessage("user", (video,)),))
+    await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert refusal.error.message == "the picture cannot be decoded"
+    rig.end("r")
+    await rig.settle()
+    assert len(begun) < 20
+    for vit in rig.vits:
+        for message in vit.take(EncodeRequest):
+            rig.feedback(PixelsReleased, key=message.key)
+    rig.check_nothing_left()
+
+
+async def test_pictures_that_take_too_long_hold_up_neither_texts_nor_other_pictures() -> None:
+    """Two of 64 million pixels each, in 62 KiB: before, every request waited for them."""
+    async with make_rig(1, picture_timeout_s=0.5) as rig:
+        rig.submit("first", [encode(scene(1))])  # so that a process is there
+        await rig.settle()
+        rig.llm.take()
+        for grey, name in enumerate(("bad", "worse")):
+            rig.submit(name, [encode(Image.new("L", (8000, 8000), grey))])
+        async with asyncio.timeout(20):
+            while not {"bad", "worse"} <= {message.request_id for message in rig.llm.sent}:
+                await asyncio.sleep(0.01)
+            rig.submit("text", [])
+            while not any(message.request_id == "text" for message in rig.llm.take(GenerateRequest)):
+                await asyncio.sleep(0.01)
+            assert rig.llm.take(AbortRequest) == [], "they are still being read"
+            rig.submit("picture", [encode(scene(2))])
+            while not any(m.pixels and m.key.request_id == "picture" for m in rig.encodes()):
+                await asyncio.sleep(0.01)
+            await rig.settle()
+        refusals = {message.request_id: message.error for message in rig.llm.take(AbortRequest)}
+        assert set(refusals) == {"bad", "worse"}
+        for error in refusals.values():
+            assert (error.status, error.field) == (400, "messages[0].content[0].image_url")
+            assert "more than 0.5 s of processor time" in error.message
+        for name in ("first", "bad", "worse", "text", "picture"):
+            rig.end(name)
+            rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
+        rig.check_nothing_left()
 
 
 async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pipeline.flight_recorder import FlightRecorder, digest_of
 from tests.fakes import PREPROCESS
-from workers.preprocess.threads import RecordedThreads, Work, on_behalf_of
+from workers.preprocess.threads import RecordedThreads, Recording, Work, on_behalf_of
 
 
 async def test_work_is_recorded_while_it_runs_and_not_while_it_waits(tmp_path: Path) -> None:
     recorder = FlightRecorder(tmp_path, PREPROCESS)
-    threads = RecordedThreads(1, recorder)
+    recording = Recording(recorder)
+    threads = RecordedThreads(1, recording, "text")
     go, loop = threading.Event(), asyncio.get_running_loop()
 
     def submit(name: str) -> asyncio.Future[bool]:
@@ -25,16 +26,16 @@ async def test_work_is_recorded_while_it_runs_and_not_while_it_waits(tmp_path: P
     futures = [contextvars.copy_context().run(submit, name) for name in ("first", "second")]
     await asyncio.sleep(0.1)
     assert recorder.executing() == (digest_of("first"),)
-    assert threads.longest_s(time.monotonic()) > 0.05
+    assert recording.longest_s(time.monotonic()) > 0.05
     go.set()
     await asyncio.gather(*futures)
     assert recorder.executing() == ()
-    assert threads.longest_s(time.monotonic()) == 0
+    assert recording.longest_s(time.monotonic()) == 0
     threads.shutdown()
 
 
 async def test_a_suspect_has_all_threads_for_itself(tmp_path: Path) -> None:
-    threads = RecordedThreads(4, FlightRecorder(tmp_path, PREPROCESS))
+    threads = RecordedThreads(4, Recording(FlightRecorder(tmp_path, PREPROCESS)), "text")
     inside: set[str] = set()
     seen: list[tuple[str, set[str]]] = []
     lock, loop = threading.Lock(), asyncio.get_running_loop()

@@ -24,9 +24,11 @@ from tests import reference
 from tests.videos import counting_frames, encode_video, read_number
 from workers.preprocess.decord_video import DecordVideo
 from workers.preprocess.images import ImageSize
+from workers.preprocess.readers import MediaReaders, ReadLimits
+from workers.preprocess.threads import Work, on_behalf_of
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.video_files import open_video
-from workers.preprocess.videos import VideoFile, VideoReaders, _arange, frame_size, sample_frames
+from workers.preprocess.videos import VideoFile, _arange, frame_size, sample_frames
 
 
 @pytest.mark.parametrize(("least", "most_frames"), [(2, 3000), (3000, 200_000)])
@@ -79,8 +81,8 @@ def pool() -> TensorPool:
 
 
 @pytest.fixture
-async def readers(pool: TensorPool) -> AsyncIterator[VideoReaders]:
-    made = VideoReaders(pool.info.memory_fd, 2, 20.0, 10**6)
+async def readers(pool: TensorPool) -> AsyncIterator[MediaReaders]:
+    made = MediaReaders(pool.info.memory_fd, 2, ReadLimits(10.0, 20.0, 10**6, 4096), "pyav")
     yield made
     await made.close()
 
@@ -109,7 +111,7 @@ def test_decord_finds_the_same_frames_in_good_kinds(options: dict[str, object], 
             assert [read_number(frame) for frame in video.frames(numbers)] == list(numbers)
 
 
-async def test_frames_arrive_in_the_pool_as_torch_would_resize_them(readers: VideoReaders, pool: TensorPool) -> None:
+async def test_frames_arrive_in_the_pool_as_torch_would_resize_them(readers: MediaReaders, pool: TensorPool) -> None:
     frames = counting_frames(30)
     file = video_file(encode_video(frames, crf="1"))
     metadata = await readers.inspect(file, "")
@@ -138,20 +140,20 @@ BROKEN = {
 @pytest.mark.parametrize(
     "text", ["ffconcat version 1.0\nfile 12\nduration 1.2\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///tmp/x.ts\n#EXT-X-ENDLIST\n"]
 )
-async def test_a_list_of_other_files_is_not_opened(text: str, readers: VideoReaders) -> None:
+async def test_a_list_of_other_files_is_not_opened(text: str, readers: MediaReaders) -> None:
     with pytest.raises(RequestError, match="not a video that can be decoded"):
         await readers.inspect(video_file(text.encode()), "")
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_what_is_no_video_is_refused(name: str, readers: VideoReaders) -> None:
+async def test_what_is_no_video_is_refused(name: str, readers: MediaReaders) -> None:
     with pytest.raises(RequestError, match="not a video that can be decoded") as refusal:
         await readers.inspect(video_file(BROKEN[name]), "field")
     assert (refusal.value.info.status, refusal.value.info.field) == (400, "field")
     assert await readers.inspect(video_file(encode_video(counting_frames(4))), ""), "the next is served"
 
 
-async def test_a_video_broken_in_its_middle_ends_in_frames_or_in_an_error(readers: VideoReaders) -> None:
+async def test_a_video_broken_in_its_middle_ends_in_frames_or_in_an_error(readers: MediaReaders) -> None:
     data = bytearray(encode_video(counting_frames(100), g="10"))
     data[len(data) // 3 : len(data) // 2] = random.Random(1).randbytes(len(data) // 2 - len(data) // 3)
     file = video_file(bytes(data))
@@ -161,12 +163,12 @@ async def test_a_video_broken_in_its_middle_ends_in_frames_or_in_an_error(reader
     assert await readers.inspect(video_file(encode_video(counting_frames(4))), ""), "the next is served"
 
 
-async def test_too_large_frames_are_refused(readers: VideoReaders) -> None:
+async def test_too_large_frames_are_refused(readers: MediaReaders) -> None:
     with pytest.raises(RequestError, match="1280 x 800 pixels, the limit is 1000000"):
         await readers.inspect(video_file(encode_video(counting_frames(2, (1280, 800)))), "")
 
 
-async def test_a_reader_that_dies_or_hangs_costs_its_job_only(readers: VideoReaders) -> None:
+async def test_a_reader_that_dies_or_hangs_costs_its_job_only(readers: MediaReaders) -> None:
     file = video_file(encode_video(counting_frames(10)))
     await readers.inspect(file, "")
     (process,) = readers._all
@@ -174,20 +176,21 @@ async def test_a_reader_that_dies_or_hangs_costs_its_job_only(readers: VideoRead
     assert (await readers.inspect(file, "")).num_frames == 10, "whoever comes next is not to blame: a fresh one tries again"
     (process,) = readers._all
     os.kill(process.pid, signal.SIGSTOP)
-    readers._timeout_s = 0.5
-    with pytest.raises(RequestError, match="could not be read within"):
+    readers.limits = readers.limits._replace(stall_s=0.5)
+    with pytest.raises(RequestError, match=r"stood still for 0\.5 s"):
         await readers.inspect(file, "")
-    readers._timeout_s = 20.0
+    readers.limits = readers.limits._replace(stall_s=30.0)
     assert (await readers.inspect(file, "")).num_frames == 10
     assert len(readers._all) == 1
 
 
-async def test_videos_read_side_by_side_keep_to_their_own(readers: VideoReaders, pool: TensorPool) -> None:
+async def test_videos_read_side_by_side_keep_to_their_own(readers: MediaReaders, pool: TensorPool) -> None:
     files = [video_file(encode_video(counting_frames(40)[start:])) for start in (0, 10, 20)]
     size = ImageSize(120, 160)
     step = size.height * size.width * 3
 
     async def read(index: int, frame: int) -> int:
+        on_behalf_of.set(Work(f"r{index}"))  # one request alone has all processes but one
         offset = (index * 10 + frame) * step
         await readers.read(files[index], (frame,), size, offset, "")
         return read_number(pool.memory.array(offset, (*size, 3)))  # type: ignore[attr-defined]
@@ -197,7 +200,7 @@ async def test_videos_read_side_by_side_keep_to_their_own(readers: VideoReaders,
     assert len(readers._all) == 2
 
 
-async def test_the_file_is_gone_with_the_last_who_holds_it(readers: VideoReaders) -> None:
+async def test_the_file_is_gone_with_the_last_who_holds_it(readers: MediaReaders) -> None:
     file = video_file(encode_video(counting_frames(4)))
     path = file.path
     await readers.inspect(file, "")

@@ -1,0 +1,166 @@
+"""Reads media in a process of its own: what a hostile file makes of a decoder ends there, by memory or time.
+
+    python -m workers.preprocess.reader_process <pixel pool> <inbox> <MiB of memory> <pyav or decord>
+
+The first two are descriptors of memory files. Jobs come by stdin and answers go by stdout, each a length
+(uint32) and a MessagePack. A picture's bytes lie in the inbox; a video's file is named by its owner's
+descriptor, and stays open from one job to the next. Pixels are resized and written straight into the pool. A
+job that takes more processor time than it may ends this process by SIGPROF, wherever its decoder is; what
+others take on a busy machine does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import struct
+import sys
+import warnings
+from pathlib import Path
+from typing import assert_never
+
+import msgspec
+from PIL import Image
+
+from pipeline.errors import RequestError
+from pipeline.memory import HostMemory
+from pipeline.parent import end_with_parent
+from workers.preprocess.images import ImageSize, decode, read_size
+from workers.preprocess.video import Video, VideoBroken, VideoMetadata
+from workers.preprocess.video_files import open_video
+
+
+class PictureJob(msgspec.Struct, frozen=True, tag=True):
+    """The first `nbytes` of the inbox: how large? With a size: its pixels, resized, into the pool."""
+
+    nbytes: int
+    cpu_s: float
+    max_pixels: int  # as it is in the file
+    height: int = 0
+    width: int = 0
+    offset: int = 0
+
+
+class VideoJob(msgspec.Struct, frozen=True, tag=True):
+    """Without frames: what is it? With them: these, resized, to this place in the pool, one after another."""
+
+    path: str
+    is_new: bool  # not the file of the job before
+    cpu_s: float
+    max_pixels: int  # of a frame as it is in the file
+    frames: tuple[int, ...] = ()
+    height: int = 0
+    width: int = 0
+    offset: int = 0
+
+
+Job = PictureJob | VideoJob
+
+
+class PictureSize(msgspec.Struct, frozen=True, tag=True):
+    """As the picture is shown."""
+
+    height: int
+    width: int
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """`reason` is for clients; empty: the file is broken, in the decoder's words, which are not for them."""
+
+    reason: str = ""
+
+
+Answer = VideoMetadata | PictureSize | Done | Failed
+
+
+class Reader:
+    def __init__(self, pool: HostMemory, inbox: int, memory_mib: int, video_reader: str) -> None:
+        self._pool, self._inbox, self._memory_mib, self._video_reader = pool, inbox, memory_mib, video_reader
+        self._video: Video | None = None
+
+    def handle(self, job: Job) -> Answer:
+        try:
+            match job:
+                case PictureJob():
+                    return self._read_picture(job)
+                case VideoJob():
+                    return self._read_video(job)
+                case _:
+                    assert_never(job)
+        except MemoryError:
+            self._video = None
+            limit = f"the {self._memory_mib} MiB of memory that this server gives to one"
+            kind = "picture" if isinstance(job, PictureJob) else "video"
+            return Failed(f"the {kind} takes more than {limit}")
+        except RequestError as refusal:
+            return Failed(refusal.info.message)
+        except VideoBroken as broken:
+            return Failed(str(broken))
+        except Exception as error:  # noqa: BLE001  decoders raise anything on broken data
+            sys.stderr.write(f"{type(error).__name__}: {error}"[:300] + "\n")
+            return Failed()
+
+    def _read_picture(self, job: PictureJob) -> Answer:
+        self._video = None  # two at once would take twice the memory
+        data = os.pread(self._inbox, job.nbytes, 0)
+        if not job.height:
+            return PictureSize(*read_size(data, job.max_pixels, ""))
+        out = self._pool.array(job.offset, (job.height, job.width, 3))
+        out[:] = decode(data, ImageSize(job.height, job.width), "")
+        return Done()
+
+    def _read_video(self, job: VideoJob) -> Answer:
+        if job.is_new or self._video is None:
+            self._video = None  # first: two at once would take twice the memory
+            self._video = open_video(job.path, self._video_reader, job.max_pixels)
+        if not job.frames:
+            metadata = self._video.metadata
+            is_playable = metadata.num_frames > 0 and 0 < metadata.fps < float("inf")
+            return metadata if is_playable else Failed()
+        out = self._pool.array(job.offset, (len(job.frames), job.height, job.width, 3))
+        for pixels, frame in zip(out, self._video.frames(job.frames), strict=True):
+            pixels[:] = Image.fromarray(frame).resize((job.width, job.height), Image.Resampling.BICUBIC)
+        return Done()
+
+
+def _limit_memory(mib: int) -> None:
+    """Beside what is mapped already. What wants more gets MemoryError, or dies."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # our parent's own limit came with us
+    limit = mapped + (mib << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800")  # rather this one than who started it
+
+
+def main() -> None:
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; whoever started us decides
+    warnings.simplefilter("ignore")  # of Pillow, about metadata
+    pool_fd, inbox, memory_mib = map(int, sys.argv[1:4])
+    jobs, answers = sys.stdin.buffer, os.dup(1)
+    os.dup2(2, 1)  # what a decoder prints is no answer
+    reader = Reader(HostMemory(pool_fd, os.fstat(pool_fd).st_size), inbox, memory_mib, sys.argv[4])
+    _limit_memory(memory_mib)
+    while len(head := jobs.read(4)) == 4:
+        job = msgspec.msgpack.decode(jobs.read(*struct.unpack("<I", head)), type=Job)
+        signal.setitimer(signal.ITIMER_PROF, job.cpu_s)
+        answer = msgspec.msgpack.encode(reader.handle(job))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            os.write(answers, struct.pack("<I", len(answer)) + answer)  # in one go: a pipe takes 4 KiB at least
+        except BrokenPipeError:
+            return  # whoever started us died before the kernel could have told us
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The processes that read pictures and videos: bounded in number, started when needed, requests in turn.
+
+A job is whole: any process can do it. One that takes too much processor time or memory, or stands still, or
+kills its process, ends in a RequestError for whom it was done, and the next job gets a fresh process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from pipeline.errors import RequestError
+from pipeline.memory import create_memory_file
+from workers.preprocess.images import ImageSize
+from workers.preprocess.places import Places
+from workers.preprocess.reader_process import Answer, Failed, Job, PictureJob, PictureSize, VideoJob
+from workers.preprocess.threads import Work, on_behalf_of
+from workers.preprocess.video import VideoMetadata
+from workers.preprocess.videos import VideoFile
+
+logger = logging.getLogger(__name__)
+NO_VIDEO = -1
+WRITE_BYTES = 1 << 20  # into an inbox at once; the loop turns in between
+KEPT_INBOX_BYTES = 4 << 20
+LOOKS = 6  # at a process's time, while it may stand still
+
+
+Data = bytes | memoryview
+Source = Data | VideoFile
+
+
+class ReadLimits(NamedTuple):
+    """Of one job."""
+
+    picture_cpu_s: float
+    video_cpu_s: float
+    max_pixels: int  # of a picture or frame as it is in its file
+    memory_mib: int
+    stall_s: float = 30.0  # without any processor time: the decoder waits for what never comes
+
+
+@dataclass(slots=True)
+class _Process:
+    process: asyncio.subprocess.Process
+    inbox: int  # a descriptor
+    video: int = NO_VIDEO  # the number of the file that it has open
+
+
+class _Died(Exception):
+    """The process has ended, and is reaped."""
+
+    def __init__(self, status: int | None) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class MediaReaders:
+    """At most `count` reading processes."""
+
+    def __init__(self, pool_fd: int, count: int, limits: ReadLimits, video_reader: str) -> None:
+        self._pool_fd, self.limits, self._video_reader = pool_fd, limits, video_reader
+        self._places = Places(count)
+        self._idle: list[_Process] = []
+        self._all: set[asyncio.subprocess.Process] = set()
+        self._under_way: set[asyncio.Task[Answer]] = set()
+        self._cheap: set[asyncio.Task[Answer]] = set()  # to be finished rather than to start a process anew
+
+    async def inspect_picture(self, data: Data, field: str) -> ImageSize:
+        """The size as shown. Raises RequestError for what is no picture, or too large."""
+        answer = await self._run(self._picture_job(data), field, data)
+        assert isinstance(answer, PictureSize)
+        return ImageSize(answer.height, answer.width)
+
+    async def read_picture(self, data: Data, size: ImageSize, offset: int, field: str) -> None:
+        """Writes its pixels, resized, to a place in the pixel pool. Raises RequestError when that cannot be.
+
+        To be awaited to its end, as is `read`: until then the place is written to.
+        """
+        place = {"height": size.height, "width": size.width, "offset": offset}
+        await self._run(msgspec.structs.replace(self._picture_job(data), **place), field, data)
+
+    def _picture_job(self, data: Data) -> PictureJob:
+        return PictureJob(len(data), self.limits.picture_cpu_s, self.limits.max_pixels)
+
+    async def inspect(self, file: VideoFile, field: str) -> VideoMetadata:
+        """Raises RequestError for what is no video, or has too large frames."""
+        answer = await self._run(self._video_job(file), field, file)
+        assert isinstance(answer, VideoMetadata)
+        return answer
+
+    async def read(
+        self,
+        file: VideoFile,
+        frames: Sequence[int],
+        size: ImageSize,
+        offset: int,
+        field: str,
+    ) -> None:
+        """Writes frames, resized, to a place in the pixel pool. Raises RequestError when that cannot be."""
+        place = {"height": size.height, "width": size.width, "offset": offset}
+        job = msgspec.structs.replace(self._video_job(file), frames=tuple(frames), **place)
+        await self._run(job, field, file)
+
+    def _video_job(self, file: VideoFile) -> VideoJob:
+        return VideoJob(file.path, True, self.limits.video_cpu_s, self.limits.max_pixels)
+
+    async def _run(self, job: Job, field: str, source: Source) -> Answer:
+        """In a task of its own: if its caller is cancelled, the process is reaped before its place is free."""
+        task = asyncio.create_task(self._do(job, field, source))
+        self._under_way.add(task)
+        task.add_done_callback(self._end)
+        try:
+            answer = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task not in self._cheap:
+                task.cancel()
+            raise
+        if isinstance(answer, Failed):
+            raise RequestError(answer.reason or _broken(job), field=field)
+        return answer
+
+    def _end(self, task: asyncio.Task[Answer]) -> None:
+        self._under_way.discard(task)
+        self._cheap.discard(task)
+        if not task.cancelled():
+            task.exception()  # is looked at, should nobody wait any more
+
+    async def _do(self, job: Job, field: str, source: Source) -> Answer:
+        owner = on_behalf_of.get(Work("")).request_id
+        await self._places.take(owner)
+        if isinstance(job, PictureJob) and not job.height and (task := asyncio.current_task()) is not None:
+            self._cheap.add(task)
+        try:
+            number = source.number if isinstance(source, VideoFile) else NO_VIDEO
+            idle = self._take(number)
+            try:
+                return await self._try(idle or await self._start(), job, number, source)
+            except _Died as death:
+                if idle is None or death.status == -signal.SIGPROF:
+                    raise
+            # The process may have died of what it read before.
+            return await self._try(await self._start(), job, number, source)
+        except _Died as death:
+            if death.status == -signal.SIGPROF:
+                limit = f"more than {job.cpu_s:g} s of processor time"
+                raise RequestError(f"the {_kind(job)} takes {limit} to read", field=field) from None
+            raise RequestError(_broken(job), field=field) from None
+        except TimeoutError:
+            stalled = f"could not be read: its decoder stood still for {self.limits.stall_s:g} s"
+            raise RequestError(f"the {_kind(job)} {stalled}", field=field) from None
+        finally:
+            self._places.free(owner)
+
+    async def _try(self, process: _Process, job: Job, number: int, source: Source) -> Answer:
+        """Raises _Died, and TimeoutError for one that stands still: the process is reaped then."""
+        if isinstance(job, VideoJob):
+            job = msgspec.structs.replace(job, is_new=process.video != number)
+        process.video = number
+        try:
+            if not isinstance(source, VideoFile):
+                await _fill(process.inbox, memoryview(source))
+            answer = await self._ask(process.process, job)
+        except (asyncio.IncompleteReadError, OSError) as error:
+            await self._kill(process)
+            if isinstance(error, TimeoutError):  # which is an OSError
+                raise
+            logger.warning("a reader of media ended with status %s", process.process.returncode)
+            raise _Died(process.process.returncode) from None
+        except BaseException:
+            await self._kill(process)  # what it would say now nobody hears
+            raise
+        if isinstance(job, PictureJob) and job.nbytes > KEPT_INBOX_BYTES:
+            os.ftruncate(process.inbox, 0)
+        self._idle.append(process)
+        return answer
+
+    def _take(self, number: int) -> _Process | None:
+        """One that waits, best the one that has the file open, and for a picture one that has none."""
+        if not self._idle:
+            return None
+        index = next((index for index, idle in enumerate(self._idle) if idle.video == number), -1)
+        return self._idle.pop(index)
+
+    async def _start(self) -> _Process:
+        inbox = create_memory_file("inbox", 0)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "workers.preprocess.reader_process", str(self._pool_fd), str(inbox),
+                str(self.limits.memory_mib), self._video_reader, stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE, pass_fds=(self._pool_fd, inbox),
+            )  # fmt: skip
+        except BaseException:
+            os.close(inbox)
+            raise
+        self._all.add(process)
+        return _Process(process, inbox)
+
+    async def _ask(self, process: asyncio.subprocess.Process, job: Job) -> Answer:
+        assert process.stdin is not None
+        data = msgspec.msgpack.encode(job)
+        process.stdin.write(struct.pack("<I", len(data)) + data)
+        answer = asyncio.ensure_future(_read_answer(process))
+        seen, since = -1, time.monotonic()
+        try:
+            while not (await asyncio.wait({answer}, timeout=self.limits.stall_s / LOOKS))[0]:
+                used, now = _processor_ticks(process.pid), time.monotonic()
+                if used != seen:
+                    seen, since = used, now
+                elif now - since >= self.limits.stall_s:
+                    raise TimeoutError
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    async def _kill(self, process: _Process) -> None:
+        """Ends it and reaps it."""
+        with contextlib.suppress(ProcessLookupError):
+            process.process.kill()
+        await process.process.wait()
+        self._all.discard(process.process)
+        os.close(process.inbox)
+
+    async def close(self) -> None:
+        for task in list(self._under_way):
+            task.cancel()
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+        while self._idle:
+            await self._kill(self._idle.pop())
+
+    @property
+    def is_idle(self) -> bool:
+        return self._places.is_idle
+
+
+def _kind(job: Job) -> str:
+    return "picture" if isinstance(job, PictureJob) else "video"
+
+
+def _broken(job: Job) -> str:
+    if isinstance(job, PictureJob):
+        return "the picture cannot be decoded"
+    return "the media is not a video that can be decoded"
+
+
+async def _fill(inbox: int, data: memoryview) -> None:
+    for start in range(0, len(data), WRITE_BYTES):
+        if start:
+            await asyncio.sleep(0)
+        piece = data[start : start + WRITE_BYTES]
+        if os.pwrite(inbox, piece, start) != len(piece):
+            raise RequestError("the server has no memory for the picture", status=503)
+
+
+async def _read_answer(process: asyncio.subprocess.Process) -> Answer:
+    assert process.stdout is not None
+    (length,) = struct.unpack("<I", await process.stdout.readexactly(4))
+    answer: Answer = msgspec.msgpack.decode(await process.stdout.readexactly(length), type=Answer)
+    return answer
+
+
+def _processor_ticks(pid: int) -> int:
+    """Time that a process has computed, in user and in system mode; its name stands before, in brackets."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
