@@ -10,11 +10,11 @@ from typing import IO, ClassVar, Generic, Protocol, TypeVar
 
 from pipeline.config import MIB
 from pipeline.errors import RequestError
-from workers.preprocess.images import FORMATS
+from workers.preprocess.picture_files import KINDS
 from workers.preprocess.videos import VideoFile
 
 D_co = TypeVar("D_co", covariant=True)
-KINDS = [f"image/{name.lower()}" for name in FORMATS]
+MEDIA_TYPES = [f"image/{name.lower()}" for name in KINDS]
 WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 
 
@@ -34,7 +34,7 @@ class Body(Protocol, Generic[D_co]):
 class MemoryBody:
     """A picture. What can be read comes first: hosts choose a kind by this, and would send others."""
 
-    accept: ClassVar[str] = ",".join([*KINDS, "image/*;q=0.8", "*/*;q=0.5"])
+    accept: ClassVar[str] = ",".join([*MEDIA_TYPES, "image/*;q=0.8", "*/*;q=0.5"])
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
