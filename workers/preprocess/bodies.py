@@ -10,11 +10,10 @@ from typing import IO, ClassVar, Generic, Protocol, TypeVar
 
 from pipeline.config import MIB
 from pipeline.errors import RequestError
-from workers.preprocess.images import FORMATS
 from workers.preprocess.videos import VideoFile
 
 D_co = TypeVar("D_co", covariant=True)
-KINDS = [f"image/{name.lower()}" for name in FORMATS]
+KINDS = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp")  # those that are read
 WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 
 
