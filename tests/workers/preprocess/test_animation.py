@@ -20,8 +20,8 @@ COUNT = 20
 KINDS: dict[str, dict[str, Any]] = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}}
 
 
-def animated(kind: str, durations: Any = 40, frames: Any = None) -> bytes:
-    pictures = [Image.fromarray(frame) for frame in (counting_frames(COUNT, (64, 48)) if frames is None else frames)]
+def animated(kind: str, durations: Any = 40) -> bytes:
+    pictures = [Image.fromarray(frame) for frame in counting_frames(COUNT, (64, 48))]
     out = io.BytesIO()
     options = {
         "save_all": True,
@@ -77,7 +77,8 @@ def test_what_is_transparent_lies_on_white(kind: str, tmp_path: Path) -> None:
         frame[number * 8 : number * 8 + 8, :8] = (200, 0, 0, 255)
     out = io.BytesIO()
     pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(out, kind, save_all=True, append_images=pictures[1:], duration=100, disposal=2, **KINDS[kind])
+    options = {"save_all": True, "append_images": pictures[1:], "duration": 100, "disposal": 2, **KINDS[kind]}
+    pictures[0].save(out, kind, **options)
     video = opened(tmp_path / "video", out.getvalue())
     for number, frame in enumerate(video.frames(range(4))):
         assert tuple(frame[number * 8 + 4, 4]) == (200, 0, 0)
