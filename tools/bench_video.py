@@ -3,7 +3,7 @@
     python -m tools.bench_video                                    # makes an H.264 mp4 of four minutes
     python -m tools.bench_video --file clip.mp4 --frames 16 64 --rounds 5
 
-One round opens the file, tells what it is and reads so many frames, evenly spread, with the one reader and then
+One round opens the file, tells what it is and reads so many frames, evenly spread: with the one reader, then
 with the other, in one process. Medians are told: shared machines drift.
 """
 
@@ -30,7 +30,8 @@ def make_film(path: Path, seconds: int, gop: int, width: int, height: int, fps: 
     """Noise and shapes that move, encoded with B-frames."""
     noise = np.random.default_rng(0).integers(0, 255, (2 * height, 2 * width, 3), np.uint8)
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"g": str(gop), "preset": "veryfast", "crf": "28"})
+        options = {"g": str(gop), "preset": "veryfast", "crf": "28"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(seconds * fps):
             y, x = (number // 2) % height, number % width
@@ -70,7 +71,8 @@ def report(path: Path, frames: Sequence[int], rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--file", type=Path, help="a video instead of a made one")
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--rounds", type=int, default=5)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -12,13 +17,26 @@ from workers.preprocess.video import Frame, VideoBroken, VideoMetadata, check_si
 
 SHORTEST_MS = 20.0  # a frame that is to be shown for less ...
 USUAL_MS = 100.0  # ... is shown for so long, as browsers do
+WEBP_ALPHA = 0x10
+# What Pillow makes of broken data.
+BROKEN = (
+    EOFError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class Animation:
     """`kind` is Pillow's name of the format. Raises VideoBroken for a still picture."""
 
     def __init__(self, path: str, kind: str, max_pixels: int) -> None:
-        self._path, self._kind = path, kind
+        self._path, self._kind, self._max_pixels = Path(path), kind, max_pixels
         self._image = self._open()
         check_size(self._image.width, self._image.height, max_pixels)
         if not getattr(self._image, "is_animated", False):
@@ -38,30 +56,43 @@ class Animation:
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Frame]:
         for number in numbers:
+            if number < self._image.tell():
+                self._image = self._open()
             try:
-                self._image.seek(number)
-                self._image.load()
-            except (EOFError, OSError, SyntaxError):
+                # Step by step: a frame is drawn onto the one before it.
+                for step in range(self._image.tell(), number + 1):
+                    self._go_to(step)
+            except BROKEN:
+                self._image = self._open()
                 raise VideoBroken(f"the video is broken: frame {number} cannot be decoded") from None
             yield on_white(self._image)
 
     def _open(self) -> Image.Image:
+        data = self._path.read_bytes()
+        if self._kind == "WEBP" and data[12:16] == b"VP8X" and len(data) > 20:
+            # The header says whether frames have alpha, not whether they fill the canvas. Taken to have it,
+            # what they leave free is transparent, not black.
+            data = b"".join((data[:20], bytes([data[20] | WEBP_ALPHA]), data[21:]))
         try:
-            return Image.open(self._path, formats=(self._kind,))
+            return Image.open(io.BytesIO(data), formats=(self._kind,))
         except Image.DecompressionBombError:
             raise VideoBroken("the video's frames have too many pixels") from None
 
+    def _go_to(self, number: int) -> None:
+        self._image.seek(number)
+        self._image.load()
+        check_size(self._image.width, self._image.height, self._max_pixels)
+
     def _decoded(self) -> Iterator[Image.Image]:
         """All frames, up to the first that is broken."""
-        number = 0
-        while True:
+        self._image = self._open()
+        for number in itertools.count():
             try:
-                self._image.seek(number)
-                self._image.load()
-            except (EOFError, OSError, SyntaxError):
-                return
+                self._go_to(number)
+            except BROKEN:
+                break
             yield self._image
-            number += 1
+        self._image = self._open()
 
 
 def on_white(image: Image.Image) -> Frame:

@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from workers.preprocess.bitstream import look_of
 from workers.preprocess.packet_index import index_packets
@@ -44,6 +45,7 @@ class AvVideo:
 
     def __init__(self, path: str, demuxer: str, max_pixels: int) -> None:
         self._path, self._demuxer, self._max_pixels = path, demuxer, max_pixels
+        self._to_rgb = VideoReformatter()  # kept, since it is slow to make
         decoder = self._start()
         check_size(decoder.codec.width, decoder.codec.height, max_pixels)
         look = look_of(decoder.codec.name, decoder.codec.extradata) if demuxer in INDEXED else None
@@ -122,7 +124,8 @@ class AvVideo:
 
     def _picture(self, frame: Any) -> Frame:
         check_size(frame.width, frame.height, self._max_pixels)
-        return upright(frame.to_ndarray(format="rgb24"), display_matrix(frame))
+        picture = self._to_rgb.reformat(frame, format="rgb24")
+        return upright(picture.to_ndarray(), display_matrix(frame))
 
 
 class _Decoder:
