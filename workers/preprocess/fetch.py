@@ -34,7 +34,10 @@ MAX_REDIRECTS = 3
 MAX_CONCURRENT_DOWNLOADS = 32
 CHUNK_BYTES = 1 << 16
 MAX_URL = 1 << 16  # characters
-NO_URL = "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind data:image/png;base64, or the like"
+NO_URL = (
+    # Two sentences: what a URL is, and the commonest mistake.
+    "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind data:image/png;base64, or the like"
+)
 WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 
@@ -322,7 +325,7 @@ def too_large(max_bytes: int, field: str) -> RequestError:
 
 
 def decode_base64(data: bytes | memoryview, max_bytes: int, field: str) -> bytes:
-    """Base64 as browsers take it. Raises RequestError when it is broken or decodes to more than `max_bytes`."""
+    """Base64 as browsers take it. Raises RequestError when it is broken, or larger than `max_bytes`."""
     try:
         decoded = forgiving_base64(bytes(data))
     except ValueError:
