@@ -191,7 +191,7 @@ class Connection:
         except UnicodeEncodeError:
             raise RequestError("the text is not valid Unicode", field="messages") from None
         except (OverflowError, RecursionError):
-            raise RequestError("a number does not fit 64 bits, or is nested too deep", field="messages") from None
+            raise RequestError("a number does not fit 64 bits", field="messages") from None
         if size > self.limits.max_request_bytes:
             raise RequestError(f"the request has {size} bytes, the limit is {self.limits.max_request_bytes}", status=413, field="messages")
         opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())

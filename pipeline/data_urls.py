@@ -1,4 +1,4 @@
-"""`data:` URLs of a chat become frames of their own, so that large media are neither scanned nor copied as text on their way.
+"""`data:` URLs of a chat become frames of their own: large media are not copied as text on their way.
 
 What is base64 stays so: whoever reads the frame decodes it, with `forgiving_base64`, in a thread.
 """
@@ -31,13 +31,13 @@ ANIMATIONS = re.compile(r"(?:video|image)/gif|image/(?:png|webp)")
 
 def move_data_urls(messages: Sequence[ChatMessage], frames: list[bytes | memoryview]) -> tuple[ChatMessage, ...]:
     """The messages without their data, which is put behind `frames`. Raises RequestError for a URL that is none."""
-    return tuple(_move_message(message, frames, f"messages[{index}]") for index, message in enumerate(messages))
+    return tuple(_move_message(message, frames, f"messages[{at}]") for at, message in enumerate(messages))
 
 
 def _move_message(message: ChatMessage, frames: list[bytes | memoryview], field: str) -> ChatMessage:
     if isinstance(message.content, str):
         return message
-    parts = (_move_part(part, frames, f"{field}.content[{index}]") for index, part in enumerate(message.content))
+    parts = (_move_part(part, frames, f"{field}.content[{at}]") for at, part in enumerate(message.content))
     return ChatMessage(message.role, tuple(parts))
 
 
@@ -48,7 +48,7 @@ def _move_part(part: Part, frames: list[bytes | memoryview], field: str) -> Part
         return _move_data_url(part, frames, f"{field}.image_url")
     if part.frames:
         place = f"{field}.video_url"
-        moved = (_move_data_url(frame, frames, f"{place}[{index}]") for index, frame in enumerate(part.frames))
+        moved = (_move_data_url(frame, frames, f"{place}[{at}]") for at, frame in enumerate(part.frames))
         return msgspec.structs.replace(part, frames=tuple(moved))
     if pictures := _pictures(part.url, f"{field}.video_url"):
         if part.uuid:
@@ -71,7 +71,7 @@ def _move_data_url(part: M, frames: list[bytes | memoryview], field: str) -> M:
 
 
 def _pictures(url: str, field: str) -> list[bytes]:
-    """The frames of a video given as `data:video/jpeg;base64,A,B,C`, as vLLM's clients write it; else none."""
+    """The frames of a video given as `data:video/jpeg;base64,A,B,C`, as vLLM's clients do; else none."""
     if not _is_data_url(url):
         return []
     kind, is_base64, payload = _split(url, field)
@@ -86,7 +86,7 @@ def _pictures(url: str, field: str) -> list[bytes]:
         return []
     pictures = data.split(b",")
     if not all(picture.strip(BLANKS) for picture in pictures):
-        raise RequestError("a frame of the video is empty: frames are separated by single commas", field=field)
+        raise RequestError("a frame of the video is empty: single commas separate frames", field=field)
     return pictures
 
 
@@ -112,7 +112,7 @@ def _encoded(payload: str, field: str) -> bytes:
 
 
 def percent_decoded(data: bytes) -> bytes:
-    """With %XX as the byte that it stands for; a % before anything else stays (the URL standard's percent-decode).
+    """With %XX as the byte that it stands for; any other % stays (the URL standard's percent-decode).
 
     In time and memory linear in the data, whatever part of it is encoded.
     """
@@ -143,8 +143,9 @@ def _decode_piece(piece: bytes) -> bytes:
 
 
 def forgiving_base64(data: bytes) -> bytes:
-    """Base64 as browsers take it: blanks anywhere, %XX, no padding (the fetch and infra standards' forgiving-base64 decode);
-    and the letters of URL-safe base64. Raises ValueError for what is none.
+    """Base64 as browsers take it: blanks anywhere, %XX, no padding (the infra standard's forgiving-base64 decode).
+
+    Letters of URL-safe base64 are taken, too. Raises ValueError for what is none.
     """
     plain = percent_decoded(data).translate(TO_STANDARD, BLANKS)
     if missing := -len(plain) % 4:

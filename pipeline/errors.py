@@ -14,7 +14,7 @@ _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring, _REPR.maxlong = 2
 
 
 def brief(value: object) -> str:
-    """What a client sent, for an error that echoes it: short however large it is, and two levels deep at most."""
+    """What a client sent, for an error that echoes it: short however large or deep it is."""
     return _REPR.repr(value)[:120]
 
 
@@ -27,7 +27,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RequestError(Exception):
-    """Ends one request. `message` reaches the client: it never carries the text of a decoder or of the system.
+    """Ends one request. `message` reaches the client: it has no words of a decoder or of the system.
 
     Both texts may echo what a client sent. They are cut, and without lone surrogates, which no encoder takes.
     """

@@ -85,7 +85,7 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=
     frame: int = -1
     is_base64: bool = False
     uuid: str = ""  # the client's name for the content: what is cached under it is taken, and need not be sent again
-    min_pixels: int | None = None  # it is resized to an area in these limits, if they are narrower than the server's
+    min_pixels: int | None = None  # it is resized to an area in these limits, and the server's
     max_pixels: int | None = None
     resized_height: int | None = None  # instead: to this size, rounded to what the model takes
     resized_width: int | None = None
@@ -105,7 +105,7 @@ class VideoPart(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=
     max_pixels: int | None = None
     resized_height: int | None = None
     resized_width: int | None = None
-    total_pixels: int | None = None  # of all frames that are seen, half as many as there are: pairs become one
+    total_pixels: int | None = None  # of all frames together; a pair counts as one
     nframes: int | None = None  # frames that the model sees, instead of `fps`
     min_frames: int | None = None
     video_start: float | None = None  # seconds: frames are taken from this window of the video

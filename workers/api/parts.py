@@ -1,9 +1,9 @@
 """Content parts of a chat as clients write them, and as the pipeline has them.
 
-OpenAI's clients, vLLM's and Qwen's own tools put the same settings beside a URL or inside its object, and Qwen's have
-part types of their own: docs/parts.md lists what is served. A key that would change the answer and is not served is
-refused by name. Numbers are only checked for what the wire can carry: what they may be depends on the model, and on
-the media, so preprocess judges it.
+OpenAI's clients, vLLM's and Qwen's own tools put the same settings beside a URL or inside its object, and
+Qwen's have part types of their own: docs/parts.md lists what is served. A key that would change the answer and
+is not served is refused by name. Numbers are only checked for what the wire can carry: what they may be depends
+on the model, and on the media, so preprocess judges it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ IMAGE_SOURCES = {"image_url": ("image_url",), "image": ("image", "image_url", "u
 VIDEO_SOURCES = {"video_url": ("video_url",), "video": ("video", "video_url", "url")}
 TYPES = ("text", *IMAGE_SOURCES, *VIDEO_SOURCES)
 # Settings by the kind of their number: an area may be a float, as clients compute some of them.
-IMAGE_SETTINGS = {"min_pixels": "area", "max_pixels": "area", "resized_height": "whole", "resized_width": "whole"}
+IMAGE_SETTINGS = {
+    "min_pixels": "area",
+    "max_pixels": "area",
+    "resized_height": "whole",
+    "resized_width": "whole",
+}
 VIDEO_SETTINGS = {
     **IMAGE_SETTINGS,
     "total_pixels": "area",
@@ -39,8 +44,8 @@ VIDEO_SETTINGS = {
 SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # with one of them, `detail` says nothing more
 # Keys that say nothing about the answer, whatever their value is.
 LABELS = {
-    *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "id", "index", "name", "title", "alt"),
-    *("filename", "format", "mime_type", "media_type", "provider_options", "provider_metadata"),
+    *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "id", "index", "name"),
+    *("title", "alt", "filename", "format", "mime_type", "media_type", "provider_options", "provider_metadata"),
 }
 
 
@@ -62,7 +67,8 @@ def _type_of(given: Fields, field: str) -> str:
             raise RequestError(f"a part has a type: {', '.join(TYPES)}", field=f"{field}.type")
         return named[0]
     if kind not in TYPES:
-        raise RequestError(f"{brief(kind)} is no type of a part; served are {', '.join(TYPES)}", field=f"{field}.type")
+        what = f"{brief(kind)} is no type of a part; served are {', '.join(TYPES)}"
+        raise RequestError(what, field=f"{field}.type")
     return str(kind)
 
 
@@ -78,7 +84,8 @@ def _image(given: Fields, field: str, sources: tuple[str, ...]) -> ImagePart:
     keys = _Keys(given, field, sources)
     url = keys.source
     if not isinstance(url, str):
-        raise RequestError(f"the URL of a picture must be a string, got {brief(url)}", field=keys.source_field)
+        what = f"the URL of a picture must be a string, got {brief(url)}"
+        raise RequestError(what, field=keys.source_field)
     settings, uuid = keys.settings(IMAGE_SETTINGS), keys.uuid()
     keys.refuse_others()
     if not url and not uuid:
@@ -90,8 +97,8 @@ def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
     keys = _Keys(given, field, sources)
     urls = keys.source if isinstance(keys.source, list) else [keys.source]
     if not all(isinstance(url, str) for url in urls):
-        what = "a string, or a list of strings: its frames"
-        raise RequestError(f"the URL of a video must be {what}, got {brief(keys.source)}", field=keys.source_field)
+        what = f"the URL of a video must be a string, or a list of them: its frames; got {brief(keys.source)}"
+        raise RequestError(what, field=keys.source_field)
     settings, uuid = keys.settings(VIDEO_SETTINGS), keys.uuid()
     keys.refuse_others()
     if not all(urls) and not (urls == [""] and uuid):
@@ -105,7 +112,7 @@ def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
 
 
 class _Keys:
-    """The keys of a part and of the object in which its URL stands. Each is taken once; what is left is refused."""
+    """The keys of a part and of the object in which its URL stands. What nobody takes is refused."""
 
     def __init__(self, given: Fields, field: str, sources: tuple[str, ...]) -> None:
         self._places = {field: given}
@@ -143,19 +150,20 @@ class _Keys:
             if not _is_empty(given.get(name)):
                 values.append(read(given[name], f"{place}.{name}"))
         if len(values) == 2 and values[0] != values[1]:
-            what = f"{name} is given twice and differs: {brief(values[0])} beside the URL, {brief(values[1])} in its object"
-            raise RequestError(what, field=f"{self.source_field}.{name}")
+            what = f"beside the URL {brief(values[0])}, in its object {brief(values[1])}"
+            raise RequestError(f"{name} is given twice and differs: {what}", field=f"{self.source_field}.{name}")
         return values[0] if values else None
 
 
 def _refuse_unserved(given: Fields, served: Container[str], field: str) -> None:
     for name, value in given.items():
         if name not in served and name not in LABELS and not _is_empty(value):
-            raise RequestError(f"{brief(name)} in a part is not served by this server", field=f"{field}.{name}")
+            what = f"{brief(name)} in a part is not served by this server"
+            raise RequestError(what, field=f"{field}.{name}")
 
 
 def _is_empty(value: object) -> bool:
-    """Clients that serialise all their fields send null, or nothing in brackets, for those that are not set."""
+    """Clients that serialise all their fields send null, or empty brackets, for those that are not set."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 

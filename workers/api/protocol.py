@@ -114,7 +114,7 @@ def decode_request(body: bytes | bytearray) -> ChatCompletionRequest:
         except msgspec.ValidationError:
             raise
         except (msgspec.DecodeError, UnicodeDecodeError):
-            # Python clients write NaN, Infinity and lone surrogates; read so, the checks can name their field.
+            # Python clients write NaN, Infinity and lone surrogates; so read, checks can name their field.
             request = msgspec.convert(json.loads(body), ChatCompletionRequest)
             _refuse_lone_surrogates(request)
     except msgspec.ValidationError as error:

@@ -186,7 +186,7 @@ def _as_video_file(fd: int, max_bytes: int) -> VideoFile:
 
 
 def decode_base64(data: bytes | memoryview, max_bytes: int, field: str) -> bytes:
-    """Base64 as browsers take it. Raises RequestError when it is broken or decodes to more than `max_bytes`."""
+    """Base64 as browsers take it. Raises RequestError when it is broken, or larger than `max_bytes`."""
     try:
         decoded = forgiving_base64(bytes(data))
     except ValueError:

@@ -1,9 +1,9 @@
 """What a part's settings make of a picture or a video: its size, and which of its frames are seen. Pure.
 
-Names and rules are those of Qwen's own code (qwen-vl-utils, `vision_process.py`); where transformers has a rule of its
-own (which frames are taken, when their number is known), it is transformers'. A bound that is looser than the server's
-is the server's: clients state their own defaults. A value that makes no sense is refused by its name. The functions
-behind `check_settings` take a part that has passed it; they, too, raise RequestError.
+Names and rules are those of Qwen's own code (qwen-vl-utils, `vision_process.py`); where transformers has a rule
+of its own (which frames are taken, when their number is known), it is transformers'. A bound that is looser than
+the server's is the server's: clients state their own defaults. A value that makes no sense is refused by its
+name. The functions behind `check_settings` take a part that has passed it; they, too, raise RequestError.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def chosen_frames(
 
 
 def frame_range(part: VideoPart, metadata: VideoMetadata, field: str) -> tuple[int, int]:
-    """First frame of the window of time that is asked for, and the one behind its last. As `calculate_video_frame_range`."""
+    """First frame of the window of time that is asked for, and the one behind its last.
+
+    As `calculate_video_frame_range` of qwen-vl-utils.
+    """
     total, fps = metadata.num_frames, metadata.fps
     if part.video_start is None and part.video_end is None:
         return 0, total
@@ -92,7 +95,7 @@ def frame_range(part: VideoPart, metadata: VideoMetadata, field: str) -> tuple[i
         last = min(math.floor(min(part.video_end, duration) * fps), last)
     if start >= last:
         name = "video_start" if part.video_start is not None else "video_end"
-        what = f"between video_start and video_end there are no two frames: the video has {total}, in {duration:.2f} s"
+        what = f"between video_start and video_end are no two frames: the video has {total}, in {duration:.2f} s"
         raise RequestError(what, field=f"{field}.{name}")
     return start, last + 1
 
@@ -101,7 +104,8 @@ def _check_window(part: VideoPart, field: str) -> None:
     for name in ("video_start", "video_end"):
         seconds = getattr(part, name)
         if seconds is not None and not 0 <= seconds < math.inf:
-            raise RequestError(f"{name} must be 0 seconds or more, got {brief(seconds)}", field=f"{field}.{name}")
+            what = f"{name} must be 0 seconds or more, got {brief(seconds)}"
+            raise RequestError(what, field=f"{field}.{name}")
     if part.video_start is not None and part.video_end is not None and part.video_start >= part.video_end:
         what = f"video_start must be before video_end, got {part.video_start} and {part.video_end}"
         raise RequestError(what, field=f"{field}.video_start")
@@ -111,9 +115,11 @@ def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> 
     """A video that is given as a list of pictures."""
     for name in OF_FRAMES:
         if getattr(part, name) is not None:
-            raise RequestError(f"{name} does not apply to a list of frames: all of them are seen", field=f"{field}.{name}")
+            what = f"{name} does not apply to a list of frames: all of them are seen"
+            raise RequestError(what, field=f"{field}.{name}")
     if part.uuid or any(_is_any_given(frame, OF_SIZE) for frame in part.frames):
-        raise RequestError("a list of frames has no uuid, and its limits of size are those of the video", field=field)
+        what = "a list of frames has no uuid, and its limits of size are those of the video"
+        raise RequestError(what, field=field)
     count = len(part.frames)
     low, high = _frame_limits(part, 1, most, multiple, field)
     if count > high:
@@ -123,7 +129,7 @@ def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> 
 
 
 def _asked_size(part: ImagePart | VideoPart, factor: int, max_pixels: int, field: str) -> ImageSize | None:
-    """The size that a part names itself, rounded to what the model takes. It goes before limits of the area."""
+    """The size that a part names itself, rounded to what the model takes. It goes before an area."""
     sides = part.resized_height, part.resized_width
     if sides == (None, None):
         return None
@@ -150,7 +156,8 @@ def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -
             f"min_pixels must be at most max_pixels, got {least} and {most}", field=f"{field}.min_pixels"
         )  # fmt: skip
     if least is not None and least > high:
-        raise RequestError(f"min_pixels must be at most the server's {high}, got {least}", field=f"{field}.min_pixels")
+        what = f"min_pixels must be at most the server's {high}, got {least}"
+        raise RequestError(what, field=f"{field}.min_pixels")
     high = high if most is None else min(high, most)
     # A picture may be made smaller than the server's least: it is the client's own, and costs less.
     return min(low if least is None else max(low, least), high), high
@@ -178,7 +185,7 @@ def _whole_number_of_frames(asked: int, total: int, most: int, multiple: int, fi
     count = round(asked / multiple) * multiple
     high = min(total, most)
     if not multiple <= count <= high:
-        what = f"nframes must be between {multiple} and {high}, of which the video has {total}; got {brief(asked)}"
+        what = f"nframes must be between {multiple} and {high} (the video has {total} frames), got {brief(asked)}"
         raise RequestError(what, field=f"{field}.nframes")
     return count
 

@@ -1,8 +1,8 @@
 """From the parts of a message to items: brings media in, and learns their content's hash and their size before anything is decoded.
 
-What was learnt is remembered: by a part's `uuid`, for later parts that have nothing else; and by its URL, as long as its
-host says that nothing changed. Then nothing is brought in, until a ViT turns out not to have it. Content that is sent along
-counts, whatever was sent under its name before.
+What was learnt is remembered: by a part's `uuid`, for later parts that have nothing else; and by its URL, as long
+as its host says that nothing changed. Then nothing is brought in, until a ViT turns out not to have it. Content
+that is sent along counts, whatever was sent under its name before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Data = bytes | memoryview
 
 
 class Scope(NamedTuple):
-    """Whose media they are: names belong to a tenant, and to a salt of his; what is cached by content, to a salt."""
+    """Whose media they are. Names belong to a tenant and a salt; what is cached by content, to a salt."""
 
     tenant: str
     salt: bytes
@@ -148,7 +148,8 @@ class ItemReader:
         if len(part.uuid) > MAX_UUID:
             what = f"a uuid has at most {MAX_UUID} characters, this has {len(part.uuid)}"
             raise RequestError(what, field=f"{field}.uuid")
-        tenant, name, url = scope.tenant, _key(scope, kind, "uuid", part.uuid), _key(scope, kind, "url", part.url)
+        tenant = scope.tenant
+        name, url = _key(scope, kind, "uuid", part.uuid), _key(scope, kind, "url", part.url)
         if part.uuid and not part.url and part.frame < 0:
             known = self._known.get(tenant, name)
             if known is None:

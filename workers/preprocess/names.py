@@ -1,7 +1,7 @@
 """What is remembered of media by a client's name for them, or by their URL. Pure.
 
-Tenants share nothing here, and none can flush what another has: each has a share of its own, and where all is full, the
-largest gives.
+Tenants share nothing here, and none can flush what another has: each has a share of its own, and where all is
+full, the largest gives.
 """
 
 from __future__ import annotations

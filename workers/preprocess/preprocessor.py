@@ -221,7 +221,8 @@ class Preprocessor:
             raise RequestError("messages must not be empty", field="messages")
         if len(message.messages) > MAX_MESSAGES:
             raise RequestError(f"there are {len(message.messages)} messages, the limit is {MAX_MESSAGES}", field="messages")
-        if (count := sum(0 if isinstance(one.content, str) else len(one.content) for one in message.messages)) > MAX_PARTS:
+        contents = [one.content for one in message.messages if not isinstance(one.content, str)]
+        if (count := sum(map(len, contents))) > MAX_PARTS:
             raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
         if message.num_received < 0 or message.attempt < 1:
             raise RequestError("attempt and num_received count from 1 and 0", field="attempt")
