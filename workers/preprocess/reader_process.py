@@ -111,7 +111,7 @@ class Reader:
         if not job.height:
             return PictureSize(*read_size(data, job.max_pixels, ""))
         out = self._pool.array(job.offset, (job.height, job.width, 3))
-        out[:] = decode(data, ImageSize(job.height, job.width), "")
+        out[:] = decode(data, ImageSize(job.height, job.width), "", job.max_pixels)
         return Done()
 
     def _read_video(self, job: VideoJob) -> Answer:
