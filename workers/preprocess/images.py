@@ -39,7 +39,7 @@ class ImageSize(NamedTuple):
 
 
 def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> ImageSize:
-    """Height and width as shown, by the header. Raises RequestError for no picture, one too large or too thin."""
+    """Height and width as shown, by the header. Raises RequestError: no picture, too large or too thin."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
         structure, image = _open(data, max_source_pixels, field)
@@ -187,7 +187,7 @@ def _flatten_grey(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """65535 is white. Of 32 bits and of fractions nobody says what white is: it is the first of 1 (of fractions),
+    """65535 is white. Of 32 bits and of fractions nobody says what white is: the first of 1 (of fractions),
     255 and 65535 that no value is above. Where values go beyond these, or below 0, the largest is white, the
     smallest black.
     """

@@ -68,7 +68,8 @@ class ItemReader:
         low, high = self._limits(part, field, vision.min_pixels, vision.max_pixels)
         known, load = await self._resolve_picture(part, field, frames, salt, hold)
         size = smart_resize(known.size, vision.factor, low, high)
-        return picture_item(PictureSource(load, field, self._readers), size, self._hash(salt, "picture", known.content, size), vision)
+        mm_hash = self._hash(salt, "picture", known.content, size)
+        return picture_item(PictureSource(load, field, self._readers), size, mm_hash, vision)
 
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], salt: bytes, hold: Hold) -> Item:
         if part.fps is not None:

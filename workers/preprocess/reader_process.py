@@ -156,7 +156,7 @@ def main() -> None:
         answer = msgspec.msgpack.encode(reader.handle(job))
         signal.setitimer(signal.ITIMER_PROF, 0)
         try:
-            os.write(answers, struct.pack("<I", len(answer)) + answer)  # in one go: a pipe takes 4 KiB at least
+            os.write(answers, struct.pack("<I", len(answer)) + answer)  # in one go
         except BrokenPipeError:
             return  # whoever started us died before the kernel could have told us
 

@@ -460,7 +460,7 @@ async def test_no_frame_is_begun_after_a_broken_one(rig: Rig, monkeypatch: pytes
     rig.check_nothing_left()
 
 
-async def test_a_text_does_not_wait_for_threads_that_media_hold(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_text_waits_for_no_threads_of_media(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
 
     def slow(data: bytes) -> bytes:
