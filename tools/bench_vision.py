@@ -295,7 +295,8 @@ class Bench:
             Image.open(io.BytesIO(data)).convert("RGB").resize((size.width, size.height), Image.Resampling.BICUBIC)
 
         with asyncio.Runner() as runner:
-            times = [(_seconds(lambda: runner.run(ours())), _seconds(pillow)) for _ in range(2 * self.rounds + 1)][1:]
+            rounds = range(2 * self.rounds + 1)
+            times = [(_seconds(lambda: runner.run(ours())), _seconds(pillow)) for _ in rounds][1:]
             runner.run(readers.close())
             assert np.array_equal(out[0], decode(data, ImageSize(*size), ""))
         pool.close()

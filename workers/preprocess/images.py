@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -38,15 +39,11 @@ class ImageSize(NamedTuple):
 
 
 def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> ImageSize:
-    """Height and width as shown, from the header alone. Raises RequestError for what is no picture, or too large or too thin."""
-    structure = walk(data, field)
-    if structure.webp_size is not None:
-        _check_pixels(*structure.webp_size, max_source_pixels, field)
+    """Height and width as shown, by the header. Raises RequestError: no picture, too large or too thin."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
-        image = _open(data, structure, field)
+        structure, image = _open(data, max_source_pixels, field)
     width, height = image.size
-    _check_pixels(width, height, max_source_pixels, field)
     is_turned = orientation(structure, image) in SWAPS_SIDES
     size = ImageSize(width, height) if is_turned else ImageSize(height, width)
     check_aspect(size, field)
@@ -65,16 +62,26 @@ def check_aspect(size: ImageSize, field: str) -> None:
         raise RequestError(f"it has {size.width} x {size.height} pixels: {limit}", field=field)
 
 
-def decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
+def decode(
+    data: bytes | memoryview,
+    target: ImageSize,
+    field: str,
+    max_source_pixels: int = sys.maxsize,
+) -> npt.NDArray[Any]:
     """RGB pixels [height, width, 3] uint8, resized. Raises RequestError if it is broken, and MemoryError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
-        return _decode(data, target, field)
+        structure, image = _open(data, max_source_pixels, field)
+        return _decode(data, structure, image, target, field)
 
 
-def _decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDArray[Any]:
-    structure = walk(data, field)
-    image = _open(data, structure, field)
+def _decode(
+    data: bytes | memoryview,
+    structure: Structure,
+    image: Image.Image,
+    target: ImageSize,
+    field: str,
+) -> npt.NDArray[Any]:
     try:
         turn = TURNS.get(orientation(structure, image))
         shown = _flatten(_whole(data, structure) if structure.lacks_end else image, structure)
@@ -87,13 +94,19 @@ def _decode(data: bytes | memoryview, target: ImageSize, field: str) -> npt.NDAr
         raise RequestError("the picture cannot be decoded", field=field) from None
 
 
-def _open(data: bytes | memoryview, structure: Structure, field: str) -> Image.Image:
+def _open(data: bytes | memoryview, max_source_pixels: int, field: str) -> tuple[Structure, Image.Image]:
+    """Its structure and header are fine; nothing is decoded yet."""
+    structure = walk(data, field)
+    if structure.webp_size is not None:
+        _check_pixels(*structure.webp_size, max_source_pixels, field)
     try:
-        return Image.open(io.BytesIO(data), formats=(structure.kind,))
+        image = Image.open(io.BytesIO(data), formats=(structure.kind,))
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001  decoders raise anything on broken data
         raise not_a_picture(field) from None
+    _check_pixels(*image.size, max_source_pixels, field)
+    return structure, image
 
 
 def _whole(data: bytes | memoryview, structure: Structure) -> Image.Image:
@@ -174,7 +187,7 @@ def _flatten_grey(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """65535 is white. Of 32 bits and of fractions nobody says what white is: it is the first of 1 (of fractions),
+    """65535 is white. Of 32 bits and of fractions nobody says what white is: the first of 1 (of fractions),
     255 and 65535 that no value is above. Where values go beyond these, or below 0, the largest is white, the
     smallest black.
     """

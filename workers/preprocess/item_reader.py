@@ -77,7 +77,8 @@ class ItemReader:
         vision = self._info.vision
         known, load = await self._resolve_picture(part, field, frames, scope, hold)
         size = picture_size(part, known.size, vision, field)
-        return picture_item(PictureSource(load, field, self._readers), size, self._hash(scope.salt, "picture", known.content, size), vision)
+        mm_hash = self._hash(scope.salt, "picture", known.content, size)
+        return picture_item(PictureSource(load, field, self._readers), size, mm_hash, vision)
 
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
         pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, scope, hold) for index, frame in enumerate(part.frames))

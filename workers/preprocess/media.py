@@ -21,6 +21,7 @@ from workers.preprocess.readers import MediaReaders
 from workers.preprocess.videos import VideoFile
 
 Pixels = npt.NDArray[Any]
+Data = bytes | memoryview
 FRAMES_AT_ONCE = 8  # of a video given as pictures, that wait for a process
 
 
@@ -65,7 +66,7 @@ class Item:
 class PictureSource:
     """`load` brings the bytes if they are needed: those of a picture that a ViT has never are."""
 
-    def __init__(self, load: Callable[[], Awaitable[bytes | memoryview]], field: str, readers: MediaReaders) -> None:
+    def __init__(self, load: Callable[[], Awaitable[Data]], field: str, readers: MediaReaders) -> None:
         self._load, self._field, self._readers = load, field, readers
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:

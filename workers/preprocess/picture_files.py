@@ -178,7 +178,7 @@ def _is_metadata(name: bytes, key: Data) -> bool:
 
 
 def _profile_of(name: bytes, body: bytes) -> tuple[str, bytes] | None:
-    """Metadata in a chunk of text: XMP by its specification, or EXIF or XMP in hex, as ImageMagick has them."""
+    """Metadata in a chunk of text: XMP by its specification; EXIF or XMP in hex, as ImageMagick has it."""
     key, _, text = body.partition(b"\0")
     is_packed = name == b"zTXt"
     if name == b"iTXt":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import hashlib
 import io
 import itertools
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +56,7 @@ from pipeline.trace import Tracer
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
-from workers.preprocess import chunks
+from workers.preprocess import chunks, item_reader
 from workers.preprocess.images import ImageSize, decode
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
@@ -492,6 +494,31 @@ async def test_no_frame_is_begun_after_a_broken_one(rig: Rig, monkeypatch: pytes
     for vit in rig.vits:
         for message in vit.take(EncodeRequest):
             rig.feedback(PixelsReleased, key=message.key)
+    rig.check_nothing_left()
+
+
+async def test_a_text_waits_for_no_threads_of_media(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+
+    def slow(data: bytes) -> bytes:
+        goes_on.wait(30)
+        return hashlib.sha256(data).digest()
+
+    monkeypatch.setattr(item_reader, "_sha256", slow)
+    rig.submit("many", [encode(scene(number)) for number in range(8)])
+    await asyncio.sleep(1)
+    rig.submit("text")
+    async with asyncio.timeout(10):
+        while not rig.llm.sent:
+            await asyncio.sleep(0.01)
+    assert [message.request_id for message in rig.llm.take(GenerateRequest)] == ["text"]
+    goes_on.set()
+    await rig.settle()
+    assert [message.request_id for message in rig.llm.take(GenerateRequest)] == ["many"]
+    for item in range(8):
+        rig.feedback(PixelsReleased, key=ChunkKey("many", 1, item, 0))
+    rig.end("text")
+    rig.end("many")
     rig.check_nothing_left()
 
 

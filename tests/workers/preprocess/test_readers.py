@@ -74,6 +74,26 @@ async def test_pixels_arrive_in_the_pool_as_decoded_here(readers: MediaReaders, 
     assert len(readers._all) == 1, "one process did all of it"
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF"])
+async def test_every_kind_is_read_within_the_limits_of_a_process(
+    kind: str,
+    readers: MediaReaders,
+    pool: TensorPool,
+) -> None:
+    data = encode(noise(1, (1500, 1100)), kind)
+    assert await readers.inspect_picture(data, "") == (1100, 1500)
+    await readers.read_picture(data, SIZE, 0, "")
+    out = pool.memory.array(0, (*SIZE, 3))  # type: ignore[attr-defined]
+    assert np.array_equal(out, decode(data, SIZE, ""))
+
+
+async def test_what_is_decoded_has_the_limit_of_what_was_looked_at(readers: MediaReaders) -> None:
+    """They need not be the same: a client may name one picture and send another."""
+    readers.limits = LIMITS._replace(max_pixels=63_999_999)
+    with pytest.raises(RequestError, match="8000 x 8000 pixels, the limit is 63999999"):
+        await readers.read_picture(SLOW, SIZE, 0, "")
+
+
 async def test_a_picture_may_be_larger_than_what_is_written_at_once(readers: MediaReaders) -> None:
     data = encode(noise(3, (1600, 1200)), "BMP")
     assert len(data) > 5 << 20

@@ -111,7 +111,7 @@ def test_decord_finds_the_same_frames_in_good_kinds(options: dict[str, object], 
             assert [read_number(frame) for frame in video.frames(numbers)] == list(numbers)
 
 
-async def test_frames_arrive_in_the_pool_as_torch_would_resize_them(readers: MediaReaders, pool: TensorPool) -> None:
+async def test_frames_arrive_as_torch_would_resize_them(readers: MediaReaders, pool: TensorPool) -> None:
     frames = counting_frames(30)
     file = video_file(encode_video(frames, crf="1"))
     metadata = await readers.inspect(file, "")
