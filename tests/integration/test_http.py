@@ -392,7 +392,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens -1": ({"max_tokens": -1}, "max_tokens"),
     "temperature NaN": ({"temperature": float("nan")}, "temperature"),
     "n 0": ({"n": 0}, "n"),
-    "lone surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    "lone surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]"),
     "300 pictures": ({"messages": [{"role": "user", "content": [picture("data:,x")] * 300}]}, "messages"),
     "unknown field": ({"guided_json": {}}, "guided_json"),
     "too many pictures": ({"messages": [{"role": "user", "content": [picture(data_url(scene(1)))] * 65}]}, "messages"),
