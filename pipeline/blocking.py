@@ -67,11 +67,11 @@ class BlockingClient:
 
     def generate(
         self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes | memoryview] = (), request_id: str = "",
-        priority: int = 0, cache_salt: bytes = b"",
+        priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> Iterator[Piece]:  # fmt: skip
         """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the request."""
         assert self._client is not None
-        pieces = self._client.generate(messages, sampling, media, request_id, priority, cache_salt)
+        pieces = self._client.generate(messages, sampling, media, request_id, priority, cache_salt, tenant)
         read: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
 
         async def pump() -> None:

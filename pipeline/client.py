@@ -120,16 +120,17 @@ class PipelineClient:
 
     async def generate(
         self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes | memoryview] = (), request_id: str = "",
-        priority: int = 0, cache_salt: bytes = b"",
+        priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one chat and yields what comes, ending with the piece that has a finish reason.
 
         `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with an equal
-        `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked. Leaving the
-        generator early aborts the request. Raises RequestError when the request is refused or fails.
+        `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked. `tenant`: on whose
+        behalf, where one client speaks for many; a gateway puts the key's owner in its place. Leaving the generator early
+        aborts the request. Raises RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
-        opened = self._submit(messages, sampling, list(media), request, priority, cache_salt)
+        opened = self._submit(messages, sampling, list(media), request, priority, cache_salt, tenant)
         assert self._tokenizer is not None
         detokenizer, stop_strings = Detokenizer(self._tokenizer), StopStrings(sampling.stop)
         try:
@@ -163,7 +164,7 @@ class PipelineClient:
 
     def _submit(
         self, messages: Sequence[ChatMessage], sampling: SamplingParams, frames: list[bytes | memoryview], request_id: str,
-        priority: int, cache_salt: bytes,
+        priority: int, cache_salt: bytes, tenant: str,
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
@@ -174,7 +175,7 @@ class PipelineClient:
             raise RequestError(f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}", field="messages")
         request = SubmitRequest(
             client_id=self._connection.client_id, request_id=request_id, attempt=1, messages=moved, sampling=sampling, priority=priority,
-            cache_salt=cache_salt,
+            cache_salt=cache_salt, tenant=tenant,
         )  # fmt: skip
         return self._connection.submit(request, frames)
 

@@ -50,6 +50,9 @@ class ApiConfig:
     api_key: tuple[str, ...] = option((), "key that clients must send; several may be given", metavar="KEY")
     admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
+    trust_forwarded_for: bool = option(
+        False, "a client without a key is told by the last address of X-Forwarded-For: only behind a proxy that sets it"
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, port=0, max_request_mib=1)

@@ -19,7 +19,14 @@ class Chat(NamedTuple):
     choices: list[AsyncGenerator[Piece, None]]  # nothing is submitted before one of them is read
 
 
-def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: str, info: ModelInfo, cache_salt: bytes = b"") -> Chat:
+def open_chat(
+    client: PipelineClient,
+    body: ChatCompletionRequest,
+    model_name: str,
+    info: ModelInfo,
+    cache_salt: bytes = b"",
+    tenant: str = "",
+) -> Chat:
     """Raises RequestError for what is not served."""
     refuse_unserved(body)
     if body.model and body.model != model_name:
@@ -30,7 +37,13 @@ def open_chat(client: PipelineClient, body: ChatCompletionRequest, model_name: s
     moved = move_data_urls(messages, media)  # once, however many choices there are
     choices = [
         client.generate(
-            moved, to_choice(sampling, index), media, request_id=f"{completion_id}-{index}", priority=body.priority or 0, cache_salt=cache_salt
+            moved,
+            to_choice(sampling, index),
+            media,
+            request_id=f"{completion_id}-{index}",
+            priority=body.priority or 0,
+            cache_salt=cache_salt,
+            tenant=tenant,
         )
         for index in range(count)
     ]

@@ -20,6 +20,7 @@ from workers.api.chat import open_chat
 from workers.api.metrics import exposition
 from workers.api.protocol import decode_request, error_body
 from workers.api.stream import DONE, ChoicePiece, Completion, error_event, side_by_side
+from workers.api.tenants import key_tenant, peer_tenant
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = "2"
@@ -140,12 +141,20 @@ class ApiServer:
         body = decode_request(await request.read())
         if not self.is_ready:
             raise RequestError("the server is still starting", status=503)
-        chat = open_chat(self._client, body, self._model_name, self._info, self._cache_salt(request, body.cache_salt or ""))
+        salt = self._cache_salt(request, body.cache_salt or "")
+        chat = open_chat(self._client, body, self._model_name, self._info, salt, self._tenant(request))
         async with aclosing(side_by_side(chat.choices)) as pieces:
             if not body.stream:
                 return web.json_response(await chat.completion.whole(pieces))
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return await self._stream(request, chat.completion, pieces, include_usage)
+
+    def _tenant(self, request: web.Request) -> str:
+        """Whose turn the request takes: its key's, else its peer's."""
+        if self._keys:
+            return key_tenant(_given_key(request))
+        forwarded = request.headers.getall("X-Forwarded-For", []) if self._config.trust_forwarded_for else []
+        return peer_tenant(request.remote, forwarded)
 
     def _cache_salt(self, request: web.Request, salt: str) -> bytes:
         """Who shares cached prefixes: requests with one key and one salt."""

@@ -73,6 +73,7 @@ class Request:
     max_tokens: int
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
+    tenant: str = ""  # whose turns it takes
     is_alone: bool = False  # it may be what a rank died of: nobody else is in its steps until it has yielded a token
     num_earlier_tokens: int = 0  # of the output: from earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
@@ -105,7 +106,7 @@ class Request:
             prompt_token_ids=prompt, positions=positions, position_delta=delta, chunks=chunks,
             items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
-            is_alone=message.is_alone, num_earlier_tokens=len(message.output_token_ids) // 4,
+            tenant=message.tenant or message.client_id.hex(), is_alone=message.is_alone, num_earlier_tokens=len(message.output_token_ids) // 4,
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
             logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * (len(message.output_token_ids) // 4),
         )  # fmt: skip

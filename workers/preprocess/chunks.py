@@ -42,6 +42,7 @@ class ChunkState:
     is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
+    tenant: str = ""
     alone_in: tuple[Role, ...] = ()  # its request may have been the death of such workers: it passes these stages alone
 
 
@@ -66,10 +67,14 @@ class ChunkFlow:
         self._chunks: dict[ChunkKey, ChunkState] = {}
         self.num_decoded = 0
 
-    def route(self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int, alone_in: tuple[Role, ...] = ()) -> MmChunk:
+    def route(
+        self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int, alone_in: tuple[Role, ...] = (), tenant: str = ""
+    ) -> MmChunk:
         """Takes a chunk in and chooses its ViT; `announce` tells that ViT."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
-        self._chunks[key] = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known, alone_in=alone_in)
+        self._chunks[key] = ChunkState(
+            key, chunk, choice.vit, order, is_wanted=not choice.is_known, tenant=tenant, alone_in=alone_in
+        )
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
@@ -127,7 +132,8 @@ class ChunkFlow:
             handle = self._pool.lend(state.slot, state.chunk.shape, "uint8")
         return EncodeRequest(
             key=state.key, arrival=state.order.arrival, position=state.order.position, mm_hash=state.chunk.mm_hash,
-            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in, **self._origin,
+            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in, tenant=state.tenant,
+            **self._origin,
         )  # fmt: skip
 
     def _grant(self) -> None:

@@ -22,6 +22,8 @@ from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
+    MAX_SALT_BYTES,
+    MAX_TENANT,
     AbortRequest,
     ChunkKey,
     EncodeMessage,
@@ -62,7 +64,6 @@ R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
 MAX_MESSAGES = 1024
-MAX_SALT_BYTES = 256
 MAX_OVERLOAD = 2  # times the open requests that are taken in, so many may be gone on with
 
 
@@ -71,6 +72,7 @@ class OpenRequest:
     client_id: bytes
     request_id: str
     attempt: int
+    tenant: str
     task: asyncio.Task[None] | None = None
     reply: GenerateRequest | AbortRequest | None = None  # what the LLM was told, for queries
     keys: list[ChunkKey] = field(default_factory=list)
@@ -151,7 +153,9 @@ class Preprocessor:
                 )
             )  # fmt: skip
             return
-        opened = self._requests[message.request_id] = OpenRequest(message.client_id, message.request_id, message.attempt)
+        opened = self._requests[message.request_id] = OpenRequest(
+            message.client_id, message.request_id, message.attempt, tenant_of(message)
+        )
         # Where a lower attempt may still run; after our predecessor's death only its client knows, if anybody.
         opened.lead = known.lead if known is not None else message.lead if message.lead in self._llms else None
         if known is None and opened.lead is None and message.attempt > 1 and len(self._llms) > 1:
@@ -188,6 +192,8 @@ class Preprocessor:
             raise RequestError("output_token_ids are not whole numbers", field="output_token_ids")
         if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
             raise RequestError(f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority")
+        if len(message.tenant) > MAX_TENANT:
+            raise RequestError(f"the name of a tenant has at most {MAX_TENANT} characters", field="tenant")
         vocab_size, token_ids = self._info.text.vocab_size, unpack_int32(message.output_token_ids)
         if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
             raise RequestError("output_token_ids are outside the vocabulary", field="output_token_ids")
@@ -279,7 +285,8 @@ class Preprocessor:
             for index, chunk in enumerate(item.chunks):
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = chunk.grid_thw.num_patches // self._info.vision.merge_size**2
-                routed.append(self._chunks.route(key, chunk, Order(self._last_arrival, len(opened.keys)), num_tokens, message.alone_in))
+                order = Order(self._last_arrival, len(opened.keys))
+                routed.append(self._chunks.route(key, chunk, order, num_tokens, message.alone_in, opened.tenant))
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
         opened.reply = GenerateRequest(
@@ -295,6 +302,7 @@ class Preprocessor:
             priority=message.priority,
             cache_salt=message.cache_salt,
             is_alone=Role.LLM in message.alone_in,
+            tenant=opened.tenant,
             **self._origin,
         )
         self._tell(opened, opened.reply)
@@ -392,6 +400,11 @@ class Preprocessor:
         await self._readers.close()
         await self._fetcher.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+
+def tenant_of(message: SubmitRequest) -> str:
+    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is refused later."""
+    return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pipeline.curve import owner_of
 from pipeline.ends import Subscription
-from pipeline.messages import AbortRequest, Hello
+from pipeline.messages import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
+from pipeline.sampling import SamplingParams
 from workers.gateway.gateway import MAX_CLIENTS_PER_KEY, Gateway
 
 ALICE, BOB = "alice's public key", "bob's public key"
@@ -34,7 +35,8 @@ class Rig:
         self.ups = [Upstream(), Upstream()]
         self.published: list[tuple[bytes, bytes]] = []
         self.is_full = False
-        self.gateway = Gateway(self.ups, self.publish)
+        self.names = {ALICE: "alice", BOB: "bob"}
+        self.gateway = Gateway(self.ups, self.publish, self.names.get)
 
     def publish(self, data: bytes, topic: bytes) -> bool:
         if not self.is_full:
@@ -119,3 +121,28 @@ def test_who_was_cut_off_and_leaves_is_forgotten() -> None:
     assert (rig.topics, rig.gateway.num_clients) == ([], 0)
     rig.subscribe(slow)
     assert rig.topics == [slow]
+
+
+def test_the_key_says_on_whose_behalf_a_request_is_and_whose_caches_it_shares() -> None:
+    rig = Rig()
+
+    def submit(user: str, **fields: object) -> SubmitRequest:
+        values: dict[str, object] = {"attempt": 1, "messages": (), "sampling": SamplingParams(), **fields}
+        message = SubmitRequest(client_id=client_of(user), request_id="r", **values)  # type: ignore[arg-type]
+        stamped: IngestMessage = rig.gateway.stamped(message, user)
+        assert isinstance(stamped, SubmitRequest)
+        return stamped
+
+    first, forged, other = submit(ALICE), submit(ALICE, tenant="curve:bob"), submit(BOB)
+    assert (first.tenant, forged.tenant, other.tenant) == ("curve:alice", "curve:alice", "curve:bob")
+    assert first.cache_salt == forged.cache_salt != other.cache_salt
+    salted = submit(ALICE, cache_salt=b"salt")
+    assert salted == submit(ALICE, cache_salt=b"salt", attempt=1), "an attempt finds what the one before has left"
+    assert salted.cache_salt not in (first.cache_salt, b"salt", submit(BOB, cache_salt=b"salt").cache_salt)
+    assert submit(BOB, cache_salt=first.cache_salt).cache_salt != first.cache_salt, "no salt leads into another's caches"
+    assert len(submit(ALICE, cache_salt=bytes(MAX_SALT_BYTES + 1)).cache_salt) > MAX_SALT_BYTES, "it is refused later"
+    rig.names.clear()
+    assert submit(ALICE).tenant == "curve:alice", "its file has gone, its connection has not"
+    unknown = submit("a key that nobody has")
+    assert unknown.tenant.startswith("curve:") and unknown.tenant not in ("curve:alice", "curve:bob")
+    assert rig.gateway.stamped(hello(client_of(ALICE)), ALICE) == hello(client_of(ALICE))
