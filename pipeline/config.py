@@ -90,12 +90,12 @@ class PreprocessConfig:
     max_video_frames: int | None = option(None, "most frames of a video that the model sees (default: the model's)", metavar="N")
     video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
-    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; more get 503", metavar="MIB")
+    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; see docs/fairness.md", metavar="MIB")
     preprocess_memory_mib: int | None = option(
         None, "memory that preprocessing may take beside its pool, in MiB: a decoder that wants more fails, or dies alone (default: what the "
         "limits of media and of pictures allow for)", metavar="MIB"
     )  # fmt: skip
-    max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
+    max_open_requests: int = option(512, "requests in the pipeline at once; a tenant that has its share gets 429, then all get 503", metavar="N")
 
     def __post_init__(self) -> None:
         _at_least(

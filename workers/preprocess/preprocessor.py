@@ -17,7 +17,7 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from pipeline.config import MAX_ITEMS, MAX_OPEN_CHUNKS, MIB, PreprocessConfig
+from pipeline.config import MAX_ITEMS, MAX_OPEN_CHUNKS, PreprocessConfig
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo
@@ -51,6 +51,7 @@ from pipeline.slots import Order, SlotAllocator
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
+from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.item_reader import ItemReader, gather
 from workers.preprocess.media import Item
@@ -64,7 +65,8 @@ R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
 MAX_MESSAGES = 1024
-MAX_OVERLOAD = 2  # times the open requests that are taken in, so many may be gone on with
+MAX_REMEMBERED = 1 << 16  # requests, with those that have ended
+CLIENTS_RETURN_S = 120.0  # after our predecessor's death: with requests that it had begun
 
 
 @dataclass(slots=True)
@@ -77,6 +79,8 @@ class OpenRequest:
     reply: GenerateRequest | AbortRequest | None = None  # what the LLM was told, for queries
     keys: list[ChunkKey] = field(default_factory=list)
     num_media_bytes: int = 0
+    has_credit: bool = False
+    was_begun: bool = False  # here, in this attempt or an earlier one
     lead: int | None = None  # of the group that runs it, once that is chosen
     num_new_tokens: int = 0  # that count as outstanding there
     ended_at: float | None = None
@@ -108,7 +112,8 @@ class Preprocessor:
         self._last_arrival = 0
         self.is_draining = False
         self.num_open = 0
-        self.num_media_bytes = 0  # of open requests
+        self._credits = Credits(config.max_open_requests, config.max_open_media_mib)
+        self._started_at = time.monotonic()
         self.counters = {"stale_messages": 0, "refused_requests": 0}
 
     # From clients.
@@ -163,11 +168,9 @@ class Preprocessor:
             for llm in self._llms.values():  # one of them may still run it, and another is about to
                 llm.send(before)
         self.num_open += 1
+        opened.was_begun = known.was_begun if known is not None else self._may_have_begun(message)
         try:
-            if message.attempt == 1:  # what was begun is gone on with, be the server full or about to stop
-                self._check_load()
-            elif self.num_open > MAX_OVERLOAD * self._config.max_open_requests:
-                raise RequestError("the server is overloaded", status=503)
+            self._take_credit(opened)
             self._check_fields(message)
             self._hold_media(opened, sum(len(frame) for frame in frames))
         except RequestError as error:
@@ -175,11 +178,23 @@ class Preprocessor:
             return
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
 
-    def _check_load(self) -> None:
-        if self.is_draining:
+    def _may_have_begun(self, message: SubmitRequest) -> bool:
+        """A request that is not known here: our predecessor may have begun it. Later on nobody has cause to say so."""
+        is_successor = self._origin["epoch"] > 1 and time.monotonic() - self._started_at < CLIENTS_RETURN_S
+        return message.attempt > 1 and is_successor
+
+    def _take_credit(self, opened: OpenRequest) -> None:
+        """What was begun is gone on with, be the server full or about to stop."""
+        if self.is_draining and not opened.was_begun:
             raise RequestError("the server is shutting down", status=503)
-        if self.num_open > self._config.max_open_requests:
-            raise RequestError(f"the server is overloaded: {self._config.max_open_requests} requests are open", status=503)
+        self._credits.open(opened.tenant, opened.was_begun)
+        opened.has_credit = opened.was_begun = True
+
+    def _give_back_credit(self, opened: OpenRequest) -> None:
+        """The request has ended or was refused: what it held is another's, though the LLM may not know yet."""
+        if opened.has_credit:
+            self._credits.close(opened.tenant, opened.num_media_bytes)
+            opened.has_credit, opened.num_media_bytes = False, 0
 
     def _check_fields(self, message: SubmitRequest) -> None:
         if not message.messages:
@@ -203,12 +218,9 @@ class Preprocessor:
 
     def _hold_media(self, opened: OpenRequest, num_bytes: int) -> None:
         """Counts encoded media that a request holds until it ends. Raises RequestError rather than let memory grow."""
-        if opened.ended_at is not None:
-            return
-        opened.num_media_bytes += num_bytes
-        self.num_media_bytes += num_bytes
-        if self.num_media_bytes > self._config.max_open_media_mib * MIB:
-            raise RequestError("the server is overloaded: too many media are open", status=503)
+        if opened.has_credit:
+            opened.num_media_bytes += num_bytes
+            self._credits.hold(opened.tenant, num_bytes)
 
     def _on_abort(self, message: AbortRequest) -> None:
         known = self._requests.get(message.request_id)
@@ -320,6 +332,7 @@ class Preprocessor:
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
+        self._give_back_credit(opened)
         opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
         self._tell(opened, opened.reply)
 
@@ -372,7 +385,7 @@ class Preprocessor:
     def _end(self, opened: OpenRequest) -> None:
         opened.ended_at = time.monotonic()
         self.num_open -= 1
-        self.num_media_bytes -= opened.num_media_bytes
+        self._give_back_credit(opened)
         if opened.task is not None:
             opened.task.cancel()
             opened.task = None
@@ -386,11 +399,18 @@ class Preprocessor:
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks the books when nothing is open."""
         for opened in list(self._requests.values()):
-            if opened.ended_at is not None and now - opened.ended_at > MEMORY_OF_ENDED_S:
+            is_too_many = len(self._requests) > MAX_REMEMBERED
+            if opened.ended_at is not None and (is_too_many or now - opened.ended_at > MEMORY_OF_ENDED_S):
                 del self._requests[opened.request_id]
         if not self.num_open:
             self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
+            assert not self._credits.num_requests + self._credits.num_media_bytes, "credits are held by nobody"
+
+    @property
+    def num_media_bytes(self) -> int:
+        """Of open requests."""
+        return self._credits.num_media_bytes
 
     @property
     def num_decoded(self) -> int:
