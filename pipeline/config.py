@@ -51,7 +51,8 @@ class ApiConfig:
     admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     trust_forwarded_for: bool = option(
-        False, "a client without a key is told by the last address of X-Forwarded-For: only behind a proxy that sets it"
+        False,
+        "who has no key is told by the last address of X-Forwarded-For: only behind a proxy that sets it",
     )
 
     def __post_init__(self) -> None:
@@ -90,12 +91,25 @@ class PreprocessConfig:
     max_video_frames: int | None = option(None, "most frames of a video that the model sees (default: the model's)", metavar="N")
     video_timeout_s: float = option(60.0, "time to read a piece of a video, in seconds", metavar="SECONDS")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
-    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; see docs/fairness.md", metavar="MIB")
+    max_open_media_mib: int = option(
+        1024,
+        "encoded media of all open requests together, in memory and in files, in MiB; see docs/fairness.md",
+        metavar="MIB",
+    )
     preprocess_memory_mib: int | None = option(
         None, "memory that preprocessing may take beside its pool, in MiB: a decoder that wants more fails, or dies alone (default: what the "
         "limits of media and of pictures allow for)", metavar="MIB"
     )  # fmt: skip
-    max_open_requests: int = option(512, "requests in the pipeline at once; a tenant that has its share gets 429, then all get 503", metavar="N")
+    max_open_requests: int = option(
+        512,
+        "requests in the pipeline at once; a tenant that has its share gets 429, then all get 503",
+        metavar="N",
+    )
+    allow_priority: tuple[str, ...] = option(
+        (),
+        "name of an API or CURVE key whose requests may have a priority, or all; several may be given",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         _at_least(

@@ -83,7 +83,7 @@ def test_over_tcp_comes_what_comes_over_the_run_directory(served: Served) -> Non
 
 
 def test_two_keys_share_neither_names_nor_caches(served: Served) -> None:
-    """What alice calls "logo" is hers: bob's own "logo" is his picture, and without one he is told nothing."""
+    """What alice calls "logo" is hers: bob's own "logo" is his, and without one he is told nothing."""
 
     def tell(client: BlockingClient, media: list[bytes], uuid: str) -> str:
         part = ImagePart(frame=0 if media else -1, uuid=uuid)

@@ -124,9 +124,12 @@ class _Relay:
                 received = self._ingest.receive()
                 if received is None:
                     return
+                if not self._gateway.is_in_time(received.user, time.monotonic()):
+                    continue
                 if not self._gateway.is_relayed(received.message, received.user):
                     continue
-                self._waiting = received._replace(message=self._gateway.stamped(received.message, received.user))
+                message = self._gateway.stamped(received.message, received.user)
+                self._waiting = received._replace(message=message)
             if not self._to_preprocess.try_send(self._waiting.message, self._waiting.frames):
                 return
             self._waiting = None

@@ -1,8 +1,9 @@
 """How much of the server each tenant may hold: open requests, and the bytes of their media. Pure.
 
-No number per tenant is set: whoever is alone may have nearly all, and who comes then finds room. A tenant may hold at most
-`SHARE` times what is free, so the last part is never one tenant's, and with each further tenant all have less. (Dynamic
-thresholds: A. Choudhury and E. Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998.)
+No number per tenant is set: whoever is alone may have nearly all, and who comes then finds room. A tenant may
+hold at most `SHARE` times what is free, so the last part is never one tenant's, and with each further tenant
+all have less. (Dynamic thresholds: A. Choudhury and E. Hahne, "Dynamic queue length thresholds for
+shared-memory packet switches", 1998.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pipeline.config import MIB
 from pipeline.errors import RequestError
 
 SHARE = 7  # a lone tenant has 7/8; n tenants have 7 / (7 n + 1) each
-MAX_OVERLOAD = 2  # times the limit: requests that were begun are gone on with though others have taken their place
+MAX_OVERLOAD = 2  # times the limit: what was begun goes on though others have taken its place
 
 
 class Shares:
@@ -22,7 +23,8 @@ class Shares:
     def __init__(self, limit: int, has_overload: bool = False) -> None:
         """`has_overload`: what a tenant has beyond its most takes nothing from the others."""
         self.limit, self._has_overload = limit, has_overload
-        self.most_alone = max(1, limit - max(1, limit // (SHARE + 1)))  # of one tenant while there is no other
+        # What one tenant may hold while there is no other.
+        self.most_alone = max(1, limit - max(1, limit // (SHARE + 1)))
         self._held: Counter[str] = Counter()
 
     @property
@@ -44,7 +46,7 @@ class Shares:
         return left >= 0 and (not held or held + amount <= SHARE * left)
 
     def is_above_share(self, tenant: str, amount: int) -> bool:
-        """Whether it is this tenant that asks for much, rather than the others who have taken what there is."""
+        """Whether this tenant asks for much, rather than the others have taken what there is."""
         held = self._held[tenant]
         return held > 0 and held + amount > self.limit // (len(self._held) + 1)
 
@@ -74,24 +76,24 @@ class Credits:
         return self._media.total
 
     def open(self, tenant: str, was_begun: bool = False) -> None:
-        """Takes a credit for one request. One that was begun here before is gone on with, be the server full."""
+        """Takes a credit for one request. One that was begun here before goes on, be the server full."""
         requests = self._requests
         if was_begun:
-            is_let_in = (
-                requests.total < MAX_OVERLOAD * requests.limit
-                and requests.held(tenant) < MAX_OVERLOAD * requests.most_alone
-            )
+            has_room = requests.total < MAX_OVERLOAD * requests.limit
+            is_let_in = has_room and requests.held(tenant) < MAX_OVERLOAD * requests.most_alone
         else:
             is_let_in = requests.fits(tenant, 1)
         if not is_let_in:
             if requests.is_above_share(tenant, 1):
                 number = requests.held(tenant)
-                raise RequestError(f"{number} requests of yours are open, and you may not have more now", status=429)
-            raise RequestError(f"the server is overloaded: of {requests.limit} requests none is free", status=503)
+                raise RequestError(f"{number} requests of yours are open: more may not be now", status=429)
+            raise RequestError(f"the server is overloaded: {requests.limit} requests may be open", status=503)
         requests.add(tenant, 1)
 
     def hold(self, tenant: str, num_bytes: int) -> None:
-        """Counts encoded media that a request keeps until it ends. They count even if that is refused: they are there."""
+        """Counts encoded media that a request keeps until it ends. They count even if that is refused: they
+        are there.
+        """
         fits, is_above = self._media.fits(tenant, num_bytes), self._media.is_above_share(tenant, num_bytes)
         self._media.add(tenant, num_bytes)
         if num_bytes and not fits:

@@ -65,6 +65,7 @@ R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_THREAD = 2  # under way at once, so that none waits for work, and whose turn it is matters
 MAX_MESSAGES = 1024
+ALL = "all"  # may have a priority
 MAX_REMEMBERED = 1 << 16  # requests, with those that have ended
 CLIENTS_RETURN_S = 120.0  # after our predecessor's death: with requests that it had begun
 
@@ -158,9 +159,9 @@ class Preprocessor:
                 )
             )  # fmt: skip
             return
-        opened = self._requests[message.request_id] = OpenRequest(
-            message.client_id, message.request_id, message.attempt, tenant_of(message)
-        )
+        tenant = tenant_of(message)
+        opened = OpenRequest(message.client_id, message.request_id, message.attempt, tenant)
+        self._requests[message.request_id] = opened
         # Where a lower attempt may still run; after our predecessor's death only its client knows, if anybody.
         opened.lead = known.lead if known is not None else message.lead if message.lead in self._llms else None
         if known is None and opened.lead is None and message.attempt > 1 and len(self._llms) > 1:
@@ -179,7 +180,9 @@ class Preprocessor:
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
 
     def _may_have_begun(self, message: SubmitRequest) -> bool:
-        """A request that is not known here: our predecessor may have begun it. Later on nobody has cause to say so."""
+        """A request that is not known here: our predecessor may have begun it. Later on nobody has cause to
+        say so.
+        """
         is_successor = self._origin["epoch"] > 1 and time.monotonic() - self._started_at < CLIENTS_RETURN_S
         return message.attempt > 1 and is_successor
 
@@ -191,7 +194,7 @@ class Preprocessor:
         opened.has_credit = opened.was_begun = True
 
     def _give_back_credit(self, opened: OpenRequest) -> None:
-        """The request has ended or was refused: what it held is another's, though the LLM may not know yet."""
+        """The request has ended or was refused: what it held is another's now."""
         if opened.has_credit:
             self._credits.close(opened.tenant, opened.num_media_bytes)
             opened.has_credit, opened.num_media_bytes = False, 0
@@ -207,6 +210,8 @@ class Preprocessor:
             raise RequestError("output_token_ids are not whole numbers", field="output_token_ids")
         if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
             raise RequestError(f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority")
+        if message.priority and not may_have_priority(message.tenant, self._config.allow_priority):
+            raise RequestError("--allow-priority says who may set a priority", field="priority")
         if len(message.tenant) > MAX_TENANT:
             raise RequestError(f"the name of a tenant has at most {MAX_TENANT} characters", field="tenant")
         vocab_size, token_ids = self._info.text.vocab_size, unpack_int32(message.output_token_ids)
@@ -298,7 +303,8 @@ class Preprocessor:
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = chunk.grid_thw.num_patches // self._info.vision.merge_size**2
                 order = Order(self._last_arrival, len(opened.keys))
-                routed.append(self._chunks.route(key, chunk, order, num_tokens, message.alone_in, opened.tenant))
+                route = self._chunks.route(key, chunk, order, num_tokens, message.alone_in, opened.tenant)
+                routed.append(route)
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
         opened.reply = GenerateRequest(
@@ -405,7 +411,8 @@ class Preprocessor:
         if not self.num_open:
             self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
-            assert not self._credits.num_requests + self._credits.num_media_bytes, "credits are held by nobody"
+            num_held = self._credits.num_requests + self._credits.num_media_bytes
+            assert not num_held, "credits are held by nobody"
 
     @property
     def num_media_bytes(self) -> int:
@@ -423,8 +430,16 @@ class Preprocessor:
 
 
 def tenant_of(message: SubmitRequest) -> str:
-    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is refused later."""
+    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is
+    refused later.
+    """
     return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
+
+
+def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
+    """Only a key has a name that nobody else can take."""
+    kind, _, name = tenant.partition(":")
+    return ALL in allowed or (kind in ("key", "curve") and name in allowed)
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -6,7 +6,7 @@ from pipeline.curve import owner_of
 from pipeline.ends import Subscription
 from pipeline.messages import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
 from pipeline.sampling import SamplingParams
-from workers.gateway.gateway import MAX_CLIENTS_PER_KEY, Gateway
+from workers.gateway.gateway import MAX_BURST, MAX_CLIENTS_PER_KEY, MESSAGES_PER_S, Gateway
 
 ALICE, BOB = "alice's public key", "bob's public key"
 
@@ -137,12 +137,24 @@ def test_the_key_says_on_whose_behalf_a_request_is_and_whose_caches_it_shares() 
     assert (first.tenant, forged.tenant, other.tenant) == ("curve:alice", "curve:alice", "curve:bob")
     assert first.cache_salt == forged.cache_salt != other.cache_salt
     salted = submit(ALICE, cache_salt=b"salt")
-    assert salted == submit(ALICE, cache_salt=b"salt", attempt=1), "an attempt finds what the one before has left"
+    assert salted == submit(ALICE, cache_salt=b"salt"), "an attempt finds what the one before has left"
     assert salted.cache_salt not in (first.cache_salt, b"salt", submit(BOB, cache_salt=b"salt").cache_salt)
-    assert submit(BOB, cache_salt=first.cache_salt).cache_salt != first.cache_salt, "no salt leads into another's caches"
-    assert len(submit(ALICE, cache_salt=bytes(MAX_SALT_BYTES + 1)).cache_salt) > MAX_SALT_BYTES, "it is refused later"
+    assert submit(BOB, cache_salt=first.cache_salt).cache_salt != first.cache_salt, "no salt leads there"
+    too_long = bytes(MAX_SALT_BYTES + 1)
+    assert submit(ALICE, cache_salt=too_long).cache_salt == too_long, "it is refused later"
     rig.names.clear()
     assert submit(ALICE).tenant == "curve:alice", "its file has gone, its connection has not"
     unknown = submit("a key that nobody has")
-    assert unknown.tenant.startswith("curve:") and unknown.tenant not in ("curve:alice", "curve:bob")
+    assert unknown.tenant.startswith("curve:")
+    assert unknown.tenant not in ("curve:alice", "curve:bob")
     assert rig.gateway.stamped(hello(client_of(ALICE)), ALICE) == hello(client_of(ALICE))
+
+
+def test_a_key_that_floods_is_held_back_and_no_other() -> None:
+    gateway = Rig().gateway
+    assert sum(gateway.is_in_time(ALICE, 0.0) for _ in range(10_000)) == MAX_BURST
+    assert gateway.is_in_time(BOB, 0.0)
+    a_second = [1.0 + number / 10_000 for number in range(10_000)]
+    assert sum(gateway.is_in_time(ALICE, now) for now in a_second) <= 2 * MESSAGES_PER_S
+    assert sum(gateway.is_in_time(ALICE, 1000.0) for _ in range(10_000)) == MAX_BURST, "no more is saved up"
+    assert gateway.counters["dropped_messages"] > 20_000
