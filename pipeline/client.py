@@ -125,9 +125,10 @@ class PipelineClient:
         """Runs one chat and yields what comes, ending with the piece that has a finish reason.
 
         `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with an equal
-        `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked. `tenant`: on whose
-        behalf, where one client speaks for many; a gateway puts the key's owner in its place. Leaving the generator early
-        aborts the request. Raises RequestError when the request is refused or fails.
+        `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked.
+        `tenant`: on whose behalf, where one client speaks for many; a gateway puts the key's owner in its
+        place. Leaving the generator early aborts the request. Raises RequestError when the request is refused
+        or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
         opened = self._submit(messages, sampling, list(media), request, priority, cache_salt, tenant)

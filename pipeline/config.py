@@ -164,12 +164,25 @@ class PreprocessConfig:
     video_timeout_s: float = option(60.0, "processor time to read a video, in seconds", metavar="SECONDS")
     media_memory_mib: int = option(4096, "memory to read a picture or piece of video, in MiB", metavar="MIB")
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
-    max_open_media_mib: int = option(1024, "encoded media of all open requests together, in memory and in files, in MiB; more get 503", metavar="MIB")
+    max_open_media_mib: int = option(
+        1024,
+        "encoded media of all open requests together, in memory and in files, in MiB; see docs/fairness.md",
+        metavar="MIB",
+    )
     preprocess_memory_mib: int | None = option(
         None, "memory that preprocessing may take beside its pool and the processes that read media, in MiB "
         "(default: what the limits of media allow for)", metavar="MIB"
     )  # fmt: skip
-    max_open_requests: int = option(512, "requests in the pipeline at once; more get 503", metavar="N")
+    max_open_requests: int = option(
+        512,
+        "requests in the pipeline at once; a tenant that has its share gets 429, then all get 503",
+        metavar="N",
+    )
+    allow_priority: tuple[str, ...] = option(
+        (),
+        "name of an API or CURVE key whose requests may have a priority, or all; several may be given",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         _at_least(

@@ -22,6 +22,8 @@ from pipeline.topology import Role, WorkerId
 PROTOCOL_VERSION = 3
 CLIENT_ID_BYTES = 16
 MAX_REQUEST_ID = 256  # characters
+MAX_TENANT = 256  # characters
+MAX_SALT_BYTES = 256
 RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID)]
 
 Int32Array = npt.NDArray[np.int32]
@@ -187,6 +189,7 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     grid_thw: GridTHW
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
     is_alone: bool = False  # in a batch of its own
+    tenant: str = ""  # whose turn it takes
 
 
 class CancelEncode(WorkerMessage, frozen=True, kw_only=True):
@@ -287,6 +290,7 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     cache_salt: bytes = b""
     is_query: bool = False
     is_alone: bool = False  # until its first new token in steps of its own
+    tenant: str = ""  # whose turn it takes; empty: the client's own
 
 
 class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ import zmq
 
 from pipeline.blocking import BlockingClient
 from pipeline.curve import ClientKeys, Remote, make_client_keys, make_server_keys
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RequestError
 from pipeline.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
 from pipeline.sampling import SamplingParams
 from pipeline.topology import DIRECT_EDGES, INGEST, OUTPUTS
@@ -80,6 +80,26 @@ def test_over_tcp_comes_what_comes_over_the_run_directory(served: Served) -> Non
         answers = list(threads.map(lambda number: ask((there, also)[number % 3 == 0], number % 2), range(8)))
         assert answers == expected * 4
     served.wait_for("relayed_messages", 8)
+
+
+def test_two_keys_share_neither_names_nor_caches(served: Served) -> None:
+    """What alice calls "logo" is hers: bob's own "logo" is his, and without one he is told nothing."""
+
+    def tell(client: BlockingClient, media: list[bytes], uuid: str) -> str:
+        part = ImagePart(frame=0 if media else -1, uuid=uuid)
+        chat = [ChatMessage("user", (part, TextPart("What is in the picture?")))]
+        return "".join(piece.text for piece in client.generate(chat, GREEDY, media))
+
+    with served.client() as alice, BlockingClient(served.url, served.keys.parent / "for-bob") as bob:
+        of_alice = tell(alice, [encode(scene(1))], "logo")
+        expected = tell(bob, [encode(scene(2))], "")
+        assert expected != of_alice, "the pictures are told apart"
+        with pytest.raises(RequestError, match="nothing is known"):
+            tell(bob, [], "logo")
+        assert tell(bob, [encode(scene(2))], "logo") == expected
+        assert tell(alice, [], "logo") == of_alice
+        with served.client() as also_alice:
+            assert tell(also_alice, [], "logo") == of_alice, "one key is one tenant"
 
 
 def test_the_tools_work_over_tcp(served: Served, tmp_path: Path) -> None:

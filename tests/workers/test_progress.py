@@ -98,12 +98,14 @@ class World:
             request = GenerateRequest(
                 sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1, arrival=arrival, prompt_token_ids=pack_int32(tokens),
                 items=tuple(items), sampling=sampling, priority=self.rng.choice((0, 0, -1, 1)),
+                tenant=self.rng.choice(("a", "a", "b", "c")),
             )  # fmt: skip
         self.open[name] = request
         self.engine.handle(request, 0.0)
         for number, item in enumerate(request.items):
             key = ChunkKey(name, request.attempt, number, 0)
-            self.act(self.batcher.on_request(key, Order(request.arrival, number), item.mm_hash, GRID, None))
+            order = Order(request.arrival, number)
+            self.act(self.batcher.on_request(key, order, item.mm_hash, GRID, None, tenant=request.tenant))
 
     def act(self, actions: list[Action]) -> None:
         for action in actions:

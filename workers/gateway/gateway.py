@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from pipeline.curve import owner_of
 from pipeline.ends import Subscription
-from pipeline.messages import CLIENT_ID_BYTES, Hello, IngestMessage
+from pipeline.messages import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, IngestMessage, SubmitRequest
 
 logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256
+MESSAGES_PER_S = 500.0  # of one key
+MAX_BURST = 4096.0  # messages: as many as four clients may have requests, at once
+
+
+class TokenBucket:
+    """Lets `burst` things happen at once, and `rate` a second in the long run. Times are seconds of any
+    steady clock.
+    """
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate, self._burst = rate, burst
+        self._level, self._then = burst, now
+
+    def take(self, now: float) -> bool:
+        self._level = min(self._burst, self._level + (now - self._then) * self._rate)
+        self._then = now
+        if self._level < 1:
+            return False
+        self._level -= 1
+        return True
 
 
 class Upstream(Protocol):
@@ -24,14 +47,25 @@ class Upstream(Protocol):
 
 
 class Gateway:
-    """`publish` takes an encoded message and a client's id; False when that client lags too far behind."""
+    """`publish` takes an encoded message and a client's id; False when that client lags too far behind.
 
-    def __init__(self, upstreams: Sequence[Upstream], publish: Callable[[bytes, bytes], bool]) -> None:
-        self._upstreams, self._publish = upstreams, publish
+    `name_of` tells whose key this is; None: nobody's any more.
+    """
+
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        publish: Callable[[bytes, bytes], bool],
+        name_of: Callable[[str], str | None],
+    ) -> None:
+        self._upstreams, self._publish, self._name_of = upstreams, publish, name_of
+        self._tenants: dict[str, str] = {}  # by public key: as many as there ever were files of keys
+        self._buckets: dict[str, TokenBucket] = {}  # likewise
         # One client may be here twice: it has connected again, and its old connection has not been missed yet.
         self._num_connections: Counter[bytes] = Counter()
         self._cut_off: set[bytes] = set()
-        self.counters = {"relayed_messages": 0, "refused_client_ids": 0, "clients_cut_off": 0}
+        counted = ("relayed_messages", "refused_client_ids", "clients_cut_off", "dropped_messages")
+        self.counters = dict.fromkeys(counted, 0)
 
     @property
     def num_clients(self) -> int:
@@ -66,6 +100,17 @@ class Gateway:
         for upstream in self._upstreams:
             upstream.unsubscribe(client_id)
 
+    def is_in_time(self, user: str, now: float) -> bool:
+        """Whether a key may send one more message. What is dropped the client library says again: all of it
+        is repeatable.
+        """
+        if (bucket := self._buckets.get(user)) is None:
+            bucket = self._buckets[user] = TokenBucket(MESSAGES_PER_S, MAX_BURST, now)
+        if bucket.take(now):
+            return True
+        self.counters["dropped_messages"] += 1
+        return False
+
     def is_relayed(self, message: IngestMessage, user: str) -> bool:
         """Whether this message of a client goes on to the pipeline. One that was cut off has to say hello before anything else."""
         if len(message.client_id) != CLIENT_ID_BYTES or not message.client_id.startswith(owner_of(user)):
@@ -78,6 +123,29 @@ class Gateway:
             self._listen(message.client_id)
         self.counters["relayed_messages"] += 1
         return True
+
+    def stamped(self, message: IngestMessage, user: str) -> IngestMessage:
+        """The message as the pipeline is given it: whose key it came by stands in it, whatever the client
+        wrote there.
+
+        Caches, and the names that clients give to content, are apart for each key: the salt says which key it
+        is.
+        """
+        if not isinstance(message, SubmitRequest):
+            return message
+        salt = message.cache_salt
+        if len(salt) <= MAX_SALT_BYTES:  # a longer one is left to be refused
+            salt = hashlib.sha256(b"curve:" + user.encode() + b"\0" + salt).digest()
+        return msgspec.structs.replace(message, tenant=self._tenant(user), cache_salt=salt)
+
+    def _tenant(self, user: str) -> str:
+        """`curve:NAME`, after the file of the key. A key whose file has gone keeps its name until its
+        connections end.
+        """
+        if (tenant := self._tenants.get(user)) is None:
+            name = self._name_of(user) or owner_of(user).hex()
+            tenant = self._tenants[user] = f"curve:{name}"
+        return tenant
 
     def on_output(self, client_id: bytes, data: bytes) -> None:
         """A message of the LLM. A client that does not read is cut off; it loses nothing for good, since it asks when it reads again."""

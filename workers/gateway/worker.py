@@ -58,7 +58,12 @@ class _Relay:
         self._ups: list[Relayed[OutputsMessage]] = [context.sockets.relayed(OUTPUTS, lead) for lead in config.leads]
         self._to_preprocess = context.sockets.sender(INGEST, high_water_mark=INSIDE_HIGH_WATER_MARK)
         self._control = context.control()
-        self._gateway = Gateway(self._ups, lambda data, topic: self._outputs.publish_raw(data, topic))
+        keys = ServerKeys.read(Path(config.direct.direct_keys))
+        self._gateway = Gateway(
+            self._ups,
+            lambda data, topic: self._outputs.publish_raw(data, topic),
+            lambda user: keys.client_name(user.encode()),
+        )
         self._outputs: Publisher[OutputsMessage] = outside.publisher(OUTPUTS, self._gateway.accepts, OUTPUTS_HIGH_WATER_MARK)
         self._states: Publisher[ControlMessage] = outside.publisher(CONTROL)
         self._ingest: Receiver[IngestMessage] = outside.receiver(
@@ -126,9 +131,12 @@ class _Relay:
                 received = self._ingest.receive()
                 if received is None:
                     return
+                if not self._gateway.is_in_time(received.user, time.monotonic()):
+                    continue
                 if not self._gateway.is_relayed(received.message, received.user):
                     continue
-                self._waiting = received
+                message = self._gateway.stamped(received.message, received.user)
+                self._waiting = received._replace(message=message)
             if not self._to_preprocess.try_send(self._waiting.message, self._waiting.frames):
                 return
             self._waiting = None

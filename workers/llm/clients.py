@@ -31,6 +31,7 @@ from workers.llm.request import Request
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
 MAX_ENDED = 1 << 16  # requests remembered: a client can end what never was
+MAX_CLIENTS = 1 << 14  # that are known at once; further ones are not heard before others leave
 GRACE_OF_CLIENTS_S = 0.8  # between a client's leaving and the end of its requests
 
 
@@ -84,9 +85,9 @@ class Clients:
 
     def on_subscriptions(self, events: Iterable[Subscription], now: float) -> None:
         for topic, is_new in events:
-            if is_new:
+            if is_new and (topic in self._clients or len(self._clients) < MAX_CLIENTS):
                 self._clients[topic] = _Client()
-            elif topic in self._clients:
+            elif not is_new and topic in self._clients:
                 self._clients[topic].left_at = now
 
     def protocol_of(self, client_id: bytes) -> int | None:

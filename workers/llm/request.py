@@ -28,6 +28,9 @@ from pipeline.messages import (
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import TensorHandle
 
+MAX_OVERTAKEN = 8  # times by others' priority, then a request goes before all priorities
+AGED = -(2**31) - 1  # the rank of such a request: below every priority
+
 
 class Lease(NamedTuple):
     vit: int
@@ -73,6 +76,7 @@ class Request:
     max_tokens: int
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
+    tenant: str = ""  # whose turns it takes
     is_alone: bool = False  # it may be what a rank died of: nobody else is in its steps until it has yielded a token
     num_earlier_tokens: int = 0  # of the output: from earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
@@ -85,6 +89,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
+    num_overtaken: int = 0  # by requests with a better priority
     is_over: bool = False  # what a step under way yields for it is nobody's
     _block_hashes: list[bytes] = field(default_factory=list)
 
@@ -105,6 +110,7 @@ class Request:
             prompt_token_ids=prompt, positions=positions, position_delta=delta, chunks=chunks,
             items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
+            tenant=message.tenant or message.client_id.hex(),
             is_alone=message.is_alone, num_earlier_tokens=len(message.output_token_ids) // 4,
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
             logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * (len(message.output_token_ids) // 4),
@@ -113,7 +119,11 @@ class Request:
     @property
     def order(self) -> tuple[int, int]:
         """Whoever has the lower one goes first."""
-        return self.priority, self.arrival
+        return AGED if self.is_aged else self.priority, self.arrival
+
+    @property
+    def is_aged(self) -> bool:
+        return self.num_overtaken >= MAX_OVERTAKEN
 
     @property
     def is_suspect(self) -> bool:

@@ -1,10 +1,12 @@
 """Decides which requests compute how many tokens in the next step. Pure: no torch, no sockets, no clock.
 
-Continuous batching: decodes first, then prefills in order (priority, then arrival), cut to the token budget and, each, to the
-first placeholder whose embedding has not arrived. While streams decode, prefill gets what `StepTimes` says is nearly free.
+Continuous batching: decodes first, then prefills, tenants in turn and each one's by arrival, cut to the token
+budget and, each, to the first placeholder whose embedding has not arrived. While streams decode, prefill gets
+what `StepTimes` says is nearly free.
 
-A request is admitted, in order, when there is room for its prompt. Blocks for its output come as it grows; when there are none
-left, the youngest starts over later (preemption by recomputation, as in vLLM): its published blocks often are still there then.
+A request is admitted, in the order of `admission.py`, when there is room for its prompt. Blocks for its
+output come as it grows; when there are none left, the youngest of the heaviest tenant starts over later
+(preemption by recomputation, as in vLLM): its published blocks often are still there then.
 
     schedule() → the step runs → schedule() of the next, if they overlap → update() → …
 """
@@ -12,10 +14,12 @@ left, the youngest starts over later (preemption by recomputation, as in vLLM): 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.fair import Turns
 from pipeline.sampling import FinishReason
+from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
 from workers.llm.block_manager import BlockManager
 from workers.llm.request import Request
 from workers.llm.step_times import StepTimes
@@ -58,8 +62,9 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.step_times, self.has_prefix_cache = step_times, has_prefix_cache
-        self.waiting: list[Request] = []  # these two are in order
-        self.running: list[Request] = []
+        self.waiting: list[Request] = []  # by arrival
+        self.running: list[Request] = []  # in order
+        self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
         self.num_preemptions = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
@@ -70,7 +75,7 @@ class Scheduler:
         return self.blocks.num_blocks * self.blocks.block_size
 
     def add(self, request: Request) -> None:
-        insort(self.waiting, request, key=_order)
+        insort(self.waiting, request, key=_arrival)
 
     def remove(self, request: Request) -> None:
         """Ends a request wherever it is and gives its blocks back."""
@@ -91,8 +96,10 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         preempted = self._make_room()
-        # What was just preempted would come straight back and take the blocks that it gave up.
-        admitted = [] if preempted else self._admit()
+        admitted: list[Admitted] = []
+        if not preempted:  # else it would come straight back and take the blocks that it gave up
+            preempted = self._share_out()
+            admitted = self._admit(preempted)
         active = [request for request in self.running if not request.is_last_token_pending]
         ready = [(request, request.num_ready_tokens() - request.num_computed_tokens) for request in active]
         suspects = [(request, num_tokens) for request, num_tokens in ready if request.is_suspect and num_tokens > 0]
@@ -101,6 +108,7 @@ class Scheduler:
             return Schedule([self._take(request, min(self.max_num_batched_tokens, num_tokens))], admitted, preempted, 0, is_alone=True)
         decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
         prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
+        prefills = self._in_turn(prefills)
         scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]
         num_decodes = len(scheduled)
         budget = self.max_num_batched_tokens - len(scheduled)
@@ -112,6 +120,7 @@ class Scheduler:
                 break
             scheduled.append(self._take(request, min(budget, num_tokens)))
             budget -= scheduled[-1].num_tokens
+            self._turns.charge(request.tenant, scheduled[-1].num_tokens)
         return Schedule(scheduled, admitted, preempted, num_decodes)
 
     def _take(self, request: Request, num_tokens: int) -> Scheduled:
@@ -126,30 +135,76 @@ class Scheduler:
         preempted: list[Request] = []
         for request in list(self.running):
             while request.slot >= 0 and not self.blocks.grow(request.request_id, request.num_tokens):
-                preempted.append(self.running[-1])
-                self._preempt(self.running[-1])
+                preempted.append(whom_to_preempt(self.running))
+                self._preempt(preempted[-1])
         return preempted
+
+    def _share_out(self) -> list[Request]:
+        """Room for the first that waits, if its tenant has less than its share. Those that were preempted for
+        it.
+        """
+        num_tenants = len({request.tenant for queue in (self.waiting, self.running) for request in queue})
+        if num_tenants < 2 or not self.waiting:
+            return []
+        line = in_line(self.waiting, self.running)
+        first = next((request for request in line if self._may_start(request)), None)
+        if first is None:
+            return []
+        preempted: list[Request] = []
+        if len(self.running) == self.max_num_seqs:
+            victim = who_makes_room(first, self.running, num_tenants, self.max_num_seqs)
+            if victim is None:
+                return []
+            preempted.append(victim)
+            self._preempt(victim)
+        found = self.blocks.find(self._hashes(first))
+        num_blocks = -(-first.num_tokens // self.blocks.block_size)
+        while not self.blocks.can_allocate(found, first.num_tokens, num_spare=len(self.running)):
+            victim = who_gives_blocks(first, num_blocks, self.running, num_tenants, self.blocks.num_blocks)
+            if victim is None:
+                break
+            preempted.append(victim)
+            self._preempt(victim)
+        return preempted
+
+    def _in_turn(self, prefills: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        prefills.sort(key=lambda prefill: prefill[0].arrival)
+        places = self._turns.arrange([(request.tenant, num_tokens) for request, num_tokens in prefills])
+        return [prefills[place] for place in places]
 
     def _preempt(self, request: Request) -> None:
         self._stop(request)
         request.start_over()
+        if any(other.priority < request.priority for other in self.running):
+            request.num_overtaken += 1
         self.add(request)
         self.num_preemptions += 1
 
-    def _admit(self) -> list[Admitted]:
+    def _may_start(self, request: Request) -> bool:
+        """Whether it would not wait for others inside, with what they may need in its hands."""
+        hashes = self._hashes(request)
+        num_found = len(self.blocks.find(hashes))
+        # Places for embeddings are granted in the order of arrival. A request that overtakes others and then
+        # waits for such a place could wait for ever, for they may hold it. So it overtakes when it has all
+        # that it needs.
+        num_cached_tokens = num_found * self.blocks.block_size
+        if request.arrival > self.waiting[0].arrival and request.is_waiting_for_embeddings(num_cached_tokens):
+            return False
+        # Somebody computes what it needs next: it follows when that is in the cache.
+        return not any(digest in self._computing for digest in hashes[num_found : num_found + 1])
+
+    def _admit(self, barred: Sequence[Request]) -> list[Admitted]:
+        """`barred` were just preempted for somebody else."""
         admitted: list[Admitted] = []
-        oldest = min((request.arrival for request in self.waiting), default=0)
-        for request in list(self.waiting):
+        if not self.waiting or len(self.running) == self.max_num_seqs:
+            return admitted
+        for request in in_line([request for request in self.waiting if request not in barred], self.running):
             if len(self.running) == self.max_num_seqs:
                 break
+            if not self._may_start(request):
+                continue
             hashes = self._hashes(request)
             found = self.blocks.find(hashes)
-            # Places for embeddings are granted in the order of arrival. Whoever overtook by its priority and then waited for
-            # such a place could wait for ever, for it may be held by those it overtook. So it overtakes when it has all it needs.
-            if request.arrival > oldest and request.is_waiting_for_embeddings(len(found) * self.blocks.block_size):
-                continue
-            if any(digest in self._computing for digest in hashes[len(found) : len(found) + 1]):
-                continue  # somebody computes what it needs next: it follows when that is in the cache
             # A spare block for each that runs, or the newcomer would soon be preempted again.
             if not self.blocks.can_allocate(found, request.num_tokens, num_spare=len(self.running)):
                 break  # and nobody overtakes it
@@ -163,8 +218,6 @@ class Scheduler:
             self._computing.update(dict.fromkeys(hashes[len(found) :], request))
             insort(self.running, request, key=_order)
             admitted.append(Admitted(request, request.num_computed_tokens))
-            if request.arrival == oldest:
-                oldest = min((other.arrival for other in self.waiting), default=0)
         return admitted
 
     def _hashes(self, request: Request) -> list[bytes]:
@@ -214,9 +267,13 @@ class Scheduler:
         used = [request.slot for request in self.running]
         assert sorted([*used, *self._free_slots]) == list(range(self.max_num_seqs)), "a slot is lost or used twice"
         assert all(request in self.running for request in self._computing.values()), "blocks are awaited from nobody"
-        for queue in (self.waiting, self.running):
-            assert queue == sorted(queue, key=_order), "a queue is out of order"
+        for queue, key in ((self.waiting, _arrival), (self.running, _order)):
+            assert queue == sorted(queue, key=key), "a queue is out of order"
 
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
+
+
+def _arrival(request: Request) -> tuple[int, int]:
+    return 0, request.arrival

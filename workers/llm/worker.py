@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from pipeline.detokenizer import tokenizer_hash
 from pipeline.ends import Poller, Receiver
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import CLIENT_ID_BYTES, PROTOCOL_VERSION, ControlMessage, PipelineState, PoolClosed, PoolOpened, Shutdown, StepPlan, Welcome
+from pipeline.messages import (
+    CLIENT_ID_BYTES,
+    PROTOCOL_VERSION,
+    ControlMessage,
+    LlmMessage,
+    PipelineState,
+    PoolClosed,
+    PoolOpened,
+    Shutdown,
+    StepPlan,
+    Welcome,
+)
 from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.block_manager import BlockManager
@@ -32,6 +44,7 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages, one a step, that a client may lag behind before it is cut off
 MAX_REQUESTS_PER_CLIENT = 1024
+MAX_MESSAGES_PER_STEP = 512  # that are read between two steps: a flood of them must not stop the streams
 
 
 def main(context: WorkerContext) -> None:
@@ -150,8 +163,7 @@ def _lead(
             if dead.worker.role is Role.VIT:
                 context.pool_closed(dead.worker, dead.epoch - 1)
         engine.on_subscriptions(outputs.subscriptions(), now)
-        while (received := inbox.receive()) is not None:
-            engine.handle(received.message, now)
+        read_inbox(inbox, engine.handle, now)
         if now >= stats_due:
             stats_due = now + stats_interval
             engine.tick(now)
@@ -164,6 +176,16 @@ def _lead(
         sharing.announce(is_busy)
         if not is_busy:
             poller.wait(max(0.0, stats_due - time.monotonic()))
+
+
+def read_inbox(inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float], None], now: float) -> None:
+    """What has come, but only so much at once: the rest stays in the socket until after the next step, and
+    wakes the poller.
+    """
+    for _ in range(MAX_MESSAGES_PER_STEP):
+        if (received := inbox.receive()) is None:
+            return
+        handle(received.message, now)
 
 
 def has_overlap(option: str, device: torch.device) -> bool:

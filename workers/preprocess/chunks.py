@@ -6,7 +6,6 @@ Knows nothing of prompts and requests' lives; runs in the event loop of preproce
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import time
 from collections import defaultdict
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, RequestError
-from pipeline.fair import FairClock
+from pipeline.fair import FairQueue
 from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin, PoolOpened
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.tensors import TensorPool
@@ -42,6 +41,7 @@ class ChunkState:
     is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
+    tenant: str = ""
     alone_in: tuple[Role, ...] = ()  # its request may have been the death of such workers: it passes these stages alone
 
 
@@ -54,11 +54,11 @@ class ChunkFlow:
     ) -> None:  # fmt: skip
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
         self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
-        self._waiting: list[tuple[float, Order, ChunkKey]] = []  # a heap: who has a slot, and is to be decoded
+        # Chunks that have a slot and are to be decoded, by tenant and request.
+        self._waiting: FairQueue[tuple[str, int], ChunkKey] = FairQueue()
         self._tracer = tracer
         self.largest = allocator.reserve  # bytes of pixels
         self._num_taken = allocator.num_used  # by nobody here
-        self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
         self._num_decoding = 0
         self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}  # by request, attempt and ViT: whether what was begun last is there
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
@@ -66,10 +66,20 @@ class ChunkFlow:
         self._chunks: dict[ChunkKey, ChunkState] = {}
         self.num_decoded = 0
 
-    def route(self, key: ChunkKey, chunk: Chunk, order: Order, num_tokens: int, alone_in: tuple[Role, ...] = ()) -> MmChunk:
+    def route(
+        self,
+        key: ChunkKey,
+        chunk: Chunk,
+        order: Order,
+        num_tokens: int,
+        alone_in: tuple[Role, ...] = (),
+        tenant: str = "",
+    ) -> MmChunk:
         """Takes a chunk in and chooses its ViT; `announce` tells that ViT."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
-        self._chunks[key] = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known, alone_in=alone_in)
+        state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
+        state.tenant, state.alone_in = tenant, alone_in
+        self._chunks[key] = state
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
@@ -127,22 +137,26 @@ class ChunkFlow:
             handle = self._pool.lend(state.slot, state.chunk.shape, "uint8")
         return EncodeRequest(
             key=state.key, arrival=state.order.arrival, position=state.order.position, mm_hash=state.chunk.mm_hash,
-            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in, **self._origin,
+            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in,
+            tenant=state.tenant, **self._origin,
         )  # fmt: skip
 
     def _grant(self) -> None:
-        """Starts decoding, requests in turn, as many chunks at once as there are hands."""
+        """Starts decoding, tenants in turn and each one's requests, as many chunks at once as there are
+        hands.
+        """
         for key, slot in self._slots.grant():
             state = self._chunks[key]
             state.slot, state.is_waiting = slot, True
-            heapq.heappush(self._waiting, (self._turns.stamp(key[:2], state.chunk.pixel_bytes), state.order, key))
-        while self._waiting and self._num_decoding < self._most_decoding:
-            turn, _, key = heapq.heappop(self._waiting)
-            self._turns.advance(turn)
-            if (waiting := self._chunks.get(key)) is not None:  # else it was cancelled
-                waiting.is_waiting, waiting.is_decoding = False, True
-                self._num_decoding += 1
-                self._tasks.create_task(self._decode_in_order(waiting))
+            self._waiting.push(state.tenant, key[:2], state.chunk.pixel_bytes, state.order, key)
+        while self._num_decoding < self._most_decoding and (next_key := self._waiting.peek()) is not None:
+            if (waiting := self._chunks.get(next_key)) is None:  # it was cancelled
+                self._waiting.drop()
+                continue
+            self._waiting.pop()
+            waiting.is_waiting, waiting.is_decoding = False, True
+            self._num_decoding += 1
+            self._tasks.create_task(self._decode_in_order(waiting))
 
     async def _decode_in_order(self, state: ChunkState) -> None:
         """Pixels go to a ViT in the order of the request, as the LLM needs them: else it would encode first what is decoded first."""

@@ -27,7 +27,7 @@ MAX_DOWNLOADS_PER_REQUEST = 16
 class Asker(NamedTuple):
     """On whose behalf something is downloaded."""
 
-    tenant: bytes | str
+    tenant: str
     request_id: str
 
 
@@ -40,7 +40,7 @@ class DownloadTurns:
 
     def __init__(self) -> None:
         self._num_held = 0
-        self._held_by_tenant: Counter[bytes | str] = Counter()
+        self._held_by_tenant: Counter[str] = Counter()
         self._held_by_request: Counter[Asker] = Counter()
         self._waiting: dict[Asker, deque[asyncio.Future[None]]] = {}  # the longest not served first
 
@@ -107,10 +107,10 @@ class BytesInFlight:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._by_tenant: Counter[bytes | str] = Counter()
+        self._by_tenant: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def counted(self, tenant: bytes | str) -> Iterator[Callable[[int], bool]]:
+    def counted(self, tenant: str) -> Iterator[Callable[[int], bool]]:
         """A function that counts bytes of one download, unless that would be more than the tenant's share."""
         num_bytes = 0
 

@@ -17,11 +17,13 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_OPEN_CHUNKS, MAX_PARTS, MIB, PreprocessConfig
+from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_OPEN_CHUNKS, MAX_PARTS, PreprocessConfig
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import (
+    MAX_SALT_BYTES,
+    MAX_TENANT,
     AbortRequest,
     ChunkKey,
     EncodeMessage,
@@ -50,6 +52,7 @@ from pipeline.slots import Order, SlotAllocator
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
+from workers.preprocess.credits import Credits
 from workers.preprocess.download_turns import Asker, asked_by
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.item_reader import ItemReader, Scope, gather
@@ -63,8 +66,9 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_READER = 2  # under way at once, so that none waits for work, and whose turn it is matters
-MAX_SALT_BYTES = 256
-MAX_OVERLOAD = 2  # times the open requests that are taken in, so many may be gone on with
+ALL = "all"  # may have a priority
+MAX_REMEMBERED = 1 << 16  # requests, with those that have ended
+CLIENTS_RETURN_S = 120.0  # after our predecessor's death: with requests that it had begun
 
 
 @dataclass(slots=True)
@@ -72,10 +76,13 @@ class OpenRequest:
     client_id: bytes
     request_id: str
     attempt: int
+    tenant: str
     task: asyncio.Task[None] | None = None
     reply: GenerateRequest | AbortRequest | None = None  # what the LLM was told, for queries
     keys: list[ChunkKey] = field(default_factory=list)
     num_media_bytes: int = 0
+    has_credit: bool = False
+    was_begun: bool = False  # here, in this attempt or an earlier one
     lead: int | None = None  # of the group that runs it, once that is chosen
     leads: tuple[int, ...] = ()  # of the groups that know its client
     num_new_tokens: int = 0  # that count as outstanding there
@@ -120,7 +127,8 @@ class Preprocessor:
         self._last_arrival = 0
         self.is_draining = False
         self.num_open = 0
-        self.num_media_bytes = 0  # of open requests
+        self._credits = Credits(config.max_open_requests, config.max_open_media_mib)
+        self._started_at = time.monotonic()
         self.counters = {"stale_messages": 0, "refused_requests": 0}
 
     # From clients.
@@ -157,8 +165,9 @@ class Preprocessor:
             # A query about what went through our predecessor: its group knows.
             self._llms[message.lead].send(self._query_of(message))
             return
-        opened = self._requests[message.request_id] = OpenRequest(message.client_id, message.request_id, message.attempt)
-        opened.leads = message.leads
+        tenant = tenant_of(message)
+        opened = OpenRequest(message.client_id, message.request_id, message.attempt, tenant, leads=message.leads)
+        self._requests[message.request_id] = opened
         # Where a lower attempt may still run; after our predecessor's death only its client knows, if anybody.
         opened.lead = known.lead if known is not None else message.lead if message.lead in self._llms else None
         if opened.lead is not None and message.leads and opened.lead not in message.leads:
@@ -168,11 +177,9 @@ class Preprocessor:
             for lead in self._llms:  # one of them may still run it, and another is about to
                 self._abandon(message, lead)
         self.num_open += 1
+        opened.was_begun = known.was_begun if known is not None else self._may_have_begun(message)
         try:
-            if message.attempt == 1:  # what was begun is gone on with, be the server full or about to stop
-                self._check_load()
-            elif self.num_open > MAX_OVERLOAD * self._config.max_open_requests:
-                raise RequestError("the server is overloaded", status=503)
+            self._take_credit(opened)
             self._check_fields(message)
             self._hold_media(opened, sum(len(frame) for frame in frames))
         except RequestError as error:
@@ -210,11 +217,25 @@ class Preprocessor:
         )  # fmt: skip
         self._llms[lead].send(before)
 
-    def _check_load(self) -> None:
-        if self.is_draining:
+    def _may_have_begun(self, message: SubmitRequest) -> bool:
+        """A request that is not known here: our predecessor may have begun it. Later on nobody has cause to
+        say so.
+        """
+        is_successor = self._origin["epoch"] > 1 and time.monotonic() - self._started_at < CLIENTS_RETURN_S
+        return message.attempt > 1 and is_successor
+
+    def _take_credit(self, opened: OpenRequest) -> None:
+        """What was begun is gone on with, be the server full or about to stop."""
+        if self.is_draining and not opened.was_begun:
             raise RequestError("the server is shutting down", status=503)
-        if self.num_open > self._config.max_open_requests:
-            raise RequestError(f"the server is overloaded: {self._config.max_open_requests} requests are open", status=503)
+        self._credits.open(opened.tenant, opened.was_begun)
+        opened.has_credit = opened.was_begun = True
+
+    def _give_back_credit(self, opened: OpenRequest) -> None:
+        """The request has ended or was refused: what it held is another's now."""
+        if opened.has_credit:
+            self._credits.close(opened.tenant, opened.num_media_bytes)
+            opened.has_credit, opened.num_media_bytes = False, 0
 
     def _check_fields(self, message: SubmitRequest) -> None:
         if not message.messages:
@@ -230,6 +251,10 @@ class Preprocessor:
             raise RequestError("output_token_ids are not whole numbers", field="output_token_ids")
         if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
             raise RequestError(f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority")
+        if message.priority and not may_have_priority(message.tenant, self._config.allow_priority):
+            raise RequestError("--allow-priority says who may set a priority", field="priority")
+        if len(message.tenant) > MAX_TENANT:
+            raise RequestError(f"the name of a tenant has at most {MAX_TENANT} characters", field="tenant")
         vocab_size, token_ids = self._info.text.vocab_size, unpack_int32(message.output_token_ids)
         if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
             raise RequestError("output_token_ids are outside the vocabulary", field="output_token_ids")
@@ -239,12 +264,9 @@ class Preprocessor:
 
     def _hold_media(self, opened: OpenRequest, num_bytes: int) -> None:
         """Counts encoded media that a request holds until it ends. Raises RequestError rather than let memory grow."""
-        if opened.ended_at is not None:
-            return
-        opened.num_media_bytes += num_bytes
-        self.num_media_bytes += num_bytes
-        if self.num_media_bytes > self._config.max_open_media_mib * MIB:
-            raise RequestError("the server is overloaded: too many media are open", status=503)
+        if opened.has_credit:
+            opened.num_media_bytes += num_bytes
+            self._credits.hold(opened.tenant, num_bytes)
 
     def _on_abort(self, message: AbortRequest) -> None:
         known = self._requests.get(message.request_id)
@@ -272,7 +294,7 @@ class Preprocessor:
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
         on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in))
-        asked_by.set(Asker(opened.client_id, opened.request_id))
+        asked_by.set(Asker(opened.tenant, opened.request_id))
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
@@ -297,7 +319,7 @@ class Preprocessor:
         def hold(num_bytes: int) -> None:
             self._hold_media(opened, num_bytes)
 
-        scope = Scope(message.tenant or f"client:{message.client_id.hex()}", message.cache_salt)
+        scope = Scope(opened.tenant, message.cache_salt)
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
         merged = self._info.vision.merge_size**2
         counts = [item.grid_thw.num_patches // merged for item in items]
@@ -329,7 +351,9 @@ class Preprocessor:
             for index, chunk in enumerate(item.chunks):
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = chunk.grid_thw.num_patches // self._info.vision.merge_size**2
-                routed.append(self._chunks.route(key, chunk, Order(self._last_arrival, len(opened.keys)), num_tokens, message.alone_in))
+                order = Order(self._last_arrival, len(opened.keys))
+                route = self._chunks.route(key, chunk, order, num_tokens, message.alone_in, opened.tenant)
+                routed.append(route)
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
         opened.reply = GenerateRequest(
@@ -345,6 +369,7 @@ class Preprocessor:
             priority=message.priority,
             cache_salt=message.cache_salt,
             is_alone=Role.LLM in message.alone_in,
+            tenant=opened.tenant,
             **self._origin,
         )
         self._tell(opened, opened.reply)
@@ -363,6 +388,7 @@ class Preprocessor:
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
+        self._give_back_credit(opened)
         opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
         self._tell(opened, opened.reply)
 
@@ -415,7 +441,7 @@ class Preprocessor:
     def _end(self, opened: OpenRequest) -> None:
         opened.ended_at = time.monotonic()
         self.num_open -= 1
-        self.num_media_bytes -= opened.num_media_bytes
+        self._give_back_credit(opened)
         if opened.task is not None:
             opened.task.cancel()
             opened.task = None
@@ -429,11 +455,19 @@ class Preprocessor:
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks the books when nothing is open."""
         for opened in list(self._requests.values()):
-            if opened.ended_at is not None and now - opened.ended_at > MEMORY_OF_ENDED_S:
+            is_too_many = len(self._requests) > MAX_REMEMBERED
+            if opened.ended_at is not None and (is_too_many or now - opened.ended_at > MEMORY_OF_ENDED_S):
                 del self._requests[opened.request_id]
         if not self.num_open:
             self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
+            num_held = self._credits.num_requests + self._credits.num_media_bytes
+            assert not num_held, "credits are held by nobody"
+
+    @property
+    def num_media_bytes(self) -> int:
+        """Of open requests."""
+        return self._credits.num_media_bytes
 
     @property
     def num_decoded(self) -> int:
@@ -444,6 +478,19 @@ class Preprocessor:
         await self._fetcher.close()
         for threads in (self._text_threads, self._media_threads):
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def tenant_of(message: SubmitRequest) -> str:
+    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is
+    refused later.
+    """
+    return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
+
+
+def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
+    """Only a key has a name that nobody else can take."""
+    kind, _, name = tenant.partition(":")
+    return ALL in allowed or (kind in ("key", "curve") and name in allowed)
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

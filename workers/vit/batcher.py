@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.fair import FairClock
+from pipeline.fair import FairQueue
 from pipeline.messages import ChunkKey, GridTHW
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.tensors import TensorHandle
@@ -53,7 +53,7 @@ class Pending:
     waiters: dict[ChunkKey, Order] = field(default_factory=dict)
     pixels: TensorHandle | None = None
     slot: Slot | None = None
-    turn: float = 0.0  # among those that have a slot
+    tenant: str = ""  # whose turn it takes: of who asked first
     is_alone: bool = False  # it may be what a ViT died of: its batch has nothing else
     is_encoding: bool = False
 
@@ -72,7 +72,8 @@ class Batcher:
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
         self._largest, self._bytes_per_token, self._merged = allocator.reserve, bytes_per_token, merge_size**2
         self._pending: dict[bytes, Pending] = {}
-        self._turns: FairClock[tuple[str, int]] = FairClock()  # of requests
+        # Those with pixels and a slot, by tenant and request.
+        self._queue: FairQueue[tuple[str, int], Pending] = FairQueue()
         self._parked: set[bytes] = set()  # hashes of pending chunks that lie encoded in the reserve (see `poll`)
         self._hashes: dict[ChunkKey, bytes] = {}  # of the keys that wait
 
@@ -80,7 +81,14 @@ class Batcher:
         return grid_thw.num_patches // self._merged
 
     def on_request(
-        self, key: ChunkKey, order: Order, mm_hash: bytes, grid_thw: GridTHW, pixels: TensorHandle | None, is_alone: bool = False
+        self,
+        key: ChunkKey,
+        order: Order,
+        mm_hash: bytes,
+        grid_thw: GridTHW,
+        pixels: TensorHandle | None,
+        is_alone: bool = False,
+        tenant: str = "",
     ) -> list[Action]:
         if (size := self.num_tokens(grid_thw) * self._bytes_per_token) > self._largest:
             return [Refused(key, f"a chunk of {size} bytes of embeddings is larger than {self._largest}"), PixelsDone(key)]
@@ -92,7 +100,7 @@ class Batcher:
         actions: list[Action] = []
         pending = self._pending.get(mm_hash)
         if pending is None:
-            pending = self._pending[mm_hash] = Pending(mm_hash, grid_thw)
+            pending = self._pending[mm_hash] = Pending(mm_hash, grid_thw, tenant=tenant)
             if feature is not None:
                 self._parked.add(mm_hash)
             else:
@@ -190,20 +198,25 @@ class Batcher:
         return [PixelsDone(pending.supplier)] if pending.pixels is not None and pending.supplier is not None else []
 
     def next_batch(self, max_patches: int) -> list[Pending]:
-        """Chunks to encode now, requests in turn, at most `max_patches` together (one always goes, however large)."""
+        """Chunks to encode now, tenants in turn and each one's requests, at most `max_patches` together (one
+        always goes, however large).
+        """
         for mm_hash, slot in self._slots.grant():
-            pending = self._pending[mm_hash]
-            pending.slot = slot
-            pending.turn = self._turns.stamp(pending.oldest[:2], pending.grid_thw.num_patches)
+            granted = self._pending[mm_hash]
+            granted.slot = slot
+            cost = granted.grid_thw.num_patches
+            self._queue.push(granted.tenant, granted.oldest[:2], cost, granted.order, granted)
         batch: list[Pending] = []
         num_patches = 0
-        waiting = [pending for pending in self._pending.values() if pending.slot is not None and not pending.is_encoding]
-        for pending in sorted(waiting, key=lambda pending: (pending.turn, pending.order)):
+        while (pending := self._queue.peek()) is not None:
+            if self._pending.get(pending.mm_hash) is not pending:  # nobody waits for it any more
+                self._queue.drop()
+                continue
             num_patches += pending.grid_thw.num_patches
             if batch and (num_patches > max_patches or pending.is_alone or batch[0].is_alone):
                 break
+            self._queue.pop()
             pending.is_encoding = True
-            self._turns.advance(pending.turn)
             batch.append(pending)
         return batch
 

@@ -85,7 +85,16 @@ class VitCore:
                     self._pools.open(message.pool)
             case EncodeRequest():
                 order = Order(message.arrival, message.position)
-                self._act(self.batcher.on_request(message.key, order, message.mm_hash, message.grid_thw, message.pixels, message.is_alone))
+                actions = self.batcher.on_request(
+                    message.key,
+                    order,
+                    message.mm_hash,
+                    message.grid_thw,
+                    message.pixels,
+                    message.is_alone,
+                    message.tenant,
+                )
+                self._act(actions)
             case CancelEncode():
                 self._act(self.batcher.on_cancel(message.keys))
             case LeaseRequest():

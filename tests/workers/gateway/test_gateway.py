@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pipeline.curve import owner_of
 from pipeline.ends import Subscription
-from pipeline.messages import AbortRequest, Hello
-from workers.gateway.gateway import MAX_CLIENTS_PER_KEY, Gateway
+from pipeline.messages import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
+from pipeline.sampling import SamplingParams
+from workers.gateway.gateway import MAX_BURST, MAX_CLIENTS_PER_KEY, MESSAGES_PER_S, Gateway
 
 ALICE, BOB = "alice's public key", "bob's public key"
 
@@ -34,7 +35,8 @@ class Rig:
         self.ups = [Upstream(), Upstream()]
         self.published: list[tuple[bytes, bytes]] = []
         self.is_full = False
-        self.gateway = Gateway(self.ups, self.publish)
+        self.names = {ALICE: "alice", BOB: "bob"}
+        self.gateway = Gateway(self.ups, self.publish, self.names.get)
 
     def publish(self, data: bytes, topic: bytes) -> bool:
         if not self.is_full:
@@ -119,3 +121,40 @@ def test_who_was_cut_off_and_leaves_is_forgotten() -> None:
     assert (rig.topics, rig.gateway.num_clients) == ([], 0)
     rig.subscribe(slow)
     assert rig.topics == [slow]
+
+
+def test_the_key_says_on_whose_behalf_a_request_is_and_whose_caches_it_shares() -> None:
+    rig = Rig()
+
+    def submit(user: str, **fields: object) -> SubmitRequest:
+        values: dict[str, object] = {"attempt": 1, "messages": (), "sampling": SamplingParams(), **fields}
+        message = SubmitRequest(client_id=client_of(user), request_id="r", **values)  # type: ignore[arg-type]
+        stamped: IngestMessage = rig.gateway.stamped(message, user)
+        assert isinstance(stamped, SubmitRequest)
+        return stamped
+
+    first, forged, other = submit(ALICE), submit(ALICE, tenant="curve:bob"), submit(BOB)
+    assert (first.tenant, forged.tenant, other.tenant) == ("curve:alice", "curve:alice", "curve:bob")
+    assert first.cache_salt == forged.cache_salt != other.cache_salt
+    salted = submit(ALICE, cache_salt=b"salt")
+    assert salted == submit(ALICE, cache_salt=b"salt"), "an attempt finds what the one before has left"
+    assert salted.cache_salt not in (first.cache_salt, b"salt", submit(BOB, cache_salt=b"salt").cache_salt)
+    assert submit(BOB, cache_salt=first.cache_salt).cache_salt != first.cache_salt, "no salt leads there"
+    too_long = bytes(MAX_SALT_BYTES + 1)
+    assert submit(ALICE, cache_salt=too_long).cache_salt == too_long, "it is refused later"
+    rig.names.clear()
+    assert submit(ALICE).tenant == "curve:alice", "its file has gone, its connection has not"
+    unknown = submit("a key that nobody has")
+    assert unknown.tenant.startswith("curve:")
+    assert unknown.tenant not in ("curve:alice", "curve:bob")
+    assert rig.gateway.stamped(hello(client_of(ALICE)), ALICE) == hello(client_of(ALICE))
+
+
+def test_a_key_that_floods_is_held_back_and_no_other() -> None:
+    gateway = Rig().gateway
+    assert sum(gateway.is_in_time(ALICE, 0.0) for _ in range(10_000)) == MAX_BURST
+    assert gateway.is_in_time(BOB, 0.0)
+    a_second = [1.0 + number / 10_000 for number in range(10_000)]
+    assert sum(gateway.is_in_time(ALICE, now) for now in a_second) <= 2 * MESSAGES_PER_S
+    assert sum(gateway.is_in_time(ALICE, 1000.0) for _ in range(10_000)) == MAX_BURST, "no more is saved up"
+    assert gateway.counters["dropped_messages"] > 20_000

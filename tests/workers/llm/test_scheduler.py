@@ -22,6 +22,7 @@ ARRIVALS = itertools.count(1)
 
 def make(
     name: str, num_tokens: int, max_tokens: int = 4, gate: int | None = None, ignore_eos: bool = False, priority: int = 0, token: int | None = None,
+    tenant: str = "",
 ) -> Request:  # fmt: skip
     """A request whose prompt is like no other's, or is all `token`; with `gate` its last tokens from there on wait for an embedding."""
     positions, delta = mrope_positions(num_tokens, [], 2)
@@ -29,7 +30,9 @@ def make(
     sampling = SamplingParams(ignore_eos=ignore_eos)
     arrival = next(ARRIVALS)
     prompt = [1000 + arrival if token is None else token] * num_tokens
-    return Request(b"c", name, 1, arrival, prompt, positions, delta, chunks, (), sampling, max_tokens, priority)
+    request = Request(b"c", name, 1, arrival, prompt, positions, delta, chunks, (), sampling, max_tokens)
+    request.priority, request.tenant = priority, tenant
+    return request
 
 
 def scheduler(num_blocks: int = 100, budget: int = 16, max_seqs: int = 8) -> Scheduler:
@@ -260,7 +263,15 @@ def test_end_of_sequence(ignore_eos: bool, reason: FinishReason, count: int) -> 
 
 
 ACTIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 60), st.integers(1, 30), st.booleans(), st.integers(0, 2), st.sampled_from((None, 5, 6))),
+    st.tuples(
+        st.just("add"),
+        st.integers(1, 60),
+        st.integers(1, 30),
+        st.booleans(),
+        st.integers(0, 2),
+        st.sampled_from((None, 5, 6)),
+        st.sampled_from(("", "", "b", "c")),
+    ),
     st.tuples(st.just("abort"), st.integers(0, 30)),
     st.tuples(st.just("embedding"), st.integers(0, 30)),
     st.tuples(st.just("step"), st.integers(0, 9)),
@@ -313,9 +324,10 @@ def test_invariants_hold_whatever_happens(
     for action, *values in actions:
         match action:
             case "add":
-                length, max_tokens, is_gated, priority, token = values
+                length, max_tokens, is_gated, priority, token, tenant = values
                 gate = length // 2 if is_gated else None
-                everyone.append(make(f"r{len(everyone)}", length, max_tokens, gate, True, priority, token))
+                name = f"r{len(everyone)}"
+                everyone.append(make(name, length, max_tokens, gate, True, priority, token, tenant))
                 made.add(everyone[-1])
             case "abort" if values[0] < len(everyone) and everyone[values[0]].request_id not in ended:
                 made.remove(everyone[values[0]])

@@ -324,20 +324,64 @@ async def test_memory_and_requests_are_bounded() -> None:
         rig.submit("a", [large])
         rig.submit("b", [large])
         (refusal,) = rig.llm.take(AbortRequest)
-        assert (refusal.request_id, refusal.error.status) == ("b", 503)
-        rig.submit("c")
+        assert (refusal.request_id, refusal.error.status) == ("b", 429), "two are all that may be open"
+        rig.submit("c", [large], client_id=OTHER)
         (refusal,) = rig.llm.take(AbortRequest)
-        assert (refusal.request_id, refusal.error.status) == ("c", 503)
+        assert (refusal.request_id, refusal.error.status) == ("c", 503), "two such pictures are too much"
+        rig.submit("e", client_id=OTHER)
+        rig.submit("f", client_id=b"f" * 16)
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("f", 503), "the server is full, by others"
         await rig.settle()
         for message in rig.encodes():
             if message.pixels is not None:
                 rig.feedback(PixelsReleased, key=message.key)
-        for name in "abc":
+        for name in "abcef":
             rig.end(name)
         rig.check_nothing_left()
         rig.submit("d", [large])
         await rig.settle()
-        assert len(rig.llm.take(GenerateRequest)) == 2, "a's and d's"
+        assert len(rig.llm.take(GenerateRequest)) == 3, "a's, e's and d's"
+
+
+async def test_a_tenant_with_everything_open_refuses_nobody_else() -> None:
+    """Whoever has connected, and whatever it calls its attempts."""
+    async with make_rig(1, max_open_requests=16) as rig:
+        for number in range(40):
+            client_id, attempt = number.to_bytes(16, "big"), 1 + number % 3
+            rig.submit(f"flood-{number}", client_id=client_id, tenant="key:flood", attempt=attempt)
+        rig.submit("victim", tenant="key:victim")
+        await rig.settle()
+        told = rig.llm.take(AbortRequest)
+        assert {message.error.status for message in told if message.error is not None} == {429}
+        assert len(served := [message.request_id for message in rig.llm.take(GenerateRequest)]) == 15
+        assert "victim" in served
+        rig.submit("long", tenant="x" * 257)
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.error.status, refusal.error.field) == (400, "tenant")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "tenants"),
+    [
+        ((), []),
+        (("ops",), ["key:ops", "curve:ops"]),
+        (("all",), ["", "key:ops", "curve:ops", "peer:ops", "key:other", "ops"]),
+    ],
+)
+async def test_a_priority_is_for_whom_the_option_names(allowed: tuple[str, ...], tenants: list[str]) -> None:
+    async with make_rig(1, allow_priority=allowed) as rig:
+        for tenant in ("", "key:ops", "curve:ops", "peer:ops", "key:other", "ops"):
+            rig.submit(f"of {tenant}", tenant=tenant, priority=-1)
+            rig.submit(f"without, {tenant}", tenant=tenant)
+        await rig.settle()
+        served = {message.request_id: message.priority for message in rig.llm.take(GenerateRequest)}
+        with_priority = [name for name, priority in served.items() if priority]
+        assert with_priority == [f"of {tenant}" for tenant in tenants]
+        assert len(served) == 6 + len(tenants)
+        refusals = rig.llm.take(AbortRequest)
+        assert {(refusal.error.status, refusal.error.field) for refusal in refusals} <= {(400, "priority")}
+        assert all("--allow-priority" in refusal.error.message for refusal in refusals)
 
 
 async def test_groups_share_the_work_and_each_hears_of_its_own_requests_only() -> None:

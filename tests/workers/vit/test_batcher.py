@@ -381,3 +381,21 @@ def test_with_a_group_its_leases_and_requests_go() -> None:
     assert made.cache.num_leases == 1
     assert made.num_pending == 0
     made.check_integrity()
+
+
+def test_a_tenants_flood_does_not_come_before_anothers_picture() -> None:
+    made = make(chunks=40)
+    grants: list[str] = []
+
+    def supply(name: str, arrival: int, tenant: str) -> None:
+        for given in (None, pixels()):
+            made.on_request(key(name), Order(arrival, 0), name.encode(), GRID, given, tenant=tenant)
+
+    for number in range(30):  # each a request of its own: turns by request alone would not help
+        supply(f"flood-{number}", number, "flood")
+    first = made.next_batch(1)
+    supply("other", 99, "other")
+    for _ in range(2):
+        grants += [pending.tenant for pending in made.next_batch(1)]
+    assert "other" in grants
+    made.on_encoded(first)
