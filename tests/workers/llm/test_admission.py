@@ -163,11 +163,12 @@ def test_nobody_waits_for_ever_whatever_the_others_send(
     for _ in range(12):
         submit()
     one = add(made, tenant, 50, 12, priority=priority)
-    for _ in range(1500):
+    for number in range(1500):
         finished = run(made)
         if one in finished:
             return
-        while len(late) > 3:
+        # Pictures come late, but they come.
+        for _ in range(max(len(late) - 3, int(bool(late) and number % 16 == 0))):
             arrive(late.pop(0))
         if len(made.waiting) + len(made.running) < 14:
             submit()
