@@ -6,16 +6,19 @@ import reprlib
 
 import msgspec
 
-MAX_SHOWN = 80  # characters of a value in an error's text
 MAX_MESSAGE = 300  # characters of an error that a client is told
 MAX_FIELD = 200
+MAX_SHOWN = 120  # characters of a value in an error's text
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring, _REPR.maxlong = 2, 3, 3, 60, 40
 
 
-def brief(value: object) -> str:
-    """What a client sent, for an error that echoes it: short however large or deep it is."""
-    return _REPR.repr(value)[:120]
+def shown(value: object) -> str:
+    """A value from outside for an error's text: short, however long, deep or odd it is."""
+    try:
+        return _REPR.repr(value)[:MAX_SHOWN]
+    except Exception:  # noqa: BLE001  more digits than Python prints, a nesting deeper than its stack
+        return f"a value of type {type(value).__name__}"
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,13 +52,3 @@ def _printable(text: str, limit: int) -> str:
 
 class PipelineError(Exception):
     """Something that must not happen did: the worker stops, and with it the pipeline."""
-
-
-def shown(value: object) -> str:
-    """A value from outside for an error's text: short, however long, deep or odd it is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxlong = short.maxother = MAX_SHOWN
-    try:
-        return short.repr(value)[: 2 * MAX_SHOWN]
-    except Exception:  # noqa: BLE001  more digits than Python prints, a nesting deeper than its stack
-        return f"a value of type {type(value).__name__}"

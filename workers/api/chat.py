@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.client import Piece, PipelineClient
 from pipeline.data_urls import move_data_urls
-from pipeline.errors import RequestError, brief
+from pipeline.errors import RequestError, shown
 from pipeline.families import ModelInfo
 from workers.api.protocol import ChatCompletionRequest, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
 from workers.api.stream import Completion
@@ -33,7 +33,7 @@ def open_chat(
     """Raises RequestError for what is not served. `body` is not needed any more: its media are in `media`."""
     refuse_unserved(body)
     if body.model and body.model != model_name:
-        what = f"the model {brief(body.model)} is not served here, only {model_name!r}"
+        what = f"the model {shown(body.model)} is not served here, only {model_name!r}"
         raise RequestError(what, field="model", status=404)
     messages, sampling = to_messages(body), to_sampling(body, dict(info.default_sampling))
     completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Any
 
-from pipeline.errors import RequestError, brief
+from pipeline.errors import RequestError, shown
 from pipeline.messages import ImagePart, Part, TextPart, VideoPart
 
 Fields = Mapping[str, Any]
@@ -67,7 +67,7 @@ def _type_of(given: Fields, field: str) -> str:
             raise RequestError(f"a part has a type: {', '.join(TYPES)}", field=f"{field}.type")
         return named[0]
     if kind not in TYPES:
-        what = f"{brief(kind)} is no type of a part; served are {', '.join(TYPES)}"
+        what = f"{shown(kind)} is no type of a part; served are {', '.join(TYPES)}"
         raise RequestError(what, field=f"{field}.type")
     return str(kind)
 
@@ -75,7 +75,7 @@ def _type_of(given: Fields, field: str) -> str:
 def _text(given: Fields, field: str) -> TextPart:
     text = given.get("text")
     if not isinstance(text, str):
-        raise RequestError(f"the text of a part must be a string, got {brief(text)}", field=f"{field}.text")
+        raise RequestError(f"the text of a part must be a string, got {shown(text)}", field=f"{field}.text")
     _refuse_unserved(given, ("type", "text"), field)
     return TextPart(text)
 
@@ -84,7 +84,7 @@ def _image(given: Fields, field: str, sources: tuple[str, ...]) -> ImagePart:
     keys = _Keys(given, field, sources)
     url = keys.source
     if not isinstance(url, str):
-        what = f"the URL of a picture must be a string, got {brief(url)}"
+        what = f"the URL of a picture must be a string, got {shown(url)}"
         raise RequestError(what, field=keys.source_field)
     settings, uuid = keys.settings(IMAGE_SETTINGS), keys.uuid()
     keys.refuse_others()
@@ -97,7 +97,7 @@ def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
     keys = _Keys(given, field, sources)
     urls = keys.source if isinstance(keys.source, list) else [keys.source]
     if not all(isinstance(url, str) for url in urls):
-        what = f"the URL of a video must be a string, or a list of them: its frames; got {brief(keys.source)}"
+        what = f"the URL of a video must be a string, or a list of them: its frames; got {shown(keys.source)}"
         raise RequestError(what, field=keys.source_field)
     settings, uuid = keys.settings(VIDEO_SETTINGS), keys.uuid()
     keys.refuse_others()
@@ -150,7 +150,7 @@ class _Keys:
             if not _is_empty(given.get(name)):
                 values.append(read(given[name], f"{place}.{name}"))
         if len(values) == 2 and values[0] != values[1]:
-            what = f"beside the URL {brief(values[0])}, in its object {brief(values[1])}"
+            what = f"beside the URL {shown(values[0])}, in its object {shown(values[1])}"
             raise RequestError(f"{name} is given twice and differs: {what}", field=f"{self.source_field}.{name}")
         return values[0] if values else None
 
@@ -158,7 +158,7 @@ class _Keys:
 def _refuse_unserved(given: Fields, served: Container[str], field: str) -> None:
     for name, value in given.items():
         if name not in served and name not in LABELS and not _is_empty(value):
-            what = f"{brief(name)} in a part is not served by this server"
+            what = f"{shown(name)} in a part is not served by this server"
             raise RequestError(what, field=f"{field}.{name}")
 
 
@@ -170,13 +170,13 @@ def _is_empty(value: object) -> bool:
 def _number(kind: str, value: object, field: str) -> int | float:
     name = field.rpartition(".")[2]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{name} must be a number, got {brief(value)}", field=field)
+        raise RequestError(f"{name} must be a number, got {shown(value)}", field=field)
     if not -MAX_NUMBER < value < MAX_NUMBER:  # not a number is out of every range
-        raise RequestError(f"{name} must be a number that 64 bits hold, got {brief(value)}", field=field)
+        raise RequestError(f"{name} must be a number that 64 bits hold, got {shown(value)}", field=field)
     if kind == "real":
         return float(value)
     if kind == "whole" and value != math.floor(value):
-        raise RequestError(f"{name} must be a whole number, got {brief(value)}", field=field)
+        raise RequestError(f"{name} must be a whole number, got {shown(value)}", field=field)
     return math.floor(value)
 
 
@@ -184,12 +184,12 @@ def _detail(value: object, field: str) -> str:
     detail = value.lower() if isinstance(value, str) else ""
     if detail != "low" and detail not in FULL_DETAILS:
         known = ", ".join(("low", *FULL_DETAILS))
-        raise RequestError(f"detail must be one of {known}, got {brief(value)}", field=field)
+        raise RequestError(f"detail must be one of {known}, got {shown(value)}", field=field)
     return "low" if detail == "low" else "full"
 
 
 def _string(value: object, field: str) -> str:
     if not isinstance(value, str):
         name = field.rpartition(".")[2]
-        raise RequestError(f"{name} must be a string, got {brief(value)}", field=field)
+        raise RequestError(f"{name} must be a string, got {shown(value)}", field=field)
     return value

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config import MAX_MESSAGES, MAX_PARTS
-from pipeline.errors import ErrorInfo, RequestError, brief
+from pipeline.errors import ErrorInfo, RequestError, shown
 from pipeline.messages import ChatMessage, Part
 from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
 from workers.api.parts import to_part
@@ -160,13 +160,13 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
     for field, neutral in NEUTRAL.items():
         value = getattr(request, field)
         if value is not None and value not in neutral:
-            raise RequestError(f"{field} is not served by this server, got {brief(value)}", field=field)
+            raise RequestError(f"{field} is not served by this server, got {shown(value)}", field=field)
     for index, message in enumerate(request.messages):
         for field in NEUTRAL_IN_MESSAGE:
             if getattr(message, field):
                 raise RequestError(f"{field} in a message is not served by this server", field=f"messages[{index}].{field}")
     if request.priority is not None and not -(2**31) <= request.priority < 2**31:
-        raise RequestError(f"priority must fit 32 bits, got {brief(request.priority)}", field="priority")
+        raise RequestError(f"priority must fit 32 bits, got {shown(request.priority)}", field="priority")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options need stream to be true", field="stream_options")
 
@@ -194,7 +194,7 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
 
     for field in ("max_tokens", "max_completion_tokens"):
         if (limit := getattr(request, field)) is not None and not 1 <= limit < 2**31:
-            raise RequestError(f"{field} must be at least 1 and fit 32 bits, got {brief(limit)}", field=field)
+            raise RequestError(f"{field} must be at least 1 and fit 32 bits, got {shown(limit)}", field=field)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_LOGPROBS:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pipeline.errors import RequestError, brief
+from pipeline.errors import RequestError, shown
 from pipeline.families import MAX_ASPECT_RATIO, ModelInfo, VideoInfo, VisionInfo
 from pipeline.messages import ImagePart, VideoPart
 from workers.preprocess.images import ImageSize, smart_resize
@@ -104,7 +104,7 @@ def _check_window(part: VideoPart, field: str) -> None:
     for name in ("video_start", "video_end"):
         seconds = getattr(part, name)
         if seconds is not None and not 0 <= seconds < math.inf:
-            what = f"{name} must be 0 seconds or more, got {brief(seconds)}"
+            what = f"{name} must be 0 seconds or more, got {shown(seconds)}"
             raise RequestError(what, field=f"{field}.{name}")
     if part.video_start is not None and part.video_end is not None and part.video_start >= part.video_end:
         what = f"video_start must be before video_end, got {part.video_start} and {part.video_end}"
@@ -137,7 +137,7 @@ def _asked_size(part: ImagePart | VideoPart, factor: int, max_pixels: int, field
         if side is None:
             raise RequestError("resized_height and resized_width go together", field=f"{field}.{name}")
         if not 1 <= side <= MAX_SIDE:
-            what = f"{name} must be between 1 and {MAX_SIDE} pixels, got {brief(side)}"
+            what = f"{name} must be between 1 and {MAX_SIDE} pixels, got {shown(side)}"
             raise RequestError(what, field=f"{field}.{name}")
     height, width = (max(side, factor) for side in sides if side is not None)
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
@@ -166,7 +166,7 @@ def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -
 def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: str) -> tuple[int, int]:
     """The least and the largest number of frames. `low` is the model's, `most` the server's."""
     if part.fps is not None and not 0 < part.fps < math.inf:
-        raise RequestError(f"fps must be above 0, got {brief(part.fps)}", field=f"{field}.fps")
+        raise RequestError(f"fps must be above 0, got {shown(part.fps)}", field=f"{field}.fps")
     if part.fps is not None and part.nframes is not None:
         raise RequestError("fps and nframes exclude each other", field=f"{field}.nframes")
     _at_least(1, part.min_frames, "min_frames", field)
@@ -185,14 +185,14 @@ def _whole_number_of_frames(asked: int, total: int, most: int, multiple: int, fi
     count = round(asked / multiple) * multiple
     high = min(total, most)
     if not multiple <= count <= high:
-        what = f"nframes must be between {multiple} and {high} (the video has {total} frames), got {brief(asked)}"
+        what = f"nframes must be between {multiple} and {high} (the video has {total} frames), got {shown(asked)}"
         raise RequestError(what, field=f"{field}.nframes")
     return count
 
 
 def _at_least(limit: int, value: int | None, name: str, field: str) -> None:
     if value is not None and value < limit:
-        raise RequestError(f"{name} must be at least {limit}, got {brief(value)}", field=f"{field}.{name}")
+        raise RequestError(f"{name} must be at least {limit}, got {shown(value)}", field=f"{field}.{name}")
 
 
 def _is_any_given(part: ImagePart, names: Sequence[str]) -> bool:

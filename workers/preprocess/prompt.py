@@ -18,7 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from pipeline.errors import RequestError, brief
+from pipeline.errors import RequestError, shown
 from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
 
 ROLES = ("system", "user", "assistant")
@@ -91,7 +91,7 @@ class ChatPrompt:
 
     def _as_template_message(self, index: int, message: ChatMessage, mark: str) -> dict[str, Any]:
         if message.role not in ROLES:
-            what = f"unknown role {brief(message.role)}; known are {', '.join(ROLES)}"
+            what = f"unknown role {shown(message.role)}; known are {', '.join(ROLES)}"
             raise RequestError(what, field=f"messages[{index}].role")
 
         def plain(text: str) -> str:
