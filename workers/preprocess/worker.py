@@ -73,6 +73,7 @@ async def _serve(context: WorkerContext) -> None:
             while True:
                 match (await control.receive()).message:
                     case Shutdown():
+                        await core.close()  # no process that reads media outlives the pipeline
                         raise ShutdownRequested
                     case Drain():
                         drain()
