@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
-    hide([key for key in (*config.api.api_key, config.api.admin_key) if key])
+    hide([key for key in (*config.api.api_key, config.api.admin_key, config.preprocess.media_proxy) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
         # Taken out of the environment: workers have no use for it.

@@ -1,4 +1,4 @@
-"""Every kind of attack at a small size; at full size: `python -m tools.attack`, whose results are in docs/attacks.md."""
+"""Every kind of attack at a small size; at full size: `python -m tools.attack`."""
 
 from __future__ import annotations
 

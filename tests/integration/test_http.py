@@ -479,16 +479,18 @@ def test_a_client_that_disconnects_frees_its_request_at_once() -> None:
         assert ask(client, "Hello", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_overload_is_a_503_with_retry_after_and_passes() -> None:
-    with Server("--max-open-requests", "1", *LIMITS) as server, server.client() as client:
+def test_overload_is_a_429_for_its_tenant_a_503_for_others_and_passes() -> None:
+    options = ("--max-open-requests", "1", "--trust-forwarded-for", *LIMITS)
+    with Server(*options) as server, server.client() as client:
         stream = ask(client, "Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
         next(iter(stream))
-        with pytest.raises(openai.APIStatusError) as caught:
-            ask(client, "Hello", max_tokens=2)
-        assert caught.value.status_code == 503
-        assert caught.value.response.headers["Retry-After"]
-        assert isinstance(caught.value.body, dict)
-        assert caught.value.body["type"] == "server_error"
+        for headers, status, kind in (({}, 429, "rate_limit_error"), ({"X-Forwarded-For": "192.0.2.1"}, 503, "server_error")):
+            with pytest.raises(openai.APIStatusError) as caught:
+                ask(client, "Hello", max_tokens=2, extra_headers=headers)
+            assert caught.value.status_code == status
+            assert caught.value.response.headers["Retry-After"]
+            assert isinstance(caught.value.body, dict)
+            assert caught.value.body["type"] == kind
         stream.close()
         assert wait_for_line(server, "ended: abort")
         time.sleep(0.2)

@@ -172,7 +172,8 @@ class MediaReaders:
             if not isinstance(source, VideoFile):
                 await _fill(process.inbox, memoryview(source))
             answer = await self._ask(process.process, job)
-        except (asyncio.IncompleteReadError, OSError) as error:
+        # RuntimeError: uvloop says so of the pipe to a process that has died.
+        except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
             await self._kill(process)
             if isinstance(error, TimeoutError):  # which is an OSError
                 raise
