@@ -166,7 +166,7 @@ class PreprocessConfig:
     pixel_pool_mib: int = option(256, "memory for decoded pixels on their way to the ViTs, in MiB", metavar="MIB")
     max_open_media_mib: int = option(
         1024,
-        "encoded media of all open requests together, in memory and in files, in MiB; see docs/fairness.md",
+        "texts and encoded media of all open requests together, in memory and in files, in MiB; see docs/fairness.md",
         metavar="MIB",
     )
     preprocess_memory_mib: int | None = option(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -105,17 +105,18 @@ class FairQueue(Generic[K, T]):
         self._num_pushed += 1
         heapq.heappush(line.heap, (line.clock.stamp(owner, cost), order, self._num_pushed, cost, item))
 
-    def _next(self) -> str | None:
-        lines = [(name, line.heap) for name, line in self._lines.items() if line.heap]
+    def _next(self, held_up: Container[str] = ()) -> str | None:
+        lines = [(name, line.heap) for name, line in self._lines.items() if line.heap and name not in held_up]
         return min((self._turns.start(name), heap[0][1], name) for name, heap in lines)[-1] if lines else None
 
-    def peek(self) -> T | None:
-        tenant = self._next()
+    def peek(self, held_up: Container[str] = ()) -> T | None:
+        """What is next, but for the tenants that are held up."""
+        tenant = self._next(held_up)
         return None if tenant is None else self._lines[tenant].heap[0][-1]
 
-    def pop(self) -> T:
+    def pop(self, held_up: Container[str] = ()) -> T:
         """Takes what `peek` shows: its tenant and its owner have had their turn."""
-        tenant = self._next()
+        tenant = self._next(held_up)
         assert tenant is not None, "nothing waits"
         line = self._lines[tenant]
         start, _, _, cost, item = heapq.heappop(line.heap)
@@ -123,8 +124,8 @@ class FairQueue(Generic[K, T]):
         self._turns.charge(tenant, cost)
         return item
 
-    def drop(self) -> None:
+    def drop(self, held_up: Container[str] = ()) -> None:
         """Takes away what `peek` shows, for which nobody waits any more."""
-        tenant = self._next()
+        tenant = self._next(held_up)
         assert tenant is not None, "nothing waits"
         heapq.heappop(self._lines[tenant].heap)

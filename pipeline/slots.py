@@ -1,6 +1,6 @@
 """Who gets which part of a tensor pool, and in which order. Pure bookkeeping: no memory, no torch, no sockets.
 
-`SlotAllocator` cuts slots out of a block of bytes; `OrderedSlots` grants them in the order (request arrival, item position).
+`SlotAllocator` cuts slots out of a block of bytes; `OrderedSlots` grants them, tenants in turn, in the order (request arrival, item position).
 The last part of each pool is kept for the oldest item that has no slot yet. Without it requests that have half of their
 items in a pool could wait for each other in a circle; with it the oldest request always gets its next item, so it ends.
 """
@@ -8,8 +8,9 @@ items in a pool could wait for each other in a circle; with it the oldest reques
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 ALIGNMENT = 256  # bytes; enough for any dtype and for vector loads
@@ -71,15 +72,20 @@ class SlotAllocator:
         self._free_indices = list(range(max_slots - 1, -1, -1))
         self._generations = [0] * max_slots
         self._used: dict[int, Slot] = {}
+        self._holders: dict[int, str] = {}  # of used slots, by number
+        self.held: Counter[str] = Counter()  # bytes, by holder
 
-    def allocate(self, nbytes: int, use_reserve: bool = False) -> Slot | None:
-        """A slot of at least `nbytes`, or None. Raises ValueError for more than the largest item the pool was made for."""
+    def allocate(self, nbytes: int, use_reserve: bool = False, holder: str = "", use_general: bool = True) -> Slot | None:
+        """A slot of at least `nbytes`, or None. `holder` is whose bytes these count as.
+
+        Raises ValueError for more than the largest item the pool was made for.
+        """
         nbytes = align(nbytes)
         if nbytes > self.reserve:
             raise ValueError(f"an item of {nbytes} bytes is larger than the pool's largest item, {self.reserve} bytes")
         if not self._free_indices:
             return None
-        offset = self._general.take(nbytes)
+        offset = self._general.take(nbytes) if use_general else None
         if offset is None and use_reserve:
             offset = self._reserved.take(nbytes)
         if offset is None:
@@ -87,13 +93,18 @@ class SlotAllocator:
         index = self._free_indices.pop()
         self._generations[index] += 1
         slot = Slot(index, self._generations[index], offset, nbytes)
-        self._used[index] = slot
+        self._used[index], self._holders[index] = slot, holder
+        self.held[holder] += nbytes
         return slot
 
     def free(self, slot: Slot) -> None:
         if self._used.get(slot.number) != slot:
             raise ValueError(f"slot {slot} is not in use")
         del self._used[slot.number]
+        holder = self._holders.pop(slot.number)
+        self.held[holder] -= slot.nbytes
+        if not self.held[holder]:
+            del self.held[holder]
         region = self._reserved if self.is_reserved(slot) else self._general
         region.give(slot.offset, slot.nbytes)
         self._free_indices.append(slot.number)
@@ -121,54 +132,85 @@ def align(nbytes: int) -> int:
 
 
 @dataclass(slots=True)
+class _Expected:
+    order: Order
+    tenant: str
+    nbytes: int = 0  # 0: it does not ask yet
+
+
 class OrderedSlots(Generic[K]):
-    """Grants slots strictly in order; keeps the reserve for the oldest key that is expected and has none.
+    """Grants slots in order within a tenant; keeps the reserve for the oldest key of all that is expected and has none.
 
     A key is *expected* from the moment it is known, long before its data is there, so that a younger key whose data came
-    earlier cannot take the place that the older one will need. `evict` frees something of no present use and says whether
-    it did.
+    earlier cannot take the place that the older one will need. The rest of the pool goes to the tenant that holds the
+    fewest bytes of it: a tenant with a long queue holds up its own keys only. `evict` frees something of no present use
+    and says whether it did.
     """
 
-    allocator: SlotAllocator
-    evict: Callable[[], bool] = lambda: False
-    _expected: list[tuple[Order, K]] = field(default_factory=list)
-    _orders: dict[K, Order] = field(default_factory=dict)
-    _waiting: list[tuple[Order, K]] = field(default_factory=list)
-    _wanted: dict[K, int] = field(default_factory=dict)  # bytes, of the keys that wait
+    def __init__(self, allocator: SlotAllocator, evict: Callable[[], bool] = lambda: False) -> None:
+        self.allocator, self._evict = allocator, evict
+        self._keys: dict[K, _Expected] = {}
+        self._expected: list[tuple[Order, K]] = []  # in order
+        self._waiting: dict[str, list[tuple[Order, K]]] = {}  # by tenant, in order: those that ask
+        self._turn: K | None = None  # of the key that did not fit: it goes before those of tenants that hold as much
 
-    def expect(self, key: K, order: Order) -> None:
-        if key in self._orders:
+    def expect(self, key: K, order: Order, tenant: str = "") -> None:
+        if key in self._keys:
             self.forget(key)
-        self._orders[key] = order
+        self._keys[key] = _Expected(order, tenant)
         bisect.insort(self._expected, (order, key))
 
     def forget(self, key: K) -> None:
         """The key needs no slot (any more). Unknown keys are fine: a hit and a cancellation may cross."""
-        if (order := self._orders.pop(key, None)) is not None:
-            del self._expected[bisect.bisect_left(self._expected, (order, key))]
-            if self._wanted.pop(key, None) is not None:
-                del self._waiting[bisect.bisect_left(self._waiting, (order, key))]
+        if (known := self._keys.pop(key, None)) is None:
+            return
+        _remove(self._expected, (known.order, key))
+        if known.nbytes:
+            _remove(self._waiting[known.tenant], (known.order, key))
+            if not self._waiting[known.tenant]:
+                del self._waiting[known.tenant]
 
     def request(self, key: K, nbytes: int) -> None:
-        if key not in self._orders:
+        if (known := self._keys.get(key)) is None:
             raise ValueError(f"{key} asks for a slot but was not expected")
-        if key not in self._wanted:
-            bisect.insort(self._waiting, (self._orders[key], key))
-        self._wanted[key] = nbytes
+        if not known.nbytes:
+            bisect.insort(self._waiting.setdefault(known.tenant, []), (known.order, key))
+        known.nbytes = nbytes
 
     def is_oldest(self, key: K) -> bool:
         return bool(self._expected) and self._expected[0][1] == key
 
     def grant(self) -> list[tuple[K, Slot]]:
-        """Slots for waiting keys, oldest first, up to the first one that does not fit."""
+        """Slots for waiting keys, up to the first one that does not fit: it is waited for, but the oldest has the reserve."""
         granted: list[tuple[K, Slot]] = []
-        while self._waiting:
-            key = self._waiting[0][1]
-            slot = self.allocator.allocate(self._wanted[key], self.is_oldest(key))
-            while slot is None and self.evict():
-                slot = self.allocator.allocate(self._wanted[key], self.is_oldest(key))
-            if slot is None:
-                break
+        while (found := self._next()) is not None:
+            key, slot = found
             self.forget(key)
             granted.append((key, slot))
         return granted
+
+    def _next(self) -> tuple[K, Slot] | None:
+        if not self._waiting:
+            return None
+        heads = [(self.allocator.held[tenant], waiting[0][1] != self._turn, *waiting[0]) for tenant, waiting in self._waiting.items()]
+        key = min(heads, key=lambda head: head[:3])[3]
+        slot = self._allocate(key)
+        self._turn = key if slot is None else None
+        if slot is not None:
+            return key, slot
+        oldest = self._expected[0][1]
+        if self._keys[oldest].nbytes and (slot := self._allocate(oldest, use_general=False)) is not None:
+            return oldest, slot
+        return None
+
+    def _allocate(self, key: K, use_general: bool = True) -> Slot | None:
+        known = self._keys[key]
+        wanted = known.nbytes, self.is_oldest(key), known.tenant, use_general
+        slot = self.allocator.allocate(*wanted)
+        while slot is None and self._evict():
+            slot = self.allocator.allocate(*wanted)
+        return slot
+
+
+def _remove(sorted_list: list[tuple[Order, K]], entry: tuple[Order, K]) -> None:
+    del sorted_list[bisect.bisect_left(sorted_list, entry)]

@@ -63,10 +63,10 @@ def ordered(units: int, reserve: int = 1) -> OrderedSlots[str]:
     return OrderedSlots(SlotAllocator(units * UNIT, reserve * UNIT, 64))
 
 
-def expect(made: OrderedSlots[str], *names: str) -> None:
+def expect(made: OrderedSlots[str], *names: str, tenant: str = "") -> None:
     """Names like "a0": request and position."""
     for name in names:
-        made.expect(name, Order(ord(name[0]), int(name[1:])))
+        made.expect(name, Order(ord(name[0]), int(name[1:])), tenant)
 
 
 def test_grants_are_in_order_whatever_order_the_requests_come_in() -> None:
@@ -86,6 +86,51 @@ def test_the_reserve_is_kept_for_the_oldest_even_before_it_asks() -> None:
     assert made.grant() == []
     made.request("a0", UNIT)
     assert [name for name, _ in made.grant()] == ["a0"], "though a1 and a2 fill all the rest"
+
+
+def test_a_tenant_with_a_long_queue_holds_up_its_own_keys_only() -> None:
+    made = ordered(5)
+    queue = [f"a{number}" for number in range(20)]
+    expect(made, *queue, tenant="many")
+    for name in queue:
+        made.request(name, UNIT)
+    held = dict(made.grant())
+    assert list(held) == queue[:5]
+    expect(made, "b0", tenant="one")
+    made.request("b0", UNIT)
+    made.allocator.free(held["a2"])
+    assert [name for name, _ in made.grant()] == ["b0"], "before, it waited for 15 others"
+
+
+def test_the_oldest_has_the_reserve_whatever_its_tenant_holds() -> None:
+    made = ordered(4)
+    expect(made, "a0", "a1", "a2", tenant="many")
+    made.request("a1", UNIT)
+    made.request("a2", UNIT)
+    assert [name for name, _ in made.grant()] == ["a1", "a2"]
+    expect(made, "b0", "b1", tenant="one")
+    for name in ("b0", "b1", "a0"):
+        made.request(name, UNIT)
+    assert [name for name, _ in made.grant()] == ["b0", "a0"], "the last of the rest, and the reserve"
+    assert made.allocator.check_integrity() is None
+    assert made.allocator.held == {"many": 3 * UNIT, "one": UNIT}
+
+
+def test_a_large_item_of_a_tenant_that_holds_little_is_waited_for() -> None:
+    """Else small ones of others would take each byte that comes free before enough are free side by side."""
+    made = ordered(6, reserve=3)
+    expect(made, "a0", "a1", "a2", "a3", "a4", tenant="many")
+    for name in ("a1", "a2", "a3"):
+        made.request(name, UNIT)
+    held = dict(made.grant())
+    expect(made, "b0", tenant="one")
+    made.request("b0", 3 * UNIT)
+    made.request("a4", UNIT)
+    for name in ("a1", "a2"):
+        made.allocator.free(held[name])
+        assert made.grant() == []
+    made.allocator.free(held["a3"])
+    assert [name for name, _ in made.grant()] == ["b0"]
 
 
 def test_a_forgotten_key_makes_way_for_the_next() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,10 +21,12 @@ from pipeline.tensors import TensorPool
 from pipeline.topology import Role
 from pipeline.trace import Tracer
 from workers.preprocess.media import Chunk
+from workers.preprocess.places import decrease
 from workers.preprocess.router import Router
 from workers.preprocess.threads import Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
+UNREADABLE = ErrorInfo(500, "the server cannot read the media of this request", "messages")
 ORDER_PATIENCE_S = 0.25  # that pixels wait for earlier ones of their request, in memory that others may need
 
 
@@ -38,6 +40,7 @@ class ChunkState:
     order: Order
     slot: Slot | None = None
     is_wanted: bool = False  # its pixels are asked for
+    loading: asyncio.Task[None] | None = None  # its media are brought in, before it holds anything
     is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
@@ -55,15 +58,17 @@ class ChunkFlow:
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
         self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
         # Chunks that have a slot and are to be decoded, by tenant and request.
-        self._waiting: FairQueue[tuple[str, int], ChunkKey] = FairQueue()
+        self._waiting: FairQueue[tuple[str, int], ChunkState] = FairQueue()
         self._tracer = tracer
         self.largest = allocator.reserve  # bytes of pixels
         self._num_taken = allocator.num_used  # by nobody here
-        self._num_decoding = 0
+        self._most_of_tenant = max(1, most_decoding - most_decoding // 4)
+        self._decoding: Counter[str] = Counter()  # by tenant
         self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}  # by request, attempt and ViT: whether what was begun last is there
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
         self.router = Router(len(vits))
         self._chunks: dict[ChunkKey, ChunkState] = {}
+        self._num_by_request: Counter[str] = Counter()
         self.num_decoded = 0
 
     def route(
@@ -79,7 +84,9 @@ class ChunkFlow:
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
         state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
         state.tenant, state.alone_in = tenant, alone_in
+        assert key not in self._chunks, f"{key} is on its way already"
         self._chunks[key] = state
+        self._num_by_request[key.request_id] += 1
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
@@ -87,10 +94,9 @@ class ChunkFlow:
         for key in keys:
             state = self._chunks[key]
             self._vits[state.vit].send(self._encode_request(state))
-            self._slots.expect(key, state.order)
+            self._slots.expect(key, state.order, state.tenant)
             if state.is_wanted:
-                self._slots.request(key, state.chunk.pixel_bytes)
-        self._grant()
+                self._load(state)
 
     def on_miss(self, key: ChunkKey) -> None:
         """The ViT does not have this chunk: sends its pixels, again if they came when others' were there and are gone now."""
@@ -99,8 +105,7 @@ class ChunkFlow:
             return
         if not state.is_wanted:
             state.is_wanted = True
-            self._slots.request(key, state.chunk.pixel_bytes)
-            self._grant()
+            self._load(state)
         elif state.slot is not None and not state.is_waiting and not state.is_decoding:
             self._vits[state.vit].send(self._encode_request(state))
 
@@ -141,21 +146,50 @@ class ChunkFlow:
             tenant=state.tenant, **self._origin,
         )  # fmt: skip
 
+    def _load(self, state: ChunkState) -> None:
+        """Media first, then a slot and a decoder's time: nobody else is to wait for a host that is silent."""
+        state.loading = self._tasks.create_task(self._load_and_request(state))
+
+    async def _load_and_request(self, state: ChunkState) -> None:
+        self._work_for(state)
+        try:
+            await state.chunk.source.load(state.chunk.frames)
+        except RequestError as error:
+            failed = error.info
+        except Exception:
+            logger.exception("%s cannot be brought in", state.key)
+            failed = UNREADABLE
+        else:
+            state.loading = None
+            self._slots.request(state.key, state.chunk.pixel_bytes)
+            self._grant()
+            return
+        state.loading = None
+        self._break(state, failed)
+
+    def _work_for(self, state: ChunkState) -> None:
+        """The calling task's work is this request's."""
+        on_behalf_of.set(Work(state.key.request_id, Role.PREPROCESS in state.alone_in, state.tenant))
+
     def _grant(self) -> None:
         """Starts decoding, tenants in turn and each one's requests, as many chunks at once as there are
-        hands.
+        hands. No tenant has all of them.
         """
         for key, slot in self._slots.grant():
             state = self._chunks[key]
             state.slot, state.is_waiting = slot, True
-            self._waiting.push(state.tenant, key[:2], state.chunk.pixel_bytes, state.order, key)
-        while self._num_decoding < self._most_decoding and (next_key := self._waiting.peek()) is not None:
-            if (waiting := self._chunks.get(next_key)) is None:  # it was cancelled
-                self._waiting.drop()
+            self._waiting.push(state.tenant, key[:2], state.chunk.pixel_bytes, state.order, state)
+        while self._decoding.total() < self._most_decoding:
+            has_most = [tenant for tenant, count in self._decoding.items() if count >= self._most_of_tenant]
+            waiting = self._waiting.peek(has_most)
+            if waiting is None:
+                break
+            if not waiting.is_waiting:  # it was cancelled
+                self._waiting.drop(has_most)
                 continue
-            self._waiting.pop()
+            self._waiting.pop(has_most)
             waiting.is_waiting, waiting.is_decoding = False, True
-            self._num_decoding += 1
+            self._decoding[waiting.tenant] += 1
             self._tasks.create_task(self._decode_in_order(waiting))
 
     async def _decode_in_order(self, state: ChunkState) -> None:
@@ -176,7 +210,7 @@ class ChunkFlow:
             before.add_done_callback(finish)  # those behind wait for those before all the same
 
     async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
-        on_behalf_of.set(Work(state.key.request_id, Role.PREPROCESS in state.alone_in))
+        self._work_for(state)
         error: ErrorInfo | None = None
         start = time.monotonic()
         request = self._encode_request(state)
@@ -187,8 +221,8 @@ class ChunkFlow:
             error = broken.info
         except Exception:  # a full disk, say: that request's fault or nobody's, and no reason to end
             logger.exception("%s cannot be decoded", state.key)
-            error = ErrorInfo(500, "the server cannot read the media of this request", "messages")
-        self._num_decoding -= 1
+            error = UNREADABLE
+        decrease(self._decoding, state.tenant, 1)
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1
         if before is not None and error is None and not state.is_over:
@@ -201,9 +235,13 @@ class ChunkFlow:
             self._vits[state.vit].send(request)
             self._grant()
         else:
-            self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
-            self._drop(state)
-            self._on_broken(state.key, error)
+            self._break(state, error)
+
+    def _break(self, state: ChunkState, error: ErrorInfo) -> None:
+        """The media of this chunk cannot be had, or be read."""
+        self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
+        self._drop(state)
+        self._on_broken(state.key, error)
 
     def _finish(self, state: ChunkState) -> None:
         """No pixels are needed (any more). While a thread still writes them the slot stays."""
@@ -214,7 +252,11 @@ class ChunkFlow:
 
     def _drop(self, state: ChunkState) -> None:
         """Forgets a chunk and gives its slot to the next."""
+        if state.loading is not None:
+            state.loading.cancel()
+        state.is_waiting = False
         del self._chunks[state.key]
+        decrease(self._num_by_request, state.key.request_id, 1)
         self.router.finished(state.vit, state.chunk.grid_thw.num_patches)
         self._slots.forget(state.key)
         if state.slot is not None:
@@ -224,6 +266,10 @@ class ChunkFlow:
     @property
     def num_open(self) -> int:
         return len(self._chunks)
+
+    def has_chunks_of(self, request_id: str) -> bool:
+        """Whether any attempt of the request has chunks here: decoded to no purpose, or lent to a ViT."""
+        return request_id in self._num_by_request
 
     def check_integrity(self) -> None:
         self._slots.allocator.check_integrity()

@@ -1,4 +1,4 @@
-"""How much of the server each tenant may hold: open requests, and the bytes of their media. Pure.
+"""How much of the server each tenant may hold: open requests, and the bytes of their texts and media. Pure.
 
 No number per tenant is set: whoever is alone may have nearly all, and who comes then finds room. A tenant may
 hold at most `SHARE` times what is free, so the last part is never one tenant's, and with each further tenant
@@ -72,7 +72,7 @@ class Credits:
         return self._requests.total
 
     @property
-    def num_media_bytes(self) -> int:
+    def num_held_bytes(self) -> int:
         return self._media.total
 
     def open(self, tenant: str, was_begun: bool = False) -> None:
@@ -91,18 +91,18 @@ class Credits:
         requests.add(tenant, 1)
 
     def hold(self, tenant: str, num_bytes: int) -> None:
-        """Counts encoded media that a request keeps until it ends. They count even if that is refused: they
+        """Counts texts and encoded media that a request keeps until it ends. They count even if that is refused: they
         are there.
         """
         fits, is_above = self._media.fits(tenant, num_bytes), self._media.is_above_share(tenant, num_bytes)
         self._media.add(tenant, num_bytes)
         if num_bytes and not fits:
-            what = f"the open requests' media are limited to {self._max_media_mib} MiB"
+            what = f"the open requests' texts and media are limited to {self._max_media_mib} MiB"
             if is_above:
                 raise RequestError(f"your requests hold too much: {what}", status=429)
             raise RequestError(f"the server is overloaded: {what}", status=503)
 
-    def close(self, tenant: str, num_media_bytes: int) -> None:
+    def close(self, tenant: str, num_held_bytes: int) -> None:
         """Gives the credit of a request back, and what was held for it."""
         self._requests.remove(tenant, 1)
-        self._media.remove(tenant, num_media_bytes)
+        self._media.remove(tenant, num_held_bytes)

@@ -22,11 +22,12 @@ from pipeline.data_urls import forgiving_base64
 from pipeline.errors import RequestError
 from workers.preprocess.bodies import Body, FileBody, MemoryBody
 from workers.preprocess.bodies import too_large as too_large
-from workers.preprocess.download_turns import NOBODY, Asker, BytesInFlight, DownloadTurns
+from workers.preprocess.download_turns import BytesInFlight, DownloadTurns
 from workers.preprocess.downloads import Downloader
 from workers.preprocess.downloads import Fetched as Fetched
 from workers.preprocess.downloads import Validators as Validators
 from workers.preprocess.media_urls import SURROUNDING, parse_media_url
+from workers.preprocess.places import NOBODY, Asker
 from workers.preprocess.videos import VideoFile
 
 D = TypeVar("D")

@@ -12,7 +12,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,13 +19,13 @@ from pipeline.config import MIB, PreprocessConfig
 from pipeline.errors import RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import ImagePart, VideoPart
-from workers.preprocess.download_turns import asked_by
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
 from workers.preprocess.images import ImageSize, check_aspect
-from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, picture_item, video_item
+from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, gather, picture_item, video_item
 from workers.preprocess.names import Memory
 from workers.preprocess.readers import MediaReaders
+from workers.preprocess.threads import FairThreads, on_behalf_of
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile
 
@@ -56,7 +55,7 @@ class _Resolved(NamedTuple, Generic[D]):
 
 class ItemReader:
     def __init__(
-        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: Executor, readers: MediaReaders
+        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: FairThreads, readers: MediaReaders
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
@@ -104,23 +103,23 @@ class ItemReader:
     # What is known of media, and how to get them.
 
     async def _resolve_picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[Data]:
-        max_bytes, asker = self._config.max_media_mib * MIB, asked_by.get()
+        max_bytes, asker = self._config.max_media_mib * MIB, on_behalf_of.get().asker
 
         async def load(validators: Validators | None) -> Fetched[Data]:
             if part.url:
                 fetched = await self._fetcher.fetch(part.url, field, validators, asker)
                 hold(len(fetched.data or b""))
                 return Fetched(fetched.data, fetched.validators)
-            return Fetched(await self._in_thread(inline_data, part, field, frames, max_bytes), None)
+            return Fetched(await self._threads.run(inline_data, part, field, frames, max_bytes), None)
 
         async def inspect(data: Data) -> _Known:
             size = await self._readers.inspect_picture(data, field)
-            return _Known(await self._in_thread(_sha256, data), size)
+            return _Known(await self._threads.run(_sha256, data), size)
 
         return await self._resolve(part, "picture", field, scope, load, inspect)
 
     async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[VideoFile]:
-        max_bytes, asker = self._config.max_video_mib * MIB, asked_by.get()
+        max_bytes, asker = self._config.max_video_mib * MIB, on_behalf_of.get().asker
 
         def spool() -> VideoFile:
             data = inline_data(part, field, frames, max_bytes)
@@ -134,7 +133,7 @@ class ItemReader:
                 fetched = await self._fetcher.fetch_file(part.url, field, validators, asker)
                 hold(fetched.data.nbytes if fetched.data is not None else 0)
                 return fetched
-            return Fetched(await self._in_thread(spool), None)
+            return Fetched(await self._threads.run(spool), None)
 
         async def inspect(file: VideoFile) -> _Known:
             metadata: VideoMetadata = await self._readers.inspect(file, field)
@@ -170,9 +169,6 @@ class ItemReader:
         if part.uuid:
             self._known.put(tenant, name, known._replace(validators=None))
         return resolved
-
-    async def _in_thread(self, function: Callable[..., D], *args: object) -> D:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
 
 def _key(scope: Scope, kind: str, what: str, name: str) -> bytes:
@@ -229,14 +225,3 @@ def _once(load: Callable[[], Coroutine[Any, Any, D]]) -> Callable[[], Awaitable[
         return await asyncio.shield(task)
 
     return shared
-
-
-async def gather(coroutines: Any) -> list[Any]:
-    """All results; the first error ends the others, for whom nobody waits any more."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise

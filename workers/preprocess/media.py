@@ -28,6 +28,9 @@ FRAMES_AT_ONCE = 8  # of a video given as pictures, that wait for a process
 class Source(Protocol):
     """Where pixels come from."""
 
+    async def load(self, frames: Sequence[int]) -> None:
+        """Brings in what `decode` of these frames reads. Raises RequestError when that cannot be had."""
+
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
         """Fills out [frames, height, width, 3], which lies at `offset` bytes in the pixel pool. Raises RequestError when it is broken.
 
@@ -69,6 +72,9 @@ class PictureSource:
     def __init__(self, load: Callable[[], Awaitable[Data]], field: str, readers: MediaReaders) -> None:
         self._load, self._field, self._readers = load, field, readers
 
+    async def load(self, frames: Sequence[int]) -> None:
+        await self._load()
+
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
         await self._readers.read_picture(await self._load(), ImageSize(*out.shape[1:3]), offset, self._field)
 
@@ -78,6 +84,9 @@ class FramesSource:
 
     def __init__(self, pictures: Sequence[Source]) -> None:
         self._pictures = pictures
+
+    async def load(self, frames: Sequence[int]) -> None:
+        await gather(self._pictures[frame].load((0,)) for frame in frames)
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
         """After the first that is broken no other is begun."""
@@ -101,6 +110,9 @@ class VideoSource:
     def __init__(self, load: Callable[[], Awaitable[VideoFile]], readers: MediaReaders, field: str) -> None:
         self._load, self._readers, self._field = load, readers, field
 
+    async def load(self, frames: Sequence[int]) -> None:
+        await self._load()
+
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
         await self._readers.read(await self._load(), frames, ImageSize(*out.shape[1:3]), offset, self._field)
 
@@ -123,3 +135,14 @@ def video_item(source: Source, frames: Sequence[int], size: ImageSize, content: 
         digest.update(mm_hash)
         chunks.append(Chunk(source, part, size, grid._replace(t=-(-len(part) // temporal)), mm_hash))
     return Item(grid._replace(t=length), digest.digest(), chunks)
+
+
+async def gather(coroutines: Any) -> list[Any]:
+    """All results; the first error ends the others, for whom nobody waits any more."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise

@@ -1,60 +1,103 @@
-"""Places in which something is done, for which requests take turns."""
+"""Places in which something is done: tenants share them, and the requests of a tenant share what it has.
+
+A free place goes to the tenant that holds the fewest, there to the request that holds the fewest, and among equals
+to the one that was served the longest ago. How many a tenant and a request may hold is said by the kind of place.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
-from collections import Counter
+import contextlib
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from typing import NamedTuple, TypeVar
 
-from pipeline.fair import FairClock
+K = TypeVar("K")
+
+
+class Asker(NamedTuple):
+    """On whose behalf something is done."""
+
+    tenant: str
+    request_id: str
+
+
+NOBODY = Asker("", "")
 
 
 class Places:
-    """`count` places; one request alone never has the last of them."""
+    """`count` places; no tenant has the last one, and no request the last one of its tenant. Use within one event loop."""
 
     def __init__(self, count: int) -> None:
-        self._free, self._most = count, max(1, count - 1)
-        self._held: Counter[str] = Counter()
-        self._turns: FairClock[str] = FairClock()
-        self._numbers = itertools.count()
-        self._waiting: list[tuple[float, int, str, asyncio.Future[None]]] = []  # a heap
+        self._count = count
+        self._num_held = 0
+        self._held_by_tenant: Counter[str] = Counter()
+        self._held_by_request: Counter[Asker] = Counter()
+        self._waiting: dict[Asker, deque[asyncio.Future[None]]] = {}  # the longest not served first
 
-    async def take(self, owner: str) -> None:
-        granted = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (self._turns.stamp(owner, 1.0), next(self._numbers), owner, granted))
+    @contextlib.asynccontextmanager
+    async def take(self, asker: Asker) -> AsyncIterator[None]:
+        """A place, once it is the asker's turn."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(asker, deque()).append(turn)
         self._grant()
         try:
-            await granted
-        except asyncio.CancelledError:
-            if granted.done() and not granted.cancelled():
-                self.free(owner)
-            raise
-
-    def free(self, owner: str) -> None:
-        self._free += 1
-        self._held[owner] -= 1
-        if not self._held[owner]:
-            del self._held[owner]
-        self._grant()
-
-    def _grant(self) -> None:
-        passed_over = []
-        while self._free and self._waiting:
-            entry = heapq.heappop(self._waiting)
-            turn, _, owner, granted = entry
-            if granted.done():  # cancelled
-                continue
-            if self._held[owner] >= self._most:
-                passed_over.append(entry)
-                continue
-            self._turns.advance(turn)
-            self._free -= 1
-            self._held[owner] += 1
-            granted.set_result(None)
-        for entry in passed_over:
-            heapq.heappush(self._waiting, entry)
+            await turn
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._release(asker)
+            else:
+                self._forget(asker, turn)
 
     @property
     def is_idle(self) -> bool:
-        return not self._held and not any(not granted.done() for *_, granted in self._waiting)
+        return not self._num_held and not self._waiting
+
+    def check_integrity(self) -> None:
+        """When nothing is done."""
+        assert not self._num_held, f"{self._num_held} places are held by nobody"
+        assert not self._held_by_tenant, "a tenant holds places"
+        assert not self._held_by_request, "a request holds places"
+        assert not self._waiting, "a request waits"
+
+    def _grant(self) -> None:
+        while askers := [asker for asker in self._waiting if self._may_take(asker)]:
+            asker = min(askers, key=self._num_held_by)
+            turns = self._waiting.pop(asker)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[asker] = turns  # behind all others
+            if turn.cancelled():  # its task has yet to hear of it
+                continue
+            turn.set_result(None)
+            self._num_held += 1
+            self._held_by_tenant[asker.tenant] += 1
+            self._held_by_request[asker] += 1
+
+    def _num_held_by(self, asker: Asker) -> tuple[int, int]:
+        return self._held_by_tenant[asker.tenant], self._held_by_request[asker]
+
+    def _may_take(self, asker: Asker) -> bool:
+        of_tenant, of_request = self._num_held_by(asker)
+        is_free = self._num_held < self._count
+        return is_free and of_tenant < max(1, self._count - 1) and of_request < max(1, self._count - 2)
+
+    def _release(self, asker: Asker) -> None:
+        self._num_held -= 1
+        decrease(self._held_by_tenant, asker.tenant, 1)
+        decrease(self._held_by_request, asker, 1)
+        self._grant()
+
+    def _forget(self, asker: Asker, turn: asyncio.Future[None]) -> None:
+        turns = self._waiting.get(asker)
+        if turns is not None and turn in turns:
+            turns.remove(turn)
+            if not turns:
+                del self._waiting[asker]
+
+
+def decrease(counts: Counter[K], key: K, by: int) -> None:
+    counts[key] -= by
+    if not counts[key]:
+        del counts[key]

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, assert_never
+from typing import assert_never
 
 import msgspec
 
@@ -53,17 +53,15 @@ from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.credits import Credits
-from workers.preprocess.download_turns import Asker, asked_by
 from workers.preprocess.fetch import Fetcher
-from workers.preprocess.item_reader import ItemReader, Scope, gather
-from workers.preprocess.media import Item
+from workers.preprocess.item_reader import ItemReader, Scope
+from workers.preprocess.media import Item, gather
 from workers.preprocess.prompt import ChatPrompt, Prompt
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.router import GroupRouter, prefix_hashes
-from workers.preprocess.threads import RecordedThreads, Recording, Work, on_behalf_of
+from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
-R = TypeVar("R")
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_READER = 2  # under way at once, so that none waits for work, and whose turn it is matters
 ALL = "all"  # may have a priority
@@ -80,7 +78,7 @@ class OpenRequest:
     task: asyncio.Task[None] | None = None
     reply: GenerateRequest | AbortRequest | None = None  # what the LLM was told, for queries
     keys: list[ChunkKey] = field(default_factory=list)
-    num_media_bytes: int = 0
+    num_held_bytes: int = 0
     has_credit: bool = False
     was_begun: bool = False  # here, in this attempt or an earlier one
     lead: int | None = None  # of the group that runs it, once that is chosen
@@ -105,10 +103,11 @@ class Preprocessor:
         self._groups = GroupRouter(list(llms))
         num_threads = max(2, context.spec.placement.num_threads)
         self.recording = Recording(context.recorder)
-        self._text_threads = RecordedThreads(num_threads, self.recording, "text")
-        self._media_threads = RecordedThreads(num_threads, self.recording, "media")
+        # More than compute at once: a tenant leaves the last to the others.
+        self._text_threads = FairThreads(num_threads + 1, self.recording, "text")
+        self._media_threads = FairThreads(num_threads + 2, self.recording, "media")
         self._fetcher = Fetcher(config)
-        num_readers = num_threads + 1  # one request alone leaves one to the others
+        num_readers = num_threads + 2  # a tenant leaves one to the others, a request one more to those of its tenant
         limits = ReadLimits(
             config.picture_timeout_s,
             config.video_timeout_s,
@@ -181,7 +180,7 @@ class Preprocessor:
         try:
             self._take_credit(opened)
             self._check_fields(message)
-            self._hold_media(opened, sum(len(frame) for frame in frames))
+            self._hold(opened, sum(len(frame) for frame in frames) + _num_characters(message))
         except RequestError as error:
             self._refuse(opened, error.info)
             return
@@ -234,8 +233,8 @@ class Preprocessor:
     def _give_back_credit(self, opened: OpenRequest) -> None:
         """The request has ended or was refused: what it held is another's now."""
         if opened.has_credit:
-            self._credits.close(opened.tenant, opened.num_media_bytes)
-            opened.has_credit, opened.num_media_bytes = False, 0
+            self._credits.close(opened.tenant, opened.num_held_bytes)
+            opened.has_credit, opened.num_held_bytes = False, 0
 
     def _check_fields(self, message: SubmitRequest) -> None:
         if not message.messages:
@@ -262,10 +261,10 @@ class Preprocessor:
             if wrong := [token_id for token_id in ids if token_id >= vocab_size]:
                 raise RequestError(f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name)
 
-    def _hold_media(self, opened: OpenRequest, num_bytes: int) -> None:
-        """Counts encoded media that a request holds until it ends. Raises RequestError rather than let memory grow."""
+    def _hold(self, opened: OpenRequest, num_bytes: int) -> None:
+        """Counts texts and encoded media that a request holds until it ends. Raises RequestError rather than let memory grow."""
         if opened.has_credit:
-            opened.num_media_bytes += num_bytes
+            opened.num_held_bytes += num_bytes
             self._credits.hold(opened.tenant, num_bytes)
 
     def _on_abort(self, message: AbortRequest) -> None:
@@ -293,8 +292,7 @@ class Preprocessor:
     # One request's preparation.
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
-        on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in))
-        asked_by.set(Asker(opened.tenant, opened.request_id))
+        on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in, opened.tenant))
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
@@ -317,7 +315,7 @@ class Preprocessor:
             raise RequestError(f"the request has {len(parts)} pictures and videos, the limit is {limit}", field="messages")
 
         def hold(num_bytes: int) -> None:
-            self._hold_media(opened, num_bytes)
+            self._hold(opened, num_bytes)
 
         scope = Scope(opened.tenant, message.cache_salt)
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
@@ -326,7 +324,7 @@ class Preprocessor:
         limit = self._info.text.max_position_embeddings
         if (total := sum(counts)) > limit:
             raise RequestError(f"the pictures and videos take {total} tokens, the model's context has {limit}", field="messages")
-        prompt: Prompt = await self._in_thread(self._prompt.build, message.messages, counts.__getitem__)
+        prompt: Prompt = await self._text_threads.run(self._prompt.build, message.messages, counts.__getitem__)
         if (total := len(prompt.token_ids)) > limit:
             raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field="messages")
         return items, prompt
@@ -382,9 +380,6 @@ class Preprocessor:
         prefixes = prefix_hashes(prompt.token_ids, items, cache_salt)
         num_tokens = len(prompt.token_ids)
         opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, num_tokens, opened.leads)
-
-    async def _in_thread(self, function: Callable[..., R], *args: object) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function, *args)
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
@@ -455,19 +450,21 @@ class Preprocessor:
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks the books when nothing is open."""
         for opened in list(self._requests.values()):
+            if opened.ended_at is None or self._chunks.has_chunks_of(opened.request_id):
+                continue  # its chunks' keys are not to be used again
             is_too_many = len(self._requests) > MAX_REMEMBERED
-            if opened.ended_at is not None and (is_too_many or now - opened.ended_at > MEMORY_OF_ENDED_S):
+            if is_too_many or now - opened.ended_at > MEMORY_OF_ENDED_S:
                 del self._requests[opened.request_id]
         if not self.num_open:
             self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
-            num_held = self._credits.num_requests + self._credits.num_media_bytes
+            num_held = self._credits.num_requests + self._credits.num_held_bytes
             assert not num_held, "credits are held by nobody"
 
     @property
-    def num_media_bytes(self) -> int:
+    def num_held_bytes(self) -> int:
         """Of open requests."""
-        return self._credits.num_media_bytes
+        return self._credits.num_held_bytes
 
     @property
     def num_decoded(self) -> int:
@@ -477,7 +474,7 @@ class Preprocessor:
         await self.readers.close()
         await self._fetcher.close()
         for threads in (self._text_threads, self._media_threads):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
 
 def tenant_of(message: SubmitRequest) -> str:
@@ -491,6 +488,12 @@ def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
     """Only a key has a name that nobody else can take."""
     kind, _, name = tenant.partition(":")
     return ALL in allowed or (kind in ("key", "curve") and name in allowed)
+
+
+def _num_characters(message: SubmitRequest) -> int:
+    contents = [one.content for one in message.messages]
+    texts = [part.text for parts in contents if not isinstance(parts, str) for part in parts if isinstance(part, TextPart)]
+    return sum(map(len, [content for content in contents if isinstance(content, str)] + texts))
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -26,7 +26,7 @@ from pipeline.memory import create_memory_file
 from workers.preprocess.images import ImageSize
 from workers.preprocess.places import Places
 from workers.preprocess.reader_process import Answer, Failed, Job, PictureJob, PictureSize, VideoJob
-from workers.preprocess.threads import Work, on_behalf_of
+from workers.preprocess.threads import on_behalf_of
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile
 
@@ -138,8 +138,10 @@ class MediaReaders:
             task.exception()  # is looked at, should nobody wait any more
 
     async def _do(self, job: Job, field: str, source: Source) -> Answer:
-        owner = on_behalf_of.get(Work("")).request_id
-        await self._places.take(owner)
+        async with self._places.take(on_behalf_of.get().asker):
+            return await self._do_now(job, field, source)
+
+    async def _do_now(self, job: Job, field: str, source: Source) -> Answer:
         if isinstance(job, PictureJob) and not job.height and (task := asyncio.current_task()) is not None:
             self._cheap.add(task)
         try:
@@ -160,8 +162,6 @@ class MediaReaders:
         except TimeoutError:
             stalled = f"could not be read: its decoder stood still for {self.limits.stall_s:g} s"
             raise RequestError(f"the {_kind(job)} {stalled}", field=field) from None
-        finally:
-            self._places.free(owner)
 
     async def _try(self, process: _Process, job: Job, number: int, source: Source) -> Answer:
         """Raises _Died, and TimeoutError for one that stands still: the process is reaped then."""

@@ -5,6 +5,7 @@ What runs there is told to the flight recorder. A request that may have been a p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -14,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pipeline.flight_recorder import Executing, FlightRecorder
+from workers.preprocess.places import Asker, Places
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,9 +24,15 @@ R = TypeVar("R")
 class Work(NamedTuple):
     request_id: str
     is_alone: bool = False
+    tenant: str = ""
+
+    @property
+    def asker(self) -> Asker:
+        return Asker(self.tenant, self.request_id)
 
 
-on_behalf_of: ContextVar[Work] = ContextVar("on_behalf_of")  # whose work a task does
+NOBODYS = Work("")
+on_behalf_of: ContextVar[Work] = ContextVar("on_behalf_of", default=NOBODYS)  # whose work a task does
 
 
 class _Turns:
@@ -87,10 +95,31 @@ class RecordedThreads(ThreadPoolExecutor):
         self._recording = recording
 
     def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        work = on_behalf_of.get(Work(""))
+        work = on_behalf_of.get()
 
         def run() -> R:
             with self._recording.turns.take(work.is_alone), self._recording.running(work):
                 return function(*args, **kwargs)
 
         return super().submit(run)
+
+
+class FairThreads:
+    """Threads that tenants share, so that what is long of one holds up nobody else."""
+
+    def __init__(self, num_threads: int, recording: Recording, name: str) -> None:
+        self._threads = RecordedThreads(num_threads, recording, name)
+        self._places = Places(num_threads)
+
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls the function in a thread, once it is the turn of whom the calling task works for."""
+        async with self._places.take(on_behalf_of.get().asker):
+            future = asyncio.wrap_future(self._threads.submit(function, *args, **kwargs))
+            try:
+                return await asyncio.shield(future)
+            except asyncio.CancelledError:
+                await asyncio.wait([future])  # a thread cannot be stopped: its place is not free before it ends
+                raise
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -159,7 +159,7 @@ class Batcher:
         return [Ready(key, self.cache.lease(feature, key.lead), feature), *done]
 
     def _expect(self, pending: Pending) -> None:
-        self._slots.expect(pending.mm_hash, pending.order)
+        self._slots.expect(pending.mm_hash, pending.order, pending.tenant)
         if pending.pixels is not None and pending.mm_hash not in self._parked:
             self._slots.request(pending.mm_hash, self.num_tokens(pending.grid_thw) * self._bytes_per_token)
 

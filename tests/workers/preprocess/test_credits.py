@@ -91,7 +91,7 @@ def test_media_are_shared_in_the_same_way() -> None:
     assert caught.value.info.status == 503
     credits.close("other", 1)
     credits.close("alone", 8 * MIB)
-    assert credits.num_requests == credits.num_media_bytes == 0
+    assert credits.num_requests == credits.num_held_bytes == 0
 
 
 EVENTS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-3, 3)), max_size=200)

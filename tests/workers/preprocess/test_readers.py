@@ -19,7 +19,6 @@ from tests.pictures import encode, noise, scene
 from tests.videos import counting_frames, encode_video
 from tests.workers.preprocess.test_videos import video_file
 from workers.preprocess.images import ImageSize, decode
-from workers.preprocess.places import Places
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.threads import Work, on_behalf_of
 
@@ -59,8 +58,9 @@ async def started(readers: MediaReaders, count: int = 1) -> set[int]:
     return pids(readers)
 
 
-async def as_request(request_id: str, work: object) -> object:
-    on_behalf_of.set(Work(request_id))
+async def as_request(request_id: str, work: object, tenant: str | None = None) -> object:
+    """On behalf of a request, of a tenant of its own where none is named."""
+    on_behalf_of.set(Work(request_id, tenant=request_id if tenant is None else tenant))
     return await work  # type: ignore[misc]
 
 
@@ -127,6 +127,16 @@ async def test_too_much_processor_time_ends_in_a_refusal_and_others_go_on(reader
         assert (refusal.value.info.status, refusal.value.info.field) == (400, "f")
     assert time.monotonic() - start < 20
     assert len(readers._all) == 1, "the other two are gone, and are not missed before the next"
+
+
+async def test_many_requests_of_a_tenant_leave_a_process_to_others(readers: MediaReaders) -> None:
+    await started(readers, 3)
+    reads = {f"slow {number}": readers.read_picture(SLOW, SIZE, 0, "f") for number in range(5)}
+    slow = [asyncio.create_task(as_request(name, read, "greedy")) for name, read in reads.items()]
+    await asyncio.sleep(0.05)
+    await as_request("quick", readers.read_picture(encode(scene(1)), SIZE, 65536, ""), "other")
+    assert not any(task.done() for task in slow), "before, three of them held all three processes"
+    await asyncio.gather(*slow)
 
 
 async def test_a_video_has_a_limit_of_its_own(readers: MediaReaders) -> None:
@@ -236,46 +246,3 @@ async def test_a_look_at_a_picture_is_finished_though_nobody_waits(readers: Medi
     while not readers.is_idle:
         await asyncio.sleep(0.01)
     assert pid in pids(readers)
-
-
-# Places.
-
-
-async def take(places: Places, owner: str, taken: list[str]) -> None:
-    await places.take(owner)
-    taken.append(owner)
-
-
-async def test_one_request_never_has_all_places() -> None:
-    places, taken = Places(3), list[str]()
-    tasks = [asyncio.create_task(take(places, "many", taken)) for _ in range(10)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert taken == ["many"] * 2
-    await take(places, "one", taken)
-    tasks.append(asyncio.create_task(take(places, "another", taken)))
-    await asyncio.sleep(0)
-    places.free("many")
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert taken == ["many", "many", "one", "another"], "who has had less goes first"
-    for _ in range(8):
-        places.free("many" if "many" in places._held else "one")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    for task in tasks:
-        task.cancel()
-
-
-async def test_a_place_is_not_lost_with_whoever_left() -> None:
-    places, taken = Places(1), list[str]()
-    await places.take("a")
-    leaving = asyncio.create_task(places.take("b"))
-    staying = asyncio.create_task(take(places, "c", taken))
-    await asyncio.sleep(0)
-    places.free("a")  # it is b's, and b goes
-    leaving.cancel()
-    await staying
-    assert taken == ["c"]
-    places.free("c")
-    assert places.is_idle

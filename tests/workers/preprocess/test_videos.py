@@ -190,7 +190,7 @@ async def test_videos_read_side_by_side_keep_to_their_own(readers: MediaReaders,
     step = size.height * size.width * 3
 
     async def read(index: int, frame: int) -> int:
-        on_behalf_of.set(Work(f"r{index}"))  # one request alone has all processes but one
+        on_behalf_of.set(Work(f"r{index}", tenant=f"t{index}"))  # no tenant has all processes
         offset = (index * 10 + frame) * step
         await readers.read(files[index], (frame,), size, offset, "")
         return read_number(pool.memory.array(offset, (*size, 3)))  # type: ignore[attr-defined]
