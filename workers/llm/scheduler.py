@@ -14,6 +14,7 @@ output come as it grows; when there are none left, the youngest of the heaviest 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, who
 from workers.llm.block_manager import BlockManager
 from workers.llm.request import Request
 from workers.llm.step_times import StepTimes
+from workers.llm.time_shares import TimeShares
 
 
 class Scheduled(NamedTuple):
@@ -65,6 +67,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # in order
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
+        self._shares = TimeShares()
         self.num_preemptions = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
@@ -106,6 +109,7 @@ class Scheduler:
         if suspects:
             request, num_tokens = suspects[0]
             return Schedule([self._take(request, min(self.max_num_batched_tokens, num_tokens))], admitted, preempted, 0, is_alone=True)
+        ready = self._of_tenants_behind(ready)
         decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
         prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
         prefills = self._in_turn(prefills)
@@ -121,7 +125,30 @@ class Scheduler:
             scheduled.append(self._take(request, min(budget, num_tokens)))
             budget -= scheduled[-1].num_tokens
             self._turns.charge(request.tenant, scheduled[-1].num_tokens)
+        self._charge(scheduled)
         return Schedule(scheduled, admitted, preempted, num_decodes)
+
+    def _of_tenants_behind(self, ready: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """What goes into the step: of all tenants, or of those that have had less time than others."""
+        num_tokens: Counter[str] = Counter()
+        for request, count in ready:
+            num_tokens[request.tenant] += max(0, count)
+        num_tokens = +num_tokens
+        if self.step_times is None:
+            return ready
+        chosen = self._shares.choose(num_tokens, self._seconds)
+        return [(request, count) for request, count in ready if request.tenant in chosen]
+
+    def _charge(self, scheduled: Sequence[Scheduled]) -> None:
+        num_tokens: Counter[str] = Counter()
+        for item in scheduled:
+            num_tokens[item.request.tenant] += item.num_tokens
+        if self.step_times is not None and num_tokens:
+            self._shares.charge(num_tokens, self._seconds(num_tokens.total()))
+
+    def _seconds(self, num_tokens: int) -> float:
+        assert self.step_times is not None
+        return self.step_times.predict(min(num_tokens, self.max_num_batched_tokens))
 
     def _take(self, request: Request, num_tokens: int) -> Scheduled:
         start = request.num_computed_tokens

@@ -409,7 +409,8 @@ def test_each_step_is_timed_by_itself(has_overlap: bool, random_checkpoint: Path
 
     monkeypatch.setattr(rig.engine.runner, "launch", take_time)
     monkeypatch.setattr(rig.engine, "_clock", lambda: now)
-    monkeypatch.setattr(rig.scheduler, "step_times", SimpleNamespace(observe=observe, num_free_tokens=lambda *_: 16))
+    times = SimpleNamespace(observe=observe, num_free_tokens=lambda *_: 16, predict=lambda num_tokens: 1.0)
+    monkeypatch.setattr(rig.scheduler, "step_times", times)
     request, _ = rig.request(CHATS["text only"], "r")
     rig.engine.handle(request, rig.now)
     rig.run()
