@@ -17,6 +17,7 @@ from pipeline.topology import MAX_IPC_PATH
 
 logger = logging.getLogger(__name__)
 MAX_SOCKET_NAME = 28  # characters: of an edge with its rank and epoch, and of what the MPS daemon binds
+BRIEF_CACHE = "vlm-cache"  # in the run directory, with which it ends
 OWN_RUN_DIR = len("/vlm-12345678/")
 MAX_BASE = MAX_IPC_PATH - OWN_RUN_DIR - MAX_SOCKET_NAME
 NAMES_OF_USER = (
@@ -70,7 +71,7 @@ def cache_folder(option: str, environment: Mapping[str, str], home: Path | None,
         if base is not None and can_make(base / "vlm-pipeline"):
             return base / "vlm-pipeline"
     logger.info("no home folder: encoders are kept until the end only; --cache-dir names one that lasts")
-    return run_dir / "cache"
+    return run_dir / BRIEF_CACHE
 
 
 def run_dir_base(environment: Mapping[str, str], temporary: Path) -> Path:

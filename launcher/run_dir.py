@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from launcher.environment import MAX_SOCKET_NAME
+from launcher.environment import BRIEF_CACHE, MAX_SOCKET_NAME
 from pipeline.core_sharing import FILE as ACTIVITY
 from pipeline.flight_recorder import PREFIX as FLIGHT
 from pipeline.liveness import LOCK
@@ -72,6 +72,7 @@ class RunDir:
         return False
 
     def _clear(self) -> None:
+        shutil.rmtree(self.path / BRIEF_CACHE, ignore_errors=True)  # mostly there is none
         for entry in self.path.iterdir():
             if OURS.fullmatch(entry.name):
                 entry.unlink()

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.checkpoints import find_model
 from launcher.environment import (
+    BRIEF_CACHE,
     MAX_BASE,
     MAX_SOCKET_NAME,
     cache_folder,
@@ -42,10 +43,22 @@ def test_the_cache_lies_where_it_can_be_written(tmp_path: Path, caplog: pytest.L
     unusable = {"XDG_CACHE_HOME": f"{__file__}/cache"}
     assert cache_folder("", unusable, home, run_dir) == home / ".cache/vlm-pipeline"
     with caplog.at_level("INFO"):
-        assert cache_folder("", {}, None, run_dir) == run_dir / "cache"
+        assert cache_folder("", {}, None, run_dir) == run_dir / BRIEF_CACHE
     assert "--cache-dir" in caplog.text
     with pytest.raises(ValueError, match=r"cache_dir .* cannot be written"):
         cache_folder(f"{__file__}/cache", {}, home, run_dir)
+
+
+def test_what_is_kept_until_the_end_only_is_gone_from_a_given_run_directory(tmp_path: Path) -> None:
+    given = tmp_path / "run"
+    (given / "cache").mkdir(0o700, parents=True)
+    given.chmod(0o700)
+    left = given / BRIEF_CACHE / ".triton"
+    left.mkdir(parents=True)  # by a launcher that was killed
+    with RunDir(str(given), tmp_path) as run_dir:
+        assert not left.exists()
+        (cache_folder("", {}, None, run_dir) / "encoder").mkdir(parents=True)
+    assert {entry.name for entry in given.iterdir()} == {"lock", "cache"}, "whose name is not ours"
 
 
 def test_workers_without_a_home_or_a_name_get_both(tmp_path: Path) -> None:

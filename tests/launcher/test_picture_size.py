@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.checkpoints import EMBEDDED
-from launcher.picture_size import CPU_TOKENS, limit_pictures
+from launcher.picture_size import CPU_TOKENS, limit_pictures, torch_has_cuda
 from pipeline.config import Config, ModelConfig, PreprocessConfig
 
 LIMIT = CPU_TOKENS * 28 * 28
@@ -28,8 +30,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def most(folder: Path, config: Config, environment: dict[str, str], driver: Path) -> int | None:
-    return limit_pictures(config, folder, environment, [driver]).preprocess.max_pixels
+def most(folder: Path, config: Config, environment: dict[str, str], driver: Path, has_cuda: bool = True) -> int | None:
+    return limit_pictures(config, folder, environment, [driver], lambda _: has_cuda).preprocess.max_pixels
 
 
 def test_a_cpu_sees_1280_tokens_and_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -39,6 +41,18 @@ def test_a_cpu_sees_1280_tokens_and_says_so(folder: Path, caplog: pytest.LogCapt
     assert "--max-pixels" in caplog.text
     assert most(folder, Config(), {"CUDA_VISIBLE_DEVICES": ""}, present) == LIMIT, "the GPUs are hidden"
     assert most(folder, Config(model=ModelConfig(device="cpu")), {}, present) == LIMIT
+
+
+def test_a_gpu_that_torch_cannot_use_is_none(folder: Path) -> None:
+    """A driver is there, but torch was built without CUDA, or for a newer one."""
+    assert most(folder, Config(), {}, folder, has_cuda=False) == LIMIT
+    assert most(folder, Config(model=ModelConfig(device="cuda")), {}, folder, has_cuda=False) is None
+
+
+def test_torch_is_asked_in_a_process_of_its_own() -> None:
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    assert not torch_has_cuda(hidden)
+    assert torch_has_cuda(dict(os.environ)) == torch.cuda.is_available()
 
 
 def test_a_gpu_and_whoever_chose_have_what_they_want(folder: Path) -> None:

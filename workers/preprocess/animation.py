@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from workers.preprocess.images import on_white
 from workers.preprocess.video import Frame, VideoBroken, VideoMetadata, check_size
 
 SHORTEST_MS = 20.0  # a frame that is to be shown for less ...
@@ -65,7 +66,7 @@ class Animation:
             except BROKEN:
                 self._image = self._open()
                 raise VideoBroken(f"the video is broken: frame {number} cannot be decoded") from None
-            yield on_white(self._image)
+            yield np.asarray(on_white(self._image))
 
     def _open(self) -> Image.Image:
         data = self._path.read_bytes()
@@ -93,11 +94,3 @@ class Animation:
                 break
             yield self._image
         self._image = self._open()
-
-
-def on_white(image: Image.Image) -> Frame:
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
-    picture = image.convert("RGBA")
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

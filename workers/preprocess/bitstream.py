@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
+from typing import NamedTuple
 
-H264_SLICE, H264_IDR, H264_PARAMETERS = 1, 5, (7, 8)
-HEVC_IDR, HEVC_CRA, HEVC_PARAMETERS = (19, 20), 21, (32, 33, 34)
-HEVC_LAST_SLICE = 31
-HEVC_BREAKS = (16, 17, 18, 36, 37)  # broken links and ends of sequences: pictures behind them are skipped
 AV1_FRAME_HEADER, AV1_FRAME = 3, 6
 
 
@@ -25,6 +23,27 @@ class Kind(Enum):
 Look = Callable[[memoryview], Kind]
 
 
+class _Units(NamedTuple):
+    """How a codec's NAL units tell what they are. The bit behind the head of a slice says that it begins a picture."""
+
+    head_bytes: int
+    type_shift: int  # of the type, in the head's first byte
+    type_mask: int
+    slices: range
+    entries: frozenset[int]
+    parameters: frozenset[int]
+    breaks: frozenset[int]
+
+
+# ITU-T H.264, 7.3.1 and 7.3.3: IDR pictures are entries. The first macroblock of the picture is 0, written as the bit 1.
+H264 = _Units(1, 0, 31, range(1, 6), entries=frozenset({5}), parameters=frozenset({7, 8}), breaks=frozenset())
+# ITU-T H.265, 7.3.1.2 and 7.3.6.1: IDR and CRA. Pictures later in time than a CRA depend on nothing before it. Behind broken links
+# and ends of sequences pictures are skipped.
+HEVC = _Units(
+    2, 1, 63, range(32), entries=frozenset({19, 20, 21}), parameters=frozenset({32, 33, 34}), breaks=frozenset({16, 17, 18, 36, 37})
+)  # fmt: skip
+
+
 def look_of(codec: str, extradata: bytes | None) -> Look | None:
     """How to look at packets of a codec as mp4 and Matroska have them; None where only decoding tells.
 
@@ -33,9 +52,9 @@ def look_of(codec: str, extradata: bytes | None) -> Look | None:
     data = extradata or b""
     match codec:
         case "h264" if len(data) > 6 and data[0] == 1:
-            return _h264((data[4] & 3) + 1)
+            return partial(_look_at_units, H264, (data[4] & 3) + 1)
         case "hevc" if len(data) > 22 and data[:3] != b"\0\0\0" and data[:3] != b"\0\0\1":
-            return _hevc((data[21] & 3) + 1)
+            return partial(_look_at_units, HEVC, (data[21] & 3) + 1)
         case "vp8":
             return _vp8
         case "vp9":
@@ -58,42 +77,20 @@ def _units(data: memoryview, length_size: int) -> list[memoryview] | None:
     return units
 
 
-def _h264(length_size: int) -> Look:
-    """ITU-T H.264, 7.3.1 and 7.3.3: a slice whose first macroblock is 0 begins a picture."""
-
-    def look(data: memoryview) -> Kind:
-        units = _units(data, length_size)
-        if units is None or any(unit[0] & 0x80 for unit in units):
-            return Kind.DOUBTFUL
-        types = [unit[0] & 31 for unit in units]
-        slices = [unit for unit in units if H264_SLICE <= unit[0] & 31 <= H264_IDR]
-        is_entry = all(unit[0] & 31 == H264_IDR for unit in slices)
-        if sum(unit[1] >> 7 for unit in slices if len(unit) > 1) != 1:
-            return Kind.DOUBTFUL
-        if not is_entry and set(types) & set(H264_PARAMETERS):
-            return Kind.DOUBTFUL
-        return Kind.ENTRY if is_entry else Kind.PICTURE
-
-    return look
-
-
-def _hevc(length_size: int) -> Look:
-    """ITU-T H.265, 7.3.1.2 and 7.3.6.1. Pictures later in time than a CRA depend on nothing before it."""
-
-    def look(data: memoryview) -> Kind:
-        units = _units(data, length_size)
-        if units is None or any(unit[0] & 0x80 for unit in units):
-            return Kind.DOUBTFUL
-        types = [unit[0] >> 1 & 63 for unit in units]
-        slices = [unit for unit in units if unit[0] >> 1 & 63 <= HEVC_LAST_SLICE]
-        is_entry = all(unit[0] >> 1 & 63 in (*HEVC_IDR, HEVC_CRA) for unit in slices)
-        if sum(unit[2] >> 7 for unit in slices if len(unit) > 2) != 1 or set(types) & set(HEVC_BREAKS):
-            return Kind.DOUBTFUL
-        if not is_entry and set(types) & set(HEVC_PARAMETERS):
-            return Kind.DOUBTFUL
-        return Kind.ENTRY if is_entry else Kind.PICTURE
-
-    return look
+def _look_at_units(codec: _Units, length_size: int, data: memoryview) -> Kind:
+    """Of a codec of NAL units: the slices of one picture, all of which begin anew or not."""
+    units = _units(data, length_size)
+    if units is None or any(unit[0] & 0x80 for unit in units):
+        return Kind.DOUBTFUL
+    types = [unit[0] >> codec.type_shift & codec.type_mask for unit in units]
+    slices = [(kind, unit) for kind, unit in zip(types, units, strict=True) if kind in codec.slices]
+    is_entry = all(kind in codec.entries for kind, _ in slices)
+    head = codec.head_bytes
+    if sum(unit[head] >> 7 for _, unit in slices if len(unit) > head) != 1 or not codec.breaks.isdisjoint(types):
+        return Kind.DOUBTFUL
+    if not is_entry and not codec.parameters.isdisjoint(types):
+        return Kind.DOUBTFUL
+    return Kind.ENTRY if is_entry else Kind.PICTURE
 
 
 def _vp8(data: memoryview) -> Kind:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import aiohttp
@@ -23,6 +23,7 @@ from workers.preprocess.resolver import MediaResolver, is_public
 
 D = TypeVar("D")
 MAX_REDIRECTS = 10
+MAX_VALIDATOR = 256  # characters: it is remembered with the URL
 CHUNK_BYTES = 1 << 16
 GZIP = b"\x1f\x8b"  # no picture and no video begins with this
 
@@ -133,8 +134,7 @@ class Downloader:
                     message = "the server is overloaded: too many media are being downloaded"
                     raise RequestError(message, field=field, status=503)
                 await body.write(chunk)
-            found = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
-            return Fetched(await body.end(), found if any(found) else None)
+            return Fetched(await body.end(), _validators(response.headers))
 
     def _check_host(self, url: URL, field: str) -> None:
         host = url.host or ""
@@ -178,6 +178,13 @@ def user_agent(contact: str) -> str:
     except importlib.metadata.PackageNotFoundError:  # run from a folder
         version = "0"
     return f"vlm-pipeline/{version} ({f'+{contact}' if contact else 'a server for Qwen-VL models'})"
+
+
+def _validators(headers: Mapping[str, str]) -> Validators | None:
+    """Content under a validator that is too long is fetched anew each time."""
+    values = (headers.get("ETag", ""), headers.get("Last-Modified", ""))
+    found = Validators(*(value if len(value) <= MAX_VALIDATOR else "" for value in values))
+    return found if any(found) else None
 
 
 def _redirected(url: URL, location: str, field: str) -> URL:

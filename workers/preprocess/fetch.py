@@ -111,7 +111,8 @@ class Fetcher:
 
                 # The turn comes first: nobody joins a download that still waits for another's turn.
                 async with self._turns.take(asker):
-                    return await self._share((parsed, validators, body), download, field)
+                    # A tenant's budget is its own: a download that another tenant's refuses is no one else's.
+                    return await self._share((asker.tenant, parsed, validators, body), download, field)
             case _:
                 raise RequestError(NO_URL, field=field)
 
@@ -144,7 +145,7 @@ class Fetcher:
         download_it: Callable[[], Coroutine[Any, Any, Fetched[D]]],
         field: str,
     ) -> Fetched[D]:
-        """Downloads a URL once for all who want it at the same time, like the `n` choices of one request."""
+        """Downloads a URL once for all of a tenant who want it at the same time, like the `n` choices of one request."""
         download = self._downloads.get(key)
         if download is None:
             download = self._downloads[key] = _Download(asyncio.create_task(download_it()))

@@ -134,18 +134,23 @@ def _flatten(image: Image.Image, structure: Structure) -> Image.Image:
         image = _from_lab(image)
     elif image.mode == "RGBA" and structure.kind == "BMP" and image.getchannel("A").getextrema() == (0, 0):
         image = image.convert("RGB")  # many programs leave the fourth byte empty
-    if image.has_transparency_data:
-        if structure.kind == "PNG":
-            _scale_transparency(image, structure.png_depth)
-        seen = image.convert("RGBA")
-        shown = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
-        shown.paste(seen, mask=seen.getchannel("A"))
-    else:
-        shown = image.convert("RGB")
+    if structure.kind == "PNG":
+        _scale_transparency(image, structure.png_depth)
+    shown = on_white(image)
     if box is not None and box != (0, 0, *image.size):  # a GIF's first frame need not cover its canvas
         canvas = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
         canvas.paste(shown.crop(box), box)
         return canvas
+    return shown
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """In RGB; what is transparent lies on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    shown = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
+    shown.paste(seen, mask=seen.getchannel("A"))
     return shown
 
 

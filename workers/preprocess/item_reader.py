@@ -19,7 +19,7 @@ from pipeline.config import MIB, PreprocessConfig
 from pipeline.errors import RequestError
 from pipeline.families import ModelInfo
 from pipeline.messages import ImagePart, VideoPart
-from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64, too_large
+from workers.preprocess.fetch import Fetched, Fetcher, Validators, check_form, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
 from workers.preprocess.images import ImageSize, check_aspect
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, gather, picture_item, video_item
@@ -148,6 +148,8 @@ class ItemReader:
         if len(part.uuid) > MAX_UUID:
             what = f"a uuid has at most {MAX_UUID} characters, this has {len(part.uuid)}"
             raise RequestError(what, field=f"{field}.uuid")
+        if part.url:
+            check_form(part.url, field)  # before anything hashes a URL of any length
         tenant = scope.tenant
         name, url = _key(scope, kind, "uuid", part.uuid), _key(scope, kind, "url", part.url)
         if part.uuid and not part.url and part.frame < 0:

@@ -18,7 +18,9 @@ from aiohttp import web
 from pipeline.config import PreprocessConfig
 from pipeline.errors import RequestError
 from tests.workers.preprocess.hosts import host, reply
-from workers.preprocess.fetch import Fetched, Fetcher, decode_base64
+from workers.preprocess.download_turns import Asker
+from workers.preprocess.downloads import MAX_VALIDATOR
+from workers.preprocess.fetch import Fetched, Fetcher, Validators, decode_base64
 
 Get = Callable[..., Awaitable[bytes]]
 
@@ -177,6 +179,40 @@ async def test_what_has_not_changed_is_not_sent_again(base: str, path: str) -> N
     with pytest.raises(RequestError, match="status 304"):
         await fetcher.fetch(f"{base}/unasked", "")
     await fetcher.close()
+
+
+async def test_a_tenants_refusal_is_no_other_tenants() -> None:
+    """Each has its own budget: what is too much for one is not for the other, who wants the same at once."""
+
+    async def answer(_: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(bytes(1 << 19)))
+
+    async with host(answer) as served:
+        fetcher = Fetcher(PreprocessConfig(allow_private_media=True, max_open_media_mib=1))
+        with fetcher._in_flight.counted("full") as count:
+            assert count(1 << 20)
+            asked = [fetcher.fetch(f"{served.base}/picture", "", asker=Asker(tenant, "r")) for tenant in ("full", "other")]
+            refusal, fetched = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(refusal, RequestError)
+        assert refusal.info.status == 503
+        assert fetched == Fetched(bytes(1 << 19), None)
+        await fetcher.close()
+
+
+async def test_a_validator_of_any_length_is_not_kept() -> None:
+    headers: list[str] = []
+
+    async def answer(_: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(b"one", *headers))
+
+    longest = f'"{"e" * (MAX_VALIDATOR - 2)}"'
+    async with host(answer) as served:
+        fetcher = Fetcher(PreprocessConfig(allow_private_media=True))
+        headers[:] = [f"ETag: {longest}", f"Last-Modified: {'d' * (MAX_VALIDATOR + 1)}"]
+        assert await fetcher.fetch(f"{served.base}/", "") == Fetched(b"one", Validators(longest, ""))
+        headers[:] = [f'ETag: {longest}"']
+        assert await fetcher.fetch(f"{served.base}/", "") == Fetched(b"one", None)
+        await fetcher.close()
 
 
 async def test_a_video_is_kept_in_a_file_without_a_name_and_limited(base: str, tmp_path: Path) -> None:

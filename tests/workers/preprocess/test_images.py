@@ -16,6 +16,7 @@ from tests.pictures import encode, limits, noise, scene
 from tests.reference import Reference
 from tests.workers.preprocess.test_picture_files import chunk
 from workers.preprocess.images import ImageSize, decode, grid_of, read_size, smart_resize
+from workers.preprocess.images import on_white as laid_on_white
 
 LIMIT = 64_000_000
 
@@ -193,6 +194,14 @@ def test_what_is_transparent_lies_on_white(name: str) -> None:
         canvas = Image.new("RGB", image.size, (255, 255, 255))
         canvas.paste(image, mask=image.split()[3])
         assert np.array_equal(pixels, np.asarray(canvas))
+
+
+def test_every_colour_lies_on_white_as_pillows_own_blending_has_it() -> None:
+    """Which knows another way, of the same results."""
+    alpha, colour = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    image = Image.fromarray(np.dstack([colour, colour, colour, alpha]))
+    blended = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    assert np.array_equal(laid_on_white(image), blended.convert("RGB"))
 
 
 def test_colours_are_laid_on_white_before_they_are_resized() -> None:

@@ -57,6 +57,7 @@ from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
 from workers.preprocess import chunks, item_reader
+from workers.preprocess.fetch import MAX_URL
 from workers.preprocess.images import ImageSize, decode
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
@@ -1042,6 +1043,18 @@ async def test_parts_that_cannot_be_are_refused(rig: Rig, part: ImagePart | Vide
     await rig.settle()
     (refusal,) = rig.llm.take(AbortRequest)
     assert (refusal.error.status, words in refusal.error.message) == (400, True), refusal.error.message
+    rig.end("r")
+    rig.check_nothing_left()
+
+
+@pytest.mark.parametrize("part", [ImagePart(url=f"http://x/{'y' * MAX_URL}"), VideoPart(url="x" * MAX_URL), VideoPart(frames=(ImagePart(url="x"),))])
+async def test_a_url_that_is_none_is_not_hashed(rig: Rig, monkeypatch: pytest.MonkeyPatch, part: ImagePart | VideoPart) -> None:
+    hashed: list[str] = []
+    monkeypatch.setattr(item_reader, "_key", lambda scope, kind, what, name: hashed.append(name))
+    rig.submit("r", messages=(ChatMessage("user", (part,)),))
+    await rig.settle()
+    (refusal,) = rig.llm.take(AbortRequest)
+    assert (refusal.error.status, hashed) == (400, [])
     rig.end("r")
     rig.check_nothing_left()
 
