@@ -154,9 +154,15 @@ class Supervisor:
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
         if self._config.has_gateway:
             logger.info("serving clients with keys at tcp://%s:%s", shown_host(self._config.direct.direct_host), self._config.direct.direct_port)
-        example = example_request(url, self._model, has_keys=bool(self._config.api.keys))
+        example = example_request(url, self._model, key=self._shown_key())
         sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example}\n\n")
         sys.stdout.flush()
+
+    def _shown_key(self) -> str:
+        """What stands for a key in the example; empty: none is needed."""
+        if not self._config.api.keys:
+            return ""
+        return "$VLM_API_KEY" if self._config.api.key_is_in_environment else "YOUR_KEY"
 
     def _is_started(self) -> bool:
         return all(unit.has_served for unit in self._units)
@@ -389,10 +395,10 @@ def _describe_exit(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def example_request(url: str, model: Model, has_keys: bool) -> str:
-    """A curl command for the shell; with a picture where the model comes with one. A key is never shown."""
-    key = ' -H "Authorization: Bearer $VLM_API_KEY"' if has_keys else ""
-    head = f"curl -s {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d "
+def example_request(url: str, model: Model, key: str) -> str:
+    """A curl command for the shell; with a picture where the model comes with one. `key` stands for a key."""
+    header = f' -H "Authorization: Bearer {key}"' if key else ""
+    head = f"curl -s {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d "
     if model.sample is None:
         return head + """'{"messages": [{"role": "user", "content": "Say hello."}]}'"""
     picture = f"""'"$(base64 -w0 {shlex.quote(str(model.sample))})"'"""

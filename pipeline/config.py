@@ -20,7 +20,8 @@ MIB = 1 << 20
 HTTP_URL = re.compile(r"http://([^\s/?#@]+@)?([^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/?")
 CONTACT = re.compile(r"[ !-'*-~]{0,200}")  # stands in round brackets in a header
 MAX_OPEN_CHUNKS = 1 << 16  # each takes at most four messages on an edge: all together stay below the high-water mark
-MAX_KEY_BYTES = 32 << 10  # of all API keys: the configuration goes to each worker in one message
+MAX_KEY_BYTES = 48 << 10  # of all API keys: the configuration goes to each worker in one message, of 64 KiB
+KEY_OVERHEAD = 16  # bytes of each one there
 MAX_ITEMS = 1024  # pictures of one request, with those that are frames of a video: each may ride in a frame of its own
 MAX_MESSAGES = 1024  # of one request
 MAX_PARTS = 4096  # of all messages of one request
@@ -82,6 +83,7 @@ class ApiConfig:
         metavar="FILE",
     )
     named_keys: tuple[ApiKey, ...] = ()  # of the file and the environment: no option of its own
+    key_is_in_environment: bool = False  # the variable's value is a key, as a shell may put it into a header
     admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     api_memory_mib: int | None = option(
@@ -108,8 +110,8 @@ class ApiConfig:
                 raise ValueError(f"the API key {key.name!r} must have printable characters without spaces")
             if (other := names.setdefault(key.key, key.name)) != key.name:
                 raise ValueError(f"the API keys {other!r} and {key.name!r} are the same")
-        if (size := sum(len(key.name) + len(key.key.encode()) for key in self.keys)) > MAX_KEY_BYTES:
-            raise ValueError(f"API keys and their names may have {MAX_KEY_BYTES} bytes together, got {size}")
+        if (size := sum(len(key.name) + len(key.key.encode()) + KEY_OVERHEAD for key in self.keys)) > MAX_KEY_BYTES:
+            raise ValueError(f"API keys, their names and {KEY_OVERHEAD} bytes for each may have {MAX_KEY_BYTES} bytes together, got {size}")
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:

@@ -16,18 +16,23 @@ class LauncherLife:
     def __init__(self, run_dir: Path | None) -> None:
         """None: the launcher is on another machine."""
         self._fd: int | None = None
-        self._is_here = run_dir is not None
-        if run_dir is not None:
+        self._run_dir = run_dir
+        self._open()
+
+    def _open(self) -> None:
+        """Again later, should the file not be there yet, or no descriptor be free."""
+        if self._fd is None and self._run_dir is not None:
             with contextlib.suppress(OSError):
-                self._fd = os.open(run_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+                self._fd = os.open(self._run_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC)
 
     def is_over(self) -> bool | None:
         """Whether the launcher has ended, as one without a lock has; None where that cannot be known.
 
         A launcher that starts meets our hold on the lock, which lasts microseconds: see `RunDir`.
         """
+        self._open()
         if self._fd is None:
-            return True if self._is_here else None
+            return None if self._run_dir is None else True
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -182,8 +182,11 @@ async def nested(target: Target) -> None:
         while time.monotonic() < end:
             for socket in sockets:
                 for message in hostile.nested_messages(target.rng, 5):
-                    socket.send(message, zmq.DONTWAIT)
-                    target.statuses["sent"] += 1
+                    try:
+                        socket.send(message, zmq.DONTWAIT)
+                        target.statuses["sent"] += 1
+                    except zmq.Again:  # its queue is full
+                        target.statuses["not taken"] += 1
             await asyncio.sleep(0.02)
     finally:
         context.destroy(linger=0)
@@ -304,11 +307,15 @@ async def attack(name: str, url: str, run_dir: Path, size: Size, seed: int) -> O
         ours, theirs = spawn.Pipe()
         attacker = spawn.Process(target=_attacker, args=(name, url, run_dir, size, seed, theirs))
         attacker.start()
+        theirs.close()  # so that our end is at its end when the attacker is
         await asyncio.sleep(START_S)
         while not ours.poll() or len(outcome.beside) < 3:
             outcome.beside.append(await victim.ask(f"Say hi {len(outcome.beside)}."))
             await asyncio.sleep(PAUSE_S)
-        outcome.statuses, outcome.faults = ours.recv()
+        try:
+            outcome.statuses, outcome.faults = ours.recv()
+        except EOFError:
+            outcome.faults.append("the attacker's process has died")
         outcome.faults += victim.faults
         attacker.join()
         after = await victim.restarts()

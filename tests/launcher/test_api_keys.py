@@ -6,12 +6,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from launcher.api_keys import with_keys
 from launcher.checkpoints import find_model
 from launcher.supervisor import example_request
-from pipeline.config import MAX_KEY_BYTES, ApiConfig, ApiKey, ModelConfig
+from pipeline.config import MAX_KEY_BYTES, ApiConfig, ApiKey, Config, ModelConfig
+from pipeline.fork_server import MAX_REQUEST
 
 
 def keys_of(config: ApiConfig) -> list[tuple[str, str]]:
@@ -119,5 +121,19 @@ def test_arguments_and_environment_show_no_key() -> None:
 
 def test_the_example_shows_no_key() -> None:
     model = find_model(ModelConfig())
-    assert ' -H "Authorization: Bearer $VLM_API_KEY" ' in example_request("http://x", model, has_keys=True)
-    assert "Authorization" not in example_request("http://x", model, has_keys=False)
+    assert ' -H "Authorization: Bearer YOUR_KEY" ' in example_request("http://x", model, key="YOUR_KEY")
+    assert "Authorization" not in example_request("http://x", model, key="")
+
+
+@pytest.mark.parametrize(("variable", "is_key"), [("secret", True), ("name:secret", False), ("one,two", False), ("", False)])
+def test_the_variable_stands_for_a_key_only_where_it_is_one(variable: str, is_key: bool) -> None:
+    assert with_keys(ApiConfig(api_key=("other",)), variable).key_is_in_environment == is_key
+
+
+def test_so_many_keys_as_are_taken_can_be_told_to_the_workers() -> None:
+    """2700 short ones passed the check, and stopped the launcher by an assertion."""
+    named = tuple(ApiKey(f"n{number}", f"k{number}") for number in range(1700))
+    config = Config(api=ApiConfig(named_keys=named))
+    assert len(msgspec.msgpack.encode(config)) < MAX_REQUEST - 8192
+    with pytest.raises(ValueError, match="API keys"):
+        ApiConfig(named_keys=tuple(ApiKey(f"n{number}", f"k{number}") for number in range(2700)))

@@ -50,6 +50,16 @@ def test_who_asks_does_not_keep_a_launcher_from_starting(tmp_path: Path) -> None
     life.close()
 
 
+def test_a_lock_that_comes_later_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    life = LauncherLife(folder)
+    assert life.is_over() is True
+    with RunDir(str(folder), tmp_path):
+        assert life.is_over() is False
+    assert life.is_over() is True
+    life.close()
+
+
 def test_without_a_lock_there_is_no_launcher_and_elsewhere_nobody_knows(tmp_path: Path) -> None:
     assert LauncherLife(tmp_path).is_over() is True
     assert LauncherLife(None).is_over() is None

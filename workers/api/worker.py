@@ -14,7 +14,7 @@ from pipeline.config import ApiConfig
 from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
 from pipeline.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
+from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, limit_memory, run_async
 from pipeline.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.connections import HttpRunner
@@ -28,6 +28,7 @@ START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
 LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
 HANDLERS_END_S = 0.5  # for what is left then: bodies that still come in
 STATS_INTERVAL_S = 0.5
+WAITING_INTERVAL_S = 1.0
 RETIRING_INTERVAL_S = 0.2
 IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
 
@@ -89,6 +90,7 @@ async def _serve(context: WorkerContext) -> None:
     async def serve() -> None:
         for site in sites:
             await site.start()
+        waiting = tasks.create_task(tell_what_is_waited_for(context))
         try:
             await client.start(START_TIMEOUT_S)
         except PipelineError:
@@ -96,6 +98,8 @@ async def _serve(context: WorkerContext) -> None:
                 raise
             server.give_up()
             return  # the launcher ends everything, and `watch` hears it too
+        finally:
+            waiting.cancel()
         server.set_ready()
         context.ready()
         await report(STATS_INTERVAL_S)
@@ -113,6 +117,13 @@ async def _serve(context: WorkerContext) -> None:
     finally:
         await runner.cleanup()
         await client.close()
+
+
+async def tell_what_is_waited_for(context: WorkerContext) -> None:
+    """The LLM may wait for a ViT that builds an engine: no wait of ours is too long."""
+    while True:
+        context.progress(WAITING + "the LLM", 0, 1)
+        await asyncio.sleep(WAITING_INTERVAL_S)
 
 
 async def _say_last_words(client: PipelineClient, server: ApiServer) -> None:

@@ -139,13 +139,12 @@ class Gateway:
         return msgspec.structs.replace(message, tenant=self._tenant(user), cache_salt=salt)
 
     def _tenant(self, user: str) -> str:
-        """`curve:NAME`, after the file of the key. A key whose file has gone keeps its name until its
-        connections end.
+        """`curve:NAME`, after the file of the key, whatever that was called before. A key whose file has gone
+        keeps its name until its connections end.
         """
-        if (tenant := self._tenants.get(user)) is None:
-            name = self._name_of(user) or owner_of(user).hex()
-            tenant = self._tenants[user] = f"curve:{name}"
-        return tenant
+        if name := self._name_of(user):
+            self._tenants[user] = f"curve:{name}"
+        return self._tenants.setdefault(user, f"curve:{owner_of(user).hex()}")
 
     def on_output(self, client_id: bytes, data: bytes) -> None:
         """A message of the LLM. A client that does not read is cut off; it loses nothing for good, since it asks when it reads again."""

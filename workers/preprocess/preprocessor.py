@@ -272,8 +272,8 @@ class Preprocessor:
         if known is not None and (known.client_id != message.client_id or known.attempt > message.attempt):
             self.counters["stale_messages"] += 1
             return
-        if known is not None and known.task is not None:
-            known.task.cancel()
+        if known is not None and known.reply is None and known.ended_at is None:
+            self._end(known)  # nobody was told of it: no group says when it has ended
         lead = known.lead if known is not None else message.lead
         abort = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt)
         if lead is None or lead not in self._llms:
@@ -383,7 +383,8 @@ class Preprocessor:
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
-        self._give_back_credit(opened)
+        opened.task = None  # which may be the one that calls this
+        self._end(opened)  # whichever group speaks may die before it says so
         opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
         self._tell(opened, opened.reply)
 

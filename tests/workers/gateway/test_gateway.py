@@ -142,6 +142,10 @@ def test_the_key_says_on_whose_behalf_a_request_is_and_whose_caches_it_shares() 
     assert submit(BOB, cache_salt=first.cache_salt).cache_salt != first.cache_salt, "no salt leads there"
     too_long = bytes(MAX_SALT_BYTES + 1)
     assert submit(ALICE, cache_salt=too_long).cache_salt == too_long, "it is refused later"
+    rig.names[ALICE] = "alicia"
+    assert submit(ALICE).tenant == "curve:alicia", "its file was renamed"
+    rig.names[ALICE] = "alice"
+    submit(ALICE)
     rig.names.clear()
     assert submit(ALICE).tenant == "curve:alice", "its file has gone, its connection has not"
     unknown = submit("a key that nobody has")

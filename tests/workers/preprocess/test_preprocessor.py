@@ -1221,6 +1221,27 @@ async def test_a_refusal_is_told_by_a_group_that_lives() -> None:
         rig.end("r")
 
 
+async def test_nothing_stays_open_when_the_group_that_would_say_so_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that are aborted while they are prepared, or refused, have no group: no death ended them."""
+    async with make_rig(1, leads=(0, 2)) as rig:
+        goes_on, build = threading.Event(), rig.core._prompt.build
+
+        def slow(messages: Any, count: Any) -> Any:
+            goes_on.wait(30)
+            return build(messages, count)
+
+        monkeypatch.setattr(rig.core._prompt, "build", slow)
+        rig.submit("aborted")
+        rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="aborted", attempt=1), [])
+        rig.submit("refused", messages=())
+        goes_on.set()
+        await rig.settle()
+        for lead in (0, 2):
+            dead = WorkerState(WorkerId(Role.LLM, lead), 2, False)
+            rig.core.on_states(states(rig, **{f"llm_{lead}": False}), [dead])
+        rig.check_nothing_left()
+
+
 async def test_a_query_about_what_is_being_prepared_is_answered() -> None:
     async with make_rig(1, leads=(0, 2)) as rig:
         rig.core.on_states(states(rig, llm_0=False), [])
