@@ -22,6 +22,7 @@ from pipeline.topology import Role
 from pipeline.trace import Tracer
 from workers.preprocess.media import Chunk
 from workers.preprocess.router import Router
+from workers.preprocess.shortages import refusal_of
 from workers.preprocess.threads import Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,9 @@ class ChunkFlow:
             await state.chunk.source.decode(state.chunk.frames, self._pool.array(request.pixels), request.pixels.offset)
         except RequestError as broken:
             error = broken.info
-        except Exception:  # a full disk, say: that request's fault or nobody's, and no reason to end
+        except Exception as failure:  # that request's fault or nobody's, and no reason to end
             logger.exception("%s cannot be decoded", state.key)
-            error = ErrorInfo(500, "the server cannot read the media of this request", "messages")
+            error = refusal_of(failure, RequestError("the server cannot read the media of this request", field="messages", status=500)).info
         self._num_decoding -= 1
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1
