@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -11,6 +12,7 @@ from typing import IO, ClassVar, Generic, Protocol, TypeVar
 from pipeline.config import MIB
 from pipeline.errors import RequestError
 from workers.preprocess.picture_files import KINDS
+from workers.preprocess.shortages import own_file
 from workers.preprocess.videos import VideoFile
 
 D_co = TypeVar("D_co", covariant=True)
@@ -51,13 +53,17 @@ class MemoryBody:
 
 
 class FileBody:
-    """A video, on disk, without a name: nothing is left of it, however this process ends."""
+    """A video, on disk, without a name: nothing is left of it, however this process ends.
+
+    Raises RequestError without a field where the disk is full or there is no descriptor.
+    """
 
     accept: ClassVar[str] = "video/*,*/*;q=0.5"
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  `close` does
+        with own_file():
+            self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  `close` does
         self._digest = hashlib.sha256()
         self._pending = bytearray()
 
@@ -68,16 +74,18 @@ class FileBody:
 
     async def end(self) -> VideoFile:
         await self._flush()
-        with self._file:
+        with own_file(), self._file:
             self._file.flush()
             return VideoFile(os.dup(self._file.fileno()), self._file.tell(), self._digest.digest())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written before, and is of no use any more
+            self._file.close()
 
     async def _flush(self) -> None:
         data, self._pending = self._pending, bytearray()
-        await asyncio.to_thread(self._file.write, data)
+        with own_file():
+            await asyncio.to_thread(self._file.write, data)
         await asyncio.to_thread(self._digest.update, data)
 
 

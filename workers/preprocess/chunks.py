@@ -23,10 +23,11 @@ from pipeline.trace import Tracer
 from workers.preprocess.media import Chunk
 from workers.preprocess.places import decrease
 from workers.preprocess.router import Router
+from workers.preprocess.shortages import refusal_of
 from workers.preprocess.threads import Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
-UNREADABLE = ErrorInfo(500, "the server cannot read the media of this request", "messages")
+UNREADABLE = RequestError("the server cannot read the media of this request", field="messages", status=500)
 ORDER_PATIENCE_S = 0.25  # that pixels wait for earlier ones of their request, in memory that others may need
 
 
@@ -156,9 +157,9 @@ class ChunkFlow:
             await state.chunk.source.load(state.chunk.frames)
         except RequestError as error:
             failed = error.info
-        except Exception:
+        except Exception as failure:
             logger.exception("%s cannot be brought in", state.key)
-            failed = UNREADABLE
+            failed = refusal_of(failure, UNREADABLE).info
         else:
             state.loading = None
             self._slots.request(state.key, state.chunk.pixel_bytes)
@@ -219,9 +220,9 @@ class ChunkFlow:
             await state.chunk.source.decode(state.chunk.frames, self._pool.array(request.pixels), request.pixels.offset)
         except RequestError as broken:
             error = broken.info
-        except Exception:  # a full disk, say: that request's fault or nobody's, and no reason to end
+        except Exception as failure:  # that request's fault or nobody's, and no reason to end
             logger.exception("%s cannot be decoded", state.key)
-            error = UNREADABLE
+            error = refusal_of(failure, UNREADABLE).info
         decrease(self._decoding, state.tenant, 1)
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1

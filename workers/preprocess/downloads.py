@@ -20,6 +20,7 @@ from pipeline.errors import RequestError
 from workers.preprocess.bodies import Body, too_large
 from workers.preprocess.media_urls import join_media_url
 from workers.preprocess.resolver import MediaResolver, is_public
+from workers.preprocess.shortages import refusal_of
 
 D = TypeVar("D")
 MAX_REDIRECTS = 10
@@ -71,18 +72,22 @@ class Downloader:
         try:
             async with asyncio.timeout(self._config.media_timeout_s):
                 return await self._follow(url, field, validators, body, count)
-        except TimeoutError:
-            seconds = f"{self._config.media_timeout_s:.0f} s"
-            raise RequestError(f"the media did not come within {seconds}", field=field) from None
-        except (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError):
-            message = "the server's proxy for media cannot be reached, or refuses"
-            raise RequestError(message, field=field, status=502) from None
-        except aiohttp.ClientPayloadError:
-            raise RequestError("the media's host broke off its answer", field=field) from None
-        except (aiohttp.ClientError, OSError, ValueError):
-            raise RequestError("the media's host cannot be reached", field=field) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise refusal_of(error, self._failure(error, field)) from None
         finally:
             body.close()
+
+    def _failure(self, error: Exception, field: str) -> RequestError:
+        """What the host or the proxy did, where this machine lacked nothing."""
+        match error:
+            case TimeoutError():
+                return RequestError(f"the media did not come within {self._config.media_timeout_s:.0f} s", field=field)
+            case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
+                return RequestError("the server's proxy for media cannot be reached, or refuses", field=field, status=502)
+            case aiohttp.ClientPayloadError():
+                return RequestError("the media's host broke off its answer", field=field)
+            case _:
+                return RequestError("the media's host cannot be reached", field=field)
 
     async def _follow(
         self,

@@ -28,6 +28,7 @@ from workers.preprocess.downloads import Fetched as Fetched
 from workers.preprocess.downloads import Validators as Validators
 from workers.preprocess.media_urls import SURROUNDING, parse_media_url
 from workers.preprocess.places import NOBODY, Asker
+from workers.preprocess.shortages import refusal_of
 from workers.preprocess.videos import VideoFile
 
 D = TypeVar("D")
@@ -121,23 +122,23 @@ class Fetcher:
         root = self._config.allowed_local_media_path
         if not root:
             raise RequestError("local files are not allowed here (the server's option --allowed-local-media-path)", field=field)
-        refusal = RequestError("the file cannot be read, or lies outside the allowed folder", field=field)
+        forbidden = RequestError("the file cannot be read, or lies outside the allowed folder", field=field)
         allowed = Path(root).resolve()
         try:
             if not Path(path).resolve().is_relative_to(allowed):
-                raise refusal
+                raise forbidden
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        except (OSError, ValueError, RuntimeError):
-            raise refusal from None
-        try:
-            info = os.fstat(fd)
-            if not Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(allowed) or not stat.S_ISREG(info.st_mode):
-                raise refusal
-            if info.st_size > max_bytes:
-                raise too_large(max_bytes, field)
-            return open_file(fd, max_bytes)
-        finally:
-            os.close(fd)
+            try:
+                info = os.fstat(fd)
+                if not Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(allowed) or not stat.S_ISREG(info.st_mode):
+                    raise forbidden
+                if info.st_size > max_bytes:
+                    raise too_large(max_bytes, field)
+                return open_file(fd, max_bytes)
+            finally:
+                os.close(fd)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise refusal_of(error, forbidden) from None
 
     async def _share(
         self,

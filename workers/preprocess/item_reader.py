@@ -25,6 +25,7 @@ from workers.preprocess.images import ImageSize, check_aspect
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, gather, picture_item, video_item
 from workers.preprocess.names import Memory
 from workers.preprocess.readers import MediaReaders
+from workers.preprocess.shortages import own_file
 from workers.preprocess.threads import FairThreads, on_behalf_of
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile
@@ -123,7 +124,7 @@ class ItemReader:
 
         def spool() -> VideoFile:
             data = inline_data(part, field, frames, max_bytes)
-            with tempfile.TemporaryFile() as file:
+            with own_file(field), tempfile.TemporaryFile() as file:
                 file.write(data)
                 file.flush()
                 return VideoFile(os.dup(file.fileno()), len(data), hashlib.sha256(data).digest())

@@ -59,6 +59,7 @@ from workers.preprocess.media import Item, gather
 from workers.preprocess.prompt import ChatPrompt, Prompt
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.router import GroupRouter, prefix_hashes
+from workers.preprocess.shortages import refusal_of
 from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
@@ -299,9 +300,9 @@ class Preprocessor:
             self._check_chunks(items)  # from here on nothing waits until they are announced
         except RequestError as error:
             self._refuse(opened, error.info)
-        except Exception:  # whatever strange input made fail is that request's fault alone
+        except Exception as error:  # whatever strange input made fail is that request's fault alone
             logger.exception("%s cannot be prepared", opened.request_id)
-            self._refuse(opened, ErrorInfo(500, "the server cannot prepare this request", "messages"))
+            self._refuse(opened, refusal_of(error, RequestError("the server cannot prepare this request", field="messages", status=500)).info)
         else:
             self._announce(opened, message, items, prompt)
         self._context.tracer.span("prepare", start, [opened.request_id])

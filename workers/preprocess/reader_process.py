@@ -12,6 +12,7 @@ others take on a busy machine does not count.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import resource
 import signal
@@ -28,8 +29,11 @@ from pipeline.errors import RequestError
 from pipeline.memory import HostMemory
 from pipeline.parent import end_with_parent
 from workers.preprocess.images import ImageSize, decode, read_size
+from workers.preprocess.shortages import NO_ROOM, is_shortage
 from workers.preprocess.video import Video, VideoBroken, VideoMetadata
 from workers.preprocess.video_files import open_video
+
+LIMIT_SLACK_BYTES = 4 << 20  # that Python itself may map meanwhile
 
 
 class PictureJob(msgspec.Struct, frozen=True, tag=True):
@@ -74,6 +78,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """`reason` is for clients; empty: the file is broken, in the decoder's words, which are not for them."""
 
     reason: str = ""
+    status: int = 400
 
 
 Answer = VideoMetadata | PictureSize | Done | Failed
@@ -95,6 +100,8 @@ class Reader:
                     assert_never(job)
         except MemoryError:
             self._video = None
+            if not _has_met_its_limit():
+                return Failed(NO_ROOM, 503)
             limit = f"the {self._memory_mib} MiB of memory that this server gives to one"
             kind = "picture" if isinstance(job, PictureJob) else "video"
             return Failed(f"the {kind} takes more than {limit}")
@@ -104,7 +111,7 @@ class Reader:
             return Failed(str(broken))
         except Exception as error:  # noqa: BLE001  decoders raise anything on broken data
             sys.stderr.write(f"{type(error).__name__}: {error}"[:300] + "\n")
-            return Failed()
+            return Failed(NO_ROOM, 503) if is_shortage(error) else Failed()
 
     def _read_picture(self, job: PictureJob) -> Answer:
         self._video = None  # two at once would take twice the memory
@@ -129,16 +136,31 @@ class Reader:
         return Done()
 
 
+def _mapped_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def _limit_memory(mib: int) -> None:
     """Beside what is mapped already. What wants more gets MemoryError, or dies."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # our parent's own limit came with us
-    limit = mapped + (mib << 20)
+    limit = _mapped_bytes() + (mib << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("800")  # rather this one than who started it
+
+
+def _has_met_its_limit() -> bool:
+    """Whether what was refused was more than this process may have. Else the machine would give it no more either."""
+    left = resource.getrlimit(resource.RLIMIT_AS)[0] - _mapped_bytes() - LIMIT_SLACK_BYTES
+    if left <= 0:
+        return True
+    try:
+        mmap.mmap(-1, left, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # nothing of it is touched
+    except (OSError, MemoryError):
+        return False
+    return True
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from pipeline.memory import create_memory_file
 from workers.preprocess.images import ImageSize
 from workers.preprocess.places import Places
 from workers.preprocess.reader_process import Answer, Failed, Job, PictureJob, PictureSize, VideoJob
+from workers.preprocess.shortages import is_shortage, no_room
 from workers.preprocess.threads import on_behalf_of
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile
@@ -33,6 +35,7 @@ from workers.preprocess.videos import VideoFile
 logger = logging.getLogger(__name__)
 NO_VIDEO = -1
 WRITE_BYTES = 1 << 20  # into an inbox at once; the loop turns in between
+DESCRIPTORS_OF_START = 16  # more than a process takes while it is started
 KEPT_INBOX_BYTES = 4 << 20
 LOOKS = 6  # at a process's time, while it may stand still
 
@@ -128,7 +131,7 @@ class MediaReaders:
                 task.cancel()
             raise
         if isinstance(answer, Failed):
-            raise RequestError(answer.reason or _broken(job), field=field)
+            raise RequestError(answer.reason or _broken(job), field=field, status=answer.status)
         return answer
 
     def _end(self, task: asyncio.Task[Answer]) -> None:
@@ -162,9 +165,11 @@ class MediaReaders:
         except TimeoutError:
             stalled = f"could not be read: its decoder stood still for {self.limits.stall_s:g} s"
             raise RequestError(f"the {_kind(job)} {stalled}", field=field) from None
+        except OSError as error:  # no process could be started, or its inbox not be filled
+            raise no_room(error, field) from None
 
     async def _try(self, process: _Process, job: Job, number: int, source: Source) -> Answer:
-        """Raises _Died, and TimeoutError for one that stands still: the process is reaped then."""
+        """Raises _Died, TimeoutError for one that stands still, and OSError where there is no memory for the inbox: the process is reaped then."""
         if isinstance(job, VideoJob):
             job = msgspec.structs.replace(job, is_new=process.video != number)
         process.video = number
@@ -175,7 +180,7 @@ class MediaReaders:
         # RuntimeError: uvloop says so of the pipe to a process that has died.
         except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
             await self._kill(process)
-            if isinstance(error, TimeoutError):  # which is an OSError
+            if isinstance(error, TimeoutError) or is_shortage(error):  # which are OSErrors
                 raise
             logger.warning("a reader of media ended with status %s", process.process.returncode)
             raise _Died(process.process.returncode) from None
@@ -195,6 +200,8 @@ class MediaReaders:
         return self._idle.pop(index)
 
     async def _start(self) -> _Process:
+        """Raises OSError for what this machine lacks; uvloop's may be without the system's number."""
+        _check_descriptors(self._pool_fd)
         inbox = create_memory_file("inbox", 0)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -256,13 +263,24 @@ def _broken(job: Job) -> str:
     return "the media is not a video that can be decoded"
 
 
+def _check_descriptors(fd: int) -> None:
+    """Raises OSError where there are too few to start a process: uvloop would lose those that it opens before it fails."""
+    spare: list[int] = []
+    try:
+        while len(spare) < DESCRIPTORS_OF_START:
+            spare.append(os.dup(fd))
+    finally:
+        for number in spare:
+            os.close(number)
+
+
 async def _fill(inbox: int, data: memoryview) -> None:
     for start in range(0, len(data), WRITE_BYTES):
         if start:
             await asyncio.sleep(0)
         piece = data[start : start + WRITE_BYTES]
         if os.pwrite(inbox, piece, start) != len(piece):
-            raise RequestError("the server has no memory for the picture", status=503)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 async def _read_answer(process: asyncio.subprocess.Process) -> Answer:
