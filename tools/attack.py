@@ -31,7 +31,7 @@ from typing import NamedTuple
 import aiohttp
 import zmq
 
-from tools import hostile, mutated_bodies
+from tools import hostile, mutated_bodies, mutations
 from tools.mutated_bodies import wrong_answer
 from tools.soak import pipeline
 
@@ -237,9 +237,19 @@ async def silent_hosts(target: Target) -> None:
     hosts.close()
 
 
+async def mutated(target: Target) -> None:
+    """Requests with something wrong. Whether each is answered rightly: `bodies`."""
+    media = mutations.make_media()
+
+    async def send(index: int) -> None:
+        await target.post(mutations.mutated_body(target.rng, media, []))
+
+    await _repeat(target, 4, send)
+
+
 KINDS: dict[str, Attack] = {
     "pictures": pictures, "compressed": compressed, "nested": nested, "slow-bodies": slow_bodies, "crowd": crowd,
-    "silent-hosts": silent_hosts,
+    "silent-hosts": silent_hosts, "mutated": mutated,
 }  # fmt: skip
 
 
@@ -309,7 +319,15 @@ def run(kinds: Sequence[str], size: Size, seed: int, options: Sequence[str]) -> 
     """Each kind against a server of its own."""
     found: dict[str, Outcome] = {}
     for name in kinds:
-        more = ["--api-key", ATTACKER, VICTIM, *(["--allow-private-media"] if name == "silent-hosts" else []), *options]
+        more = [
+            "--api-key",
+            ATTACKER,
+            VICTIM,
+            "--allowed-media-domains",
+            "127.0.0.1",
+            *(["--allow-private-media"] if name == "silent-hosts" else []),
+            *options,
+        ]
         with pipeline(more) as served:
             url = served.url
             found[name] = asyncio.run(attack(name, url, served.run_dir, size, seed))

@@ -136,7 +136,8 @@ def violation(sent: Mutated, answer: Answer) -> str:
 
 @dataclass
 class Found:
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by what came of a request
+    # By what came of a request: how long it took, and its number.
+    seconds: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     changes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     violations: list[str] = field(default_factory=list)
     holdings: list[dict[str, tuple[int, int]]] = field(default_factory=list)  # by process: resident bytes, open files
@@ -181,7 +182,7 @@ class Sender:
 
     def _note(self, number: int, sent: Mutated, answer: Answer) -> None:
         kind = "stream" if answer.is_stream else str(answer.status) if answer.status else "closed"
-        self.found.seconds[kind].append(answer.seconds)
+        self.found.seconds[kind].append((answer.seconds, number))
         for change in sent.what or ("nothing",):
             self.found.changes[change] += 1
         if wrong := violation(sent, answer):
@@ -224,16 +225,25 @@ def growth(holdings: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
     """Processes that hold more and more. The first quarter of the rounds fills caches."""
     if len(holdings) < LEAST_ROUNDS:
         return []
-    quarter, found = len(holdings) // 4, []
-    for name in holdings[-1]:
-        (bytes_before, files_before), (bytes_after, files_after) = (
-            (max(held[name][index] for held in part if name in held) for index in (0, 1))
-            for part in ([*holdings[quarter : 2 * quarter], holdings[-1]][:quarter], holdings[-quarter:])
-        )
+    quarter = len(holdings) // 4
+    early, late = _most(holdings[quarter : 2 * quarter]), _most(holdings[-quarter:])
+    found = []
+    for name in early.keys() & late.keys():
+        (bytes_before, files_before), (bytes_after, files_after) = early[name], late[name]
         if bytes_after > GROWTH_FLOOR + MAX_GROWTH * bytes_before:
             found.append(f"{name} grew from {bytes_before >> 20} MiB to {bytes_after >> 20} MiB")
         if files_after > files_before + MORE_FILES:
             found.append(f"{name} had {files_before} open files, has {files_after}")
+    return found
+
+
+def _most(holdings: Sequence[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """The most that each process held at one of these times."""
+    found: dict[str, tuple[int, int]] = {}
+    for held in holdings:
+        for name, (num_bytes, num_files) in held.items():
+            most_bytes, most_files = found.get(name, (0, 0))
+            found[name] = (max(num_bytes, most_bytes), max(num_files, most_files))
     return found
 
 
@@ -248,12 +258,12 @@ def replay(url: str, request: bytes) -> str:
 def table(found: Found) -> str:
     """What was found, as Markdown."""
     total = sum(len(seconds) for seconds in found.seconds.values())
-    lines = ["| answer | requests | p50 | p99 | longest |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| answer | requests | p50 | p99 | longest | of body |", "| --- | --- | --- | --- | --- | --- |"]
     for kind, seconds in sorted(found.seconds.items()):
         ordered = sorted(seconds)
-        p50, p99, longest = (f"{1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.0f} ms" for share in (0.5, 0.99, 1.0))
-        lines.append(f"| {kind} | {len(seconds)} | {p50} | {p99} | {longest} |")
-    lines += [f"| all | {total} | | | {len(found.violations)} violations |", ""]
+        p50, p99, longest = (f"{1000 * ordered[int(share * (len(ordered) - 1))][0]:.0f} ms" for share in (0.5, 0.99, 1.0))
+        lines.append(f"| {kind} | {len(seconds)} | {p50} | {p99} | {longest} | {ordered[-1][1]} |")
+    lines += [f"| all | {total} | | | {len(found.violations)} violations | |", ""]
     lines += ["| process | MiB at the start | after a quarter | half | all | open files, start and end |", "| --- | --- | --- | --- | --- | --- |"]
     last = len(found.holdings) - 1
     for name, (_, files) in found.holdings[last].items():

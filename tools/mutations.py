@@ -86,30 +86,30 @@ def _clip(frames: Sequence[Image.Image]) -> bytes:
 
 
 def mutated_request(seed: int, number: int, media: Media, key: str = "") -> Mutated:
-    rng = random.Random(f"{seed}:{number}")
-    maker = _BodyMaker(rng, media)
-    body = maker.body()
-    for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3))):
-        maker.what.append(_change_structure(body, rng))
+    rng, what = random.Random(f"{seed}:{number}"), list[str]()
+    return _with_head(mutated_body(rng, media, what), rng, what, key)
+
+
+def mutated_body(rng: random.Random, media: Media, what: list[str]) -> bytes:
+    """The changes are added to `what`."""
+    body = _BodyMaker(rng, media, what).body()
+    what += [_change_structure(body, rng) for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3)))]
     data = _written(body)
-    if rng.random() < 0.1:
-        data = _change_text(data, rng, maker.what)
-    return _with_head(data, rng, maker.what, key)
+    return _change_text(data, rng, what) if rng.random() < 0.1 else data
 
 
 class _BodyMaker:
     """Bodies as clients send them. Their media may be damaged."""
 
-    def __init__(self, rng: random.Random, media: Media) -> None:
-        self.what: list[str] = []
-        self._rng, self._media = rng, media
+    def __init__(self, rng: random.Random, media: Media, what: list[str]) -> None:
+        self._rng, self._media, self._what = rng, media, what
         self._damage = rng.choice((0.0, 0.0, 0.7))
 
     def _url(self, kind: str) -> str:
         data = self._rng.choice(self._media[kind])
         if self._rng.random() < self._damage:
             data = _damaged(data, self._rng)
-            self.what.append("media bytes")
+            self._what.append("media bytes")
         return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
     def _picture(self, kind: str, **beside: Any) -> Json:
