@@ -2,6 +2,7 @@
 
     python -m tools.attack                                # everything at full size: about half an hour
     python -m tools.attack --kinds pictures nested --size small
+    python -m tools.attack --kinds bodies --bodies 20000  # see tools/mutated_bodies.py
 
 For each kind: how long the text takes with nobody beside it, how long beside the attack (it may take three times as
 long), what the attacker was answered (OpenAI's error object in every case, no 5xx but 503), and who was restarted
@@ -30,10 +31,12 @@ from typing import NamedTuple
 import aiohttp
 import zmq
 
-from tools import hostile
+from tools import hostile, mutated_bodies, mutations
+from tools.mutated_bodies import wrong_answer
 from tools.soak import pipeline
 
 ATTACKER, VICTIM = "attacker-key", "victim-key"
+BODIES = "bodies"  # a kind of its own: tools/mutated_bodies.py
 MOST_RATIO = 3.0  # of the median times, beside an attack and before
 NUM_QUIET = 9
 PAUSE_S = 0.3  # between the victim's requests
@@ -66,10 +69,9 @@ class Size(NamedTuple):
     seconds: float  # an attack is repeated for so long
     pictures: int  # at once
     connections: int
-    bodies: int  # mutated ones
 
 
-SIZES = {"small": Size(4.0, 2, 8, 150), "full": Size(60.0, 8, 200, 20_000)}
+SIZES = {"small": Size(4.0, 2, 8), "full": Size(60.0, 8, 200)}
 
 
 class Target:
@@ -92,7 +94,7 @@ class Target:
             self.statuses[type(error).__name__] += 1
             return 0
         self.statuses[str(response.status)] += 1
-        if wrong := _wrong(response.status, answer):
+        if wrong := wrong_answer(response.status, answer):
             self.faults.append(f"{wrong} to {body[:200]!r}")
         return response.status
 
@@ -109,19 +111,6 @@ class Target:
         async with self.session.get(f"{self.url.removesuffix('/v1')}/metrics", headers=headers) as response:
             found = re.findall(r'vlm_worker_restarts\{worker="([^"]+)"\} (\d+)', await response.text())
         return {worker: int(count) for worker, count in found}
-
-
-def _wrong(status: int, answer: bytes) -> str:
-    if status < 400:
-        return ""
-    try:
-        error = json.loads(answer)["error"]
-        is_openai = isinstance(error["message"], str) and {"type", "param", "code"} <= error.keys()
-    except (ValueError, KeyError, TypeError):
-        is_openai = False
-    if not is_openai:
-        return f"status {status} without OpenAI's error object ({answer[:100]!r})"
-    return f"status {status}" if status >= 500 and status != 503 else ""
 
 
 Attack = Callable[[Target], Awaitable[None]]
@@ -252,16 +241,13 @@ async def silent_hosts(target: Target) -> None:
 
 
 async def mutated(target: Target) -> None:
-    """Bodies with something wrong."""
-    left = target.size.bodies
+    """Requests with something wrong. Whether each is answered rightly: `bodies`."""
+    media = mutations.make_media()
 
-    async def one() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            await target.post(hostile.mutated_body(target.rng))
+    async def send(index: int) -> None:
+        await target.post(mutations.mutated_body(target.rng, media, []))
 
-    await asyncio.gather(*(one() for _ in range(4)))
+    await _repeat(target, 4, send)
 
 
 KINDS: dict[str, Attack] = {
@@ -278,7 +264,7 @@ def _attacker(name: str, url: str, run_dir: Path, size: Size, seed: int, end: Co
         async with _session() as session:
             target = Target(url, run_dir, session, size, seed)
             try:
-                await asyncio.wait_for(KINDS[name](target), None if name == "mutated" else ANSWER_S)
+                await asyncio.wait_for(KINDS[name](target), ANSWER_S)
             except TimeoutError:
                 target.faults.append(f"the attacker was not answered within {ANSWER_S:.0f} s")
             return target
@@ -340,7 +326,15 @@ def run(kinds: Sequence[str], size: Size, seed: int, options: Sequence[str]) -> 
     """Each kind against a server of its own."""
     found: dict[str, Outcome] = {}
     for name in kinds:
-        more = ["--api-key", ATTACKER, VICTIM, *(["--allow-private-media"] if name == "silent-hosts" else []), *options]
+        more = [
+            "--api-key",
+            ATTACKER,
+            VICTIM,
+            "--allowed-media-domains",
+            "127.0.0.1",
+            *(["--allow-private-media"] if name == "silent-hosts" else []),
+            *options,
+        ]
         with pipeline(more) as served:
             url = served.url
             found[name] = asyncio.run(attack(name, url, served.run_dir, size, seed))
@@ -348,16 +342,39 @@ def run(kinds: Sequence[str], size: Size, seed: int, options: Sequence[str]) -> 
     return found
 
 
+def run_bodies(num_bodies: int, seed: int, out: Path | None, options: Sequence[str]) -> bool:
+    """Mutated bodies, against a server of their own; whether nothing was wrong."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    with pipeline([*mutated_bodies.OPTIONS, *options]) as served:
+        found = mutated_bodies.Sender(served.url, served.process.pid, seed, out).run(num_bodies)
+    found.violations += [f"a worker said: {line}" for line in served.lines if "Traceback" in line or "AssertionError" in line]
+    print(mutated_bodies.table(found), flush=True)
+    return found.is_fine
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, BODIES], default=[*KINDS, BODIES])
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bodies", type=int, default=20_000, help="how many mutated ones")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where mutated requests are kept that were not answered as they should be")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="sends one of them again, and nothing else")
     args, options = parser.parse_known_args()
-    print("| what | text, quiet | beside | ratio | longest | asked | answers to the attacker | restarted | |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    found = run(args.kinds, SIZES[args.size], args.seed, options)
-    return int(not all(outcome.is_fine for outcome in found.values()))
+    if args.replay is not None:
+        with pipeline([*mutated_bodies.OPTIONS, *options]) as served:
+            print(mutated_bodies.replay(served.url, args.replay.read_bytes()))
+        return 0
+    is_fine = True
+    if kinds := [kind for kind in args.kinds if kind != BODIES]:
+        print("| what | text, quiet | beside | ratio | longest | asked | answers to the attacker | restarted | |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        found = run(kinds, SIZES[args.size], args.seed, options)
+        is_fine = all(outcome.is_fine for outcome in found.values())
+    if BODIES in args.kinds:
+        is_fine &= run_bodies(args.bodies, args.seed, args.out, options)
+    return int(not is_fine)
 
 
 if __name__ == "__main__":

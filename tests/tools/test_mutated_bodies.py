@@ -1,0 +1,124 @@
+"""How the answers to mutated requests are judged, against a server that gives answers of every kind."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tools.mutated_bodies import Answer, Connection, Found, growth, replay, table, violation, wrong_answer
+from tools.mutations import Mutated
+
+CHANGED = Mutated(b"", True, ("retype",))
+UNFRAMED = CHANGED._replace(is_framed=False)
+VALID = CHANGED._replace(what=())
+ERROR = json.dumps({"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": 400}}).encode()
+EVENT = b'data: {"object": "chat.completion.chunk", "choices": []}\n\n'
+DONE = b"data: [DONE]\n\n"
+WHOLE = b'{"choices": [{}]}'
+
+
+def answered(status: int, body: bytes, is_stream: bool = False, lost: str = "") -> Answer:
+    return Answer(status, body, is_stream, 0.1, lost)
+
+
+def failed(status: int) -> bytes:
+    return b"data: " + ERROR.replace(b"400", b"%d" % status) + b"\n\n"
+
+
+def test_only_openais_error_object_is_right() -> None:
+    assert wrong_answer(200, b"anything") == wrong_answer(400, ERROR) == wrong_answer(503, ERROR) == ""
+    assert "500" in wrong_answer(500, ERROR)
+    for answer in (b"400: Bad Request", b"[]", b'{"error": "no"}', ERROR.replace(b'"param": null, ', b"")):
+        assert "error object" in wrong_answer(400, answer)
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [(CHANGED, answered(200, WHOLE)), (CHANGED, answered(400, ERROR)), (CHANGED, answered(503, ERROR)), (VALID, answered(429, ERROR)),
+     (CHANGED, answered(200, EVENT + DONE, True)), (CHANGED, answered(200, EVENT + failed(503) + DONE, True)),
+     (UNFRAMED, answered(0, b"", lost="RemoteDisconnected"))],
+)  # fmt: skip
+def test_what_may_be_answered(sent: Mutated, answer: Answer) -> None:
+    assert violation(sent, answer) == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [(CHANGED, answered(500, ERROR)), (CHANGED, answered(400, b"Bad Request")), (CHANGED, answered(302, b"")), (VALID, answered(400, ERROR)),
+     (CHANGED, answered(200, b"{")), (CHANGED, answered(200, b"[]")), (CHANGED, answered(200, b'{"choices": []}')),
+     (CHANGED, answered(200, EVENT, True)), (CHANGED, answered(200, b"", True)), (CHANGED, answered(200, EVENT + b"data: {\n\n" + DONE, True)),
+     (CHANGED, answered(200, b"data: []\n\n" + DONE, True)), (CHANGED, answered(200, EVENT + failed(500) + DONE, True)),
+     (CHANGED, answered(200, b'data: {"error": {"code": 503}}\n\n' + DONE, True)),
+     (CHANGED, answered(0, b"", lost="RemoteDisconnected")), (UNFRAMED, answered(200, b"", lost="the answer is cut off")),
+     (UNFRAMED, answered(0, b"", lost="TimeoutError: timed out"))],
+)  # fmt: skip
+def test_what_may_not_be_answered(sent: Mutated, answer: Answer) -> None:
+    assert violation(sent, answer)
+
+
+def test_growth_is_what_goes_on_after_the_first_quarter() -> None:
+    def holdings(*mib: int) -> list[dict[str, tuple[int, int]]]:
+        return [{"llm.0": (one << 20, 20)} for one in mib]
+
+    assert growth(holdings(*[200] * 4, *[500] * 12)) == []
+    assert growth(holdings(*range(200, 1000, 50))) != []
+    assert growth(holdings(100, 900)) == [], "too few to say"
+    assert growth([{"api.0": (1 << 20, files)} for files in range(20, 52, 2)]) != []
+
+
+@contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """The URL of a server that reads a request of 100 bytes at most and answers so, on one connection, and then closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                for answer in answers:
+                    connection.recv(100)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        thread.join()
+
+
+def test_a_connection_is_kept_and_its_end_is_told() -> None:
+    good = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"
+    with answering(good, b"HTTP/1.1 100 Continue\r\n\r\n" + good, cut) as url:
+        connection = Connection(url)
+        assert [connection.send(b"x")[:3] for _ in range(2)] == [(200, b"abc", True)] * 2
+        assert (lost := connection.send(b"x")).lost == "the answer is cut off"
+        assert lost.body == b"abc"
+    with answering(b"") as url:
+        lost = Connection(url).send(b"x")
+        assert lost.status == 0
+        assert "RemoteDisconnected" in lost.lost
+
+
+def test_a_replayed_request_has_its_verdict() -> None:
+    head = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n"
+    with answering(head % len(ERROR) + ERROR) as url:
+        assert replay(url, b"x").endswith("fine")
+    with answering(head % 3 + b"abc") as url:
+        assert "NOT FINE" in replay(url, b"x")
+
+
+def test_the_table_has_every_answer_and_process() -> None:
+    found = Found()
+    found.seconds["200"] = [(0.1, 3), (0.3, 4), (0.2, 5)]
+    found.changes["drop"] = 2
+    found.violations.append("1-4 (drop): status 500")
+    found.holdings = [{"llm.0": (100 << 20, 20)}, {"llm.0": (120 << 20, 21)}]
+    said = table(found)
+    assert "| 200 | 3 | 200 ms | 200 ms | 300 ms | 4 |" in said
+    assert "| llm.0 | 100 | 100 | 100 | 120 | 20, 21 |" in said
+    assert "drop 2" in said
+    assert "- 1-4 (drop): status 500" in said
