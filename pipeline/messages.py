@@ -264,14 +264,33 @@ class MmChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vit_epoch: int
 
 
-class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A picture or video in the prompt: placeholders [offset, offset + length), filled by its chunks in order."""
+class Span(NamedTuple):
+    """A run of placeholders: tokens [offset, offset + length) of a prompt."""
 
     offset: int
     length: int
-    grid_thw: GridTHW
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.length
+
+
+class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture or video in the prompt: one or several runs of placeholders, filled by its chunks in order.
+
+    `mm_hash` tells apart what is seen. `kv_hash` is the item's key in the prefix cache and tells apart all that its
+    KV depends on: where positions depend on more than pixels, that is more than `mm_hash` does.
+    """
+
+    spans: tuple[Span, ...]
     mm_hash: bytes
+    kv_hash: bytes
     chunks: tuple[MmChunk, ...]
+
+    @property
+    def stop(self) -> int:
+        """The first token after the item."""
+        return self.spans[-1].stop
 
 
 class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
@@ -282,6 +301,8 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     attempt: int
     arrival: int
     prompt_token_ids: bytes
+    positions: bytes  # int32 [3, prompt]: time, height and width of each token
+    position_delta: int  # what a token after the prompt adds to its index
     items: tuple[MmItem, ...]
     sampling: SamplingParams
     output_token_ids: bytes = b""

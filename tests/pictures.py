@@ -9,7 +9,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from pipeline.families import VisionInfo
+from pipeline.families import AreaLimits, ImageSize, ModelInfo
 from tools.tiny_model.scenes import draw, make_scene
 
 
@@ -28,9 +28,14 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def limits(info: VisionInfo) -> tuple[int, int, int]:
-    """What `smart_resize` takes beside a size."""
-    return info.factor, info.min_pixels, info.max_pixels
+def limits(info: ModelInfo) -> AreaLimits:
+    """Of a picture without settings of its own."""
+    return AreaLimits(info.vision.min_pixels, info.vision.max_pixels)
+
+
+def seen_size(size: ImageSize, info: ModelInfo) -> ImageSize:
+    """At which a picture without settings of its own is seen."""
+    return info.family.picture_size(size, limits(info), info)
 
 
 def data_url(image: Image.Image) -> str:

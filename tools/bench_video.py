@@ -19,8 +19,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from pipeline.families.qwen2_vl import sample_frames
 from workers.preprocess.video_files import open_video
-from workers.preprocess.videos import sample_frames
 
 MAX_PIXELS = 64_000_000
 READERS = ("pyav", "decord")
@@ -45,7 +45,8 @@ def make_film(path: Path, seconds: int, gop: int, width: int, height: int, fps: 
 def read_seconds(path: Path, reader: str, num_frames: int) -> float:
     start = time.perf_counter()
     video = open_video(str(path), reader, MAX_PIXELS)
-    numbers = sample_frames(video.metadata, 1000.0, num_frames, num_frames, 2)
+    metadata = video.metadata
+    numbers = sample_frames(metadata.num_frames, metadata.fps, 1000.0, num_frames, num_frames, 2)
     for frame in video.frames(numbers):
         assert frame.ndim == 3
     return time.perf_counter() - start

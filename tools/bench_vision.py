@@ -39,7 +39,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.config import Config, LlmConfig, ModelConfig
-from pipeline.families import read_model_info
+from pipeline.families import AreaLimits, ImageSize, ModelInfo, read_model_info
 from pipeline.messages import GridTHW, SequencePlan, SequenceStart, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator, align
@@ -51,12 +51,14 @@ from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.trace import read_spans
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
+from workers.nn.layers import make_linear
 from workers.nn.loader import Checkpoint, choose_dtype
-from workers.preprocess.images import ImageSize, decode, read_size, smart_resize
+from workers.preprocess.images import decode, read_size
 from workers.preprocess.media import PictureSource
 from workers.preprocess.readers import MediaReaders, ReadLimits
-from workers.vit.engines.torch import EncodeJob, TorchEngine
-from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
+from workers.vit.models.registry import tower_of
 
 PARTS = ("isolation", "loop", "ttft", "gate", "repeat", "forward", "together", "decode")
 SIZES = ((448, 448), (1792, 1344))
@@ -241,15 +243,14 @@ class Bench:
     def forward(self) -> list[Row]:
         info = self.info.vision
         torch.set_num_threads(os.cpu_count() or 1)
-        engine = TorchEngine(info, VisionEncoder(info, Checkpoint(self.folder, self.dtype, CPU)))
+        engine = TorchEngine(tower_of(self.info).encoder(info, Checkpoint(self.folder, self.dtype, CPU), make_linear))
         tower = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval().model.visual
         weights = sum(parameter.numel() for block in tower.blocks for parameter in block.parameters())
         rows = []
         for side in (32, 64):
             grid = GridTHW(1, side, side)
-            job = EncodeJob(
-                torch.zeros(1, side * 14, side * 14, 3, dtype=torch.uint8), grid, torch.empty(side * side // 4, info.hidden_size, dtype=self.dtype)
-            )
+            pixels = torch.zeros(1, side * info.patch_size, side * info.patch_size, 3, dtype=torch.uint8)
+            job = EncodeJob(pixels, grid, torch.empty(info.num_tokens(grid), info.embedding_width, dtype=self.dtype))
             patches, grids = torch.zeros(side * side, 1176, dtype=self.dtype), torch.tensor([list(grid)])
 
             def hugging_face(patches: torch.Tensor = patches, grids: torch.Tensor = grids) -> None:
@@ -273,8 +274,8 @@ class Bench:
         pixels = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 67, 3), dtype=np.uint8)).resize((4032, 3024)))
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-        data, info = buffer.getvalue(), self.info.vision
-        size = smart_resize(read_size(data, 10**8, ""), info.factor, info.min_pixels, info.max_pixels)
+        data = buffer.getvalue()
+        size = seen_size(read_size(data, 10**8, ""), self.info)
         nbytes = align(size.height * size.width * 3)
         pool, slots = TensorPool.on_host("bench", 1, 2 * nbytes, 8), SlotAllocator(2 * nbytes, nbytes, 8)
         slot = slots.allocate(nbytes)
@@ -288,7 +289,7 @@ class Bench:
 
         async def ours() -> None:
             found = await readers.inspect_picture(data, "")
-            smart_resize(found, info.factor, info.min_pixels, info.max_pixels)
+            seen_size(found, self.info)
             await PictureSource(ready, "", readers).decode((0,), out, handle.offset)
 
         def pillow() -> None:
@@ -316,8 +317,8 @@ class _InProcess:
         self._blocks = 4096 // self._block_size
         self._runner.open_cache((NUM_STREAMS + 1) * self._blocks, 4096)
         dtype = choose_dtype("auto", CPU)
-        vision = self._info.vision
-        self._engine = TorchEngine(vision, VisionEncoder(vision, Checkpoint(folder, dtype, CPU)))
+        encoder = tower_of(self._info).encoder(self._info.vision, Checkpoint(folder, dtype, CPU), make_linear)
+        self._engine = TorchEngine(encoder)
         self._dtype = dtype
         self._step = 0
 
@@ -346,9 +347,9 @@ class _InProcess:
 
     def _encode(self, size: tuple[int, int]) -> int:
         vision = self._info.vision
-        target = smart_resize(ImageSize(size[1], size[0]), vision.factor, vision.min_pixels, vision.max_pixels)
-        grid = GridTHW(1, target.height // vision.patch_size, target.width // vision.patch_size)
-        output = torch.empty(grid.num_patches // 4, vision.hidden_size, dtype=self._dtype)
+        target = seen_size(ImageSize(size[1], size[0]), self._info)
+        grid = vision.grid_of(target)
+        output = torch.empty(vision.num_tokens(grid), vision.embedding_width, dtype=self._dtype)
         self._engine.encode([EncodeJob(torch.zeros(1, *target, 3, dtype=torch.uint8), grid, output)])
         return len(output)
 
@@ -361,6 +362,11 @@ class _InProcess:
         self._step += 1
         starts = tuple(SequenceStart(slot, 32, SamplingParams(temperature=0, seed=0), b"") for slot in range(NUM_STREAMS + 1)) if is_first else ()
         self._runner.launch(StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=starts, sequences=tuple(plans))).result()
+
+
+def seen_size(size: ImageSize, info: ModelInfo) -> ImageSize:
+    limits = AreaLimits(info.vision.min_pixels, info.vision.max_pixels)
+    return info.family.picture_size(size, limits, info)
 
 
 def _chat(load: Workload, rng: random.Random) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ from workers.llm.parallel import TensorParallel
 from workers.llm.sampler import Sampler
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import Checkpoint
-from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
 from workers.vit.models.qwen2_vl import VisionEncoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -241,8 +242,11 @@ def test_the_encoder_packs_pictures_of_any_sizes(dtype: torch.dtype, random_chec
         jobs.append((pixels, grid))
     outputs = []
     for device, of_type in ((torch.device("cpu"), torch.float32), (CUDA, dtype)):
-        engine = TorchEngine(info, VisionEncoder(info, Checkpoint(random_checkpoint, of_type, device)))
-        made = [EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.hidden_size, dtype=of_type, device=device)) for pixels, grid in jobs]
+        engine = TorchEngine(VisionEncoder(info, Checkpoint(random_checkpoint, of_type, device)))
+        made = []
+        for pixels, grid in jobs:
+            output = torch.empty(info.num_tokens(grid), info.embedding_width, dtype=of_type, device=device)
+            made.append(EncodeJob(pixels, grid, output))
         engine.encode(made)
         outputs.append([job.output.cpu() for job in made])
     for ours, expected in zip(outputs[1], outputs[0], strict=True):

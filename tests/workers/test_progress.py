@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.ends import Subscription
+from pipeline.families import EmbeddingSpec
 from pipeline.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -29,6 +30,7 @@ from pipeline.messages import (
     MmChunk,
     MmItem,
     RequestOutput,
+    Span,
     StepPlan,
     TokenOutputs,
     Welcome,
@@ -72,12 +74,13 @@ class World:
             max_model_len=56, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, 2, self.publisher, None, self.feedback, [self.vit],
+            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, self.publisher, None, self.feedback, [self.vit],
             has_overlap=has_overlap,
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
-        self.batcher = Batcher(SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64), ALIGNMENT // 4, 2)
+        allocator = SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64)
+        self.batcher = Batcher(allocator, lambda grid: EmbeddingSpec(grid.num_patches // 4, ALIGNMENT // 4, "uint8"))
         self.arrivals = itertools.count(1)
         self.open: dict[str, GenerateRequest] = {}
         self.num_outputs: dict[str, int] = {}
@@ -91,12 +94,13 @@ class World:
             offset = len(shared) + 2
             for _ in range(self.rng.randint(0, 4) if num_pictures is None else num_pictures):
                 mm_hash = b"shared" if self.rng.random() < shared_rate else f"{name}.{offset}".encode()
-                items.append(MmItem(offset, 4, GRID, mm_hash, (MmChunk(mm_hash, 4, 0, 1),)))
+                items.append(MmItem((Span(offset, 4),), mm_hash, mm_hash, (MmChunk(mm_hash, 4, 0, 1),)))
                 offset += 5
             tokens = [*shared, *(self.rng.randint(10, 99) for _ in range(offset + 1 - len(shared)))]
             sampling = SamplingParams(temperature=0, seed=1, max_tokens=self.rng.randint(1, 16), ignore_eos=True)
             request = GenerateRequest(
                 sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1, arrival=arrival, prompt_token_ids=pack_int32(tokens),
+                positions=pack_int32(list(range(len(tokens))) * 3), position_delta=0,
                 items=tuple(items), sampling=sampling, priority=self.rng.choice((0, 0, -1, 1)),
                 tenant=self.rng.choice(("a", "a", "b", "c")),
             )  # fmt: skip

@@ -100,13 +100,13 @@ class Engine:
     """
 
     def __init__(
-        self, origin: Origin, scheduler: Scheduler, runner: Runner, welcome: Welcome, merge_size: int, publish: Publish,
+        self, origin: Origin, scheduler: Scheduler, runner: Runner, welcome: Welcome, publish: Publish,
         publish_step: Callable[[StepsMessage], bool] | None, feedback: Sink[FeedbackMessage], vits: Sequence[Sink[EncodeMessage]],
         epochs: Mapping[WorkerId, int] | None = None, has_overlap: bool = False,
         clock: Callable[[], float] = time.perf_counter, tracer: Tracer | None = None, record: Callable[[Iterable[str]], None] | None = None,
     ) -> None:  # fmt: skip
         self.scheduler, self.runner = scheduler, runner
-        self._origin, self._welcome, self._merge_size = origin, welcome, merge_size
+        self._origin, self._welcome = origin, welcome
         self._publish_step, self._feedback, self._clock, self._record = publish_step, feedback, clock, record
         self._epochs: Mapping[WorkerId, int] = {} if epochs is None else epochs
         self._clients, self._leases = Clients(origin, welcome, publish), Leases(origin, vits)
@@ -210,7 +210,7 @@ class Engine:
                 self._clients.tell_outputs(current.client_id, [output_of(current, message.num_received)])
                 return
             self._forget(current)
-        request = self.requests[request_id] = Request.from_wire(message, self._merge_size, self._welcome.max_model_len)
+        request = self.requests[request_id] = Request.from_wire(message, self._welcome.max_model_len)
         self.scheduler.add(request)
         if refusal := self._refusal(request, message):
             self._end(request, refusal, now)
@@ -315,7 +315,7 @@ class Engine:
         self.counters["cached_tokens"] += covered
         missing = {chunk.item for chunk in request.chunks if chunk.embeddings is None and not chunk.is_lost}
         for number, item in enumerate(request.items):
-            if number in missing and item.offset + item.length <= covered:
+            if number in missing and item.stop <= covered:
                 self._feedback.send(ItemNotNeeded(request_id=request.request_id, attempt=request.attempt, item=number, **self._origin))
         self._leases.release(request.take_read_leases(covered))
         for chunk in request.chunks:

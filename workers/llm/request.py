@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.messages import (
     EmbeddingSlice,
     GenerateRequest,
-    GridTHW,
     Int32Array,
     MmChunk,
     MmItem,
@@ -38,13 +35,21 @@ class Lease(NamedTuple):
     lease_id: int
 
 
+class Piece(NamedTuple):
+    """Tokens [offset, stop) of a prompt, whose places the rows of an embedding take, from `row` on."""
+
+    offset: int
+    stop: int
+    row: int
+
+
 @dataclass(slots=True)
 class Chunk:
-    """Placeholders [offset, offset + num_tokens) of the prompt, filled by one embedding."""
+    """Placeholders of the prompt, filled by one embedding: its rows go to one run of tokens or to several."""
 
     item: int
     index: int
-    offset: int
+    pieces: tuple[Piece, ...]  # in the order of the prompt, at least one
     wire: MmChunk
     embeddings: TensorHandle | None = None
     lease: Lease | None = None
@@ -53,7 +58,8 @@ class Chunk:
 
     @property
     def stop(self) -> int:
-        return self.offset + self.wire.num_tokens
+        """The first token after the chunk's last placeholder."""
+        return self.pieces[-1].stop
 
     @property
     def is_awaited(self) -> bool:
@@ -94,20 +100,15 @@ class Request:
     _block_hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def from_wire(cls, message: GenerateRequest, merge_size: int, max_model_len: int) -> Request:
+    def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Request:
         prompt = unpack_int32(message.prompt_token_ids).tolist()
-        positions, delta = mrope_positions(len(prompt), message.items, merge_size)
-        chunks: list[Chunk] = []
-        for number, item in enumerate(message.items):
-            offset = item.offset
-            for index, wire in enumerate(item.chunks):
-                chunks.append(Chunk(number, index, offset, wire))
-                offset += wire.num_tokens
+        positions = unpack_int32(message.positions).reshape(3, len(prompt))
+        chunks = [chunk for number, item in enumerate(message.items) for chunk in chunks_of(number, item)]
         room = max_model_len - len(prompt)
         asked = message.sampling.max_tokens
         return cls(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=message.arrival,
-            prompt_token_ids=prompt, positions=positions, position_delta=delta, chunks=chunks,
+            prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta, chunks=chunks,
             items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
@@ -157,14 +158,18 @@ class Request:
     def num_ready_tokens(self) -> int:
         """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
         for chunk in self.chunks:
-            if chunk.embeddings is None and chunk.stop > self.num_computed_tokens:
-                return chunk.offset
+            if chunk.embeddings is None:
+                for piece in chunk.pieces:
+                    if piece.stop > self.num_computed_tokens:
+                        return piece.offset
         return self.num_tokens
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """Hashes of the first blocks: sha256 over the block before, the token ids, and for placeholders whose they are.
+        """Hashes of the first blocks: sha256 over the block before, the token ids, and for placeholders whose they
+        are.
 
-        Placeholders are all the same token: the picture's own hash and the place in it tell them apart.
+        Placeholders are all the same token: the item's key and the place in it tell them apart. The key stands for
+        all that the item's KV depends on, positions included.
         """
         hashes = self._block_hashes
         while len(hashes) < num_blocks:
@@ -172,9 +177,13 @@ class Request:
             digest = hashlib.sha256(hashes[-1] if hashes else hashlib.sha256(self.cache_salt).digest())
             digest.update(pack_int32(self.token_ids(start, stop)))
             for item in self.items:
-                first, last = max(start, item.offset), min(stop, item.offset + item.length)
-                if first < last:
-                    digest.update(struct.pack("<qqqq", first - start, last - first, first - item.offset, len(item.mm_hash)) + item.mm_hash)
+                row = 0  # of the item, where the span begins
+                for span in item.spans:
+                    first, last = max(start, span.offset), min(stop, span.stop)
+                    if first < last:
+                        place = first - start, last - first, row + first - span.offset
+                        digest.update(struct.pack("<qqqq", *place, len(item.kv_hash)) + item.kv_hash)
+                    row += span.length
             hashes.append(digest.digest())
         return hashes[:num_blocks]
 
@@ -192,10 +201,12 @@ class Request:
         """The parts of embeddings that tokens [start, stop) take the place of."""
         slices: list[EmbeddingSlice] = []
         for chunk in self.chunks:
-            first, last = max(start, chunk.offset), min(stop, chunk.stop)
-            if first < last:
-                assert chunk.embeddings is not None
-                slices.append(EmbeddingSlice(chunk.embeddings, first - chunk.offset, first - start, last - first))
+            for piece in chunk.pieces:
+                first, last = max(start, piece.offset), min(stop, piece.stop)
+                if first < last:
+                    assert chunk.embeddings is not None
+                    row = piece.row + first - piece.offset
+                    slices.append(EmbeddingSlice(chunk.embeddings, row, first - start, last - first))
         return tuple(slices)
 
     def take_read_leases(self, num_tokens: int) -> list[Lease]:
@@ -235,22 +246,25 @@ class Request:
         return leases
 
 
-def mrope_positions(num_tokens: int, items: Sequence[MmItem], merge_size: int) -> tuple[Int32Array, int]:
-    """Positions [3, num_tokens] (time, height, width) of a prompt, and the delta for what comes after (Qwen2-VL, Wang et al. 2024).
-
-    Text counts on by one in all three rows. An item starts where the text before it ended, spans its grid in three
-    dimensions, and the text behind it goes on after the largest position in it.
+def chunks_of(number: int, item: MmItem) -> list[Chunk]:
+    """The chunks of an item, laid over its spans in order. One chunk may fill several spans, one span take several
+    chunks.
     """
-    positions = np.empty((3, num_tokens), dtype=np.int32)
-    index, position = 0, 0
-    for item in items:
-        text = item.offset - index
-        positions[:, index : item.offset] = np.arange(position, position + text)
-        start = position + text
-        grid = GridTHW(item.grid_thw.t, item.grid_thw.h // merge_size, item.grid_thw.w // merge_size)
-        axes: npt.NDArray[np.int64] = np.indices(tuple(grid)).reshape(3, -1)
-        positions[:, item.offset : item.offset + item.length] = axes + start
-        index, position = item.offset + item.length, start + max(grid)
-    positions[:, index:] = np.arange(position, position + num_tokens - index)
-    end = position + num_tokens - index
-    return positions, end - num_tokens
+    num_placeholders = sum(span.length for span in item.spans)
+    assert sum(wire.num_tokens for wire in item.chunks) == num_placeholders, f"embeddings do not fill item {number}"
+    chunks: list[Chunk] = []
+    spans = iter(item.spans)
+    offset = stop = 0  # what is left of the span
+    for index, wire in enumerate(item.chunks):
+        pieces: list[Piece] = []
+        row = 0
+        while row < wire.num_tokens:
+            if offset == stop:
+                span = next(spans)
+                offset, stop = span.offset, span.stop
+            length = min(stop - offset, wire.num_tokens - row)
+            pieces.append(Piece(offset, offset + length, row))
+            offset += length
+            row += length
+        chunks.append(Chunk(number, index, tuple(pieces), wire))
+    return chunks

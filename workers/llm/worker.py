@@ -89,7 +89,7 @@ def main(context: WorkerContext) -> None:
                 recovery_timeout=config.launcher.recovery_timeout,
                 tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()), **context.origin,
             )  # fmt: skip
-            _lead(context, control, scheduler, runner, welcome, info.vision.merge_size, sharing)
+            _lead(context, control, scheduler, runner, welcome, sharing)
         else:
             _follow(context, control, steps, runner, sharing)
     finally:
@@ -120,7 +120,7 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
 
 
 def _lead(
-    context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome, merge_size: int,
+    context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome,
     sharing: CoreSharing,
 ) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
@@ -136,7 +136,7 @@ def _lead(
             context.read_control(control)
             num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
     engine = Engine(
-        context.origin, scheduler, runner, welcome, merge_size, outputs.publish, steps.publish if steps else None,
+        context.origin, scheduler, runner, welcome, outputs.publish, steps.publish if steps else None,
         sockets.sender(FEEDBACK), vits, sockets.epochs, has_overlap=has_overlap(config.llm.overlap, runner.device),
         tracer=context.tracer, record=context.recorder.record,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a part's settings make of a picture or a video: its size, and which of its frames are seen. Pure.
 
-Names and rules are those of Qwen's own code (qwen-vl-utils, `vision_process.py`); where transformers has a rule
-of its own (which frames are taken, when their number is known), it is transformers'. A bound that is looser than
+Names and rules of settings are those of Qwen's own code (qwen-vl-utils, `vision_process.py`); what they come to is
+the family's to say (`pipeline.families`). A bound that is looser than
 the server's is the server's: clients state their own defaults. A value that makes no sense is refused by its
 name. The functions behind `check_settings` take a part that has passed it; they, too, raise RequestError.
 """
@@ -11,14 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import msgspec
-
 from pipeline.errors import RequestError, shown
-from pipeline.families import MAX_ASPECT_RATIO, ModelInfo, VideoInfo, VisionInfo
+from pipeline.families import MAX_ASPECT_RATIO, AreaLimits, ImageSize, ModelInfo
 from pipeline.messages import ImagePart, VideoPart
-from workers.preprocess.images import ImageSize, smart_resize
 from workers.preprocess.video import VideoMetadata
-from workers.preprocess.videos import frame_size, sample_frames
 
 MAX_SIDE = 1 << 20  # of a size that is asked for
 MIN_TOKENS = 4  # of a picture whose size is asked for, as in qwen-vl-utils
@@ -33,7 +29,7 @@ def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, fiel
     """
     vision, video = info.vision, info.video
     limits = vision if isinstance(part, ImagePart) else video
-    _asked_size(part, vision.factor, limits.max_pixels, field)
+    _asked_size(part, info, limits.max_pixels, field)
     _area_limits(part, limits.min_pixels, limits.max_pixels, field)
     if isinstance(part, ImagePart):
         return
@@ -45,38 +41,40 @@ def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, fiel
         _check_frame_list(part, most, vision.temporal_patch_size, field)
 
 
-def picture_size(part: ImagePart, size: ImageSize, vision: VisionInfo, field: str) -> ImageSize:
+def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) -> ImageSize:
     """At which a picture is seen."""
-    asked = _asked_size(part, vision.factor, vision.max_pixels, field)
-    low, high = _area_limits(part, vision.min_pixels, vision.max_pixels, field)
-    return asked or smart_resize(size, vision.factor, low, high)
+    vision = info.vision
+    asked = _asked_size(part, info, vision.max_pixels, field)
+    limits = _area_limits(part, vision.min_pixels, vision.max_pixels, field)
+    return asked or info.family.picture_size(size, limits, info)
 
 
-def video_frame_size(
-    part: VideoPart, size: ImageSize, num_frames: int, video: VideoInfo, vision: VisionInfo, field: str
-) -> ImageSize:  # fmt: skip
+def video_frame_size(part: VideoPart, size: ImageSize, num_frames: int, info: ModelInfo, field: str) -> ImageSize:
     """At which each frame is seen: smaller where there are many, so that all have `total_pixels` at most."""
-    asked = _asked_size(part, vision.factor, video.max_pixels, field)
-    low, high = _area_limits(part, video.min_pixels, video.max_pixels, field)
+    video = info.video
+    asked = _asked_size(part, info, video.max_pixels, field)
+    limits = _area_limits(part, video.min_pixels, video.max_pixels, field)
     total = video.max_total_pixels
     if part.total_pixels is not None:
-        total = min(total, part.total_pixels * vision.temporal_patch_size)  # frames are merged in pairs
-    return asked or frame_size(size, num_frames, low, high, total, vision.factor)
+        total = min(total, part.total_pixels * info.vision.temporal_patch_size)  # frames are merged in pairs
+    return asked or info.family.frame_size(size, num_frames, limits, total, info)
 
 
 def chosen_frames(
-    part: VideoPart, metadata: VideoMetadata, video: VideoInfo, most: int, multiple: int, field: str
+    part: VideoPart, metadata: VideoMetadata, info: ModelInfo, most: int, field: str
 ) -> list[int]:  # fmt: skip
-    """The numbers of the frames that are seen, at most `most`, as many as a multiple of `multiple`."""
-    low, high = _frame_limits(part, video.min_frames, most, multiple, field)
+    """The numbers of the frames that are seen, at most `most`."""
+    multiple = info.vision.temporal_patch_size
+    low, high = _frame_limits(part, info.video.min_frames, most, multiple, field)
     start, end = frame_range(part, metadata, field)
-    window = msgspec.structs.replace(metadata, num_frames=end - start)
+    window, rate = end - start, metadata.fps
     if part.nframes is None:
-        numbers = sample_frames(window, video.fps if part.fps is None else part.fps, low, high, multiple)
+        fps = info.video.fps if part.fps is None else part.fps
+        numbers = info.family.sample_frames(window, rate, fps, low, high, info)
     else:
-        count = _whole_number_of_frames(part.nframes, window.num_frames, most, multiple, field)
+        count = _whole_number_of_frames(part.nframes, window, most, multiple, field)
         # At the video's own rate every frame is wanted: both limits say how many.
-        numbers = sample_frames(window, window.fps, count, count, multiple)[:count]
+        numbers = info.family.sample_frames(window, rate, rate, count, count, info)[:count]
     return [start + number for number in numbers]
 
 
@@ -128,7 +126,7 @@ def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> 
         raise RequestError(f"the video has {count} frames, min_frames is {low}", field=f"{field}.min_frames")
 
 
-def _asked_size(part: ImagePart | VideoPart, factor: int, max_pixels: int, field: str) -> ImageSize | None:
+def _asked_size(part: ImagePart | VideoPart, info: ModelInfo, max_pixels: int, field: str) -> ImageSize | None:
     """The size that a part names itself, rounded to what the model takes. It goes before an area."""
     sides = part.resized_height, part.resized_width
     if sides == (None, None):
@@ -139,14 +137,16 @@ def _asked_size(part: ImagePart | VideoPart, factor: int, max_pixels: int, field
         if not 1 <= side <= MAX_SIDE:
             what = f"{name} must be between 1 and {MAX_SIDE} pixels, got {shown(side)}"
             raise RequestError(what, field=f"{field}.{name}")
+    factor = info.vision.factor
     height, width = (max(side, factor) for side in sides if side is not None)
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         what = f"resized_height and resized_width may differ by a factor of {MAX_ASPECT_RATIO} at most"
         raise RequestError(what, field=f"{field}.resized_height")
-    return smart_resize(ImageSize(height, width), factor, min(MIN_TOKENS * factor**2, max_pixels), max_pixels)
+    limits = AreaLimits(min(MIN_TOKENS * factor**2, max_pixels), max_pixels)
+    return info.family.picture_size(ImageSize(height, width), limits, info)
 
 
-def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -> tuple[int, int]:
+def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -> AreaLimits:
     """The least and the largest area, in pixels. `low` and `high` are the server's."""
     for name in ("min_pixels", "max_pixels"):
         _at_least(1, getattr(part, name), name, field)
@@ -160,7 +160,7 @@ def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -
         raise RequestError(what, field=f"{field}.min_pixels")
     high = high if most is None else min(high, most)
     # A picture may be made smaller than the server's least: it is the client's own, and costs less.
-    return min(low if least is None else max(low, least), high), high
+    return AreaLimits(min(low if least is None else max(low, least), high), high)
 
 
 def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: str) -> tuple[int, int]:

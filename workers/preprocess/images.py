@@ -1,4 +1,4 @@
-"""Pictures: limits judged by the header, decoded as a person sees them, resized as Qwen2-VL's processor does.
+"""Pictures: limits judged by the header, decoded as a person sees them, resized as Qwen's processors do.
 
 What a person sees is upright, on white where it is transparent, and has all its shades of grey where a sample
 has 16 bits. Qwen's own code (qwen-vl-utils) hands the same to Hugging Face's processor, whose resizing is met
@@ -8,18 +8,16 @@ exactly; by itself that processor would show what lies hidden under transparency
 from __future__ import annotations
 
 import io
-import math
 import sys
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageChops, ImageCms, ImageOps
 
 from pipeline.errors import RequestError
-from pipeline.families import MAX_ASPECT_RATIO, VisionInfo
-from pipeline.messages import GridTHW
+from pipeline.families import MAX_ASPECT_RATIO, ImageSize
 from workers.preprocess.orientation import SWAPS_SIDES, TURNS, orientation
 from workers.preprocess.picture_files import END_OF_JPEG, Structure, not_a_picture, walk
 
@@ -31,11 +29,6 @@ TO_8_BITS = [(value + 128) // 257 for value in range(1 << 16)]
 MIN_IS_WHITE = 0  # of a TIFF's tag 262
 # What a decoder makes of it depends on it, if it is read at all: no marker of a JPEG, and no pattern.
 PADDING = bytes((37 * number * number + 11) % 251 for number in range(64))
-
-
-class ImageSize(NamedTuple):
-    height: int
-    width: int
 
 
 def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> ImageSize:
@@ -212,22 +205,3 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     for row, line in enumerate(values):  # row by row: all at once would be in memory four times
         out[row] = np.rint((line.astype(np.float64) - black) * (WHITE / (white - black)))
     return Image.fromarray(out)
-
-
-def smart_resize(size: ImageSize, factor: int, min_pixels: int, max_pixels: int) -> ImageSize:
-    """The size at which the model sees a picture: sides are multiples of `factor`, the area within the limits, the aspect kept.
-
-    As Qwen2-VL's processor has it (`smart_resize`), the rounding of Python's `round` included.
-    """
-    height, width = (round(side / factor) * factor for side in size)
-    if height * width > max_pixels:
-        shrink = math.sqrt(size.height * size.width / max_pixels)
-        height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in size)
-    elif height * width < min_pixels:
-        grow = math.sqrt(min_pixels / (size.height * size.width))
-        height, width = (math.ceil(side * grow / factor) * factor for side in size)
-    return ImageSize(height, width)
-
-
-def grid_of(size: ImageSize, info: VisionInfo) -> GridTHW:
-    return GridTHW(1, size.height // info.patch_size, size.width // info.patch_size)

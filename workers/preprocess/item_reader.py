@@ -17,11 +17,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.config import MIB, PreprocessConfig
 from pipeline.errors import RequestError
-from pipeline.families import ModelInfo
+from pipeline.families import ImageSize, ModelInfo, SampledFrames
 from pipeline.messages import ImagePart, VideoPart
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, check_form, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
-from workers.preprocess.images import ImageSize, check_aspect
+from workers.preprocess.images import check_aspect
 from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, gather, picture_item, video_item
 from workers.preprocess.names import Memory
 from workers.preprocess.readers import MediaReaders
@@ -74,28 +74,30 @@ class ItemReader:
         return await self._video(part, field, frames, scope, hold)
 
     async def _picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
-        vision = self._info.vision
         known, load = await self._resolve_picture(part, field, frames, scope, hold)
-        size = picture_size(part, known.size, vision, field)
+        size = picture_size(part, known.size, self._info, field)
         mm_hash = self._hash(scope.salt, "picture", known.content, size)
-        return picture_item(PictureSource(load, field, self._readers), size, mm_hash, vision)
+        return picture_item(PictureSource(load, field, self._readers), size, mm_hash, self._info)
 
     async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
         pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, scope, hold) for index, frame in enumerate(part.frames))
-        size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info.video, self._info.vision, field)
+        size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
-        return video_item(source, range(len(pictures)), size, self._hash(scope.salt, "frames", content, size), self._info, self._num_vits)
+        seen = SampledFrames(tuple(range(len(pictures))), len(pictures), None)
+        mm_hash = self._hash(scope.salt, "frames", content, size)
+        return video_item(source, seen, size, mm_hash, self._info, self._num_vits)
 
     async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
         known, load = await self._resolve_video(part, field, frames, scope, hold)
-        metadata, video, vision = known.size, self._info.video, self._info.vision
+        metadata: VideoMetadata = known.size
         source_size = ImageSize(metadata.height, metadata.width)
         check_aspect(source_size, field)
-        sampled = chosen_frames(part, metadata, video, self._max_frames, vision.temporal_patch_size, field)
-        size = video_frame_size(part, source_size, len(sampled), video, vision, field)
+        numbers = chosen_frames(part, metadata, self._info, self._max_frames, field)
+        size = video_frame_size(part, source_size, len(numbers), self._info, field)
+        seen = SampledFrames(tuple(numbers), metadata.num_frames, metadata.fps)
         content = self._hash(scope.salt, "video", known.content, size)
-        return video_item(VideoSource(load, self._readers, field), sampled, size, content, self._info, self._num_vits)
+        return video_item(VideoSource(load, self._readers, field), seen, size, content, self._info, self._num_vits)
 
     def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
         """Key of media as the model sees them: sha256 of their content, and of all that says what is made of it."""

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from pipeline.families import ModelInfo, VisionInfo
+from pipeline.families import ImageSize, MediaInfo, ModelInfo, SampledFrames, Segment
 from pipeline.messages import GridTHW
-from workers.preprocess.images import ImageSize, grid_of
 from workers.preprocess.readers import MediaReaders
 from workers.preprocess.videos import VideoFile
 
@@ -61,8 +60,10 @@ class Chunk:
 class Item:
     """A picture or video of a prompt."""
 
-    grid_thw: GridTHW
-    mm_hash: bytes
+    media: MediaInfo
+    segments: tuple[Segment, ...]  # what it becomes in the prompt
+    mm_hash: bytes  # of what is seen
+    kv_hash: bytes  # its key in the prefix cache
     chunks: list[Chunk]
 
 
@@ -117,24 +118,34 @@ class VideoSource:
         await self._readers.read(await self._load(), frames, ImageSize(*out.shape[1:3]), offset, self._field)
 
 
-def picture_item(source: Source, size: ImageSize, mm_hash: bytes, info: VisionInfo) -> Item:
-    grid = grid_of(size, info)
-    return Item(grid, mm_hash, [Chunk(source, (0,), size, grid, mm_hash)])
+def picture_item(source: Source, size: ImageSize, mm_hash: bytes, info: ModelInfo) -> Item:
+    media = MediaInfo(info.vision.grid_of(size))
+    return _item(media, mm_hash, [Chunk(source, (0,), size, media.grid_thw, mm_hash)], info)
 
 
-def video_item(source: Source, frames: Sequence[int], size: ImageSize, content: bytes, info: ModelInfo, num_vits: int) -> Item:
-    """`content` is the hash of the whole video and of its settings. The last frame stands for those that a temporal patch lacks."""
-    temporal, grid = info.vision.temporal_patch_size, grid_of(size, info.vision)
-    length = -(-len(frames) // temporal)
-    step = min(max(1, info.video_chunk_patches // grid.num_patches), -(-length // num_vits))
+def video_item(
+    source: Source, frames: SampledFrames, size: ImageSize, content: bytes, info: ModelInfo, num_vits: int
+) -> Item:  # fmt: skip
+    """`content` is the hash of the whole video and of its settings.
+
+    The last frame stands for those that a temporal patch lacks.
+    """
+    vision = info.vision
+    media = MediaInfo(vision.grid_of(size, len(frames.numbers)), frames)
+    step = info.family.chunk_length(media.grid_thw, num_vits, info) * vision.temporal_patch_size
     chunks: list[Chunk] = []
     digest = hashlib.sha256(content)
-    for first in range(0, length, step):
-        part = tuple(frames[first * temporal : (first + step) * temporal])
+    for first in range(0, len(frames.numbers), step):
+        part = frames.numbers[first : first + step]
         mm_hash = hashlib.sha256(content + repr((part, tuple(size))).encode()).digest()
         digest.update(mm_hash)
-        chunks.append(Chunk(source, part, size, grid._replace(t=-(-len(part) // temporal)), mm_hash))
-    return Item(grid._replace(t=length), digest.digest(), chunks)
+        chunks.append(Chunk(source, part, size, vision.grid_of(size, len(part)), mm_hash))
+    return _item(media, digest.digest(), chunks, info)
+
+
+def _item(media: MediaInfo, mm_hash: bytes, chunks: list[Chunk], info: ModelInfo) -> Item:
+    family = info.family
+    return Item(media, family.segments(media, info), mm_hash, family.kv_hash(mm_hash, media, info), chunks)
 
 
 async def gather(coroutines: Any) -> list[Any]:

@@ -20,7 +20,7 @@ import msgspec
 from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_OPEN_CHUNKS, MAX_PARTS, PreprocessConfig
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
-from pipeline.families import ModelInfo
+from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
 from pipeline.messages import (
     MAX_SALT_BYTES,
     MAX_TENANT,
@@ -206,7 +206,7 @@ class Preprocessor:
         """For a group that may know the request, of which nothing is known here."""
         return GenerateRequest(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0,
-            prompt_token_ids=b"", items=(), sampling=message.sampling, num_received=message.num_received,
+            prompt_token_ids=b"", positions=b"", position_delta=0, items=(), sampling=message.sampling, num_received=message.num_received,
             is_query=True, **self._origin,
         )  # fmt: skip
 
@@ -296,7 +296,7 @@ class Preprocessor:
         on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in, opened.tenant))
         start = time.monotonic()
         try:
-            items, prompt = await self._read_request(opened, message, frames)
+            items, prompt, positions = await self._read_request(opened, message, frames)
             self._check_chunks(items)  # from here on nothing waits until they are announced
         except RequestError as error:
             self._refuse(opened, error.info)
@@ -304,10 +304,12 @@ class Preprocessor:
             logger.exception("%s cannot be prepared", opened.request_id)
             self._refuse(opened, refusal_of(error, RequestError("the server cannot prepare this request", field="messages", status=500)).info)
         else:
-            self._announce(opened, message, items, prompt)
+            self._announce(opened, message, items, prompt, positions)
         self._context.tracer.span("prepare", start, [opened.request_id])
 
-    async def _read_request(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> tuple[list[Item], Prompt]:
+    async def _read_request(
+        self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]
+    ) -> tuple[list[Item], Prompt, Positions]:  # fmt: skip
         parts = list(_located_media(message))
         num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part, _ in parts)
         if num_pictures > MAX_ITEMS:
@@ -320,15 +322,16 @@ class Preprocessor:
 
         scope = Scope(opened.tenant, message.cache_salt)
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
-        merged = self._info.vision.merge_size**2
-        counts = [item.grid_thw.num_patches // merged for item in items]
         limit = self._info.text.max_position_embeddings
-        if (total := sum(counts)) > limit:
+        if (total := sum(map(_num_placeholders, items))) > limit:
             raise RequestError(f"the pictures and videos take {total} tokens, the model's context has {limit}", field="messages")
-        prompt: Prompt = await self._text_threads.run(self._prompt.build, message.messages, counts.__getitem__)
+        segments = [item.segments for item in items]
+        prompt: Prompt = await self._text_threads.run(self._prompt.build, message.messages, segments)
         if (total := len(prompt.token_ids)) > limit:
             raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field="messages")
-        return items, prompt
+        placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
+        positions: Positions = await self._text_threads.run(self._info.family.positions, total, placed, self._info)
+        return items, prompt, positions
 
     def _check_chunks(self, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
@@ -337,30 +340,34 @@ class Preprocessor:
         if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
             raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
 
-    def _announce(self, opened: OpenRequest, message: SubmitRequest, media: Sequence[Item], prompt: Prompt) -> None:
+    def _announce(
+        self, opened: OpenRequest, message: SubmitRequest, media: Sequence[Item], prompt: Prompt, positions: Positions
+    ) -> None:  # fmt: skip
         """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them in one order."""
         self._last_arrival += 1
         items: list[MmItem] = []
-        for item, place in zip(media, prompt.placeholders, strict=True):
-            items.append(MmItem(place.offset, place.length, item.grid_thw, item.mm_hash, ()))
+        for item, spans in zip(media, prompt.spans, strict=True):
+            items.append(MmItem(spans, item.mm_hash, item.kv_hash, ()))
         self._choose_group(opened, prompt, items, message.cache_salt)
         assert opened.lead is not None
         for number, item in enumerate(media):
             routed: list[MmChunk] = []
             for index, chunk in enumerate(item.chunks):
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
-                num_tokens = chunk.grid_thw.num_patches // self._info.vision.merge_size**2
+                num_tokens = self._info.vision.num_tokens(chunk.grid_thw)
                 order = Order(self._last_arrival, len(opened.keys))
                 route = self._chunks.route(key, chunk, order, num_tokens, message.alone_in, opened.tenant)
                 routed.append(route)
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
-        opened.reply = GenerateRequest(
+        request = GenerateRequest(
             client_id=opened.client_id,
             request_id=opened.request_id,
             attempt=opened.attempt,
             arrival=self._last_arrival,
             prompt_token_ids=pack_int32(prompt.token_ids),
+            positions=pack_int32(positions.rows),
+            position_delta=positions.delta,
             items=tuple(items),
             sampling=message.sampling,
             output_token_ids=message.output_token_ids,
@@ -371,7 +378,9 @@ class Preprocessor:
             tenant=opened.tenant,
             **self._origin,
         )
-        self._tell(opened, opened.reply)
+        # A query says nothing of the prompt: what is kept for queries need not hold it.
+        opened.reply = msgspec.structs.replace(request, prompt_token_ids=b"", positions=b"", items=())
+        self._tell(opened, request)
         self._chunks.announce(opened.keys)
 
     def _choose_group(self, opened: OpenRequest, prompt: Prompt, items: Sequence[MmItem], cache_salt: bytes) -> None:
@@ -477,6 +486,10 @@ class Preprocessor:
         await self._fetcher.close()
         for threads in (self._text_threads, self._media_threads):
             threads.close()
+
+
+def _num_placeholders(item: Item) -> int:
+    return sum(segment.num_tokens for segment in item.segments if isinstance(segment, Placeholders))
 
 
 def tenant_of(message: SubmitRequest) -> str:

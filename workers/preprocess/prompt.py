@@ -19,19 +19,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from pipeline.errors import RequestError, shown
-from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.families import Placeholders, Segment
+from pipeline.messages import ChatMessage, ImagePart, Part, Span, TextPart, VideoPart
 
 ROLES = ("system", "user", "assistant")
 
 
-class Placeholder(NamedTuple):
-    offset: int
-    length: int
-
-
 class Prompt(NamedTuple):
     token_ids: list[int]
-    placeholders: list[Placeholder]  # one for each picture or video, in the order of the messages
+    spans: list[tuple[Span, ...]]  # of each picture or video, in the order of the messages
 
 
 class _TemplateRefusal(Exception):
@@ -58,8 +54,10 @@ class ChatPrompt:
         environment.globals["raise_exception"] = _raise_refusal
         self._template = environment.from_string(_read_template(folder))
 
-    def build(self, messages: Sequence[ChatMessage], num_tokens: Callable[[int], int]) -> Prompt:
-        """`num_tokens(i)` is how many placeholders the i-th picture or video takes. Raises RequestError, naming the field at fault."""
+    def build(self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]]) -> Prompt:
+        """`segments[i]` take the place of the i-th picture or video. Raises RequestError, naming the field at
+        fault.
+        """
         # Put behind every character with which a special token begins, wherever a user writes it, so that no special can begin
         # in a user's text, not even spread over several parts; taken out again below.
         mark = secrets.token_hex(8)
@@ -69,22 +67,44 @@ class ChatPrompt:
             raise RequestError(f"the text of {length} characters is longer than the model's context", field="messages")
         rendered = self._render([self._as_template_message(index, message, mark) for index, message in enumerate(messages)])
         token_ids: list[int] = []
-        placeholders: list[Placeholder] = []
+        spans: list[tuple[Span, ...]] = []
         start = 0
         for match in self._specials.finditer(rendered):
             token_ids.extend(self._encode(rendered[start : match.start()].replace(mark, "")))
             start = match.end()
             token_id = self._special_ids[match.group()]
-            if len(placeholders) < len(wanted) and token_id == wanted[len(placeholders)]:
-                length = num_tokens(len(placeholders))
-                placeholders.append(Placeholder(len(token_ids), length))
-                token_ids.extend([token_id] * length)
+            if len(spans) < len(wanted) and token_id == wanted[len(spans)]:
+                spans.append(self._place(segments[len(spans)], token_id, token_ids))
             else:
                 token_ids.append(token_id)
         token_ids.extend(self._encode(rendered[start:].replace(mark, "")))
-        if len(placeholders) != len(wanted):
-            raise RequestError(f"the model's chat template placed {len(placeholders)} of {len(wanted)} pictures and videos", field="messages")
-        return Prompt(token_ids, placeholders)
+        if len(spans) != len(wanted):
+            what = f"the model's chat template placed {len(spans)} of {len(wanted)} pictures and videos"
+            raise RequestError(what, field="messages")
+        return Prompt(token_ids, spans)
+
+    def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
+        """Appends an item to the prompt. Its text comes from the model's family, so specials in it are meant."""
+        spans: list[Span] = []
+        for segment in segments:
+            match segment:
+                case Placeholders(num_tokens):
+                    spans.append(Span(len(token_ids), num_tokens))
+                    token_ids.extend([token_id] * num_tokens)
+                case str():
+                    token_ids.extend(self._encode_with_specials(segment))
+                case _:
+                    assert_never(segment)
+        return tuple(spans)
+
+    def _encode_with_specials(self, text: str) -> list[int]:
+        token_ids: list[int] = []
+        start = 0
+        for match in self._specials.finditer(text):
+            token_ids.extend(self._encode(text[start : match.start()]))
+            token_ids.append(self._special_ids[match.group()])
+            start = match.end()
+        return token_ids + self._encode(text[start:])
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []

@@ -26,9 +26,10 @@ import msgspec
 from PIL import Image
 
 from pipeline.errors import RequestError
+from pipeline.families import ImageSize
 from pipeline.memory import HostMemory
 from pipeline.parent import end_with_parent
-from workers.preprocess.images import ImageSize, decode, read_size
+from workers.preprocess.images import decode, read_size
 from workers.preprocess.shortages import NO_ROOM, is_shortage
 from workers.preprocess.video import Video, VideoBroken, VideoMetadata
 from workers.preprocess.video_files import open_video

@@ -104,7 +104,7 @@ def prefix_hashes(token_ids: Sequence[int], items: Sequence[MmItem], salt: bytes
     for start in range(0, len(token_ids) - PREFIX_TOKENS + 1, PREFIX_TOKENS):
         digest.update(pack_int32(token_ids[start : start + PREFIX_TOKENS]))
         for item in items:
-            if start <= item.offset < start + PREFIX_TOKENS:
-                digest.update(item.mm_hash)
+            if start <= item.spans[0].offset < start + PREFIX_TOKENS:
+                digest.update(item.kv_hash)
         hashes.append(digest.digest())
     return hashes

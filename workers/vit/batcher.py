@@ -6,11 +6,12 @@ is asked for them), for a slot in the pool (granted in the global order), for it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.fair import FairQueue
+from pipeline.families import EmbeddingSpec
 from pipeline.messages import ChunkKey, GridTHW
 from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.tensors import TensorHandle
@@ -67,18 +68,17 @@ class Pending:
 
 
 class Batcher:
-    def __init__(self, allocator: SlotAllocator, bytes_per_token: int, merge_size: int) -> None:
+    """`embedding_of` says what the tower makes of a grid."""
+
+    def __init__(self, allocator: SlotAllocator, embedding_of: Callable[[GridTHW], EmbeddingSpec]) -> None:
         self.cache = FeatureCache(allocator)
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
-        self._largest, self._bytes_per_token, self._merged = allocator.reserve, bytes_per_token, merge_size**2
+        self._largest, self.embedding_of = allocator.reserve, embedding_of
         self._pending: dict[bytes, Pending] = {}
         # Those with pixels and a slot, by tenant and request.
         self._queue: FairQueue[tuple[str, int], Pending] = FairQueue()
         self._parked: set[bytes] = set()  # hashes of pending chunks that lie encoded in the reserve (see `poll`)
         self._hashes: dict[ChunkKey, bytes] = {}  # of the keys that wait
-
-    def num_tokens(self, grid_thw: GridTHW) -> int:
-        return grid_thw.num_patches // self._merged
 
     def on_request(
         self,
@@ -90,8 +90,9 @@ class Batcher:
         is_alone: bool = False,
         tenant: str = "",
     ) -> list[Action]:
-        if (size := self.num_tokens(grid_thw) * self._bytes_per_token) > self._largest:
-            return [Refused(key, f"a chunk of {size} bytes of embeddings is larger than {self._largest}"), PixelsDone(key)]
+        if (size := self.embedding_of(grid_thw).nbytes) > self._largest:
+            reason = f"a chunk of {size} bytes of embeddings is larger than {self._largest}"
+            return [Refused(key, reason), PixelsDone(key)]
         if pixels is not None:
             return self._on_pixels(key, mm_hash, pixels)
         feature = self.cache.get(mm_hash)
@@ -161,7 +162,7 @@ class Batcher:
     def _expect(self, pending: Pending) -> None:
         self._slots.expect(pending.mm_hash, pending.order, pending.tenant)
         if pending.pixels is not None and pending.mm_hash not in self._parked:
-            self._slots.request(pending.mm_hash, self.num_tokens(pending.grid_thw) * self._bytes_per_token)
+            self._slots.request(pending.mm_hash, self.embedding_of(pending.grid_thw).nbytes)
 
     # Every key that was asked for gets exactly one PixelsDone: when it is answered, refused or cancelled, except that the pixels of
     # a supplier stay until the others who wait for them are answered, too.
@@ -226,7 +227,7 @@ class Batcher:
         for pending in batch:
             assert pending.slot is not None
             assert pending.supplier is not None
-            feature = self.cache.add(pending.mm_hash, pending.slot, self.num_tokens(pending.grid_thw))
+            feature = self.cache.add(pending.mm_hash, pending.slot, self.embedding_of(pending.grid_thw))
             waiters = sorted(pending.waiters, key=lambda key: pending.waiters[key])
             served = waiters[:1] if self._slots.allocator.is_reserved(pending.slot) else waiters
             for key in served:

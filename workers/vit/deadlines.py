@@ -10,8 +10,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from pipeline.families import VisionInfo
-
 MARGIN = 10.0  # times what was measured: other work may share the cores
 UNMEASURED_FLOP_PER_S = 1e9  # before the first measurement
 FORGET = 0.9  # what earlier forwards weigh beside the newest
@@ -36,10 +34,3 @@ class Deadlines:
             self._flop = FORGET * self._flop + flop
             self._seconds = FORGET * self._seconds + self._clock() - start
             self._announce(0.0)
-
-
-def encoder_flop(info: VisionInfo, num_patches: int) -> float:
-    """Floating point operations of a forward of one frame."""
-    linear = 2.0 * info.embed_dim**2 * (4 + 2 * info.mlp_ratio)
-    attention = 4.0 * num_patches * info.embed_dim
-    return info.depth * num_patches * (linear + attention)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipeline.families import EmbeddingSpec
 from pipeline.slots import Slot, SlotAllocator
 
 MISSES_BEFORE_FREED = 2  # lease sets that lack a lease before it counts as released
@@ -18,7 +19,7 @@ MISSES_BEFORE_FREED = 2  # lease sets that lack a lease before it counts as rele
 class Feature:
     mm_hash: bytes
     slot: Slot
-    num_tokens: int
+    embedding: EmbeddingSpec
     leases: set[int] = field(default_factory=set)
 
 
@@ -35,8 +36,8 @@ class FeatureCache:
         self._missing: dict[int, int] = {}  # lease → lease sets that lacked it
         self._last_lease_id = 0
 
-    def add(self, mm_hash: bytes, slot: Slot, num_tokens: int) -> Feature:
-        feature = self._features[mm_hash] = Feature(mm_hash, slot, num_tokens)
+    def add(self, mm_hash: bytes, slot: Slot, embedding: EmbeddingSpec) -> Feature:
+        feature = self._features[mm_hash] = Feature(mm_hash, slot, embedding)
         return feature
 
     def get(self, mm_hash: bytes) -> Feature | None:

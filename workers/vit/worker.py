@@ -23,7 +23,7 @@ from pipeline.core_sharing import Activity, CoreSharing
 from pipeline.ends import Poller, Sink, Wakeup
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
-from pipeline.memory import ITEM_SIZES, CudaBindings
+from pipeline.memory import CudaBindings
 from pipeline.messages import (
     CancelEncode,
     EmbeddingReady,
@@ -49,7 +49,7 @@ from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.deadlines import Deadlines
 from workers.vit.engines.choice import Engine, EngineSpec, choose_engine, warm_up
-from workers.vit.engines.torch import EncodeJob
+from workers.vit.models.base import EncodeJob
 from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ class VitCore:
     """The ViT without its process: messages in, messages out. `llms` are the ways to the ranks that lead a group."""
 
     def __init__(
-        self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo, dtype: str,
+        self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
         llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
     ) -> None:  # fmt: skip
         self._origin = context.origin
         self._is_current = context.is_current
-        self.batcher, self._pool, self._info, self._dtype = batcher, pool, info, dtype
+        self.batcher, self._pool, self._info = batcher, pool, info
         self._llms, self._feedback = llms, feedback
         self._pools = pools
         self.counters = {"encodes": 0, "stale_messages": 0}
@@ -127,7 +127,7 @@ class VitCore:
                 case PixelsDone(key):
                     self._feedback.send(PixelsReleased(key=key, **self._origin))
                 case Ready(key, lease_id, feature):
-                    handle = self._pool.lend(feature.slot, (feature.num_tokens, self._info.hidden_size), self._dtype)
+                    handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
                     self._llms[key.lead].send(EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin))
                 case LeaseGone(key):
                     self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
@@ -158,7 +158,8 @@ class VitCore:
         pixels = self._pools.tensor(pending.pixels)
         if pixels.shape[1:] != (grid.h * patch, grid.w * patch, 3) or len(pixels) > grid.t * self._info.temporal_patch_size:
             raise StaleHandleError(f"their shape {tuple(pixels.shape)} does not fit the grid {tuple(grid)}")
-        handle = self._pool.lend(pending.slot, (self.batcher.num_tokens(grid), self._info.hidden_size), self._dtype)
+        embedding = self.batcher.embedding_of(grid)
+        handle = self._pool.lend(pending.slot, embedding.shape, embedding.dtype)
         return EncodeJob(pixels, grid, self._pool.tensor(handle))
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
@@ -204,9 +205,10 @@ class EngineThread:
         return done
 
 
-def open_pool(context: WorkerContext, info: ModelInfo, config: Config, dtype: str, device_ordinal: int | None) -> tuple[TensorPool, SlotAllocator]:
-    merged = info.vision.factor**2  # pixels of one token
-    largest = align(-(-info.vision.largest_pixels // merged) * info.vision.hidden_size * ITEM_SIZES[dtype])
+def open_pool(
+    context: WorkerContext, info: ModelInfo, config: Config, dtype: str, device_ordinal: int | None
+) -> tuple[TensorPool, SlotAllocator]:  # fmt: skip
+    largest = align(info.vision.largest_embedding(dtype).nbytes)
     nbytes = align(max(config.vit.embedding_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
     allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
     name, transport = str(context.worker), config.vit.embedding_transport
@@ -254,7 +256,7 @@ def main(context: WorkerContext) -> None:
             sharing.adapt()
 
     spec = EngineSpec(
-        info=info.vision, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
+        info=info, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
         after_work=after_work, deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
@@ -263,15 +265,15 @@ def main(context: WorkerContext) -> None:
     llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
     for llm in llms.values():
         llm.send(PoolOpened(pool=pool.info, **context.origin))
-    batcher = Batcher(allocator, info.vision.hidden_size * ITEM_SIZES[dtype_name], info.vision.merge_size)
-    core = VitCore(context, batcher, pool, info.vision, dtype_name, llms, feedback, PoolMap(ordinal))
+    batcher = Batcher(allocator, lambda grid: info.vision.embedding(grid, dtype_name))
+    core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal))
     wakeup = Wakeup()
     thread = EngineThread(engine, device, sharing, wakeup)
     poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     if device.type == "cuda":
-        warm_up(engine, info.vision, dtype, device, max_patches)  # takes what memory it needs before the LLM takes the rest
+        warm_up(engine, spec, max_patches)  # takes what memory it needs before the LLM takes the rest
     elif config.vit.vit_engine == "onnxruntime":
-        warm_up(engine, info.vision, dtype, device, MEASURED_PATCHES)  # the first deadline has a measurement then
+        warm_up(engine, spec, MEASURED_PATCHES)  # the first deadline has a measurement then
     context.ready(pool_bytes=pool.info.nbytes)
 
     batch: list[Pending] = []

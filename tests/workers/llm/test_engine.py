@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.ends import Subscription
 from pipeline.errors import ErrorInfo, PipelineError
-from pipeline.families import ModelInfo, read_model_info
+from pipeline.families import MediaInfo, ModelInfo, PlacedMedia, Placeholders, read_model_info
 from pipeline.flight_recorder import digest_of
 from pipeline.messages import (
     PROTOCOL_VERSION,
@@ -54,7 +54,7 @@ from pipeline.tensors import TensorPool
 from pipeline.topology import Role, WorkerId
 from tests.chats import CHATS, Chat, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
-from tests.pictures import limits
+from tests.pictures import seen_size
 from tests.reference import Answer, Reference, assert_same_tokens
 from workers.llm.block_manager import BlockManager
 from workers.llm.engine import Engine
@@ -62,9 +62,10 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.nn.loader import Checkpoint
-from workers.preprocess.images import decode, grid_of, read_size, smart_resize
+from workers.preprocess.images import decode, read_size
 from workers.preprocess.prompt import ChatPrompt
-from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
 from workers.vit.models.qwen2_vl import VisionEncoder
 
 CLIENT = b"c" * 16
@@ -89,13 +90,13 @@ class Rig:
             max_model_len=1000, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, self.publisher, None, self.feedback, [self.vit],
+            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, self.publisher, None, self.feedback, [self.vit],
             has_overlap=has_overlap,
         )  # fmt: skip
         self.now = 0.0
         self.greet(CLIENT)
         vision = self.info.vision
-        self.encoder = TorchEngine(vision, VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
+        self.encoder = TorchEngine(VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
         self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
         self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)
@@ -113,16 +114,19 @@ class Rig:
         """A request's metadata, and its embeddings as a ViT would send them."""
         messages, frames = to_messages(chat)
         vision = self.info.vision
-        targets = [smart_resize(read_size(frame, 10**9, ""), *limits(vision)) for frame in frames]
-        grids = [grid_of(target, vision) for target in targets]
-        built = self.prompt.build(messages, lambda index: grids[index].num_patches // 4)
+        targets = [seen_size(read_size(frame, 10**9, ""), self.info) for frame in frames]
+        grids = [vision.grid_of(target) for target in targets]
+        built = self.prompt.build(messages, [(Placeholders(vision.num_tokens(grid)),) for grid in grids])
+        placed = [PlacedMedia(MediaInfo(grid), spans) for grid, spans in zip(grids, built.spans, strict=True)]
+        positions = self.info.family.positions(len(built.token_ids), placed, self.info)
         items, ready = [], []
-        for number, (place, grid, frame, target) in enumerate(zip(built.placeholders, grids, frames, targets, strict=True)):
+        for number, (spans, grid, frame, target) in enumerate(zip(built.spans, grids, frames, targets, strict=True)):
             mm_hash = hashlib.sha256(frame).digest()
-            items.append(MmItem(place.offset, place.length, grid, mm_hash, (MmChunk(mm_hash, place.length, 0, 1),)))
-            slot = self.slots.allocate(align(place.length * vision.hidden_size * 4))
+            embedding = vision.embedding(grid, "float32")
+            items.append(MmItem(spans, mm_hash, mm_hash, (MmChunk(mm_hash, embedding.num_rows, 0, 1),)))
+            slot = self.slots.allocate(align(embedding.nbytes))
             assert slot is not None
-            handle = self.pool.lend(slot, (place.length, vision.hidden_size), "float32")
+            handle = self.pool.lend(slot, embedding.shape, "float32")
             pixels = torch.from_numpy(np.array(decode(frame, target, "")))[None]
             self.encoder.encode([EncodeJob(pixels, grid, self.pool.tensor(handle))])
             key = ChunkKey(request_id, 1, number, 0)
@@ -131,7 +135,7 @@ class Rig:
         fields = {"sampling": sampling, "attempt": 1, **options}
         message = GenerateRequest(
             sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1, prompt_token_ids=pack_int32(built.token_ids),
-            items=tuple(items), **fields,
+            positions=pack_int32(positions.rows), position_delta=positions.delta, items=tuple(items), **fields,
         )  # fmt: skip
         return message, ready
 
@@ -294,7 +298,7 @@ def test_another_picture_of_equal_size_never_hits(random_checkpoint: Path) -> No
         cached.append(outputs[0].num_cached_tokens)
         assert_same_tokens([t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()], expected[name], name)
     assert cached[1] == cached[3] > cached[2]
-    assert cached[2] <= request.items[0].offset
+    assert cached[2] <= request.items[0].spans[0].offset
     salted, ready = rig.request(chats["A"], "other tenant", cache_salt=b"x")
     rig.engine.handle(salted, rig.now)
     rig.engine.handle(ready[0], rig.now)

@@ -2,23 +2,16 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-import pytest
-import torch
 
-from launcher.checkpoints import EMBEDDED
-from pipeline.messages import GenerateRequest, GridTHW, MmChunk, MmItem, pack_int32
+from pipeline.messages import GenerateRequest, MmChunk, MmItem, Span, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.tensors import TensorHandle
 from pipeline.topology import Role, WorkerId
-from tests.chats import CHATS
-from tests.reference import Reference
-from tests.videos import VIDEO_CHATS
-from workers.llm.request import Lease, Request, mrope_positions
+from workers.llm.request import Lease, Request, chunks_of
 
 
-def item(offset: int, grid: GridTHW) -> MmItem:
-    length = grid.num_patches // 4
-    return MmItem(offset, length, grid, b"hash", (MmChunk(b"hash", length, 0, 1),))
+def item(offset: int, length: int) -> MmItem:
+    return MmItem((Span(offset, length),), b"hash", b"hash", (MmChunk(b"hash", length, 0, 1),))
 
 
 def request(num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | None = 8, max_model_len: int = 1000) -> Request:
@@ -30,43 +23,20 @@ def request(num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | N
         attempt=1,
         arrival=1,
         prompt_token_ids=pack_int32(range(num_tokens)),
+        positions=np.arange(3 * num_tokens, dtype=np.int32).tobytes(),
+        position_delta=-3,
         items=items,
         sampling=SamplingParams(max_tokens=max_tokens),
     )
-    return Request.from_wire(message, 2, max_model_len)
-
-
-@pytest.mark.parametrize("name", [*CHATS, *VIDEO_CHATS])
-def test_positions_are_those_of_hugging_face(name: str) -> None:
-    reference = Reference(EMBEDDED / "model")
-    inputs = reference.inputs({**CHATS, **VIDEO_CHATS}[name])
-    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
-    grids = {name: inputs.get(name, torch.empty(0, 3, dtype=torch.int64)) for name in ("image_grid_thw", "video_grid_thw")}
-    positions, deltas = reference.model.model.get_rope_index(ids, mm_token_type_ids=types, **grids)
-    items, search = [], 0
-    waiting = [iter(of_kind.tolist()) for of_kind in grids.values()]
-    for _ in range(sum(map(len, grids.values()))):
-        start = next(i for i in range(search, ids.shape[1]) if types[0, i])
-        items.append(item(start, GridTHW(*next(waiting[int(types[0, start]) - 1]))))
-        search = start + items[-1].length
-    ours, delta = mrope_positions(ids.shape[1], items, 2)
-    assert ours.tolist() == positions[:, 0].tolist()
-    assert delta == int(deltas[0, 0])
-
-
-def test_a_video_counts_time_in_the_first_row() -> None:
-    positions, delta = mrope_positions(2 + 3 * 2 * 2 + 1, [item(2, GridTHW(3, 4, 4))], 2)
-    assert positions[0].tolist() == [0, 1] + [2] * 4 + [3] * 4 + [4] * 4 + [5]
-    assert positions[2].tolist() == [0, 1] + [2, 3, 2, 3] * 3 + [5]
-    assert delta == 6 - 15
+    return Request.from_wire(message, max_model_len)
 
 
 def test_positions_behind_the_prompt_go_on_with_the_delta() -> None:
-    made = request(12, (item(2, GridTHW(1, 4, 4)),))
+    made = request(12, (item(2, 4),))
     whole = made.positions_of(0, 12)
+    assert whole.tolist() == np.arange(36).reshape(3, 12).tolist(), "as they came"
     assert np.array_equal(np.concatenate([made.positions_of(0, 5), made.positions_of(5, 12)], axis=1), whole)
-    assert made.positions_of(12, 14).tolist() == [[12 + made.position_delta, 13 + made.position_delta]] * 3
-    assert whole.max() + 1 == 12 + made.position_delta
+    assert made.positions_of(12, 14).tolist() == [[12 - 3, 13 - 3]] * 3
 
 
 def handle(rows: int) -> TensorHandle:
@@ -74,7 +44,7 @@ def handle(rows: int) -> TensorHandle:
 
 
 def test_prefill_may_go_up_to_the_first_missing_embedding() -> None:
-    made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
+    made = request(30, (item(3, 4), item(10, 8)))
     assert made.num_ready_tokens() == 3
     made.chunks[1].embeddings = handle(8)
     assert made.num_ready_tokens() == 3
@@ -83,7 +53,7 @@ def test_prefill_may_go_up_to_the_first_missing_embedding() -> None:
 
 
 def test_embeddings_are_cut_to_the_chunk_of_the_step() -> None:
-    made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
+    made = request(30, (item(3, 4), item(10, 8)))
     for chunk in made.chunks:
         chunk.embeddings = handle(chunk.wire.num_tokens)
     slices = made.embedding_slices(5, 14)
@@ -91,8 +61,70 @@ def test_embeddings_are_cut_to_the_chunk_of_the_step() -> None:
     assert made.embedding_slices(7, 10) == ()
 
 
+def two_runs(*lengths: int) -> MmItem:
+    """Runs of 4 and 6 placeholders with text between, in chunks of so many tokens."""
+    chunks = tuple(MmChunk(bytes([number]), length, 0, 1) for number, length in enumerate(lengths))
+    return MmItem((Span(3, 4), Span(9, 6)), b"hash", b"hash", chunks)
+
+
+def test_chunks_are_laid_over_the_runs_of_an_item() -> None:
+    def pieces(*lengths: int) -> list[list[tuple[int, int, int]]]:
+        return [[tuple(piece) for piece in chunk.pieces] for chunk in chunks_of(0, two_runs(*lengths))]
+
+    assert pieces(10) == [[(3, 7, 0), (9, 15, 4)]]
+    assert pieces(4, 6) == [[(3, 7, 0)], [(9, 15, 0)]]
+    assert pieces(7, 3) == [[(3, 7, 0), (9, 12, 4)], [(12, 15, 0)]]
+    assert pieces(1, 1, 8) == [[(3, 4, 0)], [(4, 5, 0)], [(5, 7, 0), (9, 15, 2)]]
+
+
+def test_every_row_of_an_embedding_goes_to_its_place_in_any_cut() -> None:
+    for lengths in ((10,), (4, 6), (7, 3), (1, 1, 8)):
+        made = request(20, (two_runs(*lengths),))
+        for chunk in made.chunks:
+            chunk.embeddings = msgspec.structs.replace(handle(chunk.wire.num_tokens), slot=chunk.index)
+        expected = [(number, row) for number, length in enumerate(lengths) for row in range(length)]
+        places = [*range(3, 7), *range(9, 15)]
+        for size in (1, 2, 3, 7, 20):
+            found: dict[int, tuple[int, int]] = {}
+            for start in range(0, 20, size):
+                for part in made.embedding_slices(start, min(20, start + size)):
+                    for row in range(part.length):
+                        place = start + part.offset + row
+                        assert place not in found
+                        found[place] = (part.embeddings.slot, part.start + row)
+            assert found == dict(zip(places, expected, strict=True)), (lengths, size)
+
+
+def test_between_two_runs_prefill_goes_on_to_what_is_missing() -> None:
+    made = request(20, (two_runs(4, 6),))
+    made.chunks[0].embeddings = handle(4)
+    assert made.num_ready_tokens() == 9
+    made.num_computed_tokens = 12
+    assert made.num_ready_tokens() == 9, "what the prefix cache covers of a run does not make the rest ready"
+    made.num_computed_tokens = 15
+    assert made.num_ready_tokens() == 20
+    assert made.take_read_leases(8) == []
+    assert made.chunks[0].is_read
+    assert not made.chunks[1].is_read
+
+
+def test_the_place_in_an_item_of_two_runs_is_in_the_hash() -> None:
+    """The same tokens in the same place, filled by other rows of the item."""
+
+    def last(*spans: Span) -> bytes:
+        length = sum(span.length for span in spans)
+        made = request(16, (MmItem(spans, b"h", b"h", (MmChunk(b"h", length, 0, 1),)),))
+        made.prompt_token_ids = [7] * 16
+        return made.block_hashes(4, 4)[3]
+
+    one = MmItem((Span(0, 2), Span(12, 2)), b"h", b"h", ())
+    assert one.stop == 14
+    assert last(Span(0, 2), Span(12, 2)) != last(Span(0, 3), Span(12, 2))
+    assert last(Span(12, 2)) != last(Span(0, 2), Span(12, 2))
+
+
 def test_each_lease_is_handed_out_once_and_only_when_read() -> None:
-    made = request(30, (item(3, GridTHW(1, 4, 4)), item(10, GridTHW(1, 4, 8))))
+    made = request(30, (item(3, 4), item(10, 8)))
     for number, chunk in enumerate(made.chunks):
         chunk.embeddings, chunk.lease = handle(chunk.wire.num_tokens), Lease(0, 1, number + 1)
     assert made.take_read_leases(6) == []
@@ -110,16 +142,16 @@ def test_max_tokens_is_cut_to_the_context() -> None:
 
 
 def test_block_hashes_name_the_text_the_picture_and_the_place_in_it() -> None:
-    def hashes(*, tokens: int = 7, mm_hash: bytes = b"h", offset: int = 3, salt: bytes = b"") -> list[bytes]:
-        made = request(16, (item(offset, GridTHW(1, 4, 4)),))
-        made.items = tuple(msgspec.structs.replace(one, mm_hash=mm_hash) for one in made.items)
+    def hashes(*, tokens: int = 7, kv_hash: bytes = b"h", offset: int = 3, salt: bytes = b"") -> list[bytes]:
+        made = request(16, (item(offset, 4),))
+        made.items = tuple(msgspec.structs.replace(one, kv_hash=kv_hash) for one in made.items)
         made.prompt_token_ids, made.cache_salt = [tokens] * 16, salt
         return made.block_hashes(4, 4)
 
     plain = hashes()
     assert plain == hashes()
     assert len(set(plain)) == 4
-    for other in (hashes(tokens=8), hashes(mm_hash=b"i"), hashes(offset=2), hashes(salt=b"s")):
+    for other in (hashes(tokens=8), hashes(kv_hash=b"i"), hashes(offset=2), hashes(salt=b"s")):
         assert not set(plain) & set(other)
     later = hashes(offset=5)
     assert later[0] == hashes(offset=6)[0], "before the picture nothing tells them apart"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.messages import GridTHW, MmChunk, MmItem
+from pipeline.messages import MmChunk, MmItem, Span
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import TensorHandle
 from workers.llm.block_manager import BlockManager
-from workers.llm.request import Chunk, Request, mrope_positions
+from workers.llm.request import Chunk, Piece, Request, chunks_of
 from workers.llm.scheduler import Scheduled, Scheduler
 from workers.llm.step_times import Measured, StepTimes
 
@@ -25,12 +26,12 @@ def make(
     tenant: str = "",
 ) -> Request:  # fmt: skip
     """A request whose prompt is like no other's, or is all `token`; with `gate` its last tokens from there on wait for an embedding."""
-    positions, delta = mrope_positions(num_tokens, [], 2)
-    chunks = [] if gate is None else [Chunk(0, 0, gate, MmChunk(b"h", num_tokens - gate, 0, 1))]
+    positions = np.tile(np.arange(num_tokens, dtype=np.int32), (3, 1))
+    chunks = [] if gate is None else [Chunk(0, 0, (Piece(gate, num_tokens, 0),), MmChunk(b"h", num_tokens - gate, 0, 1))]
     sampling = SamplingParams(ignore_eos=ignore_eos)
     arrival = next(ARRIVALS)
     prompt = [1000 + arrival if token is None else token] * num_tokens
-    request = Request(b"c", name, 1, arrival, prompt, positions, delta, chunks, (), sampling, max_tokens)
+    request = Request(b"c", name, 1, arrival, prompt, positions, 0, chunks, (), sampling, max_tokens)
     request.priority, request.tenant = priority, tenant
     return request
 
@@ -130,7 +131,7 @@ def test_what_the_prefix_cache_covers_is_not_waited_for() -> None:
     step(made)
     made.add(make("large", 60, max_tokens=4, priority=5))
     covered = make("covered", 24, max_tokens=1, priority=0, token=5)
-    covered.chunks = [Chunk(0, 0, 2, MmChunk(b"h", 8, 0, 1))]
+    covered.chunks = [Chunk(0, 0, (Piece(2, 10, 0),), MmChunk(b"h", 8, 0, 1))]
     made.add(covered)
     assert ("covered", 4) in step(made)
 
@@ -211,12 +212,44 @@ def test_tenants_with_different_salts_share_nothing() -> None:
 def test_an_equal_text_with_another_picture_shares_only_what_is_before_it() -> None:
     def with_picture(name: str, mm_hash: bytes) -> Request:
         request = make(name, 16, max_tokens=1, token=5)
-        request.items = (MmItem(6, 4, GridTHW(1, 4, 4), mm_hash, ()),)
+        request.items = (MmItem((Span(6, 4),), mm_hash, mm_hash, ()),)
         return request
 
     made = scheduler(budget=64)
     for name, mm_hash, computed in (("a", b"x", 16), ("b", b"y", 12), ("c", b"x", 4), ("d", b"y", 4)):
         made.add(with_picture(name, mm_hash))
+        assert step(made) == [(name, computed)]
+
+
+def two_runs(name: str, kv_hash: bytes = b"h") -> Request:
+    """20 tokens; an item with runs of 4 and 6 placeholders, text before, between and after, two chunks of 7 and 3."""
+    request = make(name, 20, max_tokens=1, token=5)
+    spans = (Span(3, 4), Span(9, 6))
+    item = MmItem(spans, b"h", kv_hash, (MmChunk(b"a", 7, 0, 1), MmChunk(b"b", 3, 0, 1)))
+    request.items, request.chunks = (item,), chunks_of(0, item)
+    return request
+
+
+def test_prefill_stops_at_the_first_run_whose_embedding_is_not_there() -> None:
+    made = scheduler(budget=64)
+    request = two_runs("a")
+    made.add(request)
+    assert step(made) == [("a", 3)]
+    request.chunks[0].embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (7, 8), "float32")
+    assert step(made) == [("a", 9)], "the text between, and the part of the second run that the first chunk fills"
+    assert step(made) == []
+    request.chunks[1].embeddings = TensorHandle("vit.0", 1, 0, 2, 0, (3, 8), "float32")
+    assert step(made) == [("a", 8)]
+
+
+def test_an_item_at_other_positions_shares_only_what_is_before_it() -> None:
+    """The same pixels, so one key of the tower; another key of the cache."""
+    made = scheduler(budget=64)
+    for name, kv_hash, computed in (("a", b"one a second", 20), ("b", b"two a second", 20), ("c", b"one a second", 4)):
+        request = two_runs(name, kv_hash)
+        for chunk in request.chunks:
+            chunk.embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (chunk.wire.num_tokens, 8), "float32")
+        made.add(request)
         assert step(made) == [(name, computed)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 from typing import Any
@@ -11,20 +12,20 @@ import pytest
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.errors import RequestError
-from pipeline.families import VideoInfo, VisionInfo, read_model_info
+from pipeline.families import ImageSize, VideoInfo, read_model_info
 from pipeline.messages import ImagePart, VideoPart
 from tests import reference
 from workers.preprocess.geometry import check_settings, chosen_frames, frame_range, picture_size, video_frame_size
-from workers.preprocess.images import ImageSize
 from workers.preprocess.video import VideoMetadata
 
 INFO = read_model_info(EMBEDDED / "model")
 FACTOR = 28
-VISION: VisionInfo = read_model_info(EMBEDDED / "model", 56 * 56, 1280 * FACTOR**2).vision
 VIDEO = VideoInfo(
     fps=2.0, min_frames=4, max_frames=768, min_pixels=128 * FACTOR**2, max_pixels=768 * FACTOR**2,
     max_total_pixels=int(128_000 * FACTOR**2 * 0.9) * 2,
 )  # fmt: skip
+LARGE = dataclasses.replace(read_model_info(EMBEDDED / "model", 56 * 56, 1280 * FACTOR**2), video=VIDEO)
+VISION = LARGE.vision
 
 
 def qwen_resize(height: int, width: int, low: int, high: float) -> ImageSize:
@@ -34,15 +35,15 @@ def qwen_resize(height: int, width: int, low: int, high: float) -> ImageSize:
 
 
 def seen(part: ImagePart, height: int = 600, width: int = 800) -> ImageSize:
-    return picture_size(part, ImageSize(height, width), VISION, "f")
+    return picture_size(part, ImageSize(height, width), LARGE, "f")
 
 
 def frames(part: VideoPart, total: int = 300, fps: float = 30.0, most: int = 768) -> list[int]:
-    return chosen_frames(part, VideoMetadata(total, fps, 600, 800), VIDEO, most, 2, "f")
+    return chosen_frames(part, VideoMetadata(total, fps, 600, 800), LARGE, most, "f")
 
 
 def frame_size(part: VideoPart, count: int = 16, height: int = 600, width: int = 800) -> ImageSize:
-    return video_frame_size(part, ImageSize(height, width), count, VIDEO, VISION, "f")
+    return video_frame_size(part, ImageSize(height, width), count, LARGE, "f")
 
 
 def test_a_picture_is_seen_in_the_area_that_is_asked_for() -> None:
@@ -225,9 +226,9 @@ def test_any_number_is_a_size_or_a_refusal(seed: int) -> None:
     metadata = VideoMetadata(rng.choice([1, 2, 3, 300, 10**6]), rng.choice([0.01, 30.0, 1e6]), 600, 800)
     with contextlib.suppress(RequestError):
         check_settings(part, INFO, 64, "f")
-        made = chosen_frames(part, metadata, INFO.video, 64, 2, "f")
+        made = chosen_frames(part, metadata, INFO, 64, "f")
         assert 1 <= len(made) <= 66
         assert 0 <= made[0] <= made[-1] < metadata.num_frames
-        size = video_frame_size(part, ImageSize(600, 800), len(made), INFO.video, INFO.vision, "f")
+        size = video_frame_size(part, ImageSize(600, 800), len(made), INFO, "f")
         assert size.height % 28 == size.width % 28 == 0
         assert 0 < size.height * size.width < 10 * INFO.video.max_pixels

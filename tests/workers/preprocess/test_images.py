@@ -11,11 +11,11 @@ import skimage.data
 from PIL import Image
 
 from pipeline.errors import RequestError
-from pipeline.families import read_model_info
-from tests.pictures import encode, limits, noise, scene
+from pipeline.families import ImageSize, read_model_info
+from tests.pictures import encode, noise, scene, seen_size
 from tests.reference import Reference
 from tests.workers.preprocess.test_picture_files import chunk
-from workers.preprocess.images import ImageSize, decode, grid_of, read_size, smart_resize
+from workers.preprocess.images import decode, read_size
 from workers.preprocess.images import on_white as laid_on_white
 
 LIMIT = 64_000_000
@@ -48,15 +48,15 @@ def rotated_jpeg() -> bytes:
     ids=["png", "jpeg", "exif", "grey", "palette", "alpha", "tiff", "tall", "tiny", "webp"],
 )
 def test_pixels_are_those_of_hugging_face(data: bytes, random_checkpoint: Path) -> None:
-    info = read_model_info(random_checkpoint).vision
-    target = smart_resize(read_size(data, LIMIT, ""), *limits(info))
+    info = read_model_info(random_checkpoint)
+    target = seen_size(read_size(data, LIMIT, ""), info)
     ours = decode(data, target, "")
     from PIL import ImageOps
 
     shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     processor = Reference(random_checkpoint).processor
     processed = processor(images=[shown], do_rescale=False, do_normalize=False, return_tensors="np")
-    grid = grid_of(target, info)
+    grid = info.vision.grid_of(target)
     assert processed["image_grid_thw"].tolist() == [list(grid)]
     # Undo the processor's patches: rows and columns of merged patches, channel, two equal frames.
     patches = processed["pixel_values"].reshape(grid.h // 2, grid.w // 2, 2, 2, 3, 2, 14, 14)
@@ -320,26 +320,3 @@ def test_a_jpeg_that_lacks_more_is_refused(options: dict[str, object]) -> None:
     for lost in (40, 100, 400, 1000, len(data) // 2):
         with pytest.raises(RequestError, match="cannot be decoded"):
             decode(data[:-lost], SIZE, "")
-
-
-@pytest.mark.parametrize("size", [(28, 28), (1, 200), (200, 1), (56, 57), (1000, 999), (4000, 21), (14, 14), (43, 42), (70, 98)])
-def test_resized_sizes_are_those_of_hugging_face(size: tuple[int, int], random_checkpoint: Path) -> None:
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
-
-    info = read_model_info(random_checkpoint).vision
-    expected = reference(*size, factor=28, min_pixels=info.min_pixels, max_pixels=info.max_pixels)
-    assert smart_resize(ImageSize(*size), *limits(info)) == expected
-    assert expected[0] * expected[1] <= info.largest_pixels
-
-
-def test_no_size_passes_the_bound_on_resized_pixels(random_checkpoint: Path) -> None:
-    info = read_model_info(random_checkpoint).vision
-    rng = np.random.default_rng(0)
-    for _ in range(5000):
-        side = int(2 ** rng.uniform(0, 13))
-        other = max(1, int(side * rng.uniform(1 / 200, 1)))
-        size = ImageSize(side, other) if rng.random() < 0.5 else ImageSize(other, side)
-        if max(size) <= 200 * min(size):
-            for low in (info.min_pixels, info.max_pixels):  # a request may ask for at least as much as the server allows at most
-                resized = smart_resize(size, info.factor, low, info.max_pixels)
-                assert resized.height * resized.width <= info.largest_pixels, size

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from pipeline.errors import RequestError
+from pipeline.families import ImageSize
 from tests.pictures import encode, noise, scene
 from workers.preprocess import picture_files
-from workers.preprocess.images import ImageSize, decode, read_size
+from workers.preprocess.images import decode, read_size
 from workers.preprocess.picture_files import walk
 
 LIMIT = 64_000_000

@@ -25,7 +25,7 @@ from PIL import Image
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
 from pipeline.errors import RequestError
-from pipeline.families import read_model_info
+from pipeline.families import ImageSize, read_model_info
 from pipeline.flight_recorder import FlightRecorder
 from pipeline.messages import (
     AbortRequest,
@@ -47,6 +47,7 @@ from pipeline.messages import (
     VideoPart,
     WorkerState,
     pack_int32,
+    unpack_int32,
 )
 from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator
@@ -58,7 +59,7 @@ from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number
 from workers.preprocess import chunks, item_reader
 from workers.preprocess.fetch import MAX_URL
-from workers.preprocess.images import ImageSize, decode
+from workers.preprocess.images import decode
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
 
@@ -147,7 +148,7 @@ async def test_metadata_goes_first_then_hashes_then_pixels(rig: Rig) -> None:
     rig.submit("r", [encode(scene(1)), encode(scene(2))])
     await rig.settle()
     (generate,) = rig.llm.take(GenerateRequest)
-    assert [item.length for item in generate.items] == [16, 16]
+    assert [span.length for item in generate.items for span in item.spans] == [16, 16]
     assert sorted(chunk.vit for item in generate.items for chunk in item.chunks) == [0, 1], "spread over the ViTs"
     for vit in rig.vits:
         first, second = vit.take(EncodeRequest)
@@ -444,6 +445,13 @@ async def test_tenants_share_no_cached_picture(rig: Rig) -> None:
     rig.check_nothing_left()
 
 
+def num_times(message: GenerateRequest) -> int:
+    """How many positions in time its first item has."""
+    (span,) = message.items[0].spans
+    times = unpack_int32(message.positions).reshape(3, -1)[0, span.offset : span.stop]
+    return len(set(times.tolist()))
+
+
 async def test_a_video_is_spread_over_the_vits_and_arrives_in_its_chunks(rig: Rig) -> None:
     part = VideoPart(frame=0)
     rig.submit("r", [CLIP.data], messages=(ChatMessage("user", (part, TextPart("What happens?"))),))
@@ -451,8 +459,9 @@ async def test_a_video_is_spread_over_the_vits_and_arrives_in_its_chunks(rig: Ri
         while not (generated := rig.llm.take(GenerateRequest)):
             await asyncio.sleep(0.01)
         (item,) = generated[0].items
-        assert item.grid_thw.t == 3
-        assert [chunk.num_tokens for chunk in item.chunks] == [item.length // 3] * 3
+        assert num_times(generated[0]) == 3
+        assert item.kv_hash == item.mm_hash
+        assert [chunk.num_tokens for chunk in item.chunks] == [item.spans[0].length // 3] * 3
         assert sorted(chunk.vit for chunk in item.chunks) == [0, 0, 1]
         assert len({chunk.mm_hash for chunk in item.chunks}) == 3
         seen = {}
@@ -488,7 +497,7 @@ async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
             await asyncio.sleep(0.01)
             generated |= {message.request_id: message for message in rig.llm.take(GenerateRequest)}
     assert len({message.items[0].mm_hash for message in generated.values()}) == len(parts)
-    assert [message.items[0].grid_thw.t for _, message in sorted(generated.items())] == [2, 2, 2, 2, 2, 3]
+    assert [num_times(message) for _, message in sorted(generated.items())] == [2, 2, 2, 2, 2, 3]
     states = rig.core._chunks._chunks
     made = {name: [states[key].chunk for key in rig.core._requests[name].keys] for name in parts}
     frames = {name: [frame for chunk in found for frame in chunk.frames] for name, found in made.items()}

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import RequestError
+from pipeline.families import ImageSize
 from pipeline.tensors import TensorPool
 from tests.pictures import encode, noise, scene
 from tests.videos import counting_frames, encode_video
 from tests.workers.preprocess.test_videos import video_file
-from workers.preprocess.images import ImageSize, decode
+from workers.preprocess.images import decode
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.threads import Work, on_behalf_of
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pipeline.messages import GridTHW, MmItem
+from pipeline.messages import MmItem, Span
 from workers.preprocess.router import MAX_REMEMBERED, OUTPUT_TOKENS, PREFIX_TOKENS, GroupRouter, Router, prefix_hashes
 
 
@@ -63,7 +63,7 @@ def test_a_common_prefix_does_not_draw_everyone_to_one_group() -> None:
 
 def test_prefix_hashes_tell_texts_pictures_and_tenants_apart() -> None:
     def item(mm_hash: bytes) -> MmItem:
-        return MmItem(70, 4, GridTHW(1, 4, 4), mm_hash, ())
+        return MmItem((Span(70, 4),), mm_hash, mm_hash, ())
 
     tokens = [1] * (3 * PREFIX_TOKENS - 1)
     plain = prefix_hashes(tokens, [item(b"a")], b"")

@@ -19,54 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import RequestError
+from pipeline.families import ImageSize
 from pipeline.tensors import TensorPool
-from tests import reference
 from tests.videos import counting_frames, encode_video, read_number
 from workers.preprocess.decord_video import DecordVideo
-from workers.preprocess.images import ImageSize
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.threads import Work, on_behalf_of
 from workers.preprocess.video import VideoMetadata
 from workers.preprocess.video_files import open_video
-from workers.preprocess.videos import VideoFile, _arange, frame_size, sample_frames
-
-
-@pytest.mark.parametrize(("least", "most_frames"), [(2, 3000), (3000, 200_000)])
-def test_frames_are_sampled_as_by_hugging_face(least: int, most_frames: int) -> None:
-    rng = random.Random(0)
-    for _ in range(3000):
-        total = rng.randint(least, most_frames)
-        rate = rng.choice([1, 5, 12.5, 23.976, 24, 25, 29.97, 30, 60, rng.uniform(0.5, 120)])
-        fps, most = rng.choice([0.1, 0.5, 1, 2, 4, 30]), rng.choice([4, 10, 64, 768])
-        found = sample_frames(VideoMetadata(total, rate, 1, 1), fps, 4, most, 2)
-        assert found == reference.sample_frames(total, rate, fps, most), (total, rate, fps, most)
-
-
-def test_frames_are_spread_as_torch_spreads_them() -> None:
-    rng = random.Random(2)
-    for _ in range(5000):
-        total = rng.randint(2, 200_000)
-        step = total / rng.randint(1, min(total, 2000))
-        expected = torch.arange(0, total, step).int()
-        found = _arange(total, step).astype(np.int32)
-        np.testing.assert_array_equal(found, expected.numpy(), err_msg=f"{total} by {step}")
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 5])
-def test_the_shortest_videos_are_seen_whole_or_in_pairs(total: int) -> None:
-    frames = sample_frames(VideoMetadata(total, 24.0, 1, 1), 2.0, 4, 768, 2)
-    assert len(frames) == (1 if total == 1 else total // 2 * 2)
-    assert frames == sorted(set(frames))
-
-
-def test_frames_have_the_size_that_hugging_face_gives_them() -> None:
-    rng = random.Random(1)
-    for _ in range(500):
-        size, count = ImageSize(rng.randint(30, 2200), rng.randint(30, 2200)), rng.choice([1, 2, 16, 301, 768])
-        low, high, total = 128 * 28 * 28, 768 * 28 * 28, int(128_000 * 28 * 28 * 0.9)
-        most = max(min(high, total * 2 // count), int(low * 1.05))
-        expected = reference.video_processing().smart_resize(*size, factor=28, min_pixels=low, max_pixels=most)
-        assert frame_size(size, count, low, high, total * 2, 28) == expected
+from workers.preprocess.videos import VideoFile
 
 
 def video_file(data: bytes) -> VideoFile:

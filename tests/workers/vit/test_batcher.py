@@ -7,6 +7,7 @@ from collections import deque
 
 import pytest
 
+from pipeline.families import EmbeddingSpec
 from pipeline.messages import ChunkKey, GridTHW
 from pipeline.slots import ALIGNMENT, Order, SlotAllocator
 from pipeline.tensors import TensorHandle
@@ -16,8 +17,12 @@ GRID = GridTHW(1, 4, 4)  # 16 patches, 4 tokens
 TOKEN_BYTES = ALIGNMENT // 4  # so that one chunk is one unit of the pool
 
 
+def embedding_of(grid: GridTHW) -> EmbeddingSpec:
+    return EmbeddingSpec(grid.num_patches // 4, TOKEN_BYTES, "uint8")
+
+
 def make(chunks: int = 8) -> Batcher:
-    return Batcher(SlotAllocator(chunks * ALIGNMENT, ALIGNMENT, 64), TOKEN_BYTES, 2)
+    return Batcher(SlotAllocator(chunks * ALIGNMENT, ALIGNMENT, 64), embedding_of)
 
 
 def key(request: str, item: int = 0) -> ChunkKey:
@@ -43,7 +48,7 @@ def test_a_new_chunk_is_asked_for_encoded_leased_and_kept() -> None:
     assert ask(made, "a", b"h", with_pixels=True) == []
     ready, done = encode(made)
     assert isinstance(ready, Ready)
-    assert (ready.key, ready.feature.num_tokens) == (key("a"), 4)
+    assert (ready.key, ready.feature.embedding.num_rows) == (key("a"), 4)
     assert done == PixelsDone(key("a"))
     again = ask(made, "b", b"h", 2)
     assert [type(action) for action in again] == [Ready, PixelsDone]

@@ -14,7 +14,8 @@ from pipeline.messages import GridTHW
 from workers.nn.loader import Checkpoint
 from workers.vit.blocks import Blocks
 from workers.vit.engines import torch as module
-from workers.vit.engines.torch import EncodeJob, TorchEngine
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
 from workers.vit.models.qwen2_vl import VisionEncoder
 
 CPU = torch.device("cpu")
@@ -23,17 +24,17 @@ GRIDS = [GridTHW(1, 4, 6), GridTHW(1, 24, 18), GridTHW(3, 2, 8)]
 
 def engine_of(folder: Path, after_work: Any = None) -> TorchEngine:
     info = read_model_info(folder).vision
-    return TorchEngine(info, VisionEncoder(info, Checkpoint(folder, torch.float32, CPU)), after_work=after_work)
+    return TorchEngine(VisionEncoder(info, Checkpoint(folder, torch.float32, CPU)), after_work=after_work)
 
 
 def jobs(engine: TorchEngine) -> list[EncodeJob]:
     generator = torch.Generator().manual_seed(3)
-    made = []
+    made, info = [], engine.encoder.preparation.info
     for grid in GRIDS:
-        patch, frames = engine.info.patch_size, grid.t * engine.info.temporal_patch_size if grid.t > 1 else 1
+        patch, frames = info.patch_size, grid.t * info.temporal_patch_size if grid.t > 1 else 1
         shape = (frames, grid.h * patch, grid.w * patch, 3)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        made.append(EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, engine.info.hidden_size)))
+        made.append(EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.embedding_width)))
     return made
 
 
@@ -47,7 +48,7 @@ def test_embeddings_are_the_same_in_blocks_of_any_size(flop: float, random_check
     blocked.encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(ours.output, theirs.output, rtol=1e-4, atol=1e-4)
-    assert len(signs) > 3 * blocked.info.depth, "more than one a layer"
+    assert len(signs) > 3 * blocked.encoder.preparation.info.depth, "more than one a layer"
 
 
 def test_signs_of_life_follow_the_work_and_not_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +56,12 @@ def test_signs_of_life_follow_the_work_and_not_the_layers(monkeypatch: pytest.Mo
     signs: list[int] = []
     engine = engine_of(EMBEDDED / "model", lambda: signs.append(1))
     monkeypatch.setattr(module, "BLOCK_FLOP", 2e6)
-    counts = []
+    counts, info = [], engine.encoder.preparation.info
     for side in (16, 32):
         grid = GridTHW(1, side, side)
-        pixels = torch.zeros(1, side * engine.info.patch_size, side * engine.info.patch_size, 3, dtype=torch.uint8)
+        pixels = torch.zeros(1, side * info.patch_size, side * info.patch_size, 3, dtype=torch.uint8)
         signs.clear()
-        engine.encode([EncodeJob(pixels, grid, torch.empty(side * side // 4, engine.info.hidden_size))])
+        engine.encode([EncodeJob(pixels, grid, torch.empty(side * side // 4, info.embedding_width))])
         counts.append(len(signs))
     assert counts[1] > 4 * counts[0]
 

@@ -6,7 +6,8 @@ import pytest
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
-from workers.vit.deadlines import MARGIN, UNMEASURED_FLOP_PER_S, Deadlines, encoder_flop
+from workers.vit.deadlines import MARGIN, UNMEASURED_FLOP_PER_S, Deadlines
+from workers.vit.models.registry import tower_of
 
 
 class Clock:
@@ -46,6 +47,7 @@ def test_a_call_that_fails_has_no_deadline_any_more() -> None:
 
 
 def test_attention_counts_by_its_square() -> None:
-    info = read_model_info(EMBEDDED / "model").vision
-    small, large = encoder_flop(info, 10_000), encoder_flop(info, 100_000)
+    info = read_model_info(EMBEDDED / "model")
+    preparation = tower_of(info).preparation(info.vision)
+    small, large = preparation.flop(10_000), preparation.flop(100_000)
     assert 50 < large / small < 100

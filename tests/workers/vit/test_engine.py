@@ -10,12 +10,13 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
-from tests.pictures import encode, limits, noise, scene
+from tests.pictures import encode, noise, scene, seen_size
 from tests.reference import Reference
 from workers.nn.loader import Checkpoint
-from workers.preprocess.images import decode, grid_of, read_size, smart_resize
-from workers.vit.engines.torch import EncodeJob, TorchEngine
-from workers.vit.models.qwen2_vl import VisionEncoder, patchify
+from workers.preprocess.images import decode, read_size
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
+from workers.vit.models.qwen2_vl import VisionEncoder
 
 PICTURES = [scene(1), noise(2, (60, 200)), scene(3, (333, 222)), noise(4, (140, 140))]
 
@@ -26,22 +27,22 @@ def folder(request: pytest.FixtureRequest, random_checkpoint: Path) -> Path:
 
 
 def jobs(folder: Path) -> tuple[TorchEngine, list[EncodeJob]]:
-    info = read_model_info(folder).vision
-    engine = TorchEngine(info, VisionEncoder(info, Checkpoint(folder, torch.float32, torch.device("cpu"))))
+    info = read_model_info(folder)
+    engine = TorchEngine(VisionEncoder(info.vision, Checkpoint(folder, torch.float32, torch.device("cpu"))))
     made = []
     for picture in PICTURES:
         data = encode(picture)
-        target = smart_resize(read_size(data, 10**8, ""), *limits(info))
+        target = seen_size(read_size(data, 10**8, ""), info)
         pixels = torch.from_numpy(np.array(decode(data, target, "")))[None]
-        grid = grid_of(target, info)
-        made.append(EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.hidden_size)))
+        grid = info.vision.grid_of(target)
+        made.append(EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.vision.embedding_width)))
     return engine, made
 
 
 def test_patches_are_those_of_the_processor(folder: Path) -> None:
     engine, made = jobs(folder)
     expected = Reference(folder).processor(images=PICTURES, return_tensors="pt")
-    ours = torch.cat([patchify(job.pixels, engine.info) for job in made])
+    ours = engine.encoder.prepare(made).tensors["patches"]
     assert [list(job.grid_thw) for job in made] == expected["image_grid_thw"].tolist()
     torch.testing.assert_close(ours, expected["pixel_values"], rtol=1e-5, atol=1e-5)
 

@@ -9,15 +9,16 @@ import onnx
 import pytest
 import torch
 
-from pipeline.families import VisionInfo, read_model_info
+from pipeline.families import ModelInfo, read_model_info
 from pipeline.messages import GridTHW
 from workers.nn.loader import Checkpoint
 from workers.vit.engines import onnx as export_module
 from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
 from workers.vit.engines.onnx import exported, locked, unfinished
 from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
-from workers.vit.engines.torch import EncodeJob, TorchEngine
-from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob, Encoder
+from workers.vit.models.qwen2_vl import VisionEncoder, VisionPreparation
 from workers.vit.slices import SliceLimit
 
 CPU = torch.device("cpu")
@@ -30,8 +31,8 @@ def no_progress(done: int, total: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def info(random_checkpoint: Path) -> VisionInfo:
-    return read_model_info(random_checkpoint).vision
+def info(random_checkpoint: Path) -> ModelInfo:
+    return read_model_info(random_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -39,41 +40,44 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def make_jobs(info: VisionInfo, dtype: torch.dtype) -> list[EncodeJob]:
+def make_jobs(info: ModelInfo, dtype: torch.dtype) -> list[EncodeJob]:
     """Outputs are parts of one block, as in a pool; what nobody writes stays NaN."""
     generator = torch.Generator().manual_seed(0)
-    block, start, jobs = torch.full((200, info.hidden_size), torch.nan, dtype=dtype), 0, []
+    vision = info.vision
+    block, start, jobs = torch.full((200, vision.embedding_width), torch.nan, dtype=dtype), 0, []
     for grid in GRIDS:
-        frames = grid.t * info.temporal_patch_size if grid.t > 1 else 1
-        pixels = torch.randint(0, 256, (frames, grid.h * info.patch_size, grid.w * info.patch_size, 3), dtype=torch.uint8, generator=generator)
-        count = grid.num_patches // info.merge_size**2
+        frames = grid.t * vision.temporal_patch_size if grid.t > 1 else 1
+        size = grid.h * vision.patch_size, grid.w * vision.patch_size
+        pixels = torch.randint(0, 256, (frames, *size, 3), dtype=torch.uint8, generator=generator)
+        count = vision.num_tokens(grid)
         jobs.append(EncodeJob(pixels, grid, block[start : start + count]))
         start += count
     return jobs
 
 
-def make_spec(info: VisionInfo, folder: Path, dtype: torch.dtype, cache: Path) -> EngineSpec:
+def make_spec(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path) -> EngineSpec:
     return EngineSpec(
         info=info, folder=folder, dtype=dtype, device=CPU, num_threads=1, cache=cache, progress=no_progress, limit=SliceLimit(4096, None)
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_embeddings_are_those_of_the_torch_engine(dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, cache: Path) -> None:
+def test_embeddings_are_those_of_the_torch_engine(dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, cache: Path) -> None:
     """Sizes that the export never saw, several of one size, videos."""
-    reference = TorchEngine(info, VisionEncoder(info, Checkpoint(random_checkpoint, torch.float32, CPU)))
+    reference = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)))
     file = exported(info, random_checkpoint, dtype, cache, no_progress)
     assert "Attention" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}, "runtimes have no fused one else"
     expected, found = make_jobs(info, torch.float32), make_jobs(info, dtype)
     reference.encode(expected)
-    OnnxRuntimeEngine(info, file, dtype, CPU, 1).encode(found)
+    OnnxRuntimeEngine(VisionPreparation(info.vision), file, dtype, CPU, 1).encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         error = (theirs.output - ours.output.float()).norm() / theirs.output.norm()
         assert error < TOLERANCE[dtype], theirs.grid_thw
 
 
-def test_no_picture_sees_another(info: VisionInfo, random_checkpoint: Path, cache: Path) -> None:
-    engine = OnnxRuntimeEngine(info, exported(info, random_checkpoint, torch.float32, cache, no_progress), torch.float32, CPU, 1)
+def test_no_picture_sees_another(info: ModelInfo, random_checkpoint: Path, cache: Path) -> None:
+    file = exported(info, random_checkpoint, torch.float32, cache, no_progress)
+    engine = OnnxRuntimeEngine(VisionPreparation(info.vision), file, torch.float32, CPU, 1)
     together, changed = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
     changed[0].pixels.zero_()  # of the same size as the third
     engine.encode(together)
@@ -82,20 +86,18 @@ def test_no_picture_sees_another(info: VisionInfo, random_checkpoint: Path, cach
     assert all(torch.equal(before.output, after.output) for before, after in zip(together[1:], changed[1:], strict=True))
 
 
-def test_a_second_start_exports_nothing(info: VisionInfo, random_checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_exports_nothing(info: ModelInfo, random_checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = exported(info, random_checkpoint, torch.float32, cache, no_progress)
     monkeypatch.setattr(export_module, "export", lambda *args: pytest.fail("exported again"))
     assert exported(info, random_checkpoint, torch.float32, cache, no_progress) == first
-    engine = choose_engine("onnxruntime", make_spec(info, random_checkpoint, torch.bfloat16, cache))
-    warm_up(engine, info, torch.bfloat16, CPU, 64)
+    spec = make_spec(info, random_checkpoint, torch.bfloat16, cache)
+    warm_up(choose_engine("onnxruntime", spec), spec, 64)
 
 
-def test_processes_that_start_together_export_once(
-    info: VisionInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_start_together_export_once(info: ModelInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exports = []
 
-    def export(info: VisionInfo, checkpoint: Checkpoint, file: Path) -> None:
+    def export(encoder: Encoder, file: Path) -> None:
         exports.append(file)
         file.write_text("a file")
 

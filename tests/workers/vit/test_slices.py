@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from pipeline.families import VisionInfo
+from pipeline.families import ModelInfo
 from pipeline.messages import GridTHW
 from tests.workers.vit.test_onnx import CPU, cache, info, make_jobs  # noqa: F401
 from workers.nn.loader import Checkpoint
@@ -47,9 +47,9 @@ def test_even_the_slowest_device_goes_on() -> None:
     assert limit.max_patches == 1
 
 
-def test_a_large_picture_is_encoded_in_turns_with_the_same_result(info: VisionInfo, random_checkpoint: Any, monkeypatch: Any) -> None:  # noqa: F811
+def test_a_large_picture_is_encoded_in_turns_with_the_same_result(info: ModelInfo, random_checkpoint: Any, monkeypatch: Any) -> None:  # noqa: F811
     limit = SliceLimit(4096, 0.010)
-    engine = TorchEngine(info, VisionEncoder(info, Checkpoint(random_checkpoint, torch.float32, CPU)), limit)
+    engine = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)), limit)
     waits: list[int] = []
     monkeypatch.setattr(engine, "_wait", lambda: waits.append(1))
     expected, found = make_jobs(info, torch.float32)[4:5], make_jobs(info, torch.float32)[4:5]
@@ -59,4 +59,4 @@ def test_a_large_picture_is_encoded_in_turns_with_the_same_result(info: VisionIn
     limit.observe(256, 0.020)
     engine.encode(found)
     assert torch.equal(found[0].output, expected[0].output)
-    assert len(waits) == 1 + info.depth + 1, "two turns are wanted, and three layers go one by one"
+    assert len(waits) == 1 + info.vision.depth + 1, "two turns are wanted, and three layers go one by one"

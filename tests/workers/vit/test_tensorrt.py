@@ -10,20 +10,26 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.families import VisionInfo, read_model_info
+from pipeline.families import ModelInfo, read_model_info
 from tests.workers.vit.test_onnx import CPU, make_jobs, make_spec, no_progress
 from workers.nn.loader import Checkpoint
 from workers.vit.engines import tensorrt as module
 from workers.vit.engines.choice import choose_engine
-from workers.vit.engines.onnx import INPUTS, exported
+from workers.vit.engines.onnx import exported
 from workers.vit.engines.tensorrt import Profile, TensorRtEngine, build, built, load_tensorrt, profiles_for
 from workers.vit.engines.torch import TorchEngine
-from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.models.base import Inputs
+from workers.vit.models.qwen2_vl import VisionEncoder, VisionPreparation
 
 
 @pytest.fixture(scope="module")
-def info(random_checkpoint: Path) -> VisionInfo:
-    return read_model_info(random_checkpoint).vision
+def info(random_checkpoint: Path) -> ModelInfo:
+    return read_model_info(random_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def preparation(info: ModelInfo) -> VisionPreparation:
+    return VisionPreparation(info.vision)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +47,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
-    dtype: torch.dtype, info: VisionInfo, random_checkpoint: Path, trt: Any, files: Path
-) -> None:
+def test_the_encoder_is_built_for_a_gpu_that_is_not_here(dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, trt: Any, files: Path) -> None:
     file = exported(info, random_checkpoint, dtype, files, no_progress)
     told: list[tuple[int, int]] = []
-    engine = build(trt, file, info, lambda done, total: told.append((done, total)), trt.ComputeCapability.SM89)
+    made = VisionPreparation(info.vision)
+    engine = build(trt, file, made, lambda done, total: told.append((done, total)), trt.ComputeCapability.SM89)
     weights = sum(path.stat().st_size for path in file.parent.iterdir())
     assert len(engine) > weights // 2
     assert all(0 <= done <= total for done, total in told)
@@ -54,19 +59,20 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
 
 
 def test_an_engine_is_built_once_for_a_gpu_and_a_version(
-    info: VisionInfo, random_checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    info: ModelInfo, preparation: VisionPreparation, random_checkpoint: Path, files: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     trt = SimpleNamespace(__name__="tensorrt", __version__="11.4")
     file = exported(info, random_checkpoint, torch.float16, files, no_progress)
     builds: list[str] = []
     monkeypatch.setattr(module, "build", lambda *args: builds.append("built") or b"engine")
-    first = built(trt, info, file, "H100", tmp_path, no_progress)
-    assert built(trt, info, file, "H100", tmp_path, no_progress) == first
+    first = built(trt, preparation, file, "H100", tmp_path, no_progress)
+    assert built(trt, preparation, file, "H100", tmp_path, no_progress) == first
     assert first.read_bytes() == b"engine"
     assert len(builds) == 1
-    others = {built(trt, info, file, "A100", tmp_path, no_progress)}
+    others = {built(trt, preparation, file, "A100", tmp_path, no_progress)}
     trt.__version__ = "11.5"
-    others.add(built(trt, info, file, "H100", tmp_path, no_progress))
+    others.add(built(trt, preparation, file, "H100", tmp_path, no_progress))
     assert len(builds) == 3
     assert len({first, *others}) == 3
 
@@ -75,14 +81,14 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(
 
     monkeypatch.setattr(module, "build", fail)
     with pytest.raises(RuntimeError, match="no"):
-        built(trt, info, file, "B200", tmp_path, no_progress)
+        built(trt, preparation, file, "B200", tmp_path, no_progress)
     assert len(list((tmp_path / "tensorrt").glob("*/"))) == 3, "of a build that failed nothing is left"
 
 
-def test_what_cannot_be_read_is_an_error(info: VisionInfo, trt: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_an_error(preparation: VisionPreparation, trt: Any, tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match="cannot read the encoder"):
-        build(trt, tmp_path / "encoder.onnx", info, no_progress)
+        build(trt, tmp_path / "encoder.onnx", preparation, no_progress)
 
 
 class FakeContext:
@@ -101,7 +107,7 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         sizes = self._engine.profiles[self.profile]
         self._shapes[name] = shape
-        frames, patches = (shape[0], shape[1]) if name == INPUTS[0] else (1, shape[0])
+        frames, patches = (shape[0], shape[1]) if name == "patches" else (1, shape[0])
         return frames <= sizes.frames[2] and sizes.patches[0] <= patches <= sizes.patches[2] and "shape" not in self._engine.broken
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -109,13 +115,14 @@ class FakeContext:
         return "address" not in self._engine.broken
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        frames, patches, _ = self._shapes[INPUTS[0]]
-        return (frames, patches // 4, self._engine.encoder.info.hidden_size)
+        frames, patches, _ = self._shapes["patches"]
+        return (frames, patches // 4, self._engine.encoder.preparation.info.embedding_width)
 
     def execute_async_v3(self, stream: int) -> bool:
-        self._engine.runs.append((self.profile, self._shapes[INPUTS[0]][:2]))
-        patches, cos, sin = (_at(self._addresses[name], self._shapes[name]) for name in INPUTS)
-        _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings")).copy_(self._engine.encoder(patches, cos, sin))
+        self._engine.runs.append((self.profile, self._shapes["patches"][:2]))
+        inputs = Inputs({name: _at(self._addresses[name], shape) for name, shape in self._shapes.items()}, {})
+        out = _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings"))
+        out.copy_(self._engine.encoder.forward(inputs))
         return "run" not in self._engine.broken
 
 
@@ -135,21 +142,22 @@ def _at(address: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.fixture
-def fake(info: VisionInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
-    engine = FakeEngine(VisionEncoder(info, Checkpoint(random_checkpoint, torch.float32, CPU)), profiles_for(info))
+def fake(info: ModelInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
+    encoder = VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU))
+    engine = FakeEngine(encoder, profiles_for(info.vision))
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"engine" else None)
     logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
     return SimpleNamespace(Runtime=lambda log: runtime, Logger=logger), engine
 
 
-def test_jobs_run_within_the_profiles_and_into_the_pool(info: VisionInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_run_within_the_profiles_and_into_the_pool(info: ModelInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     trt, engine = fake
     few = (Profile((1, 1, 2), (4, 24, 32)), Profile((1, 1, 1), (4, 256, 1600)))
     monkeypatch.setattr(module, "profiles_for", lambda _: few)
     engine.profiles = few
     expected, found = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
-    TorchEngine(info, engine.encoder).encode(expected)
-    TensorRtEngine(trt, info, b"engine", torch.float32, CPU).encode(found)
+    TorchEngine(engine.encoder).encode(expected)
+    TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU).encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         assert torch.allclose(theirs.output, ours.output, atol=1e-4), theirs.grid_thw
     assert {profile for profile, _ in engine.runs} == {0, 1}
@@ -157,21 +165,21 @@ def test_jobs_run_within_the_profiles_and_into_the_pool(info: VisionInfo, fake: 
 
 
 @pytest.mark.parametrize("broken", ["shape", "address", "run"])
-def test_a_call_that_fails_is_an_error(broken: str, info: VisionInfo, fake: tuple[Any, FakeEngine]) -> None:
+def test_a_call_that_fails_is_an_error(broken: str, info: ModelInfo, fake: tuple[Any, FakeEngine]) -> None:
     trt, engine = fake
-    made = TensorRtEngine(trt, info, b"engine", torch.float32, CPU)
+    made = TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU)
     engine.broken = broken
     with pytest.raises(RuntimeError, match="failed"):
         made.encode(make_jobs(info, torch.float32))
 
 
-def test_an_engine_that_is_for_another_machine_is_an_error(info: VisionInfo, fake: tuple[Any, FakeEngine]) -> None:
+def test_an_engine_that_is_for_another_machine_is_an_error(info: ModelInfo, fake: tuple[Any, FakeEngine]) -> None:
     trt, engine = fake
     with pytest.raises(RuntimeError, match="cannot load"):
-        TensorRtEngine(trt, info, b"foreign", torch.float32, CPU)
+        TensorRtEngine(trt, VisionPreparation(info.vision), b"foreign", torch.float32, CPU)
     engine.broken = "context"
     with pytest.raises(RuntimeError, match="memory"):
-        TensorRtEngine(trt, info, b"engine", torch.float32, CPU)
+        TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU)
 
 
 def test_profiles_hold_every_size_of_the_largest_picture() -> None:
@@ -185,6 +193,6 @@ def test_profiles_hold_every_size_of_the_largest_picture() -> None:
                 assert list(sizes) == sorted(sizes)
 
 
-def test_it_is_refused_where_it_cannot_be(info: VisionInfo, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_it_is_refused_where_it_cannot_be(info: ModelInfo, random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a GPU"):
         choose_engine("tensorrt", make_spec(info, random_checkpoint, torch.float16, tmp_path))

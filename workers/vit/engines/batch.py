@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from pipeline.families import VisionInfo
-from workers.nn.layers import rotary_tables
-from workers.vit.deadlines import Deadlines, encoder_flop
-from workers.vit.engines.torch import EncodeJob
-from workers.vit.models.qwen2_vl import patchify, rotary_angles
+from workers.vit.deadlines import Deadlines
+from workers.vit.models.base import EncodeJob, Preparation
 
 
 class BatchEngine(ABC):
@@ -23,13 +20,18 @@ class BatchEngine(ABC):
     No sign of life comes out of a run: `deadlines` are told beforehand how much there is to do.
     """
 
-    def __init__(self, info: VisionInfo, dtype: torch.dtype, device: torch.device, deadlines: Deadlines | None = None) -> None:
-        self.info, self._dtype, self._device, self._deadlines = info, dtype, device, deadlines
+    def __init__(
+        self, preparation: Preparation, dtype: torch.dtype, device: torch.device, deadlines: Deadlines | None = None
+    ) -> None:  # fmt: skip
+        self._preparation, self._dtype, self._device, self._deadlines = preparation, dtype, device, deadlines
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @abstractmethod
-    def _run(self, patches: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-        """Fills out [frames, num_patches / merge², hidden]; the inputs are contiguous, and those of the ONNX file."""
+    def _run(self, tensors: Mapping[str, Tensor], num_patches: int, out: Tensor) -> None:
+        """Fills out [frames, num_tokens, width] of frames of so many patches.
+
+        The tensors are contiguous, and those of the ONNX file.
+        """
 
     def _most_frames(self, num_patches: int) -> int:
         """How many frames of so many patches one run may hold."""
@@ -49,23 +51,41 @@ class BatchEngine(ABC):
     def _deadline(self, jobs: Sequence[EncodeJob]) -> AbstractContextManager[None]:
         if self._deadlines is None:
             return nullcontext()
-        return self._deadlines.around(sum(job.grid_thw.t * encoder_flop(self.info, job.grid_thw.h * job.grid_thw.w) for job in jobs))
+        grids = [job.grid_thw for job in jobs]
+        return self._deadlines.around(sum(grid.t * self._preparation.flop(grid.h * grid.w) for grid in grids))
 
     def _encode(self, jobs: Sequence[EncodeJob]) -> None:
         alike: dict[tuple[int, int], list[EncodeJob]] = defaultdict(list)
         for job in jobs:
             alike[job.grid_thw.h, job.grid_thw.w].append(job)
         for group in alike.values():
-            grid = group[0].grid_thw._replace(t=1)
-            patches = torch.cat([patchify(job.pixels.to(self._device), self.info) for job in group]).unflatten(0, (-1, grid.num_patches))
-            cos, sin = rotary_tables(rotary_angles(grid, self.info).to(self._device), torch.float32)
-            shape = (len(patches), grid.num_patches // self.info.merge_size**2, self.info.hidden_size)
-            # One job's output is one block of the pool: it is written there and nowhere else.
-            is_direct = len(group) == 1 and group[0].output.dtype == self._dtype and group[0].output.is_contiguous()
-            out = group[0].output.view(shape) if is_direct else torch.empty(shape, dtype=self._dtype, device=self._device)
-            most = self._most_frames(grid.num_patches)
-            for part, part_out in zip(patches.split(most), out.split(most), strict=True):
-                self._run(part.contiguous(), cos.contiguous(), sin.contiguous(), part_out)
-            if not is_direct:
-                for job, part in zip(group, out.flatten(0, 1).split([len(job.output) for job in group]), strict=True):
-                    job.output.copy_(part)
+            self._encode_alike(group)
+
+    def _encode_alike(self, jobs: Sequence[EncodeJob]) -> None:
+        """Chunks whose frames have one size."""
+        info, grid, output = self._preparation.info, jobs[0].grid_thw._replace(t=1), jobs[0].output
+        num_frames = sum(job.grid_thw.t for job in jobs)
+        shape = (num_frames, info.num_tokens(grid), info.embedding_width)
+        # One job's output is one block of the pool: it is written there and nowhere else.
+        is_direct = len(jobs) == 1 and output.dtype == self._dtype and output.is_contiguous()
+        out = output.view(shape) if is_direct else torch.empty(shape, dtype=self._dtype, device=self._device)
+        tensors = self._preparation.batch(jobs, self._device).tensors
+        most = self._most_frames(grid.num_patches)
+        for frames in _slices(num_frames, most):
+            self._run(self._part(tensors, frames), grid.num_patches, out[frames])
+        if not is_direct:
+            parts = out.flatten(0, 1).split([len(job.output) for job in jobs])
+            for job, part in zip(jobs, parts, strict=True):
+                job.output.copy_(part)
+
+    def _part(self, tensors: Mapping[str, Tensor], frames: slice) -> dict[str, Tensor]:
+        """The inputs of some frames of a batch."""
+        part: dict[str, Tensor] = {}
+        for spec in self._preparation.specs:
+            tensor = tensors[spec.name]
+            part[spec.name] = tensor[frames] if spec.is_by_frame else tensor
+        return part
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, count, step))

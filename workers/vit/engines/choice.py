@@ -11,12 +11,14 @@ from typing import Protocol
 
 import torch
 
-from pipeline.families import VisionInfo
+from pipeline.families import ModelInfo
 from pipeline.messages import GridTHW
+from workers.nn.layers import make_linear
 from workers.nn.loader import Checkpoint, Progress
 from workers.vit.deadlines import Deadlines
-from workers.vit.engines.torch import EncodeJob, TorchEngine
-from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
+from workers.vit.models.registry import tower_of
 from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class Engine(Protocol):
 class EngineSpec:
     """What an engine is made of."""
 
-    info: VisionInfo
+    info: ModelInfo
     folder: Path
     dtype: torch.dtype
     device: torch.device
@@ -43,15 +45,17 @@ class EngineSpec:
     deadlines: Deadlines | None = None  # where it cannot
 
 
-def warm_up(engine: Engine, info: VisionInfo, dtype: torch.dtype, device: torch.device, max_patches: int) -> None:
+def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
     """Encodes as much as a batch may hold, so that memory is taken and kernels are chosen before anybody waits."""
-    merge, side = info.merge_size, info.patch_size
-    max_patches = min(max_patches, info.max_pixels // side**2)
+    vision = spec.info.vision
+    merge, side = vision.merge_size, vision.patch_size
+    max_patches = min(max_patches, vision.max_pixels // side**2)
     columns = max(merge, max_patches // (16 * merge) * merge)
     rows = max(merge, max_patches // columns // merge * merge)
-    pixels = torch.zeros(1, rows * side, columns * side, 3, dtype=torch.uint8, device=device)
-    output = torch.empty(rows * columns // merge**2, info.hidden_size, dtype=dtype, device=device)
-    engine.encode([EncodeJob(pixels, GridTHW(1, rows, columns), output)])
+    grid = GridTHW(1, rows, columns)
+    pixels = torch.zeros(1, rows * side, columns * side, 3, dtype=torch.uint8, device=spec.device)
+    output = torch.empty(vision.num_tokens(grid), vision.embedding_width, dtype=spec.dtype, device=spec.device)
+    engine.encode([EncodeJob(pixels, grid, output)])
 
 
 def choose_engine(name: str, spec: EngineSpec) -> Engine:
@@ -78,9 +82,11 @@ def choose_engine(name: str, spec: EngineSpec) -> Engine:
 
 
 def _torch(spec: EngineSpec) -> Engine:
+    tower = tower_of(spec.info)
     checkpoint = Checkpoint(spec.folder, spec.dtype, spec.device, spec.progress)
-    checkpoint.expect("visual.")
-    engine = TorchEngine(spec.info, VisionEncoder(spec.info, checkpoint), spec.limit, spec.after_work)
+    checkpoint.expect(tower.prefix)
+    encoder = tower.encoder(spec.info.vision, checkpoint, make_linear)
+    engine = TorchEngine(encoder, spec.limit, spec.after_work)
     checkpoint.close()
     return engine
 
@@ -94,7 +100,8 @@ def _onnxruntime(spec: EngineSpec) -> Engine:
     if spec.device.type == "cpu" and dtype == torch.bfloat16:
         dtype = torch.float32  # onnxruntime has no bfloat16 on the CPU; the pool keeps the model's type
     file = exported(spec.info, spec.folder, dtype, spec.cache, spec.progress)
-    return OnnxRuntimeEngine(spec.info, file, dtype, spec.device, spec.num_threads, spec.deadlines)
+    preparation = tower_of(spec.info).preparation(spec.info.vision)
+    return OnnxRuntimeEngine(preparation, file, dtype, spec.device, spec.num_threads, spec.deadlines)
 
 
 def _tensorrt(spec: EngineSpec) -> Engine:
@@ -113,9 +120,10 @@ def _tensorrt(spec: EngineSpec) -> Engine:
     file = exported(spec.info, spec.folder, spec.dtype, spec.cache, spec.progress)
     properties = torch.cuda.get_device_properties(spec.device)
     gpu = f"{properties.name} {properties.major}.{properties.minor} {properties.multi_processor_count}"
+    preparation = tower_of(spec.info).preparation(spec.info.vision)
     with torch.cuda.device(spec.device):
-        engine = built(trt, spec.info, file, gpu, spec.cache, spec.progress).read_bytes()
-        return TensorRtEngine(trt, spec.info, engine, spec.dtype, spec.device, spec.deadlines)
+        engine = built(trt, preparation, file, gpu, spec.cache, spec.progress).read_bytes()
+        return TensorRtEngine(trt, preparation, engine, spec.dtype, spec.device, spec.deadlines)
 
 
 def _need(engine: str, *modules: str) -> None:

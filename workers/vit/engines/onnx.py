@@ -1,10 +1,9 @@
 """The encoder as an ONNX file: exported by ourselves, once for a checkpoint and a type, and kept in the user's cache folder.
 
-Frames of one size are a batch without a mask, so that no picture sees another and runtimes take their fused attention. What depends on
-the size comes in as inputs:
+Frames of one size are a batch without a mask, so that no picture sees another and runtimes take their fused
+attention. What depends on the size comes in as inputs, whose names, types and axes are the tower's; what comes out is
 
-    patches [frames, num_patches, channels · temporal · patch²] float32, cos and sin [num_patches, 1, head_dim] float32
-    → embeddings [frames, num_patches / merge², hidden]
+    embeddings [frames, num_tokens, width]
 """
 
 from __future__ import annotations
@@ -18,23 +17,25 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.families import VisionInfo
+from pipeline.families import ModelInfo
+from pipeline.messages import GridTHW
 from workers.nn.layers import Linear
 from workers.nn.loader import Checkpoint, Progress
-from workers.vit.models.qwen2_vl import VisionEncoder
+from workers.vit.models.base import Axis, EncodeJob, Encoder, Inputs, InputSpec
+from workers.vit.models.registry import tower_of
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # of what is exported: a change of the encoder's arithmetic or inputs makes old files useless
+VERSION = 2  # of what is exported: a change of the encoder's arithmetic or inputs makes old files useless
 OPSET = 23  # the first with an Attention operator
-INPUTS, OUTPUT = ("patches", "cos", "sin"), "embeddings"
+OUTPUT = "embeddings"
 FILE = "encoder.onnx"
 WAIT_S = 1.0  # between two looks whether another process has made what is wanted
 
@@ -42,43 +43,62 @@ WAIT_S = 1.0  # between two looks whether another process has made what is wante
 class _Exported(nn.Module):
     """What `torch.onnx` wants to see; the weights travel as constants."""
 
-    def __init__(self, encoder: VisionEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self._encoder = encoder
+        self._names = [spec.name for spec in encoder.preparation.specs]
 
-    def forward(self, patches: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._encoder(patches, cos, sin)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self._encoder.forward(Inputs(dict(zip(self._names, tensors, strict=True)), {}))
 
 
-def export(info: VisionInfo, checkpoint: Checkpoint, file: Path) -> None:
-    """Writes the file, and its weights beside it, in the checkpoint's type."""
-    encoder = VisionEncoder(info, checkpoint, Linear)
-    merged, dim = info.merge_size**2, info.embed_dim // info.num_heads
-    patches = torch.zeros(2, 3 * merged, encoder.patch_embed.in_features)
-    cos, sin = torch.zeros(3 * merged, 1, dim), torch.zeros(3 * merged, 1, dim)  # two tensors: one would be taken for one input
-    frames, quarters = torch.export.Dim("frames", min=1, max=1 << 16), torch.export.Dim("quarters", min=1, max=1 << 18)
-    shapes = {"patches": {0: frames, 1: merged * quarters}, "cos": {0: merged * quarters}, "sin": {0: merged * quarters}}
+def export(encoder: Encoder, file: Path) -> None:
+    """Writes the file, and its weights beside it, in the encoder's type."""
+    specs, tensors = encoder.preparation.specs, _sample(encoder)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # which has much to say of what is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations, and names of axes
         program = torch.onnx.export(
-            _Exported(encoder).eval(), (patches, cos, sin), input_names=INPUTS, output_names=(OUTPUT,), dynamic_shapes=shapes,
-            opset_version=OPSET, dynamo=True, verbose=False,
+            _Exported(encoder).eval(), tensors, input_names=[spec.name for spec in specs], output_names=(OUTPUT,),
+            dynamic_shapes=(_dynamic_shapes(specs),), opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
     assert program is not None
     program.save(file, external_data=True)
 
 
-def exported(info: VisionInfo, folder: Path, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
+def _sample(encoder: Encoder) -> tuple[Tensor, ...]:
+    """Inputs of two frames of three tokens. Tracing takes sizes of 0 and 1 for constants."""
+    preparation, info = encoder.preparation, encoder.preparation.info
+    grid = GridTHW(2, info.merge_size, 3 * info.merge_size)
+    size = (grid.h * info.patch_size, grid.w * info.patch_size)
+    pixels = torch.zeros(grid.t * info.temporal_patch_size, *size, 3, dtype=torch.uint8)
+    output = torch.empty(info.num_tokens(grid), info.embedding_width)
+    tensors = preparation.batch([EncodeJob(pixels, grid, output)], encoder.device).tensors
+    return tuple(tensors[spec.name] for spec in preparation.specs)
+
+
+def _dynamic_shapes(specs: Sequence[InputSpec]) -> tuple[dict[int, Any], ...]:
+    """For each input its axes without a fixed size, as `torch.export` wants to be told."""
+    dims: dict[str, Any] = {}  # by axis: inputs share them
+    for spec in specs:
+        for axis in spec.axes:
+            if isinstance(axis, Axis) and axis.name not in dims:
+                dim = torch.export.Dim(axis.name, min=1, max=axis.most // axis.multiple)
+                dims[axis.name] = dim if axis.multiple == 1 else axis.multiple * dim
+    return tuple({number: dims[axis.name] for number, axis in enumerate(spec.axes) if isinstance(axis, Axis)} for spec in specs)
+
+
+def exported(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
     """The file for the checkpoint in `folder`, exported now if it is not in the cache yet. One process exports, others wait for it."""
+    tower, vision = tower_of(info), info.vision
     place = cache / "onnx" / _key(info, folder, dtype)
     with locked(place, progress):
         if not (place / FILE).exists():
             logger.info("exporting the vision encoder to %s", place)
             with unfinished(place) as draft:
                 checkpoint = Checkpoint(folder, dtype, torch.device("cpu"), progress)
-                checkpoint.expect("visual.")
-                export(info, checkpoint, draft / FILE)
+                checkpoint.expect(tower.prefix)
+                export(tower.encoder(vision, checkpoint, Linear), draft / FILE)
                 checkpoint.close()
     return place / FILE
 
@@ -113,8 +133,12 @@ def unfinished(place: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _key(info: VisionInfo, folder: Path, dtype: torch.dtype) -> str:
-    """Files are told apart by name, size and time of change: reading gigabytes at each start would take longer than the export."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.resolve().glob("*.safetensors"))]
-    told = json.dumps([VERSION, OPSET, torch.__version__, str(dtype), str(folder.resolve()), dataclasses.asdict(info), files])
+def _key(info: ModelInfo, folder: Path, dtype: torch.dtype) -> str:
+    """Files are told apart by name, size and time of change: reading gigabytes at each start would take longer than
+    the export.
+    """
+    stats = [(path.name, path.stat()) for path in sorted(folder.resolve().glob("*.safetensors"))]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    tower = info.family.tower, dataclasses.asdict(info.vision)
+    told = json.dumps([VERSION, OPSET, torch.__version__, str(dtype), str(folder.resolve()), tower, files])
     return hashlib.sha256(told.encode()).hexdigest()[:32]

@@ -5,6 +5,7 @@ On a GPU never run so far: tests run the same code on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from pipeline.families import VisionInfo
 from workers.vit.deadlines import Deadlines
 from workers.vit.engines.batch import BatchEngine
-from workers.vit.engines.onnx import INPUTS, OUTPUT
+from workers.vit.engines.onnx import OUTPUT
+from workers.vit.models.base import Preparation
 
-ELEMENT_TYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: 16}  # 16: ONNX's number for bfloat16
+# 16 is ONNX's number for bfloat16, which numpy has not.
+ELEMENT_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: 16, torch.int32: np.int32,
+    torch.int64: np.int64, torch.bool: np.bool_,
+}  # fmt: skip
 
 
 class OnnxRuntimeEngine(BatchEngine):
     def __init__(
-        self, info: VisionInfo, file: Path, dtype: torch.dtype, device: torch.device, num_threads: int,
+        self, preparation: Preparation, file: Path, dtype: torch.dtype, device: torch.device, num_threads: int,
         deadlines: Deadlines | None = None,
     ) -> None:  # fmt: skip
         """Raises RuntimeError where a GPU is wanted and onnxruntime's CUDA provider does not load."""
-        super().__init__(info, dtype, device, deadlines)
+        super().__init__(preparation, dtype, device, deadlines)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are others' too
@@ -42,10 +47,11 @@ class OnnxRuntimeEngine(BatchEngine):
         if device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
             raise RuntimeError("onnxruntime has no CUDA provider that loads")
 
-    def _run(self, patches: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    def _run(self, tensors: Mapping[str, Tensor], num_patches: int, out: Tensor) -> None:
         binding = self._session.io_binding()
         place = self._device.type, self._device.index or 0
-        for name, tensor in zip(INPUTS, (patches, cos, sin), strict=True):
-            binding.bind_input(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor in tensors.items():
+            element_type = ELEMENT_TYPES[tensor.dtype]
+            binding.bind_input(name, *place, element_type, tuple(tensor.shape), tensor.data_ptr())
         binding.bind_output(OUTPUT, *place, ELEMENT_TYPES[self._dtype], tuple(out.shape), out.data_ptr())
         self._session.run_with_iobinding(binding)

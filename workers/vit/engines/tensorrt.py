@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from pipeline.families import VisionInfo
 from workers.nn.loader import Progress
 from workers.vit.deadlines import Deadlines
 from workers.vit.engines.batch import BatchEngine
-from workers.vit.engines.onnx import INPUTS, OUTPUT, locked, unfinished
+from workers.vit.engines.onnx import OUTPUT, locked, unfinished
+from workers.vit.models.base import Preparation
 
 logger = logging.getLogger(__name__)
 MODULES = ("tensorrt", "tensorrt_rtx_bindings")
@@ -59,30 +61,31 @@ def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
     )
 
 
-def build(trt: Any, file: Path, info: VisionInfo, progress: Progress, capability: Any = None) -> bytes:
-    """An engine of the ONNX file for this machine's GPU, or (TensorRT-RTX only) for a compute capability. Raises RuntimeError."""
+def build(trt: Any, file: Path, preparation: Preparation, progress: Progress, capability: Any = None) -> bytes:
+    """An engine of the ONNX file for this machine's GPU, or (TensorRT-RTX only) for a compute capability.
+
+    Raises RuntimeError.
+    """
     log = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(log)
     network = builder.create_network()
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(file)):
-        raise RuntimeError(f"TensorRT cannot read the encoder: {'; '.join(str(parser.get_error(index)) for index in range(parser.num_errors))}")
+        errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise RuntimeError(f"TensorRT cannot read the encoder: {errors}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     config.progress_monitor = _monitor(trt, progress)
     if capability is not None:
         config.num_compute_capabilities = 1
         _check(config.set_compute_capability(capability, 0), "set_compute_capability")
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    for sizes in profiles_for(info):
+    for wanted in profiles_for(preparation.info):
         profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            rest = tuple(tensor.shape)[2:] if tensor.name == INPUTS[0] else tuple(tensor.shape)[1:]
-            axes = zip(sizes.frames, sizes.patches, strict=True)
-            shapes = [(frames, patches, *rest) if tensor.name == INPUTS[0] else (patches, *rest) for frames, patches in axes]
-            profile.set_shape(tensor.name, *shapes)
+        sizes = [preparation.sizes(*pair) for pair in zip(wanted.frames, wanted.patches, strict=True)]
+        for spec in preparation.specs:
+            profile.set_shape(spec.name, *(spec.shape(size) for size in sizes))
         if config.add_optimization_profile(profile) < 0:
-            raise RuntimeError(f"TensorRT refuses the sizes {sizes}")
+            raise RuntimeError(f"TensorRT refuses the sizes {wanted}")
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise RuntimeError("TensorRT cannot build an engine of the encoder")
@@ -109,33 +112,37 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def built(trt: Any, info: VisionInfo, file: Path, gpu: str, cache: Path, progress: Progress, capability: Any = None) -> Path:
+def built(
+    trt: Any, preparation: Preparation, file: Path, gpu: str, cache: Path, progress: Progress, capability: Any = None
+) -> Path:  # fmt: skip
     """The engine of an exported file, built now if it is not in the cache yet. One process builds, others wait for it.
 
     Engines hold code: they are read from the user's own folder only.
     """
-    what = json.dumps([trt.__name__, trt.__version__, gpu, file.parent.name, profiles_for(info), WORKSPACE_BYTES])  # the folder's name is a hash
+    profiles = profiles_for(preparation.info)
+    # The name of the file's folder is a hash.
+    what = json.dumps([trt.__name__, trt.__version__, gpu, file.parent.name, profiles, WORKSPACE_BYTES])
     place = cache / "tensorrt" / hashlib.sha256(what.encode()).hexdigest()[:32]
     with locked(place, progress):
         if not (place / FILE).exists():
             logger.info("building the TensorRT engine in %s: this takes minutes, once", place)
             with unfinished(place) as draft:
-                (draft / FILE).write_bytes(build(trt, file, info, progress, capability))
+                (draft / FILE).write_bytes(build(trt, file, preparation, progress, capability))
     return place / FILE
 
 
 class TensorRtEngine(BatchEngine):
     def __init__(
-        self, trt: Any, info: VisionInfo, engine: bytes, dtype: torch.dtype, device: torch.device,
+        self, trt: Any, preparation: Preparation, engine: bytes, dtype: torch.dtype, device: torch.device,
         deadlines: Deadlines | None = None,
     ) -> None:  # fmt: skip
         """Raises RuntimeError for an engine that is not for this machine."""
-        super().__init__(info, dtype, device, deadlines)
+        super().__init__(preparation, dtype, device, deadlines)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise RuntimeError("TensorRT cannot load the engine on this GPU")
-        self._profiles = profiles_for(info)
+        self._profiles = profiles_for(preparation.info)
         self._contexts: list[Any] = []
         for index in range(len(self._profiles)):
             context = self._engine.create_execution_context()
@@ -157,9 +164,9 @@ class TensorRtEngine(BatchEngine):
             raise RuntimeError(f"the engine is for frames of at most {self._profiles[-1].patches[2]} patches, this has {num_patches}")
         return found
 
-    def _run(self, patches: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-        context = self._contexts[self._profile(patches.shape[1])]
-        for name, tensor in zip(INPUTS, (patches, cos, sin), strict=True):
+    def _run(self, tensors: Mapping[str, Tensor], num_patches: int, out: Tensor) -> None:
+        context = self._contexts[self._profile(num_patches)]
+        for name, tensor in tensors.items():
             _check(context.set_input_shape(name, tuple(tensor.shape)), f"set_input_shape {name} {tuple(tensor.shape)}")
             _check(context.set_tensor_address(name, tensor.data_ptr()), "set_tensor_address")
         if (shape := tuple(context.get_tensor_shape(OUTPUT))) != tuple(out.shape):

@@ -1,0 +1,85 @@
+"""The JSON files of a checkpoint, read the way all families need it.
+
+A key that a family must have is asked for with `need`. Class defaults of transformers often differ from what the
+published checkpoints say, so a missing key is refused by its name and never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Section = Mapping[str, Any]
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+
+
+class CheckpointFiles:
+    """Settings of a checkpoint by section; a missing file has none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        self.generation = read_json(folder / "generation_config.json")
+        self.processor = read_json(folder / "preprocessor_config.json")
+        self.video_processor = read_json(folder / "video_preprocessor_config.json")
+
+    @property
+    def text(self) -> Section:
+        """The text model's settings: nested as transformers 5 writes them, or flat as on the hub."""
+        nested: Section | None = self.config.get("text_config")
+        return nested if nested else self.config
+
+    @property
+    def vision(self) -> Section:
+        section: Section = self.need(self.config, "vision_config")
+        return section
+
+    @property
+    def rope(self) -> Section:
+        """Of the text model, under its new or its old name, on either level."""
+        found: Section | None
+        for section in (self.text, self.config):
+            for name in ("rope_parameters", "rope_scaling"):
+                found = section.get(name)
+                if found:
+                    return found
+        return {}
+
+    def need(self, section: Section, key: str) -> Any:
+        """Raises ValueError where the checkpoint does not say it."""
+        if section.get(key) is None:
+            raise ValueError(f"model {str(self.folder)!r} does not say {key!r}, which has no safe default")
+        return section[key]
+
+    def integer(self, section: Section, key: str) -> int:
+        return int(self.need(section, key))
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Those of generation, else those of the text model."""
+        for section in (self.generation, self.text, self.config):
+            value: int | list[int] | None = section.get("eos_token_id")
+            if value is not None:
+                return (value,) if isinstance(value, int) else tuple(value)
+        return ()
+
+    def default_sampling(self) -> dict[str, float]:
+        """The model's own: greedy where it says that nothing is to be sampled."""
+        samples = self.generation.get("do_sample") is not False
+        names = (*(SAMPLING_KEYS if samples else ()), "repetition_penalty")
+        found = {name: self.generation[name] for name in names if self.generation.get(name) is not None}
+        return found if samples else {**found, "temperature": 0.0}
+
+
+def pixel_limits(processor: Section) -> tuple[int, int]:
+    """The least and the largest area of a processor's settings, 0 where they say none."""
+    size: Section = processor.get("size") or {}
+    return (
+        int(processor.get("min_pixels") or size.get("shortest_edge") or 0),
+        int(processor.get("max_pixels") or size.get("longest_edge") or 0),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
