@@ -11,7 +11,6 @@ Tokens come over a `Connection`, which sees to it that no request is lost; here 
 
 from __future__ import annotations
 
-import random
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
 from tokenizers import Tokenizer
 
 from pipeline.config import MAX_ITEMS
@@ -169,8 +167,6 @@ class PipelineClient:
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
-        if sampling.seed is None:
-            sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
         moved = move_data_urls(messages, frames)
         if len(frames) > MAX_ITEMS:
             raise RequestError(f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}", field="messages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 300
 MAX_LOGPROBS = 20
+MAX_SEED = 2**63
 
 
 class FinishReason(enum.StrEnum):
@@ -30,6 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     the logit of each token in the output so far, `frequency_penalty` once for each time; `repetition_penalty` divides (multiplies
     a negative) the logit of each token in prompt or output; `logit_bias` is added. Before `min_tokens` no token ends the request.
     `logprobs` asks for the log-probability of each output token and of so many best ones, before any of that.
+    With the same `seed` a request draws the same tokens; without one its id gives it a seed: see `with_seed`.
 
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
@@ -42,7 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = {}
-    seed: int | None = None  # the client library draws one where none was given, so that a resubmission repeats it
+    seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -54,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 and 100")
         _check(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(-1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 (no limit) or more")
-        _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
+        _check(self.seed is None or 0 <= self.seed < MAX_SEED, "seed", self.seed, "between 0 and 2**63 - 1")
         _check(self.max_tokens is None or 1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1")
         _check(math.isfinite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -77,6 +80,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
             _check(0 < len(text) <= MAX_STOP_LENGTH, "stop", f"a string of {len(text)} characters", f"1 to {MAX_STOP_LENGTH} characters each")
+
+
+def with_seed(sampling: SamplingParams, request_id: str, index: int) -> SamplingParams:
+    """The sampling of the choice `index` of a request, with the seed that it draws by.
+
+    An explicit seed is that of choice 0, and the following choices have the seeds that follow. Without one a choice's seed
+    is a digest of the request's id and the index: BLAKE2b of 8 bytes over the id in UTF-8 and the index as 4 bytes, little
+    endian, without the highest bit. So an attempt draws on where the one before it ended, and no client needs to draw a seed.
+    """
+    if sampling.seed is None:
+        data = request_id.encode() + index.to_bytes(4, "little")
+        seed = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % MAX_SEED
+    elif index:
+        seed = (sampling.seed + index) % MAX_SEED
+    else:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=seed)
 
 
 def _check(holds: bool, field: str, value: object, limit: str) -> None:

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from workers.llm import sampling_kernel
+from workers.llm.sampling import kernel as sampling_kernel
 from workers.llm.attention import triton as attention
 from workers.nn import kernels
 

@@ -52,7 +52,8 @@ answer.
    Its `protocol` must be the one that you speak: requests of a client that said another are refused. It names the folder with the
    tokenizer's files and the limits.
 4. Send `SubmitRequest` with an id of your own, unique for as long as anybody remembers, and `attempt` 1. Media ride as further frames of
-   the message, named by their index (`frame`), at most {MAX_FRAMES - 1}.
+   the message, named by their index (`frame`), at most {MAX_FRAMES - 1}. Without a `seed` the request's id gives it one: an id that is
+   used again draws the same tokens again.
 5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `offset` counts the tokens before; where a gap
    shows, send the request again with the same `attempt` and with `num_received`: that is a query, and never starts anything. The output
    with a `finish_reason` is the last; or `RequestFailed` is.

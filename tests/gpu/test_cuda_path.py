@@ -26,11 +26,10 @@ from tests.chats import generate as ask
 from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
 from tests.servers import Server
-from tests.workers.llm.test_sampling_kernel import OPTIONS
+from tests.workers.llm.sampling.test_kernel import OPTIONS, draw
 from tests.workers.llm.test_triton_attention import make_spans, reference
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
-from workers.llm.sampler import Sampler
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import Checkpoint
 from workers.vit.engines.torch import TorchEngine
@@ -75,17 +74,18 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_sampling_kernel_draws_what_the_sampler_draws(options: dict[str, Any]) -> None:
-    from workers.llm.sampling_kernel import sample
+    from workers.llm.sampling.kernel import sample
 
     torch.manual_seed(0)
     logits = 3 * torch.randn(64, 151_936)
-    drawn = []
-    for device, kernel in ((CUDA, sample), (torch.device("cpu"), None)):
-        sampler = Sampler(1, logits.shape[-1], (), device, kernel)
-        sampler.start(SequenceStart(0, 0, SamplingParams(seed=3, **options), b""))
-        drawn.append(sampler.sample(logits.to(device), np.zeros(64, dtype=np.int64), np.arange(64)).token_ids.tolist())
-    # Where many tokens are about as probable a point may lie on a border, see the test in the interpreter.
-    assert sum(a != b for a, b in zip(*drawn, strict=True)) <= 3
+    assert draw(logits, options, sample, device=CUDA) == draw(logits, options, None)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_torch_draws_on_the_gpu_what_it_draws_on_the_cpu(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 151_936)
+    assert draw(logits, options, None, device=CUDA) == draw(logits, options, None)
 
 
 def make_runner(folder: Path, **options: Any) -> ModelRunner:

@@ -157,7 +157,7 @@ async def test_text_comes_in_pieces_with_its_counts(client: PipelineClient, pipe
     ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
     task = asyncio.create_task(collect(client))
     request = (await pipeline.next(SubmitRequest)).message
-    assert request.sampling.seed is not None, "the client fixes the seed, so that a resubmission repeats it"
+    assert request.sampling.seed is None, "the request's id gives it a seed, also when it is submitted again"
     pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
     for offset, token in enumerate(ids):
         pipeline.say_tokens(request, offset, [token], FinishReason.STOP if offset == len(ids) - 1 else None)

@@ -36,7 +36,7 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         raise ValueError(f"attention {name!r} needs the package triton, which comes with CUDA builds of torch")
     if device.type != "cuda" and not _is_interpreted():
         raise ValueError(f"attention {name!r} needs a GPU, but this rank computes on {device}")
-    from workers.llm.sampling_kernel import sample
+    from workers.llm.sampling.kernel import sample
     from workers.nn.kernels import add_rms_norm, silu_mul
 
     kernels = Kernels(add_rms_norm, silu_mul)

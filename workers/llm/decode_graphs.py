@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.messages import SequencePlan, unpack_int32
-from workers.llm.sampler import NUM_PARAMS
+from workers.llm.sampling.choice import NUM_PARAMS
 
 FIELDS = ("token_ids", "is_late", "positions", "slots", "lengths", "new_slots")
 NUM_STAGINGS = 2  # one is filled while the other may still be on its way to the GPU

@@ -45,7 +45,7 @@ from pipeline.messages import (
     WorkerState,
     pack_int32,
 )
-from pipeline.sampling import FinishReason
+from pipeline.sampling import FinishReason, with_seed
 from pipeline.tensors import PoolInfo
 from pipeline.topology import Role, WorkerId
 from pipeline.trace import Tracer
@@ -53,7 +53,7 @@ from workers.llm.clients import Clients, Ended, Interruption, Outcome, Publish, 
 from workers.llm.leases import Leases, lease_of
 from workers.llm.model_runner import StepResult
 from workers.llm.request import Chunk, Lease, Request
-from workers.llm.sampler import has_penalty
+from workers.llm.sampling.sampler import reads_history
 from workers.llm.scheduler import Schedule, Scheduled, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -322,8 +322,9 @@ class Engine:
             if chunk.is_lost and not chunk.is_read and chunk.embeddings is None:
                 self._leases.request_again(request, chunk)
             chunk.is_lost = False
-        token_ids = [*request.prompt_token_ids, *request.output_token_ids] if has_penalty(request.sampling) else ()
-        self._started.append(SequenceStart(request.slot, len(request.prompt_token_ids), request.sampling, pack_int32(token_ids)))
+        sampling = with_seed(request.sampling, request.request_id, index=0)
+        token_ids = [*request.prompt_token_ids, *request.output_token_ids] if reads_history(sampling) else ()
+        self._started.append(SequenceStart(request.slot, len(request.prompt_token_ids), sampling, pack_int32(token_ids)))
 
     def _launch(self, schedule: Schedule) -> None:
         plan = self.plan([_plan(item) for item in schedule.scheduled])

@@ -22,7 +22,8 @@ from workers.llm.backends import choose_backend
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes, is_decode
 from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import HeadLayout, TensorParallel
-from workers.llm.sampler import Sampled, Sampler
+from workers.llm.sampling.base import Setup
+from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.nn.layers import make_int8_linear, make_linear
 from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
 
@@ -136,7 +137,8 @@ class ModelRunner:
         if config.llm.all_reduce == "symmetric":
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
         self._num_slots = config.llm.max_num_seqs
-        self.sampler = Sampler(self._num_slots, info.text.vocab_size, info.eos_token_ids, device, self._backend.sample)
+        setup = Setup(self._num_slots, info.text.vocab_size, info.eos_token_ids, device)
+        self.sampler = Sampler(setup, make_processors(setup), self._backend.sample)
         # By slot; the last is that of the rows that fill up a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None

@@ -160,7 +160,7 @@ def test_too_many_choices_or_none_are_refused(count: int) -> None:
 def test_each_choice_draws_numbers_of_its_own() -> None:
     sampling = to_sampling(decode_request(body(seed=5)), {})
     assert [to_choice(sampling, index).seed for index in range(3)] == [5, 6, 7]
-    assert to_choice(to_sampling(decode_request(body()), {}), 1).seed is None, "the client library draws one"
+    assert to_choice(to_sampling(decode_request(body()), {}), 1).seed is None, "the id of its request gives it one"
 
 
 def test_error_object() -> None:

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.messages import SequenceStart, StepPlan, pack_int32
+from pipeline.sampling import SamplingParams, with_seed
+from tests.fakes import LLM_0
+from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
+from workers.llm.sampling.base import Int64Array, Rows, Setup, Tokens
+from workers.llm.sampling.sampler import reads_history
+
+GREEDY = SamplingParams(temperature=0, seed=1)
+
+
+def test_a_slot_forgets_who_was_there_before() -> None:
+    sampler, logits = make_sampler(1, 5), torch.tensor([[0.0, 1.0, 0.5, 2.0, 0.0]])
+    params = SamplingParams(
+        temperature=0,
+        seed=1,
+        frequency_penalty=2.0,
+        logit_bias={4: 50.0},
+        stop_token_ids=(3,),
+        min_tokens=5,
+        logprobs=2,
+    )
+    start(sampler, 0, params, output=[1, 1])
+    assert sampler.sample(logits.clone(), np.array([0]), np.array([2])).token_ids.tolist() == [4]
+    start(sampler, 0, SamplingParams(temperature=0, seed=1, frequency_penalty=2.0))
+    sampled = sampler.sample(logits.clone(), np.array([0]), np.array([0]))
+    assert (sampled.token_ids.tolist(), sampled.logprobs) == ([3], None)
+    start(sampler, 0, GREEDY)
+    assert sampler.is_plain(np.array([0]))
+
+
+def test_only_plain_requests_are_plain() -> None:
+    wishes = [{}, {"logit_bias": {1: 1.0}}, {"presence_penalty": 1.0}, {"min_tokens": 3}, {"logprobs": 0}]
+    sampler = make_sampler(len(wishes), 5)
+    for slot, options in enumerate(wishes):
+        start(sampler, slot, SamplingParams(seed=1, top_p=0.9, **options))  # type: ignore[arg-type]
+    assert [sampler.is_plain(np.array([0, slot])) for slot in range(len(wishes))] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+
+
+class Watch:
+    """Notes which rows it is given."""
+
+    needs_tokens = False
+
+    def __init__(self, setup: Setup) -> None:
+        self.applied: list[list[int]] = []
+        self.accepted: list[tuple[list[int], list[int]]] = []
+
+    @staticmethod
+    def reads_history(params: SamplingParams) -> bool:
+        return False
+
+    def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
+        return params.min_p == 0.5
+
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        self.applied.append(rows.places.tolist())
+
+    def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
+        self.accepted.append((slots.tolist(), token_ids.tolist()))
+
+
+def test_a_row_that_asks_nothing_of_a_processor_is_not_touched_by_it() -> None:
+    """Not by the server's own either: logits of other rows are NaN wherever a processor would read them."""
+    watch = Watch(make_setup(4, 6))
+    sampler = make_sampler(4, 6, [watch])
+    asking = {"logit_bias": {1: 1.0}, "presence_penalty": 1.0, "min_tokens": 3}
+    for slot, options in enumerate(({"min_p": 0.5}, {}, {"min_p": 0.5}, asking)):
+        start(sampler, slot, SamplingParams(seed=1, **options))  # type: ignore[arg-type]
+    logits = torch.randn(3, 6)
+    before = logits.clone()
+    slots = np.array([3, 2, 1])
+    sampled = sampler.sample(logits, slots, np.zeros(3, dtype=np.int64))
+    assert torch.equal(logits[1:], before[1:])
+    assert not torch.equal(logits[0], before[0])
+    assert watch.applied == [[1]]
+    assert watch.accepted == [([2], [int(sampled.token_ids[1])])]
+    sampler.sample(before[:1], slots[2:], np.zeros(1, dtype=np.int64))
+    assert len(watch.applied) == 1, "in a step without one that asks, a processor is not called"
+
+
+def test_every_rank_chooses_the_same() -> None:
+    """Ranks have the same logits, and from the plan the same requests; one is resumed, and its draws go on."""
+    params = [
+        with_seed(SamplingParams(), "a", 0),
+        with_seed(SamplingParams(top_p=0.9, presence_penalty=1.5, min_tokens=4), "b", 0),
+        with_seed(SamplingParams(top_k=30, logit_bias={5: 3.0}), "c", 0),
+    ]
+    histories = [pack_int32([1, 2, 3, 4] if reads_history(one) else []) for one in params]
+    starts = tuple(SequenceStart(slot, 2, one, histories[slot]) for slot, one in enumerate(params))
+    plan = StepPlan(sender=LLM_0, epoch=1, step=1, started=starts, sequences=())
+    other = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=StepPlan)
+    ranks = []
+    for received in (plan, other):
+        sampler = make_sampler(3, 400)
+        for one in received.started:
+            sampler.start(one)
+        ranks.append(sampler)
+    torch.manual_seed(0)
+    for step in range(50):
+        logits = torch.randn(3, 400)
+        slots, num_tokens = np.array([2, 0, 1]), np.array([4, 4, 4]) + step
+        first, second = (rank.sample(logits.clone(), slots, num_tokens).token_ids.tolist() for rank in ranks)
+        assert first == second
+
+
+def test_a_request_that_is_resumed_draws_on() -> None:
+    """The number of a draw counts output tokens over all attempts; so does what penalties count."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(30, 100)
+    params = SamplingParams(seed=3, top_p=0.95, frequency_penalty=0.5)
+
+    def run(output: list[int]) -> list[int]:
+        sampler, made = make_sampler(2, 100), list(output)
+        start(sampler, 1, params, prompt=[7, 8], output=output)
+        while len(made) < len(logits):
+            row = logits[len(made)][None].clone()
+            made += sampler.sample(row, np.array([1]), np.array([2 + len(made)])).token_ids.tolist()
+        return made
+
+    whole = run([])
+    assert [run(whole[:count]) for count in (1, 11, 29)] == [whole] * 3
+
+
+class ToyGrammar:
+    """Every token must be one more than the last, by a matcher on rank 0; the other ranks get its masks from the plan."""
+
+    needs_tokens = True
+
+    def __init__(self, setup: Setup, is_matching: bool = True) -> None:
+        self._vocab_size, self._is_matching = setup.vocab_size, is_matching
+        self._last: dict[int, int] = {}
+        self.masks: dict[int, list[int]] = {}  # tokens that are allowed next, by slot
+
+    @staticmethod
+    def reads_history(params: SamplingParams) -> bool:
+        return params.min_p == 0.25
+
+    def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
+        if not self.reads_history(params):
+            return False
+        if self._is_matching:
+            self._move(slot, int([*tokens.prompt, *tokens.output][-1]))
+        return True
+
+    def apply(self, logits: Tensor, rows: Rows) -> None:
+        for place, slot in zip(rows.places.tolist(), rows.slots.tolist(), strict=True):
+            allowed = self.masks.pop(slot)  # each serves one choice: a stale one would show
+            kept = logits[place, allowed].clone()
+            logits[place] = -torch.inf
+            logits[place, allowed] = kept
+
+    def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
+        for slot, token in zip(slots.tolist(), token_ids.tolist(), strict=True):
+            self._move(slot, token)
+
+    def _move(self, slot: int, token: int) -> None:
+        self._last[slot] = token
+        self.masks[slot] = [(token + 1) % self._vocab_size]
+
+
+def test_a_processor_that_needs_tokens_works_between_forward_and_choice() -> None:
+    """Two ranks. The forward of step n + 1 has run before token n is on the host; only the choice of that row waits."""
+    setup = make_setup(2, 20)
+    grammars = [ToyGrammar(setup, is_matching) for is_matching in (True, False)]
+    ranks = [make_sampler(2, 20, [grammar]) for grammar in grammars]
+    for rank in ranks:
+        start(rank, 0, SamplingParams(seed=1, min_p=0.25), prompt=[9], output=[3])
+        start(rank, 1, SamplingParams(seed=2))
+    slots = np.array([1, 0])
+    assert ranks[0].waits_for_tokens(slots).tolist() == [False, True]
+    torch.manual_seed(0)
+    chosen: list[list[int]] = []
+    for step in range(5):
+        logits = torch.randn(2, 20)  # the forward: it needs nothing of the grammar
+        if chosen:
+            ranks[0].accept(slots, torch.tensor(chosen[-1]))
+        grammars[1].masks = dict(grammars[0].masks)  # by the plan
+        of_ranks = [
+            rank.sample(logits.clone(), slots, np.array([step, 2 + step])).token_ids.tolist()
+            for rank in ranks
+        ]
+        assert of_ranks[0] == of_ranks[1]
+        chosen.append(of_ranks[0])
+    assert [tokens[1] for tokens in chosen] == [4, 5, 6, 7, 8], "behind the output of an earlier attempt"

@@ -1,0 +1,115 @@
+"""Chooses the next tokens, for all rows of a step at once: the processors change logits, then tokens are chosen.
+
+The random numbers of token k of a request depend on (seed, k) and nothing else, and nothing here depends on which rows
+stand beside. So a request draws the same tokens whatever runs beside it, on every rank, and again when it is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.messages import SequenceStart, unpack_int32
+from pipeline.sampling import SamplingParams
+from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup, Tokens
+from workers.llm.sampling.bias import Bias
+from workers.llm.sampling.choice import Choice, Kernel
+from workers.llm.sampling.logprobs import LogprobTable, logprobs_of
+from workers.llm.sampling.min_tokens import MinTokens
+from workers.llm.sampling.penalties import Penalties
+from workers.nn.loader import to_device
+
+# All there are, in the order in which they change logits.
+PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens)
+
+
+def make_processors(setup: Setup) -> tuple[Processor, ...]:
+    return tuple(kind(setup) for kind in PROCESSORS)
+
+
+def reads_history(params: SamplingParams) -> bool:
+    """Whether a processor needs the tokens that the request has when it takes its slot."""
+    return any(kind.reads_history(params) for kind in PROCESSORS)
+
+
+class Sampled(NamedTuple):
+    """`logprobs` [num_rows, 1 + k] float32 and their tokens: the chosen one, then the best ones; zeros for rows without."""
+
+    token_ids: Tensor  # [num_rows] int64
+    logprobs: Tensor | None
+    logprob_token_ids: Tensor | None
+
+
+class Sampler:
+    """Has a place for each slot; a request has a slot while it runs."""
+
+    def __init__(self, setup: Setup, processors: Sequence[Processor], kernel: Kernel | None = None) -> None:
+        """Without a `kernel` torch's operators choose, which a host steers."""
+        self._device, self._processors = setup.device, processors
+        self._choice = Choice(setup.num_slots, setup.vocab_size, setup.device, kernel)
+        self._logprobs = LogprobTable(setup.num_slots)
+        self._num_prompt_tokens = np.zeros(setup.num_slots, dtype=np.int64)
+        # Whether the slot's request asks anything of the processor.
+        self._is_asked = np.zeros((len(processors), setup.num_slots), dtype=np.bool_)
+
+    def start(self, start: SequenceStart) -> None:
+        """Fills a slot for a request that runs from now on."""
+        slot, params = start.slot, start.sampling
+        self._choice.start(slot, params)
+        self._logprobs.start(slot, params)
+        self._num_prompt_tokens[slot] = start.num_prompt_tokens
+        token_ids = unpack_int32(start.token_ids)
+        tokens = Tokens(token_ids[: start.num_prompt_tokens], token_ids[start.num_prompt_tokens :])
+        for is_asked, processor in zip(self._is_asked, self._processors, strict=True):
+            is_asked[slot] = processor.start(slot, params, tokens)
+
+    def is_plain(self, slots: Int64Array) -> bool:
+        """Whether these need nothing but a token chosen by their logits as they are."""
+        return not self._is_asked[:, slots].any() and max(self.num_logprobs(slots)) < 0
+
+    def num_logprobs(self, slots: Int64Array) -> list[int]:
+        """How many best ones each row asked for; -1: none, not even its own."""
+        return self._logprobs.counts(slots)
+
+    def draw_params(self, slots: Int64Array, num_tokens: Int64Array) -> npt.NDArray[np.int32]:
+        """What the kernel needs to know of requests that have `num_tokens` so far: see `kernel.sample`."""
+        return self._choice.kernel_params(slots, num_tokens - self._num_prompt_tokens[slots])
+
+    def waits_for_tokens(self, slots: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which of these can be chosen for only after `accept` has brought their last tokens."""
+        waits = np.zeros(len(slots), dtype=np.bool_)
+        for processor, places in self._asked(slots):
+            waits[places] |= processor.needs_tokens
+        return waits
+
+    def sample(self, logits: Tensor, slots: Int64Array, num_tokens: Int64Array) -> Sampled:
+        """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens so far.
+
+        Rows of logits that a processor changes are written over.
+        """
+        numbers = num_tokens - self._num_prompt_tokens[slots]
+        wanted = self._logprobs.wanted(logits, slots)
+        for processor, places in self._asked(slots):
+            processor.apply(logits, Rows(places, slots[places], numbers[places]))
+        token_ids = self._choice.choose(logits, slots, numbers)
+        for processor, places in self._asked(slots):
+            if not processor.needs_tokens:
+                processor.accept(slots[places], token_ids[to_device(places, self._device)])
+        return Sampled(token_ids, *((None, None) if wanted is None else logprobs_of(wanted, token_ids)))
+
+    def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
+        """The tokens [n] int64 of an earlier step have arrived on the host, for the processors that need them there."""
+        for processor, places in self._asked(slots):
+            if processor.needs_tokens:
+                processor.accept(slots[places], token_ids[torch.from_numpy(places)])
+
+    def _asked(self, slots: Int64Array) -> Iterator[tuple[Processor, Int64Array]]:
+        """Each processor that any of these requests asks, and where they are."""
+        for processor, is_asked in zip(self._processors, self._is_asked[:, slots], strict=True):
+            if is_asked.any():
+                yield processor, np.flatnonzero(is_asked)
