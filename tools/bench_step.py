@@ -31,7 +31,7 @@ from pipeline.messages import (
 )
 from pipeline.sampling import SamplingParams
 from pipeline.topology import Role, WorkerId
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine
 from workers.llm.model_runner import StepResult
 from workers.llm.scheduler import Scheduler
@@ -93,7 +93,7 @@ class Measured(NamedTuple):
 
 def make_engine(num_sequences: int, max_model_len: int, runner: Runner) -> Engine:
     num_blocks = num_sequences * (max_model_len // BLOCK_SIZE + 2)
-    scheduler = Scheduler(BlockManager(num_blocks, BLOCK_SIZE), num_sequences, BUDGET, (1,))
+    scheduler = Scheduler(CacheManager.of_size(num_blocks, BLOCK_SIZE, num_sequences), BUDGET, (1,))
     welcome = Welcome(
         sender=LLM, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
         max_model_len=max_model_len, max_requests=num_sequences, max_request_bytes=1,

@@ -38,7 +38,7 @@ from pipeline.sampling import SamplingParams
 from pipeline.slots import ALIGNMENT, Order, SlotAllocator
 from pipeline.tensors import TensorHandle
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine
 from workers.llm.model_runner import StepResult
 from workers.llm.scheduler import Scheduler
@@ -66,7 +66,7 @@ class World:
     def __init__(self, rng: random.Random, has_overlap: bool) -> None:
         self.rng = rng
         self.publisher, self.feedback, self.vit, self.runner = FakePublisher(), FakeSink(), FakeSink(), Runner()
-        scheduler = Scheduler(BlockManager(rng.randint(14, 40), 4), rng.randint(1, 4), 16, (7,), has_prefix_cache=rng.random() < 0.7)
+        scheduler = Scheduler(CacheManager.of_size(rng.randint(14, 40), 4, rng.randint(1, 4)), 16, (7,), has_prefix_cache=rng.random() < 0.7)
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
             max_model_len=56, max_requests=9, max_request_bytes=9,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from pipeline.messages import SequencePlan, pack_int32
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.blocks import BlockManager
 from workers.llm.step_times import Measured, StepTimes
 
 NUM_REPEATS = 3

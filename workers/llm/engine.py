@@ -234,7 +234,7 @@ class Engine:
         for chunk in request.chunks:
             if chunk.wire.vit_epoch < self._epochs.get(vit := WorkerId(Role.VIT, chunk.wire.vit), 0):
                 return Interruption(f"{vit} died")
-        limit, capacity = self._welcome.max_model_len, self.scheduler.capacity
+        limit, capacity = self._welcome.max_model_len, self.scheduler.cache.capacity
         if request.num_tokens >= limit:
             return ErrorInfo(400, f"the prompt has {request.num_tokens} tokens, which leaves no room in the model's context of {limit}", "messages")
         if request.max_num_tokens > capacity:
@@ -362,7 +362,7 @@ class Engine:
             if not item.request.is_over and item.request.num_computed_tokens >= item.stop:  # else it was preempted and reads them again
                 flight.leases += item.request.take_read_leases(item.stop)
         self._leases.release(flight.leases)
-        finished = self.scheduler.update(scheduled, {request_id: token for request_id, (_, token, _) in sampled.items()})
+        finished = self.scheduler.update(scheduled, {request_id: [token] for request_id, (_, token, _) in sampled.items()})
         self.counters["steps"] += 1
         self.counters["output_tokens"] += len(sampled)
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
@@ -443,7 +443,7 @@ class Engine:
         self.scheduler.check_integrity()
         assert len(self.scheduler.waiting) + len(self.scheduler.running) == len(self.requests), "a request is lost or held twice"
         if not self.requests:
-            assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks, "blocks are held for nobody"
+            self.scheduler.cache.check_empty()
 
 
 def _plan(item: Scheduled) -> SequencePlan:

@@ -21,15 +21,12 @@ from workers.llm.attention.torch import Span
 from workers.llm.backends import choose_backend
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes, is_decode
 from workers.llm.models.qwen2_vl import Decoder
-from workers.llm.parallel import HeadLayout, TensorParallel
+from workers.llm.parallel import TensorParallel
 from workers.llm.sampler import Sampled, Sampler
 from workers.nn.layers import make_int8_linear, make_linear
 from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
 
 logger = logging.getLogger(__name__)
-GIB = 1 << 30
-CPU_KV_CACHE_GIB = 1.0
-ACTIVATIONS_GIB = 1.5  # of the largest step, the graphs, and what the libraries take
 LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
 Int64Array = npt.NDArray[np.int64]
 
@@ -238,49 +235,3 @@ class ModelRunner:
 
     def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
         return to_device(values.astype(np.int64), self.device)
-
-
-class KvPlan(NamedTuple):
-    num_blocks: int
-    max_model_len: int
-
-
-def kv_cache_gib(config: Config, device: torch.device) -> float:
-    """Memory for the KV cache of one rank. On a GPU what is left of its share now, after the ViT and the weights.
-
-    Raises ValueError, with the numbers, when nothing is.
-    """
-    if config.llm.kv_cache_gib is not None:
-        return config.llm.kv_cache_gib
-    if device.type != "cuda":
-        return CPU_KV_CACHE_GIB
-    free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
-    left = config.llm.gpu_memory_utilization * total - (total - free) - ACTIVATIONS_GIB
-    if left <= 0:
-        raise ValueError(
-            f"gpu_memory_utilization {config.llm.gpu_memory_utilization} of {total:.1f} GiB leaves no room for a KV cache: "
-            f"{total - free:.1f} GiB are used, and {ACTIVATIONS_GIB} GiB are kept for activations"
-        )
-    return left
-
-
-def plan_kv_cache(info: ModelInfo, config: Config, tp_size: int, dtype: torch.dtype, available_gib: float) -> KvPlan:
-    """Blocks that fit `available_gib` on one rank, never more than `max_num_seqs` full contexts need.
-
-    Where no `max_model_len` is asked for, the context is cut to what fits. Raises ValueError, with the numbers, when one is
-    asked for that the model or the cache cannot hold.
-    """
-    heads = HeadLayout(info.text, 0, tp_size)
-    block_bytes = info.text.num_layers * 2 * heads.num_kv_heads * heads.head_dim * dtype.itemsize * config.llm.block_size
-    fitting = int(available_gib * GIB / block_bytes)
-    limit, asked = info.text.max_position_embeddings, config.model.max_model_len
-    if asked is not None and asked > limit:
-        raise ValueError(f"max_model_len {asked} is more than the model's {limit} positions")
-    length = min(limit, fitting * config.llm.block_size) if asked is None else asked
-    context = -(-length // config.llm.block_size)
-    if context > fitting or length < 1:
-        raise ValueError(
-            f"a context of {length or limit} tokens takes {max(context, 1) * block_bytes / GIB:.3f} GiB of KV cache, but there is room for "
-            f"{available_gib:.3f}: raise kv_cache_gib or lower max_model_len"
-        )
-    return KvPlan(min(fitting, context * config.llm.max_num_seqs), length)

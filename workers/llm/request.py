@@ -156,9 +156,10 @@ class Request:
 
     def num_ready_tokens(self) -> int:
         """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
-        for chunk in self.chunks:
-            if chunk.embeddings is None and chunk.stop > self.num_computed_tokens:
-                return chunk.offset
+        if self.num_computed_tokens < len(self.prompt_token_ids):
+            for chunk in self.chunks:
+                if chunk.embeddings is None and chunk.stop > self.num_computed_tokens:
+                    return chunk.offset
         return self.num_tokens
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:

@@ -31,10 +31,13 @@ from pipeline.messages import (
 )
 from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
+from workers.llm.cache.plan import GIB, available_gib, plan_cache
+from workers.llm.cache.spec import states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
-from workers.llm.model_runner import GIB, ModelRunner, kv_cache_gib, plan_kv_cache
+from workers.llm.model_runner import ModelRunner
+from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
@@ -60,7 +63,9 @@ def main(context: WorkerContext) -> None:
     if device.type == "cuda":
         _wait_for_vits(context, control)
     else:
-        plan_kv_cache(info, config, tp_size, dtype, kv_cache_gib(config, device))  # what cannot fit fails before the weights are loaded
+        # What cannot fit fails before the weights are loaded.
+        spec = Decoder.spec_of(info.text, tp_size)
+        plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
     rendezvous = Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
     # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
     steps = context.sockets.subscriber(STEPS, rank=lead) if rank > 0 else None
@@ -75,16 +80,20 @@ def main(context: WorkerContext) -> None:
     try:
         runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
-        kv_plan = plan_kv_cache(info, config, tp_size, dtype, parallel.smallest(int(kv_cache_gib(config, device) * GIB)) / GIB)
-        runner.open_cache(kv_plan.num_blocks, kv_plan.max_model_len)
+        spec = runner.decoder.cache_spec()
+        gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
+        cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
+        runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
         if steps is None:
+            cache = CacheManager.of_size(
+                cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=bool(states_of(spec))
+            )
             scheduler = Scheduler(
-                BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
-                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching,
-            )  # fmt: skip
+                cache, config.llm.max_num_batched_tokens, info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching
+            )
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
-                max_model_len=kv_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
+                max_model_len=cache_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
                 max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
                 recovery_timeout=config.launcher.recovery_timeout,
                 tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()), **context.origin,
@@ -140,7 +149,7 @@ def _lead(
         sockets.sender(FEEDBACK), vits, sockets.epochs, has_overlap=has_overlap(config.llm.overlap, runner.device),
         tracer=context.tracer, record=context.recorder.record,
     )  # fmt: skip
-    blocks = scheduler.blocks
+    blocks = scheduler.cache.blocks
     step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
     for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
         context.progress("measuring steps", len(step_times), 2)
@@ -194,7 +203,7 @@ def has_overlap(option: str, device: torch.device) -> bool:
 
 
 def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
-    blocks = engine.scheduler.blocks
+    blocks = engine.scheduler.cache.blocks
     return {
         **engine.counters, "free_blocks": blocks.num_free, "cached_blocks": blocks.num_cached, "preemptions": engine.scheduler.num_preemptions,
         "clients_cut_off": engine.num_clients_cut_off, "refused_messages": num_refused,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.messages import SequencePlan, unpack_int32
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.blocks import BlockManager
 from workers.llm.calibration import measure_step_times
 
 

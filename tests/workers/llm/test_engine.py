@@ -56,7 +56,7 @@ from tests.chats import CHATS, Chat, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import limits
 from tests.reference import Answer, Reference, assert_same_tokens
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
@@ -82,7 +82,7 @@ class Rig:
         config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention))
         runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000)
-        self.scheduler = Scheduler(BlockManager(num_blocks, block_size), 8, budget, self.info.eos_token_ids)
+        self.scheduler = Scheduler(CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.families import TextInfo
+from workers.llm.cache.spec import CacheSpec, Paged
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.nn.layers import Linear, RMSNorm, make_linear
 from workers.nn.loader import Checkpoint, Rows
@@ -56,6 +57,15 @@ class Decoder:
         self.lm_head = linear(head)
         self.on_layer: Callable[[], object] = lambda: None  # where each layer is computed by itself
         self._axes, self._frequencies = _rotary_constants(info, checkpoint.device)
+
+    @staticmethod
+    def spec_of(info: TextInfo, tp_size: int) -> CacheSpec:
+        """What one rank of a decoder of this shape keeps, known before it is loaded."""
+        heads = HeadLayout(info, 0, tp_size)
+        return [Paged(heads.num_kv_heads, heads.head_dim)] * info.num_layers
+
+    def cache_spec(self) -> CacheSpec:
+        return self.spec_of(self.info, self.parallel.size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[num_tokens, hidden]"""

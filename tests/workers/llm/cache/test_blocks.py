@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.blocks import BlockManager
 
 
 def test_blocks_are_never_given_twice() -> None:
