@@ -23,6 +23,7 @@ from pipeline.messages import (
     PROTOCOL_VERSION,
     GenerateRequest,
     Hello,
+    Origin,
     OutputsMessage,
     StepPlan,
     StepsMessage,
@@ -32,9 +33,10 @@ from pipeline.messages import (
 from pipeline.sampling import SamplingParams
 from pipeline.topology import Role, WorkerId
 from workers.llm.cache.manager import CacheManager
-from workers.llm.engine import Engine
-from workers.llm.model_runner import StepResult
+from workers.llm.engine import Engine, Links
 from workers.llm.scheduler import Scheduler
+from workers.llm.step_result import StepResult
+from workers.llm.stepping import Watch
 
 CLIENT = b"c" * 16
 BLOCK_SIZE = 16
@@ -48,7 +50,7 @@ class Done:
     has_run = True
 
     def __init__(self, num_sampled: int) -> None:
-        self._result = StepResult([7] * num_sampled, [()] * num_sampled)
+        self._result = StepResult([[7]] * num_sampled, [()] * num_sampled)
 
     def result(self) -> StepResult:
         return self._result
@@ -107,9 +109,9 @@ def make_engine(num_sequences: int, max_model_len: int, runner: Runner) -> Engin
         for request_id in request_ids:
             digest_of(request_id)
 
-    engine = Engine(
-        {"sender": LLM, "epoch": 1}, scheduler, runner, welcome, 2, publish, None, NoSink(), [], record=record
-    )  # fmt: skip
+    links = Links(publish=publish, feedback=NoSink(), vits=[])
+    origin: Origin = {"sender": LLM, "epoch": 1}
+    engine = Engine(origin, scheduler, runner, welcome, 2, links, watch=Watch(record=record))
     engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
     engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
     return engine

@@ -87,6 +87,7 @@ class Request:
     num_published_blocks: int = 0
     slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
+    num_sent_blocks: int = 0  # of its table: the runner has them
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority
@@ -182,12 +183,6 @@ class Request:
     def token_ids(self, start: int, stop: int) -> list[int]:
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
-
-    def positions_of(self, start: int, stop: int) -> Int32Array:
-        """M-RoPE positions [3, stop - start]; behind the prompt all three rows are the index plus the delta."""
-        prompt = len(self.prompt_token_ids)
-        behind = np.arange(max(start, prompt), max(stop, prompt), dtype=np.int32) + np.int32(self.position_delta)
-        return np.concatenate([self.positions[:, start:stop], np.broadcast_to(behind, (3, len(behind)))], axis=1)
 
     def embedding_slices(self, start: int, stop: int) -> tuple[EmbeddingSlice, ...]:
         """The parts of embeddings that tokens [start, stop) take the place of."""

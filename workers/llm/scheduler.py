@@ -212,6 +212,7 @@ class Scheduler:
             # A spare block for each that runs, or the newcomer would soon be preempted again.
             if not self.cache.has_room(found, request.num_tokens, num_spare=len(self.running)):
                 break  # and nobody overtakes it
+            assert not request.num_pending_tokens, "a token of the request is still in flight"
             self.waiting.remove(request)
             request.slot, request.block_table = self.cache.allocate(request.request_id, found, request.num_tokens)
             request.num_computed_tokens = len(found) * self.cache.block_size
@@ -254,9 +255,10 @@ class Scheduler:
             if item.is_sampled:
                 request.num_pending_tokens -= 1
                 self._append(request, new_token_ids[request.request_id])
-            if publishes and item.stop // block_size > request.num_published_blocks:
-                if request.num_computed_tokens >= item.stop:
-                    self._publish(request, item.stop // block_size)
+            num_full = item.stop // block_size
+            # One that was preempted has lost the blocks that the step wrote.
+            if publishes and num_full > request.num_published_blocks and request.num_computed_tokens >= item.stop:
+                self._publish(request, num_full)
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)

@@ -35,12 +35,13 @@ from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.calibration import measure_step_times
-from workers.llm.engine import Engine
+from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
+from workers.llm.stepping import Watch
 from workers.nn.loader import choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def main(context: WorkerContext) -> None:
     sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
     runner: ModelRunner | None = None
     try:
-        runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
+        runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
         spec = runner.decoder.cache_spec()
         gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
@@ -144,19 +145,23 @@ def _lead(
             poller.wait()
             context.read_control(control)
             num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
+    links = Links(
+        publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits,
+        publish_step=steps.publish if steps else None,
+    )  # fmt: skip
     engine = Engine(
-        context.origin, scheduler, runner, welcome, merge_size, outputs.publish, steps.publish if steps else None,
-        sockets.sender(FEEDBACK), vits, sockets.epochs, has_overlap=has_overlap(config.llm.overlap, runner.device),
-        tracer=context.tracer, record=context.recorder.record,
+        context.origin, scheduler, runner, welcome, merge_size, links, sockets.epochs,
+        has_overlap=has_overlap(config.llm.overlap, runner.device),
+        watch=Watch(tracer=context.tracer, record=context.recorder.record),
     )  # fmt: skip
     blocks = scheduler.cache.blocks
     step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
     for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
         context.progress("measuring steps", len(step_times), 2)
         sharing.widen(is_wide)
-        engine.is_wide = is_wide
+        engine.stepper.is_wide = is_wide
         step_times[is_wide] = measure_step_times(
-            engine.execute, blocks, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
+            engine.execute, scheduler.cache, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
         )
     context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
     poller = Poller(inbox, outputs, control)
@@ -179,8 +184,8 @@ def _lead(
             context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
             if not engine.requests:
                 engine.check_integrity()
-        engine.is_wide = sharing.enter()
-        scheduler.step_times = step_times.get(engine.is_wide)
+        engine.stepper.is_wide = sharing.enter()
+        scheduler.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
         sharing.announce(is_busy)
         if not is_busy:

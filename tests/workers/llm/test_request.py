@@ -61,14 +61,6 @@ def test_a_video_counts_time_in_the_first_row() -> None:
     assert delta == 6 - 15
 
 
-def test_positions_behind_the_prompt_go_on_with_the_delta() -> None:
-    made = request(12, (item(2, GridTHW(1, 4, 4)),))
-    whole = made.positions_of(0, 12)
-    assert np.array_equal(np.concatenate([made.positions_of(0, 5), made.positions_of(5, 12)], axis=1), whole)
-    assert made.positions_of(12, 14).tolist() == [[12 + made.position_delta, 13 + made.position_delta]] * 3
-    assert whole.max() + 1 == 12 + made.position_delta
-
-
 def handle(rows: int) -> TensorHandle:
     return TensorHandle("vit.0", 1, 0, 1, 0, (rows, 8), "float32")
 

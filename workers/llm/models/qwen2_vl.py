@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.cache.spec import CacheSpec, Paged
+from workers.llm.cache.state_tensors import StepStates
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.nn.layers import Linear, RMSNorm, make_linear
 from workers.nn.loader import Checkpoint, Rows
@@ -72,8 +73,13 @@ class Decoder:
         return self._embeddings[token_ids].to(self._dtype)
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, positions: Tensor, attention: Attention, layout: Any) -> Tensor:
-        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens]. Kernels write over x."""
+    def __call__(
+        self, x: Tensor, positions: Tensor, attention: Attention, layout: Any, states: StepStates | None = None
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens].
+
+        Kernels write over x. No layer of this decoder keeps a state.
+        """
         rotary = attention.rotary(positions[self._axes].float().T * self._frequencies, x.dtype)
         if self._kernels is None:
             for layer in self.layers:
