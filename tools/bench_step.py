@@ -1,9 +1,9 @@
-"""What rank 0 does in a step beside the model: plan, bookkeeping, outputs. The runner of this benchmark returns at once.
+"""What rank 0 does in a step beside the model: plan, bookkeeping, outputs. The runner returns at once.
 
     python -m tools.bench_step --sequences 1 64 512
 
-Each of so many sequences has a context of 8k tokens and decodes. Printed are, per step, the median microseconds of
-`Engine.step`, and the bytes and microseconds of its plan for another rank.
+Each of so many sequences has a context of 8k tokens and decodes. Printed are, per step, the median
+microseconds of `Engine.step`, and the bytes and microseconds of its plan for another rank.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def submit(engine: Engine, number: int, context: int, num_output: int) -> None:
     prompt = [rng.randrange(100, 30_000) for _ in range(context)]
     sampling = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, seed=1)
     request = GenerateRequest(
-        sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=f"request-{number}", attempt=1, arrival=number + 1,
-        prompt_token_ids=pack_int32(prompt), items=(), sampling=sampling,
+        sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=f"request-{number}", attempt=1,
+        arrival=number + 1, prompt_token_ids=pack_int32(prompt), items=(), sampling=sampling,
     )  # fmt: skip
     engine.handle(request, 0.0)
 
@@ -160,7 +160,8 @@ def measure(num_sequences: int, context: int, num_steps: int) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--context", type=int, default=8192, help="tokens of each prompt")

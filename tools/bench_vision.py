@@ -359,9 +359,7 @@ class _InProcess:
 
     def _launch(self, steps: Sequence[SequenceStep], starts: Sequence[SequenceStart]) -> None:
         self._step += 1
-        plan = StepPlan(
-            sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=tuple(starts), sequences=tuple(steps)
-        )
+        plan = StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=tuple(starts), sequences=tuple(steps))
         self._runner.launch(plan).result()
 
 

@@ -28,8 +28,8 @@ def measure_step_times(
 ) -> StepTimes:
     """Runs steps of 1, 2, 4, 6, 8, 12, … tokens without history and one with.
 
-    `execute` starts a sequence, then runs a step of it, and returns the seconds of the step. Uses blocks of the
-    cache that nobody has yet, and gives them back.
+    `execute` starts a sequence, then runs a step of it, and returns the seconds of the step. Uses blocks of
+    the cache that nobody has yet, and gives them back.
     """
     longest = min(max_model_len, cache.capacity)
     slot, blocks = cache.allocate(OWNER, [], longest)
@@ -64,7 +64,7 @@ def measure_step_times(
 
 
 def _sizes() -> Iterator[int]:
-    """Powers of 2, and what lies midway: a product's time may leap from 6 rows to 7 and then stay up to 12."""
+    """Powers of 2, and what lies midway: a product's time may leap from 6 rows to 7, then stay up to 12."""
     yield from (1, 2)
     for power in itertools.count(2):
         yield from (1 << power, 3 << power - 1)

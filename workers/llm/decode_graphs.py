@@ -1,5 +1,5 @@
-"""Steps in which every sequence decodes, in batches of a few sizes: as CUDA graphs, since a launch costs more than
-most of what is launched.
+"""Steps in which every sequence decodes, in batches of a few sizes: as CUDA graphs, since a launch costs more
+than most of what is launched.
 
 All that changes from step to step lies in buffers that stay where they are. Without a GPU the same code runs
 uncaptured. The host copies a few numbers a sequence: its block table is on the device already.
@@ -7,6 +7,7 @@ uncaptured. The host copies a few numbers a sequence: its block table is on the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -27,15 +28,16 @@ NUM_WARM_UPS = 2  # kernels are compiled, and libraries take their memory, outsi
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """1, 2, 4, 8, 16, …, in steps that leave at most a quarter of a batch empty from 8 on; the last is `largest`."""
+    """1, 2, 4, 8, … in steps that leave at most a quarter of a batch empty from 8 on, up to `largest`."""
     bases = (8 << power for power in range(12))
     steps = itertools.chain((1, 2, 4), (base * quarters // 4 for base in bases for quarters in (4, 5, 6, 7)))
     return [*itertools.takewhile(lambda size: size < largest, steps), largest]
 
 
 class Inputs(NamedTuple):
-    """What a batch of `n` reads, all on the device. Rows that fill it up belong to nobody: a spare slot, and one
-    token at a spare place.
+    """What a batch of `n` reads, all on the device.
+
+    Rows that fill it up belong to nobody: a spare slot, and one token at a spare place.
     """
 
     positions: Tensor  # [n] int32
@@ -51,7 +53,7 @@ class Outputs(NamedTuple):
 
 
 class DeviceTables:
-    """The block tables by slot once more, on the device. New blocks are written in the order of its stream."""
+    """The block tables by slot, on the device. New blocks are written in the order of its stream."""
 
     def __init__(self, sequences: SequenceTable, spare_block: int, device: torch.device) -> None:
         self._sequences, self._device = sequences, device
@@ -82,12 +84,18 @@ class DecodeBuffers:
     """Page-locked memory that steps are written to, and its image on the device."""
 
     def __init__(
-        self, largest: int, sequences: SequenceTable, block_size: int, spare_kv_slot: int, device: torch.device
+        self,
+        largest: int,
+        sequences: SequenceTable,
+        block_size: int,
+        spare_kv_slot: int,
+        device: torch.device,
     ) -> None:
         self._sequences, self._block_size, self._spare_kv_slot = sequences, block_size, spare_kv_slot
-        is_locked = device.type == "cuda"
+        is_cuda = device.type == "cuda"
         shape = (len(FIELDS) + NUM_PARAMS, largest)
-        self._staged = [torch.zeros(shape, dtype=torch.int32, pin_memory=is_locked) for _ in range(NUM_STAGINGS)]
+        zeros = functools.partial(torch.zeros, shape, dtype=torch.int32)
+        self._staged = [zeros(pin_memory=is_cuda) for _ in range(NUM_STAGINGS)]
         self._turn = 0
         self._rows = torch.zeros(shape, dtype=torch.int32, device=device)
         self.device_tables = DeviceTables(sequences, spare_kv_slot // block_size, device)

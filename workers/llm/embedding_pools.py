@@ -22,7 +22,10 @@ class EmbeddingPools:
         self._opened: dict[str, tuple[int, int | None]] = {}
 
     def open(self, info: PoolInfo) -> None:
-        """To be called on all ranks, in the same order among steps. Raises PipelineError when no rank can map the pool."""
+        """To be called on all ranks, in the same order among steps.
+
+        Raises PipelineError when no rank can map the pool.
+        """
         error, is_gone = "", False
         try:
             self._pools.open(info)
@@ -35,10 +38,8 @@ class EmbeddingPools:
             logger.info("%s", error)  # of a successor we shall hear
             return
         if not any(can_read):
-            raise PipelineError(
-                f"the embeddings of {info.pool_id} cannot be read ({error}); "
-                "--embedding-transport host needs no mapping"
-            )
+            remedy = "--embedding-transport host needs no mapping"
+            raise PipelineError(f"the embeddings of {info.pool_id} cannot be read ({error}); {remedy}")
         self._opened[info.pool_id] = info.epoch, None if all(can_read) else can_read.index(True)
         if error:
             logger.warning(

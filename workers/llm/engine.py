@@ -2,7 +2,7 @@
 
     handle(message) … → step() → handle(message) … → step() → …
 
-`intake.py` takes what comes in, `stepping.py` computes, `requests.py` holds what is open and says how it ended.
+`intake.py` takes what comes in, `stepping.py` computes, `requests.py` says how requests end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workers.llm.stepping import Runner, Stepper, Watch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """The ways to rank 0's neighbours: clients, preprocess, the ViTs by index, and the other ranks, if there are any."""
+    """The ways to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any."""
 
     publish: Publish
     feedback: Sink[FeedbackMessage]
@@ -60,13 +60,30 @@ class Engine:
         self.scheduler, self.runner = scheduler, runner
         self._clients, self._leases = Clients(origin, welcome, links.publish), Leases(origin, links.vits)
         self.stepper = Stepper(
-            origin, scheduler, runner, self._leases, links.publish_step, has_overlap, watch or Watch()
+            origin,
+            scheduler,
+            runner,
+            self._leases,
+            links.publish_step,
+            has_overlap,
+            watch or Watch(),
         )
         self._requests = Requests(
-            origin, scheduler, self.stepper, self._clients, self._leases, links.feedback
+            origin,
+            scheduler,
+            self.stepper,
+            self._clients,
+            self._leases,
+            links.feedback,
         )
         self.intake = Intake(
-            origin, self._requests, self.stepper, self._clients, self._leases, welcome, merge_size,
+            origin,
+            self._requests,
+            self.stepper,
+            self._clients,
+            self._leases,
+            welcome,
+            merge_size,
             {} if epochs is None else epochs,
         )
 
@@ -141,6 +158,7 @@ class Engine:
     def check_integrity(self) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        assert len(scheduler.waiting) + len(scheduler.running) == len(self.requests), "a request is lost or held twice"
+        num_requests = len(scheduler.waiting) + len(scheduler.running)
+        assert num_requests == len(self.requests), "a request is lost or held twice"
         if not self.requests:
             scheduler.cache.check_empty()

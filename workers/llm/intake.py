@@ -1,4 +1,4 @@
-"""What comes in at rank 0: new requests, aborts, embeddings, the death of neighbours. No step is computed here.
+"""What comes in at rank 0: new requests, aborts, embeddings, the death of neighbours.
 
 Messages of one request come over several connections, so that embeddings may be here before their request.
 """
@@ -81,14 +81,19 @@ class Intake:
                     self._requests.end(self._requests.open[message.key.request_id], message.error, now)
             case LeaseRefused(key=key):
                 if self._is_wanted(self._find_chunk(message)):
-                    self._requests.interrupt(self._requests.open[key.request_id], Interruption("preempted"), now)
+                    self._requests.interrupt(
+                        self._requests.open[key.request_id],
+                        Interruption("preempted"),
+                        now,
+                    )
             case _:
                 assert_never(message)
 
     def on_death(self, successor: WorkerState, now: float) -> None:
         """Of a neighbour; no step may be in flight that reads what a dead ViT has left.
 
-        Requests that needed something of it end here, to be submitted again; what has been read is not needed.
+        Requests that needed something of it end here, to be submitted again; what has been read is not
+        needed.
         """
         role, rank = successor.worker.role, successor.worker.rank
         open_requests = list(self._requests.open.values())
@@ -166,17 +171,15 @@ class Intake:
     def _too_long(self, request: Request) -> ErrorInfo | None:
         limit, capacity = self._welcome.max_model_len, self._stepper.scheduler.cache.capacity
         if request.num_tokens >= limit:
+            length = f"the prompt has {request.num_tokens} tokens"
             return ErrorInfo(
                 400,
-                f"the prompt has {request.num_tokens} tokens, which leaves no room in the model's context of {limit}",
+                f"{length}, which leaves no room in the model's context of {limit}",
                 "messages",
             )
         if request.max_num_tokens > capacity:
-            return ErrorInfo(
-                400,
-                f"prompt and output of {request.max_num_tokens} tokens can never fit the KV cache of {capacity} tokens",
-                "max_tokens",
-            )
+            length = f"prompt and output of {request.max_num_tokens} tokens"
+            return ErrorInfo(400, f"{length} can never fit the KV cache of {capacity} tokens", "max_tokens")
         if len(request.output_token_ids) >= request.max_tokens:
             reason = f"all {request.max_tokens} output tokens are there already"
             return ErrorInfo(400, reason, "output_token_ids")

@@ -1,4 +1,4 @@
-"""Computes a step plan on one rank: embeds, gathers the pictures' embeddings in place, runs the decoder, samples.
+"""Computes a step plan on one rank: embeds, gathers pictures' embeddings in place, runs the decoder, samples.
 
 It keeps what it is told when a sequence starts, by slot (`sequences.py`); a step adds what is new.
 """
@@ -56,7 +56,13 @@ class ModelRunner:
         self.pools = EmbeddingPools(PoolMap(device.index if device.type == "cuda" else None), parallel)
         self._dtype = choose_dtype(config.model.dtype, device)
         self._num_slots = config.llm.max_num_seqs
-        self.sampler = Sampler(self._num_slots, info.text.vocab_size, info.eos_token_ids, device, backend.sample)
+        self.sampler = Sampler(
+            self._num_slots,
+            info.text.vocab_size,
+            info.eos_token_ids,
+            device,
+            backend.sample,
+        )
         # By slot; the last is that of the rows that fill up a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
@@ -84,13 +90,19 @@ class ModelRunner:
         return cls(info, config, decoder, backend, device, parallel)
 
     def open_cache(self, num_blocks: int, max_model_len: int) -> None:
-        """Makes what the layers keep, and captures the graphs of decode steps where the backend can be captured."""
+        """Makes what the layers keep, and captures the graphs of decode steps where the backend allows it."""
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
         paged = paged_of(spec)
         if len(set(paged)) != 1:
             raise ValueError(f"paged layers must all have the same heads, got {sorted(set(paged))}")
         self.attention = self._backend.attention(
-            len(paged), num_blocks, size, paged[0].num_kv_heads, paged[0].head_dim, self._dtype, self.device
+            len(paged),
+            num_blocks,
+            size,
+            paged[0].num_kv_heads,
+            paged[0].head_dim,
+            self._dtype,
+            self.device,
         )
         self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
         self.states = StateTensors(states_of(spec), self._num_slots, self.device)
@@ -114,7 +126,7 @@ class ModelRunner:
             self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
 
     def _decode(self, inputs: Inputs, longest: int) -> Outputs:
-        """One token more for each sequence. All stays on the device and in its place: a CUDA graph can hold it."""
+        """One token more for each sequence. All stays in place on the device: a CUDA graph can hold it."""
         assert self._backend.sample is not None
         slots = inputs.slots.long()
         tables = self._tables.tables[slots]
@@ -167,7 +179,7 @@ class ModelRunner:
 
     def _launch_any(self, rows: Rows, steps: Sequence[SequenceStep]) -> Launched:
         hidden, ends = self._compute(rows, steps)
-        # Ranks must agree on whether there is a collective at all: the plan says so, and it is the same for all.
+        # Ranks must agree on whether there is a collective at all: they do, by their equal plans.
         if not rows.are_sampled.any():
             return Launched(None, (), self.device)
         slots = rows.slots[rows.are_sampled]
@@ -197,7 +209,12 @@ class ModelRunner:
                 self.pools.gather(x[first : first + part.length], part.embeddings, part.start)
         spans = [
             Span(count, start, self.sequences.block_table(slot))
-            for slot, start, count in zip(rows.slots.tolist(), rows.starts.tolist(), rows.counts.tolist(), strict=True)
+            for slot, start, count in zip(
+                rows.slots.tolist(),
+                rows.starts.tolist(),
+                rows.counts.tolist(),
+                strict=True,
+            )
         ]
         states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist())
         return self.decoder(x, positions, self.attention, self.attention.plan(spans), states), ends
@@ -218,8 +235,8 @@ class ModelRunner:
         """[3, num_tokens] int64"""
         positions = np.empty((3, ends[-1]), dtype=np.int64)
         # Of a sequence that decodes all three rows are equal.
-        slots = rows.slots[rows.are_decodes]
-        positions[:, ends[rows.are_decodes] - 1] = rows.starts[rows.are_decodes] + self.sequences.position_deltas[slots]
+        of_decodes = rows.starts + self.sequences.position_deltas[rows.slots]
+        positions[:, ends[rows.are_decodes] - 1] = of_decodes[rows.are_decodes]
         for row in np.flatnonzero(~rows.are_decodes):
             slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
             positions[:, ends[row] - count : ends[row]] = self.sequences.positions(slot, start, start + count)

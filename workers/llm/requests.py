@@ -1,4 +1,4 @@
-"""The requests that are open at rank 0, and how they end. The one place that sends a request's terminal message."""
+"""The requests that are open at rank 0, and how they end: only here a terminal message is sent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Requests:
     # While they run.
 
     def on_admitted(self, admitted: Admitted) -> None:
-        """Of what the prefix cache covers nothing is needed; of the rest, what was read before a preemption is."""
+        """What the prefix cache covers is not needed; of the rest, what was read before a preemption is."""
         request, covered = admitted
         self.counters["cached_tokens"] += covered
         missing = {chunk.item for chunk in request.chunks if chunk.embeddings is None and not chunk.is_lost}
@@ -47,7 +47,10 @@ class Requests:
             if number in missing and item.offset + item.length <= covered:
                 self._feedback.send(
                     ItemNotNeeded(
-                        request_id=request.request_id, attempt=request.attempt, item=number, **self._origin
+                        request_id=request.request_id,
+                        attempt=request.attempt,
+                        item=number,
+                        **self._origin,
                     )
                 )
         self._leases.release(request.take_read_leases(covered))

@@ -131,7 +131,7 @@ class Scheduler:
         return Scheduled(request, start, stop, is_sampled)
 
     def _make_room(self) -> list[Request]:
-        """A place in the KV cache for every running request's newest token. Those that were preempted for it."""
+        """A place in the cache for every running request's newest token. Those that were preempted for it."""
         preempted: list[Request] = []
         block_size = self.cache.block_size
         growing = [each for each in self.running if each.num_tokens > len(each.block_table) * block_size]
@@ -164,7 +164,13 @@ class Scheduler:
         found = self.cache.find(self._hashes(first))
         num_blocks = -(-first.num_tokens // self.cache.block_size)
         while not self.cache.has_room(found, first.num_tokens, num_spare=len(self.running)):
-            victim = who_gives_blocks(first, num_blocks, self.running, num_tenants, self.cache.blocks.num_blocks)
+            victim = who_gives_blocks(
+                first,
+                num_blocks,
+                self.running,
+                num_tenants,
+                self.cache.blocks.num_blocks,
+            )
             if victim is None:
                 break
             preempted.append(victim)
@@ -214,7 +220,11 @@ class Scheduler:
                 break  # and nobody overtakes it
             assert not request.num_pending_tokens, "a token of the request is still in flight"
             self.waiting.remove(request)
-            request.slot, request.block_table = self.cache.allocate(request.request_id, found, request.num_tokens)
+            request.slot, request.block_table = self.cache.allocate(
+                request.request_id,
+                found,
+                request.num_tokens,
+            )
             request.num_computed_tokens = len(found) * self.cache.block_size
             request.num_published_blocks = len(found)
             if not request.was_admitted:
@@ -239,7 +249,9 @@ class Scheduler:
     # What came of a step.
 
     def update(
-        self, scheduled: Sequence[Scheduled], new_token_ids: Mapping[str, Sequence[int]]
+        self,
+        scheduled: Sequence[Scheduled],
+        new_token_ids: Mapping[str, Sequence[int]],
     ) -> list[Request]:
         """Takes a step's results: the new tokens of each request that was sampled, in order.
 
@@ -257,7 +269,8 @@ class Scheduler:
                 self._append(request, new_token_ids[request.request_id])
             num_full = item.stop // block_size
             # One that was preempted has lost the blocks that the step wrote.
-            if publishes and num_full > request.num_published_blocks and request.num_computed_tokens >= item.stop:
+            is_kept = request.num_computed_tokens >= item.stop
+            if publishes and is_kept and num_full > request.num_published_blocks:
                 self._publish(request, num_full)
             if request.finish_reason is not None:
                 self.remove(request)
@@ -274,7 +287,8 @@ class Scheduler:
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         sampling = request.sampling
-        if token_id in sampling.stop_token_ids or (token_id in self.eos_token_ids and not sampling.ignore_eos):
+        is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(request.output_token_ids) >= request.max_tokens else None
 
@@ -288,8 +302,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         self.cache.check_integrity()
         slots = {request.slot for request in self.running}
-        assert len(slots) == len(self.running) == self.max_num_seqs - self.cache.slots.num_free, "a slot is lost"
-        assert all(request in self.running for request in self._computing.values()), "blocks are awaited from nobody"
+        num_taken = self.max_num_seqs - self.cache.slots.num_free
+        assert len(slots) == len(self.running) == num_taken, "a slot is lost or used twice"
+        is_awaited_from_nobody = any(request not in self.running for request in self._computing.values())
+        assert not is_awaited_from_nobody, "blocks are awaited from nobody"
         for queue, key in ((self.waiting, _arrival), (self.running, _order)):
             assert queue == sorted(queue, key=key), "a queue is out of order"
 

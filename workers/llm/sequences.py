@@ -1,4 +1,4 @@
-"""What a rank keeps of the sequences that run, by slot, so that a step says only what is new. On the host, no torch.
+"""What a rank keeps of running sequences, by slot, so that a step says only what is new. No torch.
 
     start(…) → rows(steps) → the step is computed → advance(rows) → rows(steps) → …
 
@@ -43,8 +43,8 @@ class SequenceTable:
         self.num_blocks = np.zeros(num_slots + 1, dtype=np.int64)
         self.lengths = np.zeros(num_slots + 1, dtype=np.int64)  # tokens computed, or being computed
         self.position_deltas = np.zeros(num_slots + 1, dtype=np.int64)
-        # The place of the last token that the host knew at the start, where it is text. From there on the device
-        # has all that a decode needs.
+        # The place of the last token that the host knew at the start, where it is text. From there on the
+        # device has all that a decode needs.
         self._decodes_from = np.zeros(num_slots + 1, dtype=np.int64)
         self._token_ids = [np.zeros(0, dtype=np.int32)] * num_slots  # known at the start
         self._positions: list[Int32Array | None] = [None] * num_slots  # [3, prompt]; None: of text alone
@@ -95,7 +95,7 @@ class SequenceTable:
         return found
 
     def positions(self, slot: int, start: int, stop: int) -> Int32Array:
-        """M-RoPE positions [3, stop - start]; behind the prompt all three rows are the index plus the delta."""
+        """M-RoPE positions [3, stop - start]; behind the prompt all rows are the index plus the delta."""
         of_prompt = self._positions[slot]
         num_prompt = 0 if of_prompt is None else of_prompt.shape[1]
         behind = np.arange(max(start, num_prompt), max(stop, num_prompt), dtype=np.int32)

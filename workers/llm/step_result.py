@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,13 +43,19 @@ class Launched:
         each = token_ids[:, None].tolist()
         if not best:
             return StepResult(each, ((),) * len(each))
-        logprobs = [
-            (TokenLogprobs(pack_int32(ids[: count + 1]), values[: count + 1].astype("<f4").tobytes()),)
-            if count >= 0
-            else ()
-            for values, ids, count in zip(*best, self._num_logprobs, strict=True)
-        ]
+        logprobs = [_logprobs(*row) for row in zip(*best, self._num_logprobs, strict=True)]
         return StepResult(each, logprobs)
+
+
+def _logprobs(
+    values: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int64],
+    count: int,
+) -> tuple[TokenLogprobs, ...]:
+    """Of one token: its own and the `count` best; count -1: none are wanted."""
+    if count < 0:
+        return ()
+    return (TokenLogprobs(pack_int32(ids[: count + 1]), values[: count + 1].astype("<f4").tobytes()),)
 
 
 def _to_host(part: Tensor) -> Tensor:

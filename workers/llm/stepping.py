@@ -1,7 +1,8 @@
-"""Rank 0's steps: a schedule becomes a plan for all ranks, a plan an in-flight step, and that the tokens it yields.
+"""Rank 0's steps: a schedule becomes a plan for all ranks, a plan an in-flight step, and that yields tokens.
 
 With overlap the next step is launched before the results of the one in flight are taken. A request that ends
-meanwhile has its share of that step thrown away; leases that the step may still read are released when it is over.
+meanwhile has its share of that step thrown away; leases that the step may still read are released when it is
+over.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class InFlightStep:
     launched: Launched
     started_at: float
     ended_at: float | None  # None: it runs on
-    leases: list[Lease] = field(default_factory=list)  # of requests that ended meanwhile: it may still read them
+    # Of requests that ended meanwhile: the step may still read them.
+    leases: list[Lease] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Who looks on: a clock (seconds of any steady one), a tracer, and who is told which requests execute now."""
+    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on."""
 
     clock: Callable[[], float] = time.perf_counter
     tracer: Tracer | None = None
@@ -77,7 +79,8 @@ class Collected(NamedTuple):
 class Stepper:
     """`publish_step` hands a message to the other ranks; None when there are none.
 
-    `has_overlap`: a step is launched while the one before it runs, which pays where the device works by itself.
+    `has_overlap`: a step is launched while the one before it runs, which pays where the device works by
+    itself.
     """
 
     def __init__(
@@ -154,7 +157,11 @@ class Stepper:
         started = (*self._started, *others)
         self._started.clear()
         return StepPlan(
-            step=self._step, started=started, sequences=tuple(sequences), is_wide=self.is_wide, **self._origin
+            step=self._step,
+            started=started,
+            sequences=tuple(sequences),
+            is_wide=self.is_wide,
+            **self._origin,
         )
 
     def _step_of(self, item: Scheduled) -> SequenceStep:
@@ -212,7 +219,7 @@ class Stepper:
         return Collected(yielded, finished)
 
     def _observe(self, step: InFlightStep) -> None:
-        """Lets the scheduler learn how long the step took: from its launch, or from the end of the one before."""
+        """Tells the scheduler how long the step took, from its launch or from the end of the one before."""
         ended_at = step.ended_at or self._watch.clock()
         started_at, self._step_end = max(step.started_at, self._step_end), ended_at
         tracer, step_times = self._watch.tracer, self.scheduler.step_times

@@ -86,12 +86,8 @@ def main(context: WorkerContext) -> None:
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
         runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
         if steps is None:
-            cache = CacheManager.of_size(
-                cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=bool(states_of(spec))
-            )
-            scheduler = Scheduler(
-                cache, config.llm.max_num_batched_tokens, info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching
-            )
+            cache = CacheManager.of_size(cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=bool(states_of(spec)))
+            scheduler = Scheduler(cache, config.llm.max_num_batched_tokens, info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching)
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
                 max_model_len=cache_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,

@@ -33,7 +33,16 @@ def table(*sequences: tuple[int, int, int, list[int]]) -> SequenceTable:
     made = SequenceTable(SPARE, 5)
     for slot, delta, num_computed, blocks in sequences:
         known = pack_int32(range(num_computed + 1))
-        start = SequenceStart(slot, num_computed + 1, GREEDY, known, b"", delta, num_computed, pack_int32(blocks))
+        start = SequenceStart(
+            slot,
+            num_computed + 1,
+            GREEDY,
+            known,
+            b"",
+            delta,
+            num_computed,
+            pack_int32(blocks),
+        )
         made.start(start)
     return made
 
@@ -61,12 +70,16 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
     assert inputs.new_slots.tolist() == [8 * BLOCK + 1, 6 * BLOCK, 9 * BLOCK, 400]
     assert inputs.params[:, :3].tolist() == params.tolist()
     assert inputs.params[0, 3] == 0, "rows of nobody are greedy"
-    assert tables[:, :3].tolist() == [[7, 2, 8], [5, 6, 0], [9, 0, 0], [100] * 3], "who fills up reads what it writes"
+    # Who fills up reads what it writes.
+    assert tables[:, :3].tolist() == [[7, 2, 8], [5, 6, 0], [9, 0, 0], [100] * 3]
     # A smaller step after it: nothing of the rows before is left where it would be read.
     graphs.run(sequences.rows([SequenceStep(1)]), params[:, :1])
     size, inputs, tables = seen.pop()
     assert (size, tables[0, :3].tolist(), inputs.new_slots.tolist()) == (1, [4, 3, 2], [2 * BLOCK])
-    graphs.run(sequences.rows([SequenceStep(slot) for slot in (3, 0, 6, 1, 3, 0)]), np.zeros((5, 6), dtype=np.int32))
+    graphs.run(
+        sequences.rows([SequenceStep(slot) for slot in (3, 0, 6, 1, 3, 0)]),
+        np.zeros((5, 6), dtype=np.int32),
+    )
     size, inputs, _ = seen.pop()
     assert (size, inputs.slots.tolist()) == (8, [3, 0, 6, 1, 3, 0, SPARE, SPARE])
 

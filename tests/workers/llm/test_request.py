@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 

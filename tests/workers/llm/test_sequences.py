@@ -12,20 +12,38 @@ from workers.llm.sequences import SequenceTable
 GREEDY = SamplingParams(temperature=0, seed=1)
 # Two tokens of text, a picture of 2 x 3 tokens, three tokens of text.
 PICTURE = np.array(
-    [[0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7], [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7]]
+    [[0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7], [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7]],
 )
 DELTA = 8 - 11
 
 
-def start(slot: int, num_tokens: int, *, num_computed: int = 0, blocks: tuple[int, ...] = ()) -> SequenceStart:
+def start(
+    slot: int,
+    num_tokens: int,
+    *,
+    num_computed: int = 0,
+    blocks: tuple[int, ...] = (),
+) -> SequenceStart:
     token_ids, table = pack_int32(range(100, 100 + num_tokens)), pack_int32(blocks)
-    return SequenceStart(slot, num_tokens, GREEDY, token_ids, num_computed_tokens=num_computed, block_table=table)
+    return SequenceStart(
+        slot,
+        num_tokens,
+        GREEDY,
+        token_ids,
+        num_computed_tokens=num_computed,
+        block_table=table,
+    )
 
 
 def with_picture(slot: int, num_tokens: int, num_output: int = 0) -> SequenceStart:
     token_ids = pack_int32(range(num_tokens + num_output))
     return SequenceStart(
-        slot, num_tokens, GREEDY, token_ids, positions=pack_int32(PICTURE[:, :num_tokens]), position_delta=DELTA
+        slot,
+        num_tokens,
+        GREEDY,
+        token_ids,
+        positions=pack_int32(PICTURE[:, :num_tokens]),
+        position_delta=DELTA,
     )
 
 
@@ -79,4 +97,5 @@ def test_what_is_a_decode() -> None:
         "an earlier attempt's last token": (SequenceStep(4), True),
     }
     rows = made.rows([step for step, _ in steps.values()])
-    assert dict(zip(steps, rows.are_decodes.tolist(), strict=True)) == {name: told for name, (_, told) in steps.items()}
+    found = dict(zip(steps, rows.are_decodes.tolist(), strict=True))
+    assert found == {name: is_decode for name, (_, is_decode) in steps.items()}

@@ -53,19 +53,24 @@ class ToyDecoder(Decoder):
         return [*super().cache_spec(), State((self.info.hidden_size,), torch.float32)]
 
     def __call__(
-        self, x: Tensor, positions: Tensor, attention: Any, layout: Any, states: StepStates | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: Any,
+        layout: Any,
+        states: StepStates | None = None,
     ) -> Tensor:
         hidden = super().__call__(x, positions, attention, layout)
         assert states is not None
         (memory,) = states.tensors
         if states.counts is None:  # each sequence has one token: all of it on the device
-            seen = memory[states.slots] * 0.9 + hidden
+            seen = memory[states.slots] * 0.99 + hidden
             memory[states.slots] = seen
             return hidden + seen
         parts: list[Tensor] = []
         for slot, rows in zip(states.slots.tolist(), hidden.split(list(states.counts)), strict=True):
             for row in rows:
-                memory[slot] = memory[slot] * 0.9 + row
+                memory[slot] = memory[slot] * 0.99 + row
                 parts.append(row + memory[slot])
         return torch.stack(parts)
 
@@ -82,7 +87,13 @@ def reference(decoder: ToyDecoder, prompt: Sequence[int]) -> list[int]:
     for _ in range(NUM_TOKENS):
         length = len(tokens)
         attention = PagedAttention(
-            decoder.info.num_layers, 8, 16, heads.num_kv_heads, heads.head_dim, torch.float32, CPU
+            decoder.info.num_layers,
+            8,
+            16,
+            heads.num_kv_heads,
+            heads.head_dim,
+            torch.float32,
+            CPU,
         )
         states = StepStates([torch.zeros(1, decoder.info.hidden_size)], torch.tensor([0]), [length])
         layout = attention.plan([Span(length, 0, range(8))])
@@ -106,12 +117,18 @@ class ToyRig:
         self.num_rounds = 0
         self.scheduler, self.publisher = Scheduler(cache, budget, ()), FakePublisher()
         welcome = Welcome(
-            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
-            max_model_len=200, max_requests=9, max_request_bytes=9,
+            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
+            model_name="m", max_model_len=200, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         links = Links(publish=self.publisher, feedback=FakeSink(), vits=[])
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, 2, links, has_overlap=has_overlap
+            {"sender": LLM_0, "epoch": 1},
+            self.scheduler,
+            runner,
+            welcome,
+            2,
+            links,
+            has_overlap=has_overlap,
         )
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
@@ -121,8 +138,9 @@ class ToyRig:
         self.num_rounds += 1
         for number, prompt in enumerate(prompts):
             request = GenerateRequest(
-                sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=f"{self.num_rounds}.{number}", attempt=1,
-                arrival=number + 1, prompt_token_ids=pack_int32(prompt), items=(), sampling=sampling,
+                sender=PREPROCESS, epoch=1, client_id=CLIENT,
+                request_id=f"{self.num_rounds}.{number}", attempt=1, arrival=number + 1,
+                prompt_token_ids=pack_int32(prompt), items=(), sampling=sampling,
             )  # fmt: skip
             self.engine.handle(request, 0.0)
         while self.engine.step(0.0):
@@ -151,7 +169,10 @@ def test_the_state_matters(random_checkpoint: Path, expected: list[list[int]]) -
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
 @pytest.mark.parametrize("budget", [4, 7, 512])
 def test_chunks_and_company_do_not_change_it(
-    budget: int, has_overlap: bool, random_checkpoint: Path, expected: list[list[int]]
+    budget: int,
+    has_overlap: bool,
+    random_checkpoint: Path,
+    expected: list[list[int]],
 ) -> None:
     rig = ToyRig(random_checkpoint, "torch", budget, 100, has_overlap)
     assert rig.answer(PROMPTS) == expected
@@ -160,7 +181,9 @@ def test_chunks_and_company_do_not_change_it(
 
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
 def test_whoever_is_preempted_starts_over_with_its_state(
-    has_overlap: bool, random_checkpoint: Path, expected: list[list[int]]
+    has_overlap: bool,
+    random_checkpoint: Path,
+    expected: list[list[int]],
 ) -> None:
     num_blocks = sum(-(-len(prompt) // 4) for prompt in PROMPTS) + len(PROMPTS)
     rig = ToyRig(random_checkpoint, "torch", 16, num_blocks, has_overlap)

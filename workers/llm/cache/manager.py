@@ -23,7 +23,13 @@ class CacheManager:
         self.blocks, self.slots = blocks, slots
 
     @classmethod
-    def of_size(cls, num_blocks: int, block_size: int, num_slots: int, has_states: bool = False) -> CacheManager:
+    def of_size(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        has_states: bool = False,
+    ) -> CacheManager:
         return cls(BlockManager(num_blocks, block_size), StateSlots(num_slots, has_states))
 
     @property
@@ -48,7 +54,7 @@ class CacheManager:
         return found[: self.slots.longest_boundary(hashes[: len(found)])]
 
     def has_room(self, found: Sequence[int], num_tokens: int, num_spare: int = 0) -> bool:
-        """Whether there are blocks for `num_tokens`, the first of them `found`, and `num_spare` further ones."""
+        """Whether there are blocks for `num_tokens`, the first of them `found`, and `num_spare` more."""
         return self.blocks.can_allocate(found, num_tokens, num_spare)
 
     def allocate(self, request_id: str, found: Sequence[int], num_tokens: int) -> Allocation:
@@ -61,7 +67,7 @@ class CacheManager:
             raise
 
     def extend(self, request_id: str, num_tokens: int) -> bool:
-        """Lengthens the block table to hold `num_tokens`; False, and nothing done, if there are too few blocks."""
+        """Lengthens the block table to hold `num_tokens`; False, and nothing done, if too few are free."""
         return self.blocks.grow(request_id, num_tokens)
 
     def publish(self, block: int, digest: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What the layers of a decoder keep between steps. A decoder says it, `plan.py` sizes it, the runner makes it."""
+"""What the layers of a decoder keep between steps. It says so, `plan.py` sizes it, the runner makes it."""
 
 from __future__ import annotations
 

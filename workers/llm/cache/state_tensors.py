@@ -12,7 +12,7 @@ from workers.llm.cache.spec import State
 
 
 class StepStates(NamedTuple):
-    """For layers that keep a state: they read and write `tensors[number][slots]` for the sequences of a step."""
+    """For layers that keep a state: they read and write `tensors[number][slots]` of the step's sequences."""
 
     tensors: Sequence[Tensor]  # one for each state of the decoder's spec: [num_slots + 1, *shape]
     slots: Tensor  # [num_sequences] int64, all different but for the spare one
@@ -23,9 +23,10 @@ class StateTensors:
     """`num_slots` slots and one more: that of the rows that fill up a batch."""
 
     def __init__(self, states: Sequence[State], num_slots: int, device: torch.device) -> None:
-        self.tensors = [
-            torch.zeros((num_slots + 1, *state.shape), dtype=state.dtype, device=device) for state in states
-        ]
+        self.tensors: list[Tensor] = []
+        for state in states:
+            shape = (num_slots + 1, *state.shape)
+            self.tensors.append(torch.zeros(shape, dtype=state.dtype, device=device))
 
     def start(self, slot: int) -> None:
         """Another sequence begins here."""

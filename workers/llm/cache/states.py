@@ -1,7 +1,7 @@
-"""Slots: each running sequence has one, in the runner's tables and in the states of layers that keep one. Pure.
+"""Slots: each running sequence has one, in the runner's tables and in the states that layers keep. Pure.
 
-A state cannot be cut: it is that behind the last token, and nothing else. So a prefix can only be gone on from
-where a copy of the state was kept.
+A state cannot be cut: it is that behind the last token, and nothing else. So a prefix can only be gone on
+from where a copy of the state was kept.
 """
 
 from __future__ import annotations

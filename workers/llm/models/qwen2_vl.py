@@ -74,7 +74,12 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(
-        self, x: Tensor, positions: Tensor, attention: Attention, layout: Any, states: StepStates | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        layout: Any,
+        states: StepStates | None = None,
     ) -> Tensor:
         """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens].
 

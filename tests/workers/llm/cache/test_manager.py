@@ -62,8 +62,15 @@ def test_without_snapshots_a_layer_with_a_state_leaves_no_prefix() -> None:
     assert cache.find(HASHES) == []
 
 
-@pytest.mark.parametrize(("kept", "usable"), [((), 0), ((b"1",), 1), ((b"1", b"2"), 2), ((b"2", b"4"), 2), ((b"4",), 0)])
-def test_a_prefix_is_used_up_to_the_last_boundary_that_every_layer_has(kept: tuple[bytes, ...], usable: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "usable"),
+    [((), 0), ((b"1",), 1), ((b"1", b"2"), 2), ((b"2", b"4"), 2), ((b"4",), 0)],
+)
+def test_a_prefix_is_used_up_to_the_last_boundary_that_every_layer_has(
+    kept: tuple[bytes, ...],
+    usable: int,
+) -> None:
     cache = filled(StateSlots(2, has_states=True, snapshots=KeptStates(*kept)))
     assert cache.has_prefixes
-    assert cache.find(HASHES) == cache.blocks.find(HASHES)[:usable], "a state behind a block that is gone is of no use"
+    # A state behind a block that is gone is of no use.
+    assert cache.find(HASHES) == cache.blocks.find(HASHES)[:usable]

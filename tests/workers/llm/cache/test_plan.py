@@ -32,7 +32,10 @@ def test_states_take_their_part_first() -> None:
     block_bytes = 256 * 2 * 16
     gib = (9 * 3 * STATE.nbytes + 7 * block_bytes) / GIB
     assert plan_cache(hybrid, 100_000, config(max_num_seqs=8), torch.bfloat16, gib) == (7, 112)
-    with pytest.raises(ValueError, match=r"the states of 16 sequences take 0\.050 GiB, but there is room for 0\.026"):
+    with pytest.raises(
+        ValueError,
+        match=r"the states of 16 sequences take 0\.050 GiB, but there is room for 0\.026",
+    ):
         plan_cache(hybrid, 100_000, config(max_num_seqs=16), torch.bfloat16, gib)
 
 
@@ -41,7 +44,8 @@ def test_a_model_of_states_alone_has_room_for_all_its_contexts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"), [(2001, "is more than the model's 2000"), (1000, r"takes 0\.\d+ GiB of KV cache")]
+    ("asked", "words"),
+    [(2001, "is more than the model's 2000"), (1000, r"takes 0\.\d+ GiB of KV cache")],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(asked: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
