@@ -40,7 +40,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import AreaLimits, ImageSize, ModelInfo, read_model_info
-from pipeline.messages import GridTHW, SequencePlan, SequenceStart, StepPlan, pack_int32
+from pipeline.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator, align
 from pipeline.tensors import TensorPool
@@ -312,7 +312,7 @@ class _InProcess:
         torch.set_num_threads(os.cpu_count() or 1)
         self._info, self._num_output = read_model_info(folder), num_output
         config = Config(model=ModelConfig(max_model_len=4096), llm=LlmConfig(max_num_seqs=NUM_STREAMS + 1))
-        self._runner = ModelRunner(self._info, config, folder, CPU, TensorParallel(), lambda done, total: None)
+        self._runner = ModelRunner.load(self._info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         self._block_size = config.llm.block_size
         self._blocks = 4096 // self._block_size
         self._runner.open_cache((NUM_STREAMS + 1) * self._blocks, 4096)
@@ -325,21 +325,21 @@ class _InProcess:
     def run(self, size: tuple[int, int] | None) -> list[float]:
         """Gaps of four streams; with `size` there is always another image of that size to encode and its prompt to compute, 16 tokens a step."""
         gaps: list[float] = []
-        lengths = [32] * NUM_STREAMS
-        self._launch([self._plan(slot, [5] * 32, 0) for slot in range(NUM_STREAMS)], is_first=True)
-        prompt: list[int] = []
-        computed = 0
+        starts = [self._start(slot, [5] * 32) for slot in range(NUM_STREAMS)]
+        self._launch([SequenceStep(slot, 32) for slot in range(NUM_STREAMS)], starts)
+        num_prompt = num_computed = 0
         last = time.perf_counter()
         for _ in range(self._num_output):
-            plans = [self._plan(slot, [7], length) for slot, length in enumerate(lengths)]
-            if size and computed >= len(prompt):
-                prompt, computed = [9] * (self._encode(size) + 16), 0
-            if computed < len(prompt):
-                part = prompt[computed : computed + 16]
-                plans.append(self._plan(NUM_STREAMS, part, computed))
-                computed += len(part)
-            self._launch(plans)
-            lengths = [length + 1 for length in lengths]
+            steps = [SequenceStep(slot) for slot in range(NUM_STREAMS)]
+            starts = []
+            if size and num_computed >= num_prompt:
+                num_prompt, num_computed = self._encode(size) + 16, 0
+                starts = [self._start(NUM_STREAMS, [9] * num_prompt)]
+            if num_computed < num_prompt:
+                num_tokens = min(16, num_prompt - num_computed)
+                steps.append(SequenceStep(NUM_STREAMS, num_tokens))
+                num_computed += num_tokens
+            self._launch(steps, starts)
             now = time.perf_counter()
             gaps.append(now - last)
             last = now
@@ -353,15 +353,15 @@ class _InProcess:
         self._engine.encode([EncodeJob(torch.zeros(1, *target, 3, dtype=torch.uint8), grid, output)])
         return len(output)
 
-    def _plan(self, slot: int, token_ids: list[int], first: int) -> SequencePlan:
-        positions = np.broadcast_to(np.arange(first, first + len(token_ids), dtype=np.int32), (3, len(token_ids)))
+    def _start(self, slot: int, token_ids: list[int]) -> SequenceStart:
         table = pack_int32(range(slot * self._blocks, (slot + 1) * self._blocks))
-        return SequencePlan(slot, pack_int32(token_ids), positions.tobytes(), first, table, (), is_sampled=True)
+        sampling = SamplingParams(temperature=0, seed=0)
+        return SequenceStart(slot, len(token_ids), sampling, pack_int32(token_ids), block_table=table)
 
-    def _launch(self, plans: Sequence[SequencePlan], is_first: bool = False) -> None:
+    def _launch(self, steps: Sequence[SequenceStep], starts: Sequence[SequenceStart]) -> None:
         self._step += 1
-        starts = tuple(SequenceStart(slot, 32, SamplingParams(temperature=0, seed=0), b"") for slot in range(NUM_STREAMS + 1)) if is_first else ()
-        self._runner.launch(StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=starts, sequences=tuple(plans))).result()
+        plan = StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=tuple(starts), sequences=tuple(steps))
+        self._runner.launch(plan).result()
 
 
 def seen_size(size: ImageSize, info: ModelInfo) -> ImageSize:

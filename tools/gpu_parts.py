@@ -27,7 +27,7 @@ import torch
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import TextInfo, read_model_info
-from pipeline.messages import SequencePlan, SequenceStart, StepPlan, pack_int32
+from pipeline.messages import SequenceStart, SequenceStep, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.topology import Role, WorkerId
 from tools.bench_engine import Served, num_weights, serve
@@ -42,6 +42,7 @@ BLOCK = 16
 NUM_PROMPTS = 8  # whose errors are taken together: one alone may be ten times another's
 GPU_TESTS = ("tests/gpu", "tests/pipeline/test_tensors.py")
 CONTEXT = 1024
+ROOM_BLOCKS = 4  # for the steps that are timed
 
 
 class Row(NamedTuple):
@@ -248,8 +249,8 @@ def _hidden_logits(runner: ModelRunner, token_ids: Sequence[int], first: int) ->
 def _runner(machine: Machine, shape: str, num_seqs: int, **options: Any) -> Iterator[ModelRunner]:
     folder = machine.checkpoint(shape)
     config = Config(model=ModelConfig(dtype="bfloat16"), llm=LlmConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(num_seqs, 2048), **options))
-    runner = ModelRunner(read_model_info(folder), config, folder, machine.device, TensorParallel(), lambda done, total: None)
-    runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + 2), 9000 // BLOCK), 9000)
+    runner = ModelRunner.load(read_model_info(folder), config, folder, machine.device, TensorParallel(), lambda done, total: None)
+    runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + ROOM_BLOCKS), 9000 // BLOCK), 9000)
     yield runner
     runner.attention = None
     runner._graphs = None
@@ -285,20 +286,22 @@ def _kv_bytes(info: TextInfo) -> int:
     return 2 * 2 * info.num_layers * info.num_kv_heads * info.head_dim
 
 
-def _plan(step: int, sequences: Sequence[SequencePlan], started: Sequence[SequenceStart] = ()) -> StepPlan:
+def _plan(step: int, sequences: Sequence[SequenceStep], started: Sequence[SequenceStart] = ()) -> StepPlan:
     return StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=step, started=tuple(started), sequences=tuple(sequences))
 
 
 def _decode_seconds(runner: ModelRunner, batch: int, num_steps: int = 40, **wishes: Any) -> float:
     """A step as the engine drives it: launched while the one before it runs. Everything is in it but the scheduler and the sockets."""
-    blocks = CONTEXT // BLOCK + 2
+    blocks = CONTEXT // BLOCK + ROOM_BLOCKS
     sampling = SamplingParams(**{"temperature": 0, "seed": 1, **wishes})
-    starts = [SequenceStart(slot, 1, sampling, b"") for slot in range(batch)]
-    positions = np.full((3, 1), CONTEXT, dtype=np.int32).tobytes()
-    sequences = [
-        SequencePlan(slot, b"", positions, CONTEXT, pack_int32(range(slot * blocks, (slot + 1) * blocks)), (), is_sampled=True)
+    starts = [
+        SequenceStart(
+            slot, CONTEXT + 1, sampling, pack_int32([7] * (CONTEXT + 1)), num_computed_tokens=CONTEXT,
+            block_table=pack_int32(range(slot * blocks, (slot + 1) * blocks)),
+        )
         for slot in range(batch)
-    ]
+    ]  # fmt: skip
+    sequences = [SequenceStep(slot) for slot in range(batch)]
     runner.launch(_plan(0, sequences, starts)).result()
     times = []
     before = runner.launch(_plan(1, sequences))
@@ -316,11 +319,10 @@ def prefill(machine: Machine) -> Iterator[Row]:
     with _runner(machine, machine.large, 2, cuda_graphs=False) as runner:
         info = runner._info.text
         for length in (64,) if machine.is_small else (2048, 8192):
-            positions = np.tile(np.arange(length, dtype=np.int32), (3, 1)).tobytes()
             table = pack_int32(range(-(-length // BLOCK)))
-            sequence = SequencePlan(0, pack_int32([7] * length), positions, 0, table, (), is_sampled=True)
-            runner.sampler.start(SequenceStart(0, length, SamplingParams(temperature=0, seed=1), b""))
-            run = functools.partial(_run_step, runner, sequence)
+            sampling = SamplingParams(temperature=0, seed=1)
+            start = SequenceStart(0, length, sampling, pack_int32([7] * length), block_table=table)
+            run = functools.partial(_run_step, runner, start, SequenceStep(0, length))
             seconds = statistics.median(_timed(run) for _ in range(6))
             layers = num_weights(info) - info.vocab_size * info.hidden_size
             flops = 2 * length * layers + 2 * length * length * info.num_layers * info.num_heads * info.head_dim
@@ -328,8 +330,8 @@ def prefill(machine: Machine) -> Iterator[Row]:
             yield Row(name, told, flops / seconds / machine.rates["matmul"], 0.6, "the matmul rate")
 
 
-def _run_step(runner: ModelRunner, sequence: SequencePlan) -> None:
-    runner.launch(_plan(0, [sequence])).result()
+def _run_step(runner: ModelRunner, start: SequenceStart, step: SequenceStep) -> None:
+    runner.launch(_plan(0, [step], [start])).result()
 
 
 def _serve(machine: Machine, *options: str) -> AbstractContextManager[Served]:

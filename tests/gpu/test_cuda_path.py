@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
 from pipeline.memory import CudaBindings
-from pipeline.messages import GridTHW, SequencePlan, SequenceStart, StepPlan, pack_int32
+from pipeline.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
 from pipeline.sampling import SamplingParams
 from pipeline.slots import SlotAllocator
 from pipeline.tensors import PoolMap, TensorPool
@@ -90,31 +89,35 @@ def test_torch_draws_on_the_gpu_what_it_draws_on_the_cpu(options: dict[str, Any]
 
 def make_runner(folder: Path, **options: Any) -> ModelRunner:
     config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(max_num_seqs=8, **options))
-    runner = ModelRunner(read_model_info(folder), config, folder, CUDA, TensorParallel(), lambda done, total: None)
+    runner = ModelRunner.load(read_model_info(folder), config, folder, CUDA, TensorParallel(), lambda done, total: None)
     runner.open_cache(100, 1000)
     return runner
+
+
+def make_start(slot: int, prompt: list[int], sampling: SamplingParams) -> SequenceStart:
+    """With ten blocks of its own."""
+    table = pack_int32(range(slot * 10, slot * 10 + 10))
+    return SequenceStart(slot, len(prompt), sampling, pack_int32(prompt), block_table=table)
+
+
+def make_plan(step: int, sequences: tuple[SequenceStep, ...], starts: tuple[SequenceStart, ...]) -> StepPlan:
+    return StepPlan(sender=LLM_0, epoch=1, step=step, started=starts, sequences=sequences)
 
 
 def generate(runner: ModelRunner, prompts: list[list[int]], num_tokens: int, is_ahead: bool) -> list[list[int]]:
     """Greedy tokens of all prompts side by side; `is_ahead`: the next step is launched before the last one's result is taken."""
     greedy = SamplingParams(temperature=0, seed=1)
-    starts = tuple(SequenceStart(slot, len(prompt), greedy, b"") for slot, prompt in enumerate(prompts))
+    starts = tuple(make_start(slot, prompt, greedy) for slot, prompt in enumerate(prompts))
     launched, tokens = [], [[] for _ in prompts]  # type: ignore[var-annotated]
     for step in range(num_tokens):
-        sequences = []
-        for slot, prompt in enumerate(prompts):
-            first = 0 if not step else len(prompt) + step - 1
-            ids = prompt if not step else ([] if is_ahead else tokens[slot][-1:])
-            positions = np.tile(np.arange(first, first + max(1, len(ids)), dtype=np.int32), (3, 1)).tobytes()
-            table = pack_int32(range(slot * 10, slot * 10 + 10))
-            sequences.append(SequencePlan(slot, pack_int32(ids), positions, first, table, (), is_sampled=True))
-        launched.append(runner.launch(StepPlan(sender=LLM_0, epoch=1, step=step, started=starts if not step else (), sequences=tuple(sequences))))
+        sequences = tuple(SequenceStep(slot, 1 if step else len(prompt)) for slot, prompt in enumerate(prompts))
+        launched.append(runner.launch(make_plan(step, sequences, () if step else starts)))
         while len(launched) > int(is_ahead):
             for of_slot, token in zip(tokens, launched.pop(0).result().token_ids, strict=True):
-                of_slot.append(token)
+                of_slot.extend(token)
     for rest in launched:
         for of_slot, token in zip(tokens, rest.result().token_ids, strict=True):
-            of_slot.append(token)
+            of_slot.extend(token)
     return tokens
 
 
@@ -149,13 +152,9 @@ def test_a_step_waits_for_nothing(has_graphs: bool, random_checkpoint: Path) -> 
     prompt = list(range(10, 50))
 
     def plan(step: int) -> StepPlan:
-        sequences, starts = [], []
-        for slot, sampling in enumerate(wishes):
-            first, ids = (0, prompt) if not step else (len(prompt) + step - 1, [])
-            positions = np.tile(np.arange(first, first + max(1, len(ids)), dtype=np.int32), (3, 1)).tobytes()
-            sequences.append(SequencePlan(slot, pack_int32(ids), positions, first, pack_int32(range(slot * 10, slot * 10 + 10)), (), is_sampled=True))
-            starts.append(SequenceStart(slot, len(prompt), sampling, pack_int32(prompt)))
-        return StepPlan(sender=LLM_0, epoch=1, step=step, started=tuple(starts) if not step else (), sequences=tuple(sequences))
+        sequences = tuple(SequenceStep(slot, 1 if step else len(prompt)) for slot in range(len(wishes)))
+        starts = tuple(make_start(slot, prompt, sampling) for slot, sampling in enumerate(wishes))
+        return make_plan(step, sequences, () if step else starts)
 
     for step in range(3):  # compiles, and makes the tables of penalties
         runner.launch(plan(step)).result()

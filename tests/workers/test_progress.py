@@ -40,10 +40,10 @@ from pipeline.sampling import SamplingParams
 from pipeline.slots import ALIGNMENT, Order, SlotAllocator
 from pipeline.tensors import TensorHandle
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
-from workers.llm.block_manager import BlockManager
-from workers.llm.engine import Engine
-from workers.llm.model_runner import StepResult
+from workers.llm.cache.manager import CacheManager
+from workers.llm.engine import Engine, Links
 from workers.llm.scheduler import Scheduler
+from workers.llm.step_result import StepResult
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Ready
 
 CLIENT = b"c" * 16
@@ -59,7 +59,7 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> Any:
         count = sum(sequence.is_sampled for sequence in plan.sequences)
-        return SimpleNamespace(has_run=True, result=lambda: StepResult([1] * count, [()] * count))
+        return SimpleNamespace(has_run=True, result=lambda: StepResult([[1]] * count, [()] * count))
 
 
 class World:
@@ -68,14 +68,14 @@ class World:
     def __init__(self, rng: random.Random, has_overlap: bool) -> None:
         self.rng = rng
         self.publisher, self.feedback, self.vit, self.runner = FakePublisher(), FakeSink(), FakeSink(), Runner()
-        scheduler = Scheduler(BlockManager(rng.randint(14, 40), 4), rng.randint(1, 4), 16, (7,), has_prefix_cache=rng.random() < 0.7)
+        scheduler = Scheduler(CacheManager.of_size(rng.randint(14, 40), 4, rng.randint(1, 4)), 16, (7,), has_prefix_cache=rng.random() < 0.7)
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
             max_model_len=56, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, self.publisher, None, self.feedback, [self.vit],
-            has_overlap=has_overlap,
+            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome,
+            Links(publish=self.publisher, feedback=self.feedback, vits=[self.vit]), has_overlap=has_overlap,
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)

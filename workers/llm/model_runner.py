@@ -1,11 +1,13 @@
-"""Computes a step plan on one rank: embeds, gathers the pictures' embeddings in place, runs the decoder, samples."""
+"""Computes a step plan on one rank: embeds, gathers pictures' embeddings in place, runs the decoder, samples.
+
+It keeps what it is told when a sequence starts, by slot (`sequences.py`); a step adds what is new.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,162 +15,121 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.errors import PipelineError
 from pipeline.families import ModelInfo
-from pipeline.messages import SequencePlan, StepPlan, TokenLogprobs, pack_int32, unpack_int32
-from pipeline.tensors import PoolGoneError, PoolInfo, PoolMap, TensorHandle
+from pipeline.messages import SequenceStart, SequenceStep, StepPlan
+from pipeline.tensors import PoolMap
 from workers.llm.attention.torch import Span
-from workers.llm.backends import choose_backend
-from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes, is_decode
+from workers.llm.backends import Backend, choose_backend
+from workers.llm.cache.spec import paged_of, states_of
+from workers.llm.cache.state_tensors import StateTensors
+from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes
+from workers.llm.embedding_pools import EmbeddingPools
 from workers.llm.models.qwen2_vl import Decoder
-from workers.llm.parallel import HeadLayout, TensorParallel
+from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
+from workers.llm.sequences import Int64Array, Rows, SequenceTable
+from workers.llm.step_result import Launched
 from workers.nn.layers import make_int8_linear, make_linear
 from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
 
-logger = logging.getLogger(__name__)
-GIB = 1 << 30
-CPU_KV_CACHE_GIB = 1.0
-ACTIVATIONS_GIB = 1.5  # of the largest step, the graphs, and what the libraries take
 LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
-Int64Array = npt.NDArray[np.int64]
-
-
-class StepResult(NamedTuple):
-    """What the sampled sequences of a step yielded, in the plan's order."""
-
-    token_ids: list[int]
-    logprobs: Sequence[tuple[TokenLogprobs, ...]]  # one each where they are wanted, else none
-
-
-class Launched:
-    """A step under way. On CUDA its results are on their way to the host while the next step is prepared."""
-
-    def __init__(self, sampled: Sampled | None, num_logprobs: Sequence[int], device: torch.device) -> None:
-        self.has_run = device.type == "cpu"
-        self._num_logprobs = num_logprobs
-        self._parts = [_to_host(part) for part in sampled or () if part is not None]
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(device))
-
-    def result(self) -> StepResult:
-        """Waits for the step: every embedding that it reads has been gathered then."""
-        if self._event is not None:
-            self._event.synchronize()
-        if not self._parts:
-            return StepResult([], [])
-        token_ids, *best = (part.numpy() for part in self._parts)
-        if not best:
-            return StepResult(token_ids.tolist(), [()] * len(token_ids))
-        logprobs = [
-            (TokenLogprobs(pack_int32(ids[: count + 1]), values[: count + 1].astype("<f4").tobytes()),) if count >= 0 else ()
-            for values, ids, count in zip(*best, self._num_logprobs, strict=True)
-        ]
-        return StepResult(token_ids.tolist(), logprobs)
-
-
-def _to_host(part: Tensor) -> Tensor:
-    if part.device.type == "cpu":
-        return part
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
-
-
-class EmbeddingPools:
-    """The ViTs' pools as the ranks of a group see them together: each reads in place, or one that can hands the rows on."""
-
-    def __init__(self, pools: PoolMap, parallel: TensorParallel) -> None:
-        self._pools, self._parallel = pools, parallel
-        self._opened: dict[str, tuple[int, int | None]] = {}  # the epoch, and the rank that reads for all; None: each for itself
-
-    def open(self, info: PoolInfo) -> None:
-        """To be called on all ranks, in the same order among steps. Raises PipelineError when no rank can map the pool."""
-        error, is_gone = "", False
-        try:
-            self._pools.open(info)
-        except PoolGoneError as caught:
-            error, is_gone = str(caught), True
-        except (PipelineError, OSError, ImportError) as caught:  # the others wait to hear of it
-            error = str(caught)
-        can_read = self._parallel.gather_flags(not error)
-        if is_gone:
-            logger.info("%s", error)  # of a successor we shall hear
-            return
-        if not any(can_read):
-            raise PipelineError(f"the embeddings of {info.pool_id} cannot be read ({error}); --embedding-transport host needs no mapping")
-        self._opened[info.pool_id] = info.epoch, None if all(can_read) else can_read.index(True)
-        if error:
-            logger.warning("rank %d gets the embeddings of %s from rank %d: %s", self._parallel.rank, info.pool_id, can_read.index(True), error)
-
-    def close(self, pool_id: str) -> None:
-        """Its owner has died; no step reads it any more."""
-        self._opened.pop(pool_id, None)
-        self._pools.close(pool_id)
-
-    def knows(self, pool_id: str, epoch: int) -> bool:
-        return self._opened.get(pool_id, (-1, None))[0] >= epoch
-
-    def gather(self, out: Tensor, embeddings: TensorHandle, start: int) -> None:
-        """Fills contiguous rows of a step's input, in the order of its stream. Raises StaleHandleError when they are no longer there."""
-        _, reader = self._opened.get(embeddings.pool_id, (-1, None))
-        if reader is None or reader == self._parallel.rank:
-            self._pools.copy_rows(out, embeddings, start)
-        if reader is not None:
-            self._parallel.broadcast(out, reader)
 
 
 class ModelRunner:
-    """Loads the weights; `open_cache` follows, once it is known what memory is left."""
+    """`open_cache` follows, once it is known what memory is left."""
 
     attention: Any
+    sequences: SequenceTable
+    states: StateTensors
 
-    def __init__(self, info: ModelInfo, config: Config, folder: Path, device: torch.device, parallel: TensorParallel, progress: Progress) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        config: Config,
+        decoder: Decoder,
+        backend: Backend,
+        device: torch.device,
+        parallel: TensorParallel,
+    ) -> None:
         self.device, self._info, self._config = device, info, config
+        self.decoder, self._backend = decoder, backend
         self.pools = EmbeddingPools(PoolMap(device.index if device.type == "cuda" else None), parallel)
-        dtype = choose_dtype(config.model.dtype, device)
-        checkpoint = Checkpoint(folder, dtype, device, progress)
-        checkpoint.expect("model.")
-        self._backend = choose_backend(config.llm.attention, device)
-        linear = make_int8_linear if config.llm.quantization == "int8" else make_linear
-        self.decoder = Decoder(info.text, checkpoint, parallel, linear, self._backend.kernels)
-        checkpoint.close()
-        self._dtype = dtype
-        if config.llm.all_reduce == "symmetric":
-            parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
+        self._dtype = choose_dtype(config.model.dtype, device)
         self._num_slots = config.llm.max_num_seqs
         setup = Setup(self._num_slots, info.text.vocab_size, info.eos_token_ids, device)
-        self.sampler = Sampler(setup, make_processors(setup), self._backend.sample)
+        self.sampler = Sampler(setup, make_processors(setup), backend.sample)
         # By slot; the last is that of the rows that fill up a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
 
+    @classmethod
+    def load(
+        cls,
+        info: ModelInfo,
+        config: Config,
+        folder: Path,
+        device: torch.device,
+        parallel: TensorParallel,
+        progress: Progress,
+    ) -> ModelRunner:
+        """With the weights of a checkpoint."""
+        dtype = choose_dtype(config.model.dtype, device)
+        checkpoint = Checkpoint(folder, dtype, device, progress)
+        checkpoint.expect("model.")
+        backend = choose_backend(config.llm.attention, device)
+        linear = make_int8_linear if config.llm.quantization == "int8" else make_linear
+        decoder = Decoder(info.text, checkpoint, parallel, linear, backend.kernels)
+        checkpoint.close()
+        if config.llm.all_reduce == "symmetric":
+            parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
+        return cls(info, config, decoder, backend, device, parallel)
+
     def open_cache(self, num_blocks: int, max_model_len: int) -> None:
-        """Makes the KV cache, and captures the graphs of decode steps where the backend can be captured."""
-        heads, size = self.decoder.heads, self._config.llm.block_size
+        """Makes what the layers keep, and captures the graphs of decode steps where the backend allows it."""
+        spec, size = self.decoder.cache_spec(), self._config.llm.block_size
+        paged = paged_of(spec)
+        if len(set(paged)) != 1:
+            raise ValueError(f"paged layers must all have the same heads, got {sorted(set(paged))}")
         self.attention = self._backend.attention(
-            self._info.text.num_layers, num_blocks, size, heads.num_kv_heads, heads.head_dim, self._dtype, self.device
-        )  # fmt: skip
+            len(paged),
+            num_blocks,
+            size,
+            paged[0].num_kv_heads,
+            paged[0].head_dim,
+            self._dtype,
+            self.device,
+        )
+        self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
+        self.states = StateTensors(states_of(spec), self._num_slots, self.device)
         if self._backend.sample is None:
             return
         with torch.inference_mode():
-            self.attention.warm_up(heads.num_heads)
+            self.attention.warm_up(self.decoder.heads.num_heads)
         if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
         # One for all sizes: as outputs of the graphs they would take as much as all sizes together.
-        self._logits = torch.empty(sizes[-1], self._info.text.vocab_size, dtype=torch.float32, device=self.device)
-        buffers = DecodeBuffers(sizes[-1], -(-max_model_len // size), size, self._num_slots, self.attention.spare_slot, self.device)
+        vocab_size = self._info.text.vocab_size
+        self._logits = torch.empty(sizes[-1], vocab_size, dtype=torch.float32, device=self.device)
+        buffers = DecodeBuffers(sizes[-1], self.sequences, size, self.attention.spare_slot, self.device)
+        self._tables = buffers.device_tables
+
+        def compute(inputs: Inputs) -> Outputs:
+            return self._decode(inputs, max_model_len)
+
         with torch.inference_mode():
-            self._graphs = DecodeGraphs(sizes, buffers, lambda inputs: self._decode(inputs, max_model_len), self.device)
+            self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
 
     def _decode(self, inputs: Inputs, longest: int) -> Outputs:
-        """One token more for each sequence. Everything stays on the device, and where it is: a CUDA graph can hold it."""
+        """One token more for each sequence. All stays in place on the device: a CUDA graph can hold it."""
         assert self._backend.sample is not None
         slots = inputs.slots.long()
-        token_ids = torch.where(inputs.is_late != 0, self._last_tokens[slots], inputs.token_ids)
-        layout = self.attention.plan_decode(inputs.new_slots, inputs.tables, inputs.lengths, longest)
-        hidden = self.decoder(self.decoder.embed(token_ids), inputs.positions.expand(3, -1), self.attention, layout)
+        tables = self._tables.tables[slots]
+        layout = self.attention.plan_decode(inputs.new_slots, tables, inputs.lengths, longest)
+        x = self.decoder.embed(self._last_tokens[slots])
+        states = self.states.of_step(slots, None)
+        hidden = self.decoder(x, inputs.positions.expand(3, -1), self.attention, layout, states)
         logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
         self._last_tokens[slots] = chosen
@@ -184,32 +145,48 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Starts a step; on the CPU it has run when this returns.
 
         Raises StaleHandleError when an embedding of the plan is no longer there.
         """
         for start in plan.started:
-            self.sampler.start(start)
-        sequences = plan.sequences
-        if self._graphs is not None and 0 < len(sequences) <= self._graphs.sizes[-1] and all(is_decode(sequence) for sequence in sequences):
-            return self._launch_decode(self._graphs, sequences)
-        sampled_slots = np.array([sequence.slot for sequence in sequences if sequence.is_sampled], dtype=np.int64)
-        hidden, ends = self._compute(sequences)
-        # Ranks must agree on whether there is a collective at all: the plan says so, and it is the same for all.
-        if not len(sampled_slots):
+            self._start(start)
+        if not plan.sequences:
             return Launched(None, (), self.device)
-        wanted = [index for index, sequence in enumerate(sequences) if sequence.is_sampled]
-        num_tokens = np.array([sequences[index].num_computed_tokens for index in wanted]) + np.diff(ends, prepend=0)[wanted]
-        logits = self.decoder.logits(hidden[self._tensor(ends[wanted] - 1)])
-        sampled = self.sampler.sample(logits, sampled_slots, num_tokens)
-        self._last_tokens[self._tensor(sampled_slots)] = sampled.token_ids
-        return Launched(sampled, self.sampler.num_logprobs(sampled_slots), self.device)
+        rows = self.sequences.rows(plan.sequences)
+        if self._graphs is not None and self._graphs.can_run(rows):
+            launched = self._launch_decode(self._graphs, rows)
+        else:
+            launched = self._launch_any(rows, plan.sequences)
+        self.sequences.advance(rows)
+        return launched
 
-    def _launch_decode(self, graphs: DecodeGraphs, sequences: Sequence[SequencePlan]) -> Launched:
-        slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
-        num_tokens = np.array([sequence.num_computed_tokens + 1 for sequence in sequences], dtype=np.int64)
-        outputs = graphs.run(sequences, self.sampler.draw_params(slots, num_tokens))
+    def _start(self, start: SequenceStart) -> None:
+        """Nothing of the sequence that had this slot before may be left."""
+        self.sequences.start(start)
+        self.sampler.start(start)
+        self.states.start(start.slot)
+        if start.token_ids:
+            self._last_tokens[start.slot] = int.from_bytes(start.token_ids[-4:], "little", signed=True)
+        if self._graphs is not None:
+            self._tables.restart(start.slot)
+
+    def _launch_any(self, rows: Rows, steps: Sequence[SequenceStep]) -> Launched:
+        hidden, ends = self._compute(rows, steps)
+        # Ranks must agree on whether there is a collective at all: they do, by their equal plans.
+        if not rows.are_sampled.any():
+            return Launched(None, (), self.device)
+        slots = rows.slots[rows.are_sampled]
+        logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
+        sampled = self.sampler.sample(logits, slots, rows.stops[rows.are_sampled])
+        self._last_tokens[self._tensor(slots)] = sampled.token_ids
+        return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
+
+    def _launch_decode(self, graphs: DecodeGraphs, rows: Rows) -> Launched:
+        slots, num_tokens = rows.slots, rows.stops
+        outputs = graphs.run(rows, self.sampler.draw_params(slots, num_tokens))
         if self.sampler.is_plain(slots):
             sampled = Sampled(outputs.token_ids, None, None)
         else:  # the graph's choice does not count
@@ -217,72 +194,49 @@ class ModelRunner:
             self._last_tokens[self._tensor(slots)] = sampled.token_ids
         return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
 
-    def _compute(self, sequences: Sequence[SequencePlan]) -> tuple[Tensor, Int64Array]:
+    def _compute(self, rows: Rows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""
-        lengths = [max(1, len(sequence.token_ids) // 4) for sequence in sequences]
-        ends = np.cumsum(lengths)
-        host = [unpack_int32(sequence.token_ids or bytes(4)) for sequence in sequences]
-        token_ids = self._tensor(np.concatenate(host))
-        if late := [index for index, sequence in enumerate(sequences) if not sequence.token_ids]:
-            slots = np.array([sequences[index].slot for index in late])
-            token_ids[self._tensor(ends[late] - 1)] = self._last_tokens[self._tensor(slots)]
-        positions = self._tensor(np.concatenate([unpack_int32(sequence.positions).reshape(3, -1) for sequence in sequences], axis=1))
-        x = self.decoder.embed(token_ids)  # [num_tokens, hidden]
-        for sequence, length, end in zip(sequences, lengths, ends.tolist(), strict=True):
-            for part in sequence.embeddings:
-                first = end - length + part.offset
+        ends = np.cumsum(rows.counts)
+        x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
+        positions = self._positions(rows, ends)
+        for step, end in zip(steps, ends.tolist(), strict=True):
+            for part in step.embeddings:
+                first = end - step.num_tokens + part.offset
                 self.pools.gather(x[first : first + part.length], part.embeddings, part.start)
         spans = [
-            Span(length, sequence.num_computed_tokens, unpack_int32(sequence.block_table).tolist())
-            for sequence, length in zip(sequences, lengths, strict=True)
+            Span(count, start, self.sequences.block_table(slot))
+            for slot, start, count in zip(
+                rows.slots.tolist(),
+                rows.starts.tolist(),
+                rows.counts.tolist(),
+                strict=True,
+            )
         ]
-        return self.decoder(x, positions, self.attention, self.attention.plan(spans)), ends
+        states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist())
+        return self.decoder(x, positions, self.attention, self.attention.plan(spans), states), ends
 
-    def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
-        return to_device(values.astype(np.int64), self.device)
+    def _token_ids(self, rows: Rows, ends: Int64Array) -> Tensor:
+        """[num_tokens] int64: those that the host knows, and the last of each sequence that decodes."""
+        token_ids = np.zeros(ends[-1], dtype=np.int64)
+        for row in np.flatnonzero(~rows.are_decodes):
+            slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
+            token_ids[ends[row] - count : ends[row]] = self.sequences.token_ids(slot, start, start + count)
+        on_device = self._tensor(token_ids)
+        if rows.are_decodes.any():
+            last = self._last_tokens[self._tensor(rows.slots[rows.are_decodes])]
+            on_device[self._tensor(ends[rows.are_decodes] - 1)] = last
+        return on_device
 
+    def _positions(self, rows: Rows, ends: Int64Array) -> Tensor:
+        """[3, num_tokens] int64"""
+        positions = np.empty((3, ends[-1]), dtype=np.int64)
+        # Of a sequence that decodes all three rows are equal.
+        of_decodes = rows.starts + self.sequences.position_deltas[rows.slots]
+        positions[:, ends[rows.are_decodes] - 1] = of_decodes[rows.are_decodes]
+        for row in np.flatnonzero(~rows.are_decodes):
+            slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
+            positions[:, ends[row] - count : ends[row]] = self.sequences.positions(slot, start, start + count)
+        return self._tensor(positions)
 
-class KvPlan(NamedTuple):
-    num_blocks: int
-    max_model_len: int
-
-
-def kv_cache_gib(config: Config, device: torch.device) -> float:
-    """Memory for the KV cache of one rank. On a GPU what is left of its share now, after the ViT and the weights.
-
-    Raises ValueError, with the numbers, when nothing is.
-    """
-    if config.llm.kv_cache_gib is not None:
-        return config.llm.kv_cache_gib
-    if device.type != "cuda":
-        return CPU_KV_CACHE_GIB
-    free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
-    left = config.llm.gpu_memory_utilization * total - (total - free) - ACTIVATIONS_GIB
-    if left <= 0:
-        raise ValueError(
-            f"gpu_memory_utilization {config.llm.gpu_memory_utilization} of {total:.1f} GiB leaves no room for a KV cache: "
-            f"{total - free:.1f} GiB are used, and {ACTIVATIONS_GIB} GiB are kept for activations"
-        )
-    return left
-
-
-def plan_kv_cache(info: ModelInfo, config: Config, tp_size: int, dtype: torch.dtype, available_gib: float) -> KvPlan:
-    """Blocks that fit `available_gib` on one rank, never more than `max_num_seqs` full contexts need.
-
-    Where no `max_model_len` is asked for, the context is cut to what fits. Raises ValueError, with the numbers, when one is
-    asked for that the model or the cache cannot hold.
-    """
-    heads = HeadLayout(info.text, 0, tp_size)
-    block_bytes = info.text.num_layers * 2 * heads.num_kv_heads * heads.head_dim * dtype.itemsize * config.llm.block_size
-    fitting = int(available_gib * GIB / block_bytes)
-    limit, asked = info.text.max_position_embeddings, config.model.max_model_len
-    if asked is not None and asked > limit:
-        raise ValueError(f"max_model_len {asked} is more than the model's {limit} positions")
-    length = min(limit, fitting * config.llm.block_size) if asked is None else asked
-    context = -(-length // config.llm.block_size)
-    if context > fitting or length < 1:
-        raise ValueError(
-            f"a context of {length or limit} tokens takes {max(context, 1) * block_bytes / GIB:.3f} GiB of KV cache, but there is room for "
-            f"{available_gib:.3f}: raise kv_cache_gib or lower max_model_len"
-        )
-    return KvPlan(min(fitting, context * config.llm.max_num_seqs), length)
+    def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
+        return to_device(values.astype(np.int64, copy=False), self.device)

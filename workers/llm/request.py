@@ -10,8 +10,6 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from pipeline.messages import (
     EmbeddingSlice,
     GenerateRequest,
@@ -93,6 +91,7 @@ class Request:
     num_published_blocks: int = 0
     slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
+    num_sent_blocks: int = 0  # of its table: the runner has them
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority
@@ -157,11 +156,12 @@ class Request:
 
     def num_ready_tokens(self) -> int:
         """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
-        for chunk in self.chunks:
-            if chunk.embeddings is None:
-                for piece in chunk.pieces:
-                    if piece.stop > self.num_computed_tokens:
-                        return piece.offset
+        if self.num_computed_tokens < len(self.prompt_token_ids):
+            for chunk in self.chunks:
+                if chunk.embeddings is None:
+                    for piece in chunk.pieces:
+                        if piece.stop > self.num_computed_tokens:
+                            return piece.offset
         return self.num_tokens
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
@@ -190,12 +190,6 @@ class Request:
     def token_ids(self, start: int, stop: int) -> list[int]:
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
-
-    def positions_of(self, start: int, stop: int) -> Int32Array:
-        """M-RoPE positions [3, stop - start]; behind the prompt all three rows are the index plus the delta."""
-        prompt = len(self.prompt_token_ids)
-        behind = np.arange(max(start, prompt), max(stop, prompt), dtype=np.int32) + np.int32(self.position_delta)
-        return np.concatenate([self.positions[:, start:stop], np.broadcast_to(behind, (3, len(behind)))], axis=1)
 
     def embedding_slices(self, start: int, stop: int) -> tuple[EmbeddingSlice, ...]:
         """The parts of embeddings that tokens [start, stop) take the place of."""

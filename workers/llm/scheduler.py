@@ -21,7 +21,7 @@ from typing import NamedTuple
 from pipeline.fair import Turns
 from pipeline.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
 from workers.llm.step_times import StepTimes
 from workers.llm.time_shares import TimeShares
@@ -56,12 +56,14 @@ class Schedule(NamedTuple):
 
 
 class Scheduler:
+    """As many requests run at once as the cache has slots."""
+
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
+        self, cache: CacheManager, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
         step_times: StepTimes | None = None, has_prefix_cache: bool = True,
     ) -> None:  # fmt: skip
-        self.blocks = blocks
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.cache = cache
+        self.max_num_seqs, self.max_num_batched_tokens = cache.slots.num_slots, max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.step_times, self.has_prefix_cache = step_times, has_prefix_cache
         self.waiting: list[Request] = []  # by arrival
@@ -69,13 +71,7 @@ class Scheduler:
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
         self._shares = TimeShares()
         self.num_preemptions = 0
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit the KV cache when nobody else is there."""
-        return self.blocks.num_blocks * self.blocks.block_size
 
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=_arrival)
@@ -90,8 +86,7 @@ class Scheduler:
 
     def _stop(self, request: Request) -> None:
         self.running.remove(request)
-        self.blocks.free(request.request_id)
-        self._free_slots.append(request.slot)
+        self.cache.free(request.request_id)
         for digest in [digest for digest, owner in self._computing.items() if owner is request]:
             del self._computing[digest]
 
@@ -103,15 +98,22 @@ class Scheduler:
         if not preempted:  # else it would come straight back and take the blocks that it gave up
             preempted = self._share_out()
             admitted = self._admit(preempted)
-        active = [request for request in self.running if not request.is_last_token_pending]
-        ready = [(request, request.num_ready_tokens() - request.num_computed_tokens) for request in active]
-        suspects = [(request, num_tokens) for request, num_tokens in ready if request.is_suspect and num_tokens > 0]
-        if suspects:
-            request, num_tokens = suspects[0]
-            return Schedule([self._take(request, min(self.max_num_batched_tokens, num_tokens))], admitted, preempted, 0, is_alone=True)
-        ready = self._of_tenants_behind(ready)
-        decodes = [request for request, num_tokens in ready if num_tokens == 1 == request.num_remaining_tokens]
-        prefills = [(request, num_tokens) for request, num_tokens in ready if num_tokens > 0 and request not in decodes]
+        ready: list[tuple[Request, int]] = []
+        for request in self.running:
+            num_ready = request.num_ready_tokens() - request.num_computed_tokens
+            if num_ready <= 0 or request.is_last_token_pending:
+                continue
+            if request.is_suspect:
+                alone = self._take(request, min(self.max_num_batched_tokens, num_ready))
+                return Schedule([alone], admitted, preempted, 0, is_alone=True)
+            ready.append((request, num_ready))
+        decodes: list[Request] = []
+        prefills: list[tuple[Request, int]] = []
+        for request, num_ready in self._of_tenants_behind(ready):
+            if num_ready == 1 and request.num_remaining_tokens == 1:
+                decodes.append(request)
+            else:
+                prefills.append((request, num_ready))
         prefills = self._in_turn(prefills)
         scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]
         num_decodes = len(scheduled)
@@ -158,10 +160,12 @@ class Scheduler:
         return Scheduled(request, start, stop, is_sampled)
 
     def _make_room(self) -> list[Request]:
-        """A place in the KV cache for every running request's newest token. Those that were preempted for it."""
+        """A place in the cache for every running request's newest token. Those that were preempted for it."""
         preempted: list[Request] = []
-        for request in list(self.running):
-            while request.slot >= 0 and not self.blocks.grow(request.request_id, request.num_tokens):
+        block_size = self.cache.block_size
+        growing = [each for each in self.running if each.num_tokens > len(each.block_table) * block_size]
+        for request in growing:
+            while request.slot >= 0 and not self.cache.extend(request.request_id, request.num_tokens):
                 preempted.append(whom_to_preempt(self.running))
                 self._preempt(preempted[-1])
         return preempted
@@ -170,8 +174,10 @@ class Scheduler:
         """Room for the first that waits, if its tenant has less than its share. Those that were preempted for
         it.
         """
+        if not self.waiting:
+            return []
         num_tenants = len({request.tenant for queue in (self.waiting, self.running) for request in queue})
-        if num_tenants < 2 or not self.waiting:
+        if num_tenants < 2:
             return []
         line = in_line(self.waiting, self.running)
         first = next((request for request in line if self._may_start(request)), None)
@@ -184,10 +190,16 @@ class Scheduler:
                 return []
             preempted.append(victim)
             self._preempt(victim)
-        found = self.blocks.find(self._hashes(first))
-        num_blocks = -(-first.num_tokens // self.blocks.block_size)
-        while not self.blocks.can_allocate(found, first.num_tokens, num_spare=len(self.running)):
-            victim = who_gives_blocks(first, num_blocks, self.running, num_tenants, self.blocks.num_blocks)
+        found = self.cache.find(self._hashes(first))
+        num_blocks = -(-first.num_tokens // self.cache.block_size)
+        while not self.cache.has_room(found, first.num_tokens, num_spare=len(self.running)):
+            victim = who_gives_blocks(
+                first,
+                num_blocks,
+                self.running,
+                num_tenants,
+                self.cache.blocks.num_blocks,
+            )
             if victim is None:
                 break
             preempted.append(victim)
@@ -210,11 +222,11 @@ class Scheduler:
     def _may_start(self, request: Request) -> bool:
         """Whether it would not wait for others inside, with what they may need in its hands."""
         hashes = self._hashes(request)
-        num_found = len(self.blocks.find(hashes))
+        num_found = len(self.cache.find(hashes))
         # Places for embeddings are granted in the order of arrival. A request that overtakes others and then
         # waits for such a place could wait for ever, for they may hold it. So it overtakes when it has all
         # that it needs.
-        num_cached_tokens = num_found * self.blocks.block_size
+        num_cached_tokens = num_found * self.cache.block_size
         if request.arrival > self.waiting[0].arrival and request.is_waiting_for_embeddings(num_cached_tokens):
             return False
         # Somebody computes what it needs next: it follows when that is in the cache.
@@ -231,17 +243,22 @@ class Scheduler:
             if not self._may_start(request):
                 continue
             hashes = self._hashes(request)
-            found = self.blocks.find(hashes)
+            found = self.cache.find(hashes)
             # A spare block for each that runs, or the newcomer would soon be preempted again.
-            if not self.blocks.can_allocate(found, request.num_tokens, num_spare=len(self.running)):
+            if not self.cache.has_room(found, request.num_tokens, num_spare=len(self.running)):
                 break  # and nobody overtakes it
+            assert not request.num_pending_tokens, "a token of the request is still in flight"
             self.waiting.remove(request)
-            request.block_table = self.blocks.allocate(request.request_id, found, request.num_tokens)
-            request.slot = self._free_slots.pop()
-            request.num_computed_tokens = len(found) * self.blocks.block_size
+            request.slot, request.block_table = self.cache.allocate(
+                request.request_id,
+                found,
+                request.num_tokens,
+            )
+            request.num_computed_tokens = len(found) * self.cache.block_size
             request.num_published_blocks = len(found)
             if not request.was_admitted:
-                request.was_admitted, request.num_cached_tokens = True, min(request.num_computed_tokens, len(request.prompt_token_ids))
+                request.was_admitted = True
+                request.num_cached_tokens = min(request.num_computed_tokens, len(request.prompt_token_ids))
             self._computing.update(dict.fromkeys(hashes[len(found) :], request))
             insort(self.running, request, key=_order)
             admitted.append(Admitted(request, request.num_computed_tokens))
@@ -249,51 +266,75 @@ class Scheduler:
 
     def _hashes(self, request: Request) -> list[bytes]:
         """Of all full blocks but the one with the last token: something must be left to compute."""
-        if not self.has_prefix_cache:
+        if not self.publishes:
             return []
-        return request.block_hashes((request.num_tokens - 1) // self.blocks.block_size, self.blocks.block_size)
+        return request.block_hashes((request.num_tokens - 1) // self.cache.block_size, self.cache.block_size)
+
+    @property
+    def publishes(self) -> bool:
+        """Whether prefixes are to be found again."""
+        return self.has_prefix_cache and self.cache.has_prefixes
 
     # What came of a step.
 
-    def update(self, scheduled: list[Scheduled], sampled: Mapping[str, int]) -> list[Request]:
-        """Takes a step's results; returns the requests that have finished, with their reason set, their blocks freed.
+    def update(
+        self,
+        scheduled: Sequence[Scheduled],
+        new_token_ids: Mapping[str, Sequence[int]],
+    ) -> list[Request]:
+        """Takes a step's results: the new tokens of each request that was sampled, in order.
 
-        A request that ended while the step ran gets nothing. One that was preempted meanwhile keeps its token.
+        Returns the requests that have finished, with their reason set and their blocks freed. A request that
+        ended while the step ran gets nothing. One that was preempted meanwhile keeps its tokens.
         """
         finished: list[Request] = []
+        publishes, block_size = self.publishes, self.cache.block_size
         for item in scheduled:
             request = item.request
             if request.is_over:
                 continue
             if item.is_sampled:
                 request.num_pending_tokens -= 1
-                request.output_token_ids.append(sampled[request.request_id])
-                request.finish_reason = self._finish_reason(request)
-            if self.has_prefix_cache and request.num_computed_tokens >= item.stop:
-                self._publish(request, item.stop // self.blocks.block_size)
+                self._append(request, new_token_ids[request.request_id])
+            num_full = item.stop // block_size
+            # One that was preempted has lost the blocks that the step wrote.
+            is_kept = request.num_computed_tokens >= item.stop
+            if publishes and is_kept and num_full > request.num_published_blocks:
+                self._publish(request, num_full)
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)
         return finished
 
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        token = request.output_token_ids[-1]
-        if token in request.sampling.stop_token_ids or (token in self.eos_token_ids and not request.sampling.ignore_eos):
+    def _append(self, request: Request, token_ids: Sequence[int]) -> None:
+        """Up to the token that ends the request: those behind it are nobody's."""
+        for token_id in token_ids:
+            request.output_token_ids.append(token_id)
+            request.finish_reason = self._finish_reason(request, token_id)
+            if request.finish_reason is not None:
+                return
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        sampling = request.sampling
+        is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(request.output_token_ids) >= request.max_tokens else None
 
     def _publish(self, request: Request, num_blocks: int) -> None:
-        hashes = request.block_hashes(num_blocks, self.blocks.block_size)
+        hashes = request.block_hashes(num_blocks, self.cache.block_size)
         for index in range(request.num_published_blocks, num_blocks):
-            self.blocks.publish(request.block_table[index], hashes[index])
+            self.cache.publish(request.block_table[index], hashes[index])
             self._computing.pop(hashes[index], None)
-        request.num_published_blocks = max(request.num_published_blocks, num_blocks)
+        request.num_published_blocks = num_blocks
 
     def check_integrity(self) -> None:
-        self.blocks.check_integrity()
-        used = [request.slot for request in self.running]
-        assert sorted([*used, *self._free_slots]) == list(range(self.max_num_seqs)), "a slot is lost or used twice"
-        assert all(request in self.running for request in self._computing.values()), "blocks are awaited from nobody"
+        self.cache.check_integrity()
+        slots = {request.slot for request in self.running}
+        num_taken = self.max_num_seqs - self.cache.slots.num_free
+        assert len(slots) == len(self.running) == num_taken, "a slot is lost or used twice"
+        is_awaited_from_nobody = any(request not in self.running for request in self._computing.values())
+        assert not is_awaited_from_nobody, "blocks are awaited from nobody"
         for queue, key in ((self.waiting, _arrival), (self.running, _order)):
             assert queue == sorted(queue, key=key), "a queue is out of order"
 

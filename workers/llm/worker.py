@@ -31,13 +31,17 @@ from pipeline.messages import (
 )
 from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
 from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
+from workers.llm.cache.plan import GIB, available_gib, plan_cache
+from workers.llm.cache.spec import states_of
 from workers.llm.calibration import measure_step_times
-from workers.llm.engine import Engine
-from workers.llm.model_runner import GIB, ModelRunner, kv_cache_gib, plan_kv_cache
+from workers.llm.engine import Engine, Links
+from workers.llm.model_runner import ModelRunner
+from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
+from workers.llm.stepping import Watch
 from workers.nn.loader import choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
@@ -60,7 +64,9 @@ def main(context: WorkerContext) -> None:
     if device.type == "cuda":
         _wait_for_vits(context, control)
     else:
-        plan_kv_cache(info, config, tp_size, dtype, kv_cache_gib(config, device))  # what cannot fit fails before the weights are loaded
+        # What cannot fit fails before the weights are loaded.
+        spec = Decoder.spec_of(info.text, tp_size)
+        plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
     rendezvous = Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
     # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
     steps = context.sockets.subscriber(STEPS, rank=lead) if rank > 0 else None
@@ -73,18 +79,18 @@ def main(context: WorkerContext) -> None:
     sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
     runner: ModelRunner | None = None
     try:
-        runner = ModelRunner(info, config, context.model_folder, device, parallel, progress)
+        runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
-        kv_plan = plan_kv_cache(info, config, tp_size, dtype, parallel.smallest(int(kv_cache_gib(config, device) * GIB)) / GIB)
-        runner.open_cache(kv_plan.num_blocks, kv_plan.max_model_len)
+        spec = runner.decoder.cache_spec()
+        gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
+        cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
+        runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
         if steps is None:
-            scheduler = Scheduler(
-                BlockManager(kv_plan.num_blocks, config.llm.block_size), config.llm.max_num_seqs, config.llm.max_num_batched_tokens,
-                info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching,
-            )  # fmt: skip
+            cache = CacheManager.of_size(cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=bool(states_of(spec)))
+            scheduler = Scheduler(cache, config.llm.max_num_batched_tokens, info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching)
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
-                max_model_len=kv_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
+                max_model_len=cache_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
                 max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
                 recovery_timeout=config.launcher.recovery_timeout,
                 tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()), **context.origin,
@@ -135,19 +141,23 @@ def _lead(
             poller.wait()
             context.read_control(control)
             num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
-    engine = Engine(
-        context.origin, scheduler, runner, welcome, outputs.publish, steps.publish if steps else None,
-        sockets.sender(FEEDBACK), vits, sockets.epochs, has_overlap=has_overlap(config.llm.overlap, runner.device),
-        tracer=context.tracer, record=context.recorder.record,
+    links = Links(
+        publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits,
+        publish_step=steps.publish if steps else None,
     )  # fmt: skip
-    blocks = scheduler.blocks
+    engine = Engine(
+        context.origin, scheduler, runner, welcome, links, sockets.epochs,
+        has_overlap=has_overlap(config.llm.overlap, runner.device),
+        watch=Watch(tracer=context.tracer, record=context.recorder.record),
+    )  # fmt: skip
+    blocks = scheduler.cache.blocks
     step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
     for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
         context.progress("measuring steps", len(step_times), 2)
         sharing.widen(is_wide)
-        engine.is_wide = is_wide
+        engine.stepper.is_wide = is_wide
         step_times[is_wide] = measure_step_times(
-            engine.execute, blocks, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
+            engine.execute, scheduler.cache, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
         )
     context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
     poller = Poller(inbox, outputs, control)
@@ -170,8 +180,8 @@ def _lead(
             context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
             if not engine.requests:
                 engine.check_integrity()
-        engine.is_wide = sharing.enter()
-        scheduler.step_times = step_times.get(engine.is_wide)
+        engine.stepper.is_wide = sharing.enter()
+        scheduler.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
         sharing.announce(is_busy)
         if not is_busy:
@@ -194,7 +204,7 @@ def has_overlap(option: str, device: torch.device) -> bool:
 
 
 def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
-    blocks = engine.scheduler.blocks
+    blocks = engine.scheduler.cache.blocks
     return {
         **engine.counters, "free_blocks": blocks.num_free, "cached_blocks": blocks.num_cached, "preemptions": engine.scheduler.num_preemptions,
         "clients_cut_off": engine.num_clients_cut_off, "refused_messages": num_refused,

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from pipeline.errors import PipelineError
 from pipeline.slots import SlotAllocator
 from pipeline.tensors import PoolInfo, PoolMap, StaleHandleError, TensorHandle, TensorPool
-from workers.llm.model_runner import EmbeddingPools
+from workers.llm.embedding_pools import EmbeddingPools
 from workers.llm.parallel import TensorParallel
 
 CPU = torch.device("cpu")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,11 +58,12 @@ from tests.chats import CHATS, Chat, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import seen_size
 from tests.reference import Answer, Reference, assert_same_tokens
-from workers.llm.block_manager import BlockManager
-from workers.llm.engine import Engine
+from workers.llm.cache.manager import CacheManager
+from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
+from workers.llm.stepping import Watch
 from workers.nn.loader import Checkpoint
 from workers.preprocess.images import decode, read_size
 from workers.preprocess.prompt import ChatPrompt
@@ -81,17 +84,21 @@ class Rig:
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention))
-        runner = ModelRunner(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
+        runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000)
-        self.scheduler = Scheduler(BlockManager(num_blocks, block_size), 8, budget, self.info.eos_token_ids)
+        self.scheduler = Scheduler(CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids)
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
+        self.ranks_keep_up = True
+        self.clock: Callable[[], float] = time.perf_counter
+        self.records: list[set[str]] = []
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
             max_model_len=1000, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome, self.publisher, None, self.feedback, [self.vit],
-            has_overlap=has_overlap,
+            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome,
+            Links(publish=self.publisher, feedback=self.feedback, vits=[self.vit], publish_step=self.publish_step),
+            has_overlap=has_overlap, watch=Watch(clock=lambda: self.clock(), record=lambda ids: self.records.append(set(ids))),
         )  # fmt: skip
         self.now = 0.0
         self.greet(CLIENT)
@@ -101,6 +108,9 @@ class Rig:
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
         self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)
         self.lease_ids = itertools.count(1)
+
+    def publish_step(self, message: object) -> bool:
+        return self.ranks_keep_up
 
     def greet(self, client_id: bytes) -> None:
         self.engine.on_subscriptions([Subscription(client_id, True)], self.now)
@@ -379,7 +389,7 @@ def test_a_preempted_request_gives_its_leases_back_when_no_step_reads_them(rando
     before = {lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids}
     preempted = rig.scheduler.running[0]
     rig.scheduler._preempt(preempted)
-    rig.engine._give_back(preempted.take_all_leases())
+    rig.engine.stepper.give_back(preempted.take_all_leases())
     assert rig.vit.take(LeaseReleased) == [], "a step is under way"
     again: set[ChunkKey] = set()
     handles = {embedding.key: embedding for embedding in ready}
@@ -405,14 +415,14 @@ def test_each_step_is_timed_by_itself(has_overlap: bool, random_checkpoint: Path
 
     def take_time(plan: StepPlan) -> Any:
         nonlocal now
-        now += sum(max(1, len(sequence.token_ids) // 4) for sequence in plan.sequences)
+        now += sum(sequence.num_tokens for sequence in plan.sequences)
         return launch(plan)
 
     def observe(num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
         observed.append((num_decodes + num_prefill, seconds))
 
     monkeypatch.setattr(rig.engine.runner, "launch", take_time)
-    monkeypatch.setattr(rig.engine, "_clock", lambda: now)
+    rig.clock = lambda: now
     times = SimpleNamespace(observe=observe, num_free_tokens=lambda *_: 16, predict=lambda num_tokens: 1.0)
     monkeypatch.setattr(rig.scheduler, "step_times", times)
     request, _ = rig.request(CHATS["text only"], "r")
@@ -670,7 +680,7 @@ def test_a_client_of_another_version_is_refused(rig: Rig) -> None:
 
 
 def test_messages_of_dead_epochs_are_dropped_and_counted(rig: Rig) -> None:
-    rig.engine._epochs = {VIT_0: 2, PREPROCESS: 2}
+    rig.engine.intake.epochs = {VIT_0: 2, PREPROCESS: 2}
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     assert not rig.engine.requests
     assert rig.engine.counters["stale_messages"] == 1
@@ -799,7 +809,7 @@ def test_output_of_an_earlier_attempt_is_gone_on_from(rig: Rig, references: dict
 
 
 def test_a_rank_that_lags_stops_the_pipeline(rig: Rig) -> None:
-    rig.engine._publish_step = lambda message: False
+    rig.ranks_keep_up = False
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     with pytest.raises(PipelineError, match="does not keep up"):
         rig.engine.step(rig.now)
@@ -814,7 +824,7 @@ def successor(worker: WorkerId, *executed: str) -> WorkerState:
 
 def test_with_a_vit_go_the_requests_that_have_not_read_what_it_had(rig: Rig) -> None:
     rig.open_pool()
-    rig.engine._epochs = {VIT_0: 1}
+    rig.engine.intake.epochs = {VIT_0: 1}
     (read, ready), (waiting, _), text = rig.request(CHATS["one picture"], "read"), rig.request(CHATS["one picture"], "waiting"), "text"
     other = rig.request(CHATS["three pictures between texts"], "unread")
     rig.engine.handle(read, rig.now)
@@ -825,7 +835,7 @@ def test_with_a_vit_go_the_requests_that_have_not_read_what_it_had(rig: Rig) -> 
     rig.engine.handle(other[0], rig.now)
     rig.engine.handle(other[1][2], rig.now)
     rig.vit.take()
-    rig.engine._epochs = {VIT_0: 2}
+    rig.engine.intake.epochs = {VIT_0: 2}
     rig.engine.on_death(successor(VIT_0, "waiting"), rig.now)
     assert {told.request_id: told.died for told in rig.publisher.take(Interrupted)} == {"waiting": Role.VIT, "unread": None}
     assert not rig.engine.runner.pools.knows("vit.0", 1)
@@ -836,7 +846,7 @@ def test_with_a_vit_go_the_requests_that_have_not_read_what_it_had(rig: Rig) -> 
 
 
 def test_a_request_that_names_a_dead_vit_is_interrupted_at_once(rig: Rig) -> None:
-    rig.engine._epochs = {VIT_0: 2}
+    rig.engine.intake.epochs = {VIT_0: 2}
     rig.engine.handle(rig.request(CHATS["one picture"], "r")[0], rig.now)
     (told,) = rig.publisher.take(Interrupted)
     assert (told.reason, told.died) == ("vit.0 died", None)
@@ -847,7 +857,7 @@ def test_what_a_dead_vit_sent_early_is_dropped_and_its_successors_leases_count_a
     rig.open_pool()
     request, ready = rig.request(CHATS["one picture"], "r")
     rig.engine.handle(ready[0], rig.now)
-    rig.engine._epochs = {VIT_0: 2}
+    rig.engine.intake.epochs = {VIT_0: 2}
     rig.engine.on_death(successor(VIT_0), rig.now)
     rig.engine.tick(rig.now)
     (told,) = rig.vit.take(LeaseSet)
@@ -869,12 +879,10 @@ def test_with_preprocess_go_the_requests_that_wait_for_pictures(rig: Rig) -> Non
 
 
 def test_who_executes_is_recorded_before_a_step_and_nobody_behind_it(rig: Rig) -> None:
-    records: list[set[str]] = []
-    rig.engine._record = lambda ids: records.append(set(ids))
     for name in ("a", "b"):
         rig.engine.handle(rig.request(CHATS["text only"], name, sampling=SamplingParams(max_tokens=1))[0], rig.now)
     rig.run()
-    assert records == [{"a", "b"}, set()]
+    assert rig.records == [{"a", "b"}, set()]
 
 
 def test_a_resubmitted_request_goes_on_as_if_nothing_had_been(rig: Rig) -> None:

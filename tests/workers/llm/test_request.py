@@ -31,14 +31,6 @@ def request(num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | N
     return Request.from_wire(message, max_model_len)
 
 
-def test_positions_behind_the_prompt_go_on_with_the_delta() -> None:
-    made = request(12, (item(2, 4),))
-    whole = made.positions_of(0, 12)
-    assert whole.tolist() == np.arange(36).reshape(3, 12).tolist(), "as they came"
-    assert np.array_equal(np.concatenate([made.positions_of(0, 5), made.positions_of(5, 12)], axis=1), whole)
-    assert made.positions_of(12, 14).tolist() == [[12 - 3, 13 - 3]] * 3
-
-
 def handle(rows: int) -> TensorHandle:
     return TensorHandle("vit.0", 1, 0, 1, 0, (rows, 8), "float32")
 

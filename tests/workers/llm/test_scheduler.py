@@ -1,4 +1,4 @@
-"""The scheduler and the block manager, pure; a property test runs random arrivals, aborts and late embeddings."""
+"""The scheduler and the cache manager, pure; a property test runs random arrivals, aborts and late embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.messages import MmChunk, MmItem, Span
 from pipeline.sampling import FinishReason, SamplingParams
 from pipeline.tensors import TensorHandle
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Chunk, Piece, Request, chunks_of
 from workers.llm.scheduler import Scheduled, Scheduler
 from workers.llm.step_times import Measured, StepTimes
@@ -37,12 +37,12 @@ def make(
 
 
 def scheduler(num_blocks: int = 100, budget: int = 16, max_seqs: int = 8) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, 4), max_seqs, budget, (EOS,))
+    return Scheduler(CacheManager.of_size(num_blocks, 4, max_seqs), budget, (EOS,))
 
 
 def step(made: Scheduler, token: int = 1) -> list[tuple[str, int]]:
     scheduled, *_ = made.schedule()
-    made.update(scheduled, {item.request.request_id: token for item in scheduled if item.is_sampled})
+    made.update(scheduled, {item.request.request_id: [token] for item in scheduled if item.is_sampled})
     return [(item.request.request_id, item.num_tokens) for item in scheduled]
 
 
@@ -114,11 +114,11 @@ def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
     for _ in range(40):
         scheduled, *_ = made.schedule()
         made.check_integrity()
-        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: 1 for item in scheduled if item.is_sampled})]
+        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled})]
     assert ended == ["old", "young"]
     assert made.num_preemptions == 1
     assert len(old.output_token_ids) == len(young.output_token_ids) == 12
-    assert made.blocks.num_free == 8
+    assert made.cache.blocks.num_free == 8
 
 
 def test_what_the_prefix_cache_covers_is_not_waited_for() -> None:
@@ -144,7 +144,7 @@ def test_a_high_priority_is_not_preempted_for_a_low_one() -> None:
     ended: list[str] = []
     for _ in range(40):
         scheduled, *_ = made.schedule()
-        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: 1 for item in scheduled if item.is_sampled})]
+        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled})]
     assert ended == ["high", "low"]
 
 
@@ -171,11 +171,11 @@ def test_generated_tokens_are_found_in_the_next_turn() -> None:
 
 
 def test_without_a_prefix_cache_everything_is_computed() -> None:
-    made = Scheduler(BlockManager(100, 4), 8, 64, (EOS,), has_prefix_cache=False)
+    made = Scheduler(CacheManager.of_size(100, 4, 8), 64, (EOS,), has_prefix_cache=False)
     for name in "ab":
         made.add(make(name, 10, max_tokens=1, token=5))
         assert step(made) == [(name, 10)]
-    assert made.blocks.num_cached == 0
+    assert made.cache.blocks.num_cached == 0
 
 
 def test_equal_prompts_at_once_are_computed_once() -> None:
@@ -255,7 +255,7 @@ def test_an_item_at_other_positions_shares_only_what_is_before_it() -> None:
 
 def test_decodes_are_protected_from_long_prompts() -> None:
     times = StepTimes([Measured(1, 0.010), Measured(8, 0.010), Measured(16, 0.014), Measured(32, 0.028)], per_pair=0.0, max_stretch=1.25)
-    made = Scheduler(BlockManager(100, 4), 8, 64, (EOS,), times)
+    made = Scheduler(CacheManager.of_size(100, 4, 8), 64, (EOS,), times)
     made.add(make("a", 5, max_tokens=50))
     assert step(made) == [("a", 5)], "nobody to protect"
     made.add(make("b", 60))
@@ -270,7 +270,7 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
         if number == 10:
             made.add(make("long", 100, max_tokens=10))
         scheduled, *_ = made.schedule()
-        ended += [r.request_id for r in made.update(scheduled, {s.request.request_id: 1 for s in scheduled if s.is_sampled})]
+        ended += [r.request_id for r in made.update(scheduled, {s.request.request_id: [1] for s in scheduled if s.is_sampled})]
         if "long" in ended:
             break
     assert "long" in ended
@@ -292,7 +292,7 @@ def test_end_of_sequence(ignore_eos: bool, reason: FinishReason, count: int) -> 
         step(made, token=EOS)
     assert request.finish_reason is reason
     assert len(request.output_token_ids) == count
-    assert made.blocks.num_free == made.blocks.num_blocks
+    assert made.cache.blocks.num_free == made.cache.blocks.num_blocks
 
 
 ACTIONS = st.one_of(
@@ -313,13 +313,14 @@ TIMES = StepTimes([Measured(1, 1.0), Measured(64, 2.0)], per_pair=1e-4, max_stre
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ACTIONS, max_size=80), st.integers(24, 40), st.integers(1, 24), st.integers(1, 5), st.booleans(), st.booleans())
+@given(st.lists(ACTIONS, max_size=80), st.integers(24, 40), st.integers(1, 24), st.integers(1, 5), st.booleans(), st.booleans(), st.booleans())
 def test_invariants_hold_whatever_happens(
-    actions: list[tuple[object, ...]], num_blocks: int, budget: int, max_seqs: int, has_overlap: bool, is_protected: bool
+    actions: list[tuple[object, ...]], num_blocks: int, budget: int, max_seqs: int, has_overlap: bool, is_protected: bool, has_states: bool
 ) -> None:
     """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap: no block is lost or held twice, the
     budget holds, every request ends once with as many tokens as it asked for, and blocks that two requests share hold equal tokens."""
-    made = Scheduler(BlockManager(num_blocks, 4), max_seqs, max(budget, max_seqs), (EOS,), TIMES if is_protected else None)
+    cache = CacheManager.of_size(num_blocks, 4, max_seqs, has_states)
+    made = Scheduler(cache, max(budget, max_seqs), (EOS,), TIMES if is_protected else None)
     everyone: list[Request] = []
     ended: list[str] = []
     under_way: list[list[Scheduled]] = []
@@ -346,7 +347,7 @@ def test_invariants_hold_whatever_happens(
         num_done = 0
         while len(under_way) > (1 if has_overlap and scheduled else 0):
             done = under_way.pop(0)
-            finished = made.update(done, {item.request.request_id: 1 for item in done if item.is_sampled})
+            finished = made.update(done, {item.request.request_id: [1] for item in done if item.is_sampled})
             for request in finished:
                 assert len(request.output_token_ids) == request.max_tokens
             ended.extend(request.request_id for request in finished)
@@ -375,7 +376,7 @@ def test_invariants_hold_whatever_happens(
         if not run():
             break
     assert sorted(ended) == sorted(request.request_id for request in everyone)
-    assert made.blocks.num_free == num_blocks
+    assert made.cache.blocks.num_free == num_blocks
 
 
 def arrive(request: Request) -> None:

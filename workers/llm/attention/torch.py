@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.messages import Int32Array
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import to_device
 
@@ -27,7 +28,7 @@ class Span(NamedTuple):
 
     num_tokens: int
     num_computed: int
-    block_table: Sequence[int]
+    block_table: Sequence[int] | Int32Array
 
     @property
     def length(self) -> int:
@@ -86,7 +87,7 @@ class PagedAttention:
         return _Layout(spans, new, together, others)
 
     def _slots(self, span: Span) -> Tensor:
-        table = np.array(span.block_table[: -(-span.length // self.block_size)])
+        table = np.asarray(span.block_table)[: -(-span.length // self.block_size)].astype(np.int64)
         return to_device((table[:, None] * self.block_size + np.arange(self.block_size)).ravel()[: span.length], self.cache.device)
 
     def _together(self, slots: Sequence[Tensor], longest: int) -> _Together:
@@ -108,12 +109,13 @@ class PagedAttention:
         return _Chunk(history.run if history.rest is None else slots, mask)
 
     def _history(self, slots: Tensor, span: Span) -> _History:
-        size, table = self.block_size, span.block_table[: -(-span.length // self.block_size)]
-        ends = [index for index in range(1, len(table)) if table[index] != table[index - 1] + 1]
+        size, table = self.block_size, np.asarray(span.block_table)[: -(-span.length // self.block_size)]
+        ends = (np.flatnonzero(np.diff(table) != 1) + 1).tolist()
         first, last = max(itertools.pairwise([0, *ends, len(table)]), key=lambda run: run[1] - run[0])
         start, stop = first * size, min(last * size, span.length)  # positions of the longest run
         rest = torch.cat((slots[:start], slots[stop:]))
-        return _History(slice(table[first] * size, table[first] * size + stop - start), rest if len(rest) else None)
+        slot = int(table[first]) * size
+        return _History(slice(slot, slot + stop - start), rest if len(rest) else None)
 
     @staticmethod
     def rotary(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

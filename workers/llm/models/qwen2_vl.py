@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.families import TextInfo
+from workers.llm.cache.spec import CacheSpec, Paged
+from workers.llm.cache.state_tensors import StepStates
 from workers.llm.parallel import HeadLayout, TensorParallel
 from workers.nn.layers import Linear, RMSNorm, make_linear
 from workers.nn.loader import Checkpoint, Rows
@@ -57,13 +59,32 @@ class Decoder:
         self.on_layer: Callable[[], object] = lambda: None  # where each layer is computed by itself
         self._axes, self._frequencies = _rotary_constants(info, checkpoint.device)
 
+    @staticmethod
+    def spec_of(info: TextInfo, tp_size: int) -> CacheSpec:
+        """What one rank of a decoder of this shape keeps, known before it is loaded."""
+        heads = HeadLayout(info, 0, tp_size)
+        return [Paged(heads.num_kv_heads, heads.head_dim)] * info.num_layers
+
+    def cache_spec(self) -> CacheSpec:
+        return self.spec_of(self.info, self.parallel.size)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """[num_tokens, hidden]"""
         return self._embeddings[token_ids].to(self._dtype)
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, positions: Tensor, attention: Attention, layout: Any) -> Tensor:
-        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens]. Kernels write over x."""
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        layout: Any,
+        states: StepStates | None = None,
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden] of embedded tokens x at M-RoPE positions [3, num_tokens].
+
+        Kernels write over x. No layer of this decoder keeps a state.
+        """
         rotary = attention.rotary(positions[self._axes].float().T * self._frequencies, x.dtype)
         if self._kernels is None:
             for layer in self.layers:

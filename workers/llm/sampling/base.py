@@ -62,11 +62,6 @@ class Processor(Protocol):
         """Whether it must be told of a token on the host before it can change the next logits."""
         ...
 
-    @staticmethod
-    def reads_history(params: SamplingParams) -> bool:
-        """Whether `start` needs the request's tokens: they are sent to the ranks only then."""
-        ...
-
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         """A request takes the slot, and what the slot held is forgotten. Whether the request asks for anything."""
         ...

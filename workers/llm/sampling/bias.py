@@ -15,10 +15,6 @@ class Bias:
     def __init__(self, setup: Setup) -> None:
         self._entries: dict[int, Entries] = {}  # by slot
 
-    @staticmethod
-    def reads_history(params: SamplingParams) -> bool:
-        return False
-
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         bias = params.logit_bias
         self._entries[slot] = Entries(

@@ -27,12 +27,12 @@ class Penalties:
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab] bool
 
     @staticmethod
-    def reads_history(params: SamplingParams) -> bool:
+    def _are_asked(params: SamplingParams) -> bool:
         has_penalty = bool(params.presence_penalty or params.frequency_penalty)
         return has_penalty or params.repetition_penalty != 1
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
-        if not self.reads_history(params):
+        if not self._are_asked(params):
             return False
         self._presence[slot], self._frequency[slot] = params.presence_penalty, params.frequency_penalty
         self._repetition[slot] = params.repetition_penalty
@@ -51,9 +51,7 @@ class Penalties:
         places, slots = self._on_device(rows.places), self._on_device(rows.slots)
         counts, changed = self._counts[slots], logits[places]
         is_in_output = counts > 0
-        factor = torch.where(
-            self._is_in_prompt[slots] | is_in_output, self._column(self._repetition, rows), 1.0
-        )
+        factor = torch.where(self._is_in_prompt[slots] | is_in_output, self._column(self._repetition, rows), 1.0)
         changed = torch.where(changed > 0, changed / factor, changed * factor)
         changed -= self._column(self._frequency, rows) * counts
         changed -= self._column(self._presence, rows) * is_in_output

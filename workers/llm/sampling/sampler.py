@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.messages import SequenceStart, unpack_int32
-from pipeline.sampling import SamplingParams
 from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup, Tokens
 from workers.llm.sampling.bias import Bias
 from workers.llm.sampling.choice import Choice, Kernel
@@ -30,11 +29,6 @@ PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens)
 
 def make_processors(setup: Setup) -> tuple[Processor, ...]:
     return tuple(kind(setup) for kind in PROCESSORS)
-
-
-def reads_history(params: SamplingParams) -> bool:
-    """Whether a processor needs the tokens that the request has when it takes its slot."""
-    return any(kind.reads_history(params) for kind in PROCESSORS)
 
 
 class Sampled(NamedTuple):

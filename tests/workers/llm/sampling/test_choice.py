@@ -79,9 +79,7 @@ def test_draws_at_different_positions_and_of_different_seeds_are_independent() -
         assert chisquare(pairs.ravel(), wanted.ravel(), ddof=6).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"presence_penalty": 1.0}]
-)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"presence_penalty": 1.0}])
 def test_a_draw_depends_on_seed_and_number_only(options: dict[str, float]) -> None:
     torch.manual_seed(0)
     logits, company = torch.randn(1, 5000), torch.randn(3, 5000)

@@ -8,9 +8,7 @@ from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
 from workers.llm.sampling.base import Rows, Tokens
 from workers.llm.sampling.penalties import Penalties
 
-ALL = SamplingParams(
-    temperature=0, seed=1, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=2.0
-)
+ALL = SamplingParams(temperature=0, seed=1, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=2.0)
 LOGITS = [4.0, -1.0, 0.5, 6.0, 0.0]
 
 
@@ -37,9 +35,8 @@ def test_a_request_without_penalties_takes_no_memory_and_reads_no_history() -> N
     plain = SamplingParams(seed=1)
     assert not penalties.start(0, plain, tokens([], []))
     assert penalties._counts is None
-    assert not Penalties.reads_history(plain)
     for name, value in (("presence_penalty", -1.0), ("frequency_penalty", 0.1), ("repetition_penalty", 1.1)):
-        assert Penalties.reads_history(SamplingParams(seed=1, **{name: value}))  # type: ignore[arg-type]
+        assert penalties.start(0, SamplingParams(seed=1, **{name: value}), tokens([], []))  # type: ignore[arg-type]
 
 
 def test_what_was_chosen_and_what_an_earlier_attempt_chose_count_alike() -> None:

@@ -10,7 +10,6 @@ from pipeline.sampling import SamplingParams, with_seed
 from tests.fakes import LLM_0
 from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
 from workers.llm.sampling.base import Int64Array, Rows, Setup, Tokens
-from workers.llm.sampling.sampler import reads_history
 
 GREEDY = SamplingParams(temperature=0, seed=1)
 
@@ -58,10 +57,6 @@ class Watch:
         self.applied: list[list[int]] = []
         self.accepted: list[tuple[list[int], list[int]]] = []
 
-    @staticmethod
-    def reads_history(params: SamplingParams) -> bool:
-        return False
-
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         return params.min_p == 0.5
 
@@ -98,8 +93,7 @@ def test_every_rank_chooses_the_same() -> None:
         with_seed(SamplingParams(top_p=0.9, presence_penalty=1.5, min_tokens=4), "b", 0),
         with_seed(SamplingParams(top_k=30, logit_bias={5: 3.0}), "c", 0),
     ]
-    histories = [pack_int32([1, 2, 3, 4] if reads_history(one) else []) for one in params]
-    starts = tuple(SequenceStart(slot, 2, one, histories[slot]) for slot, one in enumerate(params))
+    starts = tuple(SequenceStart(slot, 2, one, pack_int32([1, 2, 3, 4])) for slot, one in enumerate(params))
     plan = StepPlan(sender=LLM_0, epoch=1, step=1, started=starts, sequences=())
     other = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=StepPlan)
     ranks = []
@@ -144,10 +138,6 @@ class ToyGrammar:
         self._last: dict[int, int] = {}
         self.masks: dict[int, list[int]] = {}  # tokens that are allowed next, by slot
 
-    @staticmethod
-    def reads_history(params: SamplingParams) -> bool:
-        return params.min_p == 0.25
-
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         if not self.reads_history(params):
             return False
@@ -188,10 +178,7 @@ def test_a_processor_that_needs_tokens_works_between_forward_and_choice() -> Non
         if chosen:
             ranks[0].accept(slots, torch.tensor(chosen[-1]))
         grammars[1].masks = dict(grammars[0].masks)  # by the plan
-        of_ranks = [
-            rank.sample(logits.clone(), slots, np.array([step, 2 + step])).token_ids.tolist()
-            for rank in ranks
-        ]
+        of_ranks = [rank.sample(logits.clone(), slots, np.array([step, 2 + step])).token_ids.tolist() for rank in ranks]
         assert of_ranks[0] == of_ranks[1]
         chosen.append(of_ranks[0])
     assert [tokens[1] for tokens in chosen] == [4, 5, 6, 7, 8], "behind the output of an earlier attempt"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.llm.block_manager import BlockManager
+from workers.llm.cache.blocks import BlockManager
 
 
 def test_blocks_are_never_given_twice() -> None:
@@ -38,7 +38,11 @@ def test_a_published_block_is_shared_and_outlives_its_users() -> None:
 def test_the_least_recently_used_go_first_and_ends_before_beginnings() -> None:
     blocks = BlockManager(4, 4)
     for name in "ab":
-        for block, digest in zip(blocks.allocate(name, [], 8), (f"{name}1".encode(), f"{name}2".encode()), strict=True):
+        for block, digest in zip(
+            blocks.allocate(name, [], 8),
+            (f"{name}1".encode(), f"{name}2".encode()),
+            strict=True,
+        ):
             blocks.publish(block, digest)
     blocks.free("a")
     blocks.free("b")
@@ -46,7 +50,7 @@ def test_the_least_recently_used_go_first_and_ends_before_beginnings() -> None:
     assert len(blocks.find([b"a1", b"a2"])) == 1
     blocks.free("c")
     blocks.allocate("d", [], 4)
-    assert len(blocks.find([b"a1"])) == 1, "a free block without content is taken before one that may serve again"
+    assert len(blocks.find([b"a1"])) == 1, "free blocks without content go first"
     blocks.allocate("e", [], 8)
     assert blocks.find([b"a1"]) == []
     assert len(blocks.find([b"b1", b"b2"])) == 1
@@ -82,5 +86,5 @@ def test_the_blocks_of_a_used_cache_lie_side_by_side_again() -> None:
             blocks.publish(block, f"{name}{number}".encode())
     for name in "ab":
         blocks.free(name)
-    assert blocks.allocate("c", [], 200) == list(range(50)), "attention reads one run in place; anything else it has to gather"
+    assert blocks.allocate("c", [], 200) == list(range(50)), "attention reads one run in place"
     blocks.check_integrity()

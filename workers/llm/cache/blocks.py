@@ -1,7 +1,8 @@
-"""The KV cache's blocks: who holds which, and which prefixes can be found again. Pure bookkeeping, no tensors.
+"""The KV cache's blocks: who holds which, and which prefixes can be found again. Pure, no tensors.
 
-Prefix caching by block hashes, as vLLM and nano-vllm do it: a full block is published under the hash of everything up to its
-end. It may be held by several requests; held by none it stays findable until it is reused, least recently used first.
+Prefix caching by block hashes, as vLLM and nano-vllm do it: a full block is published under the hash of
+everything up to its end. It may be held by several requests; held by none it stays findable until it is
+reused, least recently used first.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ class BlockManager:
         return found
 
     def can_allocate(self, found: Sequence[int], num_tokens: int, num_spare: int = 0) -> bool:
-        """Whether blocks for `num_tokens`, the first of them `found`, can be had and `num_spare` free ones remain."""
+        """Whether there are blocks for `num_tokens`, the first of them `found`, and `num_spare` more."""
         revived = sum(self._num_users[block] == 0 for block in found)
         return self.num_needed(num_tokens) - len(found) + revived + num_spare <= len(self._free)
 
     def allocate(self, request_id: str, found: Sequence[int], num_tokens: int) -> list[int]:
         """The block table of a new request: `found` blocks, then fresh ones up to `num_tokens`.
 
-        The table grows in place with `grow`. Raises ValueError if the request has blocks already or there are too few.
+        The table grows in place with `grow`. Raises ValueError if the request has blocks already, or there
+        are too few.
         """
         if request_id in self._tables or not self.can_allocate(found, num_tokens):
-            raise ValueError(f"no blocks for {num_tokens} tokens of {request_id}: {len(self._free)} are free, or it has some already")
+            free = f"{len(self._free)} are free, or it has some already"
+            raise ValueError(f"no blocks for {num_tokens} tokens of {request_id}: {free}")
         for block in found:
             self._num_users[block] += 1
             self._free.pop(block, None)
@@ -53,7 +56,7 @@ class BlockManager:
         return table
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
-        """Lengthens a request's table to hold `num_tokens`; False, and nothing done, if there are too few free blocks."""
+        """Lengthens a request's table to hold `num_tokens`; False, and nothing done, if too few are free."""
         table = self._tables[request_id]
         missing = self.num_needed(num_tokens) - len(table)
         if missing > len(self._free):
@@ -68,13 +71,13 @@ class BlockManager:
         return True
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Block `block` is full and computed. Where another holds the same content already, that one stays the one to find."""
+        """The block is full and computed. Where another has the same content, that stays the one to find."""
         if self._hashes[block] is None and digest not in self._by_hash:
             self._hashes[block] = digest
             self._by_hash[digest] = block
 
     def free(self, request_id: str) -> None:
-        """Ends a request's hold. The end of its prefix is reused before the beginning, which more requests can share."""
+        """Ends a request's hold. The end of its prefix is reused first: more can share its beginning."""
         for block in reversed(self._tables.pop(request_id)):
             self._num_users[block] -= 1
             if not self._num_users[block]:
@@ -97,5 +100,7 @@ class BlockManager:
             for block in table:
                 users[block] += 1
         assert users == self._num_users, "a block's users are counted wrong"
-        assert {block for block, count in enumerate(users) if not count} == set(self._free), "blocks are lost or held twice"
-        assert {digest: block for block, digest in enumerate(self._hashes) if digest is not None} == self._by_hash, "a hash names a wrong block"
+        unused = {block for block, count in enumerate(users) if not count}
+        assert unused == set(self._free), "blocks are lost or held twice"
+        by_hash = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
+        assert by_hash == self._by_hash, "a hash names a wrong block"

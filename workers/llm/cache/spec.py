@@ -1,0 +1,43 @@
+"""What the layers of a decoder keep between steps. It says so, `plan.py` sizes it, the runner makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Paged(NamedTuple):
+    """Keys and values of each token, in blocks of the KV cache: it grows with the sequence."""
+
+    num_kv_heads: int  # of one rank
+    head_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+class State(NamedTuple):
+    """A tensor of constant size for each sequence. It is zero where a sequence starts."""
+
+    shape: tuple[int, ...]  # of one sequence, on one rank
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# One entry for each thing that a layer keeps, in the order of the layers. A layer with two states has two
+# entries. A decoder numbers its paged entries by themselves, and its states by themselves, both from 0.
+CacheSpec = Sequence[Paged | State]
+
+
+def paged_of(spec: CacheSpec) -> list[Paged]:
+    return [entry for entry in spec if isinstance(entry, Paged)]
+
+
+def states_of(spec: CacheSpec) -> list[State]:
+    return [entry for entry in spec if isinstance(entry, State)]

@@ -1,0 +1,107 @@
+"""What a rank keeps of running sequences, by slot, so that a step says only what is new. No torch.
+
+    start(…) → rows(steps) → the step is computed → advance(rows) → rows(steps) → …
+
+A step reads tokens that the host knows (of the prompt, or of an earlier attempt) or the one that was sampled
+last, which only the device may know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.messages import Int32Array, SequenceStart, SequenceStep, unpack_int32
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Rows(NamedTuple):
+    """The sequences of a step, side by side; all arrays are of the host, one number a sequence."""
+
+    slots: Int64Array
+    starts: Int64Array  # tokens before this step
+    counts: Int64Array  # tokens of this step
+    are_sampled: BoolArray
+    are_decodes: BoolArray  # one token of text, sampled, which the device has as the last one of the slot
+
+    @property
+    def stops(self) -> Int64Array:
+        return self.starts + self.counts
+
+
+class SequenceTable:
+    """`num_slots` slots and one more: that of the rows that fill up a batch."""
+
+    def __init__(self, num_slots: int, max_blocks: int) -> None:
+        self.spare_slot = num_slots
+        self.block_tables = np.zeros((num_slots + 1, max_blocks), dtype=np.int32)
+        self.num_blocks = np.zeros(num_slots + 1, dtype=np.int64)
+        self.lengths = np.zeros(num_slots + 1, dtype=np.int64)  # tokens computed, or being computed
+        self.position_deltas = np.zeros(num_slots + 1, dtype=np.int64)
+        # The place of the last token that the host knew at the start, where it is text. From there on the
+        # device has all that a decode needs.
+        self._decodes_from = np.zeros(num_slots + 1, dtype=np.int64)
+        self._token_ids = [np.zeros(0, dtype=np.int32)] * num_slots  # known at the start
+        self._positions: list[Int32Array | None] = [None] * num_slots  # [3, prompt]; None: of text alone
+
+    def start(self, start: SequenceStart) -> None:
+        slot, token_ids = start.slot, unpack_int32(start.token_ids)
+        positions = unpack_int32(start.positions).reshape(3, -1) if start.positions else None
+        self._token_ids[slot], self._positions[slot] = token_ids, positions
+        self.lengths[slot], self.num_blocks[slot] = start.num_computed_tokens, 0
+        self.position_deltas[slot] = start.position_delta
+        self.extend(slot, unpack_int32(start.block_table))
+        last = len(token_ids) - 1
+        is_text = positions is None or last >= positions.shape[1]
+        if positions is not None and not is_text:
+            is_text = bool((positions[:, last] == last + start.position_delta).all())
+        self._decodes_from[slot] = last if is_text else last + 1
+
+    def extend(self, slot: int, blocks: Int32Array) -> None:
+        """These blocks go behind those that the sequence has."""
+        count = self.num_blocks[slot]
+        self.block_tables[slot, count : count + len(blocks)] = blocks
+        self.num_blocks[slot] = count + len(blocks)
+
+    def rows(self, steps: Sequence[SequenceStep]) -> Rows:
+        """Reads a step; its new blocks are in the table from here on."""
+        count = len(steps)
+        slots = np.fromiter([step.slot for step in steps], dtype=np.int64, count=count)
+        counts = np.fromiter([step.num_tokens for step in steps], dtype=np.int64, count=count)
+        are_sampled = np.fromiter([step.is_sampled for step in steps], dtype=np.bool_, count=count)
+        for step in steps:
+            if step.new_blocks:
+                self.extend(step.slot, unpack_int32(step.new_blocks))
+        starts = self.lengths[slots]
+        are_decodes = are_sampled & (counts == 1) & (starts >= self._decodes_from[slots])
+        for row, step in enumerate(steps):
+            if step.embeddings:
+                are_decodes[row] = False
+        return Rows(slots, starts, counts, are_sampled, are_decodes)
+
+    def advance(self, rows: Rows) -> None:
+        """The step is under way."""
+        self.lengths[rows.slots] = rows.stops
+
+    def token_ids(self, slot: int, start: int, stop: int) -> Int32Array:
+        """Tokens [start, stop), which the host has known since the sequence started."""
+        found = self._token_ids[slot][start:stop]
+        assert len(found) == stop - start, "a token that is to be computed is not known"
+        return found
+
+    def positions(self, slot: int, start: int, stop: int) -> Int32Array:
+        """M-RoPE positions [3, stop - start]; behind the prompt all rows are the index plus the delta."""
+        of_prompt = self._positions[slot]
+        num_prompt = 0 if of_prompt is None else of_prompt.shape[1]
+        behind = np.arange(max(start, num_prompt), max(stop, num_prompt), dtype=np.int32)
+        behind += np.int32(self.position_deltas[slot])
+        rows = np.broadcast_to(behind, (3, len(behind)))
+        return rows if of_prompt is None else np.concatenate([of_prompt[:, start:stop], rows], axis=1)
+
+    def block_table(self, slot: int) -> Int32Array:
+        return self.block_tables[slot, : self.num_blocks[slot]]

@@ -1,0 +1,249 @@
+"""Rank 0's steps: a schedule becomes a plan for all ranks, a plan an in-flight step, and that yields tokens.
+
+With overlap the next step is launched before the results of the one in flight are taken. A request that ends
+meanwhile has its share of that step thrown away; leases that the step may still read are released when it is
+over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from pipeline.errors import PipelineError
+from pipeline.messages import Origin, SequenceStart, SequenceStep, StepPlan, StepsMessage, pack_int32
+from pipeline.sampling import with_seed
+from pipeline.tensors import PoolInfo
+from pipeline.trace import Tracer
+from workers.llm.leases import Leases
+from workers.llm.request import Lease, Request
+from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
+from workers.llm.step_result import StepResult
+
+
+class Launched(Protocol):
+    has_run: bool  # already: the device computes nothing on its own
+
+    def result(self) -> StepResult: ...
+
+
+class Pools(Protocol):
+    def open(self, info: PoolInfo) -> None: ...
+
+    def close(self, pool_id: str) -> None: ...
+
+    def knows(self, pool_id: str, epoch: int) -> bool: ...
+
+
+class Runner(Protocol):
+    @property
+    def pools(self) -> Pools: ...
+
+    def launch(self, plan: StepPlan) -> Launched: ...
+
+
+@dataclass(slots=True)
+class InFlightStep:
+    scheduled: list[Scheduled]
+    num_decodes: int  # of them, in front
+    launched: Launched
+    started_at: float
+    ended_at: float | None  # None: it runs on
+    # Of requests that ended meanwhile: the step may still read them.
+    leases: list[Lease] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on."""
+
+    clock: Callable[[], float] = time.perf_counter
+    tracer: Tracer | None = None
+    record: Callable[[Iterable[str]], None] | None = None
+
+
+class Yielded(NamedTuple):
+    """Output tokens of a request from `offset` on are new."""
+
+    request: Request
+    offset: int
+
+
+class Collected(NamedTuple):
+    yielded: list[Yielded]
+    finished: list[Request]  # with their reason set, their blocks freed
+
+
+class Stepper:
+    """`publish_step` hands a message to the other ranks; None when there are none.
+
+    `has_overlap`: a step is launched while the one before it runs, which pays where the device works by
+    itself.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        scheduler: Scheduler,
+        runner: Runner,
+        leases: Leases,
+        publish_step: Callable[[StepsMessage], bool] | None,
+        has_overlap: bool,
+        watch: Watch,
+    ) -> None:
+        self.scheduler, self.runner = scheduler, runner
+        self._origin, self._leases, self._publish_step, self._watch = origin, leases, publish_step, watch
+        self.max_ahead = int(has_overlap)
+        self.is_wide = False  # steps run on all cores
+        self.counters = {"steps": 0, "output_tokens": 0}
+        self._in_flight: deque[InFlightStep] = deque()
+        self._started: list[SequenceStart] = []  # that the runner has not been told of
+        self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
+        self._step, self._step_end = 0, 0.0
+        self._executing: set[str] = set()  # as it was last recorded
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def leases_in_flight(self) -> list[Lease]:
+        return [lease for step in self._in_flight for lease in step.leases]
+
+    def give_back(self, leases: list[Lease]) -> None:
+        """Releases leases as soon as no in-flight step can read what they hold."""
+        if self._in_flight:
+            self._in_flight[-1].leases += leases
+        else:
+            self._leases.release(leases)
+
+    def send(self, message: StepsMessage) -> None:
+        """To the other ranks, in the order of the steps."""
+        if self._publish_step is not None and not self._publish_step(message):
+            raise PipelineError("a rank does not keep up with the steps")
+
+    # To the device.
+
+    def start(self, admitted: Admitted) -> None:
+        """A request runs from now on: the next plan tells the runner all that its steps do not repeat."""
+        admitted.request.num_sent_blocks = len(admitted.request.block_table)
+        self._started.append(_start_of(*admitted))
+
+    def launch(self, schedule: Schedule) -> None:
+        plan = self._plan([self._step_of(item) for item in schedule.scheduled])
+        self.send(plan)
+        self._record(schedule.scheduled)
+        started_at = self._watch.clock()
+        launched = self.runner.launch(plan)
+        ended_at = self._watch.clock() if launched.has_run else None
+        step = InFlightStep(schedule.scheduled, schedule.num_decodes, launched, started_at, ended_at)
+        self._in_flight.append(step)
+
+    def execute(self, start: SequenceStart, step: SequenceStep) -> float:
+        """Runs a step that belongs to no request, on all ranks; returns the seconds it took."""
+        seconds = 0.0
+        for plan in (self._plan([], [start]), self._plan([step])):
+            self.send(plan)
+            started_at = self._watch.clock()
+            self.runner.launch(plan).result()
+            seconds = self._watch.clock() - started_at
+        return seconds
+
+    def _plan(self, sequences: Sequence[SequenceStep], others: Sequence[SequenceStart] = ()) -> StepPlan:
+        """The next step in the count. `others` are started beside the requests."""
+        self._step += 1
+        started = (*self._started, *others)
+        self._started.clear()
+        return StepPlan(
+            step=self._step,
+            started=started,
+            sequences=tuple(sequences),
+            is_wide=self.is_wide,
+            **self._origin,
+        )
+
+    def _step_of(self, item: Scheduled) -> SequenceStep:
+        request, table = item.request, item.request.block_table
+        new_blocks = b""
+        if len(table) > request.num_sent_blocks:
+            new_blocks = pack_int32(table[request.num_sent_blocks :])
+            request.num_sent_blocks = len(table)
+        elif item.is_sampled and item.stop - item.start == 1 and item.start >= len(request.prompt_token_ids):
+            return self._decodes[request.slot]
+        embeddings = request.embedding_slices(item.start, item.stop)
+        return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings)
+
+    def record(self) -> None:
+        """Tells who executes now, where that has changed."""
+        self._record(())
+
+    def _record(self, scheduled: Sequence[Scheduled]) -> None:
+        if self._watch.record is None:
+            return
+        executing = {item.request.request_id for item in scheduled}
+        for step in self._in_flight:
+            executing.update([item.request.request_id for item in step.scheduled])
+        if executing != self._executing:
+            self._executing = executing
+            self._watch.record(executing)
+
+    # And back.
+
+    def collect(self) -> Collected:
+        """Takes the results of the oldest step in flight."""
+        step = self._in_flight.popleft()
+        result = step.launched.result()
+        self._observe(step)
+        sampled = [item.request for item in step.scheduled if item.is_sampled]
+        yielded: list[Yielded] = []
+        new_token_ids: dict[str, Sequence[int]] = {}
+        for request, token_ids, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
+            if not request.is_over:
+                yielded.append(Yielded(request, len(request.output_token_ids)))
+                new_token_ids[request.request_id] = token_ids
+                request.logprobs.extend(logprobs)
+        for item in step.scheduled:
+            # Of a request that ended nothing is read; one that was preempted reads it again.
+            request = item.request
+            is_in_prompt = item.start < len(request.prompt_token_ids)
+            if is_in_prompt and not request.is_over and request.num_computed_tokens >= item.stop:
+                step.leases += request.take_read_leases(item.stop)
+        self._leases.release(step.leases)
+        finished = self.scheduler.update(step.scheduled, new_token_ids)
+        for request in finished:
+            del request.logprobs[len(request.output_token_ids) :]  # of tokens behind the one that ended it
+        self.counters["steps"] += 1
+        self.counters["output_tokens"] += sum(len(one.output_token_ids) - offset for one, offset in yielded)
+        return Collected(yielded, finished)
+
+    def _observe(self, step: InFlightStep) -> None:
+        """Tells the scheduler how long the step took, from its launch or from the end of the one before."""
+        ended_at = step.ended_at or self._watch.clock()
+        started_at, self._step_end = max(step.started_at, self._step_end), ended_at
+        tracer, step_times = self._watch.tracer, self.scheduler.step_times
+        if tracer is not None and tracer.is_on:
+            prefill = "decode and prefill" if step.num_decodes else "prefill"
+            name = "decode" if step.num_decodes == len(step.scheduled) else prefill
+            ids = (item.request.request_id for item in step.scheduled)
+            tracer.span(name, started_at, ids, sum(item.num_tokens for item in step.scheduled), end=ended_at)
+        if step_times is not None:
+            prefills = step.scheduled[step.num_decodes :]
+            num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
+            num_prefill = sum(item.num_tokens for item in prefills)
+            step_times.observe(step.num_decodes, num_prefill, num_pairs, ended_at - started_at)
+
+
+def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
+    return SequenceStart(
+        slot=request.slot,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        sampling=with_seed(request.sampling, request.request_id, index=0),
+        token_ids=pack_int32([*request.prompt_token_ids, *request.output_token_ids]),
+        positions=request.positions.tobytes() if request.items else b"",
+        position_delta=request.position_delta,
+        num_computed_tokens=num_cached_tokens,
+        block_table=pack_int32(request.block_table),
+    )
