@@ -111,7 +111,7 @@ def make_engine(num_sequences: int, max_model_len: int, runner: Runner) -> Engin
 
     links = Links(publish=publish, feedback=NoSink(), vits=[])
     origin: Origin = {"sender": LLM, "epoch": 1}
-    engine = Engine(origin, scheduler, runner, welcome, 2, links, watch=Watch(record=record))
+    engine = Engine(origin, scheduler, runner, welcome, links, watch=Watch(record=record))
     engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
     engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
     return engine
@@ -124,7 +124,7 @@ def submit(engine: Engine, number: int, context: int, num_output: int) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, seed=1)
     request = GenerateRequest(
         sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=f"request-{number}", attempt=1,
-        arrival=number + 1, prompt_token_ids=pack_int32(prompt), items=(), sampling=sampling,
+        arrival=number + 1, prompt_token_ids=pack_int32(prompt), positions=pack_int32([*range(context)] * 3), position_delta=0, items=(), sampling=sampling,
     )  # fmt: skip
     engine.handle(request, 0.0)
 

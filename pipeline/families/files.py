@@ -39,10 +39,9 @@ class CheckpointFiles:
     @property
     def rope(self) -> Section:
         """Of the text model, under its new or its old name, on either level."""
-        found: Section | None
         for section in (self.text, self.config):
             for name in ("rope_parameters", "rope_scaling"):
-                found = section.get(name)
+                found: Section = section.get(name) or {}
                 if found:
                     return found
         return {}

