@@ -123,9 +123,18 @@ def submit(engine: Engine, number: int, context: int, num_output: int) -> None:
     prompt = [rng.randrange(100, 30_000) for _ in range(context)]
     sampling = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, seed=1)
     request = GenerateRequest(
-        sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=f"request-{number}", attempt=1,
-        arrival=number + 1, prompt_token_ids=pack_int32(prompt), positions=pack_int32([*range(context)] * 3), position_delta=0, items=(), sampling=sampling,
-    )  # fmt: skip
+        sender=PREPROCESS,
+        epoch=1,
+        client_id=CLIENT,
+        request_id=f"request-{number}",
+        attempt=1,
+        arrival=number + 1,
+        prompt_token_ids=pack_int32(prompt),
+        positions=pack_int32([*range(context)] * 3),
+        position_delta=0,
+        items=(),
+        sampling=sampling,
+    )
     engine.handle(request, 0.0)
 
 
