@@ -18,7 +18,7 @@ from typing import assert_never
 
 import msgspec
 
-from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_OPEN_CHUNKS, MAX_PARTS, PreprocessConfig
+from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, PreprocessConfig
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo
@@ -298,7 +298,7 @@ class Preprocessor:
         start = time.monotonic()
         try:
             items, prompt = await self._read_request(opened, message, frames)
-            self._check_chunks(items)  # from here on nothing waits until they are announced
+            self._check_chunks(opened.tenant, items)  # from here on nothing waits until they are announced
         except RequestError as error:
             self._refuse(opened, error.info)
         except Exception as error:  # whatever strange input made fail is that request's fault alone
@@ -331,10 +331,13 @@ class Preprocessor:
             raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field="messages")
         return items, prompt
 
-    def _check_chunks(self, items: Sequence[Item]) -> None:
+    def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
-        if self._chunks.num_open + len(chunks) > MAX_OPEN_CHUNKS:
-            raise RequestError("the server is overloaded: too many pictures and pieces of videos are open", status=503)
+        if chunks and not self._chunks.shares.fits(tenant, len(chunks)):
+            what = "too many pictures and pieces of videos are open"
+            if self._chunks.shares.is_above_share(tenant, len(chunks)):
+                raise RequestError(f"your requests hold too much: {what}", status=429)
+            raise RequestError(f"the server is overloaded: {what}", status=503)
         if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
             raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
 

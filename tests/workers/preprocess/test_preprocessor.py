@@ -1024,6 +1024,30 @@ async def test_what_is_brought_in_again_for_nobody_is_not_brought_in() -> None:
         rig.check_nothing_left()
 
 
+async def test_the_pictures_that_are_open_are_shared_by_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "MAX_OPEN_CHUNKS", 8)
+    async with make_rig(1) as rig:
+        for number in range(4):
+            rig.submit(f"r{number}", [encode(scene(number)), encode(scene(number + 4))], tenant="greedy")
+            await rig.settle()
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("r3", 429)
+        rig.submit("text", tenant="greedy")
+        rig.submit("other", [encode(scene(9))], tenant="other")
+        await rig.settle()
+        served = [message.request_id for message in rig.llm.take(GenerateRequest)]
+        assert sorted(served) == ["other", "r0", "r1", "r2", "text"], "before, the greedy one had all"
+        rig.submit("third", [encode(scene(10)), encode(scene(11))], tenant="third")
+        await rig.settle()
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("third", 503)
+        for key in list(rig.core._chunks._chunks):
+            rig.feedback(PixelsReleased, key=key)
+        for name in (*served, "r3", "third"):
+            rig.end(name)
+        rig.check_nothing_left()
+
+
 async def test_a_tenant_leaves_decoders_to_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on, decode, begun = asyncio.Event(), PictureSource.decode, []
 
