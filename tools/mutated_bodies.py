@@ -83,7 +83,7 @@ class Connection:
             response.close()
         if lost or not is_framed or response.will_close:
             self.close()
-        is_stream = status == 200 and (response.headers or {}).get("Content-Type", "").startswith("text/event-stream")
+        is_stream = status == 200 and (response.getheader("Content-Type") or "").startswith("text/event-stream")
         return Answer(status, body, is_stream, time.monotonic() - started, lost)
 
 

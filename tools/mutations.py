@@ -80,7 +80,7 @@ def _clip(frames: Sequence[Image.Image]) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(4))
         stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -121,8 +121,9 @@ class _BodyMaker:
         )  # fmt: skip
         turns: list[Json] = [{"role": "user", "content": self._rng.choice(contents)()}]
         if self._rng.random() < 0.4:
-            before = [{"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "Hello.", "refusal": None, "tool_calls": []}]
-            turns = [{"role": self._rng.choice(("system", "developer")), "content": [text("Be brief.")]}, *before, *turns]
+            system: Json = {"role": self._rng.choice(("system", "developer")), "content": [text("Be brief.")]}
+            answered: Json = {"role": "assistant", "content": "Hello.", "refusal": None, "tool_calls": []}
+            turns = [system, {"role": "user", "content": "Hi", "name": "Ann"}, answered, *turns]
         made = {"messages": turns, "max_tokens": self._rng.randint(1, 4)}
         for fields in self._rng.sample(self._fields(), self._rng.randint(0, 3)):
             made |= fields

@@ -7,11 +7,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from tools.mutated_bodies import Answer, Connection, Found, growth, replay, table, violation, wrong_answer
-from tools.mutations import Mutated
+from tools.mutated_bodies import QUESTION, Answer, Connection, Found, Sender, growth, replay, table, violation, wrong_answer
+from tools.mutations import Mutated, make_media, mutated_request
 
 CHANGED = Mutated(b"", True, ("retype",))
 UNFRAMED = CHANGED._replace(is_framed=False)
@@ -122,3 +124,56 @@ def test_the_table_has_every_answer_and_process() -> None:
     assert "| llm.0 | 100 | 100 | 100 | 120 | 20, 21 |" in said
     assert "drop 2" in said
     assert "- 1-4 (drop): status 500" in said
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """Answers a plain question once, and everything else with a status that is a violation; each look finds one more restart."""
+
+    protocol_version = "HTTP/1.1"
+    num_asked = 0
+
+    def do_GET(self) -> None:
+        self._say(200, f'vlm_worker_restarts{{worker="llm.0"}} {Forgetful.num_asked}\n'.encode())
+
+    def do_POST(self) -> None:
+        if self.rfile.read(int(self.headers["Content-Length"] or 0)) == QUESTION:
+            Forgetful.num_asked += 1
+            self._say(200, b'{"choices": [{"message": {"content": "hello %d"}}]}' % Forgetful.num_asked)
+        else:
+            self._say(500, ERROR)
+
+    def _say(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Homeless(Sender):
+    """Of a server that has no processes."""
+
+    def _holdings(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+
+def test_what_is_wrong_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = mutated_request(1, 0, make_media())
+    monkeypatch.setattr("tools.mutated_bodies.mutated_request", lambda *_: sent)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forgetful)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        found = Homeless(f"http://127.0.0.1:{server.server_port}/v1", 0, 1, tmp_path).run(20)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert len(found.seconds["500"]) == 20
+    assert {path.name for path in tmp_path.iterdir()} == {f"1-{number}.http" for number in range(20)}
+    assert (tmp_path / "1-7.http").read_bytes() == sent.request
+    assert len(found.violations) == 22
+    assert any("'hello 2' instead of 'hello 1'" in words for words in found.violations)
+    assert any("restarts {'llm.0': 2} after {'llm.0': 1}" in words for words in found.violations)
