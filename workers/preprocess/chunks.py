@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.config import MAX_OPEN_CHUNKS
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, RequestError
 from pipeline.fair import FairQueue
@@ -20,6 +21,7 @@ from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.tensors import TensorPool
 from pipeline.topology import Role
 from pipeline.trace import Tracer
+from workers.preprocess.credits import Shares
 from workers.preprocess.media import Chunk
 from workers.preprocess.places import decrease
 from workers.preprocess.router import Router
@@ -70,6 +72,7 @@ class ChunkFlow:
         self.router = Router(len(vits))
         self._chunks: dict[ChunkKey, ChunkState] = {}
         self._num_by_request: Counter[str] = Counter()
+        self.shares = Shares(MAX_OPEN_CHUNKS)
         self.num_decoded = 0
 
     def route(
@@ -88,6 +91,7 @@ class ChunkFlow:
         assert key not in self._chunks, f"{key} is on its way already"
         self._chunks[key] = state
         self._num_by_request[key.request_id] += 1
+        self.shares.add(tenant, 1)
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
@@ -258,15 +262,12 @@ class ChunkFlow:
         state.is_waiting = False
         del self._chunks[state.key]
         decrease(self._num_by_request, state.key.request_id, 1)
+        self.shares.remove(state.tenant, 1)
         self.router.finished(state.vit, state.chunk.grid_thw.num_patches)
         self._slots.forget(state.key)
         if state.slot is not None:
             self._slots.allocator.free(state.slot)
         self._grant()
-
-    @property
-    def num_open(self) -> int:
-        return len(self._chunks)
 
     def has_chunks_of(self, request_id: str) -> bool:
         """Whether any attempt of the request has chunks here: decoded to no purpose, or lent to a ViT."""

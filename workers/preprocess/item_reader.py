@@ -220,13 +220,24 @@ async def _ready(data: D) -> D:
 
 
 def _once(load: Callable[[], Coroutine[Any, Any, D]]) -> Callable[[], Awaitable[D]]:
-    """The chunks of a video share what one of them brought in."""
+    """The chunks of a video share what one of them brought in. When all of them have left, it is not brought in any
+    more: else whoever cancels its requests could have any number of downloads under way.
+    """
     task: asyncio.Task[D] | None = None
+    num_waiting = 0
 
     async def shared() -> D:
-        nonlocal task
+        nonlocal task, num_waiting
         if task is None:
             task = asyncio.create_task(load())
-        return await asyncio.shield(task)
+        mine = task
+        num_waiting += 1
+        try:
+            return await asyncio.shield(mine)
+        finally:
+            num_waiting -= 1
+            if not num_waiting and not mine.done():
+                mine.cancel()
+                task = None
 
     return shared

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import assert_never
 
 import msgspec
 
-from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_OPEN_CHUNKS, MAX_PARTS, PreprocessConfig
+from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, PreprocessConfig
 from pipeline.ends import Sink
 from pipeline.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
@@ -181,7 +182,7 @@ class Preprocessor:
         try:
             self._take_credit(opened)
             self._check_fields(message)
-            self._hold(opened, sum(len(frame) for frame in frames) + _num_characters(message))
+            self._hold(opened, sum(len(frame) for frame in frames) + _num_text_bytes(message))
         except RequestError as error:
             self._refuse(opened, error.info)
             return
@@ -297,7 +298,7 @@ class Preprocessor:
         start = time.monotonic()
         try:
             items, prompt, positions = await self._read_request(opened, message, frames)
-            self._check_chunks(items)  # from here on nothing waits until they are announced
+            self._check_chunks(opened.tenant, items)  # from here on nothing waits until they are announced
         except RequestError as error:
             self._refuse(opened, error.info)
         except Exception as error:  # whatever strange input made fail is that request's fault alone
@@ -333,10 +334,13 @@ class Preprocessor:
         positions: Positions = await self._text_threads.run(self._info.family.positions, total, placed, self._info)
         return items, prompt, positions
 
-    def _check_chunks(self, items: Sequence[Item]) -> None:
+    def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
-        if self._chunks.num_open + len(chunks) > MAX_OPEN_CHUNKS:
-            raise RequestError("the server is overloaded: too many pictures and pieces of videos are open", status=503)
+        if chunks and not self._chunks.shares.fits(tenant, len(chunks)):
+            what = "too many pictures and pieces of videos are open"
+            if self._chunks.shares.is_above_share(tenant, len(chunks)):
+                raise RequestError(f"your requests hold too much: {what}", status=429)
+            raise RequestError(f"the server is overloaded: {what}", status=503)
         if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
             raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
 
@@ -505,10 +509,11 @@ def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
     return ALL in allowed or (kind in ("key", "curve") and name in allowed)
 
 
-def _num_characters(message: SubmitRequest) -> int:
+def _num_text_bytes(message: SubmitRequest) -> int:
+    """As they lie in memory: one emoji makes each character of its text take four bytes."""
     contents = [one.content for one in message.messages]
     texts = [part.text for parts in contents if not isinstance(parts, str) for part in parts if isinstance(part, TextPart)]
-    return sum(map(len, [content for content in contents if isinstance(content, str)] + texts))
+    return sum(map(sys.getsizeof, [content for content in contents if isinstance(content, str)] + texts))
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -956,6 +956,20 @@ async def test_texts_count_as_what_is_held() -> None:
         rig.check_nothing_left()
 
 
+async def test_texts_count_as_they_lie_in_memory() -> None:
+    """One emoji makes each letter of its text take four bytes."""
+    async with make_rig(1, max_open_media_mib=1) as rig:
+        for name, text in (("letters", "a " * 130_000), ("emoji", "a " * 130_000 + "\N{GRINNING FACE}")):
+            rig.submit(name, messages=(ChatMessage("user", text),))
+        refused = {message.request_id: message.error for message in rig.llm.take(AbortRequest)}
+        assert list(refused) == ["emoji"]
+        assert "texts and media" in refused["emoji"].message
+        await rig.settle()
+        for name in ("letters", "emoji"):
+            rig.end(name)
+        rig.check_nothing_left()
+
+
 async def test_a_silent_host_holds_neither_slots_nor_decoders(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on, load = asyncio.Event(), PictureSource.load
     names: list[PictureSource] = []
@@ -982,6 +996,65 @@ async def test_a_silent_host_holds_neither_slots_nor_decoders(rig: Rig, monkeypa
     rig.feedback(PixelsReleased, key=ChunkKey("other", 1, 0, 0))
     rig.end("other")
     rig.check_nothing_left()
+
+
+async def test_what_is_brought_in_again_for_nobody_is_not_brought_in() -> None:
+    """A host that says that nothing has changed, and then stays silent: else it had any number of downloads."""
+    is_asked, never = asyncio.Event(), asyncio.Event()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if "If-None-Match" in request.headers:
+            return web.Response(status=304)
+        if is_first.pop():
+            return web.Response(body=encode(scene(1)), headers={"ETag": '"1"'})
+        is_asked.set()
+        await never.wait()
+        return web.Response(status=404)
+
+    is_first, application = [False, True], web.Application()
+    application.router.add_get("/picture", handle)
+    async with make_rig(1, allow_private_media=True) as rig, TestServer(application) as server:
+        part = ImagePart(url=str(server.make_url("/picture")))
+        for name in ("a", "b"):
+            rig.submit(name, messages=(ChatMessage("user", (part,)),))
+            await rig.settle()
+        rig.feedback(PixelsReleased, key=ChunkKey("a", 1, 0, 0))
+        rig.feedback(EncodeMiss, key=ChunkKey("b", 1, 0, 0))
+        async with asyncio.timeout(10):
+            await is_asked.wait()
+        assert rig.allocator.num_used == 0, "no place in the pool waits for the host"
+        assert not rig.core._fetcher._turns.is_idle
+        rig.end("a")
+        rig.end("b")
+        async with asyncio.timeout(2):
+            while not rig.core._fetcher._turns.is_idle:
+                await asyncio.sleep(0.01)
+        never.set()
+        rig.check_nothing_left()
+
+
+async def test_the_pictures_that_are_open_are_shared_by_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "MAX_OPEN_CHUNKS", 8)
+    async with make_rig(1) as rig:
+        for number in range(4):
+            rig.submit(f"r{number}", [encode(scene(number)), encode(scene(number + 4))], tenant="greedy")
+            await rig.settle()
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("r3", 429)
+        rig.submit("text", tenant="greedy")
+        rig.submit("other", [encode(scene(9))], tenant="other")
+        await rig.settle()
+        served = [message.request_id for message in rig.llm.take(GenerateRequest)]
+        assert sorted(served) == ["other", "r0", "r1", "r2", "text"], "before, the greedy one had all"
+        rig.submit("third", [encode(scene(10)), encode(scene(11))], tenant="third")
+        await rig.settle()
+        (refusal,) = rig.llm.take(AbortRequest)
+        assert (refusal.request_id, refusal.error.status) == ("third", 503)
+        for key in list(rig.core._chunks._chunks):
+            rig.feedback(PixelsReleased, key=key)
+        for name in (*served, "r3", "third"):
+            rig.end(name)
+        rig.check_nothing_left()
 
 
 async def test_a_tenant_leaves_decoders_to_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
