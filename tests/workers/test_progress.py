@@ -74,13 +74,14 @@ class World:
             max_model_len=56, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, self.publisher, None, self.feedback, [self.vit],
-            has_overlap=has_overlap,
+            {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome, self.publisher, None,
+            self.feedback, [self.vit], has_overlap=has_overlap,
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
         allocator = SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64)
-        self.batcher = Batcher(allocator, lambda grid: EmbeddingSpec(grid.num_patches // 4, ALIGNMENT // 4, "uint8"))
+        width = ALIGNMENT // 4
+        self.batcher = Batcher(allocator, lambda grid: EmbeddingSpec(grid.num_patches // 4, width, "uint8"))
         self.arrivals = itertools.count(1)
         self.open: dict[str, GenerateRequest] = {}
         self.num_outputs: dict[str, int] = {}
