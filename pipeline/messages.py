@@ -284,8 +284,8 @@ class Span(NamedTuple):
 class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A picture or video in the prompt: one or several runs of placeholders, filled by its chunks in order.
 
-    `mm_hash` tells apart what is seen. `kv_hash` is the item's key in the prefix cache and tells apart all that its
-    KV depends on: where positions depend on more than pixels, that is more than `mm_hash` does.
+    `mm_hash` tells apart what is seen. `kv_hash` is the item's key in the prefix cache and tells apart all
+    that its KV depends on: where positions depend on more than pixels, that is more than `mm_hash` does.
     """
 
     spans: tuple[Span, ...]

@@ -62,6 +62,21 @@ def test_who_may_know_what(path: Path) -> None:
         assert not roots & {"torch", "zmq", "time", "asyncio", "socket"}, "decisions are pure"
 
 
+def declares(path: Path, name: str) -> bool:
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+    return any(isinstance(target, ast.Name) and target.id == name for node in nodes for target in node.targets)
+
+
+def test_families_and_towers_are_found_and_never_imported() -> None:
+    """Only another family or tower, which shares their code, may name one."""
+    houses = {"FAMILIES": ROOT / "pipeline" / "families", "TOWER": ROOT / "workers" / "vit" / "models"}
+    members = {path for name, house in houses.items() for path in house.glob("*.py") if declares(path, name)}
+    assert {path.parent for path in members} == set(houses.values())
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in members}
+    for path in set(FILES) - members:
+        assert not imports(path) & modules, path
+
+
 def test_only_the_command_line_reads_the_environment() -> None:
     for path in FILES:
         if path != ROOT / "launcher" / "cli.py":

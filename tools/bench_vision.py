@@ -243,14 +243,16 @@ class Bench:
     def forward(self) -> list[Row]:
         info = self.info.vision
         torch.set_num_threads(os.cpu_count() or 1)
-        engine = TorchEngine(tower_of(self.info).encoder(info, Checkpoint(self.folder, self.dtype, CPU), make_linear))
+        checkpoint = Checkpoint(self.folder, self.dtype, CPU)
+        engine = TorchEngine(tower_of(self.info).encoder(info, checkpoint, make_linear))
         tower = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval().model.visual
         weights = sum(parameter.numel() for block in tower.blocks for parameter in block.parameters())
         rows = []
         for side in (32, 64):
             grid = GridTHW(1, side, side)
             pixels = torch.zeros(1, side * info.patch_size, side * info.patch_size, 3, dtype=torch.uint8)
-            job = EncodeJob(pixels, grid, torch.empty(info.num_tokens(grid), info.embedding_width, dtype=self.dtype))
+            output = torch.empty(info.num_tokens(grid), info.embedding_width, dtype=self.dtype)
+            job = EncodeJob(pixels, grid, output)
             patches, grids = torch.zeros(side * side, 1176, dtype=self.dtype), torch.tensor([list(grid)])
 
             def hugging_face(patches: torch.Tensor = patches, grids: torch.Tensor = grids) -> None:

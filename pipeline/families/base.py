@@ -1,10 +1,10 @@
 """What a checkpoint says of itself, and the contract of a family: everything before the tower that differs
 between vision-language models. Without torch.
 
-A family reads `config.json` into a `ModelInfo`. It knows geometry: the size at which a picture is seen, which
-frames of a video are seen, how an item is cut into chunks. It knows prompting: what an item becomes in the
-prompt, and the positions of the prompt's tokens. Families differ from each other in these methods only; a family
-whose tower or decoder has numbers of its own puts them into a subclass of `VisionInfo` or `TextInfo`.
+A family reads `config.json` into a `ModelInfo`. It knows geometry: the size at which a picture is seen,
+which frames of a video are seen, how an item is cut into chunks. It knows prompting: what an item becomes in
+the prompt, and the positions of the prompt's tokens. Families differ from each other in these methods only.
+One whose tower or decoder has numbers of its own puts them into a subclass of `VisionInfo` or `TextInfo`.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class VisionInfo:
     def largest_pixels(self) -> int:
         """An upper bound on the pixels of a resized picture.
 
-        Thin pictures may pass `max_pixels`, since sides are rounded to `factor`: most so where a request wants at
-        least `max_pixels`.
+        Thin pictures may pass `max_pixels`, since sides are rounded to `factor`: most so where a request
+        wants at least `max_pixels`.
         """
         factor, ratio = self.factor, math.sqrt(MAX_ASPECT_RATIO)
         rounding = factor * math.sqrt(self.max_pixels) * (ratio + 1 / ratio)
@@ -212,7 +212,7 @@ class Family(ABC):
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
-        """What the files of a checkpoint say, with the server's limits of a picture's area in place of its own.
+        """What a checkpoint says, with the server's limits of a picture's area in place of its own.
 
         Raises ValueError, naming the key, where one is missing that has no safe default.
         """
@@ -231,8 +231,14 @@ class Family(ABC):
 
     @abstractmethod
     def sample_frames(
-        self, num_source_frames: int, source_fps: float, fps: float, min_frames: int, max_frames: int, info: ModelInfo
-    ) -> list[int]:  # fmt: skip
+        self,
+        num_source_frames: int,
+        source_fps: float,
+        fps: float,
+        min_frames: int,
+        max_frames: int,
+        info: ModelInfo,
+    ) -> list[int]:
         """Which frames of a video are seen, in order, about `fps` of them a second."""
 
     def chunk_length(self, grid: GridTHW, num_vits: int, info: ModelInfo) -> int:
@@ -255,7 +261,7 @@ class Family(ABC):
     def kv_hash(self, mm_hash: bytes, media: MediaInfo, info: ModelInfo) -> bytes:
         """Key of an item in the prefix cache.
 
-        `mm_hash` tells apart what the tower makes of pixels. Where positions depend on more than the grid, this
-        key must tell that apart, too; the tower's must not.
+        `mm_hash` tells apart what the tower makes of pixels. Where positions depend on more than the grid,
+        this key must tell that apart, too; the tower's must not.
         """
         return mm_hash

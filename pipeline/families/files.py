@@ -1,7 +1,7 @@
 """The JSON files of a checkpoint, read the way all families need it.
 
-A key that a family must have is asked for with `need`. Class defaults of transformers often differ from what the
-published checkpoints say, so a missing key is refused by its name and never guessed.
+A key that a family must have is asked for with `need`. Class defaults of transformers often differ from what
+the published checkpoints say, so a missing key is refused by its name and never guessed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class CheckpointFiles:
     @property
     def text(self) -> Section:
         """The text model's settings: nested as transformers 5 writes them, or flat as on the hub."""
-        nested: Section | None = self.config.get("text_config")
-        return nested if nested else self.config
+        section: Section = self.config.get("text_config") or self.config
+        return section
 
     @property
     def vision(self) -> Section:

@@ -1,4 +1,4 @@
-"""Qwen2-VL: a video is one run of placeholders, frames are resized one by one, a pair of them is one step in time.
+"""Qwen2-VL: a video is one run of placeholders, its frames are resized one by one and go in pairs.
 
 `config.json` is understood in both of its layouts: the flat one of the hub's folders and the nested one of
 transformers 5.
@@ -71,8 +71,14 @@ class Qwen2VL(Family):
         return smart_resize(size, info.vision.factor, AreaLimits(min(limits.min_pixels, high), high))
 
     def sample_frames(
-        self, num_source_frames: int, source_fps: float, fps: float, min_frames: int, max_frames: int, info: ModelInfo
-    ) -> list[int]:  # fmt: skip
+        self,
+        num_source_frames: int,
+        source_fps: float,
+        fps: float,
+        min_frames: int,
+        max_frames: int,
+        info: ModelInfo,
+    ) -> list[int]:
         multiple = info.vision.temporal_patch_size
         return sample_frames(num_source_frames, source_fps, fps, min_frames, max_frames, multiple)
 

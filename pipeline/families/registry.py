@@ -26,7 +26,8 @@ def families() -> Mapping[str, Family]:
 def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelInfo:
     """What a checkpoint says; limits that are given replace its own.
 
-    Raises ValueError when the folder is no checkpoint of a known family, or lacks a key that its family needs.
+    Raises ValueError when the folder is no checkpoint of a known family, or lacks a key that the family
+    needs.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {str(folder)!r} has no config.json")

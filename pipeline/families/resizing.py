@@ -8,10 +8,10 @@ from pipeline.families.base import AreaLimits, ImageSize
 
 
 def smart_resize(size: ImageSize, factor: int, limits: AreaLimits) -> ImageSize:
-    """The size at which the model sees a picture: sides are multiples of `factor`, the area is within the limits,
-    the aspect is kept.
+    """The size at which the model sees a picture.
 
-    As `smart_resize` of Qwen's processors, the rounding of Python's `round` included.
+    Sides are multiples of `factor`, the area is within the limits, the aspect is kept. As `smart_resize` of
+    Qwen's processors, the rounding of Python's `round` included.
     """
     height, width = (round(side / factor) * factor for side in size)
     if height * width > limits.max_pixels:

@@ -80,7 +80,8 @@ class World:
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
         allocator = SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64)
-        self.batcher = Batcher(allocator, lambda grid: EmbeddingSpec(grid.num_patches // 4, ALIGNMENT // 4, "uint8"))
+        width = ALIGNMENT // 4
+        self.batcher = Batcher(allocator, lambda grid: EmbeddingSpec(grid.num_patches // 4, width, "uint8"))
         self.arrivals = itertools.count(1)
         self.open: dict[str, GenerateRequest] = {}
         self.num_outputs: dict[str, int] = {}

@@ -107,8 +107,9 @@ class Request:
         asked = message.sampling.max_tokens
         return cls(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=message.arrival,
-            prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta, chunks=chunks,
-            items=message.items, sampling=message.sampling, priority=message.priority, cache_salt=message.cache_salt,
+            prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta,
+            chunks=chunks, items=message.items, sampling=message.sampling, priority=message.priority,
+            cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
             is_alone=message.is_alone, num_earlier_tokens=len(message.output_token_ids) // 4,
@@ -165,11 +166,11 @@ class Request:
         return self.num_tokens
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """Hashes of the first blocks: sha256 over the block before, the token ids, and for placeholders whose they
-        are.
+        """Hashes of the first blocks: sha256 over the block before, the token ids, and the items in the
+        block.
 
-        Placeholders are all the same token: the item's key and the place in it tell them apart. The key stands for
-        all that the item's KV depends on, positions included.
+        Placeholders are all the same token: the item's key and the place in it tell them apart. The key
+        stands for all that the item's KV depends on, positions included.
         """
         hashes = self._block_hashes
         while len(hashes) < num_blocks:
@@ -241,11 +242,13 @@ class Request:
 
 
 def chunks_of(number: int, item: MmItem) -> list[Chunk]:
-    """The chunks of an item, laid over its spans in order. One chunk may fill several spans, one span take several
-    chunks.
+    """The chunks of an item, laid over its spans in order.
+
+    One chunk may fill several spans, one span may take several chunks.
     """
     num_placeholders = sum(span.length for span in item.spans)
-    assert sum(wire.num_tokens for wire in item.chunks) == num_placeholders, f"embeddings do not fill item {number}"
+    num_rows = sum(wire.num_tokens for wire in item.chunks)
+    assert num_rows == num_placeholders, f"item {number}: {num_rows} rows, {num_placeholders} placeholders"
     chunks: list[Chunk] = []
     spans = iter(item.spans)
     offset = stop = 0  # what is left of the span

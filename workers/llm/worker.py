@@ -126,8 +126,8 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
 
 
 def _lead(
-    context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner, welcome: Welcome,
-    sharing: CoreSharing,
+    context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner,
+    welcome: Welcome, sharing: CoreSharing,
 ) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
     inbox = sockets.receiver(LLM, lead)

@@ -1,7 +1,7 @@
 """What a part's settings make of a picture or a video: its size, and which of its frames are seen. Pure.
 
-Names and rules of settings are those of Qwen's own code (qwen-vl-utils, `vision_process.py`); what they come to is
-the family's to say (`pipeline.families`). A bound that is looser than
+Names and rules of settings are those of Qwen's own code (qwen-vl-utils, `vision_process.py`). What they come
+to is the family's to say (`pipeline.families`). A bound that is looser than
 the server's is the server's: clients state their own defaults. A value that makes no sense is refused by its
 name. The functions behind `check_settings` take a part that has passed it; they, too, raise RequestError.
 """
@@ -49,7 +49,9 @@ def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) 
     return asked or info.family.picture_size(size, limits, info)
 
 
-def video_frame_size(part: VideoPart, size: ImageSize, num_frames: int, info: ModelInfo, field: str) -> ImageSize:
+def video_frame_size(
+    part: VideoPart, size: ImageSize, num_frames: int, info: ModelInfo, field: str
+) -> ImageSize:  # fmt: skip
     """At which each frame is seen: smaller where there are many, so that all have `total_pixels` at most."""
     video = info.video
     asked = _asked_size(part, info, video.max_pixels, field)
@@ -126,7 +128,9 @@ def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> 
         raise RequestError(f"the video has {count} frames, min_frames is {low}", field=f"{field}.min_frames")
 
 
-def _asked_size(part: ImagePart | VideoPart, info: ModelInfo, max_pixels: int, field: str) -> ImageSize | None:
+def _asked_size(
+    part: ImagePart | VideoPart, info: ModelInfo, max_pixels: int, field: str
+) -> ImageSize | None:  # fmt: skip
     """The size that a part names itself, rounded to what the model takes. It goes before an area."""
     sides = part.resized_height, part.resized_width
     if sides == (None, None):

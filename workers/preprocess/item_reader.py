@@ -97,7 +97,8 @@ class ItemReader:
         size = video_frame_size(part, source_size, len(numbers), self._info, field)
         seen = SampledFrames(tuple(numbers), metadata.num_frames, metadata.fps)
         content = self._hash(scope.salt, "video", known.content, size)
-        return video_item(VideoSource(load, self._readers, field), seen, size, content, self._info, self._num_vits)
+        source = VideoSource(load, self._readers, field)
+        return video_item(source, seen, size, content, self._info, self._num_vits)
 
     def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
         """Key of media as the model sees them: sha256 of their content, and of all that says what is made of it."""

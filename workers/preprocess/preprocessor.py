@@ -207,8 +207,8 @@ class Preprocessor:
         """For a group that may know the request, of which nothing is known here."""
         return GenerateRequest(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0,
-            prompt_token_ids=b"", positions=b"", position_delta=0, items=(), sampling=message.sampling, num_received=message.num_received,
-            is_query=True, **self._origin,
+            prompt_token_ids=b"", positions=b"", position_delta=0, items=(), sampling=message.sampling,
+            num_received=message.num_received, is_query=True, **self._origin,
         )  # fmt: skip
 
     def _abandon(self, message: SubmitRequest, lead: int) -> None:
@@ -345,8 +345,13 @@ class Preprocessor:
             raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
 
     def _announce(
-        self, opened: OpenRequest, message: SubmitRequest, media: Sequence[Item], prompt: Prompt, positions: Positions
-    ) -> None:  # fmt: skip
+        self,
+        opened: OpenRequest,
+        message: SubmitRequest,
+        media: Sequence[Item],
+        prompt: Prompt,
+        positions: Positions,
+    ) -> None:
         """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them in one order."""
         self._last_arrival += 1
         items: list[MmItem] = []

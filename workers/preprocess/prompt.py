@@ -84,7 +84,7 @@ class ChatPrompt:
         return Prompt(token_ids, spans)
 
     def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
-        """Appends an item to the prompt. Its text comes from the model's family, so specials in it are meant."""
+        """Appends an item to the prompt. Its text is the family's, so specials in it are meant."""
         spans: list[Span] = []
         for segment in segments:
             match segment:

@@ -20,12 +20,13 @@ import torch
 
 from pipeline.config import MIB, Config
 from pipeline.core_sharing import Activity, CoreSharing
-from pipeline.ends import Poller, Sink, Wakeup
+from pipeline.ends import Poller, Receiver, Sink, Wakeup
 from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
 from pipeline.memory import CudaBindings
 from pipeline.messages import (
     CancelEncode,
+    ControlMessage,
     EmbeddingReady,
     EncodeFailed,
     EncodeMessage,
@@ -174,7 +175,10 @@ class EngineThread:
         self._engine, self._device, self._sharing, self._wakeup = engine, device, sharing, wakeup
         self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | float] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True, name="engine").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
+
+    def start(self) -> None:
+        self._thread.start()
 
     def _run(self) -> None:
         if self._device.type == "cuda":
@@ -191,7 +195,7 @@ class EngineThread:
                 self._done.put(time.monotonic() - start)
             self._wakeup.set()
 
-    def start(self, jobs: Sequence[EncodeJob]) -> None:
+    def encode(self, jobs: Sequence[EncodeJob]) -> None:
         self._jobs.put(jobs)
 
     def take_done(self) -> float | None:
@@ -267,15 +271,24 @@ def main(context: WorkerContext) -> None:
         llm.send(PoolOpened(pool=pool.info, **context.origin))
     batcher = Batcher(allocator, lambda grid: info.vision.embedding(grid, dtype_name))
     core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal))
-    wakeup = Wakeup()
-    thread = EngineThread(engine, device, sharing, wakeup)
-    poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     if device.type == "cuda":
         warm_up(engine, spec, max_patches)  # takes what memory it needs before the LLM takes the rest
     elif config.vit.vit_engine == "onnxruntime":
         warm_up(engine, spec, MEASURED_PATCHES)  # the first deadline has a measurement then
+    wakeup = Wakeup()
+    thread = EngineThread(engine, device, sharing, wakeup)
+    thread.start()
     context.ready(pool_bytes=pool.info.nbytes)
+    _serve(context, control, inbox, core, thread, wakeup, limit, sharing)
 
+
+def _serve(
+    context: WorkerContext, control: Receiver[ControlMessage], inbox: Receiver[EncodeMessage], core: VitCore,
+    thread: EngineThread, wakeup: Wakeup, limit: SliceLimit, sharing: CoreSharing,
+) -> None:  # fmt: skip
+    """Drain → schedule → encode → answer, until the pipeline ends."""
+    batcher = core.batcher
+    poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     batch: list[Pending] = []
     died: list[WorkerState] = []
     stats_due = 0.0
@@ -303,7 +316,7 @@ def main(context: WorkerContext) -> None:
             batch, jobs = core.next_batch(limit.max_patches)
             if batch:
                 context.recorder.record({key.request_id for pending in batch for key in pending.waiters})
-                thread.start(jobs)
+                thread.encode(jobs)
             context.recorder.move()
         sharing.announce(bool(batch or batcher.num_pending))
         if time.monotonic() >= stats_due:

@@ -13,13 +13,21 @@ import pytest
 import torch
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.families import AreaLimits, ImageSize, MediaInfo, PlacedMedia, Placeholders, SampledFrames, read_model_info
+from pipeline.families import (
+    AreaLimits,
+    ImageSize,
+    MediaInfo,
+    PlacedMedia,
+    Placeholders,
+    SampledFrames,
+    read_model_info,
+)
 from pipeline.families.qwen2_vl import _arange, sample_frames
 from pipeline.families.resizing import smart_resize
 from pipeline.messages import GridTHW, Span
 from tests import reference
 from tests.chats import CHATS
-from tests.pictures import seen_size
+from tests.pictures import limits, seen_size
 from tests.reference import Reference
 from tests.videos import VIDEO_CHATS
 
@@ -31,12 +39,16 @@ def placed(offset: int, grid: GridTHW) -> PlacedMedia:
     return PlacedMedia(MediaInfo(grid), (Span(offset, grid.num_patches // 4),))
 
 
-@pytest.mark.parametrize("size", [(28, 28), (1, 200), (200, 1), (56, 57), (1000, 999), (4000, 21), (14, 14), (43, 42), (70, 98)])
+SIZES = [(28, 28), (1, 200), (200, 1), (56, 57), (1000, 999), (4000, 21), (14, 14), (43, 42), (70, 98)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_resized_sizes_are_those_of_hugging_face(size: tuple[int, int], random_checkpoint: Path) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
     info = read_model_info(random_checkpoint)
-    expected = reference(*size, factor=28, min_pixels=info.vision.min_pixels, max_pixels=info.vision.max_pixels)
+    low, high = limits(info)
+    expected = reference(*size, factor=28, min_pixels=low, max_pixels=high)
     assert seen_size(ImageSize(*size), info) == expected
     assert expected[0] * expected[1] <= info.vision.largest_pixels
 
@@ -86,10 +98,12 @@ def test_the_shortest_videos_are_seen_whole_or_in_pairs(total: int) -> None:
 def test_frames_have_the_size_that_hugging_face_gives_them() -> None:
     rng = random.Random(1)
     for _ in range(500):
-        size, count = ImageSize(rng.randint(30, 2200), rng.randint(30, 2200)), rng.choice([1, 2, 16, 301, 768])
+        size = ImageSize(rng.randint(30, 2200), rng.randint(30, 2200))
+        count = rng.choice([1, 2, 16, 301, 768])
         low, high, total = 128 * 28 * 28, 768 * 28 * 28, int(128_000 * 28 * 28 * 0.9)
         most = max(min(high, total * 2 // count), int(low * 1.05))
-        expected = reference.video_processing().smart_resize(*size, factor=28, min_pixels=low, max_pixels=most)
+        resize = reference.video_processing().smart_resize
+        expected = resize(*size, factor=28, min_pixels=low, max_pixels=most)
         assert FAMILY.frame_size(size, count, AreaLimits(low, high), total * 2, INFO) == expected
 
 
@@ -98,7 +112,8 @@ def test_positions_are_those_of_hugging_face(name: str) -> None:
     reference = Reference(EMBEDDED / "model")
     inputs = reference.inputs({**CHATS, **VIDEO_CHATS}[name])
     ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
-    grids = {name: inputs.get(name, torch.empty(0, 3, dtype=torch.int64)) for name in ("image_grid_thw", "video_grid_thw")}
+    none = torch.empty(0, 3, dtype=torch.int64)
+    grids = {name: inputs.get(name, none) for name in ("image_grid_thw", "video_grid_thw")}
     positions, deltas = reference.model.model.get_rope_index(ids, mm_token_type_ids=types, **grids)
     items: list[PlacedMedia] = []
     search = 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ FAMILIES = (Toy(),)
 
 
 def write_config(folder: Path, **changes: object) -> Path:
-    config = json.loads((EMBEDDED / "model" / "config.json").read_text())
+    model = EMBEDDED / "model"
+    config = json.loads((model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    (folder / "preprocessor_config.json").write_bytes((EMBEDDED / "model" / "preprocessor_config.json").read_bytes())
+    shutil.copy(model / "preprocessor_config.json", folder / "preprocessor_config.json")
     return folder
 
 

@@ -130,7 +130,8 @@ class Rig:
         placed = [PlacedMedia(MediaInfo(grid), spans) for grid, spans in zip(grids, built.spans, strict=True)]
         positions = self.info.family.positions(len(built.token_ids), placed, self.info)
         items, ready = [], []
-        for number, (spans, grid, frame, target) in enumerate(zip(built.spans, grids, frames, targets, strict=True)):
+        pictures = zip(built.spans, grids, frames, targets, strict=True)
+        for number, (spans, grid, frame, target) in enumerate(pictures):
             mm_hash = hashlib.sha256(frame).digest()
             embedding = vision.embedding(grid, "float32")
             items.append(MmItem(spans, mm_hash, mm_hash, (MmChunk(mm_hash, embedding.num_rows, 0, 1),)))
@@ -145,7 +146,8 @@ class Rig:
         fields = {"sampling": sampling, "attempt": 1, **options}
         message = GenerateRequest(
             sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1, prompt_token_ids=pack_int32(built.token_ids),
-            positions=pack_int32(positions.rows), position_delta=positions.delta, items=tuple(items), **fields,
+            positions=pack_int32(positions.rows), position_delta=positions.delta,
+            items=tuple(items), **fields,
         )  # fmt: skip
         return message, ready
 

@@ -27,7 +27,9 @@ def make(
 ) -> Request:  # fmt: skip
     """A request whose prompt is like no other's, or is all `token`; with `gate` its last tokens from there on wait for an embedding."""
     positions = np.tile(np.arange(num_tokens, dtype=np.int32), (3, 1))
-    chunks = [] if gate is None else [Chunk(0, 0, (Piece(gate, num_tokens, 0),), MmChunk(b"h", num_tokens - gate, 0, 1))]
+    chunks: list[Chunk] = []
+    if gate is not None:
+        chunks.append(Chunk(0, 0, (Piece(gate, num_tokens, 0),), MmChunk(b"h", num_tokens - gate, 0, 1)))
     sampling = SamplingParams(ignore_eos=ignore_eos)
     arrival = next(ARRIVALS)
     prompt = [1000 + arrival if token is None else token] * num_tokens
@@ -222,7 +224,7 @@ def test_an_equal_text_with_another_picture_shares_only_what_is_before_it() -> N
 
 
 def two_runs(name: str, kv_hash: bytes = b"h") -> Request:
-    """20 tokens; an item with runs of 4 and 6 placeholders, text before, between and after, two chunks of 7 and 3."""
+    """20 tokens: an item with runs of 4 and 6 placeholders in chunks of 7 and 3, text around and between."""
     request = make(name, 20, max_tokens=1, token=5)
     spans = (Span(3, 4), Span(9, 6))
     item = MmItem(spans, b"h", kv_hash, (MmChunk(b"a", 7, 0, 1), MmChunk(b"b", 3, 0, 1)))
@@ -236,7 +238,7 @@ def test_prefill_stops_at_the_first_run_whose_embedding_is_not_there() -> None:
     made.add(request)
     assert step(made) == [("a", 3)]
     request.chunks[0].embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (7, 8), "float32")
-    assert step(made) == [("a", 9)], "the text between, and the part of the second run that the first chunk fills"
+    assert step(made) == [("a", 9)], "the text between, and what the first chunk fills of the second run"
     assert step(made) == []
     request.chunks[1].embeddings = TensorHandle("vit.0", 1, 0, 2, 0, (3, 8), "float32")
     assert step(made) == [("a", 8)]
@@ -245,7 +247,7 @@ def test_prefill_stops_at_the_first_run_whose_embedding_is_not_there() -> None:
 def test_an_item_at_other_positions_shares_only_what_is_before_it() -> None:
     """The same pixels, so one key of the tower; another key of the cache."""
     made = scheduler(budget=64)
-    for name, kv_hash, computed in (("a", b"one a second", 20), ("b", b"two a second", 20), ("c", b"one a second", 4)):
+    for name, kv_hash, computed in (("a", b"1 fps", 20), ("b", b"2 fps", 20), ("c", b"1 fps", 4)):
         request = two_runs(name, kv_hash)
         for chunk in request.chunks:
             chunk.embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (chunk.wire.num_tokens, 8), "float32")

@@ -62,7 +62,9 @@ def make_spec(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path) ->
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_embeddings_are_those_of_the_torch_engine(dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, cache: Path) -> None:
+def test_embeddings_are_those_of_the_torch_engine(
+    dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, cache: Path
+) -> None:  # fmt: skip
     """Sizes that the export never saw, several of one size, videos."""
     reference = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)))
     file = exported(info, random_checkpoint, dtype, cache, no_progress)
@@ -86,7 +88,9 @@ def test_no_picture_sees_another(info: ModelInfo, random_checkpoint: Path, cache
     assert all(torch.equal(before.output, after.output) for before, after in zip(together[1:], changed[1:], strict=True))
 
 
-def test_a_second_start_exports_nothing(info: ModelInfo, random_checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_exports_nothing(
+    info: ModelInfo, random_checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     first = exported(info, random_checkpoint, torch.float32, cache, no_progress)
     monkeypatch.setattr(export_module, "export", lambda *args: pytest.fail("exported again"))
     assert exported(info, random_checkpoint, torch.float32, cache, no_progress) == first
@@ -94,7 +98,9 @@ def test_a_second_start_exports_nothing(info: ModelInfo, random_checkpoint: Path
     warm_up(choose_engine("onnxruntime", spec), spec, 64)
 
 
-def test_processes_that_start_together_export_once(info: ModelInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_start_together_export_once(
+    info: ModelInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     exports = []
 
     def export(encoder: Encoder, file: Path) -> None:

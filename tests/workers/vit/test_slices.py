@@ -47,7 +47,9 @@ def test_even_the_slowest_device_goes_on() -> None:
     assert limit.max_patches == 1
 
 
-def test_a_large_picture_is_encoded_in_turns_with_the_same_result(info: ModelInfo, random_checkpoint: Any, monkeypatch: Any) -> None:  # noqa: F811
+def test_a_large_picture_is_encoded_in_turns_with_the_same_result(
+    info: ModelInfo, random_checkpoint: Any, monkeypatch: Any  # noqa: F811
+) -> None:  # fmt: skip
     limit = SliceLimit(4096, 0.010)
     engine = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)), limit)
     waits: list[int] = []

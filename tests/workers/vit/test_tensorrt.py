@@ -47,11 +47,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_encoder_is_built_for_a_gpu_that_is_not_here(dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, trt: Any, files: Path) -> None:
+def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
+    dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, trt: Any, files: Path
+) -> None:  # fmt: skip
     file = exported(info, random_checkpoint, dtype, files, no_progress)
     told: list[tuple[int, int]] = []
     made = VisionPreparation(info.vision)
-    engine = build(trt, file, made, lambda done, total: told.append((done, total)), trt.ComputeCapability.SM89)
+    capability = trt.ComputeCapability.SM89
+    engine = build(trt, file, made, lambda done, total: told.append((done, total)), capability)
     weights = sum(path.stat().st_size for path in file.parent.iterdir())
     assert len(engine) > weights // 2
     assert all(0 <= done <= total for done, total in told)
@@ -150,7 +153,9 @@ def fake(info: ModelInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
     return SimpleNamespace(Runtime=lambda log: runtime, Logger=logger), engine
 
 
-def test_jobs_run_within_the_profiles_and_into_the_pool(info: ModelInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_run_within_the_profiles_and_into_the_pool(
+    info: ModelInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     trt, engine = fake
     few = (Profile((1, 1, 2), (4, 24, 32)), Profile((1, 1, 1), (4, 256, 1600)))
     monkeypatch.setattr(module, "profiles_for", lambda _: few)
@@ -173,7 +178,9 @@ def test_a_call_that_fails_is_an_error(broken: str, info: ModelInfo, fake: tuple
         made.encode(make_jobs(info, torch.float32))
 
 
-def test_an_engine_that_is_for_another_machine_is_an_error(info: ModelInfo, fake: tuple[Any, FakeEngine]) -> None:
+def test_an_engine_that_is_for_another_machine_is_an_error(
+    info: ModelInfo, fake: tuple[Any, FakeEngine]
+) -> None:  # fmt: skip
     trt, engine = fake
     with pytest.raises(RuntimeError, match="cannot load"):
         TensorRtEngine(trt, VisionPreparation(info.vision), b"foreign", torch.float32, CPU)

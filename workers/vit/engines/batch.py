@@ -21,7 +21,8 @@ class BatchEngine(ABC):
     """
 
     def __init__(
-        self, preparation: Preparation, dtype: torch.dtype, device: torch.device, deadlines: Deadlines | None = None
+        self, preparation: Preparation, dtype: torch.dtype, device: torch.device,
+        deadlines: Deadlines | None = None,
     ) -> None:  # fmt: skip
         self._preparation, self._dtype, self._device, self._deadlines = preparation, dtype, device, deadlines
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -54,7 +54,8 @@ def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
     rows = max(merge, max_patches // columns // merge * merge)
     grid = GridTHW(1, rows, columns)
     pixels = torch.zeros(1, rows * side, columns * side, 3, dtype=torch.uint8, device=spec.device)
-    output = torch.empty(vision.num_tokens(grid), vision.embedding_width, dtype=spec.dtype, device=spec.device)
+    shape = vision.num_tokens(grid), vision.embedding_width
+    output = torch.empty(shape, dtype=spec.dtype, device=spec.device)
     engine.encode([EncodeJob(pixels, grid, output)])
 
 

@@ -1,7 +1,8 @@
 """The encoder as an ONNX file: exported by ourselves, once for a checkpoint and a type, and kept in the user's cache folder.
 
 Frames of one size are a batch without a mask, so that no picture sees another and runtimes take their fused
-attention. What depends on the size comes in as inputs, whose names, types and axes are the tower's; what comes out is
+attention. What depends on the size comes in as inputs, whose names, types and axes the tower says. What
+comes out:
 
     embeddings [frames, num_tokens, width]
 """
@@ -59,7 +60,8 @@ def export(encoder: Encoder, file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations, and names of axes
         program = torch.onnx.export(
-            _Exported(encoder).eval(), tensors, input_names=[spec.name for spec in specs], output_names=(OUTPUT,),
+            _Exported(encoder).eval(), tensors,
+            input_names=[spec.name for spec in specs], output_names=(OUTPUT,),
             dynamic_shapes=(_dynamic_shapes(specs),), opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
     assert program is not None
@@ -80,12 +82,21 @@ def _sample(encoder: Encoder) -> tuple[Tensor, ...]:
 def _dynamic_shapes(specs: Sequence[InputSpec]) -> tuple[dict[int, Any], ...]:
     """For each input its axes without a fixed size, as `torch.export` wants to be told."""
     dims: dict[str, Any] = {}  # by axis: inputs share them
+    shapes: list[dict[int, Any]] = []
     for spec in specs:
-        for axis in spec.axes:
-            if isinstance(axis, Axis) and axis.name not in dims:
-                dim = torch.export.Dim(axis.name, min=1, max=axis.most // axis.multiple)
-                dims[axis.name] = dim if axis.multiple == 1 else axis.multiple * dim
-    return tuple({number: dims[axis.name] for number, axis in enumerate(spec.axes) if isinstance(axis, Axis)} for spec in specs)
+        shape: dict[int, Any] = {}
+        for number, axis in enumerate(spec.axes):
+            if isinstance(axis, Axis):
+                if axis.name not in dims:
+                    dims[axis.name] = _dim(axis)
+                shape[number] = dims[axis.name]
+        shapes.append(shape)
+    return tuple(shapes)
+
+
+def _dim(axis: Axis) -> Any:
+    dim = torch.export.Dim(axis.name, min=1, max=axis.most // axis.multiple)
+    return dim if axis.multiple == 1 else axis.multiple * dim
 
 
 def exported(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
@@ -134,8 +145,8 @@ def unfinished(place: Path) -> Iterator[Path]:
 
 
 def _key(info: ModelInfo, folder: Path, dtype: torch.dtype) -> str:
-    """Files are told apart by name, size and time of change: reading gigabytes at each start would take longer than
-    the export.
+    """Files are told apart by name, size and time of change: reading gigabytes at each start would take
+    longer than the export.
     """
     stats = [(path.name, path.stat()) for path in sorted(folder.resolve().glob("*.safetensors"))]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

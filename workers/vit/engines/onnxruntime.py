@@ -28,8 +28,8 @@ ELEMENT_TYPES: dict[torch.dtype, Any] = {
 
 class OnnxRuntimeEngine(BatchEngine):
     def __init__(
-        self, preparation: Preparation, file: Path, dtype: torch.dtype, device: torch.device, num_threads: int,
-        deadlines: Deadlines | None = None,
+        self, preparation: Preparation, file: Path, dtype: torch.dtype, device: torch.device,
+        num_threads: int, deadlines: Deadlines | None = None,
     ) -> None:  # fmt: skip
         """Raises RuntimeError where a GPU is wanted and onnxruntime's CUDA provider does not load."""
         super().__init__(preparation, dtype, device, deadlines)

@@ -61,7 +61,9 @@ def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
     )
 
 
-def build(trt: Any, file: Path, preparation: Preparation, progress: Progress, capability: Any = None) -> bytes:
+def build(
+    trt: Any, file: Path, preparation: Preparation, progress: Progress, capability: Any = None
+) -> bytes:  # fmt: skip
     """An engine of the ONNX file for this machine's GPU, or (TensorRT-RTX only) for a compute capability.
 
     Raises RuntimeError.
@@ -113,7 +115,8 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def built(
-    trt: Any, preparation: Preparation, file: Path, gpu: str, cache: Path, progress: Progress, capability: Any = None
+    trt: Any, preparation: Preparation, file: Path, gpu: str, cache: Path, progress: Progress,
+    capability: Any = None,
 ) -> Path:  # fmt: skip
     """The engine of an exported file, built now if it is not in the cache yet. One process builds, others wait for it.
 

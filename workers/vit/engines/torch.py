@@ -20,7 +20,8 @@ class TorchEngine:
     """
 
     def __init__(
-        self, encoder: Encoder, limit: SliceLimit | None = None, after_work: Callable[[], object] | None = None
+        self, encoder: Encoder, limit: SliceLimit | None = None,
+        after_work: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
         self.encoder, self._limit, self._after_work = encoder, limit, after_work
 

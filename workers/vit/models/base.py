@@ -1,8 +1,9 @@
 """The contract of a vision tower.
 
-A tower has two parts. Its `Preparation` turns chunks into named tensors and knows all that depends on their grids;
-it needs no weights. Its `Encoder` computes embeddings from these tensors. Engines call the two and know no family:
-an ONNX file has the inputs that the preparation names, and who runs the file prepares them without an encoder.
+A tower has two parts. Its `Preparation` turns chunks into named tensors and knows all that depends on their
+grids; it needs no weights. Its `Encoder` computes embeddings from these tensors. Engines call the two and
+know no family: an ONNX file has the inputs that the preparation names, and the engine that runs the file
+prepares them without an encoder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Qwen2-VL's tower: full attention in each frame, LayerNorm, QuickGELU. All that depends on grids comes in as an input.
+"""Qwen2-VL's tower: full attention in each frame, LayerNorm, QuickGELU. What depends on grids comes in as
+inputs:
 
-    patches [num_patches, channels · temporal · patch²] float32, cos and sin [num_patches, 1, head_dim] float32
+    patches      [num_patches, channels · temporal · patch²] float32
+    cos and sin  [num_patches, 1, head_dim] float32
 
-Pictures (frames of a video too) attend within themselves only. They come packed, in any sizes; or as a batch of equal
-grids, with the same cos and sin for all of them.
+Pictures (frames of a video too) attend within themselves only. They come packed, in any sizes; or as a batch
+of equal grids, with the same cos and sin for all of them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class SegmentAttention:
             from torch.nn.attention.varlen import varlen_attn
 
             ends, longest = self._ends, self._longest
-            return varlen_attn(q, k, v.contiguous(), ends, ends, longest, longest)  # type: ignore[return-value]
+            out = varlen_attn(q, k, v.contiguous(), ends, ends, longest, longest)
+            return out  # type: ignore[return-value]
         segments = zip(*(x.transpose(0, 1).split(self._lengths, dim=1) for x in (q, k, v)), strict=True)
         parts = [self._pace.attend(q, k, v) for q, k, v in segments]
         return torch.cat(parts, dim=1).transpose(0, 1)

@@ -1,0 +1,116 @@
+"""The contract between towers and engines, with a toy: one more input, of another type, and wider embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.checkpoints import EMBEDDED
+from pipeline.families import VisionInfo, read_model_info
+from pipeline.messages import GridTHW
+from workers.vit.engines.onnx import export
+from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import FRAMES, Axis, EncodeJob, Encoder, Inputs, InputSpec, Preparation
+from workers.vit.models.patches import patchify
+from workers.vit.models.registry import tower_of
+from workers.vit.pace import UNPACED, Pace
+
+CPU = torch.device("cpu")
+GRIDS = [GridTHW(1, 4, 6), GridTHW(2, 2, 8), GridTHW(1, 4, 6), GridTHW(1, 8, 8)]
+COLUMNS = 3 * 2 * 14 * 14
+
+
+class ToyPreparation(Preparation):
+    """Reads the tokens of each frame backwards: `order` says which place takes which token's patches."""
+
+    @property
+    def specs(self) -> tuple[InputSpec, ...]:
+        patches, tokens = Axis("patches", 1 << 16, 4), Axis("tokens", 1 << 14)
+        return (
+            InputSpec("patches", torch.float32, (FRAMES, patches, COLUMNS)),
+            InputSpec("order", torch.int64, (tokens,)),
+        )
+
+    def packed(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
+        parts, start = [], 0
+        for job in jobs:
+            count = job.grid_thw.h * job.grid_thw.w // 4
+            for _ in range(job.grid_thw.t):
+                parts.append(torch.arange(start + count - 1, start - 1, -1))
+                start += count
+        patches = torch.cat([patchify(job.pixels, self.info) for job in jobs])
+        return Inputs({"patches": patches, "order": torch.cat(parts)}, {"frames": [len(patches)]})
+
+    def batch(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
+        count = jobs[0].grid_thw.h * jobs[0].grid_thw.w
+        patches = torch.cat([patchify(job.pixels, self.info) for job in jobs]).unflatten(0, (-1, count))
+        return Inputs({"patches": patches, "order": torch.arange(count // 4 - 1, -1, -1)}, {})
+
+    def sizes(self, num_frames: int, num_patches: int) -> dict[str, int]:
+        return {**super().sizes(num_frames, num_patches), "tokens": num_patches // 4}
+
+
+class ToyEncoder(Encoder):
+    def __init__(self, info: VisionInfo) -> None:
+        self.preparation = ToyPreparation(info)
+        self.dtype, self.device = torch.float32, CPU
+        generator = torch.Generator().manual_seed(0)
+        self._weight = torch.randn(info.embedding_width, 4 * COLUMNS, generator=generator) / 100
+
+    def forward(self, inputs: Inputs, pace: Pace = UNPACED) -> torch.Tensor:
+        x = inputs.tensors["patches"].unflatten(-2, (-1, 4)).flatten(-2)
+        pace.after_layer()
+        return torch.nn.functional.linear(x, self._weight).index_select(-2, inputs.tensors["order"])
+
+
+@pytest.fixture
+def encoder() -> ToyEncoder:
+    info = read_model_info(EMBEDDED / "model").vision
+    return ToyEncoder(dataclasses.replace(info, embedding_width=2 * info.embedding_width))
+
+
+def make_jobs(info: VisionInfo) -> list[EncodeJob]:
+    generator = torch.Generator().manual_seed(1)
+    jobs = []
+    for grid in GRIDS:
+        size = grid.t * 2, grid.h * 14, grid.w * 14, 3
+        pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        jobs.append(EncodeJob(pixels, grid, torch.full(info.embedding(grid, "float32").shape, torch.nan)))
+    return jobs
+
+
+def test_a_tower_with_inputs_of_its_own_runs_in_every_engine(encoder: ToyEncoder, tmp_path: Path) -> None:
+    info = encoder.preparation.info
+    expected, found = make_jobs(info), make_jobs(info)
+    TorchEngine(encoder).encode(expected)
+    export(encoder, tmp_path / "toy.onnx")
+    OnnxRuntimeEngine(encoder.preparation, tmp_path / "toy.onnx", torch.float32, CPU, 1).encode(found)
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours.output, theirs.output, rtol=1e-4, atol=1e-4)
+        assert ours.output.shape[1] == 2 * read_model_info(EMBEDDED / "model").text.hidden_size
+
+
+def test_the_shapes_of_inputs_follow_the_sizes_of_axes(encoder: ToyEncoder) -> None:
+    patches, order = encoder.preparation.specs
+    sizes = encoder.preparation.sizes(3, 24)
+    assert patches.shape(sizes) == (3, 24, COLUMNS)
+    assert order.shape(sizes) == (6,)
+    assert (patches.is_by_frame, order.is_by_frame) == (True, False)
+
+
+def test_what_a_tower_prepares_is_what_it_says() -> None:
+    info = read_model_info(EMBEDDED / "model")
+    preparation = tower_of(info).preparation(info.vision)
+    jobs = [job for job in make_jobs(info.vision) if job.grid_thw == GRIDS[0]]
+    tensors = preparation.batch(jobs, CPU).tensors
+    sizes = preparation.sizes(len(jobs), GRIDS[0].num_patches)
+    assert [spec.name for spec in preparation.specs] == list(tensors)
+    for spec in preparation.specs:
+        assert tensors[spec.name].shape == spec.shape(sizes)
+        assert tensors[spec.name].dtype == spec.dtype
+        assert tensors[spec.name].is_contiguous()
