@@ -25,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from workers.llm.sampling import kernel as sampling_kernel
 from workers.llm.attention import triton as attention
+from workers.llm.sampling import kernel as sampling_kernel
 from workers.nn import kernels
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability

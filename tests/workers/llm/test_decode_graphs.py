@@ -8,6 +8,7 @@ import torch
 
 from pipeline.messages import SequencePlan, pack_int32
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes, is_decode
+from workers.llm.sampling.choice import NUM_PARAMS
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -39,7 +40,7 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
     buffers = DecodeBuffers(8, 5, BLOCK, spare_request_slot=99, spare_kv_slot=400, device=CPU)
     graphs = DecodeGraphs(graph_sizes(8), buffers, compute, CPU)
     first = [plan(3, 11, 50, 9, [7, 2, 8, 1]), plan(0, None, 4, 4, [5, 6]), plan(6, 13, 0, 0, [9])]
-    params = np.arange(15, dtype=np.int32).reshape(5, 3)
+    params = np.arange(3 * NUM_PARAMS, dtype=np.int32).reshape(NUM_PARAMS, 3)
     outputs = graphs.run(first, params)
     assert outputs.token_ids.tolist() == [12, 1, 14]
     size, inputs = seen.pop()
@@ -57,7 +58,7 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
     graphs.run([plan(1, 5, 8, 8, [4, 3, 2])], params[:, :1])
     size, inputs = seen.pop()
     assert (size, inputs.tables[0, :3].tolist(), inputs.new_slots.tolist()) == (1, [4, 3, 2], [2 * BLOCK])
-    graphs.run([*first, *first], np.zeros((5, 6), dtype=np.int32))
+    graphs.run([*first, *first], np.zeros((NUM_PARAMS, 6), dtype=np.int32))
     size, inputs = seen.pop()
     assert (size, inputs.slots.tolist()) == (8, [3, 0, 6, 3, 0, 6, 99, 99])
 
@@ -65,7 +66,7 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
 def test_inputs_stay_where_they_are() -> None:
     buffers = DecodeBuffers(8, 5, BLOCK, 99, 400, CPU)
     before = [part.data_ptr() for part in buffers.inputs(4)]
-    buffers.fill([plan(3, 11, 50, 9, [7, 2, 8, 1])], np.zeros((5, 1), dtype=np.int32), 4)
+    buffers.fill([plan(3, 11, 50, 9, [7, 2, 8, 1])], np.zeros((NUM_PARAMS, 1), dtype=np.int32), 4)
     assert [part.data_ptr() for part in buffers.inputs(4)] == before
 
 

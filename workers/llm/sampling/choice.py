@@ -33,7 +33,7 @@ class Choice:
         """Without a `kernel` torch's operators choose, row by row."""
         self._vocab_size, self._device, self._kernel = vocab_size, device, kernel
         self._params = np.zeros(num_slots, dtype=_PARAMS)
-        self._noise = Noise(vocab_size, device)
+        self._noise = Noise(vocab_size, device) if kernel is None else None
 
     def start(self, slot: int, params: SamplingParams) -> None:
         assert params.seed is not None, "rank 0 gives every request a seed"
@@ -90,6 +90,7 @@ class Choice:
 
     def _race(self, weights: Tensor, keys: UInt64Array, kept: Tensor | None = None) -> Tensor:
         """Which column [num_rows] of weights [num_rows, n] arrives first: they are those of the `kept` token ids, or of all."""
+        assert self._noise is not None
         # Minus the time at which each token arrives: one with a weight of 0 does at infinity.
         return self._noise.log_uniforms(keys, kept).div_(weights).argmax(dim=-1)
 

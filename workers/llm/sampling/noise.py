@@ -61,18 +61,22 @@ class Noise:
         counters = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
         self._device = device
         self._counters = to_device(counters.view(np.int64), device)  # [vocab] int64
-        self._bits, self._shifted = torch.empty(2, MAX_ROWS * vocab_size, dtype=torch.int64, device=device)
+        self._bits = torch.empty(MAX_ROWS * vocab_size, dtype=torch.int64, device=device)
+        self._shifted = torch.empty_like(self._bits)
         self._result = torch.empty(MAX_ROWS * vocab_size, dtype=torch.float32, device=device)
 
     def bits(self, keys: UInt64Array, token_ids: Tensor | None = None) -> Tensor:
         """SplitMix64's outputs [num_rows, n] int64 of the streams that start at `keys`, at n tokens or at all."""
         counters = self._counters if token_ids is None else self._counters[token_ids]
         shape = len(keys), len(counters)
-        bits, shifted = (of[: shape[0] * shape[1]].view(shape) for of in (self._bits, self._shifted))
+        size = shape[0] * shape[1]
+        bits: Tensor = self._bits[:size].view(shape)
+        shifted: Tensor = self._shifted[:size].view(shape)
         torch.add(counters, to_device(keys.view(np.int64), self._device)[:, None], out=bits)
         for shift, factor in ((SHIFT_1, MIX_1), (SHIFT_2, MIX_2)):
             bits.bitwise_xor_(_shift(bits, shift, shifted)).mul_(_signed(factor))
-        return bits.bitwise_xor_(_shift(bits, SHIFT_3, shifted))
+        bits.bitwise_xor_(_shift(bits, SHIFT_3, shifted))
+        return bits
 
     def log_uniforms(self, keys: UInt64Array, token_ids: Tensor | None = None) -> Tensor:
         """log(u) [num_rows, n] float32, u uniform in (0, 1)."""

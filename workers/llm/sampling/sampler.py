@@ -57,6 +57,7 @@ class Sampler:
         # Whether the slot's request asks anything of the processor.
         self._is_asked = np.zeros((len(processors), setup.num_slots), dtype=np.bool_)
 
+    @torch.inference_mode()
     def start(self, start: SequenceStart) -> None:
         """Fills a slot for a request that runs from now on."""
         slot, params = start.slot, start.sampling
@@ -87,6 +88,7 @@ class Sampler:
             waits[places] |= processor.needs_tokens
         return waits
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, slots: Int64Array, num_tokens: Int64Array) -> Sampled:
         """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens so far.
 
@@ -102,6 +104,7 @@ class Sampler:
                 processor.accept(slots[places], token_ids[to_device(places, self._device)])
         return Sampled(token_ids, *((None, None) if wanted is None else logprobs_of(wanted, token_ids)))
 
+    @torch.inference_mode()
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
         """The tokens [n] int64 of an earlier step have arrived on the host, for the processors that need them there."""
         for processor, places in self._asked(slots):
