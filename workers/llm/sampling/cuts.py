@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUM_CANDIDATES = (
-    1024  # best tokens that are sorted first; all are, where that is not enough for a row's top_p
-)
+# Best tokens that are sorted first. All are, where that is not enough for a row's top_p.
+NUM_CANDIDATES = 1024
 
 
 def least_probable(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
