@@ -44,6 +44,9 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 TIED = ("tiny", "vision", "0.3b", "2b")  # input and output embeddings are one
 
 
+PICTURES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+
+
 def make_checkpoint(folder: Path, shape: str, device: torch.device | None = None) -> None:
     """A random Qwen2-VL in bfloat16, made on `device`, with a tokenizer in which every id is a word, so that every token is a streamed event."""
     embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
@@ -59,6 +62,7 @@ def make_checkpoint(folder: Path, shape: str, device: torch.device | None = None
     _save_weights(folder, config, device or torch.device("cpu"))
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(EMBEDDED / "model" / name, folder / name)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PICTURES))
     tokenizer = json.loads((EMBEDDED / "model" / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     vocab.update({token["content"]: token["id"] for token in tokenizer["added_tokens"]})  # else they are numbered anew behind the rest

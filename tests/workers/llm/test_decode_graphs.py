@@ -9,6 +9,7 @@ import torch
 from pipeline.messages import SequenceStart, SequenceStep, pack_int32
 from pipeline.sampling import SamplingParams
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, DeviceTables, Inputs, Outputs, graph_sizes
+from workers.llm.sampling.choice import NUM_PARAMS
 from workers.llm.sequences import SequenceTable
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
     graphs = DecodeGraphs(graph_sizes(8), buffers, compute, CPU)
     first = sequences.rows([SequenceStep(3), SequenceStep(0), SequenceStep(6)])
     assert graphs.can_run(first)
-    params = np.arange(15, dtype=np.int32).reshape(5, 3)
+    params = np.arange(3 * NUM_PARAMS, dtype=np.int32).reshape(NUM_PARAMS, 3)
     assert graphs.run(first, params).token_ids.tolist() == [4, 1, 7]
     size, inputs, tables = seen.pop()
     assert size == 4
@@ -78,7 +79,7 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
     assert (size, tables[0, :3].tolist(), inputs.new_slots.tolist()) == (1, [4, 3, 2], [2 * BLOCK])
     graphs.run(
         sequences.rows([SequenceStep(slot) for slot in (3, 0, 6, 1, 3, 0)]),
-        np.zeros((5, 6), dtype=np.int32),
+        np.zeros((NUM_PARAMS, 6), dtype=np.int32),
     )
     size, inputs, _ = seen.pop()
     assert (size, inputs.slots.tolist()) == (8, [3, 0, 6, 1, 3, 0, SPARE, SPARE])
@@ -88,7 +89,7 @@ def test_inputs_stay_where_they_are() -> None:
     sequences = table((3, 0, 9, [7, 2, 8, 1]))
     buffers = DecodeBuffers(8, sequences, BLOCK, 400, CPU)
     before = [part.data_ptr() for part in buffers.inputs(4)]
-    buffers.fill(sequences.rows([SequenceStep(3)]), np.zeros((5, 1), dtype=np.int32), 4)
+    buffers.fill(sequences.rows([SequenceStep(3)]), np.zeros((NUM_PARAMS, 1), dtype=np.int32), 4)
     assert [part.data_ptr() for part in buffers.inputs(4)] == before
 
 

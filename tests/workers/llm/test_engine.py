@@ -502,6 +502,23 @@ def test_a_seeded_request_draws_the_same_alone_and_in_company(rig: Rig) -> None:
     assert len(set(drawn[0])) > 5
 
 
+def test_a_request_without_a_seed_draws_on_in_its_next_attempt(rig: Rig) -> None:
+    """The seed is a digest of the id, and the number of a draw counts the output tokens of all attempts."""
+    sampling = SamplingParams(temperature=1.5, max_tokens=NUM_TOKENS, ignore_eos=True, frequency_penalty=0.2)
+
+    def run(request_id: str, attempt: int, so_far: list[int]) -> list[int]:
+        earlier = pack_int32(so_far)
+        options = {"attempt": attempt, "output_token_ids": earlier, "sampling": sampling}
+        rig.engine.handle(rig.request(CHATS["text only"], request_id, **options)[0], rig.now)
+        rig.run()
+        return so_far + [t for output in rig.outputs() for t in unpack_int32(output.new_token_ids).tolist()]
+
+    whole = run("r", 1, [])
+    assert len(set(whole)) > 5
+    assert run("r", 2, whole[:7]) == whole
+    assert run("other", 1, []) != whole
+
+
 def replace_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
     return SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_tokens, ignore_eos=True, seed=seed)
 

@@ -126,7 +126,6 @@ class ToyRig:
             self.scheduler,
             runner,
             welcome,
-            2,
             links,
             has_overlap=has_overlap,
         )
@@ -140,7 +139,8 @@ class ToyRig:
             request = GenerateRequest(
                 sender=PREPROCESS, epoch=1, client_id=CLIENT,
                 request_id=f"{self.num_rounds}.{number}", attempt=1, arrival=number + 1,
-                prompt_token_ids=pack_int32(prompt), items=(), sampling=sampling,
+                prompt_token_ids=pack_int32(prompt), positions=pack_int32([*range(len(prompt))] * 3),
+                position_delta=0, items=(), sampling=sampling,
             )  # fmt: skip
             self.engine.handle(request, 0.0)
         while self.engine.step(0.0):

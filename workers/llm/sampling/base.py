@@ -2,14 +2,15 @@
 
     start(slot, params, tokens) → apply(logits, rows) → accept(slots, token_ids) → apply …
 
-A processor keeps its state by slot, and a request that asks nothing of a processor never appears in its `rows` or `slots`:
-it is not touched, and costs nothing.
+A processor keeps its state by slot, and a request that asks nothing of a processor never appears in its
+`rows` or `slots`: it is not touched, and costs nothing.
 
-Most processors go by what is on the device, and are told of a chosen token in the step that chose it. A processor that
-`needs_tokens` on the host (a grammar, whose matcher is a data structure of the host) is told by `Sampler.accept` when the
-token has arrived there, between two steps. The forward of the next step may run meanwhile. Only the choice of its tokens
-waits, for the requests that `Sampler.waits_for_tokens` names. Where several ranks choose the same tokens, rank 0 alone runs
-matchers and the plan carries masks: on the other ranks such a processor is given the masks and has no matcher.
+Most processors go by what is on the device, and are told of a chosen token in the step that chose it. A
+processor that `needs_tokens` on the host (a grammar, whose matcher is a data structure of the host) is told
+by `Sampler.accept` when the token has arrived there, between two steps. The forward of the next step may run
+meanwhile. Only the choice of its tokens waits, for the requests that `Sampler.waits_for_tokens` names. Where
+several ranks choose the same tokens, rank 0 alone runs matchers and the plan carries masks: on the other
+ranks such a processor is given the masks and has no matcher.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ class Processor(Protocol):
         ...
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
-        """A request takes the slot, and what the slot held is forgotten. Whether the request asks for anything."""
+        """A request takes the slot, and what the slot held is forgotten.
+
+        Whether the request asks for anything.
+        """
         ...
 
     def apply(self, logits: Tensor, rows: Rows) -> None:
@@ -83,7 +87,10 @@ class Entries(NamedTuple):
 
 
 def add_entries(logits: Tensor, places: Int64Array, entries: Sequence[Entries]) -> None:
-    """Adds one row's entries to the row of logits at each place. A token that is named twice gets its last value."""
+    """Adds one row's entries to the row of logits at each place.
+
+    A token that is named twice gets its last value.
+    """
     token_ids = np.concatenate([entry.token_ids for entry in entries])
     values = np.concatenate([entry.values for entry in entries])
     rows = np.repeat(places, [len(entry.token_ids) for entry in entries])

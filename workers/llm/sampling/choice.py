@@ -1,4 +1,7 @@
-"""The choice of token: the best one, or a draw from what top_k, top_p and min_p keep, by the race that noise.py describes."""
+"""The choice of token: the best one, or a draw from what top_k, top_p and min_p keep.
+
+A draw is the race that noise.py describes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from workers.llm.sampling.cuts import least_probable
 from workers.llm.sampling.noise import MAX_ROWS, Noise, UInt64Array, draw_keys
 from workers.nn.loader import to_device
 
-# Chooses tokens [num_rows] int64 by logits [num_rows, vocab] float32 and `kernel_params`. It waits for nothing.
+# Chooses tokens [num_rows] int64 by logits [num_rows, vocab] float32 and `kernel_params`.
+# It waits for nothing.
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 NUM_PARAMS = 6  # numbers of a row that its choice depends on
@@ -33,7 +37,7 @@ class Choice:
         """Without a `kernel` torch's operators choose, row by row."""
         self._vocab_size, self._device, self._kernel = vocab_size, device, kernel
         self._params = np.zeros(num_slots, dtype=_PARAMS)
-        self._noise = Noise(vocab_size, device)
+        self._noise = Noise(vocab_size, device) if kernel is None else None
 
     def start(self, slot: int, params: SamplingParams) -> None:
         assert params.seed is not None, "rank 0 gives every request a seed"
@@ -80,7 +84,7 @@ class Choice:
         return token_ids
 
     def _weigh(self, logits: Tensor, temperature: Float64Array) -> Tensor:
-        """How probable each token is beside the best: [num_rows, n] float32 in [0, 1], by logits [num_rows, n]."""
+        """How probable each token is beside the best of logits [num_rows, n]: as many float32 in [0, 1]."""
         # The best logit is made 0 first, so that no temperature, however small, can overflow it.
         weights = logits - logits.amax(dim=-1, keepdim=True)
         if (temperature != 1).any():
@@ -89,7 +93,11 @@ class Choice:
         return weights.exp_()
 
     def _race(self, weights: Tensor, keys: UInt64Array, kept: Tensor | None = None) -> Tensor:
-        """Which column [num_rows] of weights [num_rows, n] arrives first: they are those of the `kept` token ids, or of all."""
+        """Which column [num_rows] of weights [num_rows, n] arrives first.
+
+        The columns are the `kept` token ids, or the whole vocabulary.
+        """
+        assert self._noise is not None
         # Minus the time at which each token arrives: one with a weight of 0 does at infinity.
         return self._noise.log_uniforms(keys, kept).div_(weights).argmax(dim=-1)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUM_CANDIDATES = 1024  # best tokens that are sorted first; all are, where that is not enough for a row's top_p
+# Best tokens that are sorted first. All are, where that is not enough for a row's top_p.
+NUM_CANDIDATES = 1024
 
 
 def least_probable(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The smallest probability [num_rows, 1] that each row keeps of probs [num_rows, vocab]; the cuts are [num_rows, 1].
+    """The smallest probability [num_rows, 1] that each row keeps of probs [num_rows, vocab]; the cuts are
+    [num_rows, 1].
 
     All are float64. First top_k cuts, then top_p of the probability that top_k keeps, and min_p beside both.
     """
@@ -24,7 +26,7 @@ def least_probable(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def _cut(best: Tensor, top_k: Tensor, top_p: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The smallest of the `best` probabilities [num_rows, n] that are kept, and whether n were enough to tell."""
+    """The smallest kept one of the `best` probabilities [num_rows, n], and whether n were enough to tell."""
     rank = torch.arange(best.shape[-1], device=best.device)[None]
     kept = best.masked_fill(rank >= top_k, 0.0)
     cumulative = kept.cumsum(dim=-1)

@@ -1,8 +1,9 @@
-"""One Triton kernel that chooses the tokens of a step: greedy, or drawn from what top_k, top_p and min_p keep. For GPUs.
+"""One Triton kernel that chooses the tokens of a step: greedy, or drawn from what top_k, top_p and min_p
+keep. For GPUs.
 
-The threshold is found by bisection over the bits of a weight, as no sort of a vocabulary is as fast as a few looks at it.
-The draw is the race of noise.py, with the same random bits. Nothing waits for the host, so a CUDA graph can hold it; and
-a row depends on its own logits and numbers only.
+The threshold is found by bisection over the bits of a weight, as no sort of a vocabulary is as fast as a few
+looks at it. The draw is the race of noise.py, with the same random bits. Nothing waits for the host, so a
+CUDA graph can hold it; and a row depends on its own logits and numbers only.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def _weights(row, tokens, best, scale, VOCAB: tl.constexpr):
 
 @triton.jit
 def _largest_threshold(row, best, scale, lower, wanted, VOCAB: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr):
-    """The largest weight, in bits, with which what is kept still comes to `wanted`: in tokens, or as the sum of their weights.
+    """The largest weight, in bits, with which what is kept still comes to `wanted`: in tokens, or as the sum
+    of their weights.
 
-    Nothing with less than `lower` counts. Positive floats are ordered as their bits are; eight candidates a look settle three bits.
+    Nothing with less than `lower` counts. Positive floats are ordered as their bits are; eight candidates a
+    look settle three bits.
     """
     low = tl.full([], 0, tl.int32)
     step = tl.full([], 1 << 27, tl.int32)  # eight of them pass 1.0, which is 0x3F800000
@@ -70,7 +73,10 @@ def _random_bits(key, tokens):
 
 @triton.jit
 def _exponentials(bits):
-    """-log(u). Close to u = 1 by its series, whose rest is below 6e-8: there a GPU's fast logarithm has no digit right."""
+    """-log(u).
+
+    Close to u = 1 by its series, whose rest is below 6e-8: there a GPU's fast logarithm has no digit right.
+    """
     rest = (bits & LOW_BITS).to(tl.int64).to(tl.float32) * UNIT  # 1 - u
     rest = tl.minimum(tl.maximum(rest, SMALLEST), LARGEST)
     series = 1.0 + rest * (1 / 2 + rest * (1 / 3 + rest * (1 / 4 + rest * (1 / 5 + rest * (1 / 6 + rest / 7)))))
@@ -140,10 +146,12 @@ def sample_kernel(
 
 
 def sample(logits: Tensor, params: Tensor) -> Tensor:
-    """One token [num_rows] int64 for each row of logits [num_rows, vocab] float32, by params [6, num_rows] int32.
+    """One token [num_rows] int64 for each row of logits [num_rows, vocab] float32, by params [6, num_rows]
+    int32.
 
-    Of params the first three rows, temperature, top_p and min_p, are float32 in the bits of an int32. Then come top_k, and
-    the low and the high half of `draw_keys`. Temperature 0 is greedy. Tokens of equal probability are kept or cut together.
+    Of params the first three rows, temperature, top_p and min_p, are float32 in the bits of an int32. Then
+    come top_k, and the low and the high half of `draw_keys`. Temperature 0 is greedy. Tokens of equal
+    probability are kept or cut together.
     """
     num_rows, vocab = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

@@ -1,4 +1,7 @@
-"""Log-probabilities as the model gave them, before any processor: of the chosen token first, then of the best ones."""
+"""Log-probabilities as the model gave them, before any processor.
+
+That of the chosen token comes first, then those of the best ones.
+"""
 
 from __future__ import annotations
 

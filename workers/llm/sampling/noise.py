@@ -1,20 +1,22 @@
 """The random numbers of a draw: one for each token of the vocabulary, by a counter and without a state.
 
-A number depends on (seed, number of the output token, token id) and on nothing else. Its 64 bits are those of SplitMix64
-(Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014): the token id counts along the stream that
-starts at `draw_keys`. They come from integer operations only, so they are the same bits in numpy, in torch on any device,
-and in the Triton kernel.
+A number depends on (seed, number of the output token, token id) and on nothing else. Its 64 bits are those of
+SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014): the token id counts
+along the stream that starts at `draw_keys`. They come from integer operations only, so they are the same bits
+in numpy, in torch on any device, and in the Triton kernel.
 
-A token is chosen by a race of exponential times (Gumbel's method without its outer logarithm): the token with the
-smallest -log(u) / weight wins, with a probability of its weight among all weights. A token's time depends on its own
-logit alone. So noise in the last bits of logits turns a choice only where two times are equal to as many bits. A walk
-along the cumulative distribution instead adds up the noise of all tokens before the chosen one.
+A token is chosen by a race of exponential times (Gumbel's method without its outer logarithm): the token with
+the smallest -log(u) / weight wins, with a probability of its weight among all weights. A token's time depends
+on its own logit alone. So noise in the last bits of logits turns a choice only where two times are equal to
+as many bits. A walk along the cumulative distribution instead adds up the noise of all tokens before the
+chosen one.
 
-What counts are the small times, and -log(u) is small where u is close to 1, where float32 has only 24 bits. So the 63
-lower bits are 1 - u, as float32: 24 significant bits down to 2^-63. Then -log(u) = -log1p(-(1 - u)), which the float32
-function gives to an ulp or two: its relative error, which is the relative error of a token's probability, is below
-5e-7. Two ends are cut: 1 - u is never below 2^-64, so tokens together have at most vocabulary · 2^-63 (2e-14) too much;
-and never above 1 - 2^-24, which is to say that no time is longer than 16.6 (one of 1.7e7 would be).
+What counts are the small times, and -log(u) is small where u is close to 1, where float32 has only 24 bits.
+So the 63 lower bits are 1 - u, as float32: 24 significant bits down to 2^-63. Then -log(u) = -log1p(-(1 -
+u)), which the float32 function gives to an ulp or two: its relative error, which is the relative error of a
+token's probability, is below 5e-7. Two ends are cut: 1 - u is never below 2^-64, so tokens together have at
+most vocabulary · 2^-63 (2e-14) too much; and never above 1 - 2^-24, which is to say that no time is longer
+than 16.6 (one of 1.7e7 would be).
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ def mix(state: UInt64Array) -> UInt64Array:
 
 
 def draw_keys(seeds: UInt64Array, numbers: UInt64Array) -> UInt64Array:
-    """Where the stream of the output token `numbers` of a request starts: SplitMix64's output of a stream of the seed's own."""
+    """Where the stream of the output token `numbers` of a request starts:
+
+    SplitMix64's output of a stream of the seed's own.
+    """
     golden = np.uint64(GOLDEN)
     return mix(mix(seeds + golden) + (numbers + np.uint64(1)) * golden)
 
@@ -53,22 +58,25 @@ def draw_keys(seeds: UInt64Array, numbers: UInt64Array) -> UInt64Array:
 class Noise:
     """The numbers of a vocabulary's tokens on a device, for up to MAX_ROWS rows at once.
 
-    Results are written over by the next call: arrays of a vocabulary's size are too large for malloc to keep them, and
-    taking them from the system each time costs more than what is computed in them.
+    Results are written over by the next call: arrays of a vocabulary's size are too large for malloc to keep
+    them, and taking them from the system each time costs more than what is computed in them.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         counters = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
         self._device = device
         self._counters = to_device(counters.view(np.int64), device)  # [vocab] int64
-        self._bits, self._shifted = torch.empty(2, MAX_ROWS * vocab_size, dtype=torch.int64, device=device)
+        self._bits = torch.empty(MAX_ROWS * vocab_size, dtype=torch.int64, device=device)
+        self._shifted = torch.empty_like(self._bits)
         self._result = torch.empty(MAX_ROWS * vocab_size, dtype=torch.float32, device=device)
 
     def bits(self, keys: UInt64Array, token_ids: Tensor | None = None) -> Tensor:
-        """SplitMix64's outputs [num_rows, n] int64 of the streams that start at `keys`, at n tokens or at all."""
+        """SplitMix64's outputs [num_rows, n] int64 of the streams `keys`, at n tokens or at all."""
         counters = self._counters if token_ids is None else self._counters[token_ids]
         shape = len(keys), len(counters)
-        bits, shifted = (of[: shape[0] * shape[1]].view(shape) for of in (self._bits, self._shifted))
+        size = shape[0] * shape[1]
+        bits: Tensor = self._bits[:size].view(shape)
+        shifted: Tensor = self._shifted[:size].view(shape)
         torch.add(counters, to_device(keys.view(np.int64), self._device)[:, None], out=bits)
         for shift, factor in ((SHIFT_1, MIX_1), (SHIFT_2, MIX_2)):
             bits.bitwise_xor_(_shift(bits, shift, shifted)).mul_(_signed(factor))

@@ -1,7 +1,9 @@
-"""Chooses the next tokens, for all rows of a step at once: the processors change logits, then tokens are chosen.
+"""Chooses the next tokens, for all rows of a step at once: the processors change logits, then tokens are
+chosen.
 
-The random numbers of token k of a request depend on (seed, k) and nothing else, and nothing here depends on which rows
-stand beside. So a request draws the same tokens whatever runs beside it, on every rank, and again when it is resumed.
+The random numbers of token k of a request depend on (seed, k) and nothing else, and nothing here depends on
+which rows stand beside. So a request draws the same tokens whatever runs beside it, on every rank, and again
+when it is resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def make_processors(setup: Setup) -> tuple[Processor, ...]:
 
 
 class Sampled(NamedTuple):
-    """`logprobs` [num_rows, 1 + k] float32 and their tokens: the chosen one, then the best ones; zeros for rows without."""
+    """`logprobs` [num_rows, 1 + k] float32 and their tokens: the chosen one, then the best ones.
+
+    Rows that did not ask for any have zeros.
+    """
 
     token_ids: Tensor  # [num_rows] int64
     logprobs: Tensor | None
@@ -51,6 +56,7 @@ class Sampler:
         # Whether the slot's request asks anything of the processor.
         self._is_asked = np.zeros((len(processors), setup.num_slots), dtype=np.bool_)
 
+    @torch.inference_mode()
     def start(self, start: SequenceStart) -> None:
         """Fills a slot for a request that runs from now on."""
         slot, params = start.slot, start.sampling
@@ -81,8 +87,10 @@ class Sampler:
             waits[places] |= processor.needs_tokens
         return waits
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, slots: Int64Array, num_tokens: Int64Array) -> Sampled:
-        """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens so far.
+        """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens
+        so far.
 
         Rows of logits that a processor changes are written over.
         """
@@ -96,8 +104,9 @@ class Sampler:
                 processor.accept(slots[places], token_ids[to_device(places, self._device)])
         return Sampled(token_ids, *((None, None) if wanted is None else logprobs_of(wanted, token_ids)))
 
+    @torch.inference_mode()
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        """The tokens [n] int64 of an earlier step have arrived on the host, for the processors that need them there."""
+        """Tells processors that need tokens on the host of those [n] int64 of an earlier step."""
         for processor, places in self._asked(slots):
             if processor.needs_tokens:
                 processor.accept(slots[places], token_ids[torch.from_numpy(places)])

@@ -59,7 +59,7 @@ def draw_many(
     kernel: Kernel | None = None,
     device: torch.device = CPU,
 ) -> list[int]:
-    """Tokens 0 … count - 1 of one request, each with these logits [vocab], or each with its own [count, vocab]."""
+    """Tokens 0 … count - 1 of one request, all by these logits [vocab], or by their own [count, vocab]."""
     sampler = make_sampler(1, logits.shape[-1], kernel=kernel, device=device)
     start(sampler, 0, params)
     rows, drawn = logits.to(device).expand(count, -1), []

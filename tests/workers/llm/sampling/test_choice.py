@@ -100,8 +100,8 @@ def test_a_draw_depends_on_seed_and_number_only(options: dict[str, float]) -> No
 def test_noise_in_the_last_bits_turns_no_draw(options: dict[str, Any]) -> None:
     """As another batch size makes it: each logit is up to two units in the last place off.
 
-    Walking along the cumulative distribution, as was done before, turned 6 of 4,500 such draws from 20,000 tokens, and 30
-    with up to 16 units; the race turned none of either (temperature 1, nothing cut).
+    Walking along the cumulative distribution, as was done before, turned 6 of 4,500 such draws from 20,000
+    tokens, and 30 with up to 16 units; the race turned none of either (temperature 1, nothing cut).
     """
     generator = torch.Generator().manual_seed(0)
     for seed in range(3):
@@ -114,7 +114,7 @@ def test_noise_in_the_last_bits_turns_no_draw(options: dict[str, Any]) -> None:
 
 
 def test_another_logit_only_takes_or_gives_the_token_itself() -> None:
-    """A draw moves to the token whose logit rose, or away from the one whose logit fell; no other two tokens change."""
+    """A draw moves to the token whose logit rose, or away from the one whose logit fell, and never else."""
     torch.manual_seed(0)
     logits = torch.randn(50)
     before = draw_many(logits, SamplingParams(seed=3), 2000)

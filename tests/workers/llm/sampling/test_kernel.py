@@ -20,8 +20,10 @@ from workers.llm.sampling.noise import Noise
 pytestmark = pytest.mark.interpreter
 
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"temperature": 0}, {"top_p": 0.9}, {"top_p": 0.05}, {"top_p": 0.999999}, {"top_k": 1}, {"top_k": 40}, {"min_p": 0.05}, {"min_p": 1.0},
-    {"temperature": 1.7, "top_k": 90, "top_p": 0.6}, {"temperature": 0.3, "top_p": 0.8, "min_p": 0.01}, {"temperature": 1e-30},
+    {}, {"temperature": 0}, {"top_p": 0.9}, {"top_p": 0.05}, {"top_p": 0.999999}, {"top_k": 1}, {"top_k": 40},
+    {"min_p": 0.05}, {"min_p": 1.0},
+    {"temperature": 1.7, "top_k": 90, "top_p": 0.6}, {"temperature": 0.3, "top_p": 0.8, "min_p": 0.01},
+    {"temperature": 1e-30},
     {"temperature": 2.0, "top_p": 0.9},
 ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def test_torch_has_the_bits_of_python_integers_at_all_tokens_and_at_some() -> No
 
 
 def test_times_are_those_of_the_exact_numbers() -> None:
-    """-log(u) by the low 63 bits as 1 - u, to 5e-7 of itself: also where u is so close to 1 that float32 cannot say it."""
+    """-log(u) by the low 63 bits as 1 - u, to 5e-7 of itself, also where u is 1 in float32."""
     noise = Noise(4000, CPU)
     times = -noise.log_uniforms(KEYS).double()
     rest = (noise.bits(KEYS).numpy().view(np.uint64) & np.uint64((1 << 63) - 1)).astype(object)

@@ -129,7 +129,10 @@ def test_a_request_that_is_resumed_draws_on() -> None:
 
 
 class ToyGrammar:
-    """Every token must be one more than the last, by a matcher on rank 0; the other ranks get its masks from the plan."""
+    """Every token must be one more than the last.
+
+    Rank 0 has the matcher, and the other ranks get its masks from the plan.
+    """
 
     needs_tokens = True
 
@@ -162,7 +165,10 @@ class ToyGrammar:
 
 
 def test_a_processor_that_needs_tokens_works_between_forward_and_choice() -> None:
-    """Two ranks. The forward of step n + 1 has run before token n is on the host; only the choice of that row waits."""
+    """Two ranks.
+
+    The forward of step n + 1 has run before token n is on the host; only the choice of that row waits.
+    """
     setup = make_setup(2, 20)
     grammars = [ToyGrammar(setup, is_matching) for is_matching in (True, False)]
     ranks = [make_sampler(2, 20, [grammar]) for grammar in grammars]
