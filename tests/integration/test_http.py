@@ -507,7 +507,7 @@ def test_keys_guard_every_route_but_health(tmp_path: Path) -> None:
             shown = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
             assert b"secret-" not in shown, f"{folder.name} shows a key to ps"
         assert "secret-" not in server.output
-        assert '-H "Authorization: Bearer $VLM_API_KEY"' in server.output
+        assert '-H "Authorization: Bearer YOUR_KEY"' in server.output
         for key in ("secret-3", "secret-4"):
             assert raw(server, b"{}", "/v1/models", Authorization=f"bearer {key}")[0] == 405
         for key in ("secret-1", "secret-2"):
