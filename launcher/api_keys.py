@@ -26,10 +26,10 @@ def with_keys(config: ApiConfig, variable: str) -> ApiConfig:
     A file without a key is an error: the server would be open to all.
     """
     found = list(_from_variable(variable)) if variable.strip() else []
+    # As the value of an Authorization header the variable serves only if it is one key without a name.
+    is_one_key = [key.key for key in found] == [variable.strip()]
     if config.api_key_file:
         found += _from_file(Path(config.api_key_file))
-    # As the value of an Authorization header the variable serves only if it is one key without a name.
-    is_one_key = [variable.strip()] == [key.key for key in _from_variable(variable)] if variable.strip() else False
     return dataclasses.replace(config, named_keys=tuple(dict.fromkeys(found)), key_is_in_environment=is_one_key)
 
 

@@ -15,7 +15,7 @@ import msgspec
 from pipeline.config import MAX_MESSAGES, MAX_PARTS
 from pipeline.errors import ErrorInfo, RequestError, shown
 from pipeline.messages import ChatMessage, Part
-from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
+from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams, with_seed
 from workers.api.parts import to_part
 
 MAX_CHOICES = 16
@@ -206,7 +206,7 @@ def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
 
 def to_choice(sampling: SamplingParams, index: int) -> SamplingParams:
     """The sampling of one of several answers: each draws numbers of its own."""
-    return sampling if sampling.seed is None or not index else msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**63)
+    return sampling if sampling.seed is None else with_seed(sampling, "", index)
 
 
 def num_choices(request: ChatCompletionRequest) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.fair import Turns
@@ -132,20 +132,14 @@ class Scheduler:
 
     def _of_tenants_behind(self, ready: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """What goes into the step: of all tenants, or of those that have had less time than others."""
-        num_tokens: Counter[str] = Counter()
-        for request, count in ready:
-            num_tokens[request.tenant] += max(0, count)
-        num_tokens = +num_tokens
         if self.step_times is None:
             return ready
-        chosen = self._shares.choose(num_tokens, self._seconds)
+        chosen = self._shares.choose(_tokens_by_tenant(ready), self._seconds)
         return [(request, count) for request, count in ready if request.tenant in chosen]
 
     def _charge(self, scheduled: Sequence[Scheduled]) -> None:
-        num_tokens: Counter[str] = Counter()
-        for item in scheduled:
-            num_tokens[item.request.tenant] += item.num_tokens
-        if self.step_times is not None and num_tokens:
+        if self.step_times is not None and scheduled:
+            num_tokens = _tokens_by_tenant((item.request, item.num_tokens) for item in scheduled)
             self._shares.charge(num_tokens, self._seconds(num_tokens.total()))
 
     def _seconds(self, num_tokens: int) -> float:
@@ -223,9 +217,9 @@ class Scheduler:
         """Whether it would not wait for others inside, with what they may need in its hands."""
         hashes = self._hashes(request)
         num_found = len(self.cache.find(hashes))
-        # Places for embeddings are granted in the order of arrival. A request that overtakes others and then
-        # waits for such a place could wait for ever, for they may hold it. So it overtakes when it has all
-        # that it needs.
+        # Only the oldest request is sure to get its next place for an embedding. A request that overtakes
+        # others and then waits for a place could wait for ever, for they may hold it. So it overtakes when it
+        # has all its embeddings.
         num_cached_tokens = num_found * self.cache.block_size
         if request.arrival > self.waiting[0].arrival and request.is_waiting_for_embeddings(num_cached_tokens):
             return False
@@ -337,6 +331,13 @@ class Scheduler:
         assert not is_awaited_from_nobody, "blocks are awaited from nobody"
         for queue, key in ((self.waiting, _arrival), (self.running, _order)):
             assert queue == sorted(queue, key=key), "a queue is out of order"
+
+
+def _tokens_by_tenant(parts: Iterable[tuple[Request, int]]) -> Counter[str]:
+    num_tokens: Counter[str] = Counter()
+    for request, count in parts:
+        num_tokens[request.tenant] += count
+    return num_tokens
 
 
 def _order(request: Request) -> tuple[int, int]:

@@ -14,13 +14,12 @@ MAX_STRETCH = 2.0  # of a tenant's step by others': if they stretch it more, it 
 
 
 class TimeShares:
-    """`seconds_of` predicts a step of so many tokens."""
-
     def __init__(self) -> None:
         self._used: dict[str, float] = {}  # seconds, of tenants that have work
 
     def choose(self, num_tokens: Mapping[str, int], seconds_of: Callable[[int], float]) -> set[str]:
-        """The tenants whose tokens go into the next step, of those that have so many each.
+        """The tenants whose tokens go into the next step, of those that have so many each. `seconds_of` predicts
+        a step of so many tokens.
 
         Who has work anew counts as having had as much as whoever has had least.
         """

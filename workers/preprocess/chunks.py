@@ -9,8 +9,9 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config import MAX_OPEN_CHUNKS
 from pipeline.ends import Sink
@@ -156,25 +157,25 @@ class ChunkFlow:
         state.loading = self._tasks.create_task(self._load_and_request(state))
 
     async def _load_and_request(self, state: ChunkState) -> None:
-        self._work_for(state)
-        try:
-            await state.chunk.source.load(state.chunk.frames)
-        except RequestError as error:
-            failed = error.info
-        except Exception as failure:
-            logger.exception("%s cannot be brought in", state.key)
-            failed = refusal_of(failure, UNREADABLE).info
-        else:
-            state.loading = None
-            self._slots.request(state.key, state.chunk.pixel_bytes)
-            self._grant()
-            return
+        error = await self._error_of(state, state.chunk.source.load(state.chunk.frames))
         state.loading = None
-        self._break(state, failed)
+        if error is not None:
+            self._break(state, error)
+            return
+        self._slots.request(state.key, state.chunk.pixel_bytes)
+        self._grant()
 
-    def _work_for(self, state: ChunkState) -> None:
-        """The calling task's work is this request's."""
+    async def _error_of(self, state: ChunkState, work: Coroutine[Any, Any, None]) -> ErrorInfo | None:
+        """Does a piece of the request's work on its media; what its client is told if that fails."""
         on_behalf_of.set(Work(state.key.request_id, Role.PREPROCESS in state.alone_in, state.tenant))
+        try:
+            await work
+        except RequestError as error:
+            return error.info
+        except Exception as failure:  # that request's fault or nobody's, and no reason to end
+            logger.exception("the media of %s cannot be read", state.key)
+            return refusal_of(failure, UNREADABLE).info
+        return None
 
     def _grant(self) -> None:
         """Starts decoding, tenants in turn and each one's requests, as many chunks at once as there are
@@ -215,18 +216,11 @@ class ChunkFlow:
             before.add_done_callback(finish)  # those behind wait for those before all the same
 
     async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
-        self._work_for(state)
-        error: ErrorInfo | None = None
         start = time.monotonic()
         request = self._encode_request(state)
         assert request.pixels is not None
-        try:
-            await state.chunk.source.decode(state.chunk.frames, self._pool.array(request.pixels), request.pixels.offset)
-        except RequestError as broken:
-            error = broken.info
-        except Exception as failure:  # that request's fault or nobody's, and no reason to end
-            logger.exception("%s cannot be decoded", state.key)
-            error = refusal_of(failure, UNREADABLE).info
+        source, out = state.chunk.source, self._pool.array(request.pixels)
+        error = await self._error_of(state, source.decode(state.chunk.frames, out, request.pixels.offset))
         decrease(self._decoding, state.tenant, 1)
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1

@@ -50,6 +50,12 @@ class Shares:
         held = self._held[tenant]
         return held > 0 and held + amount > self.limit // (len(self._held) + 1)
 
+    def refusal(self, tenant: str, amount: int, what: str) -> RequestError:
+        """Of what does not fit: 429 for a tenant that has its share, 503 where the others have taken what there is."""
+        if self.is_above_share(tenant, amount):
+            return RequestError(f"your requests hold too much: {what}", status=429)
+        return RequestError(f"the server is overloaded: {what}", status=503)
+
     def add(self, tenant: str, amount: int) -> None:
         if amount:
             self._held[tenant] += amount
@@ -94,13 +100,13 @@ class Credits:
         """Counts texts and encoded media that a request keeps until it ends. They count even if that is refused: they
         are there.
         """
-        fits, is_above = self._media.fits(tenant, num_bytes), self._media.is_above_share(tenant, num_bytes)
-        self._media.add(tenant, num_bytes)
-        if num_bytes and not fits:
+        refusal: RequestError | None = None
+        if num_bytes and not self._media.fits(tenant, num_bytes):
             what = f"the open requests' texts and media are limited to {self._max_media_mib} MiB"
-            if is_above:
-                raise RequestError(f"your requests hold too much: {what}", status=429)
-            raise RequestError(f"the server is overloaded: {what}", status=503)
+            refusal = self._media.refusal(tenant, num_bytes, what)
+        self._media.add(tenant, num_bytes)
+        if refusal is not None:
+            raise refusal
 
     def close(self, tenant: str, num_held_bytes: int) -> None:
         """Gives the credit of a request back, and what was held for it."""

@@ -57,7 +57,7 @@ from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
-from workers.preprocess.prompt import ChatPrompt, Prompt
+from workers.preprocess.prompt import ChatPrompt, Prompt, texts_of
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.router import GroupRouter, prefix_hashes
 from workers.preprocess.shortages import refusal_of
@@ -337,10 +337,7 @@ class Preprocessor:
     def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
         if chunks and not self._chunks.shares.fits(tenant, len(chunks)):
-            what = "too many pictures and pieces of videos are open"
-            if self._chunks.shares.is_above_share(tenant, len(chunks)):
-                raise RequestError(f"your requests hold too much: {what}", status=429)
-            raise RequestError(f"the server is overloaded: {what}", status=503)
+            raise self._chunks.shares.refusal(tenant, len(chunks), "too many pictures and pieces of videos are open")
         if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
             raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
 
@@ -516,9 +513,7 @@ def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
 
 def _num_text_bytes(message: SubmitRequest) -> int:
     """As they lie in memory: one emoji makes each character of its text take four bytes."""
-    contents = [one.content for one in message.messages]
-    texts = [part.text for parts in contents if not isinstance(parts, str) for part in parts if isinstance(part, TextPart)]
-    return sum(map(sys.getsizeof, [content for content in contents if isinstance(content, str)] + texts))
+    return sum(sys.getsizeof(text) for one in message.messages for text in texts_of(one))
 
 
 def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:

@@ -63,7 +63,7 @@ class ChatPrompt:
         mark = secrets.token_hex(8)
         media = [part for part in parts_of(messages) if not isinstance(part, TextPart)]
         wanted = [self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media]
-        if (length := sum(map(_num_characters, messages))) > self._max_characters:
+        if (length := sum(len(text) for message in messages for text in texts_of(message))) > self._max_characters:
             raise RequestError(f"the text of {length} characters is longer than the model's context", field="messages")
         rendered = self._render([self._as_template_message(index, message, mark) for index, message in enumerate(messages)])
         token_ids: list[int] = []
@@ -150,10 +150,10 @@ def parts_of(messages: Sequence[ChatMessage]) -> list[Part]:
     return [part for message in messages if not isinstance(message.content, str) for part in message.content]
 
 
-def _num_characters(message: ChatMessage) -> int:
+def texts_of(message: ChatMessage) -> list[str]:
     if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+        return [message.content]
+    return [part.text for part in message.content if isinstance(part, TextPart)]
 
 
 def _raise_refusal(reason: str) -> None:

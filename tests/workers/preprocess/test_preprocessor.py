@@ -91,6 +91,12 @@ class Rig:
                 await asyncio.sleep(0.005)
                 num_quiet = num_quiet + 1 if self.core.readers.is_idle else 0
 
+    async def until_told(self) -> None:
+        """Until the LLM is sent something."""
+        async with asyncio.timeout(10):
+            while not self.llm.sent:
+                await asyncio.sleep(0.01)
+
     def feedback(self, kind: Any, **fields: Any) -> None:
         sender = VIT_0 if kind in (EncodeMiss, PixelsReleased) else LLM_0
         self.core.on_feedback(kind(sender=sender, epoch=1, **fields))
@@ -562,9 +568,7 @@ async def test_a_text_waits_for_no_threads_of_media(rig: Rig, monkeypatch: pytes
     rig.submit("many", [encode(scene(number)) for number in range(8)])
     await asyncio.sleep(1)
     rig.submit("text")
-    async with asyncio.timeout(10):
-        while not rig.llm.sent:
-            await asyncio.sleep(0.01)
+    await rig.until_told()
     assert [message.request_id for message in rig.llm.take(GenerateRequest)] == ["text"]
     goes_on.set()
     await rig.settle()
@@ -932,9 +936,7 @@ async def test_long_prompts_of_one_tenant_hold_up_nobody_elses(rig: Rig, monkeyp
         rig.submit(f"long {number}", tenant="greedy", messages=(ChatMessage("user", "long"),))
     await asyncio.sleep(0.1)
     rig.submit("short", tenant="other")
-    async with asyncio.timeout(10):
-        while not rig.llm.sent:
-            await asyncio.sleep(0.01)
+    await rig.until_told()
     assert [message.request_id for message in rig.llm.take(GenerateRequest)] == ["short"]
     goes_on.set()
     await rig.settle()

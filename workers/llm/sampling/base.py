@@ -41,7 +41,7 @@ class Setup(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a request has when it takes its slot. Both are empty where none of its processors reads history."""
+    """What a request has when it takes its slot."""
 
     prompt: Int32Array
     output: Int32Array  # of all attempts, and of before a preemption
