@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import pytest
+
 from tools.processes import workers_of
 
 if TYPE_CHECKING:
@@ -111,8 +113,15 @@ class Server:
             self.assert_nothing_left()
             assert "does not stop: killed" not in self.output, self.output
             num_injected = self.output.count("InjectedFault: fault: ") // 2  # each is told in a traceback, and by the launcher
-            assert self.process.returncode or self.output.count("Traceback") == num_injected, self.output
+            if not self.process.returncode and self.output.count("Traceback") != num_injected:
+                pytest.fail(f"{self._tracebacks()}\n\nthe whole output:\n{self.output}")
             assert "AssertionError" not in self.output, self.output
+
+    def _tracebacks(self) -> str:
+        """Each traceback of the output with what stands around it: a long output is cut where it is read later."""
+        lines = self.output.splitlines()
+        starts = [number for number, line in enumerate(lines) if "Traceback" in line]
+        return "\n---\n".join("\n".join(lines[max(0, start - 3) : start + 40]) for start in starts)
 
     def assert_nothing_left(self) -> None:
         assert [name for name, pid in self.children.items() if is_alive(pid)] == []

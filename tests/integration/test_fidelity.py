@@ -154,9 +154,12 @@ def test_interrupted_requests_go_on_as_if_nothing_had_happened(tmp_path: Path) -
             sampling = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True)
             alone = [await generate(client, *chat, sampling) for chat in chats]
             assert client.counters["resubmitted"] == 0
-            together = await asyncio.gather(*(generate(client, *chat, sampling) for chat in chats))
-            assert client.counters["resubmitted"] > 0, "else this shows nothing"
-            assert together == alone
+            for _ in range(10):  # on a slow machine the requests may come too far apart to take blocks from each other
+                together = await asyncio.gather(*(generate(client, *chat, sampling) for chat in chats))
+                assert together == alone
+                if client.counters["resubmitted"] > 0:
+                    return
+            pytest.fail("no request was interrupted: this shows nothing")
 
     with Server("--model", str(folder), *options) as server:
         asyncio.run(asyncio.wait_for(run(server), 100))
