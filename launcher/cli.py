@@ -22,8 +22,8 @@ from launcher.gpu_sharing import gpu_sharing
 from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
-from pipeline import faults, log
 from pipeline.config import Config
+from pipeline.process import faults, log
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import pwd
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.topology import MAX_IPC_PATH
+from pipeline.wire.topology import MAX_IPC_PATH
 
 logger = logging.getLogger(__name__)
 MAX_SOCKET_NAME = 28  # characters: of an edge with its rank and epoch, and of what the MPS daemon binds

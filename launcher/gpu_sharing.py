@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.parent import end_with_parent
+from pipeline.process.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 CONTROL = "nvidia-cuda-mps-control"

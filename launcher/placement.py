@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from pipeline.process import Placement
-from pipeline.topology import Role, WorkerId
+from pipeline.process.process import Placement
+from pipeline.wire.topology import Role, WorkerId
 
 
 def workers(num_vits: int, num_ranks: int, has_gateway: bool = False) -> list[WorkerId]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.units import Unit
-from pipeline.messages import ReloadState
+from pipeline.wire.messages import ReloadState
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 
 from launcher.environment import BRIEF_CACHE, MAX_SOCKET_NAME
-from pipeline.core_sharing import FILE as ACTIVITY
-from pipeline.flight_recorder import PREFIX as FLIGHT
-from pipeline.liveness import LOCK
-from pipeline.topology import EDGES, MAX_IPC_PATH
+from pipeline.process.core_sharing import FILE as ACTIVITY
+from pipeline.process.flight_recorder import PREFIX as FLIGHT
+from pipeline.process.liveness import LOCK
+from pipeline.wire.topology import EDGES, MAX_IPC_PATH
 
 LOCK_TRIES, LOCK_PAUSE_S = 5, 0.02
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)

@@ -29,12 +29,14 @@ from launcher.progress import ProgressBar
 from launcher.reload import Reload
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
-from pipeline.core_sharing import IDLE, Activity
-from pipeline.ends import Poller, Publisher, Receiver, Wakeup
-from pipeline.errors import PipelineError
-from pipeline.flight_recorder import FlightRecorder
-from pipeline.fork_server import ForkServer
-from pipeline.messages import (
+from pipeline.process.core_sharing import IDLE, Activity
+from pipeline.process.flight_recorder import FlightRecorder
+from pipeline.process.fork_server import ForkServer
+from pipeline.process.process import WAITING, WorkerSpec
+from pipeline.transport.ends import Poller, Publisher, Receiver, Wakeup
+from pipeline.transport.sockets import Sockets
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.messages import (
     ControlMessage,
     Drain,
     PipelineState,
@@ -47,9 +49,7 @@ from pipeline.messages import (
     WorkerReady,
     WorkerStats,
 )
-from pipeline.process import WAITING, WorkerSpec
-from pipeline.sockets import Sockets
-from pipeline.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_name
+from pipeline.wire.topology import CONTROL, EDGES, STATUS, Role, WorkerId, socket_name
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0

@@ -11,10 +11,10 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.flight_recorder import FlightRecorder
-from pipeline.fork_server import WorkerProcess
-from pipeline.messages import WorkerReady, WorkerState, WorkerStats
-from pipeline.topology import Role, WorkerId
+from pipeline.process.flight_recorder import FlightRecorder
+from pipeline.process.fork_server import WorkerProcess
+from pipeline.wire.messages import WorkerReady, WorkerState, WorkerStats
+from pipeline.wire.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
 STABLE_S = 10.0  # who served so long before it died is started again at once

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.client import PipelineClient
-from pipeline.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.sampling import SamplingParams
 from tests.pictures import encode, noise, scene
 
 

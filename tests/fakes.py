@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.topology import Role, WorkerId
 
 LLM_0 = WorkerId(Role.LLM)
 VIT_0 = WorkerId(Role.VIT)

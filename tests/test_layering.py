@@ -14,6 +14,15 @@ FILES = sorted(path for folder in ("pipeline", "workers", "launcher") for path i
 WORKERS = ("api", "gateway", "preprocess", "vit", "llm")
 PURE_FILES = ("scheduler.py", "batcher.py", "feature_cache.py", "router.py", "slots.py", "placement.py")
 PURE_CACHE_FILES = [ROOT / "workers" / "llm" / "cache" / name for name in ("blocks.py", "states.py", "manager.py")]
+HOUSES = {  # the folders of pipeline/, and which others each may import
+    "wire": (),
+    "config": ("wire",),
+    "families": ("wire",),
+    "transport": ("wire",),
+    "process": ("wire", "config", "transport"),
+    "client": ("wire", "config", "transport", "process"),
+}
+ZMQ_FILES = [ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "curve.py")]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
 
 
@@ -47,11 +56,20 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not [name for name in names if name.startswith("workers")], "the launcher starts workers by name"
 
 
+def test_the_houses_of_the_pipeline_import_one_way() -> None:
+    folder = ROOT / "pipeline"
+    assert {path.name for path in folder.iterdir() if path.name != "__pycache__"} == {*HOUSES, "__init__.py"}
+    for house, others in HOUSES.items():
+        for path in (folder / house).rglob("*.py"):
+            houses = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
+            assert houses <= {house, *others}, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_who_may_know_what(path: Path) -> None:
     role, names = role_of(path), imports(path)
     roots = {name.split(".")[0] for name in names}
-    if path not in [ROOT / "pipeline" / name for name in ("ends.py", "sockets.py", "curve.py")]:
+    if path not in ZMQ_FILES:
         assert "zmq" not in roots
     if role in ("pipeline", "api", "gateway", "preprocess", "launcher") and path.name not in TENSOR_FILES:
         assert "torch" not in roots
@@ -87,8 +105,8 @@ def test_only_the_command_line_reads_the_environment() -> None:
 
 
 PURE_TESTS = (
-    "pipeline/test_slots.py",
-    "pipeline/test_detokenizer.py",
+    "pipeline/transport/test_slots.py",
+    "pipeline/client/test_detokenizer.py",
     "workers/llm/test_scheduler.py",
     "workers/vit/test_batcher.py",
     "workers/preprocess/test_router.py",

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 import msgspec
 from tqdm import tqdm
 
-from pipeline.client import PipelineClient
-from pipeline.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.client.client import PipelineClient
 from pipeline.families import ModelInfo, read_model_info
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from tools.places import add_place
 from workers.api.chat import open_chat
 from workers.api.protocol import decode_request, error_body

@@ -18,9 +18,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.client import PipelineClient
-from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
 from tools.processes import workers_of
 from tools.soak import pipeline, png
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline.ends import Subscription
-from pipeline.flight_recorder import digest_of
-from pipeline.messages import (
+from pipeline.process.flight_recorder import digest_of
+from pipeline.transport.ends import Subscription
+from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     GenerateRequest,
     Hello,
@@ -30,8 +30,8 @@ from pipeline.messages import (
     Welcome,
     pack_int32,
 )
-from pipeline.sampling import SamplingParams
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine, Links
 from workers.llm.scheduler import Scheduler

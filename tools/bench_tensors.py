@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 import zmq
 
-from pipeline.slots import SlotAllocator, align
-from pipeline.tensors import PoolInfo, PoolMap, TensorHandle, TensorPool
+from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.tensors import PoolMap, TensorPool
+from pipeline.wire.handles import PoolInfo, TensorHandle
 
 HIDDEN = 1536  # Qwen2-VL-2B's
 SIZES = (64 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)

@@ -40,11 +40,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import AreaLimits, ImageSize, ModelInfo, read_model_info
-from pipeline.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
-from pipeline.sampling import SamplingParams
-from pipeline.slots import SlotAllocator, align
-from pipeline.tensors import TensorPool
-from pipeline.topology import Role, WorkerId
+from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import NUM_STREAMS, Row, matmul_rate, measure, percentile, raise_failed, serve, streams_beside
 from tools.bench_serving import Result, Workload, open_session, parse_sizes, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint

@@ -27,9 +27,9 @@ import torch
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import TextInfo, read_model_info
-from pipeline.messages import SequenceStart, SequenceStep, StepPlan, pack_int32
-from pipeline.sampling import SamplingParams
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.messages import SequenceStart, SequenceStep, StepPlan, pack_int32
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import Served, num_weights, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize
 from tools.random_checkpoint import make_checkpoint
@@ -40,7 +40,7 @@ from workers.llm.parallel import TensorParallel
 
 BLOCK = 16
 NUM_PROMPTS = 8  # whose errors are taken together: one alone may be ten times another's
-GPU_TESTS = ("tests/gpu", "tests/pipeline/test_tensors.py")
+GPU_TESTS = ("tests/gpu", "tests/pipeline/transport/test_tensors.py")
 CONTEXT = 1024
 ROOM_BLOCKS = 4  # for the steps that are timed
 

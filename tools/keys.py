@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.curve import make_client_keys, make_server_keys
+from pipeline.transport.curve import make_client_keys, make_server_keys
 
 
 def main() -> int:

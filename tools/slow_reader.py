@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.client import PipelineClient
-from pipeline.messages import ChatMessage
-from pipeline.sampling import SamplingParams
-from pipeline.topology import Role
+from pipeline.client.client import PipelineClient
+from pipeline.wire.messages import ChatMessage
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role
 from tools.processes import resident_bytes, workers_of
 from tools.soak import Answer, ask, difference, pipeline
 

@@ -33,12 +33,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.client import PipelineClient
-from pipeline.curve import make_client_keys, make_server_keys
-from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart, TokenLogprobs
-from pipeline.sampling import SamplingParams
-from pipeline.topology import DIRECT_EDGES
+from pipeline.client.client import PipelineClient
+from pipeline.transport.curve import make_client_keys, make_server_keys
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart, TokenLogprobs
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import DIRECT_EDGES
 from tools.processes import free_port, num_open_files, resident_bytes, workers_of
 from tools.tiny_model.scenes import draw, make_scene
 

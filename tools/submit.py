@@ -12,10 +12,10 @@ import asyncio
 import sys
 from pathlib import Path
 
-from pipeline.client import PipelineClient
-from pipeline.errors import PipelineError, RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.errors import PipelineError, RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
 from tools.places import add_place
 
 

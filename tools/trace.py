@@ -23,7 +23,7 @@ import msgspec
 from PIL import Image, ImageDraw, ImageFont
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.trace import Span
+from pipeline.process.trace import Span
 from tools.bench_engine import raise_failed, serve
 from tools.bench_serving import Workload, run_load
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from pipeline.ends import MAX_FRAMES
-from pipeline.messages import (
+from pipeline.transport.ends import MAX_FRAMES
+from pipeline.transport.sockets import UNIONS
+from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     ChatMessage,
     ControlMessage,
@@ -22,9 +23,8 @@ from pipeline.messages import (
     OutputsMessage,
     SubmitRequest,
 )
-from pipeline.sampling import SamplingParams
-from pipeline.sockets import UNIONS
-from pipeline.topology import EDGES, Pattern
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import EDGES, Pattern
 
 PAGE = Path(__file__).parents[1] / "docs" / "wire.md"
 CLIENT_UNIONS = {"ingest": IngestMessage, "outputs": OutputsMessage, "control": ControlMessage}
@@ -34,7 +34,7 @@ EXAMPLE = SubmitRequest(
 )  # fmt: skip
 INTRODUCTION = f"""# The wire
 
-Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/messages.py`: change those, not this page.
+Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/messages.py`: change those, not this page.
 `tests/js/client.mjs` is a client that was written from it.
 
 ## How to submit a request
@@ -121,7 +121,14 @@ def _messages(union: Any) -> list[str]:
 
 def _type_name(kind: Any) -> str:
     name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    for module in ("pipeline.messages.", "pipeline.topology.", "pipeline.sampling.", "pipeline.errors.", "typing."):
+    for module in (
+        "pipeline.wire.messages.",
+        "pipeline.wire.topology.",
+        "pipeline.wire.sampling.",
+        "pipeline.wire.errors.",
+        "pipeline.wire.handles.",
+        "typing.",
+    ):
         name = name.replace(module, "")
     return f"`{name}`".replace("|", "\\|")
 

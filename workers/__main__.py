@@ -2,6 +2,6 @@
 
 import sys
 
-from pipeline.fork_server import main
+from pipeline.process.fork_server import main
 
 main(sys.argv[1:])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.families.base import Positions
-from pipeline.messages import GridTHW, Int32Array, Span
+from pipeline.wire.messages import GridTHW, Int32Array, Span
 
 
 class Run(NamedTuple):

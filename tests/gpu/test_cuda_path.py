@@ -15,11 +15,11 @@ import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
-from pipeline.memory import CudaBindings
-from pipeline.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
-from pipeline.sampling import SamplingParams
-from pipeline.slots import SlotAllocator
-from pipeline.tensors import PoolMap, TensorPool
+from pipeline.transport.memory import CudaBindings
+from pipeline.transport.slots import SlotAllocator
+from pipeline.transport.tensors import PoolMap, TensorPool
+from pipeline.wire.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
+from pipeline.wire.sampling import SamplingParams
 from tests.chats import CHATS, NUM_TOKENS, to_messages
 from tests.chats import generate as ask
 from tests.fakes import LLM_0
@@ -168,9 +168,9 @@ def test_a_step_waits_for_nothing(has_graphs: bool, random_checkpoint: Path) -> 
 
 EXPORTER = """
 import sys, msgspec, torch
-from pipeline.slots import SlotAllocator
-from pipeline.memory import CudaBindings
-from pipeline.tensors import TensorPool
+from pipeline.transport.slots import SlotAllocator
+from pipeline.transport.memory import CudaBindings
+from pipeline.transport.tensors import TensorPool
 pool, slots = TensorPool.on_cuda("vit.0", 1, 64 << 20, 8, 0, CudaBindings()), SlotAllocator(64 << 20, 1 << 24, 8)
 handle = pool.lend(slots.allocate(1 << 24), (1024, 3584), "bfloat16")
 pool.tensor(handle).copy_(torch.arange(1024, device="cuda")[:, None].expand(-1, 3584))
@@ -181,7 +181,7 @@ sys.stdin.read()
 
 
 def test_embeddings_of_another_process_never_pass_through_the_host() -> None:
-    from pipeline.tensors import PoolInfo, TensorHandle
+    from pipeline.wire.handles import PoolInfo, TensorHandle
 
     with subprocess.Popen([sys.executable, "-c", EXPORTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as exporter:
         assert exporter.stdout is not None
@@ -206,7 +206,7 @@ def test_embeddings_of_another_process_never_pass_through_the_host() -> None:
 
 def test_a_pool_is_never_mapped_by_its_owner() -> None:
     """It is an error of the driver's, and must be one of ours."""
-    from pipeline.errors import PipelineError
+    from pipeline.wire.errors import PipelineError
 
     pool, _ = TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, CudaBindings()), SlotAllocator(4 << 20, 1 << 16, 8)
     with pytest.raises(PipelineError, match="cudaIpcOpenMemHandle"):
@@ -218,7 +218,7 @@ def test_a_pool_is_never_mapped_by_its_owner() -> None:
     "options", [("--embedding-transport", "cuda_ipc"), ("--no-cuda-graphs", "--overlap", "off"), ("--embedding-transport", "host")]
 )
 def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str, ...], random_checkpoint: Path) -> None:
-    from pipeline.client import PipelineClient
+    from pipeline.client.client import PipelineClient
 
     reference_model = Reference(random_checkpoint)
 

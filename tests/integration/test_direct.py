@@ -15,19 +15,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.blocking import BlockingClient
-from pipeline.errors import PipelineError, RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
+from pipeline.client.blocking import BlockingClient
+from pipeline.wire.errors import PipelineError, RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
 from tests.pictures import data_url, encode, scene
 from tests.servers import Server
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 CHILD = """
 import sys
-from pipeline.blocking import BlockingClient
-from pipeline.messages import ChatMessage
-from pipeline.sampling import SamplingParams
+from pipeline.client.blocking import BlockingClient
+from pipeline.wire.messages import ChatMessage
+from pipeline.wire.sampling import SamplingParams
 with BlockingClient(sys.argv[1]) as client:
     for number in range(5):
         pieces = client.generate([ChatMessage("user", f"Hello {number}")], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))

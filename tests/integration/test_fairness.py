@@ -10,10 +10,10 @@ from contextlib import aclosing
 
 import pytest
 
-from pipeline.client import PipelineClient
-from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
 from tests.pictures import encode, noise
 from tests.servers import Server
 

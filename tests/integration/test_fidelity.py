@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.client import PipelineClient
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.sampling import SamplingParams
 from tests.chats import CHATS as PICTURE_CHATS
 from tests.chats import NUM_TOKENS, Chat, generate, to_messages
 from tests.checkpoints import make_checkpoint

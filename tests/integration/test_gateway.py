@@ -18,12 +18,12 @@ import msgspec
 import pytest
 import zmq
 
-from pipeline.blocking import BlockingClient
-from pipeline.curve import ClientKeys, Remote, make_client_keys, make_server_keys
-from pipeline.errors import PipelineError, RequestError
-from pipeline.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
-from pipeline.topology import DIRECT_EDGES, INGEST, OUTPUTS
+from pipeline.client.blocking import BlockingClient
+from pipeline.transport.curve import ClientKeys, Remote, make_client_keys, make_server_keys
+from pipeline.wire.errors import PipelineError, RequestError
+from pipeline.wire.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import DIRECT_EDGES, INGEST, OUTPUTS
 from tests.integration.test_direct import request_line
 from tests.pictures import encode, scene
 from tests.servers import Server
@@ -189,8 +189,8 @@ def test_other_workers_die_and_no_stream_over_tcp_has_a_gap(served: Served) -> N
 
 def test_a_client_process_that_is_killed_is_missed(served: Served) -> None:
     child = (
-        "import sys\nfrom pipeline.blocking import BlockingClient\nfrom pipeline.messages import ChatMessage\n"
-        "from pipeline.sampling import SamplingParams\nclient = BlockingClient(sys.argv[1], sys.argv[2])\nclient.start()\n"
+        "import sys\nfrom pipeline.client.blocking import BlockingClient\nfrom pipeline.wire.messages import ChatMessage\n"
+        "from pipeline.wire.sampling import SamplingParams\nclient = BlockingClient(sys.argv[1], sys.argv[2])\nclient.start()\n"
         "for piece in client.generate([ChatMessage('user', 'Hello')], SamplingParams(max_tokens=900, ignore_eos=True)): print('piece', flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", child, served.url, str(served.keys)], stdout=subprocess.PIPE, text=True)

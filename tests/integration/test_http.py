@@ -24,9 +24,9 @@ from typing import Any
 import openai
 import pytest
 
-from pipeline.client import PipelineClient
-from pipeline.messages import ChatMessage
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.messages import ChatMessage
+from pipeline.wire.sampling import SamplingParams
 from tests.integration.conftest import LIMITS
 from tests.pictures import data_url, encode, noise, scene
 from tests.servers import Server

@@ -21,11 +21,11 @@ import msgspec
 import pytest
 import zmq
 
-from pipeline.client import PipelineClient
-from pipeline.errors import RequestError
-from pipeline.messages import PROTOCOL_VERSION, ChatMessage, ChunkKey, EmbeddingReady, Hello, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
-from pipeline.tensors import TensorHandle
+from pipeline.client.client import PipelineClient
+from pipeline.wire.errors import RequestError
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import PROTOCOL_VERSION, ChatMessage, ChunkKey, EmbeddingReady, Hello, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.fakes import PREPROCESS, VIT_0
 from tests.integration.conftest import LIMITS
@@ -99,7 +99,7 @@ async def test_a_request_that_kills_a_worker_every_time_is_given_up_and_the_othe
     indirect=True,
 )
 async def test_who_hangs_or_fails_is_replaced_and_what_is_lost_heals(faulty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.connection.QUERY_AFTER_S", 1.0)
+    monkeypatch.setattr("pipeline.client.connection.QUERY_AFTER_S", 1.0)
     async with PipelineClient(faulty.run_dir) as client:
         # The first `Accepted` and the first releases get lost.
         pieces = [piece async for piece in client.generate([ChatMessage("user", "Hello")], GREEDY)]

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, ModelConfig, PreprocessConfig, VitConfig
-from pipeline.ends import Poller
 from pipeline.families import read_model_info
-from pipeline.fork_server import ForkServer
-from pipeline.messages import (
+from pipeline.process.fork_server import ForkServer
+from pipeline.process.process import Placement, WorkerSpec
+from pipeline.transport.ends import Poller
+from pipeline.transport.slots import SlotAllocator
+from pipeline.transport.sockets import Sockets
+from pipeline.transport.tensors import PoolMap, TensorPool
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import (
     ChunkKey,
     EmbeddingReady,
     EncodeFailed,
@@ -32,11 +37,7 @@ from pipeline.messages import (
     WorkerReady,
     WorkerStats,
 )
-from pipeline.process import Placement, WorkerSpec
-from pipeline.slots import SlotAllocator
-from pipeline.sockets import Sockets
-from pipeline.tensors import PoolMap, TensorHandle, TensorPool
-from pipeline.topology import CONTROL, ENCODE, FEEDBACK, LLM, STATUS
+from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, LLM, STATUS
 from tests.checkpoints import make_checkpoint
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.client import PipelineClient
-from pipeline.messages import ChatMessage, ImagePart, TextPart
-from pipeline.sampling import SamplingParams
+from pipeline.client.client import PipelineClient
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
 from tests.pictures import encode, scene

@@ -12,8 +12,9 @@ import pytest
 from launcher.api_keys import with_keys
 from launcher.checkpoints import find_model
 from launcher.supervisor import example_request
-from pipeline.config import MAX_KEY_BYTES, ApiConfig, ApiKey, Config, ModelConfig
-from pipeline.fork_server import MAX_REQUEST
+from pipeline.config import ApiConfig, ApiKey, Config, ModelConfig
+from pipeline.config.api import MAX_KEY_BYTES
+from pipeline.process.fork_server import MAX_REQUEST
 
 
 def keys_of(config: ApiConfig) -> list[tuple[str, str]]:

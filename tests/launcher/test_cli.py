@@ -13,7 +13,7 @@ from launcher.placement import place, workers
 from launcher.run_dir import RunDir
 from launcher.supervisor import shown_host
 from pipeline.config import Config, ModelConfig
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.topology import Role, WorkerId
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:

@@ -19,7 +19,7 @@ from launcher.environment import (
 )
 from launcher.run_dir import RunDir
 from pipeline.config import ModelConfig
-from pipeline.topology import EDGES, MAX_IPC_PATH, socket_name
+from pipeline.wire.topology import EDGES, MAX_IPC_PATH, socket_name
 
 
 def nobody() -> str:

@@ -22,9 +22,9 @@ from launcher.units import (
     has_moved,
     units,
 )
-from pipeline.flight_recorder import FlightRecorder
-from pipeline.messages import WorkerReady, WorkerStats
-from pipeline.topology import Role, WorkerId
+from pipeline.process.flight_recorder import FlightRecorder
+from pipeline.wire.messages import WorkerReady, WorkerStats
+from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 
 RANKS = (WorkerId(Role.LLM, 0), WorkerId(Role.LLM, 1))

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from pipeline.messages import TokenLogprobs, pack_int32
+from pipeline.wire.messages import TokenLogprobs, pack_int32
 from tools.soak import Answer, difference, make_chats
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.topology import Role, WorkerId
-from pipeline.trace import Span, Tracer
+from pipeline.process.trace import Span, Tracer
+from pipeline.wire.topology import Role, WorkerId
 from tools import trace
 
 

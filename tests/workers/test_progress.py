@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.ends import Subscription
 from pipeline.families import EmbeddingSpec
-from pipeline.messages import (
+from pipeline.transport.ends import Subscription
+from pipeline.transport.slots import ALIGNMENT, Order, SlotAllocator
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     ChunkKey,
@@ -36,9 +38,7 @@ from pipeline.messages import (
     Welcome,
     pack_int32,
 )
-from pipeline.sampling import SamplingParams
-from pipeline.slots import ALIGNMENT, Order, SlotAllocator
-from pipeline.tensors import TensorHandle
+from pipeline.wire.sampling import SamplingParams
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine, Links

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 
 from pipeline.config import MIB
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from workers.api.budget import Lease
 
 BASE_BYTES = 256 << 10  # of the budget, that each request takes: what comes in before it is looked at

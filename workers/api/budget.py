@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.config import MIB, ApiConfig
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 
 PATIENCE_S = 2.0  # of who waits for memory
 SHARE = 3.0  # alone a client has three quarters

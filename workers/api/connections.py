@@ -20,7 +20,7 @@ from aiohttp.http_exceptions import BadHttpMethod, InvalidURLError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from pipeline.errors import ErrorInfo
+from pipeline.wire.errors import ErrorInfo
 from workers.api.bodies import EXPECTATION
 from workers.api.errors import LAST_WORDS_S, error_response, raw_error_response
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 import msgspec
 from aiohttp import web
 
-from pipeline.errors import ErrorInfo
+from pipeline.wire.errors import ErrorInfo
 from workers.api.protocol import error_body
 from workers.api.stream import DONE, error_event
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.messages import WorkerState
+from pipeline.wire.messages import WorkerState
 
 PREFIX = "vlm_"
 

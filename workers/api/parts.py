@@ -13,8 +13,8 @@ from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Any
 
-from pipeline.errors import RequestError, shown
-from pipeline.messages import ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.messages import ImagePart, Part, TextPart, VideoPart
 
 Fields = Mapping[str, Any]
 MAX_NUMBER = 2.0**63  # what a wire integer holds

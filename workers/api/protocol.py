@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config import MAX_MESSAGES, MAX_PARTS
-from pipeline.errors import ErrorInfo, RequestError, shown
-from pipeline.messages import ChatMessage, Part
-from pipeline.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams, with_seed
+from pipeline.wire.errors import ErrorInfo, RequestError, shown
+from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
+from pipeline.wire.messages import ChatMessage, Part
+from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams, with_seed
 from workers.api.parts import to_part
 
 MAX_CHOICES = 16

@@ -12,10 +12,10 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from pipeline.client import PipelineClient
+from pipeline.client.client import PipelineClient
 from pipeline.config import MIB, ApiConfig, ApiKey
-from pipeline.errors import ErrorInfo, RequestError
 from pipeline.families import ModelInfo
+from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
 from workers.api.budget import Budget, Lease, memory_mib
 from workers.api.chat import Chat, open_chat

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from pipeline.client import Piece
-from pipeline.errors import ErrorInfo, RequestError
-from pipeline.messages import TokenLogprobs, unpack_int32
-from pipeline.sampling import FinishReason
+from pipeline.client.client import Piece
+from pipeline.wire.errors import ErrorInfo, RequestError
+from pipeline.wire.messages import TokenLogprobs, unpack_int32
+from pipeline.wire.sampling import FinishReason
 from workers.api.protocol import error_body, usage
 
 DONE = b"data: [DONE]\n\n"

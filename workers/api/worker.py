@@ -9,13 +9,13 @@ import time
 
 from aiohttp import web
 
-from pipeline.client import PipelineClient
+from pipeline.client.client import PipelineClient
 from pipeline.config import ApiConfig
-from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
-from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, limit_memory, run_async
-from pipeline.topology import CONTROL
+from pipeline.process.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, limit_memory, run_async
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
+from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.connections import HttpRunner
 from workers.api.server import ApiServer

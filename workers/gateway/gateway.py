@@ -10,9 +10,9 @@ from typing import Protocol
 
 import msgspec
 
-from pipeline.curve import owner_of
-from pipeline.ends import Subscription
-from pipeline.messages import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, IngestMessage, SubmitRequest
+from pipeline.transport.curve import owner_of
+from pipeline.transport.ends import Subscription
+from pipeline.wire.messages import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, IngestMessage, SubmitRequest
 
 logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256

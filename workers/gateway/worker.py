@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 from pipeline.config import MIB
-from pipeline.curve import Door, ServerKeys
-from pipeline.ends import Poller, Publisher, Received, Receiver, Relayed
-from pipeline.messages import ControlMessage, Drain, IngestMessage, OutputsMessage, PipelineState, Retire, Shutdown
-from pipeline.process import ShutdownRequested, WorkerContext, limit_memory
-from pipeline.sockets import Sockets
-from pipeline.topology import CONTROL, INGEST, OUTPUTS
+from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
+from pipeline.transport.curve import Door, ServerKeys
+from pipeline.transport.ends import Poller, Publisher, Received, Receiver, Relayed
+from pipeline.transport.sockets import Sockets
+from pipeline.wire.messages import ControlMessage, Drain, IngestMessage, OutputsMessage, PipelineState, Retire, Shutdown
+from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
 from workers.gateway.gateway import Gateway
 
 INSIDE_HIGH_WATER_MARK = 4  # messages to preprocess: what it does not take waits outside, with the client that sent it

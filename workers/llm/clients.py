@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pipeline.ends import Subscription
-from pipeline.errors import ErrorInfo
-from pipeline.messages import (
+from pipeline.transport.ends import Subscription
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.messages import (
     Accepted,
     Interrupted,
     Origin,
@@ -24,8 +24,8 @@ from pipeline.messages import (
     Welcome,
     pack_int32,
 )
-from pipeline.sampling import FinishReason
-from pipeline.topology import Role
+from pipeline.wire.sampling import FinishReason
+from pipeline.wire.topology import Role
 from workers.llm.request import Request
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,9 @@ import logging
 
 from torch import Tensor
 
-from pipeline.errors import PipelineError
-from pipeline.tensors import PoolGoneError, PoolInfo, PoolMap, TensorHandle
+from pipeline.transport.tensors import PoolGoneError, PoolMap
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.handles import PoolInfo, TensorHandle
 from workers.llm.parallel import TensorParallel
 
 logger = logging.getLogger(__name__)

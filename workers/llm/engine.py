@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.ends import Sink, Subscription
-from pipeline.messages import (
+from pipeline.transport.ends import Sink, Subscription
+from pipeline.wire.messages import (
     EncodeMessage,
     FeedbackMessage,
     LlmMessage,
@@ -22,7 +22,7 @@ from pipeline.messages import (
     Welcome,
     WorkerState,
 )
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.topology import Role, WorkerId
 from workers.llm.clients import Clients, Interruption, Publish
 from workers.llm.intake import Intake
 from workers.llm.leases import Leases

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import assert_never
 
-from pipeline.errors import ErrorInfo
-from pipeline.flight_recorder import digest_of
-from pipeline.messages import (
+from pipeline.process.flight_recorder import digest_of
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     EmbeddingReady,
@@ -27,8 +27,8 @@ from pipeline.messages import (
     WorkerMessage,
     WorkerState,
 )
-from pipeline.sampling import FinishReason
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.sampling import FinishReason
+from pipeline.wire.topology import Role, WorkerId
 from workers.llm.clients import Clients, Ended, Interruption, Outcome, output_of
 from workers.llm.leases import Leases, lease_of
 from workers.llm.request import Chunk, Request

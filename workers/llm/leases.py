@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from pipeline.ends import Sink
-from pipeline.messages import ChunkKey, EmbeddingReady, EncodeFailed, EncodeMessage, LeaseReleased, LeaseRequest, LeaseSet, Origin
+from pipeline.transport.ends import Sink
+from pipeline.wire.messages import ChunkKey, EmbeddingReady, EncodeFailed, EncodeMessage, LeaseReleased, LeaseRequest, LeaseSet, Origin
 from workers.llm.request import Chunk, Lease, Request
 
 LEASE_SET_INTERVAL_S = 1.0

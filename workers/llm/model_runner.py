@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.families import ModelInfo
-from pipeline.messages import SequenceStart, SequenceStep, StepPlan
-from pipeline.tensors import PoolMap
+from pipeline.transport.tensors import PoolMap
+from pipeline.wire.messages import SequenceStart, SequenceStep, StepPlan
 from workers.llm.attention.torch import Span
 from workers.llm.backends import Backend, choose_backend
 from workers.llm.cache.spec import paged_of, states_of

@@ -10,7 +10,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.messages import (
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import (
     EmbeddingSlice,
     GenerateRequest,
     Int32Array,
@@ -20,8 +21,7 @@ from pipeline.messages import (
     pack_int32,
     unpack_int32,
 )
-from pipeline.sampling import FinishReason, SamplingParams
-from pipeline.tensors import TensorHandle
+from pipeline.wire.sampling import FinishReason, SamplingParams
 
 MAX_OVERTAKEN = 8  # times by others' priority, then a request goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority

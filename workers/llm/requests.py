@@ -6,8 +6,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 
-from pipeline.ends import Sink
-from pipeline.messages import FeedbackMessage, ItemNotNeeded, Origin, RequestEnded, RequestOutput
+from pipeline.transport.ends import Sink
+from pipeline.wire.messages import FeedbackMessage, ItemNotNeeded, Origin, RequestEnded, RequestOutput
 from workers.llm.clients import Clients, Ended, Interruption, Outcome, output_of
 from workers.llm.leases import Leases
 from workers.llm.request import Request

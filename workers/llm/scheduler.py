@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.fair import Turns
-from pipeline.sampling import FinishReason
+from pipeline.transport.fair import Turns
+from pipeline.wire.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.messages import Int32Array, SequenceStart, SequenceStep, unpack_int32
+from pipeline.wire.messages import Int32Array, SequenceStart, SequenceStep, unpack_int32
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

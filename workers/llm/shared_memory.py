@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.memory import HostMemory, create_memory_file
+from pipeline.transport.memory import HostMemory, create_memory_file
 
 PART_BYTES = 1 << 20  # of one rank; more goes in pieces
 LINE = 64  # bytes: who counts up must not take the others' counters out of a core's cache

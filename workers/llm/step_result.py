@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.messages import TokenLogprobs, pack_int32
+from pipeline.wire.messages import TokenLogprobs, pack_int32
 from workers.llm.sampling.sampler import Sampled
 
 

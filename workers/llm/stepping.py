@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from pipeline.errors import PipelineError
-from pipeline.messages import Origin, SequenceStart, SequenceStep, StepPlan, StepsMessage, pack_int32
-from pipeline.sampling import with_seed
-from pipeline.tensors import PoolInfo
-from pipeline.trace import Tracer
+from pipeline.process.trace import Tracer
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.handles import PoolInfo
+from pipeline.wire.messages import Origin, SequenceStart, SequenceStep, StepPlan, StepsMessage, pack_int32
+from pipeline.wire.sampling import with_seed
 from workers.llm.leases import Leases
 from workers.llm.request import Lease, Request
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB
-from pipeline.core_sharing import Activity, CoreSharing
-from pipeline.detokenizer import tokenizer_hash
-from pipeline.ends import Poller, Receiver
-from pipeline.errors import PipelineError
 from pipeline.families import read_model_info
-from pipeline.messages import (
+from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
+from pipeline.transport.ends import Poller, Receiver
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
     PROTOCOL_VERSION,
     ControlMessage,
@@ -29,8 +30,7 @@ from pipeline.messages import (
     StepPlan,
     Welcome,
 )
-from pipeline.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
-from pipeline.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
+from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of

@@ -10,7 +10,7 @@ import tempfile
 from typing import IO, ClassVar, Generic, Protocol, TypeVar
 
 from pipeline.config import MIB
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from workers.preprocess.picture_files import KINDS
 from workers.preprocess.shortages import own_file
 from workers.preprocess.videos import VideoFile

@@ -13,15 +13,15 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import MAX_OPEN_CHUNKS
-from pipeline.ends import Sink
-from pipeline.errors import ErrorInfo, RequestError
-from pipeline.fair import FairQueue
-from pipeline.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin, PoolOpened
-from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
-from pipeline.tensors import TensorPool
-from pipeline.topology import Role
-from pipeline.trace import Tracer
+from pipeline.config.preprocess import MAX_OPEN_CHUNKS
+from pipeline.process.trace import Tracer
+from pipeline.transport.ends import Sink
+from pipeline.transport.fair import FairQueue
+from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import ErrorInfo, RequestError
+from pipeline.wire.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin, PoolOpened
+from pipeline.wire.topology import Role
 from workers.preprocess.credits import Shares
 from workers.preprocess.media import Chunk
 from workers.preprocess.places import decrease

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pipeline.config import MIB
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 
 SHARE = 7  # a lone tenant has 7/8; n tenants have 7 / (7 n + 1) each
 MAX_OVERLOAD = 2  # times the limit: what was begun goes on though others have taken its place

@@ -16,7 +16,7 @@ import aiohttp
 from yarl import URL
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from workers.preprocess.bodies import Body, too_large
 from workers.preprocess.media_urls import join_media_url
 from workers.preprocess.resolver import MediaResolver, is_public

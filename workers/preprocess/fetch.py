@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pipeline.client.data_urls import forgiving_base64
 from pipeline.config import MIB, PreprocessConfig
-from pipeline.data_urls import forgiving_base64
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from workers.preprocess.bodies import Body, FileBody, MemoryBody
 from workers.preprocess.bodies import too_large as too_large
 from workers.preprocess.download_turns import BytesInFlight, DownloadTurns

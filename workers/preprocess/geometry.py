@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.errors import RequestError, shown
 from pipeline.families import MAX_ASPECT_RATIO, AreaLimits, ImageSize, ModelInfo
-from pipeline.messages import ImagePart, VideoPart
+from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.messages import ImagePart, VideoPart
 from workers.preprocess.video import VideoMetadata
 
 MAX_SIDE = 1 << 20  # of a size that is asked for

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageChops, ImageCms, ImageOps
 
-from pipeline.errors import RequestError
 from pipeline.families import MAX_ASPECT_RATIO, ImageSize
+from pipeline.wire.errors import RequestError
 from workers.preprocess.orientation import SWAPS_SIDES, TURNS, orientation
 from workers.preprocess.picture_files import END_OF_JPEG, Structure, not_a_picture, walk
 

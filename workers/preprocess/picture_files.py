@@ -13,7 +13,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 
 Data = bytes | memoryview
 MIB = 1 << 20

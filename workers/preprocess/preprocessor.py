@@ -18,11 +18,15 @@ from typing import assert_never
 
 import msgspec
 
-from pipeline.config import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, PreprocessConfig
-from pipeline.ends import Sink
-from pipeline.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.config import PreprocessConfig
 from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
-from pipeline.messages import (
+from pipeline.process.process import WorkerContext
+from pipeline.transport.ends import Sink
+from pipeline.transport.slots import Order, SlotAllocator
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.wire.limits import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS
+from pipeline.wire.messages import (
     MAX_SALT_BYTES,
     MAX_TENANT,
     AbortRequest,
@@ -48,10 +52,7 @@ from pipeline.messages import (
     pack_int32,
     unpack_int32,
 )
-from pipeline.process import WorkerContext
-from pipeline.slots import Order, SlotAllocator
-from pipeline.tensors import TensorPool
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher

@@ -18,9 +18,9 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from pipeline.errors import RequestError, shown
 from pipeline.families import Placeholders, Segment
-from pipeline.messages import ChatMessage, ImagePart, Part, Span, TextPart, VideoPart
+from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.messages import ChatMessage, ImagePart, Part, Span, TextPart, VideoPart
 
 ROLES = ("system", "user", "assistant")
 

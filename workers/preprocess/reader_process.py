@@ -25,10 +25,10 @@ from typing import assert_never
 import msgspec
 from PIL import Image
 
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize
-from pipeline.memory import HostMemory
-from pipeline.parent import end_with_parent
+from pipeline.process.parent import end_with_parent
+from pipeline.transport.memory import HostMemory
+from pipeline.wire.errors import RequestError
 from workers.preprocess.images import decode, read_size
 from workers.preprocess.shortages import NO_ROOM, is_shortage
 from workers.preprocess.video import Video, VideoBroken, VideoMetadata

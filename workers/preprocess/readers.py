@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize
-from pipeline.memory import create_memory_file
+from pipeline.transport.memory import create_memory_file
+from pipeline.wire.errors import RequestError
 from workers.preprocess.places import Places
 from workers.preprocess.reader_process import Answer, Failed, Job, PictureJob, PictureSize, VideoJob
 from workers.preprocess.shortages import is_shortage, no_room

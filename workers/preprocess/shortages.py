@@ -10,7 +10,7 @@ import errno
 import logging
 from collections.abc import Iterator
 
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 
 logger = logging.getLogger(__name__)
 # Descriptors of this process and of the machine; memory, also for sockets; room on a disk, or in a quota of it.

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from pipeline.flight_recorder import Executing, FlightRecorder
+from pipeline.process.flight_recorder import Executing, FlightRecorder
 from workers.preprocess.places import Asker, Places
 
 P = ParamSpec("P")

@@ -6,13 +6,13 @@ import asyncio
 import time
 
 from pipeline.config import MIB, PreprocessConfig
-from pipeline.ends import AsyncReceiver
 from pipeline.families import read_model_info
-from pipeline.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Retire, Shutdown
-from pipeline.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
-from pipeline.slots import SlotAllocator, align
-from pipeline.tensors import TensorPool
-from pipeline.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
+from pipeline.process.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
+from pipeline.transport.ends import AsyncReceiver
+from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Retire, Shutdown
+from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
 from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.fair import FairQueue
 from pipeline.families import EmbeddingSpec
-from pipeline.messages import ChunkKey, GridTHW
-from pipeline.slots import Order, OrderedSlots, Slot, SlotAllocator
-from pipeline.tensors import TensorHandle
+from pipeline.transport.fair import FairQueue
+from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import ChunkKey, GridTHW
 from workers.vit.feature_cache import Feature, FeatureCache
 
 

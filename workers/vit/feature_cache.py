@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.families import EmbeddingSpec
-from pipeline.slots import Slot, SlotAllocator
+from pipeline.transport.slots import Slot, SlotAllocator
 
 MISSES_BEFORE_FREED = 2  # lease sets that lack a lease before it counts as released
 

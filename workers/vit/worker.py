@@ -19,12 +19,15 @@ from typing import assert_never
 import torch
 
 from pipeline.config import MIB, Config
-from pipeline.core_sharing import Activity, CoreSharing
-from pipeline.ends import Poller, Receiver, Sink, Wakeup
-from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import ModelInfo, VisionInfo, read_model_info
-from pipeline.memory import CudaBindings
-from pipeline.messages import (
+from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.process import WorkerContext
+from pipeline.transport.ends import Poller, Receiver, Sink, Wakeup
+from pipeline.transport.memory import CudaBindings
+from pipeline.transport.slots import Order, SlotAllocator, align
+from pipeline.transport.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool, check_mapping
+from pipeline.wire.errors import ErrorInfo, PipelineError
+from pipeline.wire.messages import (
     CancelEncode,
     ControlMessage,
     EmbeddingReady,
@@ -42,10 +45,7 @@ from pipeline.messages import (
     PoolOpened,
     WorkerState,
 )
-from pipeline.process import WorkerContext
-from pipeline.slots import Order, SlotAllocator, align
-from pipeline.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool, check_mapping
-from pipeline.topology import ENCODE, FEEDBACK, LLM, Role
+from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.deadlines import Deadlines

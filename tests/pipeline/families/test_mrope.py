@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.families.mrope import Run, mrope_positions
-from pipeline.messages import GridTHW, Span
+from pipeline.wire.messages import GridTHW, Span
 
 
 def test_text_alone_counts_on_in_all_rows() -> None:

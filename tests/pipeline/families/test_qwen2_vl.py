@@ -24,7 +24,7 @@ from pipeline.families import (
 )
 from pipeline.families.qwen2_vl import _arange, sample_frames
 from pipeline.families.resizing import smart_resize
-from pipeline.messages import GridTHW, Span
+from pipeline.wire.messages import GridTHW, Span
 from tests import reference
 from tests.chats import CHATS
 from tests.pictures import limits, seen_size

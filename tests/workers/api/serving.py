@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, cast
 
 from aiohttp import web
 
-from pipeline.client import Piece
+from pipeline.client.client import Piece
 from pipeline.config import ApiConfig
-from pipeline.errors import ErrorInfo
-from pipeline.sampling import FinishReason
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.sampling import FinishReason
 from workers.api.connections import HttpRunner
 from workers.api.server import ApiServer
 

@@ -15,8 +15,8 @@ import pytest
 import zmq
 
 from pipeline.config import MIB, ApiConfig
-from pipeline.errors import RequestError
-from pipeline.sampling import FinishReason
+from pipeline.wire.errors import RequestError
+from pipeline.wire.sampling import FinishReason
 from tests.workers.api.serving import CHAT, FakeClient, Pieces, Wire, endpoint, piece, post, serving
 from workers.api.bodies import Pace
 from workers.api.budget import Budget, Lease, machine_memory, memory_mib

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pipeline.sampling import FinishReason
+from pipeline.wire.sampling import FinishReason
 from tests.workers.api.serving import (
     CHAT,
     STREAMED_CHAT,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RequestError
-from pipeline.messages import ImagePart, TextPart, VideoPart
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ImagePart, TextPart, VideoPart
 from workers.api.parts import LOW_DETAIL_PIXELS, to_part
 from workers.api.protocol import decode_request, to_messages
 

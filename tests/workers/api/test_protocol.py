@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline.config import MAX_MESSAGES, MAX_PARTS
-from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ImagePart, SubmitRequest, TextPart
+from pipeline.wire.errors import RequestError
+from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
+from pipeline.wire.messages import ChatMessage, ImagePart, SubmitRequest, TextPart
 from workers.api.protocol import decode_request, error_body, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
 
 PART = "messages[0].content[0]."

@@ -13,7 +13,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from pipeline.config import ApiKey
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from tests.workers.api.serving import (
     CHAT,
     STREAMED_CHAT,

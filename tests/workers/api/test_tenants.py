@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from pipeline.client import Piece
+from pipeline.client.client import Piece
 from pipeline.config import ApiConfig, ApiKey
-from pipeline.sampling import FinishReason
+from pipeline.wire.sampling import FinishReason
 from workers.api.server import ApiServer
 from workers.api.tenants import peer_tenant
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.process import WAITING
+from pipeline.process.process import WAITING
 from workers.api import worker
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.curve import owner_of
-from pipeline.ends import Subscription
-from pipeline.messages import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
-from pipeline.sampling import SamplingParams
+from pipeline.transport.curve import owner_of
+from pipeline.transport.ends import Subscription
+from pipeline.wire.messages import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
+from pipeline.wire.sampling import SamplingParams
 from workers.gateway.gateway import MAX_BURST, MAX_CLIENTS_PER_KEY, MESSAGES_PER_S, Gateway
 
 ALICE, BOB = "alice's public key", "bob's public key"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.messages import SequenceStart, SequenceStep, unpack_int32
+from pipeline.wire.messages import SequenceStart, SequenceStep, unpack_int32
 from workers.llm.cache.manager import CacheManager
 from workers.llm.calibration import measure_step_times
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline.ends import Subscription
+from pipeline.transport.ends import Subscription
 from tests.fakes import LLM_0, FakePublisher
 from workers.llm import clients
 from workers.llm.clients import GRACE_OF_CLIENTS_S, Clients

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.messages import SequenceStart, SequenceStep, pack_int32
-from pipeline.sampling import SamplingParams
+from pipeline.wire.messages import SequenceStart, SequenceStep, pack_int32
+from pipeline.wire.sampling import SamplingParams
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, DeviceTables, Inputs, Outputs, graph_sizes
 from workers.llm.sampling.choice import NUM_PARAMS
 from workers.llm.sequences import SequenceTable

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from pipeline.errors import PipelineError
-from pipeline.slots import SlotAllocator
-from pipeline.tensors import PoolInfo, PoolMap, StaleHandleError, TensorHandle, TensorPool
+from pipeline.transport.slots import SlotAllocator
+from pipeline.transport.tensors import PoolMap, StaleHandleError, TensorPool
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.handles import PoolInfo, TensorHandle
 from workers.llm.embedding_pools import EmbeddingPools
 from workers.llm.parallel import TensorParallel
 

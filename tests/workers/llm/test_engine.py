@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 
 from pipeline.config import Config, LlmConfig, ModelConfig
-from pipeline.ends import Subscription
-from pipeline.errors import ErrorInfo, PipelineError
 from pipeline.families import MediaInfo, ModelInfo, PlacedMedia, Placeholders, read_model_info
-from pipeline.flight_recorder import digest_of
-from pipeline.messages import (
+from pipeline.process.flight_recorder import digest_of
+from pipeline.transport.ends import Subscription
+from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import ErrorInfo, PipelineError
+from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
@@ -50,10 +52,8 @@ from pipeline.messages import (
     pack_int32,
     unpack_int32,
 )
-from pipeline.sampling import FinishReason, SamplingParams
-from pipeline.slots import SlotAllocator, align
-from pipeline.tensors import TensorPool
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.sampling import FinishReason, SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from tests.chats import CHATS, Chat, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import seen_size

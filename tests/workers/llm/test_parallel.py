@@ -13,7 +13,7 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
-from pipeline.memory import HostMemory, create_memory_file
+from pipeline.transport.memory import HostMemory, create_memory_file
 from workers.llm import shared_memory
 from workers.llm.parallel import HeadLayout
 from workers.llm.shared_memory import LINE, PART_BYTES, SharedMemory

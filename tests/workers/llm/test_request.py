@@ -3,10 +3,10 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from pipeline.messages import GenerateRequest, MmChunk, MmItem, Span, pack_int32
-from pipeline.sampling import SamplingParams
-from pipeline.tensors import TensorHandle
-from pipeline.topology import Role, WorkerId
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import GenerateRequest, MmChunk, MmItem, Span, pack_int32
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from workers.llm.request import Lease, Request, chunks_of
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.messages import MmChunk, MmItem, Span
-from pipeline.sampling import FinishReason, SamplingParams
-from pipeline.tensors import TensorHandle
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import MmChunk, MmItem, Span
+from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Chunk, Piece, Request, chunks_of
 from workers.llm.scheduler import Scheduled, Scheduler

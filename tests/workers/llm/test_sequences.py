@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.messages import EmbeddingSlice, SequenceStart, SequenceStep, pack_int32
-from pipeline.sampling import SamplingParams
-from pipeline.tensors import TensorHandle
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import EmbeddingSlice, SequenceStart, SequenceStep, pack_int32
+from pipeline.wire.sampling import SamplingParams
 from workers.llm.sequences import SequenceTable
 
 GREEDY = SamplingParams(temperature=0, seed=1)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.messages import PipelineState, Shutdown, WorkerState
-from pipeline.process import WAITING, ShutdownRequested
-from pipeline.sockets import Sockets
-from pipeline.topology import CONTROL, Role, WorkerId
+from pipeline.process.process import WAITING, ShutdownRequested
+from pipeline.transport.sockets import Sockets
+from pipeline.wire.messages import PipelineState, Shutdown, WorkerState
+from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 from workers.llm.worker import _wait_for_vits
 

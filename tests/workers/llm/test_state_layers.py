@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, LlmConfig, ModelConfig
-from pipeline.ends import Subscription
 from pipeline.families import read_model_info
-from pipeline.messages import (
+from pipeline.transport.ends import Subscription
+from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     GenerateRequest,
     Hello,
@@ -25,7 +25,7 @@ from pipeline.messages import (
     pack_int32,
     unpack_int32,
 )
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
 from workers.llm.attention.torch import PagedAttention, Span
 from workers.llm.backends import choose_backend

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from pipeline.ends import Received
-from pipeline.messages import Hello
+from pipeline.transport.ends import Received
+from pipeline.wire.messages import Hello
 from workers.llm.worker import MAX_MESSAGES_PER_STEP, read_inbox
 
 

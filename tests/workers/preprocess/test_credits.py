@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import MIB
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from workers.preprocess.credits import MAX_OVERLOAD, Credits, Shares
 
 

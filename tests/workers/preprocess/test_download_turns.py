@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import RequestError
-from pipeline.messages import ChatMessage, ImagePart, VideoPart
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, VideoPart
 from tests.workers.preprocess.hosts import Host, host, reply
 from tests.workers.preprocess.test_preprocessor import CLIENT, make_rig
 from workers.preprocess import download_turns

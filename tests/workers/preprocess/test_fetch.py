@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from tests.workers.preprocess.hosts import host, reply
 from workers.preprocess.download_turns import Asker
 from workers.preprocess.downloads import MAX_VALIDATOR

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize, VideoInfo, read_model_info
-from pipeline.messages import ImagePart, VideoPart
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ImagePart, VideoPart
 from tests import reference
 from workers.preprocess.geometry import check_settings, chosen_frames, frame_range, picture_size, video_frame_size
 from workers.preprocess.video import VideoMetadata

@@ -10,8 +10,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize, read_model_info
+from pipeline.wire.errors import RequestError
 from tests.pictures import encode, noise, scene, seen_size
 from tests.reference import Reference
 from tests.workers.preprocess.test_picture_files import chunk

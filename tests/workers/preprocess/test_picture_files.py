@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize
+from pipeline.wire.errors import RequestError
 from tests.pictures import encode, noise, scene
 from workers.preprocess import picture_files
 from workers.preprocess.images import decode, read_size

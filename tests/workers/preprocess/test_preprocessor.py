@@ -24,10 +24,13 @@ from PIL import Image
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize, read_model_info
-from pipeline.flight_recorder import FlightRecorder
-from pipeline.messages import (
+from pipeline.process.flight_recorder import FlightRecorder
+from pipeline.process.trace import Tracer
+from pipeline.transport.slots import SlotAllocator
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import (
     AbortRequest,
     CancelEncode,
     ChatMessage,
@@ -49,11 +52,8 @@ from pipeline.messages import (
     pack_int32,
     unpack_int32,
 )
-from pipeline.sampling import SamplingParams
-from pipeline.slots import SlotAllocator
-from pipeline.tensors import TensorPool
-from pipeline.topology import Role, WorkerId
-from pipeline.trace import Tracer
+from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink
 from tests.pictures import encode, noise, scene
 from tests.videos import CLIP, read_number

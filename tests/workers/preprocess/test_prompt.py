@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.errors import RequestError
 from pipeline.families import Placeholders, read_model_info
-from pipeline.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
 from tests.chats import CHATS, to_messages
 from tests.pictures import seen_size
 from tests.reference import Reference

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize
-from pipeline.tensors import TensorPool
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import RequestError
 from tests.pictures import encode, noise, scene
 from tests.videos import counting_frames, encode_video
 from tests.workers.preprocess.test_videos import video_file

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import RequestError
+from pipeline.wire.errors import RequestError
 from tests.workers.preprocess.hosts import host, reply
 from tests.workers.preprocess.name_servers import AAAA, A, NameServer, name_server
 from workers.preprocess import resolver as resolver_module

@@ -17,9 +17,9 @@ import uvloop
 from PIL import Image
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import RequestError
-from pipeline.messages import AbortRequest, ChatMessage, VideoPart
-from pipeline.tensors import TensorPool
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import AbortRequest, ChatMessage, VideoPart
 from tests.pictures import encode, scene
 from tests.videos import CLIP
 from tests.workers.preprocess.hosts import host, reply

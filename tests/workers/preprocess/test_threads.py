@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.flight_recorder import FlightRecorder, digest_of
+from pipeline.process.flight_recorder import FlightRecorder, digest_of
 from tests.fakes import PREPROCESS
 from workers.preprocess.threads import RecordedThreads, Recording, Work, on_behalf_of
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import RequestError
 from pipeline.families import ImageSize
-from pipeline.tensors import TensorPool
+from pipeline.transport.tensors import TensorPool
+from pipeline.wire.errors import RequestError
 from tests.videos import counting_frames, encode_video, read_number
 from workers.preprocess.decord_video import DecordVideo
 from workers.preprocess.readers import MediaReaders, ReadLimits

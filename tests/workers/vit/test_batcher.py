@@ -8,9 +8,9 @@ from collections import deque
 import pytest
 
 from pipeline.families import EmbeddingSpec
-from pipeline.messages import ChunkKey, GridTHW
-from pipeline.slots import ALIGNMENT, Order, SlotAllocator
-from pipeline.tensors import TensorHandle
+from pipeline.transport.slots import ALIGNMENT, Order, SlotAllocator
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import ChunkKey, GridTHW
 from workers.vit.batcher import Batcher, LeaseGone, NeedPixels, PixelsDone, Ready, Refused
 
 GRID = GridTHW(1, 4, 4)  # 16 patches, 4 tokens

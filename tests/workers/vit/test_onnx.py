@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.families import ModelInfo, read_model_info
-from pipeline.messages import GridTHW
+from pipeline.wire.messages import GridTHW
 from workers.nn.loader import Checkpoint
 from workers.vit.engines import onnx as export_module
 from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up

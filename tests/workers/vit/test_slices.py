@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pipeline.families import ModelInfo
-from pipeline.messages import GridTHW
+from pipeline.wire.messages import GridTHW
 from tests.workers.vit.test_onnx import CPU, cache, info, make_jobs  # noqa: F401
 from workers.nn.loader import Checkpoint
 from workers.vit.engines.torch import TorchEngine

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.messages import Int32Array
+from pipeline.wire.messages import Int32Array
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import to_device
 

@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.messages import Int32Array
-from pipeline.sampling import SamplingParams
+from pipeline.wire.messages import Int32Array
+from pipeline.wire.sampling import SamplingParams
 from workers.nn.loader import to_device
 
 Int64Array = npt.NDArray[np.int64]

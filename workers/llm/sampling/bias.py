@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from workers.llm.sampling.base import Entries, Int64Array, Rows, Setup, Tokens, add_entries
 
 

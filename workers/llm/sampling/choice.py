@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from workers.llm.sampling.base import Int64Array
 from workers.llm.sampling.cuts import least_probable
 from workers.llm.sampling.noise import MAX_ROWS, Noise, UInt64Array, draw_keys

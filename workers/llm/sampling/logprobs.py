@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from workers.llm.sampling.base import Int64Array
 from workers.nn.loader import to_device
 

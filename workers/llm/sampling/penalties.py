@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.messages import Int32Array
-from pipeline.sampling import SamplingParams
+from pipeline.wire.messages import Int32Array
+from pipeline.wire.sampling import SamplingParams
 from workers.llm.sampling.base import Float32Array, Int64Array, Rows, Setup, Tokens
 from workers.nn.loader import to_device
 

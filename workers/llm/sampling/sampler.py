@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.messages import SequenceStart, unpack_int32
+from pipeline.wire.messages import SequenceStart, unpack_int32
 from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup, Tokens
 from workers.llm.sampling.bias import Bias
 from workers.llm.sampling.choice import Choice, Kernel

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from pipeline.families import ModelInfo
-from pipeline.messages import GridTHW
+from pipeline.wire.messages import GridTHW
 from workers.nn.layers import make_linear
 from workers.nn.loader import Checkpoint, Progress
 from workers.vit.deadlines import Deadlines

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.families import ModelInfo
-from pipeline.messages import GridTHW
+from pipeline.wire.messages import GridTHW
 from workers.nn.layers import Linear
 from workers.nn.loader import Checkpoint, Progress
 from workers.vit.models.base import Axis, EncodeJob, Encoder, Inputs, InputSpec

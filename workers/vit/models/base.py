@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families import VisionInfo
-from pipeline.messages import GridTHW
+from pipeline.wire.messages import GridTHW
 from workers.nn.layers import Linear
 from workers.nn.loader import Checkpoint
 from workers.vit.pace import UNPACED, Pace

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import make_setup, sample
 from workers.llm.sampling.base import Rows, Tokens
 from workers.llm.sampling.bias import Bias

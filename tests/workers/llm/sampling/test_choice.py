@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import draw_many, sample
 
 CUTS: list[dict[str, Any]] = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import draw_many
 from tests.workers.llm.sampling.test_choice import kept_by_definition
 from workers.llm.sampling.cuts import least_probable

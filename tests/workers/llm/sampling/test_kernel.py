@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import CPU, draw_many
 from workers.llm.sampling.choice import NUM_PARAMS, Kernel
 from workers.llm.sampling.kernel import _exponentials, _random_bits, sample

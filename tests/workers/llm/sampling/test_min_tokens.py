@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.sampling import SamplingParams
+from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import draw_many, make_sampler, sample, start
 
 

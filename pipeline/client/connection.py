@@ -1,0 +1,544 @@
+"""A client's connection to the pipeline: it owns its requests until their terminal message, whoever dies meanwhile.
+
+Recovery is always resubmission: the same request_id, the next attempt, and the token ids that are here already. What must be submitted
+again is said by the launcher (preprocess died: whatever no LLM has accepted; an LLM rank died: all of its group) or by rank 0, which
+interrupts requests that needed something of a dead neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
+
+Which groups know this client is known group by group: while one is dead, the others serve. Nothing waits
+without end: what no worker takes in, or is not submitted for want of a group, ends after
+`recovery_timeout`. A launcher that is silent but lives is no reason to end anything.
+
+Knows nothing of text: what it hands out are token ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from pipeline.process.flight_recorder import digest_of
+from pipeline.process.liveness import LauncherLife
+from pipeline.transport.curve import Remote
+from pipeline.transport.ends import AsyncReceiver, Sender
+from pipeline.transport.sockets import Sockets
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.wire.messages import (
+    CLIENT_ID_BYTES,
+    MAX_REQUEST_ID,
+    PROTOCOL_VERSION,
+    AbortRequest,
+    Accepted,
+    ControlMessage,
+    Drain,
+    Hello,
+    IngestMessage,
+    Interrupted,
+    OutputsMessage,
+    PipelineState,
+    Preparing,
+    ReloadState,
+    RequestFailed,
+    RequestOutput,
+    Retire,
+    Shutdown,
+    SubmitRequest,
+    TokenOutputs,
+    Welcome,
+    WorkerState,
+    pack_int32,
+    unpack_int32,
+)
+from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
+
+logger = logging.getLogger(__name__)
+HELLO_INTERVAL_S, MAX_HELLO_INTERVAL_S = 0.1, 1.0
+TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
+QUERY_AFTER_S = 10.0  # of silence before a request is asked about
+HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second; after so long it is looked at whether it lives
+BUSY_AFTER_S = 3.0  # who has told nothing for so long is in a long piece of work, and answers behind it
+MAX_ABORTS = 30
+MAX_JITTER_S = 0.05  # so that not all clients submit again at once
+PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """A request between its submission and its terminal message. `events` ends with a finish reason or an error."""
+
+    request: SubmitRequest
+    frames: list[bytes | memoryview]
+    heard: float  # when its submission went out, or something about it came in
+    asked: float = -math.inf  # when it was last asked about
+    token_ids: list[int] = field(default_factory=list)  # received so far
+    num_earlier_tokens: int = 0  # of them, in attempts before this
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
+    mm_hashes: tuple[bytes, ...] | None = None  # of the pictures, as first accepted
+    is_accepted: bool = False  # this attempt
+    is_asking: bool = False  # a query for missed tokens is under way
+    is_held: bool = False  # not submitted (again) yet
+    is_over: bool = False
+    deaths: Counter[Role] = field(default_factory=Counter)  # of workers in which it was executing, in a row, with no new token between
+    waits_since: float | None = None  # for a dead worker's successor
+    events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
+
+    @property
+    def has_progress(self) -> bool:
+        return len(self.token_ids) > self.num_earlier_tokens
+
+    def end(self, event: RequestOutput | ErrorInfo) -> None:
+        """Its terminal message is here, if not yet taken: nothing more is to happen to it."""
+        self.is_over = True
+        self.events.put_nowait(event)
+
+
+@dataclass(slots=True)
+class _Aborting:
+    message: AbortRequest
+    num_sent: int = 1
+
+
+class Connection:
+    """Everything runs in the event loop that is current when `start` is called."""
+
+    def __init__(self, place: Path | Remote) -> None:
+        """`place`: the pipeline's run directory, or where its gateway is."""
+        self._is_remote = isinstance(place, Remote)
+        owner = place.owner if isinstance(place, Remote) else b""
+        self.client_id = owner + os.urandom(CLIENT_ID_BYTES - len(owner))
+        self._sockets = Sockets(place, {})
+        self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
+        self._ingest: Sender[IngestMessage] | None = None
+        self._life = LauncherLife(None if isinstance(place, Remote) else place)
+        self._leads: tuple[int, ...] = ()  # the LLM ranks that lead a group, once we are connected
+        self._welcomes: dict[int, Welcome] = {}  # of these ranks, the last of each
+        self._hello = Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION)
+        self._greeting: asyncio.Task[None] | None = None
+        self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self._open: dict[str, OpenRequest] = {}
+        self._aborting: dict[str, _Aborting] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heartbeat = time.monotonic()
+        self.end: ErrorInfo | None = None  # set while the pipeline is gone
+        self._is_silent = False  # it is gone only in that it does not speak: it may come back
+        self.is_draining = False
+        self.workers: tuple[WorkerState, ...] = ()
+        self._states: dict[WorkerId, WorkerState] = {}  # the same, by worker
+        self.reload = ReloadState()
+        self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0, "given_up": 0}
+
+    async def start(self, timeout_s: float) -> Welcome:
+        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
+        self._start_task(self._read_control())
+        try:
+            welcome = await asyncio.wait_for(asyncio.shield(self._welcome), timeout_s)
+        except TimeoutError:
+            await self.close()
+            hint = "; is the client's key known there, and the server's key right?" if self._is_remote else ""
+            raise PipelineError(f"no pipeline answered at {self._sockets.site.name} within {timeout_s:.0f} s{hint}") from None
+        self._start_task(self._watch())
+        return welcome
+
+    async def close(self) -> None:
+        """Aborts what is open and leaves; who still waits for events is told."""
+        for opened in list(self._open.values()):
+            self._give_up(opened, ErrorInfo(503, "the client was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._ingest = None  # for whatever is still due
+        self._sockets.close(linger_ms=200)
+        self._life.close()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._open
+
+    @property
+    def limits(self) -> Welcome:
+        return self._welcome.result()
+
+    # What goes out.
+
+    def submit(self, request: SubmitRequest, frames: list[bytes | memoryview]) -> OpenRequest:
+        """Raises RequestError for what is not taken in."""
+        request_id = request.request_id
+        if self.end is not None:
+            raise RequestError.from_info(self.end)
+        if self.is_draining:
+            raise RequestError("the server is shutting down", status=503)
+        if len(self._open) >= self.limits.max_requests:
+            raise RequestError(f"{self.limits.max_requests} requests are open already", status=429)
+        if len(request_id) > MAX_REQUEST_ID:
+            raise RequestError(f"request_id may have {MAX_REQUEST_ID} characters", field="request_id")
+        if request_id in self._open or request_id in self._aborting:
+            raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
+        try:
+            size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
+        except UnicodeEncodeError:
+            raise RequestError("the text is not valid Unicode", field="messages") from None
+        except (OverflowError, RecursionError):
+            raise RequestError("a number does not fit 64 bits", field="messages") from None
+        if size > self.limits.max_request_bytes:
+            raise RequestError(f"the request has {size} bytes, the limit is {self.limits.max_request_bytes}", status=413, field="messages")
+        opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())
+        if self._known_leads:
+            self._send_request(opened)
+        else:
+            opened.is_held, opened.waits_since = True, opened.heard
+        return opened
+
+    def _knows_us(self, lead: int) -> bool:
+        welcome = self._welcomes.get(lead)
+        return welcome is not None and welcome.epoch == self._sockets.epochs[WorkerId(Role.LLM, lead)]
+
+    def _is_down(self, lead: int) -> bool:
+        """Whether the launcher says so; while it says nothing of a group, that is up."""
+        state = self._states.get(WorkerId(Role.LLM, lead))
+        return state is not None and not state.is_ready
+
+    @property
+    def _known_leads(self) -> tuple[int, ...]:
+        """The groups that serve and know us.
+
+        To others nothing is submitted: they would end our requests as nobody's.
+        """
+        return tuple(lead for lead in self._leads if self._knows_us(lead) and not self._is_down(lead))
+
+    @property
+    def _ungreeted_leads(self) -> tuple[int, ...]:
+        """The groups that serve and do not know us yet."""
+        return tuple(lead for lead in self._leads if not self._knows_us(lead) and not self._is_down(lead))
+
+    def _send_request(self, opened: OpenRequest) -> None:
+        """Submits it, to one of the groups that know us."""
+        opened.heard, opened.asked = time.monotonic(), -math.inf
+        request = opened.request
+        if len(self._leads) > 1:
+            leads = self._known_leads
+            lead = request.lead if request.lead in leads else None
+            request = opened.request = msgspec.structs.replace(request, leads=leads, lead=lead)
+        self._send(request, opened.frames)
+
+    def _send(self, message: IngestMessage, frames: Sequence[bytes | memoryview] = ()) -> None:
+        if self._ingest is not None:
+            self._ingest.send(message, frames)
+
+    def finish(self, request_id: str) -> None:
+        """Its terminal message has been taken."""
+        self._open.pop(request_id, None)
+
+    def abort(self, request_id: str) -> None:
+        """Ends an open request; repeated until the pipeline has answered."""
+        opened = self._open.pop(request_id)
+        request = opened.request
+        message = AbortRequest(client_id=self.client_id, request_id=request_id, attempt=request.attempt, lead=request.lead)
+        self._aborting[request_id] = _Aborting(message)
+        self._send(message)
+
+    def _give_up(self, opened: OpenRequest, reason: ErrorInfo) -> None:
+        opened.end(reason)
+        self.abort(opened.request.request_id)
+
+    # Recovery.
+
+    def _interrupt(self, opened: OpenRequest, reason: str, died: Role | None) -> None:
+        """The attempt is over. `died`: in a worker of this role, which died while the request was executing there."""
+        if opened.is_held or opened.is_over:
+            return
+        request = opened.request
+        if opened.has_progress:
+            opened.deaths.clear()
+        elif died is not None:  # each role counts by itself: whoever has only had bad neighbours in all of them is not given up
+            opened.deaths[died] += 1
+        if died is not None and opened.deaths[died] >= self.limits.max_attempts:
+            self.counters["given_up"] += 1
+            times = f"{opened.deaths[died]} times" if opened.deaths[died] > 1 else "once"
+            what = f"the request was given up: {reason} while it was executing there, {times} in a row ({self.limits.max_attempts} are allowed)"
+            self._give_up(opened, ErrorInfo(503, what))
+            return
+        logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
+        opened.request = msgspec.structs.replace(
+            request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids), alone_in=tuple(opened.deaths)
+        )
+        opened.num_earlier_tokens = len(opened.token_ids)
+        opened.is_accepted, opened.is_asking, opened.is_held = False, False, True
+        if opened.waits_since is None:
+            opened.waits_since = time.monotonic()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Where a group knows us: the start is over, and what is held is submitted."""
+        if not self._known_leads:
+            return
+        if not self._welcome.done():
+            self._welcome.set_result(self._welcomes[self._known_leads[0]])
+        if any(opened.is_held for opened in self._open.values()):
+            asyncio.get_running_loop().call_later(random.uniform(0, MAX_JITTER_S), self._submit_held)
+
+    def _submit_held(self) -> None:
+        if not self._known_leads:
+            return
+        held = [opened for opened in self._open.values() if opened.is_held and not opened.is_over]
+        if held:
+            self._send(self._hello)  # first: we may have been away without noticing
+        for opened in held:
+            opened.is_held = False
+            self.counters["resubmitted"] += opened.request.attempt > 1
+            self._send_request(opened)
+
+    def _on_death(self, successor: WorkerState) -> None:
+        worker, executed = successor.worker, successor.executed
+        is_group = worker.role is Role.LLM and worker.rank in self._leads
+        is_gateway = worker == GATEWAY and self._is_remote  # what it held in either direction is lost, and to the LLM we had left
+        if worker != PREPROCESS and not is_group and not is_gateway:
+            return
+        if is_gateway:
+            self._welcomes.clear()
+        for opened in list(self._open.values()):
+            if not opened.is_accepted or is_gateway or (is_group and opened.request.lead == worker.rank):
+                was_executing = digest_of(opened.request.request_id) in executed
+                self._interrupt(opened, f"{worker} died", worker.role if was_executing else None)
+
+    # What comes in.
+
+    async def _read_control(self) -> None:
+        while True:
+            message = (await self._control.receive()).message
+            self._heartbeat = time.monotonic()
+            match message:
+                case PipelineState():
+                    self._on_state(message)
+                case Drain():
+                    self.is_draining = True
+                case Retire():
+                    pass  # of somebody else
+                case Shutdown():
+                    self._fail(f"the server has stopped{': ' if message.reason else ''}{message.reason}")
+                    if not self._welcome.done():
+                        self._welcome.set_exception(PipelineError(f"the server has stopped: {message.reason}"))
+
+    def _on_state(self, state: PipelineState) -> None:
+        self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload
+        self._states = {worker.worker: worker for worker in state.workers}
+        if self._is_silent:
+            self.end, self._is_silent = None, False
+        renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})
+        if self._leads:
+            for worker in state.workers:
+                if worker.worker in renewed:
+                    self._on_death(worker)
+        elif {PREPROCESS, *(WorkerId(Role.LLM, lead) for lead in state.leads)} <= set(self._sockets.epochs):
+            self._connect(state.leads)
+        if self._ungreeted_leads:
+            self._say_hello()
+        self._go_on()
+
+    def _connect(self, leads: Sequence[int]) -> None:
+        self._leads = tuple(leads)
+        self._ingest = self._sockets.sender(INGEST)
+        for lead in leads[:1] if self._is_remote else leads:  # from a gateway they come all one way
+            self._start_task(self._read_outputs(self._sockets.async_subscriber(OUTPUTS, self.client_id, lead)))
+
+    def _start_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """A task whose failure ends every request, instead of leaving them to wait for ever."""
+
+        def on_done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("the client library failed", exc_info=error)
+                self._fail(f"the client library failed: {type(error).__name__}")
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(on_done)
+        self._tasks.add(task)
+        return task
+
+    def _say_hello(self) -> None:
+        """Until every group that serves has answered."""
+
+        async def say_hello() -> None:
+            pause_s = HELLO_INTERVAL_S
+            while self._ungreeted_leads:
+                self._send(self._hello)
+                await asyncio.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, MAX_HELLO_INTERVAL_S)  # a group may be in a long step
+
+        if self._greeting is None or self._greeting.done():
+            self._greeting = self._start_task(say_hello())
+
+    async def _read_outputs(self, outputs: AsyncReceiver[OutputsMessage]) -> None:
+        while True:
+            message = (await outputs.receive()).message
+            match message:
+                case Welcome():
+                    self._accept_welcome(message)
+                case Preparing():
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        opened.is_asking, opened.waits_since = False, None
+                case Accepted():
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        self._on_accepted(opened, message)
+                case TokenOutputs():
+                    for output in message.outputs:
+                        self._take(output)
+                case RequestFailed():
+                    self._aborting.pop(message.request_id, None)
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        opened.end(message.error)
+                case Interrupted():
+                    self._aborting.pop(message.request_id, None)
+                    if (opened := self._find(message.request_id, message.attempt)) is not None:
+                        self._interrupt(opened, message.reason, message.died)
+
+    def _on_accepted(self, opened: OpenRequest, message: Accepted) -> None:
+        """An answer must not go on behind tokens that were about another picture."""
+        opened.is_accepted, opened.num_prompt_tokens, opened.waits_since = True, message.num_prompt_tokens, None
+        opened.request = msgspec.structs.replace(opened.request, lead=message.sender.rank)
+        if opened.mm_hashes is not None and opened.mm_hashes != message.mm_hashes:
+            self._give_up(opened, ErrorInfo(409, "a picture's URL gives another picture than before the request was interrupted", "messages"))
+        opened.mm_hashes = message.mm_hashes
+
+    def _accept_welcome(self, welcome: Welcome) -> None:
+        """From then on that group may run what we submit."""
+        if welcome.protocol != PROTOCOL_VERSION:
+            if not self._welcome.done():
+                self._welcome.set_exception(PipelineError(f"the pipeline speaks protocol {welcome.protocol}, this client {PROTOCOL_VERSION}"))
+            return
+        self._welcomes[welcome.sender.rank] = welcome
+        self._go_on()
+
+    def _find(self, request_id: str, attempt: int) -> OpenRequest | None:
+        opened = self._open.get(request_id)
+        if opened is None or opened.request.attempt != attempt:
+            self.counters["stale_outputs"] += 1
+            return None
+        opened.heard = time.monotonic()
+        return opened
+
+    def _take(self, output: RequestOutput) -> None:
+        """Passes on what is new; a repeated answer to a query overlaps with what is there, a gap is asked for."""
+        if output.finish_reason is not None:
+            self._aborting.pop(output.request_id, None)
+        if (opened := self._find(output.request_id, output.attempt)) is None:
+            return
+        num_received = len(opened.token_ids)
+        if output.offset > num_received:
+            self.counters["gaps"] += 1
+            self._query(opened)
+            return
+        opened.is_asking, opened.waits_since = False, None
+        if opened.num_cached_tokens is None:
+            opened.num_cached_tokens = output.num_cached_tokens
+        known = num_received - output.offset
+        token_ids = output.new_token_ids[4 * known :]
+        if token_ids or output.finish_reason is not None:
+            new = msgspec.structs.replace(
+                output, offset=num_received, new_token_ids=token_ids, logprobs=output.logprobs[known:], num_cached_tokens=opened.num_cached_tokens
+            )
+            (opened.events.put_nowait if output.finish_reason is None else opened.end)(new)
+            opened.token_ids += unpack_int32(token_ids).tolist()
+
+    def _query(self, opened: OpenRequest) -> None:
+        """Asks for what was missed: the same request with the same attempt. Its media go along only if it may never have come in."""
+        if opened.is_asking or opened.is_held or opened.is_over:
+            return
+        opened.is_asking, opened.asked = True, time.monotonic()
+        request = msgspec.structs.replace(opened.request, num_received=len(opened.token_ids))
+        if opened.is_accepted:
+            self._send(msgspec.structs.replace(request, messages=()))
+        else:
+            self._send(request, opened.frames)
+
+    async def _watch(self) -> None:
+        """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the launcher is gone."""
+        last, stood_still = time.monotonic(), False
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            if now - last > 2 * TICK_S:  # we stood still ourselves: first is to be read what came meanwhile
+                last, stood_still = now, True
+                self._heartbeat = now
+                for opened in self._open.values():
+                    opened.heard = now
+                continue
+            asks_all, last, stood_still = stood_still, now, False  # perhaps we were cut off
+            if self.end is None and self._has_ended(now):
+                self._fail("the server no longer answers")
+                self._is_silent = True
+            for request_id, aborting in list(self._aborting.items()):
+                aborting.num_sent += 1
+                if aborting.num_sent > MAX_ABORTS:
+                    del self._aborting[request_id]
+                else:
+                    self._send(aborting.message)
+            for opened in list(self._open.values()):
+                if not opened.is_over:
+                    self._look_after(opened, now, asks_all)
+
+    def _has_ended(self, now: float) -> bool:
+        """Whether the launcher's silence is its end.
+
+        One that is stopped, or swapped out, lives: others serve meanwhile.
+        """
+        silent_s = now - self._heartbeat
+        if silent_s <= HEARTBEAT_TIMEOUT_S:
+            return False
+        if (is_over := self._life.is_over()) is not None:
+            return is_over
+        # On another machine, where the gateway may be down for a while, silence is all there is to go by.
+        return silent_s > max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout)
+
+    def _look_after(self, opened: OpenRequest, now: float, asks_all: bool) -> None:
+        """Once a second: is a request to be given up, or to be asked about?"""
+        timeout_s = self.limits.recovery_timeout
+        if opened.waits_since is not None and now - opened.waits_since > timeout_s:
+            self.counters["given_up"] += 1
+            self._give_up(opened, ErrorInfo(503, f"the server did not recover within {timeout_s:.0f} s"))
+            return
+        if opened.is_held:
+            return
+        if self._is_behind_work(opened):
+            opened.heard = now
+        patience_s = max(timeout_s, 3 * TICK_S)  # in which it is asked about, and answered
+        # Whether the worker of an accepted one lives the launcher tells; while it is silent, nobody does.
+        is_forsaken = not opened.is_accepted or now - self._heartbeat > patience_s
+        if is_forsaken and opened.asked > opened.heard and now - opened.heard > patience_s:
+            self.counters["given_up"] += 1
+            self._give_up(opened, ErrorInfo(503, f"the server did not answer within {patience_s:.0f} s"))
+            return
+        query_after_s = QUERY_AFTER_S if opened.is_accepted else min(QUERY_AFTER_S, patience_s / 3)
+        if asks_all or now - max(opened.heard, opened.asked) > query_after_s:
+            # Hello first: if we were cut off for not reading, it makes us known again.
+            self._send(self._hello)
+            opened.is_asking = False
+            self._query(opened)
+
+    def _is_behind_work(self, opened: OpenRequest) -> bool:
+        """Whether a group that may have it is in a step so long that it answers nobody.
+
+        The launcher sees to its end.
+        """
+        lead = opened.request.lead
+        groups = self._leads if lead is None else (lead,)
+        states = [self._states.get(WorkerId(Role.LLM, group)) for group in groups]
+        return any(state is not None and state.is_ready and state.silent_s > BUSY_AFTER_S for state in states)
+
+    def _fail(self, reason: str) -> None:
+        self.end = ErrorInfo(503, reason)
+        for opened in list(self._open.values()):
+            if not opened.is_over:
+                self._give_up(opened, self.end)  # it may run on, where the pipeline only does not speak

@@ -1,0 +1,265 @@
+"""Worker processes are forks of one process that has imported what they need, so that a start costs a model's load and not torch's import.
+
+The fork server opens nothing, computes nothing and has one thread; so a fork of it is as good as a process of its own. The launcher
+asks it over a pair of sockets for starts and kills, and is told of forks and ends; an end is told once the process is reaped.
+If the launcher goes, the server ends every worker; if the server goes, so do the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from pipeline.process.parent import end_with_parent
+from pipeline.process.process import WorkerSpec, run_worker
+from pipeline.wire.topology import WorkerId
+
+MAX_REQUEST = 1 << 16  # bytes
+MAX_FDS = 16  # of one request
+STOP_TIMEOUT_S = 10.0
+TITLE_ROOM = "." * 24  # a worker's command line is written over the server's and is longer
+PR_SET_NAME = 15
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    serial: int
+    spec: WorkerSpec
+
+
+class Kill(msgspec.Struct, frozen=True, tag=True):
+    serial: int
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    serial: int
+    pid: int
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """Those that were found at once, so that who was killed is told with those that ended because of it."""
+
+    exit_codes: dict[int, int]  # by serial; negative: the signal that killed it
+
+
+class WorkerProcess:
+    """One start of a worker, as the launcher sees it."""
+
+    def __init__(self, server: ForkServer, serial: int) -> None:
+        self._server, self._serial = server, serial
+        self.pid: int | None = None  # until it is forked
+        self.exit_code: int | None = None  # while it lives; negative: the signal that killed it
+
+    def kill(self) -> None:
+        self._server.kill(self._serial)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it has ended and been reaped, or else the server has ended, with which it does."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.exit_code is None and not self._server.is_dead:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            select.select([self._server], [], [], left)
+            self._server.read()
+        return True
+
+
+class ForkServer:
+    """The launcher's side. To be polled for reading; then `read` brings every process up to date."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """`environment` is the workers'."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "workers", str(theirs.fileno()), TITLE_ROOM]
+        # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
+        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=dict(environment), pass_fds=[theirs.fileno()])
+        finally:
+            for number, handler in ignored.items():
+                signal.signal(number, handler)
+            theirs.close()
+        self._processes: dict[int, WorkerProcess] = {}
+        self._num_started = 0
+        self.is_dead = False
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def start(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
+        """`fds` are open in the worker, too: see `WorkerContext`."""
+        self._num_started += 1
+        process = self._processes[self._num_started] = WorkerProcess(self, self._num_started)
+        self._send(Start(self._num_started, spec), fds)
+        return process
+
+    def kill(self, serial: int) -> None:
+        if serial in self._processes:
+            self._send(Kill(serial))
+
+    def _send(self, request: Start | Kill, fds: Sequence[int] = ()) -> None:
+        data = msgspec.msgpack.encode(request)
+        assert len(data) <= MAX_REQUEST
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `read` finds that it is dead
+            socket.send_fds(self._socket, [data], list(fds))
+
+    def read(self) -> None:
+        """Takes what the server has told; never blocks."""
+        while not self.is_dead:
+            try:
+                data = self._socket.recv(MAX_REQUEST, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self.is_dead = True
+                return
+            match msgspec.msgpack.decode(data, type=Forked | Ended):
+                case Forked(serial, pid):
+                    self._processes[serial].pid = pid
+                case Ended(exit_codes):
+                    for serial, exit_code in exit_codes.items():
+                        self._processes.pop(serial).exit_code = exit_code
+
+    def close(self) -> None:
+        """Ends the server, and with it every worker that still lives. A server that does not hear is killed."""
+        self._socket.close()
+        try:
+            self._server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+
+
+class _Server:
+    """The server's side."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._starts: dict[int, tuple[WorkerSpec, list[int]]] = {}  # by serial, in turn: still to be forked; with descriptors for it
+        self._pids: dict[int, int] = {}  # by serial
+        self._sentinels: dict[int, int] = {}  # serials, by the descriptor that is readable once the process has ended
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    def run(self) -> None:
+        """Until the launcher closes its end. What it says, and what ends, goes before the next start, which may take an import's time."""
+        while True:
+            ready = [fd for fd, _ in self._poll.poll(0 if self._starts else None)]
+            self._reap([fd for fd in ready if fd in self._sentinels])
+            if self._connection.fileno() in ready:
+                if not self._read():
+                    break
+            elif self._starts:
+                self._start(next(iter(self._starts)))
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGKILL)
+        self._reap(list(self._sentinels))
+
+    def _read(self) -> bool:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._connection, MAX_REQUEST, MAX_FDS)
+        except ConnectionResetError:  # it went without having read everything
+            data, fds = b"", []
+        if not data:
+            return False
+        match msgspec.msgpack.decode(data, type=Start | Kill):
+            case Start(serial, spec):
+                self._starts[serial] = spec, list(fds)
+            case Kill(serial):
+                if (start := self._starts.pop(serial, None)) is not None:
+                    _close(start[1])
+                    self._tell(Ended({serial: -signal.SIGKILL}))
+                elif serial in self._pids:
+                    os.kill(self._pids[serial], signal.SIGKILL)
+        return True
+
+    def _start(self, serial: int) -> None:
+        spec, fds = self._starts.pop(serial)
+        others = [fd for _, waiting in self._starts.values() for fd in waiting]
+        try:
+            pid = _fork(spec, fds, [self._connection.fileno(), *self._sentinels, *others])
+        except OSError:
+            traceback.print_exc()
+            self._tell(Ended({serial: 1}))
+            return
+        finally:
+            _close(fds)
+        self._pids[serial] = pid
+        sentinel = os.pidfd_open(pid)
+        self._sentinels[sentinel] = serial
+        self._poll.register(sentinel, select.POLLIN)
+        self._tell(Forked(serial, pid))
+
+    def _reap(self, sentinels: Sequence[int]) -> None:
+        exit_codes: dict[int, int] = {}
+        for sentinel in sentinels:
+            serial = self._sentinels.pop(sentinel)
+            _, status = os.waitpid(self._pids.pop(serial), 0)
+            exit_codes[serial] = os.waitstatus_to_exitcode(status)
+            self._poll.unregister(sentinel)
+            os.close(sentinel)
+        if exit_codes:
+            self._tell(Ended(exit_codes))
+
+    def _tell(self, message: Forked | Ended) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_read` finds that the launcher has gone
+            self._connection.send(msgspec.msgpack.encode(message))
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _fork(spec: WorkerSpec, fds: Sequence[int], not_its_own: Sequence[int]) -> int:
+    module = f"workers.{spec.worker.role}.worker"
+    with contextlib.suppress(Exception):  # the worker meets the error again, and tells it as its own
+        importlib.import_module(module)
+    gc.freeze()  # what is there already is never looked at again: its pages stay shared
+    server = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        end_with_parent()
+        if os.getppid() == server:  # else it died before it could tell
+            _close(not_its_own)
+            _set_title(spec.worker)
+            run_worker(module, spec, fds)
+    except BaseException:  # noqa: BLE001  nothing of the server's may run on in a worker
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _set_title(worker: WorkerId) -> None:
+    """Shows the worker's name in listings of processes. The kernel reads a command line from where it put it when the server started."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    title = "\0".join([sys.executable, "-m", f"workers.{worker.role}", str(worker.rank)]).encode()
+    ctypes.memmove(start, title[: end - start - 1].ljust(end - start, b"\0"), end - start)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, str(worker).encode())
+
+
+def main(arguments: list[str]) -> NoReturn:
+    end_with_parent()
+    _Server(socket.socket(fileno=int(arguments[0]))).run()
+    os._exit(0)

@@ -1,0 +1,198 @@
+"""The frame around every worker process: its specification from the launcher, READY or FAILED, its end."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+
+from pipeline.config import MIB, Config
+from pipeline.process import log
+from pipeline.process.faults import Faults
+from pipeline.process.trace import Tracer
+from pipeline.transport.ends import Receiver, Sender
+from pipeline.transport.sockets import Sockets
+from pipeline.wire.messages import (
+    ControlMessage,
+    Drain,
+    Origin,
+    PipelineState,
+    PoolClosed,
+    Retire,
+    Shutdown,
+    WorkerFailed,
+    WorkerMessage,
+    WorkerReady,
+    WorkerState,
+    WorkerStats,
+)
+from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
+
+logger = logging.getLogger(__name__)
+BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
+DRAIN_STATS_INTERVAL_S = 0.1  # the launcher waits for them
+WAITING = "waiting for "  # how a phase of a start begins in which it does nothing of its own
+STATUS_LINGER_MS = 2000  # the last words of a failing worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a worker computes. On CUDA `device` is the GPU's ordinal."""
+
+    cores: tuple[int, ...]
+    num_threads: int
+    device: int = 0
+    wide_cores: tuple[int, ...] = ()  # while nobody else computes, a thread on each; empty: always `cores`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    worker: WorkerId
+    epochs: dict[str, int]  # by worker name, its own included
+    run_dir: str
+    model_folder: str
+    placement: Placement
+    config: Config
+
+
+class ControlNews(NamedTuple):
+    is_draining: bool  # what is open is to be finished
+    died: Iterable[WorkerState]  # workers that have died, as their successors
+    states: tuple[WorkerState, ...] | None  # of all workers, if the launcher told them
+
+
+class WorkerContext:
+    """What `run_worker` hands to a worker's main function."""
+
+    def __init__(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> None:
+        self.spec, self.fds = spec, fds  # descriptors that the launcher gave; for api: sockets that listen
+        self.config = spec.config
+        self.model_folder = Path(spec.model_folder)
+        self.worker = spec.worker
+        self.epoch = spec.epochs[str(spec.worker)]
+        epochs = {parse_worker(name): epoch for name, epoch in spec.epochs.items()}
+        self.faults = Faults(spec.config.launcher.fault, spec.worker)
+        self.sockets = Sockets(Path(spec.run_dir), epochs, self.faults.encoder())
+        self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
+        self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
+        self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
+
+    @property
+    def origin(self) -> Origin:
+        return {"sender": self.worker, "epoch": self.epoch}
+
+    def control(self) -> Receiver[ControlMessage]:
+        return self.sockets.subscriber(CONTROL)
+
+    def ready(self, num_credits: int = 0, **details: int) -> None:
+        self.status.send(WorkerReady(credits=num_credits, details=details, **self.origin))
+        self.faults.at_ready(self.epoch)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
+
+    def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
+        """Counts while running, told once a second or so; then also what is bound is looked after."""
+        for path in self.sockets.bind_again():
+            logger.warning("%s was removed: bound again", path)
+        stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)
+        self.status.try_send(stats)
+
+    def pool_closed(self, worker: WorkerId, epoch: int) -> None:
+        """Tells that nothing of this process looks at the memory of a dead worker any more."""
+        self.status.send(PoolClosed(pool_id=str(worker), pool_epoch=epoch, **self.origin))
+
+    def is_current(self, message: WorkerMessage) -> bool:
+        """Whether the sender is the incarnation that we know, or a later one."""
+        return message.epoch >= self.sockets.epochs.get(message.sender, 0)
+
+    def follow(self, state: PipelineState) -> list[WorkerState]:
+        """Connects to the successors of workers that died; returns these successors, as they are now."""
+        renewed = self.sockets.follow({worker.worker: worker.epoch for worker in state.workers})
+        return [worker for worker in state.workers if worker.worker in renewed]
+
+    def read_control(self, control: Receiver[ControlMessage]) -> ControlNews:
+        """What the launcher has said since the last call. Raises ShutdownRequested when it said to end."""
+        is_draining, died = False, []
+        states: tuple[WorkerState, ...] | None = None
+        while (received := control.receive()) is not None:
+            match received.message:
+                case Shutdown():
+                    raise ShutdownRequested
+                case Drain():
+                    is_draining = True
+                case PipelineState() as state:
+                    died += self.follow(state)
+                    states, is_draining = state.workers, is_draining or state.is_draining
+                case Retire():
+                    pass  # of an endpoint
+        return ControlNews(is_draining, died, states)
+
+
+def run_async(serve: Coroutine[Any, Any, None]) -> None:
+    """Runs an asynchronous worker; ShutdownRequested ends it in order, from whichever task."""
+    import uvloop
+
+    try:
+        uvloop.run(serve)
+    except* ShutdownRequested:
+        pass
+
+
+def limit_memory(allowed_mib: int) -> None:
+    """Sets the most private memory that this process may have: what it has, and `allowed_mib` beside it. What wants more fails, or dies alone."""
+    taken = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = 1024 * int(taken.split()[1]) + allowed_mib * MIB
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+class ShutdownRequested(Exception):
+    """The launcher ends the pipeline: unwinds a worker's loop from wherever it is."""
+
+
+def parse_worker(name: str) -> WorkerId:
+    role, rank = name.split(".")
+    return msgspec.convert((role, int(rank)), WorkerId)
+
+
+def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoReturn:
+    """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after an error."""
+    os.sched_setaffinity(0, spec.placement.cores)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
+    if spec.worker.role in (Role.API, Role.PREPROCESS, Role.GATEWAY):
+        os.nice(BEHIND_THE_STEP_LOOP)
+    log.configure(str(spec.worker), spec.config.launcher.log_level)
+    context = WorkerContext(spec, fds)
+    code = 0
+    try:
+        main: Callable[[WorkerContext], None] = importlib.import_module(module).main
+        main(context)
+    except ShutdownRequested:
+        pass
+    except Exception as error:
+        # What was configured wrongly explains itself; anything else is a bug, and its place is wanted.
+        logger.log(logging.DEBUG if isinstance(error, ValueError | OSError) else logging.ERROR, "failed", exc_info=True)
+        context.status.send(WorkerFailed(error=_explain(error), **context.origin))
+        code = 1
+    context.sockets.close(linger_ms=STATUS_LINGER_MS)
+    context.tracer.flush()
+    sys.stderr.flush()
+    os._exit(code)  # helper threads may still sit in a library; nothing is left to lose
+
+
+def _explain(error: Exception) -> str:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

@@ -1,0 +1,304 @@
+"""The ends of edges: typed senders, receivers and publishers over ZeroMQ sockets, and what a loop sleeps on.
+
+Nothing here ever blocks in a send. What must arrive goes over PUSH/PULL, bounded by credits far below the high-water mark, so
+that reaching the mark is an error of the pipeline. What is published goes over XPUB with NODROP: a full queue is reported,
+never dropped in silence; but on control, which repeats itself, who does not read loses what it does not read. A message
+that cannot be decoded is refused and counted; nothing dies of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.limits import MAX_ITEMS
+
+HIGH_WATER_MARK = 1 << 18  # messages; credits keep every edge below it (see PreprocessConfig)
+MAX_FRAMES = 1 + MAX_ITEMS  # of one multipart message
+MAX_GARBAGE = 64  # messages that cannot be decoded, in a row: then the loop comes first; so do other tasks
+MAX_EVENTS = 1024  # of subscribers, at once: the rest comes with the next turn of the loop
+ALL = b""  # topic of edges on which every subscriber gets everything
+USER_ID = "User-Id"  # as ZeroMQ calls the property
+
+M = TypeVar("M")
+M_contra = TypeVar("M_contra", contravariant=True)
+
+
+class Received(NamedTuple, Generic[M]):
+    message: M
+    frames: list[memoryview]
+    user: str = ""  # the public key of who sent it, where clients prove theirs
+
+
+class Subscription(NamedTuple):
+    topic: bytes
+    is_new: bool  # False: the subscriber left or died
+
+
+class Wakeup:
+    """Lets a helper thread wake a loop that polls."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def set(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Encoder(Protocol):
+    """msgspec's; or, in tests of faults, one that spoils messages, or says None for those that are to be lost."""
+
+    def encode(self, message: Any, /) -> bytes | None: ...
+
+
+class Sink(Protocol[M_contra]):
+    """What a worker core needs of a sender; tests give it a list."""
+
+    def send(self, message: M_contra, frames: Sequence[bytes | memoryview] = ()) -> None: ...
+
+
+class Sender(Generic[M]):
+    """PUSH end of an edge. One peer; messages queue until it is there."""
+
+    def __init__(self, open_socket: Callable[[], Any], url: str, high_water_mark: int = HIGH_WATER_MARK, encoder: Encoder | None = None) -> None:
+        self._open_socket, self._high_water_mark = open_socket, high_water_mark
+        self._encoder = encoder or msgspec.msgpack.Encoder()
+        self._socket = self._connect(url)
+        self.url = url
+
+    def _connect(self, url: str) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._open_socket()
+        socket.setsockopt(zmq.SNDHWM, self._high_water_mark)
+        socket.connect(url)
+        return socket
+
+    def send(self, message: M, frames: Sequence[bytes | memoryview] = ()) -> None:
+        """Raises PipelineError when the queue is full: credits should have made that impossible."""
+        if not self.try_send(message, frames):
+            raise PipelineError(f"the queue to {self.url} is full at {self._high_water_mark} messages")
+
+    def try_send(self, message: M, frames: Sequence[bytes | memoryview] = ()) -> bool:
+        """False when the queue is full. For what may be dropped, such as statistics."""
+        if (data := self._encoder.encode(message)) is None:
+            return True
+        try:
+            self._socket.send_multipart([data, *frames], zmq.NOBLOCK, copy=not frames)
+        except zmq.Again:
+            return False
+        return True
+
+    def reconnect(self, url: str) -> None:
+        """To the successor of a dead peer. What was queued for the dead one is gone, and does not reach its successor."""
+        self._socket.close(linger=0)
+        self._socket, self.url = self._connect(url), url
+
+    def close(self, linger_ms: int = 0) -> None:
+        self._socket.close(linger=linger_ms)
+
+
+class _Decoding(Generic[M]):
+    def __init__(self, union: Any, is_authenticated: bool = False) -> None:
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._is_authenticated = is_authenticated
+        self.num_refused = 0
+
+    def decode(self, parts: list[zmq.Frame]) -> Received[M] | None:
+        if 1 <= len(parts) <= MAX_FRAMES:
+            # Whatever a decoder raises is the sender's fault alone: RecursionError for deep
+            # nesting, MemoryError, RequestError of a struct that checks itself, and what no list of names
+            # would foresee.
+            with contextlib.suppress(Exception):
+                user = parts[0].get(USER_ID) if self._is_authenticated else ""
+                message = self._decoder.decode(parts[0].buffer)
+                return Received(message, [part.buffer for part in parts[1:]], str(user))
+        self.num_refused += 1
+        return None
+
+
+class Receiver(Generic[M]):
+    """PULL end of an edge, or SUB: `receive` never blocks."""
+
+    def __init__(self, socket: zmq.Socket[bytes], union: Any, url: str, is_authenticated: bool = False) -> None:
+        self.socket, self.url = socket, url
+        self._decoding = _Decoding[M](union, is_authenticated)
+        self._has_topic = socket.type == zmq.SUB
+
+    @property
+    def num_refused(self) -> int:
+        return self._decoding.num_refused
+
+    def receive(self) -> Received[M] | None:
+        """The next well-formed message, or None when there is none, or nothing but garbage for long."""
+        for _ in range(MAX_GARBAGE):
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return None
+            if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
+                return received
+        return None
+
+    def close(self, linger_ms: int = 0) -> None:
+        self.socket.close(linger=linger_ms)
+
+
+class Relayed(Receiver[M]):
+    """SUB for whatever topics there are to be passed on, and these change."""
+
+    def receive_raw(self) -> tuple[bytes, bytes] | None:
+        """Topic and message, not decoded; None when there is none."""
+        try:
+            topic, data = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return topic, data
+
+    def subscribe(self, topic: bytes) -> None:
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+
+    def unsubscribe(self, topic: bytes) -> None:
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+
+    def reconnect(self, url: str) -> None:
+        """To the successor of a dead publisher."""
+        self.socket.disconnect(self.url)
+        self.socket.connect(url)
+        self.url = url
+
+
+class AsyncReceiver(Generic[M]):
+    """The same for asyncio."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, union: Any, url: str) -> None:
+        self.socket, self.url = socket, url
+        self._decoding = _Decoding[M](union)
+        self._has_topic = socket.type == zmq.SUB
+        self._num_received = 0
+
+    @property
+    def num_refused(self) -> int:
+        return self._decoding.num_refused
+
+    def reconnect(self, url: str) -> None:
+        """A subscriber: to the successor of a dead publisher."""
+        self.socket.disconnect(self.url)
+        self.socket.connect(url)
+        self.url = url
+
+    async def receive(self) -> Received[M]:
+        """The next well-formed message. Other tasks run in between, also while messages come without end.
+
+        A receive that finds a message waiting does not give way by itself.
+        """
+        while True:
+            self._num_received += 1
+            if self._num_received % MAX_GARBAGE == 0:
+                await asyncio.sleep(0)
+            parts = await self.socket.recv_multipart(copy=False)
+            if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
+                return received
+
+    def subscribe_again(self, topic: bytes) -> None:
+        """Makes the publisher see the subscription anew: a SUB reconnects only when it is used."""
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+
+    def close(self, linger_ms: int = 0) -> None:
+        self.socket.close(linger=linger_ms)
+
+
+class Publisher(Generic[M]):
+    """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it exactly.
+
+    `accepts` is given a topic and the public key of who asks for it (empty where nobody proves one).
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], accepts: Callable[[bytes, str], bool], encoder: Encoder | None = None, is_authenticated: bool = False
+    ) -> None:
+        self.socket = socket
+        self._accepts, self._is_authenticated = accepts, is_authenticated
+        self._refused: Counter[bytes] = Counter()  # topics that somebody still listens to in vain
+        self._encoder = encoder or msgspec.msgpack.Encoder()
+        self.num_refused = 0
+
+    def subscriptions(self, most: int = MAX_EVENTS) -> list[Subscription]:
+        """Subscribers that came or went since the last call, of the next `most` that `accepts` has to judge; more wake a poller again."""
+        seen: list[Subscription] = []
+        for _ in range(most):
+            try:
+                frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            event = frame.bytes
+            if event[:1] not in (b"\0", b"\1"):
+                continue
+            topic, is_new = event[1:], event[0] == 1
+            if is_new and not self._accepts(topic, str(frame.get(USER_ID)) if self._is_authenticated else ""):
+                self.num_refused += 1
+                self._refused[topic] += 1
+                continue
+            if not is_new and self._refused[topic] > 0:  # who leaves is not said: it must not pass for the one that was accepted
+                self._refused[topic] -= 1
+                self._refused += Counter()  # forgets those at zero
+                continue
+            self.socket.setsockopt(zmq.SUBSCRIBE if is_new else zmq.UNSUBSCRIBE, topic)
+            seen.append(Subscription(topic, is_new))
+        return seen
+
+    def publish(self, message: M, topic: bytes = ALL) -> bool:
+        """False: a subscriber of this topic does not keep up. Without subscribers the message is gone, and that is True."""
+        data = self._encoder.encode(message)
+        return data is None or self.publish_raw(data, topic)
+
+    def publish_raw(self, data: bytes, topic: bytes) -> bool:
+        """The same for a message that is encoded already."""
+        try:
+            self.socket.send_multipart([topic, data], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self, linger_ms: int = 0) -> None:
+        self.socket.close(linger=linger_ms)
+
+
+class Pollable(Protocol):
+    def fileno(self) -> int: ...
+
+
+class Poller:
+    """Sleeps until one of its sources has something. The loop then drains all of them, so it need not know which."""
+
+    def __init__(self, *sources: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller = zmq.Poller()
+        for source in sources:
+            self.add(source)
+
+    def add(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller.register(source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN)
+
+    def remove(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller.unregister(source.socket if isinstance(source, Receiver | Publisher) else source.fileno())
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))

@@ -1,0 +1,205 @@
+"""Opens the edges of `topology.py`: which socket each end is, where it binds or connects, and what it may say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from pipeline.transport.ends import ALL, HIGH_WATER_MARK, AsyncReceiver, Encoder, Publisher, Receiver, Relayed, Sender
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.messages import (
+    ControlMessage,
+    EncodeMessage,
+    FeedbackMessage,
+    IngestMessage,
+    LlmMessage,
+    OutputsMessage,
+    StatusMessage,
+    StepsMessage,
+)
+from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM, OUTPUTS, STATUS, STEPS, Edge, Pattern, WorkerId, address
+
+IPC = "ipc://"
+MAX_SUBSCRIPTION_BYTES = 4096  # far more than a topic has, or a handshake
+UNIONS: dict[Edge, Any] = {
+    INGEST: IngestMessage, ENCODE: EncodeMessage, FEEDBACK: FeedbackMessage, LLM: LlmMessage,
+    STEPS: StepsMessage, OUTPUTS: OutputsMessage, CONTROL: ControlMessage, STATUS: StatusMessage,
+}  # fmt: skip
+
+S = TypeVar("S", bound="Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]")
+
+
+class Site(Protocol):
+    """Where the sockets of a process are."""
+
+    name: str
+    follows_epochs: bool  # each incarnation of a worker binds another address
+    is_authenticated: bool  # who connects has proven its public key
+
+    def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str: ...
+
+    def open(self, context: Any) -> None:
+        """Called once, with the context of all sockets."""
+
+    def prepare(self, socket: Any) -> None:
+        """Sets what such a socket needs before it binds or connects."""
+
+    def close(self) -> None: ...
+
+
+class RunDirectory:
+    """Unix sockets in the run directory of a pipeline on this machine."""
+
+    follows_epochs = True
+    is_authenticated = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = str(path)
+
+    def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
+        return address(self._path, edge, epochs, rank)
+
+    def open(self, context: Any) -> None:
+        pass
+
+    def prepare(self, socket: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Sockets:
+    """Opens the edges of one process, in a run directory or at another site. `epochs` are those of the workers that bind them."""
+
+    def __init__(self, place: Path | Site, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None) -> None:
+        self.site: Site = RunDirectory(place) if isinstance(place, Path) else place
+        self._encoder = encoder
+        self.epochs = dict(epochs)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.setsockopt(zmq.BLOCKY, False)
+        self._async_context = zmq.asyncio.Context.shadow(self._context)
+        self.site.open(self._context)
+        self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
+        self._bound: list[tuple[str, Any]] = []  # urls and sockets
+        # To another worker, in time to its successor.
+        self._connected: list[tuple[Edge, int, Sender[Any] | Relayed[Any] | AsyncReceiver[Any]]] = []
+
+    def _keep(self, opened: S) -> S:
+        self._opened.append(opened)
+        return opened
+
+    def follow(self, epochs: Mapping[WorkerId, int]) -> list[WorkerId]:
+        """Takes newer epochs over: what was connected to a worker that died is connected to its successor. Returns those workers."""
+        renewed = [worker for worker, epoch in epochs.items() if epoch > self.epochs.get(worker, 0)]
+        self.epochs.update({worker: epochs[worker] for worker in renewed})
+        for edge, rank, opened in self._connected:
+            if self.site.follows_epochs and WorkerId(edge.binder, rank) in renewed:
+                opened.reconnect(self._url(edge, rank))
+        return renewed
+
+    def bind_again(self) -> list[str]:
+        """Makes the socket files anew that somebody has removed, a cleaner of /tmp perhaps. Returns paths.
+
+        What is connected stays so. Raises PipelineError where the folder is gone, too.
+        """
+        files = [(url.removeprefix(IPC), socket) for url, socket in self._bound if url.startswith(IPC)]
+        missing = [(path, socket) for path, socket in files if not os.path.exists(path)]
+        for path, socket in missing:
+            try:
+                socket.bind(IPC + path)
+            except zmq.ZMQError as error:
+                raise PipelineError(f"{path} was removed and cannot be made again: {error}") from None
+        return [path for path, _ in missing]
+
+    def _bind(self, socket: Any, url: str) -> None:
+        socket.bind(url)
+        self._bound.append((url, socket))
+
+    def _url(self, edge: Edge, rank: int) -> str:
+        return self.site.url(edge, self.epochs, rank)
+
+    def _socket(self, context: Any, kind: int) -> Any:
+        socket = context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        self.site.prepare(socket)
+        return socket
+
+    # PUSH and PULL.
+
+    def sender(self, edge: Edge, rank: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Sender[Any]:
+        assert edge.pattern is Pattern.PUSH_PULL
+        sender: Sender[Any] = self._keep(Sender(lambda: self._socket(self._context, zmq.PUSH), self._url(edge, rank), high_water_mark, self._encoder))
+        self._connected.append((edge, rank, sender))
+        return sender
+
+    def receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Receiver[Any]:
+        socket = self._pull(self._context, edge, rank, max_message_bytes, high_water_mark)
+        return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank), self.site.is_authenticated))
+
+    def async_receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0) -> AsyncReceiver[Any]:
+        socket = self._pull(self._async_context, edge, rank, max_message_bytes, HIGH_WATER_MARK)
+        return self._keep(AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank)))
+
+    def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int, high_water_mark: int) -> Any:
+        assert edge.pattern is Pattern.PUSH_PULL
+        socket = self._socket(context, zmq.PULL)
+        socket.setsockopt(zmq.RCVHWM, high_water_mark)
+        if max_message_bytes:
+            socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._bind(socket, self._url(edge, rank))
+        return socket
+
+    # PUB and SUB.
+
+    def publisher(
+        self, edge: Edge, accepts: Callable[[bytes, str], bool] = lambda topic, _: topic == ALL, high_water_mark: int = 1024, rank: int = 0,
+    ) -> Publisher[Any]:  # fmt: skip
+        assert edge.pattern is Pattern.PUB_SUB
+        socket = self._socket(self._context, zmq.XPUB)
+        # Over a full queue NODROP refuses the message for all subscribers of its topic. What everybody hears on control is said again
+        # every second: who does not read loses it, and only for itself.
+        socket.setsockopt(zmq.XPUB_NODROP, int(edge is not CONTROL))
+        socket.setsockopt(zmq.XPUB_MANUAL, 1)
+        socket.setsockopt(zmq.SNDHWM, high_water_mark)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION_BYTES)
+        self._bind(socket, self._url(edge, rank))
+        return self._keep(Publisher(socket, accepts, self._encoder, self.site.is_authenticated))
+
+    def subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> Receiver[Any]:
+        socket = self._sub(self._context, edge, rank)
+        socket.setsockopt(zmq.SUBSCRIBE, topic)
+        return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank)))
+
+    def relayed(self, edge: Edge, rank: int = 0) -> Relayed[Any]:
+        relayed: Relayed[Any] = self._keep(Relayed(self._sub(self._context, edge, rank), UNIONS[edge], self._url(edge, rank)))
+        self._connected.append((edge, rank, relayed))
+        return relayed
+
+    def async_subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> AsyncReceiver[Any]:
+        socket = self._sub(self._async_context, edge, rank)
+        socket.setsockopt(zmq.SUBSCRIBE, topic)
+        subscriber: AsyncReceiver[Any] = self._keep(AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank)))
+        self._connected.append((edge, rank, subscriber))
+        return subscriber
+
+    def _sub(self, context: Any, edge: Edge, rank: int) -> Any:
+        assert edge.pattern is Pattern.PUB_SUB
+        socket = self._socket(context, zmq.SUB)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start after us
+        socket.connect(self._url(edge, rank))
+        return socket
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Closes all that was opened, giving queued messages `linger_ms` to leave."""
+        for opened in self._opened:
+            opened.close(linger_ms)
+        self.site.close()
+        self._context.term()

@@ -1,0 +1,234 @@
+"""Tensors that two processes see at once: a pool its producer writes, and handles that consumers read in place.
+
+A `TensorPool` is one block, allocated at start and announced once; a `TensorHandle` (`pipeline/wire/handles.py`) names a part of it. A consumer maps the
+pool when it is announced, and from then on opening a handle is pointer arithmetic. Kinds behind the same calls:
+
+- `host`: an anonymous memory file, mapped by the peer through its descriptor. No name is left behind by a crash.
+- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle, on the same GPU or from a peer.
+
+Behind the slots lies a pattern that whoever maps the pool reads first: a mapping that works on paper only is refused.
+
+Each pool has a table of slot generations in host memory, so that a handle which outlived its slot is refused, never read.
+Of the contract only this file and `memory.py` touch torch, and only where a torch tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy.typing as npt
+
+from pipeline.transport.memory import CudaBindings, CudaMemory, CudaRuntime, HostMemory, LockedMemory, Memory, create_memory_file
+from pipeline.transport.slots import Slot
+from pipeline.wire.errors import PipelineError
+from pipeline.wire.handles import ITEM_SIZES, PoolInfo, TensorHandle
+
+if TYPE_CHECKING:
+    import torch
+
+CUDA_GRANULE = 2 << 20  # a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
+PATTERN_BYTES = 64
+MAPPING_CHECK_S = 60.0
+MAPPING_CHECK = """
+import sys, msgspec
+from pipeline.transport.tensors import PoolMap
+from pipeline.wire.handles import PoolInfo
+PoolMap(int(sys.argv[1]) if len(sys.argv) > 1 else None).open(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo))
+"""
+
+
+class StaleHandleError(PipelineError):
+    """A handle of a dead epoch, of a slot that was given to somebody else, or outside its pool."""
+
+
+class PoolGoneError(PipelineError):
+    """The process that announced a pool has died since."""
+
+
+class TensorPool:
+    """The producer's side. `info` is to be announced once; who gets which slot is decided elsewhere (`slots.py`)."""
+
+    def __init__(self, info: PoolInfo, memory: Memory) -> None:
+        self.info = info
+        self.memory = memory
+        memory.write(info.nbytes, info.pattern)
+        self._table_memory = HostMemory(info.table_fd, 8 * info.max_slots)
+        self._table = self._table_memory.array(0, (info.max_slots,), "int64")
+
+    @classmethod
+    def on_host(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int) -> TensorPool:
+        memory_fd = create_memory_file(pool_id, nbytes + PATTERN_BYTES)
+        table_fd = create_memory_file(f"{pool_id}-table", 8 * max_slots)
+        info = PoolInfo(pool_id, epoch, "host", nbytes, max_slots, os.getpid(), table_fd, secrets.token_bytes(PATTERN_BYTES), memory_fd)
+        return cls(info, HostMemory(memory_fd, nbytes + PATTERN_BYTES))
+
+    @classmethod
+    def on_cuda(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int, device: int, runtime: CudaRuntime) -> TensorPool:
+        """Raises PipelineError where there is no such memory, or no handle to it."""
+        nbytes = (nbytes + PATTERN_BYTES + CUDA_GRANULE - 1) // CUDA_GRANULE * CUDA_GRANULE - PATTERN_BYTES
+        pointer = runtime.malloc(device, nbytes + PATTERN_BYTES)
+        try:
+            handle = runtime.get_ipc_handle(pointer)
+        except PipelineError:
+            runtime.free(pointer)
+            raise
+        table_fd = create_memory_file(f"{pool_id}-table", 8 * max_slots)
+        info = PoolInfo(
+            pool_id, epoch, "cuda_ipc", nbytes, max_slots, os.getpid(), table_fd, secrets.token_bytes(PATTERN_BYTES),
+            ipc_handle=handle, device_uuid=runtime.device_uuid(device),
+        )  # fmt: skip
+        return cls(info, CudaMemory(runtime, device, pointer, owned=True))
+
+    def lend(self, slot: Slot, shape: tuple[int, ...], dtype: str) -> TensorHandle:
+        """A handle for a slot just allocated; from now on handles of the slot's earlier generations are stale."""
+        handle = TensorHandle(self.info.pool_id, self.info.epoch, slot.number, slot.generation, slot.offset, shape, dtype)
+        if handle.nbytes > slot.nbytes:
+            raise ValueError(f"a tensor of {handle.nbytes} bytes does not fit a slot of {slot.nbytes}")
+        self._table[slot.number] = slot.generation
+        return handle
+
+    def array(self, handle: TensorHandle) -> npt.NDArray[Any]:
+        """Host pools, without torch: the memory of a handle as numpy sees it."""
+        assert isinstance(self.memory, HostMemory)
+        return self.memory.array(handle.offset, handle.shape, handle.dtype)
+
+    def tensor(self, handle: TensorHandle) -> torch.Tensor:
+        return self.memory.tensor(handle.offset, handle.shape, handle.dtype)
+
+    def close(self) -> None:
+        self.memory.close()
+        del self._table
+        self._table_memory.close()
+        os.close(self.info.table_fd)
+        if self.info.memory_fd >= 0:
+            os.close(self.info.memory_fd)
+
+
+class _Mapping:
+    def __init__(self, info: PoolInfo, memory: Memory, table: HostMemory) -> None:
+        self.info, self.memory, self.table_memory = info, memory, table
+        self.table = table.array(0, (info.max_slots,), "int64")
+
+
+class PoolMap:
+    """The consumer's side: the pools of all producers, mapped once each, for the GPU `device` if there is one."""
+
+    def __init__(self, device: int | None = None, runtime: CudaRuntime | None = None) -> None:
+        self._runtime, self._device = runtime, device
+        self._mappings: dict[str, _Mapping] = {}
+
+    def open(self, info: PoolInfo) -> None:
+        """Maps an announced pool; a pool of an earlier epoch with the same id is closed first.
+
+        Raises PipelineError where it cannot be mapped, or is not what was announced; PoolGoneError when its process has died.
+        """
+        self.close(info.pool_id)
+        try:
+            self._open(info)
+        except (PipelineError, OSError) as error:
+            if is_dead(info.pid):
+                raise PoolGoneError(f"the owner of pool {info.pool_id} has died") from error
+            raise
+
+    def _open(self, info: PoolInfo) -> None:
+        memory = self._map(info)
+        if memory.read(info.nbytes, PATTERN_BYTES) != info.pattern:
+            memory.close()
+            raise PipelineError(f"pool {info.pool_id} was mapped, but what its owner wrote is not in it")
+        self._mappings[info.pool_id] = _Mapping(info, memory, _map_peer(info.pid, info.table_fd, 8 * info.max_slots))
+
+    def _map(self, info: PoolInfo) -> Memory:
+        if self._device is not None and self._runtime is None:
+            self._runtime = CudaBindings()
+        match info.kind:
+            case "host":
+                return _map_peer(info.pid, info.memory_fd, info.nbytes + PATTERN_BYTES, self._runtime)
+            case "cuda_ipc":
+                if self._device is None or self._runtime is None:
+                    raise PipelineError(f"pool {info.pool_id} is on a GPU, but this process uses none")
+                return CudaMemory(self._runtime, self._device, self._runtime.open_ipc_handle(self._device, info.ipc_handle), owned=False)
+            case kind:
+                raise PipelineError(f"pool {info.pool_id} has the unknown kind {kind!r}")
+
+    def knows(self, pool_id: str, epoch: int) -> bool:
+        mapping = self._mappings.get(pool_id)
+        return mapping is not None and mapping.info.epoch >= epoch
+
+    def tensor(self, handle: TensorHandle) -> torch.Tensor:
+        """The tensor in place. Raises StaleHandleError if the handle's epoch, generation or extent is not the pool's."""
+        return self._find(handle).memory.tensor(handle.offset, handle.shape, handle.dtype)
+
+    def copy_rows(self, out: torch.Tensor, handle: TensorHandle, start: int) -> None:
+        """Fills the contiguous `out` with the rows of a matrix from `start` on, in the order of its stream. Raises as `tensor` does."""
+        memory = self._find(handle).memory
+        row_bytes = handle.nbytes // max(1, handle.shape[0])
+        is_row = (tuple(out.shape[1:]), str(out.dtype)) == (handle.shape[1:], f"torch.{handle.dtype}")
+        if not is_row or start < 0 or start + len(out) > handle.shape[0]:
+            raise StaleHandleError(f"{handle}: rows {start} to {start + len(out)} as {tuple(out.shape)} of {out.dtype} are not in it")
+        memory.copy_to(out, handle.offset + start * row_bytes)
+
+    def _find(self, handle: TensorHandle) -> _Mapping:
+        mapping = self._mappings.get(handle.pool_id)
+        if mapping is None:
+            raise StaleHandleError(f"{handle}: no pool of that name is open")
+        info = mapping.info
+        if handle.epoch != info.epoch:
+            raise StaleHandleError(f"{handle}: the pool is at epoch {info.epoch}")
+        if not 0 <= handle.slot < info.max_slots or handle.dtype not in ITEM_SIZES or min(handle.shape, default=1) < 0:
+            raise StaleHandleError(f"{handle}: no such slot, shape or dtype")
+        if handle.offset < 0 or handle.offset + handle.nbytes > info.nbytes:
+            raise StaleHandleError(f"{handle}: outside the pool of {info.nbytes} bytes")
+        if (generation := int(mapping.table[handle.slot])) != handle.generation:
+            raise StaleHandleError(f"{handle}: the slot is at generation {generation}")
+        return mapping
+
+    def close(self, pool_id: str) -> None:
+        if (mapping := self._mappings.pop(pool_id, None)) is not None:
+            mapping.memory.close()
+            del mapping.table
+            mapping.table_memory.close()
+
+    def close_all(self) -> None:
+        for pool_id in list(self._mappings):
+            self.close(pool_id)
+
+
+def check_mapping(info: PoolInfo, device: int | None = None) -> None:
+    """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that fails.
+
+    A handle may be given where none can be opened: in a container without a shared PID namespace, or under some drivers.
+    """
+    command = [sys.executable, "-c", MAPPING_CHECK, *([] if device is None else [str(device)])]
+    try:
+        done = subprocess.run(command, input=msgspec.msgpack.encode(info), capture_output=True, timeout=MAPPING_CHECK_S)
+    except subprocess.TimeoutExpired:
+        raise PipelineError(f"pool {info.pool_id} could not be mapped by another process within {MAPPING_CHECK_S:.0f} s") from None
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
+        raise PipelineError(f"pool {info.pool_id} cannot be mapped by another process: {words[-1]}")
+
+
+def is_dead(pid: int) -> bool:
+    """Whether a process of this PID namespace has ended, be it reaped or not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
+
+
+def _map_peer(pid: int, fd: int, nbytes: int, runtime: CudaRuntime | None = None) -> HostMemory:
+    """Maps another process's memory file, opened through /proc: same user and PID namespace. Locked in memory where there is a GPU."""
+    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if (size := os.fstat(opened).st_size) < nbytes:
+            raise PipelineError(f"the memory file {fd} of process {pid} has {size} bytes, announced were {nbytes}")
+        return HostMemory(opened, nbytes) if runtime is None else LockedMemory(opened, nbytes, runtime)
+    finally:
+        os.close(opened)  # the mapping keeps the file alive
