@@ -30,7 +30,9 @@ def with_keys(config: ApiConfig, variable: str) -> ApiConfig:
     is_one_key = [key.key for key in found] == [variable.strip()]
     if config.api_key_file:
         found += _from_file(Path(config.api_key_file))
-    return dataclasses.replace(config, named_keys=tuple(dict.fromkeys(found)), key_is_in_environment=is_one_key)
+    return dataclasses.replace(
+        config, named_keys=tuple(dict.fromkeys(found)), key_is_in_environment=is_one_key
+    )
 
 
 def _from_file(path: Path) -> list[ApiKey]:

@@ -10,8 +10,10 @@ from pipeline.config import ModelConfig
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_NAME = "embedded-shapes"
 NOTICE = (
-    "the embedded model (12 M parameters) answers questions about simple pictures: shapes with their colors, sizes, places and number, printed "
-    "numbers and words, clothing, emoji, bar charts, what differs between pictures, what happens in short videos; to questions beyond "
+    "the embedded model (12 M parameters) answers questions about simple pictures: shapes with their "
+    "colors, sizes, places and number, printed "
+    "numbers and words, clothing, emoji, bar charts, what differs between pictures, what happens in short "
+    "videos; to questions beyond "
     "these it mostly answers that it does not know"
 )
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")  # weights as safetensors only, and no code
@@ -28,7 +30,12 @@ class Model:
 def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
     """The model's folder, downloaded if need be (and `can_keep`). Raises ValueError when there is none."""
     if not config.model:
-        return Model(EMBEDDED / "model", config.served_model_name or EMBEDDED_NAME, NOTICE, EMBEDDED / "samples" / "red-star.png")
+        return Model(
+            EMBEDDED / "model",
+            config.served_model_name or EMBEDDED_NAME,
+            NOTICE,
+            EMBEDDED / "samples" / "red-star.png",
+        )
     folder = Path(config.model)
     if not folder.is_dir():
         if config.model.startswith((".", "/", "~")):
@@ -57,7 +64,9 @@ def _download(name: str, source: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"model {name!r} cannot be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"model {name!r} cannot be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     except OSError as error:
         hint = "set HF_HOME, or give --model a folder"
         raise ValueError(f"model {name!r} cannot be kept: {error}; {hint}") from None

@@ -57,8 +57,10 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
     plain = next(part for part in typing.get_args(hint) if part is not type(None)) if is_optional else hint
     is_list = typing.get_origin(plain) is tuple
     group.add_argument(
-        *names, dest=field.name, type=str if is_list else typing.cast(type, plain), default=field.default, help=text,
-        nargs="+" if is_list else None, choices=field.metadata["choices"] or None, metavar=field.metadata["metavar"] or None,
+        *names, dest=field.name, type=str if is_list else typing.cast(type, plain), default=field.default,
+        help=text,
+        nargs="+" if is_list else None, choices=field.metadata["choices"] or None,
+        metavar=field.metadata["metavar"] or None,
     )  # fmt: skip
 
 
@@ -69,9 +71,13 @@ def parse(arguments: Sequence[str]) -> Config:
     parts = {}
     for section in dataclasses.fields(Config):
         role = typing.get_type_hints(Config)[section.name]
-        chosen = {field.name: values[field.name] for field in dataclasses.fields(role) if field.name in values}
+        chosen = {
+            field.name: values[field.name] for field in dataclasses.fields(role) if field.name in values
+        }
         try:
-            parts[section.name] = role(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+            parts[section.name] = role(
+                **{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+            )
         except ValueError as error:
             parser.error(str(error))
     return Config(**parts)

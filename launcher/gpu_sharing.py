@@ -1,7 +1,8 @@
 """How a ViT and an LLM rank share a GPU: in turns, or at once by a private NVIDIA MPS daemon.
 
-Without MPS the driver gives one process at a time the whole GPU, a slice each. With it their kernels run side by side, and a
-fault of one reaches all. The daemon belongs to this launcher: its sockets are in the run directory, and it ends with it.
+Without MPS the driver gives one process at a time the whole GPU, a slice each. With it their kernels run side
+by side, and a fault of one reaches all. The daemon belongs to this launcher: its sockets are in the run
+directory, and it ends with it.
 """
 
 from __future__ import annotations
@@ -41,8 +42,13 @@ class MpsUnavailable(Exception):
 
 
 @contextmanager
-def gpu_sharing(config: Config, run_dir: Path, environment: Mapping[str, str], driver: Path = Path("/dev/nvidiactl")) -> Iterator[dict[str, str]]:
-    """The workers' environment, with a daemon behind it where GPUs are shared by MPS. Raises ValueError where `mps` is asked for in vain."""
+def gpu_sharing(
+    config: Config, run_dir: Path, environment: Mapping[str, str], driver: Path = Path("/dev/nvidiactl")
+) -> Iterator[dict[str, str]]:
+    """The workers' environment, with a daemon behind it where GPUs are shared by MPS.
+
+    Raises ValueError where `mps` is asked for in vain.
+    """
     option = config.launcher.gpu_sharing
     if option == "mps" and config.model.device == "cpu":
         raise ValueError("gpu_sharing 'mps' is for GPUs, but device is 'cpu'")
@@ -70,14 +76,16 @@ class _Mps:
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         control = _check(environment)
         self._folder = folder
-        shutil.rmtree(folder, ignore_errors=True)  # what a launcher left that was killed; this one has the run directory's lock
+        # what a launcher left that was killed; this one has the run directory's lock
+        shutil.rmtree(folder, ignore_errors=True)
         pipes, logs = folder / "pipe", folder / "log"
         for path in (folder, pipes, logs):
             path.mkdir(mode=0o700)
         self.environment = {**environment, PIPES: str(pipes), LOGS: str(logs)}
         # A session of its own, as Ctrl-C is for the launcher; and should that be killed, so is the daemon.
         self._process = subprocess.Popen(
-            [control, "-f"], env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [control, "-f"], env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )  # fmt: skip
         try:
@@ -99,17 +107,32 @@ class _Mps:
     def _probe(self) -> None:
         """Something small is computed by a client of the daemon."""
         try:
-            done = subprocess.run([sys.executable, "-c", PROBE], env=self.environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+            done = subprocess.run(
+                [sys.executable, "-c", PROBE],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=PROBE_TIMEOUT_S,
+            )
         except subprocess.TimeoutExpired:
             raise MpsUnavailable(f"a probe under MPS did not end within {PROBE_TIMEOUT_S:.0f} s") from None
         if done.returncode:
-            raise MpsUnavailable(f"a probe under MPS failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
+            raise MpsUnavailable(
+                f"a probe under MPS failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}"
+            )
 
     def stop(self) -> None:
         """Asks the daemon to end, which ends its servers too; kills it if it does not."""
         if self._process.poll() is None:
             try:
-                subprocess.run([CONTROL], input="quit\n", env=self.environment, capture_output=True, text=True, timeout=STOP_TIMEOUT_S)
+                subprocess.run(
+                    [CONTROL],
+                    input="quit\n",
+                    env=self.environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=STOP_TIMEOUT_S,
+                )
                 self._process.wait(STOP_TIMEOUT_S)
             except (OSError, subprocess.TimeoutExpired):
                 logger.warning("the MPS daemon does not stop: killed")
@@ -128,7 +151,9 @@ def _check(environment: Mapping[str, str]) -> str:
     try:
         fields = "compute_mode,mig.mode.current"
         query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        found = subprocess.run(query, env=dict(environment), capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=True).stdout
+        found = subprocess.run(
+            query, env=dict(environment), capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise MpsUnavailable(f"nvidia-smi does not tell how the GPUs are set: {error}") from None
     for line in found.splitlines():

@@ -1,4 +1,5 @@
-"""The endpoint's sockets: the launcher listens and hands them to each incarnation of `api`, so that clients wait meanwhile, and are not refused."""
+"""The endpoint's sockets: the launcher listens and hands them to each incarnation of `api`, so that clients
+wait meanwhile, and are not refused."""
 
 from __future__ import annotations
 
@@ -19,5 +20,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         except OSError as error:
             for opened in sockets:
                 opened.close()
-            raise OSError(f"cannot listen on {host or '*'}, port {port}: {os.strerror(error.errno or 0)}") from None
+            raise OSError(
+                f"cannot listen on {host or '*'}, port {port}: {os.strerror(error.errno or 0)}"
+            ) from None
     return sockets

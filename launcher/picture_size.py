@@ -1,4 +1,5 @@
-"""How large pictures are seen where there is no GPU: a checkpoint's own limit may keep a processor busy for minutes."""
+"""How large pictures are seen where there is no GPU: a checkpoint's own limit may keep a processor busy for
+minutes."""
 
 from __future__ import annotations
 
@@ -22,9 +23,15 @@ PROBE_TIMEOUT_S = 120.0  # torch's import, from a slow disk
 def torch_has_cuda(environment: Mapping[str, str]) -> bool:
     """As workers find it. In a process of its own: torch takes long to import and much memory."""
     try:
-        return not subprocess.run([sys.executable, "-c", PROBE], env=dict(environment), capture_output=True, timeout=PROBE_TIMEOUT_S).returncode
+        return not subprocess.run(
+            [sys.executable, "-c", PROBE], env=dict(environment), capture_output=True, timeout=PROBE_TIMEOUT_S
+        ).returncode
     except subprocess.TimeoutExpired:
-        logger.warning("torch did not say within %.0f s whether it has a GPU: there is a driver, so it is taken to have one", PROBE_TIMEOUT_S)
+        logger.warning(
+            "torch did not say within %.0f s whether it has a GPU: there is a driver, so it is taken to "
+            "have one",
+            PROBE_TIMEOUT_S,
+        )
         return True
 
 
@@ -32,22 +39,27 @@ def limit_pictures(
     config: Config, folder: Path, environment: Mapping[str, str], drivers: Sequence[Path] = DRIVERS,
     has_cuda: Callable[[Mapping[str, str]], bool] = torch_has_cuda,
 ) -> Config:  # fmt: skip
-    """The same with `max_pixels` of 1280 tokens where the ViTs compute on the CPU, nobody said otherwise, and the model allows more."""
+    """The same with `max_pixels` of 1280 tokens where the ViTs compute on the CPU, nobody said otherwise, and
+    the model allows more."""
     if config.preprocess.max_pixels is not None:
         return config
     vision = read_model_info(folder, config.preprocess.min_pixels).vision
     limit = CPU_TOKENS * vision.factor**2
-    if not vision.min_pixels <= limit < vision.max_pixels or not _is_on_cpu(config, environment, drivers, has_cuda):
+    if not vision.min_pixels <= limit < vision.max_pixels or not _is_on_cpu(
+        config, environment, drivers, has_cuda
+    ):
         return config
     logger.info(
-        "without a GPU pictures are seen in at most %d pixels (%d tokens), the model allows %d: --max-pixels says otherwise",
+        "without a GPU pictures are seen in at most %d pixels (%d tokens), the model allows %d: "
+        "--max-pixels says otherwise",
         limit, CPU_TOKENS, vision.max_pixels,
     )  # fmt: skip
     return dataclasses.replace(config, preprocess=dataclasses.replace(config.preprocess, max_pixels=limit))
 
 
 def _is_on_cpu(
-    config: Config, environment: Mapping[str, str], drivers: Sequence[Path], has_cuda: Callable[[Mapping[str, str]], bool]
+    config: Config, environment: Mapping[str, str], drivers: Sequence[Path],
+    has_cuda: Callable[[Mapping[str, str]], bool]
 ) -> bool:  # fmt: skip
     """As `choose_device` will find it, which torch is asked about only where that is not clear."""
     if config.model.device != "auto":

@@ -21,15 +21,17 @@ def workers(num_vits: int, num_ranks: int, has_gateway: bool = False) -> list[Wo
 
 
 def place(
-    cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: int | None = None, num_vit_cores: int | None = None,
+    cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: int | None = None,
+    num_vit_cores: int | None = None,
     is_elastic: bool = False,
 ) -> dict[WorkerId, Placement]:  # fmt: skip
     """Divides the cores: a quarter, at least one, for the ViTs, the rest for the LLM ranks; the others float.
 
-    Processes that compute never share a core unless there are more of them than cores: two that wait for each other's threads
-    cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, with `num_vit_cores` the ViTs the last, be they
-    the others' or not. `is_elastic`: who computes alone has all cores, if no number was given. Rank i goes to
-    GPU i, and so does ViT i, modulo the number of GPUs (which `choose_device` knows).
+    Processes that compute never share a core unless there are more of them than cores: two that wait for each
+    other's threads cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, with
+    `num_vit_cores` the ViTs the last, be they the others' or not. `is_elastic`: who computes alone has all
+    cores, if no number was given. Rank i goes to GPU i, and so does ViT i, modulo the number of GPUs (which
+    `choose_device` knows).
     """
     vit_cores, llm_cores = cores, cores
     if len(cores) > 1:
@@ -40,7 +42,10 @@ def place(
     if num_vit_cores is not None:
         vit_cores = cores[-num_vit_cores:]
     placement: dict[WorkerId, Placement] = {}
-    for role, own, number, count in ((Role.VIT, vit_cores, num_vit_cores, num_vits), (Role.LLM, llm_cores, num_llm_cores, num_ranks)):
+    for role, own, number, count in (
+        (Role.VIT, vit_cores, num_vit_cores, num_vits),
+        (Role.LLM, llm_cores, num_llm_cores, num_ranks),
+    ):
         for index in range(count):
             share = _share(own, index, count)
             if is_elastic and number is None and len(own) < len(cores):

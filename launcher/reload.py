@@ -1,4 +1,7 @@
-"""A reload: every worker is replaced, one unit at a time, the next when all serve again. Pure, but for a look at the model's folder."""
+"""A reload: every worker is replaced, one unit at a time, the next when all serve again.
+
+Pure, but for a look at the model's folder.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,13 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         info = path.stat()
-        content = (info.st_size, info.st_mtime_ns) if path.suffix == ".safetensors" else path.read_bytes() if path.is_file() else b""
+        content = (
+            (info.st_size, info.st_mtime_ns)
+            if path.suffix == ".safetensors"
+            else path.read_bytes()
+            if path.is_file()
+            else b""
+        )
         digest.update(repr((path.name, content)).encode())
     return digest.hexdigest()
 

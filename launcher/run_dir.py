@@ -1,6 +1,7 @@
 """The private folder that holds the pipeline's sockets; one launcher at a time has it.
 
-Nothing in it is touched but what a pipeline puts there: the folder may be given, and hold the sockets of others.
+Nothing in it is touched but what a pipeline puts there: the folder may be given, and hold the sockets of
+others.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from pipeline.wire.topology import EDGES, MAX_IPC_PATH
 LOCK_TRIES, LOCK_PAUSE_S = 5, 0.02
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
 # Sockets by edge, rank and epoch; where ranks meet; who computes; what each does.
-OURS = re.compile(rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}|{re.escape(FLIGHT)}[a-z]+\.\d+")
+OURS = re.compile(
+    rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}|{re.escape(FLIGHT)}[a-z]+\.\d+"
+)
 
 
 class RunDir:
-    """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, with its lock file only.
+    """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, with
+    its lock file only.
 
     Raises ValueError when the folder is in use, others may enter it, or its name leaves sockets no room.
     """
@@ -40,7 +44,11 @@ class RunDir:
         self._lock = self._folder = -1
 
     def __enter__(self) -> Path:
-        self.path = Path(tempfile.mkdtemp(prefix="vlm-", dir=self._base)) if self._is_own else Path(self._path).absolute()
+        self.path = (
+            Path(tempfile.mkdtemp(prefix="vlm-", dir=self._base))
+            if self._is_own
+            else Path(self._path).absolute()
+        )
         # With the names that sockets of late epochs have.
         excess = len(os.fsencode(self.path)) + 1 + MAX_SOCKET_NAME - MAX_IPC_PATH
         if excess > 0:
@@ -49,7 +57,9 @@ class RunDir:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = self.path.stat()
         if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-            raise ValueError(f"run_dir {str(self.path)!r} must belong to you and be closed to others (mode 0700)")
+            raise ValueError(
+                f"run_dir {str(self.path)!r} must belong to you and be closed to others (mode 0700)"
+            )
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if not self._take_lock():
             os.close(self._lock)
@@ -77,10 +87,13 @@ class RunDir:
             if OURS.fullmatch(entry.name):
                 entry.unlink()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.path.is_dir():  # else somebody has removed it
             self._clear()
         os.close(self._folder)
-        os.close(self._lock)  # the file stays: unlinking it would let two launchers lock two files of one name
+        # the file stays: unlinking it would let two launchers lock two files of one name
+        os.close(self._lock)
         if self._is_own:
             shutil.rmtree(self.path, ignore_errors=True)

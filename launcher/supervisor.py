@@ -1,11 +1,12 @@
-"""Starts the workers, watches them, replaces those that die, ends them: one poller over their ends, their words and the signals.
+"""Starts the workers, watches them, replaces those that die, ends them: one poller over their ends, their
+words and the signals.
 
     start all → wait until all are READY → serve until a signal → drain → shut down → reap
 
-A death is published, and a successor started, only when the dead one is reaped, and with it the others of its unit: a process that
-only stands still keeps its sockets and would swallow messages. A worker that ends by itself at its first
-start, or again and again before it has done anything, ends the pipeline; one that has served is started
-again, however often that fails.
+A death is published, and a successor started, only when the dead one is reaped, and with it the others of its
+unit: a process that only stands still keeps its sockets and would swallow messages. A worker that ends by
+itself at its first start, or again and again before it has done anything, ends the pipeline; one that has
+served is started again, however often that fails.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Serves until a signal (0) or a failure (1)."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         reason = ""
         try:
             if self._model.notice:
@@ -134,7 +138,8 @@ class Supervisor:
         for worker in unit.members:
             self._renew_recorder(worker)
             spec = WorkerSpec(
-                worker=worker, epochs=epochs, run_dir=str(self._run_dir), model_folder=str(self._model.folder),
+                worker=worker, epochs=epochs, run_dir=str(self._run_dir),
+                model_folder=str(self._model.folder),
                 placement=self._placement[worker], config=self._config,
             )  # fmt: skip
             fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
@@ -153,7 +158,11 @@ class Supervisor:
         url = f"http://{shown_host(self._config.api.host)}:{self._listening[0].getsockname()[1]}"
         logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
         if self._config.has_gateway:
-            logger.info("serving clients with keys at tcp://%s:%s", shown_host(self._config.direct.direct_host), self._config.direct.direct_port)
+            logger.info(
+                "serving clients with keys at tcp://%s:%s",
+                shown_host(self._config.direct.direct_host),
+                self._config.direct.direct_port,
+            )
         example = example_request(url, self._model, key=self._shown_key())
         sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example}\n\n")
         sys.stdout.flush()
@@ -170,7 +179,10 @@ class Supervisor:
     # Watch.
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:
-        """Handles what happens until `is_done`. Raises CannotStart, and _Stopped at the first signal (outside of a drain)."""
+        """Handles what happens until `is_done`.
+
+        Raises CannotStart, and _Stopped at the first signal (outside of a drain).
+        """
         while True:
             self._wakeup.clear()
             self._read_status()
@@ -206,7 +218,12 @@ class Supervisor:
             logger.info("%s", report)
         states = tuple(state for unit in self._units for state in unit.states(now))
         if not self._control.publish(
-            PipelineState(workers=states, leads=self._config.leads, is_draining=self._is_draining, reload=self._reload.state)
+            PipelineState(
+                workers=states,
+                leads=self._config.leads,
+                is_draining=self._is_draining,
+                reload=self._reload.state,
+            )
         ):
             logger.debug("a subscriber of the control edge lags behind")
 
@@ -255,13 +272,17 @@ class Supervisor:
             raise CannotStart("the fork server has ended, and with it every worker")
         now = time.monotonic()
         for unit in self._units:
-            if unit.phase in (Phase.STARTING, Phase.SERVING) and any(child.process.exit_code is not None for child in unit.children.values()):
+            if unit.phase in (Phase.STARTING, Phase.SERVING) and any(
+                child.process.exit_code is not None for child in unit.children.values()
+            ):
                 self._on_death(unit, now)
             if unit.is_reaped:
                 self._on_reaped(unit, now)
             if unit.phase is Phase.DOWN and now >= unit.wakes_at():
                 if unit.unmapping:
-                    logger.warning("%s still has memory of %s", ", ".join(map(str, sorted(unit.unmapping))), unit.name)
+                    logger.warning(
+                        "%s still has memory of %s", ", ".join(map(str, sorted(unit.unmapping))), unit.name
+                    )
                 self._start_unit(unit)
             if unit.is_late(now, START_TIMEOUT_S):
                 late = ", ".join(str(worker) for worker, child in unit.children.items() if not child.ready)
@@ -291,14 +312,22 @@ class Supervisor:
             child.process.kill()
 
     def _on_death(self, unit: Unit, now: float) -> None:
-        """One of the unit has ended: its others are killed. Raises CannotStart where a successor would fare no better."""
+        """One of the unit has ended: its others are killed.
+
+        Raises CannotStart where a successor would fare no better.
+        """
         self._read_status()  # last words
         self._bind_again()  # first: it may have ended because the run directory is gone
         if unit.phase is Phase.STARTING:
             for child in unit.children.values():  # one rank may see the end of another before we do
                 child.process.wait(OTHERS_END_S)
-        dead = [(child.process.exit_code, child) for child in unit.children.values() if child.process.exit_code is not None]
-        # One that was killed comes first, then who told its error first: others may have ended because of it, as ranks do.
+        dead = [
+            (child.process.exit_code, child)
+            for child in unit.children.values()
+            if child.process.exit_code is not None
+        ]
+        # One that was killed comes first, then who told its error first: others may have ended because of it,
+        # as ranks do.
         code, first = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
         reason = f"{first.worker} {_describe_exit(code)}{': ' if first.error else ''}{first.error}"
         # The endpoint and the gateway execute no requests: to be ready is all that they prove.
@@ -328,7 +357,8 @@ class Supervisor:
         }  # fmt: skip
         unit.on_reaped(now, tuple(sorted(executed)), mappers)
         for other in self._units:
-            other.unmapping.difference_update(unit.members)  # the dead map nothing, and their successors never did
+            # the dead map nothing, and their successors never did
+            other.unmapping.difference_update(unit.members)
         self._publish_state()
 
     def _kill_the_hung(self) -> None:
@@ -344,18 +374,28 @@ class Supervisor:
 
     def _drain(self) -> str:
         """Lets open requests finish; returns why that failed, if it did."""
-        logger.info("shutting down: waiting up to %.0f s for open requests (Ctrl-C again: at once)", self._config.launcher.shutdown_timeout)
+        logger.info(
+            "shutting down: waiting up to %.0f s for open requests (Ctrl-C again: at once)",
+            self._config.launcher.shutdown_timeout,
+        )
         start = time.monotonic()
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
         self._control.publish(Drain(timeout_s=self._config.launcher.shutdown_timeout))
-        tell = [WorkerId(Role.API), WorkerId(Role.PREPROCESS), *(WorkerId(Role.LLM, lead) for lead in self._config.leads)]
+        tell = [
+            WorkerId(Role.API),
+            WorkerId(Role.PREPROCESS),
+            *(WorkerId(Role.LLM, lead) for lead in self._config.leads),
+        ]
 
         def is_idle() -> bool:
             if time.monotonic() >= end or not self._is_started():
                 return True
             children = [self._unit_of[worker].children.get(worker) for worker in tell]
-            return all(child and child.stats and child.stats_time > start and not child.stats.num_open_requests for child in children)
+            return all(
+                child and child.stats and child.stats_time > start and not child.stats.num_open_requests
+                for child in children
+            )
 
         try:
             self._wait_until(is_idle)
@@ -366,7 +406,10 @@ class Supervisor:
         return ""
 
     def _stop(self, reason: str) -> None:
-        """Ends and reaps every worker. One that is still starting holds nothing yet, and may not listen yet: it is killed."""
+        """Ends and reaps every worker.
+
+        One that is still starting holds nothing yet, and may not listen yet: it is killed.
+        """
         self._control.publish(Shutdown(reason=reason))
         end = time.monotonic() + STOP_TIMEOUT_S
         children = [*self._retired, *(child for unit in self._units for child in unit.children.values())]
@@ -386,7 +429,8 @@ class Supervisor:
 
 
 def shown_host(host: str) -> str:
-    """The host as it is written in a URL; for a wildcard, the loopback address, which reaches it from here."""
+    """The host as it is written in a URL; for a wildcard, the loopback address, which reaches it from
+    here."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
@@ -401,8 +445,9 @@ def example_request(url: str, model: Model, key: str) -> str:
     head = f"curl -s {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d "
     if model.sample is None:
         return head + """'{"messages": [{"role": "user", "content": "Say hello."}]}'"""
-    picture = f"""'"$(base64 -w0 {shlex.quote(str(model.sample))})"'"""
-    return (
-        head + """'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"""
-        f"""{picture}"}}}}, {{"type": "text", "text": "What is in this picture?"}}]}}]}}'"""
+    picture = f"""data:image/png;base64,'"$(base64 -w0 {shlex.quote(str(model.sample))})"'"""
+    parts = (
+        f"""[{{"type": "image_url", "image_url": {{"url": "{picture}"}}}}, """
+        """{"type": "text", "text": "What is in this picture?"}]"""
     )
+    return f"""{head}'{{"messages": [{{"role": "user", "content": {parts}}}]}}'"""

@@ -72,14 +72,22 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return str(self.members[0]) if len(self.members) == 1 else f"{self.members[0]} to {self.members[-1].rank}"
+        return (
+            str(self.members[0])
+            if len(self.members) == 1
+            else f"{self.members[0]} to {self.members[-1].rank}"
+        )
 
     @property
     def is_serving(self) -> bool:
         return self.phase is Phase.SERVING
 
     def states(self, now: float = 0.0) -> list[WorkerState]:
-        ready = {worker: child.ready for worker, child in self.children.items() if child.ready is not None and self.phase is not Phase.ENDING}
+        ready = {
+            worker: child.ready
+            for worker, child in self.children.items()
+            if child.ready is not None and self.phase is not Phase.ENDING
+        }
         return [self._state_of(worker, ready.get(worker), now) for worker in self.members]
 
     def _state_of(self, worker: WorkerId, ready: WorkerReady | None, now: float) -> WorkerState:
@@ -93,7 +101,10 @@ class Unit:
         self.phase, self.begun_at, self.news_at, self.report_due = Phase.STARTING, now, now, now + REPORT_S
 
     def is_late(self, now: float, patience_s: float) -> bool:
-        """Whether it stands still in its start. What it loads may take longer than that, but then it tells how far it is."""
+        """Whether it stands still in its start.
+
+        What it loads may take longer than that, but then it tells how far it is.
+        """
         return self.phase is Phase.STARTING and now - self.news_at > patience_s
 
     def report(self, now: float) -> str:
@@ -138,7 +149,9 @@ class Unit:
 
     @property
     def is_reaped(self) -> bool:
-        return self.phase is Phase.ENDING and all(child.process.exit_code is not None for child in self.children.values())
+        return self.phase is Phase.ENDING and all(
+            child.process.exit_code is not None for child in self.children.values()
+        )
 
     def on_reaped(self, now: float, executed: tuple[bytes, ...], mapped_by: set[WorkerId]) -> None:
         """All are dead for good: from now on the next epoch counts."""
@@ -146,7 +159,9 @@ class Unit:
         self.phase, self.executed, self.unmapping = Phase.DOWN, () if self.is_planned else executed, mapped_by
         self.is_planned = False
         self.epoch += 1
-        self.due = now + (0.0 if self.num_deaths <= 1 else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (self.num_deaths - 2)))
+        self.due = now + (
+            0.0 if self.num_deaths <= 1 else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (self.num_deaths - 2))
+        )
 
     def wakes_at(self) -> float:
         """When it is to start if nothing happens before."""
@@ -168,11 +183,14 @@ def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
     """All LLM ranks of a group in one unit, since a collective cannot lose a member; everybody else alone."""
     ranks = sorted(worker for worker in workers if worker.role is Role.LLM)
     groups = [tuple(ranks[first : first + tp]) for first in range(0, len(ranks), tp)]
-    return [Unit(group) for group in groups] + [Unit((worker,)) for worker in workers if worker.role is not Role.LLM]
+    return [Unit(group) for group in groups] + [
+        Unit((worker,)) for worker in workers if worker.role is not Role.LLM
+    ]
 
 
 def has_moved(child: Child, recorder: FlightRecorder, now: float, patience_s: float) -> bool:
-    """Whether a serving worker has given a sign of life within `patience_s`, or has announced that none will come yet."""
+    """Whether a serving worker has given a sign of life within `patience_s`, or has announced that none will
+    come yet."""
     if (num_moves := recorder.num_moves) != child.num_moves:
         child.num_moves, child.moved_at = num_moves, now
     return now - child.moved_at < patience_s or now < recorder.deadline

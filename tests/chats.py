@@ -27,10 +27,22 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 CHATS: dict[str, Chat] = {
     "text only": [("user", ["What is the capital of France?"])],
-    "system and text": [("system", ["Answer in a few words."]), ("user", ["Hello"]), ("assistant", ["Hi!"]), ("user", ["Who are you?"])],
+    "system and text": [
+        ("system", ["Answer in a few words."]),
+        ("user", ["Hello"]),
+        ("assistant", ["Hi!"]),
+        ("user", ["Who are you?"]),
+    ],
     "one picture": [("user", [scene(1), "What is in this picture?"])],
-    "three pictures between texts": [("user", ["First", scene(2), "then", scene(3, (140, 112)), "and", scene(4), "What changed?"])],
-    "very different sizes": [("user", [noise(5, (28, 28)), "or", noise(6, (500, 60)), "or", scene(7, (300, 420)), "Which is largest?"])],
+    "three pictures between texts": [
+        ("user", ["First", scene(2), "then", scene(3, (140, 112)), "and", scene(4), "What changed?"])
+    ],
+    "very different sizes": [
+        (
+            "user",
+            [noise(5, (28, 28)), "or", noise(6, (500, 60)), "or", scene(7, (300, 420)), "Which is largest?"],
+        )
+    ],
     "pictures in two turns": [
         ("user", [scene(8), "What is it?"]),
         ("assistant", ["A red circle."]),
@@ -62,7 +74,10 @@ def to_messages(chat: Chat) -> tuple[list[ChatMessage], list[bytes]]:
 
 
 async def generate(
-    client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes], sampling: SamplingParams = GREEDY
+    client: PipelineClient,
+    messages: Sequence[ChatMessage],
+    media: list[bytes],
+    sampling: SamplingParams = GREEDY,
 ) -> tuple[list[int], int]:
     pieces = [piece async for piece in client.generate(messages, sampling, media)]
     return [token for piece in pieces for token in piece.token_ids], pieces[-1].num_prompt_tokens

@@ -1,7 +1,8 @@
-"""Checkpoints for tests: random weights, other dimensions than the embedded model, the embedded model's tokenizer.
+"""Checkpoints for tests: random weights, other dimensions than the embedded model, the embedded model's
+tokenizer.
 
-The weights are large enough that greedy text is lively: with the usual 0.02 it repeats one token whatever the picture shows,
-and a test on that proves nothing.
+The weights are large enough that greedy text is lively: with the usual 0.02 it repeats one token whatever the
+picture shows, and a test on that proves nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +30,24 @@ VISION = {"depth": 3, "embed_dim": 96, "num_heads": 3, "hidden_size": 192, "mlp_
 
 
 def make_checkpoint(
-    folder: Path, seed: int = 0, scale: float = 5.0, processor: dict[str, int] | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    seed: int = 0,
+    scale: float = 5.0,
+    processor: dict[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A random Qwen2-VL in `folder`, as Hugging Face saves it, its weights in `dtype`."""
     embedded = json.loads((EMBEDDED / "model" / "config.json").read_text())
     text = embedded["text_config"]
     ids = {name: text[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    tokens = {name: embedded[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    tokens = {
+        name: embedded[name]
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config={**TEXT, **ids}, vision_config=VISION, **tokens))
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config={**TEXT, **ids}, vision_config=VISION, **tokens)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -48,5 +58,7 @@ def make_checkpoint(
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / "model" / name, folder / name)
     settings = json.loads((EMBEDDED / "model" / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **(processor or {"min_pixels": 28 * 28, "max_pixels": 560 * 560})}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**settings, **(processor or {"min_pixels": 28 * 28, "max_pixels": 560 * 560})})
+    )
     return folder

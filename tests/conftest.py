@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests must not spin on cores that the servers under test need
+# the tests must not spin on cores that the servers under test need
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; Triton reads it when it is imported
@@ -30,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.get_closest_marker("interpreter"):
-                item.add_marker(pytest.mark.skip(reason="kernels are compiled here: the tests marked gpu run them"))
+                item.add_marker(
+                    pytest.mark.skip(reason="kernels are compiled here: the tests marked gpu run them")
+                )
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

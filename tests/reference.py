@@ -65,7 +65,9 @@ class Reference:
                 text = text.replace("<|video_pad|>", "<|placeholder|>" * (length * height * width // 4), 1)
             text = text.replace("<|placeholder|>", "<|video_pad|>")
         ids = torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
-        types = (ids == self.model.config.image_token_id).int() + 2 * (ids == self.model.config.video_token_id).int()
+        types = (ids == self.model.config.image_token_id).int() + 2 * (
+            ids == self.model.config.video_token_id
+        ).int()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **extra}
 
     def _video(self, piece: Clip | tuple[Image.Image, ...]) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -79,26 +81,50 @@ class Reference:
         else:
             frames = np.stack([np.asarray(frame) for frame in piece])
         module = video_processing()
-        limits = {"min_pixels": self.processor.size["shortest_edge"], "max_pixels": min(self.processor.size["longest_edge"], 768 * 28 * 28)}
+        limits = {
+            "min_pixels": self.processor.size["shortest_edge"],
+            "max_pixels": min(self.processor.size["longest_edge"], 768 * 28 * 28),
+        }
         size = module.smart_resize(*frames.shape[1:3], factor=28, **limits)
         # What torchvision's resize calls for tensors of bytes.
-        resized = torch.nn.functional.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.processor.image_mean, self.processor.image_std))
-        patches, *grid = module.Qwen2VLVideoProcessor.patchify(None, ((resized.float() / 255 - mean) / std)[None], 14, 2, 2)
+        resized = torch.nn.functional.interpolate(
+            torch.from_numpy(frames).permute(0, 3, 1, 2), size, mode="bicubic", antialias=True
+        )
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        patches, *grid = module.Qwen2VLVideoProcessor.patchify(
+            None, ((resized.float() / 255 - mean) / std)[None], 14, 2, 2
+        )
         return patches[0], tuple(grid)
 
     @torch.inference_mode()
     def answer(self, chat: Chat, num_tokens: int) -> Answer:
         inputs = self.inputs(chat)
-        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, output_scores=True, return_dict_in_generate=True)
+        out = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
         best = [scores[0].topk(2).values for scores in out.scores]
         prompt = inputs["input_ids"][0].tolist()
-        return Answer(prompt, out.sequences[0, len(prompt) :].tolist(), [float(pair[0] - pair[1]) for pair in best])
+        return Answer(
+            prompt, out.sequences[0, len(prompt) :].tolist(), [float(pair[0] - pair[1]) for pair in best]
+        )
 
 
 def video_processing() -> Any:
-    """The module of Hugging Face's video processor. It wants torchvision, of which there is no build for every torch; of that nothing is used."""
-    modules = {name: ModuleType(name) for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")}
+    """The module of Hugging Face's video processor.
+
+    It wants torchvision, of which there is no build for every torch; of that nothing is used.
+    """
+    modules = {
+        name: ModuleType(name)
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
+    }
     modules["torchvision.transforms.v2.functional"] = mock.MagicMock()
     with mock.patch.dict(sys.modules, modules):
         return importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl")
@@ -108,7 +134,9 @@ def sample_frames(total: int, rate: float, fps: float, max_frames: int) -> list[
     """Hugging Face's choice of frames."""
     of = SimpleNamespace(num_frames=None)
     metadata = SimpleNamespace(total_num_frames=total, fps=rate)
-    found = video_processing().Qwen2VLVideoProcessor.sample_frames(of, metadata, temporal_patch_size=2, min_frames=4, max_frames=max_frames, fps=fps)
+    found = video_processing().Qwen2VLVideoProcessor.sample_frames(
+        of, metadata, temporal_patch_size=2, min_frames=4, max_frames=max_frames, fps=fps
+    )
     return [min(index, total - 1) for index in found.tolist()]
 
 
@@ -117,5 +145,8 @@ def assert_same_tokens(ours: Sequence[int], reference: Answer, what: str = "") -
     for step, (mine, theirs) in enumerate(zip(ours, reference.token_ids, strict=True)):
         if mine != theirs:
             gap = reference.gaps[step]
-            assert gap < TIE, f"{what}: token {step} is {mine}, Hugging Face has {theirs}, its two best logits are {gap:.4f} apart"
+            assert gap < TIE, (
+                f"{what}: token {step} is {mine}, Hugging Face has {theirs}, its two best logits are "
+                f"{gap:.4f} apart"
+            )
             return

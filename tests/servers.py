@@ -1,4 +1,5 @@
-"""A real pipeline for a test: `python -m launcher` with real processes, and proof that nothing of it is left."""
+"""A real pipeline for a test: `python -m launcher` with real processes, and proof that nothing of it is
+left."""
 
 from __future__ import annotations
 
@@ -42,7 +43,18 @@ class Server:
         self.children: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "launcher", "--port", "0", "--run-dir", str(self.run_dir), "--log-level", "debug", *self._options]
+        command = [
+            sys.executable,
+            "-m",
+            "launcher",
+            "--port",
+            "0",
+            "--run-dir",
+            str(self.run_dir),
+            "--log-level",
+            "debug",
+            *self._options,
+        ]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -94,7 +106,9 @@ class Server:
         self.process.wait()
         self._reader.join()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._end(is_failing=kind is not None)
         finally:
@@ -112,13 +126,15 @@ class Server:
         if not is_failing:
             self.assert_nothing_left()
             assert "does not stop: killed" not in self.output, self.output
-            num_injected = self.output.count("InjectedFault: fault: ") // 2  # each is told in a traceback, and by the launcher
+            # each is told in a traceback, and by the launcher
+            num_injected = self.output.count("InjectedFault: fault: ") // 2
             if not self.process.returncode and self.output.count("Traceback") != num_injected:
                 pytest.fail(f"{self._tracebacks()}\n\nthe whole output:\n{self.output}")
             assert "AssertionError" not in self.output, self.output
 
     def _tracebacks(self) -> str:
-        """Each traceback of the output with what stands around it: a long output is cut where it is read later."""
+        """Each traceback of the output with what stands around it: a long output is cut where it is read
+        later."""
         lines = self.output.splitlines()
         starts = [number for number, line in enumerate(lines) if "Traceback" in line]
         return "\n---\n".join("\n".join(lines[max(0, start - 3) : start + 40]) for start in starts)
@@ -126,7 +142,8 @@ class Server:
     def assert_nothing_left(self) -> None:
         assert [name for name, pid in self.children.items() if is_alive(pid)] == []
         assert [entry.name for entry in self.run_dir.iterdir()] in ([], ["lock"])
-        # The launcher has a session of its own; with it, nothing of that session may be left, whenever it ended.
+        # The launcher has a session of its own; with it, nothing of that session may be left, whenever it
+        # ended.
         assert alive_in_session(self.process.pid) == []
         assert set(os.listdir("/dev/shm")) <= self._shared_memory
 

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for folder in ("pipeline", "workers", "launcher") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(
+    path for folder in ("pipeline", "workers", "launcher") for path in (ROOT / folder).rglob("*.py")
+)
 WORKERS = ("api", "gateway", "preprocess", "vit", "llm")
 PURE_FILES = ("scheduler.py", "batcher.py", "feature_cache.py", "router.py", "slots.py", "placement.py")
-PURE_CACHE_FILES = [ROOT / "workers" / "llm" / "cache" / name for name in ("blocks.py", "states.py", "manager.py")]
+PURE_CACHE_FILES = [
+    ROOT / "workers" / "llm" / "cache" / name for name in ("blocks.py", "states.py", "manager.py")
+]
 HOUSES = {  # the folders of pipeline/, and which others each may import
     "wire": (),
     "config": ("wire",),
@@ -53,7 +57,9 @@ def test_imports_point_one_way(path: Path) -> None:
         others = [f"workers.{other}" for other in WORKERS if other != role]
         assert not [name for name in names if name.startswith(tuple(others))], "no worker imports another"
     if role == "launcher":
-        assert not [name for name in names if name.startswith("workers")], "the launcher starts workers by name"
+        assert not [name for name in names if name.startswith("workers")], (
+            "the launcher starts workers by name"
+        )
 
 
 def test_the_houses_of_the_pipeline_import_one_way() -> None:
@@ -82,7 +88,9 @@ def test_who_may_know_what(path: Path) -> None:
 
 def declares(path: Path, name: str) -> bool:
     nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
-    return any(isinstance(target, ast.Name) and target.id == name for node in nodes for target in node.targets)
+    return any(
+        isinstance(target, ast.Name) and target.id == name for node in nodes for target in node.targets
+    )
 
 
 def test_families_and_towers_are_found_and_never_imported() -> None:
@@ -115,8 +123,14 @@ PURE_TESTS = (
 
 def test_pure_parts_are_tested_without_torch_and_zmq() -> None:
     """Their tests run, and pass, where neither can be imported."""
-    block = "import sys; sys.modules['torch'] = sys.modules['zmq'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    block = "sys.modules['torch'] = sys.modules['zmq'] = None; sys.exit(pytest.main(sys.argv[1:]))"
     paths = [str(ROOT / "tests" / name) for name in PURE_TESTS]
-    out = subprocess.run([sys.executable, "-c", block, "-p", "no:cacheprovider", *paths], capture_output=True, text=True, check=False, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", f"import sys, pytest; {block}", "-p", "no:cacheprovider", *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert out.returncode == 0, out.stdout + out.stderr
     assert "passed" in out.stdout

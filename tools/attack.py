@@ -4,9 +4,9 @@
     python -m tools.attack --kinds pictures nested --size small
     python -m tools.attack --kinds bodies --bodies 20000  # see tools/mutated_bodies.py
 
-For each kind: how long the text takes with nobody beside it, how long beside the attack (it may take three times as
-long), what the attacker was answered (OpenAI's error object in every case, no 5xx but 503), and who was restarted
-(nobody). Seeded and bounded; it talks to the loopback address only.
+For each kind: how long the text takes with nobody beside it, how long beside the attack (it may take three
+times as long), what the attacker was answered (OpenAI's error object in every case, no 5xx but 503), and who
+was restarted (nobody). Seeded and bounded; it talks to the loopback address only.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ SIZES = {"small": Size(4.0, 2, 8), "full": Size(60.0, 8, 200)}
 class Target:
     """The server under attack."""
 
-    def __init__(self, url: str, run_dir: Path, session: aiohttp.ClientSession, size: Size, seed: int) -> None:
+    def __init__(
+        self, url: str, run_dir: Path, session: aiohttp.ClientSession, size: Size, seed: int
+    ) -> None:
         self.url, self.run_dir, self.session, self.size = url, run_dir, session, size
         self.rng = random.Random(seed)
         self.statuses: Counter[str] = Counter()
@@ -161,7 +163,9 @@ async def compressed(target: Target) -> None:
 async def nested(target: Target) -> None:
     """Messages deeper than a decoder's stack, to every PULL socket in the run directory."""
     context = zmq.Context()
-    places = [path for path in target.run_dir.iterdir() if path.is_socket() and path.name.split(".")[0] in PULLS]
+    places = [
+        path for path in target.run_dir.iterdir() if path.is_socket() and path.name.split(".")[0] in PULLS
+    ]
     sockets = [context.socket(zmq.PUSH) for _ in places]
     for place, socket in zip(places, sockets, strict=True):
         socket.linger = 0
@@ -188,7 +192,9 @@ async def slow_bodies(target: Target) -> None:
     """Connections that send their head or their body for ever, and bodies whose end never comes."""
     host, port = target.url.split("/")[2].split(":")
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ATTACKER}\r\n"
-    begun = (head + "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n").encode().replace(b"{}", b"%d")
+    begun = (
+        (head + "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n").encode().replace(b"{}", b"%d")
+    )
     most = 60 << 20 if target.size.seconds > 10 else 4 << 20
     end = time.monotonic() + target.size.seconds
 
@@ -214,11 +220,14 @@ async def slow_bodies(target: Target) -> None:
 
 
 async def crowd(target: Target) -> None:
-    """More requests of one tenant than the server takes, long ones, with pictures, of the highest priority."""
+    """More requests of one tenant than the server takes, long ones, with pictures, of the highest
+    priority."""
 
     async def send(index: int) -> None:
         parts = [hostile.picture_part(hostile.png(target.rng)) for _ in range(index % 3)]
-        body = hostile.chat(*parts, hostile.text(f"Tell {target.rng.random()}"), max_tokens=200, ignore_eos=True)
+        body = hostile.chat(
+            *parts, hostile.text(f"Tell {target.rng.random()}"), max_tokens=200, ignore_eos=True
+        )
         if index % 4 == 0:
             body["priority"] = -(2**31)
         await target.post(json.dumps(body).encode())
@@ -251,13 +260,17 @@ async def mutated(target: Target) -> None:
 
 
 KINDS: dict[str, Attack] = {
-    "pictures": pictures, "compressed": compressed, "nested": nested, "slow-bodies": slow_bodies, "crowd": crowd,
+    "pictures": pictures, "compressed": compressed, "nested": nested, "slow-bodies": slow_bodies,
+    "crowd": crowd,
     "silent-hosts": silent_hosts, "mutated": mutated,
 }  # fmt: skip
 
 
 def _attacker(name: str, url: str, run_dir: Path, size: Size, seed: int, end: Connection) -> None:
-    """The process of the attacker. On another machine it would take no time of the server's cores: here it takes what is left."""
+    """The process of the attacker.
+
+    On another machine it would take no time of the server's cores: here it takes what is left.
+    """
     os.nice(19)
 
     async def main() -> Target:
@@ -314,7 +327,8 @@ def report(name: str, outcome: Outcome) -> None:
     answers = ", ".join(f"{status}: {count}" for status, count in sorted(outcome.statuses.items()))
     verdict = "fine" if outcome.is_fine else "NOT FINE"
     print(
-        f"| {name} | {1000 * quiet:.0f} ms | {1000 * beside:.0f} ms | {outcome.ratio:.2f} | {1000 * max(outcome.beside):.0f} ms "
+        f"| {name} | {1000 * quiet:.0f} ms | {1000 * beside:.0f} ms | {outcome.ratio:.2f} | "
+        f"{1000 * max(outcome.beside):.0f} ms "
         f"| {len(outcome.beside)} | {answers} | {', '.join(outcome.restarts) or 'nobody'} | {verdict} |",
         flush=True,
     )
@@ -348,19 +362,30 @@ def run_bodies(num_bodies: int, seed: int, out: Path | None, options: Sequence[s
         out.mkdir(parents=True, exist_ok=True)
     with pipeline([*mutated_bodies.OPTIONS, *options]) as served:
         found = mutated_bodies.Sender(served.url, served.process.pid, seed, out).run(num_bodies)
-    found.violations += [f"a worker said: {line}" for line in served.lines if "Traceback" in line or "AssertionError" in line]
+    found.violations += [
+        f"a worker said: {line}" for line in served.lines if "Traceback" in line or "AssertionError" in line
+    ]
     print(mutated_bodies.table(found), flush=True)
     return found.is_fine
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS, BODIES], default=[*KINDS, BODIES])
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bodies", type=int, default=20_000, help="how many mutated ones")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where mutated requests are kept that were not answered as they should be")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="sends one of them again, and nothing else")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where mutated requests are kept that were not answered as they should be",
+    )
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE", help="sends one of them again, and nothing else"
+    )
     args, options = parser.parse_known_args()
     if args.replay is not None:
         with pipeline([*mutated_bodies.OPTIONS, *options]) as served:
@@ -368,7 +393,10 @@ def main() -> int:
         return 0
     is_fine = True
     if kinds := [kind for kind in args.kinds if kind != BODIES]:
-        print("| what | text, quiet | beside | ratio | longest | asked | answers to the attacker | restarted | |")
+        print(
+            "| what | text, quiet | beside | ratio | longest | asked | answers to the attacker | restarted "
+            "| |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         found = run(kinds, SIZES[args.size], args.seed, options)
         is_fine = all(outcome.is_fine for outcome in found.values())

@@ -2,9 +2,10 @@
 
     python -m tools.batch --run-dir RUN_DIR requests.jsonl answers.jsonl
 
-Each line of the input has `custom_id`, `method`, `url` and `body`; each line of the output answers the line of the input in the same place,
-with a status and a body, or with an error. What is there already is not asked again: after a kill the same command goes on where it was.
-From another machine: `--url tcp://HOST:PORT --keys FOLDER` instead of the run directory.
+Each line of the input has `custom_id`, `method`, `url` and `body`; each line of the output answers the line
+of the input in the same place, with a status and a body, or with an error. What is there already is not asked
+again: after a kill the same command goes on where it was. From another machine: `--url tcp://HOST:PORT --keys
+FOLDER` instead of the run directory.
 """
 
 from __future__ import annotations
@@ -46,14 +47,25 @@ class Line(msgspec.Struct):
 
 async def answer(client: PipelineClient, data: bytes, model_name: str, info: ModelInfo) -> dict[str, Any]:
     """The output's line for a line of the input."""
-    made: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": None, "response": None, "error": None}
+    made: dict[str, Any] = {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": None,
+        "response": None,
+        "error": None,
+    }
     try:
         line = msgspec.json.decode(data, type=Line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return {**made, "error": {"code": "invalid_line", "message": str(error)}}
     made["custom_id"] = line.custom_id
     if (line.method, line.url) != ("POST", URL):
-        return {**made, "error": {"code": "invalid_url", "message": f"only POST {URL} is served, not {line.method} {line.url}"}}
+        return {
+            **made,
+            "error": {
+                "code": "invalid_url",
+                "message": f"only POST {URL} is served, not {line.method} {line.url}",
+            },
+        }
     for attempt in range(RETRIES + 1):
         try:
             body = await _complete(client, bytes(line.body), model_name, info)
@@ -110,12 +122,17 @@ async def run(args: argparse.Namespace) -> int:
         welcome = client.welcome
         info = read_model_info(client.model_folder)
         width = min(args.concurrency, welcome.max_requests)
-        with args.output.open("ab") as output, tqdm(total=total, initial=done, unit="request", disable=None) as bar:
+        with (
+            args.output.open("ab") as output,
+            tqdm(total=total, initial=done, unit="request", disable=None) as bar,
+        ):
             under_way: list[asyncio.Task[dict[str, Any]]] = []
             for line in lines_of(args.input, done):
                 under_way.append(asyncio.create_task(answer(client, line, welcome.model_name, info)))
                 while sum(not task.done() for task in under_way) >= width:
-                    await asyncio.wait([task for task in under_way if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(
+                        [task for task in under_way if not task.done()], return_when=asyncio.FIRST_COMPLETED
+                    )
                 if len(under_way) >= MOST_AHEAD * width:  # all wait for the first
                     await asyncio.wait(under_way[:1])
                 while under_way and under_way[0].done():
@@ -134,7 +151,9 @@ def _write(output: BinaryIO, line: dict[str, Any], bar: Any) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
     add_place(parser)

@@ -1,17 +1,20 @@
-"""What the engine reaches on this machine: each figure beside transformers, beside itself, or beside what the machine can do, in one run.
+"""What the engine reaches on this machine: each figure beside transformers, beside itself, or beside what the
+machine can do, in one run.
 
     python -m tools.bench_engine                                 # 0.31 B parameters, everything
     python -m tools.bench_engine --shape 2b --parts rates int8   # Qwen2-VL-2B's shape
 
-Weights are random: speed does not depend on their values. It starts servers of its own, with all cores for the LLM (nothing else
-runs in these loads but in `turns` and `memory`). Rounds are interleaved and medians are told, since shared machines drift.
+Weights are random: speed does not depend on their values. It starts servers of its own, with all cores for
+the LLM (nothing else runs in these loads but in `turns` and `memory`). Rounds are interleaved and medians are
+told, since shared machines drift.
 
-rates   prefill and decode tokens/s beside `generate()` in the same type (or in `--hf-dtype`); a decode step beside the read rate of
-        memory, prefill beside the rate of matrix products
+rates   prefill and decode tokens/s beside `generate()` in the same type (or in `--hf-dtype`); a decode step
+        beside the read rate of memory, prefill beside the rate of matrix products
 int8    decode tokens/s with `--quantization int8` beside without
 turns   TTFT of the second turn of a chat with three pictures beside its first
 memory  resident memory of the LLM process beside its weights and KV cache
-itl     P99 ITL of four streams while 512-token prompts arrive without pause, beside the streams alone; and the prompts' rate
+itl     P99 ITL of four streams while 512-token prompts arrive without pause, beside the streams alone; and
+        the prompts' rate
 """
 
 from __future__ import annotations
@@ -74,12 +77,20 @@ class Served(NamedTuple):
 def serve(model: Path, *options: str) -> Iterator[Served]:
     """A server of our own, for as long as it is needed. Raises RuntimeError when it does not start."""
     command = [
-        sys.executable, "-m", "launcher", "--model", str(model), "--port", "0", "--max-model-len", "8192", "--log-level", "warning", *options,
+        sys.executable, "-m", "launcher", "--model", str(model), "--port", "0", "--max-model-len", "8192",
+        "--log-level", "warning", *options,
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            url = next((line.split()[2].removesuffix("/v1") for line in process.stdout if line.startswith("Serving at")), None)
+            url = next(
+                (
+                    line.split()[2].removesuffix("/v1")
+                    for line in process.stdout
+                    if line.startswith("Serving at")
+                ),
+                None,
+            )
             if url is None:
                 raise RuntimeError("the server did not start")
             yield Served(url, process)
@@ -103,7 +114,9 @@ def load(served: Served, workload: Workload, count: int, rng: random.Random) -> 
     seconds = time.perf_counter() - start
     raise_failed(results)
     if any(len(result.arrivals) != result.num_output_tokens for result in results):
-        raise RuntimeError("not every token was an event of its own: with this tokenizer rates cannot be told from events")
+        raise RuntimeError(
+            "not every token was an event of its own: with this tokenizer rates cannot be told from events"
+        )
     return results, seconds
 
 
@@ -113,7 +126,8 @@ def prefill_rate(served: Served, num_words: int, rng: random.Random) -> float:
 
 
 def decode_rate(served: Served, batch: int, num_output: int, rng: random.Random) -> float:
-    """Tokens/s of `batch` streams together, between the first token of the last stream and the last of the first."""
+    """Tokens/s of `batch` streams together, between the first token of the last stream and the last of the
+    first."""
     results, _ = load(served, Workload(num_words=8, num_output=num_output), batch, rng)
     start, end = max(r.arrivals[0] for r in results), min(r.arrivals[-1] for r in results)
     if start >= end:
@@ -125,12 +139,22 @@ def generate_seconds(model: Any, batch: int, length: int, num_output: int) -> fl
     ids = torch.randint(100, 4000, (batch, length))
     start = time.perf_counter()
     with torch.inference_mode():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=num_output, max_new_tokens=num_output)
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=num_output,
+            max_new_tokens=num_output,
+        )
     return time.perf_counter() - start
 
 
 def generate_decode_rate(model: Any, batch: int, num_output: int) -> float:
-    return batch * (num_output - 1) / (generate_seconds(model, batch, 16, num_output) - generate_seconds(model, batch, 16, 1))
+    return (
+        batch
+        * (num_output - 1)
+        / (generate_seconds(model, batch, 16, num_output) - generate_seconds(model, batch, 16, 1))
+    )
 
 
 def best_of(call: Callable[[], object], count: int = 4) -> float:
@@ -157,7 +181,10 @@ def matmul_rate(dtype: torch.dtype) -> float:
 def num_weights(info: TextInfo) -> int:
     """Numbers that a decode step reads: the layers' and the output's."""
     heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim
-    layer = info.hidden_size * (heads + info.num_heads * info.head_dim) + 3 * info.hidden_size * info.intermediate_size
+    layer = (
+        info.hidden_size * (heads + info.num_heads * info.head_dim)
+        + 3 * info.hidden_size * info.intermediate_size
+    )
     return info.num_layers * layer + info.vocab_size * info.hidden_size
 
 
@@ -172,8 +199,16 @@ def stored_dtype(folder: Path) -> torch.dtype:
 class Bench:
     """`dtype` is ours, `hf_dtype` that of transformers."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, hf_dtype: torch.dtype, rounds: int, num_output: int) -> None:
-        self.folder, self.dtype, self.hf_dtype, self.rounds, self.num_output = folder, dtype, hf_dtype, rounds, num_output
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, hf_dtype: torch.dtype, rounds: int, num_output: int
+    ) -> None:
+        self.folder, self.dtype, self.hf_dtype, self.rounds, self.num_output = (
+            folder,
+            dtype,
+            hf_dtype,
+            rounds,
+            num_output,
+        )
         self.info = read_model_info(folder).text
         # Weights of 16 bits stay in 16 bits, whatever the arithmetic is done in.
         self.weight_bytes = num_weights(self.info) * min(dtype.itemsize, stored_dtype(folder).itemsize)
@@ -209,12 +244,36 @@ class Bench:
                     "matmul": lambda: matmul_rate(self.dtype),
                 }
             )
-        kinds = {"decode 1": "decode, 1 request", "decode 8": "decode, 8 requests", "prefill 512": "prefill, 512", "prefill 2048": "prefill, 2048"}
+        kinds = {
+            "decode 1": "decode, 1 request",
+            "decode 8": "decode, 8 requests",
+            "prefill 512": "prefill, 512",
+            "prefill 2048": "prefill, 2048",
+        }
         theirs = "transformers" if self.hf_dtype == self.dtype else f"transformers, {name_of(self.hf_dtype)}"
-        rows = [Row(what, found[name], theirs, found[f"hf {name}"], "tokens/s") for name, what in kinds.items()]
-        rows.append(Row("decode step, 1 request, reads", found["decode 1"] * self.weight_bytes / 1e9, "memory", found["read"] / 1e9, "GB/s"))
-        layers = num_weights(self.info) - self.info.vocab_size * self.info.hidden_size  # the output layer runs for one token only
-        rows.append(Row("prefill, 512, computes", found["prefill 512"] * 2 * layers / 1e9, "matrix products", found["matmul"] / 1e9, "GFLOP/s"))
+        rows = [
+            Row(what, found[name], theirs, found[f"hf {name}"], "tokens/s") for name, what in kinds.items()
+        ]
+        rows.append(
+            Row(
+                "decode step, 1 request, reads",
+                found["decode 1"] * self.weight_bytes / 1e9,
+                "memory",
+                found["read"] / 1e9,
+                "GB/s",
+            )
+        )
+        # the output layer runs for one token only
+        layers = num_weights(self.info) - self.info.vocab_size * self.info.hidden_size
+        rows.append(
+            Row(
+                "prefill, 512, computes",
+                found["prefill 512"] * 2 * layers / 1e9,
+                "matrix products",
+                found["matmul"] / 1e9,
+                "GFLOP/s",
+            )
+        )
         return rows
 
     def int8(self) -> list[Row]:
@@ -230,8 +289,15 @@ class Bench:
                 }
             )
         name = name_of(self.dtype)
-        kinds = {"1": "decode in int8, 1 request", "8": "decode in int8, 8 requests", "prefill": "prefill in int8, 512"}
-        return [Row(what, found[f"int8 {kind}"], name, found[f"plain {kind}"], "tokens/s") for kind, what in kinds.items()]
+        kinds = {
+            "1": "decode in int8, 1 request",
+            "8": "decode in int8, 8 requests",
+            "prefill": "prefill in int8, 512",
+        }
+        return [
+            Row(what, found[f"int8 {kind}"], name, found[f"plain {kind}"], "tokens/s")
+            for kind, what in kinds.items()
+        ]
 
     def turns(self) -> list[Row]:
         workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=2)
@@ -249,13 +315,24 @@ class Bench:
     def memory(self) -> list[Row]:
         kv_gib = 0.5
         with self.serve("--kv-cache-gib", str(kv_gib), "--max-num-seqs", "256") as served:
-            load(served, Workload(num_words=2000, num_output=2), 12, self.rng)  # touches the cache, which is not resident before
+            # touches the cache, which is not resident before
+            load(served, Workload(num_words=2000, num_output=2), 12, self.rng)
             load(served, Workload(num_words=24, num_output=4, num_images=1), 2, self.rng)
             resident = served.memory_of("llm")
-        kv_token = 2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.dtype.itemsize
+        kv_token = (
+            2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.dtype.itemsize
+        )
         kv = min(kv_gib * (1 << 30), 12 * 2048 * kv_token)
         needed = self.weight_bytes + kv
-        return [Row("resident memory of the LLM process", resident / (1 << 20), "weights + KV used", needed / (1 << 20), "MiB")]
+        return [
+            Row(
+                "resident memory of the LLM process",
+                resident / (1 << 20),
+                "weights + KV used",
+                needed / (1 << 20),
+                "MiB",
+            )
+        ]
 
     def itl(self) -> list[Row]:
         streams = Workload(num_words=16, num_output=12 * self.num_output)
@@ -268,11 +345,15 @@ class Bench:
                 (content,) = prompts.chats(1, self.rng)[0]
                 return prompts.body([{"role": "user", "content": content}])
 
-            beside = asyncio.run(streams_beside(served.url, streams, self.rng, prompt if has_prompts else None))
+            beside = asyncio.run(
+                streams_beside(served.url, streams, self.rng, prompt if has_prompts else None)
+            )
             if not beside.others:
                 return beside.gaps, 0.0
             end = max(result.sent + result.e2el for result in beside.others)
-            return beside.gaps, sum(result.num_prompt_tokens for result in beside.others) / (end - beside.start)
+            return beside.gaps, sum(result.num_prompt_tokens for result in beside.others) / (
+                end - beside.start
+            )
 
         alone: list[float] = []
         mixed: list[float] = []
@@ -288,7 +369,11 @@ class Bench:
                     rates.append(rate)
         return [
             Row(
-                "P99 ITL of 4 streams, prompts arriving", statistics.median(mixed) * 1000, "the streams alone", statistics.median(alone) * 1000, "ms"
+                "P99 ITL of 4 streams, prompts arriving",
+                statistics.median(mixed) * 1000,
+                "the streams alone",
+                statistics.median(alone) * 1000,
+                "ms",
             ),
             Row("prefill while 4 streams run", statistics.median(rates), "idle engine", idle, "tokens/s"),
         ]
@@ -302,8 +387,13 @@ class Beside(NamedTuple):
     start: float
 
 
-async def streams_beside(url: str, streams: Workload, rng: random.Random, other: Callable[[], Body] | None) -> Beside:
-    """Gaps of four streams while all of them run. Two requests of what `other` makes are always under way beside them."""
+async def streams_beside(
+    url: str, streams: Workload, rng: random.Random, other: Callable[[], Body] | None
+) -> Beside:
+    """Gaps of four streams while all of them run.
+
+    Two requests of what `other` makes are always under way beside them.
+    """
     others: list[Result] = []
 
     async def keep_sending() -> None:
@@ -314,9 +404,14 @@ async def streams_beside(url: str, streams: Workload, rng: random.Random, other:
             others.append(result)
 
     async with open_session() as session:
-        bodies = [streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, rng)]
+        bodies = [
+            streams.body([{"role": "user", "content": turns[0]}]) for turns in streams.chats(NUM_STREAMS, rng)
+        ]
         results = [Result(sent=0.0) for _ in bodies]
-        running = [asyncio.create_task(send(session, url, body, result=result)) for body, result in zip(bodies, results, strict=True)]
+        running = [
+            asyncio.create_task(send(session, url, body, result=result))
+            for body, result in zip(bodies, results, strict=True)
+        ]
         while not all(result.arrivals for result in results):
             await asyncio.sleep(0.01)
             raise_failed(results)
@@ -330,7 +425,12 @@ async def streams_beside(url: str, streams: Workload, rng: random.Random, other:
             task.cancel()
         await asyncio.gather(*noise, return_exceptions=True)
     end = min(result.arrivals[-1] for result in results)
-    gaps = [gap for result in results for at, gap in zip(result.arrivals[1:], result.gaps, strict=True) if start < at <= end]
+    gaps = [
+        gap
+        for result in results
+        for at, gap in zip(result.arrivals[1:], result.gaps, strict=True)
+        if start < at <= end
+    ]
     return Beside(gaps, others, start)
 
 
@@ -339,23 +439,32 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def measure(bench: object, parts: Sequence[str], file: Path | None) -> None:
-    """Runs parts of a bench, methods that yield rows, and prints a table as they come; writes the figures to a file, too, if there is one."""
+    """Runs parts of a bench, methods that yield rows, and prints a table as they come; writes the figures to
+    a file, too, if there is one."""
     rows: list[Row] = []
     print("| | ours | | against | | ratio |\n| --- | --- | --- | --- | --- | --- |", flush=True)
     for part in parts:
         for row in getattr(bench, part)():
             rows.append(row)
-            print(f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | {row.ratio:.2f} |", flush=True)
+            print(
+                f"| {row.what} | {row.ours:.1f} | {row.unit} | {row.against} | {row.theirs:.1f} | "
+                f"{row.ratio:.2f} |",
+                flush=True,
+            )
     if file is not None:
         file.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
     parser.add_argument("--model", type=Path, help="a checkpoint to measure instead")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--hf-dtype", choices=("float32", "bfloat16"), help="of transformers, if not the same")
+    parser.add_argument(
+        "--hf-dtype", choices=("float32", "bfloat16"), help="of transformers, if not the same"
+    )
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -369,8 +478,10 @@ def main() -> None:
             make_checkpoint(folder, args.shape)
         bench = Bench(folder, dtype, hf_dtype, args.rounds, args.output_tokens)
         print(
-            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {args.model or args.shape}, {dtype}; memory "
-            f"{read_rate() / 1e9:.0f} GB/s, matrix products {matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median of {args.rounds} rounds\n",
+            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{args.model or args.shape}, {dtype}; memory "
+            f"{read_rate() / 1e9:.0f} GB/s, matrix products {matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median "
+            f"of {args.rounds} rounds\n",
             flush=True,
         )
         measure(bench, args.parts, args.json)

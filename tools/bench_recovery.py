@@ -36,7 +36,10 @@ class Row(NamedTuple):
     reference: float
 
     def __str__(self) -> str:
-        return f"| {self.what} | {self.seconds:.3f} s | {self.beside} | {self.reference:.3f} s | {self.seconds / self.reference:.2f} |"
+        ratio = self.seconds / self.reference
+        return (
+            f"| {self.what} | {self.seconds:.3f} s | {self.beside} | {self.reference:.3f} s | {ratio:.2f} |"
+        )
 
 
 class Recovery:
@@ -48,7 +51,12 @@ class Recovery:
 
     async def rows(self) -> list[Row]:
         await self._stream()
-        return [*await self._vit_and_others(), await self._vit_and_its_own(), *await self._llm(), *await self._all()]
+        return [
+            *await self._vit_and_others(),
+            await self._vit_and_its_own(),
+            *await self._llm(),
+            *await self._all(),
+        ]
 
     async def _stream(self, kill: str = "") -> float:
         """The longest gap between two tokens of one stream."""
@@ -68,16 +76,24 @@ class Recovery:
     async def _first_token(self, picture: bytes) -> float:
         start = time.monotonic()
         messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
-        async for _ in self._client.generate(messages, SamplingParams(temperature=0, max_tokens=1), [picture]):
+        async for _ in self._client.generate(
+            messages, SamplingParams(temperature=0, max_tokens=1), [picture]
+        ):
             return time.monotonic() - start
         raise AssertionError("no token came")
+
+    def _has_successor(self, victim: str, epoch: int) -> bool:
+        return any(
+            str(state.worker) == victim and state.epoch > epoch and state.is_ready
+            for state in self._client.workers
+        )
 
     async def _kill(self, victim: str) -> float:
         """Seconds until its successor serves."""
         epoch = next(state.epoch for state in self._client.workers if str(state.worker) == victim)
         start = self._last_kill = time.monotonic()
         os.kill(workers_of(self._launcher)[victim], signal.SIGKILL)
-        while not any(str(state.worker) == victim and state.epoch > epoch and state.is_ready for state in self._client.workers):  # noqa: ASYNC110
+        while not self._has_successor(victim, epoch):  # noqa: ASYNC110
             await asyncio.sleep(0.002)
         self.restarts.setdefault(victim, []).append(time.monotonic() - start)
         return time.monotonic() - start
@@ -93,9 +109,18 @@ class Recovery:
             return max(gaps)
 
         alone, beside = await self._alternate(lambda: streams(""), lambda: streams("vit.0"))
-        return [Row("ViT killed: longest pause of streams that do not need it", beside, "the same streams, nobody killed", alone)]
+        return [
+            Row(
+                "ViT killed: longest pause of streams that do not need it",
+                beside,
+                "the same streams, nobody killed",
+                alone,
+            )
+        ]
 
-    async def _alternate(self, first: Callable[[], Awaitable[float]], second: Callable[[], Awaitable[float]]) -> tuple[float, float]:
+    async def _alternate(
+        self, first: Callable[[], Awaitable[float]], second: Callable[[], Awaitable[float]]
+    ) -> tuple[float, float]:
         found: tuple[list[float], list[float]] = ([], [])
         for _ in range(self._rounds):
             await self._rest()
@@ -104,7 +129,8 @@ class Recovery:
         return statistics.median(found[0]), statistics.median(found[1])
 
     async def _vit_and_its_own(self) -> Row:
-        """A request whose picture the ViT holds when it dies: it stands still first, so that there is no doubt."""
+        """A request whose picture the ViT holds when it dies: it stands still first, so that there is no
+        doubt."""
 
         async def undisturbed() -> float:
             return await self._first_token(png(self._rng))
@@ -119,7 +145,10 @@ class Recovery:
         restarts: list[float] = []
         once, again = await self._alternate(undisturbed, killed)
         return Row(
-            "ViT killed: extra time of a request whose picture it had", again - once, "restart and one request", statistics.median(restarts) + once
+            "ViT killed: extra time of a request whose picture it had",
+            again - once,
+            "restart and one request",
+            statistics.median(restarts) + once,
         )
 
     async def _llm(self) -> list[Row]:
@@ -132,7 +161,12 @@ class Recovery:
 
         prefill, pause = await self._alternate(first_token, lambda: self._stream("llm.0"))
         return [
-            Row("LLM rank killed: pause of a running stream", pause, "restart and one prefill", statistics.median(self.restarts["llm.0"]) + prefill)
+            Row(
+                "LLM rank killed: pause of a running stream",
+                pause,
+                "restart and one prefill",
+                statistics.median(self.restarts["llm.0"]) + prefill,
+            )
         ]
 
     async def _all(self) -> list[Row]:
@@ -140,7 +174,10 @@ class Recovery:
             for _ in range(self._rounds):
                 await self._rest()
                 await self._kill(victim)
-        return [Row(f"restart of {name}", statistics.median(times), "longest", max(times)) for name, times in sorted(self.restarts.items())]
+        return [
+            Row(f"restart of {name}", statistics.median(times), "longest", max(times))
+            for name, times in sorted(self.restarts.items())
+        ]
 
 
 async def measure(launcher: int, run_dir: Path, rounds: int, num_output: int) -> list[Row]:
@@ -149,7 +186,9 @@ async def measure(launcher: int, run_dir: Path, rounds: int, num_output: int) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output-tokens", type=int, default=600)
     args, options = parser.parse_known_args()

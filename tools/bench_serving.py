@@ -1,12 +1,14 @@
-"""Load on OpenAI endpoints, and what users feel of it: TTFT, ITL, TPOT, E2EL, throughput and goodput, defined as `vllm bench serve` does.
+"""Load on OpenAI endpoints, and what users feel of it: TTFT, ITL, TPOT, E2EL, throughput and goodput, defined
+as `vllm bench serve` does.
 
-    python -m tools.bench_serving --num-prompts 64 --concurrency 8                        # closed loop
-    python -m tools.bench_serving --num-prompts 64 --request-rate 4                       # open loop, Poisson
-    python -m tools.bench_serving --images 3 --image-size 224x224,448x448 --turns 2       # chats about pictures
-    python -m tools.bench_serving --base-url http://HOST:8000 http://HOST:9000 --rounds 3 # two servers in turn, and their ratio
+    python -m tools.bench_serving --num-prompts 64 --concurrency 8                        # closed loop python
+    -m tools.bench_serving --num-prompts 64 --request-rate 4                       # open loop, Poisson python
+    -m tools.bench_serving --images 3 --image-size 224x224,448x448 --turns 2       # chats about pictures
+    python -m tools.bench_serving --base-url http://HOST:8000 http://HOST:9000 --rounds 3 # two servers in
+    turn, and their ratio
 
-TTFT: sent to first output. ITL: gaps between streamed events, pooled. TPOT: (E2EL - TTFT) / (output tokens - 1) of a request.
-E2EL: sent to last byte. Goodput: requests a second that keep all the limits of `--goodput`.
+TTFT: sent to first output. ITL: gaps between streamed events, pooled. TPOT: (E2EL - TTFT) / (output tokens -
+1) of a request. E2EL: sent to last byte. Goodput: requests a second that keep all the limits of `--goodput`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,33 @@ import aiohttp
 import numpy as np
 from PIL import Image
 
-WORDS = ["red", "blue", "green", "circle", "square", "star", "cross", "ring", "left", "right", "top", "bottom", "shape", "picture", "number"]
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "star",
+    "cross",
+    "ring",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "shape",
+    "picture",
+    "number",
+]
 METRICS = ("ttft", "tpot", "itl", "e2el")
-TABLE = ("output_tokens_per_s", "goodput", "ttft_ms.median", "ttft_ms.p99", "tpot_ms.median", "itl_ms.p99", "e2el_ms.median")
+TABLE = (
+    "output_tokens_per_s",
+    "goodput",
+    "ttft_ms.median",
+    "ttft_ms.p99",
+    "tpot_ms.median",
+    "itl_ms.p99",
+    "e2el_ms.median",
+)
 
 
 @dataclass
@@ -57,8 +83,16 @@ class Result:
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
     def keeps(self, limits: dict[str, float]) -> bool:
-        """Whether it is within the limits, in seconds. A request of one token has no TPOT and counts as 0 there."""
-        worst = {"ttft": self.ttft, "tpot": self.tpot or 0.0, "itl": max(self.gaps, default=0.0), "e2el": self.e2el}
+        """Whether it is within the limits, in seconds.
+
+        A request of one token has no TPOT and counts as 0 there.
+        """
+        worst = {
+            "ttft": self.ttft,
+            "tpot": self.tpot or 0.0,
+            "itl": max(self.gaps, default=0.0),
+            "e2el": self.e2el,
+        }
         return not self.error and all(worst[name] <= limit for name, limit in limits.items())
 
 
@@ -86,14 +120,20 @@ class Workload:
 
     def _picture(self, rng: random.Random) -> dict[str, Any]:
         width, height = rng.choice(self.sizes)
-        pixels = np.random.default_rng(rng.getrandbits(63)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(rng.getrandbits(63)).integers(
+            0, 256, (height, width, 3), dtype=np.uint8
+        )
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}}
+        return {
+            "type": "image_url",
+            "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()},
+        }
 
     def body(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "messages": list(messages), "max_tokens": self.num_output, "ignore_eos": True, "temperature": 0, "stream": True,
+            "messages": list(messages), "max_tokens": self.num_output, "ignore_eos": True, "temperature": 0,
+            "stream": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
 
@@ -101,7 +141,9 @@ class Workload:
 Body = dict[str, Any] | bytes  # of JSON, encoded before where the time that takes would be seen
 
 
-async def send(session: aiohttp.ClientSession, url: str, body: Body, turn: int = 0, result: Result | None = None) -> Result:
+async def send(
+    session: aiohttp.ClientSession, url: str, body: Body, turn: int = 0, result: Result | None = None
+) -> Result:
     """`result` is filled as events come."""
     result = result or Result(sent=0.0)
     result.sent, result.turn = time.perf_counter(), turn
@@ -127,8 +169,13 @@ async def _receive(session: aiohttp.ClientSession, url: str, body: Body, result:
                 result.error = event["error"]["message"]
                 return
             if usage := event.get("usage"):
-                result.num_prompt_tokens, result.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-                result.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                result.num_prompt_tokens, result.num_output_tokens = (
+                    usage["prompt_tokens"],
+                    usage["completion_tokens"],
+                )
+                result.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
+                    "cached_tokens"
+                ) or 0
             if event["choices"] and (text := event["choices"][0]["delta"].get("content")):
                 result.arrivals.append(time.perf_counter())
                 result.text += text
@@ -138,7 +185,9 @@ async def _receive(session: aiohttp.ClientSession, url: str, body: Body, result:
     result.ttft = result.arrivals[0] - result.sent if result.arrivals else result.e2el
 
 
-async def converse(session: aiohttp.ClientSession, url: str, workload: Workload, turns: Sequence[list[dict[str, Any]]]) -> list[Result]:
+async def converse(
+    session: aiohttp.ClientSession, url: str, workload: Workload, turns: Sequence[list[dict[str, Any]]]
+) -> list[Result]:
     """The turns of one chat, each with the server's own answers before it. Ends at the first error."""
     messages: list[dict[str, Any]] = []
     results: list[Result] = []
@@ -153,13 +202,21 @@ async def converse(session: aiohttp.ClientSession, url: str, workload: Workload,
 
 def open_session() -> aiohttp.ClientSession:
     """Without limits of its own on connections and time."""
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+    )
 
 
 async def run_load(
-    url: str, workload: Workload, chats: Sequence[list[list[dict[str, Any]]]], concurrency: int, request_rate: float, rng: random.Random
+    url: str,
+    workload: Workload,
+    chats: Sequence[list[list[dict[str, Any]]]],
+    concurrency: int,
+    request_rate: float,
+    rng: random.Random,
 ) -> list[Result]:
-    """Closed loop with `concurrency` chats at a time, or open loop with Poisson arrivals at `request_rate` chats a second."""
+    """Closed loop with `concurrency` chats at a time, or open loop with Poisson arrivals at `request_rate`
+    chats a second."""
     gate = asyncio.Semaphore(concurrency or len(chats))
     async with open_session() as session:
 
@@ -180,23 +237,34 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
     ms = np.array(values) * 1000
-    return {"mean": float(ms.mean()), "median": float(np.median(ms)), "p99": float(np.percentile(ms, 99)), "max": float(ms.max())}
+    return {
+        "mean": float(ms.mean()),
+        "median": float(np.median(ms)),
+        "p99": float(np.percentile(ms, 99)),
+        "max": float(ms.max()),
+    }
 
 
 def summarize(results: Sequence[Result], wall: float, limits: dict[str, float]) -> dict[str, Any]:
     good = [result for result in results if not result.error]
     turns = sorted({result.turn for result in good})
     return {
-        "completed": len(good), "failed": len(results) - len(good), "wall_s": wall,
-        "request_throughput": len(good) / wall, "goodput": sum(result.keeps(limits) for result in results) / wall,
+        "completed": len(good),
+        "failed": len(results) - len(good),
+        "wall_s": wall,
+        "request_throughput": len(good) / wall,
+        "goodput": sum(result.keeps(limits) for result in results) / wall,
         "output_tokens_per_s": sum(r.num_output_tokens for r in good) / wall,
         "total_tokens_per_s": sum(r.num_output_tokens + r.num_prompt_tokens for r in good) / wall,
-        "cached_prompt_tokens": sum(r.num_cached_tokens for r in good) / max(1, sum(r.num_prompt_tokens for r in good)),
-        "ttft_ms": spread([r.ttft for r in good]), "tpot_ms": spread([r.tpot for r in good if r.tpot is not None]),
-        "itl_ms": spread([gap for r in good for gap in r.gaps]), "e2el_ms": spread([r.e2el for r in good]),
+        "cached_prompt_tokens": sum(r.num_cached_tokens for r in good)
+        / max(1, sum(r.num_prompt_tokens for r in good)),
+        "ttft_ms": spread([r.ttft for r in good]),
+        "tpot_ms": spread([r.tpot for r in good if r.tpot is not None]),
+        "itl_ms": spread([gap for r in good for gap in r.gaps]),
+        "e2el_ms": spread([r.e2el for r in good]),
         "ttft_ms_by_turn": [spread([r.ttft for r in good if r.turn == turn]) for turn in turns],
         "errors": sorted({r.error for r in results if r.error}),
-    }  # fmt: skip
+    }
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -213,7 +281,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"{name:22} {summary[name]:.2f}")
     by_turn = summary["ttft_ms_by_turn"]
     rows = [(f"{name}_ms", summary[f"{name}_ms"]) for name in METRICS]
-    rows += [(f"ttft_ms, turn {turn + 1}", row) for turn, row in enumerate(by_turn)] if len(by_turn) > 1 else []
+    rows += (
+        [(f"ttft_ms, turn {turn + 1}", row) for turn, row in enumerate(by_turn)] if len(by_turn) > 1 else []
+    )
     for name, row in rows:
         print(f"{name:22} " + "  ".join(f"{key} {value:.1f}" for key, value in row.items()))
     for error in summary["errors"][:3]:
@@ -227,18 +297,28 @@ def pick(summary: dict[str, Any], path: str) -> float:
 
 def print_ratios(urls: Sequence[str], rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Medians over the rounds, and what each server has in units of the first one."""
-    medians = {url: {path: statistics.median(pick(summary, path) for summary in rounds[url]) for path in TABLE} for url in urls}
+    medians = {
+        url: {path: statistics.median(pick(summary, path) for summary in rounds[url]) for path in TABLE}
+        for url in urls
+    }
     print("| | " + " | ".join(urls) + " | " + " | ".join(f"{url} : {urls[0]}" for url in urls[1:]) + " |")
     print("| --- |" + " --- |" * (2 * len(urls) - 1))
     for path in TABLE:
         values = [medians[url][path] for url in urls]
         ratios = [value / values[0] if values[0] else float("nan") for value in values[1:]]
-        print(f"| {path} | " + " | ".join(f"{value:.1f}" for value in values) + " | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+        print(
+            f"| {path} | "
+            + " | ".join(f"{value:.1f}" for value in values)
+            + " | "
+            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + " |"
+        )
     return medians
 
 
 def plot_itl(results: Sequence[Result], path: Path, width: int = 1000, height: int = 420) -> None:
-    """Writes an SVG: the gap before each streamed event, in ms, over the time at which it came; a colour a stream."""
+    """Writes an SVG: the gap before each streamed event, in ms, over the time at which it came; a colour a
+    stream."""
     streams = [result for result in results if len(result.arrivals) > 1]
     start = min((result.sent for result in streams), default=0.0)
     end = max((result.arrivals[-1] for result in streams), default=1.0)
@@ -252,17 +332,25 @@ def plot_itl(results: Sequence[Result], path: Path, width: int = 1000, height: i
         return height - margin - ms / top * (height - 2 * margin)
 
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{margin}" y="20">Inter-token latency of {len(streams)} streams, ms over seconds</text>',
     ]
     for part in range(5):
         ms, seconds = top * part / 4, start + (end - start) * part / 4
-        lines.append(f'<line x1="{margin}" x2="{width - margin}" y1="{y(ms):.1f}" y2="{y(ms):.1f}" stroke="#ddd"/>')
+        lines.append(
+            f'<line x1="{margin}" x2="{width - margin}" y1="{y(ms):.1f}" y2="{y(ms):.1f}" stroke="#ddd"/>'
+        )
         lines.append(f'<text x="5" y="{y(ms) + 4:.1f}">{ms:.1f}</text>')
-        lines.append(f'<text x="{x(seconds) - 10:.1f}" y="{height - margin + 20}">{seconds - start:.1f}</text>')
+        lines.append(
+            f'<text x="{x(seconds) - 10:.1f}" y="{height - margin + 20}">{seconds - start:.1f}</text>'
+        )
     for number, result in enumerate(streams):
-        points = " ".join(f"{x(at):.1f},{y(gap * 1000):.1f}" for at, gap in zip(result.arrivals[1:], result.gaps, strict=True))
+        points = " ".join(
+            f"{x(at):.1f},{y(gap * 1000):.1f}"
+            for at, gap in zip(result.arrivals[1:], result.gaps, strict=True)
+        )
         lines.append(f'<polyline points="{points}" fill="none" stroke="hsl({number * 137 % 360},70%,45%)"/>')
     path.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
@@ -284,26 +372,51 @@ def parse_sizes(given: str) -> tuple[tuple[int, int], ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", nargs="+", default=["http://127.0.0.1:8000"], help="several are measured in turn")
-    parser.add_argument("--rounds", type=int, default=1, help="each with a load of its own, the same for all servers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base-url", nargs="+", default=["http://127.0.0.1:8000"], help="several are measured in turn"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="each with a load of its own, the same for all servers"
+    )
     parser.add_argument("--num-prompts", type=int, default=32, help="chats in a round")
-    parser.add_argument("--concurrency", type=int, default=0, help="closed loop: chats at a time (default: all)")
+    parser.add_argument(
+        "--concurrency", type=int, default=0, help="closed loop: chats at a time (default: all)"
+    )
     parser.add_argument("--request-rate", type=float, default=0.0, help="open loop: arrivals a second")
-    parser.add_argument("--input-words", type=int, default=256, help="words of text in a turn; about as many tokens")
+    parser.add_argument(
+        "--input-words", type=int, default=256, help="words of text in a turn; about as many tokens"
+    )
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--images", type=int, default=0, help="pictures in a chat")
-    parser.add_argument("--image-size", type=parse_sizes, default=((448, 448),), help="WIDTHxHEIGHT, or several with commas, drawn from")
-    parser.add_argument("--shared-images", type=int, default=0, help="draw the pictures from so many (default: all are distinct)")
+    parser.add_argument(
+        "--image-size",
+        type=parse_sizes,
+        default=((448, 448),),
+        help="WIDTHxHEIGHT, or several with commas, drawn from",
+    )
+    parser.add_argument(
+        "--shared-images",
+        type=int,
+        default=0,
+        help="draw the pictures from so many (default: all are distinct)",
+    )
     parser.add_argument("--turns", type=int, default=1, help="questions in a chat")
-    parser.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits, such as ttft:500 itl:100")
+    parser.add_argument(
+        "--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits, such as ttft:500 itl:100"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
-    parser.add_argument("--plot", type=Path, help="write an SVG of the last round's ITL over time, a line a stream")
+    parser.add_argument(
+        "--plot", type=Path, help="write an SVG of the last round's ITL over time, a line a stream"
+    )
     args = parser.parse_args()
     limits = parse_limits(args.goodput)
     workload = Workload(
-        num_words=args.input_words, num_output=args.output_tokens, num_images=args.images, sizes=args.image_size,
+        num_words=args.input_words, num_output=args.output_tokens, num_images=args.images,
+        sizes=args.image_size,
         num_shared_images=args.shared_images, num_turns=args.turns,
     )  # fmt: skip
     rounds: dict[str, list[dict[str, Any]]] = {url: [] for url in args.base_url}

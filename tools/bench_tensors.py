@@ -2,8 +2,9 @@
 
     python -m tools.bench_tensors
 
-A producer writes into its pool and sends; a consumer process, which has mapped the pool once, opens what it is sent, reads a row and
-answers. Told is the median of such round trips, the writing not counted. By handle they must not grow with the size.
+A producer writes into its pool and sends; a consumer process, which has mapped the pool once, opens what it
+is sent, reads a row and answers. Told is the median of such round trips, the writing not counted. By handle
+they must not grow with the size.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def measure(rounds: int) -> list[tuple[int, float, float]]:
     largest = align(max(SIZES))
     pool, slots = TensorPool.on_host("vit.0", 1, 2 * largest, 8), SlotAllocator(2 * largest, largest, 8)
     found: list[tuple[int, float, float]] = []
-    with tempfile.TemporaryDirectory() as folder, zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        zmq.Context() as context,
+        context.socket(zmq.PAIR) as socket,
+    ):
         url = f"ipc://{Path(folder) / 'pair'}"
         socket.bind(url)
         with subprocess.Popen([sys.executable, "-m", "tools.bench_tensors", "--consume", url]):
@@ -91,7 +96,9 @@ def measure(rounds: int) -> list[tuple[int, float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--consume", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -3,13 +3,18 @@
     python -m tools.bench_vision                              # 0.31 B parameters, everything
     python -m tools.bench_vision --parts isolation --rounds 5
 
-Weights are random. Servers are its own. Rounds are interleaved and medians are told, since shared machines drift.
+Weights are random. Servers are its own. Rounds are interleaved and medians are told, since shared machines
+drift.
 
-isolation   ITL of four streams while images arrive without pause, beside the same streams alone: `--cpu-sharing fixed` and `elastic`
-loop        the same of an in-process loop of the same code that encodes between its steps, as servers without a process for the ViT do
+isolation   ITL of four streams while images arrive without pause, beside the same streams alone:
+            `--cpu-sharing fixed` and `elastic`
+loop        the same of an in-process loop of the same code that encodes between its steps, as servers without
+            a process for the ViT do
 ttft        of a request with four images: two ViTs beside one
-gate        TTFT of a request with four images, of which what is there is prefilled while later ones encode, beside waiting for all of them
-repeat      TTFT of an image seen before, with another text, beside the first time: before the text, and behind it, where no prefix is shared
+gate        TTFT of a request with four images, of which what is there is prefilled while later ones encode,
+            beside waiting for all of them
+repeat      TTFT of an image seen before, with another text, beside the first time: before the text, and
+            behind it, where no prefix is shared
 forward     patches/s of the encoder beside Hugging Face's tower and the rate of matrix products
 together    eight requests at once, each with an image of its own, beside Hugging Face one after the other
 decode      a 12-megapixel JPEG to pixels in the pool, beside Pillow's decode and resize alone
@@ -45,7 +50,16 @@ from pipeline.transport.tensors import TensorPool
 from pipeline.wire.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import Role, WorkerId
-from tools.bench_engine import NUM_STREAMS, Row, matmul_rate, measure, percentile, raise_failed, serve, streams_beside
+from tools.bench_engine import (
+    NUM_STREAMS,
+    Row,
+    matmul_rate,
+    measure,
+    percentile,
+    raise_failed,
+    serve,
+    streams_beside,
+)
 from tools.bench_serving import Result, Workload, open_session, parse_sizes, run_load, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.trace import read_spans
@@ -72,7 +86,8 @@ class Bench:
         self.dtype = choose_dtype("auto", CPU)
         self.info = read_model_info(folder)
         self.rng = random.Random(0)
-        self._worst: dict[tuple[str, tuple[int, int]], tuple[float, float]] = {}  # P99 and longest gap under images
+        # P99 and longest gap under images
+        self._worst: dict[tuple[str, tuple[int, int]], tuple[float, float]] = {}
 
     # Isolation.
 
@@ -86,7 +101,9 @@ class Bench:
                     rows += self._isolation_rows(f"--cpu-sharing {sharing}", size, alone, beside)
         for size in self.sizes:
             fixed, elastic = self._worst["fixed", size], self._worst["elastic", size]
-            rows.append(_row(f"P99 ITL under images, {size[0]}x{size[1]}: elastic", elastic[0], "fixed", fixed[0]))
+            rows.append(
+                _row(f"P99 ITL under images, {size[0]}x{size[1]}: elastic", elastic[0], "fixed", fixed[0])
+            )
         return rows
 
     def loop(self) -> list[Row]:
@@ -96,23 +113,36 @@ class Bench:
             alone, beside = self._medians(loop.run, size)
             rows += self._isolation_rows("in-process loop", size, alone, beside)
             if (fixed := self._worst.get(("fixed", size))) is not None:
-                rows.append(_row(f"longest gap, {size[0]}x{size[1]}: in-process loop", beside[1], "--cpu-sharing fixed", fixed[1]))
+                rows.append(
+                    _row(
+                        f"longest gap, {size[0]}x{size[1]}: in-process loop",
+                        beside[1],
+                        "--cpu-sharing fixed",
+                        fixed[1],
+                    )
+                )
         return rows
 
     def _medians(
         self, run: Callable[[tuple[int, int] | None], list[float]], size: tuple[int, int]
     ) -> tuple[tuple[float, float], tuple[float, float]]:
-        """P99 and longest gap in seconds, without images and with: medians over the rounds; a first round warms up."""
+        """P99 and longest gap in seconds, without images and with: medians over the rounds; a first round
+        warms up."""
         found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for number in range(self.rounds + 1):
             for has_images in (False, True):
                 gaps = run(size if has_images else None)
                 if number:
                     found[has_images].append((percentile(gaps, 99), max(gaps)))
-        p99, longest = ([statistics.median(values) for values in zip(*found[has_images], strict=True)] for has_images in (False, True))
+        p99, longest = (
+            [statistics.median(values) for values in zip(*found[has_images], strict=True)]
+            for has_images in (False, True)
+        )
         return (p99[0], p99[1]), (longest[0], longest[1])
 
-    def _isolation_rows(self, name: str, size: tuple[int, int], alone: tuple[float, float], beside: tuple[float, float]) -> list[Row]:
+    def _isolation_rows(
+        self, name: str, size: tuple[int, int], alone: tuple[float, float], beside: tuple[float, float]
+    ) -> list[Row]:
         what = f"images {size[0]}x{size[1]}, {name}"
         return [
             _row(f"P99 ITL, {what}", beside[0], "the streams alone", alone[0]),
@@ -120,9 +150,11 @@ class Bench:
         ]
 
     def _streams(self, url: str, size: tuple[int, int] | None) -> list[float]:
-        """Gaps of four streams while all of them run; two requests with an image of `size` each are always under way beside them."""
+        """Gaps of four streams while all of them run; two requests with an image of `size` each are always
+        under way beside them."""
         streams = Workload(num_words=16, num_output=self.num_output)
-        # What the round before has left under way is encoded to its end, though nobody waits for it: a small image comes behind it.
+        # What the round before has left under way is encoded to its end, though nobody waits for it: a small
+        # image comes behind it.
         small = Workload(num_words=8, num_output=1, num_images=1)
         asyncio.run(_send_one(url, small.body(_chat(small, self.rng))))
         if size is None:
@@ -130,11 +162,16 @@ class Bench:
         images = Workload(num_words=8, num_output=1, num_images=1, sizes=(size,))
         # Made before: drawing and encoding them would hold up the loop that takes the streams' times.
         chats = images.chats(MOST_IMAGES.get(size, 20), self.rng)
-        bodies = [json.dumps(images.body([{"role": "user", "content": content}])).encode() for (content,) in chats]
+        bodies = [
+            json.dumps(images.body([{"role": "user", "content": content}])).encode() for (content,) in chats
+        ]
 
         def other() -> bytes:
             if not bodies:
-                raise RuntimeError("more images were answered than were made: ask for fewer --output-tokens, or a larger model")
+                raise RuntimeError(
+                    "more images were answered than were made: ask for fewer --output-tokens, or a larger "
+                    "model"
+                )
             return bodies.pop()
 
         beside = asyncio.run(streams_beside(url, streams, self.rng, other))
@@ -146,7 +183,10 @@ class Bench:
 
     def ttft(self) -> list[Row]:
         load = Workload(num_words=16, num_output=1, num_images=4)
-        setups = {"two ViTs": ("--vit", "2", "--vit-cores", "2"), "one ViT": ("--vit", "1", "--vit-cores", "1")}
+        setups = {
+            "two ViTs": ("--vit", "2", "--vit-cores", "2"),
+            "one ViT": ("--vit", "1", "--vit-cores", "1"),
+        }
         found: dict[str, list[float]] = {name: [] for name in setups}
         with serve(self.folder, *setups["two ViTs"]) as two, serve(self.folder, *setups["one ViT"]) as one:
             for number in range(self.rounds + 1):
@@ -158,16 +198,27 @@ class Bench:
         return [_row("TTFT, 4 images, two ViTs", medians["two ViTs"], "one ViT", medians["one ViT"])]
 
     def gate(self) -> list[Row]:
-        """Waiting is put together from what was measured: until the last of the images was encoded, then the prefill of them all, which is
-        the TTFT of the same images with a text before them that no prefix shares."""
+        """Waiting is put together from what was measured: until the last of the images was encoded, then the
+        prefill of them all, which is the TTFT of the same images with a text before them that no prefix
+        shares.
+        """
         load = Workload(num_words=8, num_output=1, num_images=4)
         found: list[tuple[float, float]] = []
-        with tempfile.TemporaryDirectory() as spans, serve(self.folder, "--cpu-sharing", "fixed", "--trace-dir", spans) as served:
+        with (
+            tempfile.TemporaryDirectory() as spans,
+            serve(self.folder, "--cpu-sharing", "fixed", "--trace-dir", spans) as served,
+        ):
             for number in range(self.rounds + 1):
                 ((content,),) = load.chats(1, self.rng)
                 sent = time.monotonic()
-                first = asyncio.run(_send_one(served.url, load.body([{"role": "user", "content": content}]))).ttft
-                again = asyncio.run(_send_one(served.url, load.body([{"role": "user", "content": [content[-1], *content[:-1]]}]))).ttft
+                first = asyncio.run(
+                    _send_one(served.url, load.body([{"role": "user", "content": content}]))
+                ).ttft
+                again = asyncio.run(
+                    _send_one(
+                        served.url, load.body([{"role": "user", "content": [content[-1], *content[:-1]]}])
+                    )
+                ).ttft
                 if number:
                     encoded = max(span.end for span in read_spans(Path(spans))["vit.0"])
                     found.append((first, encoded - sent + again))
@@ -186,20 +237,29 @@ class Bench:
                     times = []
                     for question in ("What is it?", "Which colour has it?"):
                         parts = [image, {"type": "text", "text": question}]
-                        body = load.body([{"role": "user", "content": parts if place == "before" else parts[::-1]}])
+                        body = load.body(
+                            [{"role": "user", "content": parts if place == "before" else parts[::-1]}]
+                        )
                         times.append(asyncio.run(_send_one(served.url, body)).ttft)
                     if number:
                         first.append(times[0])
                         again.append(times[1])
                 rows.append(
-                    _row(f"TTFT, an image seen before, {place} its text", statistics.median(again), "the first time", statistics.median(first))
+                    _row(
+                        f"TTFT, an image seen before, {place} its text",
+                        statistics.median(again),
+                        "the first time",
+                        statistics.median(first),
+                    )
                 )
         return rows
 
     def together(self) -> list[Row]:
         load = Workload(num_words=16, num_output=64, num_images=1)
         model = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval()
-        processor = Qwen2VLImageProcessorPil(min_pixels=self.info.vision.min_pixels, max_pixels=self.info.vision.max_pixels)
+        processor = Qwen2VLImageProcessorPil(
+            min_pixels=self.info.vision.min_pixels, max_pixels=self.info.vision.max_pixels
+        )
         ours, theirs = [], []
         with serve(self.folder) as served:
             self._ask(served.url, load, 2)
@@ -218,18 +278,28 @@ class Bench:
         ]
 
     def _hugging_face(self, model: Any, processor: Any) -> float:
-        pixels = np.random.default_rng(self.rng.getrandbits(63)).integers(0, 256, (448, 448, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(self.rng.getrandbits(63)).integers(
+            0, 256, (448, 448, 3), dtype=np.uint8
+        )
         start = time.perf_counter()
         processed = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
         count = int(processed["image_grid_thw"].prod()) // 4
         ids = torch.tensor(
-            [[*self.rng.choices(range(100, 4000), k=8), *[self.info.image_token_id] * count, *self.rng.choices(range(100, 4000), k=16)]]
+            [
+                [
+                    *self.rng.choices(range(100, 4000), k=8),
+                    *[self.info.image_token_id] * count,
+                    *self.rng.choices(range(100, 4000), k=16),
+                ]
+            ]
         )
         types = (ids == self.info.image_token_id).int()
         with torch.inference_mode():
             model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, pixel_values=processed["pixel_values"].to(self.dtype),
-                image_grid_thw=processed["image_grid_thw"], do_sample=False, min_new_tokens=64, max_new_tokens=64,
+                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types,
+                pixel_values=processed["pixel_values"].to(self.dtype),
+                image_grid_thw=processed["image_grid_thw"], do_sample=False, min_new_tokens=64,
+                max_new_tokens=64,
             )  # fmt: skip
         return time.perf_counter() - start
 
@@ -245,7 +315,9 @@ class Bench:
         torch.set_num_threads(os.cpu_count() or 1)
         checkpoint = Checkpoint(self.folder, self.dtype, CPU)
         engine = TorchEngine(tower_of(self.info).encoder(info, checkpoint, make_linear))
-        tower = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval().model.visual
+        tower = (
+            Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval().model.visual
+        )
         weights = sum(parameter.numel() for block in tower.blocks for parameter in block.parameters())
         rows = []
         for side in (32, 64):
@@ -268,12 +340,32 @@ class Bench:
             best = statistics.median(ours)
             count = side * side
             flop = 2 * count * weights + 4 * count * count * info.embed_dim * info.depth
-            rows.append(Row(f"encoder, {count} patches", count / best, "Hugging Face", count / statistics.median(theirs), "patches/s"))
-            rows.append(Row(f"encoder, {count} patches", flop / best / 1e9, "matrix products", matmul_rate(self.dtype) / 1e9, "GFLOP/s"))
+            rows.append(
+                Row(
+                    f"encoder, {count} patches",
+                    count / best,
+                    "Hugging Face",
+                    count / statistics.median(theirs),
+                    "patches/s",
+                )
+            )
+            rows.append(
+                Row(
+                    f"encoder, {count} patches",
+                    flop / best / 1e9,
+                    "matrix products",
+                    matmul_rate(self.dtype) / 1e9,
+                    "GFLOP/s",
+                )
+            )
         return rows
 
     def decode(self) -> list[Row]:
-        pixels = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 67, 3), dtype=np.uint8)).resize((4032, 3024)))
+        pixels = np.asarray(
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 67, 3), dtype=np.uint8)).resize(
+                (4032, 3024)
+            )
+        )
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
         data = buffer.getvalue()
@@ -295,7 +387,9 @@ class Bench:
             await PictureSource(ready, "", readers).decode((0,), out, handle.offset)
 
         def pillow() -> None:
-            Image.open(io.BytesIO(data)).convert("RGB").resize((size.width, size.height), Image.Resampling.BICUBIC)
+            Image.open(io.BytesIO(data)).convert("RGB").resize(
+                (size.width, size.height), Image.Resampling.BICUBIC
+            )
 
         with asyncio.Runner() as runner:
             rounds = range(2 * self.rounds + 1)
@@ -308,13 +402,16 @@ class Bench:
 
 
 class _InProcess:
-    """The same runner and the same encoder in one thread, all cores for both: an image that has come is encoded between two steps."""
+    """The same runner and the same encoder in one thread, all cores for both: an image that has come is
+    encoded between two steps."""
 
     def __init__(self, folder: Path, num_output: int) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         self._info, self._num_output = read_model_info(folder), num_output
         config = Config(model=ModelConfig(max_model_len=4096), llm=LlmConfig(max_num_seqs=NUM_STREAMS + 1))
-        self._runner = ModelRunner.load(self._info, config, folder, CPU, TensorParallel(), lambda done, total: None)
+        self._runner = ModelRunner.load(
+            self._info, config, folder, CPU, TensorParallel(), lambda done, total: None
+        )
         self._block_size = config.llm.block_size
         self._blocks = 4096 // self._block_size
         self._runner.open_cache((NUM_STREAMS + 1) * self._blocks, 4096)
@@ -325,7 +422,8 @@ class _InProcess:
         self._step = 0
 
     def run(self, size: tuple[int, int] | None) -> list[float]:
-        """Gaps of four streams; with `size` there is always another image of that size to encode and its prompt to compute, 16 tokens a step."""
+        """Gaps of four streams; with `size` there is always another image of that size to encode and its
+        prompt to compute, 16 tokens a step."""
         gaps: list[float] = []
         starts = [self._start(slot, [5] * 32) for slot in range(NUM_STREAMS)]
         self._launch([SequenceStep(slot, 32) for slot in range(NUM_STREAMS)], starts)
@@ -362,7 +460,9 @@ class _InProcess:
 
     def _launch(self, steps: Sequence[SequenceStep], starts: Sequence[SequenceStart]) -> None:
         self._step += 1
-        plan = StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=tuple(starts), sequences=tuple(steps))
+        plan = StepPlan(
+            sender=WorkerId(Role.LLM), epoch=1, step=self._step, started=tuple(starts), sequences=tuple(steps)
+        )
         self._runner.launch(plan).result()
 
 
@@ -394,13 +494,21 @@ def _row(what: str, ours: float, against: str, theirs: float) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
     parser.add_argument("--model", type=Path, help="a checkpoint to measure instead")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output-tokens", type=int, default=400, help="of each stream of `isolation`")
-    parser.add_argument("--sizes", type=parse_sizes, default=SIZES, metavar="WxH,…", help="of the images of isolation and loop, smallest first")
+    parser.add_argument(
+        "--sizes",
+        type=parse_sizes,
+        default=SIZES,
+        metavar="WxH,…",
+        help="of the images of isolation and loop, smallest first",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -409,7 +517,10 @@ def main() -> None:
             make_checkpoint(folder, args.shape)
         bench = Bench(folder, args.rounds, args.output_tokens, args.sizes)
         cores = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        print(f"{cores}, {args.model or args.shape}, {bench.dtype}; median of {args.rounds} rounds\n", flush=True)
+        print(
+            f"{cores}, {args.model or args.shape}, {bench.dtype}; median of {args.rounds} rounds\n",
+            flush=True,
+        )
         measure(bench, args.parts, args.json)
 
 

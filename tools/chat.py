@@ -32,7 +32,10 @@ async def ask(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None:
             body[name] = value
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    async with aiohttp.ClientSession() as session, session.post(f"{args.url}/v1/chat/completions", json=body, headers=headers) as response:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{args.url}/v1/chat/completions", json=body, headers=headers) as response,
+    ):
         if response.status != 200:
             error = (await response.json(content_type=None))["error"]
             print(f"{response.status}: {error['message']}", file=sys.stderr)
@@ -45,15 +48,21 @@ async def ask(args: argparse.Namespace) -> int:
             if "error" in event:
                 print(f"\n{event['error']['message']}", file=sys.stderr)
                 return 1
-            print("".join(choice["delta"].get("content", "") for choice in event["choices"]), end="", flush=True)
+            print(
+                "".join(choice["delta"].get("content", "") for choice in event["choices"]), end="", flush=True
+            )
     print()
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("question")
-    parser.add_argument("--image", action="append", default=[], help="file or URL of a picture; may be given several times")
+    parser.add_argument(
+        "--image", action="append", default=[], help="file or URL of a picture; may be given several times"
+    )
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
     parser.add_argument("--api-key", default="")

@@ -3,8 +3,9 @@
     python -m tools.compile_kernels            # sm_80, sm_90, sm_100
     python -m tools.compile_kernels --json
 
-By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B take. Registers are of one thread; a spilled
-register lies in memory, so none should be; shared memory is of one program. Fails when a kernel takes more than there is, or spills.
+By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B take. Registers are of one
+thread; a spilled register lies in memory, so none should be; shared memory is of one program. Fails when a
+kernel takes more than there is, or spills.
 """
 
 from __future__ import annotations
@@ -30,12 +31,24 @@ from workers.llm.sampling import kernel as sampling_kernel
 from workers.nn import kernels
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability
-MAX_REGISTERS = {"decode": 160, "prefill": 255, "rotate": 128, "merge": 96, "add": 160, "silu": 64, "sample": 160}  # by a name's first word
-# By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers, or constants.
+# by a name's first word
+MAX_REGISTERS = {
+    "decode": 160,
+    "prefill": 255,
+    "rotate": 128,
+    "merge": 96,
+    "add": 160,
+    "silu": 64,
+    "sample": 160,
+}
+# By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers,
+# or constants.
 POINTERS = {
-    "q": "*bf16", "qkv": "*bf16", "bias": "*bf16", "cache": "*bf16", "gate_up": "*bf16", "x": "*bf16", "delta": "*bf16", "weight": "*bf16",
+    "q": "*bf16", "qkv": "*bf16", "bias": "*bf16", "cache": "*bf16", "gate_up": "*bf16", "x": "*bf16",
+    "delta": "*bf16", "weight": "*bf16",
     "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "sums": "*fp32", "logits": "*fp32", "params": "*fp32",
-    "tables": "*i32", "lengths": "*i32", "new_slots": "*i32", "starts": "*i32", "tile_sequences": "*i32", "tile_offsets": "*i32",
+    "tables": "*i32", "lengths": "*i32", "new_slots": "*i32", "starts": "*i32", "tile_sequences": "*i32",
+    "tile_offsets": "*i32",
 }  # fmt: skip
 FLOATS = ("scale", "eps")
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -61,28 +74,64 @@ class Usage(NamedTuple):
     @property
     def is_fine(self) -> bool:
         most = MAX_REGISTERS[self.kernel.split()[0].rstrip(",")]
-        return self.registers <= most and not self.spilled_bytes and self.shared_bytes <= SHARED_LIMITS[self.capability]
+        return (
+            self.registers <= most
+            and not self.spilled_bytes
+            and self.shared_bytes <= SHARED_LIMITS[self.capability]
+        )
 
 
 def variants(capability: int) -> Iterator[Variant]:
     head = {"DIM": 128, "DIM_PADDED": 128}
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for heads, kv_heads, dtype in ((12, 2, bf16), (28, 4, bf16), (64, 8, bf16), (28, 4, fp16), (28, 4, fp32)):
-        group, name, pointer = heads // kv_heads, f"{heads}/{kv_heads} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+        group, name, pointer = (
+            heads // kv_heads,
+            f"{heads}/{kv_heads} heads, {str(dtype).removeprefix('torch.')}",
+            TYPES[dtype],
+        )
         precision = "ieee" if dtype == fp32 else "tf32"
-        attended = {"NUM_KV_HEADS": kv_heads, "GROUP": group, **head, "BLOCK_SIZE": 16, "PRECISION": precision}
+        attended = {
+            "NUM_KV_HEADS": kv_heads,
+            "GROUP": group,
+            **head,
+            "BLOCK_SIZE": 16,
+            "PRECISION": precision,
+        }
         for splits in (1, 16):
             keys, num_warps = attention.choose_decode_tile(dtype)
             tile = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
             out = "*fp32" if splits > 1 else pointer
-            yield Variant(f"decode, {name}, {splits} splits", attention.decode_kernel, attended | tile, out, num_warps, pointer)
+            yield Variant(
+                f"decode, {name}, {splits} splits",
+                attention.decode_kernel,
+                attended | tile,
+                out,
+                num_warps,
+                pointer,
+            )
         rows, keys, num_warps = attention.choose_prefill_tile(capability, dtype)
         tile = {"ROWS": rows, "TILE": keys}
-        yield Variant(f"prefill, {name}", attention.prefill_kernel, attended | tile, pointer, num_warps, pointer)
-        padded = {"HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads), "HALF": 64, "HALF_PADDED": 64, "HAS_BIAS": True}
-        yield Variant(f"rotate and write, {name}", attention.rotate_and_write_kernel, {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded})
+        yield Variant(
+            f"prefill, {name}", attention.prefill_kernel, attended | tile, pointer, num_warps, pointer
+        )
+        padded = {
+            "HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads),
+            "HALF": 64,
+            "HALF_PADDED": 64,
+            "HAS_BIAS": True,
+        }
+        yield Variant(
+            f"rotate and write, {name}",
+            attention.rotate_and_write_kernel,
+            {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded},
+        )
     splits = attention.MAX_SPLITS
-    yield Variant("merge", attention.merge_kernel, {"NUM_HEADS": 28, "NUM_SPLITS": splits, "SPLITS_PADDED": splits, **head})
+    yield Variant(
+        "merge",
+        attention.merge_kernel,
+        {"NUM_HEADS": 28, "NUM_SPLITS": splits, "SPLITS_PADDED": splits, **head},
+    )
     for size in (1536, 3584, 8192):
         padded = {"SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size), "HAS_DELTA": True}
         yield Variant(f"add and norm, {size}", kernels.add_rms_norm_kernel, padded)
@@ -93,16 +142,25 @@ def variants(capability: int) -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, capability: int) -> Usage:
     names = variant.kernel.arg_names
-    types = {name: "fp32" if name in FLOATS else POINTERS.get(name, "i32") for name in names} | {"out": variant.out}
-    types = {name: variant.dtype if kind == "*bf16" and name != "out" else kind for name, kind in types.items()}
+    types = {name: "fp32" if name in FLOATS else POINTERS.get(name, "i32") for name in names} | {
+        "out": variant.out
+    }
+    types = {
+        name: variant.dtype if kind == "*bf16" and name != "out" else kind for name, kind in types.items()
+    }
     signature = {name: "constexpr" if name in variant.constants else types[name] for name in names}
-    # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16, but for those of the step.
+    # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16, but
+    # for those of the step.
     steps = ("tables", "lengths", "table_stride", "params_stride")
-    is_aligned = [name not in steps and (signature[name].startswith("*") or name.endswith("stride")) for name in names]
+    is_aligned = [
+        name not in steps and (signature[name].startswith("*") or name.endswith("stride")) for name in names
+    ]
     aligned = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(is_aligned) if is_one}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.num_warps})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.num_warps}
+    )
     registers, spilled = _resources(compiled.asm["cubin"])
     return Usage(variant.name, capability, registers, spilled, compiled.metadata.shared)
 
@@ -113,7 +171,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump tells nothing of registers: {text}")
@@ -122,7 +182,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def numbers() -> list[tuple[int, int]]:
     """Of all variants: the capability, and which of its variants."""
-    return [(capability, number) for capability in SHARED_LIMITS for number, _ in enumerate(variants(capability))]
+    return [
+        (capability, number) for capability in SHARED_LIMITS for number, _ in enumerate(variants(capability))
+    ]
 
 
 def compile_number(capability: int, number: int) -> Usage:
@@ -140,7 +202,10 @@ def main() -> int:
     else:
         print("| kernel | for | registers | spilled bytes | shared bytes |\n| --- | --- | --- | --- | --- |")
         for usage in usages:
-            print(f"| {usage.kernel} | sm_{usage.capability} | {usage.registers} | {usage.spilled_bytes} | {usage.shared_bytes} |")
+            print(
+                f"| {usage.kernel} | sm_{usage.capability} | {usage.registers} | {usage.spilled_bytes} | "
+                f"{usage.shared_bytes} |"
+            )
     return int(not all(usage.is_fine for usage in usages))
 
 

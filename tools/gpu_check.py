@@ -1,10 +1,12 @@
-"""Everything that only a GPU can show, in one command: tests, fidelity, and each figure beside what the machine can do.
+"""Everything that only a GPU can show, in one command: tests, fidelity, and each figure beside what the
+machine can do.
 
     python -m tools.gpu_check                      # all parts; a table, and gpu_check.json and gpu_check.md
     python -m tools.gpu_check --parts rates decode
 
-Needs no argument and no network, and no more than eight minutes. Each part is a process of its own with a time limit, so that one
-which fails costs its own rows only. Weights are random: speed does not depend on their values.
+Needs no argument and no network, and no more than eight minutes. Each part is a process of its own with a
+time limit, so that one which fails costs its own rows only. Weights are random: speed does not depend on
+their values.
 
 environment  GPU, driver, versions, peer access, MPS
 rates        device-to-device copy (bytes read plus written), bf16 matrix products
@@ -40,19 +42,26 @@ from tools.gpu_parts import Machine, Row
 
 TOTAL_S = 480.0
 PARTS: dict[str, tuple[Callable[[Machine], Iterator[Row]], float]] = {  # and the most seconds for each
-    "environment": (gpu_parts.environment, 20), "rates": (gpu_parts.rates, 30), "checkpoints": (gpu_parts.checkpoints, 60),
+    "environment": (gpu_parts.environment, 20), "rates": (gpu_parts.rates, 30),
+    "checkpoints": (gpu_parts.checkpoints, 60),
     "decode": (gpu_parts.decode, 90), "server": (gpu_parts.server, 80), "prefill": (gpu_parts.prefill, 40),
-    "isolation": (gpu_parts.isolation, 80), "attention": (gpu_parts.attention, 40), "fidelity": (gpu_parts.fidelity, 60),
+    "isolation": (gpu_parts.isolation, 80), "attention": (gpu_parts.attention, 40),
+    "fidelity": (gpu_parts.fidelity, 60),
     "tests": (gpu_parts.tests, 200),
 }  # fmt: skip
 USUAL_RATES = {"copy": 3.0e12, "matmul": 7.9e14}  # an H100's, where this machine's were not measured
 
 
 def run_part(name: str, folder: Path, is_small: bool) -> None:
-    """In this process. `folder` gets the rows, as they are found; it holds checkpoints, and the rates once they are known."""
+    """In this process.
+
+    `folder` gets the rows, as they are found; it holds checkpoints, and the rates once they are known.
+    """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     known, result = folder / "rates.json", folder / f"{name}.rows.json"
-    machine = Machine(folder, json.loads(known.read_text()) if known.exists() else USUAL_RATES.copy(), device, is_small)
+    machine = Machine(
+        folder, json.loads(known.read_text()) if known.exists() else USUAL_RATES.copy(), device, is_small
+    )
     rows: list[dict[str, Any]] = []
     can_run = device.type == "cuda" or name == "environment" or is_small
     for row in PARTS[name][0](machine) if can_run else [Row(name, "not run: no GPU")]:
@@ -70,7 +79,11 @@ def run_all(names: Sequence[str], out: Path, is_small: bool) -> int:
             start = time.monotonic()
             report[name] = _in_process(name, Path(folder), is_small, min(PARTS[name][1], end - start))
             report[name]["seconds"] = round(time.monotonic() - start, 1)
-            print(f"{name}: {report[name]['error'] or 'done'} ({report[name]['seconds']} s)", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {report[name]['error'] or 'done'} ({report[name]['seconds']} s)",
+                file=sys.stderr,
+                flush=True,
+            )
             (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
             (out / "gpu_check.md").write_text(as_markdown(report))
     print(as_markdown(report))
@@ -81,10 +94,21 @@ def _in_process(name: str, folder: Path, is_small: bool, limit_s: float) -> dict
     """What the part found, however it ended."""
     if limit_s <= 0:
         return {"rows": [], "error": "not run: no time was left"}
-    command = [sys.executable, "-m", "tools.gpu_check", "--part", name, "--folder", str(folder), *(["--small"] if is_small else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.gpu_check",
+        "--part",
+        name,
+        "--folder",
+        str(folder),
+        *(["--small"] if is_small else []),
+    ]
     error = ""
     # A session of its own: what the part has started ends with it.
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             _, words = process.communicate(timeout=limit_s)
             if process.returncode:
@@ -96,7 +120,11 @@ def _in_process(name: str, folder: Path, is_small: bool, limit_s: float) -> dict
         with contextlib.suppress(ProcessLookupError):  # what a part that broke has started
             os.killpg(process.pid, signal.SIGKILL)
     result = folder / f"{name}.rows.json"
-    return {"rows": json.loads(result.read_text()) if result.exists() else [], "error": error, "stderr": words[-4000:] if error else ""}
+    return {
+        "rows": json.loads(result.read_text()) if result.exists() else [],
+        "error": error,
+        "stderr": words[-4000:] if error else "",
+    }
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -112,10 +140,16 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the files")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, and where there is no GPU the CPU: to try the command itself")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny sizes, and where there is no GPU the CPU: to try the command itself",
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

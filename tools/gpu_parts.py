@@ -46,7 +46,11 @@ ROOM_BLOCKS = 4  # for the steps that are timed
 
 
 class Row(NamedTuple):
-    """A line of the table. `share`: the figure as a part or a multiple of `against`; `wanted`: the least it is to be, or with a minus the most."""
+    """A line of the table.
+
+    `share`: the figure as a part or a multiple of `against`; `wanted`: the least it is to be, or with a minus
+    the most.
+    """
 
     what: str
     value: str
@@ -58,7 +62,11 @@ class Row(NamedTuple):
     def verdict(self) -> str:
         if self.share is None or self.wanted is None:
             return ""
-        return "met" if (self.share >= self.wanted if self.wanted > 0 else self.share <= -self.wanted) else "missed"
+        return (
+            "met"
+            if (self.share >= self.wanted if self.wanted > 0 else self.share <= -self.wanted)
+            else "missed"
+        )
 
 
 class Machine:
@@ -84,7 +92,10 @@ class Machine:
             run()
         if self.device.type != "cuda":
             return statistics.median([_timed(run) for _ in range(repeats)])
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(repeats)
+        ]
         for start, stop in events:
             start.record()
             run()
@@ -110,14 +121,27 @@ def environment(machine: Machine) -> Iterator[Row]:
             yield Row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             yield Row(name, "not installed")
-    yield Row("FlashAttention-3", "installed" if importlib.util.find_spec("flash_attn_interface") else "not installed")
+    yield Row(
+        "FlashAttention-3",
+        "installed" if importlib.util.find_spec("flash_attn_interface") else "not installed",
+    )
     yield Row("MPS", shutil.which("nvidia-cuda-mps-control") or "not installed")
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_mode,mig.mode.current", "--format=csv,noheader"]
-        yield from [Row("GPU", line) for line in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,memory.total,driver_version,compute_mode,mig.mode.current",
+            "--format=csv,noheader",
+        ]
+        yield from [
+            Row("GPU", line)
+            for line in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        ]
     count = torch.cuda.device_count()
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-    yield Row("peer access", ", ".join(f"{a}→{b}: {torch.cuda.can_device_access_peer(a, b)}" for a, b in pairs) or f"{count} GPU")
+    yield Row(
+        "peer access",
+        ", ".join(f"{a}→{b}: {torch.cuda.can_device_access_peer(a, b)}" for a, b in pairs) or f"{count} GPU",
+    )
 
 
 def checkpoints(machine: Machine) -> Iterator[Row]:
@@ -140,10 +164,29 @@ def rates(machine: Machine) -> Iterator[Row]:
 
 
 def tests(machine: Machine) -> Iterator[Row]:
-    """Told one by one, so that what has passed is known however this ends. Without the project's settings, which need more packages."""
-    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "-m", "gpu", "-v", "--tb=line", "-p", "no:cacheprovider"]
+    """Told one by one, so that what has passed is known however this ends.
+
+    Without the project's settings, which need more packages.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        ".",
+        "-m",
+        "gpu",
+        "-v",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+    ]
     num_passed = num_failed = 0
-    with subprocess.Popen([*command, *GPU_TESTS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        [*command, *GPU_TESTS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             num_passed += " PASSED" in line
@@ -152,19 +195,31 @@ def tests(machine: Machine) -> Iterator[Row]:
                 yield Row("failed", line.strip()[:300])
             elif " PASSED" in line and num_passed % 20 == 0:
                 yield Row("so far", f"{num_passed} passed, {num_failed} failed")
-    yield Row("tests marked gpu", f"{num_passed} passed, {num_failed} failed", float(process.returncode == 0 and num_passed > 0), 1.0, "all pass")
+    yield Row(
+        "tests marked gpu",
+        f"{num_passed} passed, {num_failed} failed",
+        float(process.returncode == 0 and num_passed > 0),
+        1.0,
+        "all pass",
+    )
 
 
 def attention(machine: Machine) -> Iterator[Row]:
     names = ["triton" if machine.device.type == "cuda" else "torch"]
     if importlib.util.find_spec("flash_attn_interface"):
         names.append("flash3")
-    for batch, context in ((2, 64),) if machine.is_small else ((1, 1024), (1, 8192), (32, 1024), (32, 8192), (256, 1024), (256, 8192)):
+    for batch, context in (
+        ((2, 64),)
+        if machine.is_small
+        else ((1, 1024), (1, 8192), (32, 1024), (32, 8192), (256, 1024), (256, 8192))
+    ):
         rows = [_attention_row(machine, name, batch, context) for name in names]
         yield from rows
         if len(rows) > 1:
             ratio = (rows[0].share or 0.0) / (rows[1].share or 1.0)
-            yield Row(f"decode attention, batch {batch}, context {context}", "", ratio, 0.9, "FlashAttention-3")
+            yield Row(
+                f"decode attention, batch {batch}, context {context}", "", ratio, 0.9, "FlashAttention-3"
+            )
 
 
 def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row:
@@ -174,10 +229,14 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
     nbytes = batch * context * 2 * kv_heads * dim * 2
     num_layers = max(2, min(28, (256 << 20) // nbytes))  # in turn, so that no cache holds what is read
     backend = choose_backend(name, machine.device)
-    paged = backend.attention(num_layers, batch * blocks, BLOCK, kv_heads, dim, torch.bfloat16, machine.device)
+    paged = backend.attention(
+        num_layers, batch * blocks, BLOCK, kv_heads, dim, torch.bfloat16, machine.device
+    )
     paged.cache.normal_()
     order = random.Random(0).sample(range(batch * blocks), batch * blocks)
-    layout = paged.plan([Span(1, context - 1, order[row * blocks : (row + 1) * blocks]) for row in range(batch)])
+    layout = paged.plan(
+        [Span(1, context - 1, order[row * blocks : (row + 1) * blocks]) for row in range(batch)]
+    )
     qkv = torch.randn(batch, heads + 2 * kv_heads, dim, device=machine.device).to(torch.bfloat16)
     rotary = paged.rotary(torch.randn(batch, dim // 2, device=machine.device), torch.bfloat16)
 
@@ -187,7 +246,9 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
 
     seconds = machine.seconds(_captured(run) if machine.device.type == "cuda" else run) / num_layers
     what, told = f"{name} decode attention, batch {batch}, context {context}", f"{seconds * 1e6:.1f} µs"
-    against = "KV bytes over the copy rate" + (" (too few bytes for it: two kernels' start)" if nbytes < 64 << 20 else "")
+    against = "KV bytes over the copy rate" + (
+        " (too few bytes for it: two kernels' start)" if nbytes < 64 << 20 else ""
+    )
     return Row(what, told, nbytes / seconds / machine.rates["copy"], 0.75, against)
 
 
@@ -207,7 +268,9 @@ def fidelity(machine: Machine) -> Iterator[Row]:
     for shape in ("embedded", *machine.shapes):
         folder = machine.checkpoint(shape)
         num_tokens = 100 if machine.is_small else 600
-        prompts = torch.randint(100, 500, (NUM_PROMPTS, 1, num_tokens), generator=torch.Generator().manual_seed(0))
+        prompts = torch.randint(
+            100, 500, (NUM_PROMPTS, 1, num_tokens), generator=torch.Generator().manual_seed(0)
+        )
         logits: dict[str, torch.Tensor] = {}
         model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
         model = model.to(machine.device)
@@ -222,7 +285,10 @@ def fidelity(machine: Machine) -> Iterator[Row]:
         with _runner(machine, shape, 2) as runner:
             prefilled = torch.stack([_hidden_logits(runner, prompt[0].tolist(), 0) for prompt in prompts])
             chunked = torch.stack([_hidden_logits(runner, prompt[0].tolist(), 37) for prompt in prompts])
-        error = {name: _error(value, logits["float32"]) for name, value in (("theirs", logits["bf16"]), ("ours", prefilled), ("chunked", chunked))}
+        error = {
+            name: _error(value, logits["float32"])
+            for name, value in (("theirs", logits["bf16"]), ("ours", prefilled), ("chunked", chunked))
+        }
         told = f"{error['ours']:.4f} ({error['chunked']:.4f} in chunks), transformers {error['theirs']:.4f}"
         share = max(error["ours"], error["chunked"]) / error["theirs"]
         yield Row(f"relative error of bf16 logits, {shape}", told, share, -1.5, "transformers' own")
@@ -233,7 +299,8 @@ def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _hidden_logits(runner: ModelRunner, token_ids: Sequence[int], first: int) -> torch.Tensor:
-    """Logits behind a prompt that is computed at once, or in two chunks of which the first has `first` tokens."""
+    """Logits behind a prompt that is computed at once, or in two chunks of which the first has `first`
+    tokens."""
     decoder, table = runner.decoder, list(range(-(-len(token_ids) // BLOCK)))
     with torch.inference_mode():
         for start, stop in ((0, first), (first, len(token_ids))):
@@ -241,15 +308,22 @@ def _hidden_logits(runner: ModelRunner, token_ids: Sequence[int], first: int) ->
                 continue
             x = decoder.embed(torch.tensor(token_ids[start:stop], device=runner.device))
             positions = torch.arange(start, stop, device=runner.device).expand(3, -1)
-            hidden = decoder(x, positions, runner.attention, runner.attention.plan([Span(stop - start, start, table)]))
+            hidden = decoder(
+                x, positions, runner.attention, runner.attention.plan([Span(stop - start, start, table)])
+            )
         return decoder.logits(hidden[-1:])[0].double().cpu()
 
 
 @contextmanager
 def _runner(machine: Machine, shape: str, num_seqs: int, **options: Any) -> Iterator[ModelRunner]:
     folder = machine.checkpoint(shape)
-    config = Config(model=ModelConfig(dtype="bfloat16"), llm=LlmConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(num_seqs, 2048), **options))
-    runner = ModelRunner.load(read_model_info(folder), config, folder, machine.device, TensorParallel(), lambda done, total: None)
+    config = Config(
+        model=ModelConfig(dtype="bfloat16"),
+        llm=LlmConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(num_seqs, 2048), **options),
+    )
+    runner = ModelRunner.load(
+        read_model_info(folder), config, folder, machine.device, TensorParallel(), lambda done, total: None
+    )
     runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + ROOM_BLOCKS), 9000 // BLOCK), 9000)
     yield runner
     runner.attention = None
@@ -269,12 +343,23 @@ def decode(machine: Machine) -> Iterator[Row]:
                     seconds = _decode_seconds(runner, batch)
                     nbytes = _weight_bytes(info) + batch * CONTEXT * _kv_bytes(info)
                     share = nbytes / seconds / machine.rates["copy"]
-                    name = f"decode step, {shape}, batch {batch}, context {CONTEXT}, {'graphs' if has_graphs else 'eager'}"
+                    mode = "graphs" if has_graphs else "eager"
+                    name = f"decode step, {shape}, batch {batch}, context {CONTEXT}, {mode}"
                     told = f"{seconds * 1000:.2f} ms, {batch / seconds:.0f} tokens/s"
-                    yield Row(name, told, share, wanted.get(batch) if has_graphs else None, "weights + KV over the copy rate")
+                    yield Row(
+                        name,
+                        told,
+                        share,
+                        wanted.get(batch) if has_graphs else None,
+                        "weights + KV over the copy rate",
+                    )
                     if has_graphs:
                         seconds = _decode_seconds(runner, batch, temperature=0.7, top_p=0.8, top_k=20)
-                        yield Row(f"{name}, drawn", f"{seconds * 1000:.2f} ms", nbytes / seconds / machine.rates["copy"])
+                        yield Row(
+                            f"{name}, drawn",
+                            f"{seconds * 1000:.2f} ms",
+                            nbytes / seconds / machine.rates["copy"],
+                        )
 
 
 def _weight_bytes(info: TextInfo) -> int:
@@ -287,11 +372,16 @@ def _kv_bytes(info: TextInfo) -> int:
 
 
 def _plan(step: int, sequences: Sequence[SequenceStep], started: Sequence[SequenceStart] = ()) -> StepPlan:
-    return StepPlan(sender=WorkerId(Role.LLM), epoch=1, step=step, started=tuple(started), sequences=tuple(sequences))
+    return StepPlan(
+        sender=WorkerId(Role.LLM), epoch=1, step=step, started=tuple(started), sequences=tuple(sequences)
+    )
 
 
 def _decode_seconds(runner: ModelRunner, batch: int, num_steps: int = 40, **wishes: Any) -> float:
-    """A step as the engine drives it: launched while the one before it runs. Everything is in it but the scheduler and the sockets."""
+    """A step as the engine drives it: launched while the one before it runs.
+
+    Everything is in it but the scheduler and the sockets.
+    """
     blocks = CONTEXT // BLOCK + ROOM_BLOCKS
     sampling = SamplingParams(**{"temperature": 0, "seed": 1, **wishes})
     starts = [
@@ -325,8 +415,13 @@ def prefill(machine: Machine) -> Iterator[Row]:
             run = functools.partial(_run_step, runner, start, SequenceStep(0, length))
             seconds = statistics.median(_timed(run) for _ in range(6))
             layers = num_weights(info) - info.vocab_size * info.hidden_size
-            flops = 2 * length * layers + 2 * length * length * info.num_layers * info.num_heads * info.head_dim
-            name, told = f"prefill, {machine.large}, {length} tokens", f"{seconds * 1000:.1f} ms, {length / seconds:.0f} tokens/s"
+            flops = (
+                2 * length * layers + 2 * length * length * info.num_layers * info.num_heads * info.head_dim
+            )
+            name, told = (
+                f"prefill, {machine.large}, {length} tokens",
+                f"{seconds * 1000:.1f} ms, {length / seconds:.0f} tokens/s",
+            )
             yield Row(name, told, flops / seconds / machine.rates["matmul"], 0.6, "the matmul rate")
 
 
@@ -335,7 +430,14 @@ def _run_step(runner: ModelRunner, start: SequenceStart, step: SequenceStep) -> 
 
 
 def _serve(machine: Machine, *options: str) -> AbstractContextManager[Served]:
-    return serve(machine.checkpoint(machine.shapes[0]), "--device", machine.device.type, "--max-num-seqs", "64", *options)
+    return serve(
+        machine.checkpoint(machine.shapes[0]),
+        "--device",
+        machine.device.type,
+        "--max-num-seqs",
+        "64",
+        *options,
+    )
 
 
 def server(machine: Machine) -> Iterator[Row]:
@@ -349,17 +451,30 @@ def server(machine: Machine) -> Iterator[Row]:
             load = Workload(num_words=60, num_output=num_output, num_images=3, sizes=(size,), num_turns=turns)
             chats = load.chats(2 * count, rng)
             start = time.perf_counter()
-            summary = summarize(asyncio.run(run_load(served.url, load, chats, count, 0.0, rng)), time.perf_counter() - start, {})
+            summary = summarize(
+                asyncio.run(run_load(served.url, load, chats, count, 0.0, rng)),
+                time.perf_counter() - start,
+                {},
+            )
             rate = summary["request_throughput"]
-            told = f"{rate:.2f} requests/s, TTFT {summary['ttft_ms']['median']:.0f} ms, ITL P99 {summary['itl_ms']['p99']:.1f} ms"
-            name = f"server, {machine.shapes[0]}, {count} users, 3 pictures, {num_output} out, {turns} turn{'s' * (turns > 1)}"
-            yield Row(name, told, rate / wanted, 1.0, f"{wanted:.0f} requests/s (DashInfer-VLM, A100, published: {published})")
+            ttft, itl = summary["ttft_ms"]["median"], summary["itl_ms"]["p99"]
+            told = f"{rate:.2f} requests/s, TTFT {ttft:.0f} ms, ITL P99 {itl:.1f} ms"
+            users = f"{count} users, 3 pictures, {num_output} out, {turns} turn{'s' * (turns > 1)}"
+            name = f"server, {machine.shapes[0]}, {users}"
+            yield Row(
+                name,
+                told,
+                rate / wanted,
+                1.0,
+                f"{wanted:.0f} requests/s (DashInfer-VLM, A100, published: {published})",
+            )
             yield from [Row("error", error[:300]) for error in summary["errors"][:3]]
     yield _transformers_row(machine, num_output)
 
 
 def _transformers_row(machine: Machine, num_output: int) -> Row:
-    """One after the other, as `generate()` serves; the pictures' tokens stand in for the pictures, which favours it."""
+    """One after the other, as `generate()` serves; the pictures' tokens stand in for the pictures, which
+    favours it."""
     from transformers import Qwen2VLForConditionalGeneration
 
     folder = machine.checkpoint(machine.shapes[0])
@@ -369,43 +484,69 @@ def _transformers_row(machine: Machine, num_output: int) -> Row:
 
     def run() -> None:
         model.generate(
-            input_ids=token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=num_output, min_new_tokens=num_output, do_sample=False
+            input_ids=token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=num_output,
+            min_new_tokens=num_output,
+            do_sample=False,
         )
 
     run()
-    return Row(f"transformers, {machine.shapes[0]}, prompts of {token_ids.shape[1]} tokens, {num_output} out", f"{1 / _timed(run):.2f} requests/s")
+    return Row(
+        f"transformers, {machine.shapes[0]}, prompts of {token_ids.shape[1]} tokens, {num_output} out",
+        f"{1 / _timed(run):.2f} requests/s",
+    )
 
 
 def isolation(machine: Machine) -> Iterator[Row]:
-    """Pictures that nobody has seen for long: the ViT's cache is smaller than the round they come in. As many settings as the time allows."""
+    """Pictures that nobody has seen for long: the ViT's cache is smaller than the round they come in.
+
+    As many settings as the time allows.
+    """
     side, num_pictures, num_output = (112, 8, 15) if machine.is_small else (448, 256, 1000)
     caches = ("--no-prefix-caching", "--embedding-pool-mib", "32")
     for slice_ms, sharing in itertools.product(("5", "2", "10"), ("timeslice", "mps")):
         setting = f"{sharing}, ViT slice {slice_ms} ms"
         try:
             with _serve(machine, "--gpu-sharing", sharing, "--vit-slice-ms", slice_ms, *caches) as served:
-                alone, mixed, num_sent = asyncio.run(_itl_with_and_without(served.url, side, num_pictures, num_output))
+                alone, mixed, num_sent = asyncio.run(
+                    _itl_with_and_without(served.url, side, num_pictures, num_output)
+                )
         except RuntimeError as error:
             yield Row(f"isolation by {setting}", str(error))
             continue
         told = f"{mixed * 1000:.1f} ms, alone {alone * 1000:.1f} ms, {num_sent} pictures"
-        yield Row(f"P99 ITL of 8 streams while pictures of {side}×{side} are encoded, {setting}", told, mixed / alone, -1.2, "the streams alone")
+        yield Row(
+            f"P99 ITL of 8 streams while pictures of {side}×{side} are encoded, {setting}",
+            told,
+            mixed / alone,
+            -1.2,
+            "the streams alone",
+        )
 
 
-async def _itl_with_and_without(url: str, side: int, num_pictures: int, num_output: int) -> tuple[float, float, int]:
-    """P99 of the gaps of eight streams, in seconds, alone and while pictures come without a pause, of which each wants one token; their number."""
+async def _itl_with_and_without(
+    url: str, side: int, num_pictures: int, num_output: int
+) -> tuple[float, float, int]:
+    """P99 of the gaps of eight streams, in seconds, alone and while pictures come without a pause, of which
+    each wants one token; their number."""
     rng = random.Random(0)
     streams = Workload(num_words=20, num_output=num_output)
     pictures = Workload(num_words=5, num_output=1, num_images=1, sizes=((side, side),))
     # Written out beforehand: the loop that notes the times of tokens has nothing else to do.
-    bodies = [json.dumps(pictures.body([{"role": "user", "content": turns[0]}])).encode() for turns in pictures.chats(num_pictures, rng)]
+    bodies = [
+        json.dumps(pictures.body([{"role": "user", "content": turns[0]}])).encode()
+        for turns in pictures.chats(num_pictures, rng)
+    ]
     waiting = itertools.cycle(bodies)
     gaps, num_sent = [], 0
 
     async def keep_sending(session: aiohttp.ClientSession) -> None:
         nonlocal num_sent
         while True:
-            async with session.post(f"{url}/v1/chat/completions", data=next(waiting), headers={"Content-Type": "application/json"}) as response:
+            async with session.post(
+                f"{url}/v1/chat/completions", data=next(waiting), headers={"Content-Type": "application/json"}
+            ) as response:
                 await response.read()
                 response.raise_for_status()
             num_sent += 1
@@ -413,7 +554,10 @@ async def _itl_with_and_without(url: str, side: int, num_pictures: int, num_outp
     async with open_session() as session:
         for has_pictures in (False, True):
             contents = [turns[0] for turns in streams.chats(8, rng)]
-            running = [asyncio.create_task(send(session, url, streams.body([{"role": "user", "content": content}]))) for content in contents]
+            running = [
+                asyncio.create_task(send(session, url, streams.body([{"role": "user", "content": content}])))
+                for content in contents
+            ]
             noise = [asyncio.create_task(keep_sending(session)) for _ in range(4 if has_pictures else 0)]
             results = await asyncio.gather(*running)
             for task in noise:

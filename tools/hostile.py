@@ -1,4 +1,5 @@
-"""What strangers send: small files, bodies and messages that cost whoever reads them far more than whoever sends them.
+"""What strangers send: small files, bodies and messages that cost whoever reads them far more than whoever
+sends them.
 
 All of it is made here and seeded; nothing is larger than a request may be.
 """
@@ -49,7 +50,8 @@ def large_png(side: int) -> bytes:
     body = b"".join(deflater.compress(row) for _ in range(side)) + deflater.flush()
     chunks = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     )
 
 
@@ -72,7 +74,12 @@ def inflating(num_bytes: int) -> bytes:
 def nested_messages(rng: random.Random, count: int) -> list[bytes]:
     """MessagePack deeper than a decoder's stack, and random bytes."""
     deep = (b"\x81\xa1a", b"\x91", b"\x81\xa4type", b"\x82\xa4type\xa5Hello\xa1b")
-    return [rng.randbytes(rng.randint(0, 300)) if number % 4 == 3 else deep[number % 3] * rng.randint(500, 4000) + b"\xc0" for number in range(count)]
+    return [
+        rng.randbytes(rng.randint(0, 300))
+        if number % 4 == 3
+        else deep[number % 3] * rng.randint(500, 4000) + b"\xc0"
+        for number in range(count)
+    ]
 
 
 def png(rng: random.Random, side: int = 56) -> bytes:
@@ -82,11 +89,19 @@ def png(rng: random.Random, side: int = 56) -> bytes:
 
 
 def picture_part(data: bytes, kind: str = "image/png") -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"},
+    }
 
 
 def chat(*parts: Any, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(parts)}], "max_tokens": 1, "temperature": 0, **fields}
+    return {
+        "messages": [{"role": "user", "content": list(parts)}],
+        "max_tokens": 1,
+        "temperature": 0,
+        **fields,
+    }
 
 
 def text(words: str) -> dict[str, Any]:

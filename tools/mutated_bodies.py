@@ -1,10 +1,11 @@
-"""Sends a server of our own mutated requests, many connections at once, and judges each answer. Knows nothing of how they are made.
+"""Sends a server of our own mutated requests, many connections at once, and judges each answer. Knows nothing
+of how they are made.
 
     python -m tools.attack --kinds bodies --bodies 20000 --seed 1 --out /tmp/violations
     python -m tools.attack --replay /tmp/violations/1-4711.http
 
-In rounds. After each, when nothing is open: a plain question must have the answer that it always has, nobody may have been
-restarted, and what the processes hold is noted.
+In rounds. After each, when nothing is open: a plain question must have the answer that it always has, nobody
+may have been restarted, and what the processes hold is noted.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ ROUND = 500  # bodies
 AT_ONCE = 16  # connections
 ANSWER_S = 90.0  # no answer may take longer
 HASTE_S = 2.0  # to answer a request whose end nobody can tell
-# The server under attack. No URL leads anywhere but to this machine; a context that is soon full ends what asks for much.
-OPTIONS = ("--allow-private-media", "--allowed-media-domains", "127.0.0.1", "--max-model-len", "1024", "--kv-cache-gib", "0.25")
+# The server under attack. No URL leads anywhere but to this machine; a context that is soon full ends what
+# asks for much.
+OPTIONS = (
+    "--allow-private-media",
+    "--allowed-media-domains",
+    "127.0.0.1",
+    "--max-model-len",
+    "1024",
+    "--kv-cache-gib",
+    "0.25",
+)
 QUESTION = b'{"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 12, "temperature": 0}'
 LEAST_ROUNDS = 8  # before anything is said of growth
 GROWTH_FLOOR, MAX_GROWTH = 32 << 20, 1.1  # from the second quarter of the rounds to the last one
@@ -65,7 +75,8 @@ class Connection:
         started = time.monotonic()
         if self._socket is None:
             self._socket = socket.create_connection(self._address, ANSWER_S)
-        with contextlib.suppress(ConnectionError):  # refused before the body was through: there is an answer all the same
+        # refused before the body was through: there is an answer all the same
+        with contextlib.suppress(ConnectionError):
             self._socket.sendall(request)
             if not is_framed and not select.select([self._socket], [], [], HASTE_S)[0]:
                 self._socket.shutdown(socket.SHUT_WR)  # else the server waits for the rest of the body
@@ -83,7 +94,9 @@ class Connection:
             response.close()
         if lost or not is_framed or response.will_close:
             self.close()
-        is_stream = status == 200 and (response.getheader("Content-Type") or "").startswith("text/event-stream")
+        is_stream = status == 200 and (response.getheader("Content-Type") or "").startswith(
+            "text/event-stream"
+        )
         return Answer(status, body, is_stream, time.monotonic() - started, lost)
 
 
@@ -124,7 +137,13 @@ def violation(sent: Mutated, answer: Answer) -> str:
         return answer.lost if sent.is_framed or answer.status or "timed out" in answer.lost else ""
     try:
         if answer.status == 200:
-            return _wrong_stream(answer.body) if answer.is_stream else "" if json.loads(answer.body)["choices"] else "no choices"
+            return (
+                _wrong_stream(answer.body)
+                if answer.is_stream
+                else ""
+                if json.loads(answer.body)["choices"]
+                else "no choices"
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"status 200, {type(error).__name__} in {answer.body[:100]!r}"
     if answer.status < 400:
@@ -140,7 +159,8 @@ class Found:
     seconds: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     changes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     violations: list[str] = field(default_factory=list)
-    holdings: list[dict[str, tuple[int, int]]] = field(default_factory=list)  # by process: resident bytes, open files
+    # by process: resident bytes, open files
+    holdings: list[dict[str, tuple[int, int]]] = field(default_factory=list)
 
     @property
     def is_fine(self) -> bool:
@@ -149,12 +169,16 @@ class Found:
 
 def question(key: str) -> bytes:
     authorization = f"Authorization: Bearer {key}\r\n" if key else ""
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{authorization}Content-Type: application/json\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{authorization}"
+    head += "Content-Type: application/json\r\n"
     return f"{head}Content-Length: {len(QUESTION)}\r\n\r\n".encode() + QUESTION
 
 
 class Sender:
-    """`launcher` is the process of the server at `url`. Requests that are not answered as they should be go to `out`."""
+    """`launcher` is the process of the server at `url`.
+
+    Requests that are not answered as they should be go to `out`.
+    """
 
     def __init__(self, url: str, launcher: int, seed: int, out: Path | None = None, key: str = "") -> None:
         self._url, self._launcher, self._seed, self._out, self._key = url, launcher, seed, out, key
@@ -194,7 +218,9 @@ class Sender:
         """Between two rounds."""
         where = f"bodies {first} to {first + ROUND}"
         if (answer := self._ask()) != expected:
-            self.found.violations.append(f"{where}: the plain question was answered with {answer!r} instead of {expected!r}")
+            self.found.violations.append(
+                f"{where}: the plain question was answered with {answer!r} instead of {expected!r}"
+            )
         now = self._restarts()
         if now != restarts:
             self.found.violations.append(f"{where}: restarts {now} after {restarts}")
@@ -214,7 +240,10 @@ class Sender:
         with contextlib.closing(connection):
             connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {self._key}"})
             said = connection.getresponse().read().decode()
-        return {worker: int(count) for worker, count in re.findall(r'vlm_worker_restarts\{worker="([^"]+)"\} (\d+)', said)}
+        return {
+            worker: int(count)
+            for worker, count in re.findall(r'vlm_worker_restarts\{worker="([^"]+)"\} (\d+)', said)
+        }
 
     def _holdings(self) -> dict[str, tuple[int, int]]:
         processes = {"launcher": self._launcher, **workers_of(self._launcher)}
@@ -252,7 +281,8 @@ def replay(url: str, request: bytes) -> str:
     with contextlib.closing(Connection(url)) as connection:
         answer = connection.send(request)
     wrong = violation(Mutated(request, True, ("replayed",)), answer)
-    return f"{answer.status} in {answer.seconds:.2f} s {answer.lost}\n{answer.body[:2000]!r}\n{f'NOT FINE: {wrong}' if wrong else 'fine'}"
+    judged = f"NOT FINE: {wrong}" if wrong else "fine"
+    return f"{answer.status} in {answer.seconds:.2f} s {answer.lost}\n{answer.body[:2000]!r}\n{judged}"
 
 
 def table(found: Found) -> str:
@@ -261,13 +291,24 @@ def table(found: Found) -> str:
     lines = ["| answer | requests | p50 | p99 | longest | of body |", "| --- | --- | --- | --- | --- | --- |"]
     for kind, seconds in sorted(found.seconds.items()):
         ordered = sorted(seconds)
-        p50, p99, longest = (f"{1000 * ordered[int(share * (len(ordered) - 1))][0]:.0f} ms" for share in (0.5, 0.99, 1.0))
+        p50, p99, longest = (
+            f"{1000 * ordered[int(share * (len(ordered) - 1))][0]:.0f} ms" for share in (0.5, 0.99, 1.0)
+        )
         lines.append(f"| {kind} | {len(seconds)} | {p50} | {p99} | {longest} | {ordered[-1][1]} |")
     lines += [f"| all | {total} | | | {len(found.violations)} violations | |", ""]
-    lines += ["| process | MiB at the start | after a quarter | half | all | open files, start and end |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        "| process | MiB at the start | after a quarter | half | all | open files, start and end |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     last = len(found.holdings) - 1
     for name, (_, files) in found.holdings[last].items():
-        shown = [f"{found.holdings[at].get(name, (0, 0))[0] / 2**20:.0f}" for at in (0, last // 4, last // 2, last)]
+        shown = [
+            f"{found.holdings[at].get(name, (0, 0))[0] / 2**20:.0f}" for at in (0, last // 4, last // 2, last)
+        ]
         lines.append(f"| {name} | {' | '.join(shown)} | {found.holdings[0].get(name, (0, 0))[1]}, {files} |")
-    changed = ", ".join(f"{what} {count}" for what, count in sorted(found.changes.items(), key=lambda pair: -pair[1]))
-    return "\n".join([*lines, "", f"Changed: {changed}.", *(f"- {violated[:400]}" for violated in found.violations[:50])])
+    changed = ", ".join(
+        f"{what} {count}" for what, count in sorted(found.changes.items(), key=lambda pair: -pair[1])
+    )
+    return "\n".join(
+        [*lines, "", f"Changed: {changed}.", *(f"- {violated[:400]}" for violated in found.violations[:50])]
+    )

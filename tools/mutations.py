@@ -1,6 +1,8 @@
-"""Requests with something wrong: valid bodies of every kind, changed in their media, structure, text and head.
+"""Requests with something wrong: valid bodies of every kind, changed in their media, structure, text and
+head.
 
-A seed and a number make one request, whoever sends it and when. No URL in them leads off the loopback address.
+A seed and a number make one request, whoever sends it and when. No URL in them leads off the loopback
+address.
 
     media bytes -> body -> structure -> text -> head
 """
@@ -27,20 +29,62 @@ from tools.hostile import text
 Json = dict[str, Any]
 Media = Mapping[str, Sequence[bytes]]  # real files by their media type
 # Written as they are in place of a string "@raw:NUMBER@": values that no Python value becomes.
-ODD_JSON = ("NaN", "-Infinity", "1e400", "9" * 400, "-0", '"\\ud83d"', '"\\udc00\\ud800"', '"\\u0000"', "[" * 900 + "]" * 900,
-            '{"a":' * 900 + "1" + "}" * 900, "[" * 100_000, "", "nul", "0x10", "'a'", "[,]")  # fmt: skip
+ODD_JSON = (
+    "NaN",
+    "-Infinity",
+    "1e400",
+    "9" * 400,
+    "-0",
+    '"\\ud83d"',
+    '"\\udc00\\ud800"',
+    '"\\u0000"',
+    "[" * 900 + "]" * 900,
+    '{"a":' * 900 + "1" + "}" * 900,
+    "[" * 100_000,
+    "",
+    "nul",
+    "0x10",
+    "'a'",
+    "[,]",
+)
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, "", "\ud800", "\x00", [], {}, [[]], [None], {"": {}}, -1, 0, 1, 0.5, 2**31, 2**63, 2**64, -(2**70), 1e308, -0.0, 10**40,
-    "auto", "a" * 5000, "é\u202e" * 300, "data:", "data:,x", "data:image/png;base64,", "data:image/png;base64,%%%", "http://127.0.0.1:9/",
-    "file:///etc/passwd", "/9j/4AAQ", ["stop"] * 100, {"type": "text"}, {"url": None}, {"type": "json_object"},
+    None, True, False, "", "\ud800", "\x00", [], {}, [[]], [None], {"": {}}, -1, 0, 1, 0.5, 2**31, 2**63,
+    2**64, -(2**70), 1e308, -0.0, 10**40,
+    "auto", "a" * 5000, "é\u202e" * 300, "data:", "data:,x", "data:image/png;base64,",
+    "data:image/png;base64,%%%", "http://127.0.0.1:9/",
+    "file:///etc/passwd", "/9j/4AAQ", ["stop"] * 100, {"type": "text"}, {"url": None},
+    {"type": "json_object"},
     *(f"@raw:{number}@" for number in range(len(ODD_JSON))),
 )  # fmt: skip
 MORE_KEYS = (
-    "nframes", "fps", "tools", "n", "seed", "max_pixels", "min_pixels", "resized_height", "stop", "logit_bias", "tool_choice", "x", "\ud800", "uuid",
-    "video_start", "video_end", "total_pixels", "detail", "image", "video", "text", "temperature", "stream", "min_tokens", "priority", "name", "",
+    "nframes", "fps", "tools", "n", "seed", "max_pixels", "min_pixels", "resized_height", "stop",
+    "logit_bias", "tool_choice", "x", "\ud800", "uuid",
+    "video_start", "video_end", "total_pixels", "detail", "image", "video", "text", "temperature", "stream",
+    "min_tokens", "priority", "name", "",
 )  # fmt: skip
-JUNK = (b"", b'"', b"[", b"}", b"\\", b"\\ud800", b"\xed\xa0\x80", b"\xff", b"\x00", b"9" * 30, b"NaN", b"\xef\xbb\xbf")
-CONTENT_TYPES = ("", "text/plain", "application/json; charset=utf-16", "multipart/form-data; boundary=x", "application/octet-stream", ";;=", "é")
+JUNK = (
+    b"",
+    b'"',
+    b"[",
+    b"}",
+    b"\\",
+    b"\\ud800",
+    b"\xed\xa0\x80",
+    b"\xff",
+    b"\x00",
+    b"9" * 30,
+    b"NaN",
+    b"\xef\xbb\xbf",
+)
+CONTENT_TYPES = (
+    "",
+    "text/plain",
+    "application/json; charset=utf-16",
+    "multipart/form-data; boundary=x",
+    "application/octet-stream",
+    ";;=",
+    "é",
+)
 ENCODINGS = ("gzip", "deflate", "br", "identity", "x, gzip", ",")
 
 
@@ -59,8 +103,16 @@ def make_media() -> Media:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned
     return {
-        "image/png": [_file(smooth, "PNG"), _file(frames[1].convert("RGBA"), "PNG"), _file(smooth.convert("P"), "PNG")],
-        "image/jpeg": [_file(smooth, "JPEG", exif=exif), _file(frames[2], "JPEG", progressive=True), _file(smooth.convert("L"), "JPEG")],
+        "image/png": [
+            _file(smooth, "PNG"),
+            _file(frames[1].convert("RGBA"), "PNG"),
+            _file(smooth.convert("P"), "PNG"),
+        ],
+        "image/jpeg": [
+            _file(smooth, "JPEG", exif=exif),
+            _file(frames[2], "JPEG", progressive=True),
+            _file(smooth.convert("L"), "JPEG"),
+        ],
         "image/gif": [_file(smooth, "GIF", save_all=True, append_images=frames[:2])],
         "image/webp": [_file(smooth, "WEBP"), _file(frames[3], "WEBP", lossless=True)],
         "image/bmp": [_file(smooth, "BMP")],
@@ -117,7 +169,8 @@ class _BodyMaker:
 
     def body(self) -> Json:
         contents = (
-            self._plain, self._plain, self._small_picture, self._two_pictures, self._qwen_picture, self._frames, self._frames_in_one_url, self._film,
+            self._plain, self._plain, self._small_picture, self._two_pictures, self._qwen_picture,
+            self._frames, self._frames_in_one_url, self._film,
         )  # fmt: skip
         turns: list[Json] = [{"role": "user", "content": self._rng.choice(contents)()}]
         if self._rng.random() < 0.4:
@@ -144,18 +197,39 @@ class _BodyMaker:
         return [first, text("And"), self._picture(self._rng.choice(("image/gif", "image/webp")))]
 
     def _qwen_picture(self) -> Any:
-        return [{"type": "image", "image": self._url("image/webp"), "min_pixels": 784, "max_pixels": 28 * 28 * 8}, text("What?")]
+        return [
+            {"type": "image", "image": self._url("image/webp"), "min_pixels": 784, "max_pixels": 28 * 28 * 8},
+            text("What?"),
+        ]
 
     def _frames(self) -> Any:
-        urls = [self._url(self._rng.choice(("image/png", "image/jpeg"))) for _ in range(self._rng.randint(2, 4))]
+        urls = [
+            self._url(self._rng.choice(("image/png", "image/jpeg"))) for _ in range(self._rng.randint(2, 4))
+        ]
         return [{"type": "video_url", "video_url": {"url": urls}, "max_frames": 4}, text("What moves?")]
 
     def _frames_in_one_url(self) -> Any:
         frames = [self._url("image/jpeg").partition(",")[2] for _ in range(3)]
-        return [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(frames)}, "max_frames": 8}, text("What moves?")]
+        return [
+            {
+                "type": "video_url",
+                "video_url": {"url": "data:video/jpeg;base64," + ",".join(frames)},
+                "max_frames": 8,
+            },
+            text("What moves?"),
+        ]
 
     def _film(self) -> Any:
-        return [{"type": "video", "video": self._url("video/mp4"), "fps": 2, "max_frames": 4, "uuid": f"{self._rng.random()}"}, text("What moves?")]
+        return [
+            {
+                "type": "video",
+                "video": self._url("video/mp4"),
+                "fps": 2,
+                "max_frames": 4,
+                "uuid": f"{self._rng.random()}",
+            },
+            text("What moves?"),
+        ]
 
     def _fields(self) -> list[Json]:
         """Groups of fields that are served together with any others of them."""
@@ -163,13 +237,25 @@ class _BodyMaker:
             {"stream": True, "stream_options": {"include_usage": True}},
             {"stream": True},
             {"n": 2, "seed": 3, "temperature": 0.7, "top_p": 0.5},
-            {"stop": ["a", "b"], "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1},
+            {
+                "stop": ["a", "b"],
+                "presence_penalty": 0.5,
+                "frequency_penalty": -0.5,
+                "repetition_penalty": 1.1,
+            },
             {"stop": "end", "logit_bias": {"5": 1, "7": -100}, "stop_token_ids": [4, 5]},
             {"logprobs": True, "top_logprobs": 3},
             {"top_k": 5, "min_p": 0.1, "min_tokens": 1, "ignore_eos": True},
             {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": []},
             {"response_format": {"type": "text"}, "modalities": ["text"]},
-            {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "cache_salt": "s", "prompt_cache_key": "k"},
+            {
+                "user": "u",
+                "metadata": {"a": "b"},
+                "store": False,
+                "service_tier": "auto",
+                "cache_salt": "s",
+                "prompt_cache_key": "k",
+            },
         ]
 
 
@@ -198,7 +284,11 @@ def _damaged(data: bytes, rng: random.Random) -> bytes:
 
 def _places(node: Any) -> list[tuple[Any, Any]]:
     """Every place in a body: its container and its key there."""
-    pairs: list[tuple[Any, Any]] = list(node.items() if isinstance(node, dict) else enumerate(node)) if isinstance(node, dict | list) else []
+    pairs: list[tuple[Any, Any]] = (
+        list(node.items() if isinstance(node, dict) else enumerate(node))
+        if isinstance(node, dict | list)
+        else []
+    )
     return [(node, key) for key, _ in pairs] + [place for _, child in pairs for place in _places(child)]
 
 
@@ -256,7 +346,13 @@ def _damaged_string(value: str, rng: random.Random) -> str:
         case 0:
             return value[:place]
         case 1:
-            return value[:place] + rng.choice(("%", "\ud800", "=", "\n", ",", "<|im_end|>", "<|image_pad|>", "é", "\x00", ";base64,")) + value[place:]
+            return (
+                value[:place]
+                + rng.choice(
+                    ("%", "\ud800", "=", "\n", ",", "<|im_end|>", "<|image_pad|>", "é", "\x00", ";base64,")
+                )
+                + value[place:]
+            )
         case 2:
             return value[:place] + value[place + 1 :]
         case 3:
@@ -278,7 +374,9 @@ def _change_text(data: bytes, rng: random.Random, what: list[str]) -> bytes:
             what.append("bytes")
             for _ in range(rng.randint(1, 4)):
                 place = rng.randrange(len(data) + 1)
-                data = data[:place] + rng.choice((*JUNK, rng.randbytes(2))) + data[place + rng.randint(0, 3) :]
+                data = (
+                    data[:place] + rng.choice((*JUNK, rng.randbytes(2))) + data[place + rng.randint(0, 3) :]
+                )
             return data
         case 2 | 3:
             what.append("cut")
@@ -291,7 +389,19 @@ def _change_text(data: bytes, rng: random.Random, what: list[str]) -> bytes:
             return data + rng.choice((data, b"]", b"\x00", b" " * 100_000))
         case 6:
             what.append("no object")
-            return rng.choice((b"[" + data + b"]", json.dumps(data.decode()).encode(), b"null", b"7", b'""', b"[]", b"[[]]", b"{}", b" "))
+            return rng.choice(
+                (
+                    b"[" + data + b"]",
+                    json.dumps(data.decode()).encode(),
+                    b"null",
+                    b"7",
+                    b'""',
+                    b"[]",
+                    b"[[]]",
+                    b"{}",
+                    b" ",
+                )
+            )
         case _:
             what.append("compressed")
             return gzip.compress(data, mtime=0)
@@ -315,23 +425,45 @@ def _with_head(data: bytes, rng: random.Random, what: list[str], key: str) -> Mu
         case 2:
             what.append("length")
             is_framed = False
-            wrong = (len(data) + rng.randint(1, 5), len(data) - rng.randint(1, 30), 0, -1, 2**31, 2**64, "9" * 300, "+1", "1e3", "0x1", "", "1, 1")
+            wrong = (
+                len(data) + rng.randint(1, 5),
+                len(data) - rng.randint(1, 30),
+                0,
+                -1,
+                2**31,
+                2**64,
+                "9" * 300,
+                "+1",
+                "1e3",
+                "0x1",
+                "",
+                "1, 1",
+            )
             headers["Content-Length"] = str(rng.choice(wrong))
         case 3:
             del headers["Content-Length"]
             headers["Transfer-Encoding"] = "chunked"
-            data = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (data[:1000], data[1000:]) if piece) + b"0\r\n\r\n"
+            data = (
+                b"".join(
+                    b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (data[:1000], data[1000:]) if piece
+                )
+                + b"0\r\n\r\n"
+            )
             if rng.random() < 0.5:
                 what.append("chunks")
                 is_framed = False
                 place = rng.randrange(len(data))
-                data = data[:place] + rng.choice((b"", b"\r\n", b"0\r\n\r\n", b"g", b"-1", b"\x00")) + data[place + 1 :]
+                data = (
+                    data[:place]
+                    + rng.choice((b"", b"\r\n", b"0\r\n\r\n", b"g", b"-1", b"\x00"))
+                    + data[place + 1 :]
+                )
         case 4:
             headers["Expect"] = "100-continue"
         case 5:
             what.append("header")
-            headers[rng.choice(("Connection", "Expect", "Transfer-Encoding", "X", "X-Forwarded-For"))] = rng.choice(
-                ("", "x", "é", "close, y", "a" * 5000)
+            headers[rng.choice(("Connection", "Expect", "Transfer-Encoding", "X", "X-Forwarded-For"))] = (
+                rng.choice(("", "x", "é", "close, y", "a" * 5000))
             )
             is_framed = "Transfer-Encoding" not in headers
         case _:

@@ -14,7 +14,8 @@ def workers_of(pid: int) -> dict[str, int]:
     found = {"server": server}
     for child in _children(server):
         command = _command(child)
-        if len(command) > 3 and command[2].startswith("workers."):  # else it has just been forked, or is being reaped
+        # else it has just been forked, or is being reaped
+        if len(command) > 3 and command[2].startswith("workers."):
             found[f"{command[2].removeprefix('workers.')}.{command[3]}"] = child
     return found
 

@@ -1,9 +1,11 @@
-"""A client that stops reading: does it cost the others anything, is it cut off, and does it get its answers all the same?
+"""A client that stops reading: does it cost the others anything, is it cut off, and does it get its answers
+all the same?
 
     python -m tools.slow_reader --seconds 60
 
-A client process asks for long answers, first as a reference, then once more, and is stopped (SIGSTOP) in their midst. Streams of another client
-run beside it all the time. When it goes on it must end with the very answers of the reference.
+A client process asks for long answers, first as a reference, then once more, and is stopped (SIGSTOP) in
+their midst. Streams of another client run beside it all the time. When it goes on it must end with the very
+answers of the reference.
 """
 
 from __future__ import annotations
@@ -43,13 +45,22 @@ async def read_slowly(run_dir: Path, num_requests: int, num_tokens: int) -> None
         print("reference", flush=True)
         expected = await answers(client)
         print("again", flush=True)
-        wrong = [difference(answer, reference) for answer, reference in zip(await answers(client), expected, strict=True)]
-        print(json.dumps({"wrong": [words for words in wrong if words], "resubmitted": client.counters["resubmitted"]}), flush=True)
+        wrong = [
+            difference(answer, reference)
+            for answer, reference in zip(await answers(client), expected, strict=True)
+        ]
+        print(
+            json.dumps(
+                {"wrong": [words for words in wrong if words], "resubmitted": client.counters["resubmitted"]}
+            ),
+            flush=True,
+        )
 
 
 @dataclass
 class Found:
-    gaps: dict[str, list[float]] = field(default_factory=lambda: {"reference": [], "stopped": []})  # between tokens of the neighbours
+    # between tokens of the neighbours
+    gaps: dict[str, list[float]] = field(default_factory=lambda: {"reference": [], "stopped": []})
     cut_off_after: float = 0.0  # seconds from the stop; 0: never
     grown: int = 0  # bytes, the LLM, while the client stood still
     wrong: list[str] = field(default_factory=list)
@@ -71,7 +82,9 @@ class SlowReader:
         command = [sys.executable, "-m", "tools.slow_reader", "--child", str(self._run_dir)]
         command += ["--requests", str(self._args.requests), "--tokens", str(self._args.tokens)]
         async with PipelineClient(self._run_dir) as client, asyncio.TaskGroup() as tasks:
-            neighbours = [tasks.create_task(self._stream(client, number)) for number in range(self._args.neighbours)]
+            neighbours = [
+                tasks.create_task(self._stream(client, number)) for number in range(self._args.neighbours)
+            ]
             await asyncio.sleep(SETTLE_S)
             child = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
             assert child.stdout is not None
@@ -120,7 +133,9 @@ class SlowReader:
 
 
 def _num_cut_off(client: PipelineClient) -> int:
-    return sum(state.counters.get("clients_cut_off", 0) for state in client.workers if state.worker.role is Role.LLM)
+    return sum(
+        state.counters.get("clients_cut_off", 0) for state in client.workers if state.worker.role is Role.LLM
+    )
 
 
 def report(found: Found, slowdown: float) -> int:
@@ -129,11 +144,13 @@ def report(found: Found, slowdown: float) -> int:
     summary = {
         "cut off after (s)": round(found.cut_off_after, 1),
         "neighbours' gaps (ms), median and longest": {
-            phase: [round(1000 * statistics.median(gaps), 1), round(1000 * max(gaps), 1)] for phase, gaps in found.gaps.items()
+            phase: [round(1000 * statistics.median(gaps), 1), round(1000 * max(gaps), 1)] for phase,
+            gaps in found.gaps.items()
         },
         "longest gap, beside the reference's": round(longest["stopped"] / longest["reference"], 2),
         "LLM grew (MiB)": round(found.grown / 2**20, 1),
-        "submitted again": found.num_resubmitted, "wrong": found.wrong, "last answer after going on (s)": round(found.back_after, 1),
+        "submitted again": found.num_resubmitted, "wrong": found.wrong,
+        "last answer after going on (s)": round(found.back_after, 1),
     }  # fmt: skip
     print(json.dumps(summary, indent=1))
     is_slower = longest["stopped"] > slowdown * longest["reference"]
@@ -141,12 +158,21 @@ def report(found: Found, slowdown: float) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="that the client stands still")
     parser.add_argument("--requests", type=int, default=4, help="of the slow client, at once")
-    parser.add_argument("--tokens", type=int, default=6000, help="of each answer: more than may wait for it, and its reference")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=6000,
+        help="of each answer: more than may wait for it, and its reference",
+    )
     parser.add_argument("--neighbours", type=int, default=4, help="streams of another client")
-    parser.add_argument("--slowdown", type=float, default=1.2, help="of the neighbours' longest gap, that is not too much")
+    parser.add_argument(
+        "--slowdown", type=float, default=1.2, help="of the neighbours' longest gap, that is not too much"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args, options = parser.parse_known_args()
     if args.child:

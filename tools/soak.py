@@ -1,13 +1,15 @@
-"""Load, and `kill -9` beside it: proves that no request is lost, none is answered twice, and nothing is left behind.
+"""Load, and `kill -9` beside it: proves that no request is lost, none is answered twice, and nothing is left
+behind.
 
-    python -m tools.soak --minutes 10 --seed 1                    # preprocess, ViTs, LLM ranks in turn and at random
-    python -m tools.soak --minutes 10 --victims none              # no kills: does anything grow?
-    python -m tools.soak --tp 2 --minutes 5 --victims llm.0 vit.1
-    python -m tools.soak --over-tcp --victims gateway llm vit     # all clients but one come by the gateway
+    python -m tools.soak --minutes 10 --seed 1                    # preprocess, ViTs, LLM ranks in turn and at
+    random python -m tools.soak --minutes 10 --victims none              # no kills: does anything grow?
+    python -m tools.soak --tp 2 --minutes 5 --victims llm.0 vit.1 python -m tools.soak --over-tcp --victims
+    gateway llm vit     # all clients but one come by the gateway
 
-First every chat runs once, undisturbed: that is the reference. Then streams run the same chats over and over, in random order, while workers
-are killed. Every answer must be the reference's, token by token; the one excuse is a tie: at the first difference the reference's two likeliest
-tokens were less than 1e-3 apart. At the end the pipeline must hold what it held at the start.
+First every chat runs once, undisturbed: that is the reference. Then streams run the same chats over and over,
+in random order, while workers are killed. Every answer must be the reference's, token by token; the one
+excuse is a tie: at the first difference the reference's two likeliest tokens were less than 1e-3 apart. At
+the end the pipeline must hold what it held at the start.
 """
 
 from __future__ import annotations
@@ -47,8 +49,20 @@ SETTLE_S = 3.0  # until what is over is given back and told: statistics and leas
 MAX_GROWTH = 1.25  # of a worker's resident memory
 READER_FILES = 6  # of two reading processes, which start when they are needed: two pipes and an inbox each
 GROWTH_FLOOR = 32 << 20  # bytes that do not count as growth: what was imported or touched for the first time
-QUESTIONS = ("What is in this picture?", "Which colour has it?", "How many shapes are there?", "Where is it?", "Describe the picture.")
-TEXTS = ("Hello", "Tell me a story about a ship.", "Count to twenty.", "What can you do?", "Write a poem, please.")
+QUESTIONS = (
+    "What is in this picture?",
+    "Which colour has it?",
+    "How many shapes are there?",
+    "Where is it?",
+    "Describe the picture.",
+)
+TEXTS = (
+    "Hello",
+    "Tell me a story about a ship.",
+    "Count to twenty.",
+    "What can you do?",
+    "Write a poem, please.",
+)
 
 
 class Turn(NamedTuple):
@@ -72,7 +86,8 @@ class Answer:
     longest_gap: float = 0.0  # between two of its tokens
 
     def is_tie(self, index: int) -> bool:
-        """Whether the two likeliest tokens at this place are equally likely, as far as rounding lets one see."""
+        """Whether the two likeliest tokens at this place are equally likely, as far as rounding lets one
+        see."""
         if index >= len(self.logprobs):
             return False
         _, best, second = np.frombuffer(self.logprobs[index].logprobs, dtype="<f4")[:3]
@@ -80,7 +95,8 @@ class Answer:
 
 
 def make_chats(count: int, rng: random.Random, num_output: int) -> list[Chat]:
-    """Text only, one picture, two pictures; up to three turns; greedy and sampled; with a stop string, with penalties."""
+    """Text only, one picture, two pictures; up to three turns; greedy and sampled; with a stop string, with
+    penalties."""
     chats = []
     for number in range(count):
         turns = []
@@ -88,7 +104,11 @@ def make_chats(count: int, rng: random.Random, num_output: int) -> list[Chat]:
             num_pictures = rng.choice((0, 1, 2)) if turn == 0 else rng.choice((0, 0, 1))
             pictures = tuple(png(rng) for _ in range(num_pictures))
             turns.append(Turn(rng.choice(QUESTIONS if pictures or turn else TEXTS), pictures))
-        options: dict[str, Any] = {"max_tokens": rng.randint(num_output // 4, num_output), "ignore_eos": True, "logprobs": 2}
+        options: dict[str, Any] = {
+            "max_tokens": rng.randint(num_output // 4, num_output),
+            "ignore_eos": True,
+            "logprobs": 2,
+        }
         if number % 3 == 1:
             options |= {"temperature": 0.8, "top_p": 0.9, "seed": rng.getrandbits(32)}
         else:
@@ -111,10 +131,15 @@ def png(rng: random.Random) -> bytes:
 def _message(turn: Turn, media: list[bytes]) -> ChatMessage:
     first = len(media)
     media += turn.pictures
-    return ChatMessage("user", (*(ImagePart(frame=first + index) for index in range(len(turn.pictures))), TextPart(turn.question)))
+    return ChatMessage(
+        "user",
+        (*(ImagePart(frame=first + index) for index in range(len(turn.pictures))), TextPart(turn.question)),
+    )
 
 
-async def ask(client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes], sampling: SamplingParams) -> Answer:
+async def ask(
+    client: PipelineClient, messages: Sequence[ChatMessage], media: list[bytes], sampling: SamplingParams
+) -> Answer:
     answer, last = Answer(), 0.0
     async for piece in client.generate(messages, sampling, list(media)):
         now = time.monotonic()
@@ -133,7 +158,10 @@ def difference(answer: Answer, reference: Answer) -> str:
     """What is wrong with an answer: empty, "tie", or a sentence."""
     if answer.token_ids != reference.token_ids:
         pairs = zip(answer.token_ids, reference.token_ids, strict=False)
-        index = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(answer.token_ids), len(reference.token_ids)))
+        index = next(
+            (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs),
+            min(len(answer.token_ids), len(reference.token_ids)),
+        )
         if reference.is_tie(index):
             return "tie"
         return f"token {index} of {len(reference.token_ids)} differs ({len(answer.token_ids)} came)"
@@ -151,14 +179,17 @@ class Findings:
     num_ties: int = 0
     wrong: list[str] = field(default_factory=list)
     kills: Counter[str] = field(default_factory=Counter)
-    restarts: dict[str, list[float]] = field(default_factory=dict)  # seconds from a kill until the worker serves again
+    # seconds from a kill until the worker serves again
+    restarts: dict[str, list[float]] = field(default_factory=dict)
     gaps: list[float] = field(default_factory=list)  # the longest of each answer
     num_resubmitted: int = 0
     left: list[str] = field(default_factory=list)  # what is not as it was
 
 
 class Soak:
-    def __init__(self, args: argparse.Namespace, launcher: int, run_dir: Path, remote: tuple[str, Path] | None = None) -> None:
+    def __init__(
+        self, args: argparse.Namespace, launcher: int, run_dir: Path, remote: tuple[str, Path] | None = None
+    ) -> None:
         """`remote`: address and keys, for all clients but the first."""
         self._args, self._launcher, self._run_dir, self._remote = args, launcher, run_dir, remote
         self._rng = random.Random(args.seed)
@@ -174,16 +205,27 @@ class Soak:
         for chat in self._chats:
             self._references.append([answer async for answer in self._play(clients[0], chat, None)])
         for client in clients:  # warms up what a first load makes grow
-            await asyncio.gather(*(self._check(client, number) for number in range(len(self._chats) if self._remote else min(4, len(self._chats)))))
+            await asyncio.gather(
+                *(
+                    self._check(client, number)
+                    for number in range(len(self._chats) if self._remote else min(4, len(self._chats)))
+                )
+            )
         before = await self._holdings(clients[0])
         end = time.monotonic() + 60 * self._args.minutes
-        streams = [asyncio.create_task(self._stream(clients[index % len(clients)], index, end)) for index in range(self._args.streams)]
+        streams = [
+            asyncio.create_task(self._stream(clients[index % len(clients)], index, end))
+            for index in range(self._args.streams)
+        ]
         killer = asyncio.create_task(self._kill(clients[0], end))
         done = asyncio.gather(*streams)
         try:
             await asyncio.wait_for(done, 60 * self._args.minutes + self._args.patience)
         except TimeoutError:
-            self.found.wrong.append(f"{sum(client.num_open for client in clients)} requests did not end within {self._args.patience:.0f} s")
+            self.found.wrong.append(
+                f"{sum(client.num_open for client in clients)} requests did not end within "
+                f"{self._args.patience:.0f} s"
+            )
         await killer
         self.found.num_resubmitted = sum(client.counters["resubmitted"] for client in clients)
         after = await self._holdings(clients[0])
@@ -193,7 +235,8 @@ class Soak:
         return self.found
 
     async def _play(self, client: PipelineClient, chat: Chat, references: Sequence[Answer] | None) -> Any:
-        """The answers of a chat, turn by turn; the history is the reference's, so that one difference stays one."""
+        """The answers of a chat, turn by turn; the history is the reference's, so that one difference stays
+        one."""
         messages: list[ChatMessage] = []
         media: list[bytes] = []
         for number, turn in enumerate(chat.turns):
@@ -225,7 +268,11 @@ class Soak:
     async def _kill(self, client: PipelineClient, end: float) -> None:
         """The victims in turn, then at random."""
         names = [str(state.worker) for state in client.workers]
-        victims = [name for name in names if name.rpartition(".")[0] in self._args.victims or name in self._args.victims]
+        victims = [
+            name
+            for name in names
+            if name.rpartition(".")[0] in self._args.victims or name in self._args.victims
+        ]
         for number in range(10**9 if victims else 0):
             pause = self._args.interval * self._rng.uniform(0.5, 1.5)
             if time.monotonic() + pause + 5 > end:
@@ -239,7 +286,10 @@ class Soak:
             start = time.monotonic()
             os.kill(pid, signal.SIGKILL)
             self.found.kills[victim] += 1
-            while not any(str(state.worker) == victim and state.epoch > epoch and state.is_ready for state in client.workers):
+            while not any(
+                str(state.worker) == victim and state.epoch > epoch and state.is_ready
+                for state in client.workers
+            ):
                 await asyncio.sleep(0.01)
                 if time.monotonic() - start > 60:
                     self.found.wrong.append(f"{victim} did not come back within 60 s")
@@ -253,7 +303,9 @@ class Soak:
         held: dict[str, dict[str, int]] = {}
         for state in client.workers:
             name = str(state.worker)
-            counters: dict[str, int] = {key: state.counters[key] for key in ("leases", "free_blocks") if key in state.counters}
+            counters: dict[str, int] = {
+                key: state.counters[key] for key in ("leases", "free_blocks") if key in state.counters
+            }
             held[name] = counters | {"open": state.num_open_requests}
             if name in pids:
                 held[name] |= {"rss": resident_bytes(pids[name]), "files": num_open_files(pids[name])}
@@ -265,7 +317,11 @@ class Soak:
                 now = after[name].get(what, -1)
                 more_files = 2 + (READER_FILES if name.startswith("preprocess") else 0)
                 is_fine = (
-                    GROWTH_FLOOR + MAX_GROWTH * value >= now > 0 if what == "rss" else now <= value + more_files if what == "files" else now == value
+                    GROWTH_FLOOR + MAX_GROWTH * value >= now > 0
+                    if what == "rss"
+                    else now <= value + more_files
+                    if what == "files"
+                    else now == value
                 )
                 if not is_fine:
                     self.found.left.append(f"{name}: {what} was {value}, is {now}")
@@ -284,8 +340,22 @@ class Served(NamedTuple):
 def pipeline(options: Sequence[str]) -> Iterator[Served]:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, "-m", "launcher", "--port", "0", "--run-dir", str(run_dir), "--log-level", "warning", *options]
-        with open(Path(folder) / "log", "w+") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        command = [
+            sys.executable,
+            "-m",
+            "launcher",
+            "--port",
+            "0",
+            "--run-dir",
+            str(run_dir),
+            "--log-level",
+            "warning",
+            *options,
+        ]
+        with (
+            open(Path(folder) / "log", "w+") as log,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        ):
             assert process.stdout is not None
             lines: list[str] = []
             try:
@@ -307,12 +377,18 @@ def pipeline(options: Sequence[str]) -> Iterator[Served]:
 
 def report(found: Findings, lines: Sequence[str]) -> int:
     """Prints what was found; 0 if nothing is wrong."""
-    bad = [line for line in lines if any(word in line for word in ("Traceback", "AssertionError", "does not stop"))]
+    bad = [
+        line
+        for line in lines
+        if any(word in line for word in ("Traceback", "AssertionError", "does not stop"))
+    ]
     summary = {
-        "answers": found.num_answers, "wrong": len(found.wrong), "ties": found.num_ties, "kills": dict(found.kills),
+        "answers": found.num_answers, "wrong": len(found.wrong), "ties": found.num_ties,
+        "kills": dict(found.kills),
         "resubmitted": found.num_resubmitted, "longest gap (s)": round(max(found.gaps, default=0.0), 2),
         "restart (s), median and longest": {
-            role: [round(statistics.median(times), 2), round(max(times), 2)] for role, times in found.restarts.items()
+            role: [round(statistics.median(times), 2), round(max(times), 2)] for role,
+            times in found.restarts.items()
         },
         "left": found.left, "complaints of workers": bad[:5],
     }  # fmt: skip
@@ -323,16 +399,30 @@ def report(found: Findings, lines: Sequence[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--streams", type=int, default=16, help="chats at once")
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--chats", type=int, default=30, help="different ones")
     parser.add_argument("--output-tokens", type=int, default=80, help="at most, of an answer")
-    parser.add_argument("--victims", nargs="+", default=["preprocess", "vit", "llm"], help="roles or workers; none: nobody is killed")
-    parser.add_argument("--interval", type=float, default=4.0, help="seconds between a worker's return and the next kill, on average")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds that the last requests may take to end")
+    parser.add_argument(
+        "--victims",
+        nargs="+",
+        default=["preprocess", "vit", "llm"],
+        help="roles or workers; none: nobody is killed",
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=4.0,
+        help="seconds between a worker's return and the next kill, on average",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds that the last requests may take to end"
+    )
     parser.add_argument("--over-tcp", action="store_true", help="all clients but the first come by a gateway")
     args, options = parser.parse_known_args()
     options = ["--dtype", "float32", "--max-attempts", "5", *options]

@@ -1,6 +1,7 @@
 """Submits one question straight over ZeroMQ, without HTTP, and streams the answer.
 
-    python -m tools.submit --run-dir RUN_DIR "What is in this picture?" --image launcher/embedded/samples/red-star.png
+    python -m tools.submit --run-dir RUN_DIR "What is in this picture?" --image
+    launcher/embedded/samples/red-star.png
 
 The run directory is the one that the launcher names when it is ready.
 """
@@ -20,7 +21,10 @@ from tools.places import add_place
 
 
 async def submit(args: argparse.Namespace, media: list[bytes]) -> None:
-    parts: tuple[ImagePart | TextPart, ...] = (*(ImagePart(frame=index) for index in range(len(media))), TextPart(args.question))
+    parts: tuple[ImagePart | TextPart, ...] = (
+        *(ImagePart(frame=index) for index in range(len(media))),
+        TextPart(args.question),
+    )
     sampling = SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
     client = PipelineClient(args.run_dir or args.url, args.keys, args.model_folder)
     await client.start(timeout_s=5)
@@ -28,16 +32,23 @@ async def submit(args: argparse.Namespace, media: list[bytes]) -> None:
         async for piece in client.generate([ChatMessage("user", parts)], sampling, media):
             print(piece.text, end="", flush=True)
             if piece.finish_reason is not None:
-                print(f"\n[{piece.finish_reason}: {piece.num_prompt_tokens} prompt tokens, {piece.num_output_tokens} output tokens]")
+                print(
+                    f"\n[{piece.finish_reason}: {piece.num_prompt_tokens} prompt tokens, "
+                    f"{piece.num_output_tokens} output tokens]"
+                )
     finally:
         await client.close()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("question")
     add_place(parser)
-    parser.add_argument("--image", action="append", default=[], help="file of a picture; may be given several times")
+    parser.add_argument(
+        "--image", action="append", default=[], help="file of a picture; may be given several times"
+    )
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int)

@@ -1,10 +1,12 @@
-"""A live run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing, and as a picture: one lane a process.
+"""A live run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing, and as a picture: one lane a
+process.
 
-    python -m tools.trace --out FOLDER                    # a server of its own, four streams and images beside them
-    python -m tools.trace --out FOLDER --spans FOLDER     # what a server wrote that was started with --trace-dir
+    python -m tools.trace --out FOLDER                    # a server of its own, four streams and images
+    beside them python -m tools.trace --out FOLDER --spans FOLDER     # what a server wrote that was started
+    with --trace-dir
 
-Each piece of work carries the ids of the requests it was done for. The picture has the LLM's steps and the ViT's encodes above one
-another: where both have colour, they ran at the same time.
+Each piece of work carries the ids of the requests it was done for. The picture has the LLM's steps and the
+ViT's encodes above one another: where both have colour, they ran at the same time.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ LANE, LABEL, TOP = 26, 120, 40  # pixels
 def read_spans(folder: Path) -> dict[str, list[Span]]:
     """Of each worker, by start."""
     decoder = msgspec.json.Decoder(Span)
-    found = {path.stem: sorted(decoder.decode_lines(path.read_bytes()), key=lambda span: span.start) for path in sorted(folder.glob("*.jsonl"))}
+    found = {
+        path.stem: sorted(decoder.decode_lines(path.read_bytes()), key=lambda span: span.start)
+        for path in sorted(folder.glob("*.jsonl"))
+    }
     return {worker: spans for worker, spans in found.items() if spans}
 
 
@@ -60,14 +65,16 @@ def lanes_of(spans: Sequence[Span]) -> list[int]:
 
 
 def to_chrome(found: dict[str, list[Span]]) -> dict[str, Any]:
-    """The Trace Event Format: complete events, a process for each worker, times in microseconds from the first."""
+    """The Trace Event Format: complete events, a process for each worker, times in microseconds from the
+    first."""
     begin = min(spans[0].start for spans in found.values())
     events: list[dict[str, Any]] = []
     for number, (worker, spans) in enumerate(found.items()):
         events.append({"ph": "M", "pid": number, "name": "process_name", "args": {"name": worker}})
         for span, lane in zip(spans, lanes_of(spans), strict=True):
             events.append({
-                "ph": "X", "pid": number, "tid": lane, "name": span.name, "ts": (span.start - begin) * 1e6, "dur": (span.end - span.start) * 1e6,
+                "ph": "X", "pid": number, "tid": lane, "name": span.name, "ts": (span.start - begin) * 1e6,
+                "dur": (span.end - span.start) * 1e6,
                 "args": {"requests": list(span.request_ids), "amount": span.amount},
             })  # fmt: skip
     return {"traceEvents": events, "displayTimeUnit": "ms"}
@@ -77,7 +84,9 @@ def draw(found: dict[str, list[Span]], width: int = 1600) -> Image.Image:
     begin = min(spans[0].start for spans in found.values())
     end = max(span.end for spans in found.values() for span in spans)
     rows = {worker: lanes_of(spans) for worker, spans in found.items()}
-    image = Image.new("RGB", (width, TOP + sum(max(lanes) + 1 for lanes in rows.values()) * LANE + 30), "white")
+    image = Image.new(
+        "RGB", (width, TOP + sum(max(lanes) + 1 for lanes in rows.values()) * LANE + 30), "white"
+    )
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     scale = (width - LABEL - 10) / (end - begin)
     for index, (name, colour) in enumerate(COLOURS.items()):
@@ -89,7 +98,9 @@ def draw(found: dict[str, list[Span]], width: int = 1600) -> Image.Image:
         for span, lane in zip(spans, rows[worker], strict=True):
             left, right = (LABEL + (at - begin) * scale for at in (span.start, span.end))
             top = y + lane * LANE
-            canvas.rectangle((left, top + 2, max(left, right - 1), top + LANE - 3), fill=COLOURS.get(span.name, "#5f6368"))
+            canvas.rectangle(
+                (left, top + 2, max(left, right - 1), top + LANE - 3), fill=COLOURS.get(span.name, "#5f6368")
+            )
         y += (max(rows[worker]) + 1) * LANE
         canvas.line((0, y, width, y), fill="#dadce0")
     for tick in range(11):
@@ -100,21 +111,32 @@ def draw(found: dict[str, list[Span]], width: int = 1600) -> Image.Image:
 
 def overlap(found: dict[str, list[Span]]) -> tuple[float, float]:
     """Seconds in which a ViT encoded, and seconds of those in which the LLM computed, too."""
-    vit, llm = ([span for worker, spans in found.items() if worker.startswith(role) for span in spans] for role in ("vit", "llm"))
+    vit, llm = (
+        [span for worker, spans in found.items() if worker.startswith(role) for span in spans]
+        for role in ("vit", "llm")
+    )
     both = sum(max(0.0, min(a.end, b.end) - max(a.start, b.start)) for a in vit for b in llm)
     return sum(span.end - span.start for span in vit), both
 
 
 async def _load(url: str) -> None:
     rng = random.Random(0)
-    streams, images = Workload(num_words=16, num_output=160), Workload(num_words=8, num_output=8, num_images=1)
-    loads = [run_load(url, load, load.chats(4, rng), 2 if load is images else 4, 0.0, rng) for load in (streams, images)]
+    streams, images = (
+        Workload(num_words=16, num_output=160),
+        Workload(num_words=8, num_output=8, num_images=1),
+    )
+    loads = [
+        run_load(url, load, load.chats(4, rng), 2 if load is images else 4, 0.0, rng)
+        for load in (streams, images)
+    ]
     for results in await asyncio.gather(*loads):
         raise_failed(results)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for trace.json and trace.png")
     parser.add_argument("--spans", type=Path, help="a server's --trace-dir")
     parser.add_argument("--model", type=Path, default=EMBEDDED / "model")
@@ -130,7 +152,10 @@ def main() -> None:
     (args.out / "trace.json").write_text(json.dumps(to_chrome(found)) + "\n")
     draw(found).save(args.out / "trace.png")
     encoding, both = overlap(found)
-    print(f"{args.out / 'trace.json'}, {args.out / 'trace.png'}: ViTs encoded for {encoding:.2f} s, during {both:.2f} s of them the LLM computed")
+    print(
+        f"{args.out / 'trace.json'}, {args.out / 'trace.png'}: ViTs encoded for {encoding:.2f} s, during "
+        f"{both:.2f} s of them the LLM computed"
+    )
 
 
 if __name__ == "__main__":

@@ -34,53 +34,58 @@ EXAMPLE = SubmitRequest(
 )  # fmt: skip
 INTRODUCTION = f"""# The wire
 
-Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/messages.py`: change those, not this page.
-`tests/js/client.mjs` is a client that was written from it.
+Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/messages.py`:
+change those, not this page. `tests/js/client.mjs` is a client that was written from it.
 
 ## How to submit a request
 
-All sockets are in the run directory, as `ipc://RUN_DIR/NAME`. A message is MessagePack: a map whose `type` names the struct. Fields that
-have a default may be left out; unknown fields are refused. `bytes` are MessagePack's binary type; token ids, and logprobs as float32, are
-packed little-endian in them. A message that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`): there is nobody to
-answer.
+All sockets are in the run directory, as `ipc://RUN_DIR/NAME`. A message is MessagePack: a map whose `type`
+names the struct. Fields that have a default may be left out; unknown fields are refused. `bytes` are
+MessagePack's binary type; token ids, and logprobs as float32, are packed little-endian in them. A message
+that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`): there is nobody to answer.
 
-1. **control**: SUB, connect to `control`, subscribe to the empty topic. Frames: topic, message. `PipelineState` comes at once and then
-   every second. It names each worker (a pair of role and rank) with its *epoch*, and in `leads` the LLM ranks that lead a group.
-2. **outputs**: draw a client id of 16 random bytes. For each lead L of epoch E: SUB, connect to `outputs.L.E`, subscribe to the client id.
-   Frames: topic, message. No other topic is served.
-3. **ingest**: PUSH, connect to `ingest.E`, E the epoch of `preprocess.0`. Send `Hello` every 0.1 s until each lead has answered `Welcome`.
-   Its `protocol` must be the one that you speak: requests of a client that said another are refused. It names the folder with the
-   tokenizer's files and the limits.
-4. Send `SubmitRequest` with an id of your own, unique for as long as anybody remembers, and `attempt` 1. Media ride as further frames of
-   the message, named by their index (`frame`), at most {MAX_FRAMES - 1}. Without a `seed` the request's id gives it one: an id that is
-   used again draws the same tokens again.
-5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `offset` counts the tokens before; where a gap
-   shows, send the request again with the same `attempt` and with `num_received`: that is a query, and never starts anything. The output
-   with a `finish_reason` is the last; or `RequestFailed` is.
+1. **control**: SUB, connect to `control`, subscribe to the empty topic. Frames: topic, message.
+   `PipelineState` comes at once and then every second. It names each worker (a pair of role and rank) with
+   its *epoch*, and in `leads` the LLM ranks that lead a group.
+2. **outputs**: draw a client id of 16 random bytes. For each lead L of epoch E: SUB, connect to
+   `outputs.L.E`, subscribe to the client id. Frames: topic, message. No other topic is served.
+3. **ingest**: PUSH, connect to `ingest.E`, E the epoch of `preprocess.0`. Send `Hello` every 0.1 s until each
+   lead has answered `Welcome`. Its `protocol` must be the one that you speak: requests of a client that said
+   another are refused. It names the folder with the tokenizer's files and the limits.
+4. Send `SubmitRequest` with an id of your own, unique for as long as anybody remembers, and `attempt` 1.
+   Media ride as further frames of the message, named by their index (`frame`), at most {MAX_FRAMES - 1}.
+   Without a `seed` the request's id gives it one: an id that is used again draws the same tokens again.
+5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `offset` counts
+   the tokens before; where a gap shows, send the request again with the same `attempt` and with
+   `num_received`: that is a query, and never starts anything. The output with a `finish_reason` is the last;
+   or `RequestFailed` is.
 6. `AbortRequest` ends a request. Repeat it until the terminal message is there.
 
 ## When workers die
 
-An epoch that grows says that a worker died and was reaped. Close the connection to the old address and connect to the new one. Then submit
-again, with the next `attempt`, the same fields and the tokens that you have in `output_token_ids`:
+An epoch that grows says that a worker died and was reaped. Close the connection to the old address and
+connect to the new one. Then submit again, with the next `attempt`, the same fields and the tokens that you
+have in `output_token_ids`:
 
 - `preprocess.0` died: every request that is not accepted.
-- a lead died: every request of its group (`sender` of `Accepted`), and those not accepted; but say `Hello` first, and wait for its
-  `Welcome`.
+- a lead died: every request of its group (`sender` of `Accepted`), and those not accepted; but say `Hello`
+  first, and wait for its `Welcome`.
 - `Interrupted` came: that request.
 
-Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hello` and query: what was ended because you did not read, or were
-away, answers with `Interrupted`. A request that was executing in a worker that died (`died` in `Interrupted`; or the first 8
-bytes of BLAKE2b, made for that length, of its id are among the `executed` of the successor's state), with no new token in that attempt,
-should say so: `alone_in` are the roles of such workers. After `max_attempts` such deaths of one role in a row it should be given up.
+Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hello` and query: what was ended
+because you did not read, or were away, answers with `Interrupted`. A request that was executing in a worker
+that died (`died` in `Interrupted`; or the first 8 bytes of BLAKE2b, made for that length, of its id are among
+the `executed` of the successor's state), with no new token in that attempt, should say so: `alone_in` are the
+roles of such workers. After `max_attempts` such deaths of one role in a row it should be given up.
 
 ## From another machine
 
-With `--direct-port P` a gateway serves the same three edges over tcp: control at port P, ingest at P + 1, outputs of all leads at P + 2, whatever
-the epochs. All sockets use CURVE, with the keys that `python -m tools.keys` has made. The first 8 bytes of the client id are those of BLAKE2b,
-made for that length, of the client's public key in its text form (Z85); only who holds the key can say or read anything under such an id. When
-the epoch of `gateway.0` grows, connections are as good as new: say `Hello`, and when each lead has answered submit everything again, with the
-next `attempt`.
+With `--direct-port P` a gateway serves the same three edges over tcp: control at port P, ingest at P + 1,
+outputs of all leads at P + 2, whatever the epochs. All sockets use CURVE, with the keys that `python -m
+tools.keys` has made. The first 8 bytes of the client id are those of BLAKE2b, made for that length, of the
+client's public key in its text form (Z85); only who holds the key can say or read anything under such an id.
+When the epoch of `gateway.0` grows, connections are as good as new: say `Hello`, and when each lead has
+answered submit everything again, with the next `attempt`.
 
 """
 
@@ -91,9 +96,8 @@ def page() -> str:
         parts.append(f"## Messages on {name}\n\n" + "\n".join(_messages(union)))
     parts.append(_example())
     parts.append(
-        "## JSON schema\n\nOf the messages on ingest, outputs and control; `bytes` are shown as base64 strings there.\n\n```json\n"
-        + _schema()
-        + "\n```\n"
+        "## JSON schema\n\nOf the messages on ingest, outputs and control; `bytes` are shown as base64 "
+        "strings there.\n\n```json\n" + _schema() + "\n```\n"
     )
     return "\n".join(parts)
 
@@ -113,8 +117,14 @@ def _messages(union: Any) -> list[str]:
         lines.append(f"**{struct.__name__}**: {inspect.cleandoc(struct.__doc__ or '')}\n")
         lines.append("| field | type | default |\n| --- | --- | --- |")
         for field in msgspec.structs.fields(struct):
-            default = "" if field.required else repr(field.default_factory() if field.default is msgspec.NODEFAULT else field.default)
-            lines.append(f"| `{field.encode_name}` | {_type_name(field.type)} | {f'`{default}`' if default else ''} |")
+            default = (
+                ""
+                if field.required
+                else repr(field.default_factory() if field.default is msgspec.NODEFAULT else field.default)
+            )
+            lines.append(
+                f"| `{field.encode_name}` | {_type_name(field.type)} | {f'`{default}`' if default else ''} |"
+            )
         lines.append("")
     return lines
 
@@ -136,9 +146,15 @@ def _type_name(kind: Any) -> str:
 def _example() -> str:
     data = msgspec.msgpack.encode(EXAMPLE)
     dump = "\n".join(f"{start:04x}  {data[start : start + 16].hex(' ')}" for start in range(0, len(data), 16))
-    shown = json.dumps(msgspec.to_builtins(EXAMPLE, builtin_types=(bytes,)), default=lambda value: f"bytes {value.hex()}", indent=1)
+    shown = json.dumps(
+        msgspec.to_builtins(EXAMPLE, builtin_types=(bytes,)),
+        default=lambda value: f"bytes {value.hex()}",
+        indent=1,
+    )
     size = f"one frame of {len(data)} bytes (a client may leave out what has a default)"
-    return f"## An example\n\nThis `SubmitRequest`\n\n```json\n{shown}\n```\n\nis {size}:\n\n```\n{dump}\n```\n"
+    return (
+        f"## An example\n\nThis `SubmitRequest`\n\n```json\n{shown}\n```\n\nis {size}:\n\n```\n{dump}\n```\n"
+    )
 
 
 def _schema() -> str:

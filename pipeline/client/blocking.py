@@ -28,7 +28,9 @@ T = TypeVar("T")
 class BlockingClient:
     """Use it as a context manager, or `start` and `close`."""
 
-    def __init__(self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None) -> None:
+    def __init__(
+        self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None
+    ) -> None:
         """As `PipelineClient`."""
         self._place, self._keys, self._model_folder = place, keys, model_folder
         self._loop = asyncio.new_event_loop()
@@ -39,11 +41,16 @@ class BlockingClient:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def start(self, timeout_s: float = 60.0) -> Welcome:
-        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
+        """Waits until the pipeline answers.
+
+        Raises PipelineError if it does not within `timeout_s`, or ends meanwhile.
+        """
 
         async def start() -> Welcome:
             self._client = PipelineClient(self._place, self._keys, self._model_folder)
@@ -66,10 +73,12 @@ class BlockingClient:
         self._loop.close()
 
     def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes | memoryview] = (), request_id: str = "",
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams,
+        media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> Iterator[Piece]:  # fmt: skip
-        """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the request."""
+        """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the
+        request."""
         assert self._client is not None
         pieces = self._client.generate(messages, sampling, media, request_id, priority, cache_salt, tenant)
         read: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()

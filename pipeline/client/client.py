@@ -1,10 +1,12 @@
-"""The client library: submits requests straight to the pipeline over ZeroMQ and yields text. The HTTP endpoint uses it too.
+"""The client library: submits requests straight to the pipeline over ZeroMQ and yields text. The HTTP
+endpoint uses it too.
 
     async with PipelineClient(run_dir) as client:
         async for piece in client.generate([ChatMessage("user", "Hello")], SamplingParams()):
             print(piece.text, end="")
 
-A pipeline on another machine: `PipelineClient("tcp://HOST:PORT", keys=FOLDER)`, with the keys that `tools/keys.py` has made.
+A pipeline on another machine: `PipelineClient("tcp://HOST:PORT", keys=FOLDER)`, with the keys that
+`tools/keys.py` has made.
 
 Tokens come over a `Connection`, which sees to it that no request is lost; here they become text.
 """
@@ -26,7 +28,15 @@ from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, t
 from pipeline.transport.curve import ClientKeys, Remote
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.messages import ChatMessage, ReloadState, SubmitRequest, TokenLogprobs, Welcome, WorkerState, unpack_int32
+from pipeline.wire.messages import (
+    ChatMessage,
+    ReloadState,
+    SubmitRequest,
+    TokenLogprobs,
+    Welcome,
+    WorkerState,
+    unpack_int32,
+)
 from pipeline.wire.sampling import FinishReason, SamplingParams
 
 
@@ -44,11 +54,17 @@ class Piece:
 
 
 class PipelineClient:
-    """One client of a pipeline; any number of requests at once. Use it as an asynchronous context manager, or `start` and `close`."""
+    """One client of a pipeline; any number of requests at once.
 
-    def __init__(self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None) -> None:
-        """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway, which takes `keys`, a folder. `model_folder` has the
-        tokenizer's files, if they are not where the server has them. Raises ValueError for a place or keys that are none.
+    Use it as an asynchronous context manager, or `start` and `close`.
+    """
+
+    def __init__(
+        self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None
+    ) -> None:
+        """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway, which takes `keys`, a
+        folder. `model_folder` has the tokenizer's files, if they are not where the server has them. Raises
+        ValueError for a place or keys that are none.
         """
         if str(place).startswith("tcp://"):
             if keys is None:
@@ -63,11 +79,16 @@ class PipelineClient:
         await self.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def start(self, timeout_s: float = 60.0) -> Welcome:
-        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, ends meanwhile, or has another tokenizer."""
+        """Waits until the pipeline answers.
+
+        Raises PipelineError if it does not within `timeout_s`, ends meanwhile, or has another tokenizer.
+        """
         welcome = await self._connection.start(timeout_s)
         try:
             self._tokenizer = _read_tokenizer(self.model_folder / "tokenizer.json", welcome.tokenizer_hash)
@@ -117,16 +138,17 @@ class PipelineClient:
         return self._connection.counters
 
     async def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, media: Sequence[bytes | memoryview] = (), request_id: str = "",
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams,
+        media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one chat and yields what comes, ending with the piece that has a finish reason.
 
-        `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with an equal
-        `cache_salt` share cached prefixes, so that none can tell from the time it takes what another asked.
-        `tenant`: on whose behalf, where one client speaks for many; a gateway puts the key's owner in its
-        place. Leaving the generator early aborts the request. Raises RequestError when the request is refused
-        or fails.
+        `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes
+        first. Only requests with an equal `cache_salt` share cached prefixes, so that none can tell from the
+        time it takes what another asked. `tenant`: on whose behalf, where one client speaks for many; a
+        gateway puts the key's owner in its place. Leaving the generator early aborts the request. Raises
+        RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
         opened = self._submit(messages, sampling, list(media), request, priority, cache_salt, tenant)
@@ -143,13 +165,23 @@ class PipelineClient:
                 # What comes before `min_tokens` cannot be, or begin, a stop string.
                 num_early = max(0, sampling.min_tokens - event.offset)
                 text = detokenizer.add(token_ids[:num_early])
-                text += stop_strings.add(detokenizer.add(token_ids[num_early:], finish is not None), finish is not None)
+                text += stop_strings.add(
+                    detokenizer.add(token_ids[num_early:], finish is not None), finish is not None
+                )
                 if finish is not None:
                     self._connection.finish(request)
                 if stop_strings.is_hit:
                     finish = FinishReason.STOP
                 num_output_tokens = event.offset + len(token_ids)
-                yield Piece(text, token_ids, finish, opened.num_prompt_tokens, num_output_tokens, event.num_cached_tokens, event.logprobs)
+                yield Piece(
+                    text,
+                    token_ids,
+                    finish,
+                    opened.num_prompt_tokens,
+                    num_output_tokens,
+                    event.num_cached_tokens,
+                    event.logprobs,
+                )
                 if finish is not None:
                     return
         finally:
@@ -162,16 +194,21 @@ class PipelineClient:
         return token_bytes(self._tokenizer, token_id)
 
     def _submit(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, frames: list[bytes | memoryview], request_id: str,
+        self, messages: Sequence[ChatMessage], sampling: SamplingParams, frames: list[bytes | memoryview],
+        request_id: str,
         priority: int, cache_salt: bytes, tenant: str,
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
         moved = move_data_urls(messages, frames)
         if len(frames) > MAX_ITEMS:
-            raise RequestError(f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}", field="messages")
+            raise RequestError(
+                f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}",
+                field="messages",
+            )
         request = SubmitRequest(
-            client_id=self._connection.client_id, request_id=request_id, attempt=1, messages=moved, sampling=sampling, priority=priority,
+            client_id=self._connection.client_id, request_id=request_id, attempt=1, messages=moved,
+            sampling=sampling, priority=priority,
             cache_salt=cache_salt, tenant=tenant,
         )  # fmt: skip
         return self._connection.submit(request, frames)
@@ -181,7 +218,10 @@ def _read_tokenizer(path: Path, expected_hash: bytes) -> Tokenizer:
     try:
         data = path.read_bytes()
     except OSError:
-        raise PipelineError(f"{str(path)!r} cannot be read: give the client a model_folder with the files of the server's model") from None
+        raise PipelineError(
+            f"{str(path)!r} cannot be read: give the client a model_folder with the files of the server's "
+            "model"
+        ) from None
     if tokenizer_hash(data) != expected_hash:
         raise PipelineError(f"{str(path)!r} is not the tokenizer of the server's model")
     return Tokenizer.from_buffer(data)

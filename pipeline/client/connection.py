@@ -1,8 +1,10 @@
-"""A client's connection to the pipeline: it owns its requests until their terminal message, whoever dies meanwhile.
+"""A client's connection to the pipeline: it owns its requests until their terminal message, whoever dies
+meanwhile.
 
-Recovery is always resubmission: the same request_id, the next attempt, and the token ids that are here already. What must be submitted
-again is said by the launcher (preprocess died: whatever no LLM has accepted; an LLM rank died: all of its group) or by rank 0, which
-interrupts requests that needed something of a dead neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
+Recovery is always resubmission: the same request_id, the next attempt, and the token ids that are here
+already. What must be submitted again is said by the launcher (preprocess died: whatever no LLM has accepted;
+an LLM rank died: all of its group) or by rank 0, which interrupts requests that needed something of a dead
+neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
 
 Which groups know this client is known group by group: while one is dead, the others serve. Nothing waits
 without end: what no worker takes in, or is not submitted for want of a group, ends after
@@ -73,7 +75,10 @@ PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 
 @dataclass(slots=True, eq=False)
 class OpenRequest:
-    """A request between its submission and its terminal message. `events` ends with a finish reason or an error."""
+    """A request between its submission and its terminal message.
+
+    `events` ends with a finish reason or an error.
+    """
 
     request: SubmitRequest
     frames: list[bytes | memoryview]
@@ -88,7 +93,8 @@ class OpenRequest:
     is_asking: bool = False  # a query for missed tokens is under way
     is_held: bool = False  # not submitted (again) yet
     is_over: bool = False
-    deaths: Counter[Role] = field(default_factory=Counter)  # of workers in which it was executing, in a row, with no new token between
+    # of workers in which it was executing, in a row, with no new token between
+    deaths: Counter[Role] = field(default_factory=Counter)
     waits_since: float | None = None  # for a dead worker's successor
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
 
@@ -138,14 +144,19 @@ class Connection:
         self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0, "given_up": 0}
 
     async def start(self, timeout_s: float) -> Welcome:
-        """Waits until the pipeline answers. Raises PipelineError if it does not within `timeout_s`, or ends meanwhile."""
+        """Waits until the pipeline answers.
+
+        Raises PipelineError if it does not within `timeout_s`, or ends meanwhile.
+        """
         self._start_task(self._read_control())
         try:
             welcome = await asyncio.wait_for(asyncio.shield(self._welcome), timeout_s)
         except TimeoutError:
             await self.close()
             hint = "; is the client's key known there, and the server's key right?" if self._is_remote else ""
-            raise PipelineError(f"no pipeline answered at {self._sockets.site.name} within {timeout_s:.0f} s{hint}") from None
+            raise PipelineError(
+                f"no pipeline answered at {self._sockets.site.name} within {timeout_s:.0f} s{hint}"
+            ) from None
         self._start_task(self._watch())
         return welcome
 
@@ -193,7 +204,11 @@ class Connection:
         except (OverflowError, RecursionError):
             raise RequestError("a number does not fit 64 bits", field="messages") from None
         if size > self.limits.max_request_bytes:
-            raise RequestError(f"the request has {size} bytes, the limit is {self.limits.max_request_bytes}", status=413, field="messages")
+            raise RequestError(
+                f"the request has {size} bytes, the limit is {self.limits.max_request_bytes}",
+                status=413,
+                field="messages",
+            )
         opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())
         if self._known_leads:
             self._send_request(opened)
@@ -245,7 +260,9 @@ class Connection:
         """Ends an open request; repeated until the pipeline has answered."""
         opened = self._open.pop(request_id)
         request = opened.request
-        message = AbortRequest(client_id=self.client_id, request_id=request_id, attempt=request.attempt, lead=request.lead)
+        message = AbortRequest(
+            client_id=self.client_id, request_id=request_id, attempt=request.attempt, lead=request.lead
+        )
         self._aborting[request_id] = _Aborting(message)
         self._send(message)
 
@@ -256,23 +273,33 @@ class Connection:
     # Recovery.
 
     def _interrupt(self, opened: OpenRequest, reason: str, died: Role | None) -> None:
-        """The attempt is over. `died`: in a worker of this role, which died while the request was executing there."""
+        """The attempt is over.
+
+        `died`: in a worker of this role, which died while the request was executing there.
+        """
         if opened.is_held or opened.is_over:
             return
         request = opened.request
         if opened.has_progress:
             opened.deaths.clear()
-        elif died is not None:  # each role counts by itself: whoever has only had bad neighbours in all of them is not given up
+        # each role counts by itself: whoever has only had bad neighbours in all of them is not given up
+        elif died is not None:
             opened.deaths[died] += 1
         if died is not None and opened.deaths[died] >= self.limits.max_attempts:
             self.counters["given_up"] += 1
             times = f"{opened.deaths[died]} times" if opened.deaths[died] > 1 else "once"
-            what = f"the request was given up: {reason} while it was executing there, {times} in a row ({self.limits.max_attempts} are allowed)"
+            what = (
+                f"the request was given up: {reason} while it was executing there, {times} in a row "
+                f"({self.limits.max_attempts} are allowed)"
+            )
             self._give_up(opened, ErrorInfo(503, what))
             return
         logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
         opened.request = msgspec.structs.replace(
-            request, attempt=request.attempt + 1, output_token_ids=pack_int32(opened.token_ids), alone_in=tuple(opened.deaths)
+            request,
+            attempt=request.attempt + 1,
+            output_token_ids=pack_int32(opened.token_ids),
+            alone_in=tuple(opened.deaths),
         )
         opened.num_earlier_tokens = len(opened.token_ids)
         opened.is_accepted, opened.is_asking, opened.is_held = False, False, True
@@ -303,7 +330,8 @@ class Connection:
     def _on_death(self, successor: WorkerState) -> None:
         worker, executed = successor.worker, successor.executed
         is_group = worker.role is Role.LLM and worker.rank in self._leads
-        is_gateway = worker == GATEWAY and self._is_remote  # what it held in either direction is lost, and to the LLM we had left
+        # what it held in either direction is lost, and to the LLM we had left
+        is_gateway = worker == GATEWAY and self._is_remote
         if worker != PREPROCESS and not is_group and not is_gateway:
             return
         if is_gateway:
@@ -329,7 +357,9 @@ class Connection:
                 case Shutdown():
                     self._fail(f"the server has stopped{': ' if message.reason else ''}{message.reason}")
                     if not self._welcome.done():
-                        self._welcome.set_exception(PipelineError(f"the server has stopped: {message.reason}"))
+                        self._welcome.set_exception(
+                            PipelineError(f"the server has stopped: {message.reason}")
+                        )
 
     def _on_state(self, state: PipelineState) -> None:
         self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload
@@ -351,7 +381,9 @@ class Connection:
         self._leads = tuple(leads)
         self._ingest = self._sockets.sender(INGEST)
         for lead in leads[:1] if self._is_remote else leads:  # from a gateway they come all one way
-            self._start_task(self._read_outputs(self._sockets.async_subscriber(OUTPUTS, self.client_id, lead)))
+            self._start_task(
+                self._read_outputs(self._sockets.async_subscriber(OUTPUTS, self.client_id, lead))
+            )
 
     def _start_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """A task whose failure ends every request, instead of leaving them to wait for ever."""
@@ -406,17 +438,32 @@ class Connection:
 
     def _on_accepted(self, opened: OpenRequest, message: Accepted) -> None:
         """An answer must not go on behind tokens that were about another picture."""
-        opened.is_accepted, opened.num_prompt_tokens, opened.waits_since = True, message.num_prompt_tokens, None
+        opened.is_accepted, opened.num_prompt_tokens, opened.waits_since = (
+            True,
+            message.num_prompt_tokens,
+            None,
+        )
         opened.request = msgspec.structs.replace(opened.request, lead=message.sender.rank)
         if opened.mm_hashes is not None and opened.mm_hashes != message.mm_hashes:
-            self._give_up(opened, ErrorInfo(409, "a picture's URL gives another picture than before the request was interrupted", "messages"))
+            self._give_up(
+                opened,
+                ErrorInfo(
+                    409,
+                    "a picture's URL gives another picture than before the request was interrupted",
+                    "messages",
+                ),
+            )
         opened.mm_hashes = message.mm_hashes
 
     def _accept_welcome(self, welcome: Welcome) -> None:
         """From then on that group may run what we submit."""
         if welcome.protocol != PROTOCOL_VERSION:
             if not self._welcome.done():
-                self._welcome.set_exception(PipelineError(f"the pipeline speaks protocol {welcome.protocol}, this client {PROTOCOL_VERSION}"))
+                self._welcome.set_exception(
+                    PipelineError(
+                        f"the pipeline speaks protocol {welcome.protocol}, this client {PROTOCOL_VERSION}"
+                    )
+                )
             return
         self._welcomes[welcome.sender.rank] = welcome
         self._go_on()
@@ -430,7 +477,8 @@ class Connection:
         return opened
 
     def _take(self, output: RequestOutput) -> None:
-        """Passes on what is new; a repeated answer to a query overlaps with what is there, a gap is asked for."""
+        """Passes on what is new; a repeated answer to a query overlaps with what is there, a gap is asked
+        for."""
         if output.finish_reason is not None:
             self._aborting.pop(output.request_id, None)
         if (opened := self._find(output.request_id, output.attempt)) is None:
@@ -447,13 +495,20 @@ class Connection:
         token_ids = output.new_token_ids[4 * known :]
         if token_ids or output.finish_reason is not None:
             new = msgspec.structs.replace(
-                output, offset=num_received, new_token_ids=token_ids, logprobs=output.logprobs[known:], num_cached_tokens=opened.num_cached_tokens
+                output,
+                offset=num_received,
+                new_token_ids=token_ids,
+                logprobs=output.logprobs[known:],
+                num_cached_tokens=opened.num_cached_tokens,
             )
             (opened.events.put_nowait if output.finish_reason is None else opened.end)(new)
             opened.token_ids += unpack_int32(token_ids).tolist()
 
     def _query(self, opened: OpenRequest) -> None:
-        """Asks for what was missed: the same request with the same attempt. Its media go along only if it may never have come in."""
+        """Asks for what was missed: the same request with the same attempt.
+
+        Its media go along only if it may never have come in.
+        """
         if opened.is_asking or opened.is_held or opened.is_over:
             return
         opened.is_asking, opened.asked = True, time.monotonic()
@@ -464,7 +519,8 @@ class Connection:
             self._send(request, opened.frames)
 
     async def _watch(self) -> None:
-        """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the launcher is gone."""
+        """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the
+        launcher is gone."""
         last, stood_still = time.monotonic(), False
         while True:
             await asyncio.sleep(TICK_S)

@@ -29,8 +29,13 @@ PICTURES = re.compile(r"(?:video|image)/(?:x-)?(?:jpe?g|png|webp|bmp|gif)")
 ANIMATIONS = re.compile(r"(?:video|image)/gif|image/(?:png|webp)")
 
 
-def move_data_urls(messages: Sequence[ChatMessage], frames: list[bytes | memoryview]) -> tuple[ChatMessage, ...]:
-    """The messages without their data, which is put behind `frames`. Raises RequestError for a URL that is none."""
+def move_data_urls(
+    messages: Sequence[ChatMessage], frames: list[bytes | memoryview]
+) -> tuple[ChatMessage, ...]:
+    """The messages without their data, which is put behind `frames`.
+
+    Raises RequestError for a URL that is none.
+    """
     return tuple(_move_message(message, frames, f"messages[{at}]") for at, message in enumerate(messages))
 
 
@@ -143,7 +148,8 @@ def _decode_piece(piece: bytes) -> bytes:
 
 
 def forgiving_base64(data: bytes) -> bytes:
-    """Base64 as browsers take it: blanks anywhere, %XX, no padding (the infra standard's forgiving-base64 decode).
+    """Base64 as browsers take it: blanks anywhere, %XX, no padding (the infra standard's forgiving-base64
+    decode).
 
     Letters of URL-safe base64 are taken, too. Raises ValueError for what is none.
     """

@@ -1,7 +1,8 @@
 """From token ids to text, piece by piece: characters split over tokens, and stop strings split over pieces.
 
-The text of a growing list of ids is not the sum of the texts of its ids. So a short window of recent ids is decoded twice,
-without and with the new one, and what the second has more is new (the way of Hugging Face's text-generation-inference).
+The text of a growing list of ids is not the sum of the texts of its ids. So a short window of recent ids is
+decoded twice, without and with the new one, and what the second has more is new (the way of Hugging Face's
+text-generation-inference).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
-MAX_PENDING = 16  # ids without text that are waited with: more are no unfinished character, and decoding them again gets slow
+# ids without text that are waited with: more are no unfinished character, and decoding them again gets slow
+MAX_PENDING = 16
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
@@ -21,11 +23,17 @@ def tokenizer_hash(data: bytes) -> bytes:
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes that one token stands for. Byte-level BPE writes each byte as a printable character (GPT-2, Radford et al. 2019)."""
+    """The bytes that one token stands for.
+
+    Byte-level BPE writes each byte as a printable character (GPT-2, Radford et al. 2019).
+    """
     token = tokenizer.id_to_token(token_id)
     if token is None:
         return b""
-    if all(character in _BYTES for character in token) and token_id not in tokenizer.get_added_tokens_decoder():
+    if (
+        all(character in _BYTES for character in token)
+        and token_id not in tokenizer.get_added_tokens_decoder()
+    ):
         return bytes(_BYTES[character] for character in token)
     return token.encode()
 
@@ -34,7 +42,9 @@ def _byte_alphabet() -> dict[str, int]:
     """Bytes that print stand for themselves; the others take the code points from 256 on, in their order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
 
 
 _BYTES = _byte_alphabet()

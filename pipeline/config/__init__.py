@@ -1,7 +1,7 @@
 """Configuration: one frozen dataclass and one file a role.
 
-An option's default, type and help live here only; the command line is read off them. What is learned at run time
-(the number of KV blocks, say) is not configuration: it is returned in `WorkerReady`.
+An option's default, type and help live here only; the command line is read off them. What is learned at run
+time (the number of KV blocks, say) is not configuration: it is returned in `WorkerReady`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Config:
 
     @property
     def num_ranks(self) -> int:
-        """LLM ranks of all groups; group g has the ranks g · tp to (g + 1) · tp - 1, and the first of them leads it."""
+        """LLM ranks of all groups; group g has the ranks g · tp to (g + 1) · tp - 1, and the first of them
+        leads it."""
         return self.llm.dp * self.llm.tp
 
     @property

@@ -39,7 +39,9 @@ class ApiConfig:
     )
     named_keys: tuple[ApiKey, ...] = ()  # of the file and the environment: no option of its own
     key_is_in_environment: bool = False  # the variable's value is a key, as a shell may put it into a header
-    admin_key: str = option("", "key for POST /admin/reload; without it there is no such route", metavar="KEY")
+    admin_key: str = option(
+        "", "key for POST /admin/reload; without it there is no such route", metavar="KEY"
+    )
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     api_memory_mib: int | None = option(
         None,
@@ -48,7 +50,9 @@ class ApiConfig:
         metavar="MIB",
     )
     trust_forwarded_for: bool = option(
-        False, "a client without a key is told by the last address of X-Forwarded-For: only behind a proxy that sets it"
+        False,
+        "a client without a key is told by the last address of X-Forwarded-For: only behind a proxy that "
+        "sets it",
     )
 
     def __post_init__(self) -> None:
@@ -65,8 +69,13 @@ class ApiConfig:
                 raise ValueError(f"the API key {key.name!r} must have printable characters without spaces")
             if (other := names.setdefault(key.key, key.name)) != key.name:
                 raise ValueError(f"the API keys {other!r} and {key.name!r} are the same")
-        if (size := sum(len(key.name) + len(key.key.encode()) + KEY_OVERHEAD for key in self.keys)) > MAX_KEY_BYTES:
-            raise ValueError(f"API keys, their names and {KEY_OVERHEAD} bytes for each may have {MAX_KEY_BYTES} bytes together, got {size}")
+        if (
+            size := sum(len(key.name) + len(key.key.encode()) + KEY_OVERHEAD for key in self.keys)
+        ) > MAX_KEY_BYTES:
+            raise ValueError(
+                f"API keys, their names and {KEY_OVERHEAD} bytes for each may have {MAX_KEY_BYTES} bytes "
+                f"together, got {size}"
+            )
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:

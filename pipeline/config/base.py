@@ -9,9 +9,13 @@ from typing import Any
 MIB = 1 << 20
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str = "", aliases: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any, text: str, choices: tuple[str, ...] = (), metavar: str = "", aliases: tuple[str, ...] = ()
+) -> Any:
     """A field that is also an option of the command line."""
-    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "aliases": aliases})
+    return field(
+        default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "aliases": aliases}
+    )
 
 
 def at_least(config: object, **limits: float) -> None:

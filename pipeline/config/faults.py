@@ -1,4 +1,5 @@
-"""How a fault is written: `ROLE:ACTION:WHAT[:NUMBER]`; what each does stands in `pipeline/process/faults.py`."""
+"""How a fault is written: `ROLE:ACTION:WHAT[:NUMBER]`; what each does stands in
+`pipeline/process/faults.py`."""
 
 from __future__ import annotations
 

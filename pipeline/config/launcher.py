@@ -13,27 +13,55 @@ LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherConfig:
-    run_dir: str = option("", "folder for the pipeline's sockets, one launcher each (default: a new private one)", metavar="FOLDER")
+    run_dir: str = option(
+        "",
+        "folder for the pipeline's sockets, one launcher each (default: a new private one)",
+        metavar="FOLDER",
+    )
     gpu_sharing: str = option(
-        "auto", "how ViT and LLM share a GPU; mps: at once, by a private MPS daemon; timeslice: in turns; auto: mps where it works",
+        "auto",
+        "how ViT and LLM share a GPU; mps: at once, by a private MPS daemon; timeslice: in turns; auto: mps "
+        "where it works",
         choices=("auto", "mps", "timeslice"),
-    )  # fmt: skip
+    )
     cpu_sharing: str = option(
         "elastic",
         "elastic: on the CPU, LLM and ViTs have all cores while the others idle; fixed: each only its own",
         choices=("elastic", "fixed"),
     )
-    cache_dir: str = option("", "folder for exported and built encoders (default: vlm-pipeline in the user's cache folder)", metavar="FOLDER")
-    trace_dir: str = option("", "folder in which each worker writes what it does when, for tools/trace.py", metavar="FOLDER")
+    cache_dir: str = option(
+        "",
+        "folder for exported and built encoders (default: vlm-pipeline in the user's cache folder)",
+        metavar="FOLDER",
+    )
+    trace_dir: str = option(
+        "", "folder in which each worker writes what it does when, for tools/trace.py", metavar="FOLDER"
+    )
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
-    shutdown_timeout: float = option(10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS")
-    max_attempts: int = option(3, "a request is given up (503) when so many workers died while it executed there without a new token", metavar="N")
-    recovery_timeout: float = option(60.0, "seconds that a request waits for the successor of a worker that died; then 503", metavar="SECONDS")
+    shutdown_timeout: float = option(
+        10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS"
+    )
+    max_attempts: int = option(
+        3,
+        "a request is given up (503) when so many workers died while it executed there without a new token",
+        metavar="N",
+    )
+    recovery_timeout: float = option(
+        60.0,
+        "seconds that a request waits for the successor of a worker that died; then 503",
+        metavar="SECONDS",
+    )
     hang_timeout: float = option(
-        120.0, "seconds without any progress after which a worker counts as hung and is replaced; 0: never", metavar="SECONDS"
+        120.0,
+        "seconds without any progress after which a worker counts as hung and is replaced; 0: never",
+        metavar="SECONDS",
     )
 
-    fault: tuple[str, ...] = option((), "for tests: what is to go wrong, see pipeline/process/faults.py", metavar="ROLE:ACTION:WHAT[:NUMBER]")
+    fault: tuple[str, ...] = option(
+        (),
+        "for tests: what is to go wrong, see pipeline/process/faults.py",
+        metavar="ROLE:ACTION:WHAT[:NUMBER]",
+    )
 
     def __post_init__(self) -> None:
         at_least(self, shutdown_timeout=0, max_attempts=1, recovery_timeout=0, hang_timeout=0)

@@ -10,38 +10,77 @@ from pipeline.config.base import at_least, option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlmConfig:
-    tp: int = option(1, "tensor parallel: LLM ranks, each on a GPU of its own", metavar="N", aliases=("--tensor-parallel-size",))
-    dp: int = option(1, "data parallel: groups of --tp ranks; each request runs in one of them", metavar="N", aliases=("--data-parallel-size",))
+    tp: int = option(
+        1,
+        "tensor parallel: LLM ranks, each on a GPU of its own",
+        metavar="N",
+        aliases=("--tensor-parallel-size",),
+    )
+    dp: int = option(
+        1,
+        "data parallel: groups of --tp ranks; each request runs in one of them",
+        metavar="N",
+        aliases=("--data-parallel-size",),
+    )
     max_num_seqs: int = option(64, "requests computed at once", metavar="N")
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", metavar="TOKENS")
     block_size: int = option(16, "tokens of one KV cache block", metavar="TOKENS")
     kv_cache_gib: float | None = option(
-        None, "memory for the KV cache of each rank, in GiB (default: 1 on the CPU, on a GPU what --gpu-memory-utilization leaves)", metavar="GIB"
+        None,
+        "memory for the KV cache of each rank, in GiB (default: 1 on the CPU, on a GPU what "
+        "--gpu-memory-utilization leaves)",
+        metavar="GIB",
     )
-    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory for all that runs there: ViT, weights, KV cache", metavar="SHARE")
+    gpu_memory_utilization: float = option(
+        0.9, "share of a GPU's memory for all that runs there: ViT, weights, KV cache", metavar="SHARE"
+    )
     llm_cores: int | None = option(
-        None, "CPU cores of all LLM ranks together (default: all but a quarter, which the ViTs have; more are shared with them)", metavar="N"
+        None,
+        "CPU cores of all LLM ranks together (default: all but a quarter, which the ViTs have; more are "
+        "shared with them)",
+        metavar="N",
     )
-    quantization: str = option("none", "int8: weights in 8 bits, activations too, token by token; on the CPU only", choices=("none", "int8"))
-    prefix_caching: bool = option(True, "keep computed prompts, text and pictures, for requests that begin alike")
-    max_itl_stretch: float = option(1.25, "prompts may make the steps of running streams so many times longer; 0: as they like", metavar="RATIO")
+    quantization: str = option(
+        "none",
+        "int8: weights in 8 bits, activations too, token by token; on the CPU only",
+        choices=("none", "int8"),
+    )
+    prefix_caching: bool = option(
+        True, "keep computed prompts, text and pictures, for requests that begin alike"
+    )
+    max_itl_stretch: float = option(
+        1.25,
+        "prompts may make the steps of running streams so many times longer; 0: as they like",
+        metavar="RATIO",
+    )
     attention: str = option(
-        "auto", "what computes attention; auto: triton on GPUs, torch on the CPU; flash3: FlashAttention-3, where it is installed",
+        "auto",
+        "what computes attention; auto: triton on GPUs, torch on the CPU; flash3: FlashAttention-3, where "
+        "it is installed",
         choices=("auto", "torch", "triton", "flash3"),
-    )  # fmt: skip
+    )
     all_reduce: str = option(
-        "nccl", "how ranks add up; symmetric: small sums through memory that all GPUs have mapped (NVLink)", choices=("nccl", "symmetric")
+        "nccl",
+        "how ranks add up; symmetric: small sums through memory that all GPUs have mapped (NVLink)",
+        choices=("nccl", "symmetric"),
     )
     cuda_graphs: bool = option(True, "run decode steps as CUDA graphs, where attention is not torch's")
-    overlap: str = option("auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off"))
+    overlap: str = option(
+        "auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off")
+    )
 
     def __post_init__(self) -> None:
         at_least(self, tp=1, dp=1, llm_cores=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
+            raise ValueError(
+                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise ValueError(f"kv_cache_gib must be above 0 and finite, got {self.kv_cache_gib}")
         if self.max_itl_stretch and not 1 < self.max_itl_stretch < math.inf:
             raise ValueError(f"max_itl_stretch must be above 1 and finite, or 0, got {self.max_itl_stretch}")
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(f"max_num_batched_tokens must be at least max_num_seqs, got {self.max_num_batched_tokens} and {self.max_num_seqs}")
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs, got {self.max_num_batched_tokens} "
+                f"and {self.max_num_seqs}"
+            )

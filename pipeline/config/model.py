@@ -11,16 +11,28 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    model: str = option("", "folder or hub name of a Qwen2-VL checkpoint (safetensors); without it the embedded model runs", metavar="MODEL")
-    served_model_name: str = option("", "name of the model in the API (default: as given to --model)", metavar="NAME")
-    download_from: str = option("huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope"))
+    model: str = option(
+        "",
+        "folder or hub name of a Qwen2-VL checkpoint (safetensors); without it the embedded model runs",
+        metavar="MODEL",
+    )
+    served_model_name: str = option(
+        "", "name of the model in the API (default: as given to --model)", metavar="NAME"
+    )
+    download_from: str = option(
+        "huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope")
+    )
     dtype: str = option(
         "auto",
         "type of weights and activations; auto: bfloat16 where native, else float16 on GPUs, float32",
         choices=DTYPES,
     )
-    device: str = option("auto", "auto: CUDA if there is a GPU, else the CPU", choices=("auto", "cpu", "cuda"))
-    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: what the model was made for)", metavar="TOKENS")
+    device: str = option(
+        "auto", "auto: CUDA if there is a GPU, else the CPU", choices=("auto", "cpu", "cuda")
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt plus output, in tokens (default: what the model was made for)", metavar="TOKENS"
+    )
 
     def __post_init__(self) -> None:
         at_least(self, max_model_len=16)

@@ -1,7 +1,9 @@
-"""Cores that the LLM and the ViTs lend each other: who computes alone has all of them, and gives them back as soon as the other begins.
+"""Cores that the LLM and the ViTs lend each other: who computes alone has all of them, and gives them back as
+soon as the other begins.
 
-Each process has one byte of a file in the run directory, mapped by all, that says whether it computes, and on whose cores. Nobody is ever
-asked or told. Who begins waits until the others have their hands off its cores, which takes them a step, or a layer.
+Each process has one byte of a file in the run directory, mapped by all, that says whether it computes, and on
+whose cores. Nobody is ever asked or told. Who begins waits until the others have their hands off its cores,
+which takes them a step, or a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ MAX_WORKERS = 256  # of a role
 IDLE, OWN, WIDE = 0, 1, 2
 POLL_S = 0.001
 MOST_TO_WAIT_S = 0.3  # for cores; a step or a layer may take longer, and then both share them for a while
-HOLD_S = 0.1  # others have been idle for so long before their cores are taken: they often only wait for the next piece of work
+# others have been idle for so long before their cores are taken: they often only wait for the next piece of
+# work
+HOLD_S = 0.1
 
 
 class Activity:
@@ -48,15 +52,24 @@ def _start(role: Role) -> int:
 
 
 class CoreSharing:
-    """One compute process's view. The thread that computes calls `enter` before a piece of work, and may call `adapt` in its middle."""
+    """One compute process's view.
+
+    The thread that computes calls `enter` before a piece of work, and may call `adapt` in its middle.
+    """
 
     def __init__(
-        self, activity: Activity, worker: WorkerId, placement: Placement, set_num_threads: Callable[[int], None],
+        self, activity: Activity, worker: WorkerId, placement: Placement,
+        set_num_threads: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic, set_cores: Callable[[Sequence[int]], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         self._activity, self._worker, self._placement = activity, worker, placement
-        self._set_num_threads, self._clock, self._sleep, self._set_cores = set_num_threads, clock, sleep, set_cores or pin_all_threads
+        self._set_num_threads, self._clock, self._sleep, self._set_cores = (
+            set_num_threads,
+            clock,
+            sleep,
+            set_cores or pin_all_threads,
+        )
         self._other = Role.LLM if worker.role is Role.VIT else Role.VIT
         self._idle_since: float | None = None  # the others
         self.is_wide = self._is_busy = False
@@ -72,7 +85,10 @@ class CoreSharing:
         self._activity.announce(self._worker, (WIDE if self.is_wide else OWN) if is_busy else IDLE)
 
     def enter(self) -> bool:
-        """Announces work, adapts, and waits while others still compute on our cores. Whether theirs are ours now."""
+        """Announces work, adapts, and waits while others still compute on our cores.
+
+        Whether theirs are ours now.
+        """
         self.adapt()
         self.announce(True)
         deadline = self._clock() + MOST_TO_WAIT_S

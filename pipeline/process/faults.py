@@ -1,12 +1,15 @@
-"""Faults on demand, for tests: `--fault ROLE:ACTION:WHAT[:NUMBER]`, an option that is there only where the test extra is installed.
+"""Faults on demand, for tests: `--fault ROLE:ACTION:WHAT[:NUMBER]`, an option that is there only where the
+test extra is installed.
 
-    kill, stop, fail   when a request whose id contains WHAT executes there (SIGKILL, SIGSTOP, an exception); NUMBER: in so many incarnations
+    kill, stop, fail   when a request whose id contains WHAT executes there (SIGKILL, SIGSTOP, an exception);
+    NUMBER: in so many incarnations
     delay              the same request executes NUMBER seconds later
     drop, corrupt      the first NUMBER messages of the type WHAT that it sends
     fill               all of its tensor pool but what is kept for the oldest item; WHAT is "pool"
     end                it fails once it is ready; WHAT is "ready"; NUMBER: in so many incarnations
 
-Nothing in the workers knows of it: faults sit in the flight recorder, the sockets and the allocator that a worker is given.
+Nothing in the workers knows of it: faults sit in the flight recorder, the sockets and the allocator that a
+worker is given.
 """
 
 from __future__ import annotations
@@ -88,7 +91,11 @@ class Faults:
 
     def recorder(self, run_dir: Path, epoch: int) -> FlightRecorder:
         faults = self._of(*AT_EXECUTION)
-        return FaultyRecorder(run_dir, self._worker, epoch, faults) if faults else FlightRecorder(run_dir, self._worker)
+        return (
+            FaultyRecorder(run_dir, self._worker, epoch, faults)
+            if faults
+            else FlightRecorder(run_dir, self._worker)
+        )
 
     def encoder(self) -> FaultyEncoder | None:
         faults = self._of(*AT_SENDING)

@@ -1,7 +1,8 @@
-"""What a worker is doing, in memory that outlives it: a sign that it moves on, and which requests execute in it right now.
+"""What a worker is doing, in memory that outlives it: a sign that it moves on, and which requests execute in
+it right now.
 
-The launcher reads it: a worker that stands still is killed, and after a death it is known which requests may have been the cause.
-One small file a worker in the run directory, mapped by the worker and by the launcher.
+The launcher reads it: a worker that stands still is killed, and after a death it is known which requests may
+have been the cause. One small file a worker in the run directory, mapped by the worker and by the launcher.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class FlightRecorder:
         struct.pack_into("<q", self._map, 0, self._count)
 
     def expect(self, seconds: float) -> None:
-        """No sign of life is to be expected within so many seconds, since a call is under way that gives none; 0: it is over."""
+        """No sign of life is to be expected within so many seconds, since a call is under way that gives
+        none; 0: it is over."""
         struct.pack_into("<d", self._map, DEADLINE_AT, time.monotonic() + seconds if seconds else 0.0)
         if not seconds:
             self.move()
@@ -75,7 +77,8 @@ class FlightRecorder:
 
     @property
     def deadline(self) -> float:
-        """Until when (of the machine's monotonic clock) a call may go on that gives no sign of life; 0: there is none."""
+        """Until when (of the machine's monotonic clock) a call may go on that gives no sign of life; 0: there
+        is none."""
         until: float = HEADER.unpack_from(self._map)[3]
         return until
 

@@ -1,8 +1,10 @@
-"""Worker processes are forks of one process that has imported what they need, so that a start costs a model's load and not torch's import.
+"""Worker processes are forks of one process that has imported what they need, so that a start costs a model's
+load and not torch's import.
 
-The fork server opens nothing, computes nothing and has one thread; so a fork of it is as good as a process of its own. The launcher
-asks it over a pair of sockets for starts and kills, and is told of forks and ends; an end is told once the process is reaped.
-If the launcher goes, the server ends every worker; if the server goes, so do the workers.
+The fork server opens nothing, computes nothing and has one thread; so a fork of it is as good as a process of
+its own. The launcher asks it over a pair of sockets for starts and kills, and is told of forks and ends; an
+end is told once the process is reaped. If the launcher goes, the server ends every worker; if the server
+goes, so do the workers.
 """
 
 from __future__ import annotations
@@ -87,9 +89,13 @@ class ForkServer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "workers", str(theirs.fileno()), TITLE_ROOM]
         # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
-        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        ignored = {
+            number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
-            self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=dict(environment), pass_fds=[theirs.fileno()])
+            self._server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=dict(environment), pass_fds=[theirs.fileno()]
+            )
         finally:
             for number, handler in ignored.items():
                 signal.signal(number, handler)
@@ -138,7 +144,10 @@ class ForkServer:
                         self._processes.pop(serial).exit_code = exit_code
 
     def close(self) -> None:
-        """Ends the server, and with it every worker that still lives. A server that does not hear is killed."""
+        """Ends the server, and with it every worker that still lives.
+
+        A server that does not hear is killed.
+        """
         self._socket.close()
         try:
             self._server.wait(STOP_TIMEOUT_S)
@@ -152,14 +161,19 @@ class _Server:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._starts: dict[int, tuple[WorkerSpec, list[int]]] = {}  # by serial, in turn: still to be forked; with descriptors for it
+        # by serial, in turn: still to be forked; with descriptors for it
+        self._starts: dict[int, tuple[WorkerSpec, list[int]]] = {}
         self._pids: dict[int, int] = {}  # by serial
-        self._sentinels: dict[int, int] = {}  # serials, by the descriptor that is readable once the process has ended
+        # serials, by the descriptor that is readable once the process has ended
+        self._sentinels: dict[int, int] = {}
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
     def run(self) -> None:
-        """Until the launcher closes its end. What it says, and what ends, goes before the next start, which may take an import's time."""
+        """Until the launcher closes its end.
+
+        What it says, and what ends, goes before the next start, which may take an import's time.
+        """
         while True:
             ready = [fd for fd, _ in self._poll.poll(0 if self._starts else None)]
             self._reap([fd for fd in ready if fd in self._sentinels])
@@ -219,7 +233,8 @@ class _Server:
             self._tell(Ended(exit_codes))
 
     def _tell(self, message: Forked | Ended) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_read` finds that the launcher has gone
+        # `_read` finds that the launcher has gone
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send(msgspec.msgpack.encode(message))
 
 
@@ -251,7 +266,10 @@ def _fork(spec: WorkerSpec, fds: Sequence[int], not_its_own: Sequence[int]) -> i
 
 
 def _set_title(worker: WorkerId) -> None:
-    """Shows the worker's name in listings of processes. The kernel reads a command line from where it put it when the server started."""
+    """Shows the worker's name in listings of processes.
+
+    The kernel reads a command line from where it put it when the server started.
+    """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])
     title = "\0".join([sys.executable, "-m", f"workers.{worker.role}", str(worker.rank)]).encode()

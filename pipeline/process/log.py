@@ -6,7 +6,12 @@ import logging
 
 
 def configure(name: str, level: str) -> None:
-    logging.basicConfig(level=level.upper(), format=f"%(levelname).1s %(asctime)s {name:<12} %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=level.upper(),
+        format=f"%(levelname).1s %(asctime)s {name:<12} %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("PIL").setLevel(logging.WARNING)

@@ -104,7 +104,9 @@ class WorkerContext:
         """Counts while running, told once a second or so; then also what is bound is looked after."""
         for path in self.sockets.bind_again():
             logger.warning("%s was removed: bound again", path)
-        stats = WorkerStats(phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin)
+        stats = WorkerStats(
+            phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin
+        )
         self.status.try_send(stats)
 
     def pool_closed(self, worker: WorkerId, epoch: int) -> None:
@@ -149,11 +151,18 @@ def run_async(serve: Coroutine[Any, Any, None]) -> None:
 
 
 def limit_memory(allowed_mib: int) -> None:
-    """Sets the most private memory that this process may have: what it has, and `allowed_mib` beside it. What wants more fails, or dies alone."""
-    taken = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+    """Sets the most private memory that this process may have: what it has, and `allowed_mib` beside it.
+
+    What wants more fails, or dies alone.
+    """
+    taken = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")
+    )
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = 1024 * int(taken.split()[1]) + allowed_mib * MIB
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
+    )
 
 
 class ShutdownRequested(Exception):
@@ -166,7 +175,8 @@ def parse_worker(name: str) -> WorkerId:
 
 
 def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoReturn:
-    """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after an error."""
+    """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after
+    an error."""
     os.sched_setaffinity(0, spec.placement.cores)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
@@ -182,7 +192,11 @@ def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoRetu
         pass
     except Exception as error:
         # What was configured wrongly explains itself; anything else is a bug, and its place is wanted.
-        logger.log(logging.DEBUG if isinstance(error, ValueError | OSError) else logging.ERROR, "failed", exc_info=True)
+        logger.log(
+            logging.DEBUG if isinstance(error, ValueError | OSError) else logging.ERROR,
+            "failed",
+            exc_info=True,
+        )
         context.status.send(WorkerFailed(error=_explain(error), **context.origin))
         code = 1
     context.sockets.close(linger_ms=STATUS_LINGER_MS)

@@ -1,4 +1,7 @@
-"""What each worker did when, for `tools/trace.py`: one file a worker, a line a piece of work. Costs nothing where it is not asked for."""
+"""What each worker did when, for `tools/trace.py`: one file a worker, a line a piece of work.
+
+Costs nothing where it is not asked for.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ class Tracer:
     def is_on(self) -> bool:
         return self._file is not None
 
-    def span(self, name: str, start: float, request_ids: Iterable[str], amount: int = 0, end: float | None = None) -> None:
+    def span(
+        self, name: str, start: float, request_ids: Iterable[str], amount: int = 0, end: float | None = None
+    ) -> None:
         """A piece of work that ends now, if no other end is given."""
         if self._file is None:
             return

@@ -1,8 +1,9 @@
 """Clients on other machines: CURVE keys, and tcp addresses at which only who has one is served.
 
-A server has a folder of keys: its own pair, and in `clients` the public key of each client that it serves, read anew at every connection.
-A client has a folder with its own pair and the server's public key. Both are made by `tools/keys.py`. Everything on these connections is
-encrypted; both ends prove that they hold the secret key that belongs to their public one.
+A server has a folder of keys: its own pair, and in `clients` the public key of each client that it serves,
+read anew at every connection. A client has a folder with its own pair and the server's public key. Both are
+made by `tools/keys.py`. Everything on these connections is encrypted; both ends prove that they hold the
+secret key that belongs to their public one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SERVER, CLIENT, CLIENTS = "server", "client", "clients"  # names of files and fo
 OWNER_BYTES = CLIENT_ID_BYTES // 2  # a client id begins with what follows from its key; the rest is random
 WARNING_INTERVAL_S = 10.0
 MAX_RECONNECT_MS = 1000  # between two attempts to connect, which begin more often
-HEARTBEAT_MS, SILENCE_MS = 5_000, 15_000  # a connection that is silent for so long is closed: the machine at its other end is gone
+# a connection that is silent for so long is closed: the machine at its other end is gone
+HEARTBEAT_MS, SILENCE_MS = 5_000, 15_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,9 @@ class ServerKeys:
 
 def owner_of(public: bytes | str) -> bytes:
     """How the ids of all clients with this key begin."""
-    return hashlib.blake2b(public if isinstance(public, bytes) else public.encode(), digest_size=OWNER_BYTES).digest()
+    return hashlib.blake2b(
+        public if isinstance(public, bytes) else public.encode(), digest_size=OWNER_BYTES
+    ).digest()
 
 
 def _read_pair(path: Path) -> KeyPair:
@@ -121,9 +125,11 @@ def make_server_keys(folder: Path) -> None:
 
 
 def make_client_keys(folder: Path, name: str) -> Path:
-    """A pair for a client of the server whose keys are in `folder`; returns the folder that the client is to be given, secret key and all.
+    """A pair for a client of the server whose keys are in `folder`; returns the folder that the client is to
+    be given, secret key and all.
 
-    Raises ValueError for a name that is no file's or without a server, FileExistsError when the client has keys already.
+    Raises ValueError for a name that is no file's or without a server, FileExistsError when the client has
+    keys already.
     """
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
         raise ValueError(f"{name!r} is no name: letters, digits, '-', '_' and '.' make one")
@@ -211,7 +217,9 @@ class Door:
             self.num_refused += 1
             if (now := time.monotonic()) - self._warned_at > WARNING_INTERVAL_S:  # it tries again and again
                 self._warned_at = now
-                logger.warning("a client with an unknown key was refused (%d connections so far)", self.num_refused)
+                logger.warning(
+                    "a client with an unknown key was refused (%d connections so far)", self.num_refused
+                )
             return False
         logger.debug("client %s has connected", name)
         return True

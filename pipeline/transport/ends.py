@@ -1,9 +1,9 @@
 """The ends of edges: typed senders, receivers and publishers over ZeroMQ sockets, and what a loop sleeps on.
 
-Nothing here ever blocks in a send. What must arrive goes over PUSH/PULL, bounded by credits far below the high-water mark, so
-that reaching the mark is an error of the pipeline. What is published goes over XPUB with NODROP: a full queue is reported,
-never dropped in silence; but on control, which repeats itself, who does not read loses what it does not read. A message
-that cannot be decoded is refused and counted; nothing dies of it.
+Nothing here ever blocks in a send. What must arrive goes over PUSH/PULL, bounded by credits far below the
+high-water mark, so that reaching the mark is an error of the pipeline. What is published goes over XPUB with
+NODROP: a full queue is reported, never dropped in silence; but on control, which repeats itself, who does not
+read loses what it does not read. A message that cannot be decoded is refused and counted; nothing dies of it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Wakeup:
 
 
 class Encoder(Protocol):
-    """msgspec's; or, in tests of faults, one that spoils messages, or says None for those that are to be lost."""
+    """msgspec's; or, in tests of faults, one that spoils messages, or says None for those that are to be
+    lost."""
 
     def encode(self, message: Any, /) -> bytes | None: ...
 
@@ -79,7 +80,13 @@ class Sink(Protocol[M_contra]):
 class Sender(Generic[M]):
     """PUSH end of an edge. One peer; messages queue until it is there."""
 
-    def __init__(self, open_socket: Callable[[], Any], url: str, high_water_mark: int = HIGH_WATER_MARK, encoder: Encoder | None = None) -> None:
+    def __init__(
+        self,
+        open_socket: Callable[[], Any],
+        url: str,
+        high_water_mark: int = HIGH_WATER_MARK,
+        encoder: Encoder | None = None,
+    ) -> None:
         self._open_socket, self._high_water_mark = open_socket, high_water_mark
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self._socket = self._connect(url)
@@ -107,7 +114,10 @@ class Sender(Generic[M]):
         return True
 
     def reconnect(self, url: str) -> None:
-        """To the successor of a dead peer. What was queued for the dead one is gone, and does not reach its successor."""
+        """To the successor of a dead peer.
+
+        What was queued for the dead one is gone, and does not reach its successor.
+        """
         self._socket.close(linger=0)
         self._socket, self.url = self._connect(url), url
 
@@ -137,7 +147,9 @@ class _Decoding(Generic[M]):
 class Receiver(Generic[M]):
     """PULL end of an edge, or SUB: `receive` never blocks."""
 
-    def __init__(self, socket: zmq.Socket[bytes], union: Any, url: str, is_authenticated: bool = False) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], union: Any, url: str, is_authenticated: bool = False
+    ) -> None:
         self.socket, self.url = socket, url
         self._decoding = _Decoding[M](union, is_authenticated)
         self._has_topic = socket.type == zmq.SUB
@@ -227,13 +239,18 @@ class AsyncReceiver(Generic[M]):
 
 
 class Publisher(Generic[M]):
-    """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it exactly.
+    """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it
+    exactly.
 
     `accepts` is given a topic and the public key of who asks for it (empty where nobody proves one).
     """
 
     def __init__(
-        self, socket: zmq.Socket[bytes], accepts: Callable[[bytes, str], bool], encoder: Encoder | None = None, is_authenticated: bool = False
+        self,
+        socket: zmq.Socket[bytes],
+        accepts: Callable[[bytes, str], bool],
+        encoder: Encoder | None = None,
+        is_authenticated: bool = False,
     ) -> None:
         self.socket = socket
         self._accepts, self._is_authenticated = accepts, is_authenticated
@@ -242,7 +259,8 @@ class Publisher(Generic[M]):
         self.num_refused = 0
 
     def subscriptions(self, most: int = MAX_EVENTS) -> list[Subscription]:
-        """Subscribers that came or went since the last call, of the next `most` that `accepts` has to judge; more wake a poller again."""
+        """Subscribers that came or went since the last call, of the next `most` that `accepts` has to judge;
+        more wake a poller again."""
         seen: list[Subscription] = []
         for _ in range(most):
             try:
@@ -257,7 +275,8 @@ class Publisher(Generic[M]):
                 self.num_refused += 1
                 self._refused[topic] += 1
                 continue
-            if not is_new and self._refused[topic] > 0:  # who leaves is not said: it must not pass for the one that was accepted
+            # who leaves is not said: it must not pass for the one that was accepted
+            if not is_new and self._refused[topic] > 0:
                 self._refused[topic] -= 1
                 self._refused += Counter()  # forgets those at zero
                 continue
@@ -266,7 +285,10 @@ class Publisher(Generic[M]):
         return seen
 
     def publish(self, message: M, topic: bytes = ALL) -> bool:
-        """False: a subscriber of this topic does not keep up. Without subscribers the message is gone, and that is True."""
+        """False: a subscriber of this topic does not keep up.
+
+        Without subscribers the message is gone, and that is True.
+        """
         data = self._encoder.encode(message)
         return data is None or self.publish_raw(data, topic)
 
@@ -287,7 +309,10 @@ class Pollable(Protocol):
 
 
 class Poller:
-    """Sleeps until one of its sources has something. The loop then drains all of them, so it need not know which."""
+    """Sleeps until one of its sources has something.
+
+    The loop then drains all of them, so it need not know which.
+    """
 
     def __init__(self, *sources: Receiver[Any] | Publisher[Any] | Pollable) -> None:
         self._poller = zmq.Poller()
@@ -295,10 +320,14 @@ class Poller:
             self.add(source)
 
     def add(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller.register(source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN)
+        self._poller.register(
+            source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN
+        )
 
     def remove(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller.unregister(source.socket if isinstance(source, Receiver | Publisher) else source.fileno())
+        self._poller.unregister(
+            source.socket if isinstance(source, Receiver | Publisher) else source.fileno()
+        )
 
     def wait(self, timeout_s: float | None = None) -> None:
         self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))

@@ -1,7 +1,8 @@
 """Whose turn it is, when many want something that is done one at a time: fair queueing by start times. Pure.
 
-Start-time fair queueing (Goyal, Vin and Cheng 1996): each piece of work is stamped with the virtual time at which its owner's turn comes,
-the lowest goes first. An owner with much to do gets every n-th turn among n owners, and none for what it did not use before.
+Start-time fair queueing (Goyal, Vin and Cheng 1996): each piece of work is stamped with the virtual time at
+which its owner's turn comes, the lowest goes first. An owner with much to do gets every n-th turn among n
+owners, and none for what it did not use before.
 """
 
 from __future__ import annotations

@@ -47,11 +47,15 @@ class HostMemory:
         import torch
 
         count = int(np.prod(shape, dtype=np.int64))
-        return torch.frombuffer(self._map, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+        return torch.frombuffer(self._map, dtype=getattr(torch, dtype), count=count, offset=offset).view(
+            shape
+        )
 
     def copy_to(self, out: torch.Tensor, offset: int) -> None:
         """To a GPU without waiting for it: who reads keeps its lease until its step is over."""
-        out.copy_(self.tensor(offset, tuple(out.shape), str(out.dtype).removeprefix("torch.")), non_blocking=True)
+        out.copy_(
+            self.tensor(offset, tuple(out.shape), str(out.dtype).removeprefix("torch.")), non_blocking=True
+        )
 
     @property
     def address(self) -> int:
@@ -65,12 +69,14 @@ class HostMemory:
 
     def close(self) -> None:
         self.buffer.release()
-        with contextlib.suppress(BufferError):  # a tensor may still look at it: the mapping ends with the last of them
+        # a tensor may still look at it: the mapping ends with the last of them
+        with contextlib.suppress(BufferError):
             self._map.close()
 
 
 class LockedMemory(HostMemory):
-    """A shared mapping that stays in memory: a GPU copies from it by itself, which else the processor waits for."""
+    """A shared mapping that stays in memory: a GPU copies from it by itself, which else the processor waits
+    for."""
 
     def __init__(self, fd: int, nbytes: int, runtime: CudaRuntime) -> None:
         super().__init__(fd, nbytes)
@@ -138,7 +144,9 @@ class CudaBindings:
         struct = self._runtime.cudaIpcMemHandle_t()
         struct.reserved = handle
         lazy_peer_access = 1  # cudaIpcMemLazyEnablePeerAccess, the only flag there is, and mandatory
-        return int(self._check(self._runtime.cudaIpcOpenMemHandle(struct, lazy_peer_access), "cudaIpcOpenMemHandle"))
+        return int(
+            self._check(self._runtime.cudaIpcOpenMemHandle(struct, lazy_peer_access), "cudaIpcOpenMemHandle")
+        )
 
     def close_ipc_handle(self, pointer: int) -> None:
         self._check(self._runtime.cudaIpcCloseMemHandle(pointer), "cudaIpcCloseMemHandle")
@@ -155,17 +163,26 @@ class CudaBindings:
         return torch.as_tensor(block, device=f"cuda:{device}").view(getattr(torch, dtype)).view(shape)
 
     def copy(self, out: torch.Tensor, pointer: int) -> None:
-        """By the driver, which knows where the pointer leads: a tensor on the peer would open a context there, with its memory."""
+        """By the driver, which knows where the pointer leads: a tensor on the peer would open a context
+        there, with its memory."""
         import torch
 
         stream = torch.cuda.current_stream(out.device).cuda_stream
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._check(self._runtime.cudaMemcpyAsync(out.data_ptr(), pointer, out.nbytes, kind, stream), "cudaMemcpyAsync")
+        self._check(
+            self._runtime.cudaMemcpyAsync(out.data_ptr(), pointer, out.nbytes, kind, stream),
+            "cudaMemcpyAsync",
+        )
 
     def read(self, pointer: int, nbytes: int) -> bytes:
         data = bytearray(nbytes)
         address = np.frombuffer(data, dtype=np.uint8).ctypes.data
-        self._check(self._runtime.cudaMemcpy(address, pointer, nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost), "cudaMemcpy")
+        self._check(
+            self._runtime.cudaMemcpy(
+                address, pointer, nbytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            ),
+            "cudaMemcpy",
+        )
         return bytes(data)
 
     def write(self, pointer: int, data: bytes) -> None:

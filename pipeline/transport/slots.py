@@ -1,8 +1,10 @@
-"""Who gets which part of a tensor pool, and in which order. Pure bookkeeping: no memory, no torch, no sockets.
+"""Who gets which part of a tensor pool, and in which order. Pure bookkeeping: no memory, no torch, no
+sockets.
 
-`SlotAllocator` cuts slots out of a block of bytes; `OrderedSlots` grants them, tenants in turn, in the order (request arrival, item position).
-The last part of each pool is kept for the oldest item that has no slot yet. Without it requests that have half of their
-items in a pool could wait for each other in a circle; with it the oldest request always gets its next item, so it ends.
+`SlotAllocator` cuts slots out of a block of bytes; `OrderedSlots` grants them, tenants in turn, in the order
+(request arrival, item position). The last part of each pool is kept for the oldest item that has no slot yet.
+Without it requests that have half of their items in a pool could wait for each other in a circle; with it the
+oldest request always gets its next item, so it ends.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Slot(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Position in the one global order: requests as the LLM admits them, then the items of a request as they stand."""
+    """Position in the one global order: requests as the LLM admits them, then the items of a request as they
+    stand."""
 
     arrival: int
     position: int
@@ -65,7 +68,10 @@ class SlotAllocator:
     def __init__(self, nbytes: int, reserve: int, max_slots: int) -> None:
         reserve = align(reserve)
         if nbytes < 2 * reserve:
-            raise ValueError(f"a pool of {nbytes} bytes is too small: it must hold two items of the largest size, {reserve} bytes each")
+            raise ValueError(
+                f"a pool of {nbytes} bytes is too small: it must hold two items of the largest size, "
+                f"{reserve} bytes each"
+            )
         self.nbytes, self.reserve, self.max_slots = nbytes, reserve, max_slots
         self._general = _Region(0, nbytes - reserve)
         self._reserved = _Region(nbytes - reserve, nbytes)
@@ -75,14 +81,18 @@ class SlotAllocator:
         self._holders: dict[int, str] = {}  # of used slots, by number
         self.held: Counter[str] = Counter()  # bytes, by holder
 
-    def allocate(self, nbytes: int, use_reserve: bool = False, holder: str = "", use_general: bool = True) -> Slot | None:
+    def allocate(
+        self, nbytes: int, use_reserve: bool = False, holder: str = "", use_general: bool = True
+    ) -> Slot | None:
         """A slot of at least `nbytes`, or None. `holder` is whose bytes these count as.
 
         Raises ValueError for more than the largest item the pool was made for.
         """
         nbytes = align(nbytes)
         if nbytes > self.reserve:
-            raise ValueError(f"an item of {nbytes} bytes is larger than the pool's largest item, {self.reserve} bytes")
+            raise ValueError(
+                f"an item of {nbytes} bytes is larger than the pool's largest item, {self.reserve} bytes"
+            )
         if not self._free_indices:
             return None
         offset = self._general.take(nbytes) if use_general else None
@@ -118,13 +128,19 @@ class SlotAllocator:
 
     def check_integrity(self) -> None:
         """Every byte is in exactly one hole or slot, every index free or used."""
-        spans = sorted([(slot.offset, slot.offset + slot.nbytes) for slot in self._used.values()] + self._general.holes + self._reserved.holes)
+        spans = sorted(
+            [(slot.offset, slot.offset + slot.nbytes) for slot in self._used.values()]
+            + self._general.holes
+            + self._reserved.holes
+        )
         position = 0
         for start, stop in spans:
             assert start == position < stop, f"bytes {position} to {start} are lost or held twice"
             position = stop
         assert position == self.nbytes, f"the pool ends at {position}, not at {self.nbytes}"
-        assert sorted([*self._free_indices, *self._used]) == list(range(self.max_slots)), "slot indices are lost or held twice"
+        assert sorted([*self._free_indices, *self._used]) == list(range(self.max_slots)), (
+            "slot indices are lost or held twice"
+        )
 
 
 def align(nbytes: int) -> int:
@@ -139,12 +155,13 @@ class _Expected:
 
 
 class OrderedSlots(Generic[K]):
-    """Grants slots in order within a tenant; keeps the reserve for the oldest key of all that is expected and has none.
+    """Grants slots in order within a tenant; keeps the reserve for the oldest key of all that is expected and
+    has none.
 
-    A key is *expected* from the moment it is known, long before its data is there, so that a younger key whose data came
-    earlier cannot take the place that the older one will need. The rest of the pool goes to the tenant that holds the
-    fewest bytes of it: a tenant with a long queue holds up its own keys only. `evict` frees something of no present use
-    and says whether it did.
+    A key is *expected* from the moment it is known, long before its data is there, so that a younger key
+    whose data came earlier cannot take the place that the older one will need. The rest of the pool goes to
+    the tenant that holds the fewest bytes of it: a tenant with a long queue holds up its own keys only.
+    `evict` frees something of no present use and says whether it did.
     """
 
     def __init__(self, allocator: SlotAllocator, evict: Callable[[], bool] = lambda: False) -> None:
@@ -152,7 +169,8 @@ class OrderedSlots(Generic[K]):
         self._keys: dict[K, _Expected] = {}
         self._expected: list[tuple[Order, K]] = []  # in order
         self._waiting: dict[str, list[tuple[Order, K]]] = {}  # by tenant, in order: those that ask
-        self._turn: K | None = None  # of the key that did not fit: it goes before those of tenants that hold as much
+        # of the key that did not fit: it goes before those of tenants that hold as much
+        self._turn: K | None = None
 
     def expect(self, key: K, order: Order, tenant: str = "") -> None:
         if key in self._keys:
@@ -181,7 +199,8 @@ class OrderedSlots(Generic[K]):
         return bool(self._expected) and self._expected[0][1] == key
 
     def grant(self) -> list[tuple[K, Slot]]:
-        """Slots for waiting keys, up to the first one that does not fit: it is waited for, but the oldest has the reserve."""
+        """Slots for waiting keys, up to the first one that does not fit: it is waited for, but the oldest has
+        the reserve."""
         granted: list[tuple[K, Slot]] = []
         while (found := self._next()) is not None:
             key, slot = found
@@ -192,7 +211,10 @@ class OrderedSlots(Generic[K]):
     def _next(self) -> tuple[K, Slot] | None:
         if not self._waiting:
             return None
-        heads = [(self.allocator.held[tenant], waiting[0][1] != self._turn, *waiting[0]) for tenant, waiting in self._waiting.items()]
+        heads = [
+            (self.allocator.held[tenant], waiting[0][1] != self._turn, *waiting[0])
+            for tenant, waiting in self._waiting.items()
+        ]
         key = min(heads, key=lambda head: head[:3])[3]
         slot = self._allocate(key)
         self._turn = key if slot is None else None

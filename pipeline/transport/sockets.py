@@ -1,4 +1,5 @@
-"""Opens the edges of `topology.py`: which socket each end is, where it binds or connects, and what it may say."""
+"""Opens the edges of `topology.py`: which socket each end is, where it binds or connects, and what it may
+say."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ from typing import Any, Protocol, TypeVar
 import zmq
 import zmq.asyncio
 
-from pipeline.transport.ends import ALL, HIGH_WATER_MARK, AsyncReceiver, Encoder, Publisher, Receiver, Relayed, Sender
+from pipeline.transport.ends import (
+    ALL,
+    HIGH_WATER_MARK,
+    AsyncReceiver,
+    Encoder,
+    Publisher,
+    Receiver,
+    Relayed,
+    Sender,
+)
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
     ControlMessage,
@@ -22,7 +32,20 @@ from pipeline.wire.messages import (
     StatusMessage,
     StepsMessage,
 )
-from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM, OUTPUTS, STATUS, STEPS, Edge, Pattern, WorkerId, address
+from pipeline.wire.topology import (
+    CONTROL,
+    ENCODE,
+    FEEDBACK,
+    INGEST,
+    LLM,
+    OUTPUTS,
+    STATUS,
+    STEPS,
+    Edge,
+    Pattern,
+    WorkerId,
+    address,
+)
 
 IPC = "ipc://"
 MAX_SUBSCRIPTION_BYTES = 4096  # far more than a topic has, or a handshake
@@ -76,9 +99,14 @@ class RunDirectory:
 
 
 class Sockets:
-    """Opens the edges of one process, in a run directory or at another site. `epochs` are those of the workers that bind them."""
+    """Opens the edges of one process, in a run directory or at another site.
 
-    def __init__(self, place: Path | Site, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None) -> None:
+    `epochs` are those of the workers that bind them.
+    """
+
+    def __init__(
+        self, place: Path | Site, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None
+    ) -> None:
         self.site: Site = RunDirectory(place) if isinstance(place, Path) else place
         self._encoder = encoder
         self.epochs = dict(epochs)
@@ -96,7 +124,10 @@ class Sockets:
         return opened
 
     def follow(self, epochs: Mapping[WorkerId, int]) -> list[WorkerId]:
-        """Takes newer epochs over: what was connected to a worker that died is connected to its successor. Returns those workers."""
+        """Takes newer epochs over: what was connected to a worker that died is connected to its successor.
+
+        Returns those workers.
+        """
         renewed = [worker for worker, epoch in epochs.items() if epoch > self.epochs.get(worker, 0)]
         self.epochs.update({worker: epochs[worker] for worker in renewed})
         for edge, rank, opened in self._connected:
@@ -135,11 +166,20 @@ class Sockets:
 
     def sender(self, edge: Edge, rank: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Sender[Any]:
         assert edge.pattern is Pattern.PUSH_PULL
-        sender: Sender[Any] = self._keep(Sender(lambda: self._socket(self._context, zmq.PUSH), self._url(edge, rank), high_water_mark, self._encoder))
+        sender: Sender[Any] = self._keep(
+            Sender(
+                lambda: self._socket(self._context, zmq.PUSH),
+                self._url(edge, rank),
+                high_water_mark,
+                self._encoder,
+            )
+        )
         self._connected.append((edge, rank, sender))
         return sender
 
-    def receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0, high_water_mark: int = HIGH_WATER_MARK) -> Receiver[Any]:
+    def receiver(
+        self, edge: Edge, rank: int = 0, max_message_bytes: int = 0, high_water_mark: int = HIGH_WATER_MARK
+    ) -> Receiver[Any]:
         socket = self._pull(self._context, edge, rank, max_message_bytes, high_water_mark)
         return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank), self.site.is_authenticated))
 
@@ -159,12 +199,13 @@ class Sockets:
     # PUB and SUB.
 
     def publisher(
-        self, edge: Edge, accepts: Callable[[bytes, str], bool] = lambda topic, _: topic == ALL, high_water_mark: int = 1024, rank: int = 0,
+        self, edge: Edge, accepts: Callable[[bytes, str], bool] = lambda topic, _: topic == ALL,
+        high_water_mark: int = 1024, rank: int = 0,
     ) -> Publisher[Any]:  # fmt: skip
         assert edge.pattern is Pattern.PUB_SUB
         socket = self._socket(self._context, zmq.XPUB)
-        # Over a full queue NODROP refuses the message for all subscribers of its topic. What everybody hears on control is said again
-        # every second: who does not read loses it, and only for itself.
+        # Over a full queue NODROP refuses the message for all subscribers of its topic. What everybody hears
+        # on control is said again every second: who does not read loses it, and only for itself.
         socket.setsockopt(zmq.XPUB_NODROP, int(edge is not CONTROL))
         socket.setsockopt(zmq.XPUB_MANUAL, 1)
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
@@ -178,14 +219,18 @@ class Sockets:
         return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank)))
 
     def relayed(self, edge: Edge, rank: int = 0) -> Relayed[Any]:
-        relayed: Relayed[Any] = self._keep(Relayed(self._sub(self._context, edge, rank), UNIONS[edge], self._url(edge, rank)))
+        relayed: Relayed[Any] = self._keep(
+            Relayed(self._sub(self._context, edge, rank), UNIONS[edge], self._url(edge, rank))
+        )
         self._connected.append((edge, rank, relayed))
         return relayed
 
     def async_subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> AsyncReceiver[Any]:
         socket = self._sub(self._async_context, edge, rank)
         socket.setsockopt(zmq.SUBSCRIBE, topic)
-        subscriber: AsyncReceiver[Any] = self._keep(AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank)))
+        subscriber: AsyncReceiver[Any] = self._keep(
+            AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank))
+        )
         self._connected.append((edge, rank, subscriber))
         return subscriber
 

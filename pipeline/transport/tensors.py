@@ -1,15 +1,21 @@
-"""Tensors that two processes see at once: a pool its producer writes, and handles that consumers read in place.
+"""Tensors that two processes see at once: a pool its producer writes, and handles that consumers read in
+place.
 
-A `TensorPool` is one block, allocated at start and announced once; a `TensorHandle` (`pipeline/wire/handles.py`) names a part of it. A consumer maps the
-pool when it is announced, and from then on opening a handle is pointer arithmetic. Kinds behind the same calls:
+A `TensorPool` is one block, allocated at start and announced once; a `TensorHandle`
+(`pipeline/wire/handles.py`) names a part of it. A consumer maps the pool when it is announced, and from then
+on opening a handle is pointer arithmetic. Kinds behind the same calls:
 
-- `host`: an anonymous memory file, mapped by the peer through its descriptor. No name is left behind by a crash.
-- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle, on the same GPU or from a peer.
+- `host`: an anonymous memory file, mapped by the peer through its descriptor. No name is left behind by a
+  crash.
+- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle, on the same GPU or
+  from a peer.
 
-Behind the slots lies a pattern that whoever maps the pool reads first: a mapping that works on paper only is refused.
+Behind the slots lies a pattern that whoever maps the pool reads first: a mapping that works on paper only is
+refused.
 
-Each pool has a table of slot generations in host memory, so that a handle which outlived its slot is refused, never read.
-Of the contract only this file and `memory.py` touch torch, and only where a torch tensor is asked for.
+Each pool has a table of slot generations in host memory, so that a handle which outlived its slot is refused,
+never read. Of the contract only this file and `memory.py` touch torch, and only where a torch tensor is asked
+for.
 """
 
 from __future__ import annotations
@@ -24,7 +30,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy.typing as npt
 
-from pipeline.transport.memory import CudaBindings, CudaMemory, CudaRuntime, HostMemory, LockedMemory, Memory, create_memory_file
+from pipeline.transport.memory import (
+    CudaBindings,
+    CudaMemory,
+    CudaRuntime,
+    HostMemory,
+    LockedMemory,
+    Memory,
+    create_memory_file,
+)
 from pipeline.transport.slots import Slot
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.handles import ITEM_SIZES, PoolInfo, TensorHandle
@@ -32,14 +46,16 @@ from pipeline.wire.handles import ITEM_SIZES, PoolInfo, TensorHandle
 if TYPE_CHECKING:
     import torch
 
-CUDA_GRANULE = 2 << 20  # a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
+# a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
+CUDA_GRANULE = 2 << 20
 PATTERN_BYTES = 64
 MAPPING_CHECK_S = 60.0
 MAPPING_CHECK = """
 import sys, msgspec
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.handles import PoolInfo
-PoolMap(int(sys.argv[1]) if len(sys.argv) > 1 else None).open(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo))
+info = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo)
+PoolMap(int(sys.argv[1]) if len(sys.argv) > 1 else None).open(info)
 """
 
 
@@ -52,7 +68,10 @@ class PoolGoneError(PipelineError):
 
 
 class TensorPool:
-    """The producer's side. `info` is to be announced once; who gets which slot is decided elsewhere (`slots.py`)."""
+    """The producer's side.
+
+    `info` is to be announced once; who gets which slot is decided elsewhere (`slots.py`).
+    """
 
     def __init__(self, info: PoolInfo, memory: Memory) -> None:
         self.info = info
@@ -65,11 +84,23 @@ class TensorPool:
     def on_host(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int) -> TensorPool:
         memory_fd = create_memory_file(pool_id, nbytes + PATTERN_BYTES)
         table_fd = create_memory_file(f"{pool_id}-table", 8 * max_slots)
-        info = PoolInfo(pool_id, epoch, "host", nbytes, max_slots, os.getpid(), table_fd, secrets.token_bytes(PATTERN_BYTES), memory_fd)
+        info = PoolInfo(
+            pool_id,
+            epoch,
+            "host",
+            nbytes,
+            max_slots,
+            os.getpid(),
+            table_fd,
+            secrets.token_bytes(PATTERN_BYTES),
+            memory_fd,
+        )
         return cls(info, HostMemory(memory_fd, nbytes + PATTERN_BYTES))
 
     @classmethod
-    def on_cuda(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int, device: int, runtime: CudaRuntime) -> TensorPool:
+    def on_cuda(
+        cls, pool_id: str, epoch: int, nbytes: int, max_slots: int, device: int, runtime: CudaRuntime
+    ) -> TensorPool:
         """Raises PipelineError where there is no such memory, or no handle to it."""
         nbytes = (nbytes + PATTERN_BYTES + CUDA_GRANULE - 1) // CUDA_GRANULE * CUDA_GRANULE - PATTERN_BYTES
         pointer = runtime.malloc(device, nbytes + PATTERN_BYTES)
@@ -80,14 +111,18 @@ class TensorPool:
             raise
         table_fd = create_memory_file(f"{pool_id}-table", 8 * max_slots)
         info = PoolInfo(
-            pool_id, epoch, "cuda_ipc", nbytes, max_slots, os.getpid(), table_fd, secrets.token_bytes(PATTERN_BYTES),
+            pool_id, epoch, "cuda_ipc", nbytes, max_slots, os.getpid(), table_fd,
+            secrets.token_bytes(PATTERN_BYTES),
             ipc_handle=handle, device_uuid=runtime.device_uuid(device),
         )  # fmt: skip
         return cls(info, CudaMemory(runtime, device, pointer, owned=True))
 
     def lend(self, slot: Slot, shape: tuple[int, ...], dtype: str) -> TensorHandle:
-        """A handle for a slot just allocated; from now on handles of the slot's earlier generations are stale."""
-        handle = TensorHandle(self.info.pool_id, self.info.epoch, slot.number, slot.generation, slot.offset, shape, dtype)
+        """A handle for a slot just allocated; from now on handles of the slot's earlier generations are
+        stale."""
+        handle = TensorHandle(
+            self.info.pool_id, self.info.epoch, slot.number, slot.generation, slot.offset, shape, dtype
+        )
         if handle.nbytes > slot.nbytes:
             raise ValueError(f"a tensor of {handle.nbytes} bytes does not fit a slot of {slot.nbytes}")
         self._table[slot.number] = slot.generation
@@ -117,7 +152,8 @@ class _Mapping:
 
 
 class PoolMap:
-    """The consumer's side: the pools of all producers, mapped once each, for the GPU `device` if there is one."""
+    """The consumer's side: the pools of all producers, mapped once each, for the GPU `device` if there is
+    one."""
 
     def __init__(self, device: int | None = None, runtime: CudaRuntime | None = None) -> None:
         self._runtime, self._device = runtime, device
@@ -126,7 +162,8 @@ class PoolMap:
     def open(self, info: PoolInfo) -> None:
         """Maps an announced pool; a pool of an earlier epoch with the same id is closed first.
 
-        Raises PipelineError where it cannot be mapped, or is not what was announced; PoolGoneError when its process has died.
+        Raises PipelineError where it cannot be mapped, or is not what was announced; PoolGoneError when its
+        process has died.
         """
         self.close(info.pool_id)
         try:
@@ -141,7 +178,9 @@ class PoolMap:
         if memory.read(info.nbytes, PATTERN_BYTES) != info.pattern:
             memory.close()
             raise PipelineError(f"pool {info.pool_id} was mapped, but what its owner wrote is not in it")
-        self._mappings[info.pool_id] = _Mapping(info, memory, _map_peer(info.pid, info.table_fd, 8 * info.max_slots))
+        self._mappings[info.pool_id] = _Mapping(
+            info, memory, _map_peer(info.pid, info.table_fd, 8 * info.max_slots)
+        )
 
     def _map(self, info: PoolInfo) -> Memory:
         if self._device is not None and self._runtime is None:
@@ -152,7 +191,12 @@ class PoolMap:
             case "cuda_ipc":
                 if self._device is None or self._runtime is None:
                     raise PipelineError(f"pool {info.pool_id} is on a GPU, but this process uses none")
-                return CudaMemory(self._runtime, self._device, self._runtime.open_ipc_handle(self._device, info.ipc_handle), owned=False)
+                return CudaMemory(
+                    self._runtime,
+                    self._device,
+                    self._runtime.open_ipc_handle(self._device, info.ipc_handle),
+                    owned=False,
+                )
             case kind:
                 raise PipelineError(f"pool {info.pool_id} has the unknown kind {kind!r}")
 
@@ -161,16 +205,25 @@ class PoolMap:
         return mapping is not None and mapping.info.epoch >= epoch
 
     def tensor(self, handle: TensorHandle) -> torch.Tensor:
-        """The tensor in place. Raises StaleHandleError if the handle's epoch, generation or extent is not the pool's."""
+        """The tensor in place.
+
+        Raises StaleHandleError if the handle's epoch, generation or extent is not the pool's.
+        """
         return self._find(handle).memory.tensor(handle.offset, handle.shape, handle.dtype)
 
     def copy_rows(self, out: torch.Tensor, handle: TensorHandle, start: int) -> None:
-        """Fills the contiguous `out` with the rows of a matrix from `start` on, in the order of its stream. Raises as `tensor` does."""
+        """Fills the contiguous `out` with the rows of a matrix from `start` on, in the order of its stream.
+
+        Raises as `tensor` does.
+        """
         memory = self._find(handle).memory
         row_bytes = handle.nbytes // max(1, handle.shape[0])
         is_row = (tuple(out.shape[1:]), str(out.dtype)) == (handle.shape[1:], f"torch.{handle.dtype}")
         if not is_row or start < 0 or start + len(out) > handle.shape[0]:
-            raise StaleHandleError(f"{handle}: rows {start} to {start + len(out)} as {tuple(out.shape)} of {out.dtype} are not in it")
+            raise StaleHandleError(
+                f"{handle}: rows {start} to {start + len(out)} as {tuple(out.shape)} of {out.dtype} are not "
+                "in it"
+            )
         memory.copy_to(out, handle.offset + start * row_bytes)
 
     def _find(self, handle: TensorHandle) -> _Mapping:
@@ -180,7 +233,11 @@ class PoolMap:
         info = mapping.info
         if handle.epoch != info.epoch:
             raise StaleHandleError(f"{handle}: the pool is at epoch {info.epoch}")
-        if not 0 <= handle.slot < info.max_slots or handle.dtype not in ITEM_SIZES or min(handle.shape, default=1) < 0:
+        if (
+            not 0 <= handle.slot < info.max_slots
+            or handle.dtype not in ITEM_SIZES
+            or min(handle.shape, default=1) < 0
+        ):
             raise StaleHandleError(f"{handle}: no such slot, shape or dtype")
         if handle.offset < 0 or handle.offset + handle.nbytes > info.nbytes:
             raise StaleHandleError(f"{handle}: outside the pool of {info.nbytes} bytes")
@@ -200,15 +257,21 @@ class PoolMap:
 
 
 def check_mapping(info: PoolInfo, device: int | None = None) -> None:
-    """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that fails.
+    """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that
+    fails.
 
-    A handle may be given where none can be opened: in a container without a shared PID namespace, or under some drivers.
+    A handle may be given where none can be opened: in a container without a shared PID namespace, or under
+    some drivers.
     """
     command = [sys.executable, "-c", MAPPING_CHECK, *([] if device is None else [str(device)])]
     try:
-        done = subprocess.run(command, input=msgspec.msgpack.encode(info), capture_output=True, timeout=MAPPING_CHECK_S)
+        done = subprocess.run(
+            command, input=msgspec.msgpack.encode(info), capture_output=True, timeout=MAPPING_CHECK_S
+        )
     except subprocess.TimeoutExpired:
-        raise PipelineError(f"pool {info.pool_id} could not be mapped by another process within {MAPPING_CHECK_S:.0f} s") from None
+        raise PipelineError(
+            f"pool {info.pool_id} could not be mapped by another process within {MAPPING_CHECK_S:.0f} s"
+        ) from None
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
         raise PipelineError(f"pool {info.pool_id} cannot be mapped by another process: {words[-1]}")
@@ -224,11 +287,16 @@ def is_dead(pid: int) -> bool:
 
 
 def _map_peer(pid: int, fd: int, nbytes: int, runtime: CudaRuntime | None = None) -> HostMemory:
-    """Maps another process's memory file, opened through /proc: same user and PID namespace. Locked in memory where there is a GPU."""
+    """Maps another process's memory file, opened through /proc: same user and PID namespace.
+
+    Locked in memory where there is a GPU.
+    """
     opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
         if (size := os.fstat(opened).st_size) < nbytes:
-            raise PipelineError(f"the memory file {fd} of process {pid} has {size} bytes, announced were {nbytes}")
+            raise PipelineError(
+                f"the memory file {fd} of process {pid} has {size} bytes, announced were {nbytes}"
+            )
         return HostMemory(opened, nbytes) if runtime is None else LockedMemory(opened, nbytes, runtime)
     finally:
         os.close(opened)  # the mapping keeps the file alive

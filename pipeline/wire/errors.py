@@ -22,7 +22,8 @@ def shown(value: object) -> str:
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a client is told: an HTTP status, a sentence without internals, and the body's field at fault ("" if none)."""
+    """What a client is told: an HTTP status, a sentence without internals, and the body's field at fault (""
+    if none)."""
 
     status: int
     message: str

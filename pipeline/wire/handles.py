@@ -1,4 +1,7 @@
-"""What names a tensor in the memory of another process. The memory itself is the business of `pipeline/transport`."""
+"""What names a tensor in the memory of another process.
+
+The memory itself is the business of `pipeline/transport`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ class TensorHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 class PoolInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that a consumer needs to map a pool. Travels on ipc edges only: the handle gives access to the memory."""
+    """All that a consumer needs to map a pool.
+
+    Travels on ipc edges only: the handle gives access to the memory.
+    """
 
     pool_id: str
     epoch: int

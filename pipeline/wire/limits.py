@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-MAX_ITEMS = 1024  # pictures of one request, with those that are frames of a video: each may ride in a frame of its own
+# pictures of one request, with those that are frames of a video: each may ride in a frame of its own
+MAX_ITEMS = 1024
 MAX_MESSAGES = 1024  # of one request
 MAX_PARTS = 4096  # of all messages of one request

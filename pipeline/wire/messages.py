@@ -1,8 +1,8 @@
 """Every struct that crosses a process, and one union per edge.
 
-MessagePack maps with a `type` field; unknown fields are refused. Media bytes ride as further frames of the same multipart
-message. Token ids, positions and block tables travel as little-endian int32 bytes. No frame holds a tensor: it holds a
-`TensorHandle`. A message of a worker names its sender and the sender's epoch.
+MessagePack maps with a `type` field; unknown fields are refused. Media bytes ride as further frames of the
+same multipart message. Token ids, positions and block tables travel as little-endian int32 bytes. No frame
+holds a tensor: it holds a `TensorHandle`. A message of a worker names its sender and the sender's epoch.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=
     url: str = ""
     frame: int = -1
     is_base64: bool = False
-    uuid: str = ""  # the client's name for the content: what is cached under it is taken, and need not be sent again
+    # the client's name for the content: what is cached under it is taken, and need not be sent again
+    uuid: str = ""
     min_pixels: int | None = None  # it is resized to an area in these limits, and the server's
     max_pixels: int | None = None
     resized_height: int | None = None  # instead: to this size, rounded to what the model takes
@@ -100,7 +101,8 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=
 
 
 class VideoPart(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=True):
-    """A video by URL or in a further frame of the message, as a picture is; or as a list of pictures, its frames."""
+    """A video by URL or in a further frame of the message, as a picture is; or as a list of pictures, its
+    frames."""
 
     url: str = ""
     frame: int = -1
@@ -128,7 +130,8 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | tuple[Part, ...]
 
 
-# --- ingest: clients → preprocess -----------------------------------------------------------------------------------
+# --- ingest: clients → preprocess
+# -----------------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -152,12 +155,16 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
     leads: tuple[int, ...] = ()  # of the groups that know the client: one of them is to run it; empty: of all
-    alone_in: tuple[Role, ...] = ()  # it executed in such workers when they died: it passes these stages alone
+    # it executed in such workers when they died: it passes these stages alone
+    alone_in: tuple[Role, ...] = ()
     tenant: str = ""  # on whose behalf: see docs/fairness.md; empty: the client's own
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
-    """client → preprocess → llm: end this. From preprocess also: it failed before it could run, for the reason `error`."""
+    """client → preprocess → llm: end this.
+
+    From preprocess also: it failed before it could run, for the reason `error`.
+    """
 
     client_id: bytes
     request_id: RequestId
@@ -169,7 +176,8 @@ class AbortRequest(Message, frozen=True, kw_only=True):
 
 IngestMessage = Hello | SubmitRequest | AbortRequest
 
-# --- encode.<i>: preprocess and llm rank 0 → vit i ------------------------------------------------------------------
+# --- encode.<i>: preprocess and llm rank 0 → vit i
+# ------------------------------------------------------------------
 
 
 class PoolOpened(WorkerMessage, frozen=True, kw_only=True):
@@ -179,14 +187,20 @@ class PoolOpened(WorkerMessage, frozen=True, kw_only=True):
 
 
 class PoolClosed(WorkerMessage, frozen=True, kw_only=True):
-    """The pool of a dead worker is mapped here no longer. From llm rank 0 to the ranks: close it, behind the steps before this."""
+    """The pool of a dead worker is mapped here no longer.
+
+    From llm rank 0 to the ranks: close it, behind the steps before this.
+    """
 
     pool_id: str
     pool_epoch: int
 
 
 class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
-    """preprocess → vit: I want this chunk encoded. First without pixels (a cached chunk needs none), then with them."""
+    """preprocess → vit: I want this chunk encoded.
+
+    First without pixels (a cached chunk needs none), then with them.
+    """
 
     key: ChunkKey
     arrival: int  # order of the request among all
@@ -211,14 +225,18 @@ class LeaseReleased(WorkerMessage, frozen=True, kw_only=True):
 
 
 class LeaseSet(WorkerMessage, frozen=True, kw_only=True):
-    """llm → vit, once a second: all leases I hold; one that is missing twice is free, so a lost release heals."""
+    """llm → vit, once a second: all leases I hold; one that is missing twice is free, so a lost release
+    heals."""
 
     lease_ids: tuple[int, ...]
     last_lease_id: int  # the latest that has arrived: younger ones may still be under way
 
 
 class LeaseRequest(WorkerMessage, frozen=True, kw_only=True):
-    """llm → vit: a preempted request needs this chunk again. Answered with `EmbeddingReady` or `LeaseRefused`."""
+    """llm → vit: a preempted request needs this chunk again.
+
+    Answered with `EmbeddingReady` or `LeaseRefused`.
+    """
 
     key: ChunkKey
     mm_hash: bytes
@@ -226,7 +244,8 @@ class LeaseRequest(WorkerMessage, frozen=True, kw_only=True):
 
 EncodeMessage = PoolOpened | EncodeRequest | CancelEncode | LeaseReleased | LeaseSet | LeaseRequest
 
-# --- feedback: vits and llm rank 0 → preprocess ---------------------------------------------------------------------
+# --- feedback: vits and llm rank 0 → preprocess
+# ---------------------------------------------------------------------
 
 
 class PixelsReleased(WorkerMessage, frozen=True, kw_only=True):
@@ -258,7 +277,8 @@ class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
 
 FeedbackMessage = PixelsReleased | EncodeMiss | ItemNotNeeded | RequestEnded
 
-# --- llm: preprocess and vits → llm rank 0 --------------------------------------------------------------------------
+# --- llm: preprocess and vits → llm rank 0
+# --------------------------------------------------------------------------
 
 
 class MmChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -300,7 +320,8 @@ class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
-    """preprocess → llm: a request's metadata, sent before any of its pixels; again, as a query, it never starts a request."""
+    """preprocess → llm: a request's metadata, sent before any of its pixels; again, as a query, it never
+    starts a request."""
 
     client_id: bytes
     request_id: str
@@ -352,11 +373,13 @@ class Preparing(WorkerMessage, frozen=True, kw_only=True):
 FromPreprocess = Hello | GenerateRequest | AbortRequest | Preparing
 LlmMessage = FromPreprocess | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
 
-# --- steps: llm rank 0 → other ranks --------------------------------------------------------------------------------
+# --- steps: llm rank 0 → other ranks
+# --------------------------------------------------------------------------------
 
 
 class EmbeddingSlice(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Rows [start, start + length) of an embedding go to rows [offset, …) of this sequence's part of the step."""
+    """Rows [start, start + length) of an embedding go to rows [offset, …) of this sequence's part of the
+    step."""
 
     embeddings: TensorHandle
     start: int
@@ -365,13 +388,17 @@ class EmbeddingSlice(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
 
 class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A sequence takes a slot of the runner's tables: all that later steps do not repeat. Whoever was there is forgotten."""
+    """A sequence takes a slot of the runner's tables: all that later steps do not repeat.
+
+    Whoever was there is forgotten.
+    """
 
     slot: int
     num_prompt_tokens: int
     sampling: SamplingParams
     token_ids: bytes  # int32: prompt, and output so far
-    positions: bytes = b""  # int32 [3, num_prompt_tokens]: rows time, height, width; empty: each token's index
+    # int32 [3, num_prompt_tokens]: rows time, height, width; empty: each token's index
+    positions: bytes = b""
     position_delta: int = 0  # what a token behind the prompt adds to its index
     num_computed_tokens: int = 0  # already in the KV cache
     block_table: bytes = b""  # int32, so far
@@ -398,7 +425,8 @@ class StepPlan(WorkerMessage, frozen=True, kw_only=True):
 
 StepsMessage = PoolOpened | PoolClosed | StepPlan
 
-# --- outputs: llm rank 0 → clients ----------------------------------------------------------------------------------
+# --- outputs: llm rank 0 → clients
+# ----------------------------------------------------------------------------------
 
 
 class Welcome(WorkerMessage, frozen=True, kw_only=True):
@@ -466,7 +494,8 @@ class Interrupted(WorkerMessage, frozen=True, kw_only=True):
 
 OutputsMessage = Welcome | Preparing | Accepted | TokenOutputs | RequestFailed | Interrupted
 
-# --- control: launcher → everyone -----------------------------------------------------------------------------------
+# --- control: launcher → everyone
+# -----------------------------------------------------------------------------------
 
 
 class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -474,7 +503,8 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int  # its incarnation: an earlier one is dead, reaped, and will never say anything again
     is_ready: bool
     credits: int = 0
-    executed: tuple[bytes, ...] = ()  # digests of the requests that were executing in the incarnation before when it died
+    # digests of the requests that were executing in the incarnation before when it died
+    executed: tuple[bytes, ...] = ()
     num_open_requests: int = 0
     counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
     silent_s: float = 0.0  # since it last told: some seconds are one long piece of work
@@ -509,14 +539,18 @@ class Retire(Message, frozen=True, kw_only=True):
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
-    """launcher → everyone: end now. `reason` is empty at an orderly end, else it says which worker died of what."""
+    """launcher → everyone: end now.
+
+    `reason` is empty at an orderly end, else it says which worker died of what.
+    """
 
     reason: str = ""
 
 
 ControlMessage = PipelineState | Drain | Retire | Shutdown
 
-# --- status: everyone → launcher ------------------------------------------------------------------------------------
+# --- status: everyone → launcher
+# ------------------------------------------------------------------------------------
 
 
 class WorkerReady(WorkerMessage, frozen=True, kw_only=True):

@@ -26,13 +26,15 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sampling of one request. `temperature` 0 is greedy; `top_k` 0 or -1 means no limit; `max_tokens` None: all the context.
+    """Sampling of one request. `temperature` 0 is greedy; `top_k` 0 or -1 means no limit; `max_tokens` None:
+    all the context.
 
-    Of the tokens at one step: `min_p` keeps those at least that likely in units of the likeliest; `presence_penalty` is taken off
-    the logit of each token in the output so far, `frequency_penalty` once for each time; `repetition_penalty` divides (multiplies
-    a negative) the logit of each token in prompt or output; `logit_bias` is added. Before `min_tokens` no token ends the request.
-    `logprobs` asks for the log-probability of each output token and of so many best ones, before any of that.
-    With the same `seed` a request draws the same tokens; without one its id gives it a seed: see `with_seed`.
+    Of the tokens at one step: `min_p` keeps those at least that likely in units of the likeliest;
+    `presence_penalty` is taken off the logit of each token in the output so far, `frequency_penalty` once for
+    each time; `repetition_penalty` divides (multiplies a negative) the logit of each token in prompt or
+    output; `logit_bias` is added. Before `min_tokens` no token ends the request. `logprobs` asks for the
+    log-probability of each output token and of so many best ones, before any of that. With the same `seed` a
+    request draws the same tokens; without one its id gives it a seed: see `with_seed`.
 
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
@@ -54,40 +56,79 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 and 100")
-        _check(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(
+            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
+            "temperature",
+            self.temperature,
+            "between 0 and 100",
+        )
+        _check(
+            math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"
+        )
         _check(-1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 (no limit) or more")
         _check(self.seed is None or 0 <= self.seed < MAX_SEED, "seed", self.seed, "between 0 and 2**63 - 1")
-        _check(self.max_tokens is None or 1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1")
+        _check(
+            self.max_tokens is None or 1 <= self.max_tokens < 2**31,
+            "max_tokens",
+            self.max_tokens,
+            "at least 1",
+        )
         _check(math.isfinite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(math.isfinite(value) and -2 <= value <= 2, name, value, "between -2 and 2")
         penalty = self.repetition_penalty
-        _check(math.isfinite(penalty) and 0.01 <= penalty <= 100, "repetition_penalty", penalty, "between 0.01 and 100")
+        _check(
+            math.isfinite(penalty) and 0.01 <= penalty <= 100,
+            "repetition_penalty",
+            penalty,
+            "between 0.01 and 100",
+        )
         limit = 2**31 if self.max_tokens is None else self.max_tokens + 1
-        _check(0 <= self.min_tokens < limit, "min_tokens", self.min_tokens, "at least 0 and at most max_tokens")
-        _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}")
+        _check(
+            0 <= self.min_tokens < limit, "min_tokens", self.min_tokens, "at least 0 and at most max_tokens"
+        )
+        _check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            self.logprobs,
+            f"between 0 and {MAX_LOGPROBS}",
+        )
         count = len(self.stop_token_ids)
-        _check(count <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{count} ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+        _check(
+            count <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{count} ids", f"at most {MAX_STOP_TOKEN_IDS} ids"
+        )
         count = len(self.logit_bias)
-        _check(count <= MAX_LOGIT_BIASES, "logit_bias", f"{count} entries", f"at most {MAX_LOGIT_BIASES} entries")
+        _check(
+            count <= MAX_LOGIT_BIASES, "logit_bias", f"{count} entries", f"at most {MAX_LOGIT_BIASES} entries"
+        )
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token_id in ids:
                 _check(0 <= token_id < 2**31, name, token_id, "made of token ids, which are 0 or more")
         for bias in self.logit_bias.values():
             _check(math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", bias, "between -100 and 100")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
+        _check(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stop",
+            f"{len(self.stop)} strings",
+            f"at most {MAX_STOP_STRINGS} strings",
+        )
         for text in self.stop:
-            _check(0 < len(text) <= MAX_STOP_LENGTH, "stop", f"a string of {len(text)} characters", f"1 to {MAX_STOP_LENGTH} characters each")
+            _check(
+                0 < len(text) <= MAX_STOP_LENGTH,
+                "stop",
+                f"a string of {len(text)} characters",
+                f"1 to {MAX_STOP_LENGTH} characters each",
+            )
 
 
 def with_seed(sampling: SamplingParams, request_id: str, index: int) -> SamplingParams:
     """The sampling of the choice `index` of a request, with the seed that it draws by.
 
-    An explicit seed is that of choice 0, and the following choices have the seeds that follow. Without one a choice's seed
-    is a digest of the request's id and the index: BLAKE2b of 8 bytes over the id in UTF-8 and the index as 4 bytes, little
-    endian, without the highest bit. So an attempt draws on where the one before it ended, and no client needs to draw a seed.
+    An explicit seed is that of choice 0, and the following choices have the seeds that follow. Without one a
+    choice's seed is a digest of the request's id and the index: BLAKE2b of 8 bytes over the id in UTF-8 and
+    the index as 4 bytes, little endian, without the highest bit. So an attempt draws on where the one before
+    it ended, and no client needs to draw a seed.
     """
     if sampling.seed is None:
         data = request_id.encode() + index.to_bytes(4, "little")

@@ -1,7 +1,8 @@
 """The processes and the edges between them: this table and nothing else.
 
-A bound address carries the epoch of the process that binds it, so that a message queued for a dead process can never reach
-its successor. The launcher's own edges have no epoch: the run directory belongs to one launcher.
+A bound address carries the epoch of the process that binds it, so that a message queued for a dead process
+can never reach its successor. The launcher's own edges have no epoch: the run directory belongs to one
+launcher.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Edge:
     pattern: Pattern
     binder: Role
     peers: tuple[Role, ...]
-    per_rank: bool = False  # one address for each rank of the binder; of the LLM for each rank that leads a group
+    # one address for each rank of the binder; of the LLM for each rank that leads a group
+    per_rank: bool = False
 
 
 INGEST = Edge("ingest", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.API, Role.GATEWAY, Role.CLIENT))
@@ -53,10 +55,18 @@ FEEDBACK = Edge("feedback", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.VIT, Role.
 LLM = Edge("llm", Pattern.PUSH_PULL, Role.LLM, (Role.PREPROCESS, Role.VIT), per_rank=True)
 STEPS = Edge("steps", Pattern.PUB_SUB, Role.LLM, (Role.LLM,), per_rank=True)
 OUTPUTS = Edge("outputs", Pattern.PUB_SUB, Role.LLM, (Role.API, Role.GATEWAY, Role.CLIENT), per_rank=True)
-CONTROL = Edge("control", Pattern.PUB_SUB, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM))
-STATUS = Edge("status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM))
+CONTROL = Edge(
+    "control",
+    Pattern.PUB_SUB,
+    Role.LAUNCHER,
+    (Role.API, Role.GATEWAY, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM),
+)
+STATUS = Edge(
+    "status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM)
+)
 EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS)
-DIRECT_EDGES = (CONTROL, INGEST, OUTPUTS)  # what clients use; the gateway binds these for clients on other machines
+# what clients use; the gateway binds these for clients on other machines
+DIRECT_EDGES = (CONTROL, INGEST, OUTPUTS)
 
 
 def socket_name(edge: Edge, rank: int, epoch: int) -> str:
@@ -66,9 +76,15 @@ def socket_name(edge: Edge, rank: int, epoch: int) -> str:
 
 
 def address(run_dir: Path, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
-    """Where `edge` is bound now, given each worker's epoch. Raises ValueError when the path is too long for a socket."""
+    """Where `edge` is bound now, given each worker's epoch.
+
+    Raises ValueError when the path is too long for a socket.
+    """
     epoch = 0 if edge.binder is Role.LAUNCHER else epochs[WorkerId(edge.binder, rank)]
     path = str(run_dir / socket_name(edge, rank, epoch))
     if len(path.encode()) > MAX_IPC_PATH:
-        raise ValueError(f"run_dir {str(run_dir)!r} is too long: {path!r} has {len(path.encode())} bytes, a socket path at most {MAX_IPC_PATH}")
+        raise ValueError(
+            f"run_dir {str(run_dir)!r} is too long: {path!r} has {len(path.encode())} bytes, a socket path "
+            f"at most {MAX_IPC_PATH}"
+        )
     return f"ipc://{path}"

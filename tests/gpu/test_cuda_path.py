@@ -1,4 +1,7 @@
-"""What only a GPU can show: kernels compiled, graphs captured, pools mapped by another process. `tools/gpu_check.py` runs these."""
+"""What only a GPU can show: kernels compiled, graphs captured, pools mapped by another process.
+
+`tools/gpu_check.py` runs these.
+"""
 
 from __future__ import annotations
 
@@ -54,17 +57,25 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
     torch.manual_seed(seed)
     block_size = rng.choice([16, 64])
     decodes = [(1, rng.choice([0, 1, 63, 64, 65, 2000])) for _ in range(rng.randint(0, 5))]
-    prefills = [(rng.choice([2, 64, 129, 700]), rng.choice([0, 1, 130])) for _ in range(rng.randint(not decodes, 2))]
+    prefills = [
+        (rng.choice([2, 64, 129, 700]), rng.choice([0, 1, 130])) for _ in range(rng.randint(not decodes, 2))
+    ]
     num_blocks = 16_000 // block_size
     attention = TritonAttention(1, num_blocks, block_size, num_kv_heads, 128, dtype, CUDA)
     attention.cache.fill_(float("nan"))
     spans = make_spans(rng, block_size, num_blocks, decodes + prefills)
     for span in spans:
-        slots = [span.block_table[position // block_size] * block_size + position % block_size for position in range(span.num_computed)]
+        slots = [
+            span.block_table[position // block_size] * block_size + position % block_size
+            for position in range(span.num_computed)
+        ]
         attention.cache[0, slots] = torch.randn(len(slots), 2 * num_kv_heads, 128, device=CUDA).to(dtype)
     num_tokens = sum(span.num_tokens for span in spans)
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, 128, device=CUDA).to(dtype)
-    bias, angles = torch.randn(qkv[0].numel(), device=CUDA).to(dtype), 50 * torch.randn(num_tokens, 64, device=CUDA)
+    bias, angles = (
+        torch.randn(qkv[0].numel(), device=CUDA).to(dtype),
+        50 * torch.randn(num_tokens, 64, device=CUDA),
+    )
     turned = rotate(qkv.float() + bias.float().view(qkv.shape[1:]), *rotary_tables(angles, torch.float32))
     out = attention(0, attention.plan(spans), qkv, bias, attention.rotary(angles, dtype))
     assert error(qkv[:, :num_heads], turned[:, :num_heads]) < TOLERANCE[dtype]
@@ -89,7 +100,9 @@ def test_torch_draws_on_the_gpu_what_it_draws_on_the_cpu(options: dict[str, Any]
 
 def make_runner(folder: Path, **options: Any) -> ModelRunner:
     config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(max_num_seqs=8, **options))
-    runner = ModelRunner.load(read_model_info(folder), config, folder, CUDA, TensorParallel(), lambda done, total: None)
+    runner = ModelRunner.load(
+        read_model_info(folder), config, folder, CUDA, TensorParallel(), lambda done, total: None
+    )
     runner.open_cache(100, 1000)
     return runner
 
@@ -104,13 +117,18 @@ def make_plan(step: int, sequences: tuple[SequenceStep, ...], starts: tuple[Sequ
     return StepPlan(sender=LLM_0, epoch=1, step=step, started=starts, sequences=sequences)
 
 
-def generate(runner: ModelRunner, prompts: list[list[int]], num_tokens: int, is_ahead: bool) -> list[list[int]]:
-    """Greedy tokens of all prompts side by side; `is_ahead`: the next step is launched before the last one's result is taken."""
+def generate(
+    runner: ModelRunner, prompts: list[list[int]], num_tokens: int, is_ahead: bool
+) -> list[list[int]]:
+    """Greedy tokens of all prompts side by side; `is_ahead`: the next step is launched before the last one's
+    result is taken."""
     greedy = SamplingParams(temperature=0, seed=1)
     starts = tuple(make_start(slot, prompt, greedy) for slot, prompt in enumerate(prompts))
     launched, tokens = [], [[] for _ in prompts]  # type: ignore[var-annotated]
     for step in range(num_tokens):
-        sequences = tuple(SequenceStep(slot, 1 if step else len(prompt)) for slot, prompt in enumerate(prompts))
+        sequences = tuple(
+            SequenceStep(slot, 1 if step else len(prompt)) for slot, prompt in enumerate(prompts)
+        )
         launched.append(runner.launch(make_plan(step, sequences, () if step else starts)))
         while len(launched) > int(is_ahead):
             for of_slot, token in zip(tokens, launched.pop(0).result().token_ids, strict=True):
@@ -146,7 +164,8 @@ def test_a_step_waits_for_nothing(has_graphs: bool, random_checkpoint: Path) -> 
     """torch raises where an operation would wait for the GPU."""
     runner = make_runner(random_checkpoint, attention="triton", cuda_graphs=has_graphs)
     wishes = [
-        SamplingParams(temperature=0, seed=1), SamplingParams(seed=2, top_p=0.9, top_k=50), SamplingParams(seed=3, logprobs=3, logit_bias={5: 1.0}),
+        SamplingParams(temperature=0, seed=1), SamplingParams(seed=2, top_p=0.9, top_k=50),
+        SamplingParams(seed=3, logprobs=3, logit_bias={5: 1.0}),
         SamplingParams(seed=4, repetition_penalty=1.2, presence_penalty=0.5, min_tokens=9),
     ]  # fmt: skip
     prompt = list(range(10, 50))
@@ -171,7 +190,8 @@ import sys, msgspec, torch
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.memory import CudaBindings
 from pipeline.transport.tensors import TensorPool
-pool, slots = TensorPool.on_cuda("vit.0", 1, 64 << 20, 8, 0, CudaBindings()), SlotAllocator(64 << 20, 1 << 24, 8)
+slots = SlotAllocator(64 << 20, 1 << 24, 8)
+pool = TensorPool.on_cuda("vit.0", 1, 64 << 20, 8, 0, CudaBindings())
 handle = pool.lend(slots.allocate(1 << 24), (1024, 3584), "bfloat16")
 pool.tensor(handle).copy_(torch.arange(1024, device="cuda")[:, None].expand(-1, 3584))
 torch.cuda.synchronize()
@@ -183,19 +203,29 @@ sys.stdin.read()
 def test_embeddings_of_another_process_never_pass_through_the_host() -> None:
     from pipeline.wire.handles import PoolInfo, TensorHandle
 
-    with subprocess.Popen([sys.executable, "-c", EXPORTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as exporter:
+    with subprocess.Popen(
+        [sys.executable, "-c", EXPORTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as exporter:
         assert exporter.stdout is not None
         assert exporter.stdin is not None
-        info, handle = msgspec.msgpack.decode(bytes.fromhex(exporter.stdout.readline()), type=tuple[PoolInfo, TensorHandle])
+        info, handle = msgspec.msgpack.decode(
+            bytes.fromhex(exporter.stdout.readline()), type=tuple[PoolInfo, TensorHandle]
+        )
         pools = PoolMap(0)
         pools.open(info)
         x = torch.zeros(2000, 3584, dtype=torch.bfloat16, device=CUDA)
         pools.copy_rows(x[:8], handle, 0)
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
             pools.copy_rows(x[100:500], handle, 300)
             torch.cuda.synchronize()
-        copies = [event.name for event in profile.events() if "memcpy" in event.name.lower() and event.device_type.name == "CUDA"]
+        copies = [
+            event.name
+            for event in profile.events()
+            if "memcpy" in event.name.lower() and event.device_type.name == "CUDA"
+        ]
         assert [name for name in copies if "HtoD" in name or "DtoH" in name] == []
         assert any("DtoD" in name or "PtoP" in name for name in copies), copies
         assert x[100:500, 7].tolist() == torch.arange(300, 700).to(torch.bfloat16).tolist()
@@ -208,16 +238,26 @@ def test_a_pool_is_never_mapped_by_its_owner() -> None:
     """It is an error of the driver's, and must be one of ours."""
     from pipeline.wire.errors import PipelineError
 
-    pool, _ = TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, CudaBindings()), SlotAllocator(4 << 20, 1 << 16, 8)
+    pool, _ = (
+        TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, CudaBindings()),
+        SlotAllocator(4 << 20, 1 << 16, 8),
+    )
     with pytest.raises(PipelineError, match="cudaIpcOpenMemHandle"):
         PoolMap(0).open(pool.info)
     pool.close()
 
 
 @pytest.mark.parametrize(
-    "options", [("--embedding-transport", "cuda_ipc"), ("--no-cuda-graphs", "--overlap", "off"), ("--embedding-transport", "host")]
+    "options",
+    [
+        ("--embedding-transport", "cuda_ipc"),
+        ("--no-cuda-graphs", "--overlap", "off"),
+        ("--embedding-transport", "host"),
+    ],
 )
-def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str, ...], random_checkpoint: Path) -> None:
+def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(
+    options: tuple[str, ...], random_checkpoint: Path
+) -> None:
     from pipeline.client.client import PipelineClient
 
     reference_model = Reference(random_checkpoint)
@@ -228,7 +268,17 @@ def test_the_whole_pipeline_gives_the_tokens_of_hugging_face(options: tuple[str,
                 tokens, _ = await ask(client, *to_messages(chat))
                 assert_same_tokens(tokens, reference_model.answer(chat, NUM_TOKENS), name)
 
-    with Server("--model", str(random_checkpoint), "--device", "cuda", "--dtype", "float32", "--kv-cache-gib", "1", *options) as server:
+    with Server(
+        "--model",
+        str(random_checkpoint),
+        "--device",
+        "cuda",
+        "--dtype",
+        "float32",
+        "--kv-cache-gib",
+        "1",
+        *options,
+    ) as server:
         asyncio.run(run(server))
 
 
@@ -237,7 +287,9 @@ def test_the_encoder_packs_pictures_of_any_sizes(dtype: torch.dtype, random_chec
     info = read_model_info(random_checkpoint).vision
     generator, jobs = torch.Generator().manual_seed(0), []
     for grid in (GridTHW(1, 4, 6), GridTHW(3, 8, 4), GridTHW(1, 30, 16), GridTHW(1, 2, 2)):
-        pixels = torch.randint(0, 256, (2 * grid.t, grid.h * 14, grid.w * 14, 3), dtype=torch.uint8, generator=generator)
+        pixels = torch.randint(
+            0, 256, (2 * grid.t, grid.h * 14, grid.w * 14, 3), dtype=torch.uint8, generator=generator
+        )
         jobs.append((pixels, grid))
     outputs = []
     for device, of_type in ((torch.device("cpu"), torch.float32), (CUDA, dtype)):

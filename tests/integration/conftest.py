@@ -7,7 +7,16 @@ import pytest
 
 from tests.servers import Server
 
-LIMITS = ("--max-model-len", "1024", "--kv-cache-gib", "0.25", "--embedding-pool-mib", "8", "--pixel-pool-mib", "8")
+LIMITS = (
+    "--max-model-len",
+    "1024",
+    "--kv-cache-gib",
+    "0.25",
+    "--embedding-pool-mib",
+    "8",
+    "--pixel-pool-mib",
+    "8",
+)
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +26,14 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(media_folder: Path) -> Iterator[Server]:
-    """The embedded model, with local media allowed; in float32, so that answers do not depend on what else is computed with them."""
-    with Server("--dtype", "float32", "--allowed-local-media-path", str(media_folder), "--allow-private-media", *LIMITS) as running:
+    """The embedded model, with local media allowed; in float32, so that answers do not depend on what else is
+    computed with them."""
+    with Server(
+        "--dtype",
+        "float32",
+        "--allowed-local-media-path",
+        str(media_folder),
+        "--allow-private-media",
+        *LIMITS,
+    ) as running:
         yield running

@@ -1,4 +1,5 @@
-"""The embedded model is as often right through the server, in OpenAI's protocol, as it is in transformers: also from the caches."""
+"""The embedded model is as often right through the server, in OpenAI's protocol, as it is in transformers:
+also from the caches."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ SETUPS = {
 
 SAMPLES = {
     "red-star": ("What shape is in the picture?", "A star."),
-    "three-shapes": ("What is in this picture?", "A blue cross at the top, a yellow ring on the left, a red heart on the right."),
+    "three-shapes": (
+        "What is in this picture?",
+        "A blue cross at the top, a yellow ring on the left, a red heart on the right.",
+    ),
     "blank": ("What do you see?", "The picture is empty."),
     "number": ("What number is shown?", "427."),
     "word": ("What word is shown?", "Open."),
@@ -44,7 +48,10 @@ def right(asked: list[Exam]) -> list[bool]:
 
 
 def test_it_is_mostly_right_in_transformers(right: list[bool]) -> None:
-    """Or being right in the same cases would say little. docs/embedded-model.md has the figures of far more questions."""
+    """Or being right in the same cases would say little.
+
+    docs/embedded-model.md has the figures of far more questions.
+    """
     assert sum(right) >= 0.9 * len(right)
 
 
@@ -55,18 +62,28 @@ def test_right_where_transformers_is_right(setup: str, asked: list[Exam], right:
         answers, again = (asyncio.run(ask_server(server.url, asked)) for _ in range(2))
     assert _differences(answers, asked, right) <= most_differences * len(asked)
     assert _differences(again, asked, right) <= most_differences * len(asked)
-    assert all(answer.num_cached_tokens for answer, exam in zip(again, asked, strict=True) if exam.lesson.turns[0].pictures)
+    assert all(
+        answer.num_cached_tokens
+        for answer, exam in zip(again, asked, strict=True)
+        if exam.lesson.turns[0].pictures
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_sample_pictures(name: str, server: Server) -> None:
     question, answer = SAMPLES[name]
-    url = f"data:image/png;base64,{base64.b64encode((EMBEDDED / 'samples' / f'{name}.png').read_bytes()).decode()}"
+    data = (EMBEDDED / "samples" / f"{name}.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        completion = client.chat.completions.create(model="embedded-shapes", messages=[{"role": "user", "content": content}])  # type: ignore[typeddict-item]
+        completion = client.chat.completions.create(
+            model="embedded-shapes", messages=[{"role": "user", "content": content}]
+        )  # type: ignore[typeddict-item]
     assert completion.choices[0].message.content == answer
 
 
 def _differences(answers: Sequence[Answer], asked: Sequence[Exam], right: Sequence[bool]) -> int:
-    return sum((answer.text == exam.lesson.turns[-1].answer) != value for answer, exam, value in zip(answers, asked, right, strict=True))
+    return sum(
+        (answer.text == exam.lesson.turns[-1].answer) != value
+        for answer, exam, value in zip(answers, asked, right, strict=True)
+    )

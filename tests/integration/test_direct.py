@@ -30,7 +30,8 @@ from pipeline.wire.messages import ChatMessage
 from pipeline.wire.sampling import SamplingParams
 with BlockingClient(sys.argv[1]) as client:
     for number in range(5):
-        pieces = client.generate([ChatMessage("user", f"Hello {number}")], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        pieces = client.generate([ChatMessage("user", f"Hello {number}")], sampling)
         print("".join(piece.text for piece in pieces).encode().hex())
 """
 
@@ -40,7 +41,9 @@ def test_threads_share_a_blocking_client(server: Server) -> None:
     with BlockingClient(server.run_dir) as client, ThreadPoolExecutor(8) as threads:
 
         def ask(number: int) -> str:
-            return "".join(piece.text for piece in client.generate(messages, GREEDY, [encode(scene(number % 2))]))
+            return "".join(
+                piece.text for piece in client.generate(messages, GREEDY, [encode(scene(number % 2))])
+            )
 
         texts = list(threads.map(ask, range(16)))
         assert texts == texts[:2] * 8
@@ -57,7 +60,12 @@ def test_no_pipeline_is_told_and_leaves_no_thread(tmp_path: Path) -> None:
 
 
 def test_many_client_processes_at_once_get_what_one_gets(server: Server) -> None:
-    processes = [subprocess.Popen([sys.executable, "-c", CHILD, str(server.run_dir)], stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(server.run_dir)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
+    ]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert len(outputs[0].split()) == 5
     assert set(outputs) == {outputs[0]}
@@ -66,28 +74,64 @@ def test_many_client_processes_at_once_get_what_one_gets(server: Server) -> None
 def request_line(number: int, **fields: Any) -> str:
     content: Any = f"Count from {number}"
     if number % 3 == 0:
-        content = [{"type": "image_url", "image_url": {"url": data_url(scene(number))}}, {"type": "text", "text": "What is it?"}]
-    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 20, "ignore_eos": True, **fields}
-    return json.dumps({"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body})
+        content = [
+            {"type": "image_url", "image_url": {"url": data_url(scene(number))}},
+            {"type": "text", "text": "What is it?"},
+        ]
+    body = {
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 20,
+        "ignore_eos": True,
+        **fields,
+    }
+    return json.dumps(
+        {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    )
 
 
 def batch(server: Server, source: Path, target: Path) -> list[str]:
-    return [sys.executable, "-m", "tools.batch", "--run-dir", str(server.run_dir), str(source), str(target), "--concurrency", "8"]
+    return [
+        sys.executable,
+        "-m",
+        "tools.batch",
+        "--run-dir",
+        str(server.run_dir),
+        str(source),
+        str(target),
+        "--concurrency",
+        "8",
+    ]
 
 
 def test_a_batch_keeps_its_order_and_tells_errors_line_by_line(server: Server, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bad = [
-        "no json", json.dumps({"custom_id": "other", "url": "/v1/embeddings", "body": {}}), request_line(91, temperature=-1),
+        "no json", json.dumps({"custom_id": "other", "url": "/v1/embeddings", "body": {}}),
+        request_line(91, temperature=-1),
         request_line(92, model="other"), request_line(93, stream=True),
     ]  # fmt: skip
-    lines = [*(request_line(number) for number in range(12)), *bad, request_line(12, max_tokens=1), request_line(13, n=2, logprobs=True)]
+    lines = [
+        *(request_line(number) for number in range(12)),
+        *bad,
+        request_line(12, max_tokens=1),
+        request_line(13, n=2, logprobs=True),
+    ]
     source.write_text("\n".join(lines) + "\n\n")
     done = subprocess.run(batch(server, source, target), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     assert "5 lines were answered with an error" in done.stderr
     answers = [json.loads(line) for line in target.read_text().splitlines()]
-    ids = [*(f"line-{number}" for number in range(12)), None, "other", "line-91", "line-92", "line-93", "line-12", "line-13"]
+    ids = [
+        *(f"line-{number}" for number in range(12)),
+        None,
+        "other",
+        "line-91",
+        "line-92",
+        "line-93",
+        "line-12",
+        "line-13",
+    ]
     assert [answer["custom_id"] for answer in answers] == ids
     for answer in [*answers[:12], *answers[17:]]:
         assert (answer["error"], answer["response"]["status_code"]) == (None, 200)
@@ -119,7 +163,10 @@ def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
 
     def texts(path: Path) -> list[tuple[str, str]]:
         answers = [json.loads(line) for line in path.read_text().splitlines()]
-        return [(answer["custom_id"], answer["response"]["body"]["choices"][0]["message"]["content"]) for answer in answers]
+        return [
+            (answer["custom_id"], answer["response"]["body"]["choices"][0]["message"]["content"])
+            for answer in answers
+        ]
 
     assert [name for name, _ in texts(target)] == [f"line-{number}" for number in range(40)]
     same = [ours == theirs for ours, theirs in zip(texts(target), texts(whole), strict=True)]
@@ -132,13 +179,20 @@ def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("js")
     for name in ("client.mjs", "package.json"):
         shutil.copy(Path(__file__).parents[1] / "js" / name, folder)
-    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=folder, check=True, timeout=120)
+    subprocess.run(
+        ["npm", "install", "--no-audit", "--no-fund", "--loglevel", "error"],
+        cwd=folder,
+        check=True,
+        timeout=120,
+    )
     return folder
 
 
 def run_javascript(folder: Path, server: Server, picture: Path, *more: str) -> Any:
     command = ["node", "client.mjs", str(server.run_dir), "What is it?", str(picture), *more]
-    return json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=60).stdout)
+    return json.loads(
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=60).stdout
+    )
 
 
 def test_a_client_in_another_language_gets_the_same(server: Server, javascript: Path, tmp_path: Path) -> None:
@@ -147,8 +201,15 @@ def test_a_client_in_another_language_gets_the_same(server: Server, javascript: 
     theirs = run_javascript(javascript, server, picture)
     with BlockingClient(server.run_dir) as client:
         messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
-        pieces = list(client.generate(messages, SamplingParams(temperature=0, seed=1, max_tokens=16), [picture.read_bytes()]))
+        pieces = list(
+            client.generate(
+                messages, SamplingParams(temperature=0, seed=1, max_tokens=16), [picture.read_bytes()]
+            )
+        )
     assert theirs["token_ids"] == [token for piece in pieces for token in piece.token_ids]
-    assert (theirs["finish_reason"], theirs["prompt_tokens"]) == (pieces[-1].finish_reason, pieces[-1].num_prompt_tokens)
+    assert (theirs["finish_reason"], theirs["prompt_tokens"]) == (
+        pieces[-1].finish_reason,
+        pieces[-1].num_prompt_tokens,
+    )
     refused = run_javascript(javascript, server, picture, "99")
     assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 3"

@@ -21,7 +21,9 @@ from tests.servers import Server, wait_until_dead
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:
-    return client.chat.completions.create(model="embedded-shapes", messages=[{"role": "user", "content": "Hello"}], **options)
+    return client.chat.completions.create(
+        model="embedded-shapes", messages=[{"role": "user", "content": "Hello"}], **options
+    )
 
 
 def test_the_end_of_the_fork_server_ends_the_launcher_with_a_reason() -> None:
@@ -52,9 +54,15 @@ def no_template(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(broken_weights, "SafetensorError"), (broken_config, "'llama'; served are qwen2_vl"), (no_template, "has no chat template")],
+    [
+        (broken_weights, "SafetensorError"),
+        (broken_config, "'llama'; served are qwen2_vl"),
+        (no_template, "has no chat template"),
+    ],
 )
-def test_a_worker_that_cannot_start_ends_the_launcher_with_its_own_error(spoil: Any, words: str, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_ends_the_launcher_with_its_own_error(
+    spoil: Any, words: str, tmp_path: Path
+) -> None:
     spoil(make_checkpoint(tmp_path / "model"))
     with Server("--model", str(tmp_path / "model"), expects_failure=True) as server:
         assert server.wait() == 1
@@ -80,7 +88,10 @@ def test_a_port_in_use_is_told() -> None:
         taken.listen()
         with Server("--port", str(taken.getsockname()[1]), expects_failure=True) as server:
             assert server.wait() == 1
-            assert f"cannot listen on 127.0.0.1, port {taken.getsockname()[1]}: Address already in use" in server.output
+            assert (
+                f"cannot listen on 127.0.0.1, port {taken.getsockname()[1]}: Address already in use"
+                in server.output
+            )
 
 
 def test_ctrl_c_lets_open_requests_finish_and_refuses_new_ones() -> None:
@@ -123,7 +134,9 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("delay_s", [0.4, 1.5])
-def test_a_signal_to_the_whole_group_during_start_ends_all_in_order(number: signal.Signals, delay_s: float) -> None:
+def test_a_signal_to_the_whole_group_during_start_ends_all_in_order(
+    number: signal.Signals, delay_s: float
+) -> None:
     """As Ctrl-C in a terminal, or a service manager, sends it."""
     with Server(*LIMITS, expects_failure=True) as server:
         deadline = time.monotonic() + 20
@@ -140,7 +153,9 @@ def test_a_signal_to_the_whole_group_drains_like_one_to_the_launcher() -> None:
         stream = ask(client, max_tokens=150, stream=True, extra_body={"ignore_eos": True})
         next(iter(stream))
         os.killpg(server.process.pid, signal.SIGTERM)
-        reasons = [choice.finish_reason for chunk in stream for choice in chunk.choices if choice.finish_reason]
+        reasons = [
+            choice.finish_reason for chunk in stream for choice in chunk.choices if choice.finish_reason
+        ]
         assert reasons == ["length"]
         assert server.wait() == 0
 

@@ -1,4 +1,5 @@
-"""Greedy tokens through the whole pipeline, real processes and sockets, are Hugging Face's: alone, together, chunked, sharded."""
+"""Greedy tokens through the whole pipeline, real processes and sockets, are Hugging Face's: alone, together,
+chunked, sharded."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def references(random_checkpoint: Path) -> dict[str, Answer]:
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, references: dict[str, Answer], tmp_path: Path) -> None:
+def test_greedy_tokens_of_a_random_model(
+    setup: str, random_checkpoint: Path, references: dict[str, Answer], tmp_path: Path
+) -> None:
     async def run(server: Server) -> None:
         async with PipelineClient(server.run_dir) as client:
             for name, chat in CHATS.items():  # one after the other
@@ -64,11 +67,22 @@ def test_greedy_tokens_of_a_random_model(setup: str, random_checkpoint: Path, re
                 assert num_prompt_tokens == len(references[name].prompt_token_ids)
                 assert_same_tokens(tokens, references[name], f"{setup}, {name}")
             for _ in range(2):  # all at once; the second time with every picture cached
-                together = await asyncio.gather(*(generate(client, *to_messages(chat)) for chat in CHATS.values()))
+                together = await asyncio.gather(
+                    *(generate(client, *to_messages(chat)) for chat in CHATS.values())
+                )
                 for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
                     assert_same_tokens(tokens, answer, f"{setup}, {name}, together")
 
-    with Server("--model", str(random_checkpoint), "--dtype", "float32", "--cache-dir", str(tmp_path), *LIMITS, *SETUPS[setup]) as server:
+    with Server(
+        "--model",
+        str(random_checkpoint),
+        "--dtype",
+        "float32",
+        "--cache-dir",
+        str(tmp_path),
+        *LIMITS,
+        *SETUPS[setup],
+    ) as server:
         asyncio.run(run(server))
 
 
@@ -86,7 +100,9 @@ def test_weights_of_16_bits_computed_in_float32(setup: tuple[str, ...], bfloat16
     async def run(server: Server) -> None:
         async with PipelineClient(server.run_dir) as client:
             for _ in range(2):  # the second time with every prefix and picture cached
-                together = await asyncio.gather(*(generate(client, *to_messages(chat)) for chat in CHATS.values()))
+                together = await asyncio.gather(
+                    *(generate(client, *to_messages(chat)) for chat in CHATS.values())
+                )
                 for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
                     assert_same_tokens(tokens, answer, name)
 
@@ -102,7 +118,9 @@ def test_greedy_tokens_of_the_embedded_model(tp: str) -> None:
 
     async def run(server: Server) -> None:
         async with PipelineClient(server.run_dir) as client:
-            together = await asyncio.gather(*(generate(client, *to_messages(chat)) for chat in CHATS.values()))
+            together = await asyncio.gather(
+                *(generate(client, *to_messages(chat)) for chat in CHATS.values())
+            )
             for (name, answer), (tokens, _) in zip(references.items(), together, strict=True):
                 assert_same_tokens(tokens, answer, f"tp {tp}, {name}")
 
@@ -121,12 +139,24 @@ def many_pictures(request: int, count: int) -> Chat:
 
 @pytest.mark.parametrize("vits", ["1", "2"])
 def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) -> None:
-    """8 requests of 64 small pictures each, pools of a few chunks: all finish, with the tokens that they get alone.
+    """8 requests of 64 small pictures each, pools of a few chunks: all finish, with the tokens that they get
+    alone.
 
     That exactly three fit, and that pixels come in reverse, is in `test_vit_process.py`.
     """
     folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
-    options = ["--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--vit", vits, "--dtype", "float32"]
+    options = [
+        "--embedding-pool-mib",
+        "0",
+        "--pixel-pool-mib",
+        "0",
+        "--max-model-len",
+        "512",
+        "--vit",
+        vits,
+        "--dtype",
+        "float32",
+    ]
 
     async def run(server: Server) -> None:
         async with PipelineClient(server.run_dir) as client:
@@ -141,10 +171,12 @@ def test_many_half_arrived_requests_share_tiny_pools(vits: str, tmp_path: Path) 
 
 
 def test_interrupted_requests_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """A KV cache that cannot hold all outputs, no prefix cache, and ViT pools that keep three pictures: the preempted start again."""
+    """A KV cache that cannot hold all outputs, no prefix cache, and ViT pools that keep three pictures: the
+    preempted start again."""
     folder = make_checkpoint(tmp_path, processor={"min_pixels": 28 * 28, "max_pixels": 28 * 28})
     options = [
-        "--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--kv-cache-gib", "0.00098", "--no-prefix-caching",
+        "--embedding-pool-mib", "0", "--pixel-pool-mib", "0", "--max-model-len", "512", "--kv-cache-gib",
+        "0.00098", "--no-prefix-caching",
         "--block-size", "4", "--dtype", "float32",
     ]  # fmt: skip
 
@@ -154,7 +186,8 @@ def test_interrupted_requests_go_on_as_if_nothing_had_happened(tmp_path: Path) -
             sampling = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True)
             alone = [await generate(client, *chat, sampling) for chat in chats]
             assert client.counters["resubmitted"] == 0
-            for _ in range(10):  # on a slow machine the requests may come too far apart to take blocks from each other
+            # on a slow machine the requests may come too far apart to take blocks from each other
+            for _ in range(10):
                 together = await asyncio.gather(*(generate(client, *chat, sampling) for chat in chats))
                 assert together == alone
                 if client.counters["resubmitted"] > 0:
@@ -167,7 +200,10 @@ def test_interrupted_requests_go_on_as_if_nothing_had_happened(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_agreement_of_lossy_arithmetic_is_reported(
-    name: str, random_checkpoint: Path, references: dict[str, Answer], record_property: Callable[[str, object], None]
+    name: str,
+    random_checkpoint: Path,
+    references: dict[str, Answer],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """The rate of agreement is reported, not demanded; that it serves at all is."""
 
@@ -177,7 +213,9 @@ def test_agreement_of_lossy_arithmetic_is_reported(
             for name, chat in CHATS.items():
                 tokens, _ = await generate(client, *to_messages(chat))
                 assert len(tokens) == NUM_TOKENS
-                same += sum(mine == theirs for mine, theirs in zip(tokens, references[name].token_ids, strict=True))
+                same += sum(
+                    mine == theirs for mine, theirs in zip(tokens, references[name].token_ids, strict=True)
+                )
         return same / (NUM_TOKENS * len(CHATS))
 
     with Server("--model", str(random_checkpoint), *LOSSY[name], *LIMITS) as server:

@@ -44,7 +44,11 @@ class Served(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """The gateway's."""
         with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
-            lines = [line.split(" ") for line in answer.read().decode().splitlines() if 'worker="gateway.0"' in line]
+            lines = [
+                line.split(" ")
+                for line in answer.read().decode().splitlines()
+                if 'worker="gateway.0"' in line
+            ]
         return {name.split("{")[0].removeprefix("vlm_"): float(value) for name, value in lines}
 
     def wait_for(self, name: str, least: float) -> None:
@@ -61,12 +65,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     make_server_keys(keys)
     client = make_client_keys(keys, "alice")
     make_client_keys(keys, "bob")
-    with Server("--dtype", "float32", "--vit", "1", "--direct-port", str(port), "--direct-keys", str(keys)) as server:
+    with Server(
+        "--dtype", "float32", "--vit", "1", "--direct-port", str(port), "--direct-keys", str(keys)
+    ) as server:
         yield Served(server, f"tcp://127.0.0.1:{port}", client)
 
 
 def ask(client: BlockingClient, number: int) -> tuple[int, ...]:
-    return tuple(token for piece in client.generate(CHAT, GREEDY, [encode(scene(number))]) for token in piece.token_ids)
+    return tuple(
+        token for piece in client.generate(CHAT, GREEDY, [encode(scene(number))]) for token in piece.token_ids
+    )
 
 
 def num_resubmitted(client: BlockingClient) -> int:
@@ -75,7 +83,12 @@ def num_resubmitted(client: BlockingClient) -> int:
 
 
 def test_over_tcp_comes_what_comes_over_the_run_directory(served: Served) -> None:
-    with BlockingClient(served.server.run_dir) as here, served.client() as there, served.client() as also, ThreadPoolExecutor(4) as threads:
+    with (
+        BlockingClient(served.server.run_dir) as here,
+        served.client() as there,
+        served.client() as also,
+        ThreadPoolExecutor(4) as threads,
+    ):
         expected = [ask(here, number) for number in range(2)]
         answers = list(threads.map(lambda number: ask((there, also)[number % 3 == 0], number % 2), range(8)))
         assert answers == expected * 4
@@ -106,11 +119,29 @@ def test_the_tools_work_over_tcp(served: Served, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(request_line(number) + "\n" for number in range(4)))
     there = ["--url", served.url, "--keys", str(served.keys)]
-    subprocess.run([sys.executable, "-m", "tools.batch", *there, str(source), str(target)], check=True, capture_output=True, timeout=60)
-    assert [json.loads(line)["response"]["status_code"] for line in target.read_text().splitlines()] == [200] * 4
-    done = subprocess.run([sys.executable, "-m", "tools.submit", *there, "Hello"], check=True, capture_output=True, text=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", "tools.batch", *there, str(source), str(target)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert [json.loads(line)["response"]["status_code"] for line in target.read_text().splitlines()] == [
+        200
+    ] * 4
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.submit", *there, "Hello"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "output tokens]" in done.stdout
-    wrong = subprocess.run([sys.executable, "-m", "tools.submit", *there[:2], "Hello"], capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run(
+        [sys.executable, "-m", "tools.submit", *there[:2], "Hello"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (wrong.returncode, "takes keys" in wrong.stderr) == (1, True)
 
 
@@ -162,7 +193,11 @@ def test_garbage_and_forged_ids_are_refused_and_counted(served: Served) -> None:
 
 
 def test_the_gateway_dies_and_no_stream_has_a_gap(served: Served) -> None:
-    with BlockingClient(served.server.run_dir) as here, served.client() as there, ThreadPoolExecutor(4) as threads:
+    with (
+        BlockingClient(served.server.run_dir) as here,
+        served.client() as there,
+        ThreadPoolExecutor(4) as threads,
+    ):
         expected = [ask(here, number) for number in range(4)]
         restarts = served.metrics()["worker_restarts"]
         for kill in range(3):
@@ -176,7 +211,11 @@ def test_the_gateway_dies_and_no_stream_has_a_gap(served: Served) -> None:
 
 
 def test_other_workers_die_and_no_stream_over_tcp_has_a_gap(served: Served) -> None:
-    with BlockingClient(served.server.run_dir) as here, served.client() as there, ThreadPoolExecutor(4) as threads:
+    with (
+        BlockingClient(served.server.run_dir) as here,
+        served.client() as there,
+        ThreadPoolExecutor(4) as threads,
+    ):
         expected = [ask(here, number) for number in range(4)]
         for victim in ("preprocess.0", "llm.0", "vit.0"):
             answers = [threads.submit(ask, there, number) for number in range(4)]
@@ -189,11 +228,16 @@ def test_other_workers_die_and_no_stream_over_tcp_has_a_gap(served: Served) -> N
 
 def test_a_client_process_that_is_killed_is_missed(served: Served) -> None:
     child = (
-        "import sys\nfrom pipeline.client.blocking import BlockingClient\nfrom pipeline.wire.messages import ChatMessage\n"
-        "from pipeline.wire.sampling import SamplingParams\nclient = BlockingClient(sys.argv[1], sys.argv[2])\nclient.start()\n"
-        "for piece in client.generate([ChatMessage('user', 'Hello')], SamplingParams(max_tokens=900, ignore_eos=True)): print('piece', flush=True)"
+        "import sys\nfrom pipeline.client.blocking import BlockingClient\nfrom pipeline.wire.messages "
+        "import ChatMessage\n"
+        "from pipeline.wire.sampling import SamplingParams\nclient = BlockingClient(sys.argv[1], "
+        "sys.argv[2])\nclient.start()\n"
+        "for piece in client.generate([ChatMessage('user', 'Hello')], SamplingParams(max_tokens=900, "
+        "ignore_eos=True)): print('piece', flush=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", child, served.url, str(served.keys)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", child, served.url, str(served.keys)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "piece\n"
     process.kill()
@@ -201,7 +245,11 @@ def test_a_client_process_that_is_killed_is_missed(served: Served) -> None:
     end = time.monotonic() + 10
     while True:
         with urllib.request.urlopen(f"{served.server.url}/metrics") as answer:
-            open_requests = [line for line in answer.read().decode().splitlines() if line.startswith('vlm_open_requests{worker="llm.0"}')]
+            open_requests = [
+                line
+                for line in answer.read().decode().splitlines()
+                if line.startswith('vlm_open_requests{worker="llm.0"}')
+            ]
         if open_requests == ['vlm_open_requests{worker="llm.0"} 0'] and served.metrics()["clients"] == 0:
             break
         assert time.monotonic() < end, (open_requests, served.metrics())

@@ -24,7 +24,15 @@ import zmq
 from pipeline.client.client import PipelineClient
 from pipeline.wire.errors import RequestError
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import PROTOCOL_VERSION, ChatMessage, ChunkKey, EmbeddingReady, Hello, ImagePart, TextPart
+from pipeline.wire.messages import (
+    PROTOCOL_VERSION,
+    ChatMessage,
+    ChunkKey,
+    EmbeddingReady,
+    Hello,
+    ImagePart,
+    TextPart,
+)
 from pipeline.wire.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.fakes import PREPROCESS, VIT_0
@@ -37,10 +45,14 @@ from tools.soak import Soak
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
-async def ask(client: PipelineClient, request_id: str, number: int, sampling: SamplingParams = GREEDY) -> list[int]:
+async def ask(
+    client: PipelineClient, request_id: str, number: int, sampling: SamplingParams = GREEDY
+) -> list[int]:
     """The tokens about picture `number`."""
     messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
-    pieces = [piece async for piece in client.generate(messages, sampling, [encode(scene(number))], request_id)]
+    pieces = [
+        piece async for piece in client.generate(messages, sampling, [encode(scene(number))], request_id)
+    ]
     assert pieces[-1].num_output_tokens == len([token for piece in pieces for token in piece.token_ids])
     return [token for piece in pieces for token in piece.token_ids]
 
@@ -57,7 +69,15 @@ def restarts(client: PipelineClient) -> dict[str, int]:
 async def test_a_small_soak_with_kills_of_everybody_in_turn() -> None:
     """At full size: `python -m tools.soak --minutes 10`."""
     args = argparse.Namespace(
-        seed=5, chats=10, output_tokens=60, clients=2, streams=8, minutes=0.6, patience=90.0, interval=1.0, victims=["preprocess", "vit", "llm"]
+        seed=5,
+        chats=10,
+        output_tokens=60,
+        clients=2,
+        streams=8,
+        minutes=0.6,
+        patience=90.0,
+        interval=1.0,
+        victims=["preprocess", "vit", "llm"],
     )
     with Server("--tp", "2", "--dtype", "float32", "--max-attempts", "5", *LIMITS) as server:
         found = await Soak(args, server.process.pid, server.run_dir).run()
@@ -77,15 +97,24 @@ def faulty(request: pytest.FixtureRequest) -> Iterator[Server]:
         server.children = workers_of(server.process.pid)
 
 
-@pytest.mark.parametrize("faulty", [("vit:kill:bad-v", "llm:kill:bad-l", "preprocess:kill:bad-p")], indirect=True)
-async def test_a_request_that_kills_a_worker_every_time_is_given_up_and_the_others_finish(faulty: Server) -> None:
+@pytest.mark.parametrize(
+    "faulty", [("vit:kill:bad-v", "llm:kill:bad-l", "preprocess:kill:bad-p")], indirect=True
+)
+async def test_a_request_that_kills_a_worker_every_time_is_given_up_and_the_others_finish(
+    faulty: Server,
+) -> None:
     async with PipelineClient(faulty.run_dir) as client:
         expected = [await ask(client, f"before-{number}", number) for number in range(4)]
         good = [asyncio.create_task(ask(client, f"good-{number}", number)) for number in range(4)]
-        bad = [asyncio.create_task(ask(client, name, 10 + index)) for index, name in enumerate(("bad-v", "bad-l", "bad-p"))]
+        bad = [
+            asyncio.create_task(ask(client, name, 10 + index))
+            for index, name in enumerate(("bad-v", "bad-l", "bad-p"))
+        ]
         assert await asyncio.gather(*good) == expected
         for task, worker in zip(bad, ("vit.0", "llm.0", "preprocess.0"), strict=True):
-            with pytest.raises(RequestError, match=f"given up: {worker} died while it was executing there") as caught:
+            with pytest.raises(
+                RequestError, match=f"given up: {worker} died while it was executing there"
+            ) as caught:
                 await task
             assert caught.value.info.status == 503
         assert await ask(client, "after", 0) == expected[0]
@@ -95,10 +124,21 @@ async def test_a_request_that_kills_a_worker_every_time_is_given_up_and_the_othe
 
 @pytest.mark.parametrize(
     "faulty",
-    [("llm:stop:hang-l:1", "vit:stop:hang-v:1", "vit:fail:fail-v:2", "preprocess:stop:hang-p:1", "llm:drop:LeaseReleased:3", "llm:drop:Accepted:1")],
+    [
+        (
+            "llm:stop:hang-l:1",
+            "vit:stop:hang-v:1",
+            "vit:fail:fail-v:2",
+            "preprocess:stop:hang-p:1",
+            "llm:drop:LeaseReleased:3",
+            "llm:drop:Accepted:1",
+        )
+    ],
     indirect=True,
 )
-async def test_who_hangs_or_fails_is_replaced_and_what_is_lost_heals(faulty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_hangs_or_fails_is_replaced_and_what_is_lost_heals(
+    faulty: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.client.connection.QUERY_AFTER_S", 1.0)
     async with PipelineClient(faulty.run_dir) as client:
         # The first `Accepted` and the first releases get lost.
@@ -122,7 +162,9 @@ async def test_who_hangs_or_fails_is_replaced_and_what_is_lost_heals(faulty: Ser
 @pytest.mark.parametrize("faulty", [("vit:fill:pool", "preprocess:fill:pool")], indirect=True)
 async def test_with_full_pools_all_goes_on_one_by_one(faulty: Server) -> None:
     async with PipelineClient(faulty.run_dir) as client:
-        answers = await asyncio.wait_for(asyncio.gather(*(ask(client, f"r{number}", number % 3) for number in range(9))), 60)
+        answers = await asyncio.wait_for(
+            asyncio.gather(*(ask(client, f"r{number}", number % 3) for number in range(9))), 60
+        )
         assert answers[:3] == answers[3:6] == answers[6:]
 
 
@@ -138,7 +180,9 @@ async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
             def stream() -> None:
                 chat: Any = [{"role": "user", "content": "Hello"}]
                 with server.client() as http:
-                    events = http.chat.completions.create(model="", messages=chat, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+                    events = http.chat.completions.create(
+                        model="", messages=chat, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+                    )
                     try:
                         for _ in events:
                             started.set()
@@ -168,7 +212,9 @@ async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
             assert 'vlm_worker_restarts{worker="api.0"} 1' in metrics
             await asyncio.to_thread(thread.join, 10)
             assert len(ended) == 1
-            while next(state.num_open_requests for state in client.workers if str(state.worker) == "llm.0") > 1:
+            while (
+                next(state.num_open_requests for state in client.workers if str(state.worker) == "llm.0") > 1
+            ):
                 assert time.monotonic() - killed < 2 + 2  # ended within two seconds; told within two more
                 await asyncio.sleep(0.05)
             assert await running == expected
@@ -217,13 +263,19 @@ async def test_a_reload_replaces_every_worker_and_no_request_fails() -> None:
         async with aiohttp.ClientSession() as session:
             expected = [await stream_text(server, session, number, 200) for number in range(2)]
             before = workers_of(server.process.pid)
-            under_way = [asyncio.create_task(stream_text(server, session, number, 200)) for number in range(2)]
+            under_way = [
+                asyncio.create_task(stream_text(server, session, number, 200)) for number in range(2)
+            ]
             await asyncio.sleep(0.5)
             async with session.post(f"{server.url}/admin/reload") as refused:
                 assert refused.status == 401
-            async with session.post(f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}) as accepted:
+            async with session.post(
+                f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}
+            ) as accepted:
                 assert accepted.status == 202, await accepted.text()
-            async with session.post(f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}) as again:
+            async with session.post(
+                f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}
+            ) as again:
                 assert again.status == 409
                 assert "under way" in await again.text()
             end = time.monotonic() + 30
@@ -278,12 +330,27 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
     key = ChunkKey("r", 1, 0, 0)
     forged = EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=1, embeddings=handle)
     good = msgspec.msgpack.encode(Hello(client_id=b"c" * 16, protocol=PROTOCOL_VERSION))
-    no_text = {"type": "SubmitRequest", "client_id": b"c" * 16, "request_id": "\ud800".encode("utf-8", "surrogatepass")}
+    no_text = {
+        "type": "SubmitRequest",
+        "client_id": b"c" * 16,
+        "request_id": "\ud800".encode("utf-8", "surrogatepass"),
+    }
     frames: list[list[bytes]] = [
-        [b""], [os.urandom(200)], [good[:-1]], [good + b"x"], [b"\xc1"], [msgspec.msgpack.encode({"type": "Unknown"})],
-        [msgspec.msgpack.encode({"type": "Hello", "client_id": b"c", "protocol": PROTOCOL_VERSION, "more": 1})], [msgspec.msgpack.encode(forged)],
-        [good] + [b""] * 3000, [msgspec.msgpack.encode(no_text)],
-    ]  # fmt: skip
+        [b""],
+        [os.urandom(200)],
+        [good[:-1]],
+        [good + b"x"],
+        [b"\xc1"],
+        [msgspec.msgpack.encode({"type": "Unknown"})],
+        [
+            msgspec.msgpack.encode(
+                {"type": "Hello", "client_id": b"c", "protocol": PROTOCOL_VERSION, "more": 1}
+            )
+        ],
+        [msgspec.msgpack.encode(forged)],
+        [good] + [b""] * 3000,
+        [msgspec.msgpack.encode(no_text)],
+    ]
     async with PipelineClient(server.run_dir) as client:
         expected = await ask(client, "before", 1)
         epochs = restarts(client)
@@ -295,7 +362,8 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
                 socket.setsockopt(zmq.LINGER, 5000)
                 socket.connect(f"ipc://{server.run_dir}/ingest.{epoch}")
                 socket.send_multipart(parts)
-        with context.socket(zmq.PUSH) as socket:  # larger than anything that may come: its connection is closed
+        # larger than anything that may come: its connection is closed
+        with context.socket(zmq.PUSH) as socket:
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(f"ipc://{server.run_dir}/ingest.{epoch}")
             socket.send(bytes(1 << 30), copy=False)
@@ -310,7 +378,9 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
             heard = []
             while listener.poll(0):
                 heard.append(listener.recv_multipart())
-            assert all(topic == b"" and b"PipelineState" in data for topic, data in heard), "only what is for everybody"
+            assert all(topic == b"" and b"PipelineState" in data for topic, data in heard), (
+                "only what is for everybody"
+            )
         context.term()
         assert await counter(client, "preprocess.0", "refused_messages") == before + len(frames)
         assert await ask(client, "after", 1) == expected
@@ -319,8 +389,21 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
 
 def test_who_does_not_read_costs_others_nothing_and_is_cut_off() -> None:
     """The small size of `tools/slow_reader.py`; docs/recovery.md has a minute of it."""
-    command = [sys.executable, "-m", "tools.slow_reader", "--seconds", "14", "--requests", "1", "--tokens", "2600", "--neighbours", "1"]
-    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=90)  # noise of a short run
+    command = [
+        sys.executable,
+        "-m",
+        "tools.slow_reader",
+        "--seconds",
+        "14",
+        "--requests",
+        "1",
+        "--tokens",
+        "2600",
+        "--neighbours",
+        "1",
+    ]
+    # noise of a short run
+    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["submitted again"] == 1

@@ -56,10 +56,15 @@ class Neighbours:
         self.llm, self.feedback = self.sockets.receiver(LLM), self.sockets.receiver(FEEDBACK)
         self.encode = self.sockets.sender(ENCODE)
         limits = PreprocessConfig(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
-        config = Config(model=ModelConfig(dtype="float32"), preprocess=limits, vit=VitConfig(embedding_pool_mib=0, vit_max_batch_patches=8))
+        config = Config(
+            model=ModelConfig(dtype="float32"),
+            preprocess=limits,
+            vit=VitConfig(embedding_pool_mib=0, vit_max_batch_patches=8),
+        )
         self.server = ForkServer(os.environ)
         spec = WorkerSpec(
-            worker=VIT_0, epochs={str(worker): epoch for worker, epoch in epochs.items()}, run_dir=str(run_dir), model_folder=str(folder),
+            worker=VIT_0, epochs={str(worker): epoch for worker, epoch in epochs.items()},
+            run_dir=str(run_dir), model_folder=str(folder),
             placement=Placement(cores=(0,), num_threads=1), config=config,
         )  # fmt: skip
         self.process = self.server.start(spec)
@@ -80,13 +85,24 @@ class Neighbours:
             poller.wait(0.2)
         raise AssertionError("the ViT did not become ready")
 
-    def ask(self, key: ChunkKey, arrival: int, mm_hash: bytes, height: int, width: int, with_pixels: bool = False, epoch: int = EPOCH) -> None:
+    def ask(
+        self,
+        key: ChunkKey,
+        arrival: int,
+        mm_hash: bytes,
+        height: int,
+        width: int,
+        with_pixels: bool = False,
+        epoch: int = EPOCH,
+    ) -> None:
         handle: TensorHandle | None = None
         if with_pixels:
             slot = self.slots.allocate(height * width * 3)
             assert slot is not None
             handle = self.pixels.lend(slot, (1, height, width, 3), "uint8")
-            self.pixels.array(handle)[:] = np.random.default_rng(list(mm_hash)).integers(0, 256, handle.shape, dtype=np.uint8)
+            self.pixels.array(handle)[:] = np.random.default_rng(list(mm_hash)).integers(
+                0, 256, handle.shape, dtype=np.uint8
+            )
         self.encode.send(
             EncodeRequest(
                 sender=PREPROCESS, epoch=epoch, key=key, arrival=arrival, position=key.item, mm_hash=mm_hash,
@@ -140,7 +156,8 @@ def around(tmp_path: Path) -> Iterator[Neighbours]:
 
 
 def test_8_requests_of_64_pictures_in_reverse_order_through_a_pool_of_three(around: Neighbours) -> None:
-    """All are announced in order; pixels come youngest first; the LLM reads a request's pictures in order and holds what it cannot use yet."""
+    """All are announced in order; pixels come youngest first; the LLM reads a request's pictures in order and
+    holds what it cannot use yet."""
     width = around.largest // SIDE // 28 * 28  # as large as a picture can be here: exactly three fit the pool
     announced = [(request, item) for request in range(8) for item in range(64)]
     for request, item in announced:
@@ -152,7 +169,14 @@ def test_8_requests_of_64_pictures_in_reverse_order_through_a_pool_of_three(arou
     end = time.monotonic() + 90
     while any(wanted) and time.monotonic() < end:
         for request, item in late[:40]:
-            around.ask(ChunkKey(f"r{request}", 1, item, 0), request, bytes([request, item]), SIDE, width, with_pixels=True)
+            around.ask(
+                ChunkKey(f"r{request}", 1, item, 0),
+                request,
+                bytes([request, item]),
+                SIDE,
+                width,
+                with_pixels=True,
+            )
         late = late[40:]
         for message in around.messages():
             match message:
@@ -184,7 +208,9 @@ def test_stale_frames_are_dropped_and_counted_and_what_follows_is_served(around:
     around.ask(ChunkKey("new", 1, 0, 0), 1, b"new", SIDE, SIDE)
     assert around.wait_for(EncodeMiss).key.request_id == "new"
     end = time.monotonic() + 5
-    while (around.stats is None or not around.stats.counters.get("stale_messages")) and time.monotonic() < end:
+    while (
+        around.stats is None or not around.stats.counters.get("stale_messages")
+    ) and time.monotonic() < end:
         around.messages(0.2)
     assert around.stats is not None
     assert around.stats.counters["stale_messages"] == 1
@@ -195,7 +221,18 @@ def test_a_forged_handle_fails_its_chunk_only(around: Neighbours) -> None:
     around.ask(key, 1, b"bad", SIDE, SIDE)
     around.wait_for(EncodeMiss)
     forged = TensorHandle("preprocess.0", EPOCH, 5, 99, 0, (1, SIDE, SIDE, 3), "uint8")
-    around.encode.send(EncodeRequest(sender=PREPROCESS, epoch=EPOCH, key=key, arrival=1, position=0, mm_hash=b"bad", grid_thw=GRID, pixels=forged))
+    around.encode.send(
+        EncodeRequest(
+            sender=PREPROCESS,
+            epoch=EPOCH,
+            key=key,
+            arrival=1,
+            position=0,
+            mm_hash=b"bad",
+            grid_thw=GRID,
+            pixels=forged,
+        )
+    )
     assert around.wait_for(EncodeFailed).key == key
     good = ChunkKey("good", 1, 0, 0)
     around.ask(good, 2, b"good", SIDE, SIDE)

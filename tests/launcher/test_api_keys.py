@@ -126,7 +126,9 @@ def test_the_example_shows_no_key() -> None:
     assert "Authorization" not in example_request("http://x", model, key="")
 
 
-@pytest.mark.parametrize(("variable", "is_key"), [("secret", True), ("name:secret", False), ("one,two", False), ("", False)])
+@pytest.mark.parametrize(
+    ("variable", "is_key"), [("secret", True), ("name:secret", False), ("one,two", False), ("", False)]
+)
 def test_the_variable_stands_for_a_key_only_where_it_is_one(variable: str, is_key: bool) -> None:
     assert with_keys(ApiConfig(api_key=("other",)), variable).key_is_in_environment == is_key
 

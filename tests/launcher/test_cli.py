@@ -21,9 +21,26 @@ def test_defaults_are_those_of_the_dataclasses() -> None:
 
 
 def test_every_option_reaches_its_field() -> None:
-    config = parse(["--model", "m", "--tensor-parallel-size", "4", "--api-key", "a", "b", "--allow-private-media", "--kv-cache-gib", "0.5"])
+    config = parse(
+        [
+            "--model",
+            "m",
+            "--tensor-parallel-size",
+            "4",
+            "--api-key",
+            "a",
+            "b",
+            "--allow-private-media",
+            "--kv-cache-gib",
+            "0.5",
+        ]
+    )
     assert (config.model.model, config.llm.tp, config.num_vits) == ("m", 4, 4)
-    assert (config.api.api_key, config.preprocess.allow_private_media, config.llm.kv_cache_gib) == (("a", "b"), True, 0.5)
+    assert (config.api.api_key, config.preprocess.allow_private_media, config.llm.kv_cache_gib) == (
+        ("a", "b"),
+        True,
+        0.5,
+    )
     assert parse(["--tp", "2", "--vit", "1"]).num_vits == 1
 
 
@@ -47,13 +64,21 @@ def test_every_field_has_an_option_with_help() -> None:
         (["--dtype", "int3"], "int3"),
         (["--media-timeout-s", "nan"], "media_timeout_s must be at least 0.1 and finite"),
         (["--kv-cache-gib", "inf"], "kv_cache_gib must be above 0 and finite"),
-        (["--max-items-per-request", "256"], "max_open_requests times max_items_per_request must be at most 65536"),
-        (["--max-items-per-request", "2000", "--max-open-requests", "8"], "max_items_per_request must be at most 1024"),
+        (
+            ["--max-items-per-request", "256"],
+            "max_open_requests times max_items_per_request must be at most 65536",
+        ),
+        (
+            ["--max-items-per-request", "2000", "--max-open-requests", "8"],
+            "max_items_per_request must be at most 1024",
+        ),
         (["--allowed-local-media-path", "/no/such"], "is no folder"),
         (["--min-pixels", "10", "--max-pixels", "5"], "min_pixels must be at most max_pixels"),
     ],
 )
-def test_bad_options_end_with_the_option_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_end_with_the_option_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(arguments)
     assert caught.value.code == 2
@@ -133,7 +158,14 @@ def test_what_others_keep_in_a_given_folder_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fe80::1", "[fe80::1]"), ("host", "host")]
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("fe80::1", "[fe80::1]"),
+        ("host", "host"),
+    ],
 )
 def test_hosts_as_urls_show_them(host: str, shown: str) -> None:
     assert shown_host(host) == shown
@@ -157,4 +189,6 @@ def test_who_computes_alone_may_have_all_cores_unless_a_number_was_given() -> No
     assert given[WorkerId(Role.LLM)].cores == (0, 1, 2, 3, 4)
     assert given[WorkerId(Role.VIT)].cores == (4, 5, 6, 7)
     assert {placement.wide_cores for placement in given.values()} == {()}
-    assert place([3], 1, 1, is_elastic=True)[WorkerId(Role.LLM)].wide_cores == (), "one core is everybody's anyway"
+    assert place([3], 1, 1, is_elastic=True)[WorkerId(Role.LLM)].wide_cores == (), (
+        "one core is everybody's anyway"
+    )

@@ -1,4 +1,5 @@
-"""What the launcher's notice says of the embedded model, what docs/embedded-model.md measured, and what it is to reach, agree."""
+"""What the launcher's notice says of the embedded model, what docs/embedded-model.md measured, and what it is
+to reach, agree."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "embedded-model.md"
 ROW = re.compile(r"^\| ([\w -]+) \|((?: (?:[\d.]+% of \d+)? ?\|){3})$", re.MULTILINE)
 CELL = re.compile(r"([\d.]+)% of (\d+)")
 TO_REACH = {
-    "shape": 97, "colour": 97, "position": 97, "count 0-5": 95, "digits": 90, "follow-up": 90, "compare two": 90, "blank": 90,
+    "shape": 97, "colour": 97, "position": 97, "count 0-5": 95, "digits": 90, "follow-up": 90,
+    "compare two": 90, "blank": 90,
 }  # fmt: skip
 TO_BE_NAMED = 80
 NAMED = {
@@ -34,7 +36,10 @@ NAMED = {
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[tuple[float, int]]]:
     """Of each skill, for each split that it has: how many percent were right, of how many."""
-    return {name: [(float(share), int(count)) for share, count in CELL.findall(cells)] for name, cells in ROW.findall(PAGE.read_text())}
+    return {
+        name: [(float(share), int(count)) for share, count in CELL.findall(cells)]
+        for name, cells in ROW.findall(PAGE.read_text())
+    }
 
 
 def _num_splits(skill: str) -> int:
@@ -43,7 +48,9 @@ def _num_splits(skill: str) -> int:
 
 def test_the_table_has_every_skill(table: dict[str, list[tuple[float, int]]]) -> None:
     assert list(table) == list(SKILLS)
-    assert {skill: len(columns) for skill, columns in table.items()} == {skill: _num_splits(skill) for skill in SKILLS}
+    assert {skill: len(columns) for skill, columns in table.items()} == {
+        skill: _num_splits(skill) for skill in SKILLS
+    }
     assert min(count for columns in table.values() for _, count in columns) >= 150
 
 

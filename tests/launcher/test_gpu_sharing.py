@@ -29,9 +29,12 @@ SMI = "#!/bin/bash\necho '{mode}, {mig}'\n"
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-    """Puts programs into a folder of their own, which is the PATH of the environment that is returned; the probe is `probe`."""
+    """Puts programs into a folder of their own, which is the PATH of the environment that is returned; the
+    probe is `probe`."""
 
-    def put(daemon: str | None = DAEMON, mode: str = "Default", mig: str = "Disabled", probe: str = "") -> dict[str, str]:
+    def put(
+        daemon: str | None = DAEMON, mode: str = "Default", mig: str = "Disabled", probe: str = ""
+    ) -> dict[str, str]:
         folder = tmp_path / "bin"
         folder.mkdir()
         for name, text in ((module.CONTROL, daemon), ("nvidia-smi", SMI.format(mode=mode, mig=mig))):
@@ -58,7 +61,9 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("option", ["auto", "mps"])
-def test_a_daemon_of_its_own_runs_as_long_as_the_launcher(option: str, install: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+def test_a_daemon_of_its_own_runs_as_long_as_the_launcher(
+    option: str, install: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
     environment = install()
     with gpu_sharing(config(option), tmp_path, environment, driver=Path("/dev/null")) as workers:
         assert workers == {**environment, PIPES: str(tmp_path / "mps/pipe"), LOGS: str(tmp_path / "mps/log")}
@@ -70,7 +75,9 @@ def test_a_daemon_of_its_own_runs_as_long_as_the_launcher(option: str, install: 
     assert not (tmp_path / "mps").exists()
 
 
-def test_a_daemon_that_does_not_quit_is_killed(install: Callable[..., dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_does_not_quit_is_killed(
+    install: Callable[..., dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "STOP_TIMEOUT_S", 0.3)
     environment = install(daemon=DAEMON.replace("quit ] && touch", "quit ] && echo"))
     with gpu_sharing(config("mps"), tmp_path, environment):
@@ -86,13 +93,18 @@ def test_a_daemon_that_does_not_quit_is_killed(install: Callable[..., dict[str, 
         ({"mode": "Exclusive_Process"}, {}, "compute mode Exclusive_Process"),
         ({"mig": "Enabled"}, {}, "divided by MIG"),
         ({}, {PIPES: "/elsewhere"}, f"{PIPES} is set"),
-        ({"probe": "raise SystemExit('cudaErrorMpsConnectionFailed')"}, {}, "a probe under MPS failed: cudaErrorMpsConnectionFailed"),
+        (
+            {"probe": "raise SystemExit('cudaErrorMpsConnectionFailed')"},
+            {},
+            "a probe under MPS failed: cudaErrorMpsConnectionFailed",
+        ),
         ({"probe": "import time; time.sleep(60)"}, {}, "did not end within"),
         ({"daemon": "#!/bin/bash\nsleep 60\n"}, {}, "did not listen within"),
     ],
 )
 def test_where_it_cannot_be_auto_takes_turns_and_mps_is_an_error(
-    programs: dict[str, str | None], extra: dict[str, str], words: str, install: Callable[..., dict[str, str]], tmp_path: Path,
+    programs: dict[str, str | None], extra: dict[str, str], words: str,
+    install: Callable[..., dict[str, str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 1.0)
@@ -108,7 +120,8 @@ def test_where_it_cannot_be_auto_takes_turns_and_mps_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("option", "device", "driver"), [("timeslice", "auto", "/dev/null"), ("auto", "cpu", "/dev/null"), ("auto", "auto", "/none")]
+    ("option", "device", "driver"),
+    [("timeslice", "auto", "/dev/null"), ("auto", "cpu", "/dev/null"), ("auto", "auto", "/none")],
 )
 def test_nothing_is_started_where_nothing_is_shared(
     option: str, device: str, driver: str, install: Callable[..., dict[str, str]], tmp_path: Path
@@ -124,7 +137,9 @@ def test_mps_on_the_cpu_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_it_ends_with_a_launcher_that_is_killed(install: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+def test_it_ends_with_a_launcher_that_is_killed(
+    install: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
     environment = install()
     child = os.fork()
     if not child:

@@ -26,11 +26,15 @@ def folder(tmp_path: Path) -> Path:
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"] |= {"patch_size": 14, "spatial_merge_size": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 12845056}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"min_pixels": 3136, "max_pixels": 12845056})
+    )
     return tmp_path
 
 
-def most(folder: Path, config: Config, environment: dict[str, str], driver: Path, has_cuda: bool = True) -> int | None:
+def most(
+    folder: Path, config: Config, environment: dict[str, str], driver: Path, has_cuda: bool = True
+) -> int | None:
     return limit_pictures(config, folder, environment, [driver], lambda _: has_cuda).preprocess.max_pixels
 
 

@@ -33,4 +33,6 @@ def test_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
         for done in range(1, 101):
             bar.show("vit.0", "loading weights", done, 100)
     bar.close()
-    assert [record.getMessage() for record in caplog.records] == [f"loading weights: {done} of 100 tensors" for done in (1, 50, 100)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"loading weights: {done} of 100 tensors" for done in (1, 50, 100)
+    ]

@@ -64,12 +64,16 @@ def test_a_death_is_told_by_the_next_epoch_once_all_are_reaped() -> None:
     start(unit, 0.0)
     assert [(state.epoch, state.is_ready, state.credits) for state in unit.states()] == [(1, True, 3)] * 2
     unit.on_death(1.0)
-    assert [(state.epoch, state.is_ready) for state in unit.states()] == [(1, False)] * 2, "some may still live"
+    assert [(state.epoch, state.is_ready) for state in unit.states()] == [(1, False)] * 2, (
+        "some may still live"
+    )
     for child in unit.children.values():
         assert not unit.is_reaped
         child.process.exit_code = -9
     unit.on_reaped(1.0, (b"x",), set())
-    assert [(state.epoch, state.is_ready, state.executed) for state in unit.states()] == [(2, False, (b"x",))] * 2
+    assert [(state.epoch, state.is_ready, state.executed) for state in unit.states()] == [
+        (2, False, (b"x",))
+    ] * 2
     assert unit.phase is Phase.DOWN
 
 
@@ -162,7 +166,9 @@ def test_the_successor_waits_until_the_dead_ones_memory_is_closed_but_not_for_ev
 def test_states_carry_what_a_worker_counts() -> None:
     unit = Unit((VIT_0,))
     start(unit, 0.0)
-    unit.children[VIT_0].stats = WorkerStats(sender=VIT_0, epoch=1, phase="serving", num_open_requests=2, counters={"encodes": 5})
+    unit.children[VIT_0].stats = WorkerStats(
+        sender=VIT_0, epoch=1, phase="serving", num_open_requests=2, counters={"encodes": 5}
+    )
     (state,) = unit.states()
     assert (state.num_open_requests, state.counters) == (2, {"port": 7, "encodes": 5})
     unit.children[VIT_0].stats_time = 100.0

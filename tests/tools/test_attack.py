@@ -15,10 +15,15 @@ from tools.attack import Outcome
 
 @pytest.mark.parametrize(
     "data",
-    [hostile.jpeg_of_scans(64, 3), hostile.jpeg_of_segments(1000), hostile.png_of_chunks(1000), hostile.large_png(64),
-     hostile.rle_bitmap(64)],
+    [
+        hostile.jpeg_of_scans(64, 3),
+        hostile.jpeg_of_segments(1000),
+        hostile.png_of_chunks(1000),
+        hostile.large_png(64),
+        hostile.rle_bitmap(64),
+    ],
     ids=["scans", "segments", "chunks", "large", "runs"],
-)  # fmt: skip
+)
 def test_hostile_pictures_are_pictures(data: bytes) -> None:
     Image.open(io.BytesIO(data)).load()
 

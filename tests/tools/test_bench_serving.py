@@ -15,16 +15,28 @@ from tests.servers import Server
 from tools.bench_serving import Result, Workload, parse_limits, parse_sizes, plot_itl, print_ratios, summarize
 
 TWO = [
-    Result(sent=10.0, ttft=0.2, e2el=1.2, arrivals=[10.2, 10.4, 11.2], num_prompt_tokens=8, num_output_tokens=3, num_cached_tokens=4),
+    Result(
+        sent=10.0,
+        ttft=0.2,
+        e2el=1.2,
+        arrivals=[10.2, 10.4, 11.2],
+        num_prompt_tokens=8,
+        num_output_tokens=3,
+        num_cached_tokens=4,
+    ),
     Result(sent=10.0, ttft=0.6, e2el=0.6, arrivals=[10.6], num_prompt_tokens=8, num_output_tokens=1, turn=1),
 ]
 
 
 def test_metrics_are_those_of_the_definitions() -> None:
-    summary = summarize([*TWO, Result(sent=10.0, error="503 busy")], wall=2.0, limits=parse_limits(["ttft:500"]))
+    summary = summarize(
+        [*TWO, Result(sent=10.0, error="503 busy")], wall=2.0, limits=parse_limits(["ttft:500"])
+    )
     assert (summary["completed"], summary["failed"], summary["errors"]) == (2, 1, ["503 busy"])
     assert summary["ttft_ms"]["mean"] == pytest.approx(400)
-    assert summary["tpot_ms"] == pytest.approx({"mean": 500, "median": 500, "p99": 500, "max": 500}), "one token has no TPOT"
+    assert summary["tpot_ms"] == pytest.approx({"mean": 500, "median": 500, "p99": 500, "max": 500}), (
+        "one token has no TPOT"
+    )
     assert summary["itl_ms"]["max"] == pytest.approx(800)
     assert summary["e2el_ms"]["median"] == pytest.approx(900)
     assert summary["goodput"] == 0.5, "one of them within 500 ms, in two seconds"
@@ -33,7 +45,10 @@ def test_metrics_are_those_of_the_definitions() -> None:
     assert [turn["mean"] for turn in summary["ttft_ms_by_turn"]] == pytest.approx([200, 600])
 
 
-@pytest.mark.parametrize(("limits", "kept"), [("itl:900", True), ("itl:700", False), ("tpot:400", False), ("e2el:1300", True), ("e2el:1000", False)])
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [("itl:900", True), ("itl:700", False), ("tpot:400", False), ("e2el:1300", True), ("e2el:1000", False)],
+)
 def test_goodput_limits(limits: str, kept: bool) -> None:
     assert TWO[0].keeps(parse_limits([limits])) is kept
 
@@ -48,7 +63,10 @@ def test_loads_repeat_by_seed_and_pictures_are_distinct_or_shared() -> None:
     chats = workload.chats(3, random.Random(1))
     assert chats == workload.chats(3, random.Random(1))
     assert chats != workload.chats(3, random.Random(2))
-    assert [[part["type"] for part in turn] for turn in chats[0]] == [["image_url", "image_url", "text"], ["text"]]
+    assert [[part["type"] for part in turn] for turn in chats[0]] == [
+        ["image_url", "image_url", "text"],
+        ["text"],
+    ]
     pictures = [part["image_url"]["url"] for turns in chats for part in turns[0][:2]]
     assert len(set(pictures)) == 6
     shared = Workload(num_images=2, sizes=((28, 28),), num_shared_images=2).chats(8, random.Random(1))
@@ -58,7 +76,9 @@ def test_loads_repeat_by_seed_and_pictures_are_distinct_or_shared() -> None:
 def test_the_plot_has_a_line_a_stream(tmp_path: Path) -> None:
     plot_itl([*TWO, TWO[0]], tmp_path / "itl.svg")
     lines = ET.parse(tmp_path / "itl.svg").getroot().findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in lines] == [2, 2], "the stream of one token has no gaps"
+    assert [len(line.attrib["points"].split()) for line in lines] == [2, 2], (
+        "the stream of one token has no gaps"
+    )
 
 
 def test_two_servers_are_compared_with_the_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,8 +92,10 @@ def test_two_servers_are_compared_with_the_first(capsys: pytest.CaptureFixture[s
 def test_a_run_against_a_server(tmp_path: Path) -> None:
     with Server("--max-model-len", "1024", "--kv-cache-gib", "0.25") as server:
         command = [
-            sys.executable, "-m", "tools.bench_serving", "--base-url", server.url, server.url + "/", "--num-prompts", "3", "--input-words", "8",
-            "--output-tokens", "5", "--images", "1", "--image-size", "112x112", "--turns", "2", "--goodput", "e2el:60000",
+            sys.executable, "-m", "tools.bench_serving", "--base-url", server.url, server.url + "/",
+            "--num-prompts", "3", "--input-words", "8",
+            "--output-tokens", "5", "--images", "1", "--image-size", "112x112", "--turns", "2", "--goodput",
+            "e2el:60000",
             "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "itl.svg"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -37,7 +37,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(row["what"] in table for part in report.values() for row in part["rows"])
 
 
-def test_a_part_that_fails_or_hangs_costs_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_or_hangs_costs_its_own_rows_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(gpu_check.PARTS, "environment", (PARTS["environment"][0], 0.05))
     assert run_all(["environment", "rates"], tmp_path, is_small=True) == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())
@@ -60,7 +62,8 @@ def test_rows_found_before_a_failure_are_kept(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("share", "wanted", "verdict"), [(0.8, 0.75, "met"), (0.7, 0.75, "missed"), (1.1, -1.2, "met"), (1.3, -1.2, "missed"), (None, 1, "")]
+    ("share", "wanted", "verdict"),
+    [(0.8, 0.75, "met"), (0.7, 0.75, "missed"), (1.1, -1.2, "met"), (1.3, -1.2, "missed"), (None, 1, "")],
 )
 def test_verdicts(share: float | None, wanted: float, verdict: str) -> None:
     row = Row("w", "v", share, wanted, "a")

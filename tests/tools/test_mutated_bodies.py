@@ -12,13 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutated_bodies import QUESTION, Answer, Connection, Found, Sender, growth, replay, table, violation, wrong_answer
+from tools.mutated_bodies import (
+    QUESTION,
+    Answer,
+    Connection,
+    Found,
+    Sender,
+    growth,
+    replay,
+    table,
+    violation,
+    wrong_answer,
+)
 from tools.mutations import Mutated, make_media, mutated_request
 
 CHANGED = Mutated(b"", True, ("retype",))
 UNFRAMED = CHANGED._replace(is_framed=False)
 VALID = CHANGED._replace(what=())
-ERROR = json.dumps({"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": 400}}).encode()
+ERROR = json.dumps(
+    {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": 400}}
+).encode()
 EVENT = b'data: {"object": "chat.completion.chunk", "choices": []}\n\n'
 DONE = b"data: [DONE]\n\n"
 WHOLE = b'{"choices": [{}]}'
@@ -41,24 +54,41 @@ def test_only_openais_error_object_is_right() -> None:
 
 @pytest.mark.parametrize(
     ("sent", "answer"),
-    [(CHANGED, answered(200, WHOLE)), (CHANGED, answered(400, ERROR)), (CHANGED, answered(503, ERROR)), (VALID, answered(429, ERROR)),
-     (CHANGED, answered(200, EVENT + DONE, True)), (CHANGED, answered(200, EVENT + failed(503) + DONE, True)),
-     (UNFRAMED, answered(0, b"", lost="RemoteDisconnected"))],
-)  # fmt: skip
+    [
+        (CHANGED, answered(200, WHOLE)),
+        (CHANGED, answered(400, ERROR)),
+        (CHANGED, answered(503, ERROR)),
+        (VALID, answered(429, ERROR)),
+        (CHANGED, answered(200, EVENT + DONE, True)),
+        (CHANGED, answered(200, EVENT + failed(503) + DONE, True)),
+        (UNFRAMED, answered(0, b"", lost="RemoteDisconnected")),
+    ],
+)
 def test_what_may_be_answered(sent: Mutated, answer: Answer) -> None:
     assert violation(sent, answer) == ""
 
 
 @pytest.mark.parametrize(
     ("sent", "answer"),
-    [(CHANGED, answered(500, ERROR)), (CHANGED, answered(400, b"Bad Request")), (CHANGED, answered(302, b"")), (VALID, answered(400, ERROR)),
-     (CHANGED, answered(200, b"{")), (CHANGED, answered(200, b"[]")), (CHANGED, answered(200, b'{"choices": []}')),
-     (CHANGED, answered(200, EVENT, True)), (CHANGED, answered(200, b"", True)), (CHANGED, answered(200, EVENT + b"data: {\n\n" + DONE, True)),
-     (CHANGED, answered(200, b"data: []\n\n" + DONE, True)), (CHANGED, answered(200, EVENT + failed(500) + DONE, True)),
-     (CHANGED, answered(200, b'data: {"error": {"code": 503}}\n\n' + DONE, True)),
-     (CHANGED, answered(0, b"", lost="RemoteDisconnected")), (UNFRAMED, answered(200, b"", lost="the answer is cut off")),
-     (UNFRAMED, answered(0, b"", lost="TimeoutError: timed out"))],
-)  # fmt: skip
+    [
+        (CHANGED, answered(500, ERROR)),
+        (CHANGED, answered(400, b"Bad Request")),
+        (CHANGED, answered(302, b"")),
+        (VALID, answered(400, ERROR)),
+        (CHANGED, answered(200, b"{")),
+        (CHANGED, answered(200, b"[]")),
+        (CHANGED, answered(200, b'{"choices": []}')),
+        (CHANGED, answered(200, EVENT, True)),
+        (CHANGED, answered(200, b"", True)),
+        (CHANGED, answered(200, EVENT + b"data: {\n\n" + DONE, True)),
+        (CHANGED, answered(200, b"data: []\n\n" + DONE, True)),
+        (CHANGED, answered(200, EVENT + failed(500) + DONE, True)),
+        (CHANGED, answered(200, b'data: {"error": {"code": 503}}\n\n' + DONE, True)),
+        (CHANGED, answered(0, b"", lost="RemoteDisconnected")),
+        (UNFRAMED, answered(200, b"", lost="the answer is cut off")),
+        (UNFRAMED, answered(0, b"", lost="TimeoutError: timed out")),
+    ],
+)
 def test_what_may_not_be_answered(sent: Mutated, answer: Answer) -> None:
     assert violation(sent, answer)
 
@@ -75,7 +105,8 @@ def test_growth_is_what_goes_on_after_the_first_quarter() -> None:
 
 @contextmanager
 def answering(*answers: bytes) -> Iterator[str]:
-    """The URL of a server that reads a request of 100 bytes at most and answers so, on one connection, and then closes it."""
+    """The URL of a server that reads a request of 100 bytes at most and answers so, on one connection, and
+    then closes it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -92,7 +123,8 @@ def answering(*answers: bytes) -> Iterator[str]:
 
 
 def test_a_connection_is_kept_and_its_end_is_told() -> None:
-    good = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    good = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    good += b"3\r\nabc\r\n0\r\n\r\n"
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"
     with answering(good, b"HTTP/1.1 100 Continue\r\n\r\n" + good, cut) as url:
         connection = Connection(url)
@@ -127,7 +159,8 @@ def test_the_table_has_every_answer_and_process() -> None:
 
 
 class Forgetful(BaseHTTPRequestHandler):
-    """Answers a plain question once, and everything else with a status that is a violation; each look finds one more restart."""
+    """Answers a plain question once, and everything else with a status that is a violation; each look finds
+    one more restart."""
 
     protocol_version = "HTTP/1.1"
     num_asked = 0

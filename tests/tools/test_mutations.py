@@ -15,7 +15,18 @@ from PIL import Image
 from tools.mutations import Media, Mutated, _change_text, _damaged, _written, make_media, mutated_request
 
 EVERY_CHANGE = {
-    *("media bytes", "drop", "repeat", "key twice", "more keys", "rename", "wrap", "exchange", "string", "retype"),
+    *(
+        "media bytes",
+        "drop",
+        "repeat",
+        "key twice",
+        "more keys",
+        "rename",
+        "wrap",
+        "exchange",
+        "string",
+        "retype",
+    ),
     *("bytes", "cut", "character set", "more text", "no object", "compressed"),
     *("content type", "encoding", "length", "chunks", "header"),
 }

@@ -27,12 +27,19 @@ def test_only_a_tie_at_the_first_difference_is_excused() -> None:
     reference.logprobs[1] = logprobs(-0.1, -0.1, -0.1005)
     assert difference(answer([1, 9, 3]), reference) == "tie"
     assert difference(answer([9, 2, 3]), reference).startswith("token 0"), "the tie is elsewhere"
-    assert difference(answer([1, 2, 3, 4]), reference).startswith("token 3"), "behind the reference's end there is none"
+    assert difference(answer([1, 2, 3, 4]), reference).startswith("token 3"), (
+        "behind the reference's end there is none"
+    )
 
 
 def test_texts_reasons_and_counts_are_compared_too() -> None:
     reference = answer([1, 2])
-    for name, value in (("text", "other"), ("finish_reason", "abort"), ("num_prompt_tokens", 6), ("num_output_tokens", 3)):
+    for name, value in (
+        ("text", "other"),
+        ("finish_reason", "abort"),
+        ("num_prompt_tokens", 6),
+        ("num_output_tokens", 3),
+    ):
         wrong = answer([1, 2])
         setattr(wrong, name, value)
         assert name in difference(wrong, reference)

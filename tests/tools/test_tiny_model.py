@@ -1,4 +1,5 @@
-"""The lessons of the embedded model: what training may show, what is the same for everybody, and tensors as transformers has them."""
+"""The lessons of the embedded model: what training may show, what is the same for everybody, and tensors as
+transformers has them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from launcher.checkpoints import EMBEDDED
-from tools.tiny_model import assets, chinese_lessons, frames, lessons, object_lessons, pictures, progress, scene_lessons, train
+from tools.tiny_model import (
+    assets,
+    chinese_lessons,
+    frames,
+    lessons,
+    object_lessons,
+    pictures,
+    progress,
+    scene_lessons,
+    train,
+)
 from tools.tiny_model.batches import LessonBatches, collate, converse
 from tools.tiny_model.evaluate import messages_of
 from tools.tiny_model.exams import SKILLS, Exam, exams
@@ -32,14 +43,36 @@ from tools.tiny_model.lessons import KINDS, make_lesson
 from tools.tiny_model.names import CHINESE, COLORS, SHAPES
 from tools.tiny_model.phrases import COURTESIES, PHRASES
 from tools.tiny_model.samples import samples
-from tools.tiny_model.scenes import HELD_OUT_PAIRS, HELD_OUT_PLACES, Scene, Thing, draw, is_at_held_out_place, label, make_scene
+from tools.tiny_model.scenes import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_PLACES,
+    Scene,
+    Thing,
+    draw,
+    is_at_held_out_place,
+    label,
+    make_scene,
+)
 from tools.tiny_model.small_talk import HELD_OUT_UNKNOWN_QUESTIONS, OF_THINGS, UNKNOWN_QUESTIONS
 from tools.tiny_model.stitch import stitch
-from tools.tiny_model.teacher import NEW_CONTENT, NEW_PHRASES, NEW_SCENES, TRAINING, Lesson, Split, Teacher, Turn
+from tools.tiny_model.teacher import (
+    NEW_CONTENT,
+    NEW_PHRASES,
+    NEW_SCENES,
+    TRAINING,
+    Lesson,
+    Split,
+    Teacher,
+    Turn,
+)
 from tools.tiny_model.tower import DenseHead, embed, grids, make_fast, to_patches
 from tools.tiny_model.train import Learner, Trainer, is_layer_matrix
 
-HELD_OUT_NAMES = {name for color, shape in HELD_OUT_PAIRS for name in (f"{color} {shape}", f"{CHINESE[color]}的{CHINESE[shape]}")}
+HELD_OUT_NAMES = {
+    name
+    for color, shape in HELD_OUT_PAIRS
+    for name in (f"{color} {shape}", f"{CHINESE[color]}的{CHINESE[shape]}")
+}
 
 
 @pytest.mark.parametrize("count", [None, 1, 9])
@@ -54,18 +87,32 @@ def test_training_scenes_hold_out_pairs_and_places(count: int | None) -> None:
 @pytest.fixture(scope="module")
 def odd() -> list[Thing]:
     rng = random.Random(1)
-    return [thing for _ in range(2000) for thing in make_scene(rng, 5, odd=0.6).things if thing.paint and thing.shape]
+    return [
+        thing
+        for _ in range(2000)
+        for thing in make_scene(rng, 5, odd=0.6).things
+        if thing.paint and thing.shape
+    ]
 
 
 def test_no_color_without_a_name_looks_like_that_of_a_held_out_pair(odd: list[Thing]) -> None:
     plain = [(thing.shape, thing.paint) for thing in odd if thing.paint and not thing.fade]
     assert len(plain) > 1000
     for color, shape in HELD_OUT_PAIRS:
-        by_name = [{name: math.dist(rgb, paint) for name, rgb in COLORS.items()} for its_shape, paint in plain if its_shape == shape]
+        by_name = [
+            {name: math.dist(rgb, paint) for name, rgb in COLORS.items()}
+            for its_shape, paint in plain
+            if its_shape == shape
+        ]
         assert 90 <= min(distances[color] for distances in by_name) < 130
-        assert all(min(distances, key=distances.__getitem__) != color or distances[color] >= 130 for distances in by_name)
+        assert all(
+            min(distances, key=distances.__getitem__) != color or distances[color] >= 130
+            for distances in by_name
+        )
     crosses = [paint for shape, paint in plain if shape == "cross"]
-    assert any(min(COLORS, key=lambda name: math.dist(COLORS[name], paint)) == "blue" for paint in crosses), "blue's surroundings lack a side"
+    assert any(min(COLORS, key=lambda name: math.dist(COLORS[name], paint)) == "blue" for paint in crosses), (
+        "blue's surroundings lack a side"
+    )
 
 
 def test_a_thing_in_two_colors_does_not_look_like_a_held_out_pair(odd: list[Thing]) -> None:
@@ -74,7 +121,9 @@ def test_a_thing_in_two_colors_does_not_look_like_a_held_out_pair(odd: list[Thin
     for shape, one, other in faded:
         assert math.dist(one, other) >= 220
         mean = [sum(values) / 2 for values in zip(one, other, strict=True)]
-        assert all(math.dist(COLORS[color], mean) >= 90 for color, its_shape in HELD_OUT_PAIRS if its_shape == shape)
+        assert all(
+            math.dist(COLORS[color], mean) >= 90 for color, its_shape in HELD_OUT_PAIRS if its_shape == shape
+        )
 
 
 @pytest.mark.parametrize("seed", range(6))  # soft and sharp borders
@@ -94,12 +143,17 @@ def test_a_thing_in_two_colors_has_one_at_either_side(seed: int) -> None:
 
 def test_held_out_scenes_show_a_held_out_pair() -> None:
     rng = random.Random(1)
-    assert all((thing := make_scene(rng, 2, held_out=True).things[0]) and (thing.color, thing.shape) in HELD_OUT_PAIRS for _ in range(50))
+    assert all(
+        (thing := make_scene(rng, 2, held_out=True).things[0])
+        and (thing.color, thing.shape) in HELD_OUT_PAIRS
+        for _ in range(50)
+    )
 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Scene]:
-    """Every scene that is drawn, while whatever asks for the held-out part of fonts, clothes, photos or emoji fails."""
+    """Every scene that is drawn, while whatever asks for the held-out part of fonts, clothes, photos or emoji
+    fails."""
     seen: list[Scene] = []
 
     def watched(scene: Scene, size: tuple[int, int]) -> Image.Image:
@@ -125,7 +179,9 @@ WITHOUT_SHAPES = ("number", "word", "clothes", "emoji", "chart", "photo", "talk"
 
 def _has_nothing_held_out(scenes: Sequence[Scene]) -> bool:
     things = [thing for scene in scenes for thing in scene.things]
-    return not any((thing.color, thing.shape) in HELD_OUT_PAIRS or is_at_held_out_place(thing) for thing in things)
+    return not any(
+        (thing.color, thing.shape) in HELD_OUT_PAIRS or is_at_held_out_place(thing) for thing in things
+    )
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -175,7 +231,9 @@ def _answers(turns: Iterable[Turn | None]) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("split", [NEW_SCENES, NEW_PHRASES])
 @pytest.mark.parametrize("ask", [scene_lessons.about, chinese_lessons.about])
-def test_every_question_has_one_right_answer(ask: Callable[[Teacher, Scene], Turn | None], split: Split) -> None:
+def test_every_question_has_one_right_answer(
+    ask: Callable[[Teacher, Scene], Turn | None], split: Split
+) -> None:
     """However often something is asked about a picture."""
     for seed in range(12):
         teacher = Teacher(random.Random(seed), split)
@@ -206,7 +264,9 @@ def test_the_mass_of_a_scene_is_the_number_of_its_things() -> None:
 def test_what_has_no_name_is_counted_among_all_things_only() -> None:
     one = Thing("star", "", 0.25, 0.25, 0.1, (90, 120, 60))
     other = Thing("", "blue", 0.75, 0.75, 0.1)
-    sums = dict(zip(COUNTED, label(Scene((one, other), (200, 200, 200), 1), (140, 140)).mass.sum((0, 1)), strict=True))
+    sums = dict(
+        zip(COUNTED, label(Scene((one, other), (200, 200, 200), 1), (140, 140)).mass.sum((0, 1)), strict=True)
+    )
     assert sums[""] == pytest.approx(2)
     assert all(np.isnan(sums[name]) for name in (*COLORS, *SHAPES))
     blue = label(Scene((other,), (200, 200, 200), 1), (140, 140)).mass[..., COUNTED.index("blue")]
@@ -232,11 +292,16 @@ def test_the_dense_head_learns_nothing_from_what_nobody_counts() -> None:
 def test_scenes_of_things_alike_have_several_of_a_kind() -> None:
     rng = random.Random(1)
     scenes = [make_scene(rng, 8, alike=1.0) for _ in range(20)]
-    assert all(len({thing.color for thing in scene.things}) <= 4 and len({thing.shape for thing in scene.things}) <= 4 for scene in scenes)
+    assert all(
+        len({thing.color for thing in scene.things}) <= 4
+        and len({thing.shape for thing in scene.things}) <= 4
+        for scene in scenes
+    )
 
 
 def _words(text: str) -> str:
-    """What is left of a wording when case and marks are not told apart; @ for its fields, but for those that are a matter of spelling."""
+    """What is left of a wording when case and marks are not told apart; @ for its fields, but for those that
+    are a matter of spelling."""
     spelt = text.lower().replace("{colour}", "colour").replace("{picture}", "picture")
     return " ".join(re.sub(r"[^\w@ ]", "", re.sub(r"\{[a-z0-9]+\}", "@", spelt)).split())
 
@@ -245,10 +310,21 @@ def test_held_out_wordings_are_none_of_the_trained() -> None:
     """Nor one of another question, nor with a courtesy before it, as training puts there now and then."""
     questions = [*UNKNOWN_QUESTIONS, *(text for phrases in PHRASES.values() for text in phrases.trained)]
     for part, choices in OF_THINGS.items():
-        questions += [text.replace(f"{{{part}}}", word) for text in questions if f"{{{part}}}" in text for word in choices]
+        questions += [
+            text.replace(f"{{{part}}}", word)
+            for text in questions
+            if f"{{{part}}}" in text
+            for word in choices
+        ]
     templates = [_words(text) for text in questions]
-    trained = {f"{courtesy}{text}" for text in templates for courtesy in ("", *(f"{word.lower()} " for word in COURTESIES))}
-    held_out = [_words(text) for phrases in PHRASES.values() for text in phrases.held_out] + [_words(text) for text in HELD_OUT_UNKNOWN_QUESTIONS]
+    trained = {
+        f"{courtesy}{text}"
+        for text in templates
+        for courtesy in ("", *(f"{word.lower()} " for word in COURTESIES))
+    }
+    held_out = [_words(text) for phrases in PHRASES.values() for text in phrases.held_out] + [
+        _words(text) for text in HELD_OUT_UNKNOWN_QUESTIONS
+    ]
     for text in held_out:
         said = re.compile(text.replace("@", "(@|[^@]+)"))  # whatever stands in a field, "the other one" too
         assert not [other for other in trained if said.fullmatch(other)], text
@@ -276,7 +352,15 @@ def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
 
 def _make_tower(seed: int) -> Qwen2VisionTransformerPretrainedModel:
     torch.manual_seed(seed)
-    config = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2}
+    config = {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "hidden_size": 16,
+        "mlp_ratio": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+    }
     return Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config, attn_implementation="eager"))
 
 
@@ -289,10 +373,17 @@ def test_the_tower_is_the_same_when_it_is_made_fast(size: tuple[int, int]) -> No
     for is_fast in (False, True):
         if is_fast:
             make_fast(tower)
-        embeddings = tower(patches if is_fast else patches.flatten(0, 1), grid_thw=grids(pixels)).pooler_output
+        embeddings = tower(
+            patches if is_fast else patches.flatten(0, 1), grid_thw=grids(pixels)
+        ).pooler_output
         tower.zero_grad()
         embeddings.square().sum().backward()
-        found.append([embeddings.detach(), *(parameter.grad.clone() for parameter in tower.parameters() if parameter.grad is not None)])
+        found.append(
+            [
+                embeddings.detach(),
+                *(parameter.grad.clone() for parameter in tower.parameters() if parameter.grad is not None),
+            ]
+        )
     assert len(found[0]) == len(found[1]) > 20
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
@@ -300,7 +391,8 @@ def test_the_tower_is_the_same_when_it_is_made_fast(size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("shares_layers", [True, False])
 def test_a_tower_is_stitched_to_a_decoder_of_another(shares_layers: bool) -> None:
-    """It then says what the other says, as far as that is explained; where only their last matrices differed, all of it."""
+    """It then says what the other says, as far as that is explained; where only their last matrices differed,
+    all of it."""
     tower, former = _make_tower(1), _make_tower(2)
     if shares_layers:
         last = {name: value for name, value in former.state_dict().items() if name.startswith("merger.mlp.2")}
@@ -310,15 +402,30 @@ def test_a_tower_is_stitched_to_a_decoder_of_another(shares_layers: bool) -> Non
     pictures = [batch.pixels for batch in itertools.islice(FrameBatches(16, 5, 0), 20)]
     explained = stitch(tower, former, pictures)
     with torch.no_grad():
-        said, expected = (torch.cat([embed(one, pixels).flatten(0, -2) for pixels in pictures[9::10]]) for one in (tower, former))
+        said, expected = (
+            torch.cat([embed(one, pixels).flatten(0, -2) for pixels in pictures[9::10]])
+            for one in (tower, former)
+        )
     unexplained = (said - expected).square().sum() / (expected - expected.mean(0)).square().sum()
     assert explained == pytest.approx(1 - unexplained.item(), abs=1e-3)
     assert (explained > 0.99) == shares_layers
 
 
 def test_muon_has_the_matrices_of_layers_only() -> None:
-    names = ("blocks.0.mlp.fc1.weight", "layers.0.self_attn.q_proj.weight", "merger.mlp.0.weight", "embed_tokens.weight", "linear.weight")
-    assert [is_layer_matrix(name, nn.Parameter(torch.zeros(2, 2))) for name in names] == [True, True, False, False, False]
+    names = (
+        "blocks.0.mlp.fc1.weight",
+        "layers.0.self_attn.q_proj.weight",
+        "merger.mlp.0.weight",
+        "embed_tokens.weight",
+        "linear.weight",
+    )
+    assert [is_layer_matrix(name, nn.Parameter(torch.zeros(2, 2))) for name in names] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def _lesson(kind: str) -> Lesson:
@@ -331,12 +438,22 @@ def test_conversations_are_those_of_the_chat_template(kind: str) -> None:
     lesson = _lesson(kind)
     messages = messages_of(Exam("", "", lesson))
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    for picture, placeholder in ((p, "<|video_pad|>" if p.is_video else "<|image_pad|>") for turn in lesson.turns for p in turn.pictures):
+    for picture, placeholder in (
+        (p, "<|video_pad|>" if p.is_video else "<|image_pad|>")
+        for turn in lesson.turns
+        for p in turn.pictures
+    ):
         width, height = picture.frames[0].size
-        text = text.replace(placeholder, "<|pad|>" * (len(picture.labels) * (width // 28) * (height // 28)), 1)
+        text = text.replace(
+            placeholder, "<|pad|>" * (len(picture.labels) * (width // 28) * (height // 28)), 1
+        )
     talk = converse(lesson, tokenizer)
     learned = [token for token in talk.targets if token >= 0]
-    shown = tokenizer.decode(talk.token_ids).replace("<|image_pad|>", "<|pad|>").replace("<|video_pad|>", "<|pad|>")
+    shown = (
+        tokenizer.decode(talk.token_ids)
+        .replace("<|image_pad|>", "<|pad|>")
+        .replace("<|video_pad|>", "<|pad|>")
+    )
     assert shown == f"{text}{lesson.turns[-1].answer}<|im_end|>\n"
     assert tokenizer.decode(learned) == "".join(f"{turn.answer}<|im_end|>" for turn in lesson.turns)
 
@@ -344,8 +461,17 @@ def test_conversations_are_those_of_the_chat_template(kind: str) -> None:
 def test_a_batch_holds_its_pictures_in_the_order_of_their_tokens() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
     teacher = Teacher(random.Random(6), NEW_CONTENT, (140, 112))
-    batch = collate([converse(make_lesson(teacher, kind), tokenizer) for kind in ("two pictures", "video", "talk", "blank")], (140, 112))
-    num_placeholders = sum(int((batch.token_ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in ("<|image_pad|>", "<|video_pad|>"))
+    batch = collate(
+        [
+            converse(make_lesson(teacher, kind), tokenizer)
+            for kind in ("two pictures", "video", "talk", "blank")
+        ],
+        (140, 112),
+    )
+    num_placeholders = sum(
+        int((batch.token_ids == tokenizer.convert_tokens_to_ids(token)).sum())
+        for token in ("<|image_pad|>", "<|video_pad|>")
+    )
     assert num_placeholders == len(batch.pixels) * 20 == batch.mass[..., 0].numel()
     assert int(batch.image_grids[:, 0].sum() + batch.video_grids[:, 0].sum()) == len(batch.pixels)
 
@@ -407,7 +533,11 @@ def test_the_log_goes_on_where_the_state_does(tmp_path: Path, monkeypatch: pytes
 def test_the_samples_are_those_that_their_tool_draws() -> None:
     """As far as what they show is here."""
     drawn = samples()
-    assert {"red-star", "three-shapes", "blank", "chart"} <= set(drawn) <= {path.stem for path in (EMBEDDED / "samples").iterdir()}
+    assert (
+        {"red-star", "three-shapes", "blank", "chart"}
+        <= set(drawn)
+        <= {path.stem for path in (EMBEDDED / "samples").iterdir()}
+    )
     for name, image in drawn.items():
         with Image.open(EMBEDDED / "samples" / f"{name}.png") as shipped:
             np.testing.assert_array_equal(np.asarray(shipped.convert("RGB")), np.asarray(image), err_msg=name)
@@ -432,7 +562,10 @@ def test_a_run_that_begins_with_weights_has_to_fit_a_head(
 
 
 def test_pictures_that_several_processes_draw_come_in_the_same_order() -> None:
-    alone, together = iter(FrameBatches(4, 9, 0)), iter(DataLoader(FrameBatches(4, 9, 0), batch_size=None, num_workers=2))
+    alone, together = (
+        iter(FrameBatches(4, 9, 0)),
+        iter(DataLoader(FrameBatches(4, 9, 0), batch_size=None, num_workers=2)),
+    )
     for _ in range(4):
         assert torch.equal(next(alone).pixels, next(together).pixels)
 
@@ -440,23 +573,33 @@ def test_pictures_that_several_processes_draw_come_in_the_same_order() -> None:
 def test_lessons_go_on_at_any_pool() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
     batches = itertools.dropwhile(lambda found: found[0] < 1, LessonBatches(tokenizer, 8000, 4))
-    assert torch.equal(next(batches)[1].token_ids, next(iter(LessonBatches(tokenizer, 8000, 4, first_pool=1)))[1].token_ids)
+    assert torch.equal(
+        next(batches)[1].token_ids, next(iter(LessonBatches(tokenizer, 8000, 4, first_pool=1)))[1].token_ids
+    )
 
 
 def test_a_tower_that_learns_from_lessons_sees_pictures_of_the_first_stage_too() -> None:
-    model = Qwen2VLForConditionalGeneration.from_pretrained(EMBEDDED / "model", dtype=torch.float32, attn_implementation="eager")
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        EMBEDDED / "model", dtype=torch.float32, attn_implementation="eager"
+    )
     make_fast(model.model.visual)
     learner = Learner(model, DenseHead(model.config.text_config.hidden_size))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED / "model")
     teacher = Teacher(random.Random(1), TRAINING, (112, 112))
 
-    learner.loss(collate([converse(make_lesson(teacher, "one shape"), tokenizer)], (112, 112)), None)[0].backward()
+    learner.loss(collate([converse(make_lesson(teacher, "one shape"), tokenizer)], (112, 112)), None)[
+        0
+    ].backward()
     assert all(parameter.grad is None for parameter in model.model.visual.parameters())
     without_picture = collate([converse(make_lesson(teacher, "talk"), tokenizer)], (112, 112))
-    loss, values = learner.loss(without_picture, next(iter(FrameBatches(2, 5, 0))))  # whatever the tower learns is from those beside
+    # whatever the tower learns is from those beside
+    loss, values = learner.loss(without_picture, next(iter(FrameBatches(2, 5, 0))))
     loss.backward()
     assert values["beside_loss"] > 0
-    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.model.visual.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().max() > 0
+        for parameter in model.model.visual.parameters()
+    )
 
 
 def test_things_alike_may_hold_a_new_pair() -> None:
@@ -467,19 +610,24 @@ def test_things_alike_may_hold_a_new_pair() -> None:
 
 def test_a_thing_looks_the_same_beside_others() -> None:
     thing, other = Thing("star", "red", 0.25, 0.5, 0.1, seed=5), Thing("ring", "blue", 0.75, 0.5, 0.1, seed=6)
-    alone, both = (np.asarray(draw(Scene(things, (200, 200, 200), 3), (112, 112))) for things in ((thing,), (other, thing)))
+    alone, both = (
+        np.asarray(draw(Scene(things, (200, 200, 200), 3), (112, 112)))
+        for things in ((thing,), (other, thing))
+    )
     assert (alone[:, :56] == both[:, :56]).all()
     assert (alone[:, 56:] != both[:, 56:]).any()
 
 
 def test_nothing_is_where_nothing_reaches() -> None:
-    """The answer "Nothing." is for a ninth of the picture in which there is nothing, not one in which no centre is."""
+    """The answer "Nothing." is for a ninth of the picture in which there is nothing, not one in which no
+    centre is."""
     large = Thing("circle", "red", 0.5, 0.5, 0.35)
     assert large.covers("top") > 0.1
     assert Thing("circle", "red", 0.5, 0.5, 0.1).covers("top") == 0
     teacher = Teacher(random.Random(2), NEW_SCENES)
     assert all(
-        turn is None or turn.answer != "Nothing." for turn in (scene_lessons._at(teacher, Scene((large,), (200, 200, 200), 1)) for _ in range(200))
+        turn is None or turn.answer != "Nothing."
+        for turn in (scene_lessons._at(teacher, Scene((large,), (200, 200, 200), 1)) for _ in range(200))
     )
 
 

@@ -28,13 +28,18 @@ def test_work_at_the_same_time_lies_in_lanes_of_its_own() -> None:
     assert trace.lanes_of(spans) == [0, 1, 2, 1, 0, 0]
 
 
-def test_a_live_run_shows_llm_and_vit_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_live_run_shows_llm_and_vit_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["trace", "--out", str(tmp_path / "out")])
     trace.main()
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     names = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
     assert set(names) == {"llm.0", "preprocess.0", "vit.0"}
-    work = {worker: [event for event in events if event["ph"] == "X" and event["pid"] == pid] for worker, pid in names.items()}
+    work = {
+        worker: [event for event in events if event["ph"] == "X" and event["pid"] == pid]
+        for worker, pid in names.items()
+    }
     assert {event["name"] for event in work["llm.0"]} >= {"decode", "prefill"}
     assert {event["name"] for event in work["preprocess.0"]} == {"prepare", "decode picture"}
     encoded = {request for event in work["vit.0"] for request in event["args"]["requests"]}

@@ -1,6 +1,8 @@
-"""The LLM's engine and a ViT's batcher together, each real, with tiny pools: whatever comes in whatever order, everything ends.
+"""The LLM's engine and a ViT's batcher together, each real, with tiny pools: whatever comes in whatever
+order, everything ends.
 
-Places for embeddings are granted by arrival, KV blocks by priority and shared prefix; who holds one may wait for the other.
+Places for embeddings are granted by arrival, KV blocks by priority and shared prefix; who holds one may wait
+for the other.
 """
 
 from __future__ import annotations
@@ -63,14 +65,26 @@ class Runner:
 
 
 class World:
-    """Preprocess and the clients are played: pixels come at once, an interrupted request is submitted again."""
+    """Preprocess and the clients are played: pixels come at once, an interrupted request is submitted
+    again."""
 
     def __init__(self, rng: random.Random, has_overlap: bool) -> None:
         self.rng = rng
-        self.publisher, self.feedback, self.vit, self.runner = FakePublisher(), FakeSink(), FakeSink(), Runner()
-        scheduler = Scheduler(CacheManager.of_size(rng.randint(14, 40), 4, rng.randint(1, 4)), 16, (7,), has_prefix_cache=rng.random() < 0.7)
+        self.publisher, self.feedback, self.vit, self.runner = (
+            FakePublisher(),
+            FakeSink(),
+            FakeSink(),
+            Runner(),
+        )
+        scheduler = Scheduler(
+            CacheManager.of_size(rng.randint(14, 40), 4, rng.randint(1, 4)),
+            16,
+            (7,),
+            has_prefix_cache=rng.random() < 0.7,
+        )
         welcome = Welcome(
-            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
+            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
+            model_name="m",
             max_model_len=56, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
@@ -87,7 +101,13 @@ class World:
         self.num_outputs: dict[str, int] = {}
         self.num_interrupted = self.num_encodes = self.num_turns = 0
 
-    def submit(self, name: str, request: GenerateRequest | None = None, num_pictures: int | None = None, shared_rate: float = 0.2) -> None:
+    def submit(
+        self,
+        name: str,
+        request: GenerateRequest | None = None,
+        num_pictures: int | None = None,
+        shared_rate: float = 0.2,
+    ) -> None:
         arrival = next(self.arrivals)
         if request is None:
             shared = [self.rng.choice((3, 4))] * self.rng.choice((0, 8))
@@ -98,9 +118,12 @@ class World:
                 items.append(MmItem((Span(offset, 4),), mm_hash, mm_hash, (MmChunk(mm_hash, 4, 0, 1),)))
                 offset += 5
             tokens = [*shared, *(self.rng.randint(10, 99) for _ in range(offset + 1 - len(shared)))]
-            sampling = SamplingParams(temperature=0, seed=1, max_tokens=self.rng.randint(1, 16), ignore_eos=True)
+            sampling = SamplingParams(
+                temperature=0, seed=1, max_tokens=self.rng.randint(1, 16), ignore_eos=True
+            )
             request = GenerateRequest(
-                sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1, arrival=arrival, prompt_token_ids=pack_int32(tokens),
+                sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1, arrival=arrival,
+                prompt_token_ids=pack_int32(tokens),
                 positions=pack_int32(list(range(len(tokens))) * 3), position_delta=0,
                 items=tuple(items), sampling=sampling, priority=self.rng.choice((0, 0, -1, 1)),
                 tenant=self.rng.choice(("a", "a", "b", "c")),
@@ -117,17 +140,25 @@ class World:
             match action:
                 case Ready(key, lease_id, feature):
                     handle = TensorHandle("vit.0", 1, feature.slot.index, 1, 0, (4, 8), "float32")
-                    self.engine.handle(EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=lease_id, embeddings=handle), 0.0)
+                    self.engine.handle(
+                        EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=lease_id, embeddings=handle),
+                        0.0,
+                    )
                 case NeedPixels(key):
                     request = self.open.get(key.request_id)
                     if request is not None and request.attempt == key.attempt:
                         item = request.items[key.item]
-                        self.act(self.batcher.on_request(key, Order(request.arrival, key.item), item.mm_hash, GRID, PIXELS))
+                        self.act(
+                            self.batcher.on_request(
+                                key, Order(request.arrival, key.item), item.mm_hash, GRID, PIXELS
+                            )
+                        )
                 case LeaseGone(key):
                     self.engine.handle(LeaseRefused(sender=VIT_0, epoch=1, key=key), 0.0)
 
     def turn(self, llm_each: int = 1, vit_each: int = 1) -> None:
-        """Everybody does what he can; who is slow computes in each so manieth turn only, and hears everything all the same."""
+        """Everybody does what he can; who is slow computes in each so manieth turn only, and hears everything
+        all the same."""
         self.num_turns += 1
         if self.num_turns % llm_each == 0:
             self.engine.step(0.0)
@@ -153,21 +184,40 @@ class World:
             request = self.open[message.request_id]
             self.cancel(request)
             tokens = pack_int32([1] * self.num_outputs.get(message.request_id, 0))
-            changes = {"attempt": request.attempt + 1, "arrival": next(self.arrivals), "output_token_ids": tokens}
-            self.submit(message.request_id, GenerateRequest(**{**{f: getattr(request, f) for f in request.__struct_fields__}, **changes}))
+            changes = {
+                "attempt": request.attempt + 1,
+                "arrival": next(self.arrivals),
+                "output_token_ids": tokens,
+            }
+            self.submit(
+                message.request_id,
+                GenerateRequest(**{**{f: getattr(request, f) for f in request.__struct_fields__}, **changes}),
+            )
         self.publisher.published.clear()
         self.batcher.check_integrity()
 
     def on_output(self, output: RequestOutput) -> None:
         self.num_outputs[output.request_id] = output.offset + len(output.new_token_ids) // 4
-        if output.finish_reason is not None and (request := self.open.pop(output.request_id, None)) is not None:
+        if (
+            output.finish_reason is not None
+            and (request := self.open.pop(output.request_id, None)) is not None
+        ):
             self.cancel(request)
 
     def cancel(self, request: GenerateRequest) -> None:
-        self.act(self.batcher.on_cancel([ChunkKey(request.request_id, request.attempt, number, 0) for number in range(len(request.items))]))
+        self.act(
+            self.batcher.on_cancel(
+                [
+                    ChunkKey(request.request_id, request.attempt, number, 0)
+                    for number in range(len(request.items))
+                ]
+            )
+        )
 
     def abort(self, name: str) -> None:
-        self.engine.handle(AbortRequest(client_id=CLIENT, request_id=name, attempt=self.open[name].attempt), 0.0)
+        self.engine.handle(
+            AbortRequest(client_id=CLIENT, request_id=name, attempt=self.open[name].attempt), 0.0
+        )
 
     def finish(self, max_turns: int, name: object, llm_each: int = 1, vit_each: int = 1) -> None:
         """Until nobody waits; then every lease must have come back."""

@@ -28,7 +28,9 @@ class Conversation(NamedTuple):
 
 
 class Batch(NamedTuple):
-    pixels: Tensor  # [num_frames, 2, height, width, 3] uint8: the temporal patches of all pictures, in the order of their tokens
+    # [num_frames, 2, height, width, 3] uint8: the temporal patches of all pictures, in the order of their
+    # tokens
+    pixels: Tensor
     classes: Tensor  # [num_frames, rows, columns, heads] int64
     mass: Tensor  # [num_frames, rows, columns, counted] float32
     image_grids: Tensor  # [num_images, 3] int64
@@ -45,6 +47,10 @@ def num_tokens(picture: Picture) -> int:
     return len(picture.labels) * (width // TOKEN) * (height // TOKEN)
 
 
+def _pad_token(picture: Picture) -> str:
+    return "<|video_pad|>" if picture.is_video else "<|image_pad|>"
+
+
 def converse(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> Conversation:
     """The lesson as the chat template has it, with its pictures' placeholders repeated."""
     talk = Conversation([], [], [])
@@ -58,7 +64,7 @@ def converse(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> Conversation
         say(f"<|im_start|>system\n{lesson.system}<|im_end|>\n")
     for turn in lesson.turns:
         vision = "".join(
-            f"<|vision_start|>{('<|video_pad|>' if picture.is_video else '<|image_pad|>') * num_tokens(picture)}<|vision_end|>"
+            f"<|vision_start|>{_pad_token(picture) * num_tokens(picture)}<|vision_end|>"
             for picture in turn.pictures
         )
         talk.pictures.extend(turn.pictures)
@@ -93,12 +99,16 @@ def collate(talks: Sequence[Conversation], size: tuple[int, int]) -> Batch:
 
 
 class LessonBatches(IterableDataset[tuple[int, Batch]]):
-    """Numbers of pools with their batches of at most `max_tokens` tokens, padding included; all pictures of a batch have one size.
+    """Numbers of pools with their batches of at most `max_tokens` tokens, padding included; all pictures of a
+    batch have one size.
 
-    The seed and the number of a pool name its batches, so that training can go on where it stopped, to the pool.
+    The seed and the number of a pool name its batches, so that training can go on where it stopped, to the
+    pool.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, seed: int, first_pool: int = 0) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, seed: int, first_pool: int = 0
+    ) -> None:
         self.tokenizer, self.max_tokens, self.seed, self.first_pool = tokenizer, max_tokens, seed, first_pool
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
@@ -109,7 +119,10 @@ class LessonBatches(IterableDataset[tuple[int, Batch]]):
             rng = random.Random(f"{self.seed} {pool}")
             size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
             teacher = Teacher(rng, TRAINING, size)
-            talks = [converse(make_lesson(teacher, kind), self.tokenizer) for kind in rng.choices(kinds, weights, k=POOL)]
+            talks = [
+                converse(make_lesson(teacher, kind), self.tokenizer)
+                for kind in rng.choices(kinds, weights, k=POOL)
+            ]
             talks.sort(key=lambda talk: len(talk.token_ids))
             batches: list[list[Conversation]] = [[]]
             for talk in talks:

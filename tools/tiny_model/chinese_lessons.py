@@ -25,12 +25,28 @@ def chinese(teacher: Teacher) -> list[Turn]:
 
 def _of_nothing(teacher: Teacher) -> Turn:
     """A question about an empty ground."""
-    key = teacher.rng.choice(("shape", "colour", "count", "where", "exists", "describe", "describe", "at", "size", "shape of", "colour of"))
+    key = teacher.rng.choice(
+        (
+            "shape",
+            "colour",
+            "count",
+            "where",
+            "exists",
+            "describe",
+            "describe",
+            "at",
+            "size",
+            "shape of",
+            "colour of",
+        )
+    )
     name = teacher.some_name()
     color, shape = (CHINESE[word] for word in name.split())
     called = shape if key == "colour of" else in_chinese(name)
     text = teacher.say(f"zh {key}", name=called, color=color, where=CHINESE[teacher.rng.choice(CELLS)])
-    return Turn("Chinese", text, {"count": "零个。", "exists": "没有。"}.get(key, "图里什么都没有。"), is_new=False)
+    return Turn(
+        "Chinese", text, {"count": "零个。", "exists": "没有。"}.get(key, "图里什么都没有。"), is_new=False
+    )
 
 
 def about(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -42,7 +58,9 @@ def about(teacher: Teacher, scene: Scene) -> Turn | None:
     def turn(key: str, answer: str, is_new: bool, **fields: str) -> Turn:
         return Turn("Chinese", teacher.say(f"zh {key}", **fields), f"{answer}。", is_new=is_new)
 
-    match teacher.rng.choice(("shape", "colour", "count", "where", "exists", "describe", "at", "size", "unknown")):
+    match teacher.rng.choice(
+        ("shape", "colour", "count", "where", "exists", "describe", "at", "size", "unknown")
+    ):
         case "shape":
             if alone:
                 return turn("shape", shape, is_new)
@@ -57,7 +75,12 @@ def about(teacher: Teacher, scene: Scene) -> Turn | None:
             return turn("count", f"{NUMBERS[len(scene.things)]}个", True)
         case "where":
             if thing.has_clear_place and scene.has_one(thing, "name"):
-                return turn("where", f"在{CHINESE[thing.cell]}", is_at_held_out_place(thing), name=in_chinese(thing.name))
+                return turn(
+                    "where",
+                    f"在{CHINESE[thing.cell]}",
+                    is_at_held_out_place(thing),
+                    name=in_chinese(thing.name),
+                )
         case "exists":
             name = thing.name if teacher.rng.random() < 0.5 else teacher.some_name()
             is_there = any(other.name == name for other in scene.things)
@@ -66,10 +89,17 @@ def about(teacher: Teacher, scene: Scene) -> Turn | None:
             if found := stands_at(teacher, scene):
                 cell, there = found
                 answer = in_chinese(there.name) if there else "什么都没有"
-                return turn("at", answer, there is not None and is_at_held_out_place(there), where=CHINESE[cell])
+                return turn(
+                    "at", answer, there is not None and is_at_held_out_place(there), where=CHINESE[cell]
+                )
         case "size":
             if thing.size and scene.has_one(thing, "name"):
-                return turn("size", {"small": "小的", "large": "大的"}[thing.size], is_new, name=in_chinese(thing.name))
+                return turn(
+                    "size",
+                    {"small": "小的", "large": "大的"}[thing.size],
+                    is_new,
+                    name=in_chinese(thing.name),
+                )
         case "unknown":
             if scene.has_one(thing, "name"):
                 text = teacher.say("zh unknown", name=in_chinese(thing.name))

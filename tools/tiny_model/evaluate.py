@@ -1,9 +1,11 @@
 """Accuracy of the embedded model per skill, asked through the server: `python -m tools.tiny_model.evaluate`.
 
-Starts a server of its own, with the launcher's options that stand after `--`, or asks one that runs (`--url`), in OpenAI's protocol. An
-answer counts when it is right to the letter. Conversations are sent as people send them: earlier turns with their right answers, pictures
-in the turn where they were shown. With `--transformers`, the same questions go to transformers, in fp32, and the two are compared: this is
-the end-to-end check of accuracy, for any data type, ViT engine, and, with `--twice`, for answers that come from the caches.
+Starts a server of its own, with the launcher's options that stand after `--`, or asks one that runs
+(`--url`), in OpenAI's protocol. An answer counts when it is right to the letter. Conversations are sent as
+people send them: earlier turns with their right answers, pictures in the turn where they were shown. With
+`--transformers`, the same questions go to transformers, in fp32, and the two are compared: this is the
+end-to-end check of accuracy, for any data type, ViT engine, and, with `--twice`, for answers that come from
+the caches.
 """
 
 from __future__ import annotations
@@ -96,16 +98,38 @@ class Transformers:
 
     @torch.inference_mode()
     def is_right(self, exam: Exam) -> bool:
-        """Whether greedy decoding gives the right answer: every one of its tokens is the best one after those before it."""
+        """Whether greedy decoding gives the right answer: every one of its tokens is the best one after those
+        before it."""
         talk = converse(exam.lesson, self._tokenizer)
-        token_ids = torch.tensor([talk.token_ids[:-1]])  # after the answer stands a line break that nobody asked for
-        types = (token_ids == self._model.config.image_token_id).int() + 2 * (token_ids == self._model.config.video_token_id).int()
+        # after the answer stands a line break that nobody asked for
+        token_ids = torch.tensor([talk.token_ids[:-1]])
+        types = (token_ids == self._model.config.image_token_id).int() + 2 * (
+            token_ids == self._model.config.video_token_id
+        ).int()
         media: dict[str, Tensor] = {}
-        for is_video, names in ((False, ("pixel_values", "image_grid_thw")), (True, ("pixel_values_videos", "video_grid_thw"))):
-            pixels = [torch.from_numpy(as_arrays(picture).pixels) for picture in talk.pictures if picture.is_video == is_video]
+        for is_video, names in (
+            (False, ("pixel_values", "image_grid_thw")),
+            (True, ("pixel_values_videos", "video_grid_thw")),
+        ):
+            pixels = [
+                torch.from_numpy(as_arrays(picture).pixels)
+                for picture in talk.pictures
+                if picture.is_video == is_video
+            ]
             if pixels:
-                grids = [[len(frames), frames.shape[2] // PATCH, frames.shape[3] // PATCH] for frames in pixels]
-                media |= dict(zip(names, (torch.cat([to_patches(frames).flatten(0, 1) for frames in pixels]), torch.tensor(grids)), strict=True))
+                grids = [
+                    [len(frames), frames.shape[2] // PATCH, frames.shape[3] // PATCH] for frames in pixels
+                ]
+                media |= dict(
+                    zip(
+                        names,
+                        (
+                            torch.cat([to_patches(frames).flatten(0, 1) for frames in pixels]),
+                            torch.tensor(grids),
+                        ),
+                        strict=True,
+                    )
+                )
         logits = self._model(input_ids=token_ids, mm_token_type_ids=types, **media).logits[0]
         answer = self._tokenizer.encode(f"{exam.lesson.turns[-1].answer}<|im_end|>", add_special_tokens=False)
         return bool((logits[-len(answer) - 1 : -1].argmax(-1) == token_ids[0, -len(answer) :]).all())
@@ -152,13 +176,20 @@ def evaluate(url: str, args: argparse.Namespace) -> int:
     table = table_of(asked, right)
     print_table(table)
     if (lacking := assets.missing(for_exams=True)) and any(map(needs_assets, args.skills)):
-        print(f"\nsome questions are not those of docs/embedded-model.md: {len(lacking)} files of what they show are not here, {lacking[0]} for one")
+        print(
+            f"\nsome questions are not those of docs/embedded-model.md: {len(lacking)} files of what they "
+            f"show are not here, {lacking[0]} for one"
+        )
         print("(python -m tools.tiny_model.assets fetches most of them, pip install -e '.[test]' the photos)")
     if not_asked := [skill for skill in args.skills if skill not in table]:
         print(f"not asked: {', '.join(not_asked)}")
     found: dict[str, Any] = {"accuracy": table}
     if args.show:
-        wrong = [(exam, answer) for exam, answer, is_right in zip(asked, answers, right, strict=True) if not is_right]
+        wrong = [
+            (exam, answer)
+            for exam, answer, is_right in zip(asked, answers, right, strict=True)
+            if not is_right
+        ]
         for exam, answer in wrong[:: max(1, len(wrong) // args.show)]:
             turn = exam.lesson.turns[-1]
             print(f"{exam.skill}, {exam.split}: {turn.text!r}: {answer.text!r} instead of {turn.answer!r}")
@@ -166,12 +197,18 @@ def evaluate(url: str, args: argparse.Namespace) -> int:
         again = asyncio.run(ask_server(url, asked))
         found["second time"] = {
             "asked": len(asked),
-            "right": sum(answer.text == exam.lesson.turns[-1].answer for exam, answer in zip(asked, again, strict=True)),
-            "differ from the first": sum(one.text != two.text for one, two in zip(answers, again, strict=True)),
+            "right": sum(
+                answer.text == exam.lesson.turns[-1].answer for exam, answer in zip(asked, again, strict=True)
+            ),
+            "differ from the first": sum(
+                one.text != two.text for one, two in zip(answers, again, strict=True)
+            ),
             "with cached tokens": sum(answer.num_cached_tokens > 0 for answer in again),
         }
     if args.transformers:
-        found["beside transformers"] = compare(asked, right, args.transformers, args.model or EMBEDDED / "model")
+        found["beside transformers"] = compare(
+            asked, right, args.transformers, args.model or EMBEDDED / "model"
+        )
     for name in ("second time", "beside transformers"):
         if name in found:
             print(f"\n{name}: {found[name]}")
@@ -181,13 +218,19 @@ def evaluate(url: str, args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="", help="a server that runs; without, one is started")
     parser.add_argument("--model", type=Path, help="checkpoint (default: the embedded one)")
     parser.add_argument("--count", type=int, default=100, help="questions of each skill and split")
     parser.add_argument("--skills", nargs="+", default=list(SKILLS), choices=list(SKILLS), metavar="SKILL")
-    parser.add_argument("--transformers", type=int, default=0, metavar="N", help="ask transformers the first N of each, too")
-    parser.add_argument("--twice", action="store_true", help="ask everything a second time, when the caches know it")
+    parser.add_argument(
+        "--transformers", type=int, default=0, metavar="N", help="ask transformers the first N of each, too"
+    )
+    parser.add_argument(
+        "--twice", action="store_true", help="ask everything a second time, when the caches know it"
+    )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="about so many wrong answers")
     parser.add_argument("--json", type=Path, help="write the result there, too")
     own, options = sys.argv[1:], []

@@ -1,4 +1,7 @@
-"""What the model is examined on: per skill, lessons that end with a question of that skill. Seeded: everybody is asked the same."""
+"""What the model is examined on: per skill, lessons that end with a question of that skill.
+
+Seeded: everybody is asked the same.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +50,11 @@ SKILLS: dict[str, Sequence[str]] = {
     "greeting": ("talk",),
     "no picture": ("talk",),
 }
-SAME_CONTENT = ("clothing", "unknown", "greeting", "no picture", "blank", "charts")  # nothing in them can be held out but wordings
+# nothing in them can be held out but wordings
+SAME_CONTENT = ("clothing", "unknown", "greeting", "no picture", "blank", "charts")
 FIXED_WORDINGS = ("greeting",)
-FROM_ASSETS = ("number", "word", "clothes", "emoji", "photo", "Chinese")  # kinds of lessons with pictures of what assets.py finds
+# kinds of lessons with pictures of what assets.py finds
+FROM_ASSETS = ("number", "word", "clothes", "emoji", "photo", "Chinese")
 
 
 class Exam(NamedTuple):
@@ -59,7 +64,10 @@ class Exam(NamedTuple):
 
 
 def exams(skills: Sequence[str], count: int) -> list[Exam]:
-    """`count` for each skill and each split that holds something out for it. Without the packages of `assets.py` some are left out."""
+    """`count` for each skill and each split that holds something out for it.
+
+    Without the packages of `assets.py` some are left out.
+    """
     return [
         Exam(skill, name, lesson)
         for skill in skills
@@ -74,7 +82,9 @@ def needs_assets(skill: str) -> bool:
 
 
 def _can_be_asked(skill: str, split: Split) -> bool:
-    if (split.has_new_content and skill in SAME_CONTENT) or (split.has_new_phrases and skill in FIXED_WORDINGS):
+    if (split.has_new_content and skill in SAME_CONTENT) or (
+        split.has_new_phrases and skill in FIXED_WORDINGS
+    ):
         return False
     match skill:
         case "clothing":

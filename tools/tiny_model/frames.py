@@ -60,7 +60,11 @@ def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Pictur
             return of_scene(make_scene(rng, rng.randint(5, 9), odd=rng.choice((0.0, 0.5)), alike=0.6), size)
         case "print":
             letters = "abcdefghijklmnopqrstuvwxyz"
-            word = rng.choice(WORDS) if rng.random() < 0.3 else "".join(rng.choice(letters) for _ in range(rng.randint(1, 5)))
+            word = (
+                rng.choice(WORDS)
+                if rng.random() < 0.3
+                else "".join(rng.choice(letters) for _ in range(rng.randint(1, 5)))
+            )
             text = word if rng.random() < 0.4 else str(rng.randint(0, 999))
             return draw_print(rng, size, text, False)[0]
         case "glyphs":
@@ -82,7 +86,10 @@ def draw_picture(kind: str, rng: random.Random, size: tuple[int, int]) -> Pictur
 
 
 class FrameBatches(IterableDataset[Frames]):
-    """All pictures of a batch have one size. The seed and the step name a batch, so that training can go on anywhere."""
+    """All pictures of a batch have one size.
+
+    The seed and the step name a batch, so that training can go on anywhere.
+    """
 
     def __init__(self, batch_size: int, seed: int, first_step: int) -> None:
         self.batch_size, self.seed, self.first_step = batch_size, seed, first_step
@@ -98,5 +105,10 @@ class FrameBatches(IterableDataset[Frames]):
                 picture = draw_picture(rng.choices(list(KINDS), list(KINDS.values()))[0], rng, size)
                 if picture is not None:
                     drawn.append(as_arrays(picture))
-            yield Frames(*(torch.from_numpy(np.concatenate(part)[: self.batch_size]) for part in zip(*drawn, strict=True)))
+            yield Frames(
+                *(
+                    torch.from_numpy(np.concatenate(part)[: self.batch_size])
+                    for part in zip(*drawn, strict=True)
+                )
+            )
             step += worker.num_workers if worker else 1

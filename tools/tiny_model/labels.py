@@ -1,6 +1,8 @@
-"""Dense labels: for every merged vision token, which of some classes covers it, in several heads, and its share of each thing.
+"""Dense labels: for every merged vision token, which of some classes covers it, in several heads, and its
+share of each thing.
 
-The vision tower learns these first. End to end, from the answers alone, it would stay at chance for a long time.
+The vision tower learns these first. End to end, from the answers alone, it would stay at chance for a long
+time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from tools.tiny_model.names import CELLS, CLOTHES, COLORS, DIRECTIONS, EMOJI, SH
 IGNORED = -100
 TOKEN = 28  # pixels a side of what one merged token sees
 CORE = 9.0  # half a side, in pixels, of the box around a thing's centre that is shared out among the tokens
-COUNTED = ("", *COLORS, *SHAPES)  # what the density maps are of: all things, those of each colour, those of each shape
+# what the density maps are of: all things, those of each colour, those of each shape
+COUNTED = ("", *COLORS, *SHAPES)
 GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -28,10 +31,11 @@ class Head(NamedTuple):
 class Labels:
     """Classes of each token of one picture, and how many things are in it.
 
-    `classes`: [rows, columns, heads] int64, 0 for nothing, IGNORED where it cannot be told. `mass`: [rows, columns, len(COUNTED)] float32, the
-    share that the token has in the cores of things, so that its sum over the picture is their number (density maps, as crowds are counted
-    with: Lempitsky and Zisserman, 2010); NaN where nobody counts. With one map for each colour and shape, how many red ones there are is a
-    plain sum over tokens, which is what attention can do.
+    `classes`: [rows, columns, heads] int64, 0 for nothing, IGNORED where it cannot be told. `mass`: [rows,
+    columns, len(COUNTED)] float32, the share that the token has in the cores of things, so that its sum over
+    the picture is their number (density maps, as crowds are counted with: Lempitsky and Zisserman, 2010); NaN
+    where nobody counts. With one map for each colour and shape, how many red ones there are is a plain sum
+    over tokens, which is what attention can do.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -54,7 +58,10 @@ class Labels:
         self.mass[:] = np.nan
 
     def add_thing(self, x: float, y: float, color: str, shape: str) -> None:
-        """Counts a thing with its centre there, in pixels. Where its colour or shape has no name, nobody counts those there."""
+        """Counts a thing with its centre there, in pixels.
+
+        Where its colour or shape has no name, nobody counts those there.
+        """
         shares = list(self.overlaps(x, y, CORE, CORE))
         total = sum(share for _, _, share in shares)  # less than all of it at the edge of the picture
         for row, column, share in shares:
@@ -80,9 +87,14 @@ class Labels:
                 self.set("glyph", row, column, glyph if share > 0.55 else "")
 
     def token_at(self, x: float, y: float) -> tuple[int, int]:
-        return (min(self.shape[0] - 1, max(0, int(y // TOKEN))), min(self.shape[1] - 1, max(0, int(x // TOKEN))))
+        return (
+            min(self.shape[0] - 1, max(0, int(y // TOKEN))),
+            min(self.shape[1] - 1, max(0, int(x // TOKEN))),
+        )
 
-    def overlaps(self, x: float, y: float, half_width: float, half_height: float) -> Iterator[tuple[int, int, float]]:
+    def overlaps(
+        self, x: float, y: float, half_width: float, half_height: float
+    ) -> Iterator[tuple[int, int, float]]:
         """Tokens under a box around (x, y), in pixels, with the share of the token that it covers."""
         for row in range(self.shape[0]):
             dy = min(y + half_height, (row + 1) * TOKEN) - max(y - half_height, row * TOKEN)

@@ -1,4 +1,5 @@
-"""All kinds of lessons: conversations about pictures with their right answers, which the model learns from and is examined on."""
+"""All kinds of lessons: conversations about pictures with their right answers, which the model learns from
+and is examined on."""
 
 from __future__ import annotations
 
@@ -14,8 +15,15 @@ from tools.tiny_model.scene_lessons import RELATIONS, blank, crowd, relations, s
 from tools.tiny_model.series_lessons import changed, follow_up, next_picture, several, video
 from tools.tiny_model.teacher import ORDINALS, Lesson, Teacher, Turn, article, place_of, plural
 
-SYSTEMS = ("You are a helpful assistant.", "Answer in a few words.", "You answer questions about pictures.", "You are a vision model.", "Be brief.")
-NOT_OF_A_PICTURE = ("as json", "unknown of it", "zh unknown")  # a frame for other questions, and what no picture would answer
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "Answer in a few words.",
+    "You answer questions about pictures.",
+    "You are a vision model.",
+    "Be brief.",
+)
+# a frame for other questions, and what no picture would answer
+NOT_OF_A_PICTURE = ("as json", "unknown of it", "zh unknown")
 
 
 def make_lesson(teacher: Teacher, kind: str) -> Lesson:
@@ -25,7 +33,8 @@ def make_lesson(teacher: Teacher, kind: str) -> Lesson:
     while not turns:
         turns = KINDS[kind].make(teacher)
     if rng.random() < 0.12 and kind != "talk":
-        is_chained = kind in ("follow-up", "next picture")  # there, "it" means what the turn before it was about
+        # there, "it" means what the turn before it was about
+        is_chained = kind in ("follow-up", "next picture")
         turns.insert(len(turns) if is_chained else rng.randint(1, len(turns)), unknown(teacher))
     return Lesson(tuple(turns), rng.choice(SYSTEMS) if rng.random() < 0.3 else "", rng.random() < 0.25)
 
@@ -36,7 +45,9 @@ def talk(teacher: Teacher) -> list[Turn]:
     for _ in range(teacher.rng.randint(1, 3)):
         kind = teacher.rng.random()
         if kind < 0.05:
-            turns.append(Turn("greeting", teacher.rng.choice(small_talk.CHINESE_GREETINGS), small_talk.CHINESE_HELLO))
+            turns.append(
+                Turn("greeting", teacher.rng.choice(small_talk.CHINESE_GREETINGS), small_talk.CHINESE_HELLO)
+            )
         elif kind < 0.2:
             turns.append(Turn("greeting", teacher.rng.choice(small_talk.GREETINGS), small_talk.HELLO))
         elif kind < 0.3:
@@ -71,12 +82,22 @@ def without_picture(teacher: Teacher) -> Turn:
             one = shape
         case "higher":
             one, other = color, other.split()[0]
-    fields = {"name": one, "other": other, "color": color, "where": place_of(where), "relation": teacher.rng.choice(RELATIONS)}
-    return Turn("no picture", teacher.say(key, **fields, nth=teacher.rng.choice(ORDINALS)), small_talk.NO_PICTURE)
+    fields = {
+        "name": one,
+        "other": other,
+        "color": color,
+        "where": place_of(where),
+        "relation": teacher.rng.choice(RELATIONS),
+    }
+    return Turn(
+        "no picture", teacher.say(key, **fields, nth=teacher.rng.choice(ORDINALS)), small_talk.NO_PICTURE
+    )
 
 
 def unknown(teacher: Teacher) -> Turn:
-    return Turn("unknown", small_talk.unknown_question(teacher.rng, teacher.split.has_new_phrases), small_talk.UNKNOWN)
+    return Turn(
+        "unknown", small_talk.unknown_question(teacher.rng, teacher.split.has_new_phrases), small_talk.UNKNOWN
+    )
 
 
 def unknown_in_chinese(teacher: Teacher) -> Turn:

@@ -20,7 +20,9 @@ def number(teacher: Teacher) -> list[Turn]:
     options = [
         Turn("colour of print", teacher.say("colour of print", name="number"), sentence(ink)),
         Turn("describe", _ask_what_it_is(teacher), f"The number {text}."),
-        Turn("JSON", teacher.say("as json", question=teacher.say("number")), json.dumps({"number": int(text)})),
+        Turn(
+            "JSON", teacher.say("as json", question=teacher.say("number")), json.dumps({"number": int(text)})
+        ),
     ]
     turns += teacher.rng.sample(options, teacher.rng.randint(0, 2))
     return teacher.shuffled(turns, picture)
@@ -50,7 +52,13 @@ def emoji(teacher: Teacher) -> list[Turn]:
     if (drawn := draw_emoji(teacher.rng, teacher.size(), teacher.split.has_new_content)) is None:
         return shapes(teacher)
     key = teacher.rng.choice(("emoji", "what", "describe"))
-    answer = sentence(f"the {drawn[1]}" if drawn[1] in ("sun", "moon") else "fire" if drawn[1] == "fire" else article(drawn[1]))
+    answer = sentence(
+        f"the {drawn[1]}"
+        if drawn[1] in ("sun", "moon")
+        else "fire"
+        if drawn[1] == "fire"
+        else article(drawn[1])
+    )
     return [Turn("emoji", teacher.say(key), answer, (drawn[0],))]
 
 
@@ -63,8 +71,14 @@ def chart(teacher: Teacher) -> list[Turn]:
         Turn("charts", teacher.say("highest"), sentence(f"the {by_height[-1]} bar")),
         Turn("charts", teacher.say("lowest"), sentence(f"the {by_height[0]} bar")),
         Turn("charts", teacher.say("bars"), sentence(NUMBERS[len(by_height)])),
-        Turn("charts", teacher.say("higher", name=chart.colors[one], other=chart.colors[other]), "Yes." if is_higher else "No."),
-        Turn("charts", _ask_what_it_is(teacher), sentence(f"a bar chart with {NUMBERS[len(by_height)]} bars")),
+        Turn(
+            "charts",
+            teacher.say("higher", name=chart.colors[one], other=chart.colors[other]),
+            "Yes." if is_higher else "No.",
+        ),
+        Turn(
+            "charts", _ask_what_it_is(teacher), sentence(f"a bar chart with {NUMBERS[len(by_height)]} bars")
+        ),
     ]
     return teacher.shuffled(teacher.rng.sample(options, teacher.rng.randint(2, 4)), picture)
 

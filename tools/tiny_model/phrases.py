@@ -340,21 +340,48 @@ PHRASES = {
         ("And what about the other shape?", "What about the other shape?"),
     ),
     "and name": Phrases(
-        ("And what is with the {name}?", "And what of the {name}?", "And the {name}?", "What about the {name}?", "How about the {name}?"),
+        (
+            "And what is with the {name}?",
+            "And what of the {name}?",
+            "And the {name}?",
+            "What about the {name}?",
+            "How about the {name}?",
+        ),
         ("And how about the {name}?",),
     ),
     "where it": Phrases(
-        ("And in what place?", "Where does it stand?", "Where is it?", "And where is it?", "In which place is it?"), ("And in which place is it?",)
+        (
+            "And in what place?",
+            "Where does it stand?",
+            "Where is it?",
+            "And where is it?",
+            "In which place is it?",
+        ),
+        ("And in which place is it?",),
     ),
     "colour it": Phrases(
-        ("And what is its {colour}?", "Which {colour} is it?", "What {colour} is it?", "And what {colour} is it?", "And its {colour}?"),
+        (
+            "And what is its {colour}?",
+            "Which {colour} is it?",
+            "What {colour} is it?",
+            "And what {colour} is it?",
+            "And its {colour}?",
+        ),
         ("And which {colour} is it?",),
     ),
     "shape it": Phrases(
-        ("Which shape is it?", "And what is its shape?", "What shape is it?", "And what shape is it?", "And its shape?"), ("And which shape is it?",)
+        (
+            "Which shape is it?",
+            "And what is its shape?",
+            "What shape is it?",
+            "And what shape is it?",
+            "And its shape?",
+        ),
+        ("And which shape is it?",),
     ),
     "this one": Phrases(
-        ("And what about this?", "And in this one?", "And this one?", "What about this one?", "And here?"), ("And what about this one?",)
+        ("And what about this?", "And in this one?", "And this one?", "What about this one?", "And here?"),
+        ("And what about this one?",),
     ),
     # print
     "number": Phrases(
@@ -514,7 +541,13 @@ PHRASES = {
         ("What is different in the second {picture}?",),
     ),
     "changed in video": Phrases(
-        ("Say what changed.", "Tell me what changed.", "What changed?", "What has changed?", "What is different now?"),
+        (
+            "Say what changed.",
+            "Tell me what changed.",
+            "What changed?",
+            "What has changed?",
+            "What is different now?",
+        ),
         ("What changes in the video?",),
     ),
     "same": Phrases(
@@ -670,27 +703,73 @@ PHRASES = {
     ),
     # Chinese
     "zh shape": Phrases(
-        ("请问这是什么形状？", "图里是什么形状？", "这是什么形状？", "图中是什么形状？", "图片里有什么形状？", "是什么形状？"),
+        (
+            "请问这是什么形状？",
+            "图里是什么形状？",
+            "这是什么形状？",
+            "图中是什么形状？",
+            "图片里有什么形状？",
+            "是什么形状？",
+        ),
         ("图片里是什么形状？", "图中有什么形状？"),
     ),
     "zh colour": Phrases(
-        ("图里是什么颜色？", "请问它是什么颜色？", "图形是什么颜色？", "它是什么颜色？", "这个图形是什么颜色？", "是什么颜色？"),
+        (
+            "图里是什么颜色？",
+            "请问它是什么颜色？",
+            "图形是什么颜色？",
+            "它是什么颜色？",
+            "这个图形是什么颜色？",
+            "是什么颜色？",
+        ),
         ("图中是什么颜色？", "这是什么颜色？"),
     ),
-    "zh colour of": Phrases(("图里的{name}是什么颜色？", "{name}是什么颜色？", "{name}的颜色是什么？"), ("图中的{name}是什么颜色？",)),
-    "zh shape of": Phrases(("{color}的那个是什么形状？", "{color}的是什么形状？", "什么形状是{color}的？"), ("{color}的图形是什么形状？",)),
+    "zh colour of": Phrases(
+        ("图里的{name}是什么颜色？", "{name}是什么颜色？", "{name}的颜色是什么？"),
+        ("图中的{name}是什么颜色？",),
+    ),
+    "zh shape of": Phrases(
+        ("{color}的那个是什么形状？", "{color}的是什么形状？", "什么形状是{color}的？"),
+        ("{color}的图形是什么形状？",),
+    ),
     "zh count": Phrases(
-        ("图里有几个图形？", "请问有几个图形？", "有几个图形？", "图中有几个图形？", "图片里有多少个图形？", "一共有几个图形？"),
+        (
+            "图里有几个图形？",
+            "请问有几个图形？",
+            "有几个图形？",
+            "图中有几个图形？",
+            "图片里有多少个图形？",
+            "一共有几个图形？",
+        ),
         ("图片里有几个图形？", "一共有多少个图形？"),
     ),
-    "zh where": Phrases(("图里的{name}在哪里？", "请问{name}在哪里？", "{name}在哪里？", "{name}在什么位置？"), ("图中的{name}在哪里？",)),
-    "zh exists": Phrases(("图里有{name}吗？", "有没有{name}？", "有{name}吗？", "图中有{name}吗？", "图片里有没有{name}？"), ("图片里有{name}吗？",)),
+    "zh where": Phrases(
+        ("图里的{name}在哪里？", "请问{name}在哪里？", "{name}在哪里？", "{name}在什么位置？"),
+        ("图中的{name}在哪里？",),
+    ),
+    "zh exists": Phrases(
+        ("图里有{name}吗？", "有没有{name}？", "有{name}吗？", "图中有{name}吗？", "图片里有没有{name}？"),
+        ("图片里有{name}吗？",),
+    ),
     "zh describe": Phrases(
-        ("请描述图片。", "请描述这张图。", "图里面有什么？", "描述这张图片。", "你看到了什么？", "图片里有什么？", "图中有什么？"),
+        (
+            "请描述图片。",
+            "请描述这张图。",
+            "图里面有什么？",
+            "描述这张图片。",
+            "你看到了什么？",
+            "图片里有什么？",
+            "图中有什么？",
+        ),
         ("请描述这张图片。", "图里有什么？"),
     ),
-    "zh at": Phrases(("{where}有什么？", "{where}是什么？", "请问{where}有什么？", "图里{where}有什么？"), ("图中{where}有什么？",)),
-    "zh size": Phrases(("{name}是大还是小？", "图里的{name}是大还是小？", "{name}有多大？"), ("图中的{name}是大还是小？",)),
+    "zh at": Phrases(
+        ("{where}有什么？", "{where}是什么？", "请问{where}有什么？", "图里{where}有什么？"),
+        ("图中{where}有什么？",),
+    ),
+    "zh size": Phrases(
+        ("{name}是大还是小？", "图里的{name}是大还是小？", "{name}有多大？"), ("图中的{name}是大还是小？",)
+    ),
     "zh unknown": Phrases(
         (
             "法国的首都是哪里？",
@@ -716,7 +795,14 @@ PHRASES = {
         ("明天天气怎么样？", "给我讲个故事。", "谁发明了电灯？", "日本有多少人？", "{name}贵不贵？"),
     ),
     "zh number": Phrases(
-        ("图里的数字是多少？", "这个数字是多少？", "这是什么数字？", "图中的数字是多少？", "图片里是什么数字？"), ("图中是什么数字？",)
+        (
+            "图里的数字是多少？",
+            "这个数字是多少？",
+            "这是什么数字？",
+            "图中的数字是多少？",
+            "图片里是什么数字？",
+        ),
+        ("图中是什么数字？",),
     ),
 }
 
@@ -733,7 +819,8 @@ COURTESIES = ("Please", "Hi", "Hello", "Now", "OK", "Question")
 
 
 def loosely(text: str, rng: random.Random) -> str:
-    """The same as people type it: now and then without its capital or its last mark, or with a word of courtesy."""
+    """The same as people type it: now and then without its capital or its last mark, or with a word of
+    courtesy."""
     kind = rng.random()
     if not text.isascii() or kind > 0.3:
         return text

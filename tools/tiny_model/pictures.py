@@ -1,7 +1,9 @@
-"""Pictures that are not scenes of shapes: print, clothing, emoji, bar charts, photos; and short videos of shapes.
+"""Pictures that are not scenes of shapes: print, clothing, emoji, bar charts, photos; and short videos of
+shapes.
 
-Each function draws one from a `random.Random` and returns it with its truth and its dense labels. `held_out` picks what no
-training picture holds: other typefaces, the test pictures of the clothing set, emoji mirrored and turned further, other photos.
+Each function draws one from a `random.Random` and returns it with its truth and its dense labels. `held_out`
+picks what no training picture holds: other typefaces, the test pictures of the clothing set, emoji mirrored
+and turned further, other photos.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ from tools.tiny_model.scenes import (
 )
 
 WORDS = (
-    "stop", "open", "exit", "push", "pull", "yes", "no", "hello", "sale", "cafe", "hotel", "taxi", "bus", "bank", "shop", "park", "cat", "dog",
-    "bird", "fish", "tree", "milk", "tea", "water", "bread", "apple", "red", "blue", "green", "one", "two", "three", "up", "down", "left",
-    "right", "north", "south", "east", "west", "hot", "cold", "new", "old", "free", "menu", "pizza", "music", "book", "game", "home", "love",
+    "stop", "open", "exit", "push", "pull", "yes", "no", "hello", "sale", "cafe", "hotel", "taxi", "bus",
+    "bank", "shop", "park", "cat", "dog",
+    "bird", "fish", "tree", "milk", "tea", "water", "bread", "apple", "red", "blue", "green", "one", "two",
+    "three", "up", "down", "left",
+    "right", "north", "south", "east", "west", "hot", "cold", "new", "old", "free", "menu", "pizza", "music",
+    "book", "game", "home", "love",
     "happy", "sun", "moon", "star", "time", "help", "day", "night",
 )  # fmt: skip
 
@@ -77,7 +82,10 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
         face = _face(path, points)
         box = face.getbbox(shown, anchor="ls")
     turn = math.radians(rng.choice((0.0, 0.0, rng.uniform(-8, 8), rng.uniform(-20, 20))))
-    margin_x, margin_y = (max(0.0, (side - extent) / 2 * 0.6) for side, extent in ((width, box[2] - box[0]), (height, box[3] - box[1])))
+    margin_x, margin_y = (
+        max(0.0, (side - extent) / 2 * 0.6)
+        for side, extent in ((width, box[2] - box[0]), (height, box[3] - box[1]))
+    )
     x = width / 2 + rng.uniform(-margin_x, margin_x) * 0.8
     y = height / 2 + rng.uniform(-margin_y, margin_y) * 0.8
     middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
@@ -106,7 +114,8 @@ def draw_print(rng: random.Random, size: tuple[int, int], text: str, held_out: b
 
 
 def draw_glyphs(rng: random.Random, size: tuple[int, int]) -> Picture:
-    """Single letters and digits, one in each ninth: for the tower alone, which learns far more from many things a picture."""
+    """Single letters and digits, one in each ninth: for the tower alone, which learns far more from many
+    things a picture."""
     ground = pick_ground(rng)
     width, height = size[0] * 2, size[1] * 2
     image = Image.new("RGB", (width, height), ground)
@@ -145,12 +154,21 @@ def draw_sheet(rng: random.Random, size: tuple[int, int], side: int, kind: str) 
     cell = min(size) // side
     for row in range(side):
         for column in range(side):
-            drawn = draw_emoji(rng, (cell, cell), False) if kind == "emoji" else draw_clothes(rng, (cell, cell), False)
+            drawn = (
+                draw_emoji(rng, (cell, cell), False)
+                if kind == "emoji"
+                else draw_clothes(rng, (cell, cell), False)
+            )
             if drawn is None:
                 return None
-            x, y = int((column + 0.5) / side * size[0] - cell / 2), int((row + 0.5) / side * size[1] - cell / 2)
+            x, y = (
+                int((column + 0.5) / side * size[0] - cell / 2),
+                int((row + 0.5) / side * size[1] - cell / 2),
+            )
             image.paste(drawn[0].frames[0], (x, y))
-            for token_row, token_column, share in labels.overlaps(x + cell / 2, y + cell / 2, cell / 2, cell / 2):
+            for token_row, token_column, share in labels.overlaps(
+                x + cell / 2, y + cell / 2, cell / 2, cell / 2
+            ):
                 if share > 0.3:
                     labels.set("kind", token_row, token_column, drawn[1] if share > 0.6 else "")
     return still(image, labels)
@@ -204,13 +222,17 @@ def draw_emoji(rng: random.Random, size: tuple[int, int], held_out: bool) -> tup
     emoji.thumbnail((side * 1.5, side * 1.5), Image.Resampling.BILINEAR)  # turning is slow
     emoji = emoji.rotate(turn, Image.Resampling.BICUBIC, expand=True)
     scale = side / max(emoji.size)
-    emoji = emoji.resize((max(1, int(emoji.width * scale)), max(1, int(emoji.height * scale))), Image.Resampling.BICUBIC)
+    emoji = emoji.resize(
+        (max(1, int(emoji.width * scale)), max(1, int(emoji.height * scale))), Image.Resampling.BICUBIC
+    )
     image = Image.new("RGB", size, pick_ground(rng))
     x, y = rng.randint(0, size[0] - emoji.width), rng.randint(0, size[1] - emoji.height)
     image.paste(emoji, (x, y), emoji)
     labels = Labels(size)
     labels.ignore_all_but("kind", "glyph", "next_glyph", "motion")
-    for row, column, share in labels.overlaps(x + emoji.width / 2, y + emoji.height / 2, emoji.width / 2, emoji.height / 2):
+    for row, column, share in labels.overlaps(
+        x + emoji.width / 2, y + emoji.height / 2, emoji.width / 2, emoji.height / 2
+    ):
         labels.set("kind", row, column, name if share > 0.25 else "")
     return still(add_grain(image, rng), labels), name
 
@@ -227,11 +249,18 @@ def draw_chart(rng: random.Random, size: tuple[int, int]) -> tuple[Picture, Char
     known = colors_on(ground)
     count = rng.randint(2, min(5, len(known)))
     levels = rng.sample(range(10), count)
-    chart = Chart(tuple(rng.sample(known, count)), tuple(0.1 + 0.1 * level + rng.uniform(-0.005, 0.005) for level in levels))
+    chart = Chart(
+        tuple(rng.sample(known, count)),
+        tuple(0.1 + 0.1 * level + rng.uniform(-0.005, 0.005) for level in levels),
+    )
     width, height = size[0] * 2, size[1] * 2
     image = Image.new("RGB", (width, height), ground)
     pen = ImageDraw.Draw(image)
-    left, bottom, top = width * rng.uniform(0.05, 0.12), height * rng.uniform(0.88, 0.95), height * rng.uniform(0.05, 0.12)
+    left, bottom, top = (
+        width * rng.uniform(0.05, 0.12),
+        height * rng.uniform(0.88, 0.95),
+        height * rng.uniform(0.05, 0.12),
+    )
     slot = (width * 0.96 - left) / count
     thickness = slot * rng.uniform(0.45, 0.8)
     labels = Labels(size)
@@ -270,7 +299,8 @@ def draw_photo(rng: random.Random, size: tuple[int, int], held_out: bool) -> Pic
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """What happens in a video: a thing moves, things appear one after the other, or a thing changes its colour."""
+    """What happens in a video: a thing moves, things appear one after the other, or a thing changes its
+    colour."""
 
     event: str  # "moves", "appears", "turns"
     things: tuple[Thing, ...]  # as they are at first; the event is about the first one, or in this order
@@ -281,17 +311,29 @@ class Clip:
 def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tuple[Picture, Clip] | None:
     """4 or 6 frames of one event. None when the drawn scene does not suit it."""
     event = rng.choices(("moves", "appears", "turns"), weights=(3, 2, 1))[0]
-    num_patches = 3 if event == "appears" and rng.random() < 0.5 else 2 if event == "appears" else rng.choice((2, 3))
+    num_patches = (
+        3 if event == "appears" and rng.random() < 0.5 else 2 if event == "appears" else rng.choice((2, 3))
+    )
     scene = make_scene(rng, rng.choice((1, 2, 2)) if event != "appears" else num_patches, held_out)
     things = scene.things
-    if not things or len({thing.name for thing in things}) < len(things) or (event == "appears" and len(things) < 2):
+    if (
+        not things
+        or len({thing.name for thing in things}) < len(things)
+        or (event == "appears" and len(things) < 2)
+    ):
         return None
     if event == "appears":
         order = tuple(rng.sample(things, len(things)))
         shown = [order[: 1 + index] for index in range(len(order)) for _ in range(2)]
         clip = Clip(event, order)
     elif event == "turns":
-        color = rng.choice([name for name in colors_on(scene.ground) if name != things[0].color and (name, things[0].shape) not in HELD_OUT_PAIRS])
+        color = rng.choice(
+            [
+                name
+                for name in colors_on(scene.ground)
+                if name != things[0].color and (name, things[0].shape) not in HELD_OUT_PAIRS
+            ]
+        )
         after = (replace(things[0], color=color), *things[1:])
         shown = [things] * num_patches + [after] * num_patches
         clip = Clip(event, things, color=color)
@@ -301,23 +343,39 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
         path = rng.uniform(0.35, 0.6)
         thing = things[0]
         start = replace(thing, x=_start(rng, dx, thing.x, path), y=_start(rng, dy, thing.y, path))
-        if len(things) > 1 and abs((things[1].x - start.x) * dy) + abs((things[1].y - start.y) * dx) < 1.3 * (start.radius + things[1].radius):
+        if len(things) > 1 and abs((things[1].x - start.x) * dy) + abs((things[1].y - start.y) * dx) < 1.3 * (
+            start.radius + things[1].radius
+        ):
             return None  # it would pass over the other one
         count = 2 * num_patches
         shown = [
-            (replace(start, x=start.x + dx * path * k / (count - 1), y=start.y + dy * path * k / (count - 1)), *things[1:]) for k in range(count)
+            (
+                replace(
+                    start, x=start.x + dx * path * k / (count - 1), y=start.y + dy * path * k / (count - 1)
+                ),
+                *things[1:],
+            )
+            for k in range(count)
         ]
         clip = Clip(event, (start, *things[1:]), direction=direction)
     scenes = [Scene(tuple(now), scene.ground, scene.seed) for now in shown]
     if not held_out and any(is_at_held_out_place(thing) for now in scenes for thing in now.things):
         return None
     # A token sees two frames: it is labelled with what stands half way between them.
-    halfway = [Scene(_halfway(*pair), scene.ground, scene.seed) for pair in zip(scenes[::2], scenes[1::2], strict=True)]
-    return Picture(tuple(draw(now, size) for now in scenes), tuple(label(now, size, clip.direction) for now in halfway)), clip
+    halfway = [
+        Scene(_halfway(*pair), scene.ground, scene.seed)
+        for pair in zip(scenes[::2], scenes[1::2], strict=True)
+    ]
+    return Picture(
+        tuple(draw(now, size) for now in scenes), tuple(label(now, size, clip.direction) for now in halfway)
+    ), clip
 
 
 def _halfway(before: Scene, after: Scene) -> tuple[Thing, ...]:
-    return tuple(replace(one, x=(one.x + other.x) / 2, y=(one.y + other.y) / 2) for one, other in zip(before.things, after.things, strict=True))
+    return tuple(
+        replace(one, x=(one.x + other.x) / 2, y=(one.y + other.y) / 2)
+        for one, other in zip(before.things, after.things, strict=True)
+    )
 
 
 def _start(rng: random.Random, step: int, where: float, path: float) -> float:
@@ -338,5 +396,7 @@ class Arrays(NamedTuple):
 def as_arrays(picture: Picture) -> Arrays:
     frames: Sequence[Image.Image] = picture.frames if picture.is_video else picture.frames * 2
     pixels = np.stack([np.asarray(frame) for frame in frames])
-    classes, mass = (np.stack([getattr(labels, name) for labels in picture.labels]) for name in ("classes", "mass"))
+    classes, mass = (
+        np.stack([getattr(labels, name) for labels in picture.labels]) for name in ("classes", "mass")
+    )
     return Arrays(pixels.reshape(-1, 2, *pixels.shape[1:]), classes, mass)

@@ -17,7 +17,11 @@ WARMUP = 100  # steps
 
 def learning_rate(step: int, num_steps: int, peak: float) -> float:
     """Linear warm-up, then a half cosine down to 2 % of the peak."""
-    return peak * min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps))))
+    return (
+        peak
+        * min(1.0, (step + 1) / WARMUP)
+        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps))))
+    )
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -44,12 +48,17 @@ class Log:
         self._path, self._stage, self._start = path, stage, time.monotonic()
 
     def go_on(self, step: int) -> None:
-        """Drops what was written after `step`, which is learned again, and lets the clock of the stage go on."""
-        kept = [entry for entry in read_log(self._path) if entry["stage"] != self._stage or entry["step"] <= step]
+        """Drops what was written after `step`, which is learned again, and lets the clock of the stage go
+        on."""
+        kept = [
+            entry for entry in read_log(self._path) if entry["stage"] != self._stage or entry["step"] <= step
+        ]
         scratch = self._path.with_suffix(".part")
         scratch.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(scratch, self._path)
-        self._start -= 60 * max((entry["minutes"] for entry in kept if entry["stage"] == self._stage), default=0.0)
+        self._start -= 60 * max(
+            (entry["minutes"] for entry in kept if entry["stage"] == self._stage), default=0.0
+        )
 
     def write(self, step: int, num_steps: int, **values: float) -> None:
         shown = {name: round(value, 4) for name, value in values.items()}
@@ -71,7 +80,11 @@ def plot(log: Path, picture: Path) -> None:
     panel, margin = width // max(1, len(points)), 46
     for number, (stage, values) in enumerate(points.items()):
         left, right, top, bottom = number * panel + margin, (number + 1) * panel - 12, 30, height - 30
-        most_steps, lowest, highest = max(step for step, _ in values) or 1, min(v for _, v in values), max(v for _, v in values)
+        most_steps, lowest, highest = (
+            max(step for step, _ in values) or 1,
+            min(v for _, v in values),
+            max(v for _, v in values),
+        )
         low, high = math.log(max(lowest, 1e-4)), math.log(highest) + 1e-6
 
         def at(step: int, loss: float) -> tuple[float, float]:

@@ -1,8 +1,9 @@
-"""Draws the sample pictures that ship with the embedded model: `python -m tools.tiny_model.samples --out FOLDER`.
+"""Draws the sample pictures that ship with the embedded model: `python -m tools.tiny_model.samples --out
+FOLDER`.
 
-They show what no training picture does: colour-shape pairs, places, typefaces and renderings that are held out; but for the blank one and
-the chart, in which there is nothing to hold out. The emoji, the word and the number need the packages of `assets.py`: they are left out
-without.
+They show what no training picture does: colour-shape pairs, places, typefaces and renderings that are held
+out; but for the blank one and the chart, in which there is nothing to hold out. The emoji, the word and the
+number need the packages of `assets.py`: they are left out without.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def samples() -> dict[str, Image.Image]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

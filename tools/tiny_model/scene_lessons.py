@@ -10,7 +10,18 @@ from typing import Literal
 from tools.tiny_model import small_talk
 from tools.tiny_model.names import CELLS, COLORS, SHAPES
 from tools.tiny_model.scenes import HELD_OUT_PAIRS, Scene, Thing, is_at_held_out_place, make_scene
-from tools.tiny_model.teacher import NUMBERS, Teacher, Turn, article, distinct, is_new_pair, place_of, plural, sentence, shown
+from tools.tiny_model.teacher import (
+    NUMBERS,
+    Teacher,
+    Turn,
+    article,
+    distinct,
+    is_new_pair,
+    place_of,
+    plural,
+    sentence,
+    shown,
+)
 
 HELD_OUT_NAMES = tuple(sorted(" ".join(pair) for pair in HELD_OUT_PAIRS))
 EMPTY = "The picture is empty."
@@ -21,7 +32,9 @@ BARELY = 0.05  # a thing that covers less of a ninth of the picture is not in it
 def is_clear(thing: Thing, scene: Scene) -> bool:
     """Whether it stands well inside its ninth, and nothing else reaches into it."""
     others = (other for other in scene.things if other is not thing)
-    return thing.has_clear_place and all(other.has_clear_place and other.covers(thing.cell) <= BARELY for other in others)
+    return thing.has_clear_place and all(
+        other.has_clear_place and other.covers(thing.cell) <= BARELY for other in others
+    )
 
 
 def in_order(scene: Scene) -> list[Thing] | None:
@@ -54,15 +67,22 @@ def crowd(teacher: Teacher, alike: float = 0.0) -> list[Turn]:
     """Many shapes: mostly counting. With `alike`, there are several of each colour and of each shape."""
     scene = teacher.scene(teacher.rng.randint(3, 9), alike)
     options = (_count_of, _count_of, _count_of, _exists, about)
-    asked = distinct([_count(teacher, scene), *(teacher.rng.choice(options)(teacher, scene) for _ in range(6))])
+    asked = distinct(
+        [_count(teacher, scene), *(teacher.rng.choice(options)(teacher, scene) for _ in range(6))]
+    )
     if alike:
-        asked = [replace(turn, skill="count alike") if turn.skill.startswith("count") else turn for turn in asked]
+        asked = [
+            replace(turn, skill="count alike") if turn.skill.startswith("count") else turn for turn in asked
+        ]
     teacher.rng.shuffle(asked)
     return shown(asked, teacher.show(scene))
 
 
 def relations(teacher: Teacher) -> list[Turn]:
-    """What stands left of what, mixed with where they stand. Among other questions alone, this one would stay at chance."""
+    """What stands left of what, mixed with where they stand.
+
+    Among other questions alone, this one would stay at chance.
+    """
     scene = teacher.scene(teacher.rng.randint(2, 4))
     turns = distinct(teacher.rng.choice((_relation, _relation, _where))(teacher, scene) for _ in range(10))
     return shown(turns, teacher.show(scene)) if turns else []
@@ -73,15 +93,22 @@ def blank(teacher: Teacher) -> list[Turn]:
     name = teacher.some_name()
     color, shape = name.split()
     questions: tuple[tuple[str, dict[str, str]], ...] = (
-        ("shape", {}), ("colour", {}), ("what", {}), ("describe", {}), ("describe", {}), ("colour of shape", {"name": shape}),
-        ("where", {"name": name}), ("shape of color", {"color": color}), ("number", {}), ("word", {}), ("emoji", {}),
+        ("shape", {}), ("colour", {}), ("what", {}), ("describe", {}), ("describe", {}),
+        ("colour of shape", {"name": shape}),
+        ("where", {"name": name}), ("shape of color", {"color": color}), ("number", {}), ("word", {}),
+        ("emoji", {}),
         ("at", {"where": place_of(teacher.rng.choice(CELLS))}), ("size", {"name": shape}),
     )  # fmt: skip
-    turns = [Turn("blank", teacher.say(key, **fields), EMPTY) for key, fields in teacher.rng.sample(questions, teacher.rng.randint(1, 3))]
+    turns = [
+        Turn("blank", teacher.say(key, **fields), EMPTY)
+        for key, fields in teacher.rng.sample(questions, teacher.rng.randint(1, 3))
+    ]
     if teacher.rng.random() < 0.3:
         turns.append(Turn("count 0-5", teacher.say("count"), "Zero.", is_new=False))
     if teacher.rng.random() < 0.3:
-        turns.append(Turn("exists", teacher.say("exists", name=article(name)), "No.", is_new=name in HELD_OUT_NAMES))
+        turns.append(
+            Turn("exists", teacher.say("exists", name=article(name)), "No.", is_new=name in HELD_OUT_NAMES)
+        )
     return teacher.shuffled(turns, teacher.show(make_scene(teacher.rng, 0)))
 
 
@@ -105,7 +132,9 @@ def _colour(teacher: Teacher, scene: Scene) -> Turn | None:
     return _shape_or_colour(teacher, scene, "colour", 0.5)
 
 
-def _shape_or_colour(teacher: Teacher, scene: Scene, skill: Literal["shape", "colour"], plainly: float) -> Turn | None:
+def _shape_or_colour(
+    teacher: Teacher, scene: Scene, skill: Literal["shape", "colour"], plainly: float
+) -> Turn | None:
     """Asks for it by the other of the two, by its place, or, of a thing that is alone, `plainly` so often."""
     thing = teacher.rng.choice(scene.things)
     if len(scene.things) == 1 and teacher.rng.random() < plainly:
@@ -133,7 +162,12 @@ def _where(teacher: Teacher, scene: Scene) -> Turn | None:
     thing = teacher.rng.choice(scene.things)
     if not thing.has_clear_place or (name := _name(teacher, thing, scene)) is None:
         return None
-    return Turn("position", teacher.say("where", name=name), sentence(place_of(thing.cell)), is_new=is_at_held_out_place(thing))
+    return Turn(
+        "position",
+        teacher.say("where", name=name),
+        sentence(place_of(thing.cell)),
+        is_new=is_at_held_out_place(thing),
+    )
 
 
 def _size(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -148,9 +182,19 @@ def _extreme(teacher: Teacher, scene: Scene) -> Turn | None:
         return None
     by_size = sorted(scene.things, key=lambda thing: thing.radius)
     if teacher.rng.random() < 0.5 and by_size[-1].radius > by_size[-2].radius * 1.3:
-        return Turn("size", teacher.say("largest"), sentence(f"the {by_size[-1].name}"), is_new=is_new_pair(by_size[-1]))
+        return Turn(
+            "size",
+            teacher.say("largest"),
+            sentence(f"the {by_size[-1].name}"),
+            is_new=is_new_pair(by_size[-1]),
+        )
     if by_size[0].radius * 1.3 < by_size[1].radius:
-        return Turn("size", teacher.say("smallest"), sentence(f"the {by_size[0].name}"), is_new=is_new_pair(by_size[0]))
+        return Turn(
+            "size",
+            teacher.say("smallest"),
+            sentence(f"the {by_size[0].name}"),
+            is_new=is_new_pair(by_size[0]),
+        )
     return None
 
 
@@ -164,7 +208,9 @@ def _relation(teacher: Teacher, scene: Scene) -> Turn | None:
     if names[0] is None or names[1] is None or abs(margin) < 0.2:
         return None
     text = teacher.say("relation", name=names[0], relation=relation, other=names[1])
-    return Turn("relation", text, "Yes." if margin > 0 else "No.", is_new=is_new_pair(one) or is_new_pair(other))
+    return Turn(
+        "relation", text, "Yes." if margin > 0 else "No.", is_new=is_new_pair(one) or is_new_pair(other)
+    )
 
 
 def _count(teacher: Teacher, scene: Scene) -> Turn:
@@ -172,7 +218,9 @@ def _count(teacher: Teacher, scene: Scene) -> Turn:
 
 
 def _counted(teacher: Teacher, key: str, number: int, **fields: str) -> Turn:
-    return Turn(f"count {'0-5' if number <= 5 else '6-9'}", teacher.say(key, **fields), sentence(NUMBERS[number]))
+    return Turn(
+        f"count {'0-5' if number <= 5 else '6-9'}", teacher.say(key, **fields), sentence(NUMBERS[number])
+    )
 
 
 def _count_of(teacher: Teacher, scene: Scene) -> Turn:
@@ -196,7 +244,9 @@ def _exists(teacher: Teacher, scene: Scene) -> Turn:
     if is_new and is_there and teacher.rng.random() < 0.6:  # or nearly all that are asked for would be there
         name = teacher.rng.choice(HELD_OUT_NAMES)
         is_there = any(other.name == name for other in scene.things)
-    return Turn("exists", teacher.say("exists", name=article(name)), "Yes." if is_there else "No.", is_new=is_new)
+    return Turn(
+        "exists", teacher.say("exists", name=article(name)), "Yes." if is_there else "No.", is_new=is_new
+    )
 
 
 def _absent(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -205,7 +255,9 @@ def _absent(teacher: Teacher, scene: Scene) -> Turn | None:
         name = teacher.some_name(teacher.rng.choice(scene.things))
         if any(thing.name == name for thing in scene.things):
             return None
-        return Turn("absent", teacher.say("where", name=name), f"There is no {name}.", is_new=name in HELD_OUT_NAMES)
+        return Turn(
+            "absent", teacher.say("where", name=name), f"There is no {name}.", is_new=name in HELD_OUT_NAMES
+        )
     shape = teacher.rng.choice(SHAPES)
     if any(thing.shape == shape for thing in scene.things):
         return None
@@ -238,7 +290,12 @@ def _at(teacher: Teacher, scene: Scene) -> Turn | None:
         return None
     cell, thing = found
     answer = sentence(article(thing.name)) if thing else "Nothing."
-    return Turn("position", teacher.say("at", where=place_of(cell)), answer, is_new=thing is not None and is_at_held_out_place(thing))
+    return Turn(
+        "position",
+        teacher.say("at", where=place_of(cell)),
+        answer,
+        is_new=thing is not None and is_at_held_out_place(thing),
+    )
 
 
 def _describe(teacher: Teacher, scene: Scene) -> Turn | None:
@@ -253,7 +310,11 @@ def _describe(teacher: Teacher, scene: Scene) -> Turn | None:
 def _json(teacher: Teacher, scene: Scene) -> Turn | None:
     ordered = in_order(scene)
     if teacher.rng.random() < 0.5 and ordered is not None and len(ordered) < 4:
-        return Turn("JSON", teacher.say("json"), json.dumps({"shapes": [{"color": thing.color, "shape": thing.shape} for thing in ordered]}))
+        return Turn(
+            "JSON",
+            teacher.say("json"),
+            json.dumps({"shapes": [{"color": thing.color, "shape": thing.shape} for thing in ordered]}),
+        )
     for _ in range(8):
         turn = teacher.rng.choice((_shape, _colour, _count, _count_of))(teacher, scene)
         if turn is not None:
@@ -266,4 +327,6 @@ def _json(teacher: Teacher, scene: Scene) -> Turn | None:
         else ("shape", value.split()[-1]) if turn.skill == "shape"
         else ("count", NUMBERS.index(value))
     )  # fmt: skip
-    return Turn("JSON", teacher.say("as json", question=turn.text), json.dumps({key: content}), is_new=turn.is_new)
+    return Turn(
+        "JSON", teacher.say("as json", question=turn.text), json.dumps({key: content}), is_new=turn.is_new
+    )

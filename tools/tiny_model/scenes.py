@@ -1,7 +1,8 @@
 """Pictures of coloured shapes on a plain ground, drawn on the fly.
 
-Everything is drawn from a `random.Random`, so a seed names a picture. A scene keeps the truth about itself: the lessons ask
-about it, and `labels` says what covers each merged vision token, which is what the vision tower learns first.
+Everything is drawn from a `random.Random`, so a seed names a picture. A scene keeps the truth about itself:
+the lessons ask about it, and `labels` says what covers each merged vision token, which is what the vision
+tower learns first.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from tools.tiny_model.names import CELLS, COLORS, SHAPES, Color
 # Colour-shape pairs, and shapes at a place, that no training picture shows: evaluation asks for them by name.
 HELD_OUT_PAIRS = frozenset(
     {
-        ("red", "star"), ("blue", "cross"), ("green", "triangle"), ("yellow", "ring"), ("purple", "square"), ("orange", "circle"),
+        ("red", "star"), ("blue", "cross"), ("green", "triangle"), ("yellow", "ring"), ("purple", "square"),
+        ("orange", "circle"),
         ("pink", "diamond"), ("black", "heart"),
     }
 )  # fmt: skip
 HELD_OUT_PLACES = frozenset(
     {
-        ("circle", "top right"), ("square", "bottom"), ("triangle", "left"), ("star", "bottom left"), ("cross", "top"), ("ring", "bottom right"),
+        ("circle", "top right"), ("square", "bottom"), ("triangle", "left"), ("star", "bottom left"),
+        ("cross", "top"), ("ring", "bottom right"),
         ("heart", "right"), ("diamond", "top left"),
     }
 )  # fmt: skip
 SIZES = ((140, 140), (112, 112), (140, 112), (112, 140))  # (width, height) in pixels
 SIZE_WEIGHTS = (6, 1.5, 1.5, 1.5)
-FADED = 220.0  # least RGB distance of the two colours of a thing: nearer to each other, one name might do for all of it
-SMALL, LARGE = (0.072, 0.092), (0.132, 0.165)  # radii, as a share of the shorter side; nobody asks about the size of those between
+# least RGB distance of the two colours of a thing: nearer to each other, one name might do for all of it
+FADED = 220.0
+# radii, as a share of the shorter side; nobody asks about the size of those between
+SMALL, LARGE = (0.072, 0.092), (0.132, 0.165)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +115,15 @@ def colors_on(ground: Color) -> list[str]:
     return [name for name, color in COLORS.items() if math.dist(color, ground) > 75]
 
 
-def make_scene(rng: random.Random, count: int | None = None, held_out: bool = False, odd: float = 0.0, alike: float = 0.0) -> Scene:
+def make_scene(
+    rng: random.Random, count: int | None = None, held_out: bool = False, odd: float = 0.0, alike: float = 0.0
+) -> Scene:
     """A random scene of `count` things (0 to 9), of up to five where it is left open.
 
-    With `held_out`, its first thing is one of HELD_OUT_PAIRS and the others may stand in HELD_OUT_PLACES; without, none does. A share
-    `odd` of the things are blobs, or have a colour without a name, or two colours: they teach the tower to see colour and shape apart.
-    A share `alike` of the scenes has things of few colours and shapes, so that there are several of each to be counted.
+    With `held_out`, its first thing is one of HELD_OUT_PAIRS and the others may stand in HELD_OUT_PLACES;
+    without, none does. A share `odd` of the things are blobs, or have a colour without a name, or two
+    colours: they teach the tower to see colour and shape apart. A share `alike` of the scenes has things of
+    few colours and shapes, so that there are several of each to be counted.
     """
     ground = pick_ground(rng)
     if count is None:
@@ -154,13 +162,21 @@ def _place(rng: random.Random, shape: str, color: str, cell: int | None, count: 
         return Thing(shape, color, rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58), rng.uniform(0.18, 0.37))
     kind = rng.random()
     radius = (
-        rng.uniform(*SMALL) if kind < 0.4 or (count > 5 and kind < 0.7) else rng.uniform(*(LARGE if kind > 0.6 and count < 6 else (0.093, 0.115)))
+        rng.uniform(*SMALL)
+        if kind < 0.4 or (count > 5 and kind < 0.7)
+        else rng.uniform(*(LARGE if kind > 0.6 and count < 6 else (0.093, 0.115)))
     )
     if cell is None:
         edge = radius * 1.2
         return Thing(shape, color, rng.uniform(edge, 1 - edge), rng.uniform(edge, 1 - edge), radius)
     row, column = divmod(cell, 3)
-    return Thing(shape, color, (column + 0.5) / 3 + rng.uniform(-0.06, 0.06), (row + 0.5) / 3 + rng.uniform(-0.06, 0.06), radius)
+    return Thing(
+        shape,
+        color,
+        (column + 0.5) / 3 + rng.uniform(-0.06, 0.06),
+        (row + 0.5) / 3 + rng.uniform(-0.06, 0.06),
+        radius,
+    )
 
 
 def _is_apart(thing: Thing, other: Thing) -> bool:
@@ -168,10 +184,12 @@ def _is_apart(thing: Thing, other: Thing) -> bool:
 
 
 def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
-    """The same thing without a shape, or in a colour without a name, or in two: as a whole it never looks like a pair that is held out.
+    """The same thing without a shape, or in a colour without a name, or in two: as a whole it never looks
+    like a pair that is held out.
 
-    Around such a pair's colour a shape has to be shown on all sides: a blue cross was taken for a star while crosses had no colour between
-    blue and any other. Of two colours one may be the pair's: a cross is shown half blue and half red, so that its edges are known in all colours.
+    Around such a pair's colour a shape has to be shown on all sides: a blue cross was taken for a star while
+    crosses had no colour between blue and any other. Of two colours one may be the pair's: a cross is shown
+    half blue and half red, so that its edges are known in all colours.
     """
     if rng.random() < 0.4:
         return replace(thing, shape="")
@@ -179,7 +197,9 @@ def _make_odd(rng: random.Random, thing: Thing, ground: Color) -> Thing:
     for _ in range(40):
         paint, other = _any_color(rng), _any_color(rng)
         seen = [paint, other] if is_faded else [paint]
-        if min(math.dist(color, ground) for color in seen) < 75 or (is_faded and math.dist(paint, other) < FADED):
+        if min(math.dist(color, ground) for color in seen) < 75 or (
+            is_faded and math.dist(paint, other) < FADED
+        ):
             continue
         mean = [sum(values) / len(seen) for values in zip(*seen, strict=True)]
         if not any((name, thing.shape) in HELD_OUT_PAIRS for name in _names_like(mean)):
@@ -192,7 +212,8 @@ def _any_color(rng: random.Random) -> Color:
 
 
 def _names_like(color: Sequence[float]) -> list[str]:
-    """The names that somebody might give this colour: of all that are near, and of the nearest one unless that is far."""
+    """The names that somebody might give this colour: of all that are near, and of the nearest one unless
+    that is far."""
     distances = {name: math.dist(value, color) for name, value in COLORS.items()}
     nearest = min(distances.values())
     return [name for name, distance in distances.items() if distance < 90 or distance == nearest < 130]
@@ -217,8 +238,17 @@ def draw(scene: Scene, size: tuple[int, int]) -> Image.Image:
     return add_grain(image.reduce(2), random.Random(scene.seed))
 
 
-def _draw_faded(image: Image.Image, shape: str, centre: tuple[float, float], radius: float, color: Color, other: Color, rng: random.Random) -> None:
-    """A shape with one colour at one side and another at the other side, in any direction, with a soft or a sharp border."""
+def _draw_faded(
+    image: Image.Image,
+    shape: str,
+    centre: tuple[float, float],
+    radius: float,
+    color: Color,
+    other: Color,
+    rng: random.Random,
+) -> None:
+    """A shape with one colour at one side and another at the other side, in any direction, with a soft or a
+    sharp border."""
     reach = math.ceil(radius * 1.3)
     left, top = (int(value) - reach for value in centre)
     x, y = centre[0] - left, centre[1] - top
@@ -238,7 +268,9 @@ def add_grain(image: Image.Image, rng: random.Random) -> Image.Image:
     if not noise:
         return image
     pixels = np.asarray(image, dtype=np.int16)
-    grain = np.random.default_rng(rng.getrandbits(32)).integers(-noise, noise + 1, pixels.shape, dtype=np.int16)
+    grain = np.random.default_rng(rng.getrandbits(32)).integers(
+        -noise, noise + 1, pixels.shape, dtype=np.int16
+    )
     return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
 
 
@@ -262,7 +294,10 @@ def draw_shape(
 
     def polygon(points: Sequence[tuple[float, float]]) -> None:
         """Points as (angle from the top, share of the radius)."""
-        pen.polygon([(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in points], fill=color)
+        pen.polygon(
+            [(x + radius * r * math.sin(a + turn), y - radius * r * math.cos(a + turn)) for a, r in points],
+            fill=color,
+        )
 
     match shape:
         case "circle":
@@ -281,7 +316,13 @@ def draw_shape(
         case "star":
             polygon([(k * math.pi / 5, 1.25 if k % 2 == 0 else 0.52) for k in range(10)])
         case "heart":
-            curve = [(16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) for t in _steps(36)]
+            curve = [
+                (
+                    16 * math.sin(t) ** 3,
+                    13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
+                )
+                for t in _steps(36)
+            ]
             polygon([(math.atan2(cx, cy), math.hypot(cx, cy) / 15) for cx, cy in curve])
         case "cross":
             arm, long = 0.36, 1.1
@@ -299,7 +340,10 @@ def _steps(count: int) -> list[float]:
 
 
 def label(scene: Scene, size: tuple[int, int], motion: str = "") -> Labels:
-    """What covers most of each merged token. `motion`: in which direction the first thing moves, in a video."""
+    """What covers most of each merged token.
+
+    `motion`: in which direction the first thing moves, in a video.
+    """
     labels = Labels(size)
     best = np.zeros(labels.shape)
     for index, thing in enumerate(scene.things):

@@ -1,7 +1,9 @@
-"""What a lesson is, and what one is made with: a random stream, a split of what may be shown and asked, and how to say and show it.
+"""What a lesson is, and what one is made with: a random stream, a split of what may be shown and asked, and
+how to say and show it.
 
-A `Lesson` is a chat of a few turns; each turn's `skill` names what it asks, so that accuracy can be told per skill. Every question
-has exactly one right answer, to the letter. `Split` says whether a lesson is for training or holds what training never shows.
+A `Lesson` is a chat of a few turns; each turn's `skill` names what it asks, so that accuracy can be told per
+skill. Every question has exactly one right answer, to the letter. `Split` says whether a lesson is for
+training or holds what training never shows.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Turn:
     text: str
     answer: str
     pictures: tuple[Picture, ...] = ()  # shown with this turn
-    is_new: bool = True  # whether it is about what its split holds out: asks for it by name, or shows it where nothing is named
+    # whether it is about what its split holds out: asks for it by name, or shows it where nothing is named
+    is_new: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,9 @@ def article(name: str) -> str:
 
 
 def place_of(cell: str) -> str:
-    return {"center": "in the center", "left": "on the left", "right": "on the right"}.get(cell, f"at the {cell}")
+    return {"center": "in the center", "left": "on the left", "right": "on the right"}.get(
+        cell, f"at the {cell}"
+    )
 
 
 def sentence(text: str) -> str:
@@ -83,7 +88,8 @@ def distinct(turns: Iterable[Turn | None]) -> list[Turn]:
 
 
 class Teacher:
-    """What all kinds of lessons of one split need: a random stream, wordings, and pictures, of one size where it is given."""
+    """What all kinds of lessons of one split need: a random stream, wordings, and pictures, of one size where
+    it is given."""
 
     def __init__(self, rng: random.Random, split: Split, size: tuple[int, int] | None = None) -> None:
         self.rng, self.split, self._size_of_all = rng, split, size
@@ -104,7 +110,8 @@ class Teacher:
     def some_name(self, like: Thing | None = None) -> str:
         """Colour and shape at random, of a thing that may be there or not, often one of them that of `like`.
 
-        Pairs that are held out are not asked for elsewhere: asked for in training, where none is ever there, they would be learned as absent.
+        Pairs that are held out are not asked for elsewhere: asked for in training, where none is ever there,
+        they would be learned as absent.
         """
         while True:
             color = like.color if like and self.rng.random() < 0.4 else self.rng.choice(list(COLORS))

@@ -1,10 +1,11 @@
 """Makes the embedded checkpoint from nothing: `python -m tools.tiny_model.train --out FOLDER`.
 
-Two stages, both on pictures drawn on the fly. First the vision tower alone learns, for every merged token, what covers it (dense
-labels from the renderer: end to end, shape would stay at chance for a long time). Then tower and decoder together learn to answer
-whole conversations; as long as the tower learns there, it sees pictures of the first stage, too. The result, FOLDER/model, is a plain
-Hugging Face checkpoint with fp16 weights. A run that was stopped goes on where it was when the same command is given again: states, log
-and plot of the losses lie in FOLDER.
+Two stages, both on pictures drawn on the fly. First the vision tower alone learns, for every merged token,
+what covers it (dense labels from the renderer: end to end, shape would stay at chance for a long time). Then
+tower and decoder together learn to answer whole conversations; as long as the tower learns there, it sees
+pictures of the first stage, too. The result, FOLDER/model, is a plain Hugging Face checkpoint with fp16
+weights. A run that was stopped goes on where it was when the same command is given again: states, log and
+plot of the losses lie in FOLDER.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from tools.tiny_model.tower import MEAN, STD, DenseHead, embed, make_fast
 IMAGE_LIMITS = {"min_pixels": 112 * 112, "max_pixels": 140 * 140}
 SAVE_EVERY_S = 120.0
 FRAMES_BESIDE = 16  # pictures of the first stage in each step of the second in which the tower learns
-HEAD_STEPS = 200  # in which a tower that knows something already only looks: the gradient of a new head would undo what it knows
+# in which a tower that knows something already only looks: the gradient of a new head would undo what it
+# knows
+HEAD_STEPS = 200
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
@@ -43,32 +46,53 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
         return int(tokenizer.convert_tokens_to_ids(text))  # type: ignore[arg-type]
 
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "bos_token_id": token("<|endoftext|>"),
-        "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>"), "tie_word_embeddings": True,
+        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>"),
+        "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
     }  # fmt: skip
-    vision = {"depth": 6, "embed_dim": 256, "num_heads": 4, "hidden_size": 256, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2}
+    vision = {
+        "depth": 6,
+        "embed_dim": 256,
+        "num_heads": 4,
+        "hidden_size": 256,
+        "mlp_ratio": 4,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+    }
     return Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
     )  # fmt: skip
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """On a processor without bf16 instructions, bf16 matmuls fall to a path a hundred times slower than fp32."""
+    """On a processor without bf16 instructions, bf16 matmuls fall to a path a hundred times slower than
+    fp32."""
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 class Trainer:
     """Weights and optimizers of one stage, and the state file that the stage goes on from.
 
-    Matrices of the layers learn by Muon (Jordan 2024, as torch has it), everything else by AdamW: on the tower, Muon needed about a
-    third fewer steps. The merger's two do not: they are so large that Muon took half of its time for them.
+    Matrices of the layers learn by Muon (Jordan 2024, as torch has it), everything else by AdamW: on the
+    tower, Muon needed about a third fewer steps. The merger's two do not: they are so large that Muon took
+    half of its time for them.
     """
 
     def __init__(
-        self, stage: str, folder: Path, modules: dict[str, nn.Module], peaks: dict[str, float], num_steps: int, **settings: float | str
+        self,
+        stage: str,
+        folder: Path,
+        modules: dict[str, nn.Module],
+        peaks: dict[str, float],
+        num_steps: int,
+        **settings: float | str,
     ) -> None:
         """`settings` are whatever else must be the same when the stage goes on."""
         self._modules, self.num_steps, self._path = modules, num_steps, folder / f"{stage}.pt"
@@ -78,9 +102,18 @@ class Trainer:
         for name, module in modules.items():
             mine = {key: value for key, value in module.named_parameters() if is_layer_matrix(key, value)}
             matrices.append({"params": list(mine.values()), "peak": peaks[name]})
-            others.append({"params": [value for key, value in module.named_parameters() if key not in mine], "peak": peaks[name] / 2})
+            others.append(
+                {
+                    "params": [value for key, value in module.named_parameters() if key not in mine],
+                    "peak": peaks[name] / 2,
+                }
+            )
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon([group for group in matrices if group["params"]], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                [group for group in matrices if group["params"]],
+                weight_decay=0.05,
+                adjust_lr_fn="match_rms_adamw",
+            ),
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
         ]
         self.step, self.position = 0, 0
@@ -88,11 +121,15 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def resume(self, device: torch.device) -> bool:
-        """Raises ValueError when what is there was begun with other settings: schedule and data would jump."""
+        """Raises ValueError when what is there was begun with other settings: schedule and data would
+        jump."""
         if (state := progress.load(self._path, device)) is None:
             return False
         if state["settings"] != self._settings:
-            raise ValueError(f"{self._path} was begun with {state['settings']}, not {self._settings}: another --out begins anew")
+            raise ValueError(
+                f"{self._path} was begun with {state['settings']}, not {self._settings}: another --out "
+                "begins anew"
+            )
         for name, module in self._modules.items():
             module.load_state_dict(state[name])
         for optimizer, its_state in zip(self._optimizers, state["optimizers"], strict=True):
@@ -121,7 +158,16 @@ class Trainer:
     def save(self) -> None:
         state: dict[str, Any] = {name: module.state_dict() for name, module in self._modules.items()}
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
-        progress.save(self._path, {**state, "optimizers": optimizers, "step": self.step, "position": self.position, "settings": self._settings})
+        progress.save(
+            self._path,
+            {
+                **state,
+                "optimizers": optimizers,
+                "step": self.step,
+                "position": self.position,
+                "settings": self._settings,
+            },
+        )
         self._saved_at = time.monotonic()
 
 
@@ -130,8 +176,10 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def batches_of(dataset: Iterable[Any], device: torch.device, max_workers: int | None = None) -> Iterator[Any]:
-    """For a GPU they are drawn by processes beside this one, from the first that is asked for. On a CPU such a process would take a core from
-    threads that wait for each other: a step then lasts nearly twice as long, while drawing its pictures takes a fifth of it."""
+    """For a GPU they are drawn by processes beside this one, from the first that is asked for. On a CPU such
+    a process would take a core from threads that wait for each other: a step then lasts nearly twice as long,
+    while drawing its pictures takes a fifth of it.
+    """
     if device.type != "cpu":
         free = max(1, (os.cpu_count() or 2) - 2)
         dataset = DataLoader(dataset, batch_size=None, num_workers=min(max_workers or free, free))  # type: ignore[arg-type]
@@ -139,9 +187,11 @@ def batches_of(dataset: Iterable[Any], device: torch.device, max_workers: int | 
 
 
 def compile_blocks(blocks: Iterable[nn.Module], dynamic: bool) -> None:
-    """Where batches have one of a few shapes, kernels made for these save a quarter of a step over those for any shape.
+    """Where batches have one of a few shapes, kernels made for these save a quarter of a step over those for
+    any shape.
 
-    Forgets what was compiled before: the tower's blocks are compiled for either stage, and dynamo would go on with the kernels that it has.
+    Forgets what was compiled before: the tower's blocks are compiled for either stage, and dynamo would go on
+    with the kernels that it has.
     """
     torch.compiler.reset()
     for block in blocks:
@@ -150,12 +200,22 @@ def compile_blocks(blocks: Iterable[nn.Module], dynamic: bool) -> None:
 
 def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, device: torch.device) -> None:
     peaks = {"tower": args.vision_peak, "head": args.vision_peak}
-    trainer = Trainer("vision", args.out, {"tower": tower, "head": head}, peaks, args.vision_steps, seed=args.seed, start=str(args.start_from))
+    trainer = Trainer(
+        "vision",
+        args.out,
+        {"tower": tower, "head": head},
+        peaks,
+        args.vision_steps,
+        seed=args.seed,
+        start=str(args.start_from),
+    )
     trainer.resume(device)
     trainer.log.go_on(trainer.step)
     compile_blocks(tower.blocks, dynamic=False)  # type: ignore[arg-type]
     started, first = time.monotonic(), trainer.step
-    for frames in () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step), device):
+    for frames in (
+        () if trainer.is_done else batches_of(FrameBatches(64, args.seed + 1, trainer.step), device)
+    ):
         frames = frames.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(device)):
             with torch.set_grad_enabled(args.start_from is None or trainer.step >= HEAD_STEPS):
@@ -172,8 +232,8 @@ def train_tower(tower: nn.Module, head: DenseHead, args: argparse.Namespace, dev
 class Learner:
     """Loss of a batch of lessons, and of pictures of the first stage while the tower learns.
 
-    Lessons show only what has a name. From them alone the tower would learn the pairs of colour and shape by heart; shapes in colours without
-    a name or in two, and blobs in one with a name, keep it from that.
+    Lessons show only what has a name. From them alone the tower would learn the pairs of colour and shape by
+    heart; shapes in colours without a name or in two, and blobs in one with a name, keep it from that.
     """
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, head: DenseHead) -> None:
@@ -182,7 +242,9 @@ class Learner:
     def loss(self, batch: Batch, beside: Frames | None) -> tuple[Tensor, dict[str, float]]:
         """`beside`: pictures of the first stage; None while the tower only looks."""
         model, config = self._model.model, self._model.config
-        types = (batch.token_ids == config.image_token_id).long() + 2 * (batch.token_ids == config.video_token_id).long()
+        types = (batch.token_ids == config.image_token_id).long() + 2 * (
+            batch.token_ids == config.video_token_id
+        ).long()
         inputs = model.language_model.embed_tokens(batch.token_ids)
         dense_loss, seen = torch.zeros((), device=inputs.device), {}
         if len(batch.pixels):
@@ -196,13 +258,20 @@ class Learner:
             image_grid_thw=batch.image_grids if len(batch.image_grids) else None,
             video_grid_thw=batch.video_grids if len(batch.video_grids) else None,
         )
-        hidden = model.language_model(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = model.language_model(
+            inputs_embeds=inputs, position_ids=positions, use_cache=False
+        ).last_hidden_state
         learned = batch.targets[:, 1:] != IGNORED
         logits = self._model.lm_head(hidden[:, :-1][learned]).float()
         targets = batch.targets[:, 1:][learned]
         answer_loss = F.cross_entropy(logits, targets)
         accuracy = (logits.argmax(-1) == targets).float().mean().item()
-        values = {"loss": answer_loss.item(), "answer_tokens": accuracy, "dense_loss": float(dense_loss.detach()), **seen}
+        values = {
+            "loss": answer_loss.item(),
+            "answer_tokens": accuracy,
+            "dense_loss": float(dense_loss.detach()),
+            **seen,
+        }
         if beside is not None:
             beside_loss, _ = self._head(embed(model.visual, beside.pixels), beside.classes, beside.mass)
             dense_loss = dense_loss + beside_loss
@@ -210,13 +279,23 @@ class Learner:
         return answer_loss + 0.1 * dense_loss, values
 
 
-def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
+def train_all(
+    model: Qwen2VLForConditionalGeneration,
+    head: DenseHead,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+) -> None:
     device = next(model.parameters()).device
-    modules: dict[str, nn.Module] = {"tower": model.model.visual, "decoder": model.model.language_model, "head": head}
+    modules: dict[str, nn.Module] = {
+        "tower": model.model.visual,
+        "decoder": model.model.language_model,
+        "head": head,
+    }
     peaks = {"tower": args.peak / 4, "decoder": args.peak, "head": args.peak / 4}
     trainer = Trainer(
         "joint", args.out, modules, peaks, args.joint_steps,
-        seed=args.seed, start=str(args.start_from), frozen_share=args.frozen_share, max_tokens=args.max_tokens, beside=FRAMES_BESIDE,
+        seed=args.seed, start=str(args.start_from), frozen_share=args.frozen_share,
+        max_tokens=args.max_tokens, beside=FRAMES_BESIDE,
     )  # fmt: skip
     if not trainer.resume(device) and args.export_only:
         raise ValueError(f"{args.out} has no state of the second stage to export")
@@ -228,7 +307,9 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
     sums: dict[str, list[float]] = defaultdict(list)
     dataset = LessonBatches(tokenizer, args.max_tokens, args.seed + 2, trainer.position)
     frozen_steps = math.ceil(trainer.num_steps * args.frozen_share)
-    frames = batches_of(FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device, max_workers=2)
+    frames = batches_of(
+        FrameBatches(FRAMES_BESIDE, args.seed + 3, max(trainer.step, frozen_steps)), device, max_workers=2
+    )
     for pool, batch in () if trainer.is_done or args.export_only else batches_of(dataset, device):
         batch = batch.to(device)
         beside = None if trainer.step < frozen_steps else next(frames).to(device)
@@ -241,20 +322,29 @@ def train_all(model: Qwen2VLForConditionalGeneration, head: DenseHead, tokenizer
                 sums[name].append(value)
         if trainer.step % 25 == 0:
             rate = num_lessons / (time.monotonic() - started)
-            trainer.log.write(trainer.step, trainer.num_steps, lessons_per_s=rate, **{name: sum(v) / len(v) for name, v in sums.items()})
+            trainer.log.write(
+                trainer.step,
+                trainer.num_steps,
+                lessons_per_s=rate,
+                **{name: sum(v) / len(v) for name, v in sums.items()},
+            )
             sums.clear()
         if trainer.is_done:
             break
 
 
 def export(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the checkpoint: config, fp16 weights, generation and image-processor settings, tokenizer and chat template."""
-    for name in ("is_local", "local_files_only"):  # how it was loaded here, which transformers 5.24 would write down with it
+    """Writes the checkpoint: config, fp16 weights, generation and image-processor settings, tokenizer and
+    chat template."""
+    # how it was loaded here, which transformers 5.24 would write down with it
+    for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
     text = json.loads(model.config.to_json_string(use_diff=False))["text_config"]
     ids = {name: text[name] for name in ("bos_token_id", "pad_token_id")}
-    model.generation_config.update(do_sample=False, eos_token_id=[text["eos_token_id"], text["bos_token_id"]], **ids)
+    model.generation_config.update(
+        do_sample=False, eos_token_id=[text["eos_token_id"], text["bos_token_id"]], **ids
+    )
     for name in ("text_config", "vision_config"):
         getattr(model.config, name).dtype = torch.float16
     model.half().save_pretrained(folder)
@@ -271,30 +361,70 @@ def export(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for states, log, plot and the checkpoint")
-    parser.add_argument("--vision-steps", type=int, default=3000, help="steps of 64 pictures for the vision tower alone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for states, log, plot and the checkpoint"
+    )
+    parser.add_argument(
+        "--vision-steps", type=int, default=3000, help="steps of 64 pictures for the vision tower alone"
+    )
     parser.add_argument("--joint-steps", type=int, default=12000, help="steps for tower and decoder together")
-    parser.add_argument("--frozen-share", type=float, default=0.6, help="of those steps in which the tower only looks: they are faster")
-    parser.add_argument("--max-tokens", type=int, default=5600, help="tokens of a step of both together, padding included")
-    parser.add_argument("--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage")
-    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate of the decoder in the second; the tower's is a quarter")
-    parser.add_argument("--start-from", type=Path, help=f"begin with this checkpoint; the first {HEAD_STEPS} steps fit a head to it")
-    parser.add_argument("--export-only", action="store_true", help="train no further: write the checkpoint of the state as it is")
+    parser.add_argument(
+        "--frozen-share",
+        type=float,
+        default=0.6,
+        help="of those steps in which the tower only looks: they are faster",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=5600, help="tokens of a step of both together, padding included"
+    )
+    parser.add_argument(
+        "--vision-peak", type=float, default=2e-3, help="highest learning rate of the first stage"
+    )
+    parser.add_argument(
+        "--peak",
+        type=float,
+        default=2e-3,
+        help="highest learning rate of the decoder in the second; the tower's is a quarter",
+    )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        help=f"begin with this checkpoint; the first {HEAD_STEPS} steps fit a head to it",
+    )
+    parser.add_argument(
+        "--export-only",
+        action="store_true",
+        help="train no further: write the checkpoint of the state as it is",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.start_from and args.vision_steps < HEAD_STEPS:
-        parser.error(f"--start-from needs --vision-steps {HEAD_STEPS} or more: the head is new, and hardly learns in the second stage")
+        parser.error(
+            f"--start-from needs --vision-steps {HEAD_STEPS} or more: the head is new, and hardly learns in "
+            "the second stage"
+        )
     folder = args.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if lacking := assets.missing():
-        parser.error(f"not here: {', '.join(lacking)}; python -m tools.tiny_model.assets fetches most of it, pip install -e '.[test]' the photos")
+        parser.error(
+            f"not here: {', '.join(lacking)}; python -m tools.tiny_model.assets fetches most of it, pip "
+            "install -e '.[test]' the photos"
+        )
     source = args.start_from or folder
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else bpe.train(folder)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(source)
+        if (source / "tokenizer.json").is_file()
+        else bpe.train(folder)
+    )
     if args.start_from:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").train()
+        model = Qwen2VLForConditionalGeneration.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager"
+        ).train()
     else:
         config = make_config(tokenizer)
         config._attn_implementation = "eager"

@@ -2,8 +2,8 @@
 
 A request takes its part before memory grows. What is not there is waited for, in turn, for a moment; then the
 request is refused. One client never has all of it: who holds at most `SHARE` times what is free leaves room
-for those who hold little, however many ask for much (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic Queue
-Length Thresholds for Shared-Memory Packet Switches").
+for those who hold little, however many ask for much (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic
+Queue Length Thresholds for Shared-Memory Packet Switches").
 """
 
 from __future__ import annotations

@@ -10,7 +10,14 @@ from pipeline.client.client import Piece, PipelineClient
 from pipeline.client.data_urls import move_data_urls
 from pipeline.families import ModelInfo
 from pipeline.wire.errors import RequestError, shown
-from workers.api.protocol import ChatCompletionRequest, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
+from workers.api.protocol import (
+    ChatCompletionRequest,
+    num_choices,
+    refuse_unserved,
+    to_choice,
+    to_messages,
+    to_sampling,
+)
 from workers.api.stream import Completion
 
 

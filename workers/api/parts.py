@@ -1,9 +1,9 @@
 """Content parts of a chat as clients write them, and as the pipeline has them.
 
 OpenAI's clients, vLLM's and Qwen's own tools put the same settings beside a URL or inside its object, and
-Qwen's have part types of their own: docs/parts.md lists what is served. A key that would change the answer and
-is not served is refused by name. Numbers are only checked for what the wire can carry: what they may be depends
-on the model, and on the media, so preprocess judges it.
+Qwen's have part types of their own: docs/parts.md lists what is served. A key that would change the answer
+and is not served is refused by name. Numbers are only checked for what the wire can carry: what they may be
+depends on the model, and on the media, so preprocess judges it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,16 @@ SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # with one of them, `detail` says not
 # Keys that say nothing about the answer, whatever their value is.
 LABELS = {
     *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "id", "index", "name"),
-    *("title", "alt", "filename", "format", "mime_type", "media_type", "provider_options", "provider_metadata"),
+    *(
+        "title",
+        "alt",
+        "filename",
+        "format",
+        "mime_type",
+        "media_type",
+        "provider_options",
+        "provider_metadata",
+    ),
 }
 
 
@@ -151,7 +160,9 @@ class _Keys:
                 values.append(read(given[name], f"{place}.{name}"))
         if len(values) == 2 and values[0] != values[1]:
             what = f"beside the URL {shown(values[0])}, in its object {shown(values[1])}"
-            raise RequestError(f"{name} is given twice and differs: {what}", field=f"{self.source_field}.{name}")
+            raise RequestError(
+                f"{name} is given twice and differs: {what}", field=f"{self.source_field}.{name}"
+            )
         return values[0] if values else None
 
 

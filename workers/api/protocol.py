@@ -19,8 +19,8 @@ from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParam
 from workers.api.parts import to_part
 
 MAX_CHOICES = 16
-# Signs that stand between values. More are refused before anything is made of them, which would stop the event loop.
-# A text that has so many is longer than any context; pictures in base64 have none.
+# Signs that stand between values. More are refused before anything is made of them, which would stop the
+# event loop. A text that has so many is longer than any context; pictures in base64 have none.
 MAX_SIGNS = {b"{": 1 << 17, b"[": 1 << 17, b",": 1 << 18}
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -148,7 +148,9 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
     for index, message in enumerate(request.messages):
         for field in NEUTRAL_IN_MESSAGE:
             if getattr(message, field):
-                raise RequestError(f"{field} in a message is not served by this server", field=f"messages[{index}].{field}")
+                raise RequestError(
+                    f"{field} in a message is not served by this server", field=f"messages[{index}].{field}"
+                )
     if request.priority is not None and not -(2**31) <= request.priority < 2**31:
         raise RequestError(f"priority must fit 32 bits, got {shown(request.priority)}", field="priority")
     if request.stream_options is not None and not request.stream:
@@ -156,9 +158,12 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
 
 
 def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
-    """The pipeline's messages; `developer`, OpenAI's newer name for the system role, becomes what models know."""
+    """The pipeline's messages; `developer`, OpenAI's newer name for the system role, becomes what models
+    know."""
     return [
-        ChatMessage("system" if message.role == "developer" else message.role, _to_content(message.content, index))
+        ChatMessage(
+            "system" if message.role == "developer" else message.role, _to_content(message.content, index)
+        )
         for index, message in enumerate(request.messages)
     ]
 
@@ -170,7 +175,10 @@ def _to_content(content: str | list[dict[str, Any]] | None, index: int) -> str |
 
 
 def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> SamplingParams:
-    """The request's sampling; what it leaves open is the model's own default. Raises RequestError out of range."""
+    """The request's sampling; what it leaves open is the model's own default.
+
+    Raises RequestError out of range.
+    """
 
     def pick(name: str, fallback: float) -> float:
         value = getattr(request, name)
@@ -182,17 +190,26 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_LOGPROBS:
-        raise RequestError(f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {request.top_logprobs}", field="top_logprobs")
+        raise RequestError(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {request.top_logprobs}",
+            field="top_logprobs",
+        )
     for field in ("logit_bias", "stop_token_ids"):
         if len(getattr(request, field) or ()) > MAX_LOGIT_BIASES:
             raise RequestError(f"{field} has more than {MAX_LOGIT_BIASES} entries", field=field)
+    max_tokens = (
+        request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    )
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return SamplingParams(
-        temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)), min_p=pick("min_p", 0.0),
+        temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)),
+        min_p=pick("min_p", 0.0),
         presence_penalty=request.presence_penalty or 0.0, frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=pick("repetition_penalty", 1.0), logit_bias=_to_logit_bias(request.logit_bias or {}), seed=request.seed,
-        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-        min_tokens=request.min_tokens or 0, ignore_eos=request.ignore_eos, stop=stop, stop_token_ids=tuple(request.stop_token_ids or ()),
+        repetition_penalty=pick("repetition_penalty", 1.0),
+        logit_bias=_to_logit_bias(request.logit_bias or {}), seed=request.seed,
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens or 0, ignore_eos=request.ignore_eos, stop=stop,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )  # fmt: skip
 
@@ -201,7 +218,9 @@ def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
     try:
         return {int(token): bias for token, bias in given.items()}
     except ValueError:
-        raise RequestError("logit_bias maps token ids, written as strings, to numbers", field="logit_bias") from None
+        raise RequestError(
+            "logit_bias maps token ids, written as strings, to numbers", field="logit_bias"
+        ) from None
 
 
 def to_choice(sampling: SamplingParams, index: int) -> SamplingParams:
@@ -220,11 +239,14 @@ def num_choices(request: ChatCompletionRequest) -> int:
 def error_body(error: ErrorInfo) -> dict[str, object]:
     """OpenAI's error object."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.field or None, "code": error.status}}
+    return {
+        "error": {"message": error.message, "type": kind, "param": error.field or None, "code": error.status}
+    }
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int) -> dict[str, object]:
     return {
-        "prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens, "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }  # fmt: skip

@@ -199,11 +199,23 @@ class ApiServer:
         return web.Response()
 
     async def _ready(self, request: web.Request) -> web.StreamResponse:
-        """Which workers serve; 503 while one of them does not. Requests that come meanwhile are taken in and wait."""
-        workers = {str(state.worker): "ready" if state.is_ready else "starting" for state in self._client.workers}
-        is_ready = self.is_ready and not self._client.failure and not self._client.is_draining and set(workers.values()) == {"ready"}
+        """Which workers serve; 503 while one of them does not.
+
+        Requests that come meanwhile are taken in and wait.
+        """
+        workers = {
+            str(state.worker): "ready" if state.is_ready else "starting" for state in self._client.workers
+        }
+        is_ready = (
+            self.is_ready
+            and not self._client.failure
+            and not self._client.is_draining
+            and set(workers.values()) == {"ready"}
+        )
         body = {"ready": is_ready, "draining": self._client.is_draining, "workers": workers}
-        return web.json_response(body, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": RETRY_AFTER_S})
+        return web.json_response(
+            body, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": RETRY_AFTER_S}
+        )
 
     async def _reload(self, request: web.Request) -> web.StreamResponse:
         """202 when it has begun, 409 with the reason when the launcher refuses."""
@@ -219,7 +231,10 @@ class ApiServer:
         return web.json_response({"status": "reloading"}, status=202)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=exposition(self._client.workers).encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(
+            body=exposition(self._client.workers).encode(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         """Scripts ask for it to learn that the server has started: it waits until then."""
@@ -257,9 +272,14 @@ class ApiServer:
         return hashlib.sha256(owner + salt.encode("utf-8", "surrogatepass")).digest()
 
     async def _stream(
-        self, request: web.Request, completion: Completion, pieces: AsyncGenerator[ChoicePiece, None], include_usage: bool
+        self,
+        request: web.Request,
+        completion: Completion,
+        pieces: AsyncGenerator[ChoicePiece, None],
+        include_usage: bool,
     ) -> web.StreamResponse:
-        # The status goes out with the first token or the failure: a broken picture is a 4xx, also when streaming.
+        # The status goes out with the first token or the failure: a broken picture is a 4xx, also when
+        # streaming.
         first = await anext(pieces)
         response = web.StreamResponse(headers=STREAM_HEADERS)
         await response.prepare(request)

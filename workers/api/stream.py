@@ -1,4 +1,7 @@
-"""A chat completion as OpenAI's objects: whole, or as server-sent events. Its choices run side by side, a request each."""
+"""A chat completion as OpenAI's objects: whole, or as server-sent events.
+
+Its choices run side by side, a request each.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,14 @@ class _Choice:
 class Completion:
     """One answer to an HTTP request. `token_text` gives a token's bytes."""
 
-    def __init__(self, completion_id: str, model: str, num_choices: int, has_logprobs: bool, token_text: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        completion_id: str,
+        model: str,
+        num_choices: int,
+        has_logprobs: bool,
+        token_text: Callable[[int], bytes],
+    ) -> None:
         self.completion_id, self._model, self._created = completion_id, model, int(time.time())
         self._choices = [_Choice() for _ in range(num_choices)]
         self._has_logprobs, self._token_text = has_logprobs, token_text
@@ -96,14 +106,21 @@ class Completion:
     def _usage(self) -> dict[str, object]:
         """The prompt counts once, however many choices there are."""
         first = self._choices[0]
-        return usage(first.num_prompt_tokens, sum(choice.num_output_tokens for choice in self._choices), first.num_cached_tokens)
+        return usage(
+            first.num_prompt_tokens,
+            sum(choice.num_output_tokens for choice in self._choices),
+            first.num_cached_tokens,
+        )
 
     def _to_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> list[Json]:
         """OpenAI's entries, one for each token."""
         entries: list[Json] = []
         for token in logprobs:
             values: list[float] = np.frombuffer(token.logprobs, dtype="<f4").tolist()
-            chosen, *best = [self._entry(*pair) for pair in zip(unpack_int32(token.token_ids).tolist(), values, strict=True)]
+            chosen, *best = [
+                self._entry(*pair)
+                for pair in zip(unpack_int32(token.token_ids).tolist(), values, strict=True)
+            ]
             entries.append({**chosen, "top_logprobs": best})
         return entries
 
@@ -120,15 +137,20 @@ class Completion:
             choice.logprobs += self._to_logprobs(piece.logprobs)
         choices = [
             {
-                "index": index, "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
-                "logprobs": {"content": choice.logprobs, "refusal": None} if self._has_logprobs else None, "finish_reason": choice.finish_reason,
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                "logprobs": {"content": choice.logprobs, "refusal": None} if self._has_logprobs else None,
+                "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(self._choices)
         ]  # fmt: skip
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
 
-    async def events(self, first: ChoicePiece, rest: AsyncIterator[ChoicePiece], include_usage: bool) -> AsyncIterator[bytes]:
-        """Of each choice the role, the text as it comes and the finish reason; then the usage if wanted, and the end mark."""
+    async def events(
+        self, first: ChoicePiece, rest: AsyncIterator[ChoicePiece], include_usage: bool
+    ) -> AsyncIterator[bytes]:
+        """Of each choice the role, the text as it comes and the finish reason; then the usage if wanted, and
+        the end mark."""
         for index in range(len(self._choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, piece in _chain(first, rest):
@@ -141,7 +163,13 @@ class Completion:
             yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
         yield DONE
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None = None, logprobs: Sequence[Json] = ()) -> bytes:
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        logprobs: Sequence[Json] = (),
+    ) -> bytes:
         shown = {"content": logprobs, "refusal": None} if self._has_logprobs and logprobs else None
         choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})

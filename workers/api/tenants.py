@@ -11,7 +11,8 @@ IPV6_NETWORK_BITS = 64  # of an address: the rest is anybody's choice who has th
 def peer_tenant(remote: str | None, forwarded_for: Sequence[str] = ()) -> str:
     """Who has no key: the other end of its connection, or the last address in the headers of a trusted proxy.
 
-    What stands before the last one is the client's own word. Who has an IPv6 network has 2^64 addresses, and is one tenant.
+    What stands before the last one is the client's own word. Who has an IPv6 network has 2^64 addresses, and
+    is one tenant.
     """
     given = forwarded_for[-1].rpartition(",")[2] if forwarded_for else ""
     for text in (given, remote or ""):

@@ -12,7 +12,14 @@ from aiohttp import web
 from pipeline.client.client import PipelineClient
 from pipeline.config import ApiConfig
 from pipeline.families import read_model_info
-from pipeline.process.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, limit_memory, run_async
+from pipeline.process.process import (
+    DRAIN_STATS_INTERVAL_S,
+    WAITING,
+    ShutdownRequested,
+    WorkerContext,
+    limit_memory,
+    run_async,
+)
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
 from pipeline.wire.topology import CONTROL
@@ -78,7 +85,8 @@ async def _serve(context: WorkerContext) -> None:
                     raise ShutdownRequested
 
     async def retire() -> None:
-        """Our successor accepts already: finishes what is open, serves what comes on open connections for the last time, and ends."""
+        """Our successor accepts already: finishes what is open, serves what comes on open connections for the
+        last time, and ends."""
         server.is_retiring = True
         for site in sites:
             await site.stop()

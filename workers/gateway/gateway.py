@@ -61,7 +61,8 @@ class Gateway:
         self._upstreams, self._publish, self._name_of = upstreams, publish, name_of
         self._tenants: dict[str, str] = {}  # by public key: as many as there ever were files of keys
         self._buckets: dict[str, TokenBucket] = {}  # likewise
-        # One client may be here twice: it has connected again, and its old connection has not been missed yet.
+        # One client may be here twice: it has connected again, and its old connection has not been missed
+        # yet.
         self._num_connections: Counter[bytes] = Counter()
         self._cut_off: set[bytes] = set()
         counted = ("relayed_messages", "refused_client_ids", "clients_cut_off", "dropped_messages")
@@ -76,7 +77,10 @@ class Gateway:
         owner = owner_of(user)
         if len(topic) != CLIENT_ID_BYTES or not topic.startswith(owner):
             return False
-        return topic in self._num_connections or sum(known.startswith(owner) for known in self._num_connections) < MAX_CLIENTS_PER_KEY
+        return (
+            topic in self._num_connections
+            or sum(known.startswith(owner) for known in self._num_connections) < MAX_CLIENTS_PER_KEY
+        )
 
     def on_subscriptions(self, events: Iterable[Subscription]) -> None:
         for client_id, is_new in events:
@@ -112,7 +116,10 @@ class Gateway:
         return False
 
     def is_relayed(self, message: IngestMessage, user: str) -> bool:
-        """Whether this message of a client goes on to the pipeline. One that was cut off has to say hello before anything else."""
+        """Whether this message of a client goes on to the pipeline.
+
+        One that was cut off has to say hello before anything else.
+        """
         if len(message.client_id) != CLIENT_ID_BYTES or not message.client_id.startswith(owner_of(user)):
             self.counters["refused_client_ids"] += 1
             return False
@@ -147,7 +154,10 @@ class Gateway:
         return self._tenants.setdefault(user, f"curve:{owner_of(user).hex()}")
 
     def on_output(self, client_id: bytes, data: bytes) -> None:
-        """A message of the LLM. A client that does not read is cut off; it loses nothing for good, since it asks when it reads again."""
+        """A message of the LLM.
+
+        A client that does not read is cut off; it loses nothing for good, since it asks when it reads again.
+        """
         if client_id in self._cut_off or self._publish(data, client_id):
             return
         logger.warning("a client does not read its outputs: cut off")

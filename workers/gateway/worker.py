@@ -1,7 +1,8 @@
-"""The process that serves clients on other machines: between encrypted tcp sockets outside and the run directory's sockets inside.
+"""The process that serves clients on other machines: between encrypted tcp sockets outside and the run
+directory's sockets inside.
 
-In a process of its own, so that neither encryption nor a stranger's bytes are any business of the LLM's loop; when it dies, what was under
-way in it comes again, as with every other worker.
+In a process of its own, so that neither encryption nor a stranger's bytes are any business of the LLM's loop;
+when it dies, what was under way in it comes again, as with every other worker.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ from pipeline.process.process import ShutdownRequested, WorkerContext, limit_mem
 from pipeline.transport.curve import Door, ServerKeys
 from pipeline.transport.ends import Poller, Publisher, Received, Receiver, Relayed
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import ControlMessage, Drain, IngestMessage, OutputsMessage, PipelineState, Retire, Shutdown
+from pipeline.wire.messages import (
+    ControlMessage,
+    Drain,
+    IngestMessage,
+    OutputsMessage,
+    PipelineState,
+    Retire,
+    Shutdown,
+)
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
 from workers.gateway.gateway import Gateway
 
-INSIDE_HIGH_WATER_MARK = 4  # messages to preprocess: what it does not take waits outside, with the client that sent it
+# messages to preprocess: what it does not take waits outside, with the client that sent it
+INSIDE_HIGH_WATER_MARK = 4
 CLIENT_HIGH_WATER_MARK = 2  # messages of one client that are not read yet
 BASE_MIB = 1024
-MAX_HELD_REQUESTS = 16  # of the largest size, in memory: a client that sends endlessly takes down this process only
+# of the largest size, in memory: a client that sends endlessly takes down this process only
+MAX_HELD_REQUESTS = 16
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is cut off
 RETRY_S = 0.005  # while preprocess takes nothing
 MAX_RELAYED = 64  # messages of clients in one turn of the loop, refused ones included
@@ -55,7 +66,9 @@ class _Relay:
     def __init__(self, context: WorkerContext, door: Door, outside: Sockets) -> None:
         self._context, self._door = context, door
         config = context.config
-        self._ups: list[Relayed[OutputsMessage]] = [context.sockets.relayed(OUTPUTS, lead) for lead in config.leads]
+        self._ups: list[Relayed[OutputsMessage]] = [
+            context.sockets.relayed(OUTPUTS, lead) for lead in config.leads
+        ]
         self._to_preprocess = context.sockets.sender(INGEST, high_water_mark=INSIDE_HIGH_WATER_MARK)
         self._control = context.control()
         keys = ServerKeys.read(Path(config.direct.direct_keys))
@@ -64,10 +77,14 @@ class _Relay:
             lambda data, topic: self._outputs.publish_raw(data, topic),
             lambda user: keys.client_name(user.encode()),
         )
-        self._outputs: Publisher[OutputsMessage] = outside.publisher(OUTPUTS, self._gateway.accepts, OUTPUTS_HIGH_WATER_MARK)
+        self._outputs: Publisher[OutputsMessage] = outside.publisher(
+            OUTPUTS, self._gateway.accepts, OUTPUTS_HIGH_WATER_MARK
+        )
         self._states: Publisher[ControlMessage] = outside.publisher(CONTROL)
         self._ingest: Receiver[IngestMessage] = outside.receiver(
-            INGEST, max_message_bytes=(config.api.max_request_mib + 1) * MIB, high_water_mark=CLIENT_HIGH_WATER_MARK
+            INGEST,
+            max_message_bytes=(config.api.max_request_mib + 1) * MIB,
+            high_water_mark=CLIENT_HIGH_WATER_MARK,
         )
         self._state: PipelineState | None = None
         self._waiting: Received[IngestMessage] | None = None  # for preprocess to take it
@@ -91,11 +108,19 @@ class _Relay:
                 "refused_subscriptions": self._outputs.num_refused + self._states.num_refused,
                 "refused_messages": self._ingest.num_refused,
             }
-            self._context.stats(0, {**self._gateway.counters, **refused, "clients": self._gateway.num_clients})
+            self._context.stats(
+                0, {**self._gateway.counters, **refused, "clients": self._gateway.num_clients}
+            )
         if self._is_reading != (self._waiting is None):
             self._is_reading = not self._is_reading
             (self._poller.add if self._is_reading else self._poller.remove)(self._ingest)
-        self._poller.wait(RETRY_S if self._waiting is not None else GREETING_INTERVAL_S if self._has_new else LIFE_INTERVAL_S)
+        self._poller.wait(
+            RETRY_S
+            if self._waiting is not None
+            else GREETING_INTERVAL_S
+            if self._has_new
+            else LIFE_INTERVAL_S
+        )
 
     def _greet(self) -> None:
         """Tells who is new how the pipeline is: all at once, and not too often, since everybody hears it."""

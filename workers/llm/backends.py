@@ -23,17 +23,20 @@ class Backend(NamedTuple):
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """`auto` is Triton on a GPU, torch on the CPU; there Triton runs only in its interpreter, which is for tests.
+    """`auto` is Triton on a GPU, torch on the CPU; there Triton runs only in its interpreter, which is for
+    tests.
 
-    Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here and only when needed:
-    an installation for the CPU has neither.
+    Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here and
+    only when needed: an installation for the CPU has neither.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "torch"
     if name == "torch":
         return Backend(name, PagedAttention, None, None)
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"attention {name!r} needs the package triton, which comes with CUDA builds of torch")
+        raise ValueError(
+            f"attention {name!r} needs the package triton, which comes with CUDA builds of torch"
+        )
     if device.type != "cuda" and not _is_interpreted():
         raise ValueError(f"attention {name!r} needs a GPU, but this rank computes on {device}")
     from workers.llm.sampling.kernel import sample
@@ -42,7 +45,9 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     kernels = Kernels(add_rms_norm, silu_mul)
     if name == "flash3":
         if importlib.util.find_spec("flash_attn_interface") is None:
-            raise ValueError("attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface")
+            raise ValueError(
+                "attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface"
+            )
         if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
             raise ValueError("attention 'flash3' is for Hopper GPUs")
         from workers.llm.attention.flash3 import Flash3Attention

@@ -1,4 +1,5 @@
-"""Who reads rank 0's outputs: greets clients, publishes to them, cuts off who does not read, remembers what ended how."""
+"""Who reads rank 0's outputs: greets clients, publishes to them, cuts off who does not read, remembers what
+ended how."""
 
 from __future__ import annotations
 
@@ -94,7 +95,10 @@ class Clients:
         return self._clients[client_id].protocol
 
     def greet(self, client_id: bytes, protocol: int) -> None:
-        """Answers a client that said hello, if it also listens. Whether it has left is for its subscription to say."""
+        """Answers a client that said hello, if it also listens.
+
+        Whether it has left is for its subscription to say.
+        """
         if (client := self._clients.get(client_id)) is not None:
             client.protocol, client.is_cut_off = protocol, False
             self.publish(self._welcome, client_id)
@@ -109,7 +113,11 @@ class Clients:
 
     def lost(self, now: float) -> list[bytes]:
         """The clients whose requests are to end: cut off, or gone for longer than the grace."""
-        return [client_id for client_id, client in self._clients.items() if client.is_cut_off or client.has_left(now)]
+        return [
+            client_id
+            for client_id, client in self._clients.items()
+            if client.is_cut_off or client.has_left(now)
+        ]
 
     def forget(self, now: float) -> None:
         """Forgets clients that have left and requests that ended long ago."""
@@ -133,7 +141,8 @@ class Clients:
 
     def tell_accepted(self, request: Request) -> None:
         accepted = Accepted(
-            request_id=request.request_id, attempt=request.attempt, num_prompt_tokens=len(request.prompt_token_ids),
+            request_id=request.request_id, attempt=request.attempt,
+            num_prompt_tokens=len(request.prompt_token_ids),
             mm_hashes=tuple(item.mm_hash for item in request.items), **self._origin,
         )  # fmt: skip
         self.publish(accepted, request.client_id)
@@ -142,7 +151,9 @@ class Clients:
         self.publish(TokenOutputs(outputs=tuple(outputs), **self._origin), client_id)
 
     def tell_failed(self, client_id: bytes, request_id: str, attempt: int, error: ErrorInfo) -> None:
-        self.publish(RequestFailed(request_id=request_id, attempt=attempt, error=error, **self._origin), client_id)
+        self.publish(
+            RequestFailed(request_id=request_id, attempt=attempt, error=error, **self._origin), client_id
+        )
 
     def ended(self, request_id: str) -> Ended | None:
         return self._ended.get(request_id)
@@ -156,7 +167,13 @@ class Clients:
 
     def remember_request(self, request: Request, outcome: Outcome, now: float) -> Ended:
         ended = Ended(
-            request.client_id, request.attempt, now, outcome, tuple(request.output_token_ids), tuple(request.logprobs), request.num_cached_tokens
+            request.client_id,
+            request.attempt,
+            now,
+            outcome,
+            tuple(request.output_token_ids),
+            tuple(request.logprobs),
+            request.num_cached_tokens,
         )
         return self.remember(request.request_id, ended)
 
@@ -165,12 +182,22 @@ class Clients:
             case ErrorInfo():
                 self.tell_failed(ended.client_id, request_id, ended.attempt, ended.outcome)
             case Interruption(reason, died):
-                told = Interrupted(request_id=request_id, attempt=ended.attempt, reason=reason, died=died, **self._origin)
+                told = Interrupted(
+                    request_id=request_id, attempt=ended.attempt, reason=reason, died=died, **self._origin
+                )
                 self.publish(told, ended.client_id)
             case _:
                 missed = pack_int32(ended.output_token_ids[num_received:])
                 logprobs = ended.logprobs[num_received:]
-                output = RequestOutput(request_id, ended.attempt, num_received, missed, ended.outcome, logprobs, ended.num_cached_tokens)
+                output = RequestOutput(
+                    request_id,
+                    ended.attempt,
+                    num_received,
+                    missed,
+                    ended.outcome,
+                    logprobs,
+                    ended.num_cached_tokens,
+                )
                 self.tell_outputs(ended.client_id, [output])
 
 
@@ -178,4 +205,12 @@ def output_of(request: Request, offset: int) -> RequestOutput:
     """The request's tokens from `offset` on."""
     token_ids = pack_int32(request.output_token_ids[offset:])
     logprobs = tuple(request.logprobs[offset:])
-    return RequestOutput(request.request_id, request.attempt, offset, token_ids, request.finish_reason, logprobs, request.num_cached_tokens)
+    return RequestOutput(
+        request.request_id,
+        request.attempt,
+        offset,
+        token_ids,
+        request.finish_reason,
+        logprobs,
+        request.num_cached_tokens,
+    )

@@ -1,7 +1,8 @@
 """Rank 0's leases on embeddings: those whose request or pool is not here yet, and what the ViTs are told.
 
-Only this rank holds and releases them. When the result of a step is here, every rank has gathered what the step read (the gather
-precedes the first all-reduce), so a chunk is released as soon as its tokens are computed.
+Only this rank holds and releases them. When the result of a step is here, every rank has gathered what the
+step read (the gather precedes the first all-reduce), so a chunk is released as soon as its tokens are
+computed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from pipeline.transport.ends import Sink
-from pipeline.wire.messages import ChunkKey, EmbeddingReady, EncodeFailed, EncodeMessage, LeaseReleased, LeaseRequest, LeaseSet, Origin
+from pipeline.wire.messages import (
+    ChunkKey,
+    EmbeddingReady,
+    EncodeFailed,
+    EncodeMessage,
+    LeaseReleased,
+    LeaseRequest,
+    LeaseSet,
+    Origin,
+)
 from workers.llm.request import Chunk, Lease, Request
 
 LEASE_SET_INTERVAL_S = 1.0
@@ -26,7 +36,8 @@ class Leases:
 
     def __init__(self, origin: Origin, vits: Sequence[Sink[EncodeMessage]]) -> None:
         self._origin, self._vits = origin, vits
-        self._early: dict[str, list[tuple[float, EmbeddingReady | EncodeFailed]]] = {}  # of requests or attempts not here yet
+        # of requests or attempts not here yet
+        self._early: dict[str, list[tuple[float, EmbeddingReady | EncodeFailed]]] = {}
         self._unmapped: list[EmbeddingReady] = []  # of pools not here yet
         self._last_seen = [(0, 0)] * len(vits)  # epoch and lease id: a ViT's successor counts from one again
         self._lease_set_due = 0.0
@@ -56,7 +67,8 @@ class Leases:
         return unmapped
 
     def keep_early(self, message: EmbeddingReady | EncodeFailed, now: float) -> None:
-        """Keeps what a ViT says of an attempt that is not here yet: its connection may be faster than that of preprocess."""
+        """Keeps what a ViT says of an attempt that is not here yet: its connection may be faster than that of
+        preprocess."""
         self._early.setdefault(message.key.request_id, []).append((now, message))
 
     def take_early(self, request_id: str) -> list[EmbeddingReady | EncodeFailed]:
@@ -82,7 +94,9 @@ class Leases:
 
     def request_again(self, request: Request, chunk: Chunk) -> None:
         """Asks for the embeddings of a chunk that was read before its request was preempted."""
-        key = ChunkKey(request.request_id, request.attempt, chunk.item, chunk.index, self._origin["sender"].rank)
+        key = ChunkKey(
+            request.request_id, request.attempt, chunk.item, chunk.index, self._origin["sender"].rank
+        )
         self._vits[chunk.wire.vit].send(LeaseRequest(key=key, mm_hash=chunk.wire.mm_hash, **self._origin))
 
     def send_sets(self, held: Iterable[Lease], now: float) -> None:
@@ -95,5 +109,7 @@ class Leases:
         leases = [*held, *map(lease_of, waiting)]
         for vit, sink in enumerate(self._vits):
             epoch, last_lease_id = self._last_seen[vit]
-            lease_ids = tuple(lease.lease_id for lease in leases if (lease.vit, lease.vit_epoch) == (vit, epoch))
+            lease_ids = tuple(
+                lease.lease_id for lease in leases if (lease.vit, lease.vit_epoch) == (vit, epoch)
+            )
             sink.send(LeaseSet(lease_ids=lease_ids, last_lease_id=last_lease_id, **self._origin))

@@ -17,7 +17,8 @@ ONE_SHOT_BYTES = 256 << 10  # above it, who sums a part and hands it on is faste
 
 
 class SymmetricMemory:
-    """All-reduce through a buffer that every rank has mapped from all others. For small tensors, of which NCCL's latency is most.
+    """All-reduce through a buffer that every rank has mapped from all others. For small tensors, of which
+    NCCL's latency is most.
 
     Never run so far: it takes several GPUs, with NVLink.
     """
@@ -67,10 +68,12 @@ class TensorParallel:
 
     @classmethod
     def connect(cls, rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
-        """Joins the group that meets at the file `rendezvous`; NCCL on CUDA, shared memory or else gloo on the CPU."""
+        """Joins the group that meets at the file `rendezvous`; NCCL on CUDA, shared memory or else gloo on
+        the CPU."""
         if size > 1:
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size,
+                "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank,
+                world_size=size,
                 timeout=timedelta(seconds=START_TIMEOUT_S),
             )  # fmt: skip
         made = cls(rank, size, device)
@@ -137,15 +140,26 @@ class HeadLayout:
         if info.num_heads % size:
             raise ValueError(f"tp {size} does not divide the model's {info.num_heads} attention heads")
         if info.num_kv_heads % size and size % info.num_kv_heads:
-            raise ValueError(f"tp {size} and the model's {info.num_kv_heads} KV heads do not divide one another")
+            raise ValueError(
+                f"tp {size} and the model's {info.num_kv_heads} KV heads do not divide one another"
+            )
         if info.intermediate_size % size:
-            raise ValueError(f"tp {size} does not divide the model's intermediate size {info.intermediate_size}")
+            raise ValueError(
+                f"tp {size} does not divide the model's intermediate size {info.intermediate_size}"
+            )
         self.num_heads = info.num_heads // size
         self.num_kv_heads = max(1, info.num_kv_heads // size)
         self.head_dim = info.head_dim
         first_kv = rank * info.num_kv_heads // size
-        self.query_rows = slice(rank * self.num_heads * info.head_dim, (rank + 1) * self.num_heads * info.head_dim)
+        self.query_rows = slice(
+            rank * self.num_heads * info.head_dim, (rank + 1) * self.num_heads * info.head_dim
+        )
         self.kv_rows = slice(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
-        self.mlp_rows = slice(rank * info.intermediate_size // size, (rank + 1) * info.intermediate_size // size)
+        self.mlp_rows = slice(
+            rank * info.intermediate_size // size, (rank + 1) * info.intermediate_size // size
+        )
         self.vocab_per_rank = -(-info.vocab_size // size)  # the last rank's part may be shorter and is padded
-        self.vocab_rows = slice(min(rank * self.vocab_per_rank, info.vocab_size), min((rank + 1) * self.vocab_per_rank, info.vocab_size))
+        self.vocab_rows = slice(
+            min(rank * self.vocab_per_rank, info.vocab_size),
+            min((rank + 1) * self.vocab_per_rank, info.vocab_size),
+        )

@@ -1,4 +1,5 @@
-"""A request inside the engine: its tokens, their hashes, its embeddings as they come in, how far it is computed.
+"""A request inside the engine: its tokens, their hashes, its embeddings as they come in, how far it is
+computed.
 
 This is the mutable object; on the wire it was a `GenerateRequest`, and the conversion is here.
 """
@@ -51,7 +52,8 @@ class Chunk:
     wire: MmChunk
     embeddings: TensorHandle | None = None
     lease: Lease | None = None
-    is_read: bool = False  # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
+    # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
+    is_read: bool = False
     is_lost: bool = False  # needed again after a preemption, and not leased any more
 
     @property
@@ -81,10 +83,12 @@ class Request:
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     tenant: str = ""  # whose turns it takes
-    is_alone: bool = False  # it may be what a rank died of: nobody else is in its steps until it has yielded a token
+    # it may be what a rank died of: nobody else is in its steps until it has yielded a token
+    is_alone: bool = False
     num_earlier_tokens: int = 0  # of the output: from earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one an output token, where wanted; empty for those of earlier attempts
+    # one an output token, where wanted; empty for those of earlier attempts
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed_tokens: int = 0  # in the KV cache, or being computed by a step under way
     num_pending_tokens: int = 0  # 1 while a step under way samples one
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
@@ -105,16 +109,18 @@ class Request:
         chunks = [chunk for number, item in enumerate(message.items) for chunk in chunks_of(number, item)]
         room = max_model_len - len(prompt)
         asked = message.sampling.max_tokens
+        num_earlier = len(message.output_token_ids) // 4
         return cls(
-            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=message.arrival,
+            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt,
+            arrival=message.arrival,
             prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta,
             chunks=chunks, items=message.items, sampling=message.sampling, priority=message.priority,
             cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
-            is_alone=message.is_alone, num_earlier_tokens=len(message.output_token_ids) // 4,
+            is_alone=message.is_alone, num_earlier_tokens=num_earlier,
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
-            logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * (len(message.output_token_ids) // 4),
+            logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * num_earlier,
         )  # fmt: skip
 
     @property
@@ -153,10 +159,14 @@ class Request:
 
         Those that a preemption lost come back at once or, if they are gone, the request does not wait.
         """
-        return any(chunk.embeddings is None and not chunk.is_lost and chunk.stop > num_computed_tokens for chunk in self.chunks)
+        return any(
+            chunk.embeddings is None and not chunk.is_lost and chunk.stop > num_computed_tokens
+            for chunk in self.chunks
+        )
 
     def num_ready_tokens(self) -> int:
-        """Tokens from the start that can be computed: up to the first placeholder whose embedding has not arrived."""
+        """Tokens from the start that can be computed: up to the first placeholder whose embedding has not
+        arrived."""
         if self.num_computed_tokens < len(self.prompt_token_ids):
             for chunk in self.chunks:
                 if chunk.embeddings is None:
@@ -190,7 +200,10 @@ class Request:
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         prompt = len(self.prompt_token_ids)
-        return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        return (
+            self.prompt_token_ids[start:stop]
+            + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        )
 
     def embedding_slices(self, start: int, stop: int) -> tuple[EmbeddingSlice, ...]:
         """The parts of embeddings that tokens [start, stop) take the place of."""
@@ -205,7 +218,8 @@ class Request:
         return tuple(slices)
 
     def take_read_leases(self, num_tokens: int) -> list[Lease]:
-        """Leases of the chunks among the first `num_tokens`, which have been computed: each is handed out once."""
+        """Leases of the chunks among the first `num_tokens`, which have been computed: each is handed out
+        once."""
         done: list[Lease] = []
         for chunk in self.chunks:
             if chunk.stop <= num_tokens:
@@ -216,7 +230,10 @@ class Request:
         return done
 
     def start_over(self) -> None:
-        """Preempted: nothing is computed any more. What it holds leases of is to be given back: others may need the places."""
+        """Preempted: nothing is computed any more.
+
+        What it holds leases of is to be given back: others may need the places.
+        """
         self.num_computed_tokens = self.num_published_blocks = 0
         self.block_table, self.slot = [], -1
         for chunk in self.chunks:
@@ -224,7 +241,10 @@ class Request:
             chunk.is_read = False
 
     def forget_vit(self, vit: int, epoch: int) -> bool:
-        """A ViT has died: drops what it had encoded and was not read. Whether something of it is missing now."""
+        """A ViT has died: drops what it had encoded and was not read.
+
+        Whether something of it is missing now.
+        """
         is_hit = False
         for chunk in self.chunks:
             if chunk.embeddings is not None and chunk.wire.vit == vit and chunk.embeddings.epoch < epoch:

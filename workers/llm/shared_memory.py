@@ -1,6 +1,7 @@
 """Collectives of ranks on one host, through memory that all of them have mapped.
 
-gloo sends every sum through the loopback's sockets and a thread of its own: milliseconds where ranks share cores, twice a layer.
+gloo sends every sum through the loopback's sockets and a thread of its own: milliseconds where ranks share
+cores, twice a layer.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ TIMEOUT_S = 300.0
 
 
 def is_available() -> bool:
-    """Whether stores are seen in the order in which they were made, as here the data's must be before the counter's."""
+    """Whether stores are seen in the order in which they were made, as here the data's must be before the
+    counter's."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
 class SharedMemory:
-    """Each rank writes its part and counts up; once all have, each reads all parts. So all compute the same, to the bit.
+    """Each rank writes its part and counts up; once all have, each reads all parts. So all compute the same,
+    to the bit.
 
-    There are two sets of parts, used in turn: who writes a set again has seen that everybody was done with it, for since then they
-    have written the other.
+    There are two sets of parts, used in turn: who writes a set again has seen that everybody was done with
+    it, for since then they have written the other.
     """
 
     def __init__(self, rank: int, pids: Sequence[int], memory: HostMemory) -> None:
@@ -48,7 +51,8 @@ class SharedMemory:
 
     @classmethod
     def connect(cls, rank: int, size: int) -> SharedMemory:
-        """The ranks of the process group that is there already; the first makes the memory, the others open it."""
+        """The ranks of the process group that is there already; the first makes the memory, the others open
+        it."""
         nbytes = size * LINE + 2 * size * PART_BYTES
         fd = create_memory_file("ranks", nbytes) if rank == 0 else -1
         places = torch.empty(size, 2, dtype=torch.int64)

@@ -1,7 +1,9 @@
-"""How long steps take, and so how many prompt tokens ride along with running streams almost for free. Pure: no clock, no torch.
+"""How long steps take, and so how many prompt tokens ride along with running streams almost for free. Pure:
+no clock, no torch.
 
-A decode step is bound by reading the weights, so some more tokens cost little: up to where the arithmetic takes over. Where
-that is depends on the machine, the model and the load: measured at start, corrected by every step.
+A decode step is bound by reading the weights, so some more tokens cost little: up to where the arithmetic
+takes over. Where that is depends on the machine, the model and the load: measured at start, corrected by
+every step.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import NamedTuple
 
 SMOOTHING = 0.1  # weight of the newest step in the corrections
 LARGEST_SMOOTHING = 0.5  # weight of one that speaks for many, because none of its kind came for long
-LARGEST_JUMP = 2.0  # one step says no more than that the machine is so many times slower: it may just have been interrupted
+# one step says no more than that the machine is so many times slower: it may just have been interrupted
+LARGEST_JUMP = 2.0
 FIXED_COST_SLACK = 1.1  # what costs hardly more than a single token rides along
 MOST_TO_WAIT = 31
 MIXED_STEPS_IN_A_ROW = 24  # then one without prefill, to see how long the streams' own steps take by now
@@ -58,9 +61,9 @@ class StepTimes:
     def num_free_tokens(self, num_decodes: int, prefills: Sequence[tuple[int, int]]) -> int:
         """Most prompt tokens in a step with `num_decodes` streams.
 
-        `prefills`: in turn, how many tokens each has to offer, and behind how many others. At least one token, for prompts must get
-        on; but none for some steps after one that took too long, and now and then, or a machine that has become slower as a whole
-        would look as if only the mixed steps had.
+        `prefills`: in turn, how many tokens each has to offer, and behind how many others. At least one
+        token, for prompts must get on; but none for some steps after one that took too long, and now and
+        then, or a machine that has become slower as a whole would look as if only the mixed steps had.
         """
         if self._num_mixed_in_a_row >= MIXED_STEPS_IN_A_ROW:
             return 0
@@ -77,10 +80,13 @@ class StepTimes:
         alone = self._alone * self.predict(num_decodes)
         allowed, cheapest = self._max_stretch * alone, cost(1)
         if cheapest > allowed:
-            # No mixed step is to be had for that, as on a GPU, where decodes alone are one graph. So one is made to pay, and the
-            # streams get so many steps of their own for it that on average they are stretched no more than they may be.
+            # No mixed step is to be had for that, as on a GPU, where decodes alone are one graph. So one is
+            # made to pay, and the streams get so many steps of their own for it that on average they are
+            # stretched no more than they may be.
             allowed = FIXED_COST_SLACK * cheapest
-            self._num_to_wait = min(math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MOST_TO_WAIT)
+            self._num_to_wait = min(
+                math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MOST_TO_WAIT
+            )
         low, high = 1, 1 + max(1, sum(num_offered for num_offered, _ in prefills))
         while high - low > 1:
             middle = (low + high) // 2
@@ -88,7 +94,10 @@ class StepTimes:
         return low
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
-        """Corrects by a step that has run. Steps without a stream say nothing: they have nobody to protect."""
+        """Corrects by a step that has run.
+
+        Steps without a stream say nothing: they have nobody to protect.
+        """
         if not num_decodes:
             return
         ratio = seconds / self.predict(num_decodes + num_prefill, num_pairs)

@@ -1,8 +1,10 @@
-"""Tenants share the time of the steps, where a step with everybody takes much longer than one of those who had less. Pure.
+"""Tenants share the time of the steps, where a step with everybody takes much longer than one of those who
+had less. Pure.
 
-Each token of a step counts as its share of the step's seconds. Who has had less time than others gets steps without
-them until it has caught up, if such steps are much shorter: on a CPU a step of 64 streams takes ten times as long as a
-step of one. Where streams cost nearly nothing beside each other, as on a GPU, all go together.
+Each token of a step counts as its share of the step's seconds. Who has had less time than others gets steps
+without them until it has caught up, if such steps are much shorter: on a CPU a step of 64 streams takes ten
+times as long as a step of one. Where streams cost nearly nothing beside each other, as on a GPU, all go
+together.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-MAX_STRETCH = 2.0  # of a tenant's step by others': if they stretch it more, it goes without them when it is behind
+# of a tenant's step by others': if they stretch it more, it goes without them when it is behind
+MAX_STRETCH = 2.0
 
 
 class TimeShares:
@@ -18,8 +21,8 @@ class TimeShares:
         self._used: dict[str, float] = {}  # seconds, of tenants that have work
 
     def choose(self, num_tokens: Mapping[str, int], seconds_of: Callable[[int], float]) -> set[str]:
-        """The tenants whose tokens go into the next step, of those that have so many each. `seconds_of` predicts
-        a step of so many tokens.
+        """The tenants whose tokens go into the next step, of those that have so many each. `seconds_of`
+        predicts a step of so many tokens.
 
         Who has work anew counts as having had as much as whoever has had least.
         """

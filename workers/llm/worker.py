@@ -1,4 +1,7 @@
-"""The process of an LLM rank. The first of a group: drain → step → drain → …; the others compute the plans that it publishes."""
+"""The process of an LLM rank.
+
+The first of a group: drain → step → drain → …; the others compute the plans that it publishes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB
 from pipeline.families import read_model_info
 from pipeline.process.core_sharing import Activity, CoreSharing
-from pipeline.process.process import DRAIN_STATS_INTERVAL_S, WAITING, ShutdownRequested, WorkerContext, parse_worker
+from pipeline.process.process import (
+    DRAIN_STATS_INTERVAL_S,
+    WAITING,
+    ShutdownRequested,
+    WorkerContext,
+    parse_worker,
+)
 from pipeline.transport.ends import Poller, Receiver
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
@@ -60,14 +69,18 @@ def main(context: WorkerContext) -> None:
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
     if config.llm.quantization != "none" and device.type != "cpu":
-        raise ValueError(f"quantization {config.llm.quantization!r} is for the CPU, but this rank computes on {device}")
+        raise ValueError(
+            f"quantization {config.llm.quantization!r} is for the CPU, but this rank computes on {device}"
+        )
     if device.type == "cuda":
         _wait_for_vits(context, control)
     else:
         # What cannot fit fails before the weights are loaded.
         spec = Decoder.spec_of(info.text, tp_size)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
-    rendezvous = Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
+    rendezvous = (
+        Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
+    )
     # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
     steps = context.sockets.subscriber(STEPS, rank=lead) if rank > 0 else None
     parallel = TensorParallel.connect(rank, tp_size, device, rendezvous)
@@ -75,8 +88,14 @@ def main(context: WorkerContext) -> None:
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)
 
-    placement = context.spec.placement if device.type == "cpu" else dataclasses.replace(context.spec.placement, wide_cores=())
-    sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
+    placement = (
+        context.spec.placement
+        if device.type == "cpu"
+        else dataclasses.replace(context.spec.placement, wide_cores=())
+    )
+    sharing = CoreSharing(
+        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads
+    )
     runner: ModelRunner | None = None
     try:
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
@@ -86,14 +105,26 @@ def main(context: WorkerContext) -> None:
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
         runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
         if steps is None:
-            cache = CacheManager.of_size(cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=bool(states_of(spec)))
-            scheduler = Scheduler(cache, config.llm.max_num_batched_tokens, info.eos_token_ids, has_prefix_cache=config.llm.prefix_caching)
+            cache = CacheManager.of_size(
+                cache_plan.num_blocks,
+                config.llm.block_size,
+                config.llm.max_num_seqs,
+                has_states=bool(states_of(spec)),
+            )
+            scheduler = Scheduler(
+                cache,
+                config.llm.max_num_batched_tokens,
+                info.eos_token_ids,
+                has_prefix_cache=config.llm.prefix_caching,
+            )
             welcome = Welcome(
-                protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder), model_name=config.model.served_model_name,
+                protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder),
+                model_name=config.model.served_model_name,
                 max_model_len=cache_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
                 max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
                 recovery_timeout=config.launcher.recovery_timeout,
-                tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()), **context.origin,
+                tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()),
+                **context.origin,
             )  # fmt: skip
             _lead(context, control, scheduler, runner, welcome, sharing)
         else:
@@ -131,7 +162,9 @@ def _lead(
 ) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
     inbox = sockets.receiver(LLM, lead)
-    outputs = sockets.publisher(OUTPUTS, lambda topic, _: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead)
+    outputs = sockets.publisher(
+        OUTPUTS, lambda topic, _: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead
+    )
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
     steps = sockets.publisher(STEPS, rank=lead) if config.llm.tp > 1 else None
     if steps is not None:
@@ -157,9 +190,18 @@ def _lead(
         sharing.widen(is_wide)
         engine.stepper.is_wide = is_wide
         step_times[is_wide] = measure_step_times(
-            engine.execute, scheduler.cache, scheduler.max_num_batched_tokens, welcome.max_model_len, config.llm.max_itl_stretch
+            engine.execute,
+            scheduler.cache,
+            scheduler.max_num_batched_tokens,
+            welcome.max_model_len,
+            config.llm.max_itl_stretch,
         )
-    context.ready(MAX_REQUESTS_PER_CLIENT, kv_blocks=blocks.num_blocks, block_size=blocks.block_size, max_model_len=welcome.max_model_len)
+    context.ready(
+        MAX_REQUESTS_PER_CLIENT,
+        kv_blocks=blocks.num_blocks,
+        block_size=blocks.block_size,
+        max_model_len=welcome.max_model_len,
+    )
     poller = Poller(inbox, outputs, control)
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     while True:
@@ -199,19 +241,29 @@ def read_inbox(inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float]
 
 
 def has_overlap(option: str, device: torch.device) -> bool:
-    """Whether steps overlap. On the CPU the same cores would plan and compute: tokens would only come a step later."""
+    """Whether steps overlap.
+
+    On the CPU the same cores would plan and compute: tokens would only come a step later.
+    """
     return option == "on" or (option == "auto" and device.type == "cuda")
 
 
 def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
     blocks = engine.scheduler.cache.blocks
     return {
-        **engine.counters, "free_blocks": blocks.num_free, "cached_blocks": blocks.num_cached, "preemptions": engine.scheduler.num_preemptions,
+        **engine.counters, "free_blocks": blocks.num_free, "cached_blocks": blocks.num_cached,
+        "preemptions": engine.scheduler.num_preemptions,
         "clients_cut_off": engine.num_clients_cut_off, "refused_messages": num_refused,
     }  # fmt: skip
 
 
-def _follow(context: WorkerContext, control: Receiver[Any], steps: Receiver[Any], runner: ModelRunner, sharing: CoreSharing) -> None:
+def _follow(
+    context: WorkerContext,
+    control: Receiver[Any],
+    steps: Receiver[Any],
+    runner: ModelRunner,
+    sharing: CoreSharing,
+) -> None:
     poller = Poller(steps, control)
     context.ready()
     last_step = 0

@@ -1,4 +1,7 @@
-"""Small layers as one Triton kernel each, where plain torch would launch several. For GPUs, and the interpreter."""
+"""Small layers as one Triton kernel each, where plain torch would launch several.
+
+For GPUs, and the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ from torch import Tensor
 
 
 @triton.jit
-def add_rms_norm_kernel(x, delta, weight, out, eps, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, HAS_DELTA: tl.constexpr):
+def add_rms_norm_kernel(
+    x, delta, weight, out, eps, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, HAS_DELTA: tl.constexpr
+):
     """Program (row)."""
     columns = tl.arange(0, SIZE_PADDED)
     places, is_inside = tl.program_id(0).to(tl.int64) * SIZE + columns, columns < SIZE
     value = tl.load(x + places, mask=is_inside, other=0.0)
     if HAS_DELTA:
-        value = value + tl.load(delta + places, mask=is_inside, other=0.0)  # rounded as the residual stream is
+        # rounded as the residual stream is
+        value = value + tl.load(delta + places, mask=is_inside, other=0.0)
         tl.store(x + places, value, mask=is_inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
@@ -27,7 +33,16 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     """The norm of x + delta [rows, size], which x becomes; computed in float32."""
     out = torch.empty_like(x)
     size = x.shape[-1]
-    add_rms_norm_kernel[(x.shape[0],)](x, x if delta is None else delta, weight, out, eps, size, triton.next_power_of_2(size), delta is not None)
+    add_rms_norm_kernel[(x.shape[0],)](
+        x,
+        x if delta is None else delta,
+        weight,
+        out,
+        eps,
+        size,
+        triton.next_power_of_2(size),
+        delta is not None,
+    )
     return out
 
 
@@ -38,7 +53,9 @@ def silu_mul_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     is_inside = columns < SIZE
     gate = tl.load(gate_up + row * 2 * SIZE + columns, mask=is_inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * SIZE + SIZE + columns, mask=is_inside, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=is_inside)
+    tl.store(
+        out + row * SIZE + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=is_inside
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

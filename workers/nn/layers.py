@@ -29,7 +29,8 @@ class Linear:
 
 
 class OneDnnLinear(Linear):
-    """W in the layout that oneDNN computes in: repacking it at each call doubles the time of a decode step."""
+    """W in the layout that oneDNN computes in: repacking it at each call doubles the time of a decode
+    step."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
@@ -43,7 +44,8 @@ class OneDnnLinear(Linear):
 
 
 class HalfLinear(Linear):
-    """Float32 arithmetic with W kept as float16 (FBGEMM): half the bytes to read, which is what a decode step waits for."""
+    """Float32 arithmetic with W kept as float16 (FBGEMM): half the bytes to read, which is what a decode step
+    waits for."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight)  # the bias is packed with it
@@ -56,8 +58,9 @@ class HalfLinear(Linear):
 class Int8Linear(Linear):
     """W in int8, one scale an output channel, and x in uint8, one scale a token (oneDNN).
 
-    One scale a token, not one for all: so an outlier spoils nobody else's result, and no result depends on who stands beside.
-    Unsigned with a zero point of 128, since signed activations take oneDNN's reference path, hundreds of times slower.
+    One scale a token, not one for all: so an outlier spoils nobody else's result, and no result depends on
+    who stands beside. Unsigned with a zero point of 128, since signed activations take oneDNN's reference
+    path, hundreds of times slower.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -81,10 +84,23 @@ class Int8Linear(Linear):
         return torch.ops.onednn.qlinear_prepack(weight, None)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        """(x / largest) Wᵀ, in 8 bits; `largest` [num_tokens, 1] is the largest absolute value of each token."""
+        """(x / largest) Wᵀ, in 8 bits; `largest` [num_tokens, 1] is the largest absolute value of each
+        token."""
         quantized = torch.addcmul(_ZERO_POINT, x, 127.0 / largest).to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            quantized, 1 / 127, 128, self._weight, self._scales, self._zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+            quantized,
+            1 / 127,
+            128,
+            self._weight,
+            self._scales,
+            self._zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
         )
 
 
@@ -93,12 +109,17 @@ class FbgemmInt8Linear(Int8Linear):
 
     def _pack(self, weight: Tensor) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # quantized tensors are deprecated, the operators that take them are not
-            quantized = torch._make_per_channel_quantized_tensor(weight, self._scales.double(), self._zero_points, 0)
+            # quantized tensors are deprecated, the operators that take them are not
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch._make_per_channel_quantized_tensor(
+                weight, self._scales.double(), self._zero_points, 0
+            )
             return torch.ops.quantized.linear_prepack(quantized, None)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x / largest, 1 / 127, 128, self._weight)  # type: ignore[no-any-return]
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        out: Tensor = multiply(x / largest, 1 / 127, 128, self._weight)
+        return out
 
 
 _ZERO_POINT = torch.tensor(128.5)  # and the half that rounds
@@ -116,12 +137,16 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def make_int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    return FbgemmInt8Linear(weight, bias) if has_fbgemm() and not is_int8_exact() else Int8Linear(weight, bias)
+    return (
+        FbgemmInt8Linear(weight, bias) if has_fbgemm() and not is_int8_exact() else Int8Linear(weight, bias)
+    )
 
 
 def is_half_exact(weight: Tensor) -> bool:
-    """Whether float16 holds these float32 weights: those of a checkpoint in float16, or in bfloat16, of which it rounds only what
-    is below 2⁻¹⁷, to the nearest multiple of 2⁻²⁴. Not if the largest weight is so small that this would be felt."""
+    """Whether float16 holds these float32 weights: those of a checkpoint in float16, or in bfloat16, of which
+    it rounds only what is below 2⁻¹⁷, to the nearest multiple of 2⁻²⁴. Not if the largest weight is so small
+    that this would be felt.
+    """
     least, most = weight.aminmax()
     allowed = min(HALF_STEP / 2, float(torch.maximum(-least, most)) * UNFELT)
     parts = weight.split(4096)  # copies of a part, not of a whole output layer
@@ -131,7 +156,11 @@ def is_half_exact(weight: Tensor) -> bool:
 @functools.cache
 def has_fbgemm() -> bool:
     # torch 2.11 names "x86" as its engine on ARM, too.
-    return is_x86() and torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+    return (
+        is_x86()
+        and torch.backends.quantized.engine in ("x86", "fbgemm")
+        and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+    )
 
 
 def is_x86() -> bool:
@@ -140,11 +169,16 @@ def is_x86() -> bool:
 
 @functools.cache
 def is_int8_exact() -> bool:
-    """Whether products of 8 bits are added exactly. Processors without VNNI add pairs of them in 16 bits, which can overflow."""
+    """Whether products of 8 bits are added exactly.
+
+    Processors without VNNI add pairs of them in 16 bits, which can overflow.
+    """
     ones = torch.full((1, 64), 255, dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((32, 64), 127, dtype=torch.int8), None)
     scales, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int64)
-    y = torch.ops.onednn.qlinear_pointwise(ones, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    y = torch.ops.onednn.qlinear_pointwise(
+        ones, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
     return bool((y == 255 * 127 * 64).all())
 
 
@@ -152,7 +186,9 @@ def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN computes in the weight's type on this processor."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class LayerNorm:
@@ -180,6 +216,9 @@ def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [num_tokens, heads, head_dim], halves paired (Su et al. 2021), by what `rotary_tables` gave."""
+    """Rotary embedding of x [num_tokens, heads, head_dim], halves paired (Su et al.
+
+    2021), by what `rotary_tables` gave.
+    """
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin)

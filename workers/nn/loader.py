@@ -1,7 +1,8 @@
-"""Reads weights out of a Hugging Face folder of safetensors, tensor by tensor, so that never more than one is held twice.
+"""Reads weights out of a Hugging Face folder of safetensors, tensor by tensor, so that never more than one is
+held twice.
 
-Knows nothing of models. Names are given as the hub's Qwen2-VL checkpoints have them (`model.layers.…`, `visual.…`); files
-that transformers 5 wrote under other prefixes are read the same.
+Knows nothing of models. Names are given as the hub's Qwen2-VL checkpoints have them (`model.layers.…`,
+`visual.…`); files that transformers 5 wrote under other prefixes are read the same.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))  # as in some files, as asked for
+# as in some files, as asked for
+PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
 
 
 class Rows:
-    """Rows of a matrix in a file, read when they are asked for: the system keeps them at hand, and they take no memory of ours."""
+    """Rows of a matrix in a file, read when they are asked for: the system keeps them at hand, and they take
+    no memory of ours."""
 
     def __init__(self, path: Path, start: int, num_columns: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -41,15 +44,27 @@ class Rows:
         data = bytearray(len(numbers) * size)
         view = memoryview(data)
         for index, number in enumerate(numbers.tolist()):
-            if os.preadv(self._file, [view[index * size : (index + 1) * size]], self._start + number * size) != size:
+            if (
+                os.preadv(self._file, [view[index * size : (index + 1) * size]], self._start + number * size)
+                != size
+            ):
                 raise ValueError(f"row {number} is not in {self._path.name}")
         return torch.frombuffer(data, dtype=self.dtype).view(-1, self._num_columns)
 
 
 class Checkpoint:
-    """The tensors of a folder, by name. Raises ValueError for a folder without safetensors, KeyError for a missing tensor."""
+    """The tensors of a folder, by name.
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress = lambda done, total: None) -> None:
+    Raises ValueError for a folder without safetensors, KeyError for a missing tensor.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
         self.dtype, self.device = dtype, device
         self._opened: tuple[Path, Any] | None = None
         self._places: dict[str, tuple[Path, str]] = {}  # name → file, name in the file
@@ -78,16 +93,21 @@ class Checkpoint:
         with path.open("rb") as file:  # safetensors: the length of a JSON header, the header, the data
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[stored]
-        return Rows(path, 8 + length + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]])
+        return Rows(
+            path, 8 + length + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
+        )
 
     def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device, with memory of its own."""
+        """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device, with memory of its
+        own."""
         path, stored = self._place(name)
         part = self._open(path).get_slice(stored)
         tensor: Tensor = part[rows] if columns is None else part[rows, columns]
         self._num_loaded += 1
         self._progress(min(self._num_loaded, self._total), self._total)
-        return tensor.to(device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
+        return tensor.to(
+            device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format
+        )
 
     def _place(self, name: str) -> tuple[Path, str]:
         if name not in self._places:
@@ -95,9 +115,11 @@ class Checkpoint:
         return self._places[name]
 
     def close(self) -> None:
-        """Lets go of the files, whose pages count as this process's memory as long as they are mapped, and of what loading left behind."""
+        """Lets go of the files, whose pages count as this process's memory as long as they are mapped, and of
+        what loading left behind."""
         self._opened = None
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; it keeps what was freed in between, here as much as a layer
+        # glibc's; it keeps what was freed in between, here as much as a layer
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
@@ -153,6 +175,9 @@ def choose_device(name: str, ordinal: int, is_shared: bool = False) -> torch.dev
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A host array on a device. On a GPU by way of page-locked memory, so that nobody waits for what runs there."""
+    """A host array on a device.
+
+    On a GPU by way of page-locked memory, so that nobody waits for what runs there.
+    """
     tensor = torch.from_numpy(values)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -24,7 +24,10 @@ Look = Callable[[memoryview], Kind]
 
 
 class _Units(NamedTuple):
-    """How a codec's NAL units tell what they are. The bit behind the head of a slice says that it begins a picture."""
+    """How a codec's NAL units tell what they are.
+
+    The bit behind the head of a slice says that it begins a picture.
+    """
 
     head_bytes: int
     type_shift: int  # of the type, in the head's first byte
@@ -35,12 +38,14 @@ class _Units(NamedTuple):
     breaks: frozenset[int]
 
 
-# ITU-T H.264, 7.3.1 and 7.3.3: IDR pictures are entries. The first macroblock of the picture is 0, written as the bit 1.
+# ITU-T H.264, 7.3.1 and 7.3.3: IDR pictures are entries. The first macroblock of the picture is 0, written as
+# the bit 1.
 H264 = _Units(1, 0, 31, range(1, 6), entries=frozenset({5}), parameters=frozenset({7, 8}), breaks=frozenset())
-# ITU-T H.265, 7.3.1.2 and 7.3.6.1: IDR and CRA. Pictures later in time than a CRA depend on nothing before it. Behind broken links
-# and ends of sequences pictures are skipped.
+# ITU-T H.265, 7.3.1.2 and 7.3.6.1: IDR and CRA. Pictures later in time than a CRA depend on nothing before
+# it. Behind broken links and ends of sequences pictures are skipped.
 HEVC = _Units(
-    2, 1, 63, range(32), entries=frozenset({19, 20, 21}), parameters=frozenset({32, 33, 34}), breaks=frozenset({16, 17, 18, 36, 37})
+    2, 1, 63, range(32), entries=frozenset({19, 20, 21}), parameters=frozenset({32, 33, 34}),
+    breaks=frozenset({16, 17, 18, 36, 37})
 )  # fmt: skip
 
 
@@ -86,7 +91,9 @@ def _look_at_units(codec: _Units, length_size: int, data: memoryview) -> Kind:
     slices = [(kind, unit) for kind, unit in zip(types, units, strict=True) if kind in codec.slices]
     is_entry = all(kind in codec.entries for kind, _ in slices)
     head = codec.head_bytes
-    if sum(unit[head] >> 7 for _, unit in slices if len(unit) > head) != 1 or not codec.breaks.isdisjoint(types):
+    if sum(unit[head] >> 7 for _, unit in slices if len(unit) > head) != 1 or not codec.breaks.isdisjoint(
+        types
+    ):
         return Kind.DOUBTFUL
     if not is_entry and not codec.parameters.isdisjoint(types):
         return Kind.DOUBTFUL

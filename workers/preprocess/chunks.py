@@ -1,4 +1,5 @@
-"""The chunks of all requests on their way through the ViTs: routed, asked for by hash, decoded in order where they are missed.
+"""The chunks of all requests on their way through the ViTs: routed, asked for by hash, decoded in order where
+they are missed.
 
 Knows nothing of prompts and requests' lives; runs in the event loop of preprocess.
 """
@@ -20,7 +21,15 @@ from pipeline.transport.fair import FairQueue
 from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.errors import ErrorInfo, RequestError
-from pipeline.wire.messages import CancelEncode, ChunkKey, EncodeMessage, EncodeRequest, MmChunk, Origin, PoolOpened
+from pipeline.wire.messages import (
+    CancelEncode,
+    ChunkKey,
+    EncodeMessage,
+    EncodeRequest,
+    MmChunk,
+    Origin,
+    PoolOpened,
+)
 from pipeline.wire.topology import Role
 from workers.preprocess.credits import Shares
 from workers.preprocess.media import Chunk
@@ -49,15 +58,19 @@ class ChunkState:
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
     tenant: str = ""
-    alone_in: tuple[Role, ...] = ()  # its request may have been the death of such workers: it passes these stages alone
+    # its request may have been the death of such workers: it passes these stages alone
+    alone_in: tuple[Role, ...] = ()
 
 
 class ChunkFlow:
-    """`on_broken` is told of a chunk that cannot be decoded; `vit_epoch` says which incarnation of a ViT is known."""
+    """`on_broken` is told of a chunk that cannot be decoded; `vit_epoch` says which incarnation of a ViT is
+    known."""
 
     def __init__(
-        self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]], vit_epoch: Callable[[int], int],
-        tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None], tracer: Tracer,
+        self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]],
+        vit_epoch: Callable[[int], int],
+        tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
+        tracer: Tracer,
     ) -> None:  # fmt: skip
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
         self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
@@ -68,7 +81,8 @@ class ChunkFlow:
         self._num_taken = allocator.num_used  # by nobody here
         self._most_of_tenant = max(1, most_decoding - most_decoding // 4)
         self._decoding: Counter[str] = Counter()  # by tenant
-        self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}  # by request, attempt and ViT: whether what was begun last is there
+        # by request, attempt and ViT: whether what was begun last is there
+        self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
         self.router = Router(len(vits))
         self._chunks: dict[ChunkKey, ChunkState] = {}
@@ -105,7 +119,8 @@ class ChunkFlow:
                 self._load(state)
 
     def on_miss(self, key: ChunkKey) -> None:
-        """The ViT does not have this chunk: sends its pixels, again if they came when others' were there and are gone now."""
+        """The ViT does not have this chunk: sends its pixels, again if they came when others' were there and
+        are gone now."""
         state = self._chunks.get(key)
         if state is None:
             return
@@ -124,7 +139,8 @@ class ChunkFlow:
         by_vit: dict[int, list[ChunkKey]] = defaultdict(list)
         states = [state for key in keys if (state := self._chunks.get(key)) is not None]
         for state in states:
-            self._slots.forget(state.key)  # all first, so that no freed slot goes to one that is cancelled too
+            # all first, so that no freed slot goes to one that is cancelled too
+            self._slots.forget(state.key)
         for state in states:
             by_vit[state.vit].append(state.key)
             if state.slot is None or state.is_waiting or state.is_decoding:
@@ -147,7 +163,8 @@ class ChunkFlow:
         if state.slot is not None:
             handle = self._pool.lend(state.slot, state.chunk.shape, "uint8")
         return EncodeRequest(
-            key=state.key, arrival=state.order.arrival, position=state.order.position, mm_hash=state.chunk.mm_hash,
+            key=state.key, arrival=state.order.arrival, position=state.order.position,
+            mm_hash=state.chunk.mm_hash,
             grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in,
             tenant=state.tenant, **self._origin,
         )  # fmt: skip
@@ -199,7 +216,8 @@ class ChunkFlow:
             self._tasks.create_task(self._decode_in_order(waiting))
 
     async def _decode_in_order(self, state: ChunkState) -> None:
-        """Pixels go to a ViT in the order of the request, as the LLM needs them: else it would encode first what is decoded first."""
+        """Pixels go to a ViT in the order of the request, as the LLM needs them: else it would encode first
+        what is decoded first."""
         place = (*state.key[:2], state.vit)
         before, sent = self._last_sent.get(place), asyncio.get_running_loop().create_future()
         self._last_sent[place] = sent

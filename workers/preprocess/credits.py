@@ -51,7 +51,8 @@ class Shares:
         return held > 0 and held + amount > self.limit // (len(self._held) + 1)
 
     def refusal(self, tenant: str, amount: int, what: str) -> RequestError:
-        """Of what does not fit: 429 for a tenant that has its share, 503 where the others have taken what there is."""
+        """Of what does not fit: 429 for a tenant that has its share, 503 where the others have taken what
+        there is."""
         if self.is_above_share(tenant, amount):
             return RequestError(f"your requests hold too much: {what}", status=429)
         return RequestError(f"the server is overloaded: {what}", status=503)
@@ -97,8 +98,8 @@ class Credits:
         requests.add(tenant, 1)
 
     def hold(self, tenant: str, num_bytes: int) -> None:
-        """Counts texts and encoded media that a request keeps until it ends. They count even if that is refused: they
-        are there.
+        """Counts texts and encoded media that a request keeps until it ends. They count even if that is
+        refused: they are there.
         """
         refusal: RequestError | None = None
         if num_bytes and not self._media.fits(tenant, num_bytes):

@@ -81,9 +81,13 @@ class Downloader:
         """What the host or the proxy did, where this machine lacked nothing."""
         match error:
             case TimeoutError():
-                return RequestError(f"the media did not come within {self._config.media_timeout_s:.0f} s", field=field)
+                return RequestError(
+                    f"the media did not come within {self._config.media_timeout_s:.0f} s", field=field
+                )
             case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
-                return RequestError("the server's proxy for media cannot be reached, or refuses", field=field, status=502)
+                return RequestError(
+                    "the server's proxy for media cannot be reached, or refuses", field=field, status=502
+                )
             case aiohttp.ClientPayloadError():
                 return RequestError("the media's host broke off its answer", field=field)
             case _:

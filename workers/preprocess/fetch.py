@@ -33,7 +33,10 @@ from workers.preprocess.videos import VideoFile
 
 D = TypeVar("D")
 MAX_URL = 1 << 16  # characters
-NO_URL = "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind data:image/png;base64, or the like"
+NO_URL = (
+    "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind "
+    "data:image/png;base64, or the like"
+)
 # Of `max_open_media_mib`: a tenant that is alone may have half of this under way, what it may also keep open.
 IN_FLIGHT_FACTOR = 2
 
@@ -121,7 +124,10 @@ class Fetcher:
         """Judges the path, and again what was opened, so that nothing can be put in its place meanwhile."""
         root = self._config.allowed_local_media_path
         if not root:
-            raise RequestError("local files are not allowed here (the server's option --allowed-local-media-path)", field=field)
+            raise RequestError(
+                "local files are not allowed here (the server's option --allowed-local-media-path)",
+                field=field,
+            )
         forbidden = RequestError("the file cannot be read, or lies outside the allowed folder", field=field)
         allowed = Path(root).resolve()
         try:
@@ -130,7 +136,9 @@ class Fetcher:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
             try:
                 info = os.fstat(fd)
-                if not Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(allowed) or not stat.S_ISREG(info.st_mode):
+                if not Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(allowed) or not stat.S_ISREG(
+                    info.st_mode
+                ):
                     raise forbidden
                 if info.st_size > max_bytes:
                     raise too_large(max_bytes, field)
@@ -146,7 +154,8 @@ class Fetcher:
         download_it: Callable[[], Coroutine[Any, Any, Fetched[D]]],
         field: str,
     ) -> Fetched[D]:
-        """Downloads a URL once for all of a tenant who want it at the same time, like the `n` choices of one request."""
+        """Downloads a URL once for all of a tenant who want it at the same time, like the `n` choices of one
+        request."""
         download = self._downloads.get(key)
         if download is None:
             download = self._downloads[key] = _Download(asyncio.create_task(download_it()))

@@ -95,7 +95,9 @@ def frame_range(part: VideoPart, metadata: VideoMetadata, field: str) -> tuple[i
         last = min(math.floor(min(part.video_end, duration) * fps), last)
     if start >= last:
         name = "video_start" if part.video_start is not None else "video_end"
-        what = f"between video_start and video_end are no two frames: the video has {total}, in {duration:.2f} s"
+        what = (
+            f"between video_start and video_end are no two frames: the video has {total}, in {duration:.2f} s"
+        )
         raise RequestError(what, field=f"{field}.{name}")
     return start, last + 1
 
@@ -189,8 +191,8 @@ def _whole_number_of_frames(asked: int, total: int, most: int, multiple: int, fi
     count = round(asked / multiple) * multiple
     high = min(total, most)
     if not multiple <= count <= high:
-        what = f"nframes must be between {multiple} and {high} (the video has {total} frames), got {shown(asked)}"
-        raise RequestError(what, field=f"{field}.nframes")
+        limits = f"between {multiple} and {high} (the video has {total} frames)"
+        raise RequestError(f"nframes must be {limits}, got {shown(asked)}", field=f"{field}.nframes")
     return count
 
 

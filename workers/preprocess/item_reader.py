@@ -1,8 +1,9 @@
-"""From the parts of a message to items: brings media in, and learns their content's hash and their size before anything is decoded.
+"""From the parts of a message to items: brings media in, and learns their content's hash and their size
+before anything is decoded.
 
-What was learnt is remembered: by a part's `uuid`, for later parts that have nothing else; and by its URL, as long
-as its host says that nothing changed. Then nothing is brought in, until a ViT turns out not to have it. Content
-that is sent along counts, whatever was sent under its name before.
+What was learnt is remembered: by a part's `uuid`, for later parts that have nothing else; and by its URL, as
+long as its host says that nothing changed. Then nothing is brought in, until a ViT turns out not to have it.
+Content that is sent along counts, whatever was sent under its name before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from pipeline.wire.messages import ImagePart, VideoPart
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, check_form, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
 from workers.preprocess.images import check_aspect
-from workers.preprocess.media import FramesSource, Item, PictureSource, VideoSource, gather, picture_item, video_item
+from workers.preprocess.media import (
+    FramesSource,
+    Item,
+    PictureSource,
+    VideoSource,
+    gather,
+    picture_item,
+    video_item,
+)
 from workers.preprocess.names import Memory
 from workers.preprocess.readers import MediaReaders
 from workers.preprocess.shortages import own_file
@@ -56,15 +65,20 @@ class _Resolved(NamedTuple, Generic[D]):
 
 class ItemReader:
     def __init__(
-        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher, threads: FairThreads, readers: MediaReaders
+        self, config: PreprocessConfig, info: ModelInfo, num_vits: int, fetcher: Fetcher,
+        threads: FairThreads, readers: MediaReaders
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
         self._known: Memory[_Known] = Memory()
-        self._max_frames = info.video.max_frames if config.max_video_frames is None else config.max_video_frames
+        self._max_frames = (
+            info.video.max_frames if config.max_video_frames is None else config.max_video_frames
+        )
         self._settings = f"{info.folder}|".encode()
 
-    async def read(self, part: ImagePart | VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
+    async def read(
+        self, part: ImagePart | VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
+    ) -> Item:
         """Raises RequestError for what cannot be had, or be an item."""
         check_settings(part, self._info, self._max_frames, field)
         if isinstance(part, ImagePart):
@@ -73,14 +87,21 @@ class ItemReader:
             return await self._frames(part, field, frames, scope, hold)
         return await self._video(part, field, frames, scope, hold)
 
-    async def _picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
+    async def _picture(
+        self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
+    ) -> Item:
         known, load = await self._resolve_picture(part, field, frames, scope, hold)
         size = picture_size(part, known.size, self._info, field)
         mm_hash = self._hash(scope.salt, "picture", known.content, size)
         return picture_item(PictureSource(load, field, self._readers), size, mm_hash, self._info)
 
-    async def _frames(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
-        pictures = await gather(self._resolve_picture(frame, f"{field}.url[{index}]", frames, scope, hold) for index, frame in enumerate(part.frames))
+    async def _frames(
+        self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
+    ) -> Item:
+        pictures = await gather(
+            self._resolve_picture(frame, f"{field}.url[{index}]", frames, scope, hold)
+            for index, frame in enumerate(part.frames)
+        )
         size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
@@ -88,7 +109,9 @@ class ItemReader:
         mm_hash = self._hash(scope.salt, "frames", content, size)
         return video_item(source, seen, size, mm_hash, self._info, self._num_vits)
 
-    async def _video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> Item:
+    async def _video(
+        self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
+    ) -> Item:
         known, load = await self._resolve_video(part, field, frames, scope, hold)
         metadata: VideoMetadata = known.size
         source_size = ImageSize(metadata.height, metadata.width)
@@ -101,12 +124,15 @@ class ItemReader:
         return video_item(source, seen, size, content, self._info, self._num_vits)
 
     def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
-        """Key of media as the model sees them: sha256 of their content, and of all that says what is made of it."""
+        """Key of media as the model sees them: sha256 of their content, and of all that says what is made of
+        it."""
         return hashlib.sha256(repr((self._settings, salt, kind, content, tuple(size))).encode()).digest()
 
     # What is known of media, and how to get them.
 
-    async def _resolve_picture(self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[Data]:
+    async def _resolve_picture(
+        self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
+    ) -> _Resolved[Data]:
         max_bytes, asker = self._config.max_media_mib * MIB, on_behalf_of.get().asker
 
         async def load(validators: Validators | None) -> Fetched[Data]:
@@ -122,7 +148,9 @@ class ItemReader:
 
         return await self._resolve(part, "picture", field, scope, load, inspect)
 
-    async def _resolve_video(self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold) -> _Resolved[VideoFile]:
+    async def _resolve_video(
+        self, part: VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
+    ) -> _Resolved[VideoFile]:
         max_bytes, asker = self._config.max_video_mib * MIB, on_behalf_of.get().asker
 
         def spool() -> VideoFile:
@@ -183,7 +211,8 @@ def _key(scope: Scope, kind: str, what: str, name: str) -> bytes:
 
 
 async def _load_same(
-    load: Callable[[Validators | None], Awaitable[Fetched[D]]], inspect: Callable[[D], Awaitable[_Known]], seen: _Known, field: str
+    load: Callable[[Validators | None], Awaitable[Fetched[D]]], inspect: Callable[[D], Awaitable[_Known]],
+    seen: _Known, field: str
 ) -> D:  # fmt: skip
     """The data of media that were only asked about, now that a ViT needs them."""
     fetched = await load(None)
@@ -221,8 +250,8 @@ async def _ready(data: D) -> D:
 
 
 def _once(load: Callable[[], Coroutine[Any, Any, D]]) -> Callable[[], Awaitable[D]]:
-    """The chunks of a video share what one of them brought in. When all of them have left, it is not brought in any
-    more: else whoever cancels its requests could have any number of downloads under way.
+    """The chunks of a video share what one of them brought in. When all of them have left, it is not brought
+    in any more: else whoever cancels its requests could have any number of downloads under way.
     """
     task: asyncio.Task[D] | None = None
     num_waiting = 0

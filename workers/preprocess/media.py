@@ -1,7 +1,7 @@
 """Pictures and videos as items of a prompt, and the chunks in which they go through the ViTs.
 
-A picture is one chunk, since all of it attends to all of it. Frames of a video do not attend to each other, so a video goes in
-several: over all ViTs, and the first are encoded while later ones are still being decoded.
+A picture is one chunk, since all of it attends to all of it. Frames of a video do not attend to each other,
+so a video goes in several: over all ViTs, and the first are encoded while later ones are still being decoded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Source(Protocol):
         """Brings in what `decode` of these frames reads. Raises RequestError when that cannot be had."""
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
-        """Fills out [frames, height, width, 3], which lies at `offset` bytes in the pixel pool. Raises RequestError when it is broken.
+        """Fills out [frames, height, width, 3], which lies at `offset` bytes in the pixel pool. Raises
+        RequestError when it is broken.
 
         To be awaited to its end: processes write there until then.
         """

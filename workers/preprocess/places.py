@@ -1,7 +1,8 @@
 """Places in which something is done: tenants share them, and the requests of a tenant share what it has.
 
-A free place goes to the tenant that holds the fewest, there to the request that holds the fewest, and among equals
-to the one that was served the longest ago. How many a tenant and a request may hold is said by the kind of place.
+A free place goes to the tenant that holds the fewest, there to the request that holds the fewest, and among
+equals to the one that was served the longest ago. How many a tenant and a request may hold is said by the
+kind of place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ NOBODY = Asker("", "")
 
 
 class Places:
-    """`count` places; no tenant has the last one, and no request the last one of its tenant. Use within one event loop."""
+    """`count` places; no tenant has the last one, and no request the last one of its tenant.
+
+    Use within one event loop.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count

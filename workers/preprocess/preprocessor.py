@@ -1,8 +1,9 @@
-"""Preprocess without its process: admits requests, fetches their media, renders their prompts, and follows them to their end.
+"""Preprocess without its process: admits requests, fetches their media, renders their prompts, and follows
+them to their end.
 
-A request's way: media are fetched, sizes and hashes read (`item_reader.py`) → `GenerateRequest` goes to the LLM → each chunk is asked
-for by hash at its ViT → those that no ViT has are decoded, in order, into the pixel pool and sent (`chunks.py`). Everything
-that waits for one request waits in that request's own task.
+A request's way: media are fetched, sizes and hashes read (`item_reader.py`) → `GenerateRequest` goes to the
+LLM → each chunk is asked for by hash at its ViT → those that no ViT has are decoded, in order, into the pixel
+pool and sent (`chunks.py`). Everything that waits for one request waits in that request's own task.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Preprocessor:
     """
 
     def __init__(
-        self, context: WorkerContext, config: PreprocessConfig, info: ModelInfo, pool: TensorPool, allocator: SlotAllocator,
+        self, context: WorkerContext, config: PreprocessConfig, info: ModelInfo, pool: TensorPool,
+        allocator: SlotAllocator,
         llms: Mapping[int, Sink[LlmMessage]], vits: Sequence[Sink[EncodeMessage]], tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self._origin = context.origin
@@ -110,7 +112,8 @@ class Preprocessor:
         self._text_threads = FairThreads(num_threads + 1, self.recording, "text")
         self._media_threads = FairThreads(num_threads + 2, self.recording, "media")
         self._fetcher = Fetcher(config)
-        num_readers = num_threads + 2  # a tenant leaves one to the others, a request one more to those of its tenant
+        # a tenant leaves one to the others, a request one more to those of its tenant
+        num_readers = num_threads + 2
         limits = ReadLimits(
             config.picture_timeout_s,
             config.video_timeout_s,
@@ -119,10 +122,13 @@ class Preprocessor:
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
         self._items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
-        self._prompt = ChatPrompt(info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings)
+        self._prompt = ChatPrompt(
+            info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings
+        )
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
-            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks, num_readers * DECODES_PER_READER,
+            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,
+            num_readers * DECODES_PER_READER,
             self._on_broken_chunk, context.tracer,
         )  # fmt: skip
         self._requests: dict[str, OpenRequest] = {}
@@ -139,7 +145,8 @@ class Preprocessor:
         match message:
             case Hello():
                 for llm in self._llms.values():
-                    with contextlib.suppress(PipelineError):  # it is repeated; while an LLM loads, nobody reads it
+                    # it is repeated; while an LLM loads, nobody reads it
+                    with contextlib.suppress(PipelineError):
                         llm.send(message)
             case SubmitRequest():
                 self._on_submit(message, frames)
@@ -152,7 +159,13 @@ class Preprocessor:
         known = self._requests.get(message.request_id)
         if known is not None and known.client_id != message.client_id:
             error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
-            refusal = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, error=error, is_foreign=True)
+            refusal = AbortRequest(
+                client_id=message.client_id,
+                request_id=message.request_id,
+                attempt=message.attempt,
+                error=error,
+                is_foreign=True,
+            )
             self._tell(known, refusal)
             return
         if known is not None and known.attempt > message.attempt:
@@ -168,10 +181,15 @@ class Preprocessor:
             self._llms[message.lead].send(self._query_of(message))
             return
         tenant = tenant_of(message)
-        opened = OpenRequest(message.client_id, message.request_id, message.attempt, tenant, leads=message.leads)
+        opened = OpenRequest(
+            message.client_id, message.request_id, message.attempt, tenant, leads=message.leads
+        )
         self._requests[message.request_id] = opened
-        # Where a lower attempt may still run; after our predecessor's death only its client knows, if anybody.
-        opened.lead = known.lead if known is not None else message.lead if message.lead in self._llms else None
+        # Where a lower attempt may still run; after our predecessor's death only its client knows, if
+        # anybody.
+        opened.lead = (
+            known.lead if known is not None else message.lead if message.lead in self._llms else None
+        )
         if opened.lead is not None and message.leads and opened.lead not in message.leads:
             self._abandon(message, opened.lead)  # its client does not hear that group
             opened.lead = None
@@ -243,7 +261,9 @@ class Preprocessor:
         if not message.messages:
             raise RequestError("messages must not be empty", field="messages")
         if len(message.messages) > MAX_MESSAGES:
-            raise RequestError(f"there are {len(message.messages)} messages, the limit is {MAX_MESSAGES}", field="messages")
+            raise RequestError(
+                f"there are {len(message.messages)} messages, the limit is {MAX_MESSAGES}", field="messages"
+            )
         contents = [one.content for one in message.messages if not isinstance(one.content, str)]
         if (count := sum(map(len, contents))) > MAX_PARTS:
             raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
@@ -252,7 +272,9 @@ class Preprocessor:
         if len(message.output_token_ids) % 4:
             raise RequestError("output_token_ids are not whole numbers", field="output_token_ids")
         if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
-            raise RequestError(f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority")
+            raise RequestError(
+                f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority"
+            )
         if message.priority and not may_have_priority(message.tenant, self._config.allow_priority):
             raise RequestError("--allow-priority says who may set a priority", field="priority")
         if len(message.tenant) > MAX_TENANT:
@@ -260,12 +282,20 @@ class Preprocessor:
         vocab_size, token_ids = self._info.text.vocab_size, unpack_int32(message.output_token_ids)
         if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
             raise RequestError("output_token_ids are outside the vocabulary", field="output_token_ids")
-        for name, ids in (("stop_token_ids", message.sampling.stop_token_ids), ("logit_bias", message.sampling.logit_bias)):
+        for name, ids in (
+            ("stop_token_ids", message.sampling.stop_token_ids),
+            ("logit_bias", message.sampling.logit_bias),
+        ):
             if wrong := [token_id for token_id in ids if token_id >= vocab_size]:
-                raise RequestError(f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name)
+                raise RequestError(
+                    f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name
+                )
 
     def _hold(self, opened: OpenRequest, num_bytes: int) -> None:
-        """Counts texts and encoded media that a request holds until it ends. Raises RequestError rather than let memory grow."""
+        """Counts texts and encoded media that a request holds until it ends.
+
+        Raises RequestError rather than let memory grow.
+        """
         if opened.has_credit:
             opened.num_held_bytes += num_bytes
             self._credits.hold(opened.tenant, num_bytes)
@@ -278,7 +308,9 @@ class Preprocessor:
         if known is not None and known.reply is None and known.ended_at is None:
             self._end(known)  # nobody was told of it: no group says when it has ended
         lead = known.lead if known is not None else message.lead
-        abort = AbortRequest(client_id=message.client_id, request_id=message.request_id, attempt=message.attempt)
+        abort = AbortRequest(
+            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt
+        )
         if lead is None or lead not in self._llms:
             lead = self._speaker(known)
         self._llms[lead].send(abort)
@@ -304,7 +336,13 @@ class Preprocessor:
             self._refuse(opened, error.info)
         except Exception as error:  # whatever strange input made fail is that request's fault alone
             logger.exception("%s cannot be prepared", opened.request_id)
-            self._refuse(opened, refusal_of(error, RequestError("the server cannot prepare this request", field="messages", status=500)).info)
+            self._refuse(
+                opened,
+                refusal_of(
+                    error,
+                    RequestError("the server cannot prepare this request", field="messages", status=500),
+                ).info,
+            )
         else:
             self._announce(opened, message, items, prompt, positions)
         self._context.tracer.span("prepare", start, [opened.request_id])
@@ -313,11 +351,18 @@ class Preprocessor:
         self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]
     ) -> tuple[list[Item], Prompt, Positions]:  # fmt: skip
         parts = list(_located_media(message))
-        num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part, _ in parts)
+        num_pictures = sum(
+            max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part, _ in parts
+        )
         if num_pictures > MAX_ITEMS:
-            raise RequestError(f"the request has {num_pictures} pictures and frames, the limit is {MAX_ITEMS}", field="messages")
+            raise RequestError(
+                f"the request has {num_pictures} pictures and frames, the limit is {MAX_ITEMS}",
+                field="messages",
+            )
         if len(parts) > (limit := self._config.max_items_per_request):
-            raise RequestError(f"the request has {len(parts)} pictures and videos, the limit is {limit}", field="messages")
+            raise RequestError(
+                f"the request has {len(parts)} pictures and videos, the limit is {limit}", field="messages"
+            )
 
         def hold(num_bytes: int) -> None:
             self._hold(opened, num_bytes)
@@ -326,21 +371,33 @@ class Preprocessor:
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
         limit = self._info.text.max_position_embeddings
         if (total := sum(map(_num_placeholders, items))) > limit:
-            raise RequestError(f"the pictures and videos take {total} tokens, the model's context has {limit}", field="messages")
+            raise RequestError(
+                f"the pictures and videos take {total} tokens, the model's context has {limit}",
+                field="messages",
+            )
         segments = [item.segments for item in items]
         prompt: Prompt = await self._text_threads.run(self._prompt.build, message.messages, segments)
         if (total := len(prompt.token_ids)) > limit:
-            raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field="messages")
+            raise RequestError(
+                f"the prompt has {total} tokens, the model's context has {limit}", field="messages"
+            )
         placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
-        positions: Positions = await self._text_threads.run(self._info.family.positions, total, placed, self._info)
+        positions: Positions = await self._text_threads.run(
+            self._info.family.positions, total, placed, self._info
+        )
         return items, prompt, positions
 
     def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
         if chunks and not self._chunks.shares.fits(tenant, len(chunks)):
-            raise self._chunks.shares.refusal(tenant, len(chunks), "too many pictures and pieces of videos are open")
+            raise self._chunks.shares.refusal(
+                tenant, len(chunks), "too many pictures and pieces of videos are open"
+            )
         if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
-            raise RequestError(f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}", field="messages")
+            raise RequestError(
+                f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}",
+                field="messages",
+            )
 
     def _announce(
         self,
@@ -350,7 +407,8 @@ class Preprocessor:
         prompt: Prompt,
         positions: Positions,
     ) -> None:
-        """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them in one order."""
+        """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them
+        in one order."""
         self._last_arrival += 1
         items: list[MmItem] = []
         for item, spans in zip(media, prompt.spans, strict=True):
@@ -390,7 +448,9 @@ class Preprocessor:
         self._tell(opened, request)
         self._chunks.announce(opened.keys)
 
-    def _choose_group(self, opened: OpenRequest, prompt: Prompt, items: Sequence[MmItem], cache_salt: bytes) -> None:
+    def _choose_group(
+        self, opened: OpenRequest, prompt: Prompt, items: Sequence[MmItem], cache_salt: bytes
+    ) -> None:
         if len(self._llms) == 1 or opened.lead is not None:
             opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
             return
@@ -402,21 +462,32 @@ class Preprocessor:
         self.counters["refused_requests"] += 1
         opened.task = None  # which may be the one that calls this
         self._end(opened)  # whichever group speaks may die before it says so
-        opened.reply = AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error)
+        opened.reply = AbortRequest(
+            client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error
+        )
         self._tell(opened, opened.reply)
 
     def _on_broken_chunk(self, key: ChunkKey, error: ErrorInfo) -> None:
         """Media of a request that runs already turned out broken."""
         opened = self._requests[key.request_id]
-        self._tell(opened, AbortRequest(client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error))
+        self._tell(
+            opened,
+            AbortRequest(
+                client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error
+            ),
+        )
 
     # From the launcher, ViTs and the LLM.
 
     def on_states(self, states: Iterable[WorkerState], died: Iterable[WorkerState]) -> None:
         """How all workers are, and those of them that have taken the place of a dead one."""
         states = list(states)
-        self._groups.available = {state.worker.rank for state in states if state.is_ready and state.worker.role is Role.LLM} & set(self._llms)
-        self._chunks.router.available = {state.worker.rank for state in states if state.is_ready and state.worker.role is Role.VIT}
+        self._groups.available = {
+            state.worker.rank for state in states if state.is_ready and state.worker.role is Role.LLM
+        } & set(self._llms)
+        self._chunks.router.available = {
+            state.worker.rank for state in states if state.is_ready and state.worker.role is Role.VIT
+        }
         for dead in died:
             if dead.worker.role is Role.VIT:
                 self._chunks.on_vit_death(dead.worker.rank)
@@ -523,4 +594,5 @@ def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPa
         if not isinstance(chat_message.content, str):
             for index, part in enumerate(chat_message.content):
                 if not isinstance(part, TextPart):
-                    yield part, f"messages[{number}].content[{index}].{'image' if isinstance(part, ImagePart) else 'video'}_url"
+                    kind = "image_url" if isinstance(part, ImagePart) else "video_url"
+                    yield part, f"messages[{number}].content[{index}].{kind}"

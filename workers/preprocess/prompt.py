@@ -1,7 +1,9 @@
-"""From chat messages to token ids: the model's own template and tokenizer, and a placeholder for every picture.
+"""From chat messages to token ids: the model's own template and tokenizer, and a placeholder for every
+picture.
 
-What a user writes is text, whatever it looks like: a special token spelt out in it never becomes one, so it can neither end
-a turn nor take a picture's place. Placeholders belong to pictures by position, never by searching token ids.
+What a user writes is text, whatever it looks like: a special token spelt out in it never becomes one, so it
+can neither end a turn nor take a picture's place. Placeholders belong to pictures by position, never by
+searching token ids.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class _TemplateRefusal(Exception):
 class ChatPrompt:
     """Raises ValueError for a folder without a chat template."""
 
-    def __init__(self, folder: Path, image_token_id: int, video_token_id: int, max_tokens: int = 1 << 20) -> None:
+    def __init__(
+        self, folder: Path, image_token_id: int, video_token_id: int, max_tokens: int = 1 << 20
+    ) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # Specials are matched by us, in the template's own text; everything else is plain.
         self._tokenizer.encode_special_tokens = True
@@ -45,12 +49,18 @@ class ChatPrompt:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         alternatives = sorted(map(re.escape, self._special_ids), key=len, reverse=True)
         self._specials = re.compile("|".join(alternatives) or r"(?!)")
-        self._first_characters = re.compile("|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)")
+        self._first_characters = re.compile(
+            "|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)"
+        )
         self._image_token_id, self._video_token_id = image_token_id, video_token_id
         # A text longer than this cannot fit whatever its tokens are: it is refused before it is tokenised.
         self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options
+        )
         environment.globals["raise_exception"] = _raise_refusal
         self._template = environment.from_string(_read_template(folder))
 
@@ -58,14 +68,22 @@ class ChatPrompt:
         """`segments[i]` take the place of the i-th picture or video. Raises RequestError, naming the field at
         fault.
         """
-        # Put behind every character with which a special token begins, wherever a user writes it, so that no special can begin
-        # in a user's text, not even spread over several parts; taken out again below.
+        # Put behind every character with which a special token begins, wherever a user writes it, so that no
+        # special can begin in a user's text, not even spread over several parts; taken out again below.
         mark = secrets.token_hex(8)
         media = [part for part in parts_of(messages) if not isinstance(part, TextPart)]
-        wanted = [self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media]
-        if (length := sum(len(text) for message in messages for text in texts_of(message))) > self._max_characters:
-            raise RequestError(f"the text of {length} characters is longer than the model's context", field="messages")
-        rendered = self._render([self._as_template_message(index, message, mark) for index, message in enumerate(messages)])
+        wanted = [
+            self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media
+        ]
+        if (
+            length := sum(len(text) for message in messages for text in texts_of(message))
+        ) > self._max_characters:
+            raise RequestError(
+                f"the text of {length} characters is longer than the model's context", field="messages"
+            )
+        rendered = self._render(
+            [self._as_template_message(index, message, mark) for index, message in enumerate(messages)]
+        )
         token_ids: list[int] = []
         spans: list[tuple[Span, ...]] = []
         start = 0
@@ -129,9 +147,21 @@ class ChatPrompt:
         try:
             return self._template.render(messages=messages, add_generation_prompt=True)
         except _TemplateRefusal as refusal:
-            raise RequestError(f"the model's chat template refuses the messages: {refusal}", field="messages") from None
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError):
-            raise RequestError("the model's chat template cannot render the messages", field="messages") from None
+            raise RequestError(
+                f"the model's chat template refuses the messages: {refusal}", field="messages"
+            ) from None
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ):
+            raise RequestError(
+                "the model's chat template cannot render the messages", field="messages"
+            ) from None
 
 
 def _as_template_part(part: Part, plain: Callable[[str], str]) -> dict[str, str]:
@@ -161,10 +191,13 @@ def _raise_refusal(reason: str) -> None:
 
 
 def _read_template(folder: Path) -> str:
-    """The template where transformers puts it: a file of its own, `chat_template.json`, or the tokenizer's settings."""
+    """The template where transformers puts it: a file of its own, `chat_template.json`, or the tokenizer's
+    settings."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text()
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (path := folder / name).is_file() and isinstance(template := json.loads(path.read_text()).get("chat_template"), str):
+        if (path := folder / name).is_file() and isinstance(
+            template := json.loads(path.read_text()).get("chat_template"), str
+        ):
             return template
     raise ValueError(f"model {str(folder)!r} has no chat template")

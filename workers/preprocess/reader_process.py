@@ -153,7 +153,10 @@ def _limit_memory(mib: int) -> None:
 
 
 def _has_met_its_limit() -> bool:
-    """Whether what was refused was more than this process may have. Else the machine would give it no more either."""
+    """Whether what was refused was more than this process may have.
+
+    Else the machine would give it no more either.
+    """
     left = resource.getrlimit(resource.RLIMIT_AS)[0] - _mapped_bytes() - LIMIT_SLACK_BYTES
     if left <= 0:
         return True

@@ -169,7 +169,8 @@ class MediaReaders:
             raise no_room(error, field) from None
 
     async def _try(self, process: _Process, job: Job, number: int, source: Source) -> Answer:
-        """Raises _Died, TimeoutError for one that stands still, and OSError where there is no memory for the inbox: the process is reaped then."""
+        """Raises _Died, TimeoutError for one that stands still, and OSError where there is no memory for the
+        inbox: the process is reaped then."""
         if isinstance(job, VideoJob):
             job = msgspec.structs.replace(job, is_new=process.video != number)
         process.video = number
@@ -264,7 +265,8 @@ def _broken(job: Job) -> str:
 
 
 def _check_descriptors(fd: int) -> None:
-    """Raises OSError where there are too few to start a process: uvloop would lose those that it opens before it fails."""
+    """Raises OSError where there are too few to start a process: uvloop would lose those that it opens before
+    it fails."""
     spare: list[int] = []
     try:
         while len(spare) < DESCRIPTORS_OF_START:

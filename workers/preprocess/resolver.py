@@ -77,7 +77,8 @@ class MediaResolver(AbstractResolver):
                     if error is None:
                         return lookup.result()
                     if error.args[0] != self._timed_out:
-                        # Where c-ares got no socket it says that no server could be reached: this raises what is lacking.
+                        # Where c-ares got no socket it says that no server could be reached: this raises what
+                        # is lacking.
                         socket.socket(type=socket.SOCK_DGRAM).close()
                         raise OSError("the name cannot be resolved") from error
         except TimeoutError:

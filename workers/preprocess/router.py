@@ -1,4 +1,7 @@
-"""Chooses the ViT of each chunk and the LLM group of each request. Pure. Its own memory is the directory: preprocess is the only router."""
+"""Chooses the ViT of each chunk and the LLM group of each request. Pure.
+
+Its own memory is the directory: preprocess is the only router.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from pipeline.wire.messages import MmItem, pack_int32
 
 MAX_REMEMBERED = 100_000
 PREFIX_TOKENS = 64  # prefixes are remembered in steps of so many tokens
-OUTPUT_TOKENS = 512  # what the output of an open request counts as: else a common prefix would draw everyone to one group
+# what the output of an open request counts as: else a common prefix would draw everyone to one group
+OUTPUT_TOKENS = 512
 
 
 class Choice:
@@ -29,11 +33,17 @@ class Router:
         self._places: OrderedDict[bytes, int] = OrderedDict()
 
     def choose(self, mm_hash: bytes, num_patches: int) -> Choice:
-        """Where the hash was sent before, else the ViT with the fewest outstanding patches. Counts the patches as outstanding."""
+        """Where the hash was sent before, else the ViT with the fewest outstanding patches.
+
+        Counts the patches as outstanding.
+        """
         vit = self._places.pop(mm_hash, None)
         is_known = vit is not None
         if vit is None:
-            vit = min(self.available or range(len(self.outstanding)), key=lambda index: (self.outstanding[index], index))
+            vit = min(
+                self.available or range(len(self.outstanding)),
+                key=lambda index: (self.outstanding[index], index),
+            )
         self._places[mm_hash] = vit
         if len(self._places) > MAX_REMEMBERED:
             self._places.popitem(last=False)
@@ -98,7 +108,8 @@ class GroupRouter:
 
 
 def prefix_hashes(token_ids: Sequence[int], items: Sequence[MmItem], salt: bytes) -> list[bytes]:
-    """One digest for each whole `PREFIX_TOKENS` of a prompt, of all up to there: tokens, and the pictures that begin in it."""
+    """One digest for each whole `PREFIX_TOKENS` of a prompt, of all up to there: tokens, and the pictures
+    that begin in it."""
     digest = hashlib.sha256(salt)
     hashes: list[bytes] = []
     for start in range(0, len(token_ids) - PREFIX_TOKENS + 1, PREFIX_TOKENS):

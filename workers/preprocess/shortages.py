@@ -1,4 +1,5 @@
-"""Whose fault an error of the system is: this machine's, which lacks something, or that of what came from outside.
+"""Whose fault an error of the system is: this machine's, which lacks something, or that of what came from
+outside.
 
 The only place that decides it. What this machine lacks is a 503: the request may come again.
 """
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from pipeline.wire.errors import RequestError
 
 logger = logging.getLogger(__name__)
-# Descriptors of this process and of the machine; memory, also for sockets; room on a disk, or in a quota of it.
+# Descriptors of this process and of the machine; memory, also for sockets; room on a disk, or in a quota of
+# it.
 SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT))
 NO_ROOM = "the server has no room for this request now"
 
@@ -35,7 +37,8 @@ def refusal_of(error: BaseException, otherwise: RequestError) -> RequestError:
 
 @contextlib.contextmanager
 def own_file(field: str = "") -> Iterator[None]:
-    """Of a file that the server keeps for itself every OSError is the server's, and raised as a RequestError."""
+    """Of a file that the server keeps for itself every OSError is the server's, and raised as a
+    RequestError."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,7 @@
 """The threads that make texts and hashes of media, and what is known should one take the process down.
 
-What runs there is told to the flight recorder. A request that may have been a process's death has all threads for itself.
+What runs there is told to the flight recorder. A request that may have been a process's death has all threads
+for itself.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class FairThreads:
             try:
                 return await asyncio.shield(future)
             except asyncio.CancelledError:
-                await asyncio.wait([future])  # a thread cannot be stopped: its place is not free before it ends
+                # a thread cannot be stopped: its place is not free before it ends
+                await asyncio.wait([future])
                 raise
 
     def close(self) -> None:

@@ -10,7 +10,10 @@ _numbers = itertools.count()
 
 
 class VideoFile:
-    """A video on disk, open and mostly without a name; closed with the last who holds it. `digest` is the sha256 of its content."""
+    """A video on disk, open and mostly without a name; closed with the last who holds it.
+
+    `digest` is the sha256 of its content.
+    """
 
     def __init__(self, fd: int, nbytes: int, digest: bytes) -> None:
         self.nbytes, self.digest = nbytes, digest

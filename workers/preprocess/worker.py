@@ -7,11 +7,25 @@ import time
 
 from pipeline.config import MIB, PreprocessConfig
 from pipeline.families import read_model_info
-from pipeline.process.process import DRAIN_STATS_INTERVAL_S, ShutdownRequested, WorkerContext, limit_memory, run_async
+from pipeline.process.process import (
+    DRAIN_STATS_INTERVAL_S,
+    ShutdownRequested,
+    WorkerContext,
+    limit_memory,
+    run_async,
+)
 from pipeline.transport.ends import AsyncReceiver
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.messages import Drain, FeedbackMessage, IngestMessage, PipelineState, PoolOpened, Retire, Shutdown
+from pipeline.wire.messages import (
+    Drain,
+    FeedbackMessage,
+    IngestMessage,
+    PipelineState,
+    PoolOpened,
+    Retire,
+    Shutdown,
+)
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
 from workers.preprocess.preprocessor import Preprocessor
 
@@ -89,7 +103,11 @@ async def _serve(context: WorkerContext) -> None:
                 core.tick(time.monotonic())
                 context.stats(
                     core.num_open,
-                    {**core.counters, "decoded_pictures": core.num_decoded, "refused_messages": ingest.num_refused + feedback.num_refused},
+                    {
+                        **core.counters,
+                        "decoded_pictures": core.num_decoded,
+                        "refused_messages": ingest.num_refused + feedback.num_refused,
+                    },
                 )
                 await asyncio.sleep(interval)
 

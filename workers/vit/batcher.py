@@ -1,7 +1,8 @@
 """Decides what a ViT encodes next and whom it tells. Pure: no torch, no sockets, no clock.
 
-A chunk is first asked for by hash. If it is in the cache it is leased at once. Else it waits: for pixels (whoever asked first
-is asked for them), for a slot in the pool (granted in the global order), for its turn. Requests for one hash share one encode.
+A chunk is first asked for by hash. If it is in the cache it is leased at once. Else it waits: for pixels
+(whoever asked first is asked for them), for a slot in the pool (granted in the global order), for its turn.
+Requests for one hash share one encode.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Batcher:
         self._pending: dict[bytes, Pending] = {}
         # Those with pixels and a slot, by tenant and request.
         self._queue: FairQueue[tuple[str, int], Pending] = FairQueue()
-        self._parked: set[bytes] = set()  # hashes of pending chunks that lie encoded in the reserve (see `poll`)
+        # hashes of pending chunks that lie encoded in the reserve (see `poll`)
+        self._parked: set[bytes] = set()
         self._hashes: dict[ChunkKey, bytes] = {}  # of the keys that wait
 
     def on_request(
@@ -126,16 +128,20 @@ class Batcher:
         if pending is None or key not in pending.waiters:
             return [PixelsDone(key)]  # answered from the cache or cancelled meanwhile
         if pending.pixels is not None:
-            return []  # somebody else's came first; these may still be wanted, and are released when their owner is answered
+            # somebody else's came first; these may still be wanted, and are released when their owner is
+            # answered
+            return []
         pending.pixels, pending.supplier = pixels, key
         self._expect(pending)
         return []
 
     def poll(self) -> list[Action]:
-        """Serves chunks that lie in the reserve of the pool. To be called whenever a lease has ended or a slot was granted.
+        """Serves chunks that lie in the reserve of the pool. To be called whenever a lease has ended or a
+        slot was granted.
 
-        The reserve must come free for whatever is oldest. So what lies there is leased only to a request that needs nothing
-        older first; the others stay parked, as if it were not there. Once it has been evicted they need pixels like anybody.
+        The reserve must come free for whatever is oldest. So what lies there is leased only to a request that
+        needs nothing older first; the others stay parked, as if it were not there. Once it has been evicted
+        they need pixels like anybody.
         """
         actions: list[Action] = []
         for mm_hash in list(self._parked):
@@ -164,8 +170,8 @@ class Batcher:
         if pending.pixels is not None and pending.mm_hash not in self._parked:
             self._slots.request(pending.mm_hash, self.embedding_of(pending.grid_thw).nbytes)
 
-    # Every key that was asked for gets exactly one PixelsDone: when it is answered, refused or cancelled, except that the pixels of
-    # a supplier stay until the others who wait for them are answered, too.
+    # Every key that was asked for gets exactly one PixelsDone: when it is answered, refused or cancelled,
+    # except that the pixels of a supplier stay until the others who wait for them are answered, too.
 
     def on_cancel(self, keys: Iterable[ChunkKey]) -> list[Action]:
         actions: list[Action] = []
@@ -190,13 +196,18 @@ class Batcher:
         return [*actions, *self.poll()]
 
     def _drop(self, pending: Pending) -> list[Action]:
-        """Forgets a chunk that nobody waits for; whoever supplied its pixels gets them back, though it may have left before."""
+        """Forgets a chunk that nobody waits for; whoever supplied its pixels gets them back, though it may
+        have left before."""
         del self._pending[pending.mm_hash]
         self._parked.discard(pending.mm_hash)
         self._slots.forget(pending.mm_hash)
         if pending.slot is not None:
             self._slots.allocator.free(pending.slot)
-        return [PixelsDone(pending.supplier)] if pending.pixels is not None and pending.supplier is not None else []
+        return (
+            [PixelsDone(pending.supplier)]
+            if pending.pixels is not None and pending.supplier is not None
+            else []
+        )
 
     def next_batch(self, max_patches: int) -> list[Pending]:
         """Chunks to encode now, tenants in turn and each one's requests, at most `max_patches` together (one
@@ -234,7 +245,8 @@ class Batcher:
                 del self._hashes[key], pending.waiters[key]
                 actions.append(Ready(key, self.cache.lease(feature, key.lead), feature))
             pending.slot, pending.is_encoding = None, False
-            if pending.supplier in pending.waiters:  # it waits for its turn; should the reserve be needed, its pixels serve again
+            # it waits for its turn; should the reserve be needed, its pixels serve again
+            if pending.supplier in pending.waiters:
                 actions.extend(PixelsDone(key) for key in served)
             else:
                 actions.extend(PixelsDone(key) for key in sorted({*served, pending.supplier}))
@@ -260,7 +272,10 @@ class Batcher:
         return self.on_cancel([key for key in self._hashes if key.lead == lead])
 
     def forget_all(self) -> None:
-        """Preprocess has died, and with it all pixels and whoever waits for them. A batch under way is not to be interrupted."""
+        """Preprocess has died, and with it all pixels and whoever waits for them.
+
+        A batch under way is not to be interrupted.
+        """
         self.on_cancel(list(self._hashes))
 
     @property
@@ -270,4 +285,6 @@ class Batcher:
     def check_integrity(self) -> None:
         self.cache.check_integrity()
         assert self._parked <= set(self._pending), "a parked chunk is lost"
-        assert set(self._hashes) == {key for pending in self._pending.values() for key in pending.waiters}, "a waiter is lost"
+        assert set(self._hashes) == {key for pending in self._pending.values() for key in pending.waiters}, (
+            "a waiter is lost"
+        )

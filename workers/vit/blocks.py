@@ -1,7 +1,8 @@
 """A forward in blocks of bounded work, with a sign of life after each.
 
-One layer of a large picture takes a slow processor minutes. Whoever watches for signs of life must tell that from a hang, so
-signs follow the work that is done and not the layers. Each block is one call of torch, which nobody can look into.
+One layer of a large picture takes a slow processor minutes. Whoever watches for signs of life must tell that
+from a hang, so signs follow the work that is done and not the layers. Each block is one call of torch, which
+nobody can look into.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class Blocks:
     def __init__(self, most_flop: float, after_block: Callable[[], object]) -> None:
         self._most_flop, self._after_block = most_flop, after_block
 
-    def rows(self, function: Callable[..., tuple[Tensor, ...]], flop_per_row: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def rows(
+        self, function: Callable[..., tuple[Tensor, ...]], flop_per_row: float, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         """What `function` makes of inputs [num_rows, …], each [num_rows, …]; no row depends on another."""
         parts: list[tuple[Tensor, ...]] = []
         for piece in self._pieces(len(inputs[0]), flop_per_row):

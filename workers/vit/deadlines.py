@@ -1,7 +1,8 @@
-"""How long a call may take into which nobody can look: a forward of onnxruntime or TensorRT, which gives no sign of life.
+"""How long a call may take into which nobody can look: a forward of onnxruntime or TensorRT, which gives no
+sign of life.
 
-Before the call the engine announces a deadline. Until then the worker does not count as hung, however large the picture;
-after it, it does. The deadline follows what forwards have taken so far, an operation.
+Before the call the engine announces a deadline. Until then the worker does not count as hung, however large
+the picture; after it, it does. The deadline follows what forwards have taken so far, an operation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ FORGET = 0.9  # what earlier forwards weigh beside the newest
 class Deadlines:
     """`announce` is told the seconds within which the worker moves on, and 0 when it has."""
 
-    def __init__(self, announce: Callable[[float], object], patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        announce: Callable[[float], object],
+        patience_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._announce, self._patience_s, self._clock = announce, patience_s, clock
         self._flop = self._seconds = 0.0  # of earlier forwards, the older the less
 

@@ -1,6 +1,8 @@
-"""Encoded chunks that stay in the ViT's pool: leased to the LLM, or kept for the next request with the same content.
+"""Encoded chunks that stay in the ViT's pool: leased to the LLM, or kept for the next request with the same
+content.
 
-Pure: slots in, slots out. An entry without a lease is evicted when its place is needed, least recently used first.
+Pure: slots in, slots out. An entry without a lease is evicted when its place is needed, least recently used
+first.
 """
 
 from __future__ import annotations
@@ -70,7 +72,11 @@ class FeatureCache:
     def reconcile(self, lead: int, held: Iterable[int], last_lease_id: int) -> None:
         """Heals lost releases: a lease that its holder has seen and lacks in two lease sets is free."""
         known = set(held)
-        for lease_id in [lease_id for lease_id, lease in self._leases.items() if lease.lead == lead and lease_id <= last_lease_id]:
+        for lease_id in [
+            lease_id
+            for lease_id, lease in self._leases.items()
+            if lease.lead == lead and lease_id <= last_lease_id
+        ]:
             if lease_id in known:
                 self._missing.pop(lease_id, None)
                 continue
@@ -92,6 +98,8 @@ class FeatureCache:
         return len(self._leases)
 
     def check_integrity(self) -> None:
-        assert {lease for feature in self._features.values() for lease in feature.leases} == set(self._leases), "leases are lost or held twice"
+        assert {lease for feature in self._features.values() for lease in feature.leases} == set(
+            self._leases
+        ), "leases are lost or held twice"
         assert set(self._missing) <= set(self._leases), "a lease that has ended is still counted as missing"
         self._allocator.check_integrity()

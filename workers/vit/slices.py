@@ -1,15 +1,22 @@
-"""How much a ViT may take on at once, so that none of its turns on a device lasts longer than it should. Pure."""
+"""How much a ViT may take on at once, so that none of its turns on a device lasts longer than it should.
+
+Pure.
+"""
 
 from __future__ import annotations
 
 import math
 
 WEIGHT = 0.1  # of the newest observation
-SPREAD = 0.01  # of sizes, beside their square: with less there is no telling a fixed cost from one for each patch
+# of sizes, beside their square: with less there is no telling a fixed cost from one for each patch
+SPREAD = 0.01
 
 
 class SliceLimit:
-    """Learns what a forward costs, and each patch in it, as a line through what was seen. Without a limit of time only patches count."""
+    """Learns what a forward costs, and each patch in it, as a line through what was seen.
+
+    Without a limit of time only patches count.
+    """
 
     def __init__(self, max_patches: int, slice_s: float | None) -> None:
         self._most, self._slice_s = max_patches, slice_s
@@ -18,7 +25,11 @@ class SliceLimit:
     def observe(self, num_patches: int, seconds: float) -> None:
         seen = (float(num_patches), seconds, float(num_patches) ** 2, num_patches * seconds)
         old = self._means
-        self._means = seen if old is None else tuple(a + WEIGHT * (b - a) for a, b in zip(old, seen, strict=True))  # type: ignore[assignment]
+        if old is None:
+            self._means = seen
+        else:
+            a, b, c, d = (mean + WEIGHT * (new - mean) for mean, new in zip(old, seen, strict=True))
+            self._means = (a, b, c, d)
 
     def _cost(self) -> tuple[float, float] | None:
         """Seconds of a forward as such, and of each patch."""

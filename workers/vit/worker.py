@@ -1,7 +1,7 @@
 """The ViT process: drain → schedule → encode (on a thread of its own) → answer.
 
-The loop owns the sockets and all bookkeeping; the engine thread sees tensors only and wakes the loop when a batch is done, so
-that releases and cancellations are heard while the device works.
+The loop owns the sockets and all bookkeeping; the engine thread sees tensors only and wakes the loop when a
+batch is done, so that releases and cancellations are heard while the device works.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # more fill no core better, a
 
 
 class VitCore:
-    """The ViT without its process: messages in, messages out. `llms` are the ways to the ranks that lead a group."""
+    """The ViT without its process: messages in, messages out.
+
+    `llms` are the ways to the ranks that lead a group.
+    """
 
     def __init__(
         self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
@@ -114,7 +117,8 @@ class VitCore:
         worker = successor.worker
         if worker.role is Role.PREPROCESS:
             self.batcher.forget_all()
-            if not self._pools.knows(str(worker), successor.epoch):  # else it has taken the dead one's place already
+            # else it has taken the dead one's place already
+            if not self._pools.knows(str(worker), successor.epoch):
                 self._pools.close(str(worker))
         elif worker.rank in self._llms:
             self._act(self.batcher.forget_group(worker.rank))
@@ -129,16 +133,23 @@ class VitCore:
                     self._feedback.send(PixelsReleased(key=key, **self._origin))
                 case Ready(key, lease_id, feature):
                     handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
-                    self._llms[key.lead].send(EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin))
+                    self._llms[key.lead].send(
+                        EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin)
+                    )
                 case LeaseGone(key):
                     self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
                 case Refused(key, reason):
-                    self._llms[key.lead].send(EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin))
+                    self._llms[key.lead].send(
+                        EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin)
+                    )
                 case _:
                     assert_never(action)
 
     def next_batch(self, max_patches: int) -> tuple[list[Pending], list[EncodeJob]]:
-        """The chunks to encode now and their tensors. A chunk whose pixels cannot be right is refused here."""
+        """The chunks to encode now and their tensors.
+
+        A chunk whose pixels cannot be right is refused here.
+        """
         batch: list[Pending] = []
         jobs: list[EncodeJob] = []
         while not batch and (candidates := self.batcher.next_batch(max_patches)):
@@ -157,7 +168,10 @@ class VitCore:
         assert pending.slot is not None
         grid, patch = pending.grid_thw, self._info.patch_size
         pixels = self._pools.tensor(pending.pixels)
-        if pixels.shape[1:] != (grid.h * patch, grid.w * patch, 3) or len(pixels) > grid.t * self._info.temporal_patch_size:
+        if (
+            pixels.shape[1:] != (grid.h * patch, grid.w * patch, 3)
+            or len(pixels) > grid.t * self._info.temporal_patch_size
+        ):
             raise StaleHandleError(f"their shape {tuple(pixels.shape)} does not fit the grid {tuple(grid)}")
         embedding = self.batcher.embedding_of(grid)
         handle = self._pool.lend(pending.slot, embedding.shape, embedding.dtype)
@@ -199,7 +213,10 @@ class EngineThread:
         self._jobs.put(jobs)
 
     def take_done(self) -> float | None:
-        """The seconds that the batch under way took; None while it is not encoded. Raises what the engine raised."""
+        """The seconds that the batch under way took; None while it is not encoded.
+
+        Raises what the engine raised.
+        """
         try:
             done = self._done.get_nowait()
         except queue.Empty:
@@ -247,12 +264,17 @@ def main(context: WorkerContext) -> None:
     slice_ms = config.vit.vit_slice_ms
     if slice_ms is None and device.type == "cuda":
         slice_ms = GPU_SLICE_MS
-    max_patches = config.vit.vit_max_batch_patches or (GPU_BATCH_PATCHES if device.type == "cuda" else CPU_BATCH_PATCHES)
+    max_patches = config.vit.vit_max_batch_patches or (
+        GPU_BATCH_PATCHES if device.type == "cuda" else CPU_BATCH_PATCHES
+    )
     limit = SliceLimit(max_patches, slice_ms / 1000 if slice_ms else None)
     placement = context.spec.placement
-    if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":  # which has threads of its own, as many as it began with
+    # which has threads of its own, as many as it began with
+    if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":
         placement = dataclasses.replace(placement, wide_cores=())
-    sharing = CoreSharing(Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads)
+    sharing = CoreSharing(
+        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads
+    )
 
     def after_work() -> None:
         context.recorder.move()
@@ -262,11 +284,15 @@ def main(context: WorkerContext) -> None:
     spec = EngineSpec(
         info=info, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
         after_work=after_work, deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
-        cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done, total: context.progress("loading weights", done, total),
+        cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done,
+        total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
     context.faults.fill(allocator)
-    llms, feedback = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}, context.sockets.sender(FEEDBACK)
+    llms, feedback = (
+        {lead: context.sockets.sender(LLM, lead) for lead in config.leads},
+        context.sockets.sender(FEEDBACK),
+    )
     for llm in llms.values():
         llm.send(PoolOpened(pool=pool.info, **context.origin))
     batcher = Batcher(allocator, lambda grid: info.vision.embedding(grid, dtype_name))
@@ -301,7 +327,8 @@ def _serve(
                 if dead.worker.role is Role.PREPROCESS:
                     context.pool_closed(dead.worker, dead.epoch - 1)
             died = []
-        while not died and (received := inbox.receive()) is not None:  # else what successors say would meet what is left of the dead
+        # else what successors say would meet what is left of the dead
+        while not died and (received := inbox.receive()) is not None:
             core.handle(received.message)
         if batch and (seconds := thread.take_done()) is not None:
             num_patches = sum(pending.grid_thw.num_patches for pending in batch)
@@ -321,7 +348,10 @@ def _serve(
         sharing.announce(bool(batch or batcher.num_pending))
         if time.monotonic() >= stats_due:
             stats_due = time.monotonic() + STATS_INTERVAL_S
-            context.stats(0, {**core.counters, "leases": batcher.cache.num_leases, "refused_messages": inbox.num_refused})
+            context.stats(
+                0,
+                {**core.counters, "leases": batcher.cache.num_leases, "refused_messages": inbox.num_refused},
+            )
             if not batcher.num_pending:
                 batcher.check_integrity()
         (without_inbox if died else poller).wait(max(0.0, stats_due - time.monotonic()))

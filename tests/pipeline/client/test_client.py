@@ -72,7 +72,8 @@ class Pipeline:
         self.tokenizer = Tokenizer.from_file(str(EMBEDDED / "model" / "tokenizer.json"))
 
     async def welcome(self) -> None:
-        """Plays the start: the state to the new subscriber, then Welcome once Hello and subscription are there."""
+        """Plays the start: the state to the new subscriber, then Welcome once Hello and subscription are
+        there."""
         while True:
             if any(event.is_new for event in self.control.subscriptions()):
                 self.say_states()
@@ -122,7 +123,9 @@ class Pipeline:
     def say(self, kind: Callable[..., Any], **fields: Any) -> None:
         assert self.outputs.publish(kind(sender=LLM_0, epoch=self.epochs[LLM_0], **fields), self.client_id)
 
-    def say_tokens(self, request: SubmitRequest, offset: int, tokens: Sequence[int], finish: FinishReason | None = None) -> None:
+    def say_tokens(
+        self, request: SubmitRequest, offset: int, tokens: Sequence[int], finish: FinishReason | None = None
+    ) -> None:
         output = RequestOutput(request.request_id, request.attempt, offset, pack_int32(tokens), finish)
         self.say(TokenOutputs, outputs=(output,))
 
@@ -148,7 +151,12 @@ async def client(pipeline: Pipeline, tmp_path: Path) -> AsyncIterator[PipelineCl
     await made.close()
 
 
-async def collect(client: PipelineClient, chat: Sequence[ChatMessage] = CHAT, sampling: SamplingParams = GREEDY, media: Sequence[bytes] = ()) -> Any:
+async def collect(
+    client: PipelineClient,
+    chat: Sequence[ChatMessage] = CHAT,
+    sampling: SamplingParams = GREEDY,
+    media: Sequence[bytes] = (),
+) -> Any:
     pieces = [piece async for piece in client.generate(chat, sampling, media)]
     return "".join(piece.text for piece in pieces), pieces
 
@@ -163,19 +171,29 @@ async def test_text_comes_in_pieces_with_its_counts(client: PipelineClient, pipe
         pipeline.say_tokens(request, offset, [token], FinishReason.STOP if offset == len(ids) - 1 else None)
     text, pieces = await task
     assert text == "A red circle."
-    assert (pieces[-1].num_prompt_tokens, pieces[-1].num_output_tokens, pieces[-1].finish_reason) == (9, len(ids), "stop")
+    assert (pieces[-1].num_prompt_tokens, pieces[-1].num_output_tokens, pieces[-1].finish_reason) == (
+        9,
+        len(ids),
+        "stop",
+    )
     assert client.num_open == 0
 
 
 async def test_a_gap_is_asked_for_and_overlap_is_dropped(client: PipelineClient, pipeline: Pipeline) -> None:
     ids = pipeline.tokenizer.encode("A blue star at the top left.", add_special_tokens=False).ids
-    task = asyncio.create_task(collect(client, [ChatMessage("user", (ImagePart(frame=0),))], media=[b"bytes"]))
+    task = asyncio.create_task(
+        collect(client, [ChatMessage("user", (ImagePart(frame=0),))], media=[b"bytes"])
+    )
     request = (await pipeline.next(SubmitRequest)).message
     pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
     pipeline.say_tokens(request, 0, ids[:2])
     pipeline.say_tokens(request, 4, ids[4:5])  # tokens 2 and 3 got lost
     query = await pipeline.next(SubmitRequest)
-    assert (query.message.request_id, query.message.attempt, query.message.num_received) == (request.request_id, 1, 2)
+    assert (query.message.request_id, query.message.attempt, query.message.num_received) == (
+        request.request_id,
+        1,
+        2,
+    )
     assert query.frames == [], "what was accepted is not sent again"
     pipeline.say_tokens(request, 5, ids[5:6])
     pipeline.say_tokens(request, 1, ids[1:], FinishReason.LENGTH)  # the answer overlaps with what is there
@@ -185,20 +203,33 @@ async def test_a_gap_is_asked_for_and_overlap_is_dropped(client: PipelineClient,
     assert client.counters["gaps"] >= 1
 
 
-async def test_outputs_of_another_attempt_or_request_are_dropped_and_counted(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_outputs_of_another_attempt_or_request_are_dropped_and_counted(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     task = asyncio.create_task(collect(client))
     request = (await pipeline.next(SubmitRequest)).message
-    pipeline.say(TokenOutputs, outputs=(RequestOutput(request.request_id, 0, 0, pack_int32([20]), FinishReason.STOP),))
-    pipeline.say(TokenOutputs, outputs=(RequestOutput("someone else", 1, 0, pack_int32([20]), FinishReason.STOP),))
+    pipeline.say(
+        TokenOutputs, outputs=(RequestOutput(request.request_id, 0, 0, pack_int32([20]), FinishReason.STOP),)
+    )
+    pipeline.say(
+        TokenOutputs, outputs=(RequestOutput("someone else", 1, 0, pack_int32([20]), FinishReason.STOP),)
+    )
     pipeline.say_tokens(request, 0, [], FinishReason.STOP)
     assert (await task)[0] == ""
     assert client.counters["stale_outputs"] == 2
 
 
-async def test_a_failure_is_raised_with_its_field_and_status(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_a_failure_is_raised_with_its_field_and_status(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     task = asyncio.create_task(collect(client))
     request = (await pipeline.next(SubmitRequest)).message
-    pipeline.say(RequestFailed, request_id=request.request_id, attempt=1, error=ErrorInfo(413, "too large", "messages[0]"))
+    pipeline.say(
+        RequestFailed,
+        request_id=request.request_id,
+        attempt=1,
+        error=ErrorInfo(413, "too large", "messages[0]"),
+    )
     with pytest.raises(RequestError, match="too large") as caught:
         await task
     assert (caught.value.info.status, caught.value.info.field) == (413, "messages[0]")
@@ -238,12 +269,22 @@ async def test_a_stop_string_ends_the_request_upstream(client: PipelineClient, p
 
 
 async def test_data_urls_become_frames(client: PipelineClient, pipeline: Pipeline) -> None:
-    parts = (TextPart("look"), ImagePart(url="data:image/png;base64,aGVsbG8="), ImagePart(url="http://x/y"), ImagePart(frame=0))
+    parts = (
+        TextPart("look"),
+        ImagePart(url="data:image/png;base64,aGVsbG8="),
+        ImagePart(url="http://x/y"),
+        ImagePart(frame=0),
+    )
     task = asyncio.create_task(collect(client, [ChatMessage("user", parts)], media=[b"mine"]))
     received = await pipeline.next(SubmitRequest)
     assert [bytes(frame) for frame in received.frames] == [b"mine", b"aGVsbG8="]
     content = received.message.messages[0].content
-    assert content == (TextPart("look"), ImagePart(frame=1, is_base64=True), ImagePart(url="http://x/y"), ImagePart(frame=0))
+    assert content == (
+        TextPart("look"),
+        ImagePart(frame=1, is_base64=True),
+        ImagePart(url="http://x/y"),
+        ImagePart(frame=0),
+    )
     pipeline.say_tokens(received.message, 0, [], FinishReason.STOP)
     await task
 
@@ -262,7 +303,9 @@ async def test_limits_are_kept_before_anything_is_sent(client: PipelineClient, p
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_the_end_of_the_pipeline_ends_every_request_with_its_reason(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_the_end_of_the_pipeline_ends_every_request_with_its_reason(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
     await asyncio.sleep(0.05)
     pipeline.control.publish(Shutdown(reason="vit.0 was killed by SIGKILL"))
@@ -323,7 +366,9 @@ async def test_a_silent_request_is_asked_about_though_it_was_accepted(
     assert (await task)[1][-1].finish_reason == "stop"
 
 
-async def test_a_pipeline_that_speaks_again_is_there_again(client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pipeline_that_speaks_again_is_there_again(
+    client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.client.connection.HEARTBEAT_TIMEOUT_S", 0.5)
     task = asyncio.create_task(collect(client))
     with pytest.raises(RequestError, match="no longer answers"):
@@ -364,9 +409,13 @@ async def test_closing_ends_generators_that_wait(pipeline: Pipeline, tmp_path: P
         await asyncio.wait_for(task, 5)
 
 
-async def test_an_interrupted_request_is_submitted_again_and_goes_on(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_an_interrupted_request_is_submitted_again_and_goes_on(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
-    task = asyncio.create_task(collect(client, [ChatMessage("user", (ImagePart(frame=0),))], media=[b"picture"]))
+    task = asyncio.create_task(
+        collect(client, [ChatMessage("user", (ImagePart(frame=0),))], media=[b"picture"])
+    )
     first = (await pipeline.next(SubmitRequest)).message
     pipeline.say(Accepted, request_id=first.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
     pipeline.say_tokens(first, 0, ids[:2])
@@ -376,7 +425,8 @@ async def test_an_interrupted_request_is_submitted_again_and_goes_on(client: Pip
     assert (again.request_id, again.attempt, again.sampling) == (first.request_id, 2, first.sampling)
     assert unpack_int32(again.output_token_ids).tolist() == ids[:2]
     assert [bytes(frame) for frame in received.frames] == [b"picture"]
-    pipeline.say(Interrupted, request_id=first.request_id, attempt=1, reason="preempted")  # said again: of an attempt that is over
+    # said again: of an attempt that is over
+    pipeline.say(Interrupted, request_id=first.request_id, attempt=1, reason="preempted")
     pipeline.say(Accepted, request_id=first.request_id, attempt=2, num_prompt_tokens=9, mm_hashes=())
     pipeline.say_tokens(again, 2, ids[2:], FinishReason.STOP)
     text, pieces = await task
@@ -384,14 +434,24 @@ async def test_an_interrupted_request_is_submitted_again_and_goes_on(client: Pip
     assert pieces[-1].num_output_tokens == len(ids)
 
 
-async def test_logprobs_follow_their_tokens_over_a_repeated_answer(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_logprobs_follow_their_tokens_over_a_repeated_answer(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
     entries = [TokenLogprobs(pack_int32([token]), bytes(4)) for token in ids]
     task = asyncio.create_task(collect(client, sampling=SamplingParams(logprobs=0)))
     request = (await pipeline.next(SubmitRequest)).message
 
     def say(offset: int, stop: int, finish: FinishReason | None) -> None:
-        output = RequestOutput(request.request_id, 1, offset, pack_int32(ids[offset:stop]), finish, tuple(entries[offset:stop]), 8)
+        output = RequestOutput(
+            request.request_id,
+            1,
+            offset,
+            pack_int32(ids[offset:stop]),
+            finish,
+            tuple(entries[offset:stop]),
+            8,
+        )
         pipeline.say(TokenOutputs, outputs=(output,))
 
     say(0, 2, None)
@@ -419,14 +479,18 @@ async def test_the_bytes_of_tokens_add_up_to_the_text(client: PipelineClient, pi
     assert client.token_text(10**6) == b""
 
 
-async def test_another_picture_at_the_same_url_fails_the_request(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_another_picture_at_the_same_url_fails_the_request(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     task = asyncio.create_task(collect(client, [ChatMessage("user", (ImagePart(url="http://x/y.png"),))]))
     request = (await pipeline.next(SubmitRequest)).message
     pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=(b"one",))
     pipeline.say_tokens(request, 0, [5, 6])
     pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="preempted")
     await pipeline.next(SubmitRequest)
-    pipeline.say(Accepted, request_id=request.request_id, attempt=2, num_prompt_tokens=9, mm_hashes=(b"other",))
+    pipeline.say(
+        Accepted, request_id=request.request_id, attempt=2, num_prompt_tokens=9, mm_hashes=(b"other",)
+    )
     with pytest.raises(RequestError, match="another picture"):
         await task
     assert (await pipeline.next(AbortRequest)).message.attempt == 2
@@ -453,7 +517,9 @@ async def test_a_priority_beyond_32_bits_is_refused(priority: int, client: Pipel
 async def accept(pipeline: Pipeline, task: asyncio.Task[Any], num_tokens: int = 0) -> SubmitRequest:
     """Takes a request in and answers with its first tokens."""
     request: SubmitRequest = (await pipeline.next(SubmitRequest)).message
-    pipeline.say(Accepted, request_id=request.request_id, attempt=request.attempt, num_prompt_tokens=9, mm_hashes=())
+    pipeline.say(
+        Accepted, request_id=request.request_id, attempt=request.attempt, num_prompt_tokens=9, mm_hashes=()
+    )
     if num_tokens:
         first = len(request.output_token_ids) // 4
         pipeline.say_tokens(request, first, list(range(20 + first, 20 + first + num_tokens)))
@@ -462,7 +528,9 @@ async def accept(pipeline: Pipeline, task: asyncio.Task[Any], num_tokens: int = 
     return request
 
 
-async def test_what_no_llm_accepted_is_submitted_again_when_preprocess_dies(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_what_no_llm_accepted_is_submitted_again_when_preprocess_dies(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
     accepted = await accept(pipeline, tasks[0], 2)
     lost = (await pipeline.next(SubmitRequest)).message
@@ -475,7 +543,9 @@ async def test_what_no_llm_accepted_is_submitted_again_when_preprocess_dies(clie
     assert [pieces[-1].num_output_tokens for _, pieces in results] == [3, 1]
 
 
-async def test_what_has_ended_is_not_submitted_again_though_nobody_took_its_end(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_what_has_ended_is_not_submitted_again_though_nobody_took_its_end(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     stream = client.generate(CHAT, GREEDY)
     first = asyncio.ensure_future(anext(stream))
     request = await accept(pipeline, asyncio.current_task())  # type: ignore[arg-type]
@@ -497,7 +567,9 @@ async def test_hello_comes_before_what_is_submitted_again(client: PipelineClient
     """The LLM may have taken it that we had left."""
     task = asyncio.create_task(collect(client))
     request = await accept(pipeline, task)
-    pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="its client has to say hello again")
+    pipeline.say(
+        Interrupted, request_id=request.request_id, attempt=1, reason="its client has to say hello again"
+    )
     assert isinstance((await asyncio.wait_for(pipeline.ingest.receive(), 5)).message, Hello)
     again = (await pipeline.next(SubmitRequest)).message
     pipeline.say_tokens(again, 0, [50], FinishReason.STOP)
@@ -509,7 +581,9 @@ async def test_a_long_request_id_is_refused(client: PipelineClient) -> None:
         await anext(client.generate(CHAT, GREEDY, request_id="x" * 257))
 
 
-async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_again(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_again(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
     first = await accept(pipeline, tasks[0], 2)
     await pipeline.next(SubmitRequest)
@@ -518,7 +592,10 @@ async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_ag
     new = asyncio.create_task(collect(client))  # one that comes meanwhile waits, too
     await asyncio.sleep(0.1)
     await pipeline.welcome()
-    again = {message.request_id: message for message in [(await pipeline.next(SubmitRequest)).message for _ in range(3)]}
+    again = {
+        message.request_id: message
+        for message in [(await pipeline.next(SubmitRequest)).message for _ in range(3)]
+    }
     assert sorted(message.attempt for message in again.values()) == [1, 2, 2]
     assert unpack_int32(again[first.request_id].output_token_ids).tolist() == [20, 21]
     assert again[first.request_id].lead == 0
@@ -528,7 +605,9 @@ async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_ag
     assert [token for piece in pieces for token in piece.token_ids] == [20, 21, 22]
 
 
-async def test_a_request_that_workers_die_of_passes_alone_and_is_given_up(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_a_request_that_workers_die_of_passes_alone_and_is_given_up(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     task = asyncio.create_task(collect(client))
     request = await accept(pipeline, task)
     for attempt in (2, 3):
@@ -537,21 +616,35 @@ async def test_a_request_that_workers_die_of_passes_alone_and_is_given_up(client
         request = await accept(pipeline, task)
         assert (request.attempt, request.alone_in) == (attempt, (Role.LLM,))
     pipeline.replace(LLM_0, request.request_id)
-    with pytest.raises(RequestError, match=r"given up: llm\.0 died while it was executing there, 3 times in a row") as caught:
+    with pytest.raises(
+        RequestError, match=r"given up: llm\.0 died while it was executing there, 3 times in a row"
+    ) as caught:
         await task
     assert caught.value.info.status == 503
     assert (await pipeline.next(AbortRequest)).message.attempt == 3
 
 
-async def test_who_had_bad_neighbours_in_every_stage_is_not_given_up(client: PipelineClient, pipeline: Pipeline) -> None:
+async def test_who_had_bad_neighbours_in_every_stage_is_not_given_up(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
     task = asyncio.create_task(collect(client))
     request = await accept(pipeline, task)
     for died in (Role.VIT, Role.PREPROCESS, Role.VIT, Role.LLM):
-        pipeline.say(Interrupted, request_id=request.request_id, attempt=request.attempt, reason="it died", died=died)
+        pipeline.say(
+            Interrupted, request_id=request.request_id, attempt=request.attempt, reason="it died", died=died
+        )
         request = await accept(pipeline, task)
     assert (request.attempt, set(request.alone_in)) == (5, {Role.VIT, Role.PREPROCESS, Role.LLM})
-    pipeline.say(Interrupted, request_id=request.request_id, attempt=request.attempt, reason="vit.0 died", died=Role.VIT)
-    with pytest.raises(RequestError, match=r"given up: vit\.0 died while it was executing there, 3 times in a row"):
+    pipeline.say(
+        Interrupted,
+        request_id=request.request_id,
+        attempt=request.attempt,
+        reason="vit.0 died",
+        died=Role.VIT,
+    )
+    with pytest.raises(
+        RequestError, match=r"given up: vit\.0 died while it was executing there, 3 times in a row"
+    ):
         await task
 
 
@@ -560,7 +653,13 @@ async def test_only_deaths_without_a_new_token_count(client: PipelineClient, pip
     request = await accept(pipeline, task, 1)
     for attempt in range(2, 7):
         if attempt % 2:
-            pipeline.say(Interrupted, request_id=request.request_id, attempt=request.attempt, reason="vit.0 died", died=Role.VIT)
+            pipeline.say(
+                Interrupted,
+                request_id=request.request_id,
+                attempt=request.attempt,
+                reason="vit.0 died",
+                died=Role.VIT,
+            )
         else:
             pipeline.replace(LLM_0, request.request_id)
             await pipeline.welcome()

@@ -62,8 +62,10 @@ def test_missing_padding_of_any_length(tail: bytes) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        "data:image/png;base64", "DATA:IMAGE/PNG;BASE64", "data:;base64", "data:image/png;charset=utf-8;base64", "data:image/png; base64",
-        "data:image/png;base64;charset=utf-8", " data:image/png;base64", "\n\tdata:application/octet-stream;base64",
+        "data:image/png;base64", "DATA:IMAGE/PNG;BASE64", "data:;base64",
+        "data:image/png;charset=utf-8;base64", "data:image/png; base64",
+        "data:image/png;base64;charset=utf-8", " data:image/png;base64",
+        "\n\tdata:application/octet-stream;base64",
     ],
 )  # fmt: skip
 def test_headers(header: str) -> None:
@@ -76,13 +78,18 @@ def test_data_without_base64_is_percent_decoded() -> None:
     assert read("data:,é") == "é".encode()
 
 
-@pytest.mark.parametrize("data", [b"*", b"A", b"AAAAA", b"AA=A", b"A===", b"====", b"\xff", b"AA%", b"AA%zz", "é".encode()])
+@pytest.mark.parametrize(
+    "data", [b"*", b"A", b"AAAAA", b"AA=A", b"A===", b"====", b"\xff", b"AA%", b"AA%zz", "é".encode()]
+)
 def test_what_is_no_base64_is_refused(data: bytes) -> None:
     with pytest.raises(binascii.Error):
         forgiving_base64(data)
 
 
-@pytest.mark.parametrize("url", ["data:", "data:image/png;base64", "data:" + ";" * 10**6 + ",x", "data:,\ud800", "data:;base64,\ud800"])
+@pytest.mark.parametrize(
+    "url",
+    ["data:", "data:image/png;base64", "data:" + ";" * 10**6 + ",x", "data:,\ud800", "data:;base64,\ud800"],
+)
 def test_urls_that_are_none_name_their_field(url: str) -> None:
     for part, name in ((ImagePart(url=url), "image_url"), (VideoPart(url=url), "video_url")):
         with pytest.raises(RequestError) as caught:
@@ -90,10 +97,14 @@ def test_urls_that_are_none_name_their_field(url: str) -> None:
         assert caught.value.info.field == f"messages[0].content[1].{name}"
 
 
-@pytest.mark.parametrize("kind", ["video/jpeg", "VIDEO/JPG", "image/jpeg", "video/png", "image/png", "video/webp", "image/bmp"])
+@pytest.mark.parametrize(
+    "kind", ["video/jpeg", "VIDEO/JPG", "image/jpeg", "video/png", "image/png", "video/webp", "image/bmp"]
+)
 def test_frames_separated_by_commas_are_a_list_of_frames(kind: str) -> None:
     for comma in (",", ",\n", "%2C"):
-        part, frames = moved(VideoPart(url=f"data:{kind};base64,{BASE64}{comma}AAAA{comma}{BASE64}", fps=None, max_frames=8))
+        part, frames = moved(
+            VideoPart(url=f"data:{kind};base64,{BASE64}{comma}AAAA{comma}{BASE64}", fps=None, max_frames=8)
+        )
         assert isinstance(part, VideoPart)
         assert (part.url, part.frame, part.max_frames) == ("", -1, 8)
         read = [forgiving_base64(bytes(frames[frame.frame])) for frame in part.frames if frame.is_base64]

@@ -14,7 +14,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(EMBEDDED / "model" / "tokenizer.json"))
 
 
-TEXTS = ["A red circle at the top left.", "naïve café — 你好，世界 🙂🙃", "  leading blanks\n\nlines\t", "🇫🇷👩‍👩‍👧", "", "x"]
+TEXTS = [
+    "A red circle at the top left.",
+    "naïve café — 你好，世界 🙂🙃",
+    "  leading blanks\n\nlines\t",
+    "🇫🇷👩‍👩‍👧",
+    "",
+    "x",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -22,7 +29,10 @@ TEXTS = ["A red circle at the top left.", "naïve café — 你好，世界 🙂
 def test_pieces_add_up_to_the_whole(text: str, size: int, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     made = Detokenizer(tokenizer)
-    pieces = [made.add(ids[start : start + size], is_last=start + size >= len(ids)) for start in range(0, len(ids), size)]
+    pieces = [
+        made.add(ids[start : start + size], is_last=start + size >= len(ids))
+        for start in range(0, len(ids), size)
+    ]
     assert "".join(pieces) == tokenizer.decode(ids) == text
     assert not any("\ufffd" in piece for piece in pieces)
 

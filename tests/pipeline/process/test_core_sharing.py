@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.process.core_sharing import HOLD_S, MOST_TO_WAIT_S, POLL_S, Activity, CoreSharing, pin_all_threads
+from pipeline.process.core_sharing import (
+    HOLD_S,
+    MOST_TO_WAIT_S,
+    POLL_S,
+    Activity,
+    CoreSharing,
+    pin_all_threads,
+)
 from pipeline.process.process import Placement
 from pipeline.wire.topology import Role, WorkerId
 
@@ -24,7 +31,15 @@ class Machine:
 
     def sharing(self, worker: WorkerId, wide: Sequence[int] = (0, 1, 2, 3)) -> CoreSharing:
         place = Placement(cores=(0, 1, 2), num_threads=3, wide_cores=tuple(wide))
-        return CoreSharing(Activity(self.run_dir), worker, place, self.told.append, lambda: self.now, self.told.append, self.sleep)
+        return CoreSharing(
+            Activity(self.run_dir),
+            worker,
+            place,
+            self.told.append,
+            lambda: self.now,
+            self.told.append,
+            self.sleep,
+        )
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

@@ -40,7 +40,8 @@ class Pipeline:
     def start(self, model: Path = EMBEDDED / "model") -> WorkerProcess:
         return self.server.start(
             WorkerSpec(
-                worker=PREPROCESS, epochs={str(worker): 1 for worker in OTHERS}, run_dir=str(self._run_dir), model_folder=str(model),
+                worker=PREPROCESS, epochs={str(worker): 1 for worker in OTHERS}, run_dir=str(self._run_dir),
+                model_folder=str(model),
                 placement=Placement(cores=(0,), num_threads=1), config=Config(),
             )
         )  # fmt: skip

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.transport.curve import ClientKeys, Door, Remote, ServerKeys, make_client_keys, make_server_keys, owner_of
+from pipeline.transport.curve import (
+    ClientKeys,
+    Door,
+    Remote,
+    ServerKeys,
+    make_client_keys,
+    make_server_keys,
+    owner_of,
+)
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.messages import Hello, PipelineState, TokenOutputs
 from pipeline.wire.topology import CONTROL, DIRECT_EDGES, INGEST, OUTPUTS
@@ -98,7 +106,9 @@ def test_what_is_missing_is_named(tmp_path: Path, keys: Path) -> None:
 
 def test_the_tool_makes_keys_and_explains_what_is_wrong(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "tools.keys", *arguments], capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            [sys.executable, "-m", "tools.keys", *arguments], capture_output=True, text=True, timeout=30
+        )
 
     keys = str(tmp_path / "keys")
     assert "no folder of clients' keys" in run("client", keys, "alice").stderr

@@ -38,14 +38,18 @@ def test_each_use_of_a_slot_has_its_own_generation() -> None:
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     made = SlotAllocator(10 * UNIT, 2 * UNIT, 4)
-    with pytest.raises(ValueError, match=f"{3 * UNIT} bytes is larger than the pool's largest item, {2 * UNIT}"):
+    with pytest.raises(
+        ValueError, match=f"{3 * UNIT} bytes is larger than the pool's largest item, {2 * UNIT}"
+    ):
         made.allocate(3 * UNIT)
     with pytest.raises(ValueError, match="too small"):
         SlotAllocator(3 * UNIT, 2 * UNIT, 4)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.one_of(st.tuples(st.integers(1, 3 * UNIT), st.booleans()), st.integers(0, 20)), max_size=60))
+@given(
+    st.lists(st.one_of(st.tuples(st.integers(1, 3 * UNIT), st.booleans()), st.integers(0, 20)), max_size=60)
+)
 def test_no_byte_is_lost_whatever_is_taken_and_given(actions: list[tuple[int, bool] | int]) -> None:
     made = SlotAllocator(20 * UNIT, 3 * UNIT, 8)
     held: list[Slot] = []

@@ -1,4 +1,5 @@
-"""Each edge's failure cases with real sockets: slow joiner, slow subscriber, dead peer, successor, stale frame, garbage."""
+"""Each edge's failure cases with real sockets: slow joiner, slow subscriber, dead peer, successor, stale
+frame, garbage."""
 
 from __future__ import annotations
 
@@ -33,7 +34,19 @@ from pipeline.wire.messages import (
     WorkerStats,
 )
 from pipeline.wire.sampling import FinishReason
-from pipeline.wire.topology import CONTROL, EDGES, ENCODE, INGEST, OUTPUTS, STATUS, STEPS, Pattern, Role, WorkerId, address
+from pipeline.wire.topology import (
+    CONTROL,
+    EDGES,
+    ENCODE,
+    INGEST,
+    OUTPUTS,
+    STATUS,
+    STEPS,
+    Pattern,
+    Role,
+    WorkerId,
+    address,
+)
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
 
 EPOCHS = {LLM_0: 1, PREPROCESS: 1, VIT_0: 1, WorkerId(Role.API): 1}
@@ -102,9 +115,12 @@ def test_a_dead_peers_queue_never_reaches_its_successor(open_sockets: Callable[.
     assert receiver.receive() is None
 
 
-def test_a_killed_peer_and_its_successor_at_a_new_epoch(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+def test_a_killed_peer_and_its_successor_at_a_new_epoch(
+    open_sockets: Callable[..., Sockets], tmp_path: Path
+) -> None:
     script = (
-        "import sys, pathlib\nfrom pipeline.transport.ends import *\nfrom pipeline.transport.sockets import *\nfrom pipeline.wire.topology import *\n"
+        "import sys, pathlib\nfrom pipeline.transport.ends import *\nfrom pipeline.transport.sockets import "
+        "*\nfrom pipeline.wire.topology import *\n"
         "r = Sockets(pathlib.Path(sys.argv[1]), {WorkerId(Role.VIT): 1}).receiver(ENCODE)\nPoller(r).wait()\n"
         "print(r.receive() is not None, flush=True)\nPoller(r).wait(60)\nimport time; time.sleep(60)"
     )
@@ -138,7 +154,9 @@ def test_a_full_queue_is_an_error_and_never_a_wait(open_sockets: Callable[..., S
     assert sent == [True] * 5 + [False] * 15
 
 
-def test_garbage_is_refused_and_counted_and_what_follows_arrives(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+def test_garbage_is_refused_and_counted_and_what_follows_arrives(
+    open_sockets: Callable[..., Sockets], tmp_path: Path
+) -> None:
     receiver = open_sockets().receiver(ENCODE)
     with zmq.Context() as context, context.socket(zmq.PUSH) as raw:
         raw.connect(address(tmp_path, ENCODE, EPOCHS))
@@ -162,7 +180,9 @@ def test_garbage_is_refused_and_counted_and_what_follows_arrives(open_sockets: C
     assert receiver.num_refused == len(garbage) + 1
 
 
-def test_a_message_beyond_the_size_limit_does_not_come_in(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
+def test_a_message_beyond_the_size_limit_does_not_come_in(
+    open_sockets: Callable[..., Sockets], tmp_path: Path
+) -> None:
     async def run() -> None:
         receiver = open_sockets().async_receiver(INGEST, max_message_bytes=10_000)
         with zmq.Context() as context, context.socket(zmq.PUSH) as raw:
@@ -230,13 +250,16 @@ def test_a_slow_subscriber_is_named_and_costs_others_nothing(open_sockets: Calla
     assert lagged, "a subscriber that never reads must be noticed"
     end = time.monotonic() + 20
     for number in range(200):
-        while not publisher.publish(outputs(b"", number), fast):  # what it has read is credited to it now and then only
+        # what it has read is credited to it now and then only
+        while not publisher.publish(outputs(b"", number), fast):
             assert time.monotonic() < end
         assert receive(receivers[fast]).message.outputs[0].offset == number
     assert not publisher.publish(outputs(payload), slow)
 
 
-def test_in_a_burst_each_subscription_is_judged_when_those_before_it_count(open_sockets: Callable[..., Sockets]) -> None:
+def test_in_a_burst_each_subscription_is_judged_when_those_before_it_count(
+    open_sockets: Callable[..., Sockets],
+) -> None:
     known: set[bytes] = set()
     publisher = open_sockets().publisher(OUTPUTS, lambda topic, _: len(known) < 3)
     subscriber = open_sockets().subscriber(OUTPUTS, b"0" * 16)
@@ -255,7 +278,9 @@ def test_on_control_who_does_not_read_loses_only_its_own(open_sockets: Callable[
     slow, fast = (sockets.subscriber(CONTROL) for _ in range(2))
     slow.socket.setsockopt(zmq.RCVHWM, 10)
     assert len(wait_for_events(publisher, 2)) == 2
-    large = PipelineState(workers=tuple(WorkerState(WorkerId(Role.LLM, rank), 1, True) for rank in range(500)))
+    large = PipelineState(
+        workers=tuple(WorkerState(WorkerId(Role.LLM, rank), 1, True) for rank in range(500))
+    )
     for _ in range(3000):
         assert publisher.publish(large)
         assert receive(fast).message == large
@@ -263,8 +288,10 @@ def test_on_control_who_does_not_read_loses_only_its_own(open_sockets: Callable[
 
 def test_a_dead_subscriber_shows(open_sockets: Callable[..., Sockets], tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib, time\nfrom pipeline.transport.sockets import *\nfrom pipeline.wire.topology import *\n"
-        "s = Sockets(pathlib.Path(sys.argv[1]), {WorkerId(Role.LLM): 1}).subscriber(OUTPUTS, b'd' * 16)\ntime.sleep(60)"
+        "import sys, pathlib, time\nfrom pipeline.transport.sockets import *\nfrom pipeline.wire.topology "
+        "import *\n"
+        "s = Sockets(pathlib.Path(sys.argv[1]), {WorkerId(Role.LLM): 1}).subscriber(OUTPUTS, b'd' * "
+        "16)\ntime.sleep(60)"
     )
     publisher = open_sockets().publisher(OUTPUTS, lambda topic, _: len(topic) == 16)
     peer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
@@ -274,7 +301,9 @@ def test_a_dead_subscriber_shows(open_sockets: Callable[..., Sockets], tmp_path:
     assert wait_for_events(publisher, 1) == [(b"d" * 16, False)]
 
 
-def test_slow_joiner_on_pub_sub_is_seen_before_anything_is_published(open_sockets: Callable[..., Sockets]) -> None:
+def test_slow_joiner_on_pub_sub_is_seen_before_anything_is_published(
+    open_sockets: Callable[..., Sockets],
+) -> None:
     """Steps begin when all ranks have subscribed: then none is lost."""
     publisher = open_sockets().publisher(STEPS)
     ranks = [open_sockets().subscriber(STEPS) for _ in range(3)]
@@ -317,7 +346,12 @@ def test_every_message_survives_the_wire() -> None:
     key = ChunkKey("r", 1, 2, 3)
     for message, edge in (
         (CancelEncode(sender=PREPROCESS, epoch=4, keys=(key,)), ENCODE),
-        (TokenOutputs(sender=LLM_0, epoch=1, outputs=(RequestOutput("r", 1, 0, b"abcd", FinishReason.STOP),)), OUTPUTS),
+        (
+            TokenOutputs(
+                sender=LLM_0, epoch=1, outputs=(RequestOutput("r", 1, 0, b"abcd", FinishReason.STOP),)
+            ),
+            OUTPUTS,
+        ),
     ):
         assert msgspec.msgpack.Decoder(UNIONS[edge]).decode(msgspec.msgpack.encode(message)) == message
 

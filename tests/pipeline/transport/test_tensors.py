@@ -1,4 +1,5 @@
-"""Pools on the host across real processes, the handles' checks, and the bookkeeping of the CUDA kind with a fake runtime."""
+"""Pools on the host across real processes, the handles' checks, and the bookkeeping of the CUDA kind with a
+fake runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ import torch
 
 from pipeline.transport.memory import CudaBindings, HostMemory
 from pipeline.transport.slots import SlotAllocator
-from pipeline.transport.tensors import CUDA_GRANULE, PATTERN_BYTES, PoolMap, StaleHandleError, TensorPool, check_mapping
+from pipeline.transport.tensors import (
+    CUDA_GRANULE,
+    PATTERN_BYTES,
+    PoolMap,
+    StaleHandleError,
+    TensorPool,
+    check_mapping,
+)
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.handles import TensorHandle
 
@@ -47,7 +55,12 @@ def test_another_process_reads_and_writes_in_place() -> None:
     pool, allocator = TensorPool.on_host("vit.0", 1, 1 << 20, 8), SlotAllocator(1 << 20, 1 << 16, 8)
     lend(pool, allocator, torch.ones(100))
     handle = lend(pool, allocator, torch.arange(12, dtype=torch.bfloat16).view(3, 4))
-    out = subprocess.run([sys.executable, "-c", READER, wire(pool.info), wire(handle)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", READER, wire(pool.info), wire(handle)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(out.stdout) == 132.0
     assert pool.tensor(handle).tolist() == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]]
     pool.close()
@@ -83,7 +96,9 @@ def lent() -> Any:
         ({"dtype": "object"}, "no such slot, shape or dtype"),
     ],
 )
-def test_a_forged_or_stale_handle_is_refused_with_the_reason(lent: Any, changes: dict[str, Any], words: str) -> None:
+def test_a_forged_or_stale_handle_is_refused_with_the_reason(
+    lent: Any, changes: dict[str, Any], words: str
+) -> None:
     pools, _, _, handle = lent
     assert pools.tensor(handle).sum() == 10
     with pytest.raises(StaleHandleError, match=words):
@@ -196,12 +211,17 @@ class FakeCuda:
         return self.tensor(0, pointer, (nbytes,), "uint8").numpy().tobytes()
 
     def write(self, pointer: int, data: bytes) -> None:
-        self.tensor(0, pointer, (len(data),), "uint8").copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self.tensor(0, pointer, (len(data),), "uint8").copy_(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        )
 
 
 def test_cuda_pool_bookkeeping() -> None:
     runtime = FakeCuda()
-    pool, allocator = TensorPool.on_cuda("vit.1", 1, 3 << 20, 8, 1, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
+    pool, allocator = (
+        TensorPool.on_cuda("vit.1", 1, 3 << 20, 8, 1, runtime),
+        SlotAllocator(3 << 20, 1 << 16, 8),
+    )
     assert pool.info.nbytes == 2 * CUDA_GRANULE - PATTERN_BYTES
     assert (pool.info.kind, pool.info.device_uuid, len(pool.info.ipc_handle)) == ("cuda_ipc", "uuid-1", 64)
     pools = PoolMap(0, runtime)
@@ -223,7 +243,9 @@ def test_cuda_pool_bookkeeping() -> None:
 def test_a_pool_is_mapped_by_another_process_before_it_is_announced() -> None:
     pool = TensorPool.on_host("vit.0", 1, 4096, 8)
     check_mapping(pool.info)
-    with pytest.raises(PipelineError, match=r"cannot be mapped by another process: .*what its owner wrote is not in it"):
+    with pytest.raises(
+        PipelineError, match=r"cannot be mapped by another process: .*what its owner wrote is not in it"
+    ):
         check_mapping(msgspec.structs.replace(pool.info, pattern=b"x" * PATTERN_BYTES))
     pool.close()
 
@@ -251,14 +273,23 @@ def test_a_pool_on_a_gpu_is_refused_by_who_has_none() -> None:
 
 
 def test_a_cuda_pool_whose_exporter_died_gives_way_to_its_successor() -> None:
-    """The successor's first process frees nothing: the driver did that. What was mapped of the dead one is closed, and never read."""
+    """The successor's first process frees nothing: the driver did that.
+
+    What was mapped of the dead one is closed, and never read.
+    """
     runtime = FakeCuda()
-    dead, allocator = TensorPool.on_cuda("vit.0", 1, 3 << 20, 8, 0, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
+    dead, allocator = (
+        TensorPool.on_cuda("vit.0", 1, 3 << 20, 8, 0, runtime),
+        SlotAllocator(3 << 20, 1 << 16, 8),
+    )
     pools = PoolMap(0, runtime)
     pools.open(dead.info)
     old = lend(dead, allocator, torch.ones(4, 8))
     (mapped,) = runtime.open
-    next_pool, next_allocator = TensorPool.on_cuda("vit.0", 2, 3 << 20, 8, 0, runtime), SlotAllocator(3 << 20, 1 << 16, 8)
+    next_pool, next_allocator = (
+        TensorPool.on_cuda("vit.0", 2, 3 << 20, 8, 0, runtime),
+        SlotAllocator(3 << 20, 1 << 16, 8),
+    )
     pools.open(next_pool.info)
     assert mapped not in runtime.open, "dead pages that stay mapped are still used memory"
     with pytest.raises(StaleHandleError, match="the pool is at epoch 2"):
@@ -285,11 +316,21 @@ def test_a_cuda_pool_without_a_handle_leaves_no_memory_behind() -> None:
 @pytest.mark.gpu
 def test_cuda_pool_on_a_gpu() -> None:
     runtime = CudaBindings()
-    pool, allocator = TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, runtime), SlotAllocator(4 << 20, 1 << 16, 8)
+    pool, allocator = (
+        TensorPool.on_cuda("vit.0", 1, 4 << 20, 8, 0, runtime),
+        SlotAllocator(4 << 20, 1 << 16, 8),
+    )
     handle = lend(pool, allocator, torch.arange(12, dtype=torch.float32, device="cuda").view(3, 4))
     torch.cuda.synchronize()
-    out = subprocess.run([sys.executable, "-c", READER, wire(pool.info), wire(handle), "cuda_ipc"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", READER, wire(pool.info), wire(handle), "cuda_ipc"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     torch.cuda.synchronize()
     assert float(out.stdout) == 132.0
-    assert np.array_equal(pool.tensor(handle).cpu().numpy(), 2 * np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert np.array_equal(
+        pool.tensor(handle).cpu().numpy(), 2 * np.arange(12, dtype=np.float32).reshape(3, 4)
+    )
     pool.close()

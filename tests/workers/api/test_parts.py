@@ -75,16 +75,24 @@ def test_detail() -> None:
         assert to_part(part, "f") == ImagePart(url=URL)
     for detail in ("low", "LOW"):
         low = {"type": "image_url", "image_url": {"url": URL, "detail": detail}}
-        assert to_part(low, "f") == to_part(image(detail=detail), "f") == ImagePart(url=URL, max_pixels=LOW_DETAIL_PIXELS)
-        assert to_part({**low, **SIDES}, "f") == ImagePart(url=URL, **SIDES), "a size of the part's own is more exact"
+        assert (
+            to_part(low, "f")
+            == to_part(image(detail=detail), "f")
+            == ImagePart(url=URL, max_pixels=LOW_DETAIL_PIXELS)
+        )
+        assert to_part({**low, **SIDES}, "f") == ImagePart(url=URL, **SIDES), (
+            "a size of the part's own is more exact"
+        )
     with pytest.raises(RequestError) as caught:
         to_part({"type": "image_url", "image_url": {"url": URL, "detail": "medium"}}, "f")
     assert caught.value.info.field == "f.image_url.detail"
 
 
 NEUTRAL: tuple[dict[str, Any], ...] = (
-    {"cache_control": {"type": "ephemeral"}}, {"video_url": None}, {"x": None}, {"x": ""}, {"x": []}, {"x": {}},
-    {"annotations": [1]}, {"id": 5}, {"format": "image/png"}, {"prompt_cache_breakpoint": {"mode": "explicit"}},
+    {"cache_control": {"type": "ephemeral"}}, {"video_url": None}, {"x": None}, {"x": ""}, {"x": []},
+    {"x": {}},
+    {"annotations": [1]}, {"id": 5}, {"format": "image/png"},
+    {"prompt_cache_breakpoint": {"mode": "explicit"}},
 )  # fmt: skip
 
 
@@ -96,7 +104,9 @@ def test_what_changes_nothing_is_taken(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("value", [1, 0, False, True, "x", [None], {"a": 1}, float("nan")], ids=str)
-@pytest.mark.parametrize("name", ["max_pixel", "num_frames", "do_resize", "sample", "image", "video", "source"])
+@pytest.mark.parametrize(
+    "name", ["max_pixel", "num_frames", "do_resize", "sample", "image", "video", "source"]
+)
 def test_what_is_not_served_is_refused_by_name(name: str, value: object) -> None:
     places: dict[str, dict[str, Any]] = {
         f"f.{name}": image(**{name: value}),
@@ -121,9 +131,15 @@ def test_a_picture_has_no_settings_of_a_video(name: str) -> None:
 @pytest.mark.parametrize(
     ("part", "field"),
     [
-        ({"type": "image_url", "image_url": {"url": URL, "max_pixels": 784}, "max_pixels": 1568}, "image_url.max_pixels"),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "max_pixels": 784}, "max_pixels": 1568},
+            "image_url.max_pixels",
+        ),
         ({"type": "image_url", "image_url": {"url": URL, "uuid": "a"}, "uuid": "b"}, "image_url.uuid"),
-        ({"type": "image_url", "image_url": {"url": URL, "detail": "low"}, "detail": "high"}, "image_url.detail"),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "detail": "low"}, "detail": "high"},
+            "image_url.detail",
+        ),
         ({"type": "image", "image": URL, "image_url": URL}, "image_url"),
         ({"type": "image_url", "image_url": 5}, "image_url"),
         ({"type": "image_url", "image_url": [URL]}, "image_url"),
@@ -156,7 +172,10 @@ NO_NUMBERS = ("8", True, [8], float("nan"), float("inf"), 2**63, 2**64, -(2**64)
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=str)
 @pytest.mark.parametrize("name", [*SIZES, *SIDES, *SAMPLING, *RATE])
 def test_a_setting_is_a_number_that_fits(name: str, value: object) -> None:
-    for part, field in ((video(**{name: value}), name), ({"video_url": {"url": URL, name: value}}, f"video_url.{name}")):
+    for part, field in (
+        (video(**{name: value}), name),
+        ({"video_url": {"url": URL, name: value}}, f"video_url.{name}"),
+    ):
         with pytest.raises(RequestError) as caught:
             to_part(part, "f")
         assert caught.value.info.field == f"f.{field}"

@@ -11,7 +11,15 @@ import pytest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
 from pipeline.wire.messages import ChatMessage, ImagePart, SubmitRequest, TextPart
-from workers.api.protocol import decode_request, error_body, num_choices, refuse_unserved, to_choice, to_messages, to_sampling
+from workers.api.protocol import (
+    decode_request,
+    error_body,
+    num_choices,
+    refuse_unserved,
+    to_choice,
+    to_messages,
+    to_sampling,
+)
 
 PART = "messages[0].content[0]."
 
@@ -21,13 +29,20 @@ def body(**fields: Any) -> bytes:
 
 
 def test_content_as_string_and_as_list_for_every_role() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x/y", "detail": "high"}}]
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": {"url": "http://x/y", "detail": "high"}},
+    ]
     for role in ("system", "user", "assistant"):
-        assert to_messages(decode_request(body(messages=[{"role": role, "content": "a"}]))) == [ChatMessage(role, "a")]
+        assert to_messages(decode_request(body(messages=[{"role": role, "content": "a"}]))) == [
+            ChatMessage(role, "a")
+        ]
         made = to_messages(decode_request(body(messages=[{"role": role, "content": parts}])))
         assert made == [ChatMessage(role, (TextPart("a"), ImagePart(url="http://x/y")))]
     short = [{"type": "image_url", "image_url": "http://x/y"}]
-    assert to_messages(decode_request(body(messages=[{"role": "user", "content": short}])))[0].content == (ImagePart(url="http://x/y"),)
+    assert to_messages(decode_request(body(messages=[{"role": "user", "content": short}])))[0].content == (
+        ImagePart(url="http://x/y"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +57,10 @@ def test_content_as_string_and_as_list_for_every_role() -> None:
         (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
         (body(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
         (body(messages=[{"role": "user", "content": [{"type": "audio"}]}]), "messages[0].content[0].type"),
-        (body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), PART + "image_url"),
+        (
+            body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+            PART + "image_url",
+        ),
         (body(max_tokens="many"), "max_tokens"),
         (body(temperature="hot"), "temperature"),
         (body(stream="yes"), "stream"),
@@ -108,14 +126,26 @@ def test_what_is_not_served_is_refused_not_ignored(fields: dict[str, Any]) -> No
 
 def test_neutral_values_pass() -> None:
     harmless = {"user": "me", "metadata": {}, "store": False}
-    request = decode_request(body(n=1, presence_penalty=0.0, tools=[], response_format={"type": "text"}, **harmless))
+    request = decode_request(
+        body(n=1, presence_penalty=0.0, tools=[], response_format={"type": "text"}, **harmless)
+    )
     refuse_unserved(request)
     assert request.n == 1
-    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    answer = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
     refuse_unserved(decode_request(body(messages=[answer])))
 
 
-@pytest.mark.parametrize("field", ["guided_json", "structured_outputs", "chat_template", "continue_final_message", "no_such_thing"])
+@pytest.mark.parametrize(
+    "field", ["guided_json", "structured_outputs", "chat_template", "continue_final_message", "no_such_thing"]
+)
 def test_unknown_fields_are_refused_by_name(field: str) -> None:
     with pytest.raises(RequestError) as caught:
         decode_request(body(**{field: 1}))
@@ -129,24 +159,32 @@ def test_tool_calls_in_a_message_are_refused() -> None:
 
 
 def test_developer_is_the_system_role() -> None:
-    assert to_messages(decode_request(body(messages=[{"role": "developer", "content": "a"}]))) == [ChatMessage("system", "a")]
+    assert to_messages(decode_request(body(messages=[{"role": "developer", "content": "a"}]))) == [
+        ChatMessage("system", "a")
+    ]
 
 
 def test_the_models_own_defaults_hold_where_the_request_is_silent() -> None:
     made = to_sampling(decode_request(body()), {"temperature": 0.1, "top_p": 0.5, "top_k": 3})
     assert (made.temperature, made.top_p, made.top_k) == (0.1, 0.5, 3)
-    made = to_sampling(decode_request(body(temperature=1, top_k=0, max_tokens=3, max_completion_tokens=5)), {"temperature": 0.1, "top_k": 3})
+    made = to_sampling(
+        decode_request(body(temperature=1, top_k=0, max_tokens=3, max_completion_tokens=5)),
+        {"temperature": 0.1, "top_k": 3},
+    )
     assert (made.temperature, made.top_k, made.max_tokens) == (1, 0, 5)
 
 
 def test_everything_that_is_asked_for_arrives() -> None:
     asked = {
-        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 2, "stop_token_ids": [5],
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "min_p": 0.1,
+        "min_tokens": 2, "stop_token_ids": [5],
         "logit_bias": {"7": -3}, "logprobs": True, "top_logprobs": 4,
     }  # fmt: skip
     made = to_sampling(decode_request(body(**asked)), {"repetition_penalty": 1.05})
     expected = {**asked, "stop_token_ids": (5,), "logit_bias": {7: -3}, "logprobs": 4}
-    assert {name: getattr(made, name) for name in expected if name != "top_logprobs"} == {k: v for k, v in expected.items() if k != "top_logprobs"}
+    assert {name: getattr(made, name) for name in expected if name != "top_logprobs"} == {
+        k: v for k, v in expected.items() if k != "top_logprobs"
+    }
     assert to_sampling(decode_request(body()), {"repetition_penalty": 1.05}).repetition_penalty == 1.05
 
 
@@ -160,12 +198,16 @@ def test_too_many_choices_or_none_are_refused(count: int) -> None:
 def test_each_choice_draws_numbers_of_its_own() -> None:
     sampling = to_sampling(decode_request(body(seed=5)), {})
     assert [to_choice(sampling, index).seed for index in range(3)] == [5, 6, 7]
-    assert to_choice(to_sampling(decode_request(body()), {}), 1).seed is None, "the id of its request gives it one"
+    assert to_choice(to_sampling(decode_request(body()), {}), 1).seed is None, (
+        "the id of its request gives it one"
+    )
 
 
 def test_error_object() -> None:
     error = RequestError("bad", field="messages[0]", status=400).info
-    assert error_body(error) == {"error": {"message": "bad", "type": "invalid_request_error", "param": "messages[0]", "code": 400}}
+    assert error_body(error) == {
+        "error": {"message": "bad", "type": "invalid_request_error", "param": "messages[0]", "code": 400}
+    }
 
 
 def submitted(data: bytes) -> bytes:
@@ -196,7 +238,9 @@ def nested(depth: int) -> str:
 
 
 @pytest.mark.parametrize("depth", [20, 500, 900, 980, 2000, 200_000])
-@pytest.mark.parametrize("field", ["tools", "tool_choice", "response_format", "messages", "metadata", "no_such"])
+@pytest.mark.parametrize(
+    "field", ["tools", "tool_choice", "response_format", "messages", "metadata", "no_such"]
+)
 def test_values_nested_deep_are_a_400(field: str, depth: int) -> None:
     chat = '"messages": [{"role": "user", "content": "hi"}], '
     refused(f'{{{chat if field != "messages" else ""}"{field}": {nested(depth)}}}'.encode())
@@ -214,8 +258,24 @@ def test_values_nested_deep_inside_a_message_are_a_400(place: str) -> None:
     refused(f'{{"messages": [{{"role": "user", "content": {content}}}]}}'.encode())
 
 
-INTEGERS = ("max_tokens", "max_completion_tokens", "seed", "top_k", "n", "top_logprobs", "min_tokens", "priority")
-NUMBERS = ("18446744073709551616", "-9223372036854775809", "1" + "0" * 30, "1" + "0" * 4000, "1" + "0" * 5000, "1e400")
+INTEGERS = (
+    "max_tokens",
+    "max_completion_tokens",
+    "seed",
+    "top_k",
+    "n",
+    "top_logprobs",
+    "min_tokens",
+    "priority",
+)
+NUMBERS = (
+    "18446744073709551616",
+    "-9223372036854775809",
+    "1" + "0" * 30,
+    "1" + "0" * 4000,
+    "1" + "0" * 5000,
+    "1e400",
+)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:25] + str(len(number)))
@@ -296,9 +356,15 @@ def test_messages_and_parts_are_counted_before_anything_walks_over_them() -> Non
     ("value", "sign"),
     [(b"[]", "["), (b"{}", "{"), (b'{"a":[]}', "{"), (b"1", ","), (b'""', ",")],
 )
-def test_a_body_of_millions_of_small_values_is_refused_before_anything_is_made_of_them(value: bytes, sign: str) -> None:
+def test_a_body_of_millions_of_small_values_is_refused_before_anything_is_made_of_them(
+    value: bytes, sign: str
+) -> None:
     """16 MiB of them stopped the event loop for seconds."""
-    many = b'{"messages": [{"role": "user", "content": "a"}], "tools": [' + b",".join([value] * (16 << 20 >> len(value).bit_length())) + b"]}"
+    many = (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": ['
+        + b",".join([value] * (16 << 20 >> len(value).bit_length()))
+        + b"]}"
+    )
     start = time.process_time()
     with pytest.raises(RequestError, match="the limit is") as refusal:
         decode_request(many)
@@ -316,7 +382,19 @@ NASTY: tuple[Any, ...] = (
 )
 KEYS = (
     *INTEGERS,
-    *("messages", "role", "content", "type", "text", "image_url", "video_url", "image", "video", "url", "uuid"),
+    *(
+        "messages",
+        "role",
+        "content",
+        "type",
+        "text",
+        "image_url",
+        "video_url",
+        "image",
+        "video",
+        "url",
+        "uuid",
+    ),
     *("detail", "min_pixels", "max_pixels", "fps", "nframes", "max_frames", "min_frames", "total_pixels"),
     *("video_start", "video_end", "resized_height", "resized_width", "cache_control", "x", SURROGATE),
     *("stop", "tools", "temperature", "logit_bias", "stop_token_ids", "model", "metadata"),
@@ -333,8 +411,16 @@ def nodes(value: Any) -> list[tuple[Any, Any]]:
 
 
 def good() -> Any:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "auto"}, "uuid": "u"}
-    video = {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,AAAA,AAAA", "fps": 2.0}, "max_frames": 8}
+    picture = {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64,AAAA", "detail": "auto"},
+        "uuid": "u",
+    }
+    video = {
+        "type": "video_url",
+        "video_url": {"url": "data:video/jpeg;base64,AAAA,AAAA", "fps": 2.0},
+        "max_frames": 8,
+    }
     qwen = {"type": "image", "image": "http://x/y", "min_pixels": 784}
     parts = [{"type": "text", "text": "a"}, picture, video, qwen]
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]

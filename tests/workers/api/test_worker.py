@@ -12,7 +12,9 @@ from pipeline.process.process import WAITING
 from workers.api import worker
 
 
-async def test_a_wait_for_the_llm_is_told_so_that_it_is_not_taken_for_a_standstill(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_wait_for_the_llm_is_told_so_that_it_is_not_taken_for_a_standstill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(worker, "WAITING_INTERVAL_S", 0.01)
     told: list[tuple[str, int, int]] = []
     context: Any = SimpleNamespace(progress=lambda *words: told.append(words))

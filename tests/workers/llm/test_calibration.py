@@ -8,7 +8,8 @@ from workers.llm.calibration import measure_step_times
 
 
 def test_it_measures_what_the_machine_does_and_leaves_no_trace() -> None:
-    """On a machine whose steps take 10 ms up to 16 tokens, 1 ms more for each token beyond, and 1 µs for each pair of tokens."""
+    """On a machine whose steps take 10 ms up to 16 tokens, 1 ms more for each token beyond, and 1 µs for each
+    pair of tokens."""
     cache = CacheManager.of_size(200, 16, 4)
     steps: list[tuple[int, int]] = []
 
@@ -20,12 +21,18 @@ def test_it_measures_what_the_machine_does_and_leaves_no_trace() -> None:
         steps.append((num_tokens, num_computed))
         return 0.010 + 0.001 * max(0, num_tokens - 16) + 1e-6 * num_tokens * num_computed
 
-    times = measure_step_times(execute, cache, max_num_batched_tokens=2048, max_model_len=3000, max_stretch=1.25)
-    assert [num_tokens for num_tokens, _ in steps if num_tokens <= 16][:28:4] == [1, 2, 4, 6, 8, 12, 16], "each four times"
+    times = measure_step_times(
+        execute, cache, max_num_batched_tokens=2048, max_model_len=3000, max_stretch=1.25
+    )
+    assert [num_tokens for num_tokens, _ in steps if num_tokens <= 16][:28:4] == [1, 2, 4, 6, 8, 12, 16], (
+        "each four times"
+    )
     assert times.predict(4) == pytest.approx(0.010)
     assert times.predict(40) == pytest.approx(0.034)
     assert times.predict(40, num_pairs=4000) == pytest.approx(0.038)
-    assert max(num_tokens for num_tokens, _ in steps) < 128, "what takes many times a decode step is of no interest"
+    assert max(num_tokens for num_tokens, _ in steps) < 128, (
+        "what takes many times a decode step is of no interest"
+    )
     cache.check_empty()
     cache.check_integrity()
 

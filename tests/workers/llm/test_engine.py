@@ -1,4 +1,5 @@
-"""Rank 0's core with a real model and real pools: fidelity when embeddings come late, and how requests end."""
+"""Rank 0's core with a real model and real pools: fidelity when embeddings come late, and how requests
+end."""
 
 from __future__ import annotations
 
@@ -80,26 +81,46 @@ class Rig:
     """An engine with a pool of embeddings beside it, and what its neighbours were told."""
 
     def __init__(
-        self, folder: Path, budget: int, block_size: int = 16, num_blocks: int = 600, has_overlap: bool = False, attention: str = "torch"
+        self,
+        folder: Path,
+        budget: int,
+        block_size: int = 16,
+        num_blocks: int = 600,
+        has_overlap: bool = False,
+        attention: str = "torch",
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
-        config = Config(model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention))
+        config = Config(
+            model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention)
+        )
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000)
-        self.scheduler = Scheduler(CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids)
+        self.scheduler = Scheduler(
+            CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids
+        )
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         self.ranks_keep_up = True
         self.clock: Callable[[], float] = time.perf_counter
         self.records: list[set[str]] = []
         welcome = Welcome(
-            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"", model_name="m",
+            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
+            model_name="m",
             max_model_len=1000, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1}, self.scheduler, runner, welcome,
-            Links(publish=self.publisher, feedback=self.feedback, vits=[self.vit], publish_step=self.publish_step),
-            has_overlap=has_overlap, watch=Watch(clock=lambda: self.clock(), record=lambda ids: self.records.append(set(ids))),
-        )  # fmt: skip
+            {"sender": LLM_0, "epoch": 1},
+            self.scheduler,
+            runner,
+            welcome,
+            Links(
+                publish=self.publisher,
+                feedback=self.feedback,
+                vits=[self.vit],
+                publish_step=self.publish_step,
+            ),
+            has_overlap=has_overlap,
+            watch=Watch(clock=lambda: self.clock(), record=lambda ids: self.records.append(set(ids))),
+        )
         self.now = 0.0
         self.greet(CLIENT)
         vision = self.info.vision
@@ -120,7 +141,9 @@ class Rig:
     def open_pool(self) -> None:
         self.engine.handle(PoolOpened(sender=VIT_0, epoch=1, pool=self.pool.info), self.now)
 
-    def request(self, chat: Chat, request_id: str, **options: object) -> tuple[GenerateRequest, list[EmbeddingReady]]:
+    def request(
+        self, chat: Chat, request_id: str, **options: object
+    ) -> tuple[GenerateRequest, list[EmbeddingReady]]:
         """A request's metadata, and its embeddings as a ViT would send them."""
         messages, frames = to_messages(chat)
         vision = self.info.vision
@@ -141,11 +164,16 @@ class Rig:
             pixels = torch.from_numpy(np.array(decode(frame, target, "")))[None]
             self.encoder.encode([EncodeJob(pixels, grid, self.pool.tensor(handle))])
             key = ChunkKey(request_id, 1, number, 0)
-            ready.append(EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=next(self.lease_ids), embeddings=handle))
+            ready.append(
+                EmbeddingReady(
+                    sender=VIT_0, epoch=1, key=key, lease_id=next(self.lease_ids), embeddings=handle
+                )
+            )
         sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1)
         fields = {"sampling": sampling, "attempt": 1, **options}
         message = GenerateRequest(
-            sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1, prompt_token_ids=pack_int32(built.token_ids),
+            sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1,
+            prompt_token_ids=pack_int32(built.token_ids),
             positions=pack_int32(positions.rows), position_delta=positions.delta,
             items=tuple(items), **fields,
         )  # fmt: skip
@@ -182,7 +210,12 @@ def test_the_reference_text_is_lively(references: dict[str, Answer]) -> None:
 @pytest.mark.parametrize(("budget", "block_size"), [(512, 16), (7, 4)])
 @pytest.mark.parametrize("name", CHATS)
 def test_late_and_unordered_embeddings_give_the_same_tokens(
-    name: str, budget: int, block_size: int, has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]
+    name: str,
+    budget: int,
+    block_size: int,
+    has_overlap: bool,
+    random_checkpoint: Path,
+    references: dict[str, Answer],
 ) -> None:
     rig = Rig(random_checkpoint, budget, block_size, has_overlap=has_overlap)
     rig.open_pool()
@@ -200,8 +233,11 @@ def test_late_and_unordered_embeddings_give_the_same_tokens(
 
 
 @pytest.mark.interpreter
-def test_the_way_of_a_gpu_gives_the_same_tokens(random_checkpoint: Path, references: dict[str, Answer]) -> None:
-    """Triton's kernels, padded decode batches and all, in the interpreter; one request draws, one has a bias and wants logprobs."""
+def test_the_way_of_a_gpu_gives_the_same_tokens(
+    random_checkpoint: Path, references: dict[str, Answer]
+) -> None:
+    """Triton's kernels, padded decode batches and all, in the interpreter; one request draws, one has a bias
+    and wants logprobs."""
     rig = Rig(random_checkpoint, 512, has_overlap=True, attention="triton")
     rig.open_pool()
     greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=1)
@@ -219,7 +255,12 @@ def test_the_way_of_a_gpu_gives_the_same_tokens(random_checkpoint: Path, referen
             rig.engine.handle(embedding, rig.now)
     rig.run()
     outputs = rig.outputs()
-    tokens = {name: [t for out in outputs if out.request_id == name for t in unpack_int32(out.new_token_ids).tolist()] for name in wishes}
+    tokens = {
+        name: [
+            t for out in outputs if out.request_id == name for t in unpack_int32(out.new_token_ids).tolist()
+        ]
+        for name in wishes
+    }
     for name in ("text only", "one picture"):
         answer = references[name]
         assert_same_tokens(tokens[name], answer._replace(token_ids=answer.token_ids[:5]), name)
@@ -230,7 +271,9 @@ def test_the_way_of_a_gpu_gives_the_same_tokens(random_checkpoint: Path, referen
     assert [unpack_int32(entry.token_ids)[0] for entry in logprobs] == [favourite] * 5
 
 
-def test_embeddings_before_the_pool_and_before_the_request(random_checkpoint: Path, references: dict[str, Answer]) -> None:
+def test_embeddings_before_the_pool_and_before_the_request(
+    random_checkpoint: Path, references: dict[str, Answer]
+) -> None:
     name = "three pictures between texts"
     rig = Rig(random_checkpoint, 64)
     request, ready = rig.request(CHATS[name], "r")
@@ -244,7 +287,9 @@ def test_embeddings_before_the_pool_and_before_the_request(random_checkpoint: Pa
 
 
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
-def test_all_chats_in_one_batch(has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]) -> None:
+def test_all_chats_in_one_batch(
+    has_overlap: bool, random_checkpoint: Path, references: dict[str, Answer]
+) -> None:
     rig = Rig(random_checkpoint, 40, has_overlap=has_overlap)
     rig.open_pool()
     late: list[EmbeddingReady] = []
@@ -259,7 +304,12 @@ def test_all_chats_in_one_batch(has_overlap: bool, random_checkpoint: Path, refe
     rig.run()
     outputs = rig.outputs()
     for name in CHATS:
-        tokens = [t for output in outputs if output.request_id == name for t in unpack_int32(output.new_token_ids).tolist()]
+        tokens = [
+            t
+            for output in outputs
+            if output.request_id == name
+            for t in unpack_int32(output.new_token_ids).tolist()
+        ]
         assert_same_tokens(tokens, references[name], name)
 
 
@@ -278,7 +328,11 @@ def test_a_warm_prefix_cache_gives_the_same_tokens_and_needs_no_picture(
                 rig.engine.handle(embedding, rig.now)
         rig.run()
         outputs = [output for output in rig.outputs() if output.request_id == turn]
-        assert_same_tokens([t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()], references[name], f"{name}, {turn}")
+        assert_same_tokens(
+            [t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()],
+            references[name],
+            f"{name}, {turn}",
+        )
         not_needed = [message.item for message in rig.feedback.take(ItemNotNeeded)]
         if turn == "warm":
             assert not_needed == list(range(len(ready)))
@@ -286,13 +340,18 @@ def test_a_warm_prefix_cache_gives_the_same_tokens_and_needs_no_picture(
             for embedding in ready:  # they were under way already: given back at once
                 rig.engine.handle(embedding, rig.now)
             assert (
-                sorted(lease for m in rig.vit.take(LeaseReleased) for lease in m.lease_ids)[-len(ready) :] == [e.lease_id for e in ready] or not ready
+                sorted(lease for m in rig.vit.take(LeaseReleased) for lease in m.lease_ids)[-len(ready) :]
+                == [e.lease_id for e in ready]
+                or not ready
             )
 
 
 def test_another_picture_of_equal_size_never_hits(random_checkpoint: Path) -> None:
     """A, A, B, A: the same text, and A's answer each time that A is shown."""
-    chats = {name: [("user", [Image.new("RGB", (112, 112), color), "What do you see? " * 4])] for name, color in (("A", "red"), ("B", "blue"))}
+    chats = {
+        name: [("user", [Image.new("RGB", (112, 112), color), "What do you see? " * 4])]
+        for name, color in (("A", "red"), ("B", "blue"))
+    }
     reference = Reference(random_checkpoint)
     expected = {name: reference.answer(chat, NUM_TOKENS) for name, chat in chats.items()}
     assert expected["A"].token_ids != expected["B"].token_ids
@@ -308,7 +367,11 @@ def test_another_picture_of_equal_size_never_hits(random_checkpoint: Path) -> No
         rig.run()
         outputs = rig.outputs()
         cached.append(outputs[0].num_cached_tokens)
-        assert_same_tokens([t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()], expected[name], name)
+        assert_same_tokens(
+            [t for output in outputs for t in unpack_int32(output.new_token_ids).tolist()],
+            expected[name],
+            name,
+        )
     assert cached[1] == cached[3] > cached[2]
     assert cached[2] <= request.items[0].spans[0].offset
     salted, ready = rig.request(chats["A"], "other tenant", cache_salt=b"x")
@@ -340,12 +403,19 @@ def test_preempted_requests_go_on_with_the_same_tokens(
         rig.engine.check_integrity()
         for again in rig.vit.take(LeaseRequest):
             num_leased_again += 1
-            rig.engine.handle(msgspec.structs.replace(handles[again.key], lease_id=next(rig.lease_ids)), rig.now)
+            rig.engine.handle(
+                msgspec.structs.replace(handles[again.key], lease_id=next(rig.lease_ids)), rig.now
+            )
     assert rig.scheduler.num_preemptions > 0
     assert num_leased_again > 0 or has_prefix_cache
     outputs = rig.outputs()
     for name in CHATS:
-        tokens = [t for output in outputs if output.request_id == name for t in unpack_int32(output.new_token_ids).tolist()]
+        tokens = [
+            t
+            for output in outputs
+            if output.request_id == name
+            for t in unpack_int32(output.new_token_ids).tolist()
+        ]
         assert_same_tokens(tokens, references[name], name)
     released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
     assert len(released) == len(set(released)) == len(handles) + num_leased_again
@@ -372,7 +442,9 @@ def test_a_picture_that_no_vit_has_any_more_interrupts_its_request(random_checkp
     rig.engine.check_integrity()
     rig.engine.handle(msgspec.structs.replace(request, is_query=True), rig.now)
     assert len(rig.publisher.take(Interrupted)) == 1, "a client that missed it asks"
-    rig.engine.handle(msgspec.structs.replace(request, attempt=2, output_token_ids=pack_int32(so_far)), rig.now)
+    rig.engine.handle(
+        msgspec.structs.replace(request, attempt=2, output_token_ids=pack_int32(so_far)), rig.now
+    )
     rig.engine.handle(msgspec.structs.replace(ready[0], key=ChunkKey("r", 2, 0, 0), lease_id=99), rig.now)
     rig.run()
     answer = Reference(random_checkpoint).answer(CHATS[name], NUM_TOKENS)
@@ -398,18 +470,25 @@ def test_a_preempted_request_gives_its_leases_back_when_no_step_reads_them(rando
     while rig.engine.step(rig.now):
         for asked in rig.vit.take(LeaseRequest):
             again.add(asked.key)
-            rig.engine.handle(msgspec.structs.replace(handles[asked.key], lease_id=next(rig.lease_ids)), rig.now)
+            rig.engine.handle(
+                msgspec.structs.replace(handles[asked.key], lease_id=next(rig.lease_ids)), rig.now
+            )
     after = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
     assert before.isdisjoint(after)
     assert len(after) == len(set(after))
     assert {embedding.lease_id for embedding in ready} <= before | set(after)
     assert again
-    assert_same_tokens(rig.tokens("r"), Reference(random_checkpoint).answer(CHATS["very different sizes"], NUM_TOKENS))
+    assert_same_tokens(
+        rig.tokens("r"), Reference(random_checkpoint).answer(CHATS["very different sizes"], NUM_TOKENS)
+    )
 
 
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
-def test_each_step_is_timed_by_itself(has_overlap: bool, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that computes while it is asked, a second a token: overlap changes when results are collected, not what steps took."""
+def test_each_step_is_timed_by_itself(
+    has_overlap: bool, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that computes while it is asked, a second a token: overlap changes when results are collected,
+    not what steps took."""
     rig = Rig(random_checkpoint, 16, has_overlap=has_overlap)
     now = 0.0
     observed: list[tuple[int, float]] = []
@@ -434,7 +513,9 @@ def test_each_step_is_timed_by_itself(has_overlap: bool, random_checkpoint: Path
     assert all(seconds == num_tokens for num_tokens, seconds in observed)
 
 
-def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(random_checkpoint: Path) -> None:
+def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(
+    random_checkpoint: Path,
+) -> None:
     rig = Rig(random_checkpoint, 64, has_overlap=True)
     rig.open_pool()
     request, ready = rig.request(CHATS["one picture"], "r")
@@ -446,14 +527,18 @@ def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(r
     rig.engine.tick(10.0)
     assert rig.vit.take(LeaseSet)[0].lease_ids == (ready[0].lease_id,)
     rig.run()
-    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [
+        ready[0].lease_id
+    ]
     assert [(len(o.new_token_ids), o.finish_reason) for o in rig.outputs()] == [(0, FinishReason.ABORT)]
     text, _ = rig.request(CHATS["text only"], "s")
     rig.engine.handle(text, rig.now)
     rig.run()
     eos = unpack_int32(rig.outputs()[5].new_token_ids)[0]
     rig.scheduler.eos_token_ids = frozenset([int(eos)])
-    again, _ = rig.request(CHATS["text only"], "t", sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS, seed=1))
+    again, _ = rig.request(
+        CHATS["text only"], "t", sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS, seed=1)
+    )
     rig.engine.handle(again, rig.now)
     rig.run()
     outputs = rig.outputs()
@@ -463,7 +548,9 @@ def test_with_overlap_no_token_comes_after_the_end_and_leases_outlast_the_step(r
     rig.engine.check_integrity()
 
 
-def test_logprobs_come_with_their_tokens_and_again_on_a_query(rig: Rig, references: dict[str, Answer]) -> None:
+def test_logprobs_come_with_their_tokens_and_again_on_a_query(
+    rig: Rig, references: dict[str, Answer]
+) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=1, logprobs=2)
     request, _ = rig.request(CHATS["text only"], "r", sampling=sampling)
     rig.engine.handle(request, rig.now)
@@ -520,7 +607,9 @@ def test_a_request_without_a_seed_draws_on_in_its_next_attempt(rig: Rig) -> None
 
 
 def replace_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
-    return SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_tokens, ignore_eos=True, seed=seed)
+    return SamplingParams(
+        temperature=sampling.temperature, max_tokens=sampling.max_tokens, ignore_eos=True, seed=seed
+    )
 
 
 def test_an_equal_attempt_is_a_query(rig: Rig) -> None:
@@ -534,7 +623,11 @@ def test_an_equal_attempt_is_a_query(rig: Rig) -> None:
     rig.engine.handle(query, rig.now)
     assert len(rig.publisher.take(Accepted)) == 1
     (again,) = rig.outputs()
-    assert (again.offset, unpack_int32(again.new_token_ids).tolist(), again.finish_reason) == (2, before[2:], None)
+    assert (again.offset, unpack_int32(again.new_token_ids).tolist(), again.finish_reason) == (
+        2,
+        before[2:],
+        None,
+    )
     rig.run()
     rig.publisher.published.clear()
     rig.engine.handle(query, rig.now)
@@ -551,12 +644,16 @@ def test_a_higher_attempt_replaces_a_lower_one_is_refused(rig: Rig) -> None:
     rig.engine.handle(ready[0], rig.now)
     second, _ = rig.request(CHATS[name], "r", attempt=2)
     rig.engine.handle(second, rig.now)
-    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [
+        ready[0].lease_id
+    ]
     assert rig.engine.requests["r"].attempt == 2
     rig.engine.handle(first, rig.now)
     assert rig.engine.requests["r"].attempt == 2
     rig.engine.handle(ready[0], rig.now)  # of the first attempt: nobody wants it
-    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [
+        ready[0].lease_id
+    ]
     rig.engine.check_integrity()
 
 
@@ -572,7 +669,10 @@ def test_abort_frees_all_and_is_answered_each_time(rig: Rig) -> None:
     for _ in range(2):
         rig.engine.handle(abort, rig.now)
         assert [output.finish_reason for output in rig.outputs()][-1] is FinishReason.ABORT
-    assert rig.feedback.take(RequestEnded) == [RequestEnded(sender=LLM_0, epoch=1, request_id="r", attempt=1)] * 2, "one an abort"
+    assert (
+        rig.feedback.take(RequestEnded)
+        == [RequestEnded(sender=LLM_0, epoch=1, request_id="r", attempt=1)] * 2
+    ), "one an abort"
     released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
     assert sorted(released) == sorted(embedding.lease_id for embedding in ready)
     rig.engine.check_integrity()
@@ -581,18 +681,26 @@ def test_abort_frees_all_and_is_answered_each_time(rig: Rig) -> None:
 def test_an_abort_before_the_request_holds(rig: Rig) -> None:
     request, ready = rig.request(CHATS["one picture"], "r")
     rig.engine.handle(ready[0], rig.now)
-    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1, error=ErrorInfo(400, "broken", "f")), rig.now)
+    rig.engine.handle(
+        AbortRequest(client_id=CLIENT, request_id="r", attempt=1, error=ErrorInfo(400, "broken", "f")),
+        rig.now,
+    )
     rig.engine.handle(request, rig.now)
     assert not rig.engine.requests
     failures = rig.publisher.take(RequestFailed)
     assert [failure.error.message for failure in failures] == ["broken", "broken"]
-    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [ready[0].lease_id]
+    assert [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids] == [
+        ready[0].lease_id
+    ]
 
 
 def test_a_failed_encode_ends_its_request_only(rig: Rig) -> None:
     for name in ("a", "b"):
         rig.engine.handle(rig.request(CHATS["text only" if name == "a" else "one picture"], name)[0], rig.now)
-    rig.engine.handle(EncodeFailed(sender=VIT_0, epoch=1, key=ChunkKey("b", 1, 0, 0), error=ErrorInfo(400, "too large")), rig.now)
+    rig.engine.handle(
+        EncodeFailed(sender=VIT_0, epoch=1, key=ChunkKey("b", 1, 0, 0), error=ErrorInfo(400, "too large")),
+        rig.now,
+    )
     (failure,) = rig.publisher.take(RequestFailed)
     assert failure.request_id == "b"
     rig.run()
@@ -680,7 +788,9 @@ def test_a_request_id_of_another_client_is_refused_and_its_request_goes_on(rig: 
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
     if has_ended:
         rig.run()
-    rig.engine.handle(msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other, attempt=2), rig.now)
+    rig.engine.handle(
+        msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other, attempt=2), rig.now
+    )
     (failed,) = rig.publisher.take(RequestFailed)
     assert failed.error.status == 409
     rig.run()
@@ -692,7 +802,9 @@ def test_a_client_of_another_version_is_refused(rig: Rig) -> None:
     rig.engine.on_subscriptions([Subscription(other, True)], rig.now)
     rig.engine.handle(Hello(client_id=other, protocol=99), rig.now)
     assert rig.publisher.take(Welcome)[0].protocol == PROTOCOL_VERSION, "so that it can tell by itself"
-    rig.engine.handle(msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other), rig.now)
+    rig.engine.handle(
+        msgspec.structs.replace(rig.request(CHATS["text only"], "r")[0], client_id=other), rig.now
+    )
     (failed,) = rig.publisher.take(RequestFailed)
     assert failed.error.status == 400
     assert f"speaks protocol 99, the pipeline speaks protocol {PROTOCOL_VERSION}" in failed.error.message
@@ -736,7 +848,10 @@ def test_a_client_that_was_cut_off_is_served_again_after_hello(rig: Rig) -> None
 
 def test_a_failed_encode_may_come_before_its_request(rig: Rig) -> None:
     request, _ = rig.request(CHATS["one picture"], "r")
-    rig.engine.handle(EncodeFailed(sender=VIT_0, epoch=1, key=ChunkKey("r", 1, 0, 0), error=ErrorInfo(400, "too large")), rig.now)
+    rig.engine.handle(
+        EncodeFailed(sender=VIT_0, epoch=1, key=ChunkKey("r", 1, 0, 0), error=ErrorInfo(400, "too large")),
+        rig.now,
+    )
     rig.engine.handle(request, rig.now)
     assert [failure.error.message for failure in rig.publisher.take(RequestFailed)] == ["too large"]
     assert not rig.engine.requests
@@ -788,14 +903,18 @@ def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
     refusal = AbortRequest(client_id=other, request_id="r", attempt=1, error=error, is_foreign=True)
     rig.engine.handle(refusal, rig.now)
     assert rig.feedback.take(RequestEnded) == []
-    assert [(topic, m.error) for topic, m in rig.publisher.published if isinstance(m, RequestFailed)] == [(other, error)]
+    assert [(topic, m.error) for topic, m in rig.publisher.published if isinstance(m, RequestFailed)] == [
+        (other, error)
+    ]
     rig.run()
     assert len(rig.tokens("r")) == NUM_TOKENS
 
 
 @pytest.mark.parametrize("count", [NUM_TOKENS, 5000])
 def test_more_output_than_was_asked_for_is_refused(count: int, rig: Rig) -> None:
-    rig.engine.handle(rig.request(CHATS["text only"], "r", output_token_ids=pack_int32([20] * count))[0], rig.now)
+    rig.engine.handle(
+        rig.request(CHATS["text only"], "r", output_token_ids=pack_int32([20] * count))[0], rig.now
+    )
     (failure,) = rig.publisher.take(RequestFailed)
     assert failure.error.status == 400
     rig.engine.check_integrity()
@@ -819,7 +938,9 @@ def test_logprobs_go_on_behind_an_earlier_attempt(rig: Rig, references: dict[str
 
 def test_output_of_an_earlier_attempt_is_gone_on_from(rig: Rig, references: dict[str, Answer]) -> None:
     so_far = references["text only"].token_ids[:10]
-    rig.engine.handle(rig.request(CHATS["text only"], "r", attempt=2, output_token_ids=pack_int32(so_far))[0], rig.now)
+    rig.engine.handle(
+        rig.request(CHATS["text only"], "r", attempt=2, output_token_ids=pack_int32(so_far))[0], rig.now
+    )
     rig.run()
     outputs = rig.outputs()
     assert outputs[0].offset == 10
@@ -844,7 +965,11 @@ def successor(worker: WorkerId, *executed: str) -> WorkerState:
 def test_with_a_vit_go_the_requests_that_have_not_read_what_it_had(rig: Rig) -> None:
     rig.open_pool()
     rig.engine.intake.epochs = {VIT_0: 1}
-    (read, ready), (waiting, _), text = rig.request(CHATS["one picture"], "read"), rig.request(CHATS["one picture"], "waiting"), "text"
+    (read, ready), (waiting, _), text = (
+        rig.request(CHATS["one picture"], "read"),
+        rig.request(CHATS["one picture"], "waiting"),
+        "text",
+    )
     other = rig.request(CHATS["three pictures between texts"], "unread")
     rig.engine.handle(read, rig.now)
     rig.engine.handle(ready[0], rig.now)
@@ -856,7 +981,10 @@ def test_with_a_vit_go_the_requests_that_have_not_read_what_it_had(rig: Rig) -> 
     rig.vit.take()
     rig.engine.intake.epochs = {VIT_0: 2}
     rig.engine.on_death(successor(VIT_0, "waiting"), rig.now)
-    assert {told.request_id: told.died for told in rig.publisher.take(Interrupted)} == {"waiting": Role.VIT, "unread": None}
+    assert {told.request_id: told.died for told in rig.publisher.take(Interrupted)} == {
+        "waiting": Role.VIT,
+        "unread": None,
+    }
     assert not rig.engine.runner.pools.knows("vit.0", 1)
     rig.run()
     assert len(rig.tokens("read")) == NUM_TOKENS
@@ -887,19 +1015,26 @@ def test_what_a_dead_vit_sent_early_is_dropped_and_its_successors_leases_count_a
 
 def test_with_preprocess_go_the_requests_that_wait_for_pictures(rig: Rig) -> None:
     rig.open_pool()
-    (read, ready), (waiting, _) = rig.request(CHATS["one picture"], "read"), rig.request(CHATS["one picture"], "waiting")
+    (read, ready), (waiting, _) = (
+        rig.request(CHATS["one picture"], "read"),
+        rig.request(CHATS["one picture"], "waiting"),
+    )
     rig.engine.handle(read, rig.now)
     rig.engine.handle(ready[0], rig.now)
     rig.engine.handle(waiting, rig.now)
     rig.engine.on_death(successor(PREPROCESS, "waiting", "read"), rig.now)
-    assert [(told.request_id, told.died) for told in rig.publisher.take(Interrupted)] == [("waiting", Role.PREPROCESS)]
+    assert [(told.request_id, told.died) for told in rig.publisher.take(Interrupted)] == [
+        ("waiting", Role.PREPROCESS)
+    ]
     rig.run()
     assert len(rig.tokens("read")) == NUM_TOKENS
 
 
 def test_who_executes_is_recorded_before_a_step_and_nobody_behind_it(rig: Rig) -> None:
     for name in ("a", "b"):
-        rig.engine.handle(rig.request(CHATS["text only"], name, sampling=SamplingParams(max_tokens=1))[0], rig.now)
+        rig.engine.handle(
+            rig.request(CHATS["text only"], name, sampling=SamplingParams(max_tokens=1))[0], rig.now
+        )
     rig.run()
     assert rig.records == [{"a", "b"}, set()]
 
@@ -908,7 +1043,9 @@ def test_a_resubmitted_request_goes_on_as_if_nothing_had_been(rig: Rig) -> None:
     rig.engine.handle(rig.request(CHATS["text only"], "whole")[0], rig.now)
     rig.run()
     whole = rig.tokens("whole")
-    request = rig.request(CHATS["text only"], "again", attempt=2, output_token_ids=pack_int32(whole[:9]), is_alone=True)[0]
+    request = rig.request(
+        CHATS["text only"], "again", attempt=2, output_token_ids=pack_int32(whole[:9]), is_alone=True
+    )[0]
     rig.engine.handle(request, rig.now)
     rig.run()
     assert rig.tokens("again") == whole[9:]

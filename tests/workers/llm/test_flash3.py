@@ -18,10 +18,12 @@ pytestmark = pytest.mark.interpreter
 
 
 def flash_attn_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, page_table: Tensor, softmax_scale: float, causal: bool,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, page_table: Tensor,
+    softmax_scale: float, causal: bool,
     cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, num_splits: int = 0,
 ) -> Tensor:  # fmt: skip
-    """q [batch, 1, heads, dim], or [tokens, heads, dim] with cumulative lengths; caches [pages, page size, kv heads, dim]."""
+    """q [batch, 1, heads, dim], or [tokens, heads, dim] with cumulative lengths; caches [pages, page size, kv
+    heads, dim]."""
     assert causal
     assert softmax_scale == q.shape[-1] ** -0.5
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
@@ -62,7 +64,9 @@ def test_mixed_steps_are_attended_as_by_the_kernels(module: types.ModuleType) ->
         attention.cache[0, slots] = torch.randn(len(slots), 4, 16)
     qkv = torch.randn(19, 6 + 4, 16)
     out = attention(0, attention.plan(spans), qkv, None, attention.rotary(torch.randn(19, 8), torch.float32))
-    torch.testing.assert_close(out.double(), reference(attention.cache[0], 4, spans, qkv[:, :6]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out.double(), reference(attention.cache[0], 4, spans, qkv[:, :6]), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_without_the_package_it_is_said() -> None:

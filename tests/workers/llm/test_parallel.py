@@ -36,8 +36,16 @@ def test_every_query_head_is_held_once_and_beside_its_kv_head(size: int) -> None
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_the_vocabulary_is_covered_once(size: int) -> None:
-    info = dataclasses.replace(TEXT, num_heads=15, num_kv_heads=15, intermediate_size=30, vocab_size=101) if 15 % size == 0 else TEXT
-    rows = [row for rank in range(size) for row in range(*HeadLayout(info, rank, size).vocab_rows.indices(info.vocab_size))]
+    info = (
+        dataclasses.replace(TEXT, num_heads=15, num_kv_heads=15, intermediate_size=30, vocab_size=101)
+        if 15 % size == 0
+        else TEXT
+    )
+    rows = [
+        row
+        for rank in range(size)
+        for row in range(*HeadLayout(info, rank, size).vocab_rows.indices(info.vocab_size))
+    ]
     assert rows == list(range(info.vocab_size))
 
 
@@ -49,7 +57,9 @@ def test_the_vocabulary_is_covered_once(size: int) -> None:
         ({"num_heads": 12, "num_kv_heads": 12, "intermediate_size": 10}, 4, "intermediate size 10"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_the_numbers(changes: dict[str, int], size: int, words: str) -> None:
+def test_what_does_not_divide_is_refused_with_the_numbers(
+    changes: dict[str, int], size: int, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         HeadLayout(dataclasses.replace(TEXT, **changes), 0, size)
 
@@ -71,7 +81,11 @@ def test_sums_and_gathers_are_the_same_on_every_rank(ranks: list[SharedMemory]) 
     cases: list[tuple[torch.dtype, tuple[int, ...]]] = []
     for count in (1, 7, 300, PART_BYTES // 4, PART_BYTES // 4 + 1, PART_BYTES):
         cases += [(torch.float32, (count,)), (torch.bfloat16, (2, count)), (torch.int32, (count, 1))]
-    data = {(case, rank): torch.randint(-9, 9, case[1], generator=generator).to(case[0]) for case in cases for rank in range(3)}
+    data = {
+        (case, rank): torch.randint(-9, 9, case[1], generator=generator).to(case[0])
+        for case in cases
+        for rank in range(3)
+    }
 
     def run(rank: int) -> list[tuple[Any, Any]]:
         found = []
@@ -91,7 +105,9 @@ def test_sums_and_gathers_are_the_same_on_every_rank(ranks: list[SharedMemory]) 
                 assert torch.equal(total, parts.sum(0, dtype=case[0]))
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(ranks: list[SharedMemory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(
+    ranks: list[SharedMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shared_memory, "TIMEOUT_S", 0.05)
     with pytest.raises(TimeoutError, match="rank 1 did not take part"):
         ranks[0].all_reduce(torch.zeros(3))

@@ -31,11 +31,15 @@ def logits(folder: Path, dtype: torch.dtype, linear: Callable[..., object]) -> T
 
 
 @pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.1), ("int8", 0.25)])
-def test_relative_error_of_the_logits(name: str, bound: float, random_checkpoint: Path, record_property: Callable[[str, object], None]) -> None:
+def test_relative_error_of_the_logits(
+    name: str, bound: float, random_checkpoint: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Large random weights amplify errors; those of a trained model do less."""
     exact = logits(random_checkpoint, torch.float32, make_linear)
     lossy = (
-        logits(random_checkpoint, torch.bfloat16, make_linear) if name == "bfloat16" else logits(random_checkpoint, torch.float32, make_int8_linear)
+        logits(random_checkpoint, torch.bfloat16, make_linear)
+        if name == "bfloat16"
+        else logits(random_checkpoint, torch.float32, make_int8_linear)
     )
     error = float((lossy - exact).norm() / exact.norm())
     record_property(f"relative error of the logits in {name}, against float32", error)

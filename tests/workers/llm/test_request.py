@@ -14,7 +14,9 @@ def item(offset: int, length: int) -> MmItem:
     return MmItem((Span(offset, length),), b"hash", b"hash", (MmChunk(b"hash", length, 0, 1),))
 
 
-def request(num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | None = 8, max_model_len: int = 1000) -> Request:
+def request(
+    num_tokens: int, items: tuple[MmItem, ...] = (), max_tokens: int | None = 8, max_model_len: int = 1000
+) -> Request:
     message = GenerateRequest(
         sender=WorkerId(Role.PREPROCESS),
         epoch=1,

@@ -1,4 +1,5 @@
-"""The scheduler and the cache manager, pure; a property test runs random arrivals, aborts and late embeddings."""
+"""The scheduler and the cache manager, pure; a property test runs random arrivals, aborts and late
+embeddings."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ ARRIVALS = itertools.count(1)
 
 
 def make(
-    name: str, num_tokens: int, max_tokens: int = 4, gate: int | None = None, ignore_eos: bool = False, priority: int = 0, token: int | None = None,
+    name: str, num_tokens: int, max_tokens: int = 4, gate: int | None = None, ignore_eos: bool = False,
+    priority: int = 0, token: int | None = None,
     tenant: str = "",
 ) -> Request:  # fmt: skip
-    """A request whose prompt is like no other's, or is all `token`; with `gate` its last tokens from there on wait for an embedding."""
+    """A request whose prompt is like no other's, or is all `token`; with `gate` its last tokens from there on
+    wait for an embedding."""
     positions = np.tile(np.arange(num_tokens, dtype=np.int32), (3, 1))
     chunks: list[Chunk] = []
     if gate is not None:
@@ -116,7 +119,12 @@ def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
     for _ in range(40):
         scheduled, *_ = made.schedule()
         made.check_integrity()
-        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled})]
+        ended += [
+            request.request_id
+            for request in made.update(
+                scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled}
+            )
+        ]
     assert ended == ["old", "young"]
     assert made.num_preemptions == 1
     assert len(old.output_token_ids) == len(young.output_token_ids) == 12
@@ -146,7 +154,12 @@ def test_a_high_priority_is_not_preempted_for_a_low_one() -> None:
     ended: list[str] = []
     for _ in range(40):
         scheduled, *_ = made.schedule()
-        ended += [request.request_id for request in made.update(scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled})]
+        ended += [
+            request.request_id
+            for request in made.update(
+                scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled}
+            )
+        ]
     assert ended == ["high", "low"]
 
 
@@ -169,7 +182,9 @@ def test_generated_tokens_are_found_in_the_next_turn() -> None:
     second = make("b", 0, max_tokens=1)
     second.prompt_token_ids = [5] * 6 + [9] * 7 + [3] * 4
     made.add(second)
-    assert step(made) == [("b", 17 - 12)], "12 of the 13 tokens are in full blocks, and the last of them was never computed"
+    assert step(made) == [("b", 17 - 12)], (
+        "12 of the 13 tokens are in full blocks, and the last of them was never computed"
+    )
 
 
 def test_without_a_prefix_cache_everything_is_computed() -> None:
@@ -256,7 +271,11 @@ def test_an_item_at_other_positions_shares_only_what_is_before_it() -> None:
 
 
 def test_decodes_are_protected_from_long_prompts() -> None:
-    times = StepTimes([Measured(1, 0.010), Measured(8, 0.010), Measured(16, 0.014), Measured(32, 0.028)], per_pair=0.0, max_stretch=1.25)
+    times = StepTimes(
+        [Measured(1, 0.010), Measured(8, 0.010), Measured(16, 0.014), Measured(32, 0.028)],
+        per_pair=0.0,
+        max_stretch=1.25,
+    )
     made = Scheduler(CacheManager.of_size(100, 4, 8), 64, (EOS,), times)
     made.add(make("a", 5, max_tokens=50))
     assert step(made) == [("a", 5)], "nobody to protect"
@@ -267,12 +286,16 @@ def test_decodes_are_protected_from_long_prompts() -> None:
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     made = scheduler(num_blocks=30, budget=16)
     ended: list[str] = []
-    for number in range(200):  # so many short ones that, if they overtook, there would never be room for the long one
+    # so many short ones that, if they overtook, there would never be room for the long one
+    for number in range(200):
         made.add(make(f"short-{number}", 4, max_tokens=12))
         if number == 10:
             made.add(make("long", 100, max_tokens=10))
         scheduled, *_ = made.schedule()
-        ended += [r.request_id for r in made.update(scheduled, {s.request.request_id: [1] for s in scheduled if s.is_sampled})]
+        ended += [
+            r.request_id
+            for r in made.update(scheduled, {s.request.request_id: [1] for s in scheduled if s.is_sampled})
+        ]
         if "long" in ended:
             break
     assert "long" in ended
@@ -285,7 +308,9 @@ def test_max_num_seqs() -> None:
     assert [name for name, _ in step(made)] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("ignore_eos", "reason", "count"), [(False, FinishReason.STOP, 1), (True, FinishReason.LENGTH, 3)])
+@pytest.mark.parametrize(
+    ("ignore_eos", "reason", "count"), [(False, FinishReason.STOP, 1), (True, FinishReason.LENGTH, 3)]
+)
 def test_end_of_sequence(ignore_eos: bool, reason: FinishReason, count: int) -> None:
     made = scheduler()
     request = make("a", 3, max_tokens=3, ignore_eos=ignore_eos)
@@ -315,12 +340,28 @@ TIMES = StepTimes([Measured(1, 1.0), Measured(64, 2.0)], per_pair=1e-4, max_stre
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ACTIONS, max_size=80), st.integers(24, 40), st.integers(1, 24), st.integers(1, 5), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.lists(ACTIONS, max_size=80),
+    st.integers(24, 40),
+    st.integers(1, 24),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_invariants_hold_whatever_happens(
-    actions: list[tuple[object, ...]], num_blocks: int, budget: int, max_seqs: int, has_overlap: bool, is_protected: bool, has_states: bool
+    actions: list[tuple[object, ...]],
+    num_blocks: int,
+    budget: int,
+    max_seqs: int,
+    has_overlap: bool,
+    is_protected: bool,
+    has_states: bool,
 ) -> None:
-    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap: no block is lost or held twice, the
-    budget holds, every request ends once with as many tokens as it asked for, and blocks that two requests share hold equal tokens."""
+    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap: no block is lost
+    or held twice, the budget holds, every request ends once with as many tokens as it asked for, and blocks
+    that two requests share hold equal tokens.
+    """
     cache = CacheManager.of_size(num_blocks, 4, max_seqs, has_states)
     made = Scheduler(cache, max(budget, max_seqs), (EOS,), TIMES if is_protected else None)
     everyone: list[Request] = []
@@ -329,13 +370,16 @@ def test_invariants_hold_whatever_happens(
     contents: dict[int, list[int]] = {}  # of blocks: what is written there
 
     def write(item: Scheduled) -> None:
-        """Stands for the runner: tokens go to their blocks, and what is read there must be what belongs there."""
+        """Stands for the runner: tokens go to their blocks, and what is read there must be what belongs
+        there."""
         request = item.request
         tokens = [*request.prompt_token_ids, *request.output_token_ids, *([1] * request.num_pending_tokens)]
         for position in range(item.start, item.stop):
             contents.setdefault(request.block_table[position // 4], [-1] * 4)[position % 4] = tokens[position]
         for position in range(item.stop):
-            assert contents[request.block_table[position // 4]][position % 4] == tokens[position], "a foreign prefix"
+            assert contents[request.block_table[position // 4]][position % 4] == tokens[position], (
+                "a foreign prefix"
+            )
 
     def run() -> int:
         scheduled, *_ = made.schedule()
@@ -395,7 +439,10 @@ def test_a_suspect_is_alone_in_its_steps_until_it_has_yielded_a_token() -> None:
     made.add(suspect)
     made.add(make("b", 3))
     schedules = [made.schedule() for _ in range(1)]
-    assert ([item.request.request_id for item in schedules[0].scheduled], schedules[0].is_alone) == (["s"], True)
+    assert ([item.request.request_id for item in schedules[0].scheduled], schedules[0].is_alone) == (
+        ["s"],
+        True,
+    )
     made.update(schedules[0].scheduled, {})
     assert step(made) == [("s", 4)]
     assert step(made) == [("a", 1), ("s", 1), ("b", 3)]
@@ -414,7 +461,10 @@ def test_a_suspect_that_waits_for_a_picture_holds_nobody_up() -> None:
 
 
 def test_a_stream_beside_many_of_another_tenant_is_hardly_held_up() -> None:
-    """Each token of a step takes as long as the step itself, as on a CPU. Before, it took eight steps of all: 280 s."""
+    """Each token of a step takes as long as the step itself, as on a CPU.
+
+    Before, it took eight steps of all: 280 s.
+    """
     made = scheduler(num_blocks=1000, budget=64, max_seqs=40)
     made.step_times = StepTimes([Measured(1, 2.0), Measured(64, 65.0)], 0.0, 2.0)
     for number in range(34):

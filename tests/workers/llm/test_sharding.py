@@ -1,4 +1,5 @@
-"""Which part of each weight every rank loads, on the meta device, at the shapes of the real models: Hugging Face's own names and sizes."""
+"""Which part of each weight every rank loads, on the meta device, at the shapes of the real models: Hugging
+Face's own names and sizes."""
 
 from __future__ import annotations
 
@@ -16,14 +17,32 @@ from workers.llm.models.qwen2_vl import Decoder
 from workers.llm.parallel import TensorParallel
 from workers.nn.loader import _usual_name
 
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "2B": dict(zip(NAMES, (1536, 8960, 28, 12, 2, 151936), strict=True)),
     "7B": dict(zip(NAMES, (3584, 18944, 28, 28, 4, 152064), strict=True)),
     "72B": dict(zip(NAMES, (8192, 29568, 80, 64, 8, 152064), strict=True)),
 }
 TIED = {"2B"}
-FITTING = [("2B", 1), ("2B", 2), ("2B", 4), ("7B", 1), ("7B", 2), ("7B", 4), ("72B", 1), ("72B", 2), ("72B", 4), ("72B", 8)]
+FITTING = [
+    ("2B", 1),
+    ("2B", 2),
+    ("2B", 4),
+    ("7B", 1),
+    ("7B", 2),
+    ("7B", 4),
+    ("72B", 1),
+    ("72B", 2),
+    ("72B", 4),
+    ("72B", 8),
+]
 
 
 class Part(NamedTuple):
@@ -55,7 +74,9 @@ class MetaCheckpoint:
 @functools.cache
 def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
     """The decoder's tensors of the real checkpoint, as Hugging Face's implementation has them."""
-    config = Qwen2VLConfig(text_config=SHAPES[model], vision_config={"depth": 1}, tie_word_embeddings=model in TIED)
+    config = Qwen2VLConfig(
+        text_config=SHAPES[model], vision_config={"depth": 1}, tie_word_embeddings=model in TIED
+    )
     with torch.device("meta"):
         made = Qwen2VLForConditionalGeneration(config)
     shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
@@ -65,9 +86,12 @@ def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
 def text_info(model: str) -> TextInfo:
     shape = SHAPES[model]
     return TextInfo(
-        hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"], num_layers=shape["num_hidden_layers"],
-        num_heads=shape["num_attention_heads"], num_kv_heads=shape["num_key_value_heads"], head_dim=128, vocab_size=shape["vocab_size"],
-        rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=32768, tie_word_embeddings=model in TIED,
+        hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_heads=shape["num_attention_heads"], num_kv_heads=shape["num_key_value_heads"], head_dim=128,
+        vocab_size=shape["vocab_size"],
+        rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=32768,
+        tie_word_embeddings=model in TIED,
     )  # fmt: skip
 
 
@@ -83,19 +107,27 @@ def test_every_tensor_is_loaded_exactly_once(model: str, size: int) -> None:
     embedding = "model.embed_tokens.weight"
     for name, shape in shapes.items():
         parts = [part for loaded in ranks for loaded_name, part in loaded if loaded_name == name]
-        if name == embedding:  # whole on every rank, and where it is the output layer too that has its part of the same memory
+        # whole on every rank, and where it is the output layer too that has its part of the same memory
+        if name == embedding:
             assert parts == [Part((0, shape[0]), (0, shape[1]))] * size
             continue
         per_rank = [sum(loaded_name == name for loaded_name, _ in loaded) for loaded in ranks]
         assert set(per_rank) == {1}, f"{name} is read more than once"
-        num_copies = size if "norm" in name else max(1, size // SHAPES[model]["num_key_value_heads"]) if ("k_proj" in name or "v_proj" in name) else 1
+        num_copies = (
+            size
+            if "norm" in name
+            else max(1, size // SHAPES[model]["num_key_value_heads"])
+            if ("k_proj" in name or "v_proj" in name)
+            else 1
+        )
         counts = Counter(parts)
         assert set(counts.values()) == {num_copies}, name
         assert covered(list(counts), shape), f"{name}: the parts {list(counts)} do not make {tuple(shape)}"
 
 
 def covered(parts: list[Part], shape: torch.Size) -> bool:
-    """Whether the parts lie side by side, by rows or by columns, from the first to the last, without gap or overlap."""
+    """Whether the parts lie side by side, by rows or by columns, from the first to the last, without gap or
+    overlap."""
     whole = Part((0, shape[0]), (0, shape[1] if len(shape) > 1 else 1))
     for along, across in (("rows", "columns"), ("columns", "rows")):
         if all(getattr(part, across) == getattr(whole, across) for part in parts):
@@ -109,7 +141,10 @@ def covered(parts: list[Part], shape: torch.Size) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("model", "size", "words"), [("2B", 8, "tp 8 .* 12 attention heads"), ("7B", 8, "tp 8 .* 28 attention heads")])
+@pytest.mark.parametrize(
+    ("model", "size", "words"),
+    [("2B", 8, "tp 8 .* 12 attention heads"), ("7B", 8, "tp 8 .* 28 attention heads")],
+)
 def test_heads_that_do_not_divide_are_refused_with_the_numbers(model: str, size: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Decoder(text_info(model), MetaCheckpoint(checkpoint_shapes(model)), TensorParallel(0, size))  # type: ignore[arg-type]

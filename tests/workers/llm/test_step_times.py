@@ -26,11 +26,15 @@ def test_exactly_what_fits_rides_along() -> None:
     assert times.num_free_tokens(1, LONG) == 19  # 20 tokens take 12.5 ms
     assert times.num_free_tokens(16, LONG) == 4
     assert times.num_free_tokens(64, LONG) == 16
-    assert StepTimes(FLAT_THEN_STEEP, 1e-6, 1.25).num_free_tokens(1, [(4096, 1000)]) == 2, "attention to a long history costs, too"
+    assert StepTimes(FLAT_THEN_STEEP, 1e-6, 1.25).num_free_tokens(1, [(4096, 1000)]) == 2, (
+        "attention to a long history costs, too"
+    )
     short_then_far = StepTimes(FLAT_THEN_STEEP, 1e-6, 1.25).num_free_tokens(1, [(1, 0), (4096, 1000)])
     assert short_then_far == 1 + 2, "also when somebody with none is in front"
     assert times.num_free_tokens(1, [(3, 0), (2, 0)]) == 5, "no more than there is"
-    assert StepTimes(FLAT_THEN_STEEP, 1.0, 1.25).num_free_tokens(1, [(4096, 1000)]) == 1, "prompts must get on"
+    assert StepTimes(FLAT_THEN_STEEP, 1.0, 1.25).num_free_tokens(1, [(4096, 1000)]) == 1, (
+        "prompts must get on"
+    )
 
 
 def test_steps_that_take_longer_than_predicted_make_it_careful_and_back() -> None:
@@ -48,7 +52,9 @@ def test_steps_that_take_longer_than_predicted_make_it_careful_and_back() -> Non
 
 def test_where_a_mixed_step_has_its_price_it_is_used_and_paid_for() -> None:
     """As on a GPU: eager steps take 10 ms whatever is in them, graphs of decodes 2 ms."""
-    times = StepTimes([Measured(1, 0.0100), Measured(64, 0.0101), Measured(1024, 0.0105), Measured(2048, 0.020)], 0.0, 1.25)
+    times = StepTimes(
+        [Measured(1, 0.0100), Measured(64, 0.0101), Measured(1024, 0.0105), Measured(2048, 0.020)], 0.0, 1.25
+    )
     for _ in range(100):
         times.observe(8, 0, 0, 0.002)
     spent, num_steps, num_prompt_tokens, num_mixed = 0.0, 400, 0, 0
@@ -56,13 +62,19 @@ def test_where_a_mixed_step_has_its_price_it_is_used_and_paid_for() -> None:
         share = times.num_free_tokens(8, LONG)
         seconds = 0.0105 if share else 0.002
         times.observe(8, share, 0, seconds)
-        spent, num_prompt_tokens, num_mixed = spent + seconds, num_prompt_tokens + share, num_mixed + bool(share)
+        spent, num_prompt_tokens, num_mixed = (
+            spent + seconds,
+            num_prompt_tokens + share,
+            num_mixed + bool(share),
+        )
     assert num_prompt_tokens > 1000 * num_mixed > 0
     assert spent / num_steps < 1.3 * 0.002, "on average streams are stretched no more than they may be"
 
 
 def test_outliers_are_forgotten_when_what_it_allows_is_what_is_done() -> None:
-    times = StepTimes([Measured(1, 0.020), Measured(2, 0.0225), Measured(4, 0.027), Measured(8, 0.036)], 0.0, 1.25)
+    times = StepTimes(
+        [Measured(1, 0.020), Measured(2, 0.0225), Measured(4, 0.027), Measured(8, 0.036)], 0.0, 1.25
+    )
     before = times.num_free_tokens(1, LONG)
     for _ in range(3):
         times.observe(1, times.num_free_tokens(1, LONG) or 1, 0, 0.1)

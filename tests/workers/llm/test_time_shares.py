@@ -17,7 +17,9 @@ def flat(num_tokens: int) -> float:
     return 10.0 + 0.01 * num_tokens
 
 
-def run(shares: TimeShares, num_tokens: dict[str, int], seconds_of: object, steps: int) -> tuple[Counter[str], float]:
+def run(
+    shares: TimeShares, num_tokens: dict[str, int], seconds_of: object, steps: int
+) -> tuple[Counter[str], float]:
     """Steps that each tenant was in, and the seconds that all took."""
     took, total = Counter[str](), 0.0
     for _ in range(steps):

@@ -34,4 +34,6 @@ def test_silu_mul(rows: int, size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     gate_up = (4 * torch.randn(rows, 2 * size)).to(dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
-    torch.testing.assert_close(silu_mul(gate_up).double(), F.silu(gate) * up, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        silu_mul(gate_up).double(), F.silu(gate) * up, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )

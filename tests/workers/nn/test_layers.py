@@ -44,7 +44,9 @@ def test_a_linear_layer_is_what_torch_computes(rows: int, has_bias: bool, dtype:
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 6, 7, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_weights_of_16_bits_stay_in_16_bits_and_the_arithmetic_in_32(rows: int, has_bias: bool, source: torch.dtype) -> None:
+def test_weights_of_16_bits_stay_in_16_bits_and_the_arithmetic_in_32(
+    rows: int, has_bias: bool, source: torch.dtype
+) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(130, 600).to(source).float(), torch.randn(130) if has_bias else None
     x, residual = torch.randn(rows, 600), torch.randn(rows, 130)
@@ -52,24 +54,39 @@ def test_weights_of_16_bits_stay_in_16_bits_and_the_arithmetic_in_32(rows: int, 
     assert type(linear) is HalfLinear
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(linear(x).double(), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(linear.add_to(residual, x).double(), expected + residual.double(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        linear.add_to(residual, x).double(), expected + residual.double(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_which_kind_a_weight_gets() -> None:
     torch.manual_seed(0)
-    assert has_fbgemm() == is_x86(), "the x86 wheels of torch have it: without it decode is half as fast on most laptops"
+    assert has_fbgemm() == is_x86(), (
+        "the x86 wheels of torch have it: without it decode is half as fast on most laptops"
+    )
     exact = torch.randn(5000, 8).half().float()
     assert type(make_linear(exact)) is (HalfLinear if is_x86() else OneDnnLinear)
     assert type(make_linear(torch.randn(5000, 8))) is OneDnnLinear, "float16 would round it"
     assert type(make_linear(exact.double())) is Linear
     assert type(make_linear(exact.to("meta"))) is Linear
-    assert type(make_int8_linear(exact)) is (Int8Linear if is_int8_exact() or not is_x86() else FbgemmInt8Linear)
+    assert type(make_int8_linear(exact)) is (
+        Int8Linear if is_int8_exact() or not is_x86() else FbgemmInt8Linear
+    )
     assert not can_pack(torch.zeros(4, 4, dtype=torch.float64))
 
 
 def test_float16_holds_weights_of_bfloat16_checkpoints_but_no_others() -> None:
-    assert is_half_exact((0.02 * torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))).bfloat16().float())
-    for value, is_exact in ((65504.0, True), (65536.0, False), (1e-6, True), (1.0 + 2**-12, False), (float("nan"), False), (float("inf"), False)):
+    assert is_half_exact(
+        (0.02 * torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))).bfloat16().float()
+    )
+    for value, is_exact in (
+        (65504.0, True),
+        (65536.0, False),
+        (1e-6, True),
+        (1.0 + 2**-12, False),
+        (float("nan"), False),
+        (float("inf"), False),
+    ):
         weight = torch.zeros(5000, 2)
         weight[0, 0], weight[4999, 1] = 0.5, value
         assert is_half_exact(weight) == is_exact, value
@@ -78,15 +95,26 @@ def test_float16_holds_weights_of_bfloat16_checkpoints_but_no_others() -> None:
     assert not is_half_exact(tiny), "all are so small that float16 would ruin them"
 
 
-INT8_KINDS = [Int8Linear, pytest.param(FbgemmInt8Linear, marks=pytest.mark.skipif(is_int8_exact() or not is_x86(), reason="not used here"))]
+INT8_KINDS = [
+    Int8Linear,
+    pytest.param(
+        FbgemmInt8Linear, marks=pytest.mark.skipif(is_int8_exact() or not is_x86(), reason="not used here")
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", INT8_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 16])
-def test_int8_is_close_and_no_row_depends_on_another(rows: int, dtype: torch.dtype, kind: type[Int8Linear]) -> None:
+def test_int8_is_close_and_no_row_depends_on_another(
+    rows: int, dtype: torch.dtype, kind: type[Int8Linear]
+) -> None:
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(96, 256).to(dtype), torch.randn(96).to(dtype), torch.randn(rows, 256).to(dtype)
+    weight, bias, x = (
+        torch.randn(96, 256).to(dtype),
+        torch.randn(96).to(dtype),
+        torch.randn(rows, 256).to(dtype),
+    )
     linear = kind(weight, bias)
     expected = F.linear(x.double(), weight.double(), bias.double())
     y = linear(x)

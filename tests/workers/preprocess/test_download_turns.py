@@ -263,6 +263,8 @@ async def test_preprocess_says_on_whose_behalf() -> None:
         for request_id in ("one", "two"):
             rig.submit(request_id, messages=(ChatMessage("user", parts),))
         await rig.settle()
-        assert sorted(askers) == [Asker(f"client:{CLIENT.hex()}", name) for name in ("one", "one", "two", "two")]
+        assert sorted(askers) == [
+            Asker(f"client:{CLIENT.hex()}", name) for name in ("one", "one", "two", "two")
+        ]
         for request_id in ("one", "two"):
             rig.end(request_id)

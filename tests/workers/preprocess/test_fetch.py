@@ -36,12 +36,16 @@ async def handle(request: web.Request) -> web.StreamResponse:
         case "/versioned":
             etag = {"ETag": '"1"'}
             return (
-                web.Response(status=304, headers=etag) if request.headers.get("If-None-Match") == '"1"' else web.Response(body=b"one", headers=etag)
+                web.Response(status=304, headers=etag)
+                if request.headers.get("If-None-Match") == '"1"'
+                else web.Response(body=b"one", headers=etag)
             )
         case "/dated":
             date = {"Last-Modified": "Mon, 23 Nov 2026 08:00:00 GMT"}
             is_same = request.headers.get("If-Modified-Since") == date["Last-Modified"]
-            return web.Response(status=304, headers=date) if is_same else web.Response(body=b"one", headers=date)
+            return (
+                web.Response(status=304, headers=date) if is_same else web.Response(body=b"one", headers=date)
+            )
         case "/moved":
             raise web.HTTPFound("/versioned")
         case "/unasked":
@@ -86,7 +90,13 @@ async def get() -> AsyncIterator[Get]:
     fetchers: list[Fetcher] = []
 
     async def fetch(url: str, **options: object) -> bytes:
-        fetchers.append(Fetcher(PreprocessConfig(**{"max_media_mib": 1, "media_timeout_s": 1.0, "allow_private_media": True, **options})))
+        fetchers.append(
+            Fetcher(
+                PreprocessConfig(
+                    **{"max_media_mib": 1, "media_timeout_s": 1.0, "allow_private_media": True, **options}
+                )
+            )
+        )
         fetched = await fetchers[-1].fetch(url, "messages[0].content[0].image_url")
         assert fetched.data is not None
         return fetched.data
@@ -157,9 +167,14 @@ async def test_a_redirect_without_a_place_is_refused(get: Get) -> None:
 async def test_who_wants_the_same_at_the_same_time_shares_one_download(base: str) -> None:
     fetcher = Fetcher(PreprocessConfig(max_media_mib=1, media_timeout_s=1.0, allow_private_media=True))
     fields = [f"field {number}" for number in range(3)]
-    assert await asyncio.gather(*(fetcher.fetch(f"{base}/picture", field) for field in fields)) == [Fetched(b"picture", None)] * 3
+    assert (
+        await asyncio.gather(*(fetcher.fetch(f"{base}/picture", field) for field in fields))
+        == [Fetched(b"picture", None)] * 3
+    )
     assert handled == ["/picture"]
-    refusals = await asyncio.gather(*(fetcher.fetch(f"{base}/missing", field) for field in fields), return_exceptions=True)
+    refusals = await asyncio.gather(
+        *(fetcher.fetch(f"{base}/missing", field) for field in fields), return_exceptions=True
+    )
     assert [refusal.info.field for refusal in refusals if isinstance(refusal, RequestError)] == fields
     assert await fetcher.fetch(f"{base}/picture", "later") == Fetched(b"picture", None)
     assert handled == ["/picture", "/missing", "/picture"], "nothing is kept"
@@ -174,7 +189,9 @@ async def test_what_has_not_changed_is_not_sent_again(base: str, path: str) -> N
     assert validators is not None
     assert await fetcher.fetch(base + path, "", validators) == Fetched(None, validators)
     assert (await fetcher.fetch(base + path, "", validators._replace(etag='"0"'))).data == b"one"
-    assert await fetcher.fetch(f"{base}/moved", "") == Fetched(b"one", None), "a redirect may lead elsewhere next time"
+    assert await fetcher.fetch(f"{base}/moved", "") == Fetched(b"one", None), (
+        "a redirect may lead elsewhere next time"
+    )
     assert (await fetcher.fetch(f"{base}/moved", "", validators)).data == b"one"
     with pytest.raises(RequestError, match="status 304"):
         await fetcher.fetch(f"{base}/unasked", "")
@@ -191,7 +208,10 @@ async def test_a_tenants_refusal_is_no_other_tenants() -> None:
         fetcher = Fetcher(PreprocessConfig(allow_private_media=True, max_open_media_mib=1))
         with fetcher._in_flight.counted("full") as count:
             assert count(1 << 20)
-            asked = [fetcher.fetch(f"{served.base}/picture", "", asker=Asker(tenant, "r")) for tenant in ("full", "other")]
+            asked = [
+                fetcher.fetch(f"{served.base}/picture", "", asker=Asker(tenant, "r"))
+                for tenant in ("full", "other")
+            ]
             refusal, fetched = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(refusal, RequestError)
         assert refusal.info.status == 503
@@ -217,8 +237,15 @@ async def test_a_validator_of_any_length_is_not_kept() -> None:
 
 async def test_a_video_is_kept_in_a_file_without_a_name_and_limited(base: str, tmp_path: Path) -> None:
     (tmp_path / "video").write_bytes(bytes(range(256)) * 9000)
-    fetcher = Fetcher(PreprocessConfig(allow_private_media=True, max_video_mib=3, max_media_mib=1, allowed_local_media_path=str(tmp_path)))
-    for url, content in ((f"{base}/large", bytes(3 << 20)), (str(tmp_path / "video"), bytes(range(256)) * 9000)):
+    fetcher = Fetcher(
+        PreprocessConfig(
+            allow_private_media=True, max_video_mib=3, max_media_mib=1, allowed_local_media_path=str(tmp_path)
+        )
+    )
+    for url, content in (
+        (f"{base}/large", bytes(3 << 20)),
+        (str(tmp_path / "video"), bytes(range(256)) * 9000),
+    ):
         file = (await fetcher.fetch_file(url, "")).data
         assert file is not None
         assert (file.nbytes, file.digest) == (len(content), hashlib.sha256(content).digest())
@@ -285,7 +312,9 @@ async def test_bad_answers_are_refused(base: str, get: Get, path: str, words: st
         "127.0.0.1.",
     ],
 )
-async def test_a_running_local_server_is_not_reached_by_any_name_or_number(host: str, base: str, get: Get) -> None:
+async def test_a_running_local_server_is_not_reached_by_any_name_or_number(
+    host: str, base: str, get: Get
+) -> None:
     """The server would answer: only the check stands between."""
     url = base.replace("127.0.0.1", host) + "/picture"
     with pytest.raises(RequestError, match="cannot be reached"):
@@ -293,7 +322,15 @@ async def test_a_running_local_server_is_not_reached_by_any_name_or_number(host:
     assert handled == []
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.1/x", "http://169.254.169.254/latest", "http://[fe80::1]/x", "http://[64:ff9b::7f00:1]/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://10.0.0.1/x",
+        "http://169.254.169.254/latest",
+        "http://[fe80::1]/x",
+        "http://[64:ff9b::7f00:1]/x",
+    ],
+)
 async def test_private_networks_are_not_asked(url: str, get: Get) -> None:
     start = time.monotonic()
     with pytest.raises(RequestError, match="cannot be reached"):
@@ -303,7 +340,11 @@ async def test_private_networks_are_not_asked(url: str, get: Get) -> None:
 
 async def test_only_allowed_hosts(base: str, get: Get) -> None:
     assert await get(f"{base}/picture", allowed_media_domains=("127.0.0.1",)) == b"picture"
-    for url in (f"{base}/picture", "http://good.example\\@evil.example/x", "http://good.example@evil.example/x"):
+    for url in (
+        f"{base}/picture",
+        "http://good.example\\@evil.example/x",
+        "http://good.example@evil.example/x",
+    ):
         with pytest.raises(RequestError, match=r"not among the allowed|cannot be understood"):
             await get(url, allowed_media_domains=("good.example",))
 
@@ -453,7 +494,9 @@ async def test_what_a_host_says_of_its_media_is_not_believed(get: Get) -> None:
             assert await get(served.base + path) == b"picture"
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "gopher://x", "javascript:1", "http://", "http://[broken", "no-scheme", ""])
+@pytest.mark.parametrize(
+    "url", ["ftp://host/x", "gopher://x", "javascript:1", "http://", "http://[broken", "no-scheme", ""]
+)
 async def test_other_urls_are_refused(url: str, get: Get) -> None:
     with pytest.raises(RequestError):
         await get(url)
@@ -463,10 +506,16 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(300)).decode()
 JPEG = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(300)).decode()
 
 
-@pytest.mark.parametrize("url", [PNG, JPEG, "R0lGODlhAQ", "UklGRg", "AAAAIGZ0eXA", JPEG + "A" * 10**7, "a/b.png"], ids=len)
-async def test_base64_that_is_no_url_is_told_what_a_url_begins_with(url: str, get: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "url", [PNG, JPEG, "R0lGODlhAQ", "UklGRg", "AAAAIGZ0eXA", JPEG + "A" * 10**7, "a/b.png"], ids=len
+)
+async def test_base64_that_is_no_url_is_told_what_a_url_begins_with(
+    url: str, get: Get, tmp_path: Path
+) -> None:
     for allowed in ("", str(tmp_path)):
-        with pytest.raises(RequestError, match=r"must begin with http.*base64 alone is none: it goes behind data:"):
+        with pytest.raises(
+            RequestError, match=r"must begin with http.*base64 alone is none: it goes behind data:"
+        ):
             await get(url, allowed_local_media_path=allowed)
 
 
@@ -485,7 +534,15 @@ async def test_files_only_under_the_allowed_folder(get: Get, tmp_path: Path) -> 
     allowed = {"allowed_local_media_path": str(folder)}
     assert await get(f"file://{folder}/a.png", **allowed) == b"inside"
     assert await get(f"{folder}/a.png", **allowed) == b"inside"
-    for path in (f"file://{outside}", f"{folder}/link", f"{folder}/../secret", f"{folder}", f"{folder}/missing", "/dev/zero", f"{folder}\0"):
+    for path in (
+        f"file://{outside}",
+        f"{folder}/link",
+        f"{folder}/../secret",
+        f"{folder}",
+        f"{folder}/missing",
+        "/dev/zero",
+        f"{folder}\0",
+    ):
         with pytest.raises(RequestError, match="outside the allowed folder"):
             await get(path, **allowed)
     with pytest.raises(RequestError, match="larger than"):

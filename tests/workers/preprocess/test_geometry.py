@@ -1,4 +1,5 @@
-"""Sizes and frames as a part's settings ask for them, compared with qwen-vl-utils' and transformers' rules."""
+"""Sizes and frames as a part's settings ask for them, compared with qwen-vl-utils' and transformers'
+rules."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from pipeline.families import ImageSize, VideoInfo, read_model_info
 from pipeline.wire.errors import RequestError
 from pipeline.wire.messages import ImagePart, VideoPart
 from tests import reference
-from workers.preprocess.geometry import check_settings, chosen_frames, frame_range, picture_size, video_frame_size
+from workers.preprocess.geometry import (
+    check_settings,
+    chosen_frames,
+    frame_range,
+    picture_size,
+    video_frame_size,
+)
 from workers.preprocess.video import VideoMetadata
 
 INFO = read_model_info(EMBEDDED / "model")
@@ -30,7 +37,9 @@ VISION = LARGE.vision
 
 def qwen_resize(height: int, width: int, low: int, high: float) -> ImageSize:
     """`smart_resize` of transformers, which is qwen-vl-utils'."""
-    size = reference.video_processing().smart_resize(height, width, factor=FACTOR, min_pixels=low, max_pixels=high)
+    size = reference.video_processing().smart_resize(
+        height, width, factor=FACTOR, min_pixels=low, max_pixels=high
+    )
     return ImageSize(*size)
 
 
@@ -54,7 +63,11 @@ def test_a_picture_is_seen_in_the_area_that_is_asked_for() -> None:
 
 
 def test_looser_bounds_than_the_servers_are_the_servers() -> None:
-    for part in (ImagePart(min_pixels=1), ImagePart(max_pixels=16384 * 28 * 28), ImagePart(max_pixels=2**63 - 1)):
+    for part in (
+        ImagePart(min_pixels=1),
+        ImagePart(max_pixels=16384 * 28 * 28),
+        ImagePart(max_pixels=2**63 - 1),
+    ):
         assert seen(part, 3000, 4000) == seen(ImagePart(), 3000, 4000)
         assert seen(part, 10, 10) == seen(ImagePart(), 10, 10)
     for video in (VideoPart(min_pixels=1), VideoPart(max_pixels=2**63 - 1), VideoPart(total_pixels=2**62)):
@@ -72,7 +85,9 @@ def test_a_size_that_is_asked_for_is_rounded_as_in_qwen_vl_utils() -> None:
     for _ in range(300):
         height, width = rng.randint(28, 900), rng.randint(28, 900)
         part = ImagePart(resized_height=height, resized_width=width, min_pixels=1, max_pixels=28 * 28)
-        assert seen(part) == qwen_resize(height, width, 4 * FACTOR**2, VISION.max_pixels), "it goes before the area"
+        assert seen(part) == qwen_resize(height, width, 4 * FACTOR**2, VISION.max_pixels), (
+            "it goes before the area"
+        )
         video = VideoPart(resized_height=height, resized_width=width)
         assert frame_size(video) == qwen_resize(height, width, 4 * FACTOR**2, VIDEO.max_pixels)
     assert seen(ImagePart(resized_height=280, resized_width=420)) == ImageSize(280, 420)
@@ -116,7 +131,11 @@ def test_as_many_frames_as_in_qwen_vl_utils() -> None:
         )
         part = VideoPart(**options)
         made = frames(part, total, rate)
-        assert abs(len(made) - smart_nframes(part, total, rate)) <= ("nframes" not in options), (options, total, rate)
+        assert abs(len(made) - smart_nframes(part, total, rate)) <= ("nframes" not in options), (
+            options,
+            total,
+            rate,
+        )
         assert made == sorted(made)
         assert 0 <= made[0] <= made[-1] < total
         if part.nframes is not None:
@@ -170,8 +189,10 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "settings",
     [
-        {"max_pixels": 0}, {"max_pixels": -1}, {"min_pixels": 0}, {"min_pixels": 10**9}, {"resized_height": 28},
-        {"resized_width": 28}, {"resized_height": 0, "resized_width": 5}, {"resized_width": -1, "resized_height": 5},
+        {"max_pixels": 0}, {"max_pixels": -1}, {"min_pixels": 0}, {"min_pixels": 10**9},
+        {"resized_height": 28},
+        {"resized_width": 28}, {"resized_height": 0, "resized_width": 5},
+        {"resized_width": -1, "resized_height": 5},
         {"resized_height": 2**63, "resized_width": 2**63}, {"resized_height": 28, "resized_width": 28 * 201},
         {"min_pixels": 20_000, "max_pixels": 10_000},
     ],
@@ -188,9 +209,12 @@ def test_sizes_that_make_no_sense_are_named(kind: Any, settings: dict[str, Any])
 @pytest.mark.parametrize(
     "settings",
     [
-        {"fps": 0.0}, {"fps": -1.0}, {"fps": NAN}, {"fps": INF}, {"nframes": 0}, {"nframes": -4}, {"fps": 1.0, "nframes": 4},
-        {"min_frames": 0}, {"max_frames": 1}, {"max_frames": 0}, {"max_frames": -2}, {"min_frames": 9, "max_frames": 4},
-        {"total_pixels": 0}, {"total_pixels": -5}, {"video_start": -1.0}, {"video_end": NAN}, {"video_start": INF},
+        {"fps": 0.0}, {"fps": -1.0}, {"fps": NAN}, {"fps": INF}, {"nframes": 0}, {"nframes": -4},
+        {"fps": 1.0, "nframes": 4},
+        {"min_frames": 0}, {"max_frames": 1}, {"max_frames": 0}, {"max_frames": -2},
+        {"min_frames": 9, "max_frames": 4},
+        {"total_pixels": 0}, {"total_pixels": -5}, {"video_start": -1.0}, {"video_end": NAN},
+        {"video_start": INF},
         {"video_start": 3.0, "video_end": 3.0}, {"video_start": 3.0, "video_end": 1.0}, {"video_end": -0.5},
     ],
     ids=str,
@@ -202,7 +226,16 @@ def test_frames_that_make_no_sense_are_named(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"fps": 2.0}, {"nframes": 2}, {"video_start": 1.0}, {"video_end": 1.0}, {"max_frames": 2}, {"min_frames": 4}], ids=str
+    "settings",
+    [
+        {"fps": 2.0},
+        {"nframes": 2},
+        {"video_start": 1.0},
+        {"video_end": 1.0},
+        {"max_frames": 2},
+        {"min_frames": 4},
+    ],
+    ids=str,
 )
 def test_a_list_of_frames_is_seen_whole_or_refused(settings: dict[str, Any]) -> None:
     three = (ImagePart(url="a"),) * 3
@@ -210,7 +243,9 @@ def test_a_list_of_frames_is_seen_whole_or_refused(settings: dict[str, Any]) -> 
     with pytest.raises(RequestError):
         check_settings(VideoPart(frames=three, **settings), INFO, 768, "f")
     with pytest.raises(RequestError, match="those of the video"):
-        check_settings(VideoPart(frames=(ImagePart(url="a", resized_height=28, resized_width=28),)), INFO, 768, "f")
+        check_settings(
+            VideoPart(frames=(ImagePart(url="a", resized_height=28, resized_width=28),)), INFO, 768, "f"
+        )
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -218,7 +253,16 @@ def test_any_number_is_a_size_or_a_refusal(seed: int) -> None:
     rng = random.Random(seed)
     ints = (None, None, None, 0, 1, 2, 28, 784, 12_544, 10**6, 2**31, 2**63 - 1, 2**64 - 1, -1, -(2**63))
     reals = (None, None, None, 0.0, -0.0, 1e-308, 0.1, 1.0, 9.9, 30.0, 1e9, 1e308, NAN, INF, -INF)
-    names = ("min_pixels", "max_pixels", "resized_height", "resized_width", "total_pixels", "nframes", "min_frames", "max_frames")
+    names = (
+        "min_pixels",
+        "max_pixels",
+        "resized_height",
+        "resized_width",
+        "total_pixels",
+        "nframes",
+        "min_frames",
+        "max_frames",
+    )
     settings: dict[str, Any] = {name: rng.choice(ints) for name in names}
     settings |= {name: rng.choice(reals) for name in ("fps", "video_start", "video_end")}
     keep = rng.sample(sorted(settings), rng.randint(1, 4))

@@ -11,7 +11,12 @@ def test_tenants_share_nothing() -> None:
     memory: Memory[int] = Memory()
     memory.put("a", b"k", 1)
     memory.put("b", b"k", 2)
-    assert (memory.get("a", b"k"), memory.get("b", b"k"), memory.get("c", b"k"), memory.get("a", b"x")) == (1, 2, None, None)
+    assert (memory.get("a", b"k"), memory.get("b", b"k"), memory.get("c", b"k"), memory.get("a", b"x")) == (
+        1,
+        2,
+        None,
+        None,
+    )
     memory.put("a", b"k", 3)
     assert (memory.get("a", b"k"), memory.get("b", b"k"), len(memory)) == (3, 2, 2)
 
@@ -29,7 +34,9 @@ def test_one_tenant_cannot_flush_anothers_names() -> None:
         for number in range(200):
             memory.put(tenant, b"%d" % number, number)
     assert len(memory) <= 100
-    assert [memory.get("quiet", b"%d" % number) for number in range(10)] == list(range(10)), "the largest give"
+    assert [memory.get("quiet", b"%d" % number) for number in range(10)] == list(range(10)), (
+        "the largest give"
+    )
 
 
 def test_what_was_used_last_is_kept() -> None:

@@ -1,4 +1,5 @@
-"""Preprocess without its process: what it tells the LLM and the ViTs, and what it keeps, when requests come, cross and go."""
+"""Preprocess without its process: what it tells the LLM and the ViTs, and what it keeps, when requests come,
+cross and go."""
 
 from __future__ import annotations
 
@@ -80,8 +81,16 @@ class Rig:
     def submit(self, request_id: str, pictures: list[bytes] | None = None, **fields: Any) -> None:
         pictures = pictures or []
         parts = (*(ImagePart(frame=index) for index in range(len(pictures))), TextPart("What is it?"))
-        values = {"client_id": CLIENT, "attempt": 1, "messages": (ChatMessage("user", parts),), "sampling": SamplingParams(), **fields}
-        self.core.on_ingest(SubmitRequest(request_id=request_id, **values), [memoryview(picture) for picture in pictures])
+        values = {
+            "client_id": CLIENT,
+            "attempt": 1,
+            "messages": (ChatMessage("user", parts),),
+            "sampling": SamplingParams(),
+            **fields,
+        }
+        self.core.on_ingest(
+            SubmitRequest(request_id=request_id, **values), [memoryview(picture) for picture in pictures]
+        )
 
     async def settle(self) -> None:
         """Until tasks, threads and reading processes have nothing more to do."""
@@ -141,7 +150,9 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
         llms, vits = {lead: FakeSink() for lead in leads}, [FakeSink() for _ in range(num_vits)]
         async with asyncio.TaskGroup() as tasks:
             info = read_model_info(EMBEDDED / "model")
-            core = Preprocessor(context, PreprocessConfig(**options), info, pool, allocator, llms, vits, tasks)
+            core = Preprocessor(
+                context, PreprocessConfig(**options), info, pool, allocator, llms, vits, tasks
+            )
             yield Rig(core, llms[leads[0]], vits, allocator, context, llms)
             await core.close()
         pool.close()
@@ -155,7 +166,9 @@ async def test_metadata_goes_first_then_hashes_then_pixels(rig: Rig) -> None:
     await rig.settle()
     (generate,) = rig.llm.take(GenerateRequest)
     assert [span.length for item in generate.items for span in item.spans] == [16, 16]
-    assert sorted(chunk.vit for item in generate.items for chunk in item.chunks) == [0, 1], "spread over the ViTs"
+    assert sorted(chunk.vit for item in generate.items for chunk in item.chunks) == [0, 1], (
+        "spread over the ViTs"
+    )
     for vit in rig.vits:
         first, second = vit.take(EncodeRequest)
         assert first.pixels is None
@@ -185,7 +198,8 @@ async def test_a_known_hash_is_asked_for_without_pixels_until_it_is_missed(rig: 
     await rig.settle()
     (answer,) = rig.encodes()
     assert answer.pixels is not None
-    rig.feedback(EncodeMiss, key=ask.key)  # the pixels came when others were there already, and those are gone
+    # the pixels came when others were there already, and those are gone
+    rig.feedback(EncodeMiss, key=ask.key)
     (again,) = rig.encodes()
     assert again == answer
     rig.feedback(PixelsReleased, key=answer.key)
@@ -231,7 +245,11 @@ async def test_a_broken_picture_fails_each_request_that_has_it(rig: Rig) -> None
     (failure,) = rig.llm.take(AbortRequest)
     first, second = ("a", "b") if failure.request_id == "a" else ("b", "a")  # they are read side by side
     (waiting,) = [m for m in rig.encodes() if m.key.request_id == second]
-    assert (failure.request_id, failure.error.status, failure.error.field) == (first, 400, "messages[0].content[0].image_url")
+    assert (failure.request_id, failure.error.status, failure.error.field) == (
+        first,
+        400,
+        "messages[0].content[0].image_url",
+    )
     rig.end(first)
     rig.feedback(EncodeMiss, key=waiting.key)  # the ViT turns to the next who wants it
     await rig.settle()
@@ -297,7 +315,9 @@ async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
         ({"messages": (ChatMessage("user", (TextPart("x"),) * 3000),) * 2}, "messages"),
     ],
 )
-async def test_what_no_client_of_ours_would_send_is_refused(rig: Rig, fields: dict[str, Any], field: str) -> None:
+async def test_what_no_client_of_ours_would_send_is_refused(
+    rig: Rig, fields: dict[str, Any], field: str
+) -> None:
     rig.submit("r", **fields)
     await rig.settle()
     (refusal,) = rig.llm.take()
@@ -308,7 +328,9 @@ async def test_what_no_client_of_ours_would_send_is_refused(rig: Rig, fields: di
     rig.check_nothing_left()
 
 
-async def test_an_unforeseen_failure_ends_its_request_only(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unforeseen_failure_ends_its_request_only(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
     def explode(*args: object) -> None:
         raise ZeroDivisionError("a strange template")
 
@@ -397,7 +419,10 @@ async def test_groups_share_the_work_and_each_hears_of_its_own_requests_only() -
         for number in range(4):
             rig.submit(f"r{number}", [encode(scene(number))])
             await rig.settle()
-        requests = {lead: [message.request_id for message in llm.take(GenerateRequest)] for lead, llm in rig.llms.items()}
+        requests = {
+            lead: [message.request_id for message in llm.take(GenerateRequest)]
+            for lead, llm in rig.llms.items()
+        }
         assert sorted(len(names) for names in requests.values()) == [2, 2]
         for message in rig.encodes():
             assert message.key.request_id in requests[message.key.lead]
@@ -474,7 +499,11 @@ async def test_a_video_is_spread_over_the_vits_and_arrives_in_its_chunks(rig: Ri
         while len(seen) < 3:
             await asyncio.sleep(0.01)
             seen |= {message.key.chunk: message for message in rig.encodes() if message.pixels is not None}
-    frames = [read_number(frame) for _, message in sorted(seen.items()) for frame in rig.core._chunks._pool.array(message.pixels)]
+    frames = [
+        read_number(frame)
+        for _, message in sorted(seen.items())
+        for frame in rig.core._chunks._pool.array(message.pixels)
+    ]
     assert frames == [0, 5, 10, 15, 20, 25]
     rig.feedback(ItemNotNeeded, request_id="r", attempt=1, item=0)
     cancelled = {key.chunk for vit in rig.vits for message in vit.take(CancelEncode) for key in message.keys}
@@ -624,16 +653,26 @@ async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:
     first, second = rig.llm.take(GenerateRequest)
     assert first.items == second.items
     refusals = rig.llm.take(AbortRequest)
-    assert [(refusal.request_id, refusal.error.status) for refusal in refusals] == [("other", 404), ("foreign", 404)]
+    assert [(refusal.request_id, refusal.error.status) for refusal in refusals] == [
+        ("other", 404),
+        ("foreign", 404),
+    ]
     rig.feedback(EncodeMiss, key=ChunkKey("b", 1, 0, 0))  # the ViT has let go of it
     await rig.settle()
     (refusal,) = rig.llm.take(AbortRequest)
-    assert (refusal.request_id, refusal.error.status, refusal.error.field) == ("b", 404, "messages[0].content[0].image_url.uuid")
+    assert (refusal.request_id, refusal.error.status, refusal.error.field) == (
+        "b",
+        404,
+        "messages[0].content[0].image_url.uuid",
+    )
     submit("c", [encode(scene(1))])
     await rig.settle()
     rig.feedback(EncodeMiss, key=ChunkKey("c", 1, 0, 0))
     await rig.settle()
-    assert [message.pixels is not None for message in rig.encodes() if message.key.request_id == "c"] == [False, True]
+    assert [message.pixels is not None for message in rig.encodes() if message.key.request_id == "c"] == [
+        False,
+        True,
+    ]
     for name in ("a", "b", "c", "other", "foreign"):
         rig.end(name)
         rig.feedback(PixelsReleased, key=ChunkKey(name, 1, 0, 0))
@@ -643,7 +682,9 @@ async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:
 async def submit_named(rig: Rig, request_id: str, picture: bytes | None, **fields: Any) -> bytes | int:
     """Key of the picture that a request with the uuid "logo" is about, or the status of its refusal."""
     part = ImagePart(frame=-1 if picture is None else 0, uuid="logo")
-    rig.submit(request_id, [] if picture is None else [picture], messages=(ChatMessage("user", (part,)),), **fields)
+    rig.submit(
+        request_id, [] if picture is None else [picture], messages=(ChatMessage("user", (part,)),), **fields
+    )
     await rig.settle()
     answers: list[bytes | int] = [message.items[0].mm_hash for message in rig.llm.take(GenerateRequest)]
     answers += [message.error.status for message in rig.llm.take(AbortRequest)]
@@ -689,7 +730,9 @@ async def test_a_name_is_its_tenants_own(rig: Rig, mine: dict[str, Any], others:
     assert await submit_named(rig, "d", None, **mine) == secret
     assert await submit_named(rig, "e", None, **others) == theirs
     same = await submit_named(rig, "f", blue, **others)
-    assert (same == secret) == (mine.get("cache_salt") == others.get("cache_salt")), "content is shared by salt"
+    assert (same == secret) == (mine.get("cache_salt") == others.get("cache_salt")), (
+        "content is shared by salt"
+    )
 
 
 async def test_a_client_that_comes_again_finds_the_names_of_its_tenant(rig: Rig) -> None:
@@ -703,7 +746,11 @@ async def test_a_url_that_has_not_changed_is_downloaded_again_only_on_a_miss() -
     async def handle(request: web.Request) -> web.StreamResponse:
         ((tag, data),) = contents.items()
         asked.append(request.headers.get("If-None-Match"))
-        return web.Response(status=304) if asked[-1] == f'"{tag}"' else web.Response(body=data, headers={"ETag": f'"{tag}"'})
+        return (
+            web.Response(status=304)
+            if asked[-1] == f'"{tag}"'
+            else web.Response(body=data, headers={"ETag": f'"{tag}"'})
+        )
 
     application = web.Application()
     application.router.add_get("/picture", handle)
@@ -746,7 +793,10 @@ async def test_the_same_bytes_are_one_picture_wherever_they_come_from(tmp_path: 
 
     application = web.Application()
     application.router.add_get("/picture", handle)
-    async with make_rig(1, allow_private_media=True, allowed_local_media_path=str(tmp_path)) as rig, TestServer(application) as server:
+    async with (
+        make_rig(1, allow_private_media=True, allowed_local_media_path=str(tmp_path)) as rig,
+        TestServer(application) as server,
+    ):
         parts = {
             "frame": ImagePart(frame=0),
             "base64": ImagePart(frame=1, is_base64=True),
@@ -773,7 +823,10 @@ def with_palette(pixels: bytes, palette: list[int]) -> Image.Image:
 
 async def test_pictures_that_differ_in_anything_seen_never_share_a_key(rig: Rig) -> None:
     pixels = bytes(number % 4 for number in range(64 * 64))
-    greys, colours = [value for index in range(256) for value in (255 - index,) * 3], [value for index in range(256) for value in (index, 0, 255)]
+    greys, colours = (
+        [value for index in range(256) for value in (255 - index,) * 3],
+        [value for index in range(256) for value in (index, 0, 255)],
+    )
     pictures = {
         "palette": encode(with_palette(pixels, greys)),
         "another palette": encode(with_palette(pixels, colours)),
@@ -810,7 +863,9 @@ async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(
     rig.check_nothing_left()
 
 
-async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One decode goes on at a time; the single picture comes while the first of ten is being decoded."""
     rig.core._chunks._most_decoding = 1
     decoded: list[str] = []
@@ -880,7 +935,9 @@ async def test_pixels_go_in_the_order_of_the_request_whichever_are_there_first(
         assert rig.core._chunks._last_sent == {}
 
 
-async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purpose(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purpose(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else its id, used again, would take over the old chunk's slot."""
     goes_on, decode = asyncio.Event(), PictureSource.decode
 
@@ -900,7 +957,10 @@ async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purp
     rig.submit("r", [encode(scene(2))], attempt=2)
     goes_on.set()
     await rig.settle()
-    assert [(message.key.attempt, message.pixels is not None) for message in rig.encodes()] == [(2, False), (2, True)]
+    assert [(message.key.attempt, message.pixels is not None) for message in rig.encodes()] == [
+        (2, False),
+        (2, True),
+    ]
     rig.feedback(PixelsReleased, key=ChunkKey("r", 2, 0, 0))
     rig.end("r", 2)
     rig.check_nothing_left()
@@ -923,7 +983,9 @@ async def test_a_cancelled_chunk_in_the_queue_is_nobodys_turn(rig: Rig) -> None:
     rig.check_nothing_left()
 
 
-async def test_long_prompts_of_one_tenant_hold_up_nobody_elses(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_prompts_of_one_tenant_hold_up_nobody_elses(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     goes_on, build = threading.Event(), rig.core._prompt.build
 
     def slow(messages: Any, count: Any) -> Any:
@@ -972,7 +1034,9 @@ async def test_texts_count_as_they_lie_in_memory() -> None:
         rig.check_nothing_left()
 
 
-async def test_a_silent_host_holds_neither_slots_nor_decoders(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_host_holds_neither_slots_nor_decoders(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     goes_on, load = asyncio.Event(), PictureSource.load
     names: list[PictureSource] = []
 
@@ -1001,7 +1065,8 @@ async def test_a_silent_host_holds_neither_slots_nor_decoders(rig: Rig, monkeypa
 
 
 async def test_what_is_brought_in_again_for_nobody_is_not_brought_in() -> None:
-    """A host that says that nothing has changed, and then stays silent: else it had any number of downloads."""
+    """A host that says that nothing has changed, and then stays silent: else it had any number of
+    downloads."""
     is_asked, never = asyncio.Event(), asyncio.Event()
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -1101,7 +1166,9 @@ async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> N
 
 async def test_more_than_the_context_holds_is_refused_before_anything_is_announced(rig: Rig) -> None:
     rig.submit("r", [encode(noise(seed, (140, 140))) for seed in range(60)])
-    rig.core._info = dataclasses.replace(rig.core._info, text=dataclasses.replace(rig.core._info.text, max_position_embeddings=1000))
+    rig.core._info = dataclasses.replace(
+        rig.core._info, text=dataclasses.replace(rig.core._info.text, max_position_embeddings=1000)
+    )
     await rig.settle()
     (refusal,) = rig.llm.take(AbortRequest)
     assert "take 1500 tokens, the model's context has 1000" in refusal.error.message
@@ -1114,7 +1181,10 @@ async def test_more_than_the_context_holds_is_refused_before_anything_is_announc
     ("part", "words"),
     [
         (ImagePart(frame=0, uuid="u" * 300), "at most 256 characters"),
-        (VideoPart(frames=(ImagePart(url="http://x/y"),) * 1025), "1025 pictures and frames, the limit is 1024"),
+        (
+            VideoPart(frames=(ImagePart(url="http://x/y"),) * 1025),
+            "1025 pictures and frames, the limit is 1024",
+        ),
         (VideoPart(frames=(ImagePart(frame=0, max_pixels=12544),)), "those of the video"),
         (VideoPart(frames=(ImagePart(frame=0),), uuid="u"), "has no uuid"),
         (VideoPart(frame=0, max_frames=1), "max_frames must be at least 2"),
@@ -1131,8 +1201,17 @@ async def test_parts_that_cannot_be_are_refused(rig: Rig, part: ImagePart | Vide
     rig.check_nothing_left()
 
 
-@pytest.mark.parametrize("part", [ImagePart(url=f"http://x/{'y' * MAX_URL}"), VideoPart(url="x" * MAX_URL), VideoPart(frames=(ImagePart(url="x"),))])
-async def test_a_url_that_is_none_is_not_hashed(rig: Rig, monkeypatch: pytest.MonkeyPatch, part: ImagePart | VideoPart) -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        ImagePart(url=f"http://x/{'y' * MAX_URL}"),
+        VideoPart(url="x" * MAX_URL),
+        VideoPart(frames=(ImagePart(url="x"),)),
+    ],
+)
+async def test_a_url_that_is_none_is_not_hashed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, part: ImagePart | VideoPart
+) -> None:
     hashed: list[str] = []
     monkeypatch.setattr(item_reader, "_key", lambda scope, kind, what, name: hashed.append(name))
     rig.submit("r", messages=(ChatMessage("user", (part,)),))
@@ -1143,7 +1222,9 @@ async def test_a_url_that_is_none_is_not_hashed(rig: Rig, monkeypatch: pytest.Mo
     rig.check_nothing_left()
 
 
-async def test_media_that_cannot_be_read_for_no_fault_of_theirs_end_their_request_only(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_media_that_cannot_be_read_for_no_fault_of_theirs_end_their_request_only(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def decode(self: PictureSource, *args: Any) -> None:
         raise OSError("the disk is full")
 
@@ -1182,11 +1263,15 @@ async def test_with_a_vit_go_its_chunks_and_the_memory_of_where_hashes_are(rig: 
     rig.context.sockets.epochs[VIT_0] = 2
     rig.core.on_states(states(rig, vit_0=False), [dead])
     assert rig.allocator.num_used == 2
-    assert isinstance(rig.vits[0].sent[0], PoolOpened), "its successor must know our pool before any handle of it"
+    assert isinstance(rig.vits[0].sent[0], PoolOpened), (
+        "its successor must know our pool before any handle of it"
+    )
     rig.submit("r", pictures, attempt=2)
     await rig.settle()
     (again,) = rig.llm.take(GenerateRequest)
-    assert {chunk.vit for item in again.items for chunk in item.chunks} == {1}, "nobody is sent where nobody serves"
+    assert {chunk.vit for item in again.items for chunk in item.chunks} == {1}, (
+        "nobody is sent where nobody serves"
+    )
     rig.core.on_states(states(rig), [])
     rig.submit("s", [encode(scene(9))])
     await rig.settle()
@@ -1224,7 +1309,16 @@ async def test_with_a_group_go_its_requests_and_they_come_again_elsewhere() -> N
 async def test_a_query_about_what_went_through_our_predecessor_reaches_its_group() -> None:
     async with make_rig(1, leads=(0, 2)) as rig:
         rig.core.on_ingest(
-            SubmitRequest(client_id=CLIENT, request_id="r", attempt=3, messages=(), sampling=SamplingParams(), num_received=5, lead=2), []
+            SubmitRequest(
+                client_id=CLIENT,
+                request_id="r",
+                attempt=3,
+                messages=(),
+                sampling=SamplingParams(),
+                num_received=5,
+                lead=2,
+            ),
+            [],
         )
         (query,) = rig.llms[2].take(GenerateRequest)
         assert (query.request_id, query.attempt, query.num_received, query.is_query) == ("r", 3, 5, True)
@@ -1305,7 +1399,9 @@ async def test_a_refusal_is_told_by_a_group_that_lives() -> None:
         rig.end("r")
 
 
-async def test_nothing_stays_open_when_the_group_that_would_say_so_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_stays_open_when_the_group_that_would_say_so_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Requests that are aborted while they are prepared, or refused, have no group: no death ended them."""
     async with make_rig(1, leads=(0, 2)) as rig:
         goes_on, build = threading.Event(), rig.core._prompt.build

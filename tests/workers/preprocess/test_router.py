@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 from pipeline.wire.messages import MmItem, Span
-from workers.preprocess.router import MAX_REMEMBERED, OUTPUT_TOKENS, PREFIX_TOKENS, GroupRouter, Router, prefix_hashes
+from workers.preprocess.router import (
+    MAX_REMEMBERED,
+    OUTPUT_TOKENS,
+    PREFIX_TOKENS,
+    GroupRouter,
+    Router,
+    prefix_hashes,
+)
 
 
 def test_a_known_hash_goes_where_it_went_before() -> None:
@@ -16,7 +23,13 @@ def test_a_known_hash_goes_where_it_went_before() -> None:
 
 def test_new_hashes_go_to_the_least_loaded() -> None:
     router = Router(3)
-    assert [router.choose(bytes([n]), patches).vit for n, patches in enumerate((100, 50, 10, 10, 10))] == [0, 1, 2, 2, 2]
+    assert [router.choose(bytes([n]), patches).vit for n, patches in enumerate((100, 50, 10, 10, 10))] == [
+        0,
+        1,
+        2,
+        2,
+        2,
+    ]
     router.finished(0, 100)
     assert router.choose(b"next", 1).vit == 0
     assert router.outstanding == [1, 50, 30]
@@ -39,8 +52,15 @@ def test_memory_is_bounded() -> None:
 def test_a_known_prefix_goes_where_it_is_and_new_ones_where_there_is_least_to_do() -> None:
     router = GroupRouter([0, 4])
     first, second = prefix_hashes([1] * 640, [], b""), prefix_hashes([2] * 640, [], b"")
-    chosen = [router.choose(*request) for request in ((first, 640), (second, 640), (first, 650), (second, 650))]
-    assert [(lead, num_tokens - OUTPUT_TOKENS) for lead, num_tokens in chosen] == [(0, 640), (4, 640), (0, 10), (4, 10)]
+    chosen = [
+        router.choose(*request) for request in ((first, 640), (second, 640), (first, 650), (second, 650))
+    ]
+    assert [(lead, num_tokens - OUTPUT_TOKENS) for lead, num_tokens in chosen] == [
+        (0, 640),
+        (4, 640),
+        (0, 10),
+        (4, 10),
+    ]
     for lead, num_tokens in chosen:
         router.finished(lead, num_tokens)
     assert router.outstanding == {0: 0, 4: 0}

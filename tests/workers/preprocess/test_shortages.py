@@ -66,13 +66,17 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[None
         async def main() -> None:
             await test()
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop if request.param == "uvloop" else None) as runner:
+        with asyncio.Runner(
+            loop_factory=uvloop.new_event_loop if request.param == "uvloop" else None
+        ) as runner:
             runner.run(main())
 
     return run_test
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT]
+)
 def test_which_errors_are_this_machines(number: int) -> None:
     theirs = RequestError("theirs", field="f")
     assert refusal_of(OSError(number, ""), theirs).info == RequestError(NO_ROOM, field="f", status=503).info
@@ -179,7 +183,8 @@ def data_bytes(pid: int) -> int:
 
 
 async def test_a_reader_to_which_the_machine_gives_no_memory(pool: TensorPool) -> None:
-    """It may have 2048 MiB and gets 50: that is not the picture's fault, as it is where it has no more than that."""
+    """It may have 2048 MiB and gets 50: that is not the picture's fault, as it is where it has no more than
+    that."""
     readers = MediaReaders(pool.info.memory_fd, 1, LIMITS, "pyav")
     colours = encode(Image.new("RGB", (7000, 7000)))
     file = video_file(CLIP.data)

@@ -53,7 +53,9 @@ async def test_a_suspect_has_all_threads_for_itself(tmp_path: Path) -> None:
         return loop.run_in_executor(threads, work, name)
 
     names = ["a", "b", "suspect", "c", "d", "suspect too", "e"]
-    await asyncio.gather(*(contextvars.copy_context().run(submit, name, name.startswith("suspect")) for name in names))
+    await asyncio.gather(
+        *(contextvars.copy_context().run(submit, name, name.startswith("suspect")) for name in names)
+    )
     assert sorted(name for name, _ in seen) == sorted(names)
     for name, others in seen:
         if name.startswith("suspect"):

@@ -1,4 +1,5 @@
-"""Videos: sampled as Hugging Face samples them, read in processes that may die, and refused when they are no videos."""
+"""Videos: sampled as Hugging Face samples them, read in processes that may die, and refused when they are no
+videos."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ async def test_frames_arrive_as_torch_would_resize_them(readers: MediaReaders, p
     out = pool.memory.array(4096, (3, *size, 3))  # type: ignore[attr-defined]
     decoded = np.stack(list(open_video(file.path, "pyav", 10**6).frames(numbers)))
     source = torch.from_numpy(decoded).permute(0, 3, 1, 2)
-    expected = F.interpolate(source, tuple(size), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()  # what torchvision's resize calls
+    # what torchvision's resize calls
+    expected = F.interpolate(source, tuple(size), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
     difference = np.abs(out.astype(int) - expected)
     assert difference.max() <= 2
     assert (difference != 0).mean() < 0.02
@@ -99,7 +101,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    "text", ["ffconcat version 1.0\nfile 12\nduration 1.2\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///tmp/x.ts\n#EXT-X-ENDLIST\n"]
+    "text",
+    [
+        "ffconcat version 1.0\nfile 12\nduration 1.2\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///tmp/x.ts\n#EXT-X-ENDLIST\n",
+    ],
 )
 async def test_a_list_of_other_files_is_not_opened(text: str, readers: MediaReaders) -> None:
     with pytest.raises(RequestError, match="not a video that can be decoded"):
@@ -134,7 +140,9 @@ async def test_a_reader_that_dies_or_hangs_costs_its_job_only(readers: MediaRead
     await readers.inspect(file, "")
     (process,) = readers._all
     os.kill(process.pid, signal.SIGKILL)
-    assert (await readers.inspect(file, "")).num_frames == 10, "whoever comes next is not to blame: a fresh one tries again"
+    assert (await readers.inspect(file, "")).num_frames == 10, (
+        "whoever comes next is not to blame: a fresh one tries again"
+    )
     (process,) = readers._all
     os.kill(process.pid, signal.SIGSTOP)
     readers.limits = readers.limits._replace(stall_s=0.5)
@@ -157,7 +165,9 @@ async def test_videos_read_side_by_side_keep_to_their_own(readers: MediaReaders,
         return read_number(pool.memory.array(offset, (*size, 3)))  # type: ignore[attr-defined]
 
     jobs = [(index, frame) for frame in range(10) for index in range(3)]
-    assert await asyncio.gather(*(read(*job) for job in jobs)) == [index * 10 + frame for index, frame in jobs]
+    assert await asyncio.gather(*(read(*job) for job in jobs)) == [
+        index * 10 + frame for index, frame in jobs
+    ]
     assert len(readers._all) == 2
 
 

@@ -33,8 +33,20 @@ def pixels(number: int = 0) -> TensorHandle:
     return TensorHandle("preprocess.0", 1, number, 1, 0, (1, 56, 56, 3), "uint8")
 
 
-def ask(made: Batcher, name: str, mm_hash: bytes, arrival: int = 1, item: int = 0, with_pixels: bool = False, grid: GridTHW = GRID) -> list[object]:
-    return list(made.on_request(key(name, item), Order(arrival, item), mm_hash, grid, pixels() if with_pixels else None))
+def ask(
+    made: Batcher,
+    name: str,
+    mm_hash: bytes,
+    arrival: int = 1,
+    item: int = 0,
+    with_pixels: bool = False,
+    grid: GridTHW = GRID,
+) -> list[object]:
+    return list(
+        made.on_request(
+            key(name, item), Order(arrival, item), mm_hash, grid, pixels() if with_pixels else None
+        )
+    )
 
 
 def encode(made: Batcher, max_patches: int = 1000) -> list[object]:
@@ -83,7 +95,12 @@ def test_requests_for_one_hash_share_one_encode() -> None:
     assert ask(made, "d", b"h", 4) == [], "even while it is being encoded"
     actions = made.on_encoded(batch)
     assert {action.key.request_id for action in actions if isinstance(action, Ready)} == {"a", "b", "c", "d"}
-    assert {action.key.request_id for action in actions if isinstance(action, PixelsDone)} == {"a", "b", "c", "d"}
+    assert {action.key.request_id for action in actions if isinstance(action, PixelsDone)} == {
+        "a",
+        "b",
+        "c",
+        "d",
+    }
     assert len({action.lease_id for action in actions if isinstance(action, Ready)}) == 4
 
 
@@ -95,7 +112,9 @@ def test_pixels_that_come_for_nothing_are_given_back() -> None:
     ask(made, "b", b"h", 2)
     assert ask(made, "b", b"h", 2, with_pixels=True) == [], "they are released with its answer"
     assert PixelsDone(key("b")) in encode(made)
-    assert ask(made, "a", b"h", with_pixels=True) == [PixelsDone(key("a"))], "an answered chunk is not leased again"
+    assert ask(made, "a", b"h", with_pixels=True) == [PixelsDone(key("a"))], (
+        "an answered chunk is not leased again"
+    )
     assert ask(made, "z", b"gone", with_pixels=True) == [PixelsDone(key("z"))], "cancelled meanwhile"
 
 
@@ -194,7 +213,8 @@ def test_a_lost_release_heals_after_two_lease_sets() -> None:
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
 def test_half_arrived_requests_cannot_starve_each_other(order: str) -> None:
-    """8 requests of 64 small pictures, a pool of 3 chunks, pixels in reverse order, an LLM that needs items in order."""
+    """8 requests of 64 small pictures, a pool of 3 chunks, pixels in reverse order, an LLM that needs items
+    in order."""
     made = make(3)
     wanted = {f"r{r}": deque(range(64)) for r in range(8)}  # items that the LLM has not read yet
     announced = [(r, i) for r in range(8) for i in range(64)]
@@ -244,7 +264,9 @@ def test_a_shared_chunk_in_the_reserve_is_leased_to_one_at_a_time() -> None:
             if isinstance(action, Ready):
                 leases[action.key] = action.lease_id
 
-    for arrival, (name, hashes) in enumerate({"o": b"xz", "y": b"wx", "r": b"ab", "s": b"cd"}.items(), start=1):
+    for arrival, (name, hashes) in enumerate(
+        {"o": b"xz", "y": b"wx", "r": b"ab", "s": b"cd"}.items(), start=1
+    ):
         for item in (0, 1):
             ask(made, name, hashes[item : item + 1], arrival, item)
     run(ask(made, "r", b"b", 3, 1, with_pixels=True))
@@ -266,7 +288,8 @@ def test_a_shared_chunk_in_the_reserve_is_leased_to_one_at_a_time() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_requests_sharing_pictures_all_finish(seed: int) -> None:
-    """Random hashes shared between requests, cancellations, pixels in any order, a tiny pool: nothing hangs, nothing leaks."""
+    """Random hashes shared between requests, cancellations, pixels in any order, a tiny pool: nothing hangs,
+    nothing leaks."""
     rng = random.Random(seed)
     made = make(rng.choice((3, 4, 6)))
     wanted = {f"r{r}": deque(range(rng.randint(1, 6))) for r in range(6)}

@@ -39,7 +39,9 @@ def jobs(engine: TorchEngine) -> list[EncodeJob]:
 
 
 @pytest.mark.parametrize("flop", [1.0, 1e6, 2e7])
-def test_embeddings_are_the_same_in_blocks_of_any_size(flop: float, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_the_same_in_blocks_of_any_size(
+    flop: float, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     signs: list[int] = []
     plain, blocked = engine_of(random_checkpoint), engine_of(random_checkpoint, lambda: signs.append(1))
     expected, found = jobs(plain), jobs(blocked)

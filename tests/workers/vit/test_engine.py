@@ -53,7 +53,9 @@ def test_embeddings_of_a_packed_batch_agree(folder: Path) -> None:
     reference = Reference(folder)
     processed = reference.processor(images=PICTURES, return_tensors="pt")
     with torch.inference_mode():
-        expected = reference.model.model.visual(processed["pixel_values"], grid_thw=processed["image_grid_thw"]).pooler_output
+        expected = reference.model.model.visual(
+            processed["pixel_values"], grid_thw=processed["image_grid_thw"]
+        ).pooler_output
     ours = torch.cat([job.output for job in made])
     assert expected.std() > 0.01
     assert (ours - expected).norm() / expected.norm() < 1e-4

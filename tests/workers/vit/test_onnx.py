@@ -1,4 +1,5 @@
-"""The encoder as an ONNX file under onnxruntime, beside the torch engine, which is compared with Hugging Face elsewhere."""
+"""The encoder as an ONNX file under onnxruntime, beside the torch engine, which is compared with Hugging Face
+elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ from workers.vit.models.qwen2_vl import VisionEncoder, VisionPreparation
 from workers.vit.slices import SliceLimit
 
 CPU = torch.device("cpu")
-GRIDS = [GridTHW(1, 4, 6), GridTHW(1, 8, 4), GridTHW(1, 4, 6), GridTHW(3, 2, 2), GridTHW(1, 16, 16), GridTHW(2, 4, 6)]
+GRIDS = [
+    GridTHW(1, 4, 6),
+    GridTHW(1, 8, 4),
+    GridTHW(1, 4, 6),
+    GridTHW(3, 2, 2),
+    GridTHW(1, 16, 16),
+    GridTHW(2, 4, 6),
+]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
 
 
@@ -57,7 +65,8 @@ def make_jobs(info: ModelInfo, dtype: torch.dtype) -> list[EncodeJob]:
 
 def make_spec(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path) -> EngineSpec:
     return EngineSpec(
-        info=info, folder=folder, dtype=dtype, device=CPU, num_threads=1, cache=cache, progress=no_progress, limit=SliceLimit(4096, None)
+        info=info, folder=folder, dtype=dtype, device=CPU, num_threads=1, cache=cache, progress=no_progress,
+        limit=SliceLimit(4096, None)
     )  # fmt: skip
 
 
@@ -68,7 +77,9 @@ def test_embeddings_are_those_of_the_torch_engine(
     """Sizes that the export never saw, several of one size, videos."""
     reference = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)))
     file = exported(info, random_checkpoint, dtype, cache, no_progress)
-    assert "Attention" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}, "runtimes have no fused one else"
+    assert "Attention" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}, (
+        "runtimes have no fused one else"
+    )
     expected, found = make_jobs(info, torch.float32), make_jobs(info, dtype)
     reference.encode(expected)
     OnnxRuntimeEngine(VisionPreparation(info.vision), file, dtype, CPU, 1).encode(found)
@@ -85,7 +96,10 @@ def test_no_picture_sees_another(info: ModelInfo, random_checkpoint: Path, cache
     engine.encode(together)
     engine.encode(changed)
     assert not torch.equal(together[0].output, changed[0].output)
-    assert all(torch.equal(before.output, after.output) for before, after in zip(together[1:], changed[1:], strict=True))
+    assert all(
+        torch.equal(before.output, after.output)
+        for before, after in zip(together[1:], changed[1:], strict=True)
+    )
 
 
 def test_a_second_start_exports_nothing(
@@ -108,7 +122,12 @@ def test_processes_that_start_together_export_once(
         file.write_text("a file")
 
     monkeypatch.setattr(export_module, "export", export)
-    threads = [threading.Thread(target=exported, args=(info, random_checkpoint, torch.float32, tmp_path, no_progress)) for _ in range(4)]
+    threads = [
+        threading.Thread(
+            target=exported, args=(info, random_checkpoint, torch.float32, tmp_path, no_progress)
+        )
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -26,7 +26,8 @@ def test_a_batch_shrinks_to_what_fits_the_turn() -> None:
 
 
 def test_what_a_forward_costs_as_such_does_not_make_batches_tiny() -> None:
-    """8 ms of launches and 10 us a patch: small pictures first, which alone look as if a patch took 0.1 ms."""
+    """8 ms of launches and 10 us a patch: small pictures first, which alone look as if a patch took 0.1
+    ms."""
     limit = SliceLimit(4096, 0.020)
     for count in (64, 100, 64, 256, 80, 128, 300, 64, 500):
         limit.observe(count, 0.008 + 1e-5 * count)

@@ -1,4 +1,5 @@
-"""The TensorRT engine without a GPU: the real encoder is read and built by TensorRT-RTX; what is around an engine runs on a stand-in for it."""
+"""The TensorRT engine without a GPU: the real encoder is read and built by TensorRT-RTX; what is around an
+engine runs on a stand-in for it."""
 
 from __future__ import annotations
 
@@ -111,7 +112,11 @@ class FakeContext:
         sizes = self._engine.profiles[self.profile]
         self._shapes[name] = shape
         frames, patches = (shape[0], shape[1]) if name == "patches" else (1, shape[0])
-        return frames <= sizes.frames[2] and sizes.patches[0] <= patches <= sizes.patches[2] and "shape" not in self._engine.broken
+        return (
+            frames <= sizes.frames[2]
+            and sizes.patches[0] <= patches <= sizes.patches[2]
+            and "shape" not in self._engine.broken
+        )
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address

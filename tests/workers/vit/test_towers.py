@@ -1,4 +1,5 @@
-"""The contract between towers and engines, with a toy: one more input, of another type, and wider embeddings."""
+"""The contract between towers and engines, with a toy: one more input, of another type, and wider
+embeddings."""
 
 from __future__ import annotations
 

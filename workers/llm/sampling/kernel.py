@@ -38,7 +38,9 @@ def _weights(row, tokens, best, scale, VOCAB: tl.constexpr):
 
 
 @triton.jit
-def _largest_threshold(row, best, scale, lower, wanted, VOCAB: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr):
+def _largest_threshold(
+    row, best, scale, lower, wanted, VOCAB: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr
+):
     """The largest weight, in bits, with which what is kept still comes to `wanted`: in tokens, or as the sum
     of their weights.
 
@@ -53,7 +55,9 @@ def _largest_threshold(row, best, scale, lower, wanted, VOCAB: tl.constexpr, TIL
         for start in range(0, VOCAB, TILE):
             weights = _weights(row, start + tl.arange(0, TILE), best, scale, VOCAB)
             bits = weights.to(tl.int32, bitcast=True)
-            is_kept = (bits[None, :] >= candidates[:, None]) & (bits >= lower)[None, :] & (weights > 0)[None, :]
+            is_kept = (
+                (bits[None, :] >= candidates[:, None]) & (bits >= lower)[None, :] & (weights > 0)[None, :]
+            )
             found_by_lane += tl.where(is_kept, 1.0 if COUNTS else weights[None, :], 0.0)
         found = tl.sum(found_by_lane, 1)  # once, not in each turn: it makes the whole program meet
         low += (tl.sum((found >= wanted).to(tl.int32), 0) - 1) * step
@@ -79,7 +83,9 @@ def _exponentials(bits):
     """
     rest = (bits & LOW_BITS).to(tl.int64).to(tl.float32) * UNIT  # 1 - u
     rest = tl.minimum(tl.maximum(rest, SMALLEST), LARGEST)
-    series = 1.0 + rest * (1 / 2 + rest * (1 / 3 + rest * (1 / 4 + rest * (1 / 5 + rest * (1 / 6 + rest / 7)))))
+    series = 1.0 + rest * (
+        1 / 2 + rest * (1 / 3 + rest * (1 / 4 + rest * (1 / 5 + rest * (1 / 6 + rest / 7))))
+    )
     return tl.where(rest < SERIES_BELOW, rest * series, -tl.log(1.0 - rest))
 
 
@@ -130,7 +136,9 @@ def sample_kernel(
         least = min_p.to(tl.int32, bitcast=True)
         kept_by_rank = tl.full([], 0, tl.int32)
         if top_k < VOCAB:
-            kept_by_rank = _largest_threshold(row, best, scale, kept_by_rank, top_k.to(tl.float32), VOCAB, SMALL_TILE, True)
+            kept_by_rank = _largest_threshold(
+                row, best, scale, kept_by_rank, top_k.to(tl.float32), VOCAB, SMALL_TILE, True
+            )
             least = tl.maximum(least, kept_by_rank)
         if top_p < 1:
             kept_by_lane = tl.zeros([SMALL_TILE], tl.float32)
@@ -138,7 +146,9 @@ def sample_kernel(
                 weights = _weights(row, start + tl.arange(0, SMALL_TILE), best, scale, VOCAB)
                 kept_by_lane += tl.where(weights.to(tl.int32, bitcast=True) >= kept_by_rank, weights, 0.0)
             kept = top_p * tl.sum(kept_by_lane, 0)
-            least = tl.maximum(least, _largest_threshold(row, best, scale, kept_by_rank, kept, VOCAB, SMALL_TILE, False))
+            least = tl.maximum(
+                least, _largest_threshold(row, best, scale, kept_by_rank, kept, VOCAB, SMALL_TILE, False)
+            )
         low = tl.load(params + 4 * params_stride + number).to(tl.uint32, bitcast=True).to(tl.uint64)
         high = tl.load(params + 5 * params_stride + number).to(tl.uint32, bitcast=True).to(tl.uint64)
         choice = _first(row, best, scale, least, (high << 32) | low, VOCAB, SMALL_TILE)

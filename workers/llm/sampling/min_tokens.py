@@ -19,7 +19,9 @@ class MinTokens:
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         ends = {token for token in (*self._eos_token_ids, *params.stop_token_ids) if token < self._vocab_size}
-        self._bans[slot] = Entries(np.fromiter(ends, dtype=np.int64, count=len(ends)), np.full(len(ends), -np.inf, dtype=np.float32))
+        self._bans[slot] = Entries(
+            np.fromiter(ends, dtype=np.int64, count=len(ends)), np.full(len(ends), -np.inf, dtype=np.float32)
+        )
         self._min_tokens[slot] = params.min_tokens
         return params.min_tokens > 0
 

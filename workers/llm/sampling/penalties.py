@@ -51,7 +51,9 @@ class Penalties:
         places, slots = self._on_device(rows.places), self._on_device(rows.slots)
         counts, changed = self._counts[slots], logits[places]
         is_in_output = counts > 0
-        factor = torch.where(self._is_in_prompt[slots] | is_in_output, self._column(self._repetition, rows), 1.0)
+        factor = torch.where(
+            self._is_in_prompt[slots] | is_in_output, self._column(self._repetition, rows), 1.0
+        )
         changed = torch.where(changed > 0, changed / factor, changed * factor)
         changed -= self._column(self._frequency, rows) * counts
         changed -= self._column(self._presence, rows) * is_in_output

@@ -1,4 +1,5 @@
-"""What engines have in common that encode frames of one size as a batch: onnxruntime and TensorRT, from one ONNX file."""
+"""What engines have in common that encode frames of one size as a batch: onnxruntime and TensorRT, from one
+ONNX file."""
 
 from __future__ import annotations
 

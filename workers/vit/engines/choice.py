@@ -46,7 +46,8 @@ class EngineSpec:
 
 
 def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
-    """Encodes as much as a batch may hold, so that memory is taken and kernels are chosen before anybody waits."""
+    """Encodes as much as a batch may hold, so that memory is taken and kernels are chosen before anybody
+    waits."""
     vision = spec.info.vision
     merge, side = vision.merge_size, vision.patch_size
     max_patches = min(max_patches, vision.max_pixels // side**2)
@@ -60,7 +61,8 @@ def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
 
 
 def choose_engine(name: str, spec: EngineSpec) -> Engine:
-    """`auto` is on a GPU TensorRT where it imports and builds, else onnxruntime where its CUDA provider loads, else torch; on the CPU torch.
+    """`auto` is on a GPU TensorRT where it imports and builds, else onnxruntime where its CUDA provider
+    loads, else torch; on the CPU torch.
 
     Raises ValueError when what is asked for is not there.
     """
@@ -109,7 +111,9 @@ def _tensorrt(spec: EngineSpec) -> Engine:
     if spec.device.type != "cuda":
         raise ValueError("vit_engine 'tensorrt' needs a GPU")
     if spec.dtype == torch.float32:
-        raise ValueError("vit_engine 'tensorrt' has no attention for float32: take --dtype bfloat16 or float16")
+        raise ValueError(
+            "vit_engine 'tensorrt' has no attention for float32: take --dtype bfloat16 or float16"
+        )
     _need("tensorrt", "onnxscript")
     from workers.vit.engines.onnx import exported
     from workers.vit.engines.tensorrt import TensorRtEngine, built, load_tensorrt
@@ -130,4 +134,6 @@ def _tensorrt(spec: EngineSpec) -> Engine:
 def _need(engine: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"vit_engine {engine!r} needs the package {module}: install vlm-pipeline[cpu] or [gpu]")
+            raise ValueError(
+                f"vit_engine {engine!r} needs the package {module}: install vlm-pipeline[cpu] or [gpu]"
+            )

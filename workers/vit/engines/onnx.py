@@ -1,4 +1,5 @@
-"""The encoder as an ONNX file: exported by ourselves, once for a checkpoint and a type, and kept in the user's cache folder.
+"""The encoder as an ONNX file: exported by ourselves, once for a checkpoint and a type, and kept in the
+user's cache folder.
 
 Frames of one size are a batch without a mask, so that no picture sees another and runtimes take their fused
 attention. What depends on the size comes in as inputs, whose names, types and axes the tower says. What
@@ -100,7 +101,10 @@ def _dim(axis: Axis) -> Any:
 
 
 def exported(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
-    """The file for the checkpoint in `folder`, exported now if it is not in the cache yet. One process exports, others wait for it."""
+    """The file for the checkpoint in `folder`, exported now if it is not in the cache yet.
+
+    One process exports, others wait for it.
+    """
     tower, vision = tower_of(info), info.vision
     place = cache / "onnx" / _key(info, folder, dtype)
     with locked(place, progress):

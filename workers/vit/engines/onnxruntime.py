@@ -40,8 +40,10 @@ class OnnxRuntimeEngine(BatchEngine):
         provider: Any = "CPUExecutionProvider"
         if self._stream is not None:
             provider = ("CUDAExecutionProvider", {
-                "device_id": device.index, "has_user_compute_stream": "1", "user_compute_stream": str(self._stream.cuda_stream),
-                "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0",
+                "device_id": device.index, "has_user_compute_stream": "1",
+                "user_compute_stream": str(self._stream.cuda_stream),
+                "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC",
+                "use_tf32": "0",
             })  # fmt: skip
         self._session = onnxruntime.InferenceSession(file, options, providers=[provider])
         if device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():

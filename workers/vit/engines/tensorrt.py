@@ -1,8 +1,10 @@
-"""The TensorRT engine: built from our ONNX file once for a GPU, kept in the user's cache, its outputs bound to the embedding pool.
+"""The TensorRT engine: built from our ONNX file once for a GPU, kept in the user's cache, its outputs bound
+to the embedding pool.
 
-Takes TensorRT 11 (`tensorrt`), or TensorRT-RTX (`tensorrt_rtx_bindings`), which has the same interface and builds on machines without a
-GPU. Networks are strongly typed: they compute in the types of the file. Execution was never run on a GPU so far: tests build the real
-encoder, and run everything around the engine with a stand-in for it.
+Takes TensorRT 11 (`tensorrt`), or TensorRT-RTX (`tensorrt_rtx_bindings`), which has the same interface and
+builds on machines without a GPU. Networks are strongly typed: they compute in the types of the file.
+Execution was never run on a GPU so far: tests build the real encoder, and run everything around the engine
+with a stand-in for it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def load_tensorrt() -> Any:
 
 
 def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
-    """One for many small frames, one for few large ones: memory follows the largest product of a profile's two axes."""
+    """One for many small frames, one for few large ones: memory follows the largest product of a profile's
+    two axes."""
     least = info.merge_size**2
     largest = -(-info.largest_pixels // (least * info.patch_size**2)) * least  # whole tokens
     if largest <= SMALL:
@@ -118,7 +121,8 @@ def built(
     trt: Any, preparation: Preparation, file: Path, gpu: str, cache: Path, progress: Progress,
     capability: Any = None,
 ) -> Path:  # fmt: skip
-    """The engine of an exported file, built now if it is not in the cache yet. One process builds, others wait for it.
+    """The engine of an exported file, built now if it is not in the cache yet. One process builds, others
+    wait for it.
 
     Engines hold code: they are read from the user's own folder only.
     """
@@ -151,7 +155,10 @@ class TensorRtEngine(BatchEngine):
             context = self._engine.create_execution_context()
             if context is None:
                 raise RuntimeError("TensorRT has not enough memory for the engine")
-            _check(context.set_optimization_profile_async(index, self._stream_handle), "set_optimization_profile_async")
+            _check(
+                context.set_optimization_profile_async(index, self._stream_handle),
+                "set_optimization_profile_async",
+            )
             self._contexts.append(context)
 
     @property
@@ -162,15 +169,23 @@ class TensorRtEngine(BatchEngine):
         return self._profiles[self._profile(num_patches)].frames[2]
 
     def _profile(self, num_patches: int) -> int:
-        found = next((index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches[2]), None)
+        found = next(
+            (index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches[2]), None
+        )
         if found is None:
-            raise RuntimeError(f"the engine is for frames of at most {self._profiles[-1].patches[2]} patches, this has {num_patches}")
+            raise RuntimeError(
+                f"the engine is for frames of at most {self._profiles[-1].patches[2]} patches, this has "
+                f"{num_patches}"
+            )
         return found
 
     def _run(self, tensors: Mapping[str, Tensor], num_patches: int, out: Tensor) -> None:
         context = self._contexts[self._profile(num_patches)]
         for name, tensor in tensors.items():
-            _check(context.set_input_shape(name, tuple(tensor.shape)), f"set_input_shape {name} {tuple(tensor.shape)}")
+            _check(
+                context.set_input_shape(name, tuple(tensor.shape)),
+                f"set_input_shape {name} {tuple(tensor.shape)}",
+            )
             _check(context.set_tensor_address(name, tensor.data_ptr()), "set_tensor_address")
         if (shape := tuple(context.get_tensor_shape(OUTPUT))) != tuple(out.shape):
             raise RuntimeError(f"TensorRT would yield {shape}, not {tuple(out.shape)}")

@@ -1,4 +1,5 @@
-"""The torch engine: pictures of any sizes packed in one forward, normalised and cut into patches on the device."""
+"""The torch engine: pictures of any sizes packed in one forward, normalised and cut into patches on the
+device."""
 
 from __future__ import annotations
 

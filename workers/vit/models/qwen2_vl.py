@@ -78,7 +78,9 @@ class VisionEncoder(Encoder):
             return linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
 
         self.patch_embed = linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
-        self.blocks = [_Block(info, checkpoint, load, f"visual.blocks.{index}.") for index in range(info.depth)]
+        self.blocks = [
+            _Block(info, checkpoint, load, f"visual.blocks.{index}.") for index in range(info.depth)
+        ]
         self.norm = _layer_norm(checkpoint, "visual.merger.ln_q")
         self.merger_in = load("visual.merger.mlp.0")
         self.merger_out = load("visual.merger.mlp.2")
@@ -110,7 +112,9 @@ def flop_of(*layers: Linear) -> float:
 
 
 class _Block:
-    def __init__(self, info: VisionInfo, checkpoint: Checkpoint, load: Callable[[str], Linear], prefix: str) -> None:
+    def __init__(
+        self, info: VisionInfo, checkpoint: Checkpoint, load: Callable[[str], Linear], prefix: str
+    ) -> None:
         self.num_heads = info.num_heads
         self.norm1 = _layer_norm(checkpoint, f"{prefix}norm1")
         self.norm2 = _layer_norm(checkpoint, f"{prefix}norm2")

@@ -60,7 +60,8 @@ def test_draws_follow_the_distribution_of_what_is_kept(options: dict[str, Any]) 
 
 
 def test_rare_tokens_of_a_large_vocabulary_come_up_as_often_as_they_should() -> None:
-    """One draw in ten goes to 150,000 tokens of one in 1.5 million: their times are resolved that close to 0."""
+    """One draw in ten goes to 150,000 tokens of one in 1.5 million: their times are resolved that close to
+    0."""
     logits = torch.full((150_001,), math.log(0.1 / 150_000))
     logits[77] = math.log(0.9)
     drawn = [token for seed in range(3) for token in draw_many(logits, SamplingParams(seed=seed), 400)]
@@ -79,7 +80,9 @@ def test_draws_at_different_positions_and_of_different_seeds_are_independent() -
         assert chisquare(pairs.ravel(), wanted.ravel(), ddof=6).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"presence_penalty": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"presence_penalty": 1.0}]
+)
 def test_a_draw_depends_on_seed_and_number_only(options: dict[str, float]) -> None:
     torch.manual_seed(0)
     logits, company = torch.randn(1, 5000), torch.randn(3, 5000)

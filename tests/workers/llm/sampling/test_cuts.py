@@ -18,7 +18,9 @@ def drawn_tokens(**params: float) -> set[int]:
 def kept(logits: Tensor, *, top_k: float | None = None, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
     """What is left with a probability at all."""
     probs = logits[None].double().softmax(-1)
-    cuts = (torch.tensor([[value]], dtype=torch.float64) for value in (top_k or logits.shape[-1], top_p, min_p))
+    cuts = (
+        torch.tensor([[value]], dtype=torch.float64) for value in (top_k or logits.shape[-1], top_p, min_p)
+    )
     return set((probs >= least_probable(probs, *cuts))[0].nonzero()[:, 0].tolist())
 
 

@@ -46,7 +46,9 @@ def test_the_random_bits_are_those_of_torch_and_the_times_almost() -> None:
     torch.testing.assert_close(times, -noise.log_uniforms(keys), rtol=1e-6, atol=0)
 
 
-def draw(logits: Tensor, options: dict[str, Any], kernel: Kernel | None, seed: int = 3, device: torch.device = CPU) -> list[int]:
+def draw(
+    logits: Tensor, options: dict[str, Any], kernel: Kernel | None, seed: int = 3, device: torch.device = CPU
+) -> list[int]:
     """Tokens 0, 1, … of one request, by a row of logits each."""
     return draw_many(logits, SamplingParams(seed=seed, **options), len(logits), kernel, device)
 

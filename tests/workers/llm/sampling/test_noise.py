@@ -30,11 +30,15 @@ def test_the_generator_is_splitmix64() -> None:
 
 def test_torch_has_the_bits_of_python_integers_at_all_tokens_and_at_some() -> None:
     noise = Noise(3000, CPU)
-    expected = [[splitmix64((int(key) + (token + 1) * GOLDEN) & MASK) for token in range(3000)] for key in KEYS]
+    expected = [
+        [splitmix64((int(key) + (token + 1) * GOLDEN) & MASK) for token in range(3000)] for key in KEYS
+    ]
     whole = noise.bits(KEYS).numpy().view(np.uint64)
     assert whole.tolist() == expected
     some = torch.tensor([2999, 0, 17])
-    assert noise.bits(KEYS[2:3], some).numpy().view(np.uint64).tolist() == [[expected[2][token] for token in some]]
+    assert noise.bits(KEYS[2:3], some).numpy().view(np.uint64).tolist() == [
+        [expected[2][token] for token in some]
+    ]
 
 
 def test_times_are_those_of_the_exact_numbers() -> None:
@@ -57,7 +61,9 @@ def test_the_ends_are_cut_so_that_no_time_is_zero_or_infinite() -> None:
 
 
 def test_keys_of_seeds_and_numbers_are_distinct_and_uniform() -> None:
-    seeds, numbers = np.meshgrid(np.arange(200, dtype=np.uint64), np.arange(200, dtype=np.uint64), indexing="ij")
+    seeds, numbers = np.meshgrid(
+        np.arange(200, dtype=np.uint64), np.arange(200, dtype=np.uint64), indexing="ij"
+    )
     keys = draw_keys(seeds.ravel(), numbers.ravel())
     assert len(np.unique(keys)) == keys.size
     drawn = keys.astype(np.float64).reshape(200, 200) / 2.0**64

@@ -8,7 +8,9 @@ from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
 from workers.llm.sampling.base import Rows, Tokens
 from workers.llm.sampling.penalties import Penalties
 
-ALL = SamplingParams(temperature=0, seed=1, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=2.0)
+ALL = SamplingParams(
+    temperature=0, seed=1, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=2.0
+)
 LOGITS = [4.0, -1.0, 0.5, 6.0, 0.0]
 
 

@@ -87,7 +87,8 @@ def test_a_row_that_asks_nothing_of_a_processor_is_not_touched_by_it() -> None:
 
 
 def test_every_rank_chooses_the_same() -> None:
-    """Ranks have the same logits, and from the plan the same requests; one is resumed, and its draws go on."""
+    """Ranks have the same logits, and from the plan the same requests; one is resumed, and its draws go
+    on."""
     params = [
         with_seed(SamplingParams(), "a", 0),
         with_seed(SamplingParams(top_p=0.9, presence_penalty=1.5, min_tokens=4), "b", 0),
@@ -184,7 +185,10 @@ def test_a_processor_that_needs_tokens_works_between_forward_and_choice() -> Non
         if chosen:
             ranks[0].accept(slots, torch.tensor(chosen[-1]))
         grammars[1].masks = dict(grammars[0].masks)  # by the plan
-        of_ranks = [rank.sample(logits.clone(), slots, np.array([step, 2 + step])).token_ids.tolist() for rank in ranks]
+        of_ranks = [
+            rank.sample(logits.clone(), slots, np.array([step, 2 + step])).token_ids.tolist()
+            for rank in ranks
+        ]
         assert of_ranks[0] == of_ranks[1]
         chosen.append(of_ranks[0])
     assert [tokens[1] for tokens in chosen] == [4, 5, 6, 7, 8], "behind the output of an earlier attempt"
