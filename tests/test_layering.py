@@ -112,6 +112,25 @@ def test_only_the_command_line_reads_the_environment() -> None:
             assert "os.environ[" not in source, path
 
 
+def test_decoders_and_formats_are_found_by_their_name() -> None:
+    """So that another one is one more file: nobody else imports a decoder, and the formats one place only."""
+    models, weights = "workers.llm.models", "workers.nn.weights"
+    decoders = {
+        path.stem for path in (ROOT / "workers/llm/models").glob("*.py") if "DECODER" in path.read_text()
+    }
+    decoders -= {"base", "registry"}
+    assert decoders
+    for path in FILES:
+        names, folder = imports(path), path.parent
+        assert not names & {f"{models}.{decoder}" for decoder in decoders}, path
+        if folder == ROOT / "workers/llm/attention":
+            assert not [name for name in names if name.startswith(models)], "attention knows no model"
+        if folder == ROOT / "workers/nn/weights":
+            assert not [name for name in names if name.startswith("workers.llm")], path
+        if folder != ROOT / "workers/nn/weights":
+            assert f"{weights}.int8" not in names, path
+
+
 PURE_TESTS = (
     "pipeline/transport/test_slots.py",
     "pipeline/client/test_detokenizer.py",

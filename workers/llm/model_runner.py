@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +17,23 @@ from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.messages import SequenceStart, SequenceStep, StepPlan
-from workers.llm.attention.torch import Span
+from workers.llm.attention.base import AttentionBackend, Span
 from workers.llm.backends import Backend, choose_backend
+from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes
 from workers.llm.embedding_pools import EmbeddingPools
-from workers.llm.models.qwen2_vl import Decoder
+from workers.llm.item_embeddings import PlacedSlice, place_embeddings
+from workers.llm.models.base import Decoder
+from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.llm.sequences import Int64Array, Rows, SequenceTable
 from workers.llm.step_result import Launched
-from workers.nn.layers import make_int8_linear, make_linear
-from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
+from workers.nn.loader import Progress, choose_dtype, to_device
+from workers.nn.weights.registry import open_weights
 
 LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
 
@@ -39,7 +41,7 @@ LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
 class ModelRunner:
     """`open_cache` follows, once it is known what memory is left."""
 
-    attention: Any
+    attention: AttentionBackend
     sequences: SequenceTable
     states: StateTensors
 
@@ -75,12 +77,11 @@ class ModelRunner:
     ) -> ModelRunner:
         """With the weights of a checkpoint."""
         dtype = choose_dtype(config.model.dtype, device)
-        checkpoint = Checkpoint(folder, dtype, device, progress)
-        checkpoint.expect("model.")
         backend = choose_backend(config.llm.attention, device)
-        linear = make_int8_linear if config.llm.quantization == "int8" else make_linear
-        decoder = Decoder(info.text, checkpoint, parallel, linear, backend.kernels)
-        checkpoint.close()
+        weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
+        weights.expect("model.")
+        decoder = decoder_of(info)(info.text, weights, parallel, backend.kernels)
+        weights.close()
         if config.llm.all_reduce == "symmetric":
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
         return cls(info, config, decoder, backend, device, parallel)
@@ -88,31 +89,21 @@ class ModelRunner:
     def open_cache(self, num_blocks: int, max_model_len: int) -> None:
         """Makes what the layers keep, and captures the graphs of decode steps where the backend allows it."""
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
-        paged = paged_of(spec)
-        if len(set(paged)) != 1:
-            raise ValueError(f"paged layers must all have the same heads, got {sorted(set(paged))}")
-        self.attention = self._backend.attention(
-            len(paged),
-            num_blocks,
-            size,
-            paged[0].num_kv_heads,
-            paged[0].head_dim,
-            self._dtype,
-            self.device,
-        )
+        cache = PagedTensors(paged_of(spec), num_blocks, size, self._dtype, self.device)
+        self.attention = self._backend.attention(cache)
         self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
         self.states = StateTensors(states_of(spec), self._num_slots, self.device)
         if self._backend.sample is None:
             return
         with torch.inference_mode():
-            self.attention.warm_up(self.decoder.heads.num_heads)
+            self.attention.warm_up(self.decoder.attention_layers)
         if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
         # One for all sizes: as outputs of the graphs they would take as much as all sizes together.
         vocab_size = self._info.text.vocab_size
         self._logits = torch.empty(sizes[-1], vocab_size, dtype=torch.float32, device=self.device)
-        buffers = DecodeBuffers(sizes[-1], self.sequences, size, self.attention.spare_slot, self.device)
+        buffers = DecodeBuffers(sizes[-1], self.sequences, size, cache.spare_slot, self.device)
         self._tables = buffers.device_tables
 
         def compute(inputs: Inputs) -> Outputs:
@@ -126,10 +117,10 @@ class ModelRunner:
         assert self._backend.sample is not None
         slots = inputs.slots.long()
         tables = self._tables.tables[slots]
-        layout = self.attention.plan_decode(inputs.new_slots, tables, inputs.lengths, longest)
+        attention = self.attention.plan_decode(inputs.new_slots, tables, inputs.lengths, longest)
         x = self.decoder.embed(self._last_tokens[slots])
         states = self.states.of_step(slots, None)
-        hidden = self.decoder(x, inputs.positions.expand(3, -1), self.attention, layout, states)
+        hidden = self.decoder(x, inputs.positions.expand(3, -1), attention, states=states)
         logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
         self._last_tokens[slots] = chosen
@@ -199,10 +190,12 @@ class ModelRunner:
         ends = np.cumsum(rows.counts)
         x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
         positions = self._positions(rows, ends)
-        for step, end in zip(steps, ends.tolist(), strict=True):
-            for part in step.embeddings:
-                first = end - step.num_tokens + part.offset
-                self.pools.gather(x[first : first + part.length], part.embeddings, part.start)
+        slices = [
+            PlacedSlice(end - step.num_tokens + part.offset, part)
+            for step, end in zip(steps, ends.tolist(), strict=True)
+            for part in step.embeddings
+        ]
+        features = place_embeddings(x, slices, self.pools.gather, self.decoder.num_features)
         spans = [
             Span(count, start, self.sequences.block_table(slot))
             for slot, start, count in zip(
@@ -213,7 +206,7 @@ class ModelRunner:
             )
         ]
         states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist())
-        return self.decoder(x, positions, self.attention, self.attention.plan(spans), states), ends
+        return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
 
     def _token_ids(self, rows: Rows, ends: Int64Array) -> Tensor:
         """[num_tokens] int64: those that the host knows, and the last of each sequence that decodes."""

@@ -46,12 +46,13 @@ from workers.llm.cache.spec import states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
-from workers.llm.models.qwen2_vl import Decoder
+from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
 from workers.llm.stepping import Watch
 from workers.nn.loader import choose_device, choose_dtype
+from workers.nn.weights.registry import choose_formats
 
 logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
@@ -68,15 +69,13 @@ def main(context: WorkerContext) -> None:
     info = read_model_info(context.model_folder)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
-    if config.llm.quantization != "none" and device.type != "cpu":
-        raise ValueError(
-            f"quantization {config.llm.quantization!r} is for the CPU, but this rank computes on {device}"
-        )
+    # A format that is not served fails before anything is waited for.
+    choose_formats(context.model_folder, device, config.llm.quantization)
     if device.type == "cuda":
         _wait_for_vits(context, control)
     else:
         # What cannot fit fails before the weights are loaded.
-        spec = Decoder.spec_of(info.text, tp_size)
+        spec = decoder_of(info).spec_of(info.text, tp_size)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
     rendezvous = (
         Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"

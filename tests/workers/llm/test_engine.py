@@ -65,7 +65,7 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Watch
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.preprocess.images import decode, read_size
 from workers.preprocess.prompt import ChatPrompt
 from workers.vit.engines.torch import TorchEngine
@@ -124,7 +124,7 @@ class Rig:
         self.now = 0.0
         self.greet(CLIENT)
         vision = self.info.vision
-        self.encoder = TorchEngine(VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
+        self.encoder = TorchEngine(VisionEncoder(vision, open_weights(folder, torch.float32, CPU)))
         self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
         self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)

@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.llm.test_triton_attention import CPU, make_spans, reference
-from workers.llm.attention.torch import Span
+from tests.workers.llm.attention.spans import make_layer, make_spans, reference
+from workers.llm.attention.base import Span
+from workers.llm.cache.paged_tensors import PagedTensors
+from workers.llm.cache.spec import Paged
 
 pytestmark = pytest.mark.interpreter
+
+CPU = torch.device("cpu")
 
 
 def flash_attn_with_kvcache(
@@ -56,17 +60,18 @@ def test_mixed_steps_are_attended_as_by_the_kernels(module: types.ModuleType) ->
 
     torch.manual_seed(0)
     backend = choose_backend("flash3", CPU)
-    attention = backend.attention(1, 40, 4, 2, 16, torch.float32, CPU)
-    attention.cache.zero_()
+    cache = PagedTensors([Paged(2, 16)], 40, 4, torch.float32, CPU)
+    attention, layer = backend.attention(cache), make_layer(0, 6, 2, 16)
+    cache.tensors[0].zero_()
     spans = make_spans(random.Random(0), 4, 40, [(1, 9), (1, 0), (5, 7), (12, 0)])
     for span in spans:
         slots = [span.block_table[position // 4] * 4 + position % 4 for position in range(span.num_computed)]
-        attention.cache[0, slots] = torch.randn(len(slots), 4, 16)
+        cache.tensors[0][slots] = torch.randn(len(slots), 4, 16)
     qkv = torch.randn(19, 6 + 4, 16)
-    out = attention(0, attention.plan(spans), qkv, None, attention.rotary(torch.randn(19, 8), torch.float32))
-    torch.testing.assert_close(
-        out.double(), reference(attention.cache[0], 4, spans, qkv[:, :6]), atol=1e-5, rtol=1e-5
-    )
+    step = attention.plan(spans)
+    step.write(layer, qkv, step.rotary(torch.randn(19, 8), torch.float32))
+    expected = reference(cache.tensors[0], 4, spans, qkv[:, :6])
+    torch.testing.assert_close(step.attend(layer, qkv).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_the_package_it_is_said() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from pipeline.families import TextInfo
-from workers.llm.models.qwen2_vl import Decoder
+from workers.llm.models.qwen2 import Qwen2Decoder
 from workers.llm.parallel import TensorParallel
 from workers.nn.loader import _usual_name
+from workers.nn.weights.dense import Dense
+from workers.nn.weights.weights import Weights
 
 NAMES = (
     "hidden_size",
@@ -59,8 +61,8 @@ class MetaCheckpoint:
         self.shapes = shapes
         self.loaded: list[tuple[str, Part]] = []
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
+    def has_module(self, module: str) -> bool:
+        return f"{module}.weight" in self.shapes
 
     def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         shape = self.shapes[name]
@@ -75,7 +77,9 @@ class MetaCheckpoint:
 def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
     """The decoder's tensors of the real checkpoint, as Hugging Face's implementation has them."""
     config = Qwen2VLConfig(
-        text_config=SHAPES[model], vision_config={"depth": 1}, tie_word_embeddings=model in TIED
+        text_config=SHAPES[model],
+        vision_config={"depth": 1},
+        tie_word_embeddings=model in TIED,
     )
     with torch.device("meta"):
         made = Qwen2VLForConditionalGeneration(config)
@@ -95,13 +99,18 @@ def text_info(model: str) -> TextInfo:
     )  # fmt: skip
 
 
+def make_decoder(model: str, checkpoint: MetaCheckpoint, parallel: TensorParallel) -> Qwen2Decoder:
+    weights = Weights(checkpoint, [Dense()])  # type: ignore[arg-type]
+    return Qwen2Decoder(text_info(model), weights, parallel)
+
+
 @pytest.mark.parametrize(("model", "size"), FITTING)
 def test_every_tensor_is_loaded_exactly_once(model: str, size: int) -> None:
     shapes = checkpoint_shapes(model)
     ranks = []
     for rank in range(size):
         checkpoint = MetaCheckpoint(shapes)
-        Decoder(text_info(model), checkpoint, TensorParallel(rank, size))  # type: ignore[arg-type]
+        make_decoder(model, checkpoint, TensorParallel(rank, size))
         ranks.append(checkpoint.loaded)
     assert {name for name, _ in ranks[0]} == set(shapes), "each tensor of the checkpoint, and no other"
     embedding = "model.embed_tokens.weight"
@@ -147,4 +156,4 @@ def covered(parts: list[Part], shape: torch.Size) -> bool:
 )
 def test_heads_that_do_not_divide_are_refused_with_the_numbers(model: str, size: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Decoder(text_info(model), MetaCheckpoint(checkpoint_shapes(model)), TensorParallel(0, size))  # type: ignore[arg-type]
+        make_decoder(model, MetaCheckpoint(checkpoint_shapes(model)), TensorParallel(0, size))
