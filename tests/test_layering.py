@@ -26,7 +26,9 @@ HOUSES = {  # the folders of pipeline/, and which others each may import
     "process": ("wire", "config", "transport"),
     "client": ("wire", "config", "transport", "process"),
 }
-ZMQ_FILES = [ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "curve.py")]
+ZMQ_FILES = [
+    ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "keys.py", "tcp.py")
+]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
 
 

@@ -19,7 +19,8 @@ import pytest
 import zmq
 
 from pipeline.client.blocking import BlockingClient
-from pipeline.transport.curve import ClientKeys, Remote, make_client_keys, make_server_keys
+from pipeline.transport.keys import ClientKeys, make_client_keys, make_server_keys
+from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.errors import PipelineError, RequestError
 from pipeline.wire.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
@@ -166,7 +167,7 @@ def test_another_tokenizer_is_refused(served: Served, tmp_path: Path) -> None:
 
 def test_garbage_and_forged_ids_are_refused_and_counted(served: Served) -> None:
     """What a client with a key can do that does not keep to the protocol."""
-    remote = Remote(served.url, ClientKeys.read(served.keys))
+    remote = RemotePipeline(served.url, ClientKeys.read(served.keys))
     context = zmq.Context()
     try:
         push, sub = context.socket(zmq.PUSH), context.socket(zmq.SUB)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pipeline.config import MIB
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
-from pipeline.transport.curve import Door, ServerKeys
 from pipeline.transport.ends import Poller, Publisher, Received, Receiver, Relayed
+from pipeline.transport.keys import ServerKeys
 from pipeline.transport.sockets import Sockets
+from pipeline.transport.tcp import ClientListener
 from pipeline.wire.messages import (
     ControlMessage,
     Drain,
@@ -47,7 +48,7 @@ def main(context: WorkerContext) -> None:
     config = context.config
     port = config.direct.direct_port
     assert port is not None, "placement starts no gateway without a port"
-    door = Door(config.direct.direct_host, port, ServerKeys.read(Path(config.direct.direct_keys)))
+    door = ClientListener(config.direct.direct_host, port, ServerKeys.read(Path(config.direct.direct_keys)))
     limit_memory(BASE_MIB + MAX_HELD_REQUESTS * config.api.max_request_mib)
     outside = Sockets(door, {})
     relay = _Relay(context, door, outside)
@@ -63,7 +64,7 @@ def main(context: WorkerContext) -> None:
 
 
 class _Relay:
-    def __init__(self, context: WorkerContext, door: Door, outside: Sockets) -> None:
+    def __init__(self, context: WorkerContext, door: ClientListener, outside: Sockets) -> None:
         self._context, self._door = context, door
         config = context.config
         self._ups: list[Relayed[OutputsMessage]] = [

@@ -14,19 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.transport.curve import (
-    ClientKeys,
-    Door,
-    Remote,
-    ServerKeys,
-    make_client_keys,
-    make_server_keys,
-    owner_of,
-)
+from pipeline.transport.keys import ClientKeys, ServerKeys, make_client_keys, make_server_keys, owner_of
+from pipeline.transport.sites import EdgeEnd
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import Hello, PipelineState, TokenOutputs
-from pipeline.wire.topology import CONTROL, DIRECT_EDGES, INGEST, OUTPUTS
-from tests.fakes import LLM_0
+from pipeline.transport.tcp import ClientListener, RemotePipeline
+from pipeline.wire.messages import Hello, LeaseReleased, PipelineState, TokenOutputs
+from pipeline.wire.topology import CONTROL, DIRECT_EDGES, ENCODE, FEEDBACK, INGEST, OUTPUTS
+from tests.fakes import LLM_0, PREPROCESS, VIT_0
 from tools.processes import free_port
 
 
@@ -37,7 +31,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 class Site(NamedTuple):
-    door: Door
+    door: ClientListener
     outside: Sockets
     connect: Callable[[Path], Sockets]
     keys: Path
@@ -46,11 +40,11 @@ class Site(NamedTuple):
 @pytest.fixture
 def site(keys: Path) -> Iterator[Site]:
     port = free_port(len(DIRECT_EDGES))
-    door = Door("127.0.0.1", port, ServerKeys.read(keys))
+    door = ClientListener("127.0.0.1", port, ServerKeys.read(keys))
     made = [Sockets(door, {})]
 
     def connect(folder: Path) -> Sockets:
-        made.append(Sockets(Remote(f"tcp://127.0.0.1:{port}", ClientKeys.read(folder)), {}))
+        made.append(Sockets(RemotePipeline(f"tcp://127.0.0.1:{port}", ClientKeys.read(folder)), {}))
         return made[-1]
 
     yield Site(door, made[0], connect, keys)
@@ -122,7 +116,44 @@ def test_the_tool_makes_keys_and_explains_what_is_wrong(tmp_path: Path) -> None:
 def test_an_address_that_is_none_is_refused(keys: Path, url: str) -> None:
     client = ClientKeys.read(make_client_keys(keys, "alice"))
     with pytest.raises(ValueError, match="is not tcp://HOST:PORT"):
-        Remote(url, client)
+        RemotePipeline(url, client)
+
+
+def test_edges_of_one_process_may_be_at_several_sites(keys: Path, tmp_path: Path) -> None:
+    """Preprocess takes requests from another machine, and tells a ViT of this one."""
+    port = free_port(len(DIRECT_EDGES))
+    epochs = {PREPROCESS: 1, VIT_0: 1}
+    listener = ClientListener("127.0.0.1", port, ServerKeys.read(keys))
+    preprocess = Sockets(tmp_path, epochs, elsewhere={EdgeEnd(INGEST): listener})
+    vit = Sockets(tmp_path, epochs)
+    client_keys = ClientKeys.read(make_client_keys(keys, "alice"))
+    client = Sockets(RemotePipeline(f"tcp://127.0.0.1:{port}", client_keys), {})
+    try:
+        ingest, feedback = preprocess.receiver(INGEST), preprocess.receiver(FEEDBACK)
+        encode = vit.receiver(ENCODE)
+        hello = Hello(client_id=b"c" * 16, protocol=1)
+        client.sender(INGEST).send(hello)
+        received = wait_for(ingest.receive)
+        assert (received.message, received.user) == (hello, client_keys.own.public.decode())
+        released = LeaseReleased(sender=LLM_0, epoch=1, lease_ids=(7,))
+        to_vit = preprocess.sender(ENCODE)
+        to_vit.send(released)
+        assert wait_for(encode.receive).message == released
+        assert feedback.receive() is None
+        assert [path.name for path in sorted(tmp_path.iterdir()) if path.is_socket()] == [
+            "encode.0.1",
+            "feedback.1",
+        ]
+        # Only what is in the run directory has another address for a successor.
+        assert preprocess.follow({VIT_0: 2, PREPROCESS: 2}) == [VIT_0, PREPROCESS]
+        successor = Sockets(tmp_path, {VIT_0: 2})
+        at_successor = successor.receiver(ENCODE)
+        to_vit.send(released)
+        assert wait_for(at_successor.receive).message == released
+        successor.close()
+    finally:
+        for sockets in (client, vit, preprocess):
+            sockets.close()
 
 
 def test_messages_tell_whose_they_are(site: Site) -> None:
