@@ -20,7 +20,7 @@ from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
 from workers.api.budget import Budget, Lease, memory_mib
 from workers.api.chat import Chat, open_chat
 from workers.api.errors import RETRY_AFTER_S, end_stream, error_response
-from workers.api.metrics import exposition
+from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
 from workers.api.protocol import decode_request
 from workers.api.stream import ChoicePiece, Completion, side_by_side
 from workers.api.tenants import peer_tenant
@@ -70,6 +70,7 @@ class ApiServer:
         self._keys = config.keys
         self._pace, self._budget = pace or Pace(), budget or Budget(memory_mib(config) * MIB)
         self._created = int(time.time())
+        self._counts = WorkerCollector(lambda: client.workers)
         self.is_ready = False
         self._is_settled = asyncio.Event()  # ready, or never to be
         self.is_retiring = False  # connections end with the next answer on them
@@ -231,10 +232,7 @@ class ApiServer:
         return web.json_response({"status": "reloading"}, status=202)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(
-            body=exposition(self._client.workers).encode(),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-        )
+        return web.Response(body=exposition(self._counts), headers={"Content-Type": CONTENT_TYPE})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         """Scripts ask for it to learn that the server has started: it waits until then."""

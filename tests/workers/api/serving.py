@@ -14,6 +14,7 @@ from aiohttp import web
 from pipeline.client.client import Piece
 from pipeline.config import ApiConfig
 from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.messages import WorkerState
 from pipeline.wire.sampling import FinishReason
 from workers.api.connections import HttpRunner
 from workers.api.server import ApiServer
@@ -35,7 +36,8 @@ class FakeClient:
     """Answers every chat with what `answer` yields, and keeps the media of the last one."""
 
     def __init__(self, answer: Callable[[], Pieces] = one_word) -> None:
-        self.answer, self.failure, self.is_draining, self.workers = answer, "", False, ()
+        self.answer, self.failure, self.is_draining = answer, "", False
+        self.workers: tuple[WorkerState, ...] = ()
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()
         self.options: dict[str, Any] = {}
