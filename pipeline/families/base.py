@@ -209,6 +209,7 @@ class Family(ABC):
 
     model_type: ClassVar[str]  # in config.json
     tower: ClassVar[str]  # the module in workers/vit/models; families share towers
+    parser: ClassVar[str] = "plain"  # the module in workers/api/parsers, which reads what the model writes
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:

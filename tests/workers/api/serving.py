@@ -41,6 +41,7 @@ class FakeClient:
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()
         self.options: dict[str, Any] = {}
+        self.sampling: list[Any] = []  # of all
 
     def generate(
         self,
@@ -51,15 +52,18 @@ class FakeClient:
     ) -> Pieces:
         self.num_asked += 1
         self.media, self.options = media, options
+        self.sampling.append(sampling)
         return self.answer()
 
     def token_text(self, token_id: int) -> bytes:
         return b"x"
 
 
-def endpoint(client: FakeClient | None = None, is_ready: bool = True, **options: Any) -> ApiServer:
+def endpoint(
+    client: FakeClient | None = None, is_ready: bool = True, parser: str = "plain", **options: Any
+) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
-    info = SimpleNamespace(default_sampling=())
+    info = SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser=parser))
     server = ApiServer(ApiConfig(**api), cast(Any, client or FakeClient()), "m", cast(Any, info), **options)
     if is_ready:
         server.set_ready()

@@ -25,7 +25,7 @@ from tests.workers.api.serving import (
     post,
     serving,
 )
-from workers.api import connections, stream
+from workers.api import connections, generation
 from workers.api.connections import MAX_CONNECTIONS, Patience, max_connections
 
 SHORT = Patience(head_s=0.3, idle_s=0.3, reading_s=0.5, closing_s=0.5)
@@ -89,7 +89,7 @@ async def test_a_client_that_does_not_read_is_cut_off(body: bytes) -> None:
 
 
 async def test_what_is_not_read_of_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "MAX_UNREAD_PIECES", 100)
+    monkeypatch.setattr(generation, "MAX_UNREAD_PIECES", 100)
     num_given = 0
 
     async def answer() -> Pieces:

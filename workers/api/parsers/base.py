@@ -1,0 +1,39 @@
+"""The contract of a parser: the text of one choice, piece by piece, becomes content, and what is none."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Text that the model writes before it answers."""
+
+    text: str
+
+
+ParserEvent = Content | Thought  # tool calls come with the first parser that reads some
+
+
+class Parser(ABC):
+    """Reads the text of one choice. A tag may be cut anywhere between two pieces.
+
+    Texts of events are not empty. Where text is not cut off by `max_tokens`, nothing of it may be lost.
+    """
+
+    @abstractmethod
+    def add(self, text: str) -> Sequence[ParserEvent]:
+        """What can be told after this piece, which may be empty."""
+
+    @abstractmethod
+    def finish(self) -> Sequence[ParserEvent]:
+        """What was held back: the text is over."""
