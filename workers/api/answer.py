@@ -28,11 +28,10 @@ class TokenScores(NamedTuple):
     best: tuple[ScoredToken, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """What one piece adds to a choice."""
 
-    index: int  # of the choice
+    choice: int
     events: Sequence[ParserEvent]
     logprobs: Sequence[TokenScores]
     finish_reason: FinishReason | None  # of a choice's last update
@@ -44,9 +43,6 @@ class Usage(NamedTuple):
     num_cached_tokens: int  # of the prompt
 
 
-NO_USAGE = Usage(0, 0, 0)
-
-
 @dataclass(slots=True)
 class Choice:
     """One of the texts that were asked for, so far."""
@@ -55,8 +51,17 @@ class Choice:
     content: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     logprobs: list[TokenScores] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    usage: Usage = NO_USAGE
+    last_piece: Piece | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.last_piece.finish_reason if self.last_piece else None
+
+    @property
+    def usage(self) -> Usage:
+        if (piece := self.last_piece) is None:
+            return Usage(0, 0, 0)
+        return Usage(piece.num_prompt_tokens, piece.num_output_tokens, piece.num_cached_tokens)
 
 
 class Answer:
@@ -79,17 +84,16 @@ class Answer:
     def add(self, index: int, piece: Piece) -> Update:
         """Counts a piece of a choice and reads its text, which is not kept: a stream may be long."""
         choice = self.choices[index]
-        choice.finish_reason = piece.finish_reason
-        choice.usage = Usage(piece.num_prompt_tokens, piece.num_output_tokens, piece.num_cached_tokens)
+        choice.last_piece = piece
         events = choice.parser.add(piece.text)
         if piece.finish_reason is not None:
             events = (*events, *choice.parser.finish())
-        logprobs = [self._scores(token) for token in piece.logprobs]
+        logprobs = [self._scores(token) for token in piece.logprobs] if piece.logprobs else ()
         return Update(index, events, logprobs, piece.finish_reason)
 
     def keep(self, update: Update) -> None:
         """For an answer that is told as a whole."""
-        choice = self.choices[update.index]
+        choice = self.choices[update.choice]
         choice.logprobs += update.logprobs
         for event in update.events:
             match event:

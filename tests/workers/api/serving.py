@@ -16,7 +16,7 @@ from pipeline.config import ApiConfig
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.messages import WorkerState
 from pipeline.wire.sampling import FinishReason
-from workers.api.connections import HttpRunner
+from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
 
 CHAT = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()

@@ -37,7 +37,7 @@ def test_an_update_has_what_its_piece_adds_and_only_kept_ones_stay() -> None:
         "hi", (104, 105), None, 1, 2, 0, (scores([104, 72], [-0.5, -1.0]), scores([105], [-math.inf]))
     )
     update = answer.add(0, piece)
-    assert (update.index, update.events, update.finish_reason) == (0, (Content("hi"),), None)
+    assert (update.choice, update.events, update.finish_reason) == (0, (Content("hi"),), None)
     first, second = update.logprobs
     assert (first.chosen, first.best) == ((b"h", -0.5), ((b"H", -1.0),))
     assert (second.chosen, second.best) == ((b"i", -math.inf), ())

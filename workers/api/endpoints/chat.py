@@ -183,10 +183,10 @@ class ChatCompletions(Endpoint):
         if logprobs and not deltas:
             deltas = [{"content": ""}]
         for delta in deltas:
-            yield self._chunk(update.index, delta, logprobs=logprobs)
+            yield self._chunk(update.choice, delta, logprobs=logprobs)
             logprobs = ()  # they come with the first
         if update.finish_reason is not None:
-            yield self._chunk(update.index, {}, update.finish_reason)
+            yield self._chunk(update.choice, {}, update.finish_reason)
 
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model.name}

@@ -53,7 +53,7 @@ class ToyCompletions(Endpoint):
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         async for update in updates:
             text = "".join(one.text for one in update.events if isinstance(one, Content))
-            yield event({"at": update.index, "text": text})
+            yield event({"at": update.choice, "text": text})
         yield event({"spent": answer.usage.num_output_tokens})
 
 
