@@ -88,7 +88,7 @@ class ApiServer:
         for path, route in self._routes.items():
             if issubclass(route, Endpoint):
                 application.router.add_post(path, partial(self._generate, route))
-            elif issubclass(route, Inquiry):
+            else:
                 application.router.add_get(path, partial(self._inquire, route))
         return application
 

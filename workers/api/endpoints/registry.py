@@ -6,14 +6,14 @@ import functools
 import importlib
 import pkgutil
 
-from workers.api.endpoints.base import Endpoint, Route
+from workers.api.endpoints.base import Endpoint, Inquiry
 
 PACKAGE = "workers.api.endpoints"
 
 
 @functools.cache
-def routes() -> tuple[type[Route], ...]:
-    found: list[type[Route]] = []
+def routes() -> tuple[type[Endpoint] | type[Inquiry], ...]:
+    found: list[type[Endpoint] | type[Inquiry]] = []
     for module in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__, f"{PACKAGE}."):
         found += getattr(importlib.import_module(module.name), "ROUTES", ())
     return tuple(found)

@@ -26,7 +26,7 @@ ParserEvent = Content | Thought  # tool calls come with the first parser that re
 class Parser(ABC):
     """Reads the text of one choice. A tag may be cut anywhere between two pieces.
 
-    Texts of events are not empty. Where text is not cut off by `max_tokens`, nothing of it may be lost.
+    No event is empty, and nothing is lost but tags.
     """
 
     @abstractmethod
