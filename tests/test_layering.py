@@ -14,7 +14,15 @@ FILES = sorted(
     path for folder in ("pipeline", "workers", "launcher") for path in (ROOT / folder).rglob("*.py")
 )
 WORKERS = ("api", "gateway", "preprocess", "vit", "llm")
-PURE_FILES = ("scheduler.py", "batcher.py", "feature_cache.py", "router.py", "slots.py", "placement.py")
+PURE_FILES = (
+    "scheduler.py",
+    "batcher.py",
+    "feature_cache.py",
+    "router.py",
+    "slots.py",
+    "placement.py",
+    "answer.py",
+)
 PURE_CACHE_FILES = [
     ROOT / "workers" / "llm" / "cache" / name for name in ("blocks.py", "states.py", "manager.py")
 ]
@@ -84,7 +92,7 @@ def test_who_may_know_what(path: Path) -> None:
     if path.name in TENSOR_FILES:
         assert "torch" not in {name.split(".")[0] for name in imports(path, top_level_only=True)}
     assert not roots & {"pickle", "dill", "cloudpickle", "multiprocessing", "shelve"}
-    if path.name in PURE_FILES or path in PURE_CACHE_FILES:
+    if path.name in PURE_FILES or path in PURE_CACHE_FILES or path.parent.name == "parsers":
         assert not roots & {"torch", "zmq", "time", "asyncio", "socket"}, "decisions are pure"
 
 
@@ -95,9 +103,14 @@ def declares(path: Path, name: str) -> bool:
     )
 
 
-def test_families_and_towers_are_found_and_never_imported() -> None:
-    """Only another family or tower, which shares their code, may name one."""
-    houses = {"FAMILIES": ROOT / "pipeline" / "families", "TOWER": ROOT / "workers" / "vit" / "models"}
+def test_what_is_found_is_never_imported() -> None:
+    """Families, towers, routes and parsers: only another one, which shares its code, may name one."""
+    houses = {
+        "FAMILIES": ROOT / "pipeline" / "families",
+        "TOWER": ROOT / "workers" / "vit" / "models",
+        "ROUTES": ROOT / "workers" / "api" / "endpoints",
+        "PARSER": ROOT / "workers" / "api" / "parsers",
+    }
     members = {path for name, house in houses.items() for path in house.glob("*.py") if declares(path, name)}
     assert {path.parent for path in members} == set(houses.values())
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in members}

@@ -210,6 +210,7 @@ class Family(ABC):
     model_type: ClassVar[str]  # in config.json
     tower: ClassVar[str]  # the module in workers/vit/models; families share towers
     decoder: ClassVar[str]  # the module in workers/llm/models; families share decoders
+    parser: ClassVar[str] = "plain"  # the module in workers/api/parsers, which reads what the model writes
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import zmq
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.client.blocking import BlockingClient
 from pipeline.transport.keys import ClientKeys, make_client_keys, make_server_keys
@@ -42,15 +43,15 @@ class Served(NamedTuple):
     def client(self) -> BlockingClient:
         return BlockingClient(self.url, self.keys)
 
-    def metrics(self) -> dict[str, float]:
-        """The gateway's."""
+    def metrics(self, worker: str = "gateway.0") -> dict[str, float]:
         with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
-            lines = [
-                line.split(" ")
-                for line in answer.read().decode().splitlines()
-                if 'worker="gateway.0"' in line
-            ]
-        return {name.split("{")[0].removeprefix("vlm_"): float(value) for name, value in lines}
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        samples = [sample for family in families for sample in family.samples]
+        return {
+            sample.name.removeprefix("vlm_"): sample.value
+            for sample in samples
+            if sample.labels["worker"] == worker
+        }
 
     def wait_for(self, name: str, least: float) -> None:
         end = time.monotonic() + 10
@@ -245,13 +246,8 @@ def test_a_client_process_that_is_killed_is_missed(served: Served) -> None:
     process.communicate()
     end = time.monotonic() + 10
     while True:
-        with urllib.request.urlopen(f"{served.server.url}/metrics") as answer:
-            open_requests = [
-                line
-                for line in answer.read().decode().splitlines()
-                if line.startswith('vlm_open_requests{worker="llm.0"}')
-            ]
-        if open_requests == ['vlm_open_requests{worker="llm.0"} 0'] and served.metrics()["clients"] == 0:
+        open_requests = served.metrics("llm.0")["open_requests"]
+        if open_requests == 0 and served.metrics()["clients"] == 0:
             break
         assert time.monotonic() < end, (open_requests, served.metrics())
         time.sleep(0.1)

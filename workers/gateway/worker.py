@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import assert_never
 
 from pipeline.config import MIB
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
@@ -138,7 +139,8 @@ class _Relay:
 
     def _read_control(self) -> None:
         while (received := self._control.receive()) is not None:
-            match received.message:
+            message = received.message
+            match message:
                 case PipelineState() as state:
                     self._context.follow(state)
                     self._state = state
@@ -150,6 +152,8 @@ class _Relay:
                     raise ShutdownRequested
                 case Retire():
                     pass  # of an endpoint
+                case _:
+                    assert_never(message)
 
     def _relay_ingest(self) -> None:
         for _ in range(MAX_RELAYED):
