@@ -76,9 +76,8 @@ Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hel
 because you did not read, or were away, answers with `Interrupted`. A request that was executing in a worker
 that died (`died` in `Interrupted`; or the first 8 bytes of BLAKE2b, made for that length, of its id are among
 the `executed` of the successor's state), with no new token in that attempt, should be given up after
-`max_attempts` such deaths of one role in a row. Until it has yielded a new token the pipeline runs it alone in
-that role (`quarantined` in `PipelineState`), for ten minutes: it knows by itself, and nothing that a client
-says changes that.
+`max_attempts` such deaths of one role in a row. For ten minutes, or until it has yielded a new token, the
+pipeline runs it alone in that role (`quarantined` in `PipelineState`), whatever its client says.
 
 ## From another machine
 

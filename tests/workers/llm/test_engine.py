@@ -897,6 +897,18 @@ def test_preprocess_always_hears_that_a_request_is_over(rig: Rig) -> None:
     assert [ended.attempt for ended in rig.feedback.take(RequestEnded)] == [1, 1]
 
 
+def test_preprocess_hears_whether_a_request_may_come_again(rig: Rig) -> None:
+    """Only what was interrupted goes on there though the server be full; also when that is said again."""
+    interrupted, _ = rig.request(CHATS["one picture"], "interrupted")
+    for request in (interrupted, rig.request(CHATS["text only"], "whole")[0]):
+        rig.engine.handle(request, rig.now)
+    rig.engine.on_death(successor(VIT_0), rig.now)
+    rig.run()
+    rig.engine.handle(interrupted, rig.now)
+    told = [(ended.request_id, ended.is_interrupted) for ended in rig.feedback.take(RequestEnded)]
+    assert told == [("interrupted", True), ("whole", False), ("interrupted", True)]
+
+
 def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
     other = b"o" * 16
     rig.greet(other)
