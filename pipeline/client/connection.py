@@ -299,7 +299,6 @@ class Connection:
             request,
             attempt=request.attempt + 1,
             output_token_ids=pack_int32(opened.token_ids),
-            alone_in=tuple(opened.deaths),
         )
         opened.num_earlier_tokens = len(opened.token_ids)
         opened.is_accepted, opened.is_asking, opened.is_held = False, False, True

@@ -34,12 +34,14 @@ from workers.llm.stepping import Runner, Stepper, Watch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """The ways to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any."""
+    """The ways to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any; and
+    who is told of a request's first new token."""
 
     publish: Publish
     feedback: Sink[FeedbackMessage]
     vits: Sequence[Sink[EncodeMessage]]
     publish_step: Callable[[StepsMessage], bool] | None = None
+    on_first_token: Callable[[str], None] = lambda request_id: None
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
             self._clients,
             self._leases,
             links.feedback,
+            links.on_first_token,
         )
         self.intake = Intake(
             origin,

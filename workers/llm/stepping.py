@@ -58,7 +58,8 @@ class InFlightStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on."""
+    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on and
+    have yielded no token."""
 
     clock: Callable[[], float] = time.perf_counter
     tracer: Tracer | None = None
@@ -177,15 +178,15 @@ class Stepper:
         return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings)
 
     def record(self) -> None:
-        """Tells who executes now, where that has changed."""
+        """Tells who executes now, with no token yet, where that has changed."""
         self._record(())
 
     def _record(self, scheduled: Sequence[Scheduled]) -> None:
         if self._watch.record is None:
             return
-        executing = {item.request.request_id for item in scheduled}
-        for step in self._in_flight:
-            executing.update([item.request.request_id for item in step.scheduled])
+        executing: set[str] = set()
+        for items in (scheduled, *(step.scheduled for step in self._in_flight)):
+            executing.update(item.request.request_id for item in items if not item.request.has_progress)
         if executing != self._executing:
             self._executing = executing
             self._watch.record(executing)

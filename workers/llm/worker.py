@@ -115,6 +115,7 @@ def main(context: WorkerContext) -> None:
                 config.llm.max_num_batched_tokens,
                 info.eos_token_ids,
                 has_prefix_cache=config.llm.prefix_caching,
+                runs_alone=context.quarantine.runs_alone,
             )
             welcome = Welcome(
                 protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder),
@@ -175,7 +176,7 @@ def _lead(
             num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
     links = Links(
         publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits,
-        publish_step=steps.publish if steps else None,
+        publish_step=steps.publish if steps else None, on_first_token=context.on_first_token,
     )  # fmt: skip
     engine = Engine(
         context.origin, scheduler, runner, welcome, links, sockets.epochs,

@@ -67,7 +67,6 @@ class VitCore:
                     message.mm_hash,
                     message.grid_thw,
                     message.pixels,
-                    message.is_alone,
                     message.tenant,
                 )
                 self._act(actions)

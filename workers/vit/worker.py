@@ -113,7 +113,9 @@ def main(context: WorkerContext) -> None:
     feedback = context.sockets.sender(FEEDBACK)
     for llm in llms.values():
         llm.send(PoolOpened(pool=pool.info, **context.origin))
-    batcher = Batcher(allocator, lambda grid: info.vision.embedding(grid, dtype_name))
+    batcher = Batcher(
+        allocator, lambda grid: info.vision.embedding(grid, dtype_name), context.quarantine.runs_alone
+    )
     core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal))
     if device.type == "cuda":
         warm_up(engine, spec, max_patches)  # takes what memory it needs before the LLM takes the rest
