@@ -4,9 +4,9 @@ machine can do, in one run.
     python -m tools.bench_engine                                 # 0.31 B parameters, everything
     python -m tools.bench_engine --shape 2b --parts rates int8   # Qwen2-VL-2B's shape
 
-Weights are random: speed does not depend on their values. It starts servers of its own, with all cores for
-the LLM (nothing else runs in these loads but in `turns` and `memory`). Rounds are interleaved and medians are
-told, since shared machines drift.
+Needs transformers (`pip install -e '.[test]'`). Weights are random: speed does not depend on their values. It
+starts servers of its own, with all cores for the LLM (nothing else runs in these loads but in `turns` and
+`memory`). Rounds are interleaved and medians are told, since shared machines drift.
 
 rates   prefill and decode tokens/s beside `generate()` in the same type (or in `--hf-dtype`); a decode step
         beside the read rate of memory, prefill beside the rate of matrix products

@@ -3,8 +3,8 @@
     python -m tools.bench_vision                              # 0.31 B parameters, everything
     python -m tools.bench_vision --parts isolation --rounds 5
 
-Weights are random. Servers are its own. Rounds are interleaved and medians are told, since shared machines
-drift.
+Needs transformers (`pip install -e '.[test]'`). Weights are random. Servers are its own. Rounds are
+interleaved and medians are told, since shared machines drift.
 
 isolation   ITL of four streams while images arrive without pause, beside the same streams alone:
             `--cpu-sharing fixed` and `elastic`

@@ -6,7 +6,8 @@ process.
     with --trace-dir
 
 Each piece of work carries the ids of the requests it was done for. The picture has the LLM's steps and the
-ViT's encodes above one another: where both have colour, they ran at the same time.
+ViT's encodes above one another: where both have colour, they ran at the same time. Needs transformers (`pip
+install -e '.[test]'`).
 """
 
 from __future__ import annotations

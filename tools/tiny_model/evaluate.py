@@ -5,7 +5,7 @@ Starts a server of its own, with the launcher's options that stand after `--`, o
 people send them: earlier turns with their right answers, pictures in the turn where they were shown. With
 `--transformers`, the same questions go to transformers, in fp32, and the two are compared: this is the
 end-to-end check of accuracy, for any data type, ViT engine, and, with `--twice`, for answers that come from
-the caches.
+the caches. Needs transformers (`pip install -e '.[test]'`).
 """
 
 from __future__ import annotations

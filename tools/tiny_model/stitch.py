@@ -4,6 +4,7 @@ A decoder understands only the tower that it learned with. Two towers that learn
 the same, though, each in a basis of its own: a linear map takes one to the other (model stitching: Lenc and
 Vedaldi 2015, Bansal, Nakkiran and Barak 2021). It goes into the last matrix of the merger, fitted by ridge
 regression to what the decoder's former tower says of the same pictures.
+Needs transformers (`pip install -e '.[test]'`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ what covers it (dense labels from the renderer: end to end, shape would stay at 
 tower and decoder together learn to answer whole conversations; as long as the tower learns there, it sees
 pictures of the first stage, too. The result, FOLDER/model, is a plain Hugging Face checkpoint with fp16
 weights. A run that was stopped goes on where it was when the same command is given again: states, log and
-plot of the losses lie in FOLDER.
+plot of the losses lie in FOLDER. Needs transformers (`pip install
+-e '.[test]'`).
 """
 
 from __future__ import annotations

@@ -79,8 +79,12 @@ def test_data_without_base64_is_percent_decoded() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"*", b"A", b"AAAAA", b"AA=A", b"A===", b"====", b"\xff", b"AA%", b"AA%zz", "é".encode()]
-)
+    "data",
+    [
+        b"*", b"A", b"AAAAA", b"AA=A", b"A===", b"====", b"AA===", b"AAA==", b"AAAA=", b"AAAA====", b"\xff",
+        b"AA%", b"AA%zz", "é".encode(),
+    ],
+)  # fmt: skip
 def test_what_is_no_base64_is_refused(data: bytes) -> None:
     with pytest.raises(binascii.Error):
         forgiving_base64(data)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from tokenizers import Tokenizer
@@ -60,6 +61,18 @@ def test_special_tokens_are_left_out(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("A circle.", add_special_tokens=False).ids
     made = Detokenizer(tokenizer)
     assert made.add(ids) + made.add([end], is_last=True) == "A circle."
+
+
+@pytest.mark.parametrize("waiting", ["<|im_end|>", "\ufffd"])
+def test_many_tokens_without_text_cost_no_more_than_others(waiting: str, tokenizer: Tokenizer) -> None:
+    """A request with a bias for one token, and without an end, is made of nothing else."""
+    ids = tokenizer.encode(waiting, add_special_tokens=False).ids[-1:] * 8000
+    after = tokenizer.encode(" and a circle", add_special_tokens=False).ids
+    made = Detokenizer(tokenizer)
+    start = time.process_time()
+    text = made.add(ids) + made.add(after, is_last=True)
+    assert time.process_time() - start < 1.0
+    assert text == tokenizer.decode([*ids, *after])
 
 
 @pytest.mark.parametrize(
