@@ -208,8 +208,8 @@ class Family(ABC):
     """Has no state: a model's numbers come in as its `ModelInfo`."""
 
     model_type: ClassVar[str]  # in config.json
-    tower: ClassVar[str]  # the module in workers/vit/models; families share towers
-    decoder: ClassVar[str]  # the module in workers/llm/models; families share decoders
+    tower: ClassVar[str]  # the module that names a `TOWER`; families share towers
+    decoder: ClassVar[str]  # the module that names a `DECODER`; families share decoders
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
