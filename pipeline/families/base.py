@@ -210,6 +210,8 @@ class Family(ABC):
     model_type: ClassVar[str]  # in config.json
     tower: ClassVar[str]  # the module that names a `TOWER`; families share towers
     decoder: ClassVar[str]  # the module that names a `DECODER`; families share decoders
+    # The prompt depends on when frames were taken: a list of frames may say how many there are a second.
+    has_frame_times: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:

@@ -11,8 +11,7 @@ import pytest
 
 import pipeline.families
 from launcher.checkpoints import EMBEDDED
-from pipeline.families import read_model_info
-from pipeline.families import registry
+from pipeline.families import read_model_info, registry
 from pipeline.families.registry import GROUP
 
 TOY = """
