@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ ZMQ_FILES = [
     ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "keys.py", "tcp.py")
 ]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
+# The family that the embedded model is of, in whichever spelling, and the files that may name it.
+ONE_FAMILY = re.compile(r"qwen[\s_.-]*2", re.IGNORECASE)
+ITS_FILES = {
+    "pipeline/families/qwen2_vl.py",
+    "workers/vit/models/qwen2_vl.py",
+    "workers/llm/models/qwen2.py",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -116,6 +124,18 @@ def test_what_is_found_is_never_imported() -> None:
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in members}
     for path in set(FILES) - members:
         assert not imports(path) & modules, path
+
+
+def test_one_family_is_one_among_others() -> None:
+    """Outside its own three files nothing names it: no code, no comment, no help text, no file's name."""
+    assert all(ONE_FAMILY.search((ROOT / name).read_text()) for name in ITS_FILES)
+    for folder in ("pipeline", "workers", "launcher"):
+        for path in (ROOT / folder).rglob("*"):
+            name = path.relative_to(ROOT).as_posix()
+            is_ours = "__pycache__" not in name and not name.startswith("launcher/embedded/")
+            if path.is_file() and is_ours and name not in ITS_FILES:
+                found = ONE_FAMILY.search(f"{name}\n{path.read_bytes().decode(errors='replace')}")
+                assert found is None, f"{name} says {found and found.group()!r}"
 
 
 def test_only_the_command_line_reads_the_environment() -> None:

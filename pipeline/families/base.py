@@ -208,9 +208,11 @@ class Family(ABC):
     """Has no state: a model's numbers come in as its `ModelInfo`."""
 
     model_type: ClassVar[str]  # in config.json
-    tower: ClassVar[str]  # the module in workers/vit/models; families share towers
-    decoder: ClassVar[str]  # the module in workers/llm/models; families share decoders
-    parser: ClassVar[str] = "plain"  # the module in workers/api/parsers, which reads what the model writes
+    tower: ClassVar[str]  # the module that names a `TOWER`; families share towers
+    decoder: ClassVar[str]  # the module that names a `DECODER`; families share decoders
+    # The prompt depends on when frames were taken: a list of frames may say how many there are a second.
+    has_frame_times: ClassVar[bool] = False
+    parser: ClassVar[str] = "workers.api.parsers.plain"  # the module that names a `PARSER`
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:

@@ -60,7 +60,10 @@ class FakeClient:
 
 
 def endpoint(
-    client: FakeClient | None = None, is_ready: bool = True, parser: str = "plain", **options: Any
+    client: FakeClient | None = None,
+    is_ready: bool = True,
+    parser: str = "workers.api.parsers.plain",
+    **options: Any,
 ) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
     info = SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser=parser))

@@ -64,7 +64,10 @@ async def test_the_endpoint_says_on_whose_behalf_it_asks(options: dict[str, Any]
         ApiConfig(**options),
         cast(Any, client),
         "m",
-        cast(Any, SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser="plain"))),
+        cast(
+            Any,
+            SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser="workers.api.parsers.plain")),
+        ),
     )
     server.set_ready()
     headers = {"Authorization": "Bearer secret", "X-Forwarded-For": "1.1.1.1, 192.0.2.9"}

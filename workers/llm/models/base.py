@@ -1,8 +1,8 @@
 """The contract of a decoder: everything behind the embeddings that differs between language models.
 
 A decoder computes a flat batch of tokens: no batch dimension, sequences side by side, sharded over ranks.
-It knows no family of vision models: positions and embeddings come in. A module of this package names its
-class `DECODER` and is found by its own name (registry.py).
+It knows no family of vision models: positions and embeddings come in. Its module names its class `DECODER`;
+a family names the module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the decoder of a model: its family names the module of this package."""
+"""Finds the decoder of a model: its family names the module."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from workers.llm.models.base import Decoder
 
 
 def decoder_of(info: ModelInfo) -> type[Decoder]:
-    decoder: type[Decoder] = importlib.import_module(f"workers.llm.models.{info.family.decoder}").DECODER
+    decoder: type[Decoder] = importlib.import_module(info.family.decoder).DECODER
     return decoder

@@ -117,7 +117,7 @@ class Encoder(ABC):
 
 
 class Tower(NamedTuple):
-    """What a module of this package names in `TOWER`."""
+    """What a tower's module names in `TOWER`; a family names the module."""
 
     preparation: Callable[[VisionInfo], Preparation]
     encoder: Callable[[VisionInfo, Weights], Encoder]
