@@ -399,6 +399,7 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     position_delta: int = 0  # what a token behind the prompt adds to its index
     num_computed_tokens: int = 0  # already in the KV cache
     block_table: bytes = b""  # int32, so far
+    is_masked: bool = False  # its tokens are chosen when `TokenMasks` has said which ones may come
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -420,7 +421,17 @@ class StepPlan(WorkerMessage, frozen=True, kw_only=True):
     is_wide: bool = False  # on all cores: nobody else computes
 
 
-StepsMessage = PoolOpened | PoolClosed | StepPlan
+class TokenMasks(WorkerMessage, frozen=True, kw_only=True):
+    """llm rank 0 → ranks: choose the tokens that this step left open. Only the plan of such a step has it
+    behind it."""
+
+    step: int
+    # Of each sequence that is masked and sampled, in the plan's order: a bit for each token of the
+    # vocabulary, the lowest bit of a byte first; empty: any token may come.
+    masks: tuple[bytes, ...]
+
+
+StepsMessage = PoolOpened | PoolClosed | StepPlan | TokenMasks
 
 # --- outputs: llm rank 0 → clients
 # ----------------------------------------------------------------------------------

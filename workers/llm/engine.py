@@ -28,6 +28,7 @@ from workers.llm.intake import Intake
 from workers.llm.leases import Leases
 from workers.llm.request import Request
 from workers.llm.requests import Requests
+from workers.llm.sampling.matching import HostRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Runner, Stepper, Watch
 
@@ -45,7 +46,7 @@ class Links:
 
 
 class Engine:
-    """`epochs` are those of the living. For `has_overlap` see `Stepper`."""
+    """`epochs` are those of the living. For `has_overlap` and `rules` see `Stepper`."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Engine:
         epochs: Mapping[WorkerId, int] | None = None,
         has_overlap: bool = False,
         watch: Watch | None = None,
+        rules: Sequence[HostRule] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._clients, self._leases = Clients(origin, welcome, links.publish), Leases(origin, links.vits)
@@ -68,6 +70,7 @@ class Engine:
             links.publish_step,
             has_overlap,
             watch or Watch(),
+            rules,
         )
         self._requests = Requests(
             origin,
@@ -128,8 +131,10 @@ class Engine:
         if schedule.scheduled:
             self.stepper.launch(schedule)
         has_work = self.stepper.num_in_flight > 0
-        is_ahead = bool(schedule.scheduled) and not schedule.is_alone
-        self._collect_down_to(self.stepper.max_ahead if is_ahead else 0, now)
+        self._collect_down_to(1 if schedule.scheduled else 0, now)
+        self.stepper.choose()
+        if schedule.is_alone or not self.stepper.has_overlap:
+            self._collect_down_to(0, now)
         if has_work:
             self.stepper.record()
         return has_work

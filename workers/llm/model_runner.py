@@ -1,5 +1,11 @@
 """Computes a step plan on one rank: embeds, gathers pictures' embeddings in place, runs the decoder, samples.
 
+    launch(plan) → choose(masks) → launch(plan) → …
+
+Forward and choice of token are two phases. `launch` starts the forward and the choice of all rows that need
+nothing more. Rows whose tokens a matcher restricts wait for `choose`, which brings the masks: the forward
+runs while the matcher works on the host. A step without such rows has no `choose`.
+
 It keeps what it is told when a sequence starts, by slot (`sequences.py`); a step adds what is new.
 """
 
@@ -7,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +45,26 @@ from workers.nn.weights.registry import open_weights
 LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
 
 
+class _Unchosen(NamedTuple):
+    """Rows of a step whose tokens are to be chosen."""
+
+    places: Int64Array  # among the sequences that are sampled
+    slots: Int64Array
+    num_tokens: Int64Array  # that the sequences have so far
+    logits: Tensor  # [n, vocab] float32
+
+    @classmethod
+    def of(cls, rows: Rows, logits: Tensor) -> _Unchosen:
+        """All that are sampled; `logits` are theirs."""
+        slots, stops = rows.slots[rows.are_sampled], rows.stops[rows.are_sampled]
+        return cls(np.arange(len(slots)), slots, stops, logits)
+
+    def at(self, which: Int64Array, device: torch.device) -> _Unchosen:
+        """Some of them, with a copy of their logits: those of a graph are written over by the next step."""
+        logits = self.logits[to_device(which, device)]
+        return _Unchosen(self.places[which], self.slots[which], self.num_tokens[which], logits)
+
+
 class ModelRunner:
     """`open_cache` follows, once it is known what memory is left."""
 
@@ -64,6 +91,8 @@ class ModelRunner:
         # By slot; the last is that of the rows that fill up a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
+        # The rows of the step launched last that wait for `choose`.
+        self._open: tuple[Launched, _Unchosen] | None = None
 
     @classmethod
     def load(
@@ -138,21 +167,60 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        """Starts a step; on the CPU it has run when this returns.
+        """Starts the forward of a step, and chooses the tokens of the rows that need no mask.
+
+        If there are others `choose` follows. On the CPU the step has run when this returns.
 
         Raises StaleHandleError when an embedding of the plan is no longer there.
         """
+        assert self._open is None, "tokens of the step before have not been chosen"
         for start in plan.started:
             self._start(start)
         if not plan.sequences:
-            return Launched(None, (), self.device)
+            return Launched(self.device)
         rows = self.sequences.rows(plan.sequences)
         if self._graphs is not None and self._graphs.can_run(rows):
-            launched = self._launch_decode(self._graphs, rows)
+            outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
+            launched = self._choose_ready(_Unchosen.of(rows, outputs.logits), outputs.token_ids)
         else:
             launched = self._launch_any(rows, plan.sequences)
         self.sequences.advance(rows)
         return launched
+
+    @torch.inference_mode()
+    def choose(self, masks: Sequence[bytes]) -> None:
+        """Chooses the tokens that the step launched last left open: one mask for each, see `TokenMasks`.
+
+        Waits for nothing. What `launch` returned has these tokens too from here on.
+        """
+        assert self._open is not None, "no token is left open"
+        launched, unchosen = self._open
+        self._open = None
+        self._choose(launched, unchosen, masks)
+
+    def _choose_ready(self, unchosen: _Unchosen, of_graph: Tensor | None = None) -> Launched:
+        """Chooses what needs no mask. `of_graph`: a token for each row, which counts for plain rows only."""
+        launched = Launched(self.device, len(unchosen.slots))
+        waits = self.sampler.waits_for_masks(unchosen.slots)
+        if waits.any():
+            waiting, ready = np.flatnonzero(waits), np.flatnonzero(~waits)
+            self._open = launched, unchosen.at(waiting, self.device)
+            if not len(ready):
+                return launched
+            unchosen = unchosen.at(ready, self.device)
+            of_graph = None if of_graph is None else of_graph[self._tensor(ready)]
+        if of_graph is not None and self.sampler.is_plain(unchosen.slots):
+            num_logprobs = self.sampler.num_logprobs(unchosen.slots)
+            launched.add(unchosen.places, Sampled(of_graph, None, None), num_logprobs)
+        else:
+            self._choose(launched, unchosen)
+        return launched
+
+    def _choose(self, launched: Launched, unchosen: _Unchosen, masks: Sequence[bytes] = ()) -> None:
+        slots = unchosen.slots
+        sampled = self.sampler.sample(unchosen.logits, slots, unchosen.num_tokens, masks)
+        self._last_tokens[self._tensor(slots)] = sampled.token_ids
+        launched.add(unchosen.places, sampled, self.sampler.num_logprobs(slots))
 
     def _start(self, start: SequenceStart) -> None:
         """Nothing of the sequence that had this slot before may be left."""
@@ -168,22 +236,9 @@ class ModelRunner:
         hidden, ends = self._compute(rows, steps)
         # Ranks must agree on whether there is a collective at all: they do, by their equal plans.
         if not rows.are_sampled.any():
-            return Launched(None, (), self.device)
-        slots = rows.slots[rows.are_sampled]
+            return Launched(self.device)
         logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
-        sampled = self.sampler.sample(logits, slots, rows.stops[rows.are_sampled])
-        self._last_tokens[self._tensor(slots)] = sampled.token_ids
-        return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
-
-    def _launch_decode(self, graphs: DecodeGraphs, rows: Rows) -> Launched:
-        slots, num_tokens = rows.slots, rows.stops
-        outputs = graphs.run(rows, self.sampler.draw_params(slots, num_tokens))
-        if self.sampler.is_plain(slots):
-            sampled = Sampled(outputs.token_ids, None, None)
-        else:  # the graph's choice does not count
-            sampled = self.sampler.sample(outputs.logits, slots, num_tokens)
-            self._last_tokens[self._tensor(slots)] = sampled.token_ids
-        return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
+        return self._choose_ready(_Unchosen.of(rows, logits))
 
     def _compute(self, rows: Rows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""

@@ -23,6 +23,7 @@ from pipeline.wire.messages import (
     unpack_int32,
 )
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from workers.llm.sampling.matching import Matcher
 
 MAX_OVERTAKEN = 8  # times by others' priority, then a request goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
@@ -94,6 +95,7 @@ class Request:
     slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
     num_sent_blocks: int = 0  # of its table: the runner has them
+    matchers: tuple[Matcher, ...] = ()  # what its next token may be depends on them
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority

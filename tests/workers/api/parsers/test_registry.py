@@ -71,4 +71,7 @@ async def test_no_text_is_lost_in_single_characters(text: str) -> None:
 async def test_a_family_without_a_form_of_its_own_has_its_text_passed_on() -> None:
     message = await whole(saying([TEXT]), "workers.api.parsers.plain")
     assert message == {"role": "assistant", "content": TEXT, "refusal": None}
-    assert await streamed(saying(list(TEXT)), "workers.api.parsers.plain") == {"role": "assistant", "content": TEXT}
+    assert await streamed(saying(list(TEXT)), "workers.api.parsers.plain") == {
+        "role": "assistant",
+        "content": TEXT,
+    }
