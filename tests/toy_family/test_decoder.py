@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from pipeline.config import Config, ModelConfig
 from pipeline.families import ModelInfo
 from tests.toy_family.checkpoint import LANGUAGE, TOKENS, make_toy
 from tests.toy_family.decoder import ToyDecoder
@@ -13,6 +15,7 @@ from workers.llm.backends import choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged, State, paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
+from workers.llm.model_runner import ModelRunner
 from workers.llm.models.base import Features
 from workers.llm.parallel import TensorParallel
 from workers.nn.weights.registry import open_weights
@@ -59,3 +62,15 @@ def test_every_backend_computes_what_the_reference_does(name: str, info: ModelIn
 def test_each_rank_keeps_a_part(tp_size: int, info: ModelInfo) -> None:
     state = State((48 // tp_size,), torch.float32)
     assert ToyDecoder.spec_of(info.text, tp_size) == [Paged(2 // tp_size, 16)] * 3 + [state]
+
+
+def test_progress_counts_its_own_tensors(info: ModelInfo) -> None:
+    """A decoder says how their names begin."""
+    told: list[tuple[int, int]] = []
+    config = Config(model=ModelConfig(dtype="float32"))
+    ModelRunner.load(
+        info, config, info.folder, CPU, TensorParallel(), lambda done, total: told.append((done, total))
+    )
+    with safe_open(info.folder / "model.safetensors", "pt") as file:
+        count = sum(name.startswith("mind.") for name in file.keys())  # noqa: SIM118
+    assert {total for _, total in told} == {count}
