@@ -195,14 +195,16 @@ async def test_a_layer_with_a_state_and_killed_workers(with_memory: Toy, package
                 running = asyncio.create_task(ask(client, long, LONG, started))
                 await asyncio.wait_for(started.wait(), 20)
                 # The ViT is asked for something new, and dies.
+                assert not running.done()
                 new: Chat = [("user", [scene(40 + number, (180, 180)), "And this?"])]
                 late = asyncio.create_task(ask(client, new))
                 os.kill(workers_of(server.process.pid)[victim], signal.SIGKILL)
                 assert (await asyncio.wait_for(running, 40)).token_ids == expected.token_ids
                 assert (await late).token_ids == clear_answer(with_memory.reference, new).token_ids
             assert_right(await ask_all(client), with_memory)
-            assert {str(state.worker): state.epoch for state in client.workers}["llm.0"] == 2
-            assert {str(state.worker): state.epoch for state in client.workers}["vit.0"] == 2
+            epochs = {str(state.worker): state.epoch for state in client.workers}
+            assert (epochs["vit.0"], epochs["llm.0"]) == (2, 2)
+            assert client.counters["resubmitted"] > 0
         server.children = workers_of(server.process.pid)
 
 

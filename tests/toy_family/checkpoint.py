@@ -74,7 +74,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     if name.endswith("decay.weight"):
         return torch.rand(shape, generator=generator) * 0.3 + 0.65
     scale = {1: 0.1, 2: 1.5 * shape[-1] ** -0.5}[len(shape)]
-    if name in ("model.embed_tokens.weight", "eye.place.weight"):
+    if name in ("mind.words.weight", "eye.place.weight"):
         scale = 1.0
     return torch.randn(shape, generator=generator) * scale
 
@@ -103,9 +103,9 @@ def _language_shapes(has_memory: bool) -> dict[str, tuple[int, ...]]:
     width, dim, hidden = LANGUAGE["width"], LANGUAGE["head_dim"], LANGUAGE["mlp_width"]
     query, kv = LANGUAGE["heads"] * dim, LANGUAGE["kv_heads"] * dim
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (LANGUAGE["vocab_size"], width),
-        "model.norm.weight": (width,),
-        "lm_head.weight": (LANGUAGE["vocab_size"], width),
+        "mind.words.weight": (LANGUAGE["vocab_size"], width),
+        "mind.norm.weight": (width,),
+        "mind.mouth.weight": (LANGUAGE["vocab_size"], width),
     }
     for number in range(LANGUAGE["depth"]):
         of_layer = {
@@ -121,9 +121,9 @@ def _language_shapes(has_memory: bool) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj": (hidden, width),
             "mlp.down_proj": (width, hidden),
         }
-        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in of_layer.items()}
+        shapes |= {f"mind.layers.{number}.{name}.weight": shape for name, shape in of_layer.items()}
     if has_memory:
         of_memory = {"norm": (width,), "decay": (width,)}
         of_memory |= dict.fromkeys(("write", "gate", "read"), (width, width))
-        shapes |= {f"model.memory.{name}.weight": shape for name, shape in of_memory.items()}
+        shapes |= {f"mind.memory.{name}.weight": shape for name, shape in of_memory.items()}
     return shapes

@@ -25,9 +25,12 @@ from workers.nn.layers import RMSNorm
 from workers.nn.weights.shard import Shard
 from workers.nn.weights.weights import Weights
 
+EPS = 1e-6
+
 
 class ToyDecoder(Decoder):
     num_features = 1
+    prefix = "mind."
 
     def __init__(
         self,
@@ -40,13 +43,15 @@ class ToyDecoder(Decoder):
         assert isinstance(info, ToyTextInfo)
         heads = HeadLayout(info, parallel.rank, parallel.size)
         self.layers = [
-            _Layer(info, weights.under(f"model.layers.{number}"), heads, kernels, number)
+            _Layer(info, weights.under(f"mind.layers.{number}"), heads, kernels, number)
             for number in range(info.num_layers)
         ]
         shard = Shard.split(info.hidden_size, parallel.rank, parallel.size)
-        self.memory = _Memory(info, weights.under("model.memory"), shard) if info.has_memory else None
-        self.norm = RMSNorm(weights.tensor("model.norm.weight"), info.rms_norm_eps)
-        self.vocabulary = Vocabulary(weights, heads.vocab, info.vocab_size, info.tie_word_embeddings)
+        self.memory = _Memory(info, weights.under("mind.memory"), shard) if info.has_memory else None
+        self.norm = RMSNorm(weights.tensor("mind.norm.weight"), EPS)
+        self.vocabulary = Vocabulary(
+            weights, heads.vocab, info.vocab_size, is_tied=False, table="mind.words.weight", head="mind.mouth"
+        )
         numbers = torch.arange(info.head_dim // 2, device=weights.device)
         self._axes, self._frequencies = numbers % 3, info.rope_theta ** (-numbers / len(numbers))
 
@@ -106,12 +111,10 @@ class _Layer:
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
-            norm=HeadNorm(*of_heads, info.rms_norm_eps),
+            norm=HeadNorm(*of_heads, EPS),
         )
         self._mlp = Mlp(weights.under("mlp"), heads.mlp, kernels)
-        self._norms = [
-            RMSNorm(weights.tensor(f"norm{number}.weight"), info.rms_norm_eps) for number in (1, 2)
-        ]
+        self._norms = [RMSNorm(weights.tensor(f"{name}.weight"), EPS) for name in ("norm1", "norm2")]
 
     def __call__(self, stream: ResidualStream, attention: AttentionStep, rotary: Rotary) -> None:
         x = stream.normed(self._norms[0])
@@ -128,7 +131,7 @@ class _Memory:
     """
 
     def __init__(self, info: TextInfo, weights: Weights, shard: Shard) -> None:
-        self._norm = RMSNorm(weights.tensor("norm.weight"), info.rms_norm_eps)
+        self._norm = RMSNorm(weights.tensor("norm.weight"), EPS)
         self._write_gate = weights.column(("write", "gate"), (shard, shard))
         self._read = weights.row("read", shard)
         self._decay = weights.tensor("decay.weight", shard).float()

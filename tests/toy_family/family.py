@@ -49,12 +49,14 @@ class ToyFamily(Family):
 
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
         files = CheckpointFiles(folder)
-        vision = _read_vision(files, files.need(files.config, "eye"))
+        vision = _read_vision(files, files.need(files.config, "eye")).with_pixel_limits(
+            min_pixels, max_pixels
+        )
         return ModelInfo(
             family=self,
             folder=folder,
             text=_read_text(files, files.need(files.config, "language")),
-            vision=vision.with_pixel_limits(min_pixels, max_pixels),
+            vision=vision,
             video=VideoInfo(
                 fps=2.0,
                 min_frames=1,
@@ -93,7 +95,7 @@ class ToyFamily(Family):
 
     def chunk_length(self, grid: GridTHW, num_vits: int, info: ModelInfo) -> int:
         """So short that a chunk's tokens are in both runs."""
-        return 2
+        return min(2, super().chunk_length(grid, num_vits, info))
 
     def segments(self, media: MediaInfo, info: ModelInfo) -> tuple[Segment, ...]:
         """The first half of the rows of tokens of all frames, and the other half."""

@@ -105,15 +105,15 @@ class Reference:
     def logits(self, tokens: Sequence[int], positions: Sequence[Place], embeddings: Tensor) -> Tensor:
         """[vocab] of what comes behind the last token."""
         weights, width = self.weights, self.language["width"]
-        x = weights["model.embed_tokens.weight"][torch.tensor(tokens)]
+        x = weights["mind.words.weight"][torch.tensor(tokens)]
         is_pad = torch.tensor([token in self.pads.values() for token in tokens])
         x[is_pad] = embeddings[:, :width]
         for number in range(self.language["depth"]):
-            x = self._layer(f"model.layers.{number}", x, torch.tensor(positions))
+            x = self._layer(f"mind.layers.{number}", x, torch.tensor(positions))
             if number == 0:
                 x[is_pad] += embeddings[:, width:]
                 x = self._remember(x) if self.language["has_memory"] else x
-        return weights["lm_head.weight"] @ self._norm("model.norm", x[-1])
+        return weights["mind.mouth.weight"] @ self._norm("mind.norm", x[-1])
 
     def _layer(self, layer: str, x: Tensor, positions: Tensor) -> Tensor:
         dim, num_tokens = self.language["head_dim"], len(x)
@@ -135,13 +135,13 @@ class Reference:
         return x + (F.silu(gate) * up) @ self.weights[f"{layer}.mlp.down_proj.weight"].T
 
     def _remember(self, x: Tensor) -> Tensor:
-        normed, weights = self._norm("model.memory.norm", x), self.weights
-        write, gate = (normed @ weights[f"model.memory.{name}.weight"].T for name in ("write", "gate"))
+        normed, weights = self._norm("mind.memory.norm", x), self.weights
+        write, gate = (normed @ weights[f"mind.memory.{name}.weight"].T for name in ("write", "gate"))
         state, seen = torch.zeros(x.shape[1]), []
         for row in write:
-            state = weights["model.memory.decay.weight"] * state + row
+            state = weights["mind.memory.decay.weight"] * state + row
             seen.append(state)
-        return x + (F.silu(gate) * torch.stack(seen)) @ weights["model.memory.read.weight"].T
+        return x + (F.silu(gate) * torch.stack(seen)) @ weights["mind.memory.read.weight"].T
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
@@ -204,9 +204,7 @@ def _seen(piece: Image.Image | Film | Clip) -> tuple[str, np.ndarray, int]:
 
 
 def _resized(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """All of the size that the first one asks for: sides are multiples of 30, of which there is no limit
-    here.
-    """
+    """All of the size that the first one asks for: sides are multiples of 30."""
     size = [round(side / 30) * 30 for side in pictures[0].size]
     assert size[0] * size[1] <= 180 * 180, "a test's pictures are within the toy's limits"
     return np.stack([np.asarray(picture.convert("RGB").resize(size, Image.BICUBIC)) for picture in pictures])

@@ -108,8 +108,9 @@ class ModelRunner:
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
-        weights.expect("model.")
-        decoder = decoder_of(info)(info.text, weights, parallel, backend.kernels)
+        kind = decoder_of(info)
+        weights.expect(kind.prefix)
+        decoder = kind(info.text, weights, parallel, backend.kernels)
         weights.close()
         if config.llm.all_reduce == "symmetric":
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class Decoder(ABC):
     """`kernels`: fused operators where there are any; None: torch's own."""
 
     num_features = 0  # hidden-sized columns that a row of an item's embeddings has behind the first
+    prefix: ClassVar[str] = "model."  # of its tensors' names in a checkpoint
 
     def __init__(
         self,

@@ -14,24 +14,36 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head"
 
 
 class Vocabulary:
-    """The table is whole on every rank; of the output layer each has the rows of its shard."""
+    """The table is whole on every rank; of the output layer each has the rows of its shard.
 
-    def __init__(self, weights: Weights, shard: Shard, vocab_size: int, is_tied: bool) -> None:
+    `table` and `head` are their names in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        shard: Shard,
+        vocab_size: int,
+        is_tied: bool,
+        table: str = EMBEDDINGS,
+        head: str = HEAD,
+    ) -> None:
         self._dtype, self._vocab_size = weights.dtype, vocab_size
         # On the CPU the table stays in the file: where the output layer has the same weights, these are in
         # memory already.
         is_in_file = weights.device.type == "cpu"
-        self.table = weights.rows_in_file(EMBEDDINGS) if is_in_file else weights.tensor(EMBEDDINGS)
-        self.head = self._make_head(weights, shard, is_tied or not weights.has_module(HEAD))
+        self.table = weights.rows_in_file(table) if is_in_file else weights.tensor(table)
+        if is_tied or not weights.has_module(head):
+            self.head = self._tied_head(weights, shard, table, head)
+        else:
+            self.head = weights.column((head,), (shard,))
 
-    def _make_head(self, weights: Weights, shard: Shard, is_tied: bool) -> Linear:
-        if not is_tied:
-            return weights.column((HEAD,), (shard,))
+    def _tied_head(self, weights: Weights, shard: Shard, table: str, head: str) -> Linear:
         if not isinstance(self.table, Tensor):
-            return weights.packed(HEAD, weights.tensor(EMBEDDINGS, shard))
+            return weights.packed(head, weights.tensor(table, shard))
         (rows,), padding = shard
         part = self.table[rows]  # the same memory
-        return weights.packed(HEAD, F.pad(part, (0, 0, 0, padding)) if padding else part)
+        return weights.packed(head, F.pad(part, (0, 0, 0, padding)) if padding else part)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[num_tokens, hidden]"""
