@@ -153,8 +153,9 @@ def executed(state: PipelineState, worker: WorkerId) -> tuple[bytes, ...]:
 
 @pytest.mark.parametrize("faulty", [("llm:kill:bad:2",)], indirect=True)
 async def test_a_quarantine_survives_preprocess_and_ends_with_the_first_token(faulty: Server) -> None:
-    """A request kills the LLM; preprocess dies before that request comes again. It kills the LLM once more,
-    but nobody else with it.
+    """A request kills the LLM; preprocess dies before that request comes again.
+
+    The next LLM dies of it, too, but nobody else goes with it.
     """
     states: list[PipelineState] = []
     names = [f"good-{number}" for number in range(6)]
