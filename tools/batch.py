@@ -30,7 +30,7 @@ from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from tools.places import add_place
 from workers.api.chat import open_chat
 from workers.api.protocol import decode_request, error_body
-from workers.api.stream import side_by_side
+from workers.api.stream import read_ahead
 
 URL = "/v1/chat/completions"
 RETRIES = 5  # of a request that an overloaded or recovering server refused
@@ -84,7 +84,7 @@ async def _complete(client: PipelineClient, data: bytes, model_name: str, info: 
     if body.stream:
         raise RequestError("a batch has no streams", field="stream")
     chat = open_chat(client, body, model_name, info)
-    async with aclosing(side_by_side(chat.choices)) as pieces:
+    async with aclosing(read_ahead(chat.pieces)) as pieces:
         return await chat.completion.whole(pieces)
 
 

@@ -17,6 +17,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63
+MAX_CHOICES = 16
 
 
 class FinishReason(enum.StrEnum):
@@ -33,8 +34,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `presence_penalty` is taken off the logit of each token in the output so far, `frequency_penalty` once for
     each time; `repetition_penalty` divides (multiplies a negative) the logit of each token in prompt or
     output; `logit_bias` is added. Before `min_tokens` no token ends the request. `logprobs` asks for the
-    log-probability of each output token and of so many best ones, before any of that. With the same `seed` a
-    request draws the same tokens; without one its id gives it a seed: see `with_seed`.
+    log-probability of each output token and of so many best ones, before any of that. `n` choices are drawn
+    behind one prompt. With the same `seed` a request draws the same tokens; without one its id gives it a
+    seed: see `with_seed`.
 
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
@@ -54,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _check(
@@ -94,6 +97,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self.logprobs,
             f"between 0 and {MAX_LOGPROBS}",
         )
+        _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
         count = len(self.stop_token_ids)
         _check(
             count <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{count} ids", f"at most {MAX_STOP_TOKEN_IDS} ids"

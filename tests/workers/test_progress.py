@@ -21,6 +21,7 @@ from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
+    ChoiceProgress,
     ChunkKey,
     EmbeddingReady,
     GenerateRequest,
@@ -187,7 +188,7 @@ class World:
             changes = {
                 "attempt": request.attempt + 1,
                 "arrival": next(self.arrivals),
-                "output_token_ids": tokens,
+                "choices": (ChoiceProgress(tokens),),
             }
             self.submit(
                 message.request_id,

@@ -12,9 +12,7 @@ from pipeline.families import ModelInfo
 from pipeline.wire.errors import RequestError, shown
 from workers.api.protocol import (
     ChatCompletionRequest,
-    num_choices,
     refuse_unserved,
-    to_choice,
     to_messages,
     to_sampling,
 )
@@ -23,8 +21,8 @@ from workers.api.stream import Completion
 
 class Chat(NamedTuple):
     completion: Completion
-    choices: list[AsyncGenerator[Piece, None]]  # nothing is submitted before one of them is read
-    media: list[memoryview]  # that came with the body, once for all choices
+    pieces: AsyncGenerator[Piece, None]  # of all choices; nothing is submitted before they are read
+    media: list[memoryview]  # that came with the body
     is_streamed: bool
     include_usage: bool
 
@@ -43,22 +41,19 @@ def open_chat(
         what = f"the model {shown(body.model)} is not served here, only {model_name!r}"
         raise RequestError(what, field="model", status=404)
     messages, sampling = to_messages(body), to_sampling(body, dict(info.default_sampling))
-    completion_id, count = f"chatcmpl-{uuid.uuid4().hex}", num_choices(body)
+    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     frames: list[bytes | memoryview] = []
-    moved = move_data_urls(messages, frames)  # once, however many choices there are
+    moved = move_data_urls(messages, frames)
     media = [memoryview(frame) for frame in frames]
-    choices = [
-        client.generate(
-            moved,
-            to_choice(sampling, index),
-            media,
-            request_id=f"{completion_id}-{index}",
-            priority=body.priority or 0,
-            cache_salt=cache_salt,
-            tenant=tenant,
-        )
-        for index in range(count)
-    ]
-    completion = Completion(completion_id, model_name, count, bool(body.logprobs), client.token_text)
+    pieces = client.generate(
+        moved,
+        sampling,
+        media,
+        request_id=completion_id,
+        priority=body.priority or 0,
+        cache_salt=cache_salt,
+        tenant=tenant,
+    )
+    completion = Completion(completion_id, model_name, sampling.n, bool(body.logprobs), client.token_text)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Chat(completion, choices, media, body.stream, include_usage)
+    return Chat(completion, pieces, media, body.stream, include_usage)

@@ -15,10 +15,9 @@ import msgspec
 from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
 from pipeline.wire.messages import ChatMessage, Part
-from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams, with_seed
+from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
 from workers.api.parts import to_part
 
-MAX_CHOICES = 16
 # Signs that stand between values. More are refused before anything is made of them, which would stop the
 # event loop. A text that has so many is longer than any context; pictures in base64 have none.
 MAX_SIGNS = {b"{": 1 << 17, b"[": 1 << 17, b",": 1 << 18}
@@ -211,6 +210,7 @@ def to_sampling(request: ChatCompletionRequest, defaults: dict[str, float]) -> S
         min_tokens=request.min_tokens or 0, ignore_eos=request.ignore_eos, stop=stop,
         stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        n=1 if request.n is None else request.n,
     )  # fmt: skip
 
 
@@ -221,19 +221,6 @@ def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
         raise RequestError(
             "logit_bias maps token ids, written as strings, to numbers", field="logit_bias"
         ) from None
-
-
-def to_choice(sampling: SamplingParams, index: int) -> SamplingParams:
-    """The sampling of one of several answers: each draws numbers of its own."""
-    return sampling if sampling.seed is None else with_seed(sampling, "", index)
-
-
-def num_choices(request: ChatCompletionRequest) -> int:
-    """How many answers are asked for. Raises RequestError for too many, or none."""
-    count = 1 if request.n is None else request.n
-    if not 1 <= count <= MAX_CHOICES:
-        raise RequestError(f"n must be between 1 and {MAX_CHOICES}, got {count}", field="n")
-    return count
 
 
 def error_body(error: ErrorInfo) -> dict[str, object]:

@@ -22,7 +22,7 @@ from workers.api.chat import Chat, open_chat
 from workers.api.errors import RETRY_AFTER_S, end_stream, error_response
 from workers.api.metrics import exposition
 from workers.api.protocol import decode_request
-from workers.api.stream import ChoicePiece, Completion, side_by_side
+from workers.api.stream import ChoicePiece, Completion, read_ahead
 from workers.api.tenants import peer_tenant
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class ApiServer:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         await self._until_ready()
         chat = await self._open(request)
-        async with aclosing(side_by_side(chat.choices)) as pieces:
+        async with aclosing(read_ahead(chat.pieces)) as pieces:
             if not chat.is_streamed:
                 return web.json_response(await chat.completion.whole(pieces))
             return await self._stream(request, chat.completion, pieces, chat.include_usage)

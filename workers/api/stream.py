@@ -1,7 +1,4 @@
-"""A chat completion as OpenAI's objects: whole, or as server-sent events.
-
-Its choices run side by side, a request each.
-"""
+"""A chat completion as OpenAI's objects: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -33,39 +30,33 @@ class ChoicePiece(NamedTuple):
     piece: Piece
 
 
-async def side_by_side(choices: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[ChoicePiece, None]:
-    """The pieces of all choices as they come. The first failure ends all, and so does leaving early.
+async def read_ahead(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[ChoicePiece, None]:
+    """The pieces as they come, however slowly they are taken. Leaving early ends the request.
 
     Raises RequestError when too many have come that were not taken.
     """
-    queue: asyncio.Queue[ChoicePiece | BaseException] = asyncio.Queue()
+    queue: asyncio.Queue[ChoicePiece | BaseException | None] = asyncio.Queue()
 
-    async def read(index: int, choice: AsyncGenerator[Piece, None]) -> None:
-        async with aclosing(choice):
-            async for piece in choice:
-                queue.put_nowait(ChoicePiece(index, piece))
+    async def read() -> None:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                queue.put_nowait(ChoicePiece(piece.index, piece))
                 if queue.qsize() > MAX_UNREAD_PIECES:
                     raise RequestError("the answer is not read as fast as it comes", status=503)
 
     def on_done(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            queue.put_nowait(error)
+        queue.put_nowait(None if task.cancelled() else task.exception())
 
-    tasks = [asyncio.create_task(read(index, choice)) for index, choice in enumerate(choices)]
-    for task in tasks:
-        task.add_done_callback(on_done)
+    task = asyncio.create_task(read())
+    task.add_done_callback(on_done)
     try:
-        num_open = len(tasks)
-        while num_open:
-            item = await queue.get()
+        while (item := await queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            num_open -= item.piece.finish_reason is not None
             yield item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(slots=True)

@@ -14,9 +14,7 @@ from pipeline.wire.messages import ChatMessage, ImagePart, SubmitRequest, TextPa
 from workers.api.protocol import (
     decode_request,
     error_body,
-    num_choices,
     refuse_unserved,
-    to_choice,
     to_messages,
     to_sampling,
 )
@@ -191,16 +189,13 @@ def test_everything_that_is_asked_for_arrives() -> None:
 @pytest.mark.parametrize("count", [0, -1, 33])
 def test_too_many_choices_or_none_are_refused(count: int) -> None:
     with pytest.raises(RequestError) as caught:
-        num_choices(decode_request(body(n=count)))
+        to_sampling(decode_request(body(n=count)), {})
     assert caught.value.info.field == "n"
 
 
-def test_each_choice_draws_numbers_of_its_own() -> None:
-    sampling = to_sampling(decode_request(body(seed=5)), {})
-    assert [to_choice(sampling, index).seed for index in range(3)] == [5, 6, 7]
-    assert to_choice(to_sampling(decode_request(body()), {}), 1).seed is None, (
-        "the id of its request gives it one"
-    )
+def test_the_number_of_choices_goes_to_the_pipeline() -> None:
+    assert to_sampling(decode_request(body(n=3)), {}).n == 3
+    assert to_sampling(decode_request(body()), {}).n == 1
 
 
 def test_error_object() -> None:
@@ -214,7 +209,6 @@ def submitted(data: bytes) -> bytes:
     """What a body becomes on the wire. Raises RequestError, and nothing else."""
     request = decode_request(data)
     refuse_unserved(request)
-    num_choices(request)
     made = SubmitRequest(
         client_id=b"c" * 16, request_id="r", attempt=1, messages=tuple(to_messages(request)),
         sampling=to_sampling(request, {}), priority=request.priority or 0,
