@@ -149,7 +149,7 @@ def measure(num_sequences: int, context: int, num_steps: int) -> Measured:
     engine = make_engine(num_sequences, context + num_output, runner)
     for number in range(num_sequences):
         submit(engine, number, context, num_output)
-    while any(request.num_remaining_tokens > 1 for request in engine.requests.values()):
+    while any(one.num_remaining_tokens > 1 for each in engine.requests.values() for one in each.open):
         engine.step(0.0)
     steps: list[float] = []
     codecs: list[float] = []

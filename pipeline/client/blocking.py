@@ -81,13 +81,14 @@ class BlockingClient:
         request."""
         assert self._client is not None
         pieces = self._client.generate(messages, sampling, media, request_id, priority, cache_salt, tenant)
-        read: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
+        read: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()  # None: all has come
 
         async def pump() -> None:
             try:
                 async with aclosing(pieces):
                     async for piece in pieces:
                         read.put(piece)
+                read.put(None)
             except Exception as error:  # noqa: BLE001  raised where the pieces are read
                 read.put(error)
 
@@ -95,11 +96,11 @@ class BlockingClient:
         try:
             while True:
                 item = read.get()
+                if item is None:
+                    return
                 if isinstance(item, BaseException):
                     raise item
                 yield item
-                if item.finish_reason is not None:
-                    return
         finally:
             future.cancel()
 

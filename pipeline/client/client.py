@@ -32,6 +32,7 @@ from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.messages import (
     ChatMessage,
     ReloadState,
+    RequestOutput,
     SubmitRequest,
     TokenLogprobs,
     Welcome,
@@ -43,7 +44,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added to a request. The last piece has a finish reason."""
+    """What one step added to one choice of a request. The last piece of a choice has a finish reason."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -52,6 +53,39 @@ class Piece:
     num_output_tokens: int  # up to and with this piece
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if they were asked for
+    index: int = 0  # of the choice
+
+
+class _ChoiceText:
+    """One choice, from tokens to text."""
+
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+        self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(sampling.stop)
+        self._min_tokens = sampling.min_tokens
+        self.is_over = False
+
+    def add(self, output: RequestOutput, num_prompt_tokens: int) -> Piece:
+        token_ids = tuple(unpack_int32(output.new_token_ids).tolist())
+        finish = output.finish_reason
+        # What comes before `min_tokens` cannot be, or begin, a stop string.
+        num_early = max(0, self._min_tokens - output.offset)
+        text = self._detokenizer.add(token_ids[:num_early])
+        text += self._stop_strings.add(
+            self._detokenizer.add(token_ids[num_early:], finish is not None), finish is not None
+        )
+        if self._stop_strings.is_hit:
+            finish = FinishReason.STOP
+        self.is_over = finish is not None
+        return Piece(
+            text,
+            token_ids,
+            finish,
+            num_prompt_tokens,
+            output.offset + len(token_ids),
+            output.num_cached_tokens,
+            output.logprobs,
+            output.index,
+        )
 
 
 class PipelineClient:
@@ -143,7 +177,8 @@ class PipelineClient:
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
-        """Runs one chat and yields what comes, ending with the piece that has a finish reason.
+        """Runs one chat and yields what comes, ending with the piece that has a finish reason, or with the
+        last of them, where the sampling asks for several choices.
 
         `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes
         first. Only requests with an equal `cache_salt` share cached prefixes, so that none can tell from the
@@ -154,37 +189,25 @@ class PipelineClient:
         request = request_id or f"req-{uuid.uuid4().hex}"
         opened = self._submit(messages, sampling, list(media), request, priority, cache_salt, tenant)
         assert self._tokenizer is not None
-        detokenizer, stop_strings = Detokenizer(self._tokenizer), StopStrings(sampling.stop)
+        choices = [_ChoiceText(self._tokenizer, sampling) for _ in range(sampling.n)]
+        num_open = len(choices)
         try:
-            while True:
+            while num_open:
                 event = await opened.events.get()
                 if isinstance(event, ErrorInfo):
                     self._connection.finish(request)
                     raise RequestError.from_info(event)
-                token_ids = tuple(unpack_int32(event.new_token_ids).tolist())
-                finish = event.finish_reason
-                # What comes before `min_tokens` cannot be, or begin, a stop string.
-                num_early = max(0, sampling.min_tokens - event.offset)
-                text = detokenizer.add(token_ids[:num_early])
-                text += stop_strings.add(
-                    detokenizer.add(token_ids[num_early:], finish is not None), finish is not None
-                )
-                if finish is not None:
-                    self._connection.finish(request)
-                if stop_strings.is_hit:
-                    finish = FinishReason.STOP
-                num_output_tokens = event.offset + len(token_ids)
-                yield Piece(
-                    text,
-                    token_ids,
-                    finish,
-                    opened.num_prompt_tokens,
-                    num_output_tokens,
-                    event.num_cached_tokens,
-                    event.logprobs,
-                )
-                if finish is not None:
-                    return
+                choice = choices[event.index]
+                if choice.is_over:  # a stop string has ended it here before it ended there
+                    continue
+                piece = choice.add(event, opened.num_prompt_tokens)
+                num_open -= choice.is_over
+                if event.finish_reason is not None:
+                    if not num_open:
+                        self._connection.finish(request)
+                elif choice.is_over and num_open:
+                    self._connection.abort_choice(request, event.index)
+                yield piece
         finally:
             if self._connection.is_open(request):
                 self._connection.abort(request)

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import assert_never
 
 import msgspec
 
@@ -40,6 +41,7 @@ from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
+    ChoiceProgress,
     ControlMessage,
     Drain,
     Hello,
@@ -48,6 +50,7 @@ from pipeline.wire.messages import (
     OutputsMessage,
     PipelineState,
     Preparing,
+    QueryRequest,
     ReloadState,
     RequestFailed,
     RequestOutput,
@@ -60,6 +63,7 @@ from pipeline.wire.messages import (
     pack_int32,
     unpack_int32,
 )
+from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -74,43 +78,64 @@ PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 
 
 @dataclass(slots=True, eq=False)
-class OpenRequest:
-    """A request between its submission and its terminal message.
+class OpenChoice:
+    """What has come of one choice of a request."""
 
-    `events` ends with a finish reason or an error.
+    token_ids: list[int] = field(default_factory=list)
+    num_earlier_tokens: int = 0  # of them, in attempts before this
+    num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
+    is_over: bool = False  # its last output is here, or it was aborted
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """A request between its submission and the end of its last choice.
+
+    `events` has the last output of each choice, or ends with an error.
     """
 
     request: SubmitRequest
     frames: list[bytes | memoryview]
     heard: float  # when its submission went out, or something about it came in
     asked: float = -math.inf  # when it was last asked about
-    token_ids: list[int] = field(default_factory=list)  # received so far
-    num_earlier_tokens: int = 0  # of them, in attempts before this
     num_prompt_tokens: int = 0
-    num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
     mm_hashes: tuple[bytes, ...] | None = None  # of the pictures, as first accepted
     is_accepted: bool = False  # this attempt
     is_asking: bool = False  # a query for missed tokens is under way
     is_held: bool = False  # not submitted (again) yet
-    is_over: bool = False
+    has_failed: bool = False
     # of workers in which it was executing, in a row, with no new token between
     deaths: Counter[Role] = field(default_factory=Counter)
     waits_since: float | None = None  # for a dead worker's successor
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
+    choices: list[OpenChoice] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.choices = [OpenChoice() for _ in range(self.request.sampling.n)]
+
+    @property
+    def is_over(self) -> bool:
+        """All its terminal messages are here, if not yet taken: nothing more is to happen to it."""
+        return self.has_failed or all(choice.is_over for choice in self.choices)
 
     @property
     def has_progress(self) -> bool:
-        return len(self.token_ids) > self.num_earlier_tokens
+        """Any choice has new tokens in this attempt: attempts and deaths are the request's."""
+        return any(len(choice.token_ids) > choice.num_earlier_tokens for choice in self.choices)
 
-    def end(self, event: RequestOutput | ErrorInfo) -> None:
-        """Its terminal message is here, if not yet taken: nothing more is to happen to it."""
-        self.is_over = True
-        self.events.put_nowait(event)
+    def fail(self, error: ErrorInfo) -> None:
+        self.has_failed = True
+        self.events.put_nowait(error)
+
+    def progress(self) -> tuple[ChoiceProgress, ...]:
+        """For the next attempt, which goes on behind it."""
+        return tuple(ChoiceProgress(pack_int32(choice.token_ids), choice.is_over) for choice in self.choices)
 
 
 @dataclass(slots=True)
 class _Aborting:
     message: AbortRequest
+    indexes: set[int]  # of the choices whose end has not been heard of
     num_sent: int = 1
 
 
@@ -132,7 +157,8 @@ class Connection:
         self._greeting: asyncio.Task[None] | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._open: dict[str, OpenRequest] = {}
-        self._aborting: dict[str, _Aborting] = {}
+        # By request and choice; None: the whole request.
+        self._aborting: dict[tuple[str, int | None], _Aborting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = time.monotonic()
         self.end: ErrorInfo | None = None  # set while the pipeline is gone
@@ -195,7 +221,7 @@ class Connection:
             raise RequestError(f"{self.limits.max_requests} requests are open already", status=429)
         if len(request_id) > MAX_REQUEST_ID:
             raise RequestError(f"request_id may have {MAX_REQUEST_ID} characters", field="request_id")
-        if request_id in self._open or request_id in self._aborting:
+        if request_id in self._open or any(request_id == aborted for aborted, _ in self._aborting):
             raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
         try:
             size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
@@ -259,15 +285,37 @@ class Connection:
     def abort(self, request_id: str) -> None:
         """Ends an open request; repeated until the pipeline has answered."""
         opened = self._open.pop(request_id)
-        request = opened.request
+        indexes = {index for index, choice in enumerate(opened.choices) if not choice.is_over}
+        self._start_abort(opened.request, None, indexes)
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """Ends one choice of an open request, of which others are open; repeated likewise."""
+        opened = self._open[request_id]
+        opened.choices[index].is_over = True
+        self._start_abort(opened.request, index, {index})
+
+    def _start_abort(self, request: SubmitRequest, index: int | None, indexes: set[int]) -> None:
         message = AbortRequest(
-            client_id=self.client_id, request_id=request_id, attempt=request.attempt, lead=request.lead
-        )
-        self._aborting[request_id] = _Aborting(message)
+            client_id=self.client_id, request_id=request.request_id, attempt=request.attempt, index=index,
+            lead=request.lead,
+        )  # fmt: skip
+        self._aborting[request.request_id, index] = _Aborting(message, indexes)
         self._send(message)
 
+    def _forget_aborts(self, request_id: str) -> None:
+        """The request is over, or this attempt: the next one says which choices are wanted."""
+        for key in [key for key in self._aborting if key[0] == request_id]:
+            del self._aborting[key]
+
+    def _on_end_of_choice(self, output: RequestOutput) -> None:
+        self._aborting.pop((output.request_id, output.index), None)
+        if (whole := self._aborting.get((output.request_id, None))) is not None:
+            whole.indexes.discard(output.index)
+            if output.finish_reason is FinishReason.ABORT or not whole.indexes:
+                del self._aborting[output.request_id, None]
+
     def _give_up(self, opened: OpenRequest, reason: ErrorInfo) -> None:
-        opened.end(reason)
+        opened.fail(reason)
         self.abort(opened.request.request_id)
 
     # Recovery.
@@ -295,12 +343,14 @@ class Connection:
             self._give_up(opened, ErrorInfo(503, what))
             return
         logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
+        self._forget_aborts(request.request_id)
         opened.request = msgspec.structs.replace(
             request,
             attempt=request.attempt + 1,
-            output_token_ids=pack_int32(opened.token_ids),
+            choices=opened.progress(),
         )
-        opened.num_earlier_tokens = len(opened.token_ids)
+        for choice in opened.choices:
+            choice.num_earlier_tokens = len(choice.token_ids)
         opened.is_accepted, opened.is_asking, opened.is_held = False, False, True
         if opened.waits_since is None:
             opened.waits_since = time.monotonic()
@@ -359,6 +409,8 @@ class Connection:
                         self._welcome.set_exception(
                             PipelineError(f"the server has stopped: {message.reason}")
                         )
+                case _:
+                    assert_never(message)
 
     def _on_state(self, state: PipelineState) -> None:
         self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload
@@ -427,13 +479,15 @@ class Connection:
                     for output in message.outputs:
                         self._take(output)
                 case RequestFailed():
-                    self._aborting.pop(message.request_id, None)
+                    self._forget_aborts(message.request_id)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
-                        opened.end(message.error)
+                        opened.fail(message.error)
                 case Interrupted():
-                    self._aborting.pop(message.request_id, None)
+                    self._forget_aborts(message.request_id)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         self._interrupt(opened, message.reason, message.died)
+                case _:
+                    assert_never(message)
 
     def _on_accepted(self, opened: OpenRequest, message: Accepted) -> None:
         """An answer must not go on behind tokens that were about another picture."""
@@ -479,17 +533,22 @@ class Connection:
         """Passes on what is new; a repeated answer to a query overlaps with what is there, a gap is asked
         for."""
         if output.finish_reason is not None:
-            self._aborting.pop(output.request_id, None)
-        if (opened := self._find(output.request_id, output.attempt)) is None:
+            self._on_end_of_choice(output)
+        opened = self._find(output.request_id, output.attempt)
+        if opened is None or not 0 <= output.index < len(opened.choices):
             return
-        num_received = len(opened.token_ids)
+        choice = opened.choices[output.index]
+        if choice.is_over:
+            opened.is_asking = False  # it says again what is here, or was aborted
+            return
+        num_received = len(choice.token_ids)
         if output.offset > num_received:
             self.counters["gaps"] += 1
             self._query(opened)
             return
         opened.is_asking, opened.waits_since = False, None
-        if opened.num_cached_tokens is None:
-            opened.num_cached_tokens = output.num_cached_tokens
+        if choice.num_cached_tokens is None:
+            choice.num_cached_tokens = output.num_cached_tokens
         known = num_received - output.offset
         token_ids = output.new_token_ids[4 * known :]
         if token_ids or output.finish_reason is not None:
@@ -498,24 +557,26 @@ class Connection:
                 offset=num_received,
                 new_token_ids=token_ids,
                 logprobs=output.logprobs[known:],
-                num_cached_tokens=opened.num_cached_tokens,
+                num_cached_tokens=choice.num_cached_tokens,
             )
-            (opened.events.put_nowait if output.finish_reason is None else opened.end)(new)
-            opened.token_ids += unpack_int32(token_ids).tolist()
+            choice.token_ids += unpack_int32(token_ids).tolist()
+            choice.is_over = output.finish_reason is not None
+            opened.events.put_nowait(new)
 
     def _query(self, opened: OpenRequest) -> None:
-        """Asks for what was missed: the same request with the same attempt.
-
-        Its media go along only if it may never have come in.
-        """
+        """Asks what came of it, and for what was missed. If it never came in, the answer says so."""
         if opened.is_asking or opened.is_held or opened.is_over:
             return
         opened.is_asking, opened.asked = True, time.monotonic()
-        request = msgspec.structs.replace(opened.request, num_received=len(opened.token_ids))
-        if opened.is_accepted:
-            self._send(msgspec.structs.replace(request, messages=()))
-        else:
-            self._send(request, opened.frames)
+        request = opened.request
+        query = QueryRequest(
+            client_id=self.client_id,
+            request_id=request.request_id,
+            attempt=request.attempt,
+            num_received=tuple(len(choice.token_ids) for choice in opened.choices),
+            lead=request.lead,
+        )
+        self._send(query)
 
     async def _watch(self) -> None:
         """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the
@@ -534,10 +595,10 @@ class Connection:
             if self.end is None and self._has_ended(now):
                 self._fail("the server no longer answers")
                 self._is_silent = True
-            for request_id, aborting in list(self._aborting.items()):
+            for key, aborting in list(self._aborting.items()):
                 aborting.num_sent += 1
                 if aborting.num_sent > MAX_ABORTS:
-                    del self._aborting[request_id]
+                    del self._aborting[key]
                 else:
                     self._send(aborting.message)
             for opened in list(self._open.values()):

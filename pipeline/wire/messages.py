@@ -141,16 +141,22 @@ class Hello(Message, frozen=True, kw_only=True):
     protocol: int
 
 
+class ChoiceProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the client of an interrupted request has of one of its choices."""
+
+    output_token_ids: bytes = b""  # of all attempts so far: the text goes on behind them
+    is_over: bool = False  # its terminal message was there: it is not run again
+
+
 class SubmitRequest(Message, frozen=True, kw_only=True):
-    """client → preprocess: run this. With the attempt already running it is a query for what was missed."""
+    """client → preprocess: run this attempt."""
 
     client_id: bytes
     request_id: RequestId
     attempt: int
     messages: tuple[ChatMessage, ...]
     sampling: SamplingParams
-    output_token_ids: bytes = b""  # of earlier attempts: the text goes on behind them
-    num_received: int = 0  # tokens that the client has, for a query
+    choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index; empty: nothing has come yet
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
@@ -159,20 +165,32 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
-    """client → preprocess → llm: end this.
+    """client → preprocess → llm: end this; repeated until the terminal message comes."""
 
-    From preprocess also: it failed before it could run, for the reason `error`.
+    client_id: bytes
+    request_id: RequestId
+    attempt: int
+    index: int | None = None  # of the one choice that is to end; None: all
+    lead: int | None = None  # of the group that has accepted it
+
+
+class QueryRequest(Message, frozen=True, kw_only=True):
+    """client → preprocess → llm: what came of this attempt? It never starts anything.
+
+    Answered with what was missed, with `Preparing`, or with `Interrupted` where nobody knows the attempt.
     """
 
     client_id: bytes
     request_id: RequestId
     attempt: int
-    error: ErrorInfo | None = None
-    is_foreign: bool = False  # from preprocess: the id belongs to somebody else, whose request goes on
+    num_received: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()  # tokens of each choice, by index
     lead: int | None = None  # of the group that has accepted it
 
+    def num_received_of(self, index: int) -> int:
+        return self.num_received[index] if index < len(self.num_received) else 0
 
-IngestMessage = Hello | SubmitRequest | AbortRequest
+
+IngestMessage = Hello | SubmitRequest | QueryRequest | AbortRequest
 
 # --- encode.<i>: preprocess and llm rank 0 → vit i
 # ------------------------------------------------------------------
@@ -318,8 +336,7 @@ class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
-    """preprocess → llm: a request's metadata, sent before any of its pixels; again, as a query, it never
-    starts a request."""
+    """preprocess → llm: a request's metadata, sent before any of its pixels."""
 
     client_id: bytes
     request_id: str
@@ -330,11 +347,9 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     position_delta: int  # what a token after the prompt adds to its index
     items: tuple[MmItem, ...]
     sampling: SamplingParams
-    output_token_ids: bytes = b""
-    num_received: int = 0
+    choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index
     priority: int = 0
     cache_salt: bytes = b""
-    is_query: bool = False
     tenant: str = ""  # whose turn it takes; empty: the client's own
 
 
@@ -367,7 +382,26 @@ class Preparing(WorkerMessage, frozen=True, kw_only=True):
     attempt: int
 
 
-FromPreprocess = Hello | GenerateRequest | AbortRequest | Preparing
+class RequestRefused(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm: the request cannot run, or its media turned out broken while it did."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    error: ErrorInfo
+
+
+class RequestNotYours(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm: this client used the id of another client's request, which goes on."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+
+
+FromPreprocess = (
+    Hello | GenerateRequest | QueryRequest | AbortRequest | RequestRefused | RequestNotYours | Preparing
+)
 LlmMessage = FromPreprocess | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
 
 # --- steps: llm rank 0 → other ranks
@@ -468,6 +502,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 
 
 class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """New tokens of one choice; with a `finish_reason` they are its last."""
+
     request_id: str
     attempt: int
     offset: int  # tokens before these: a gap shows
@@ -475,6 +511,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of them, where they are wanted
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    index: int = 0  # of the choice
 
 
 class TokenOutputs(WorkerMessage, frozen=True, kw_only=True):
@@ -484,7 +521,7 @@ class TokenOutputs(WorkerMessage, frozen=True, kw_only=True):
 
 
 class RequestFailed(WorkerMessage, frozen=True, kw_only=True):
-    """llm → client: the request ended with an error."""
+    """llm → client: the request ended with an error, and with it all choices that were not over."""
 
     request_id: str
     attempt: int
@@ -492,7 +529,7 @@ class RequestFailed(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Interrupted(WorkerMessage, frozen=True, kw_only=True):
-    """llm → client: submit again, with the next attempt."""
+    """llm → client: the attempt is over, or unknown. Submit again, with the next attempt."""
 
     request_id: str
     attempt: int

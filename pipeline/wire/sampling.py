@@ -18,6 +18,7 @@ MAX_LOGIT_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63
 MAX_INT32 = 2**31
+MAX_CHOICES = 16
 
 
 class FinishReason(enum.StrEnum):
@@ -34,8 +35,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `presence_penalty` is taken off the logit of each token in the output so far, `frequency_penalty` once for
     each time; `repetition_penalty` divides (multiplies a negative) the logit of each token in prompt or
     output; `logit_bias` is added. Before `min_tokens` no token ends the request. `logprobs` asks for the
-    log-probability of each output token and of so many best ones, before any of that. With the same `seed` a
-    request draws the same tokens; without one its id gives it a seed: see `with_seed`.
+    log-probability of each output token and of so many best ones, before any of that. `n` choices are drawn
+    behind one prompt. With the same `seed` a request draws the same tokens; without one its id gives it a
+    seed: see `with_seed`.
 
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
@@ -55,6 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -79,6 +82,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check(most is None or 1 <= most < MAX_INT32, "max_tokens", most, "at least 1")
         limit = MAX_INT32 if most is None else most + 1
         _check(0 <= least < limit, "min_tokens", least, "at least 0 and at most max_tokens")
+        _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
         is_fine = logprobs is None or 0 <= logprobs <= MAX_LOGPROBS
         _check(is_fine, "logprobs", logprobs, f"between 0 and {MAX_LOGPROBS}")
         for text in self.stop:

@@ -22,6 +22,7 @@ from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
+    ChoiceProgress,
     ChunkKey,
     EmbeddingReady,
     GenerateRequest,
@@ -191,7 +192,7 @@ class World:
             changes = {
                 "attempt": request.attempt + 1,
                 "arrival": next(self.arrivals),
-                "output_token_ids": tokens,
+                "choices": (ChoiceProgress(tokens),),
             }
             self.submit(
                 message.request_id,

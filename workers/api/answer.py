@@ -81,15 +81,15 @@ class Answer:
             num_output_tokens=sum(choice.usage.num_output_tokens for choice in self.choices)
         )
 
-    def add(self, index: int, piece: Piece) -> Update:
+    def add(self, piece: Piece) -> Update:
         """Counts a piece of a choice and reads its text, which is not kept: a stream may be long."""
-        choice = self.choices[index]
+        choice = self.choices[piece.index]
         choice.last_piece = piece
         events = choice.parser.add(piece.text)
         if piece.finish_reason is not None:
             events = (*events, *choice.parser.finish())
         logprobs = [self._scores(token) for token in piece.logprobs] if piece.logprobs else ()
-        return Update(index, events, logprobs, piece.finish_reason)
+        return Update(piece.index, events, logprobs, piece.finish_reason)
 
     def keep(self, update: Update) -> None:
         """For an answer that is told as a whole."""

@@ -11,8 +11,6 @@ from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, SamplingParams
 from workers.api.request_fields import RequestFields
 
-MAX_CHOICES = 16
-
 
 class SamplingFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     temperature: float | None = None
@@ -34,6 +32,7 @@ def to_sampling(
     request: SamplingFields,
     defaults: Mapping[str, float],
     *,
+    n: int | None,
     max_tokens: int | None,
     logprobs: int | None,
 ) -> SamplingParams:
@@ -60,6 +59,7 @@ def to_sampling(
         min_tokens=request.min_tokens or 0, ignore_eos=request.ignore_eos, stop=stop,
         stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=logprobs,
+        n=1 if n is None else n,
     )  # fmt: skip
 
 
@@ -76,11 +76,3 @@ def check_max_tokens(limit: int | None, field: str) -> None:
     """Raises RequestError, naming the field, out of range."""
     if limit is not None and not 1 <= limit < 2**31:
         raise RequestError(f"{field} must be at least 1 and fit 32 bits, got {shown(limit)}", field=field)
-
-
-def num_choices(n: int | None) -> int:
-    """How many answers are asked for. Raises RequestError for too many, or none."""
-    count = 1 if n is None else n
-    if not 1 <= count <= MAX_CHOICES:
-        raise RequestError(f"n must be between 1 and {MAX_CHOICES}, got {count}", field="n")
-    return count

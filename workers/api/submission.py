@@ -17,7 +17,6 @@ class Submission:
     messages: Sequence[ChatMessage]  # name the media by their number
     media: Sequence[memoryview]
     sampling: SamplingParams
-    num_choices: int = 1
     priority: int = 0  # a lower one goes first
     cache_salt: str = ""  # as the client gave it
     is_streamed: bool = False

@@ -4,9 +4,9 @@ ended how."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, assert_never
 
 import msgspec
 
@@ -20,14 +20,13 @@ from pipeline.wire.messages import (
     Preparing,
     RequestFailed,
     RequestOutput,
-    TokenLogprobs,
     TokenOutputs,
     Welcome,
     pack_int32,
 )
 from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role
-from workers.llm.request import Request
+from workers.llm.request import Choices, Request
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
@@ -43,7 +42,7 @@ class Interruption(NamedTuple):
     died: Role | None = None  # in a worker of this role, which died
 
 
-Outcome = FinishReason | ErrorInfo | Interruption
+Failure = ErrorInfo | Interruption
 
 
 class Ended(NamedTuple):
@@ -52,10 +51,8 @@ class Ended(NamedTuple):
     client_id: bytes
     attempt: int
     time: float
-    outcome: Outcome
-    output_token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    num_cached_tokens: int = 0
+    failure: Failure | None  # None: every choice had its last output
+    outputs: tuple[RequestOutput, ...] = ()  # of each choice, from its first token on
 
 
 class Publish(Protocol):
@@ -139,13 +136,12 @@ class Clients:
         told = msgspec.structs.replace(message, **self._origin)
         self.publish(told, message.client_id)
 
-    def tell_accepted(self, request: Request) -> None:
+    def tell_accepted(self, choices: Choices) -> None:
         accepted = Accepted(
-            request_id=request.request_id, attempt=request.attempt,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            mm_hashes=tuple(item.mm_hash for item in request.items), **self._origin,
+            request_id=choices.request_id, attempt=choices.attempt,
+            num_prompt_tokens=choices.num_prompt_tokens, mm_hashes=choices.mm_hashes, **self._origin,
         )  # fmt: skip
-        self.publish(accepted, request.client_id)
+        self.publish(accepted, choices.client_id)
 
     def tell_outputs(self, client_id: bytes, outputs: Sequence[RequestOutput]) -> None:
         self.publish(TokenOutputs(outputs=tuple(outputs), **self._origin), client_id)
@@ -165,44 +161,51 @@ class Clients:
             del self._ended[next(iter(self._ended))]
         return ended
 
-    def remember_request(self, request: Request, outcome: Outcome, now: float) -> Ended:
-        ended = Ended(
-            request.client_id,
-            request.attempt,
-            now,
-            outcome,
-            tuple(request.output_token_ids),
-            tuple(request.logprobs),
-            request.num_cached_tokens,
-        )
-        return self.remember(request.request_id, ended)
+    def remember_choices(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
+        outputs = tuple(output_of(request, 0) for request in choices.all)
+        ended = Ended(choices.client_id, choices.attempt, now, failure, outputs)
+        return self.remember(choices.request_id, ended)
 
-    def tell_ended(self, request_id: str, ended: Ended, num_received: int) -> None:
-        match ended.outcome:
+    def tell_ended(
+        self, request_id: str, ended: Ended, num_received: Callable[[int], int] | None = None
+    ) -> None:
+        """`num_received` says how many tokens of a choice the client has; None: all."""
+        match ended.failure:
             case ErrorInfo():
-                self.tell_failed(ended.client_id, request_id, ended.attempt, ended.outcome)
+                self.tell_failed(ended.client_id, request_id, ended.attempt, ended.failure)
             case Interruption(reason, died):
                 told = Interrupted(
                     request_id=request_id, attempt=ended.attempt, reason=reason, died=died, **self._origin
                 )
                 self.publish(told, ended.client_id)
+            case None:
+                outputs = [
+                    _behind(output, None if num_received is None else num_received(output.index))
+                    for output in ended.outputs
+                ]
+                self.tell_outputs(ended.client_id, outputs)
             case _:
-                missed = pack_int32(ended.output_token_ids[num_received:])
-                logprobs = ended.logprobs[num_received:]
-                output = RequestOutput(
-                    request_id,
-                    ended.attempt,
-                    num_received,
-                    missed,
-                    ended.outcome,
-                    logprobs,
-                    ended.num_cached_tokens,
-                )
-                self.tell_outputs(ended.client_id, [output])
+                assert_never(ended.failure)
+
+
+def aborted_output(request_id: str, attempt: int, index: int) -> RequestOutput:
+    """The end of a choice of which nothing is known here."""
+    return RequestOutput(request_id, attempt, 0, b"", FinishReason.ABORT, index=index)
+
+
+def _behind(output: RequestOutput, num_received: int | None) -> RequestOutput:
+    """What is new in a choice's whole output for a client that has so many tokens; None: all of them."""
+    offset = len(output.new_token_ids) // 4 if num_received is None else num_received
+    return msgspec.structs.replace(
+        output,
+        offset=offset,
+        new_token_ids=output.new_token_ids[4 * offset :],
+        logprobs=output.logprobs[offset:],
+    )
 
 
 def output_of(request: Request, offset: int) -> RequestOutput:
-    """The request's tokens from `offset` on."""
+    """The tokens of a choice from `offset` on."""
     token_ids = pack_int32(request.output_token_ids[offset:])
     logprobs = tuple(request.logprobs[offset:])
     return RequestOutput(
@@ -213,4 +216,5 @@ def output_of(request: Request, offset: int) -> RequestOutput:
         request.finish_reason,
         logprobs,
         request.num_cached_tokens,
+        request.index,
     )

@@ -26,7 +26,7 @@ from pipeline.wire.topology import Role, WorkerId
 from workers.llm.clients import Clients, Interruption, Publish
 from workers.llm.intake import Intake
 from workers.llm.leases import Leases
-from workers.llm.request import Request
+from workers.llm.request import Choices
 from workers.llm.requests import Requests
 from workers.llm.sampling.matching import HostRule
 from workers.llm.scheduler import Scheduler
@@ -92,7 +92,7 @@ class Engine:
         )
 
     @property
-    def requests(self) -> Mapping[str, Request]:
+    def requests(self) -> Mapping[str, Choices]:
         """Those that are open."""
         return self._requests.open
 
@@ -152,19 +152,21 @@ class Engine:
 
         Sends lease sets, ends the requests of clients that left or were cut off, forgets what is long over.
         """
-        held = [chunk.lease for request in self.requests.values() for chunk in request.chunks if chunk.lease]
+        chunks = (chunk for choices in self.requests.values() for one in choices.all for chunk in one.chunks)
+        held = [chunk.lease for chunk in chunks if chunk.lease]
         self._leases.send_sets([*held, *self.stepper.leases_in_flight], now)
         lost = self._clients.lost(now)
-        for request in [request for request in self.requests.values() if request.client_id in lost]:
+        for choices in [choices for choices in self.requests.values() if choices.client_id in lost]:
             # If its client comes back, it may go on.
-            self._requests.end(request, Interruption("its client had left, or did not read"), now)
+            self._requests.fail(choices, Interruption("its client had left, or did not read"), now)
         self._clients.forget(now)
         self._leases.forget_early(now)
 
     def check_integrity(self) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        num_requests = len(scheduler.waiting) + len(scheduler.running)
-        assert num_requests == len(self.requests), "a request is lost or held twice"
+        num_scheduled = len(scheduler.waiting) + len(scheduler.running)
+        num_open = sum(len(choices.open) for choices in self.requests.values())
+        assert num_scheduled == num_open, "a choice is lost or held twice"
         if not self.requests:
             scheduler.cache.check_empty()

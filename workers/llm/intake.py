@@ -23,15 +23,17 @@ from pipeline.wire.messages import (
     PoolClosed,
     PoolOpened,
     Preparing,
+    QueryRequest,
+    RequestNotYours,
+    RequestRefused,
     Welcome,
     WorkerMessage,
     WorkerState,
 )
-from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role, WorkerId
-from workers.llm.clients import Clients, Ended, Interruption, Outcome, output_of
+from workers.llm.clients import Clients, Ended, Failure, Interruption, aborted_output, output_of
 from workers.llm.leases import Leases, lease_of
-from workers.llm.request import Chunk, Request
+from workers.llm.request import Choices, Chunk, Request
 from workers.llm.requests import Requests
 from workers.llm.stepping import Stepper
 
@@ -64,8 +66,14 @@ class Intake:
                 self._clients.greet(message.client_id, message.protocol)
             case GenerateRequest():
                 self._on_generate(message, now)
+            case QueryRequest():
+                self._on_query(message, now)
             case AbortRequest():
                 self._on_abort(message, now)
+            case RequestRefused():
+                self._on_refused(message, now)
+            case RequestNotYours(client_id=client_id, request_id=request_id, attempt=attempt):
+                self._clients.tell_failed(client_id, request_id, attempt, _in_use(request_id))
             case Preparing():
                 self._clients.tell_preparing(message)
             case PoolOpened():
@@ -76,10 +84,10 @@ class Intake:
             case EmbeddingReady():
                 self._on_embedding(message, now)
             case EncodeFailed():
-                if not self._is_early(message, now) and self._is_wanted(self._find_chunk(message)):
-                    self._requests.end(self._requests.open[message.key.request_id], message.error, now)
+                if not self._is_early(message, now) and self._wanted_chunk(message) is not None:
+                    self._requests.fail(self._requests.open[message.key.request_id], message.error, now)
             case LeaseRefused(key=key):
-                if self._is_wanted(self._find_chunk(message)):
+                if self._wanted_chunk(message) is not None:
                     self._requests.interrupt(
                         self._requests.open[key.request_id],
                         Interruption("preempted"),
@@ -98,19 +106,19 @@ class Intake:
         open_requests = list(self._requests.open.values())
         if role is Role.VIT:
             self._leases.forget_vit(rank, successor.epoch)
-            hit = [request for request in open_requests if request.forget_vit(rank, successor.epoch)]
+            hit = [choices for choices in open_requests if choices.forget_vit(rank, successor.epoch)]
             name = str(successor.worker)
             if not self._pools.knows(name, successor.epoch):  # else it has taken the dead one's place already
                 self._stepper.send(PoolClosed(pool_id=name, pool_epoch=successor.epoch - 1, **self._origin))
                 self._pools.close(name)
         elif role is Role.PREPROCESS:
-            hit = [request for request in open_requests if any(chunk.is_awaited for chunk in request.chunks)]
+            hit = [choices for choices in open_requests if choices.is_waiting]
         else:
             return
-        for request in hit:
-            was_executing = digest_of(request.request_id) in successor.executed
+        for choices in hit:
+            was_executing = digest_of(choices.request_id) in successor.executed
             interruption = Interruption(f"{successor.worker} died", role if was_executing else None)
-            self._requests.interrupt(request, interruption, now)
+            self._requests.interrupt(choices, interruption, now)
 
     # New requests, and their end from outside.
 
@@ -121,51 +129,46 @@ class Intake:
         if known is not None and known.client_id != message.client_id:
             # Preprocess knows who uses it, unless it was restarted.
             self._requests.tell_preprocess(request_id, message.attempt)
-            in_use = ErrorInfo(409, f"request_id {request_id!r} is in use by another client", "request_id")
-            clients.tell_failed(message.client_id, request_id, message.attempt, in_use)
+            clients.tell_failed(message.client_id, request_id, message.attempt, _in_use(request_id))
             return
         if ended is not None and ended.attempt >= message.attempt:
-            self._requests.tell_preprocess(request_id, message.attempt, ended.outcome)
-            clients.tell_ended(request_id, ended, message.num_received)
+            self._requests.tell_preprocess(request_id, message.attempt, ended.failure)
+            clients.tell_ended(request_id, ended)
             return
         if current is not None:
-            if current.attempt > message.attempt:
+            if current.attempt >= message.attempt:
                 self.counters["stale_messages"] += 1
-                return
-            if current.attempt == message.attempt:
-                clients.tell_accepted(current)
-                clients.tell_outputs(current.client_id, [output_of(current, message.num_received)])
                 return
             self._requests.forget(current)
         self._open(message, now)
 
     def _open(self, message: GenerateRequest, now: float) -> None:
-        request = Request.from_wire(message, self._welcome.max_model_len)
-        self._requests.add(request)
-        if refusal := self._refusal(request, message):
-            self._requests.end(request, refusal, now)
-            self._leases.drop_early(request.request_id)
+        choices = Choices.from_wire(message, self._welcome.max_model_len)
+        self._requests.add(choices)
+        if refusal := self._refusal(choices):
+            self._requests.fail(choices, refusal, now)
+            self._leases.drop_early(choices.request_id)
             return
-        self._requests.counters["prompt_tokens"] += len(request.prompt_token_ids)
-        self._clients.tell_accepted(request)
-        for early in self._leases.take_early(request.request_id):
+        self._requests.counters["prompt_tokens"] += choices.num_prompt_tokens
+        self._clients.tell_accepted(choices)
+        for early in self._leases.take_early(choices.request_id):
             self.handle(early, now)
 
-    def _refusal(self, request: Request, message: GenerateRequest) -> Outcome | None:
+    def _refusal(self, choices: Choices) -> Failure | None:
         """Why the request does not run, if it does not."""
-        if request.client_id not in self._clients:
+        if choices.client_id not in self._clients:
             return Interruption("its client had left")  # while its media were fetched
-        if (protocol := self._clients.protocol_of(request.client_id)) is None:
+        if (protocol := self._clients.protocol_of(choices.client_id)) is None:
             return Interruption("its client has to say hello again")  # it was away, and may not have noticed
         if protocol != PROTOCOL_VERSION:
             reason = f"the client speaks protocol {protocol}, the pipeline speaks protocol {PROTOCOL_VERSION}"
             return ErrorInfo(400, reason)
-        if message.is_query:
-            return Interruption("it is not known here")
-        for chunk in request.chunks:
+        if (leader := choices.leader) is None:
+            return ErrorInfo(400, "all choices are over already", "choices")
+        for chunk in leader.chunks:
             if chunk.wire.vit_epoch < self.epochs.get(vit := WorkerId(Role.VIT, chunk.wire.vit), 0):
                 return Interruption(f"{vit} died")
-        return self._too_long(request)
+        return next(filter(None, map(self._too_long, choices.open)), None)
 
     def _too_long(self, request: Request) -> ErrorInfo | None:
         limit, capacity = self._welcome.max_model_len, self._stepper.scheduler.cache.capacity
@@ -181,29 +184,81 @@ class Intake:
             return ErrorInfo(400, f"{length} can never fit the KV cache of {capacity} tokens", "max_tokens")
         if len(request.output_token_ids) >= request.max_tokens:
             reason = f"all {request.max_tokens} output tokens are there already"
-            return ErrorInfo(400, reason, "output_token_ids")
+            return ErrorInfo(400, reason, "choices")
         return None
 
-    def _on_abort(self, message: AbortRequest, now: float) -> None:
-        """From the client, or from preprocess with the reason why the request cannot run."""
+    def _on_query(self, message: QueryRequest, now: float) -> None:
+        """Of an attempt that is not known the client hears that, and nothing starts."""
         request_id, clients = message.request_id, self._clients
-        if message.is_foreign:
-            assert message.error is not None
-            clients.tell_failed(message.client_id, request_id, message.attempt, message.error)
+        choices, ended = self._requests.open.get(request_id), clients.ended(request_id)
+        known = choices or ended
+        if known is not None and known.attempt > message.attempt:
+            self.counters["stale_messages"] += 1
             return
-        request, ended = self._requests.open.get(request_id), clients.ended(request_id)
-        known = request or ended
+        if known is None or known.attempt < message.attempt or known.client_id != message.client_id:
+            is_greeted = message.client_id in clients and clients.protocol_of(message.client_id) is not None
+            why = "it is not known here" if is_greeted else "its client has to say hello again"
+            unknown = Ended(message.client_id, message.attempt, now, Interruption(why))
+            clients.tell_ended(request_id, unknown)
+            self._requests.tell_preprocess(request_id, message.attempt)
+        elif choices is not None:
+            clients.tell_accepted(choices)
+            missed = [output_of(one, message.num_received_of(one.index)) for one in choices.all]
+            clients.tell_outputs(message.client_id, missed)
+        elif ended is not None:
+            self._requests.tell_preprocess(request_id, message.attempt)
+            clients.tell_ended(request_id, ended, message.num_received_of)
+
+    def _on_abort(self, message: AbortRequest, now: float) -> None:
+        request_id = message.request_id
+        choices, ended = self._requests.open.get(request_id), self._clients.ended(request_id)
+        known = choices or ended
         if known is not None and known.client_id != message.client_id:
             return
-        if request is not None and request.attempt <= message.attempt:
-            self._requests.end(request, message.error or FinishReason.ABORT, now)
+        if message.index is not None:
+            self._on_abort_of_choice(message, message.index, now)
+        elif choices is not None and choices.attempt <= message.attempt:
+            self._requests.abort(choices, now)
+        else:
+            outputs = (aborted_output(request_id, message.attempt, 0),)
+            self._end_unknown(request_id, Ended(message.client_id, message.attempt, now, None, outputs))
+
+    def _on_abort_of_choice(self, message: AbortRequest, index: int, now: float) -> None:
+        """The other choices go on. Of one that is over already the client hears that again."""
+        choices, ended = self._requests.open.get(message.request_id), self._clients.ended(message.request_id)
+        if choices is not None and choices.attempt == message.attempt:
+            request = choices.find(index)
+            if request is not None and not request.is_over:
+                self._requests.abort_choice(request, now)
+            else:
+                told = aborted_output(message.request_id, message.attempt, index)
+                if request is not None:
+                    told = output_of(request, len(request.output_token_ids))
+                self._clients.tell_outputs(message.client_id, [told])
+        elif ended is not None and ended.attempt == message.attempt:
+            self._clients.tell_ended(message.request_id, ended)
+
+    def _on_refused(self, message: RequestRefused, now: float) -> None:
+        """Preprocess says why the request cannot run, or cannot run on."""
+        request_id = message.request_id
+        choices, ended = self._requests.open.get(request_id), self._clients.ended(request_id)
+        known = choices or ended
+        if known is not None and known.client_id != message.client_id:
             return
-        self._requests.tell_preprocess(request_id, message.attempt)
-        if ended is None or ended.attempt < message.attempt:
-            ended = Ended(message.client_id, message.attempt, now, message.error or FinishReason.ABORT)
-            clients.remember(request_id, ended)
+        if choices is not None and choices.attempt <= message.attempt:
+            self._requests.fail(choices, message.error, now)
+        else:
+            self._end_unknown(request_id, Ended(message.client_id, message.attempt, now, message.error))
+
+    def _end_unknown(self, request_id: str, ended: Ended) -> None:
+        """An attempt that does not run here is over: should it come late, it does not start."""
+        self._requests.tell_preprocess(request_id, ended.attempt)
+        before = self._clients.ended(request_id)
+        if before is None or before.attempt < ended.attempt:
+            self._clients.remember(request_id, ended)
             self._leases.drop_early(request_id)
-        clients.tell_ended(request_id, ended, len(ended.output_token_ids))
+            before = ended
+        self._clients.tell_ended(request_id, before)
 
     # Embeddings.
 
@@ -214,8 +269,8 @@ class Intake:
             return
         if self._is_early(message, now):
             return
-        chunk, lease = self._find_chunk(message), lease_of(message)
-        if chunk is None or not self._is_wanted(chunk):
+        chunk, lease = self._wanted_chunk(message), lease_of(message)
+        if chunk is None:
             self._leases.release([lease])
             return
         chunk.embeddings, chunk.lease = message.embeddings, lease
@@ -229,14 +284,25 @@ class Intake:
         self._leases.keep_early(message, now)
         return True
 
-    def _find_chunk(self, message: EmbeddingReady | EncodeFailed | LeaseRefused) -> Chunk | None:
-        key = message.key
-        request = self._requests.open.get(key.request_id)
-        if request is None or request.attempt != key.attempt:
-            return None
-        matching = (chunk for chunk in request.chunks if chunk.item == key.item and chunk.index == key.chunk)
-        return next(matching, None)
+    def _wanted_chunk(self, message: EmbeddingReady | EncodeFailed | LeaseRefused) -> Chunk | None:
+        """Whose embeddings are waited for, also when they were lost: then they come earlier.
 
-    def _is_wanted(self, chunk: Chunk | None) -> bool:
-        """Its embeddings are waited for, also when they were lost: then they come earlier."""
-        return chunk is not None and chunk.embeddings is None and not chunk.is_read
+        Of the choices of a request the one that waits now goes before those that will.
+        """
+        key = message.key
+        choices = self._requests.open.get(key.request_id)
+        if choices is None or choices.attempt != key.attempt:
+            return None
+        chunks = (chunk for request in choices.open for chunk in request.chunks)
+        wanted = [
+            chunk
+            for chunk in chunks
+            if (chunk.item, chunk.index) == (key.item, key.chunk)
+            and chunk.embeddings is None
+            and not chunk.is_read
+        ]
+        return min(wanted, key=lambda chunk: chunk.is_lost, default=None)
+
+
+def _in_use(request_id: str) -> ErrorInfo:
+    return ErrorInfo(409, f"request_id {request_id!r} is in use by another client", "request_id")

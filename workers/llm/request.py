@@ -1,11 +1,13 @@
 """A request inside the engine: its tokens, their hashes, its embeddings as they come in, how far it is
 computed.
 
-This is the mutable object; on the wire it was a `GenerateRequest`, and the conversion is here.
+These are the mutable objects; on the wire they were a `GenerateRequest`, and the conversion is here. Each
+choice of a request (the sampling's `n`) is computed as a `Request` of its own; `Choices` are all of one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import (
+    ChoiceProgress,
     EmbeddingSlice,
     GenerateRequest,
     Int32Array,
@@ -70,6 +73,8 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)  # one is only ever itself: queues need not compare its arrays
 class Request:
+    """One choice of a request."""
+
     client_id: bytes
     request_id: str
     attempt: int
@@ -81,6 +86,8 @@ class Request:
     items: tuple[MmItem, ...]
     sampling: SamplingParams
     max_tokens: int
+    index: int = 0  # of the choice
+    choices: Choices | None = None  # all of its request
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     tenant: str = ""  # whose turns it takes
@@ -109,8 +116,7 @@ class Request:
         chunks = [chunk for number, item in enumerate(message.items) for chunk in chunks_of(number, item)]
         room = max_model_len - len(prompt)
         asked = message.sampling.max_tokens
-        num_earlier = len(message.output_token_ids) // 4
-        return cls(
+        made = cls(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt,
             arrival=message.arrival,
             prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta,
@@ -118,10 +124,38 @@ class Request:
             cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
-            num_earlier_tokens=num_earlier,
-            output_token_ids=unpack_int32(message.output_token_ids).tolist(),
-            logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * num_earlier,
         )  # fmt: skip
+        made.go_on_behind(progress_of(message, 0))
+        return made
+
+    def fork(self, index: int, progress: ChoiceProgress) -> Request:
+        """Another choice behind the same prompt.
+
+        Of embeddings it has nothing, like a request that was preempted: what the prefix cache does not cover
+        is leased again.
+        """
+        lost = [Chunk(one.item, one.index, one.pieces, one.wire, is_lost=True) for one in self.chunks]
+        made = dataclasses.replace(self, index=index, chunks=lost, block_table=[], _block_hashes=[])
+        made.go_on_behind(progress)
+        return made
+
+    def go_on_behind(self, progress: ChoiceProgress) -> None:
+        """The tokens of earlier attempts. Their logprobs are with the client."""
+        self.output_token_ids = unpack_int32(progress.output_token_ids).tolist()
+        self.num_earlier_tokens = len(self.output_token_ids)
+        has_logprobs = self.sampling.logprobs is not None
+        self.logprobs = [TokenLogprobs(b"", b"")] * self.num_earlier_tokens if has_logprobs else []
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The name under which it holds blocks and a slot."""
+        return self.request_id, self.index
+
+    @property
+    def waits_for_prompt(self) -> bool:
+        """Another choice of its request computes their prompt."""
+        choices = self.choices
+        return choices is not None and not choices.is_prompt_computed and choices.leader is not self
 
     @property
     def order(self) -> tuple[int, int]:
@@ -260,6 +294,75 @@ class Request:
         for chunk in self.chunks:
             chunk.lease = chunk.embeddings = None
         return leases
+
+
+@dataclass(slots=True, eq=False)
+class Choices:
+    """The choices of one request. They share its prompt: the first that is open computes it, the others start
+    behind that."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    num_prompt_tokens: int
+    mm_hashes: tuple[bytes, ...]
+    all: list[Request]  # by index; without those that were over before this attempt
+    is_prompt_computed: bool = False
+
+    @classmethod
+    def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Choices:
+        first = Request.from_wire(message, max_model_len)
+        every = [(index, progress_of(message, index)) for index in range(message.sampling.n)]
+        # It has the chunks that are waited for, whichever choice it is.
+        leader = next((index for index, progress in every if not progress.is_over), 0)
+        made = cls(
+            message.client_id,
+            message.request_id,
+            message.attempt,
+            len(first.prompt_token_ids),
+            tuple(item.mm_hash for item in message.items),
+            [first.fork(index, progress) for index, progress in every if not progress.is_over],
+        )
+        for request in made.all:
+            request.choices = made
+            if request.index == leader:
+                request.chunks = first.chunks
+        return made
+
+    @property
+    def open(self) -> list[Request]:
+        return [request for request in self.all if not request.is_over]
+
+    @property
+    def leader(self) -> Request | None:
+        """The first that is open."""
+        return next((request for request in self.all if not request.is_over), None)
+
+    def find(self, index: int) -> Request | None:
+        return next((request for request in self.all if request.index == index), None)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Embeddings of its prompt are under way."""
+        return any(chunk.is_awaited for request in self.open for chunk in request.chunks)
+
+    def forget_vit(self, vit: int, epoch: int) -> bool:
+        """A ViT has died: whether something is missing now."""
+        are_hit = [request.forget_vit(vit, epoch) for request in self.open]
+        return any(are_hit)
+
+    def hand_on(self, ended: Request) -> None:
+        """A choice has ended: what it had of embeddings that the next one needs goes to that."""
+        heir = self.leader
+        if self.is_prompt_computed or heir is None or heir.index < ended.index:
+            return
+        heir.chunks, ended.chunks = ended.chunks, []
+        for chunk in heir.chunks:
+            chunk.is_lost, chunk.is_read = chunk.is_lost or chunk.is_read, False
+
+
+def progress_of(message: GenerateRequest, index: int) -> ChoiceProgress:
+    return message.choices[index] if index < len(message.choices) else ChoiceProgress()
 
 
 def chunks_of(number: int, item: MmItem) -> list[Chunk]:

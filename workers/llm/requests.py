@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 
 from pipeline.transport.ends import Sink
 from pipeline.wire.messages import FeedbackMessage, ItemNotNeeded, Origin, RequestEnded, RequestOutput
-from workers.llm.clients import Clients, Ended, Interruption, Outcome, output_of
+from pipeline.wire.sampling import FinishReason
+from workers.llm.clients import Clients, Ended, Failure, Interruption, output_of
 from workers.llm.leases import Leases
-from workers.llm.request import Request
+from workers.llm.request import Choices, Request
 from workers.llm.scheduler import Admitted, Scheduler
 from workers.llm.stepping import Collected, Stepper, Yielded
 
@@ -31,19 +32,21 @@ class Requests:
         self._origin, self._scheduler, self._stepper = origin, scheduler, stepper
         self._clients, self._leases, self._feedback = clients, leases, feedback
         self._on_first_token = on_first_token
-        self.open: dict[str, Request] = {}
+        self.open: dict[str, Choices] = {}
         self.counters = {"prompt_tokens": 0, "cached_tokens": 0, "interrupted": 0}
 
-    def add(self, request: Request) -> None:
-        self.open[request.request_id] = request
-        self._scheduler.add(request)
+    def add(self, choices: Choices) -> None:
+        self.open[choices.request_id] = choices
+        for request in choices.all:
+            self._scheduler.add(request)
 
     # While they run.
 
     def on_admitted(self, admitted: Admitted) -> None:
         """What the prefix cache covers is not needed; of the rest, what was read before a preemption is."""
         request, covered = admitted
-        self.counters["cached_tokens"] += covered
+        if request.choices is None or request.choices.leader is request:  # the prompt counts once
+            self.counters["cached_tokens"] += covered
         missing = {chunk.item for chunk in request.chunks if chunk.embeddings is None and not chunk.is_lost}
         for number, item in enumerate(request.items):
             if number in missing and item.stop <= covered:
@@ -70,8 +73,7 @@ class Requests:
         """Tells clients their new tokens; closes what has finished."""
         self._tell(collected.yielded)
         for request in collected.finished:
-            assert request.finish_reason is not None
-            self._close(request, request.finish_reason, now)
+            self._end_choice(request, now)
 
     def _tell(self, yielded: Iterable[Yielded]) -> None:
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
@@ -84,39 +86,73 @@ class Requests:
 
     # How they end.
 
-    def end(self, request: Request, outcome: Outcome, now: float) -> None:
-        """Ends an open request from outside and tells its client."""
-        self._scheduler.remove(request)
-        ended = self._close(request, outcome, now)
-        self._clients.tell_ended(request.request_id, ended, len(request.output_token_ids))
+    def _end_choice(self, request: Request, now: float) -> None:
+        """It has its finish reason, and the scheduler has forgotten it.
 
-    def interrupt(self, request: Request, interruption: Interruption, now: float) -> None:
+        The request ends with its last choice.
+        """
+        choices = self.open[request.request_id]
+        choices.hand_on(request)
+        self._stepper.give_back(request.take_all_leases())
+        if choices.leader is None:
+            self._close(choices, None, now)
+
+    def abort_choice(self, request: Request, now: float) -> None:
+        """Its client wants no more of it."""
+        self._abort(request)
+        self._clients.tell_outputs(request.client_id, [output_of(request, len(request.output_token_ids))])
+        self._end_choice(request, now)
+
+    def abort(self, choices: Choices, now: float) -> None:
+        """Ends all that is open of a request, and tells its client."""
+        for request in choices.open:
+            self._abort(request)
+        self._close(choices, None, now)
+        ends = [output_of(request, len(request.output_token_ids)) for request in choices.all]
+        self._clients.tell_outputs(choices.client_id, ends)
+
+    def _abort(self, request: Request) -> None:
+        self._scheduler.remove(request)
+        request.finish_reason = FinishReason.ABORT
+
+    def fail(self, choices: Choices, failure: Failure, now: float) -> None:
+        """Ends an open request from outside and tells its client."""
+        self._remove(choices)
+        ended = self._close(choices, failure, now)
+        self._clients.tell_ended(choices.request_id, ended)
+
+    def interrupt(self, choices: Choices, interruption: Interruption, now: float) -> None:
         """Something that the request needs was lost."""
         self.counters["interrupted"] += 1
-        self.end(request, interruption, now)
+        self.fail(choices, interruption, now)
 
-    def forget(self, request: Request) -> None:
+    def forget(self, choices: Choices) -> None:
         """A higher attempt takes the place of this one: no terminal message."""
-        self._scheduler.remove(request)
-        self._drop(request)
+        self._remove(choices)
+        self._drop(choices)
 
-    def tell_preprocess(self, request_id: str, attempt: int, outcome: Outcome | None = None) -> None:
+    def tell_preprocess(self, request_id: str, attempt: int, failure: Failure | None = None) -> None:
         """The request has ended, or never began.
 
         Saying it again is harmless, not saying it would keep its credit for ever.
         """
         ended = RequestEnded(
-            request_id=request_id, attempt=attempt, is_interrupted=isinstance(outcome, Interruption),
+            request_id=request_id, attempt=attempt, is_interrupted=isinstance(failure, Interruption),
             **self._origin,
         )  # fmt: skip
         self._feedback.send(ended)
 
-    def _close(self, request: Request, outcome: Outcome, now: float) -> Ended:
-        self._drop(request)
-        self.tell_preprocess(request.request_id, request.attempt, outcome)
-        logger.debug("%s ended: %s", request.request_id, outcome)
-        return self._clients.remember_request(request, outcome, now)
+    def _remove(self, choices: Choices) -> None:
+        for request in choices.open:
+            self._scheduler.remove(request)
 
-    def _drop(self, request: Request) -> None:
-        del self.open[request.request_id]
-        self._stepper.give_back(request.take_all_leases())
+    def _close(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
+        self._drop(choices)
+        self.tell_preprocess(choices.request_id, choices.attempt, failure)
+        logger.debug("%s ended: %s", choices.request_id, failure or "all choices are over")
+        return self._clients.remember_choices(choices, failure, now)
+
+    def _drop(self, choices: Choices) -> None:
+        del self.open[choices.request_id]
+        for request in choices.all:
+            self._stepper.give_back(request.take_all_leases())

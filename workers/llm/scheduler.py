@@ -81,6 +81,8 @@ class Scheduler:
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
 
     def add(self, request: Request) -> None:
+        if not self.has_prefix_cache:  # what its choices share is found by nobody else
+            request.cache_salt = f"{request.request_id}/{request.attempt}/".encode() + request.client_id
         insort(self.waiting, request, key=_arrival)
 
     def remove(self, request: Request) -> None:
@@ -93,7 +95,7 @@ class Scheduler:
 
     def _stop(self, request: Request) -> None:
         self.running.remove(request)
-        self.cache.free(request.request_id)
+        self.cache.free(request.key)
         for digest in [digest for digest, owner in self._computing.items() if owner is request]:
             del self._computing[digest]
 
@@ -166,7 +168,7 @@ class Scheduler:
         block_size = self.cache.block_size
         growing = [each for each in self.running if each.num_tokens > len(each.block_table) * block_size]
         for request in growing:
-            while request.slot >= 0 and not self.cache.extend(request.request_id, request.num_tokens):
+            while request.slot >= 0 and not self.cache.extend(request.key, request.num_tokens):
                 preempted.append(whom_to_preempt(self.running))
                 self._preempt(preempted[-1])
         return preempted
@@ -222,6 +224,8 @@ class Scheduler:
 
     def _may_start(self, request: Request) -> bool:
         """Whether it would not wait for others inside, with what they may need in its hands."""
+        if request.waits_for_prompt:
+            return False
         hashes = self._hashes(request)
         num_found = len(self.cache.find(hashes))
         # Only the oldest request is sure to get its next place for an embedding. A request that overtakes
@@ -251,7 +255,7 @@ class Scheduler:
             assert not request.num_pending_tokens, "a token of the request is still in flight"
             self.waiting.remove(request)
             request.slot, request.block_table = self.cache.allocate(
-                request.request_id,
+                request.key,
                 found,
                 request.num_tokens,
             )
@@ -267,40 +271,40 @@ class Scheduler:
 
     def _hashes(self, request: Request) -> list[bytes]:
         """Of all full blocks but the one with the last token: something must be left to compute."""
-        if not self.publishes:
+        if not self._publishes(request):
             return []
         return request.block_hashes((request.num_tokens - 1) // self.cache.block_size, self.cache.block_size)
 
-    @property
-    def publishes(self) -> bool:
-        """Whether prefixes are to be found again."""
-        return self.has_prefix_cache and self.cache.has_prefixes
+    def _publishes(self, request: Request) -> bool:
+        """Whether its prefix is to be found again: by anybody, or by the other choices of its request."""
+        return self.cache.has_prefixes and (self.has_prefix_cache or request.sampling.n > 1)
 
     # What came of a step.
 
     def update(
         self,
         scheduled: Sequence[Scheduled],
-        new_token_ids: Mapping[str, Sequence[int]],
+        new_token_ids: Mapping[tuple[str, int], Sequence[int]],
     ) -> list[Request]:
-        """Takes a step's results: the new tokens of each request that was sampled, in order.
+        """Takes a step's results: the new tokens of each request that was sampled, in order, by its key.
 
         Returns the requests that have finished, with their reason set and their blocks freed. A request that
         ended while the step ran gets nothing. One that was preempted meanwhile keeps its tokens.
         """
         finished: list[Request] = []
-        publishes, block_size = self.publishes, self.cache.block_size
         for item in scheduled:
             request = item.request
             if request.is_over:
                 continue
             if item.is_sampled:
                 request.num_pending_tokens -= 1
-                self._append(request, new_token_ids[request.request_id])
-            num_full = item.stop // block_size
+                self._append(request, new_token_ids[request.key])
+            if request.choices is not None and item.stop >= len(request.prompt_token_ids):
+                request.choices.is_prompt_computed = True
+            num_full = item.stop // self.cache.block_size
             # One that was preempted has lost the blocks that the step wrote.
             is_kept = request.num_computed_tokens >= item.stop
-            if publishes and is_kept and num_full > request.num_published_blocks:
+            if is_kept and num_full > request.num_published_blocks and self._publishes(request):
                 self._publish(request, num_full)
             if request.finish_reason is not None:
                 self.remove(request)

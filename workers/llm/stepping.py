@@ -244,11 +244,11 @@ class Stepper:
         result = step.launched.result()
         self._observe(step)
         yielded: list[Yielded] = []
-        new_token_ids: dict[str, Sequence[int]] = {}
+        new_token_ids: dict[tuple[str, int], Sequence[int]] = {}
         for request, token_ids, logprobs in zip(step.sampled, result.token_ids, result.logprobs, strict=True):
             if not request.is_over:
                 yielded.append(Yielded(request, len(request.output_token_ids)))
-                new_token_ids[request.request_id] = token_ids
+                new_token_ids[request.key] = token_ids
                 request.logprobs.extend(logprobs)
         for item in step.scheduled:
             # Of a request that ended nothing is read; one that was preempted reads it again.
@@ -261,7 +261,7 @@ class Stepper:
         for request, _ in yielded:
             if request.matchers and not request.is_over:
                 for matcher in request.matchers:
-                    matcher.accept(new_token_ids[request.request_id])
+                    matcher.accept(new_token_ids[request.key])
         for request in finished:
             del request.logprobs[len(request.output_token_ids) :]  # of tokens behind the one that ended it
         self.counters["steps"] += 1
@@ -289,7 +289,7 @@ def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
     return SequenceStart(
         slot=request.slot,
         num_prompt_tokens=len(request.prompt_token_ids),
-        sampling=with_seed(request.sampling, request.request_id, index=0),
+        sampling=with_seed(request.sampling, request.request_id, request.index),
         token_ids=pack_int32([*request.prompt_token_ids, *request.output_token_ids]),
         positions=request.positions.tobytes() if request.items else b"",
         position_delta=request.position_delta,

@@ -45,7 +45,10 @@ from pipeline.wire.messages import (
     MmItem,
     PixelsReleased,
     Preparing,
+    QueryRequest,
     RequestEnded,
+    RequestNotYours,
+    RequestRefused,
     SubmitRequest,
     TextPart,
     VideoPart,
@@ -80,7 +83,8 @@ class OpenRequest:
     attempt: int
     tenant: str
     task: asyncio.Task[None] | None = None
-    reply: GenerateRequest | AbortRequest | None = None  # what the LLM was told, for queries
+    was_passed_on: bool = False  # the LLM knows it
+    refusal: RequestRefused | None = None  # else: that the LLM was told why not, for queries
     keys: list[ChunkKey] = field(default_factory=list)
     num_held_bytes: int = 0
     has_credit: bool = False
@@ -152,6 +156,8 @@ class Preprocessor:
                         llm.send(message)
             case SubmitRequest():
                 self._on_submit(message, frames)
+            case QueryRequest():
+                self._on_query(message)
             case AbortRequest():
                 self._on_abort(message)
             case _:
@@ -160,28 +166,13 @@ class Preprocessor:
     def _on_submit(self, message: SubmitRequest, frames: list[memoryview]) -> None:
         known = self._requests.get(message.request_id)
         if known is not None and known.client_id != message.client_id:
-            error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
-            refusal = AbortRequest(
-                client_id=message.client_id,
-                request_id=message.request_id,
-                attempt=message.attempt,
-                error=error,
-                is_foreign=True,
-            )
-            self._tell(known, refusal)
+            self._refuse_foreign(known, message)
             return
-        if known is not None and known.attempt > message.attempt:
+        if known is not None and known.attempt >= message.attempt:
             self.counters["stale_messages"] += 1
-            return
-        if known is not None and known.attempt == message.attempt:
-            self._on_query(known, message)
             return
         if known is not None and known.ended_at is None:
             self._end(known)
-        if known is None and message.lead is not None and message.lead in self._llms and not message.messages:
-            # A query about what went through our predecessor: its group knows.
-            self._llms[message.lead].send(self._query_of(message))
-            return
         tenant = tenant_of(message)
         opened = OpenRequest(
             message.client_id, message.request_id, message.attempt, tenant, leads=message.leads
@@ -209,28 +200,35 @@ class Preprocessor:
             return
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
 
-    def _on_query(self, known: OpenRequest, message: SubmitRequest) -> None:
+    def _refuse_foreign(self, known: OpenRequest, message: SubmitRequest | QueryRequest) -> None:
+        refusal = RequestNotYours(
+            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt,
+            **self._origin,
+        )  # fmt: skip
+        self._tell(known, refusal)
+
+    def _on_query(self, message: QueryRequest) -> None:
         """The client has not heard of this attempt for a while: it is told again how far that is."""
-        if isinstance(known.reply, GenerateRequest):
-            query = msgspec.structs.replace(known.reply, num_received=message.num_received, is_query=True)
-            self._tell(known, query)
-        elif known.reply is not None:
-            self._tell(known, known.reply)
+        known = self._requests.get(message.request_id)
+        if known is None:
+            # It went through our predecessor, and its group knows; or it got lost, and any group says so.
+            lead = message.lead if message.lead in self._llms else None
+            self._llms[self._speaker(None) if lead is None else lead].send(message)
+        elif known.client_id != message.client_id:
+            self._refuse_foreign(known, message)
+        elif known.attempt > message.attempt:
+            self.counters["stale_messages"] += 1
+        elif known.attempt < message.attempt or known.was_passed_on:
+            self._tell(known, message)
+        elif known.refusal is not None:
+            self._tell(known, known.refusal)
         elif known.ended_at is None:
             preparing = Preparing(
                 client_id=known.client_id, request_id=known.request_id, attempt=known.attempt, **self._origin
             )  # fmt: skip
             self._tell(known, preparing)
         else:  # a group's death ended it before its client knew of that: no group knows it, and says so
-            self._tell(known, self._query_of(message))
-
-    def _query_of(self, message: SubmitRequest) -> GenerateRequest:
-        """For a group that may know the request, of which nothing is known here."""
-        return GenerateRequest(
-            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt, arrival=0,
-            prompt_token_ids=b"", positions=b"", position_delta=0, items=(), sampling=message.sampling,
-            num_received=message.num_received, is_query=True, **self._origin,
-        )  # fmt: skip
+            self._tell(known, message)
 
     def _abandon(self, message: SubmitRequest, lead: int) -> None:
         """The attempt before this one ends in that group, if it still runs there."""
@@ -269,10 +267,9 @@ class Preprocessor:
         contents = [one.content for one in message.messages if not isinstance(one.content, str)]
         if (count := sum(map(len, contents))) > MAX_PARTS:
             raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
-        if message.num_received < 0 or message.attempt < 1:
-            raise RequestError("attempt and num_received count from 1 and 0", field="attempt")
-        if len(message.output_token_ids) % 4:
-            raise RequestError("output_token_ids are not whole numbers", field="output_token_ids")
+        if message.attempt < 1:
+            raise RequestError("attempt counts from 1", field="attempt")
+        self._check_choices(message)
         if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
             raise RequestError(
                 f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority"
@@ -281,9 +278,7 @@ class Preprocessor:
             raise RequestError("--allow-priority says who may set a priority", field="priority")
         if len(message.tenant) > MAX_TENANT:
             raise RequestError(f"the name of a tenant has at most {MAX_TENANT} characters", field="tenant")
-        vocab_size, token_ids = self._info.text.vocab_size, unpack_int32(message.output_token_ids)
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
-            raise RequestError("output_token_ids are outside the vocabulary", field="output_token_ids")
+        vocab_size = self._info.text.vocab_size
         for name, ids in (
             ("stop_token_ids", message.sampling.stop_token_ids),
             ("logit_bias", message.sampling.logit_bias),
@@ -292,6 +287,16 @@ class Preprocessor:
                 raise RequestError(
                     f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name
                 )
+
+    def _check_choices(self, message: SubmitRequest) -> None:
+        if len(message.choices) > message.sampling.n:
+            raise RequestError(f"there are more choices than n, {message.sampling.n}", field="choices")
+        for choice in message.choices:
+            if len(choice.output_token_ids) % 4:
+                raise RequestError("output_token_ids are not whole numbers", field="choices")
+            token_ids = unpack_int32(choice.output_token_ids)
+            if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._info.text.vocab_size:
+                raise RequestError("output_token_ids are outside the vocabulary", field="choices")
 
     def _hold(self, opened: OpenRequest, num_bytes: int) -> None:
         """Counts texts and encoded media that a request holds until it ends.
@@ -307,16 +312,15 @@ class Preprocessor:
         if known is not None and (known.client_id != message.client_id or known.attempt > message.attempt):
             self.counters["stale_messages"] += 1
             return
-        if known is not None and known.reply is None and known.ended_at is None:
+        if known is not None and not known.was_passed_on and known.ended_at is None:
+            if message.index is not None:
+                return  # nothing has come of it yet; the abort of a choice is repeated
             known.was_begun = False
             self._end(known)  # nobody was told of it: no group says when it has ended
         lead = known.lead if known is not None else message.lead
-        abort = AbortRequest(
-            client_id=message.client_id, request_id=message.request_id, attempt=message.attempt
-        )
         if lead is None or lead not in self._llms:
             lead = self._speaker(known)
-        self._llms[lead].send(abort)
+        self._llms[lead].send(message)
 
     def _tell(self, opened: OpenRequest | None, message: LlmMessage) -> None:
         """To the group of a request; of one that has none, or is not known, another group speaks."""
@@ -439,15 +443,13 @@ class Preprocessor:
             position_delta=positions.delta,
             items=tuple(items),
             sampling=message.sampling,
-            output_token_ids=message.output_token_ids,
-            num_received=message.num_received,
+            choices=message.choices,
             priority=message.priority,
             cache_salt=message.cache_salt,
             tenant=opened.tenant,
             **self._origin,
         )
-        # A query says nothing of the prompt: what is kept for queries need not hold it.
-        opened.reply = msgspec.structs.replace(request, prompt_token_ids=b"", positions=b"", items=())
+        opened.was_passed_on = True
         self._tell(opened, request)
         self._chunks.announce(opened.keys)
 
@@ -466,20 +468,19 @@ class Preprocessor:
         opened.was_begun = False
         opened.task = None  # which may be the one that calls this
         self._end(opened)  # whichever group speaks may die before it says so
-        opened.reply = AbortRequest(
-            client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error
-        )
-        self._tell(opened, opened.reply)
+        opened.refusal = self._refusal(opened, error)
+        self._tell(opened, opened.refusal)
+
+    def _refusal(self, opened: OpenRequest, error: ErrorInfo) -> RequestRefused:
+        return RequestRefused(
+            client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error,
+            **self._origin,
+        )  # fmt: skip
 
     def _on_broken_chunk(self, key: ChunkKey, error: ErrorInfo) -> None:
         """Media of a request that runs already turned out broken."""
         opened = self._requests[key.request_id]
-        self._tell(
-            opened,
-            AbortRequest(
-                client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error
-            ),
-        )
+        self._tell(opened, self._refusal(opened, error))
 
     # From the launcher, ViTs and the LLM.
 

@@ -32,6 +32,7 @@ from pipeline.wire.messages import (
     Interrupted,
     PipelineState,
     Preparing,
+    QueryRequest,
     RequestFailed,
     RequestOutput,
     Shutdown,
@@ -124,9 +125,16 @@ class Pipeline:
         assert self.outputs.publish(kind(sender=LLM_0, epoch=self.epochs[LLM_0], **fields), self.client_id)
 
     def say_tokens(
-        self, request: SubmitRequest, offset: int, tokens: Sequence[int], finish: FinishReason | None = None
+        self,
+        request: SubmitRequest,
+        offset: int,
+        tokens: Sequence[int],
+        finish: FinishReason | None = None,
+        index: int = 0,
     ) -> None:
-        output = RequestOutput(request.request_id, request.attempt, offset, pack_int32(tokens), finish)
+        output = RequestOutput(
+            request.request_id, request.attempt, offset, pack_int32(tokens), finish, index=index
+        )
         self.say(TokenOutputs, outputs=(output,))
 
     async def next(self, kind: type) -> Received[Any]:
@@ -188,11 +196,11 @@ async def test_a_gap_is_asked_for_and_overlap_is_dropped(client: PipelineClient,
     pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
     pipeline.say_tokens(request, 0, ids[:2])
     pipeline.say_tokens(request, 4, ids[4:5])  # tokens 2 and 3 got lost
-    query = await pipeline.next(SubmitRequest)
+    query = await pipeline.next(QueryRequest)
     assert (query.message.request_id, query.message.attempt, query.message.num_received) == (
         request.request_id,
         1,
-        2,
+        (2,),
     )
     assert query.frames == [], "what was accepted is not sent again"
     pipeline.say_tokens(request, 5, ids[5:6])
@@ -266,6 +274,73 @@ async def test_a_stop_string_ends_the_request_upstream(client: PipelineClient, p
     text, pieces = await task
     assert (text, pieces[-1].finish_reason) == ("A red ", FinishReason.STOP)
     assert (await pipeline.next(AbortRequest)).message.request_id == request.request_id
+
+
+# Several choices.
+
+
+async def test_choices_come_side_by_side_and_each_ends_by_itself(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
+    ids = [
+        pipeline.tokenizer.encode(text, add_special_tokens=False).ids
+        for text in ("A red circle at the top", "A blue star.")
+    ]
+    task = asyncio.create_task(collect(client, sampling=SamplingParams(n=2, stop=("circle",))))
+    request = (await pipeline.next(SubmitRequest)).message
+    assert request.sampling.n == 2
+    pipeline.say_tokens(request, 0, ids[1][:2], index=1)
+    pipeline.say_tokens(request, 0, ids[0])
+    abort = (await pipeline.next(AbortRequest)).message
+    assert (abort.request_id, abort.index) == (request.request_id, 0), "only the choice with the stop string"
+    pipeline.say_tokens(request, len(ids[0]), [20])  # it had not heard of the abort yet
+    pipeline.say_tokens(request, len(ids[0]) + 1, [], FinishReason.ABORT)
+    pipeline.say_tokens(request, 2, ids[1][2:], FinishReason.LENGTH, index=1)
+    _, pieces = await task
+    texts = ["".join(piece.text for piece in pieces if piece.index == index) for index in range(2)]
+    assert texts == ["A red ", "A blue star."]
+    ends = {piece.index: piece.finish_reason for piece in pieces if piece.finish_reason is not None}
+    assert ends == {0: FinishReason.STOP, 1: FinishReason.LENGTH}
+    assert client.num_open == 0
+    assert not client._connection._aborting
+
+
+async def test_a_choice_that_is_over_is_not_asked_for_again(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
+    task = asyncio.create_task(collect(client, sampling=SamplingParams(n=3, temperature=0)))
+    request = await accept(pipeline, task)
+    pipeline.say_tokens(request, 0, [20, 21], FinishReason.LENGTH, index=1)
+    pipeline.say_tokens(request, 0, [30], index=2)
+    await asyncio.sleep(0.1)
+    pipeline.replace(LLM_0, request.request_id)
+    await pipeline.welcome()
+    again = (await pipeline.next(SubmitRequest)).message
+    assert [tokens_in(again, index) for index in range(3)] == [[], [20, 21], [30]]
+    assert [choice.is_over for choice in again.choices] == [False, True, False]
+    assert again.alone_in == (), "one of its choices had a new token"
+    pipeline.say_tokens(again, 0, [40], FinishReason.STOP)
+    pipeline.say_tokens(again, 1, [31], FinishReason.STOP, index=2)
+    _, pieces = await task
+    tokens = [[t for piece in pieces if piece.index == index for t in piece.token_ids] for index in range(3)]
+    assert tokens == [[40], [20, 21], [30, 31]]
+
+
+async def test_leaving_early_is_answered_by_the_abort_and_not_by_the_end_of_one_choice(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
+    stream = client.generate(CHAT, SamplingParams(n=2))
+    first = asyncio.ensure_future(anext(stream))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say_tokens(request, 0, [20])
+    await first
+    await stream.aclose()
+    assert (await pipeline.next(AbortRequest)).message.index is None
+    pipeline.say_tokens(request, 1, [21], FinishReason.LENGTH)
+    assert (await pipeline.next(AbortRequest)).message.index is None, "the other one may still run"
+    pipeline.say_tokens(request, 0, [], FinishReason.ABORT, index=1)
+    while client._connection._aborting:
+        await asyncio.sleep(0.01)
 
 
 async def test_data_urls_become_frames(client: PipelineClient, pipeline: Pipeline) -> None:
@@ -361,7 +436,7 @@ async def test_a_silent_request_is_asked_about_though_it_was_accepted(
     pipeline.say_tokens(request, 0, [20])  # and then the terminal message gets lost
     for _ in range(2):  # and the first answer to the query, too
         assert isinstance((await pipeline.next(Hello)).message, Hello)
-        assert (await pipeline.next(SubmitRequest)).message.num_received == 1
+        assert (await pipeline.next(QueryRequest)).message.num_received == (1,)
     pipeline.say_tokens(request, 1, [], FinishReason.STOP)
     assert (await task)[1][-1].finish_reason == "stop"
 
@@ -423,7 +498,7 @@ async def test_an_interrupted_request_is_submitted_again_and_goes_on(
     received = await pipeline.next(SubmitRequest)
     again = received.message
     assert (again.request_id, again.attempt, again.sampling) == (first.request_id, 2, first.sampling)
-    assert unpack_int32(again.output_token_ids).tolist() == ids[:2]
+    assert tokens_in(again) == ids[:2]
     assert [bytes(frame) for frame in received.frames] == [b"picture"]
     # said again: of an attempt that is over
     pipeline.say(Interrupted, request_id=first.request_id, attempt=1, reason="preempted")
@@ -514,6 +589,11 @@ async def test_a_priority_beyond_32_bits_is_refused(priority: int, client: Pipel
 # Recovery.
 
 
+def tokens_in(request: SubmitRequest, index: int = 0) -> list[int]:
+    """Those of earlier attempts."""
+    return unpack_int32(request.choices[index].output_token_ids).tolist() if request.choices else []
+
+
 async def accept(pipeline: Pipeline, task: asyncio.Task[Any], num_tokens: int = 0) -> SubmitRequest:
     """Takes a request in and answers with its first tokens."""
     request: SubmitRequest = (await pipeline.next(SubmitRequest)).message
@@ -521,7 +601,7 @@ async def accept(pipeline: Pipeline, task: asyncio.Task[Any], num_tokens: int = 
         Accepted, request_id=request.request_id, attempt=request.attempt, num_prompt_tokens=9, mm_hashes=()
     )
     if num_tokens:
-        first = len(request.output_token_ids) // 4
+        first = len(tokens_in(request))
         pipeline.say_tokens(request, first, list(range(20 + first, 20 + first + num_tokens)))
     await asyncio.sleep(0.1)
     assert not task.done()
@@ -597,10 +677,10 @@ async def test_a_successor_of_the_llm_is_greeted_before_anything_is_submitted_ag
         for message in [(await pipeline.next(SubmitRequest)).message for _ in range(3)]
     }
     assert sorted(message.attempt for message in again.values()) == [1, 2, 2]
-    assert unpack_int32(again[first.request_id].output_token_ids).tolist() == [20, 21]
+    assert tokens_in(again[first.request_id]) == [20, 21]
     assert again[first.request_id].lead == 0
     for message in again.values():
-        pipeline.say_tokens(message, len(message.output_token_ids) // 4, [22], FinishReason.STOP)
+        pipeline.say_tokens(message, len(tokens_in(message)), [22], FinishReason.STOP)
     pieces = (await asyncio.gather(*tasks, new))[0][1]
     assert [token for piece in pieces for token in piece.token_ids] == [20, 21, 22]
 
@@ -686,8 +766,8 @@ async def test_queries_and_aborts_name_the_group_that_runs_the_request(
     monkeypatch.setattr("pipeline.client.connection.QUERY_AFTER_S", 0.5)
     task = asyncio.create_task(collect(client))
     await accept(pipeline, task)
-    query = (await pipeline.next(SubmitRequest)).message
-    assert (query.attempt, query.messages, query.lead) == (1, (), 0)
+    query = (await pipeline.next(QueryRequest)).message
+    assert (query.attempt, query.lead) == (1, 0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert (await pipeline.next(AbortRequest)).message.lead == 0
@@ -719,7 +799,7 @@ async def test_what_nobody_takes_in_ends(impatient: PipelineClient, pipeline: Pi
     assert 3 <= time.monotonic() - start < 7
     assert impatient.num_open == 0
     assert (await pipeline.next(SubmitRequest)).message.attempt == 1
-    assert (await pipeline.next(SubmitRequest)).message.attempt == 1, "it was asked about before"
+    assert (await pipeline.next(QueryRequest)).message.attempt == 1, "it was asked about before"
 
 
 async def test_what_is_being_prepared_is_waited_for(impatient: PipelineClient, pipeline: Pipeline) -> None:
@@ -730,7 +810,7 @@ async def test_what_is_being_prepared_is_waited_for(impatient: PipelineClient, p
         pipeline.say_states()
         with contextlib.suppress(TimeoutError):
             received = await asyncio.wait_for(pipeline.ingest.receive(), 0.2)
-            if isinstance(received.message, SubmitRequest):
+            if isinstance(received.message, SubmitRequest | QueryRequest):
                 request = received.message
                 fields = {"client_id": pipeline.client_id, "request_id": request.request_id}
                 pipeline.say(Preparing, attempt=request.attempt, **fields)

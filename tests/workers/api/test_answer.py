@@ -24,9 +24,9 @@ def scores(ids: list[int], values: list[float]) -> TokenLogprobs:
 
 def test_the_prompt_counts_once_and_each_choice_its_own_output() -> None:
     answer = made(2)
-    answer.add(0, Piece("a", (1,), None, 10, 1, 4))
-    answer.add(1, Piece("b", (1,), None, 10, 1, 4))
-    answer.add(0, Piece("c", (1,), FinishReason.STOP, 10, 3, 4))
+    answer.add(Piece("a", (1,), None, 10, 1, 4, index=0))
+    answer.add(Piece("b", (1,), None, 10, 1, 4, index=1))
+    answer.add(Piece("c", (1,), FinishReason.STOP, 10, 3, 4))
     assert answer.usage == Usage(10, 4, 4)
     assert [choice.finish_reason for choice in answer.choices] == [FinishReason.STOP, None]
 
@@ -36,7 +36,7 @@ def test_an_update_has_what_its_piece_adds_and_only_kept_ones_stay() -> None:
     piece = Piece(
         "hi", (104, 105), None, 1, 2, 0, (scores([104, 72], [-0.5, -1.0]), scores([105], [-math.inf]))
     )
-    update = answer.add(0, piece)
+    update = answer.add(piece)
     assert (update.choice, update.events, update.finish_reason) == (0, (Content("hi"),), None)
     first, second = update.logprobs
     assert (first.chosen, first.best) == ((b"h", -0.5), ((b"H", -1.0),))
@@ -44,5 +44,5 @@ def test_an_update_has_what_its_piece_adds_and_only_kept_ones_stay() -> None:
     (choice,) = answer.choices
     assert (choice.content, choice.logprobs) == ([], [])
     answer.keep(update)
-    answer.keep(answer.add(0, Piece("!", (33,), FinishReason.LENGTH, 1, 3)))
+    answer.keep(answer.add(Piece("!", (33,), FinishReason.LENGTH, 1, 3)))
     assert ("".join(choice.content), choice.logprobs) == ("hi!", [first, second])

@@ -16,7 +16,6 @@ from pipeline.wire.messages import SubmitRequest
 from tests.workers.api.endpoints.test_chat import body
 from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
 from workers.api.request_fields import check_request
-from workers.api.sampling_fields import num_choices
 
 
 def submitted(data: bytes) -> bytes:
@@ -24,7 +23,6 @@ def submitted(data: bytes) -> bytes:
     request = decode_request(data)
     refuse_unserved(request)
     check_request(request, "m")
-    num_choices(request.n)
     made = SubmitRequest(
         client_id=b"c" * 16, request_id="r", attempt=1, messages=tuple(to_messages(request)),
         sampling=to_chat_sampling(request, {}), priority=request.priority or 0,

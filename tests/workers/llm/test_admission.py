@@ -24,7 +24,7 @@ def add(made: Scheduler, tenant: str, num_tokens: int = 3, max_tokens: int = 4, 
 def run(made: Scheduler) -> list[Request]:
     """One step; those that finished."""
     scheduled, *_ = made.schedule()
-    finished = made.update(scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled})
+    finished = made.update(scheduled, {item.request.key: [1] for item in scheduled if item.is_sampled})
     made.check_integrity()
     return finished
 

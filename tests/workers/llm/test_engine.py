@@ -28,6 +28,7 @@ from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
+    ChoiceProgress,
     ChunkKey,
     EmbeddingReady,
     EncodeFailed,
@@ -43,9 +44,12 @@ from pipeline.wire.messages import (
     MmItem,
     PoolOpened,
     Preparing,
+    QueryRequest,
     RequestEnded,
     RequestFailed,
+    RequestNotYours,
     RequestOutput,
+    RequestRefused,
     StepPlan,
     TokenOutputs,
     Welcome,
@@ -194,6 +198,14 @@ class Rig:
             assert after.offset == before.offset + len(before.new_token_ids) // 4
         assert [output.finish_reason for output in mine].count(None) == len(mine) - 1
         return [token for output in mine for token in unpack_int32(output.new_token_ids).tolist()]
+
+
+def behind(token_ids: list[int]) -> tuple[ChoiceProgress, ...]:
+    return (ChoiceProgress(pack_int32(token_ids)),)
+
+
+def query(request_id: str, attempt: int = 1, num_received: tuple[int, ...] = ()) -> QueryRequest:
+    return QueryRequest(client_id=CLIENT, request_id=request_id, attempt=attempt, num_received=num_received)
 
 
 @pytest.fixture(scope="module")
@@ -442,11 +454,9 @@ def test_a_picture_that_no_vit_has_any_more_interrupts_its_request(random_checkp
     assert [message.attempt for message in rig.publisher.take(Interrupted)] == [1]
     assert not rig.engine.requests
     rig.engine.check_integrity()
-    rig.engine.handle(msgspec.structs.replace(request, is_query=True), rig.now)
+    rig.engine.handle(query("r"), rig.now)
     assert len(rig.publisher.take(Interrupted)) == 1, "a client that missed it asks"
-    rig.engine.handle(
-        msgspec.structs.replace(request, attempt=2, output_token_ids=pack_int32(so_far)), rig.now
-    )
+    rig.engine.handle(msgspec.structs.replace(request, attempt=2, choices=behind(so_far)), rig.now)
     rig.engine.handle(msgspec.structs.replace(ready[0], key=ChunkKey("r", 2, 0, 0), lease_id=99), rig.now)
     rig.run()
     answer = Reference(random_checkpoint).answer(CHATS[name], NUM_TOKENS)
@@ -565,7 +575,7 @@ def test_logprobs_come_with_their_tokens_and_again_on_a_query(
         assert chosen == best == unpack_int32(output.new_token_ids)[0]
         assert values[0] == values[1] > values[2]
         assert second != best
-    rig.engine.handle(msgspec.structs.replace(request, num_received=3), rig.now)
+    rig.engine.handle(query("r", num_received=(3,)), rig.now)
     (again,) = rig.outputs()
     assert again.logprobs == outputs[3].logprobs + outputs[4].logprobs
 
@@ -596,8 +606,7 @@ def test_a_request_without_a_seed_draws_on_in_its_next_attempt(rig: Rig) -> None
     sampling = SamplingParams(temperature=1.5, max_tokens=NUM_TOKENS, ignore_eos=True, frequency_penalty=0.2)
 
     def run(request_id: str, attempt: int, so_far: list[int]) -> list[int]:
-        earlier = pack_int32(so_far)
-        options = {"attempt": attempt, "output_token_ids": earlier, "sampling": sampling}
+        options = {"attempt": attempt, "choices": behind(so_far), "sampling": sampling}
         rig.engine.handle(rig.request(CHATS["text only"], request_id, **options)[0], rig.now)
         rig.run()
         return so_far + [t for output in rig.outputs() for t in unpack_int32(output.new_token_ids).tolist()]
@@ -614,15 +623,17 @@ def replace_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
     )
 
 
-def test_an_equal_attempt_is_a_query(rig: Rig) -> None:
+def test_a_query_is_answered_with_what_was_missed(rig: Rig) -> None:
     request, _ = rig.request(CHATS["text only"], "r")
     rig.engine.handle(request, rig.now)
     for _ in range(6):
         rig.engine.step(rig.now)
     before = [token for output in rig.outputs() for token in unpack_int32(output.new_token_ids).tolist()]
     rig.publisher.take(Accepted)
-    query, _ = rig.request(CHATS["text only"], "r", num_received=2)
-    rig.engine.handle(query, rig.now)
+    rig.engine.handle(request, rig.now)
+    assert (rig.publisher.take(Accepted), rig.outputs()) == ([], []), "an attempt runs once"
+    missed = query("r", num_received=(2,))
+    rig.engine.handle(missed, rig.now)
     assert len(rig.publisher.take(Accepted)) == 1
     (again,) = rig.outputs()
     assert (again.offset, unpack_int32(again.new_token_ids).tolist(), again.finish_reason) == (
@@ -632,7 +643,7 @@ def test_an_equal_attempt_is_a_query(rig: Rig) -> None:
     )
     rig.run()
     rig.publisher.published.clear()
-    rig.engine.handle(query, rig.now)
+    rig.engine.handle(missed, rig.now)
     (terminal,) = rig.outputs()
     assert len(terminal.new_token_ids) // 4 == NUM_TOKENS - 2
     assert terminal.finish_reason is FinishReason.LENGTH
@@ -680,11 +691,18 @@ def test_abort_frees_all_and_is_answered_each_time(rig: Rig) -> None:
     rig.engine.check_integrity()
 
 
-def test_an_abort_before_the_request_holds(rig: Rig) -> None:
+def test_a_refusal_before_the_request_holds(rig: Rig) -> None:
     request, ready = rig.request(CHATS["one picture"], "r")
     rig.engine.handle(ready[0], rig.now)
     rig.engine.handle(
-        AbortRequest(client_id=CLIENT, request_id="r", attempt=1, error=ErrorInfo(400, "broken", "f")),
+        RequestRefused(
+            sender=PREPROCESS,
+            epoch=1,
+            client_id=CLIENT,
+            request_id="r",
+            attempt=1,
+            error=ErrorInfo(400, "broken", "f"),
+        ),
         rig.now,
     )
     rig.engine.handle(request, rig.now)
@@ -883,9 +901,9 @@ def test_what_preprocess_answers_to_a_query_goes_to_its_client_only(rig: Rig) ->
 
 
 def test_a_query_never_starts_a_request(rig: Rig) -> None:
-    request, _ = rig.request(CHATS["text only"], "r", is_query=True)
-    rig.engine.handle(request, rig.now)
+    rig.engine.handle(query("r"), rig.now)
     assert not rig.engine.requests
+    assert [ended.request_id for ended in rig.feedback.take(RequestEnded)] == ["r"]
     (told,) = rig.publisher.take(Interrupted)
     assert (told.request_id, told.attempt, told.died) == ("r", 1, None), "its client is to submit it again"
 
@@ -913,22 +931,18 @@ def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
     other = b"o" * 16
     rig.greet(other)
     rig.engine.handle(rig.request(CHATS["text only"], "r")[0], rig.now)
-    error = ErrorInfo(409, "the request_id belongs to another client", "request_id")
-    refusal = AbortRequest(client_id=other, request_id="r", attempt=1, error=error, is_foreign=True)
+    refusal = RequestNotYours(sender=PREPROCESS, epoch=1, client_id=other, request_id="r", attempt=1)
     rig.engine.handle(refusal, rig.now)
     assert rig.feedback.take(RequestEnded) == []
-    assert [(topic, m.error) for topic, m in rig.publisher.published if isinstance(m, RequestFailed)] == [
-        (other, error)
-    ]
+    failures = [(topic, m.error) for topic, m in rig.publisher.published if isinstance(m, RequestFailed)]
+    assert [(topic, error.status, error.field) for topic, error in failures] == [(other, 409, "request_id")]
     rig.run()
     assert len(rig.tokens("r")) == NUM_TOKENS
 
 
 @pytest.mark.parametrize("count", [NUM_TOKENS, 5000])
 def test_more_output_than_was_asked_for_is_refused(count: int, rig: Rig) -> None:
-    rig.engine.handle(
-        rig.request(CHATS["text only"], "r", output_token_ids=pack_int32([20] * count))[0], rig.now
-    )
+    rig.engine.handle(rig.request(CHATS["text only"], "r", choices=behind([20] * count))[0], rig.now)
     (failure,) = rig.publisher.take(RequestFailed)
     assert failure.error.status == 400
     rig.engine.check_integrity()
@@ -937,14 +951,14 @@ def test_more_output_than_was_asked_for_is_refused(count: int, rig: Rig) -> None
 def test_logprobs_go_on_behind_an_earlier_attempt(rig: Rig, references: dict[str, Answer]) -> None:
     so_far = references["text only"].token_ids[:10]
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1, logprobs=1)
-    options = {"attempt": 2, "output_token_ids": pack_int32(so_far), "sampling": sampling}
+    options = {"attempt": 2, "choices": behind(so_far), "sampling": sampling}
     request, _ = rig.request(CHATS["text only"], "r", **options)
     rig.engine.handle(request, rig.now)
     rig.run()
     for output in rig.outputs():
         (entry,) = output.logprobs
         assert unpack_int32(entry.token_ids)[0] == unpack_int32(output.new_token_ids)[0]
-    rig.engine.handle(msgspec.structs.replace(request, num_received=12), rig.now)
+    rig.engine.handle(query("r", attempt=2, num_received=(12,)), rig.now)
     (again,) = rig.outputs()
     chosen = [int(unpack_int32(entry.token_ids)[0]) for entry in again.logprobs]
     assert chosen == unpack_int32(again.new_token_ids).tolist()
@@ -952,9 +966,7 @@ def test_logprobs_go_on_behind_an_earlier_attempt(rig: Rig, references: dict[str
 
 def test_output_of_an_earlier_attempt_is_gone_on_from(rig: Rig, references: dict[str, Answer]) -> None:
     so_far = references["text only"].token_ids[:10]
-    rig.engine.handle(
-        rig.request(CHATS["text only"], "r", attempt=2, output_token_ids=pack_int32(so_far))[0], rig.now
-    )
+    rig.engine.handle(rig.request(CHATS["text only"], "r", attempt=2, choices=behind(so_far))[0], rig.now)
     rig.run()
     outputs = rig.outputs()
     assert outputs[0].offset == 10
@@ -1067,7 +1079,7 @@ def test_a_resubmitted_request_goes_on_as_if_nothing_had_been(rig: Rig) -> None:
     rig.engine.handle(rig.request(CHATS["text only"], "whole")[0], rig.now)
     rig.run()
     whole = rig.tokens("whole")
-    request = rig.request(CHATS["text only"], "again", attempt=2, output_token_ids=pack_int32(whole[:9]))[0]
+    request = rig.request(CHATS["text only"], "again", attempt=2, choices=behind(whole[:9]))[0]
     rig.engine.handle(request, rig.now)
     rig.run()
     assert rig.tokens("again") == whole[9:]

@@ -50,7 +50,7 @@ def scheduler(
 
 def step(made: Scheduler, token: int = 1) -> list[tuple[str, int]]:
     scheduled, *_ = made.schedule()
-    made.update(scheduled, {item.request.request_id: [token] for item in scheduled if item.is_sampled})
+    made.update(scheduled, {item.request.key: [token] for item in scheduled if item.is_sampled})
     return [(item.request.request_id, item.num_tokens) for item in scheduled]
 
 
@@ -125,7 +125,7 @@ def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
         ended += [
             request.request_id
             for request in made.update(
-                scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled}
+                scheduled, {item.request.key: [1] for item in scheduled if item.is_sampled}
             )
         ]
     assert ended == ["old", "young"]
@@ -160,7 +160,7 @@ def test_a_high_priority_is_not_preempted_for_a_low_one() -> None:
         ended += [
             request.request_id
             for request in made.update(
-                scheduled, {item.request.request_id: [1] for item in scheduled if item.is_sampled}
+                scheduled, {item.request.key: [1] for item in scheduled if item.is_sampled}
             )
         ]
     assert ended == ["high", "low"]
@@ -297,7 +297,7 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
         scheduled, *_ = made.schedule()
         ended += [
             r.request_id
-            for r in made.update(scheduled, {s.request.request_id: [1] for s in scheduled if s.is_sampled})
+            for r in made.update(scheduled, {s.request.key: [1] for s in scheduled if s.is_sampled})
         ]
         if "long" in ended:
             break
@@ -396,7 +396,7 @@ def test_invariants_hold_whatever_happens(
         num_done = 0
         while len(under_way) > (1 if has_overlap and scheduled else 0):
             done = under_way.pop(0)
-            finished = made.update(done, {item.request.request_id: [1] for item in done if item.is_sampled})
+            finished = made.update(done, {item.request.key: [1] for item in done if item.is_sampled})
             for request in finished:
                 assert len(request.output_token_ids) == request.max_tokens
             ended.extend(request.request_id for request in finished)

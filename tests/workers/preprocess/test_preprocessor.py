@@ -36,6 +36,7 @@ from pipeline.wire.messages import (
     AbortRequest,
     CancelEncode,
     ChatMessage,
+    ChoiceProgress,
     ChunkKey,
     EncodeMiss,
     EncodeRequest,
@@ -46,7 +47,10 @@ from pipeline.wire.messages import (
     PixelsReleased,
     PoolOpened,
     Preparing,
+    QueryRequest,
     RequestEnded,
+    RequestNotYours,
+    RequestRefused,
     SubmitRequest,
     TextPart,
     VideoPart,
@@ -93,6 +97,10 @@ class Rig:
         self.core.on_ingest(
             SubmitRequest(request_id=request_id, **values), [memoryview(picture) for picture in pictures]
         )
+
+    def query(self, request_id: str, **fields: Any) -> None:
+        values = {"client_id": CLIENT, "attempt": 1, **fields}
+        self.core.on_ingest(QueryRequest(request_id=request_id, **values), [])
 
     async def settle(self) -> None:
         """Until tasks, threads and reading processes have nothing more to do."""
@@ -245,7 +253,7 @@ async def test_a_broken_picture_fails_each_request_that_has_it(rig: Rig) -> None
     for name in ("a", "b"):
         rig.submit(name, [broken])
     await rig.settle()
-    (failure,) = rig.llm.take(AbortRequest)
+    (failure,) = rig.llm.take(RequestRefused)
     first, second = ("a", "b") if failure.request_id == "a" else ("b", "a")  # they are read side by side
     (waiting,) = [m for m in rig.encodes() if m.key.request_id == second]
     assert (failure.request_id, failure.error.status, failure.error.field) == (
@@ -256,7 +264,7 @@ async def test_a_broken_picture_fails_each_request_that_has_it(rig: Rig) -> None
     rig.end(first)
     rig.feedback(EncodeMiss, key=waiting.key)  # the ViT turns to the next who wants it
     await rig.settle()
-    (failure,) = rig.llm.take(AbortRequest)
+    (failure,) = rig.llm.take(RequestRefused)
     assert failure.request_id == second
     rig.end(second)
     rig.check_nothing_left()
@@ -265,19 +273,39 @@ async def test_a_broken_picture_fails_each_request_that_has_it(rig: Rig) -> None
 async def test_a_query_is_passed_on_and_never_run_again(rig: Rig) -> None:
     rig.submit("r")
     await rig.settle()
-    assert [m.is_query for m in rig.llm.take(GenerateRequest)] == [False]
-    rig.submit("r", messages=(), num_received=5)
+    assert len(rig.llm.take(GenerateRequest)) == 1
+    rig.query("r", num_received=(5,))
     rig.end("r")
-    rig.submit("r", messages=(), num_received=7)
-    assert [(m.is_query, m.num_received) for m in rig.llm.take(GenerateRequest)] == [(True, 5), (True, 7)]
+    rig.query("r", num_received=(7,))
+    assert [m.num_received for m in rig.llm.take(QueryRequest)] == [(5,), (7,)]
+    rig.submit("r")
+    await rig.settle()
+    assert rig.llm.sent == [], "an attempt runs once"
     rig.check_nothing_left()
 
 
-async def test_a_query_about_an_unknown_request_is_refused_and_leaves_nothing(rig: Rig) -> None:
-    rig.submit("gone", messages=(), num_received=5)
-    (refusal,) = rig.llm.take(AbortRequest)
-    assert refusal.error is not None
-    rig.end("gone")
+async def test_a_query_about_an_unknown_request_is_passed_on_and_leaves_nothing(rig: Rig) -> None:
+    """The LLM knows what went through our predecessor; of the rest it says that it is unknown."""
+    rig.query("gone")
+    rig.submit("r")
+    await rig.settle()
+    rig.query("r", attempt=2)
+    assert [(m.request_id, m.attempt) for m in rig.llm.take(QueryRequest)] == [("gone", 1), ("r", 2)]
+    rig.end("r")
+    rig.query("r", client_id=OTHER)
+    assert [m.client_id for m in rig.llm.take(RequestNotYours)] == [OTHER]
+    rig.check_nothing_left()
+
+
+async def test_a_choice_is_aborted_where_it_runs(rig: Rig) -> None:
+    rig.submit("r", sampling=SamplingParams(n=2))
+    abort = AbortRequest(client_id=CLIENT, request_id="r", attempt=1, index=1)
+    rig.core.on_ingest(abort, [])
+    assert rig.llm.sent == [], "nothing of it runs yet: its client says it again"
+    await rig.settle()
+    rig.core.on_ingest(abort, [])
+    assert rig.llm.take(AbortRequest) == [abort]
+    rig.end("r")
     rig.check_nothing_left()
 
 
@@ -286,8 +314,8 @@ async def test_another_client_can_neither_abort_nor_take_a_request(rig: Rig) -> 
     rig.core.on_ingest(AbortRequest(client_id=OTHER, request_id="r", attempt=1), [])
     assert rig.llm.sent == []
     rig.submit("r", client_id=OTHER)
-    (refusal,) = rig.llm.take(AbortRequest)
-    assert (refusal.client_id, refusal.error.status) == (OTHER, 409)
+    (refusal,) = rig.llm.take(RequestNotYours)
+    assert refusal.client_id == OTHER
     await rig.settle()
     assert len(rig.llm.take(GenerateRequest)) == 1, "the first one goes on"
 
@@ -307,10 +335,10 @@ async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"output_token_ids": b"abc"}, "output_token_ids"),
-        ({"output_token_ids": pack_int32([-1])}, "output_token_ids"),
-        ({"output_token_ids": pack_int32([2**31 - 1])}, "output_token_ids"),
-        ({"num_received": -1}, "attempt"),
+        ({"choices": (ChoiceProgress(b"abc"),)}, "choices"),
+        ({"choices": (ChoiceProgress(pack_int32([-1])),)}, "choices"),
+        ({"choices": (ChoiceProgress(pack_int32([2**31 - 1])),)}, "choices"),
+        ({"choices": (ChoiceProgress(), ChoiceProgress())}, "choices"),
         ({"attempt": 0}, "attempt"),
         ({"messages": (ChatMessage("user", (ImagePart(frame=7),)),)}, "messages[0].content[0].image_url"),
         ({"messages": (ChatMessage("user", (ImagePart(),)),)}, "messages[0].content[0].image_url"),
@@ -324,8 +352,7 @@ async def test_what_no_client_of_ours_would_send_is_refused(
     rig.submit("r", **fields)
     await rig.settle()
     (refusal,) = rig.llm.take()
-    assert isinstance(refusal, AbortRequest)
-    assert refusal.error is not None
+    assert isinstance(refusal, RequestRefused)
     assert refusal.error.field == field
     rig.end("r", fields.get("attempt", 1))
     rig.check_nothing_left()
@@ -340,7 +367,7 @@ async def test_an_unforeseen_failure_ends_its_request_only(
     build, rig.core._prompt.build = rig.core._prompt.build, explode  # type: ignore[method-assign,assignment]
     rig.submit("bad")
     await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert refusal.error.status == 500
     assert "strange" not in refusal.error.message
     assert "a strange template" in caplog.text
@@ -356,14 +383,14 @@ async def test_memory_and_requests_are_bounded() -> None:
         assert 1 << 19 < len(large) < 1 << 20
         rig.submit("a", [large])
         rig.submit("b", [large])
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.request_id, refusal.error.status) == ("b", 429), "two are all that may be open"
         rig.submit("c", [large], client_id=OTHER)
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.request_id, refusal.error.status) == ("c", 503), "two such pictures are too much"
         rig.submit("e", client_id=OTHER)
         rig.submit("f", client_id=b"f" * 16)
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.request_id, refusal.error.status) == ("f", 503), "the server is full, by others"
         await rig.settle()
         for message in rig.encodes():
@@ -385,12 +412,12 @@ async def test_a_tenant_with_everything_open_refuses_nobody_else() -> None:
             rig.submit(f"flood-{number}", client_id=client_id, tenant="key:flood", attempt=attempt)
         rig.submit("victim", tenant="key:victim")
         await rig.settle()
-        told = rig.llm.take(AbortRequest)
+        told = rig.llm.take(RequestRefused)
         assert {message.error.status for message in told if message.error is not None} == {429}
         assert len(served := [message.request_id for message in rig.llm.take(GenerateRequest)]) == 15
         assert "victim" in served
         rig.submit("long", tenant="x" * 257)
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.error.status, refusal.error.field) == (400, "tenant")
 
 
@@ -412,7 +439,7 @@ async def test_a_priority_is_for_whom_the_option_names(allowed: tuple[str, ...],
         with_priority = [name for name, priority in served.items() if priority]
         assert sorted(with_priority) == sorted(f"of {tenant}" for tenant in tenants)
         assert len(served) == 6 + len(tenants)
-        refusals = rig.llm.take(AbortRequest)
+        refusals = rig.llm.take(RequestRefused)
         assert {(refusal.error.status, refusal.error.field) for refusal in refusals} <= {(400, "priority")}
         assert all("--allow-priority" in refusal.error.message for refusal in refusals)
 
@@ -578,7 +605,7 @@ async def test_no_frame_is_begun_after_a_broken_one(rig: Rig, monkeypatch: pytes
     rig.core._chunks._most_decoding = 1
     rig.submit("r", frames, messages=(ChatMessage("user", (video,)),))
     await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert refusal.error.message == "the picture cannot be decoded"
     rig.end("r")
     await rig.settle()
@@ -626,7 +653,7 @@ async def test_pictures_that_take_too_long_hold_up_neither_texts_nor_other_pictu
             rig.submit("text", [])
             while not any(message.request_id == "text" for message in rig.llm.take(GenerateRequest)):
                 await asyncio.sleep(0.01)
-            assert rig.llm.take(AbortRequest) == [], "they are still being read"
+            assert rig.llm.take(RequestRefused) == [], "they are still being read"
             rig.submit("picture", [encode(scene(2))])
             while not any(m.pixels and m.key.request_id == "picture" for m in rig.encodes()):
                 await asyncio.sleep(0.01)
@@ -655,14 +682,14 @@ async def test_what_a_uuid_names_need_not_be_sent_again(rig: Rig) -> None:
     await rig.settle()
     first, second = rig.llm.take(GenerateRequest)
     assert first.items == second.items
-    refusals = rig.llm.take(AbortRequest)
+    refusals = rig.llm.take(RequestRefused)
     assert [(refusal.request_id, refusal.error.status) for refusal in refusals] == [
         ("other", 404),
         ("foreign", 404),
     ]
     rig.feedback(EncodeMiss, key=ChunkKey("b", 1, 0, 0))  # the ViT has let go of it
     await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert (refusal.request_id, refusal.error.status, refusal.error.field) == (
         "b",
         404,
@@ -778,7 +805,7 @@ async def test_a_url_that_has_not_changed_is_downloaded_again_only_on_a_miss() -
         contents["2"] = encode(scene(2))
         rig.feedback(EncodeMiss, key=ChunkKey("c", 1, 0, 0))  # and what comes now is something else
         await rig.settle()
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert "changed while" in refusal.error.message
         assert (await submit("d")).items != generate.items
         for name in "abcd":
@@ -858,7 +885,7 @@ async def test_pictures_that_differ_in_anything_seen_never_share_a_key(rig: Rig)
 async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(rig: Rig) -> None:
     rig.submit("r")
     rig.submit("r", client_id=b"o" * 16)
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert (refusal.client_id, refusal.is_foreign, refusal.error.status) == (b"o" * 16, True, 409)
     await rig.settle()
     assert [message.client_id for message in rig.llm.take(GenerateRequest)] == [CLIENT]
@@ -1109,7 +1136,7 @@ async def test_the_pictures_that_are_open_are_shared_by_tenants(monkeypatch: pyt
         for number in range(4):
             rig.submit(f"r{number}", [encode(scene(number)), encode(scene(number + 4))], tenant="greedy")
             await rig.settle()
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.request_id, refusal.error.status) == ("r3", 429)
         rig.submit("text", tenant="greedy")
         rig.submit("other", [encode(scene(9))], tenant="other")
@@ -1118,7 +1145,7 @@ async def test_the_pictures_that_are_open_are_shared_by_tenants(monkeypatch: pyt
         assert sorted(served) == ["other", "r0", "r1", "r2", "text"], "before, the greedy one had all"
         rig.submit("third", [encode(scene(10)), encode(scene(11))], tenant="third")
         await rig.settle()
-        (refusal,) = rig.llm.take(AbortRequest)
+        (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.request_id, refusal.error.status) == ("third", 503)
         for key in list(rig.core._chunks._chunks):
             rig.feedback(PixelsReleased, key=key)
@@ -1173,7 +1200,7 @@ async def test_more_than_the_context_holds_is_refused_before_anything_is_announc
         rig.core._info, text=dataclasses.replace(rig.core._info.text, max_position_embeddings=1000)
     )
     await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert "take 1500 tokens, the model's context has 1000" in refusal.error.message
     assert rig.encodes() == []
     rig.end("r")
@@ -1198,7 +1225,7 @@ async def test_more_than_the_context_holds_is_refused_before_anything_is_announc
 async def test_parts_that_cannot_be_are_refused(rig: Rig, part: ImagePart | VideoPart, words: str) -> None:
     rig.submit("r", [encode(scene(1))], messages=(ChatMessage("user", (part,)),))
     await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert (refusal.error.status, words in refusal.error.message) == (400, True), refusal.error.message
     rig.end("r")
     rig.check_nothing_left()
@@ -1219,7 +1246,7 @@ async def test_a_url_that_is_none_is_not_hashed(
     monkeypatch.setattr(item_reader, "_key", lambda scope, kind, what, name: hashed.append(name))
     rig.submit("r", messages=(ChatMessage("user", (part,)),))
     await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert (refusal.error.status, hashed) == (400, [])
     rig.end("r")
     rig.check_nothing_left()
@@ -1235,7 +1262,7 @@ async def test_media_that_cannot_be_read_for_no_fault_of_theirs_end_their_reques
         patch.setattr(PictureSource, "decode", decode)
         rig.submit("r", [encode(scene(1))])
         await rig.settle()
-    (refusal,) = rig.llm.take(AbortRequest)
+    (refusal,) = rig.llm.take(RequestRefused)
     assert (refusal.error.status, "disk" in refusal.error.message) == (500, False)
     rig.end("r")
     rig.check_nothing_left()
@@ -1311,20 +1338,9 @@ async def test_with_a_group_go_its_requests_and_they_come_again_elsewhere() -> N
 
 async def test_a_query_about_what_went_through_our_predecessor_reaches_its_group() -> None:
     async with make_rig(1, leads=(0, 2)) as rig:
-        rig.core.on_ingest(
-            SubmitRequest(
-                client_id=CLIENT,
-                request_id="r",
-                attempt=3,
-                messages=(),
-                sampling=SamplingParams(),
-                num_received=5,
-                lead=2,
-            ),
-            [],
-        )
-        (query,) = rig.llms[2].take(GenerateRequest)
-        assert (query.request_id, query.attempt, query.num_received, query.is_query) == ("r", 3, 5, True)
+        rig.query("r", attempt=3, num_received=(5,), lead=2)
+        (query,) = rig.llms[2].take(QueryRequest)
+        assert (query.request_id, query.attempt, query.num_received) == ("r", 3, (5,))
         rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="r", attempt=3, lead=2), [])
         assert len(rig.llms[2].take(AbortRequest)) == 1
         assert rig.llms[0].sent == []
@@ -1475,13 +1491,13 @@ async def test_a_query_about_what_is_being_prepared_is_answered() -> None:
         request = submission(leads=(2,))
         rig.core.on_ingest(request, [])
         await rig.settle()
-        rig.core.on_ingest(request, [])
+        rig.query("r")
         (preparing,) = rig.llms[2].take(Preparing)
         assert (preparing.client_id, preparing.request_id, preparing.attempt) == (CLIENT, "r", 1)
         waiting.set()
         await rig.settle()
         assert len(rig.llms[2].take(AbortRequest)) == 1
-        rig.core.on_ingest(request, [])
+        rig.query("r")
         assert rig.llms[2].take(Preparing) == [], "it has failed, which is told again"
         assert len(rig.llms[2].take(AbortRequest)) == 1
         rig.end("r")
@@ -1494,6 +1510,6 @@ async def test_a_query_about_what_a_groups_death_ended_makes_its_client_submit_a
         rig.core.on_ingest(request, [])
         await rig.settle()
         rig.core.on_states(states(rig, llm_0=False), [WorkerState(LLM_0, 2, False)])
-        rig.core.on_ingest(request, [])
-        assert [message.is_query for message in rig.llms[2].take(GenerateRequest)] == [True]
+        rig.query("r")
+        assert len(rig.llms[2].take(QueryRequest)) == 1
         assert rig.core.num_open == 0

@@ -22,7 +22,7 @@ from workers.api.json_bodies import decode_json
 from workers.api.parsers.base import Content, ParserEvent, Thought
 from workers.api.parts import check_counts, to_part
 from workers.api.request_fields import check_request
-from workers.api.sampling_fields import SamplingFields, check_max_tokens, num_choices, to_sampling
+from workers.api.sampling_fields import SamplingFields, check_max_tokens, to_sampling
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission, without_data_urls
 
@@ -119,6 +119,7 @@ def to_chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, floa
     return to_sampling(
         request,
         defaults,
+        n=request.n,
         max_tokens=(
             request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         ),
@@ -139,7 +140,6 @@ class ChatCompletions(Endpoint):
         refuse_unserved(request)
         check_request(request, self.model.name)
         messages, sampling = to_messages(request), to_chat_sampling(request, self.model.info.default_sampling)
-        count = num_choices(request.n)
         chat = without_data_urls(messages)
         self._has_logprobs, self._includes_usage = bool(request.logprobs), request.includes_usage
         return Submission(
@@ -147,7 +147,6 @@ class ChatCompletions(Endpoint):
             messages=chat.messages,
             media=chat.media,
             sampling=sampling,
-            num_choices=count,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             is_streamed=request.stream,

@@ -8,7 +8,7 @@ reused, least recently used first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 
 class BlockManager:
@@ -20,7 +20,7 @@ class BlockManager:
         self._num_users = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
-        self._tables: dict[str, list[int]] = {}
+        self._tables: dict[Hashable, list[int]] = {}
 
     def num_needed(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -39,25 +39,25 @@ class BlockManager:
         revived = sum(self._num_users[block] == 0 for block in found)
         return self.num_needed(num_tokens) - len(found) + revived + num_spare <= len(self._free)
 
-    def allocate(self, request_id: str, found: Sequence[int], num_tokens: int) -> list[int]:
+    def allocate(self, owner: Hashable, found: Sequence[int], num_tokens: int) -> list[int]:
         """The block table of a new request: `found` blocks, then fresh ones up to `num_tokens`.
 
         The table grows in place with `grow`. Raises ValueError if the request has blocks already, or there
         are too few.
         """
-        if request_id in self._tables or not self.can_allocate(found, num_tokens):
+        if owner in self._tables or not self.can_allocate(found, num_tokens):
             free = f"{len(self._free)} are free, or it has some already"
-            raise ValueError(f"no blocks for {num_tokens} tokens of {request_id}: {free}")
+            raise ValueError(f"no blocks for {num_tokens} tokens of {owner}: {free}")
         for block in found:
             self._num_users[block] += 1
             self._free.pop(block, None)
-        table = self._tables[request_id] = list(found)
-        self.grow(request_id, num_tokens)
+        table = self._tables[owner] = list(found)
+        self.grow(owner, num_tokens)
         return table
 
-    def grow(self, request_id: str, num_tokens: int) -> bool:
+    def grow(self, owner: Hashable, num_tokens: int) -> bool:
         """Lengthens a request's table to hold `num_tokens`; False, and nothing done, if too few are free."""
-        table = self._tables[request_id]
+        table = self._tables[owner]
         missing = self.num_needed(num_tokens) - len(table)
         if missing > len(self._free):
             return False
@@ -76,9 +76,9 @@ class BlockManager:
             self._hashes[block] = digest
             self._by_hash[digest] = block
 
-    def free(self, request_id: str) -> None:
+    def free(self, owner: Hashable) -> None:
         """Ends a request's hold. The end of its prefix is reused first: more can share its beginning."""
-        for block in reversed(self._tables.pop(request_id)):
+        for block in reversed(self._tables.pop(owner)):
             self._num_users[block] -= 1
             if not self._num_users[block]:
                 self._free[block] = None

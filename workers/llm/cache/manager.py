@@ -6,7 +6,7 @@ their blocks, layers with a state a copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from workers.llm.cache.blocks import BlockManager
@@ -57,25 +57,25 @@ class CacheManager:
         """Whether there are blocks for `num_tokens`, the first of them `found`, and `num_spare` more."""
         return self.blocks.can_allocate(found, num_tokens, num_spare)
 
-    def allocate(self, request_id: str, found: Sequence[int], num_tokens: int) -> Allocation:
+    def allocate(self, owner: Hashable, found: Sequence[int], num_tokens: int) -> Allocation:
         """Raises ValueError if the request has something already, or there is too little."""
-        slot = self.slots.allocate(request_id)
+        slot = self.slots.allocate(owner)
         try:
-            return Allocation(slot, self.blocks.allocate(request_id, found, num_tokens))
+            return Allocation(slot, self.blocks.allocate(owner, found, num_tokens))
         except ValueError:
-            self.slots.free(request_id)
+            self.slots.free(owner)
             raise
 
-    def extend(self, request_id: str, num_tokens: int) -> bool:
+    def extend(self, owner: Hashable, num_tokens: int) -> bool:
         """Lengthens the block table to hold `num_tokens`; False, and nothing done, if too few are free."""
-        return self.blocks.grow(request_id, num_tokens)
+        return self.blocks.grow(owner, num_tokens)
 
     def publish(self, block: int, digest: bytes) -> None:
         self.blocks.publish(block, digest)
 
-    def free(self, request_id: str) -> None:
-        self.blocks.free(request_id)
-        self.slots.free(request_id)
+    def free(self, owner: Hashable) -> None:
+        self.blocks.free(owner)
+        self.slots.free(owner)
 
     def check_integrity(self) -> None:
         self.blocks.check_integrity()

@@ -6,7 +6,7 @@ from where a copy of the state was kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 
@@ -25,7 +25,7 @@ class StateSlots:
         self.num_slots = num_slots
         self._has_states, self._snapshots = has_states, snapshots
         self._free = list(range(num_slots - 1, -1, -1))
-        self._taken: dict[str, int] = {}
+        self._taken: dict[Hashable, int] = {}
 
     @property
     def num_free(self) -> int:
@@ -42,15 +42,15 @@ class StateSlots:
             return len(hashes)
         return 0 if self._snapshots is None else self._snapshots.longest_boundary(hashes)
 
-    def allocate(self, request_id: str) -> int:
+    def allocate(self, owner: Hashable) -> int:
         """Raises ValueError if the request has a slot already or none is free."""
-        if request_id in self._taken or not self._free:
-            raise ValueError(f"no slot for {request_id}: {len(self._free)} are free, or it has one already")
-        slot = self._taken[request_id] = self._free.pop()
+        if owner in self._taken or not self._free:
+            raise ValueError(f"no slot for {owner}: {len(self._free)} are free, or it has one already")
+        slot = self._taken[owner] = self._free.pop()
         return slot
 
-    def free(self, request_id: str) -> None:
-        self._free.append(self._taken.pop(request_id))
+    def free(self, owner: Hashable) -> None:
+        self._free.append(self._taken.pop(owner))
 
     def check_integrity(self) -> None:
         slots = sorted([*self._taken.values(), *self._free])

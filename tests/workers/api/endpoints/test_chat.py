@@ -10,7 +10,6 @@ import pytest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
 from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
-from workers.api.sampling_fields import num_choices
 
 PART = "messages[0].content[0]."
 
@@ -182,5 +181,10 @@ def test_everything_that_is_asked_for_arrives() -> None:
 @pytest.mark.parametrize("count", [0, -1, 33])
 def test_too_many_choices_or_none_are_refused(count: int) -> None:
     with pytest.raises(RequestError) as caught:
-        num_choices(decode_request(body(n=count)).n)
+        to_chat_sampling(decode_request(body(n=count)), {})
     assert caught.value.info.field == "n"
+
+
+def test_the_number_of_choices_goes_to_the_pipeline() -> None:
+    assert to_chat_sampling(decode_request(body(n=3)), {}).n == 3
+    assert to_chat_sampling(decode_request(body()), {}).n == 1

@@ -11,7 +11,7 @@ from workers.api.endpoints.base import Endpoint, Json
 from workers.api.json_bodies import decode_json
 from workers.api.parsers.base import Content
 from workers.api.request_fields import check_request
-from workers.api.sampling_fields import SamplingFields, num_choices, to_sampling
+from workers.api.sampling_fields import SamplingFields, to_sampling
 from workers.api.server_sent_events import event
 from workers.api.submission import Submission
 
@@ -41,8 +41,7 @@ class ToyCompletions(Endpoint):
             request_id="toy",
             messages=[ChatMessage("user", request.prompt)],
             media=[],
-            sampling=to_sampling(request, defaults, max_tokens=request.budget, logprobs=None),
-            num_choices=num_choices(request.n),
+            sampling=to_sampling(request, defaults, n=request.n, max_tokens=request.budget, logprobs=None),
             is_streamed=request.stream,
         )
 

@@ -1,0 +1,248 @@
+"""Several choices behind one prompt, in rank 0's core with a real model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipeline.wire.messages import (
+    AbortRequest,
+    Accepted,
+    ChoiceProgress,
+    ChunkKey,
+    EmbeddingReady,
+    Interrupted,
+    LeaseRequest,
+    RequestEnded,
+    WorkerState,
+    pack_int32,
+    unpack_int32,
+)
+from pipeline.wire.sampling import FinishReason, SamplingParams
+from tests.chats import CHATS
+from tests.fakes import VIT_0
+from tests.workers.llm.test_engine import CLIENT, Rig, query
+
+DRAWN = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True, seed=5)
+PICTURE = "one picture"
+
+
+def choices_of(rig: Rig, request_id: str = "r") -> dict[int, list[int]]:
+    """Their tokens; each ends once."""
+    tokens: dict[int, list[int]] = defaultdict(list)
+    ends: list[int] = []
+    for output in rig.outputs():
+        if output.request_id == request_id:
+            assert output.index not in ends
+            assert output.offset == len(tokens[output.index])
+            tokens[output.index] += unpack_int32(output.new_token_ids).tolist()
+            ends += [output.index] if output.finish_reason is not None else []
+    assert sorted(ends) == sorted(tokens)
+    return dict(tokens)
+
+
+def start(rig: Rig, n: int, sampling: SamplingParams = DRAWN, name: str = PICTURE, **options: object) -> None:
+    request, ready = rig.request(CHATS[name], "r", sampling=msgspec.structs.replace(sampling, n=n), **options)
+    rig.engine.handle(request, rig.now)
+    for embedding in ready:
+        key = embedding.key._replace(attempt=request.attempt)
+        rig.engine.handle(msgspec.structs.replace(embedding, key=key), rig.now)
+
+
+def run(rig: Rig, most: int = 10_000) -> None:
+    """Steps, and the ViT's answers to leases that are asked for again."""
+    for _ in range(most):
+        if not rig.engine.step(rig.now):
+            return
+        rig.engine.check_integrity()
+        for asked in rig.vit.take(LeaseRequest):
+            (_, again) = rig.request(CHATS[PICTURE], "r")
+            rig.engine.handle(msgspec.structs.replace(again[0], key=asked.key), rig.now)
+
+
+def alone(folder: Path, index: int, sampling: SamplingParams = DRAWN, name: str = PICTURE) -> list[int]:
+    """What a request of its own with that choice's seed says."""
+    rig = Rig(folder, 64)
+    rig.open_pool()
+    assert sampling.seed is not None
+    start(rig, 1, msgspec.structs.replace(sampling, seed=sampling.seed + index), name)
+    run(rig)
+    return choices_of(rig)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(random_checkpoint: Path) -> dict[int, list[int]]:
+    made = {index: alone(random_checkpoint, index) for index in range(10)}
+    assert len({tuple(tokens) for tokens in made.values()}) == 10
+    return made
+
+
+@pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+@pytest.mark.parametrize("n", [3, 10], ids=["all at once", "more than there are slots"])
+def test_each_choice_says_what_its_seed_says(
+    n: int,
+    has_prefix_cache: bool,
+    has_overlap: bool,
+    random_checkpoint: Path,
+    expected: dict[int, list[int]],
+) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4, has_overlap=has_overlap)
+    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.open_pool()
+    start(rig, n)
+    run(rig)
+    assert len(rig.publisher.take(Accepted)) == 1
+    assert choices_of(rig) == {index: expected[index] for index in range(n)}
+    assert len(rig.feedback.take(RequestEnded)) == 1
+    assert rig.engine.requests == {}
+
+
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+def test_the_prompt_is_computed_once_and_shared(has_prefix_cache: bool, random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 512, block_size=4)
+    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.open_pool()
+    start(rig, 4)
+    first = rig.scheduler.schedule()
+    assert [item.request.index for item in first.scheduled] == [0], "the others start behind it"
+    num_prompt = first.scheduled[0].num_tokens
+    for request in first.admitted:
+        rig.engine._requests.on_admitted(request)
+    rig.engine.stepper.launch(first)
+    rig.engine._collect_down_to(0, rig.now)
+    second = rig.scheduler.schedule()
+    computed = {item.request.index: item.num_tokens for item in second.scheduled}
+    assert computed.keys() == {0, 1, 2, 3}
+    assert max(computed.values()) <= 4, "the last block at most"
+    tables = [set(request.block_table[: (num_prompt - 1) // 4]) for request in rig.scheduler.running]
+    assert all(table == tables[0] for table in tables)
+
+
+def test_without_a_prefix_cache_only_choices_share(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.scheduler.has_prefix_cache = False
+    rig.open_pool()
+    start(rig, 2)
+    run(rig)
+    choices_of(rig)
+    again, ready = rig.request(CHATS[PICTURE], "other", sampling=msgspec.structs.replace(DRAWN, n=2))
+    rig.engine.handle(again, rig.now)
+    rig.engine.handle(ready[0], rig.now)
+    run(rig)
+    (first,) = [output for output in rig.outputs() if (output.index, output.offset) == (0, 0)]
+    assert first.num_cached_tokens == 0
+
+
+def test_choices_take_blocks_one_by_one(random_checkpoint: Path, expected: dict[int, list[int]]) -> None:
+    """The cache holds the prompt and little more: they are preempted, and go on."""
+    probe = Rig(random_checkpoint, 64)
+    request, _ = probe.request(CHATS[PICTURE], "r")
+    num_prompt = len(request.prompt_token_ids) // 4
+    num_blocks = -(-(num_prompt + DRAWN.max_tokens) // 4) + 3  # type: ignore[operator]
+    rig = Rig(random_checkpoint, 64, block_size=4, num_blocks=num_blocks)
+    rig.open_pool()
+    start(rig, 5)
+    run(rig)
+    assert choices_of(rig) == {index: expected[index] for index in range(5)}
+
+
+def test_an_abort_ends_one_choice(random_checkpoint: Path, expected: dict[int, list[int]]) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    start(rig, 3)
+    run(rig, 6)
+    abort = AbortRequest(client_id=CLIENT, request_id="r", attempt=1, index=1)
+    for _ in range(2):
+        rig.engine.handle(abort, rig.now)
+    rig.engine.check_integrity()
+    assert rig.feedback.take(RequestEnded) == []
+    run(rig)
+    outputs = rig.outputs()
+    ends = [(output.index, output.finish_reason) for output in outputs if output.finish_reason is not None]
+    assert sorted(ends) == [
+        (0, FinishReason.LENGTH),
+        (1, FinishReason.ABORT),
+        (1, FinishReason.ABORT),
+        (2, FinishReason.LENGTH),
+    ], "each abort is answered"
+    assert len(rig.feedback.take(RequestEnded)) == 1, "with the last choice"
+    rig.engine.handle(query("r", num_received=(12, 0, 10)), rig.now)
+    first, second, third = rig.outputs()
+    assert (first.new_token_ids, second.finish_reason) == (b"", FinishReason.ABORT)
+    assert unpack_int32(third.new_token_ids).tolist() == expected[2][10:]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_who_computes_the_prompt_hands_it_on_when_it_is_aborted(
+    num_steps: int, random_checkpoint: Path, expected: dict[int, list[int]]
+) -> None:
+    rig = Rig(random_checkpoint, 24, block_size=4)
+    rig.open_pool()
+    start(rig, 3)
+    run(rig, num_steps)
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1, index=0), rig.now)
+    rig.engine.check_integrity()
+    run(rig)
+    said = choices_of(rig)
+    assert said.pop(0) == []
+    assert said == {index: expected[index] for index in (1, 2)}
+
+
+def test_a_resubmission_goes_on_behind_each_choice(
+    random_checkpoint: Path, expected: dict[int, list[int]]
+) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    progress = (
+        ChoiceProgress(pack_int32(expected[0]), is_over=True),
+        ChoiceProgress(pack_int32(expected[1][:5])),
+    )
+    start(rig, 3, attempt=2, choices=progress)
+    run(rig)
+    outputs = rig.outputs()
+    assert {output.index for output in outputs} == {1, 2}, "what was over is not run again"
+    said = {index: [o for o in outputs if o.index == index] for index in (1, 2)}
+    assert said[1][0].offset == 5
+    for index, so_far in ((1, expected[1][:5]), (2, [])):
+        new = [t for output in said[index] for t in unpack_int32(output.new_token_ids).tolist()]
+        assert so_far + new == expected[index]
+
+
+def test_a_dead_vit_interrupts_all_choices_at_once(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    request, _ = rig.request(CHATS[PICTURE], "r", sampling=msgspec.structs.replace(DRAWN, n=3))
+    rig.engine.handle(request, rig.now)
+    run(rig)
+    rig.engine.on_death(WorkerState(VIT_0, 2, True), rig.now)
+    assert [message.attempt for message in rig.publisher.take(Interrupted)] == [1]
+    assert rig.engine.requests == {}
+    rig.engine.check_integrity()
+
+
+def test_a_choice_whose_prompt_is_gone_from_the_cache_leases_the_picture_again(
+    random_checkpoint: Path, expected: dict[int, list[int]]
+) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    start(rig, 2)
+    run(rig, 3)
+    for request in list(rig.scheduler.running):
+        rig.scheduler._preempt(request)
+        rig.engine._requests.on_preempted(request)
+    rig.scheduler.cache.blocks._by_hash.clear()
+    rig.scheduler.cache.blocks._hashes[:] = [None] * rig.scheduler.cache.blocks.num_blocks
+    asked: list[ChunkKey] = []
+    while rig.engine.step(rig.now) or rig.vit.sent:
+        for again in rig.vit.take(LeaseRequest):
+            asked.append(again.key)
+            (_, ready) = rig.request(CHATS[PICTURE], "r")
+            answer: EmbeddingReady = msgspec.structs.replace(ready[0], key=again.key)
+            rig.engine.handle(answer, rig.now)
+        rig.vit.sent.clear()
+    assert asked
+    assert choices_of(rig) == {index: expected[index] for index in range(2)}
