@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -33,7 +34,7 @@ async def one_word() -> Pieces:
 
 
 class FakeClient:
-    """Answers every chat with what `answer` yields, and keeps the media of the last one."""
+    """Answers each choice of every chat with what `answer` yields, and keeps the media of the last one."""
 
     def __init__(self, answer: Callable[[], Pieces] = one_word) -> None:
         self.answer, self.failure, self.is_draining = answer, "", False
@@ -53,7 +54,12 @@ class FakeClient:
         self.num_asked += 1
         self.media, self.options = media, options
         self.sampling.append(sampling)
-        return self.answer()
+        return self.answer() if sampling.n == 1 else self._choices(sampling.n)
+
+    async def _choices(self, count: int) -> Pieces:
+        for index in range(count):
+            async for piece in self.answer():
+                yield dataclasses.replace(piece, index=index)
 
     def token_text(self, token_id: int) -> bytes:
         return b"x"
