@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import assert_never
 
+from launcher.announcement import announce
 from launcher.checkpoints import Model
 from launcher.cores import usable_cores
 from launcher.listening import listen
 from launcher.placement import place, workers
 from launcher.progress import ProgressBar
+from launcher.quarantine import Quarantine
 from launcher.reload import Reload
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
@@ -40,6 +40,7 @@ from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
     ControlMessage,
     Drain,
+    FirstTokenYielded,
     PipelineState,
     PoolClosed,
     ReloadRequested,
@@ -89,6 +90,7 @@ class Supervisor:
         self._poller = Poller(self._status, self._control, self._wakeup, self._fork_server)
         self._recorders = {worker: FlightRecorder(run_dir, worker) for worker in self._unit_of}
         self._activity = Activity(run_dir)
+        self._quarantine = Quarantine()
         self._reload = Reload(model.folder)
         self._retired: list[Child] = []  # endpoints whose successors serve already
         self._num_signals = self._num_hangups = 0
@@ -107,7 +109,8 @@ class Supervisor:
             if self._model.notice:
                 logger.info("%s", self._model.notice)
             self._wait_until(lambda: all(unit.is_serving for unit in self._units))
-            self._announce()
+            self._progress.close()
+            announce(self._config, self._model, self._run_dir, self._listening[0].getsockname()[1])
             self._wait_until(lambda: False)
         except _Stopped:
             reason = self._drain()
@@ -134,13 +137,14 @@ class Supervisor:
     def _start_unit(self, unit: Unit) -> None:
         self._bind_again()  # what starts connects to us
         epochs = {str(worker): other.epoch for other in self._units for worker in other.members}
+        quarantined = self._quarantine.quarantined(time.monotonic())
         children: list[Child] = []
         for worker in unit.members:
             self._renew_recorder(worker)
             spec = WorkerSpec(
                 worker=worker, epochs=epochs, run_dir=str(self._run_dir),
                 model_folder=str(self._model.folder),
-                placement=self._placement[worker], config=self._config,
+                placement=self._placement[worker], config=self._config, quarantined=quarantined,
             )  # fmt: skip
             fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
             children.append(Child(worker, unit.epoch, self._fork_server.start(spec, fds)))
@@ -152,26 +156,6 @@ class Supervisor:
             self._recorders[worker].close()
             self._recorders[worker] = FlightRecorder(self._run_dir, worker)
         self._recorders[worker].clear()
-
-    def _announce(self) -> None:
-        self._progress.close()
-        url = f"http://{shown_host(self._config.api.host)}:{self._listening[0].getsockname()[1]}"
-        logger.info("serving %s at %s (run directory %s)", self._model.name, url, self._run_dir)
-        if self._config.has_gateway:
-            logger.info(
-                "serving clients with keys at tcp://%s:%s",
-                shown_host(self._config.direct.direct_host),
-                self._config.direct.direct_port,
-            )
-        example = example_request(url, self._model, key=self._shown_key())
-        sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example}\n\n")
-        sys.stdout.flush()
-
-    def _shown_key(self) -> str:
-        """What stands for a key in the example; empty: none is needed."""
-        if not self._config.api.keys:
-            return ""
-        return "$VLM_API_KEY" if self._config.api.key_is_in_environment else "YOUR_KEY"
 
     def _is_started(self) -> bool:
         return all(unit.has_served for unit in self._units)
@@ -223,6 +207,7 @@ class Supervisor:
                 leads=self._config.leads,
                 is_draining=self._is_draining,
                 reload=self._reload.state,
+                quarantined=self._quarantine.quarantined(now),
             )
         ):
             logger.debug("a subscriber of the control edge lags behind")
@@ -246,6 +231,8 @@ class Supervisor:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case ReloadRequested():
                     self._num_hangups += 1
+                case FirstTokenYielded(digest=digest):
+                    self._quarantine.clear(digest)
                 case WorkerFailed():
                     child.error, child.error_time = message.error, now
                 case PoolClosed():
@@ -356,6 +343,8 @@ class Supervisor:
             for child in other.children.values() if child.worker.role is MAPPERS.get(unit.members[0].role)
         }  # fmt: skip
         unit.on_reaped(now, tuple(sorted(executed)), mappers)
+        # Before the death is published: one message says both, and nobody resubmits on half of it.
+        self._quarantine.add(unit.members[0].role, unit.executed, now)
         for other in self._units:
             # the dead map nothing, and their successors never did
             other.unmapping.difference_update(unit.members)
@@ -428,26 +417,5 @@ class Supervisor:
         self._wakeup.close()
 
 
-def shown_host(host: str) -> str:
-    """The host as it is written in a URL; for a wildcard, the loopback address, which reaches it from
-    here."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
-
-
 def _describe_exit(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-
-def example_request(url: str, model: Model, key: str) -> str:
-    """A curl command for the shell; with a picture where the model comes with one. `key` stands for a key."""
-    header = f' -H "Authorization: Bearer {key}"' if key else ""
-    head = f"curl -s {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d "
-    if model.sample is None:
-        return head + """'{"messages": [{"role": "user", "content": "Say hello."}]}'"""
-    picture = f"""data:image/png;base64,'"$(base64 -w0 {shlex.quote(str(model.sample))})"'"""
-    parts = (
-        f"""[{{"type": "image_url", "image_url": {{"url": "{picture}"}}}}, """
-        """{"type": "text", "text": "What is in this picture?"}]"""
-    )
-    return f"""{head}'{{"messages": [{{"role": "user", "content": {parts}}}]}}'"""

@@ -30,14 +30,23 @@ STOP_TIMEOUT_S = 30
 class Server:
     """Use as a context manager: it is up inside, and checked for leftovers at the end."""
 
-    def __init__(self, *options: str, expects_failure: bool = False, api_key: str = "") -> None:
-        """`api_key` is given in the environment."""
+    def __init__(
+        self,
+        *options: str,
+        expects_failure: bool = False,
+        api_key: str = "",
+        python_path: Path | None = None,
+    ) -> None:
+        """`api_key` is given in the environment; in `python_path` modules and packages are found first."""
         self._folder = tempfile.TemporaryDirectory(prefix="vlm-test-")
         self.run_dir = Path(self._folder.name) / "run"
         self.run_dir.mkdir(mode=0o700)
         self._shared_memory = set(os.listdir("/dev/shm"))
         self._options, self._expects_failure = options, expects_failure
         self._environment = {**os.environ, "VLM_API_KEY": api_key}
+        if python_path is not None:
+            paths = (str(python_path), os.environ.get("PYTHONPATH", ""))
+            self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.url = ""
         self.lines: list[str] = []
         self.children: dict[str, int] = {}

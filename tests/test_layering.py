@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,15 @@ FILES = sorted(
     path for folder in ("pipeline", "workers", "launcher") for path in (ROOT / folder).rglob("*.py")
 )
 WORKERS = ("api", "gateway", "preprocess", "vit", "llm")
-PURE_FILES = ("scheduler.py", "batcher.py", "feature_cache.py", "router.py", "slots.py", "placement.py")
+PURE_FILES = (
+    "scheduler.py",
+    "batcher.py",
+    "feature_cache.py",
+    "router.py",
+    "slots.py",
+    "placement.py",
+    "answer.py",
+)
 PURE_CACHE_FILES = [
     ROOT / "workers" / "llm" / "cache" / name for name in ("blocks.py", "states.py", "manager.py")
 ]
@@ -26,8 +35,17 @@ HOUSES = {  # the folders of pipeline/, and which others each may import
     "process": ("wire", "config", "transport"),
     "client": ("wire", "config", "transport", "process"),
 }
-ZMQ_FILES = [ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "curve.py")]
+ZMQ_FILES = [
+    ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "keys.py", "tcp.py")
+]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
+# The family that the embedded model is of, in whichever spelling, and the files that may name it.
+ONE_FAMILY = re.compile(r"qwen[\s_.-]*2", re.IGNORECASE)
+ITS_FILES = {
+    "pipeline/families/qwen2_vl.py",
+    "workers/vit/models/qwen2_vl.py",
+    "workers/llm/models/qwen2.py",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -82,7 +100,7 @@ def test_who_may_know_what(path: Path) -> None:
     if path.name in TENSOR_FILES:
         assert "torch" not in {name.split(".")[0] for name in imports(path, top_level_only=True)}
     assert not roots & {"pickle", "dill", "cloudpickle", "multiprocessing", "shelve"}
-    if path.name in PURE_FILES or path in PURE_CACHE_FILES:
+    if path.name in PURE_FILES or path in PURE_CACHE_FILES or path.parent.name == "parsers":
         assert not roots & {"torch", "zmq", "time", "asyncio", "socket"}, "decisions are pure"
 
 
@@ -93,14 +111,31 @@ def declares(path: Path, name: str) -> bool:
     )
 
 
-def test_families_and_towers_are_found_and_never_imported() -> None:
-    """Only another family or tower, which shares their code, may name one."""
-    houses = {"FAMILIES": ROOT / "pipeline" / "families", "TOWER": ROOT / "workers" / "vit" / "models"}
+def test_what_is_found_is_never_imported() -> None:
+    """Families, towers, routes and parsers: only another one, which shares its code, may name one."""
+    houses = {
+        "FAMILIES": ROOT / "pipeline" / "families",
+        "TOWER": ROOT / "workers" / "vit" / "models",
+        "ROUTES": ROOT / "workers" / "api" / "endpoints",
+        "PARSER": ROOT / "workers" / "api" / "parsers",
+    }
     members = {path for name, house in houses.items() for path in house.glob("*.py") if declares(path, name)}
     assert {path.parent for path in members} == set(houses.values())
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in members}
     for path in set(FILES) - members:
         assert not imports(path) & modules, path
+
+
+def test_one_family_is_one_among_others() -> None:
+    """Outside its own three files nothing names it: no code, no comment, no help text, no file's name."""
+    assert all(ONE_FAMILY.search((ROOT / name).read_text()) for name in ITS_FILES)
+    for folder in ("pipeline", "workers", "launcher"):
+        for path in (ROOT / folder).rglob("*"):
+            name = path.relative_to(ROOT).as_posix()
+            is_ours = "__pycache__" not in name and not name.startswith("launcher/embedded/")
+            if path.is_file() and is_ours and name not in ITS_FILES:
+                found = ONE_FAMILY.search(f"{name}\n{path.read_bytes().decode(errors='replace')}")
+                assert found is None, f"{name} says {found and found.group()!r}"
 
 
 def test_only_the_command_line_reads_the_environment() -> None:
@@ -110,6 +145,25 @@ def test_only_the_command_line_reads_the_environment() -> None:
             assert "os.getenv" not in source, path
             assert "os.environ.get" not in source, path
             assert "os.environ[" not in source, path
+
+
+def test_decoders_and_formats_are_found_by_their_name() -> None:
+    """So that another one is one more file: nobody else imports a decoder, and the formats one place only."""
+    models, weights = "workers.llm.models", "workers.nn.weights"
+    decoders = {
+        path.stem for path in (ROOT / "workers/llm/models").glob("*.py") if "DECODER" in path.read_text()
+    }
+    decoders -= {"base", "registry"}
+    assert decoders
+    for path in FILES:
+        names, folder = imports(path), path.parent
+        assert not names & {f"{models}.{decoder}" for decoder in decoders}, path
+        if folder == ROOT / "workers/llm/attention":
+            assert not [name for name in names if name.startswith(models)], "attention knows no model"
+        if folder == ROOT / "workers/nn/weights":
+            assert not [name for name in names if name.startswith("workers.llm")], path
+        if folder != ROOT / "workers/nn/weights":
+            assert f"{weights}.int8" not in names, path
 
 
 PURE_TESTS = (

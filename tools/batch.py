@@ -15,9 +15,9 @@ import asyncio
 import json
 import os
 import sys
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,14 +25,14 @@ import msgspec
 from tqdm import tqdm
 
 from pipeline.client.client import PipelineClient
-from pipeline.families import ModelInfo, read_model_info
+from pipeline.families import read_model_info
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from tools.places import add_place
-from workers.api.chat import open_chat
-from workers.api.protocol import decode_request, error_body
-from workers.api.stream import side_by_side
+from workers.api.endpoints.base import Endpoint, ServedModel
+from workers.api.endpoints.registry import endpoints
+from workers.api.errors import error_body
+from workers.api.generation import Generation
 
-URL = "/v1/chat/completions"
 RETRIES = 5  # of a request that an overloaded or recovering server refused
 FIRST_PAUSE_S = 0.5
 MOST_AHEAD = 16  # times the requests under way: answers that wait for one before them
@@ -42,10 +42,10 @@ class Line(msgspec.Struct):
     custom_id: str
     body: msgspec.Raw
     method: str = "POST"
-    url: str = URL
+    url: str = "/v1/chat/completions"
 
 
-async def answer(client: PipelineClient, data: bytes, model_name: str, info: ModelInfo) -> dict[str, Any]:
+async def answer(client: PipelineClient, data: bytes, model: ServedModel) -> dict[str, Any]:
     """The output's line for a line of the input."""
     made: dict[str, Any] = {
         "id": f"batch_req_{uuid.uuid4().hex}",
@@ -58,18 +58,14 @@ async def answer(client: PipelineClient, data: bytes, model_name: str, info: Mod
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return {**made, "error": {"code": "invalid_line", "message": str(error)}}
     made["custom_id"] = line.custom_id
-    if (line.method, line.url) != ("POST", URL):
-        return {
-            **made,
-            "error": {
-                "code": "invalid_url",
-                "message": f"only POST {URL} is served, not {line.method} {line.url}",
-            },
-        }
+    served = endpoints()
+    if line.method != "POST" or line.url not in served:
+        what = f"only POST {', '.join(served)} is served, not {line.method} {line.url}"
+        return {**made, "error": {"code": "invalid_url", "message": what}}
     for attempt in range(RETRIES + 1):
         try:
-            body = await _complete(client, bytes(line.body), model_name, info)
-            return {**made, "response": {"status_code": 200, "request_id": body["id"], "body": body}}
+            response = await _complete(client, served[line.url](model), bytes(line.body))
+            return {**made, "response": response}
         except RequestError as error:
             if error.info.status not in (429, 503) or attempt == RETRIES or client.failure:
                 if client.failure:
@@ -79,13 +75,13 @@ async def answer(client: PipelineClient, data: bytes, model_name: str, info: Mod
     raise AssertionError("unreachable")
 
 
-async def _complete(client: PipelineClient, data: bytes, model_name: str, info: ModelInfo) -> dict[str, Any]:
-    body = decode_request(data)
-    if body.stream:
+async def _complete(client: PipelineClient, endpoint: Endpoint, data: bytes) -> dict[str, Any]:
+    submission = endpoint.decode(data)
+    if submission.is_streamed:
         raise RequestError("a batch has no streams", field="stream")
-    chat = open_chat(client, body, model_name, info)
-    async with aclosing(side_by_side(chat.choices)) as pieces:
-        return await chat.completion.whole(pieces)
+    generation = Generation(client, submission, endpoint.model.info)
+    body = endpoint.render(await generation.whole())
+    return {"status_code": 200, "request_id": submission.request_id, "body": body}
 
 
 def _failure(error: ErrorInfo) -> dict[str, Any]:
@@ -121,6 +117,7 @@ async def run(args: argparse.Namespace) -> int:
     async with PipelineClient(args.run_dir or args.url, args.keys, args.model_folder) as client:
         welcome = client.welcome
         info = read_model_info(client.model_folder)
+        model = ServedModel(welcome.model_name, info, created=int(time.time()))
         width = min(args.concurrency, welcome.max_requests)
         with (
             args.output.open("ab") as output,
@@ -128,7 +125,7 @@ async def run(args: argparse.Namespace) -> int:
         ):
             under_way: list[asyncio.Task[dict[str, Any]]] = []
             for line in lines_of(args.input, done):
-                under_way.append(asyncio.create_task(answer(client, line, welcome.model_name, info)))
+                under_way.append(asyncio.create_task(answer(client, line, model)))
                 while sum(not task.done() for task in under_way) >= width:
                     await asyncio.wait(
                         [task for task in under_way if not task.done()], return_when=asyncio.FIRST_COMPLETED

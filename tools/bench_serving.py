@@ -1,11 +1,12 @@
 """Load on OpenAI endpoints, and what users feel of it: TTFT, ITL, TPOT, E2EL, throughput and goodput, defined
 as `vllm bench serve` does.
 
-    python -m tools.bench_serving --num-prompts 64 --concurrency 8                        # closed loop python
-    -m tools.bench_serving --num-prompts 64 --request-rate 4                       # open loop, Poisson python
-    -m tools.bench_serving --images 3 --image-size 224x224,448x448 --turns 2       # chats about pictures
-    python -m tools.bench_serving --base-url http://HOST:8000 http://HOST:9000 --rounds 3 # two servers in
-    turn, and their ratio
+    python -m tools.bench_serving --num-prompts 64 --concurrency 8               # closed loop
+    python -m tools.bench_serving --num-prompts 64 --request-rate 4              # open loop, Poisson
+    python -m tools.bench_serving --images 3 --image-size 224x224,448x448 --turns 2
+    python -m tools.bench_serving --base-url http://HOST:8000 http://HOST:9000 --rounds 3
+
+The last line asks two servers in turn, and tells their ratio.
 
 TTFT: sent to first output. ITL: gaps between streamed events, pooled. TPOT: (E2EL - TTFT) / (output tokens -
 1) of a request. E2EL: sent to last byte. Goodput: requests a second that keep all the limits of `--goodput`.

@@ -80,6 +80,9 @@ class Runner:
         self.plan = plan
         return Done(sum(sequence.is_sampled for sequence in plan.sequences))
 
+    def choose(self, masks: Sequence[bytes]) -> None:
+        raise AssertionError("no token waits for a mask")
+
 
 class NoSink:
     def send(self, message: object, frames: Sequence[bytes | memoryview] = ()) -> None:

@@ -65,8 +65,8 @@ from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.trace import read_spans
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
-from workers.nn.layers import make_linear
-from workers.nn.loader import Checkpoint, choose_dtype
+from workers.nn.loader import choose_dtype
+from workers.nn.weights.registry import open_weights
 from workers.preprocess.images import decode, read_size
 from workers.preprocess.media import PictureSource
 from workers.preprocess.readers import MediaReaders, ReadLimits
@@ -313,8 +313,8 @@ class Bench:
     def forward(self) -> list[Row]:
         info = self.info.vision
         torch.set_num_threads(os.cpu_count() or 1)
-        checkpoint = Checkpoint(self.folder, self.dtype, CPU)
-        engine = TorchEngine(tower_of(self.info).encoder(info, checkpoint, make_linear))
+        weights = open_weights(self.folder, self.dtype, CPU)
+        engine = TorchEngine(tower_of(self.info).encoder(info, weights))
         tower = (
             Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype).eval().model.visual
         )
@@ -416,8 +416,8 @@ class _InProcess:
         self._blocks = 4096 // self._block_size
         self._runner.open_cache((NUM_STREAMS + 1) * self._blocks, 4096)
         dtype = choose_dtype("auto", CPU)
-        encoder = tower_of(self._info).encoder(self._info.vision, Checkpoint(folder, dtype, CPU), make_linear)
-        self._engine = TorchEngine(encoder)
+        weights = open_weights(folder, dtype, CPU)
+        self._engine = TorchEngine(tower_of(self._info).encoder(self._info.vision, weights))
         self._dtype = dtype
         self._step = 0
 

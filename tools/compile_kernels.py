@@ -27,25 +27,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from workers.llm.attention import triton as attention
+from workers.llm.attention import triton_kernels
 from workers.llm.sampling import kernel as sampling_kernel
 from workers.nn import kernels
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability
-# by a name's first word
+# By a name's first word.
 MAX_REGISTERS = {
-    "decode": 160,
-    "prefill": 255,
-    "rotate": 128,
-    "merge": 96,
-    "add": 160,
-    "silu": 64,
+    "decode": 160, "prefill": 255, "rotate": 128, "norm": 128, "merge": 96, "add": 160, "silu": 64,
     "sample": 160,
-}
+}  # fmt: skip
 # By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers,
 # or constants.
 POINTERS = {
-    "q": "*bf16", "qkv": "*bf16", "bias": "*bf16", "cache": "*bf16", "gate_up": "*bf16", "x": "*bf16",
-    "delta": "*bf16", "weight": "*bf16",
+    "q": "*bf16", "qkv": "*bf16", "bias": "*bf16", "q_norm": "*bf16", "k_norm": "*bf16", "cache": "*bf16",
+    "gate_up": "*bf16", "x": "*bf16", "delta": "*bf16", "weight": "*bf16",
     "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "sums": "*fp32", "logits": "*fp32", "params": "*fp32",
     "tables": "*i32", "lengths": "*i32", "new_slots": "*i32", "starts": "*i32", "tile_sequences": "*i32",
     "tile_offsets": "*i32",
@@ -104,7 +100,7 @@ def variants(capability: int) -> Iterator[Variant]:
             out = "*fp32" if splits > 1 else pointer
             yield Variant(
                 f"decode, {name}, {splits} splits",
-                attention.decode_kernel,
+                triton_kernels.decode_kernel,
                 attended | tile,
                 out,
                 num_warps,
@@ -113,23 +109,18 @@ def variants(capability: int) -> Iterator[Variant]:
         rows, keys, num_warps = attention.choose_prefill_tile(capability, dtype)
         tile = {"ROWS": rows, "TILE": keys}
         yield Variant(
-            f"prefill, {name}", attention.prefill_kernel, attended | tile, pointer, num_warps, pointer
+            f"prefill, {name}", triton_kernels.prefill_kernel, attended | tile, pointer, num_warps, pointer
         )
-        padded = {
-            "HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads),
-            "HALF": 64,
-            "HALF_PADDED": 64,
-            "HAS_BIAS": True,
-        }
-        yield Variant(
-            f"rotate and write, {name}",
-            attention.rotate_and_write_kernel,
-            {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded},
-        )
+        padded = {"HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads), "HALF": 64, "HALF_PADDED": 64}
+        turned = {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded}
+        for what, has_bias, has_norm in (("rotate", True, False), ("norm, rotate", False, True)):
+            constants = {**turned, "HAS_BIAS": has_bias, "HAS_NORM": has_norm}
+            kernel = triton_kernels.norm_rotate_and_write_kernel
+            yield Variant(f"{what} and write, {name}", kernel, constants, dtype=pointer)
     splits = attention.MAX_SPLITS
     yield Variant(
         "merge",
-        attention.merge_kernel,
+        triton_kernels.merge_kernel,
         {"NUM_HEADS": 28, "NUM_SPLITS": splits, "SPLITS_PADDED": splits, **head},
     )
     for size in (1536, 3584, 8192):

@@ -33,8 +33,10 @@ from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import Served, num_weights, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize
 from tools.random_checkpoint import make_checkpoint
-from workers.llm.attention.torch import Span
+from workers.llm.attention.base import AttentionLayer, Span
 from workers.llm.backends import choose_backend
+from workers.llm.cache.paged_tensors import PagedTensors
+from workers.llm.cache.spec import Paged
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 
@@ -229,20 +231,24 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
     nbytes = batch * context * 2 * kv_heads * dim * 2
     num_layers = max(2, min(28, (256 << 20) // nbytes))  # in turn, so that no cache holds what is read
     backend = choose_backend(name, machine.device)
-    paged = backend.attention(
-        num_layers, batch * blocks, BLOCK, kv_heads, dim, torch.bfloat16, machine.device
-    )
-    paged.cache.normal_()
+    spec = [Paged(kv_heads, dim)] * num_layers
+    cache = PagedTensors(spec, batch * blocks, BLOCK, torch.bfloat16, machine.device)
+    for tensor in cache.tensors:
+        tensor.normal_()
+    layers = [
+        AttentionLayer(index=index, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+        for index in range(num_layers)
+    ]
     order = random.Random(0).sample(range(batch * blocks), batch * blocks)
-    layout = paged.plan(
-        [Span(1, context - 1, order[row * blocks : (row + 1) * blocks]) for row in range(batch)]
-    )
+    spans = [Span(1, context - 1, order[row * blocks : (row + 1) * blocks]) for row in range(batch)]
+    step = backend.attention(cache).plan(spans)
     qkv = torch.randn(batch, heads + 2 * kv_heads, dim, device=machine.device).to(torch.bfloat16)
-    rotary = paged.rotary(torch.randn(batch, dim // 2, device=machine.device), torch.bfloat16)
+    rotary = step.rotary(torch.randn(batch, dim // 2, device=machine.device), torch.bfloat16)
 
     def run() -> None:
-        for layer in range(num_layers):
-            paged(layer, layout, qkv, None, rotary)
+        for layer in layers:
+            step.write(layer, qkv, rotary)
+            step.attend(layer, qkv)
 
     seconds = machine.seconds(_captured(run) if machine.device.type == "cuda" else run) / num_layers
     what, told = f"{name} decode attention, batch {batch}, context {context}", f"{seconds * 1e6:.1f} µs"
@@ -308,9 +314,7 @@ def _hidden_logits(runner: ModelRunner, token_ids: Sequence[int], first: int) ->
                 continue
             x = decoder.embed(torch.tensor(token_ids[start:stop], device=runner.device))
             positions = torch.arange(start, stop, device=runner.device).expand(3, -1)
-            hidden = decoder(
-                x, positions, runner.attention, runner.attention.plan([Span(stop - start, start, table)])
-            )
+            hidden = decoder(x, positions, runner.attention.plan([Span(stop - start, start, table)]))
         return decoder.logits(hidden[-1:])[0].double().cpu()
 
 
@@ -326,7 +330,7 @@ def _runner(machine: Machine, shape: str, num_seqs: int, **options: Any) -> Iter
     )
     runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + ROOM_BLOCKS), 9000 // BLOCK), 9000)
     yield runner
-    runner.attention = None
+    del runner.attention
     runner._graphs = None
     del runner
     if machine.device.type == "cuda":

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.transport.curve import make_client_keys, make_server_keys
+from pipeline.transport.keys import make_client_keys, make_server_keys
 
 
 def main() -> int:

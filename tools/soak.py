@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.client.client import PipelineClient
-from pipeline.transport.curve import make_client_keys, make_server_keys
+from pipeline.transport.keys import make_client_keys, make_server_keys
 from pipeline.wire.errors import RequestError
 from pipeline.wire.messages import ChatMessage, ImagePart, TextPart, TokenLogprobs
 from pipeline.wire.sampling import SamplingParams

@@ -75,8 +75,9 @@ have in `output_token_ids`:
 Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hello` and query: what was ended
 because you did not read, or were away, answers with `Interrupted`. A request that was executing in a worker
 that died (`died` in `Interrupted`; or the first 8 bytes of BLAKE2b, made for that length, of its id are among
-the `executed` of the successor's state), with no new token in that attempt, should say so: `alone_in` are the
-roles of such workers. After `max_attempts` such deaths of one role in a row it should be given up.
+the `executed` of the successor's state), with no new token in that attempt, should be given up after
+`max_attempts` such deaths of one role in a row. For ten minutes, or until it has yielded a new token, the
+pipeline runs it alone in that role (`quarantined` in `PipelineState`), whatever its client says.
 
 ## From another machine
 

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from pipeline.client.connection import Connection, OpenRequest
 from pipeline.client.data_urls import move_data_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
-from pipeline.transport.curve import ClientKeys, Remote
+from pipeline.transport.keys import ClientKeys
+from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.messages import (
@@ -69,7 +70,7 @@ class PipelineClient:
         if str(place).startswith("tcp://"):
             if keys is None:
                 raise ValueError(f"{place} takes keys: a folder that tools/keys.py has made for this client")
-            self._connection = Connection(Remote(str(place), ClientKeys.read(Path(keys))))
+            self._connection = Connection(RemotePipeline(str(place), ClientKeys.read(Path(keys))))
         else:
             self._connection = Connection(Path(place))
         self._model_folder = None if model_folder is None else Path(model_folder)

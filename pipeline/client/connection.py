@@ -30,9 +30,9 @@ import msgspec
 
 from pipeline.process.flight_recorder import digest_of
 from pipeline.process.liveness import LauncherLife
-from pipeline.transport.curve import Remote
 from pipeline.transport.ends import AsyncReceiver, Sender
 from pipeline.transport.sockets import Sockets
+from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
@@ -117,15 +117,15 @@ class _Aborting:
 class Connection:
     """Everything runs in the event loop that is current when `start` is called."""
 
-    def __init__(self, place: Path | Remote) -> None:
+    def __init__(self, place: Path | RemotePipeline) -> None:
         """`place`: the pipeline's run directory, or where its gateway is."""
-        self._is_remote = isinstance(place, Remote)
-        owner = place.owner if isinstance(place, Remote) else b""
+        self._is_remote = isinstance(place, RemotePipeline)
+        owner = place.owner if isinstance(place, RemotePipeline) else b""
         self.client_id = owner + os.urandom(CLIENT_ID_BYTES - len(owner))
         self._sockets = Sockets(place, {})
         self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
         self._ingest: Sender[IngestMessage] | None = None
-        self._life = LauncherLife(None if isinstance(place, Remote) else place)
+        self._life = LauncherLife(None if isinstance(place, RemotePipeline) else place)
         self._leads: tuple[int, ...] = ()  # the LLM ranks that lead a group, once we are connected
         self._welcomes: dict[int, Welcome] = {}  # of these ranks, the last of each
         self._hello = Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION)
@@ -299,7 +299,6 @@ class Connection:
             request,
             attempt=request.attempt + 1,
             output_token_ids=pack_int32(opened.token_ids),
-            alone_in=tuple(opened.deaths),
         )
         opened.num_earlier_tokens = len(opened.token_ids)
         opened.is_accepted, opened.is_asking, opened.is_held = False, False, True

@@ -13,7 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ModelConfig:
     model: str = option(
         "",
-        "folder or hub name of a Qwen2-VL checkpoint (safetensors); without it the embedded model runs",
+        "folder or hub name of a Qwen-VL checkpoint (safetensors); without it the embedded model runs",
         metavar="MODEL",
     )
     served_model_name: str = option(

@@ -143,11 +143,18 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float]  # the model's own temperature, top_p and so on
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a frame may be larger than a picture: pools have room for these."""
+        if self.video.max_pixels > self.vision.max_pixels:
+            what = f"a frame may have {self.video.max_pixels} pixels, a picture {self.vision.max_pixels}"
+            raise ValueError(f"model {str(self.folder)!r}: {what}")
+
     @property
     def video_chunk_patches(self) -> int:
-        """A video goes through the ViTs in chunks of so many patches, or of two frames if those have more.
+        """A video goes through the ViTs in chunks of so many patches, or of one temporal patch if that has
+        more.
 
-        A chunk is never larger than a picture may be.
+        A chunk's grid is never larger than a picture's may be.
         """
         return min(VIDEO_CHUNK_PATCHES, self.vision.max_pixels // self.vision.patch_size**2)
 
@@ -208,7 +215,11 @@ class Family(ABC):
     """Has no state: a model's numbers come in as its `ModelInfo`."""
 
     model_type: ClassVar[str]  # in config.json
-    tower: ClassVar[str]  # the module in workers/vit/models; families share towers
+    tower: ClassVar[str]  # the module that names a `TOWER`; families share towers
+    decoder: ClassVar[str]  # the module that names a `DECODER`; families share decoders
+    # The prompt depends on when frames were taken: a list of frames may say how many there are a second.
+    has_frame_times: ClassVar[bool] = False
+    parser: ClassVar[str] = "workers.api.parsers.plain"  # the module that names a `PARSER`
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
@@ -242,7 +253,7 @@ class Family(ABC):
         """Which frames of a video are seen, in order, about `fps` of them a second."""
 
     def chunk_length(self, grid: GridTHW, num_vits: int, info: ModelInfo) -> int:
-        """Temporal patches of a video in one chunk.
+        """Temporal patches of a video in one chunk: these or fewer, since pools have room for no more.
 
         Frames do not attend to each other in any tower so far, so a video may be cut between any two of them.
         """

@@ -20,7 +20,7 @@ class Run(NamedTuple):
 
 
 def mrope_positions(num_tokens: int, runs: Sequence[Run]) -> Positions:
-    """Positions (time, height, width) of a prompt's tokens (Qwen2-VL, Wang et al. 2024).
+    """Positions (time, height, width) of a prompt's tokens (M-RoPE, Wang et al. 2024).
 
     Text counts on by one in all three rows. A run starts where the text before it ended and spans its grid in
     three dimensions. The text behind it goes on after the largest position so far in any row.

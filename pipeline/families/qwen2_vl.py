@@ -42,7 +42,8 @@ TORCH_LANES = 8
 
 class Qwen2VL(Family):
     model_type = "qwen2_vl"
-    tower = "qwen2_vl"
+    tower = "workers.vit.models.qwen2_vl"
+    decoder = "workers.llm.models.qwen2"
 
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
         files = CheckpointFiles(folder)

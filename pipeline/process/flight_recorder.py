@@ -1,5 +1,5 @@
 """What a worker is doing, in memory that outlives it: a sign that it moves on, and which requests execute in
-it right now.
+it right now and have yielded no token there.
 
 The launcher reads it: a worker that stands still is killed, and after a death it is known which requests may
 have been the cause. One small file a worker in the run directory, mapped by the worker and by the launcher.
@@ -62,7 +62,8 @@ class FlightRecorder:
             self.move()
 
     def record(self, request_ids: Iterable[str]) -> None:
-        """These execute from now on, and nobody else."""
+        """These execute from now on, and nobody else who might be the cause of a death: not recorded is who
+        has yielded a token here."""
         digests = [digest_of(request_id) for request_id in request_ids][:MAX_DIGESTS]
         struct.pack_into("<q", self._map, 8, 0)  # whoever reads it half written reads nothing
         if digests:

@@ -9,21 +9,24 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, assert_never
 
 import msgspec
 
 from pipeline.config import MIB, Config
 from pipeline.process import log
 from pipeline.process.faults import Faults
+from pipeline.process.flight_recorder import digest_of
+from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Receiver, Sender
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.messages import (
     ControlMessage,
     Drain,
+    FirstTokenYielded,
     Origin,
     PipelineState,
     PoolClosed,
@@ -62,6 +65,7 @@ class WorkerSpec:
     model_folder: str
     placement: Placement
     config: Config
+    quarantined: dict[Role, tuple[bytes, ...]] = field(default_factory=dict)  # as `PipelineState` says it
 
 
 class ControlNews(NamedTuple):
@@ -85,6 +89,7 @@ class WorkerContext:
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
         self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
         self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
+        self.quarantine = Quarantine(spec.worker.role, spec.quarantined)
 
     @property
     def origin(self) -> Origin:
@@ -113,12 +118,19 @@ class WorkerContext:
         """Tells that nothing of this process looks at the memory of a dead worker any more."""
         self.status.send(PoolClosed(pool_id=str(worker), pool_epoch=epoch, **self.origin))
 
+    def on_first_token(self, request_id: str) -> None:
+        """A request has yielded its first new token: the launcher is told of those in quarantine."""
+        if request_id in self.quarantine:
+            self.status.try_send(FirstTokenYielded(digest=digest_of(request_id), **self.origin))
+
     def is_current(self, message: WorkerMessage) -> bool:
         """Whether the sender is the incarnation that we know, or a later one."""
         return message.epoch >= self.sockets.epochs.get(message.sender, 0)
 
     def follow(self, state: PipelineState) -> list[WorkerState]:
-        """Connects to the successors of workers that died; returns these successors, as they are now."""
+        """Learns who is quarantined; connects to the successors of workers that died, and returns these
+        successors as they are now."""
+        self.quarantine.learn(state.quarantined)
         renewed = self.sockets.follow({worker.worker: worker.epoch for worker in state.workers})
         return [worker for worker in state.workers if worker.worker in renewed]
 
@@ -127,16 +139,19 @@ class WorkerContext:
         is_draining, died = False, []
         states: tuple[WorkerState, ...] | None = None
         while (received := control.receive()) is not None:
-            match received.message:
+            message = received.message
+            match message:
                 case Shutdown():
                     raise ShutdownRequested
                 case Drain():
                     is_draining = True
-                case PipelineState() as state:
-                    died += self.follow(state)
-                    states, is_draining = state.workers, is_draining or state.is_draining
+                case PipelineState():
+                    died += self.follow(message)
+                    states, is_draining = message.workers, is_draining or message.is_draining
                 case Retire():
                     pass  # of an endpoint
+                case _:
+                    assert_never(message)
         return ControlNews(is_draining, died, states)
 
 

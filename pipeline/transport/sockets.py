@@ -1,12 +1,11 @@
-"""Opens the edges of `topology.py`: which socket each end is, where it binds or connects, and what it may
-say."""
+"""Opens the edges of `topology.py`: which socket each end is, what it may say, at which site it is."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -21,6 +20,7 @@ from pipeline.transport.ends import (
     Relayed,
     Sender,
 )
+from pipeline.transport.sites import EdgeEnd, RunDirectory, Site
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
     ControlMessage,
@@ -44,7 +44,6 @@ from pipeline.wire.topology import (
     Edge,
     Pattern,
     WorkerId,
-    address,
 )
 
 IPC = "ipc://"
@@ -57,67 +56,37 @@ UNIONS: dict[Edge, Any] = {
 S = TypeVar("S", bound="Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]")
 
 
-class Site(Protocol):
-    """Where the sockets of a process are."""
-
-    name: str
-    follows_epochs: bool  # each incarnation of a worker binds another address
-    is_authenticated: bool  # who connects has proven its public key
-
-    def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str: ...
-
-    def open(self, context: Any) -> None:
-        """Called once, with the context of all sockets."""
-
-    def prepare(self, socket: Any) -> None:
-        """Sets what such a socket needs before it binds or connects."""
-
-    def close(self) -> None: ...
-
-
-class RunDirectory:
-    """Unix sockets in the run directory of a pipeline on this machine."""
-
-    follows_epochs = True
-    is_authenticated = False
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.name = str(path)
-
-    def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
-        return address(self._path, edge, epochs, rank)
-
-    def open(self, context: Any) -> None:
-        pass
-
-    def prepare(self, socket: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Sockets:
-    """Opens the edges of one process, in a run directory or at another site.
+    """Opens the edges of one process.
 
-    `epochs` are those of the workers that bind them.
+    `site`: where its edges are, but for those that `elsewhere` names. `epochs` are those of the workers that
+    bind them.
     """
 
     def __init__(
-        self, place: Path | Site, epochs: Mapping[WorkerId, int], encoder: Encoder | None = None
+        self,
+        site: Path | Site,
+        epochs: Mapping[WorkerId, int],
+        encoder: Encoder | None = None,
+        elsewhere: Mapping[EdgeEnd, Site] | None = None,
     ) -> None:
-        self.site: Site = RunDirectory(place) if isinstance(place, Path) else place
+        self.site: Site = RunDirectory(site) if isinstance(site, Path) else site
+        self._elsewhere = dict(elsewhere or {})
         self._encoder = encoder
         self.epochs = dict(epochs)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.setsockopt(zmq.BLOCKY, False)
         self._async_context = zmq.asyncio.Context.shadow(self._context)
-        self.site.open(self._context)
+        self._sites = list(dict.fromkeys([self.site, *self._elsewhere.values()]))
+        for opened in self._sites:
+            opened.open(self._context)
         self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
         self._bound: list[tuple[str, Any]] = []  # urls and sockets
         # To another worker, in time to its successor.
-        self._connected: list[tuple[Edge, int, Sender[Any] | Relayed[Any] | AsyncReceiver[Any]]] = []
+        self._connected: list[tuple[EdgeEnd, Sender[Any] | Relayed[Any] | AsyncReceiver[Any]]] = []
+
+    def site_of(self, edge: Edge, rank: int = 0) -> Site:
+        return self._elsewhere.get(EdgeEnd(edge, rank), self.site)
 
     def _keep(self, opened: S) -> S:
         self._opened.append(opened)
@@ -130,8 +99,8 @@ class Sockets:
         """
         renewed = [worker for worker, epoch in epochs.items() if epoch > self.epochs.get(worker, 0)]
         self.epochs.update({worker: epochs[worker] for worker in renewed})
-        for edge, rank, opened in self._connected:
-            if self.site.follows_epochs and WorkerId(edge.binder, rank) in renewed:
+        for (edge, rank), opened in self._connected:
+            if self.site_of(edge, rank).follows_epochs and WorkerId(edge.binder, rank) in renewed:
                 opened.reconnect(self._url(edge, rank))
         return renewed
 
@@ -154,12 +123,12 @@ class Sockets:
         self._bound.append((url, socket))
 
     def _url(self, edge: Edge, rank: int) -> str:
-        return self.site.url(edge, self.epochs, rank)
+        return self.site_of(edge, rank).url(edge, self.epochs, rank)
 
-    def _socket(self, context: Any, kind: int) -> Any:
+    def _socket(self, context: Any, kind: int, edge: Edge, rank: int) -> Any:
         socket = context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
-        self.site.prepare(socket)
+        self.site_of(edge, rank).prepare(socket)
         return socket
 
     # PUSH and PULL.
@@ -168,20 +137,21 @@ class Sockets:
         assert edge.pattern is Pattern.PUSH_PULL
         sender: Sender[Any] = self._keep(
             Sender(
-                lambda: self._socket(self._context, zmq.PUSH),
+                lambda: self._socket(self._context, zmq.PUSH, edge, rank),
                 self._url(edge, rank),
                 high_water_mark,
                 self._encoder,
             )
         )
-        self._connected.append((edge, rank, sender))
+        self._connected.append((EdgeEnd(edge, rank), sender))
         return sender
 
     def receiver(
         self, edge: Edge, rank: int = 0, max_message_bytes: int = 0, high_water_mark: int = HIGH_WATER_MARK
     ) -> Receiver[Any]:
         socket = self._pull(self._context, edge, rank, max_message_bytes, high_water_mark)
-        return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank), self.site.is_authenticated))
+        is_authenticated = self.site_of(edge, rank).is_authenticated
+        return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank), is_authenticated))
 
     def async_receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0) -> AsyncReceiver[Any]:
         socket = self._pull(self._async_context, edge, rank, max_message_bytes, HIGH_WATER_MARK)
@@ -189,7 +159,7 @@ class Sockets:
 
     def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int, high_water_mark: int) -> Any:
         assert edge.pattern is Pattern.PUSH_PULL
-        socket = self._socket(context, zmq.PULL)
+        socket = self._socket(context, zmq.PULL, edge, rank)
         socket.setsockopt(zmq.RCVHWM, high_water_mark)
         if max_message_bytes:
             socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
@@ -203,7 +173,7 @@ class Sockets:
         high_water_mark: int = 1024, rank: int = 0,
     ) -> Publisher[Any]:  # fmt: skip
         assert edge.pattern is Pattern.PUB_SUB
-        socket = self._socket(self._context, zmq.XPUB)
+        socket = self._socket(self._context, zmq.XPUB, edge, rank)
         # Over a full queue NODROP refuses the message for all subscribers of its topic. What everybody hears
         # on control is said again every second: who does not read loses it, and only for itself.
         socket.setsockopt(zmq.XPUB_NODROP, int(edge is not CONTROL))
@@ -211,7 +181,8 @@ class Sockets:
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION_BYTES)
         self._bind(socket, self._url(edge, rank))
-        return self._keep(Publisher(socket, accepts, self._encoder, self.site.is_authenticated))
+        is_authenticated = self.site_of(edge, rank).is_authenticated
+        return self._keep(Publisher(socket, accepts, self._encoder, is_authenticated))
 
     def subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> Receiver[Any]:
         socket = self._sub(self._context, edge, rank)
@@ -222,7 +193,7 @@ class Sockets:
         relayed: Relayed[Any] = self._keep(
             Relayed(self._sub(self._context, edge, rank), UNIONS[edge], self._url(edge, rank))
         )
-        self._connected.append((edge, rank, relayed))
+        self._connected.append((EdgeEnd(edge, rank), relayed))
         return relayed
 
     def async_subscriber(self, edge: Edge, topic: bytes = ALL, rank: int = 0) -> AsyncReceiver[Any]:
@@ -231,12 +202,12 @@ class Sockets:
         subscriber: AsyncReceiver[Any] = self._keep(
             AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank))
         )
-        self._connected.append((edge, rank, subscriber))
+        self._connected.append((EdgeEnd(edge, rank), subscriber))
         return subscriber
 
     def _sub(self, context: Any, edge: Edge, rank: int) -> Any:
         assert edge.pattern is Pattern.PUB_SUB
-        socket = self._socket(context, zmq.SUB)
+        socket = self._socket(context, zmq.SUB, edge, rank)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start after us
         socket.connect(self._url(edge, rank))
@@ -246,5 +217,6 @@ class Sockets:
         """Closes all that was opened, giving queued messages `linger_ms` to leave."""
         for opened in self._opened:
             opened.close(linger_ms)
-        self.site.close()
+        for site in self._sites:
+            site.close()
         self._context.term()

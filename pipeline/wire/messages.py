@@ -155,8 +155,6 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
     leads: tuple[int, ...] = ()  # of the groups that know the client: one of them is to run it; empty: of all
-    # it executed in such workers when they died: it passes these stages alone
-    alone_in: tuple[Role, ...] = ()
     tenant: str = ""  # on whose behalf: see docs/fairness.md; empty: the client's own
 
 
@@ -208,7 +206,6 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     mm_hash: bytes
     grid_thw: GridTHW
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
-    is_alone: bool = False  # in a batch of its own
     tenant: str = ""  # whose turn it takes
 
 
@@ -273,6 +270,7 @@ class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
 
     request_id: str
     attempt: int
+    is_interrupted: bool = False  # it may come again, and then goes on, be the server full
 
 
 FeedbackMessage = PixelsReleased | EncodeMiss | ItemNotNeeded | RequestEnded
@@ -337,7 +335,6 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: bytes = b""
     is_query: bool = False
-    is_alone: bool = False  # until its first new token in steps of its own
     tenant: str = ""  # whose turn it takes; empty: the client's own
 
 
@@ -402,6 +399,7 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     position_delta: int = 0  # what a token behind the prompt adds to its index
     num_computed_tokens: int = 0  # already in the KV cache
     block_table: bytes = b""  # int32, so far
+    is_masked: bool = False  # its tokens are chosen when `TokenMasks` has said which ones may come
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -423,7 +421,17 @@ class StepPlan(WorkerMessage, frozen=True, kw_only=True):
     is_wide: bool = False  # on all cores: nobody else computes
 
 
-StepsMessage = PoolOpened | PoolClosed | StepPlan
+class TokenMasks(WorkerMessage, frozen=True, kw_only=True):
+    """llm rank 0 → ranks: choose the tokens that this step left open. Only the plan of such a step has it
+    behind it."""
+
+    step: int
+    # Of each sequence that is masked and sampled, in the plan's order: a bit for each token of the
+    # vocabulary, the lowest bit of a byte first; empty: any token may come.
+    masks: tuple[bytes, ...]
+
+
+StepsMessage = PoolOpened | PoolClosed | StepPlan | TokenMasks
 
 # --- outputs: llm rank 0 → clients
 # ----------------------------------------------------------------------------------
@@ -503,7 +511,8 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int  # its incarnation: an earlier one is dead, reaped, and will never say anything again
     is_ready: bool
     credits: int = 0
-    # digests of the requests that were executing in the incarnation before when it died
+    # digests of the requests that were executing in the incarnation before when it died, and had yielded no
+    # token there
     executed: tuple[bytes, ...] = ()
     num_open_requests: int = 0
     counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
@@ -523,6 +532,9 @@ class PipelineState(Message, frozen=True, kw_only=True):
     leads: tuple[int, ...] = (0,)  # the LLM ranks that lead a group: clients listen to each
     is_draining: bool = False
     reload: ReloadState = ReloadState()
+    # by role, digests of the requests that were executing in such workers when they died, with no new token
+    # since: there each of them runs alone
+    quarantined: dict[Role, tuple[bytes, ...]] = {}
 
 
 class Drain(Message, frozen=True, kw_only=True):
@@ -570,6 +582,12 @@ class WorkerStats(WorkerMessage, frozen=True, kw_only=True):
     counters: dict[str, int] = {}
 
 
+class FirstTokenYielded(WorkerMessage, frozen=True, kw_only=True):
+    """llm rank 0 → launcher: a request that was quarantined has yielded a new token. May be dropped."""
+
+    digest: bytes  # of its id
+
+
 class WorkerFailed(WorkerMessage, frozen=True, kw_only=True):
     """worker → launcher: I end because of this."""
 
@@ -580,4 +598,4 @@ class ReloadRequested(WorkerMessage, frozen=True, kw_only=True):
     """api → launcher: an administrator asks for a reload."""
 
 
-StatusMessage = ReloadRequested | WorkerReady | WorkerStats | WorkerFailed | PoolClosed
+StatusMessage = ReloadRequested | WorkerReady | WorkerStats | WorkerFailed | PoolClosed | FirstTokenYielded

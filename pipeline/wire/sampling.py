@@ -17,6 +17,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63
+MAX_INT32 = 2**31
 
 
 class FinishReason(enum.StrEnum):
@@ -56,70 +57,46 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check(
-            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
-            "temperature",
-            self.temperature,
-            "between 0 and 100",
-        )
-        _check(
-            math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"
-        )
-        _check(-1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 (no limit) or more")
+        self._check_numbers()
+        self._check_lengths()
+        self._check_tokens()
+
+    def _check_numbers(self) -> None:
+        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
+        _check(_is_within(temperature, 0, 100), "temperature", temperature, "between 0 and 100")
+        _check(_is_within(top_p, 0, 1) and top_p > 0, "top_p", top_p, "above 0 and at most 1")
+        _check(-1 <= self.top_k < MAX_INT32, "top_k", self.top_k, "-1 (no limit) or more")
         _check(self.seed is None or 0 <= self.seed < MAX_SEED, "seed", self.seed, "between 0 and 2**63 - 1")
-        _check(
-            self.max_tokens is None or 1 <= self.max_tokens < 2**31,
-            "max_tokens",
-            self.max_tokens,
-            "at least 1",
-        )
-        _check(math.isfinite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _check(_is_within(min_p, 0, 1), "min_p", min_p, "between 0 and 1")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _check(math.isfinite(value) and -2 <= value <= 2, name, value, "between -2 and 2")
+            _check(_is_within(value, -2, 2), name, value, "between -2 and 2")
         penalty = self.repetition_penalty
-        _check(
-            math.isfinite(penalty) and 0.01 <= penalty <= 100,
-            "repetition_penalty",
-            penalty,
-            "between 0.01 and 100",
-        )
-        limit = 2**31 if self.max_tokens is None else self.max_tokens + 1
-        _check(
-            0 <= self.min_tokens < limit, "min_tokens", self.min_tokens, "at least 0 and at most max_tokens"
-        )
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"between 0 and {MAX_LOGPROBS}",
-        )
-        count = len(self.stop_token_ids)
-        _check(
-            count <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"{count} ids", f"at most {MAX_STOP_TOKEN_IDS} ids"
-        )
-        count = len(self.logit_bias)
-        _check(
-            count <= MAX_LOGIT_BIASES, "logit_bias", f"{count} entries", f"at most {MAX_LOGIT_BIASES} entries"
-        )
+        _check(_is_within(penalty, 0.01, 100), "repetition_penalty", penalty, "between 0.01 and 100")
+
+    def _check_lengths(self) -> None:
+        most, least, logprobs = self.max_tokens, self.min_tokens, self.logprobs
+        _check(most is None or 1 <= most < MAX_INT32, "max_tokens", most, "at least 1")
+        limit = MAX_INT32 if most is None else most + 1
+        _check(0 <= least < limit, "min_tokens", least, "at least 0 and at most max_tokens")
+        is_fine = logprobs is None or 0 <= logprobs <= MAX_LOGPROBS
+        _check(is_fine, "logprobs", logprobs, f"between 0 and {MAX_LOGPROBS}")
+        for text in self.stop:
+            got, limits = f"a string of {len(text)} characters", f"1 to {MAX_STOP_LENGTH} characters each"
+            _check(0 < len(text) <= MAX_STOP_LENGTH, "stop", got, limits)
+        for name, count, what, limit in (
+            ("stop", len(self.stop), "strings", MAX_STOP_STRINGS),
+            ("stop_token_ids", len(self.stop_token_ids), "ids", MAX_STOP_TOKEN_IDS),
+            ("logit_bias", len(self.logit_bias), "entries", MAX_LOGIT_BIASES),
+        ):
+            _check(count <= limit, name, f"{count} {what}", f"at most {limit} {what}")
+
+    def _check_tokens(self) -> None:
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token_id in ids:
-                _check(0 <= token_id < 2**31, name, token_id, "made of token ids, which are 0 or more")
+                _check(0 <= token_id < MAX_INT32, name, token_id, "made of token ids, which are 0 or more")
         for bias in self.logit_bias.values():
-            _check(math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", bias, "between -100 and 100")
-        _check(
-            len(self.stop) <= MAX_STOP_STRINGS,
-            "stop",
-            f"{len(self.stop)} strings",
-            f"at most {MAX_STOP_STRINGS} strings",
-        )
-        for text in self.stop:
-            _check(
-                0 < len(text) <= MAX_STOP_LENGTH,
-                "stop",
-                f"a string of {len(text)} characters",
-                f"1 to {MAX_STOP_LENGTH} characters each",
-            )
+            _check(_is_within(bias, -100, 100), "logit_bias", bias, "between -100 and 100")
 
 
 def with_seed(sampling: SamplingParams, request_id: str, index: int) -> SamplingParams:
@@ -138,6 +115,10 @@ def with_seed(sampling: SamplingParams, request_id: str, index: int) -> Sampling
     else:
         return sampling
     return msgspec.structs.replace(sampling, seed=seed)
+
+
+def _is_within(value: float, low: float, high: float) -> bool:
+    return math.isfinite(value) and low <= value <= high
 
 
 def _check(holds: bool, field: str, value: object, limit: str) -> None:

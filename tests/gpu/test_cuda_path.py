@@ -28,12 +28,16 @@ from tests.chats import generate as ask
 from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
 from tests.servers import Server
+from tests.workers.llm.attention.spans import make_layer, make_spans, reference
 from tests.workers.llm.sampling.test_kernel import OPTIONS, draw
-from tests.workers.llm.test_triton_attention import make_spans, reference
+from workers.llm.cache.paged_tensors import PagedTensors
+from workers.llm.cache.spec import Paged
 from workers.llm.model_runner import ModelRunner
+from workers.llm.models.qwen2 import Qwen2Decoder
 from workers.llm.parallel import TensorParallel
 from workers.nn.layers import rotary_tables, rotate
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.dense import TorchLinear
+from workers.nn.weights.registry import open_weights
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import EncodeJob
 from workers.vit.models.qwen2_vl import VisionEncoder
@@ -61,15 +65,16 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
         (rng.choice([2, 64, 129, 700]), rng.choice([0, 1, 130])) for _ in range(rng.randint(not decodes, 2))
     ]
     num_blocks = 16_000 // block_size
-    attention = TritonAttention(1, num_blocks, block_size, num_kv_heads, 128, dtype, CUDA)
-    attention.cache.fill_(float("nan"))
+    cache = PagedTensors([Paged(num_kv_heads, 128)], num_blocks, block_size, dtype, CUDA)
+    cache.tensors[0].fill_(float("nan"))
+    attention = TritonAttention(cache)
     spans = make_spans(rng, block_size, num_blocks, decodes + prefills)
     for span in spans:
         slots = [
             span.block_table[position // block_size] * block_size + position % block_size
             for position in range(span.num_computed)
         ]
-        attention.cache[0, slots] = torch.randn(len(slots), 2 * num_kv_heads, 128, device=CUDA).to(dtype)
+        cache.tensors[0][slots] = torch.randn(len(slots), 2 * num_kv_heads, 128, device=CUDA).to(dtype)
     num_tokens = sum(span.num_tokens for span in spans)
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, 128, device=CUDA).to(dtype)
     bias, angles = (
@@ -77,9 +82,11 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
         50 * torch.randn(num_tokens, 64, device=CUDA),
     )
     turned = rotate(qkv.float() + bias.float().view(qkv.shape[1:]), *rotary_tables(angles, torch.float32))
-    out = attention(0, attention.plan(spans), qkv, bias, attention.rotary(angles, dtype))
+    layer, step = make_layer(0, num_heads, num_kv_heads, 128, bias), attention.plan(spans)
+    step.write(layer, qkv, step.rotary(angles, dtype))
+    out = step.attend(layer, qkv)
     assert error(qkv[:, :num_heads], turned[:, :num_heads]) < TOLERANCE[dtype]
-    assert error(out, reference(attention.cache[0], block_size, spans, qkv[:, :num_heads])) < TOLERANCE[dtype]
+    assert error(out, reference(cache.tensors[0], block_size, spans, qkv[:, :num_heads])) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -152,10 +159,12 @@ def test_graphs_kernels_and_torch_agree(count: int, random_checkpoint: Path) -> 
 
 def test_tied_weights_are_in_memory_once(random_checkpoint: Path) -> None:
     decoder = make_runner(random_checkpoint).decoder
+    assert isinstance(decoder, Qwen2Decoder)
     assert decoder.info.tie_word_embeddings
-    head, table = decoder.lm_head._weight, decoder._embeddings
+    head, table = decoder.vocabulary.head, decoder.vocabulary.table
+    assert isinstance(head, TorchLinear)
     assert isinstance(table, torch.Tensor)
-    assert head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+    assert head.weight.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:.*prototype feature")  # torch says so of the mode itself
@@ -293,7 +302,7 @@ def test_the_encoder_packs_pictures_of_any_sizes(dtype: torch.dtype, random_chec
         jobs.append((pixels, grid))
     outputs = []
     for device, of_type in ((torch.device("cpu"), torch.float32), (CUDA, dtype)):
-        engine = TorchEngine(VisionEncoder(info, Checkpoint(random_checkpoint, of_type, device)))
+        engine = TorchEngine(VisionEncoder(info, open_weights(random_checkpoint, of_type, device)))
         made = []
         for pixels, grid in jobs:
             output = torch.empty(info.num_tokens(grid), info.embedding_width, dtype=of_type, device=device)

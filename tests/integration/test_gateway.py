@@ -17,9 +17,11 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import zmq
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.client.blocking import BlockingClient
-from pipeline.transport.curve import ClientKeys, Remote, make_client_keys, make_server_keys
+from pipeline.transport.keys import ClientKeys, make_client_keys, make_server_keys
+from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.errors import PipelineError, RequestError
 from pipeline.wire.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
@@ -41,15 +43,15 @@ class Served(NamedTuple):
     def client(self) -> BlockingClient:
         return BlockingClient(self.url, self.keys)
 
-    def metrics(self) -> dict[str, float]:
-        """The gateway's."""
+    def metrics(self, worker: str = "gateway.0") -> dict[str, float]:
         with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
-            lines = [
-                line.split(" ")
-                for line in answer.read().decode().splitlines()
-                if 'worker="gateway.0"' in line
-            ]
-        return {name.split("{")[0].removeprefix("vlm_"): float(value) for name, value in lines}
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        samples = [sample for family in families for sample in family.samples]
+        return {
+            sample.name.removeprefix("vlm_"): sample.value
+            for sample in samples
+            if sample.labels["worker"] == worker
+        }
 
     def wait_for(self, name: str, least: float) -> None:
         end = time.monotonic() + 10
@@ -166,7 +168,7 @@ def test_another_tokenizer_is_refused(served: Served, tmp_path: Path) -> None:
 
 def test_garbage_and_forged_ids_are_refused_and_counted(served: Served) -> None:
     """What a client with a key can do that does not keep to the protocol."""
-    remote = Remote(served.url, ClientKeys.read(served.keys))
+    remote = RemotePipeline(served.url, ClientKeys.read(served.keys))
     context = zmq.Context()
     try:
         push, sub = context.socket(zmq.PUSH), context.socket(zmq.SUB)
@@ -244,13 +246,8 @@ def test_a_client_process_that_is_killed_is_missed(served: Served) -> None:
     process.communicate()
     end = time.monotonic() + 10
     while True:
-        with urllib.request.urlopen(f"{served.server.url}/metrics") as answer:
-            open_requests = [
-                line
-                for line in answer.read().decode().splitlines()
-                if line.startswith('vlm_open_requests{worker="llm.0"}')
-            ]
-        if open_requests == ['vlm_open_requests{worker="llm.0"} 0'] and served.metrics()["clients"] == 0:
+        open_requests = served.metrics("llm.0")["open_requests"]
+        if open_requests == 0 and served.metrics()["clients"] == 0:
             break
         assert time.monotonic() < end, (open_requests, served.metrics())
         time.sleep(0.1)

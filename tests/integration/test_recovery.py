@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,26 @@ import pytest
 import zmq
 
 from pipeline.client.client import PipelineClient
+from pipeline.process.flight_recorder import digest_of
+from pipeline.transport.ends import AsyncReceiver
+from pipeline.transport.sockets import Sockets
 from pipeline.wire.errors import RequestError
 from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     ChatMessage,
     ChunkKey,
+    ControlMessage,
     EmbeddingReady,
     Hello,
     ImagePart,
+    PipelineState,
     TextPart,
 )
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.checkpoints import make_checkpoint
-from tests.fakes import PREPROCESS, VIT_0
+from tests.fakes import LLM_0, PREPROCESS, VIT_0
 from tests.integration.conftest import LIMITS
 from tests.pictures import encode, noise, scene
 from tests.servers import Server, is_alive
@@ -120,6 +126,65 @@ async def test_a_request_that_kills_a_worker_every_time_is_given_up_and_the_othe
         assert await ask(client, "after", 0) == expected[0]
         assert client.counters["given_up"] == 3
         assert all(count >= 2 for count in restarts(client).values()), restarts(client)
+
+
+async def read_states(run_dir: Path, states: list[PipelineState]) -> None:
+    """All that the launcher says."""
+    sockets = Sockets(run_dir, {})
+    control: AsyncReceiver[ControlMessage] = sockets.async_subscriber(CONTROL)
+    try:
+        while True:
+            if isinstance(message := (await control.receive()).message, PipelineState):
+                states.append(message)
+    finally:
+        sockets.close()
+
+
+def of_epoch(states: list[PipelineState], worker: WorkerId, epoch: int) -> list[PipelineState]:
+    return [
+        state for state in states
+        if any(one.worker == worker and one.epoch == epoch for one in state.workers)
+    ]  # fmt: skip
+
+
+def executed(state: PipelineState, worker: WorkerId) -> tuple[bytes, ...]:
+    return next(one.executed for one in state.workers if one.worker == worker)
+
+
+@pytest.mark.parametrize("faulty", [("llm:kill:bad:2",)], indirect=True)
+async def test_a_quarantine_survives_preprocess_and_ends_with_the_first_token(faulty: Server) -> None:
+    """A request kills the LLM; preprocess dies before that request comes again.
+
+    The next LLM dies of it, too, but nobody else goes with it.
+    """
+    states: list[PipelineState] = []
+    names = [f"good-{number}" for number in range(6)]
+
+    async def until(is_so: Callable[[], object]) -> None:
+        async with asyncio.timeout(60):
+            while not is_so():
+                await asyncio.sleep(0.02)
+
+    async with PipelineClient(faulty.run_dir) as client, asyncio.TaskGroup() as tasks:
+        reading = tasks.create_task(read_states(faulty.run_dir, states))
+        expected = [await ask(client, f"before-{number}", number) for number in range(3)]
+        pid = workers_of(faulty.process.pid)["preprocess.0"]
+        good = [tasks.create_task(ask(client, name, number % 2)) for number, name in enumerate(names)]
+        bad = tasks.create_task(ask(client, "bad", 2))
+        await until(lambda: of_epoch(states, LLM_0, 2))
+        os.kill(pid, signal.SIGKILL)
+        assert await bad == expected[2], "the third LLM does not die of it"
+        assert [await task for task in good] == [expected[number % 2] for number in range(len(names))]
+        assert client.counters["given_up"] == 0
+        assert restarts(client) == {"llm.0": 2, "preprocess.0": 1}
+        digest = digest_of("bad")
+        first, second = of_epoch(states, LLM_0, 2), of_epoch(states, LLM_0, 3)
+        assert digest in executed(first[0], LLM_0)
+        assert executed(second[0], LLM_0) == (digest,), "it took nobody along"
+        assert of_epoch(first, PREPROCESS, 2), "between the two deaths"
+        assert all(digest in state.quarantined[Role.LLM] for state in first + second[:1])
+        await until(lambda: not states[-1].quarantined.get(Role.LLM))
+        reading.cancel()
 
 
 @pytest.mark.parametrize(

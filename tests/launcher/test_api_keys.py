@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from launcher.announcement import example_request
 from launcher.api_keys import with_keys
 from launcher.checkpoints import find_model
-from launcher.supervisor import example_request
 from pipeline.config import ApiConfig, ApiKey, Config, ModelConfig
 from pipeline.config.api import MAX_KEY_BYTES
 from pipeline.process.fork_server import MAX_REQUEST

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.announcement import shown_host
 from launcher.checkpoints import EMBEDDED, find_model
 from launcher.cli import build_parser, parse
 from launcher.placement import place, workers
 from launcher.run_dir import RunDir
-from launcher.supervisor import shown_host
 from pipeline.config import Config, ModelConfig
 from pipeline.wire.topology import Role, WorkerId
 

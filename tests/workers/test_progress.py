@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,9 @@ class Runner:
     def launch(self, plan: StepPlan) -> Any:
         count = sum(sequence.is_sampled for sequence in plan.sequences)
         return SimpleNamespace(has_run=True, result=lambda: StepResult([[1]] * count, [()] * count))
+
+    def choose(self, masks: Sequence[bytes]) -> None:
+        raise AssertionError("no token waits for a mask")
 
 
 class World:

@@ -1,8 +1,7 @@
-"""The endpoint's connections: what aiohttp's protocol leaves open, closed.
+"""One connection to the endpoint: what aiohttp's protocol leaves open, closed.
 
-How many there are, how long a client may take for a head, for nothing at all, and to read what it is sent;
-what is answered to bytes that are no HTTP. All connections are looked at now and then. (The time of a body is
-`read_body`'s.)
+How long a client may take for a head, for nothing at all, and to read what it is sent; what is answered to
+bytes that are no HTTP. (The time of a body is `read_body`'s.)
 """
 
 from __future__ import annotations
@@ -10,30 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http import HttpVersion11, RawRequestMessage
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import BadHttpMethod, InvalidURLError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from multidict import CIMultiDict, CIMultiDictProxy
 
 from pipeline.wire.errors import ErrorInfo
-from workers.api.bodies import EXPECTATION
 from workers.api.errors import LAST_WORDS_S, error_response, raw_error_response
 
 logger = logging.getLogger(__name__)
 MAX_LINE_BYTES = 32 << 10  # of the request's line and of each header: cookies and tokens of proxies are long
 MAX_HEAD_BYTES = 128 << 10
-READ_BUFFER_BYTES = 64 << 10  # of a body that nobody has read yet; the transport pauses at twice that
-REFUSED_BODY_S = 5.0  # to read its rest: a client that is cut off while it sends does not read the answer
-REFUSED_HEAD_S = 1.0  # the same after bytes that are no HTTP
-MAX_CONNECTIONS = 8192
-OTHER_FILES = 128  # descriptors for all else that this process opens
-WATCH_INTERVAL_S = 0.5
-NEVER_S = 7 * 24 * 3600.0  # aiohttp's own patience would end a head that is just coming in
+REFUSED_HEAD_S = 1.0  # to read what follows bytes that are no HTTP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +37,14 @@ class Patience:
     closing_s: float = 5.0  # to take the last of it
 
 
-def max_connections() -> int:
-    """As many as the limit of open files leaves room for."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(MAX_CONNECTIONS, most - OTHER_FILES if most >= 2 * OTHER_FILES else most // 2)
-
-
 class HttpConnection(web.RequestHandler):
-    def __init__(self, server: HttpServer, patience: Patience, **options: Any) -> None:
+    """`make_room` says whether there is room for one more."""
+
+    def __init__(
+        self, server: web.Server, make_room: Callable[[], bool], patience: Patience, **options: Any
+    ) -> None:
         super().__init__(server, **options)
-        self._server, self._patience = server, patience
+        self._make_room, self._patience = make_room, patience
         self._tcp: asyncio.Transport | None = None  # also when `transport` is gone already
         self._body: StreamReader = EMPTY_PAYLOAD  # of the newest request
         self._head_since: float | None = None  # when the head that is coming in began
@@ -71,7 +60,7 @@ class HttpConnection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._tcp = cast(asyncio.Transport, transport)
         self._heard = self._head_since = self._loop.time()
-        if self._server.make_room():
+        if self._make_room():
             super().connection_made(transport)
         else:
             self._is_broken = True
@@ -232,94 +221,3 @@ def explain(status: int, error: BaseException | None) -> ErrorInfo:
             return ErrorInfo(status, "the request is not valid HTTP")
         case _:
             return ErrorInfo(500, "the server made a mistake")
-
-
-class HttpServer(web.Server):
-    """Makes connections, not too many of them."""
-
-    def __init__(self, patience: Patience, most: int, **options: Any) -> None:
-        super().__init__(**options)
-        self._patience, self._most = patience, most
-
-    def __call__(self) -> HttpConnection:
-        return HttpConnection(self, self._patience, loop=self._loop, **self._kwargs)
-
-    def make_room(self) -> bool:
-        """For one more; where all places are taken, the connection that has been idle longest is closed."""
-        if len(self._connections) < self._most:
-            return True
-        idle = [connection for connection in self._ours() if connection.is_idle]
-        if not idle:
-            return False
-        min(idle, key=lambda connection: connection.idle_since).force_close()
-        return True
-
-    def watch(self, now: float) -> None:
-        for connection in self._ours():
-            connection.watch(now)
-
-    def _ours(self) -> list[HttpConnection]:
-        return cast(list[HttpConnection], self.connections)
-
-
-class HttpRunner(web.AppRunner):
-    """An `AppRunner` for strangers' requests."""
-
-    def __init__(
-        self,
-        application: web.Application,
-        patience: Patience | None = None,
-        most_connections: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(application, **options)
-        self._patience = patience or Patience()
-        self._most_connections = max_connections() if most_connections is None else most_connections
-        self._watching: asyncio.Task[None] | None = None
-
-    async def _make_server(self) -> HttpServer:
-        made = await super()._make_server()
-        server = HttpServer(
-            self._patience,
-            self._most_connections,
-            handler=made.request_handler,
-            request_factory=_without_expectation(made.request_factory),
-            handler_cancellation=True,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=NEVER_S,
-            lingering_time=REFUSED_BODY_S,
-            read_bufsize=READ_BUFFER_BYTES,
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_LINE_BYTES,
-        )
-
-        async def watch() -> None:
-            while True:
-                await asyncio.sleep(WATCH_INTERVAL_S)
-                server.watch(asyncio.get_running_loop().time())
-
-        self._watching = asyncio.create_task(watch())
-        return server
-
-    async def _cleanup_server(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-        await super()._cleanup_server()
-
-
-def _without_expectation(make_request: Any) -> Any:
-    """aiohttp answers `Expect` before anybody has looked at the request; here `read_body` answers it."""
-
-    def make(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
-        expectation = message.headers.get("Expect")
-        if expectation is None:
-            return cast(web.BaseRequest, make_request(message, *rest))
-        headers = CIMultiDict(message.headers)
-        headers.popall("Expect")
-        request: web.BaseRequest = make_request(message._replace(headers=CIMultiDictProxy(headers)), *rest)
-        if message.version >= HttpVersion11:
-            request[EXPECTATION] = expectation
-        return request
-
-    return make

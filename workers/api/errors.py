@@ -1,20 +1,28 @@
-"""Errors as OpenAI's objects: as an answer, inside a stream that has begun, and before there is a request."""
+"""Errors: as an answer, inside a stream that has begun, and before there is a request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from pipeline.wire.errors import ErrorInfo
-from workers.api.protocol import error_body
-from workers.api.stream import DONE, error_event
 
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = "2"
 LAST_WORDS_S = 1.0  # for the last event of a stream, whose reader may not read
+
+
+def error_body(error: ErrorInfo) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {
+        "error": {"message": error.message, "type": kind, "param": error.field or None, "code": error.status}
+    }
 
 
 def error_headers(status: int) -> dict[str, str]:
@@ -27,8 +35,11 @@ def error_headers(status: int) -> dict[str, str]:
             return {}
 
 
-def error_response(error: ErrorInfo) -> web.Response:
-    return web.json_response(error_body(error), status=error.status, headers=error_headers(error.status))
+def error_response(error: ErrorInfo, body: dict[str, Any] | None = None) -> web.Response:
+    """`body` says it in the words of a route that has its own."""
+    return web.json_response(
+        body or error_body(error), status=error.status, headers=error_headers(error.status)
+    )
 
 
 def raw_error_response(error: ErrorInfo) -> bytes:
@@ -45,10 +56,10 @@ def raw_error_response(error: ErrorInfo) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-async def end_stream(response: web.StreamResponse, error: ErrorInfo) -> None:
+async def end_stream(response: web.StreamResponse, last_words: bytes) -> None:
     """Tells an error in a stream whose head has gone out, and ends the stream and its connection."""
     response.force_close()
     with contextlib.suppress(ConnectionError, TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
-            await response.write(error_event(error) + DONE)
+            await response.write(last_words)
             await response.write_eof()

@@ -9,11 +9,12 @@ depends on the model, and on the media, so preprocess judges it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
 from pipeline.wire.messages import ImagePart, Part, TextPart, VideoPart
 
 Fields = Mapping[str, Any]
@@ -56,6 +57,14 @@ LABELS = {
         "provider_metadata",
     ),
 }
+
+
+def check_counts(contents: Sequence[object]) -> None:
+    """Of messages and of all their parts, before anything walks over them. Raises RequestError."""
+    if (count := len(contents)) > MAX_MESSAGES:
+        raise RequestError(f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages")
+    if (count := sum(len(content) for content in contents if isinstance(content, list))) > MAX_PARTS:
+        raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
 
 
 def to_part(given: Fields, field: str) -> Part:

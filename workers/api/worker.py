@@ -6,12 +6,13 @@ import asyncio
 import logging
 import socket
 import time
+from typing import assert_never
 
 from aiohttp import web
 
 from pipeline.client.client import PipelineClient
 from pipeline.config import ApiConfig
-from pipeline.families import read_model_info
+from pipeline.families import ModelInfo, read_model_info
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WAITING,
@@ -20,11 +21,12 @@ from pipeline.process.process import (
     limit_memory,
     run_async,
 )
+from pipeline.transport.ends import AsyncReceiver
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import Drain, PipelineState, ReloadRequested, Retire, Shutdown
+from pipeline.wire.messages import ControlMessage, Drain, PipelineState, ReloadRequested, Retire, Shutdown
 from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
-from workers.api.connections import HttpRunner
+from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,14 @@ IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
 
 
 def main(context: WorkerContext) -> None:
-    run_async(_serve(context))
+    run_async(_run(context))
+
+
+async def _run(context: WorkerContext) -> None:
+    control = context.sockets.async_subscriber(CONTROL)
+    process = _Process(context, read_model_info(context.model_folder))
+    limit_memory(allowed_mib(context.config.api))
+    await process.run(control)
 
 
 def allowed_mib(config: ApiConfig) -> int:
@@ -49,82 +58,98 @@ def allowed_mib(config: ApiConfig) -> int:
     return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
 
 
-async def _serve(context: WorkerContext) -> None:
-    config = context.config
-    control = context.sockets.async_subscriber(CONTROL)
-    client = PipelineClient(context.spec.run_dir)
-    info = read_model_info(context.model_folder)
-    server = ApiServer(
-        config.api,
-        client,
-        config.model.served_model_name,
-        info,
-        request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
-        recovery_timeout_s=config.launcher.recovery_timeout,
-    )
-    limit_memory(allowed_mib(config.api))
-    runner = HttpRunner(server.application(), shutdown_timeout=HANDLERS_END_S)
-    await runner.setup()
-    # The launcher listens, too: what comes while nobody accepts waits for our successor.
-    sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in context.fds]
-    is_draining = False
+class _Process:
+    """The endpoint from its start to its end. What ends it is raised in one of its tasks."""
 
-    async def watch() -> None:
-        nonlocal is_draining
+    def __init__(self, context: WorkerContext, info: ModelInfo) -> None:
+        self._context = context
+        config = context.config
+        self._client = PipelineClient(context.spec.run_dir)
+        self._server = ApiServer(
+            config.api,
+            self._client,
+            config.model.served_model_name,
+            info,
+            request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
+            recovery_timeout_s=config.launcher.recovery_timeout,
+        )
+        self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
+        self._sites: list[web.SockSite] = []
+        self._tasks = asyncio.TaskGroup()
+        self._is_draining = False
+
+    async def run(self, control: AsyncReceiver[ControlMessage]) -> None:
+        await self._runner.setup()
+        # The launcher listens, too: what comes while nobody accepts waits for our successor.
+        self._sites = [
+            web.SockSite(self._runner, socket.socket(fileno=descriptor)) for descriptor in self._context.fds
+        ]
+        try:
+            async with self._tasks:
+                self._tasks.create_task(self._follow(control))
+                self._tasks.create_task(self._serve())
+        finally:
+            await self._runner.cleanup()
+            await self._client.close()
+
+    async def _follow(self, control: AsyncReceiver[ControlMessage]) -> None:
         while True:
             message = (await control.receive()).message
             match message:
-                case Drain() | PipelineState(is_draining=True) if not is_draining:
-                    is_draining = True
-                    tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
-                case Retire(worker=worker, epoch=epoch) if (worker, epoch) == (context.worker, context.epoch):
-                    tasks.create_task(retire())
+                case Drain():
+                    self._drain()
+                case PipelineState(is_draining=is_draining):
+                    if is_draining:
+                        self._drain()
+                case Retire(worker=worker, epoch=epoch):
+                    if (worker, epoch) == (self._context.worker, self._context.epoch):
+                        self._tasks.create_task(self._retire())
                 case Shutdown():
-                    server.give_up()
-                    await _say_last_words(client, server)
+                    self._server.give_up()
+                    await _say_last_words(self._client, self._server)
                     raise ShutdownRequested
+                case _:
+                    assert_never(message)
 
-    async def retire() -> None:
+    def _drain(self) -> None:
+        if not self._is_draining:
+            self._is_draining = True
+            self._tasks.create_task(self._report(DRAIN_STATS_INTERVAL_S))
+
+    async def _retire(self) -> None:
         """Our successor accepts already: finishes what is open, serves what comes on open connections for the
         last time, and ends."""
+        server = self._server
         server.is_retiring = True
-        for site in sites:
+        for site in self._sites:
             await site.stop()
         server.handled_at = max(server.handled_at, time.monotonic())
         while server.num_handled or time.monotonic() - server.handled_at < IDLE_CONNECTIONS_S:  # noqa: ASYNC110
             await asyncio.sleep(RETIRING_INTERVAL_S)
         raise ShutdownRequested
 
-    async def serve() -> None:
-        for site in sites:
+    async def _serve(self) -> None:
+        for site in self._sites:
             await site.start()
-        waiting = tasks.create_task(tell_what_is_waited_for(context))
+        waiting = self._tasks.create_task(tell_what_is_waited_for(self._context))
         try:
-            await client.start(START_TIMEOUT_S)
+            await self._client.start(START_TIMEOUT_S)
         except PipelineError:
-            if not client.failure:
+            if not self._client.failure:
                 raise
-            server.give_up()
-            return  # the launcher ends everything, and `watch` hears it too
+            self._server.give_up()
+            return  # the launcher ends everything, and `_follow` hears it too
         finally:
             waiting.cancel()
-        server.set_ready()
-        context.ready()
-        await report(STATS_INTERVAL_S)
+        self._server.set_ready()
+        self._context.ready()
+        await self._report(STATS_INTERVAL_S)
 
-    async def report(interval: float) -> None:
+    async def _report(self, interval: float) -> None:
         while True:
-            context.recorder.move()
-            context.stats(client.num_open, client.counters)
+            self._context.recorder.move()
+            self._context.stats(self._client.num_open, self._client.counters)
             await asyncio.sleep(interval)
-
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(watch())
-            tasks.create_task(serve())
-    finally:
-        await runner.cleanup()
-        await client.close()
 
 
 async def tell_what_is_waited_for(context: WorkerContext) -> None:

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from pipeline.transport.curve import owner_of
 from pipeline.transport.ends import Subscription
+from pipeline.transport.keys import owner_of
 from pipeline.wire.messages import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, IngestMessage, SubmitRequest
 
 logger = logging.getLogger(__name__)

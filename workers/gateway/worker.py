@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import assert_never
 
 from pipeline.config import MIB
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
-from pipeline.transport.curve import Door, ServerKeys
 from pipeline.transport.ends import Poller, Publisher, Received, Receiver, Relayed
+from pipeline.transport.keys import ServerKeys
 from pipeline.transport.sockets import Sockets
+from pipeline.transport.tcp import ClientListener
 from pipeline.wire.messages import (
     ControlMessage,
     Drain,
@@ -47,7 +49,7 @@ def main(context: WorkerContext) -> None:
     config = context.config
     port = config.direct.direct_port
     assert port is not None, "placement starts no gateway without a port"
-    door = Door(config.direct.direct_host, port, ServerKeys.read(Path(config.direct.direct_keys)))
+    door = ClientListener(config.direct.direct_host, port, ServerKeys.read(Path(config.direct.direct_keys)))
     limit_memory(BASE_MIB + MAX_HELD_REQUESTS * config.api.max_request_mib)
     outside = Sockets(door, {})
     relay = _Relay(context, door, outside)
@@ -63,7 +65,7 @@ def main(context: WorkerContext) -> None:
 
 
 class _Relay:
-    def __init__(self, context: WorkerContext, door: Door, outside: Sockets) -> None:
+    def __init__(self, context: WorkerContext, door: ClientListener, outside: Sockets) -> None:
         self._context, self._door = context, door
         config = context.config
         self._ups: list[Relayed[OutputsMessage]] = [
@@ -137,7 +139,8 @@ class _Relay:
 
     def _read_control(self) -> None:
         while (received := self._control.receive()) is not None:
-            match received.message:
+            message = received.message
+            match message:
                 case PipelineState() as state:
                     self._context.follow(state)
                     self._state = state
@@ -149,6 +152,8 @@ class _Relay:
                     raise ShutdownRequested
                 case Retire():
                     pass  # of an endpoint
+                case _:
+                    assert_never(message)
 
     def _relay_ingest(self) -> None:
         for _ in range(MAX_RELAYED):

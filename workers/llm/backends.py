@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from workers.llm.attention.base import AttentionBackend
 from workers.llm.attention.torch import PagedAttention
-from workers.llm.models.qwen2_vl import Kernels
+from workers.llm.cache.paged_tensors import PagedTensors
+from workers.nn.fused import Kernels
 
 Sample = Callable[[Tensor, Tensor], Tensor]
 
 
 class Backend(NamedTuple):
     name: str
-    attention: Any  # class
+    attention: Callable[[PagedTensors], AttentionBackend]
     kernels: Kernels | None  # None: torch's operators
     sample: Sample | None  # None: the sampler's own way, which a host steers
 
@@ -26,8 +28,8 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     """`auto` is Triton on a GPU, torch on the CPU; there Triton runs only in its interpreter, which is for
     tests.
 
-    Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here and
-    only when needed: an installation for the CPU has neither.
+    Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here
+    and only when needed: an installation for the CPU has neither.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "torch"
@@ -35,7 +37,7 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         return Backend(name, PagedAttention, None, None)
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            f"attention {name!r} needs the package triton, which comes with CUDA builds of torch"
+            f"attention {name!r} needs the package triton, which comes with CUDA builds of torch",
         )
     if device.type != "cuda" and not _is_interpreted():
         raise ValueError(f"attention {name!r} needs a GPU, but this rank computes on {device}")
@@ -46,7 +48,7 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     if name == "flash3":
         if importlib.util.find_spec("flash_attn_interface") is None:
             raise ValueError(
-                "attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface"
+                "attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface",
             )
         if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
             raise ValueError("attention 'flash3' is for Hopper GPUs")

@@ -28,22 +28,25 @@ from workers.llm.intake import Intake
 from workers.llm.leases import Leases
 from workers.llm.request import Request
 from workers.llm.requests import Requests
+from workers.llm.sampling.matching import HostRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Runner, Stepper, Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """The ways to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any."""
+    """The ways to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any; and
+    who is told of a request's first new token."""
 
     publish: Publish
     feedback: Sink[FeedbackMessage]
     vits: Sequence[Sink[EncodeMessage]]
     publish_step: Callable[[StepsMessage], bool] | None = None
+    on_first_token: Callable[[str], None] = lambda request_id: None
 
 
 class Engine:
-    """`epochs` are those of the living. For `has_overlap` see `Stepper`."""
+    """`epochs` are those of the living. For `has_overlap` and `rules` see `Stepper`."""
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Engine:
         epochs: Mapping[WorkerId, int] | None = None,
         has_overlap: bool = False,
         watch: Watch | None = None,
+        rules: Sequence[HostRule] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._clients, self._leases = Clients(origin, welcome, links.publish), Leases(origin, links.vits)
@@ -66,6 +70,7 @@ class Engine:
             links.publish_step,
             has_overlap,
             watch or Watch(),
+            rules,
         )
         self._requests = Requests(
             origin,
@@ -74,6 +79,7 @@ class Engine:
             self._clients,
             self._leases,
             links.feedback,
+            links.on_first_token,
         )
         self.intake = Intake(
             origin,
@@ -125,8 +131,10 @@ class Engine:
         if schedule.scheduled:
             self.stepper.launch(schedule)
         has_work = self.stepper.num_in_flight > 0
-        is_ahead = bool(schedule.scheduled) and not schedule.is_alone
-        self._collect_down_to(self.stepper.max_ahead if is_ahead else 0, now)
+        self._collect_down_to(1 if schedule.scheduled else 0, now)
+        self.stepper.choose()
+        if schedule.is_alone or not self.stepper.has_overlap:
+            self._collect_down_to(0, now)
         if has_work:
             self.stepper.record()
         return has_work

@@ -125,7 +125,7 @@ class Intake:
             clients.tell_failed(message.client_id, request_id, message.attempt, in_use)
             return
         if ended is not None and ended.attempt >= message.attempt:
-            self._requests.tell_preprocess(request_id, message.attempt)
+            self._requests.tell_preprocess(request_id, message.attempt, ended.outcome)
             clients.tell_ended(request_id, ended, message.num_received)
             return
         if current is not None:

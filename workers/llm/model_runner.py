@@ -1,5 +1,11 @@
 """Computes a step plan on one rank: embeds, gathers pictures' embeddings in place, runs the decoder, samples.
 
+    launch(plan) → choose(masks) → launch(plan) → …
+
+Forward and choice of token are two phases. `launch` starts the forward and the choice of all rows that need
+nothing more. Rows whose tokens a matcher restricts wait for `choose`, which brings the masks: the forward
+runs while the matcher works on the host. A step without such rows has no `choose`.
+
 It keeps what it is told when a sequence starts, by slot (`sequences.py`); a step adds what is new.
 """
 
@@ -7,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,28 +24,51 @@ from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.messages import SequenceStart, SequenceStep, StepPlan
-from workers.llm.attention.torch import Span
+from workers.llm.attention.base import AttentionBackend, Span
 from workers.llm.backends import Backend, choose_backend
+from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes
 from workers.llm.embedding_pools import EmbeddingPools
-from workers.llm.models.qwen2_vl import Decoder
+from workers.llm.item_embeddings import PlacedSlice, place_embeddings
+from workers.llm.models.base import Decoder
+from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.llm.sequences import Int64Array, Rows, SequenceTable
 from workers.llm.step_result import Launched
-from workers.nn.layers import make_int8_linear, make_linear
-from workers.nn.loader import Checkpoint, Progress, choose_dtype, to_device
+from workers.nn.loader import Progress, choose_dtype, to_device
+from workers.nn.weights.registry import open_weights
 
 LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
+
+
+class _Unchosen(NamedTuple):
+    """Rows of a step whose tokens are to be chosen."""
+
+    places: Int64Array  # among the sequences that are sampled
+    slots: Int64Array
+    num_tokens: Int64Array  # that the sequences have so far
+    logits: Tensor  # [n, vocab] float32
+
+    @classmethod
+    def of(cls, rows: Rows, logits: Tensor) -> _Unchosen:
+        """All that are sampled; `logits` are theirs."""
+        slots, stops = rows.slots[rows.are_sampled], rows.stops[rows.are_sampled]
+        return cls(np.arange(len(slots)), slots, stops, logits)
+
+    def at(self, which: Int64Array, device: torch.device) -> _Unchosen:
+        """Some of them, with a copy of their logits: those of a graph are written over by the next step."""
+        logits = self.logits[to_device(which, device)]
+        return _Unchosen(self.places[which], self.slots[which], self.num_tokens[which], logits)
 
 
 class ModelRunner:
     """`open_cache` follows, once it is known what memory is left."""
 
-    attention: Any
+    attention: AttentionBackend
     sequences: SequenceTable
     states: StateTensors
 
@@ -62,6 +91,8 @@ class ModelRunner:
         # By slot; the last is that of the rows that fill up a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
+        # The rows of the step launched last that wait for `choose`.
+        self._open: tuple[Launched, _Unchosen] | None = None
 
     @classmethod
     def load(
@@ -75,12 +106,12 @@ class ModelRunner:
     ) -> ModelRunner:
         """With the weights of a checkpoint."""
         dtype = choose_dtype(config.model.dtype, device)
-        checkpoint = Checkpoint(folder, dtype, device, progress)
-        checkpoint.expect("model.")
         backend = choose_backend(config.llm.attention, device)
-        linear = make_int8_linear if config.llm.quantization == "int8" else make_linear
-        decoder = Decoder(info.text, checkpoint, parallel, linear, backend.kernels)
-        checkpoint.close()
+        weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
+        kind = decoder_of(info)
+        weights.expect(kind.prefix)
+        decoder = kind(info.text, weights, parallel, backend.kernels)
+        weights.close()
         if config.llm.all_reduce == "symmetric":
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
         return cls(info, config, decoder, backend, device, parallel)
@@ -88,31 +119,21 @@ class ModelRunner:
     def open_cache(self, num_blocks: int, max_model_len: int) -> None:
         """Makes what the layers keep, and captures the graphs of decode steps where the backend allows it."""
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
-        paged = paged_of(spec)
-        if len(set(paged)) != 1:
-            raise ValueError(f"paged layers must all have the same heads, got {sorted(set(paged))}")
-        self.attention = self._backend.attention(
-            len(paged),
-            num_blocks,
-            size,
-            paged[0].num_kv_heads,
-            paged[0].head_dim,
-            self._dtype,
-            self.device,
-        )
+        cache = PagedTensors(paged_of(spec), num_blocks, size, self._dtype, self.device)
+        self.attention = self._backend.attention(cache)
         self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
         self.states = StateTensors(states_of(spec), self._num_slots, self.device)
         if self._backend.sample is None:
             return
         with torch.inference_mode():
-            self.attention.warm_up(self.decoder.heads.num_heads)
+            self.attention.warm_up(self.decoder.attention_layers)
         if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
         # One for all sizes: as outputs of the graphs they would take as much as all sizes together.
         vocab_size = self._info.text.vocab_size
         self._logits = torch.empty(sizes[-1], vocab_size, dtype=torch.float32, device=self.device)
-        buffers = DecodeBuffers(sizes[-1], self.sequences, size, self.attention.spare_slot, self.device)
+        buffers = DecodeBuffers(sizes[-1], self.sequences, size, cache.spare_slot, self.device)
         self._tables = buffers.device_tables
 
         def compute(inputs: Inputs) -> Outputs:
@@ -126,10 +147,10 @@ class ModelRunner:
         assert self._backend.sample is not None
         slots = inputs.slots.long()
         tables = self._tables.tables[slots]
-        layout = self.attention.plan_decode(inputs.new_slots, tables, inputs.lengths, longest)
+        attention = self.attention.plan_decode(inputs.new_slots, tables, inputs.lengths, longest)
         x = self.decoder.embed(self._last_tokens[slots])
         states = self.states.of_step(slots, None)
-        hidden = self.decoder(x, inputs.positions.expand(3, -1), self.attention, layout, states)
+        hidden = self.decoder(x, inputs.positions.expand(3, -1), attention, states=states)
         logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
         self._last_tokens[slots] = chosen
@@ -147,21 +168,60 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        """Starts a step; on the CPU it has run when this returns.
+        """Starts the forward of a step, and chooses the tokens of the rows that need no mask.
+
+        If there are others `choose` follows. On the CPU the step has run when this returns.
 
         Raises StaleHandleError when an embedding of the plan is no longer there.
         """
+        assert self._open is None, "tokens of the step before have not been chosen"
         for start in plan.started:
             self._start(start)
         if not plan.sequences:
-            return Launched(None, (), self.device)
+            return Launched(self.device)
         rows = self.sequences.rows(plan.sequences)
         if self._graphs is not None and self._graphs.can_run(rows):
-            launched = self._launch_decode(self._graphs, rows)
+            outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
+            launched = self._choose_ready(_Unchosen.of(rows, outputs.logits), outputs.token_ids)
         else:
             launched = self._launch_any(rows, plan.sequences)
         self.sequences.advance(rows)
         return launched
+
+    @torch.inference_mode()
+    def choose(self, masks: Sequence[bytes]) -> None:
+        """Chooses the tokens that the step launched last left open: one mask for each, see `TokenMasks`.
+
+        Waits for nothing. What `launch` returned has these tokens too from here on.
+        """
+        assert self._open is not None, "no token is left open"
+        launched, unchosen = self._open
+        self._open = None
+        self._choose(launched, unchosen, masks)
+
+    def _choose_ready(self, unchosen: _Unchosen, of_graph: Tensor | None = None) -> Launched:
+        """Chooses what needs no mask. `of_graph`: a token for each row, which counts for plain rows only."""
+        launched = Launched(self.device, len(unchosen.slots))
+        waits = self.sampler.waits_for_masks(unchosen.slots)
+        if waits.any():
+            waiting, ready = np.flatnonzero(waits), np.flatnonzero(~waits)
+            self._open = launched, unchosen.at(waiting, self.device)
+            if not len(ready):
+                return launched
+            unchosen = unchosen.at(ready, self.device)
+            of_graph = None if of_graph is None else of_graph[self._tensor(ready)]
+        if of_graph is not None and self.sampler.is_plain(unchosen.slots):
+            num_logprobs = self.sampler.num_logprobs(unchosen.slots)
+            launched.add(unchosen.places, Sampled(of_graph, None, None), num_logprobs)
+        else:
+            self._choose(launched, unchosen)
+        return launched
+
+    def _choose(self, launched: Launched, unchosen: _Unchosen, masks: Sequence[bytes] = ()) -> None:
+        slots = unchosen.slots
+        sampled = self.sampler.sample(unchosen.logits, slots, unchosen.num_tokens, masks)
+        self._last_tokens[self._tensor(slots)] = sampled.token_ids
+        launched.add(unchosen.places, sampled, self.sampler.num_logprobs(slots))
 
     def _start(self, start: SequenceStart) -> None:
         """Nothing of the sequence that had this slot before may be left."""
@@ -177,32 +237,21 @@ class ModelRunner:
         hidden, ends = self._compute(rows, steps)
         # Ranks must agree on whether there is a collective at all: they do, by their equal plans.
         if not rows.are_sampled.any():
-            return Launched(None, (), self.device)
-        slots = rows.slots[rows.are_sampled]
+            return Launched(self.device)
         logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
-        sampled = self.sampler.sample(logits, slots, rows.stops[rows.are_sampled])
-        self._last_tokens[self._tensor(slots)] = sampled.token_ids
-        return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
-
-    def _launch_decode(self, graphs: DecodeGraphs, rows: Rows) -> Launched:
-        slots, num_tokens = rows.slots, rows.stops
-        outputs = graphs.run(rows, self.sampler.draw_params(slots, num_tokens))
-        if self.sampler.is_plain(slots):
-            sampled = Sampled(outputs.token_ids, None, None)
-        else:  # the graph's choice does not count
-            sampled = self.sampler.sample(outputs.logits, slots, num_tokens)
-            self._last_tokens[self._tensor(slots)] = sampled.token_ids
-        return Launched(sampled, self.sampler.num_logprobs(slots), self.device)
+        return self._choose_ready(_Unchosen.of(rows, logits))
 
     def _compute(self, rows: Rows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""
         ends = np.cumsum(rows.counts)
         x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
         positions = self._positions(rows, ends)
-        for step, end in zip(steps, ends.tolist(), strict=True):
-            for part in step.embeddings:
-                first = end - step.num_tokens + part.offset
-                self.pools.gather(x[first : first + part.length], part.embeddings, part.start)
+        slices = [
+            PlacedSlice(end - step.num_tokens + part.offset, part)
+            for step, end in zip(steps, ends.tolist(), strict=True)
+            for part in step.embeddings
+        ]
+        features = place_embeddings(x, slices, self.pools.gather, self.decoder.num_features)
         spans = [
             Span(count, start, self.sequences.block_table(slot))
             for slot, start, count in zip(
@@ -213,7 +262,7 @@ class ModelRunner:
             )
         ]
         states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist())
-        return self.decoder(x, positions, self.attention, self.attention.plan(spans), states), ends
+        return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
 
     def _token_ids(self, rows: Rows, ends: Int64Array) -> Tensor:
         """[num_tokens] int64: those that the host knows, and the last of each sequence that decodes."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.shared_memory import SharedMemory, is_available
+from workers.nn.weights.shard import Shard
 
 START_TIMEOUT_S = 300
 ONE_SHOT_BYTES = 256 << 10  # above it, who sums a part and hands it on is faster than everybody summing all
@@ -131,7 +132,8 @@ class TensorParallel:
 
 
 class HeadLayout:
-    """The heads of one rank. Where there are fewer KV heads than ranks each is held by several.
+    """What one rank holds of a decoder of this shape. Where there are fewer KV heads than ranks each is held
+    by several.
 
     Raises ValueError, with the numbers, for head counts that do not divide.
     """
@@ -151,15 +153,7 @@ class HeadLayout:
         self.num_kv_heads = max(1, info.num_kv_heads // size)
         self.head_dim = info.head_dim
         first_kv = rank * info.num_kv_heads // size
-        self.query_rows = slice(
-            rank * self.num_heads * info.head_dim, (rank + 1) * self.num_heads * info.head_dim
-        )
-        self.kv_rows = slice(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
-        self.mlp_rows = slice(
-            rank * info.intermediate_size // size, (rank + 1) * info.intermediate_size // size
-        )
-        self.vocab_per_rank = -(-info.vocab_size // size)  # the last rank's part may be shorter and is padded
-        self.vocab_rows = slice(
-            min(rank * self.vocab_per_rank, info.vocab_size),
-            min((rank + 1) * self.vocab_per_rank, info.vocab_size),
-        )
+        self.query = Shard.split(info.num_heads * info.head_dim, rank, size)
+        self.kv = Shard.of_range(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
+        self.mlp = Shard.split(info.intermediate_size, rank, size)
+        self.vocab = Shard.split_padded(info.vocab_size, rank, size)

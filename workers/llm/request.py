@@ -23,6 +23,7 @@ from pipeline.wire.messages import (
     unpack_int32,
 )
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from workers.llm.sampling.matching import Matcher
 
 MAX_OVERTAKEN = 8  # times by others' priority, then a request goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
@@ -83,8 +84,6 @@ class Request:
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     tenant: str = ""  # whose turns it takes
-    # it may be what a rank died of: nobody else is in its steps until it has yielded a token
-    is_alone: bool = False
     num_earlier_tokens: int = 0  # of the output: from earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
     # one an output token, where wanted; empty for those of earlier attempts
@@ -96,6 +95,7 @@ class Request:
     slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
     num_sent_blocks: int = 0  # of its table: the runner has them
+    matchers: tuple[Matcher, ...] = ()  # what its next token may be depends on them
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority
@@ -118,7 +118,7 @@ class Request:
             cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
-            is_alone=message.is_alone, num_earlier_tokens=num_earlier,
+            num_earlier_tokens=num_earlier,
             output_token_ids=unpack_int32(message.output_token_ids).tolist(),
             logprobs=[] if message.sampling.logprobs is None else [TokenLogprobs(b"", b"")] * num_earlier,
         )  # fmt: skip
@@ -133,8 +133,9 @@ class Request:
         return self.num_overtaken >= MAX_OVERTAKEN
 
     @property
-    def is_suspect(self) -> bool:
-        return self.is_alone and len(self.output_token_ids) == self.num_earlier_tokens
+    def has_progress(self) -> bool:
+        """It has yielded a token in this attempt."""
+        return len(self.output_token_ids) > self.num_earlier_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pipeline.transport.ends import Sink
 from pipeline.wire.messages import FeedbackMessage, ItemNotNeeded, Origin, RequestEnded, RequestOutput
@@ -26,9 +26,11 @@ class Requests:
         clients: Clients,
         leases: Leases,
         feedback: Sink[FeedbackMessage],
+        on_first_token: Callable[[str], None],
     ) -> None:
         self._origin, self._scheduler, self._stepper = origin, scheduler, stepper
         self._clients, self._leases, self._feedback = clients, leases, feedback
+        self._on_first_token = on_first_token
         self.open: dict[str, Request] = {}
         self.counters = {"prompt_tokens": 0, "cached_tokens": 0, "interrupted": 0}
 
@@ -74,6 +76,8 @@ class Requests:
     def _tell(self, yielded: Iterable[Yielded]) -> None:
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
         for request, offset in yielded:
+            if offset == request.num_earlier_tokens:
+                self._on_first_token(request.request_id)
             outputs[request.client_id].append(output_of(request, offset))
         for client_id, of_client in outputs.items():
             self._clients.tell_outputs(client_id, of_client)
@@ -96,16 +100,20 @@ class Requests:
         self._scheduler.remove(request)
         self._drop(request)
 
-    def tell_preprocess(self, request_id: str, attempt: int) -> None:
+    def tell_preprocess(self, request_id: str, attempt: int, outcome: Outcome | None = None) -> None:
         """The request has ended, or never began.
 
         Saying it again is harmless, not saying it would keep its credit for ever.
         """
-        self._feedback.send(RequestEnded(request_id=request_id, attempt=attempt, **self._origin))
+        ended = RequestEnded(
+            request_id=request_id, attempt=attempt, is_interrupted=isinstance(outcome, Interruption),
+            **self._origin,
+        )  # fmt: skip
+        self._feedback.send(ended)
 
     def _close(self, request: Request, outcome: Outcome, now: float) -> Ended:
         self._drop(request)
-        self.tell_preprocess(request.request_id, request.attempt)
+        self.tell_preprocess(request.request_id, request.attempt, outcome)
         logger.debug("%s ended: %s", request.request_id, outcome)
         return self._clients.remember_request(request, outcome, now)
 

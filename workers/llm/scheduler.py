@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.process.quarantine import nobody
 from pipeline.transport.fair import Turns
 from pipeline.wire.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
@@ -56,16 +57,22 @@ class Schedule(NamedTuple):
 
 
 class Scheduler:
-    """As many requests run at once as the cache has slots."""
+    """As many requests run at once as the cache has slots.
+
+    `runs_alone` says which request may be what a rank died of: nobody else is in its steps until it has
+    yielded a token.
+    """
 
     def __init__(
         self, cache: CacheManager, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
         step_times: StepTimes | None = None, has_prefix_cache: bool = True,
+        runs_alone: Callable[[str], bool] = nobody,
     ) -> None:  # fmt: skip
         self.cache = cache
         self.max_num_seqs, self.max_num_batched_tokens = cache.slots.num_slots, max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.step_times, self.has_prefix_cache = step_times, has_prefix_cache
+        self._runs_alone = runs_alone
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # in order
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
@@ -103,7 +110,7 @@ class Scheduler:
             num_ready = request.num_ready_tokens() - request.num_computed_tokens
             if num_ready <= 0 or request.is_last_token_pending:
                 continue
-            if request.is_suspect:
+            if not request.has_progress and self._runs_alone(request.request_id):
                 alone = self._take(request, min(self.max_num_batched_tokens, num_ready))
                 return Schedule([alone], admitted, preempted, 0, is_alone=True)
             ready.append((request, num_ready))

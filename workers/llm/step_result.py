@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.wire.messages import TokenLogprobs, pack_int32
+from workers.llm.sampling.base import Int64Array
 from workers.llm.sampling.sampler import Sampled
 
 
@@ -25,25 +26,54 @@ class StepResult(NamedTuple):
 class Launched:
     """A step under way. On CUDA its results are on their way to the host while the next step is prepared."""
 
-    def __init__(self, sampled: Sampled | None, num_logprobs: Sequence[int], device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_sampled: int = 0) -> None:
+        """`num_sampled` sequences yield tokens, which are chosen together or in two parts."""
         self.has_run = device.type == "cpu"
-        self._num_logprobs = num_logprobs
-        self._parts = [_to_host(part) for part in sampled or () if part is not None]
+        self._num_sampled, self._parts = num_sampled, list[_Part]()
         self._event = torch.cuda.Event() if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(device))
+        if not num_sampled:
+            self._record(device)
+
+    def add(self, places: Int64Array, sampled: Sampled, num_logprobs: Sequence[int]) -> None:
+        """The tokens of the sampled sequences `places` have been chosen."""
+        on_host = [_to_host(part) for part in sampled if part is not None]
+        self._parts.append(_Part(places, on_host, num_logprobs))
+        self._record(sampled.token_ids.device)
 
     def result(self) -> StepResult:
         """Waits for the step: every embedding that it reads has been gathered then."""
         if self._event is not None:
             self._event.synchronize()
-        if not self._parts:
-            return StepResult((), ())
-        token_ids, *best = (part.numpy() for part in self._parts)
+        num_chosen = sum(len(part.places) for part in self._parts)
+        assert num_chosen == self._num_sampled, "not every token has been chosen"
+        results = [part.result() for part in self._parts]
+        if len(results) == 1:
+            return results[0]
+        token_ids: list[Sequence[int]] = [()] * self._num_sampled
+        logprobs: list[Sequence[TokenLogprobs]] = [()] * self._num_sampled
+        for part, result in zip(self._parts, results, strict=True):
+            for index, place in enumerate(part.places.tolist()):
+                token_ids[place], logprobs[place] = result.token_ids[index], result.logprobs[index]
+        return StepResult(token_ids, logprobs)
+
+    def _record(self, device: torch.device) -> None:
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+
+
+class _Part(NamedTuple):
+    """Tokens that were chosen together: they have arrived on the host when the step's event has."""
+
+    places: Int64Array  # of the sequences that are sampled
+    on_host: Sequence[Tensor]  # the parts of `Sampled` that there are
+    num_logprobs: Sequence[int]
+
+    def result(self) -> StepResult:
+        token_ids, *best = (part.numpy() for part in self.on_host)
         each = token_ids[:, None].tolist()
         if not best:
             return StepResult(each, ((),) * len(each))
-        logprobs = [_logprobs(*row) for row in zip(*best, self._num_logprobs, strict=True)]
+        logprobs = [_logprobs(*row) for row in zip(*best, self.num_logprobs, strict=True)]
         return StepResult(each, logprobs)
 
 

@@ -3,6 +3,11 @@
 With overlap the next step is launched before the results of the one in flight are taken. A request that ends
 meanwhile has its share of that step thrown away; leases that the step may still read are released when it is
 over.
+
+    launch(schedule) → collect() what came before → choose() → launch(schedule) → …
+
+Requests whose tokens a matcher restricts wait with their choice, not with their forward: see
+`sampling/matching.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +18,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from pipeline.process.trace import Tracer
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.handles import PoolInfo
-from pipeline.wire.messages import Origin, SequenceStart, SequenceStep, StepPlan, StepsMessage, pack_int32
+from pipeline.wire.messages import (
+    Origin,
+    SequenceStart,
+    SequenceStep,
+    StepPlan,
+    StepsMessage,
+    TokenMasks,
+    pack_int32,
+)
 from pipeline.wire.sampling import with_seed
 from workers.llm.leases import Leases
 from workers.llm.request import Lease, Request
+from workers.llm.sampling.matching import HostRule, mask_of, start_matchers
+from workers.llm.sampling.tokens import Tokens
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
 from workers.llm.step_result import StepResult
 
@@ -44,11 +61,14 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> Launched: ...
 
+    def choose(self, masks: Sequence[bytes]) -> None: ...
+
 
 @dataclass(slots=True)
 class InFlightStep:
     scheduled: list[Scheduled]
-    num_decodes: int  # of them, in front
+    sampled: list[Request]  # of them, those that get a token
+    num_decodes: int  # in front of the scheduled
     launched: Launched
     started_at: float
     ended_at: float | None  # None: it runs on
@@ -58,7 +78,8 @@ class InFlightStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on."""
+    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on and
+    have yielded no token."""
 
     clock: Callable[[], float] = time.perf_counter
     tracer: Tracer | None = None
@@ -81,7 +102,7 @@ class Stepper:
     """`publish_step` hands a message to the other ranks; None when there are none.
 
     `has_overlap`: a step is launched while the one before it runs, which pays where the device works by
-    itself.
+    itself. `rules` make the matchers of requests.
     """
 
     def __init__(
@@ -93,16 +114,18 @@ class Stepper:
         publish_step: Callable[[StepsMessage], bool] | None,
         has_overlap: bool,
         watch: Watch,
+        rules: Sequence[HostRule],
     ) -> None:
-        self.scheduler, self.runner = scheduler, runner
+        self.scheduler, self.runner, self._rules = scheduler, runner, rules
         self._origin, self._leases, self._publish_step, self._watch = origin, leases, publish_step, watch
-        self.max_ahead = int(has_overlap)
+        self.has_overlap = has_overlap
         self.is_wide = False  # steps run on all cores
         self.counters = {"steps": 0, "output_tokens": 0}
         self._in_flight: deque[InFlightStep] = deque()
         self._started: list[SequenceStart] = []  # that the runner has not been told of
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
         self._step, self._step_end = 0, 0.0
+        self._unchosen: list[Request] = []  # of the step launched last: those that wait for masks
         self._executing: set[str] = set()  # as it was last recorded
 
     @property
@@ -129,18 +152,41 @@ class Stepper:
 
     def start(self, admitted: Admitted) -> None:
         """A request runs from now on: the next plan tells the runner all that its steps do not repeat."""
-        admitted.request.num_sent_blocks = len(admitted.request.block_table)
+        request = admitted.request
+        request.num_sent_blocks = len(request.block_table)
+        if self._rules and not request.matchers:  # those of a preempted request have seen all its tokens
+            prompt, output = (
+                np.array(ids, dtype=np.int32) for ids in (request.prompt_token_ids, request.output_token_ids)
+            )
+            request.matchers = start_matchers(self._rules, request.sampling, Tokens(prompt, output))
         self._started.append(_start_of(*admitted))
 
     def launch(self, schedule: Schedule) -> None:
         plan = self._plan([self._step_of(item) for item in schedule.scheduled])
         self.send(plan)
         self._record(schedule.scheduled)
+        sampled = [item.request for item in schedule.scheduled if item.is_sampled]
+        self._unchosen = [request for request in sampled if request.matchers]
         started_at = self._watch.clock()
         launched = self.runner.launch(plan)
         ended_at = self._watch.clock() if launched.has_run else None
-        step = InFlightStep(schedule.scheduled, schedule.num_decodes, launched, started_at, ended_at)
+        num_decodes = schedule.num_decodes
+        step = InFlightStep(schedule.scheduled, sampled, num_decodes, launched, started_at, ended_at)
         self._in_flight.append(step)
+
+    def choose(self) -> None:
+        """Chooses the tokens that `launch` left open.
+
+        The steps before must have been collected: matchers have seen their tokens then.
+        """
+        if not self._unchosen:
+            return
+        assert self.num_in_flight == 1
+        # Nobody reads the token of a request that has ended since, and its matcher has nothing to say.
+        masks = [b"" if request.is_over else mask_of(request.matchers) for request in self._unchosen]
+        self._unchosen = []
+        self.send(TokenMasks(step=self._step, masks=tuple(masks), **self._origin))
+        self.runner.choose(masks)
 
     def execute(self, start: SequenceStart, step: SequenceStep) -> float:
         """Runs a step that belongs to no request, on all ranks; returns the seconds it took."""
@@ -177,15 +223,15 @@ class Stepper:
         return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings)
 
     def record(self) -> None:
-        """Tells who executes now, where that has changed."""
+        """Tells who executes now, with no token yet, where that has changed."""
         self._record(())
 
     def _record(self, scheduled: Sequence[Scheduled]) -> None:
         if self._watch.record is None:
             return
-        executing = {item.request.request_id for item in scheduled}
-        for step in self._in_flight:
-            executing.update([item.request.request_id for item in step.scheduled])
+        executing: set[str] = set()
+        for items in (scheduled, *(step.scheduled for step in self._in_flight)):
+            executing.update(item.request.request_id for item in items if not item.request.has_progress)
         if executing != self._executing:
             self._executing = executing
             self._watch.record(executing)
@@ -197,10 +243,9 @@ class Stepper:
         step = self._in_flight.popleft()
         result = step.launched.result()
         self._observe(step)
-        sampled = [item.request for item in step.scheduled if item.is_sampled]
         yielded: list[Yielded] = []
         new_token_ids: dict[str, Sequence[int]] = {}
-        for request, token_ids, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
+        for request, token_ids, logprobs in zip(step.sampled, result.token_ids, result.logprobs, strict=True):
             if not request.is_over:
                 yielded.append(Yielded(request, len(request.output_token_ids)))
                 new_token_ids[request.request_id] = token_ids
@@ -213,6 +258,10 @@ class Stepper:
                 step.leases += request.take_read_leases(item.stop)
         self._leases.release(step.leases)
         finished = self.scheduler.update(step.scheduled, new_token_ids)
+        for request, _ in yielded:
+            if request.matchers and not request.is_over:
+                for matcher in request.matchers:
+                    matcher.accept(new_token_ids[request.request_id])
         for request in finished:
             del request.logprobs[len(request.output_token_ids) :]  # of tokens behind the one that ended it
         self.counters["steps"] += 1
@@ -246,4 +295,5 @@ def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
         position_delta=request.position_delta,
         num_computed_tokens=num_cached_tokens,
         block_table=pack_int32(request.block_table),
+        is_masked=bool(request.matchers),
     )

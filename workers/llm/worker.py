@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB
-from pipeline.families import read_model_info
+from pipeline.families import ModelInfo, read_model_info
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
@@ -25,33 +24,34 @@ from pipeline.process.process import (
     WorkerContext,
     parse_worker,
 )
-from pipeline.transport.ends import Poller, Receiver
-from pipeline.wire.errors import PipelineError
+from pipeline.transport.ends import Poller, Publisher, Receiver
 from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
     PROTOCOL_VERSION,
     ControlMessage,
     LlmMessage,
+    OutputsMessage,
     PipelineState,
-    PoolClosed,
-    PoolOpened,
     Shutdown,
-    StepPlan,
+    StepsMessage,
     Welcome,
 )
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.cache.manager import CacheManager
-from workers.llm.cache.plan import GIB, available_gib, plan_cache
+from workers.llm.cache.plan import GIB, CachePlan, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine, Links
+from workers.llm.follower import Follower
 from workers.llm.model_runner import ModelRunner
-from workers.llm.models.qwen2_vl import Decoder
+from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
+from workers.llm.sampling.matching import Vocabulary, make_host_rules
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
 from workers.llm.stepping import Watch
 from workers.nn.loader import choose_device, choose_dtype
+from workers.nn.weights.registry import choose_formats
 
 logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
@@ -68,15 +68,13 @@ def main(context: WorkerContext) -> None:
     info = read_model_info(context.model_folder)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
-    if config.llm.quantization != "none" and device.type != "cpu":
-        raise ValueError(
-            f"quantization {config.llm.quantization!r} is for the CPU, but this rank computes on {device}"
-        )
+    # A format that is not served fails before anything is waited for.
+    choose_formats(context.model_folder, device, config.llm.quantization)
     if device.type == "cuda":
         _wait_for_vits(context, control)
     else:
         # What cannot fit fails before the weights are loaded.
-        spec = Decoder.spec_of(info.text, tp_size)
+        spec = decoder_of(info).spec_of(info.text, tp_size)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
     rendezvous = (
         Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
@@ -105,34 +103,41 @@ def main(context: WorkerContext) -> None:
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
         runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
         if steps is None:
-            cache = CacheManager.of_size(
-                cache_plan.num_blocks,
-                config.llm.block_size,
-                config.llm.max_num_seqs,
-                has_states=bool(states_of(spec)),
-            )
-            scheduler = Scheduler(
-                cache,
-                config.llm.max_num_batched_tokens,
-                info.eos_token_ids,
-                has_prefix_cache=config.llm.prefix_caching,
-            )
-            welcome = Welcome(
-                protocol=PROTOCOL_VERSION, model_folder=str(context.model_folder),
-                model_name=config.model.served_model_name,
-                max_model_len=cache_plan.max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
-                max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
-                recovery_timeout=config.launcher.recovery_timeout,
-                tokenizer_hash=tokenizer_hash((context.model_folder / "tokenizer.json").read_bytes()),
-                **context.origin,
-            )  # fmt: skip
-            _lead(context, control, scheduler, runner, welcome, sharing)
+            scheduler = _make_scheduler(context, info, cache_plan, has_states=bool(states_of(spec)))
+            _lead(context, control, scheduler, runner, info, cache_plan.max_model_len, sharing)
         else:
             _follow(context, control, steps, runner, sharing)
     finally:
         if runner is not None:
             runner.close()
         parallel.close()
+
+
+def _make_scheduler(
+    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, has_states: bool
+) -> Scheduler:
+    config = context.config
+    cache = CacheManager.of_size(
+        cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=has_states
+    )
+    return Scheduler(
+        cache,
+        config.llm.max_num_batched_tokens,
+        info.eos_token_ids,
+        has_prefix_cache=config.llm.prefix_caching,
+        runs_alone=context.quarantine.runs_alone,
+    )
+
+
+def _make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
+    config, folder = context.config, context.model_folder
+    return Welcome(
+        protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.served_model_name,
+        max_model_len=max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
+        max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
+        recovery_timeout=config.launcher.recovery_timeout,
+        tokenizer_hash=tokenizer_hash((folder / "tokenizer.json").read_bytes()), **context.origin,
+    )  # fmt: skip
 
 
 def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
@@ -156,9 +161,21 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
                     context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
 
 
+def _wait_for_ranks(
+    context: WorkerContext, control: Receiver[ControlMessage], steps: Publisher[StepsMessage]
+) -> None:
+    """Nothing may be published before every other rank of the group hears it."""
+    num_ranks = 1
+    poller = Poller(steps, control)
+    while num_ranks < context.config.llm.tp:
+        poller.wait()
+        context.read_control(control)
+        num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
+
+
 def _lead(
-    context: WorkerContext, control: Receiver[Any], scheduler: Scheduler, runner: ModelRunner,
-    welcome: Welcome, sharing: CoreSharing,
+    context: WorkerContext, control: Receiver[ControlMessage], scheduler: Scheduler, runner: ModelRunner,
+    info: ModelInfo, max_model_len: int, sharing: CoreSharing,
 ) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
     inbox = sockets.receiver(LLM, lead)
@@ -168,23 +185,34 @@ def _lead(
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
     steps = sockets.publisher(STEPS, rank=lead) if config.llm.tp > 1 else None
     if steps is not None:
-        num_ranks = 1
-        poller = Poller(steps, control)
-        while num_ranks < config.llm.tp:
-            poller.wait()
-            context.read_control(control)
-            num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
+        _wait_for_ranks(context, control, steps)
     links = Links(
         publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits,
-        publish_step=steps.publish if steps else None,
+        publish_step=steps.publish if steps else None, on_first_token=context.on_first_token,
     )  # fmt: skip
     engine = Engine(
-        context.origin, scheduler, runner, welcome, links, sockets.epochs,
+        context.origin, scheduler, runner, _make_welcome(context, max_model_len), links, sockets.epochs,
         has_overlap=has_overlap(config.llm.overlap, runner.device),
         watch=Watch(tracer=context.tracer, record=context.recorder.record),
+        rules=make_host_rules(Vocabulary(info.text.vocab_size, info.eos_token_ids)),
     )  # fmt: skip
+    step_times = _measure_steps(context, engine, max_model_len, sharing)
     blocks = scheduler.cache.blocks
-    step_times: dict[bool, StepTimes] = {}  # with all cores, and with our own
+    context.ready(
+        MAX_REQUESTS_PER_CLIENT,
+        kv_blocks=blocks.num_blocks,
+        block_size=blocks.block_size,
+        max_model_len=max_model_len,
+    )
+    _serve(context, control, engine, inbox, outputs, sharing, step_times)
+
+
+def _measure_steps(
+    context: WorkerContext, engine: Engine, max_model_len: int, sharing: CoreSharing
+) -> dict[bool, StepTimes]:
+    """With our own cores, and with all of them where they may be had."""
+    config, scheduler = context.config, engine.scheduler
+    step_times: dict[bool, StepTimes] = {}
     for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
         context.progress("measuring steps", len(step_times), 2)
         sharing.widen(is_wide)
@@ -193,15 +221,16 @@ def _lead(
             engine.execute,
             scheduler.cache,
             scheduler.max_num_batched_tokens,
-            welcome.max_model_len,
+            max_model_len,
             config.llm.max_itl_stretch,
         )
-    context.ready(
-        MAX_REQUESTS_PER_CLIENT,
-        kv_blocks=blocks.num_blocks,
-        block_size=blocks.block_size,
-        max_model_len=welcome.max_model_len,
-    )
+    return step_times
+
+
+def _serve(
+    context: WorkerContext, control: Receiver[ControlMessage], engine: Engine, inbox: Receiver[LlmMessage],
+    outputs: Publisher[OutputsMessage], sharing: CoreSharing, step_times: Mapping[bool, StepTimes],
+) -> None:  # fmt: skip
     poller = Poller(inbox, outputs, control)
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     while True:
@@ -223,7 +252,7 @@ def _lead(
             if not engine.requests:
                 engine.check_integrity()
         engine.stepper.is_wide = sharing.enter()
-        scheduler.step_times = step_times.get(engine.stepper.is_wide)
+        engine.scheduler.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
         sharing.announce(is_busy)
         if not is_busy:
@@ -259,29 +288,20 @@ def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
 
 def _follow(
     context: WorkerContext,
-    control: Receiver[Any],
-    steps: Receiver[Any],
+    control: Receiver[ControlMessage],
+    steps: Receiver[StepsMessage],
     runner: ModelRunner,
     sharing: CoreSharing,
 ) -> None:
+    def pool_closed(pool_id: str, epoch: int) -> None:
+        context.pool_closed(parse_worker(pool_id), epoch)
+
+    follower = Follower(runner, sharing.widen, pool_closed)
     poller = Poller(steps, control)
     context.ready()
-    last_step = 0
     while True:
         context.recorder.move()
         context.read_control(control)
         while (received := steps.receive()) is not None:
-            match received.message:
-                case PoolOpened(pool=pool):
-                    runner.pools.open(pool)
-                case PoolClosed(pool_id=pool_id, pool_epoch=pool_epoch):
-                    runner.finish()
-                    runner.pools.close(pool_id)
-                    context.pool_closed(parse_worker(pool_id), pool_epoch)
-                case StepPlan(step=step) as plan:
-                    if step != last_step + 1:
-                        raise PipelineError(f"step {step} came after step {last_step}")
-                    last_step = step
-                    sharing.widen(plan.is_wide)
-                    runner.launch(plan)
+            follower.handle(received.message)
         poller.wait(STATS_INTERVAL_S)

@@ -1,8 +1,9 @@
-"""Reads weights out of a Hugging Face folder of safetensors, tensor by tensor, so that never more than one is
-held twice.
+"""Reads tensors out of a Hugging Face folder of safetensors, one by one, so that never more than one is held
+twice.
 
-Knows nothing of models. Names are given as the hub's Qwen2-VL checkpoints have them (`model.layers.…`,
-`visual.…`); files that transformers 5 wrote under other prefixes are read the same.
+Knows nothing of models, nor of formats of weights (`workers/nn/weights`). Names are given as the hub's older
+checkpoints have them (`model.layers.…`, `visual.…`); files that transformers 5 wrote under other prefixes are
+read the same.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import platform
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
@@ -26,6 +27,10 @@ PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
+
+
+def no_progress(done: int, total: int) -> None:
+    """For whoever does not wait."""
 
 
 class Rows:
@@ -59,14 +64,10 @@ class Checkpoint:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress = lambda done, total: None,
+        self, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress = no_progress
     ) -> None:
         self.dtype, self.device = dtype, device
-        self._opened: tuple[Path, Any] | None = None
+        self._opened: tuple[Path, safe_open] | None = None
         self._places: dict[str, tuple[Path, str]] = {}  # name → file, name in the file
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -84,8 +85,9 @@ class Checkpoint:
         """Progress counts the tensors under this prefix only."""
         self._total = sum(name.startswith(prefix) for name in self._places)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
+    def has_module(self, module: str) -> bool:
+        """Whether there is any tensor of this layer, whatever its format calls them."""
+        return any(name.startswith(f"{module}.") for name in self._places)
 
     def rows(self, name: str) -> Rows:
         """A matrix that stays in its file."""
@@ -98,16 +100,25 @@ class Checkpoint:
         )
 
     def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it, contiguous, in the wanted dtype on the wanted device, with memory of its
+        """A tensor or a part of it, contiguous, in the model's dtype on its device, with memory of its
         own."""
+        tensor = self.read(name, rows, columns)
+        return tensor.to(
+            device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format
+        )
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """A tensor or a part of it as it is stored, on the host: packed weights are no numbers of the model's
+        dtype.
+
+        It may be a view of the file.
+        """
         path, stored = self._place(name)
         part = self._open(path).get_slice(stored)
         tensor: Tensor = part[rows] if columns is None else part[rows, columns]
         self._num_loaded += 1
         self._progress(min(self._num_loaded, self._total), self._total)
-        return tensor.to(
-            device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format
-        )
+        return tensor
 
     def _place(self, name: str) -> tuple[Path, str]:
         if name not in self._places:
@@ -123,7 +134,7 @@ class Checkpoint:
         if trim is not None:
             trim(0)
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path) -> safe_open:
         """One file at a time: its pages count as this process's memory as long as it is mapped."""
         if self._opened is None or self._opened[0] != path:
             self._opened = None
@@ -174,7 +185,7 @@ def choose_device(name: str, ordinal: int, is_shared: bool = False) -> torch.dev
     return device
 
 
-def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+def to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """A host array on a device.
 
     On a GPU by way of page-locked memory, so that nobody waits for what runs there.

@@ -30,7 +30,6 @@ from pipeline.wire.messages import (
     Origin,
     PoolOpened,
 )
-from pipeline.wire.topology import Role
 from workers.preprocess.credits import Shares
 from workers.preprocess.media import Chunk
 from workers.preprocess.places import decrease
@@ -58,25 +57,23 @@ class ChunkState:
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
     tenant: str = ""
-    # its request may have been the death of such workers: it passes these stages alone
-    alone_in: tuple[Role, ...] = ()
 
 
 class ChunkFlow:
     """`on_broken` is told of a chunk that cannot be decoded; `vit_epoch` says which incarnation of a ViT is
-    known."""
+    known; `runs_alone`, which request is alone with its work here."""
 
     def __init__(
         self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]],
         vit_epoch: Callable[[int], int],
         tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
-        tracer: Tracer,
+        tracer: Tracer, runs_alone: Callable[[str], bool],
     ) -> None:  # fmt: skip
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
         self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
         # Chunks that have a slot and are to be decoded, by tenant and request.
         self._waiting: FairQueue[tuple[str, int], ChunkState] = FairQueue()
-        self._tracer = tracer
+        self._tracer, self._runs_alone = tracer, runs_alone
         self.largest = allocator.reserve  # bytes of pixels
         self._num_taken = allocator.num_used  # by nobody here
         self._most_of_tenant = max(1, most_decoding - most_decoding // 4)
@@ -96,13 +93,12 @@ class ChunkFlow:
         chunk: Chunk,
         order: Order,
         num_tokens: int,
-        alone_in: tuple[Role, ...] = (),
         tenant: str = "",
     ) -> MmChunk:
         """Takes a chunk in and chooses its ViT; `announce` tells that ViT."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
         state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
-        state.tenant, state.alone_in = tenant, alone_in
+        state.tenant = tenant
         assert key not in self._chunks, f"{key} is on its way already"
         self._chunks[key] = state
         self._num_by_request[key.request_id] += 1
@@ -165,8 +161,7 @@ class ChunkFlow:
         return EncodeRequest(
             key=state.key, arrival=state.order.arrival, position=state.order.position,
             mm_hash=state.chunk.mm_hash,
-            grid_thw=state.chunk.grid_thw, pixels=handle, is_alone=Role.VIT in state.alone_in,
-            tenant=state.tenant, **self._origin,
+            grid_thw=state.chunk.grid_thw, pixels=handle, tenant=state.tenant, **self._origin,
         )  # fmt: skip
 
     def _load(self, state: ChunkState) -> None:
@@ -184,7 +179,8 @@ class ChunkFlow:
 
     async def _error_of(self, state: ChunkState, work: Coroutine[Any, Any, None]) -> ErrorInfo | None:
         """Does a piece of the request's work on its media; what its client is told if that fails."""
-        on_behalf_of.set(Work(state.key.request_id, Role.PREPROCESS in state.alone_in, state.tenant))
+        request_id = state.key.request_id
+        on_behalf_of.set(Work(request_id, self._runs_alone(request_id), state.tenant))
         try:
             await work
         except RequestError as error:

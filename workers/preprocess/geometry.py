@@ -18,7 +18,8 @@ from workers.preprocess.video import VideoMetadata
 
 MAX_SIDE = 1 << 20  # of a size that is asked for
 MIN_TOKENS = 4  # of a picture whose size is asked for, as in qwen-vl-utils
-OF_FRAMES = ("fps", "nframes", "video_start", "video_end")  # mean nothing for a list of frames: all are seen
+# Mean nothing for a list of frames: all are seen.
+OF_FRAMES = ("nframes", "video_start", "video_end")
 OF_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
@@ -38,7 +39,7 @@ def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, fiel
     _frame_limits(part, video.min_frames, most, vision.temporal_patch_size, field)
     _check_window(part, field)
     if part.frames:
-        _check_frame_list(part, most, vision.temporal_patch_size, field)
+        _check_frame_list(part, info, most, field)
 
 
 def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) -> ImageSize:
@@ -113,9 +114,9 @@ def _check_window(part: VideoPart, field: str) -> None:
         raise RequestError(what, field=f"{field}.video_start")
 
 
-def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> None:
-    """A video that is given as a list of pictures."""
-    for name in OF_FRAMES:
+def _check_frame_list(part: VideoPart, info: ModelInfo, most: int, field: str) -> None:
+    """A video that is given as a list of pictures. Their rate is taken where the family has a use for it."""
+    for name in OF_FRAMES if info.family.has_frame_times else ("fps", *OF_FRAMES):
         if getattr(part, name) is not None:
             what = f"{name} does not apply to a list of frames: all of them are seen"
             raise RequestError(what, field=f"{field}.{name}")
@@ -123,7 +124,7 @@ def _check_frame_list(part: VideoPart, most: int, multiple: int, field: str) -> 
         what = "a list of frames has no uuid, and its limits of size are those of the video"
         raise RequestError(what, field=field)
     count = len(part.frames)
-    low, high = _frame_limits(part, 1, most, multiple, field)
+    low, high = _frame_limits(part, 1, most, info.vision.temporal_patch_size, field)
     if count > high:
         raise RequestError(f"the video has {count} frames, the limit is {high}", field=field)
     if part.min_frames is not None and count < low:

@@ -105,7 +105,7 @@ class ItemReader:
         size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
-        seen = SampledFrames(tuple(range(len(pictures))), len(pictures), None)
+        seen = SampledFrames(tuple(range(len(pictures))), len(pictures), part.fps)
         mm_hash = self._hash(scope.salt, "frames", content, size)
         return video_item(source, seen, size, mm_hash, self._info, self._num_vits)
 

@@ -84,7 +84,9 @@ class OpenRequest:
     keys: list[ChunkKey] = field(default_factory=list)
     num_held_bytes: int = 0
     has_credit: bool = False
-    was_begun: bool = False  # here, in this attempt or an earlier one
+    # here, in this attempt or an earlier one, and has not come to its own end: should it come again, it goes
+    # on though the server be full
+    was_begun: bool = False
     lead: int | None = None  # of the group that runs it, once that is chosen
     leads: tuple[int, ...] = ()  # of the groups that know its client
     num_new_tokens: int = 0  # that count as outstanding there
@@ -129,7 +131,7 @@ class Preprocessor:
         self._chunks = ChunkFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,
             num_readers * DECODES_PER_READER,
-            self._on_broken_chunk, context.tracer,
+            self._on_broken_chunk, context.tracer, context.quarantine.runs_alone,
         )  # fmt: skip
         self._requests: dict[str, OpenRequest] = {}
         self._last_arrival = 0
@@ -306,6 +308,7 @@ class Preprocessor:
             self.counters["stale_messages"] += 1
             return
         if known is not None and known.reply is None and known.ended_at is None:
+            known.was_begun = False
             self._end(known)  # nobody was told of it: no group says when it has ended
         lead = known.lead if known is not None else message.lead
         abort = AbortRequest(
@@ -327,7 +330,8 @@ class Preprocessor:
     # One request's preparation.
 
     async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
-        on_behalf_of.set(Work(opened.request_id, Role.PREPROCESS in message.alone_in, opened.tenant))
+        is_alone = self._context.quarantine.runs_alone(opened.request_id)
+        on_behalf_of.set(Work(opened.request_id, is_alone, opened.tenant))
         start = time.monotonic()
         try:
             items, prompt, positions = await self._read_request(opened, message, frames)
@@ -421,7 +425,7 @@ class Preprocessor:
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = self._info.vision.num_tokens(chunk.grid_thw)
                 order = Order(self._last_arrival, len(opened.keys))
-                route = self._chunks.route(key, chunk, order, num_tokens, message.alone_in, opened.tenant)
+                route = self._chunks.route(key, chunk, order, num_tokens, opened.tenant)
                 routed.append(route)
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
@@ -439,7 +443,6 @@ class Preprocessor:
             num_received=message.num_received,
             priority=message.priority,
             cache_salt=message.cache_salt,
-            is_alone=Role.LLM in message.alone_in,
             tenant=opened.tenant,
             **self._origin,
         )
@@ -460,6 +463,7 @@ class Preprocessor:
 
     def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
+        opened.was_begun = False
         opened.task = None  # which may be the one that calls this
         self._end(opened)  # whichever group speaks may die before it says so
         opened.reply = AbortRequest(
@@ -517,8 +521,11 @@ class Preprocessor:
                     self._chunks.cancel([key for key in opened.keys if key.item == message.item])
             case RequestEnded():
                 opened = self._requests.get(message.request_id)
-                if opened is not None and opened.attempt == message.attempt and opened.ended_at is None:
-                    self._end(opened)
+                if opened is not None and opened.attempt == message.attempt:
+                    # A client's word alone, a higher attempt, does not take a request past the load check.
+                    opened.was_begun = opened.was_begun and message.is_interrupted
+                    if opened.ended_at is None:
+                        self._end(opened)
             case _:
                 assert_never(message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import assert_never
 
 from pipeline.config import MIB, PreprocessConfig
 from pipeline.families import read_model_info
@@ -85,18 +86,21 @@ async def _serve(context: WorkerContext) -> None:
 
         async def read_control() -> None:
             while True:
-                match (await control.receive()).message:
+                message = (await control.receive()).message
+                match message:
                     case Shutdown():
                         await core.close()  # no process that reads media outlives the pipeline
                         raise ShutdownRequested
                     case Drain():
                         drain()
-                    case PipelineState() as state:
-                        core.on_states(state.workers, context.follow(state))
-                        if state.is_draining:
+                    case PipelineState():
+                        core.on_states(message.workers, context.follow(message))
+                        if message.is_draining:
                             drain()
                     case Retire():
                         pass  # of an endpoint
+                    case _:
+                        assert_never(message)
 
         async def report(interval: float = STATS_INTERVAL_S) -> None:
             while True:

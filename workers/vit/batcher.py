@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.families import EmbeddingSpec
+from pipeline.process.quarantine import nobody
 from pipeline.transport.fair import FairQueue
 from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.wire.handles import TensorHandle
@@ -56,7 +57,6 @@ class Pending:
     pixels: TensorHandle | None = None
     slot: Slot | None = None
     tenant: str = ""  # whose turn it takes: of who asked first
-    is_alone: bool = False  # it may be what a ViT died of: its batch has nothing else
     is_encoding: bool = False
 
     @property
@@ -69,12 +69,17 @@ class Pending:
 
 
 class Batcher:
-    """`embedding_of` says what the tower makes of a grid."""
+    """`embedding_of` says what the tower makes of a grid; `runs_alone`, which request may be what a ViT died
+    of: a batch with its chunk has nothing else."""
 
-    def __init__(self, allocator: SlotAllocator, embedding_of: Callable[[GridTHW], EmbeddingSpec]) -> None:
+    def __init__(
+        self, allocator: SlotAllocator, embedding_of: Callable[[GridTHW], EmbeddingSpec],
+        runs_alone: Callable[[str], bool] = nobody,
+    ) -> None:  # fmt: skip
         self.cache = FeatureCache(allocator)
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
         self._largest, self.embedding_of = allocator.reserve, embedding_of
+        self._runs_alone = runs_alone
         self._pending: dict[bytes, Pending] = {}
         # Those with pixels and a slot, by tenant and request.
         self._queue: FairQueue[tuple[str, int], Pending] = FairQueue()
@@ -89,7 +94,6 @@ class Batcher:
         mm_hash: bytes,
         grid_thw: GridTHW,
         pixels: TensorHandle | None,
-        is_alone: bool = False,
         tenant: str = "",
     ) -> list[Action]:
         if (size := self.embedding_of(grid_thw).nbytes) > self._largest:
@@ -110,7 +114,6 @@ class Batcher:
                 pending.supplier = key
                 actions.append(NeedPixels(key))
         pending.waiters[key] = order
-        pending.is_alone |= is_alone
         self._hashes[key] = mm_hash
         if pending.slot is None:
             self._expect(pending)
@@ -225,11 +228,14 @@ class Batcher:
                 self._queue.drop()
                 continue
             num_patches += pending.grid_thw.num_patches
-            if batch and (num_patches > max_patches or pending.is_alone or batch[0].is_alone):
+            is_alone = any(self._runs_alone(key.request_id) for key in pending.waiters)
+            if batch and (num_patches > max_patches or is_alone):
                 break
             self._queue.pop()
             pending.is_encoding = True
             batch.append(pending)
+            if is_alone:
+                break
         return batch
 
     def on_encoded(self, batch: Iterable[Pending]) -> list[Action]:

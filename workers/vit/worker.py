@@ -6,51 +6,35 @@ batch is done, so that releases and cancellations are heard while the device wor
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import queue
-import threading
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import assert_never
 
 import torch
 
 from pipeline.config import MIB, Config
-from pipeline.families import ModelInfo, VisionInfo, read_model_info
+from pipeline.families import ModelInfo, read_model_info
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import WorkerContext
-from pipeline.transport.ends import Poller, Receiver, Sink, Wakeup
+from pipeline.transport.ends import Poller, Receiver, Wakeup
 from pipeline.transport.memory import CudaBindings
-from pipeline.transport.slots import Order, SlotAllocator, align
-from pipeline.transport.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool, check_mapping
-from pipeline.wire.errors import ErrorInfo, PipelineError
+from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.tensors import PoolMap, TensorPool, check_mapping
+from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
-    CancelEncode,
     ControlMessage,
-    EmbeddingReady,
-    EncodeFailed,
     EncodeMessage,
-    EncodeMiss,
-    EncodeRequest,
-    FeedbackMessage,
-    LeaseRefused,
-    LeaseReleased,
-    LeaseRequest,
-    LeaseSet,
-    LlmMessage,
-    PixelsReleased,
     PoolOpened,
     WorkerState,
 )
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.nn.loader import choose_device, choose_dtype
-from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
+from workers.vit.batcher import Batcher, Pending
+from workers.vit.core import VitCore
 from workers.vit.deadlines import Deadlines
-from workers.vit.engines.choice import Engine, EngineSpec, choose_engine, warm_up
-from workers.vit.models.base import EncodeJob
+from workers.vit.engine_thread import EngineThread
+from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
 from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
@@ -60,170 +44,6 @@ STATS_INTERVAL_S = 1.0
 MEASURED_PATCHES = 64
 GPU_SLICE_MS = 10.0
 GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # more fill no core better, and what is done is there later
-
-
-class VitCore:
-    """The ViT without its process: messages in, messages out.
-
-    `llms` are the ways to the ranks that lead a group.
-    """
-
-    def __init__(
-        self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
-        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
-    ) -> None:  # fmt: skip
-        self._origin = context.origin
-        self._is_current = context.is_current
-        self.batcher, self._pool, self._info = batcher, pool, info
-        self._llms, self._feedback = llms, feedback
-        self._pools = pools
-        self.counters = {"encodes": 0, "stale_messages": 0}
-
-    def handle(self, message: EncodeMessage) -> None:
-        if not self._is_current(message):
-            self.counters["stale_messages"] += 1
-            return
-        match message:
-            case PoolOpened():
-                with contextlib.suppress(PoolGoneError):  # of a successor we shall hear
-                    self._pools.open(message.pool)
-            case EncodeRequest():
-                order = Order(message.arrival, message.position)
-                actions = self.batcher.on_request(
-                    message.key,
-                    order,
-                    message.mm_hash,
-                    message.grid_thw,
-                    message.pixels,
-                    message.is_alone,
-                    message.tenant,
-                )
-                self._act(actions)
-            case CancelEncode():
-                self._act(self.batcher.on_cancel(message.keys))
-            case LeaseRequest():
-                self._act(self.batcher.on_lease_request(message.key, message.mm_hash))
-            case LeaseReleased():
-                self.batcher.cache.release(message.lease_ids)
-                self._act(self.batcher.poll())
-            case LeaseSet():
-                self.batcher.cache.reconcile(message.sender.rank, message.lease_ids, message.last_lease_id)
-                self._act(self.batcher.poll())
-            case _:
-                assert_never(message)
-
-    def on_death(self, successor: WorkerState) -> None:
-        """Of a neighbour; no batch may be under way, which might still read the memory of a dead one."""
-        worker = successor.worker
-        if worker.role is Role.PREPROCESS:
-            self.batcher.forget_all()
-            # else it has taken the dead one's place already
-            if not self._pools.knows(str(worker), successor.epoch):
-                self._pools.close(str(worker))
-        elif worker.rank in self._llms:
-            self._act(self.batcher.forget_group(worker.rank))
-            self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
-
-    def _act(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            match action:
-                case NeedPixels(key):
-                    self._feedback.send(EncodeMiss(key=key, **self._origin))
-                case PixelsDone(key):
-                    self._feedback.send(PixelsReleased(key=key, **self._origin))
-                case Ready(key, lease_id, feature):
-                    handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
-                    self._llms[key.lead].send(
-                        EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin)
-                    )
-                case LeaseGone(key):
-                    self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
-                case Refused(key, reason):
-                    self._llms[key.lead].send(
-                        EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin)
-                    )
-                case _:
-                    assert_never(action)
-
-    def next_batch(self, max_patches: int) -> tuple[list[Pending], list[EncodeJob]]:
-        """The chunks to encode now and their tensors.
-
-        A chunk whose pixels cannot be right is refused here.
-        """
-        batch: list[Pending] = []
-        jobs: list[EncodeJob] = []
-        while not batch and (candidates := self.batcher.next_batch(max_patches)):
-            for pending in candidates:
-                try:
-                    jobs.append(self._job(pending))
-                    batch.append(pending)
-                except StaleHandleError as error:
-                    self._act(self.batcher.on_failed(pending, f"the pixels cannot be read: {error}"))
-        self._act(self.batcher.poll())  # a grant may have evicted what others were waiting for
-        return batch, jobs
-
-    def _job(self, pending: Pending) -> EncodeJob:
-        """Raises StaleHandleError when the pixels are gone or are not what was announced."""
-        assert pending.pixels is not None
-        assert pending.slot is not None
-        grid, patch = pending.grid_thw, self._info.patch_size
-        pixels = self._pools.tensor(pending.pixels)
-        if (
-            pixels.shape[1:] != (grid.h * patch, grid.w * patch, 3)
-            or len(pixels) > grid.t * self._info.temporal_patch_size
-        ):
-            raise StaleHandleError(f"their shape {tuple(pixels.shape)} does not fit the grid {tuple(grid)}")
-        embedding = self.batcher.embedding_of(grid)
-        handle = self._pool.lend(pending.slot, embedding.shape, embedding.dtype)
-        return EncodeJob(pixels, grid, self._pool.tensor(handle))
-
-    def on_encoded(self, batch: Sequence[Pending]) -> None:
-        self.counters["encodes"] += len(batch)
-        self._act(self.batcher.on_encoded(batch))
-
-
-class EngineThread:
-    """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
-
-    def __init__(self, engine: Engine, device: torch.device, sharing: CoreSharing, wakeup: Wakeup) -> None:
-        self._engine, self._device, self._sharing, self._wakeup = engine, device, sharing, wakeup
-        self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[BaseException | float] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # which each thread has its own of
-        while True:
-            jobs = self._jobs.get()
-            self._sharing.enter()
-            start = time.monotonic()
-            try:
-                self._engine.encode(jobs)
-            except BaseException as error:  # noqa: BLE001  raised again in the worker's loop
-                self._done.put(error)
-            else:
-                self._done.put(time.monotonic() - start)
-            self._wakeup.set()
-
-    def encode(self, jobs: Sequence[EncodeJob]) -> None:
-        self._jobs.put(jobs)
-
-    def take_done(self) -> float | None:
-        """The seconds that the batch under way took; None while it is not encoded.
-
-        Raises what the engine raised.
-        """
-        try:
-            done = self._done.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(done, BaseException):
-            raise done
-        return done
 
 
 def open_pool(
@@ -284,18 +104,18 @@ def main(context: WorkerContext) -> None:
     spec = EngineSpec(
         info=info, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
         after_work=after_work, deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
-        cache=Path(config.launcher.cache_dir), limit=limit, progress=lambda done,
-        total: context.progress("loading weights", done, total),
+        cache=Path(config.launcher.cache_dir), limit=limit,
+        progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
     context.faults.fill(allocator)
-    llms, feedback = (
-        {lead: context.sockets.sender(LLM, lead) for lead in config.leads},
-        context.sockets.sender(FEEDBACK),
-    )
+    llms = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}
+    feedback = context.sockets.sender(FEEDBACK)
     for llm in llms.values():
         llm.send(PoolOpened(pool=pool.info, **context.origin))
-    batcher = Batcher(allocator, lambda grid: info.vision.embedding(grid, dtype_name))
+    batcher = Batcher(
+        allocator, lambda grid: info.vision.embedding(grid, dtype_name), context.quarantine.runs_alone
+    )
     core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal))
     if device.type == "cuda":
         warm_up(engine, spec, max_patches)  # takes what memory it needs before the LLM takes the rest

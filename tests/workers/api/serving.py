@@ -14,8 +14,9 @@ from aiohttp import web
 from pipeline.client.client import Piece
 from pipeline.config import ApiConfig
 from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.messages import WorkerState
 from pipeline.wire.sampling import FinishReason
-from workers.api.connections import HttpRunner
+from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
 
 CHAT = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
@@ -35,10 +36,12 @@ class FakeClient:
     """Answers every chat with what `answer` yields, and keeps the media of the last one."""
 
     def __init__(self, answer: Callable[[], Pieces] = one_word) -> None:
-        self.answer, self.failure, self.is_draining, self.workers = answer, "", False, ()
+        self.answer, self.failure, self.is_draining = answer, "", False
+        self.workers: tuple[WorkerState, ...] = ()
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()
         self.options: dict[str, Any] = {}
+        self.sampling: list[Any] = []  # of all
 
     def generate(
         self,
@@ -49,15 +52,21 @@ class FakeClient:
     ) -> Pieces:
         self.num_asked += 1
         self.media, self.options = media, options
+        self.sampling.append(sampling)
         return self.answer()
 
     def token_text(self, token_id: int) -> bytes:
         return b"x"
 
 
-def endpoint(client: FakeClient | None = None, is_ready: bool = True, **options: Any) -> ApiServer:
+def endpoint(
+    client: FakeClient | None = None,
+    is_ready: bool = True,
+    parser: str = "workers.api.parsers.plain",
+    **options: Any,
+) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
-    info = SimpleNamespace(default_sampling=())
+    info = SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser=parser))
     server = ApiServer(ApiConfig(**api), cast(Any, client or FakeClient()), "m", cast(Any, info), **options)
     if is_ready:
         server.set_ready()

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.wire.errors import RequestError
 from pipeline.wire.messages import ImagePart, TextPart, VideoPart
+from workers.api.endpoints.chat import decode_request, to_messages
 from workers.api.parts import LOW_DETAIL_PIXELS, to_part
-from workers.api.protocol import decode_request, to_messages
 
 URL = "http://x/y"
 SIZES = {"min_pixels": 12_544, "max_pixels": 19_600}

@@ -61,7 +61,13 @@ class FakeClient:
 async def test_the_endpoint_says_on_whose_behalf_it_asks(options: dict[str, Any], tenant: str) -> None:
     client = FakeClient()
     server = ApiServer(
-        ApiConfig(**options), cast(Any, client), "m", cast(Any, SimpleNamespace(default_sampling=()))
+        ApiConfig(**options),
+        cast(Any, client),
+        "m",
+        cast(
+            Any,
+            SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser="workers.api.parsers.plain")),
+        ),
     )
     server.set_ready()
     headers = {"Authorization": "Bearer secret", "X-Forwarded-For": "1.1.1.1, 192.0.2.9"}

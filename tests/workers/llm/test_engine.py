@@ -65,7 +65,7 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Watch
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.preprocess.images import decode, read_size
 from workers.preprocess.prompt import ChatPrompt
 from workers.vit.engines.torch import TorchEngine
@@ -102,6 +102,7 @@ class Rig:
         self.ranks_keep_up = True
         self.clock: Callable[[], float] = time.perf_counter
         self.records: list[set[str]] = []
+        self.first_tokens: list[str] = []  # of these requests
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
             model_name="m",
@@ -117,6 +118,7 @@ class Rig:
                 feedback=self.feedback,
                 vits=[self.vit],
                 publish_step=self.publish_step,
+                on_first_token=self.first_tokens.append,
             ),
             has_overlap=has_overlap,
             watch=Watch(clock=lambda: self.clock(), record=lambda ids: self.records.append(set(ids))),
@@ -124,7 +126,7 @@ class Rig:
         self.now = 0.0
         self.greet(CLIENT)
         vision = self.info.vision
-        self.encoder = TorchEngine(VisionEncoder(vision, Checkpoint(folder, torch.float32, CPU)))
+        self.encoder = TorchEngine(VisionEncoder(vision, open_weights(folder, torch.float32, CPU)))
         self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
         self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)
@@ -895,6 +897,18 @@ def test_preprocess_always_hears_that_a_request_is_over(rig: Rig) -> None:
     assert [ended.attempt for ended in rig.feedback.take(RequestEnded)] == [1, 1]
 
 
+def test_preprocess_hears_whether_a_request_may_come_again(rig: Rig) -> None:
+    """Only what was interrupted goes on there though the server be full; also when that is said again."""
+    interrupted, _ = rig.request(CHATS["one picture"], "interrupted")
+    for request in (interrupted, rig.request(CHATS["text only"], "whole")[0]):
+        rig.engine.handle(request, rig.now)
+    rig.engine.on_death(successor(VIT_0), rig.now)
+    rig.run()
+    rig.engine.handle(interrupted, rig.now)
+    told = [(ended.request_id, ended.is_interrupted) for ended in rig.feedback.take(RequestEnded)]
+    assert told == [("interrupted", True), ("whole", False), ("interrupted", True)]
+
+
 def test_a_foreign_request_id_is_refused_to_its_sender_only(rig: Rig) -> None:
     other = b"o" * 16
     rig.greet(other)
@@ -1039,13 +1053,22 @@ def test_who_executes_is_recorded_before_a_step_and_nobody_behind_it(rig: Rig) -
     assert rig.records == [{"a", "b"}, set()]
 
 
+def test_who_has_yielded_a_token_is_no_longer_recorded(rig: Rig) -> None:
+    """Should a rank die now, it was not because of that request, and it need not run alone."""
+    rig.engine.handle(rig.request(CHATS["text only"], "a")[0], rig.now)
+    while not rig.first_tokens:
+        rig.engine.step(rig.now)
+    rig.engine.handle(rig.request(CHATS["text only"], "b")[0], rig.now)
+    rig.run()
+    assert rig.records == [{"a"}, set(), {"b"}, set()]
+
+
 def test_a_resubmitted_request_goes_on_as_if_nothing_had_been(rig: Rig) -> None:
     rig.engine.handle(rig.request(CHATS["text only"], "whole")[0], rig.now)
     rig.run()
     whole = rig.tokens("whole")
-    request = rig.request(
-        CHATS["text only"], "again", attempt=2, output_token_ids=pack_int32(whole[:9]), is_alone=True
-    )[0]
+    request = rig.request(CHATS["text only"], "again", attempt=2, output_token_ids=pack_int32(whole[:9]))[0]
     rig.engine.handle(request, rig.now)
     rig.run()
     assert rig.tokens("again") == whole[9:]
+    assert rig.first_tokens == ["whole", "again"], "once an attempt"

@@ -17,36 +17,40 @@ from pipeline.transport.memory import HostMemory, create_memory_file
 from workers.llm import shared_memory
 from workers.llm.parallel import HeadLayout
 from workers.llm.shared_memory import LINE, PART_BYTES, SharedMemory
+from workers.nn.weights.shard import Shard
 
 TEXT = read_model_info(EMBEDDED / "model").text
+
+
+def numbers(shard: Shard) -> range:
+    """Those of a shard of one range."""
+    (part,) = shard.slices
+    return range(part.start, part.stop)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_query_head_is_held_once_and_beside_its_kv_head(size: int) -> None:
     layouts = [HeadLayout(TEXT, rank, size) for rank in range(size)]
-    rows = [row for layout in layouts for row in range(layout.query_rows.start, layout.query_rows.stop)]
+    rows = [row for layout in layouts for row in numbers(layout.query)]
     assert rows == list(range(TEXT.num_heads * TEXT.head_dim))
     group = TEXT.num_heads // TEXT.num_kv_heads
     for layout in layouts:
         for head in range(layout.num_heads):
-            query = layout.query_rows.start // TEXT.head_dim + head
-            key = layout.kv_rows.start // TEXT.head_dim + head // (layout.num_heads // layout.num_kv_heads)
-            assert key == query // group
+            query = numbers(layout.query).start // TEXT.head_dim + head
+            kv_head = head // (layout.num_heads // layout.num_kv_heads)
+            assert numbers(layout.kv).start // TEXT.head_dim + kv_head == query // group
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_the_vocabulary_is_covered_once(size: int) -> None:
-    info = (
-        dataclasses.replace(TEXT, num_heads=15, num_kv_heads=15, intermediate_size=30, vocab_size=101)
-        if 15 % size == 0
-        else TEXT
+def test_the_vocabulary_is_covered_once_by_parts_of_one_size(size: int) -> None:
+    divides = 15 % size == 0
+    changes = (
+        {"num_heads": 15, "num_kv_heads": 15, "intermediate_size": 30, "vocab_size": 101} if divides else {}
     )
-    rows = [
-        row
-        for rank in range(size)
-        for row in range(*HeadLayout(info, rank, size).vocab_rows.indices(info.vocab_size))
-    ]
-    assert rows == list(range(info.vocab_size))
+    info = dataclasses.replace(TEXT, **changes)
+    shards = [HeadLayout(info, rank, size).vocab for rank in range(size)]
+    assert [row for shard in shards for row in numbers(shard)] == list(range(info.vocab_size))
+    assert len({len(numbers(shard)) + shard.padding for shard in shards}) == 1
 
 
 @pytest.mark.parametrize(

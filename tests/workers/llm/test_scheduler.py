@@ -41,8 +41,11 @@ def make(
     return request
 
 
-def scheduler(num_blocks: int = 100, budget: int = 16, max_seqs: int = 8) -> Scheduler:
-    return Scheduler(CacheManager.of_size(num_blocks, 4, max_seqs), budget, (EOS,))
+def scheduler(
+    num_blocks: int = 100, budget: int = 16, max_seqs: int = 8, alone: frozenset[str] = frozenset()
+) -> Scheduler:
+    cache = CacheManager.of_size(num_blocks, 4, max_seqs)
+    return Scheduler(cache, budget, (EOS,), runs_alone=alone.__contains__)
 
 
 def step(made: Scheduler, token: int = 1) -> list[tuple[str, int]]:
@@ -431,12 +434,10 @@ def arrive(request: Request) -> None:
 
 
 def test_a_suspect_is_alone_in_its_steps_until_it_has_yielded_a_token() -> None:
-    made = scheduler(budget=16)
+    made = scheduler(budget=16, alone=frozenset("s"))
     made.add(make("a", 3, max_tokens=9))
     step(made)
-    suspect = make("s", 20, max_tokens=2)
-    suspect.is_alone = True
-    made.add(suspect)
+    made.add(make("s", 20, max_tokens=2))
     made.add(make("b", 3))
     schedules = [made.schedule() for _ in range(1)]
     assert ([item.request.request_id for item in schedules[0].scheduled], schedules[0].is_alone) == (
@@ -449,10 +450,21 @@ def test_a_suspect_is_alone_in_its_steps_until_it_has_yielded_a_token() -> None:
     assert not made.schedule().is_alone
 
 
+def test_a_suspect_that_is_told_of_late_is_alone_from_then_on() -> None:
+    """It may come before the launcher's word of it, which a worker that lives reads from another socket."""
+    alone: set[str] = set()
+    made = Scheduler(CacheManager.of_size(100, 4, 8), 16, (EOS,), runs_alone=lambda name: name in alone)
+    made.add(make("a", 3, max_tokens=9))
+    made.add(make("s", 40, max_tokens=2))
+    assert step(made) == [("a", 3), ("s", 13)]
+    alone.add("s")
+    assert [step(made) for _ in range(2)] == [[("s", 16)], [("s", 11)]]
+    assert step(made) == [("a", 1), ("s", 1)]
+
+
 def test_a_suspect_that_waits_for_a_picture_holds_nobody_up() -> None:
-    made = scheduler()
+    made = scheduler(alone=frozenset("s"))
     suspect = make("s", 12, gate=0)
-    suspect.is_alone = True
     made.add(suspect)
     made.add(make("b", 6))
     assert step(made) == [("b", 6)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,18 +26,20 @@ from pipeline.wire.messages import (
 )
 from pipeline.wire.sampling import SamplingParams
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
-from workers.llm.attention.torch import PagedAttention, Span
+from workers.llm.attention.base import AttentionStep, Span
+from workers.llm.attention.torch import PagedAttention
 from workers.llm.backends import choose_backend
 from workers.llm.cache.manager import CacheManager
-from workers.llm.cache.spec import CacheSpec, State
+from workers.llm.cache.paged_tensors import PagedTensors
+from workers.llm.cache.spec import CacheSpec, State, paged_of
 from workers.llm.cache.state_tensors import StepStates
 from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
-from workers.llm.models.qwen2_vl import Decoder
+from workers.llm.models.base import Features
+from workers.llm.models.qwen2 import Qwen2Decoder
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
-from workers.nn.layers import make_linear
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 
 CLIENT = b"c" * 16
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ NUM_TOKENS = 12
 PROMPTS = [[5 + (7 * number + step * step) % 90 for step in range(9 + 4 * number)] for number in range(4)]
 
 
-class ToyDecoder(Decoder):
+class ToyDecoder(Qwen2Decoder):
     """Qwen2's layers and one more, whose state is what it has seen, older things fading."""
 
     def cache_spec(self) -> CacheSpec:
@@ -56,11 +57,11 @@ class ToyDecoder(Decoder):
         self,
         x: Tensor,
         positions: Tensor,
-        attention: Any,
-        layout: Any,
+        attention: AttentionStep,
+        features: Features | None = None,
         states: StepStates | None = None,
     ) -> Tensor:
-        hidden = super().__call__(x, positions, attention, layout)
+        hidden = super().__call__(x, positions, attention, features)
         assert states is not None
         (memory,) = states.tensors
         if states.counts is None:  # each sequence has one token: all of it on the device
@@ -77,28 +78,20 @@ class ToyDecoder(Decoder):
 
 def make_decoder(folder: Path, attention: str) -> ToyDecoder:
     info, backend = read_model_info(folder), choose_backend(attention, CPU)
-    checkpoint = Checkpoint(folder, torch.float32, CPU)
-    return ToyDecoder(info.text, checkpoint, TensorParallel(), make_linear, backend.kernels)
+    weights = open_weights(folder, torch.float32, CPU)
+    return ToyDecoder(info.text, weights, TensorParallel(), backend.kernels)
 
 
 @torch.inference_mode()
 def reference(decoder: ToyDecoder, prompt: Sequence[int]) -> list[int]:
-    heads, tokens = decoder.heads, list(prompt)
+    tokens, layers = list(prompt), paged_of(decoder.cache_spec())
     for _ in range(NUM_TOKENS):
         length = len(tokens)
-        attention = PagedAttention(
-            decoder.info.num_layers,
-            8,
-            16,
-            heads.num_kv_heads,
-            heads.head_dim,
-            torch.float32,
-            CPU,
-        )
+        attention = PagedAttention(PagedTensors(layers, 8, 16, torch.float32, CPU))
         states = StepStates([torch.zeros(1, decoder.info.hidden_size)], torch.tensor([0]), [length])
-        layout = attention.plan([Span(length, 0, range(8))])
+        step = attention.plan([Span(length, 0, range(8))])
         x, positions = decoder.embed(torch.tensor(tokens)), torch.arange(length).expand(3, -1)
-        hidden = decoder(x, positions, attention, layout, states)
+        hidden = decoder(x, positions, step, states=states)
         tokens.append(int(decoder.logits(hidden[-1:]).argmax()))
     return tokens[len(prompt) :]
 

@@ -13,6 +13,7 @@ import pytest
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import ImageSize, VideoInfo, read_model_info
+from pipeline.families.qwen2_vl import Qwen2VL
 from pipeline.wire.errors import RequestError
 from pipeline.wire.messages import ImagePart, VideoPart
 from tests import reference
@@ -246,6 +247,19 @@ def test_a_list_of_frames_is_seen_whole_or_refused(settings: dict[str, Any]) -> 
         check_settings(
             VideoPart(frames=(ImagePart(url="a", resized_height=28, resized_width=28),)), INFO, 768, "f"
         )
+
+
+class TimedFamily(Qwen2VL):
+    has_frame_times = True
+
+
+def test_a_list_of_frames_has_a_rate_where_the_family_sees_it() -> None:
+    timed = dataclasses.replace(INFO, family=TimedFamily())
+    three = (ImagePart(url="a"),) * 3
+    check_settings(VideoPart(frames=three, fps=2.0), timed, 768, "f")
+    for settings in ({"fps": 0.0}, {"nframes": 2}, {"video_end": 1.0}):
+        with pytest.raises(RequestError):
+            check_settings(VideoPart(frames=three, **settings), timed, 768, "f")
 
 
 @pytest.mark.parametrize("seed", range(200))

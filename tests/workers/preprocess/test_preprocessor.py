@@ -26,7 +26,8 @@ from PIL import Image
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import PreprocessConfig
 from pipeline.families import ImageSize, read_model_info
-from pipeline.process.flight_recorder import FlightRecorder
+from pipeline.process.flight_recorder import FlightRecorder, digest_of
+from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.tensors import TensorPool
@@ -63,6 +64,7 @@ from workers.preprocess.fetch import MAX_URL
 from workers.preprocess.images import decode
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
+from workers.preprocess.threads import on_behalf_of
 
 CLIENT, OTHER = b"c" * 16, b"o" * 16
 
@@ -110,8 +112,8 @@ class Rig:
         sender = VIT_0 if kind in (EncodeMiss, PixelsReleased) else LLM_0
         self.core.on_feedback(kind(sender=sender, epoch=1, **fields))
 
-    def end(self, request_id: str, attempt: int = 1) -> None:
-        self.feedback(RequestEnded, request_id=request_id, attempt=attempt)
+    def end(self, request_id: str, attempt: int = 1, is_interrupted: bool = False) -> None:
+        self.feedback(RequestEnded, request_id=request_id, attempt=attempt, is_interrupted=is_interrupted)
 
     def encodes(self) -> list[EncodeRequest]:
         return [message for vit in self.vits for message in vit.take(EncodeRequest)]
@@ -144,6 +146,7 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
             is_current=lambda message: message.epoch >= 1,
             tracer=Tracer("", PREPROCESS),
             recorder=FlightRecorder(Path(folder.name), PREPROCESS),
+            quarantine=Quarantine(Role.PREPROCESS, {}),
         )
         allocator = SlotAllocator(1 << 20, 1 << 18, 16)
         pool = TensorPool.on_host("preprocess.0", 1, 1 << 20, 16)
@@ -445,7 +448,7 @@ async def test_a_further_attempt_goes_to_the_same_group_and_counts_once() -> Non
         rig.submit("r")
         await rig.settle()
         assert len(rig.llms[2].take(GenerateRequest)) == 1
-        rig.end("r")
+        rig.end("r", is_interrupted=True)
         rig.submit("other")
         await rig.settle()
         assert rig.core.num_open == 1, "the server is full now"
@@ -1337,16 +1340,53 @@ async def test_after_our_predecessors_death_no_group_goes_on_with_an_attempt_bef
         rig.end("r", 2)
 
 
-async def test_a_suspect_is_told_as_such_to_the_stage_in_question(rig: Rig) -> None:
-    for number, (role, name) in enumerate(((Role.VIT, "v"), (Role.LLM, "l"))):
-        rig.submit(name, [encode(scene(20 + number))], attempt=2, alone_in=(role,))
+@pytest.mark.parametrize("end", ["it ended", "it was aborted", "it was refused"])
+async def test_no_word_of_a_client_takes_what_is_over_past_the_load_check(end: str) -> None:
+    async with make_rig(1, max_open_requests=1) as rig:
+        rig.submit("r", priority=1 if end == "it was refused" else 0)
+        if end == "it was aborted":
+            rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), [])
         await rig.settle()
-        (generate,) = rig.llm.take(GenerateRequest)
-        encodes = rig.encodes()
-        assert generate.is_alone == (role is Role.LLM)
-        assert {message.is_alone for message in encodes} == {role is Role.VIT}
-        rig.end(name, 2)
-        for message in encodes:
+        if end == "it ended":
+            rig.end("r")
+        rig.submit("other")
+        await rig.settle()
+        assert rig.core.num_open == 1, "the server is full now"
+        rig.llm.take()
+        rig.submit("r", attempt=2)
+        await rig.settle()
+        (refusal,) = rig.llm.take()
+        assert (refusal.request_id, refusal.error.status) == ("r", 429)
+        rig.end("other")
+        rig.check_nothing_left()
+
+
+async def test_a_suspect_is_alone_with_its_texts_and_pictures(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever attempt it is: that is the client's word."""
+    seen: set[tuple[str, bool]] = set()
+    error_of, read_request = chunks.ChunkFlow._error_of, Preprocessor._read_request
+
+    async def read(self: Any, *args: Any) -> Any:
+        seen.add(("text", on_behalf_of.get().is_alone))
+        return await read_request(self, *args)
+
+    async def work(self: Any, state: Any, work: Any) -> Any:
+        error = await error_of(self, state, work)
+        seen.add(("picture", on_behalf_of.get().is_alone))
+        return error
+
+    monkeypatch.setattr(Preprocessor, "_read_request", read)
+    monkeypatch.setattr(chunks.ChunkFlow, "_error_of", work)
+    rig.context.quarantine.learn({Role.PREPROCESS: (digest_of("p"),), Role.LLM: (digest_of("l"),)})
+    for number, (name, attempt) in enumerate((("p", 1), ("l", 2), ("other", 2))):
+        rig.submit(name, [encode(scene(20 + number))], attempt=attempt)
+        await rig.settle()
+        assert seen == {("text", name == "p"), ("picture", name == "p")}
+        seen.clear()
+        rig.end(name, attempt)
+        for message in rig.encodes():
             rig.feedback(PixelsReleased, key=message.key)
 
 

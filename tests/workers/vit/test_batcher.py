@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Set
 
 import pytest
 
@@ -21,8 +22,9 @@ def embedding_of(grid: GridTHW) -> EmbeddingSpec:
     return EmbeddingSpec(grid.num_patches // 4, TOKEN_BYTES, "uint8")
 
 
-def make(chunks: int = 8) -> Batcher:
-    return Batcher(SlotAllocator(chunks * ALIGNMENT, ALIGNMENT, 64), embedding_of)
+def make(chunks: int = 8, alone: Set[str] = frozenset()) -> Batcher:
+    allocator = SlotAllocator(chunks * ALIGNMENT, ALIGNMENT, 64)
+    return Batcher(allocator, embedding_of, lambda name: name in alone)
 
 
 def key(request: str, item: int = 0) -> ChunkKey:
@@ -102,6 +104,18 @@ def test_requests_for_one_hash_share_one_encode() -> None:
         "d",
     }
     assert len({action.lease_id for action in actions if isinstance(action, Ready)}) == 4
+
+
+def test_a_suspect_has_a_batch_of_its_own_as_soon_as_it_is_known_as_one() -> None:
+    alone: set[str] = set()
+    made = make(alone=alone)
+    for arrival, name in enumerate(("a", "shared", "b", "c"), start=1):
+        ask(made, name, name[:1].encode(), arrival)
+        ask(made, name, name[:1].encode(), arrival, with_pixels=True)
+    ask(made, "late", b"s", 5)  # waits for the same chunk
+    alone.add("late")
+    batches = [made.next_batch(1000) for _ in range(4)]
+    assert [[pending.mm_hash for pending in batch] for batch in batches] == [[b"a"], [b"s"], [b"b", b"c"], []]
 
 
 def test_pixels_that_come_for_nothing_are_given_back() -> None:
@@ -369,15 +383,6 @@ def test_a_request_of_many_chunks_does_not_hold_up_one_of_one() -> None:
         encode_one()
     assert len(order) == 61
     made.check_integrity()
-
-
-def test_a_suspect_has_a_batch_of_its_own() -> None:
-    made = make()
-    for arrival, name in enumerate("abc"):
-        made.on_request(key(name), Order(arrival, 0), name.encode(), GRID, None, name == "b")
-        made.on_request(key(name), Order(arrival, 0), name.encode(), GRID, pixels(arrival))
-    batches = [[pending.mm_hash for pending in made.next_batch(1000)] for _ in range(3)]
-    assert batches == [[b"a"], [b"b"], [b"c"]]
 
 
 def test_with_preprocess_all_goes_that_waits_for_pixels_and_what_is_encoded_stays() -> None:

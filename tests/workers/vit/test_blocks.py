@@ -11,7 +11,7 @@ import torch
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
 from pipeline.wire.messages import GridTHW
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.vit.blocks import Blocks
 from workers.vit.engines import torch as module
 from workers.vit.engines.torch import TorchEngine
@@ -24,7 +24,7 @@ GRIDS = [GridTHW(1, 4, 6), GridTHW(1, 24, 18), GridTHW(3, 2, 8)]
 
 def engine_of(folder: Path, after_work: Any = None) -> TorchEngine:
     info = read_model_info(folder).vision
-    return TorchEngine(VisionEncoder(info, Checkpoint(folder, torch.float32, CPU)), after_work=after_work)
+    return TorchEngine(VisionEncoder(info, open_weights(folder, torch.float32, CPU)), after_work=after_work)
 
 
 def jobs(engine: TorchEngine) -> list[EncodeJob]:

@@ -12,7 +12,7 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
 from tests.pictures import encode, noise, scene, seen_size
 from tests.reference import Reference
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.preprocess.images import decode, read_size
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import EncodeJob
@@ -28,7 +28,7 @@ def folder(request: pytest.FixtureRequest, random_checkpoint: Path) -> Path:
 
 def jobs(folder: Path) -> tuple[TorchEngine, list[EncodeJob]]:
     info = read_model_info(folder)
-    engine = TorchEngine(VisionEncoder(info.vision, Checkpoint(folder, torch.float32, torch.device("cpu"))))
+    engine = TorchEngine(VisionEncoder(info.vision, open_weights(folder, torch.float32, torch.device("cpu"))))
     made = []
     for picture in PICTURES:
         data = encode(picture)

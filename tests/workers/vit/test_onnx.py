@@ -12,7 +12,7 @@ import torch
 
 from pipeline.families import ModelInfo, read_model_info
 from pipeline.wire.messages import GridTHW
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.vit.engines import onnx as export_module
 from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
 from workers.vit.engines.onnx import exported, locked, unfinished
@@ -75,7 +75,7 @@ def test_embeddings_are_those_of_the_torch_engine(
     dtype: torch.dtype, info: ModelInfo, random_checkpoint: Path, cache: Path
 ) -> None:  # fmt: skip
     """Sizes that the export never saw, several of one size, videos."""
-    reference = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)))
+    reference = TorchEngine(VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU)))
     file = exported(info, random_checkpoint, dtype, cache, no_progress)
     assert "Attention" in {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}, (
         "runtimes have no fused one else"

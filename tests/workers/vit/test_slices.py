@@ -7,7 +7,7 @@ import torch
 from pipeline.families import ModelInfo
 from pipeline.wire.messages import GridTHW
 from tests.workers.vit.test_onnx import CPU, cache, info, make_jobs  # noqa: F401
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.qwen2_vl import VisionEncoder
 from workers.vit.slices import SliceLimit
@@ -52,7 +52,9 @@ def test_a_large_picture_is_encoded_in_turns_with_the_same_result(
     info: ModelInfo, random_checkpoint: Any, monkeypatch: Any  # noqa: F811
 ) -> None:  # fmt: skip
     limit = SliceLimit(4096, 0.010)
-    engine = TorchEngine(VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU)), limit)
+    engine = TorchEngine(
+        VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU)), limit
+    )
     waits: list[int] = []
     monkeypatch.setattr(engine, "_wait", lambda: waits.append(1))
     expected, found = make_jobs(info, torch.float32)[4:5], make_jobs(info, torch.float32)[4:5]

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.families import ModelInfo, read_model_info
 from tests.workers.vit.test_onnx import CPU, make_jobs, make_spec, no_progress
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.registry import open_weights
 from workers.vit.engines import tensorrt as module
 from workers.vit.engines.choice import choose_engine
 from workers.vit.engines.onnx import exported
@@ -151,7 +151,7 @@ def _at(address: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.fixture
 def fake(info: ModelInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
-    encoder = VisionEncoder(info.vision, Checkpoint(random_checkpoint, torch.float32, CPU))
+    encoder = VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU))
     engine = FakeEngine(encoder, profiles_for(info.vision))
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"engine" else None)
     logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})

@@ -1,14 +1,16 @@
-"""Attention over a paged KV cache in plain torch: the CPU's backend, and the reference for every other.
+"""Attention in plain torch: the CPU's backend, and the reference for every other.
 
 Decode folds the query heads of a group into the rows of one query: torch's fused attention is many times
-slower on a CPU with one row and `enable_gqa`. There a long history is read in place where its blocks lie side
-by side; short ones are gathered and padded, since many small operations would cost more than the copy.
+slower on a CPU with one row and `enable_gqa`. There a long history is read in place where its blocks lie
+side by side; short histories are gathered and padded, since many small operations would cost more than the
+copy.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,29 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.wire.messages import Int32Array
+from workers.llm.attention.base import AttentionBackend, AttentionLayer, AttentionStep, Rotary, Span
+from workers.llm.cache.paged_tensors import PagedTensors
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import to_device
 
-# of one sequence in one layer: copying it costs about as much as computing it by itself
+# Of one sequence in one layer: to copy so much costs about as much as to compute the sequence by itself.
 SMALL_HISTORY_BYTES = 256 << 10
 
 
-class Span(NamedTuple):
-    """One sequence's part of a step: `num_tokens` new tokens behind `num_computed` cached ones."""
-
-    num_tokens: int
-    num_computed: int
-    block_table: Sequence[int] | Int32Array
-
-    @property
-    def length(self) -> int:
-        return self.num_computed + self.num_tokens
-
-
 class _History(NamedTuple):
-    """Where a sequence's tokens lie: its longest run of slots, and all others (attention does not mind the
-    order)."""
+    """Where a sequence's tokens lie: its longest run of slots, and all others.
+
+    Attention does not mind the order.
+    """
 
     run: slice
     rest: Tensor | None  # [n] int64
@@ -59,62 +52,59 @@ class _Together(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    spans: Sequence[Span]
+    counts: Sequence[int]  # new tokens of each sequence
     new_slots: Tensor  # [num_tokens] int64: where the step's keys and values go
     together: _Together | None  # of the decodes in front
-    others: Sequence[_History | _Chunk]  # of the spans behind them: one token, or several
+    others: Sequence[_History | _Chunk]  # of the sequences behind them: one token, or several
 
 
-class PagedAttention:
-    """Holds the cache: for each layer keys, then values of each slot: [num_blocks · block_size, 2 · kv_heads,
-    head_dim]."""
+class PagedAttention(AttentionBackend):
+    def __init__(self, cache: PagedTensors) -> None:
+        super().__init__(cache)
+        self._is_cpu = cache.device.type == "cpu"
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.block_size, self.num_kv_heads, self.scale = block_size, num_kv_heads, head_dim**-0.5
-        shape = (num_layers, num_blocks * block_size, 2 * num_kv_heads, head_dim)
-        self._is_cpu = device.type == "cpu"
-        self.cache = torch.empty(shape, dtype=dtype, device=device)  # what was never written is never read
-
-    def plan(self, spans: Sequence[Span]) -> _Layout:
-        """What all layers of a step need to know, computed once."""
+    def plan(self, spans: Sequence[Span]) -> AttentionStep:
         slots = [self._slots(span) for span in spans]
         new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
         num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
         longest = max((span.length for span in spans[:num_decodes]), default=0)
-        if self._is_cpu and (num_decodes < 2 or longest * self.cache[0, 0].nbytes > SMALL_HISTORY_BYTES):
+        if self._is_cpu and (num_decodes < 2 or longest * self.cache.max_slot_bytes > SMALL_HISTORY_BYTES):
             num_decodes = 0
-        together = self._together(slots[:num_decodes], longest) if num_decodes else None
+        together = self._gather(slots[:num_decodes], longest) if num_decodes else None
         others = [self._other(*pair) for pair in zip(slots[num_decodes:], spans[num_decodes:], strict=True)]
-        return _Layout(spans, new, together, others)
+        return _TorchStep(self.cache, _Layout([span.num_tokens for span in spans], new, together, others))
+
+    def plan_decode(self, new_slots: Tensor, tables: Tensor, lengths: Tensor, longest: int) -> AttentionStep:
+        size = self.cache.block_size
+        steps = torch.arange(min(longest, tables.shape[1] * size), device=tables.device)
+        # Behind its end a sequence sees its own last token.
+        positions = torch.minimum(steps, lengths[:, None].long() - 1)
+        slots = tables.long().gather(1, positions // size) * size + positions % size
+        together = _Together(slots.flatten(), self._mask(steps >= lengths[:, None]))
+        return _TorchStep(self.cache, _Layout([1] * len(lengths), new_slots.long(), together, ()))
+
+    def warm_up(self, layers: Sequence[AttentionLayer]) -> None:
+        """Nothing is compiled."""
 
     def _slots(self, span: Span) -> Tensor:
-        table = np.asarray(span.block_table)[: -(-span.length // self.block_size)].astype(np.int64)
-        return to_device(
-            (table[:, None] * self.block_size + np.arange(self.block_size)).ravel()[: span.length],
-            self.cache.device,
-        )
+        size = self.cache.block_size
+        table = np.asarray(span.block_table)[: -(-span.length // size)].astype(np.int64)
+        slots = (table[:, None] * size + np.arange(size)).ravel()[: span.length]
+        return to_device(slots, self.cache.device)
 
-    def _together(self, slots: Sequence[Tensor], longest: int) -> _Together:
-        # Padded with slots of its own: what another's hold, should it not be finite, would pass even a weight
-        # of zero.
-        padded = torch.stack(
-            [torch.cat((of_span, of_span[-1:].expand(longest - len(of_span)))) for of_span in slots]
-        )
+    def _gather(self, slots: Sequence[Tensor], longest: int) -> _Together:
+        # Padded with a sequence's own slots: what another's hold, should it not be finite, would pass even a
+        # weight of zero.
+        rows = [torch.cat((of_span, of_span[-1:].expand(longest - len(of_span)))) for of_span in slots]
+        padded = torch.stack(rows)
         lengths = to_device(np.array([len(of_span) for of_span in slots]), padded.device)
         is_outside = torch.arange(longest, device=padded.device) >= lengths[:, None]
-        mask = torch.zeros(padded.shape, dtype=self.cache.dtype, device=padded.device).masked_fill_(
-            is_outside, -torch.inf
-        )
-        return _Together(padded.flatten(), mask[:, None, None])
+        return _Together(padded.flatten(), self._mask(is_outside))
+
+    def _mask(self, is_outside: Tensor) -> Tensor:
+        """[num_sequences, 1, 1, longest]"""
+        mask = torch.zeros(is_outside.shape, dtype=self.cache.dtype, device=is_outside.device)
+        return mask.masked_fill_(is_outside, -torch.inf)[:, None, None]
 
     def _other(self, slots: Tensor, span: Span) -> _History | _Chunk:
         if not span.num_computed:
@@ -123,13 +113,12 @@ class PagedAttention:
         if span.num_tokens == 1 and self._is_cpu:
             return history
         # Causal, aligned to the bottom right.
-        mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device).tril(
-            span.num_computed
-        )
-        return _Chunk(history.run if history.rest is None else slots, mask)
+        mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device)
+        return _Chunk(history.run if history.rest is None else slots, mask.tril(span.num_computed))
 
     def _history(self, slots: Tensor, span: Span) -> _History:
-        size, table = self.block_size, np.asarray(span.block_table)[: -(-span.length // self.block_size)]
+        size = self.cache.block_size
+        table = np.asarray(span.block_table)[: -(-span.length // size)]
         ends = (np.flatnonzero(np.diff(table) != 1) + 1).tolist()
         first, last = max(itertools.pairwise([0, *ends, len(table)]), key=lambda run: run[1] - run[0])
         start, stop = first * size, min(last * size, span.length)  # positions of the longest run
@@ -137,74 +126,85 @@ class PagedAttention:
         slot = int(table[first]) * size
         return _History(slice(slot, slot + stop - start), rest if len(rest) else None)
 
-    @staticmethod
-    def rotary(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of angles [num_tokens, head_dim / 2], for `__call__`."""
+
+@dataclass(frozen=True, slots=True)
+class _TorchStep(AttentionStep):
+    cache: PagedTensors
+    layout: _Layout
+
+    def rotary(self, angles: Tensor, dtype: torch.dtype) -> Rotary:
         return rotary_tables(angles, dtype)
 
-    def __call__(
-        self, layer: int, layout: _Layout, qkv: Tensor, bias: Tensor | None, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Turns queries and keys of qkv [num_tokens, heads + 2 · kv_heads, head_dim], once the bias is on
-        them, writes the keys and values, and attends: [num_tokens, heads, head_dim].
-        """
-        if bias is not None:
-            qkv += bias.view(qkv.shape[1:])
-        turned = qkv[:, : -self.num_kv_heads]  # queries and keys at once
+    def write(self, layer: AttentionLayer, qkv: Tensor, rotary: Rotary) -> None:
+        if layer.bias is not None:
+            qkv += layer.bias.view(qkv.shape[1:])
+        turned = qkv[:, : layer.num_heads + layer.num_kv_heads]  # queries and keys at once
+        if layer.norm is not None:
+            q, k = turned[:, : layer.num_heads], turned[:, layer.num_heads :]
+            q.copy_(F.rms_norm(q, layer.norm.query.shape, layer.norm.query, layer.norm.eps))
+            k.copy_(F.rms_norm(k, layer.norm.key.shape, layer.norm.key, layer.norm.eps))
         turned.copy_(rotate(turned, *rotary))
-        q, kv = qkv[:, : -2 * self.num_kv_heads], qkv[:, -2 * self.num_kv_heads :]
-        cache = self.cache[layer]
-        cache.index_copy_(0, layout.new_slots, kv)
+        self.cache.tensors[layer.index].index_copy_(0, self.layout.new_slots, qkv[:, layer.num_heads :])
+
+    def attend(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
+        cache, counts, others = self.cache.tensors[layer.index], self.layout.counts, self.layout.others
+        q, kv = layer.split(qkv)
         parts: list[Tensor] = []
         start = 0
-        if layout.together is not None:
-            start = len(layout.spans) - len(layout.others)
-            parts.append(self._decode_together(cache, layout.together, q[:start]))
-        for span, other in zip(layout.spans[start:], layout.others, strict=True):
-            part, start = slice(start, start + span.num_tokens), start + span.num_tokens
-            parts.append(
-                self._decode(cache, other, q[part])
-                if isinstance(other, _History)
-                else self._prefill(cache, other, q[part], kv[part])
-            )
+        if self.layout.together is not None:
+            start = len(counts) - len(others)
+            parts.append(_decode_together(layer, cache, self.layout.together, q[:start]))
+        for count, other in zip(counts[start:], others, strict=True):
+            part, start = slice(start, start + count), start + count
+            if isinstance(other, _History):
+                parts.append(_decode(layer, cache, other, q[part]))
+            else:
+                parts.append(_prefill(layer, cache, other, q[part], kv[part]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _decode_together(self, cache: Tensor, together: _Together, q: Tensor) -> Tensor:
-        num_sequences, (_, num_heads, dim) = len(together.mask), q.shape
-        rows = cache.index_select(0, together.slots).view(num_sequences, -1, 2, self.num_kv_heads, dim)
-        keys, values = rows.transpose(1, 3).unbind(2)  # [sequences, kv_heads, longest, head_dim]
-        folded = q.view(num_sequences, self.num_kv_heads, -1, dim)
-        return F.scaled_dot_product_attention(folded, keys, values, together.mask, scale=self.scale).view(
-            num_sequences, num_heads, dim
-        )
 
-    def _decode(self, cache: Tensor, history: _History, q: Tensor) -> Tensor:
-        out, log_sum = self._attend(q, cache[history.run])
-        if history.rest is not None:
-            of_rest, log_sum_of_rest = self._attend(q, cache.index_select(0, history.rest))
-            out = torch.lerp(
-                out, of_rest.to(out.dtype), torch.sigmoid(log_sum_of_rest - log_sum)[..., None].to(out.dtype)
-            )
-        return out.reshape(1, -1, q.shape[-1])
+def _decode_together(layer: AttentionLayer, cache: Tensor, together: _Together, q: Tensor) -> Tensor:
+    num_sequences, dim = len(together.mask), layer.head_dim
+    rows = cache.index_select(0, together.slots).view(num_sequences, -1, 2, layer.num_kv_heads, dim)
+    keys, values = rows.transpose(1, 3).unbind(2)  # [sequences, kv_heads, longest, head_dim]
+    folded = q.view(num_sequences, layer.num_kv_heads, -1, dim)
+    out = F.scaled_dot_product_attention(folded, keys, values, together.mask, scale=layer.scale)
+    return out.view(num_sequences, layer.num_heads, dim)
 
-    def _attend(self, q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [1, kv_heads, group, head_dim] of one token over these rows of the cache, and the logarithm
-        of what its softmax divides by."""
-        # [1, kv_heads, context, head_dim]
-        keys, values = rows.transpose(0, 1)[None].split(self.num_kv_heads, dim=1)
-        folded = q.view(1, self.num_kv_heads, -1, q.shape[-1])
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            folded, keys, values, scale=self.scale
-        )
-        return out, log_sum
 
-    def _prefill(self, cache: Tensor, chunk: _Chunk, q: Tensor, kv: Tensor) -> Tensor:
-        if chunk.history is not None:
-            kv = cache[chunk.history]
-        # [1, kv_heads, context, head_dim]
-        keys, values = kv.transpose(0, 1)[None].split(self.num_kv_heads, dim=1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys, values, chunk.mask, is_causal=chunk.mask is None, scale=self.scale,
-            enable_gqa=True
-        )  # fmt: skip
-        return out[0].transpose(0, 1)
+def _decode(layer: AttentionLayer, cache: Tensor, history: _History, q: Tensor) -> Tensor:
+    out, log_sum = _attend_to(layer, q, cache[history.run])
+    if history.rest is not None:
+        of_rest, log_sum_of_rest = _attend_to(layer, q, cache.index_select(0, history.rest))
+        share = torch.sigmoid(log_sum_of_rest - log_sum)[..., None].to(out.dtype)
+        out = torch.lerp(out, of_rest.to(out.dtype), share)
+    return out.reshape(1, layer.num_heads, layer.head_dim)
+
+
+def _attend_to(layer: AttentionLayer, q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [1, kv_heads, group, head_dim] of one token over these rows of the cache.
+
+    With it the logarithm of what its softmax divides by.
+    """
+    keys, values = rows.transpose(0, 1)[None].split(
+        layer.num_kv_heads,
+        dim=1,
+    )  # [1, kv_heads, context, head_dim]
+    folded = q.view(1, layer.num_kv_heads, -1, layer.head_dim)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, log_sum = attend(folded, keys, values, scale=layer.scale)
+    return out, log_sum
+
+
+def _prefill(layer: AttentionLayer, cache: Tensor, chunk: _Chunk, q: Tensor, kv: Tensor) -> Tensor:
+    if chunk.history is not None:
+        kv = cache[chunk.history]
+    keys, values = kv.transpose(0, 1)[None].split(
+        layer.num_kv_heads,
+        dim=1,
+    )  # [1, kv_heads, context, head_dim]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, chunk.mask,
+        is_causal=chunk.mask is None, scale=layer.scale, enable_gqa=True,
+    )  # fmt: skip
+    return out[0].transpose(0, 1)

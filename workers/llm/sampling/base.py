@@ -3,14 +3,10 @@
     start(slot, params, tokens) → apply(logits, rows) → accept(slots, token_ids) → apply …
 
 A processor keeps its state by slot, and a request that asks nothing of a processor never appears in its
-`rows` or `slots`: it is not touched, and costs nothing.
+`rows` or `slots`: it is not touched, and costs nothing. It goes by what is on the device, on every rank
+alike, and is told of a chosen token in the step that chose it.
 
-Most processors go by what is on the device, and are told of a chosen token in the step that chose it. A
-processor that `needs_tokens` on the host (a grammar, whose matcher is a data structure of the host) is told
-by `Sampler.accept` when the token has arrived there, between two steps. The forward of the next step may run
-meanwhile. Only the choice of its tokens waits, for the requests that `Sampler.waits_for_tokens` names. Where
-several ranks choose the same tokens, rank 0 alone runs matchers and the plan carries masks: on the other
-ranks such a processor is given the masks and has no matcher.
+A rule that needs the token on the host (a grammar) is a matcher instead: see `matching.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.wire.messages import Int32Array
 from pipeline.wire.sampling import SamplingParams
+from workers.llm.sampling.tokens import Tokens
 from workers.nn.loader import to_device
 
 Int64Array = npt.NDArray[np.int64]
@@ -40,13 +36,6 @@ class Setup(NamedTuple):
     device: torch.device
 
 
-class Tokens(NamedTuple):
-    """What a request has when it takes its slot."""
-
-    prompt: Int32Array
-    output: Int32Array  # of all attempts, and of before a preemption
-
-
 class Rows(NamedTuple):
     """The rows of a step's logits that a processor is to change."""
 
@@ -57,11 +46,6 @@ class Rows(NamedTuple):
 
 class Processor(Protocol):
     def __init__(self, setup: Setup) -> None: ...
-
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether it must be told of a token on the host before it can change the next logits."""
-        ...
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         """A request takes the slot, and what the slot held is forgotten.
@@ -75,7 +59,7 @@ class Processor(Protocol):
         ...
 
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        """The tokens [n] int64 chosen for these slots: on the device, or on the host if it `needs_tokens`."""
+        """The tokens [n] int64 chosen for these slots, on the device."""
         ...
 
 

@@ -6,12 +6,11 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.wire.sampling import SamplingParams
-from workers.llm.sampling.base import Entries, Int64Array, Rows, Setup, Tokens, add_entries
+from workers.llm.sampling.base import Entries, Int64Array, Rows, Setup, add_entries
+from workers.llm.sampling.tokens import Tokens
 
 
 class MinTokens:
-    needs_tokens = False
-
     def __init__(self, setup: Setup) -> None:
         self._vocab_size, self._eos_token_ids = setup.vocab_size, tuple(setup.eos_token_ids)
         self._min_tokens = np.zeros(setup.num_slots, dtype=np.int64)

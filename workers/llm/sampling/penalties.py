@@ -8,14 +8,13 @@ from torch import Tensor
 
 from pipeline.wire.messages import Int32Array
 from pipeline.wire.sampling import SamplingParams
-from workers.llm.sampling.base import Float32Array, Int64Array, Rows, Setup, Tokens
+from workers.llm.sampling.base import Float32Array, Int64Array, Rows, Setup
+from workers.llm.sampling.tokens import Tokens
 from workers.nn.loader import to_device
 
 
 class Penalties:
     """Counts tokens on the device, so that a step need not wait for the token of the step before."""
-
-    needs_tokens = False
 
     def __init__(self, setup: Setup) -> None:
         self._num_slots, self._vocab_size, self._device = setup.num_slots, setup.vocab_size, setup.device

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from pipeline.wire.messages import SequenceStart, unpack_int32
-from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup, Tokens
+from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup
 from workers.llm.sampling.bias import Bias
 from workers.llm.sampling.choice import Choice, Kernel
 from workers.llm.sampling.logprobs import LogprobTable, logprobs_of
+from workers.llm.sampling.masks import forbid_masked
 from workers.llm.sampling.min_tokens import MinTokens
 from workers.llm.sampling.penalties import Penalties
+from workers.llm.sampling.tokens import Tokens
 from workers.nn.loader import to_device
 
 # All there are, in the order in which they change logits.
@@ -53,6 +55,7 @@ class Sampler:
         self._choice = Choice(setup.num_slots, setup.vocab_size, setup.device, kernel)
         self._logprobs = LogprobTable(setup.num_slots)
         self._num_prompt_tokens = np.zeros(setup.num_slots, dtype=np.int64)
+        self._is_masked = np.zeros(setup.num_slots, dtype=np.bool_)
         # Whether the slot's request asks anything of the processor.
         self._is_asked = np.zeros((len(processors), setup.num_slots), dtype=np.bool_)
 
@@ -62,7 +65,7 @@ class Sampler:
         slot, params = start.slot, start.sampling
         self._choice.start(slot, params)
         self._logprobs.start(slot, params)
-        self._num_prompt_tokens[slot] = start.num_prompt_tokens
+        self._num_prompt_tokens[slot], self._is_masked[slot] = start.num_prompt_tokens, start.is_masked
         token_ids = unpack_int32(start.token_ids)
         tokens = Tokens(token_ids[: start.num_prompt_tokens], token_ids[start.num_prompt_tokens :])
         for is_asked, processor in zip(self._is_asked, self._processors, strict=True):
@@ -80,36 +83,30 @@ class Sampler:
         """What the kernel needs to know of requests that have `num_tokens` so far: see `kernel.sample`."""
         return self._choice.kernel_params(slots, num_tokens - self._num_prompt_tokens[slots])
 
-    def waits_for_tokens(self, slots: Int64Array) -> npt.NDArray[np.bool_]:
-        """Which of these can be chosen for only after `accept` has brought their last tokens."""
-        waits = np.zeros(len(slots), dtype=np.bool_)
-        for processor, places in self._asked(slots):
-            waits[places] |= processor.needs_tokens
-        return waits
+    def waits_for_masks(self, slots: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which of these can be chosen for only with masks, which rank 0 makes of the tokens before."""
+        return self._is_masked[slots]
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: Int64Array, num_tokens: Int64Array) -> Sampled:
+    def sample(
+        self, logits: Tensor, slots: Int64Array, num_tokens: Int64Array, masks: Sequence[bytes] = ()
+    ) -> Sampled:
         """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens
         so far.
 
-        Rows of logits that a processor changes are written over.
+        Of `masks` there is one for each row, or none at all: see `TokenMasks`. Rows of logits that a
+        processor or a mask changes are written over.
         """
         numbers = num_tokens - self._num_prompt_tokens[slots]
         wanted = self._logprobs.wanted(logits, slots)
         for processor, places in self._asked(slots):
             processor.apply(logits, Rows(places, slots[places], numbers[places]))
+        if masks:
+            forbid_masked(logits, masks)
         token_ids = self._choice.choose(logits, slots, numbers)
         for processor, places in self._asked(slots):
-            if not processor.needs_tokens:
-                processor.accept(slots[places], token_ids[to_device(places, self._device)])
+            processor.accept(slots[places], token_ids[to_device(places, self._device)])
         return Sampled(token_ids, *((None, None) if wanted is None else logprobs_of(wanted, token_ids)))
-
-    @torch.inference_mode()
-    def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        """Tells processors that need tokens on the host of those [n] int64 of an earlier step."""
-        for processor, places in self._asked(slots):
-            if processor.needs_tokens:
-                processor.accept(slots[places], token_ids[torch.from_numpy(places)])
 
     def _asked(self, slots: Int64Array) -> Iterator[tuple[Processor, Int64Array]]:
         """Each processor that any of these requests asks, and where they are."""

@@ -13,8 +13,8 @@ import torch
 
 from pipeline.families import ModelInfo
 from pipeline.wire.messages import GridTHW
-from workers.nn.layers import make_linear
-from workers.nn.loader import Checkpoint, Progress
+from workers.nn.loader import Progress
+from workers.nn.weights.registry import open_weights
 from workers.vit.deadlines import Deadlines
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import EncodeJob
@@ -86,11 +86,11 @@ def choose_engine(name: str, spec: EngineSpec) -> Engine:
 
 def _torch(spec: EngineSpec) -> Engine:
     tower = tower_of(spec.info)
-    checkpoint = Checkpoint(spec.folder, spec.dtype, spec.device, spec.progress)
-    checkpoint.expect(tower.prefix)
-    encoder = tower.encoder(spec.info.vision, checkpoint, make_linear)
+    weights = open_weights(spec.folder, spec.dtype, spec.device, progress=spec.progress)
+    weights.expect(tower.prefix)
+    encoder = tower.encoder(spec.info.vision, weights)
     engine = TorchEngine(encoder, spec.limit, spec.after_work)
-    checkpoint.close()
+    weights.close()
     return engine
 
 

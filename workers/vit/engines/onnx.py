@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from pipeline.families import ModelInfo
 from pipeline.wire.messages import GridTHW
-from workers.nn.layers import Linear
 from workers.nn.loader import Checkpoint, Progress
+from workers.nn.weights.dense import Dense, TorchLinear
+from workers.nn.weights.weights import Weights
 from workers.vit.models.base import Axis, EncodeJob, Encoder, Inputs, InputSpec
 from workers.vit.models.registry import tower_of
 
@@ -113,7 +114,7 @@ def exported(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path, pro
             with unfinished(place) as draft:
                 checkpoint = Checkpoint(folder, dtype, torch.device("cpu"), progress)
                 checkpoint.expect(tower.prefix)
-                export(tower.encoder(vision, checkpoint, Linear), draft / FILE)
+                export(tower.encoder(vision, Weights(checkpoint, [Dense(TorchLinear)])), draft / FILE)
                 checkpoint.close()
     return place / FILE
 

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from pipeline.families import VisionInfo
 from pipeline.wire.messages import GridTHW
-from workers.nn.layers import Linear
-from workers.nn.loader import Checkpoint
+from workers.nn.weights.weights import Weights
 from workers.vit.pace import UNPACED, Pace
-
-MakeLinear = Callable[..., Linear]  # (weight, bias=None)
 
 
 class EncodeJob(NamedTuple):
@@ -120,8 +117,8 @@ class Encoder(ABC):
 
 
 class Tower(NamedTuple):
-    """What a module of this package names in `TOWER`."""
+    """What a tower's module names in `TOWER`; a family names the module."""
 
     preparation: Callable[[VisionInfo], Preparation]
-    encoder: Callable[[VisionInfo, Checkpoint, MakeLinear], Encoder]
+    encoder: Callable[[VisionInfo, Weights], Encoder]
     prefix: str  # of its tensors' names in a checkpoint

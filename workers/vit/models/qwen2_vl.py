@@ -10,15 +10,16 @@ of equal grids, with the same cos and sin for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.families import VisionInfo
-from workers.nn.layers import LayerNorm, Linear, make_linear, rotary_tables, rotate
-from workers.nn.loader import Checkpoint
+from workers.nn.layers import LayerNorm, rotary_tables, rotate
+from workers.nn.weights.base import Linear
+from workers.nn.weights.weights import Weights
 from workers.vit.models.base import (
     FRAMES,
     Axis,
@@ -26,7 +27,6 @@ from workers.vit.models.base import (
     Encoder,
     Inputs,
     InputSpec,
-    MakeLinear,
     Preparation,
     Tower,
 )
@@ -70,20 +70,17 @@ class VisionPreparation(Preparation):
 class VisionEncoder(Encoder):
     """Loads the tower under `visual.` of a checkpoint."""
 
-    def __init__(self, info: VisionInfo, checkpoint: Checkpoint, linear: MakeLinear = make_linear) -> None:
+    def __init__(self, info: VisionInfo, weights: Weights) -> None:
         self.preparation = VisionPreparation(info)
-        self.dtype, self.device = checkpoint.dtype, checkpoint.device
-
-        def load(name: str) -> Linear:
-            return linear(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"))
-
-        self.patch_embed = linear(checkpoint.load("visual.patch_embed.proj.weight").flatten(1))
-        self.blocks = [
-            _Block(info, checkpoint, load, f"visual.blocks.{index}.") for index in range(info.depth)
-        ]
-        self.norm = _layer_norm(checkpoint, "visual.merger.ln_q")
-        self.merger_in = load("visual.merger.mlp.0")
-        self.merger_out = load("visual.merger.mlp.2")
+        self.dtype, self.device = weights.dtype, weights.device
+        tower = weights.under(PREFIX.rstrip("."))
+        # The patches of a picture come as rows: the convolution is a matrix product.
+        patch_embed = tower.tensor("patch_embed.proj.weight").flatten(1)
+        self.patch_embed = tower.packed("patch_embed.proj", patch_embed)
+        self.blocks = [_Block(info, tower.under(f"blocks.{index}")) for index in range(info.depth)]
+        self.norm = _layer_norm(tower, "merger.ln_q")
+        self.merger_in = tower.linear("merger.mlp.0")
+        self.merger_out = tower.linear("merger.mlp.2")
         self._merged = info.merge_size**2
 
     def forward(self, inputs: Inputs, pace: Pace = UNPACED) -> Tensor:
@@ -112,16 +109,14 @@ def flop_of(*layers: Linear) -> float:
 
 
 class _Block:
-    def __init__(
-        self, info: VisionInfo, checkpoint: Checkpoint, load: Callable[[str], Linear], prefix: str
-    ) -> None:
+    def __init__(self, info: VisionInfo, weights: Weights) -> None:
         self.num_heads = info.num_heads
-        self.norm1 = _layer_norm(checkpoint, f"{prefix}norm1")
-        self.norm2 = _layer_norm(checkpoint, f"{prefix}norm2")
-        self.qkv = load(f"{prefix}attn.qkv")
-        self.proj = load(f"{prefix}attn.proj")
-        self.fc1 = load(f"{prefix}mlp.fc1")
-        self.fc2 = load(f"{prefix}mlp.fc2")
+        self.norm1 = _layer_norm(weights, "norm1")
+        self.norm2 = _layer_norm(weights, "norm2")
+        self.qkv = weights.linear("attn.qkv")
+        self.proj = weights.linear("attn.proj")
+        self.fc1 = weights.linear("mlp.fc1")
+        self.fc2 = weights.linear("mlp.fc2")
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, pace: Pace) -> Tensor:
         q, k, v = pace.rows(self._qkv, flop_of(self.qkv), x, cos, sin)
@@ -142,5 +137,5 @@ class _Block:
         return (self.fc2.add_to(x, hidden.mul_(gate)),)
 
 
-def _layer_norm(checkpoint: Checkpoint, name: str) -> LayerNorm:
-    return LayerNorm(checkpoint.load(f"{name}.weight"), checkpoint.load(f"{name}.bias"), LAYER_NORM_EPS)
+def _layer_norm(weights: Weights, name: str) -> LayerNorm:
+    return LayerNorm(weights.tensor(f"{name}.weight"), weights.tensor(f"{name}.bias"), LAYER_NORM_EPS)

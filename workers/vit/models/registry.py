@@ -1,4 +1,4 @@
-"""Finds the tower of a model: its family names the module of this package."""
+"""Finds the tower of a model: its family names the module."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from workers.vit.models.base import Tower
 
 
 def tower_of(info: ModelInfo) -> Tower:
-    tower: Tower = importlib.import_module(f"workers.vit.models.{info.family.tower}").TOWER
+    tower: Tower = importlib.import_module(info.family.tower).TOWER
     return tower

@@ -51,8 +51,6 @@ def test_only_plain_requests_are_plain() -> None:
 class Watch:
     """Notes which rows it is given."""
 
-    needs_tokens = False
-
     def __init__(self, setup: Setup) -> None:
         self.applied: list[list[int]] = []
         self.accepted: list[tuple[list[int], list[int]]] = []
@@ -129,66 +127,27 @@ def test_a_request_that_is_resumed_draws_on() -> None:
     assert [run(whole[:count]) for count in (1, 11, 29)] == [whole] * 3
 
 
-class ToyGrammar:
-    """Every token must be one more than the last.
-
-    Rank 0 has the matcher, and the other ranks get its masks from the plan.
-    """
-
-    needs_tokens = True
-
-    def __init__(self, setup: Setup, is_matching: bool = True) -> None:
-        self._vocab_size, self._is_matching = setup.vocab_size, is_matching
-        self._last: dict[int, int] = {}
-        self.masks: dict[int, list[int]] = {}  # tokens that are allowed next, by slot
-
-    def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
-        if params.min_p != 0.25:
-            return False
-        if self._is_matching:
-            self._move(slot, int([*tokens.prompt, *tokens.output][-1]))
-        return True
-
-    def apply(self, logits: Tensor, rows: Rows) -> None:
-        for place, slot in zip(rows.places.tolist(), rows.slots.tolist(), strict=True):
-            allowed = self.masks.pop(slot)  # each serves one choice: a stale one would show
-            kept = logits[place, allowed].clone()
-            logits[place] = -torch.inf
-            logits[place, allowed] = kept
-
-    def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        for slot, token in zip(slots.tolist(), token_ids.tolist(), strict=True):
-            self._move(slot, token)
-
-    def _move(self, slot: int, token: int) -> None:
-        self._last[slot] = token
-        self.masks[slot] = [(token + 1) % self._vocab_size]
-
-
-def test_a_processor_that_needs_tokens_works_between_forward_and_choice() -> None:
-    """Two ranks.
-
-    The forward of step n + 1 has run before token n is on the host; only the choice of that row waits.
-    """
-    setup = make_setup(2, 20)
-    grammars = [ToyGrammar(setup, is_matching) for is_matching in (True, False)]
-    ranks = [make_sampler(2, 20, [grammar]) for grammar in grammars]
-    for rank in ranks:
-        start(rank, 0, SamplingParams(seed=1, min_p=0.25), prompt=[9], output=[3])
-        start(rank, 1, SamplingParams(seed=2))
-    slots = np.array([1, 0])
-    assert ranks[0].waits_for_tokens(slots).tolist() == [False, True]
+def test_a_masked_row_waits_and_gets_only_what_its_mask_allows() -> None:
+    """Two ranks: masks come packed, and mean the same on both; other rows go by their logits as they are."""
     torch.manual_seed(0)
-    chosen: list[list[int]] = []
-    for step in range(5):
-        logits = torch.randn(2, 20)  # the forward: it needs nothing of the grammar
-        if chosen:
-            ranks[0].accept(slots, torch.tensor(chosen[-1]))
-        grammars[1].masks = dict(grammars[0].masks)  # by the plan
-        of_ranks = [
-            rank.sample(logits.clone(), slots, np.array([step, 2 + step])).token_ids.tolist()
-            for rank in ranks
-        ]
-        assert of_ranks[0] == of_ranks[1]
-        chosen.append(of_ranks[0])
-    assert [tokens[1] for tokens in chosen] == [4, 5, 6, 7, 8], "behind the output of an earlier attempt"
+    vocab_size, params = 21, SamplingParams(seed=1, logprobs=1, logit_bias={3: 100.0})
+    allowed = np.zeros((3, vocab_size), dtype=np.bool_)
+    allowed[0, [7, 20]] = allowed[1, [0, 8, 16]] = True
+    allowed[2] = True
+    masks = [np.packbits(row, bitorder="little").tobytes() for row in allowed[:2]]
+    sampler = make_sampler(4, vocab_size)
+    for slot in range(3):
+        sampler.start(SequenceStart(slot, 0, params, b"", is_masked=slot < 2))
+    slots = np.arange(3)
+    assert sampler.waits_for_masks(slots).tolist() == [True, True, False]
+    for number in range(50):
+        logits = torch.randn(3, vocab_size)
+        numbers = np.full(3, number)
+        sampled = sampler.sample(logits.clone(), slots, numbers, [*masks, b""])
+        assert allowed[slots, sampled.token_ids.numpy()].all()
+        assert int(sampled.token_ids[2]) == 3, "an empty mask forbids nothing"
+        assert sampled.logprobs is not None
+        own = logits.log_softmax(-1)[torch.arange(3), sampled.token_ids]
+        assert torch.allclose(sampled.logprobs[:, 0], own), "as the model gave them"
+        alone = sampler.sample(logits[1:2].clone(), slots[1:2], numbers[1:2], masks[1:])
+        assert alone.token_ids.tolist() == [int(sampled.token_ids[1])]

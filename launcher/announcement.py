@@ -1,0 +1,54 @@
+"""What the launcher says once all workers serve: where, and a request to try."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from launcher.checkpoints import Model
+from pipeline.config import Config
+from pipeline.config.api import ApiConfig
+
+logger = logging.getLogger(__name__)
+
+
+def announce(config: Config, model: Model, run_dir: Path, port: int) -> None:
+    """`port` is the one on which the endpoint listens."""
+    url = f"http://{shown_host(config.api.host)}:{port}"
+    logger.info("serving %s at %s (run directory %s)", model.name, url, run_dir)
+    if config.has_gateway:
+        host = shown_host(config.direct.direct_host)
+        logger.info("serving clients with keys at tcp://%s:%s", host, config.direct.direct_port)
+    example = example_request(url, model, key=_shown_key(config.api))
+    sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example}\n\n")
+    sys.stdout.flush()
+
+
+def _shown_key(config: ApiConfig) -> str:
+    """What stands for a key in the example; empty: none is needed."""
+    if not config.keys:
+        return ""
+    return "$VLM_API_KEY" if config.key_is_in_environment else "YOUR_KEY"
+
+
+def shown_host(host: str) -> str:
+    """The host as it is written in a URL; for a wildcard, the loopback address, which reaches it from
+    here."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def example_request(url: str, model: Model, key: str) -> str:
+    """A curl command for the shell; with a picture where the model comes with one. `key` stands for a key."""
+    header = f' -H "Authorization: Bearer {key}"' if key else ""
+    head = f"curl -s {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d "
+    if model.sample is None:
+        return head + """'{"messages": [{"role": "user", "content": "Say hello."}]}'"""
+    picture = f"""data:image/png;base64,'"$(base64 -w0 {shlex.quote(str(model.sample))})"'"""
+    parts = (
+        f"""[{{"type": "image_url", "image_url": {{"url": "{picture}"}}}}, """
+        """{"type": "text", "text": "What is in this picture?"}]"""
+    )
+    return f"""{head}'{{"messages": [{{"role": "user", "content": {parts}}}]}}'"""

@@ -1,0 +1,46 @@
+"""Which requests were executing in workers that died, and have yielded no new token since: each runs alone in
+the roles in question, so that a request that kills takes no neighbours along a second time. Pure.
+
+It is kept here because the launcher outlives every worker, and because a client's word about its own request
+would be a privilege for whoever says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from pipeline.wire.topology import Role
+
+QUARANTINE_S = 600.0  # after the last such death; a request that ended without a token leaves only then
+MAX_QUARANTINED = 1024  # digests, of all roles together: some 10 KiB in each `PipelineState`
+
+
+class Quarantine:
+    """Requests are known by their digests. Times are seconds of any steady clock."""
+
+    def __init__(self) -> None:
+        self._died_at: dict[tuple[Role, bytes], float] = {}  # oldest first
+
+    def add(self, role: Role, digests: Iterable[bytes], now: float) -> None:
+        """These were executing in a worker of this role when it died. Beyond the limit the oldest leave."""
+        for digest in digests:
+            self._died_at.pop((role, digest), None)
+            self._died_at[role, digest] = now
+        while len(self._died_at) > MAX_QUARANTINED:
+            del self._died_at[next(iter(self._died_at))]
+
+    def clear(self, digest: bytes) -> None:
+        """The request has yielded a new token: it is innocent, in all roles."""
+        for role in Role:
+            self._died_at.pop((role, digest), None)
+
+    def quarantined(self, now: float) -> dict[Role, tuple[bytes, ...]]:
+        """As `PipelineState` says it; also forgets those whose time is over."""
+        found: dict[Role, list[bytes]] = defaultdict(list)
+        for (role, digest), died_at in list(self._died_at.items()):
+            if now - died_at >= QUARANTINE_S:
+                del self._died_at[role, digest]
+            else:
+                found[role].append(digest)
+        return {role: tuple(digests) for role, digests in found.items()}

@@ -1,0 +1,67 @@
+"""Random steps, and their attention in float64."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from workers.llm.attention.base import AttentionLayer, HeadNorm, Span
+
+
+def reference(cache: Tensor, block_size: int, spans: list[Span], q: Tensor) -> Tensor:
+    """[num_tokens, heads, dim] in float64: gathered, masked, one sequence after the other."""
+    num_kv_heads, dim = cache.shape[1] // 2, cache.shape[2]
+    parts, row = [], 0
+    for span in spans:
+        slots = [
+            span.block_table[position // block_size] * block_size + position % block_size
+            for position in range(span.length)
+        ]
+        group = q.shape[1] // num_kv_heads
+        keys, values = (
+            part.repeat_interleave(group, dim=1) for part in cache[slots].double().split(num_kv_heads, dim=1)
+        )
+        queries = q[row : row + span.num_tokens].double()
+        scores = torch.einsum("nhd,shd->hns", queries, keys) * dim**-0.5
+        seen = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=q.device).tril(
+            span.num_computed,
+        )
+        parts.append(
+            torch.einsum("hns,shd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), values),
+        )
+        row += span.num_tokens
+    return torch.cat(parts)
+
+
+def make_spans(
+    rng: random.Random,
+    block_size: int,
+    num_blocks: int,
+    sizes: list[tuple[int, int]],
+) -> list[Span]:
+    """(num_tokens, num_computed) each, on blocks anywhere in the cache."""
+    free = rng.sample(range(num_blocks), num_blocks)
+    return [
+        Span(new, old, [free.pop() for _ in range(-(-(new + old) // block_size) + rng.randint(0, 1))])
+        for new, old in sizes
+    ]
+
+
+def make_layer(
+    index: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dim: int,
+    bias: Tensor | None = None,
+    norm: HeadNorm | None = None,
+) -> AttentionLayer:
+    return AttentionLayer(
+        index=index,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=dim,
+        bias=bias,
+        norm=norm,
+    )

@@ -1,0 +1,159 @@
+"""Which part of each weight every rank loads, on the meta device, at the shapes of the real models: Hugging
+Face's own names and sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from pipeline.families import TextInfo
+from workers.llm.models.qwen2 import Qwen2Decoder
+from workers.llm.parallel import TensorParallel
+from workers.nn.loader import _usual_name
+from workers.nn.weights.dense import Dense
+from workers.nn.weights.weights import Weights
+
+NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "2B": dict(zip(NAMES, (1536, 8960, 28, 12, 2, 151936), strict=True)),
+    "7B": dict(zip(NAMES, (3584, 18944, 28, 28, 4, 152064), strict=True)),
+    "72B": dict(zip(NAMES, (8192, 29568, 80, 64, 8, 152064), strict=True)),
+}
+TIED = {"2B"}
+FITTING = [
+    ("2B", 1),
+    ("2B", 2),
+    ("2B", 4),
+    ("7B", 1),
+    ("7B", 2),
+    ("7B", 4),
+    ("72B", 1),
+    ("72B", 2),
+    ("72B", 4),
+    ("72B", 8),
+]
+
+
+class Part(NamedTuple):
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+class MetaCheckpoint:
+    """Notes what is loaded; holds nothing."""
+
+    dtype, device = torch.bfloat16, torch.device("meta")
+
+    def __init__(self, shapes: dict[str, torch.Size]) -> None:
+        self.shapes = shapes
+        self.loaded: list[tuple[str, Part]] = []
+
+    def has_module(self, module: str) -> bool:
+        return f"{module}.weight" in self.shapes
+
+    def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        shape = self.shapes[name]
+        picked_rows = rows.indices(shape[0])[:2]
+        picked_columns = (columns or slice(None)).indices(shape[1])[:2] if len(shape) > 1 else (0, 1)
+        self.loaded.append((name, Part(picked_rows, picked_columns)))
+        sizes = [picked_rows[1] - picked_rows[0], picked_columns[1] - picked_columns[0]][: len(shape)]
+        return torch.empty(sizes, dtype=self.dtype, device=self.device)
+
+
+@functools.cache
+def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
+    """The decoder's tensors of the real checkpoint, as Hugging Face's implementation has them."""
+    config = Qwen2VLConfig(
+        text_config=SHAPES[model],
+        vision_config={"depth": 1},
+        tie_word_embeddings=model in TIED,
+    )
+    with torch.device("meta"):
+        made = Qwen2VLForConditionalGeneration(config)
+    shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
+    return {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
+
+
+def text_info(model: str) -> TextInfo:
+    shape = SHAPES[model]
+    return TextInfo(
+        hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_heads=shape["num_attention_heads"], num_kv_heads=shape["num_key_value_heads"], head_dim=128,
+        vocab_size=shape["vocab_size"],
+        rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24), max_position_embeddings=32768,
+        tie_word_embeddings=model in TIED,
+    )  # fmt: skip
+
+
+def make_decoder(model: str, checkpoint: MetaCheckpoint, parallel: TensorParallel) -> Qwen2Decoder:
+    weights = Weights(checkpoint, [Dense()])  # type: ignore[arg-type]
+    return Qwen2Decoder(text_info(model), weights, parallel)
+
+
+@pytest.mark.parametrize(("model", "size"), FITTING)
+def test_every_tensor_is_loaded_exactly_once(model: str, size: int) -> None:
+    shapes = checkpoint_shapes(model)
+    ranks = []
+    for rank in range(size):
+        checkpoint = MetaCheckpoint(shapes)
+        make_decoder(model, checkpoint, TensorParallel(rank, size))
+        ranks.append(checkpoint.loaded)
+    assert {name for name, _ in ranks[0]} == set(shapes), "each tensor of the checkpoint, and no other"
+    embedding = "model.embed_tokens.weight"
+    for name, shape in shapes.items():
+        parts = [part for loaded in ranks for loaded_name, part in loaded if loaded_name == name]
+        # whole on every rank, and where it is the output layer too that has its part of the same memory
+        if name == embedding:
+            assert parts == [Part((0, shape[0]), (0, shape[1]))] * size
+            continue
+        per_rank = [sum(loaded_name == name for loaded_name, _ in loaded) for loaded in ranks]
+        assert set(per_rank) == {1}, f"{name} is read more than once"
+        num_copies = (
+            size
+            if "norm" in name
+            else max(1, size // SHAPES[model]["num_key_value_heads"])
+            if ("k_proj" in name or "v_proj" in name)
+            else 1
+        )
+        counts = Counter(parts)
+        assert set(counts.values()) == {num_copies}, name
+        assert covered(list(counts), shape), f"{name}: the parts {list(counts)} do not make {tuple(shape)}"
+
+
+def covered(parts: list[Part], shape: torch.Size) -> bool:
+    """Whether the parts lie side by side, by rows or by columns, from the first to the last, without gap or
+    overlap."""
+    whole = Part((0, shape[0]), (0, shape[1] if len(shape) > 1 else 1))
+    for along, across in (("rows", "columns"), ("columns", "rows")):
+        if all(getattr(part, across) == getattr(whole, across) for part in parts):
+            ends = sorted(getattr(part, along) for part in parts)
+            position = 0
+            for start, stop in ends:
+                if start != position:
+                    return False
+                position = stop
+            return bool(position == getattr(whole, along)[1])
+    return False
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "words"),
+    [("2B", 8, "tp 8 .* 12 attention heads"), ("7B", 8, "tp 8 .* 28 attention heads")],
+)
+def test_heads_that_do_not_divide_are_refused_with_the_numbers(model: str, size: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_decoder(model, MetaCheckpoint(checkpoint_shapes(model)), TensorParallel(0, size))

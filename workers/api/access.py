@@ -1,0 +1,59 @@
+"""Who asks: keys, on whose behalf a request is, and with whom it shares cached prefixes."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from aiohttp import web
+
+from pipeline.config import ApiConfig, ApiKey
+from pipeline.wire.errors import RequestError
+from workers.api.operations import ADMIN_ROUTES, OPEN_ROUTES
+from workers.api.tenants import peer_tenant
+
+
+class Access:
+    def __init__(self, config: ApiConfig) -> None:
+        self._keys, self._admin_key = config.keys, config.admin_key
+        self._trusts_forwarded_for = config.trust_forwarded_for
+
+    def admit(self, request: web.Request) -> None:
+        """Raises RequestError for a request without the key that its path takes."""
+        if request.path.startswith(ADMIN_ROUTES):
+            if not hmac.compare_digest(_given_key(request), self._admin_key.encode()):
+                raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
+        elif self._keys and request.path not in OPEN_ROUTES and self._key_of(request) is None:
+            raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
+
+    def tenant(self, request: web.Request) -> str:
+        """On whose behalf a request is: the name of its key, else the address that it comes from."""
+        key = self._key_of(request)
+        if key is not None:
+            return f"key:{key.name}"
+        forwarded = request.headers.getall("X-Forwarded-For", []) if self._trusts_forwarded_for else []
+        return peer_tenant(request.remote, forwarded)
+
+    def cache_salt(self, request: web.Request, salt: str) -> bytes:
+        """Who shares cached prefixes: requests with one key's name and one salt.
+
+        The first key of the name goes in, too, so that nobody guesses it who knows the name.
+        """
+        if not self._keys and not salt:
+            return b""
+        key = self._key_of(request)
+        first = next((other for other in self._keys if key and other.name == key.name), None)
+        owner = hashlib.sha256(f"{first.name}:{first.key}".encode() if first else b"").digest()
+        return hashlib.sha256(owner + salt.encode("utf-8", "surrogatepass")).digest()
+
+    def _key_of(self, request: web.Request) -> ApiKey | None:
+        """All keys are compared, whichever fits: the time it takes says nothing of them."""
+        given = _given_key(request)
+        fits = [hmac.compare_digest(given, key.key.encode()) for key in self._keys]
+        return next((key for key, does_fit in zip(self._keys, fits, strict=True) if does_fit), None)
+
+
+def _given_key(request: web.Request) -> bytes:
+    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme has no case (RFC 9110)."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""

@@ -1,0 +1,17 @@
+"""GET /v1/models. Scripts ask for it to learn that the server has started."""
+
+from __future__ import annotations
+
+from workers.api.endpoints.base import Inquiry, Json
+
+
+class Models(Inquiry):
+    path = "/v1/models"
+
+    def render(self) -> Json:
+        name, _, created = self.model
+        card = {"id": name, "object": "model", "created": created, "owned_by": "local"}
+        return {"object": "list", "data": [card]}
+
+
+ROUTES = (Models,)

@@ -1,0 +1,57 @@
+"""The JSON of a request's body as a struct."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TypeVar
+
+import msgspec
+
+from pipeline.wire.errors import RequestError
+
+# Signs that stand between values. More are refused before anything is made of them, which would stop the
+# event loop. A text that has so many is longer than any context; pictures in base64 have none.
+MAX_SIGNS = {b"{": 1 << 17, b"[": 1 << 17, b",": 1 << 18}
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+def decode_json(body: bytes | bytearray, kind: type[Body]) -> Body:
+    """Raises RequestError, naming the field, for a body that is none of this kind."""
+    for sign, limit in MAX_SIGNS.items():
+        if (count := body.count(sign)) > limit:
+            raise RequestError(f"the body has {count} times {sign.decode()!r}, the limit is {limit}")
+    try:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:
+            raise
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # Python clients write NaN, Infinity and lone surrogates; so read, checks can name their field.
+            request = msgspec.convert(json.loads(body), kind)
+            _refuse_lone_surrogates(request)
+            return request
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `")
+        missing = re.search(r"(?:missing required|contains unknown) field `([^`]+)`", message)
+        parts = [path.rstrip("`").removeprefix("$").removeprefix("."), missing.group(1) if missing else ""]
+        field = ".".join(part for part in parts if part)
+        raise RequestError(f"{message}{f' in {field}' if field else ''}", field=field) from None
+    except (ValueError, RecursionError, OverflowError):
+        raise RequestError("the body is not valid JSON, or nested too deep") from None
+
+
+def _refuse_lone_surrogates(request: msgspec.Struct) -> None:
+    """Half a character, of a text that was cut in the middle: no encoder takes it."""
+    fields: dict[str, object] = {}
+    for name in request.__struct_fields__:
+        value = getattr(request, name)
+        if isinstance(value, list) and value and isinstance(value[0], msgspec.Struct):
+            fields |= {f"{name}[{index}]": item for index, item in enumerate(value)}
+        else:
+            fields[name] = value
+    for field, value in fields.items():
+        try:
+            msgspec.json.encode(value)
+        except UnicodeEncodeError:
+            raise RequestError("half a character (a lone surrogate) is no text", field=field) from None

@@ -1,0 +1,76 @@
+"""The routes of whoever runs the server: whether it serves, what it counts, and its reload."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+
+from pipeline.client.client import PipelineClient
+from pipeline.wire.errors import ErrorInfo, RequestError
+from workers.api.errors import RETRY_AFTER_S, error_response
+from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
+
+OPEN_ROUTES = ("/health", "/ready")  # without a key
+UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # answered at once, however full the memory is
+ADMIN_ROUTES = "/admin/"
+ADMIN_ANSWER_S = 5.0
+
+
+class Operations:
+    """`is_ready`: the client is connected."""
+
+    def __init__(
+        self, client: PipelineClient, is_ready: Callable[[], bool], request_reload: Callable[[], None]
+    ) -> None:
+        self._client, self._is_ready, self._request_reload = client, is_ready, request_reload
+        self._counts = WorkerCollector(lambda: client.workers)
+
+    def routes(self, has_admin: bool) -> list[web.RouteDef]:
+        found = [
+            web.get("/health", self._health),
+            web.get("/ready", self._ready),
+            web.get("/metrics", self._metrics),
+        ]
+        return [*found, web.post(f"{ADMIN_ROUTES}reload", self._reload)] if has_admin else found
+
+    @property
+    def _is_serving(self) -> bool:
+        return self._is_ready() and not self._client.failure and not self._client.is_draining
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        if not self._is_serving:
+            return error_response(ErrorInfo(503, self._client.failure or "not serving"))
+        return web.Response()
+
+    async def _ready(self, request: web.Request) -> web.StreamResponse:
+        """Which workers serve; 503 while one of them does not.
+
+        Requests that come meanwhile are taken in and wait.
+        """
+        workers = {
+            str(state.worker): "ready" if state.is_ready else "starting" for state in self._client.workers
+        }
+        is_ready = self._is_serving and set(workers.values()) == {"ready"}
+        body = {"ready": is_ready, "draining": self._client.is_draining, "workers": workers}
+        return web.json_response(
+            body, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": RETRY_AFTER_S}
+        )
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=exposition(self._counts), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _reload(self, request: web.Request) -> web.StreamResponse:
+        """202 when it has begun, 409 with the reason when the launcher refuses."""
+        number = self._client.reload.number
+        self._request_reload()
+        end = time.monotonic() + ADMIN_ANSWER_S
+        while self._client.reload.number == number and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        if self._client.reload.number == number:
+            raise RequestError("the launcher does not answer", status=503)
+        if self._client.reload.refusal:
+            raise RequestError(self._client.reload.refusal, status=409)
+        return web.json_response({"status": "reloading"}, status=202)

@@ -1,0 +1,41 @@
+"""Fields that requests to several endpoints have beside their prompt and their sampling."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pipeline.wire.errors import RequestError, shown
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
+class RequestFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    priority: int | None = None  # lower goes first
+    cache_salt: str | None = None  # only requests with the same one share cached prefixes
+    # These say nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def check_request(fields: RequestFields, model_name: str) -> None:
+    """Raises RequestError for a field out of range, and for another model than is served."""
+    if fields.priority is not None and not -(2**31) <= fields.priority < 2**31:
+        raise RequestError(f"priority must fit 32 bits, got {shown(fields.priority)}", field="priority")
+    if fields.stream_options is not None and not fields.stream:
+        raise RequestError("stream_options need stream to be true", field="stream_options")
+    if fields.model and fields.model != model_name:
+        what = f"the model {shown(fields.model)} is not served here, only {model_name!r}"
+        raise RequestError(what, field="model", status=404)

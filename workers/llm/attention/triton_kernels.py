@@ -1,0 +1,194 @@
+"""The Triton kernels of `triton.py`. They find keys and values through the block table."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _slots(table, positions, is_inside, BLOCK_SIZE: tl.constexpr):
+    blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_inside, other=0)
+    return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+@triton.jit
+def _attend(
+    q, keys, values, table, positions, is_seen, is_inside, best, total, out, scale, slot_stride,
+    BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One turn of the online softmax, in base 2: q [rows, dim] and the keys at `positions` [tile]."""
+    dims = tl.arange(0, DIM_PADDED)
+    slots = _slots(table, positions, is_inside, BLOCK_SIZE)
+    is_there = is_inside[:, None] & (dims < DIM)[None, :]
+    places = slots[:, None] * slot_stride + dims[None, :]
+    k = tl.load(keys + places, mask=is_there, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.where(is_seen, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    # A row that has seen nothing so far has -inf here: minus itself that would be no number.
+    shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weights = tl.exp2(scores - shift[:, None])
+    keep = tl.exp2(best - shift)
+    v = tl.load(values + places, mask=is_there, other=0.0)
+    out = out * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return new_best, total * keep + tl.sum(weights, 1), out
+
+
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
+def decode_kernel(
+    q, cache, tables, lengths, out, sums, scale,
+    q_stride, slot_stride, table_stride, out_stride, split_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, kv head, split).
+
+    Writes the split's output, and log2 of its sum of weights (−inf: it saw nothing).
+    """
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    per_split = tl.cdiv(tl.cdiv(length, TILE), NUM_SPLITS) * TILE
+    first = split * per_split
+    last = tl.minimum(first + per_split, length)
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PADDED)
+    heads = kv_head * GROUP + rows
+    is_head = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
+    queries = tl.load(q + sequence * q_stride + heads[:, None] * DIM + dims[None, :], mask=is_head, other=0.0)
+    keys = cache + kv_head * DIM
+    values = keys + NUM_KV_HEADS * DIM
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    found = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    for start in range(first, last, TILE):
+        positions = start + tl.arange(0, TILE)
+        is_inside = positions < last
+        best, total, found = _attend(
+            queries, keys, values, tables + sequence * table_stride,
+            positions, is_inside[None, :], is_inside, best, total, found, scale, slot_stride,
+            BLOCK_SIZE, PRECISION, DIM, DIM_PADDED,
+        )  # fmt: skip
+    sum_or_1 = tl.where(total > 0, total, 1.0)  # a split without keys has seen nothing
+    found = found / sum_or_1[:, None]
+    places = sequence * out_stride + split * split_stride + heads[:, None] * DIM + dims[None, :]
+    tl.store(out + places, found.to(out.dtype.element_ty), mask=is_head)
+    if NUM_SPLITS > 1:
+        num_heads = NUM_KV_HEADS * GROUP
+        tl.store(
+            sums + (sequence * NUM_SPLITS + split) * num_heads + heads,
+            best + tl.log2(sum_or_1),
+            mask=rows < GROUP,
+        )
+
+
+@triton.jit
+def merge_kernel(
+    parts, sums, out, out_stride,
+    NUM_HEADS: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, head): the splits' outputs, each by its share of all weights."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    splits, dims = tl.arange(0, SPLITS_PADDED), tl.arange(0, DIM_PADDED)
+    is_split, is_dim = splits < NUM_SPLITS, dims < DIM
+    of_split = (sequence * NUM_SPLITS + splits) * NUM_HEADS + head
+    logs = tl.load(sums + of_split, mask=is_split, other=float("-inf"))
+    shares = tl.exp2(logs - tl.max(logs, 0))
+    found = tl.load(
+        parts + of_split[:, None] * DIM + dims[None, :],
+        mask=is_split[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    merged = tl.sum(found * shares[:, None], 0) / tl.sum(shares, 0)
+    tl.store(out + sequence * out_stride + head * DIM + dims, merged.to(out.dtype.element_ty), mask=is_dim)
+
+
+# What depends on the step must not make a kernel of its own: it would be compiled while streams wait.
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
+def prefill_kernel(
+    q, cache, tables, lengths, starts, tile_sequences, tile_offsets, out, scale,
+    q_stride, slot_stride, table_stride, out_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of queries of one sequence, head).
+
+    `starts` [num_sequences + 1]: where each sequence's queries begin in q.
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    sequence, offset = tl.load(tile_sequences + tile), tl.load(tile_offsets + tile)
+    start = tl.load(starts + sequence)
+    num_queries = tl.load(starts + sequence + 1) - start
+    length = tl.load(lengths + sequence)
+    rows, dims = offset + tl.arange(0, ROWS), tl.arange(0, DIM_PADDED)
+    is_query = (rows < num_queries)[:, None] & (dims < DIM)[None, :]
+    queries = tl.load(
+        q + (start + rows)[:, None].to(tl.int64) * q_stride + head * DIM + dims[None, :],
+        mask=is_query,
+        other=0.0,
+    )
+    own = length - num_queries + rows  # a query sees up to its own position
+    last = tl.minimum(length, length - num_queries + offset + ROWS)
+    keys = cache + head // GROUP * DIM
+    values = keys + NUM_KV_HEADS * DIM
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    found = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    for first in range(0, last, TILE):
+        positions = first + tl.arange(0, TILE)
+        is_inside = positions < last
+        is_seen = (positions[None, :] <= own[:, None]) & is_inside[None, :]
+        best, total, found = _attend(
+            queries, keys, values, tables + sequence * table_stride,
+            positions, is_seen, is_inside, best, total, found, scale, slot_stride,
+            BLOCK_SIZE, PRECISION, DIM, DIM_PADDED,
+        )  # fmt: skip
+    found = found / tl.where(total > 0, total, 1.0)[:, None]
+    places = (start + rows)[:, None].to(tl.int64) * out_stride + head * DIM + dims[None, :]
+    tl.store(out + places, found.to(out.dtype.element_ty), mask=is_query)
+
+
+@triton.jit
+def norm_rotate_and_write_kernel(
+    qkv, bias, q_norm, k_norm, cos, sin, new_slots, cache, eps, qkv_stride, slot_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
+    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Program (token): adds the bias, norms and turns queries and keys.
+
+    Leaves queries in place, puts keys and values into the cache.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    heads, halves = tl.arange(0, HEADS_PADDED), tl.arange(0, HALF_PADDED)
+    is_half = halves < HALF
+    is_there = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & is_half[None, :]
+    is_query_head = (heads < NUM_HEADS)[:, None]
+    is_turned = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
+    inside = heads[:, None] * (2 * HALF) + halves[None, :]
+    first = tl.load(qkv + token * qkv_stride + inside, mask=is_there, other=0.0).to(tl.float32)
+    second = tl.load(qkv + token * qkv_stride + inside + HALF, mask=is_there, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        first += tl.load(bias + inside, mask=is_there, other=0.0).to(tl.float32)
+        second += tl.load(bias + inside + HALF, mask=is_there, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        scales = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        q_first = tl.load(q_norm + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        q_second = tl.load(q_norm + HALF + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        k_first = tl.load(k_norm + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        k_second = tl.load(k_norm + HALF + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        first = tl.where(is_turned, first * scales * tl.where(is_query_head, q_first, k_first), first)
+        second = tl.where(is_turned, second * scales * tl.where(is_query_head, q_second, k_second), second)
+    c = tl.load(cos + token * HALF + halves, mask=is_half, other=1.0)[None, :]
+    s = tl.load(sin + token * HALF + halves, mask=is_half, other=0.0)[None, :]
+    low = tl.where(is_turned, first * c - second * s, first)
+    high = tl.where(is_turned, second * c + first * s, second)
+    is_query = is_there & is_query_head
+    tl.store(qkv + token * qkv_stride + inside, low.to(qkv.dtype.element_ty), mask=is_query)
+    tl.store(qkv + token * qkv_stride + inside + HALF, high.to(qkv.dtype.element_ty), mask=is_query)
+    slot = tl.load(new_slots + token).to(tl.int64)
+    is_cached = is_there & (heads >= NUM_HEADS)[:, None]
+    place = slot * slot_stride + inside - NUM_HEADS * 2 * HALF
+    tl.store(cache + place, low.to(cache.dtype.element_ty), mask=is_cached)
+    tl.store(cache + place + HALF, high.to(cache.dtype.element_ty), mask=is_cached)

@@ -1,0 +1,87 @@
+"""The contract of a decoder: everything behind the embeddings that differs between language models.
+
+A decoder computes a flat batch of tokens: no batch dimension, sequences side by side, sharded over ranks.
+It knows no family of vision models: positions and embeddings come in. Its module names its class `DECODER`;
+a family names the module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from pipeline.families import TextInfo
+from workers.llm.attention.base import AttentionLayer, AttentionStep
+from workers.llm.cache.spec import CacheSpec
+from workers.llm.cache.state_tensors import StepStates
+from workers.llm.parallel import TensorParallel
+from workers.nn.fused import Kernels
+from workers.nn.weights.weights import Weights
+
+
+class Features(NamedTuple):
+    """What the embeddings of items carry for layers behind the first (deepstack), for their tokens."""
+
+    rows: Tensor  # [n] int64, tokens of the step
+    values: Tensor  # [n, num_features, hidden], in the model's type
+
+
+class Decoder(ABC):
+    """`kernels`: fused operators where there are any; None: torch's own."""
+
+    num_features = 0  # hidden-sized columns that a row of an item's embeddings has behind the first
+    prefix: ClassVar[str] = "model."  # of its tensors' names in a checkpoint
+
+    def __init__(
+        self,
+        info: TextInfo,
+        weights: Weights,
+        parallel: TensorParallel,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.info, self.parallel, self.dtype, self.kernels = info, parallel, weights.dtype, kernels
+        # Called after each layer, where each layer is computed by itself.
+        self.on_layer: Callable[[], object] = lambda: None
+
+    @classmethod
+    @abstractmethod
+    def spec_of(cls, info: TextInfo, tp_size: int) -> CacheSpec:
+        """What one rank of a decoder of this shape keeps, known before it is loaded.
+
+        Raises ValueError, with the numbers, for a shape that cannot be divided among so many ranks.
+        """
+
+    def cache_spec(self) -> CacheSpec:
+        return self.spec_of(self.info, self.parallel.size)
+
+    @property
+    @abstractmethod
+    def attention_layers(self) -> Sequence[AttentionLayer]:
+        """The layers with a paged cache, in the order of their numbers."""
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[num_tokens, hidden] in the model's type, on every rank."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: AttentionStep,
+        features: Features | None = None,
+        states: StepStates | None = None,
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden] of embedded tokens x, which may be written over.
+
+        positions: [3, num_tokens], time, row and column of each token (M-RoPE). features: None where no
+        token of the step has any. states: None where no layer keeps a state; the layers write the new states
+        in place.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[num_rows, vocab] float32, on every rank; in `out` where there is one."""

@@ -1,0 +1,28 @@
+"""The gated MLP of a layer: down(silu(gate(x)) · up(x)), of which each rank has a part of the columns."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.llm.models.stream import ResidualStream
+from workers.nn.fused import Kernels
+from workers.nn.layers import RMSNorm
+from workers.nn.weights.shard import Shard
+from workers.nn.weights.weights import Weights
+
+
+class Mlp:
+    def __init__(self, weights: Weights, shard: Shard, kernels: Kernels | None) -> None:
+        self._gate_up = weights.column(("gate_proj", "up_proj"), (shard, shard))
+        self._down = weights.row("down_proj", shard)
+        self._silu_mul = _silu_mul if kernels is None else kernels.silu_mul
+
+    def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
+        """Adds to the stream what the MLP makes of it."""
+        stream.project(self._down, self._silu_mul(self._gate_up(stream.normed(norm))))
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,73 @@
+"""The residual stream: what layers read, normed, and add to.
+
+A layer is written once. Whether its sums are fused with the projection before them (a CPU's way) or with
+the norm behind them (a GPU's way) is the stream's affair.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from workers.llm.parallel import TensorParallel
+from workers.nn.fused import Kernels
+from workers.nn.layers import RMSNorm
+from workers.nn.weights.base import Linear
+
+
+class ResidualStream(ABC):
+    @abstractmethod
+    def normed(self, norm: RMSNorm) -> Tensor:
+        """The stream [num_tokens, hidden], normed."""
+
+    @abstractmethod
+    def project(self, linear: Linear, part: Tensor) -> None:
+        """Adds linear(part), where each rank has a part of the inputs."""
+
+    @abstractmethod
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Adds values [n, hidden], which all ranks have, to the tokens `rows` [n]."""
+
+
+class PlainStream(ResidualStream):
+    """By torch's operators."""
+
+    def __init__(self, x: Tensor, parallel: TensorParallel) -> None:
+        self._x, self._parallel = x, parallel
+
+    def normed(self, norm: RMSNorm) -> Tensor:
+        return norm(self._x)
+
+    def project(self, linear: Linear, part: Tensor) -> None:
+        if self._parallel.size == 1:
+            self._x = linear.add_to(self._x, part)
+        else:
+            self._x = self._x + self._parallel.all_reduce(linear(part))
+
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        self._x = self._x.index_add(0, rows, values)
+
+
+class FusedStream(ResidualStream):
+    """By kernels that add what is pending when they norm. Writes over x."""
+
+    def __init__(self, x: Tensor, parallel: TensorParallel, kernels: Kernels) -> None:
+        self._x, self._parallel, self._kernels = x, parallel, kernels
+        self._pending: Tensor | None = None
+
+    def normed(self, norm: RMSNorm) -> Tensor:
+        normed = self._kernels.add_rms_norm(self._x, self._pending, norm.weight, norm.eps)
+        self._pending = None
+        return normed
+
+    def project(self, linear: Linear, part: Tensor) -> None:
+        assert self._pending is None, "a norm stands between two projections"
+        self._pending = self._parallel.all_reduce(linear(part))
+
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        self._x.index_add_(0, rows, values)
+
+
+def make_stream(x: Tensor, parallel: TensorParallel, kernels: Kernels | None) -> ResidualStream:
+    return PlainStream(x, parallel) if kernels is None else FusedStream(x, parallel, kernels)

@@ -1,0 +1,55 @@
+"""The two ends of a decoder: the table of embeddings and the output layer. Both may have the same weights."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.llm.parallel import TensorParallel
+from workers.nn.weights.base import Linear
+from workers.nn.weights.shard import Shard
+from workers.nn.weights.weights import Weights
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head"
+
+
+class Vocabulary:
+    """The table is whole on every rank; of the output layer each has the rows of its shard.
+
+    `table` and `head` are their names in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        shard: Shard,
+        vocab_size: int,
+        is_tied: bool,
+        table: str = EMBEDDINGS,
+        head: str = HEAD,
+    ) -> None:
+        self._dtype, self._vocab_size = weights.dtype, vocab_size
+        # On the CPU the table stays in the file: where the output layer has the same weights, these are in
+        # memory already.
+        is_in_file = weights.device.type == "cpu"
+        self.table = weights.rows_in_file(table) if is_in_file else weights.tensor(table)
+        if is_tied or not weights.has_module(head):
+            self.head = self._tied_head(weights, shard, table, head)
+        else:
+            self.head = weights.column((head,), (shard,))
+
+    def _tied_head(self, weights: Weights, shard: Shard, table: str, head: str) -> Linear:
+        if not isinstance(self.table, Tensor):
+            return weights.packed(head, weights.tensor(table, shard))
+        (rows,), padding = shard
+        part = self.table[rows]  # the same memory
+        return weights.packed(head, F.pad(part, (0, 0, 0, padding)) if padding else part)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[num_tokens, hidden]"""
+        return self.table[token_ids].to(self._dtype)
+
+    def logits(self, hidden: Tensor, out: Tensor | None, parallel: TensorParallel) -> Tensor:
+        """As `Decoder.logits`."""
+        logits = parallel.gather_last(self.head(hidden))[:, : self._vocab_size]
+        return logits.float() if out is None else out.copy_(logits)

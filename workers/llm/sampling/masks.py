@@ -1,0 +1,28 @@
+"""Masks of tokens, which come packed from the host, where matchers make them (`matching.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.nn.loader import to_device
+
+BITS = 8  # of a byte, the lowest one first
+
+
+def forbid_masked(logits: Tensor, masks: Sequence[bytes]) -> None:
+    """Makes the tokens that each row's mask lacks impossible, in place; an empty mask lacks none.
+
+    logits: [num_rows, vocab] float32.
+    """
+    vocab_size = logits.shape[-1]
+    packed = np.full((len(masks), -(-vocab_size // BITS)), 0xFF, dtype=np.uint8)
+    for row, mask in zip(packed, masks, strict=True):
+        if mask:
+            row[:] = np.frombuffer(mask, dtype=np.uint8)
+    shifts = torch.arange(BITS, dtype=torch.uint8, device=logits.device)
+    bits = to_device(packed, logits.device)[:, :, None] >> shifts & 1
+    logits.masked_fill_(bits.flatten(1)[:, :vocab_size] == 0, -torch.inf)

@@ -1,0 +1,139 @@
+"""Weights as plain numbers, in the model's type. What no other format holds is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.nn.loader import Checkpoint
+from workers.nn.weights.base import Format, Linear
+from workers.nn.weights.processor import can_pack, has_fbgemm
+from workers.nn.weights.shard import WHOLE, Shard
+
+HALF_STEP = 2.0**-24  # the smallest number that float16 has; every number near 0 is a multiple
+UNFELT = 2.0**-20  # an error of so much of the largest weight
+
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+
+
+class TorchLinear(Linear):
+    """torch's own operator: on every device, in every type, and it exports to ONNX."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(*weight.shape)
+        self.weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self._bias)
+
+
+class OneDnnLinear(Linear):
+    """W in the layout that oneDNN computes in: to repack W at each call doubles the time of a decode step."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(*weight.shape)
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+        return out
+
+
+class HalfLinear(Linear):
+    """Float32 arithmetic with W kept as float16 (FBGEMM).
+
+    Half the bytes to read, which is what a decode step waits for.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(*weight.shape)
+        # The bias is packed with the weight.
+        self._packed: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, self._packed)
+        return out
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The fastest kind for this weight [out, in] on its device, exact but for rounding."""
+    if weight.device.type != "cpu":
+        return TorchLinear(weight, bias)
+    if weight.dtype == torch.float32 and has_fbgemm() and is_half_exact(weight):
+        return HalfLinear(weight, bias)
+    return OneDnnLinear(weight, bias) if can_pack(weight.dtype) else TorchLinear(weight, bias)
+
+
+def is_half_exact(weight: Tensor) -> bool:
+    """Whether float16 holds these float32 weights.
+
+    It holds those of a checkpoint in float16. It holds those of a checkpoint in bfloat16, of which it
+    rounds only what is below 2⁻¹⁷, to the nearest multiple of 2⁻²⁴; unless the largest weight is so small
+    that the rounding would be felt.
+    """
+    least, most = weight.aminmax()
+    allowed = min(HALF_STEP / 2, float(torch.maximum(-least, most)) * UNFELT)
+    parts = weight.split(4096)  # copies of a part, not of a whole output layer
+    return all(bool((part - part.half().float()).abs().max() <= allowed) for part in parts)
+
+
+class Dense(Format):
+    name: ClassVar[str] = "dense"
+
+    def __init__(self, make: MakeLinear = make_linear) -> None:
+        self._make = make
+
+    def check_device(self, device: torch.device) -> None:
+        """Every device computes with plain numbers."""
+
+    def holds(self, module: str) -> bool:
+        return True
+
+    def column(
+        self,
+        checkpoint: Checkpoint,
+        modules: Sequence[str],
+        shards: Sequence[Shard],
+        bias: Tensor | None,
+    ) -> Linear:
+        names = [f"{module}.weight" for module in modules]
+        return self.pack(load_side_by_side(checkpoint, names, shards), bias)
+
+    def row(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Linear:
+        return self.pack(load_part(checkpoint, f"{module}.weight", columns=shard), None)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return self._make(weight, bias)
+
+
+def load_side_by_side(checkpoint: Checkpoint, names: Sequence[str], shards: Sequence[Shard]) -> Tensor:
+    """Several tensors, of each the rows of its shard, one behind the other."""
+    parts = [load_part(checkpoint, name, rows) for name, rows in zip(names, shards, strict=True)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def load_part(checkpoint: Checkpoint, name: str, rows: Shard = WHOLE, columns: Shard = WHOLE) -> Tensor:
+    """The rows and columns of a tensor that a rank holds, in the model's type, with memory of their own.
+
+    The axis that is not cut must be whole.
+    """
+    assert WHOLE in (rows, columns), "no layer is cut both ways"
+    if columns == WHOLE:
+        parts, axis, padding = [checkpoint.load(name, part) for part in rows.slices], 0, rows.padding
+    else:
+        loaded = [checkpoint.load(name, columns=part) for part in columns.slices]
+        parts, axis, padding = loaded, 1, columns.padding
+    if padding:
+        shape = list(parts[0].shape)
+        shape[axis] = padding
+        parts.append(parts[0].new_zeros(shape))
+    return torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]

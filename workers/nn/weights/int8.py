@@ -1,0 +1,104 @@
+"""Weights in 8 bits, made at load from a dense checkpoint, with activations in 8 bits, too. On the CPU.
+
+What the decoder asks for is quantised, its output layer included. The tower's weights stay dense: the ViT
+opens them without this format.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from workers.nn.weights.base import Linear
+from workers.nn.weights.dense import Dense
+from workers.nn.weights.processor import has_fbgemm, is_int8_exact
+
+_ZERO_POINT = torch.tensor(128.5)  # and the half that rounds
+
+
+class Int8Linear(Linear):
+    """W in int8, one scale an output channel, and x in uint8, one scale a token (oneDNN).
+
+    One scale a token, not one for all: so an outlier spoils nobody else's result, and no result depends on
+    which tokens stand beside it. Unsigned with a zero point of 128, since signed activations take oneDNN's
+    reference path, hundreds of times slower.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(*weight.shape)
+        self._bias, self._dtype = bias, weight.dtype
+        largest = 127 if is_int8_exact() else 63
+        wide = weight.float()
+        self._scales = wide.abs().amax(dim=1).clamp(min=1e-8) / largest
+        self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        self._pack((wide / self._scales[:, None]).round().to(torch.int8))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.float()  # in bfloat16 the sum below would round the largest activation over the edge
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_(min=1e-8)
+        y = self._multiply(x, largest).mul_(largest)
+        if self._bias is not None:
+            y = y.add_(self._bias)
+        return y.to(self._dtype)
+
+    def _pack(self, weight: Tensor) -> None:
+        self._weight: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+
+    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
+        """(x / largest) Wᵀ, in 8 bits; `largest` [num_tokens, 1]: the largest value of each token."""
+        quantized = torch.addcmul(_ZERO_POINT, x, 127.0 / largest).to(torch.uint8)
+        scales, zeros = self._scales, self._zero_points
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            quantized,
+            1 / 127,
+            128,
+            self._weight,
+            scales,
+            zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return out
+
+
+class FbgemmInt8Linear(Int8Linear):
+    """The same through FBGEMM, twice as fast as oneDNN on processors without VNNI."""
+
+    def _pack(self, weight: Tensor) -> None:
+        with warnings.catch_warnings():
+            # Quantized tensors are deprecated, the operators that take them are not.
+            warnings.simplefilter("ignore", UserWarning)
+            scales, zeros = self._scales.double(), self._zero_points
+            quantized = torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0)
+            self._packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantized, None)
+
+    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        out: Tensor = multiply(x / largest, 1 / 127, 128, self._packed)
+        return out
+
+
+def make_int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    kind = FbgemmInt8Linear if has_fbgemm() and not is_int8_exact() else Int8Linear
+    return kind(weight, bias)
+
+
+class Int8(Dense):
+    """The checkpoint's tensors are read and cut as dense ones."""
+
+    name: ClassVar[str] = "int8"
+
+    def __init__(self) -> None:
+        super().__init__(make_int8_linear)
+
+    def check_device(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise ValueError(f"quantization 'int8' is for the CPU, but this rank computes on {device}")

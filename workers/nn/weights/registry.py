@@ -1,0 +1,88 @@
+"""Finds the formats of a checkpoint's weights.
+
+Its `quantization_config` says one, or the command line asks for one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from workers.nn.loader import Checkpoint, Progress, no_progress
+from workers.nn.weights.base import Format
+from workers.nn.weights.dense import Dense
+from workers.nn.weights.int8 import Int8
+from workers.nn.weights.weights import Weights
+
+# `quantization_config`, as JSON has it, → its format. Raises ValueError for a variant that is not known.
+ReadFormat = Callable[[Mapping[str, object]], Format]
+
+# By `quant_method`: formats in which checkpoints come.
+STORED_FORMATS: Mapping[str, ReadFormat] = {}
+# By the option `--quantization`: formats that are made at load, from dense weights.
+MADE_FORMATS: Mapping[str, Callable[[], Format]] = {"int8": Int8}
+
+
+def choose_formats(
+    folder: Path,
+    device: torch.device,
+    override: str = "none",
+    stored: Mapping[str, ReadFormat] = STORED_FORMATS,
+) -> Sequence[Format]:
+    """For `Weights`: the checkpoint's format, and what that does not hold.
+
+    `override`: the option `--quantization`. Raises ValueError for a format that is not known, or does not
+    compute on the device.
+    """
+    dense, format = Dense(), _stored_format(folder, stored)
+    if override != "none":
+        if format is not None:
+            found = f"{str(folder)!r} has {format.name}"
+            raise ValueError(f"quantization {override!r} is for dense weights, but {found}")
+        format = MADE_FORMATS[override]()
+    if format is None:
+        return (dense,)
+    format.check_device(device)
+    return format, dense
+
+
+def open_weights(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    override: str = "none",
+    progress: Progress = no_progress,
+) -> Weights:
+    """The checkpoint in `folder`, in its formats; other tensors in this type.
+
+    Raises ValueError as `choose_formats` does.
+    """
+    formats = choose_formats(folder, device, override)
+    return Weights(Checkpoint(folder, dtype, device, progress), formats)
+
+
+def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | None:
+    config = _quantization_config(folder)
+    if config is None:
+        return None
+    method = str(config.get("quant_method"))
+    if method not in stored:
+        known = f"known are {', '.join(sorted(stored))}" if stored else "only dense weights are served"
+        raise ValueError(f"the weights of model {str(folder)!r} are quantised by {method!r}: {known}")
+    return stored[method](config)
+
+
+def _quantization_config(folder: Path) -> Mapping[str, object] | None:
+    """Of `config.json`, in either of its levels; or of the file that ModelOpt writes in its place."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    nested = config.get("text_config") or {}
+    found: Mapping[str, object] | None = config.get("quantization_config") or nested.get(
+        "quantization_config",
+    )
+    if not found and (folder / "hf_quant_config.json").is_file():
+        return {"quant_method": "modelopt"}
+    return found or None

@@ -1,0 +1,87 @@
+"""What a model sees of a checkpoint: its tensors by name, and its linear layers, whatever their format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.nn.loader import Checkpoint, Rows
+from workers.nn.weights.base import Format, Linear
+from workers.nn.weights.dense import load_part, load_side_by_side
+from workers.nn.weights.shard import WHOLE, Shard
+
+
+class Weights:
+    """The tensors under a prefix.
+
+    `formats`: the first that holds a layer reads it; the last one holds every layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, formats: Sequence[Format], prefix: str = "") -> None:
+        self._checkpoint, self._formats, self._prefix = checkpoint, formats, prefix
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._checkpoint.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._checkpoint.device
+
+    def under(self, prefix: str) -> Weights:
+        """The same checkpoint, with names that go on from here: `weights.under("model.layers.3")`."""
+        return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.")
+
+    def expect(self, prefix: str) -> None:
+        """Progress counts the tensors under this prefix only."""
+        self._checkpoint.expect(prefix)
+
+    def has_module(self, module: str) -> bool:
+        """Whether the checkpoint has this layer, in whichever format."""
+        return self._checkpoint.has_module(self._prefix + module)
+
+    def tensor(self, name: str, rows: Shard = WHOLE) -> Tensor:
+        """What is no linear layer: a norm, a table of embeddings, a bias. In the model's type."""
+        return load_part(self._checkpoint, self._prefix + name, rows)
+
+    def rows_in_file(self, name: str) -> Rows:
+        """A matrix that stays in its file."""
+        return self._checkpoint.rows(self._prefix + name)
+
+    def bias(self, modules: Sequence[str], shards: Sequence[Shard]) -> Tensor:
+        """That of `column` for the same layers."""
+        names = [f"{self._prefix}{module}.bias" for module in modules]
+        return load_side_by_side(self._checkpoint, names, shards)
+
+    def column(self, modules: Sequence[str], shards: Sequence[Shard], bias: Tensor | None = None) -> Linear:
+        """Layers side by side that share their input. Each rank has the outputs of its shards.
+
+        Raises ValueError where the layers are not all in one format.
+        """
+        names = [self._prefix + module for module in modules]
+        first, *others = (self._format_of(name) for name in names)
+        if any(other is not first for other in others):
+            raise ValueError(f"{', '.join(names)} are not all in one format, but are computed as one layer")
+        return first.column(self._checkpoint, names, shards, bias)
+
+    def row(self, module: str, shard: Shard) -> Linear:
+        """A layer without a bias. Each rank has the inputs of its shard; the ranks' results add up."""
+        name = self._prefix + module
+        return self._format_of(name).row(self._checkpoint, name, shard)
+
+    def linear(self, module: str) -> Linear:
+        """A whole layer with its bias."""
+        return self.column((module,), (WHOLE,), self.tensor(f"{module}.bias"))
+
+    def packed(self, module: str, weight: Tensor) -> Linear:
+        """A layer of a weight that the model has made, or has in memory for another purpose."""
+        return self._format_of(self._prefix + module).pack(weight, None)
+
+    def close(self) -> None:
+        """When the model is made: lets go of the files."""
+        self._checkpoint.close()
+
+    def _format_of(self, module: str) -> Format:
+        return next(format for format in self._formats if format.holds(module))

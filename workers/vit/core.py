@@ -1,0 +1,153 @@
+"""The ViT without its process: which message leads to which."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import assert_never
+
+from pipeline.families import VisionInfo
+from pipeline.process.process import WorkerContext
+from pipeline.transport.ends import Sink
+from pipeline.transport.slots import Order
+from pipeline.transport.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.messages import (
+    CancelEncode,
+    EmbeddingReady,
+    EncodeFailed,
+    EncodeMessage,
+    EncodeMiss,
+    EncodeRequest,
+    FeedbackMessage,
+    LeaseRefused,
+    LeaseReleased,
+    LeaseRequest,
+    LeaseSet,
+    LlmMessage,
+    PixelsReleased,
+    PoolOpened,
+    WorkerState,
+)
+from pipeline.wire.topology import Role
+from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
+from workers.vit.models.base import EncodeJob
+
+
+class VitCore:
+    """The ViT without its process: messages in, messages out.
+
+    `llms` are the ways to the ranks that lead a group.
+    """
+
+    def __init__(
+        self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
+        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
+    ) -> None:  # fmt: skip
+        self._origin = context.origin
+        self._is_current = context.is_current
+        self.batcher, self._pool, self._info = batcher, pool, info
+        self._llms, self._feedback = llms, feedback
+        self._pools = pools
+        self.counters = {"encodes": 0, "stale_messages": 0}
+
+    def handle(self, message: EncodeMessage) -> None:
+        if not self._is_current(message):
+            self.counters["stale_messages"] += 1
+            return
+        match message:
+            case PoolOpened():
+                with contextlib.suppress(PoolGoneError):  # of a successor we shall hear
+                    self._pools.open(message.pool)
+            case EncodeRequest():
+                order = Order(message.arrival, message.position)
+                actions = self.batcher.on_request(
+                    message.key,
+                    order,
+                    message.mm_hash,
+                    message.grid_thw,
+                    message.pixels,
+                    message.tenant,
+                )
+                self._act(actions)
+            case CancelEncode():
+                self._act(self.batcher.on_cancel(message.keys))
+            case LeaseRequest():
+                self._act(self.batcher.on_lease_request(message.key, message.mm_hash))
+            case LeaseReleased():
+                self.batcher.cache.release(message.lease_ids)
+                self._act(self.batcher.poll())
+            case LeaseSet():
+                self.batcher.cache.reconcile(message.sender.rank, message.lease_ids, message.last_lease_id)
+                self._act(self.batcher.poll())
+            case _:
+                assert_never(message)
+
+    def on_death(self, successor: WorkerState) -> None:
+        """Of a neighbour; no batch may be under way, which might still read the memory of a dead one."""
+        worker = successor.worker
+        if worker.role is Role.PREPROCESS:
+            self.batcher.forget_all()
+            # else it has taken the dead one's place already
+            if not self._pools.knows(str(worker), successor.epoch):
+                self._pools.close(str(worker))
+        elif worker.rank in self._llms:
+            self._act(self.batcher.forget_group(worker.rank))
+            self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case NeedPixels(key):
+                    self._feedback.send(EncodeMiss(key=key, **self._origin))
+                case PixelsDone(key):
+                    self._feedback.send(PixelsReleased(key=key, **self._origin))
+                case Ready(key, lease_id, feature):
+                    handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
+                    self._llms[key.lead].send(
+                        EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin)
+                    )
+                case LeaseGone(key):
+                    self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
+                case Refused(key, reason):
+                    self._llms[key.lead].send(
+                        EncodeFailed(key=key, error=ErrorInfo(400, reason, "messages"), **self._origin)
+                    )
+                case _:
+                    assert_never(action)
+
+    def next_batch(self, max_patches: int) -> tuple[list[Pending], list[EncodeJob]]:
+        """The chunks to encode now and their tensors.
+
+        A chunk whose pixels cannot be right is refused here.
+        """
+        batch: list[Pending] = []
+        jobs: list[EncodeJob] = []
+        while not batch and (candidates := self.batcher.next_batch(max_patches)):
+            for pending in candidates:
+                try:
+                    jobs.append(self._job(pending))
+                    batch.append(pending)
+                except StaleHandleError as error:
+                    self._act(self.batcher.on_failed(pending, f"the pixels cannot be read: {error}"))
+        self._act(self.batcher.poll())  # a grant may have evicted what others were waiting for
+        return batch, jobs
+
+    def _job(self, pending: Pending) -> EncodeJob:
+        """Raises StaleHandleError when the pixels are gone or are not what was announced."""
+        assert pending.pixels is not None
+        assert pending.slot is not None
+        grid, patch = pending.grid_thw, self._info.patch_size
+        pixels = self._pools.tensor(pending.pixels)
+        if (
+            pixels.shape[1:] != (grid.h * patch, grid.w * patch, 3)
+            or len(pixels) > grid.t * self._info.temporal_patch_size
+        ):
+            raise StaleHandleError(f"their shape {tuple(pixels.shape)} does not fit the grid {tuple(grid)}")
+        embedding = self.batcher.embedding_of(grid)
+        handle = self._pool.lend(pending.slot, embedding.shape, embedding.dtype)
+        return EncodeJob(pixels, grid, self._pool.tensor(handle))
+
+    def on_encoded(self, batch: Sequence[Pending]) -> None:
+        self.counters["encodes"] += len(batch)
+        self._act(self.batcher.on_encoded(batch))

@@ -1,0 +1,59 @@
+"""The thread that encodes, so that releases and cancellations are heard while the device works."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.process.core_sharing import CoreSharing
+from pipeline.transport.ends import Wakeup
+from workers.vit.engines.choice import Engine
+from workers.vit.models.base import EncodeJob
+
+
+class EngineThread:
+    """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
+
+    def __init__(self, engine: Engine, device: torch.device, sharing: CoreSharing, wakeup: Wakeup) -> None:
+        self._engine, self._device, self._sharing, self._wakeup = engine, device, sharing, wakeup
+        self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | float] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # which each thread has its own of
+        while True:
+            jobs = self._jobs.get()
+            self._sharing.enter()
+            start = time.monotonic()
+            try:
+                self._engine.encode(jobs)
+            except BaseException as error:  # noqa: BLE001  raised again in the worker's loop
+                self._done.put(error)
+            else:
+                self._done.put(time.monotonic() - start)
+            self._wakeup.set()
+
+    def encode(self, jobs: Sequence[EncodeJob]) -> None:
+        self._jobs.put(jobs)
+
+    def take_done(self) -> float | None:
+        """The seconds that the batch under way took; None while it is not encoded.
+
+        Raises what the engine raised.
+        """
+        try:
+            done = self._done.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(done, BaseException):
+            raise done
+        return done
