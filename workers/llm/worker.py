@@ -15,7 +15,7 @@ import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB
-from pipeline.families import ModelInfo, read_model_info
+from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
@@ -50,6 +50,7 @@ from workers.llm.sampling.matching import Vocabulary, make_host_rules
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
 from workers.llm.stepping import Watch
+from workers.model_info import model_info_of
 from workers.nn.loader import choose_device, choose_dtype
 from workers.nn.weights.registry import choose_formats
 
@@ -65,7 +66,7 @@ def main(context: WorkerContext) -> None:
     rank, lead = context.worker.rank % tp_size, context.worker.rank // tp_size * tp_size
     torch.set_num_threads(context.spec.placement.num_threads)
     control = context.control()
-    info = read_model_info(context.model_folder)
+    info = model_info_of(context)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
     # A format that is not served fails before anything is waited for.

@@ -7,7 +7,6 @@ import time
 from typing import assert_never
 
 from pipeline.config import MIB, PreprocessConfig
-from pipeline.families import read_model_info
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     ShutdownRequested,
@@ -28,6 +27,7 @@ from pipeline.wire.messages import (
     Shutdown,
 )
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
+from workers.model_info import model_info_of
 from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
@@ -56,7 +56,7 @@ async def _serve(context: WorkerContext) -> None:
     ingest: AsyncReceiver[IngestMessage] = sockets.async_receiver(INGEST, max_message_bytes=max_message)
     feedback: AsyncReceiver[FeedbackMessage] = sockets.async_receiver(FEEDBACK)
     control = sockets.async_subscriber(CONTROL)
-    info = read_model_info(context.model_folder, config.preprocess.min_pixels, config.preprocess.max_pixels)
+    info = model_info_of(context)
     largest = align(info.largest_pixel_bytes)
     nbytes = align(max(config.preprocess.pixel_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
     pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
