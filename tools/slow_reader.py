@@ -75,6 +75,7 @@ class Found:
 class SlowReader:
     def __init__(self, args: argparse.Namespace, launcher: int, run_dir: Path) -> None:
         self._args, self._launcher, self._run_dir = args, launcher, run_dir
+        self._max_stop_s = 3 * args.seconds
         self._phase = ""  # to which the neighbours' gaps count; empty: none
         self._found = Found()
 
@@ -96,9 +97,7 @@ class SlowReader:
                 await asyncio.sleep(SETTLE_S)
                 await self._stop(client, child.pid)
                 resumed = time.monotonic()
-                told = json.loads(
-                    await asyncio.wait_for(child.stdout.readline(), 60 + 3 * self._args.seconds)
-                )
+                told = json.loads(await asyncio.wait_for(child.stdout.readline(), 60 + self._max_stop_s))
             finally:
                 if child.returncode is None:
                     child.kill()
@@ -116,8 +115,7 @@ class SlowReader:
         os.kill(pid, signal.SIGSTOP)
         self._phase = "stopped"
         # On a slow machine it takes longer until a client is so far behind.
-        patience_s = 3 * self._args.seconds
-        while (waited := time.monotonic() - start) < patience_s:
+        while (waited := time.monotonic() - start) < self._max_stop_s:
             if waited >= self._args.seconds and self._found.cut_off_after:
                 break
             if not self._found.cut_off_after and _num_cut_off(client) > num_before:
