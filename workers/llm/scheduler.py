@@ -108,9 +108,14 @@ class Scheduler:
             if not request.has_progress and self._runs_alone(request.request_id):
                 alone = self._take(request, min(self.budget.max_num_batched_tokens, num_ready))
                 return Schedule([alone], admitted, preempted, 0, is_alone=True)
-            ready.append(Part(request, num_ready))
+            ready.append((request, num_ready))
         parts, num_decodes = self.budget.divide(ready)
-        return Schedule([self._take(*part) for part in parts], admitted, preempted, num_decodes)
+        return Schedule(
+            [self._take(request, num_tokens) for request, num_tokens in parts],
+            admitted,
+            preempted,
+            num_decodes,
+        )
 
     def _take(self, request: Request, num_tokens: int) -> Scheduled:
         start = request.num_computed_tokens

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from pipeline.transport.fair import Turns
 from workers.llm.request import Request
 from workers.llm.step_times import StepTimes
 from workers.llm.time_shares import TimeShares
 
-
-class Part(NamedTuple):
-    request: Request
-    num_tokens: int
+# A request and how many of its tokens. A plain tuple: one is made for each request in each step.
+Part = tuple[Request, int]
 
 
 class StepBudget:
@@ -35,8 +32,11 @@ class StepBudget:
         decodes: list[Part] = []
         prefills: list[Part] = []
         for part in self._of_tenants_behind(ready):
-            is_decode = part.num_tokens == 1 and part.request.num_remaining_tokens == 1
-            (decodes if is_decode else prefills).append(part)
+            request, num_tokens = part
+            if num_tokens == 1 and request.num_remaining_tokens == 1:
+                decodes.append(part)
+            else:
+                prefills.append(part)
         chosen = decodes[: self.max_num_batched_tokens]
         num_decodes = len(chosen)
         budget = self.max_num_batched_tokens - num_decodes
@@ -47,9 +47,10 @@ class StepBudget:
         for request, num_tokens in prefills:
             if budget <= 0:
                 break
-            chosen.append(Part(request, min(budget, num_tokens)))
-            budget -= chosen[-1].num_tokens
-            self._turns.charge(request.tenant, chosen[-1].num_tokens)
+            num_taken = min(budget, num_tokens)
+            chosen.append((request, num_taken))
+            budget -= num_taken
+            self._turns.charge(request.tenant, num_taken)
         self._charge(chosen)
         return chosen, num_decodes
 
@@ -58,11 +59,11 @@ class StepBudget:
         if self.step_times is None:
             return ready
         chosen = self._shares.choose(_tokens_by_tenant(ready), self._seconds)
-        return [part for part in ready if part.request.tenant in chosen]
+        return [part for part in ready if part[0].tenant in chosen]
 
     def _in_turn(self, prefills: list[Part]) -> list[Part]:
-        prefills.sort(key=lambda prefill: prefill.request.arrival)
-        places = self._turns.arrange([(part.request.tenant, part.num_tokens) for part in prefills])
+        prefills.sort(key=lambda prefill: prefill[0].arrival)
+        places = self._turns.arrange([(request.tenant, num_tokens) for request, num_tokens in prefills])
         return [prefills[place] for place in places]
 
     def _charge(self, chosen: Sequence[Part]) -> None:
