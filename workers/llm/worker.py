@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
@@ -29,9 +30,11 @@ from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
     PROTOCOL_VERSION,
     ControlMessage,
+    Drain,
     LlmMessage,
     OutputsMessage,
     PipelineState,
+    Retire,
     Shutdown,
     StepsMessage,
     Welcome,
@@ -160,6 +163,10 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
                     if not missing:
                         return
                     context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
+                case Drain() | Retire():
+                    pass  # nothing is open yet
+                case _:
+                    assert_never(received.message)
 
 
 def _wait_for_ranks(
@@ -221,7 +228,7 @@ def _measure_steps(
         step_times[is_wide] = measure_step_times(
             engine.execute,
             scheduler.cache,
-            scheduler.max_num_batched_tokens,
+            scheduler.budget.max_num_batched_tokens,
             max_model_len,
             config.llm.max_itl_stretch,
         )
@@ -253,7 +260,7 @@ def _serve(
             if not engine.requests:
                 engine.check_integrity()
         engine.stepper.is_wide = sharing.enter()
-        engine.scheduler.step_times = step_times.get(engine.stepper.is_wide)
+        engine.scheduler.budget.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
         sharing.announce(is_busy)
         if not is_busy:
