@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ class Supervisor:
     def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
         """`environment` is the workers'."""
         self._config, self._model, self._run_dir = config, model, run_dir
-        self._listening = listen(config.api.host, config.api.port)  # first: it may fail
+        self._listening: list[socket.socket] = []
         self._units = units(workers(config.num_vits, config.num_ranks, config.has_gateway), config.llm.tp)
         self._unit_of = {worker: unit for unit in self._units for worker in unit.members}
         self._placement = place(
@@ -99,13 +100,15 @@ class Supervisor:
         self._progress = ProgressBar()
 
     def run(self) -> int:
-        """Serves until a signal (0) or a failure (1)."""
+        """Serves until a signal (0) or a failure (1). Raises OSError where it cannot listen."""
         previous = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         reason = ""
         try:
+            self._listening = listen(self._config.api.host, self._config.api.port)
+            self._fork_server.start()
             if self._model.notice:
                 logger.info("%s", self._model.notice)
             self._wait_until(lambda: all(unit.is_serving for unit in self._units))
@@ -147,7 +150,7 @@ class Supervisor:
                 placement=self._placement[worker], config=self._config, quarantined=quarantined,
             )  # fmt: skip
             fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
-            children.append(Child(worker, unit.epoch, self._fork_server.start(spec, fds)))
+            children.append(Child(worker, unit.epoch, self._fork_server.fork(spec, fds)))
         unit.begin(children, time.monotonic())
 
     def _renew_recorder(self, worker: WorkerId) -> None:

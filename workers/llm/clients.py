@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, assert_never
 
 import msgspec
 
@@ -186,7 +186,7 @@ class Clients:
                     request_id=request_id, attempt=ended.attempt, reason=reason, died=died, **self._origin
                 )
                 self.publish(told, ended.client_id)
-            case _:
+            case FinishReason():
                 missed = pack_int32(ended.output_token_ids[num_received:])
                 logprobs = ended.logprobs[num_received:]
                 output = RequestOutput(
@@ -199,6 +199,8 @@ class Clients:
                     ended.num_cached_tokens,
                 )
                 self.tell_outputs(ended.client_id, [output])
+            case other:
+                assert_never(other)
 
 
 def output_of(request: Request, offset: int) -> RequestOutput:

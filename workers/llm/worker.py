@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
@@ -29,9 +30,11 @@ from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
     PROTOCOL_VERSION,
     ControlMessage,
+    Drain,
     LlmMessage,
     OutputsMessage,
     PipelineState,
+    Retire,
     Shutdown,
     StepsMessage,
     Welcome,
@@ -159,6 +162,10 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
                     if not missing:
                         return
                     context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
+                case Drain() | Retire():
+                    pass  # the launcher kills what still starts; an endpoint alone retires
+                case other:
+                    assert_never(other)
 
 
 def _wait_for_ranks(
