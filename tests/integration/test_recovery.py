@@ -400,7 +400,7 @@ def test_who_does_not_read_costs_others_nothing_and_is_cut_off() -> None:
         "1",
     ]
     # noise of a short run
-    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=90)
+    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["submitted again"] == 1
