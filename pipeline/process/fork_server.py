@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, assert_never
 
 import msgspec
 
@@ -82,29 +82,34 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """`environment` is the workers'."""
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "workers", str(theirs.fileno())]
+        self._environment = dict(environment)
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server: subprocess.Popen[bytes] | None = None
+        self._processes: dict[int, WorkerProcess] = {}
+        self._num_started = 0
+        self.is_dead = False
+
+    def start(self) -> None:
+        descriptor = self._theirs.fileno()
         # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
         ignored = {
             number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
             self._server = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=dict(environment), pass_fds=[theirs.fileno()]
-            )
+                [sys.executable, "-m", "workers", str(descriptor)],
+                stdin=subprocess.DEVNULL, env=self._environment, pass_fds=[descriptor],
+            )  # fmt: skip
         finally:
             for number, handler in ignored.items():
                 signal.signal(number, handler)
-            theirs.close()
-        self._processes: dict[int, WorkerProcess] = {}
-        self._num_started = 0
-        self.is_dead = False
+            self._theirs.close()
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def start(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
-        """`fds` are open in the worker, too: see `WorkerContext`."""
+    def fork(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
+        """Starts a worker. `fds` are open in the worker, too: see `WorkerContext`."""
         self._num_started += 1
         process = self._processes[self._num_started] = WorkerProcess(self, self._num_started)
         self._send(Start(self._num_started, spec), fds)
@@ -138,6 +143,8 @@ class ForkServer:
                 case Ended(exit_codes):
                     for serial, exit_code in exit_codes.items():
                         self._processes.pop(serial).exit_code = exit_code
+                case other:
+                    assert_never(other)
 
     def close(self) -> None:
         """Ends the server, and with it every worker that still lives.
@@ -145,6 +152,9 @@ class ForkServer:
         A server that does not hear is killed.
         """
         self._socket.close()
+        self._theirs.close()
+        if self._server is None:
+            return
         try:
             self._server.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -198,6 +208,8 @@ class _Server:
                     self._tell(Ended({serial: -signal.SIGKILL}))
                 elif serial in self._pids:
                     os.kill(self._pids[serial], signal.SIGKILL)
+            case other:
+                assert_never(other)
         return True
 
     def _start(self, serial: int) -> None:

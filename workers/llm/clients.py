@@ -199,8 +199,8 @@ class Clients:
                     ended.num_cached_tokens,
                 )
                 self.tell_outputs(ended.client_id, [output])
-            case _:
-                assert_never(ended.outcome)
+            case other:
+                assert_never(other)
 
 
 def output_of(request: Request, offset: int) -> RequestOutput:

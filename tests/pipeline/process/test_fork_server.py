@@ -34,11 +34,12 @@ class Pipeline:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.server = ForkServer(ENVIRONMENT)
+        self.server.start()
         self.sockets = Sockets(run_dir, {PREPROCESS: 1})
         self.status, self.control = self.sockets.receiver(STATUS), self.sockets.publisher(CONTROL)
 
     def start(self, model: Path = EMBEDDED / "model") -> WorkerProcess:
-        return self.server.start(
+        return self.server.fork(
             WorkerSpec(
                 worker=PREPROCESS, epochs={str(worker): 1 for worker in OTHERS}, run_dir=str(self._run_dir),
                 model_folder=str(model),
