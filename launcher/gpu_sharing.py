@@ -57,6 +57,7 @@ def gpu_sharing(
         return
     try:
         daemon = _Mps(run_dir / "mps", environment)
+        daemon.start(_check(environment))
     except MpsUnavailable as reason:
         if option == "mps":
             raise ValueError(f"gpu_sharing 'mps': {reason}") from None
@@ -71,17 +72,17 @@ def gpu_sharing(
 
 
 class _Mps:
-    """A running daemon that has passed its probe. Raises MpsUnavailable."""
-
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        control = _check(environment)
-        self._folder = folder
+        self._folder, self._pipes, self._logs = folder, folder / "pipe", folder / "log"
+        self.environment = {**environment, PIPES: str(self._pipes), LOGS: str(self._logs)}
+        self._process: subprocess.Popen[bytes]
+
+    def start(self, control: str) -> None:
+        """Returns with a running daemon that has passed its probe. Raises MpsUnavailable."""
         # what a launcher left that was killed; this one has the run directory's lock
-        shutil.rmtree(folder, ignore_errors=True)
-        pipes, logs = folder / "pipe", folder / "log"
-        for path in (folder, pipes, logs):
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for path in (self._folder, self._pipes, self._logs):
             path.mkdir(mode=0o700)
-        self.environment = {**environment, PIPES: str(pipes), LOGS: str(logs)}
         # A session of its own, as Ctrl-C is for the launcher; and should that be killed, so is the daemon.
         self._process = subprocess.Popen(
             [control, "-f"], env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -89,7 +90,7 @@ class _Mps:
             start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )  # fmt: skip
         try:
-            self._wait(pipes / "control")
+            self._wait(self._pipes / "control")
             self._probe()
         except BaseException:
             self.stop()

@@ -1,5 +1,8 @@
 """A reload: every worker is replaced, one unit at a time, the next when all serve again.
 
+Where the folder has new weights, ViTs and LLMs are replaced all at once, when no request is open, so that
+none is answered by two kinds of weights: those of one kind are a generation.
+
 Pure, but for a look at the model's folder.
 """
 
@@ -10,64 +13,90 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from launcher.units import Unit
 from pipeline.wire.messages import ReloadState
 
 logger = logging.getLogger(__name__)
+WEIGHTS = ".safetensors"
 
 
-def fingerprint(folder: Path) -> str:
-    """Of a checkpoint: the content of its small files, the size and time of its weights."""
+def settings_fingerprint(folder: Path) -> str:
+    """Of a checkpoint without its weights: the content of its files."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
+        if path.suffix != WEIGHTS and not path.name.endswith(f"{WEIGHTS}.index.json"):
+            digest.update(repr((path.name, path.read_bytes() if path.is_file() else b"")).encode())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Of the weights: which files they are, their sizes and times."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(f"*{WEIGHTS}*")):
         info = path.stat()
-        content = (
-            (info.st_size, info.st_mtime_ns)
-            if path.suffix == ".safetensors"
-            else path.read_bytes()
-            if path.is_file()
-            else b""
-        )
-        digest.update(repr((path.name, content)).encode())
+        digest.update(repr((path.name, info.st_ino, info.st_size, info.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
 class Reload:
-    """Of the same checkpoint only: workers of two models would not understand one another."""
+    """Of the same architecture and tokenizer: workers of two kinds would not understand one another."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._fingerprint = folder, fingerprint(folder)
+        self._folder = folder
+        self._settings, self._weights = settings_fingerprint(folder), weights_fingerprint(folder)
         self._queue: list[Unit] = []
+        self.waits_since: float | None = None  # for open requests to end: then new weights are loaded
         self.state = ReloadState()
 
-    def begin(self, units: Sequence[Unit], is_possible: bool) -> None:
+    def begin(self, units: Sequence[Unit], is_possible: bool, now: float) -> None:
         """`is_possible`: the pipeline has started and does not end."""
         number, refusal = self.state.number + 1, ""
-        if self._queue:
+        if self.state.is_running:
             refusal = "a reload is under way"
         elif not is_possible:
             refusal = "the server is starting or stopping"
-        elif self._has_changed():
-            refusal = f"the files of {self._folder} are not those that the server started with: start it anew"
+        elif self._has_new_settings():
+            what = "other files than the weights have changed"
+            refusal = f"{what} in {self._folder} since the server started: start it anew"
         if refusal:
             logger.error("no reload: %s", refusal)
+        elif self.has_new_weights():
+            logger.info("reload: new weights are loaded when no request is open")
+            self.waits_since = now
         else:
             logger.info("reload: all workers are replaced, one at a time")
             self._queue = list(units)
-        self.state = ReloadState(number, self.state.is_running if refusal else True, refusal)
+        is_running = self.state.is_running or not refusal
+        self.state = ReloadState(number, is_running, refusal, self.state.generation)
 
-    def _has_changed(self) -> bool:
+    def _has_new_settings(self) -> bool:
         try:
-            return fingerprint(self._folder) != self._fingerprint
+            return settings_fingerprint(self._folder) != self._settings
         except OSError:
             return True
 
+    def has_new_weights(self) -> bool:
+        """Whether who starts now would load others than those that serve."""
+        try:
+            return weights_fingerprint(self._folder) != self._weights
+        except OSError:
+            return False  # the loader will say so
+
+    def take_new_weights(self) -> None:
+        """From now on who starts loads them; whoever has others is to end."""
+        self._weights, self.waits_since = weights_fingerprint(self._folder), None
+        generation = self.state.generation + 1
+        self.state = msgspec.structs.replace(self.state, is_running=True, generation=generation)
+
     def next(self, units: Sequence[Unit]) -> Unit | None:
         """The unit to be replaced now, if it is somebody's turn."""
-        if not self.state.is_running or not all(unit.is_serving for unit in units):
+        is_waiting = self.waits_since is not None
+        if not self.state.is_running or is_waiting or not all(unit.is_serving for unit in units):
             return None
         if self._queue:
             return self._queue.pop(0)
         logger.info("reload: done")
-        self.state = ReloadState(self.state.number, False)
+        self.state = msgspec.structs.replace(self.state, is_running=False)
         return None

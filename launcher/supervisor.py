@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ class Supervisor:
     def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
         """`environment` is the workers'."""
         self._config, self._model, self._run_dir = config, model, run_dir
-        self._listening = listen(config.api.host, config.api.port)  # first: it may fail
+        self._listening: list[socket.socket] = []
         self._units = units(workers(config.num_vits, config.num_ranks, config.has_gateway), config.llm.tp)
         self._unit_of = {worker: unit for unit in self._units for worker in unit.members}
         self._placement = place(
@@ -99,13 +100,15 @@ class Supervisor:
         self._progress = ProgressBar()
 
     def run(self) -> int:
-        """Serves until a signal (0) or a failure (1)."""
+        """Serves until a signal (0) or a failure (1). Raises OSError where it cannot listen."""
         previous = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         reason = ""
         try:
+            self._listening = listen(self._config.api.host, self._config.api.port)
+            self._fork_server.start()
             if self._model.notice:
                 logger.info("%s", self._model.notice)
             self._wait_until(lambda: all(unit.is_serving for unit in self._units))
@@ -147,7 +150,7 @@ class Supervisor:
                 placement=self._placement[worker], config=self._config, quarantined=quarantined,
             )  # fmt: skip
             fds = [listening.fileno() for listening in self._listening] if worker.role is Role.API else []
-            children.append(Child(worker, unit.epoch, self._fork_server.start(spec, fds)))
+            children.append(Child(worker, unit.epoch, self._fork_server.fork(spec, fds)))
         unit.begin(children, time.monotonic())
 
     def _renew_recorder(self, worker: WorkerId) -> None:
@@ -243,6 +246,9 @@ class Supervisor:
                     assert_never(message)
 
     def _on_ready(self, unit: Unit, message: WorkerReady) -> None:
+        if holds_weights(unit) and self._reload.has_new_weights():  # since it started: which has it loaded?
+            self._replace_weights()
+            return
         was_restarted = unit.has_served
         unit.on_ready(time.monotonic())
         if self._retired and message.sender.role is Role.API:
@@ -270,6 +276,8 @@ class Supervisor:
                     logger.warning(
                         "%s still has memory of %s", ", ".join(map(str, sorted(unit.unmapping))), unit.name
                     )
+                if holds_weights(unit) and self._reload.has_new_weights():
+                    self._replace_weights()
                 self._start_unit(unit)
             if unit.is_late(now, START_TIMEOUT_S):
                 late = ", ".join(str(worker) for worker, child in unit.children.items() if not child.ready)
@@ -284,10 +292,15 @@ class Supervisor:
         """Goes on with a reload, if one was asked for: whose turn it is dies, and its requests come again."""
         if self._num_hangups:
             self._num_hangups = 0
-            self._reload.begin(self._units, is_possible=self._is_started() and not self._is_draining)
+            is_possible = self._is_started() and not self._is_draining
+            self._reload.begin(self._units, is_possible, time.monotonic())
             self._heartbeat_due = 0.0
         self._retired = [child for child in self._retired if child.process.exit_code is None]
-        if self._is_draining or (unit := self._reload.next(self._units)) is None:
+        if self._is_draining:
+            return
+        if self._reload.waits_since is not None:
+            self._close_groups(self._reload.waits_since)
+        if (unit := self._reload.next(self._units)) is None:
             return
         if unit.members[0].role is Role.API:  # its connections would die with it: its successor comes first
             self._retired += unit.children.values()
@@ -295,8 +308,37 @@ class Supervisor:
             self._start_unit(unit)
             return
         unit.on_end(time.monotonic())
-        for child in unit.children.values():
-            child.process.kill()
+
+    def _close_groups(self, since: float) -> None:
+        """Clients keep new requests for themselves until the weights are replaced: when none is open, or open
+        ones have had their time."""
+        for unit in self._units:
+            unit.is_closed = unit.members[0].role is Role.LLM
+        if self._is_idle(since) or time.monotonic() - since > self._config.launcher.shutdown_timeout:
+            self._replace_weights()
+
+    def _replace_weights(self) -> None:
+        """All at once: no request may meet workers of two generations.
+
+        Clients give up a request that has tokens of the last one.
+        """
+        logger.info("the weights in %s are new: ViTs and LLMs are replaced", self._model.folder)
+        self._reload.take_new_weights()
+        now = self._heartbeat_due = time.monotonic()
+        for unit in self._units:
+            unit.is_closed = False
+            if holds_weights(unit) and unit.phase in (Phase.STARTING, Phase.SERVING):
+                unit.on_end(now)
+
+    def _is_idle(self, since: float, *others: WorkerId) -> bool:
+        """Whether preprocess, all groups and `others` have told, after `since`, that no request is open."""
+        groups = (WorkerId(Role.LLM, lead) for lead in self._config.leads)
+        tell = [WorkerId(Role.PREPROCESS), *groups, *others]
+        children = [self._unit_of[worker].children.get(worker) for worker in tell]
+        return all(
+            child and child.stats and child.stats_time > since and not child.stats.num_open_requests
+            for child in children
+        )
 
     def _on_death(self, unit: Unit, now: float) -> None:
         """One of the unit has ended: its others are killed.
@@ -371,20 +413,11 @@ class Supervisor:
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
         self._control.publish(Drain(timeout_s=self._config.launcher.shutdown_timeout))
-        tell = [
-            WorkerId(Role.API),
-            WorkerId(Role.PREPROCESS),
-            *(WorkerId(Role.LLM, lead) for lead in self._config.leads),
-        ]
 
         def is_idle() -> bool:
             if time.monotonic() >= end or not self._is_started():
                 return True
-            children = [self._unit_of[worker].children.get(worker) for worker in tell]
-            return all(
-                child and child.stats and child.stats_time > start and not child.stats.num_open_requests
-                for child in children
-            )
+            return self._is_idle(start, WorkerId(Role.API))
 
         try:
             self._wait_until(is_idle)
@@ -415,6 +448,10 @@ class Supervisor:
         for listening in self._listening:
             listening.close()
         self._wakeup.close()
+
+
+def holds_weights(unit: Unit) -> bool:
+    return unit.members[0].role in (Role.VIT, Role.LLM)
 
 
 def _describe_exit(code: int) -> str:

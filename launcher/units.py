@@ -62,6 +62,7 @@ class Unit:
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
     is_planned: bool = False  # its end: no request is to blame
+    is_closed: bool = False  # it serves what it has, and clients are told that it is down
     num_failed_starts: int = 0  # in a row: ended before it was ready, or by itself before its first work
     has_proven: bool = False  # once, for long or with a request: what ends it later is no reason to give up
     begun_at: float = 0.0
@@ -86,7 +87,7 @@ class Unit:
         ready = {
             worker: child.ready
             for worker, child in self.children.items()
-            if child.ready is not None and self.phase is not Phase.ENDING
+            if child.ready is not None and self.phase is not Phase.ENDING and not self.is_closed
         }
         return [self._state_of(worker, ready.get(worker), now) for worker in self.members]
 
@@ -146,6 +147,8 @@ class Unit:
     def on_end(self, now: float) -> None:
         """It is to be replaced though nothing is wrong with it."""
         self.phase, self.died_at, self.num_deaths, self.is_planned = Phase.ENDING, now, 0, True
+        for child in self.children.values():
+            child.process.kill()
 
     @property
     def is_reaped(self) -> bool:

@@ -24,7 +24,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Figures that tests report and do not demand."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
-            terminalreporter.write_line(f"{name}: {value:.1%}")
+            terminalreporter.write_line(
+                f"{name}: {value:.1%}" if isinstance(value, float) else f"{name}: {value}"
+            )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

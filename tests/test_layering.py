@@ -17,6 +17,7 @@ FILES = sorted(
 WORKERS = ("api", "gateway", "preprocess", "vit", "llm")
 PURE_FILES = (
     "scheduler.py",
+    "step_budget.py",
     "batcher.py",
     "feature_cache.py",
     "router.py",

@@ -372,7 +372,7 @@ def parse_sizes(given: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(width), int(height)) for width, height in pairs)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -413,7 +413,11 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, help="write an SVG of the last round's ITL over time, a line a stream"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     limits = parse_limits(args.goodput)
     workload = Workload(
         num_words=args.input_words, num_output=args.output_tokens, num_images=args.images,

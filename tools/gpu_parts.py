@@ -329,6 +329,8 @@ def _runner(machine: Machine, shape: str, num_seqs: int, **options: Any) -> Iter
         read_model_info(folder), config, folder, machine.device, TensorParallel(), lambda done, total: None
     )
     runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + ROOM_BLOCKS), 9000 // BLOCK), 9000)
+    for tensor in runner.attention.cache.tensors:
+        tensor.zero_()  # contexts are read that nobody has written
     yield runner
     del runner.attention
     runner._graphs = None

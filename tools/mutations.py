@@ -407,6 +407,22 @@ def _change_text(data: bytes, rng: random.Random, what: list[str]) -> bytes:
             return gzip.compress(data, mtime=0)
 
 
+def _wrong_length(right: int, rng: random.Random) -> str:
+    near = (right + rng.randint(1, 5), right - rng.randint(1, 30))
+    return str(rng.choice((*near, 0, -1, 2**31, 2**64, "9" * 300, "+1", "1e3", "0x1", "", "1, 1")))
+
+
+def _chunked(data: bytes) -> bytes:
+    pieces = [piece for piece in (data[:1000], data[1000:]) if piece]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def _broken_chunks(data: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(data))
+    wrong = rng.choice((b"", b"\r\n", b"0\r\n\r\n", b"g", b"-1", b"\x00"))
+    return data[:place] + wrong + data[place + 1 :]
+
+
 def _with_head(data: bytes, rng: random.Random, what: list[str], key: str) -> Mutated:
     headers = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": str(len(data))}
     if key:
@@ -425,39 +441,15 @@ def _with_head(data: bytes, rng: random.Random, what: list[str], key: str) -> Mu
         case 2:
             what.append("length")
             is_framed = False
-            wrong = (
-                len(data) + rng.randint(1, 5),
-                len(data) - rng.randint(1, 30),
-                0,
-                -1,
-                2**31,
-                2**64,
-                "9" * 300,
-                "+1",
-                "1e3",
-                "0x1",
-                "",
-                "1, 1",
-            )
-            headers["Content-Length"] = str(rng.choice(wrong))
+            headers["Content-Length"] = _wrong_length(len(data), rng)
         case 3:
             del headers["Content-Length"]
             headers["Transfer-Encoding"] = "chunked"
-            data = (
-                b"".join(
-                    b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (data[:1000], data[1000:]) if piece
-                )
-                + b"0\r\n\r\n"
-            )
+            data = _chunked(data)
             if rng.random() < 0.5:
                 what.append("chunks")
                 is_framed = False
-                place = rng.randrange(len(data))
-                data = (
-                    data[:place]
-                    + rng.choice((b"", b"\r\n", b"0\r\n\r\n", b"g", b"-1", b"\x00"))
-                    + data[place + 1 :]
-                )
+                data = _broken_chunks(data, rng)
         case 4:
             headers["Expect"] = "100-continue"
         case 5:

@@ -7,28 +7,26 @@ import os
 import socket
 from pathlib import Path
 
+from pipeline.process.titles import SERVER, name_of
+
 
 def workers_of(pid: int) -> dict[str, int]:
     """Worker processes of a launcher by name, such as "vit.0"; the fork server by "server"."""
-    (server,) = [child for child in _children(pid) if "workers" in _command(child)]
-    found = {"server": server}
-    for child in _children(server):
-        command = _command(child)
-        # else it has just been forked, or is being reaped
-        if len(command) > 3 and command[2].startswith("workers."):
-            found[f"{command[2].removeprefix('workers.')}.{command[3]}"] = child
-    return found
+    (server,) = [child for child in _children(pid) if _name(child) == SERVER]
+    # a worker that has just been forked still has the server's name, and one that is being reaped has none
+    workers = {_name(child): child for child in _children(server)}
+    return {SERVER: server, **{name: child for name, child in workers.items() if name not in ("", SERVER)}}
 
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _command(pid: int) -> list[str]:
+def _name(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return name_of(Path(f"/proc/{pid}/cmdline").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
-        return []
+        return ""
 
 
 def resident_bytes(pid: int) -> int:

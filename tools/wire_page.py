@@ -72,6 +72,9 @@ have in `output_token_ids`:
   first, and wait for its `Welcome`.
 - `Interrupted` came: that request.
 
+If `reload.generation` of the state has grown since a request's first token came, its weights are gone: do not
+submit it again.
+
 Outputs of an earlier attempt are to be dropped. After 10 s of silence, say `Hello` and query: what was ended
 because you did not read, or were away, answers with `Interrupted`. A request that was executing in a worker
 that died (`died` in `Interrupted`; or the first 8 bytes of BLAKE2b, made for that length, of its id are among

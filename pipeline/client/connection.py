@@ -104,6 +104,7 @@ class OpenRequest:
     is_asking: bool = False  # a query for missed tokens is under way
     is_held: bool = False  # not submitted (again) yet
     has_failed: bool = False
+    generation: int = 0  # of the weights that its tokens are of
     # of workers in which it was executing, in a row, with no new token between
     deaths: Counter[Role] = field(default_factory=Counter)
     waits_since: float | None = None  # for a dead worker's successor
@@ -117,6 +118,11 @@ class OpenRequest:
     def is_over(self) -> bool:
         """All its terminal messages are here, if not yet taken: nothing more is to happen to it."""
         return self.has_failed or all(choice.is_over for choice in self.choices)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Any choice has tokens, of this attempt or of earlier ones."""
+        return any(choice.token_ids for choice in self.choices)
 
     @property
     def has_progress(self) -> bool:
@@ -272,6 +278,8 @@ class Connection:
             leads = self._known_leads
             lead = request.lead if request.lead in leads else None
             request = opened.request = msgspec.structs.replace(request, leads=leads, lead=lead)
+        if not opened.has_tokens:
+            opened.generation = self.reload.generation
         self._send(request, opened.frames)
 
     def _send(self, message: IngestMessage, frames: Sequence[bytes | memoryview] = ()) -> None:
@@ -327,6 +335,9 @@ class Connection:
         """
         if opened.is_held or opened.is_over:
             return
+        if opened.has_tokens and opened.generation != self.reload.generation:
+            self._give_up_replaced(opened)
+            return
         request = opened.request
         if opened.has_progress:
             opened.deaths.clear()
@@ -356,6 +367,11 @@ class Connection:
             opened.waits_since = time.monotonic()
         self._go_on()
 
+    def _give_up_replaced(self, opened: OpenRequest) -> None:
+        """An answer must not go on behind tokens of other weights."""
+        self.counters["given_up"] += 1
+        self._give_up(opened, ErrorInfo(503, "the model's weights were replaced before the answer was whole"))
+
     def _go_on(self) -> None:
         """Where a group knows us: the start is over, and what is held is submitted."""
         if not self._known_leads:
@@ -372,6 +388,9 @@ class Connection:
         if held:
             self._send(self._hello)  # first: we may have been away without noticing
         for opened in held:
+            if opened.has_tokens and opened.generation != self.reload.generation:
+                self._give_up_replaced(opened)
+                continue
             opened.is_held = False
             self.counters["resubmitted"] += opened.request.attempt > 1
             self._send_request(opened)

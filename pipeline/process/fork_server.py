@@ -10,7 +10,6 @@ goes, so do the workers.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -22,20 +21,17 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, assert_never
 
 import msgspec
 
 from pipeline.process.parent import end_with_parent
 from pipeline.process.process import WorkerSpec, run_worker
-from pipeline.wire.topology import WorkerId
+from pipeline.process.titles import SERVER, set_title
 
 MAX_REQUEST = 1 << 16  # bytes
 MAX_FDS = 16  # of one request
 STOP_TIMEOUT_S = 10.0
-TITLE_ROOM = "." * 24  # a worker's command line is written over the server's and is longer
-PR_SET_NAME = 15
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -86,29 +82,34 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """`environment` is the workers'."""
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "workers", str(theirs.fileno()), TITLE_ROOM]
+        self._environment = dict(environment)
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server: subprocess.Popen[bytes] | None = None
+        self._processes: dict[int, WorkerProcess] = {}
+        self._num_started = 0
+        self.is_dead = False
+
+    def start(self) -> None:
+        descriptor = self._theirs.fileno()
         # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
         ignored = {
             number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
             self._server = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=dict(environment), pass_fds=[theirs.fileno()]
-            )
+                [sys.executable, "-m", "workers", str(descriptor)],
+                stdin=subprocess.DEVNULL, env=self._environment, pass_fds=[descriptor],
+            )  # fmt: skip
         finally:
             for number, handler in ignored.items():
                 signal.signal(number, handler)
-            theirs.close()
-        self._processes: dict[int, WorkerProcess] = {}
-        self._num_started = 0
-        self.is_dead = False
+            self._theirs.close()
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def start(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
-        """`fds` are open in the worker, too: see `WorkerContext`."""
+    def fork(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
+        """Starts a worker. `fds` are open in the worker, too: see `WorkerContext`."""
         self._num_started += 1
         process = self._processes[self._num_started] = WorkerProcess(self, self._num_started)
         self._send(Start(self._num_started, spec), fds)
@@ -142,6 +143,8 @@ class ForkServer:
                 case Ended(exit_codes):
                     for serial, exit_code in exit_codes.items():
                         self._processes.pop(serial).exit_code = exit_code
+                case other:
+                    assert_never(other)
 
     def close(self) -> None:
         """Ends the server, and with it every worker that still lives.
@@ -149,6 +152,9 @@ class ForkServer:
         A server that does not hear is killed.
         """
         self._socket.close()
+        self._theirs.close()
+        if self._server is None:
+            return
         try:
             self._server.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -202,6 +208,8 @@ class _Server:
                     self._tell(Ended({serial: -signal.SIGKILL}))
                 elif serial in self._pids:
                     os.kill(self._pids[serial], signal.SIGKILL)
+            case other:
+                assert_never(other)
         return True
 
     def _start(self, serial: int) -> None:
@@ -256,7 +264,7 @@ def _fork(spec: WorkerSpec, fds: Sequence[int], not_its_own: Sequence[int]) -> i
         end_with_parent()
         if os.getppid() == server:  # else it died before it could tell
             _close(not_its_own)
-            _set_title(spec.worker)
+            set_title(str(spec.worker))
             run_worker(module, spec, fds)
     except BaseException:  # noqa: BLE001  nothing of the server's may run on in a worker
         traceback.print_exc()
@@ -265,19 +273,8 @@ def _fork(spec: WorkerSpec, fds: Sequence[int], not_its_own: Sequence[int]) -> i
         os._exit(1)
 
 
-def _set_title(worker: WorkerId) -> None:
-    """Shows the worker's name in listings of processes.
-
-    The kernel reads a command line from where it put it when the server started.
-    """
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
-    title = "\0".join([sys.executable, "-m", f"workers.{worker.role}", str(worker.rank)]).encode()
-    ctypes.memmove(start, title[: end - start - 1].ljust(end - start, b"\0"), end - start)
-    ctypes.CDLL(None).prctl(PR_SET_NAME, str(worker).encode())
-
-
 def main(arguments: list[str]) -> NoReturn:
     end_with_parent()
+    set_title(SERVER)
     _Server(socket.socket(fileno=int(arguments[0]))).run()
     os._exit(0)

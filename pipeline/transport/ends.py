@@ -229,11 +229,6 @@ class AsyncReceiver(Generic[M]):
             if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
                 return received
 
-    def subscribe_again(self, topic: bytes) -> None:
-        """Makes the publisher see the subscription anew: a SUB reconnects only when it is used."""
-        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
-
     def close(self, linger_ms: int = 0) -> None:
         self.socket.close(linger=linger_ms)
 

@@ -560,6 +560,8 @@ class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: int = 0  # reloads asked for so far
     is_running: bool = False
     refusal: str = ""  # why the last one was refused
+    # of the weights, from 0: what has tokens of an earlier one is not submitted again
+    generation: int = 0
 
 
 class PipelineState(Message, frozen=True, kw_only=True):

@@ -40,11 +40,10 @@ from pipeline.wire.messages import (
 )
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import CONTROL, Role, WorkerId
-from tests.checkpoints import make_checkpoint
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
 from tests.integration.conftest import LIMITS
 from tests.pictures import encode, noise, scene
-from tests.servers import Server, is_alive
+from tests.servers import Server
 from tools.processes import workers_of
 from tools.soak import Soak
 
@@ -306,73 +305,6 @@ async def test_nobody_waits_for_the_dead_to_close_memory() -> None:
         server.children = workers_of(server.process.pid)
 
 
-async def stream_text(server: Server, session: aiohttp.ClientSession, number: int, max_tokens: int) -> str:
-    """The text of one streamed answer; fails with whatever is no orderly end."""
-    chat = [{"role": "user", "content": f"Tell me about number {number}"}]
-    body = {"messages": chat, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    texts: list[str] = []
-    async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
-        assert response.status == 200, await response.text()
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                assert "error" not in event, event
-                texts += [choice["delta"].get("content", "") for choice in event["choices"]]
-            elif line.startswith(b"data: [DONE]"):
-                return "".join(texts)
-    raise AssertionError("the stream broke off")
-
-
-async def test_a_reload_replaces_every_worker_and_no_request_fails() -> None:
-    with Server("--admin-key", "secret", "--dtype", "float32", *LIMITS) as server:
-        async with aiohttp.ClientSession() as session:
-            expected = [await stream_text(server, session, number, 200) for number in range(2)]
-            before = workers_of(server.process.pid)
-            under_way = [
-                asyncio.create_task(stream_text(server, session, number, 200)) for number in range(2)
-            ]
-            await asyncio.sleep(0.5)
-            async with session.post(f"{server.url}/admin/reload") as refused:
-                assert refused.status == 401
-            async with session.post(
-                f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}
-            ) as accepted:
-                assert accepted.status == 202, await accepted.text()
-            async with session.post(
-                f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}
-            ) as again:
-                assert again.status == 409
-                assert "under way" in await again.text()
-            end = time.monotonic() + 30
-            while "reload: done" not in server.output and time.monotonic() < end:
-                assert expected[0].startswith(await stream_text(server, session, 0, 20))
-            assert "reload: done" in server.output
-            assert await asyncio.gather(*under_way) == expected
-            assert [await stream_text(server, session, number, 200) for number in range(2)] == expected
-            while is_alive(before["api.0"]):  # until its connections have been idle for a while
-                assert time.monotonic() < end + 10
-                await asyncio.sleep(0.1)
-            after = workers_of(server.process.pid)
-            assert before.keys() == after.keys()
-            assert [name for name in before if before[name] == after[name]] == ["server"]
-            assert ": it is replaced" not in server.output, "nobody died by itself"
-        server.children = after
-
-
-async def test_a_reload_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "model")
-    with Server("--model", str(folder), "--admin-key", "secret", *LIMITS) as server:
-        (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
-        server.process.send_signal(signal.SIGHUP)
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}) as answer,
-        ):
-            assert answer.status == 409
-            assert "are not those that the server started with" in await answer.text()
-        assert server.output.count("no reload: the files of") == 2
-
-
 async def test_a_picture_that_takes_too_much_memory_fails_alone() -> None:
     huge = noise(1, (64, 64)).resize((7000, 7000))
     with Server("--media-memory-mib", "100", "--max-attempts", "2", *LIMITS) as server:
@@ -468,7 +400,7 @@ def test_who_does_not_read_costs_others_nothing_and_is_cut_off() -> None:
         "1",
     ]
     # noise of a short run
-    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=90)
+    done = subprocess.run([*command, "--slowdown", "3"], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["submitted again"] == 1

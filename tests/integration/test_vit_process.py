@@ -62,12 +62,13 @@ class Neighbours:
             vit=VitConfig(embedding_pool_mib=0, vit_max_batch_patches=8),
         )
         self.server = ForkServer(os.environ)
+        self.server.start()
         spec = WorkerSpec(
             worker=VIT_0, epochs={str(worker): epoch for worker, epoch in epochs.items()},
             run_dir=str(run_dir), model_folder=str(folder),
             placement=Placement(cores=(0,), num_threads=1), config=config,
         )  # fmt: skip
-        self.process = self.server.start(spec)
+        self.process = self.server.fork(spec)
         self.largest = read_model_info(folder, limits.min_pixels, limits.max_pixels).vision.largest_pixels
         self.pixels = TensorPool.on_host("preprocess.0", EPOCH, 64 << 20, 1024)
         self.slots = SlotAllocator(64 << 20, 1 << 16, 1024)

@@ -308,6 +308,47 @@ class Clip:
     color: str = ""  # that the first thing turns
 
 
+Shown = list[tuple[Thing, ...]]  # what each frame has
+
+
+def _appears(rng: random.Random, things: tuple[Thing, ...]) -> tuple[Clip, Shown]:
+    order = tuple(rng.sample(things, len(things)))
+    return Clip("appears", order), [order[: 1 + index] for index in range(len(order)) for _ in range(2)]
+
+
+def _turns(rng: random.Random, scene: Scene, num_patches: int) -> tuple[Clip, Shown]:
+    first, *others = scene.things
+    colors = [
+        name
+        for name in colors_on(scene.ground)
+        if name != first.color and (name, first.shape) not in HELD_OUT_PAIRS
+    ]
+    color = rng.choice(colors)
+    after = (replace(first, color=color), *others)
+    return Clip("turns", scene.things, color=color), [scene.things] * num_patches + [after] * num_patches
+
+
+def _moves(rng: random.Random, things: tuple[Thing, ...], num_patches: int) -> tuple[Clip, Shown] | None:
+    """None where the first thing would pass over the second."""
+    direction = rng.choice(list(DIRECTIONS))
+    dx, dy = DIRECTIONS[direction]
+    path = rng.uniform(0.35, 0.6)
+    thing, *others = things
+    start = replace(thing, x=_start(rng, dx, thing.x, path), y=_start(rng, dy, thing.y, path))
+    if others:
+        other = others[0]
+        distance = abs((other.x - start.x) * dy) + abs((other.y - start.y) * dx)
+        if distance < 1.3 * (start.radius + other.radius):
+            return None
+    last = 2 * num_patches - 1
+    moved = [
+        replace(start, x=start.x + dx * path * number / last, y=start.y + dy * path * number / last)
+        for number in range(last + 1)
+    ]
+    shown: Shown = [(thing, *others) for thing in moved]
+    return Clip("moves", (start, *others), direction=direction), shown
+
+
 def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tuple[Picture, Clip] | None:
     """4 or 6 frames of one event. None when the drawn scene does not suit it."""
     event = rng.choices(("moves", "appears", "turns"), weights=(3, 2, 1))[0]
@@ -323,41 +364,14 @@ def draw_clip(rng: random.Random, size: tuple[int, int], held_out: bool) -> tupl
     ):
         return None
     if event == "appears":
-        order = tuple(rng.sample(things, len(things)))
-        shown = [order[: 1 + index] for index in range(len(order)) for _ in range(2)]
-        clip = Clip(event, order)
+        clip, shown = _appears(rng, things)
     elif event == "turns":
-        color = rng.choice(
-            [
-                name
-                for name in colors_on(scene.ground)
-                if name != things[0].color and (name, things[0].shape) not in HELD_OUT_PAIRS
-            ]
-        )
-        after = (replace(things[0], color=color), *things[1:])
-        shown = [things] * num_patches + [after] * num_patches
-        clip = Clip(event, things, color=color)
+        clip, shown = _turns(rng, scene, num_patches)
     else:
-        direction = rng.choice(list(DIRECTIONS))
-        dx, dy = DIRECTIONS[direction]
-        path = rng.uniform(0.35, 0.6)
-        thing = things[0]
-        start = replace(thing, x=_start(rng, dx, thing.x, path), y=_start(rng, dy, thing.y, path))
-        if len(things) > 1 and abs((things[1].x - start.x) * dy) + abs((things[1].y - start.y) * dx) < 1.3 * (
-            start.radius + things[1].radius
-        ):
-            return None  # it would pass over the other one
-        count = 2 * num_patches
-        shown = [
-            (
-                replace(
-                    start, x=start.x + dx * path * k / (count - 1), y=start.y + dy * path * k / (count - 1)
-                ),
-                *things[1:],
-            )
-            for k in range(count)
-        ]
-        clip = Clip(event, (start, *things[1:]), direction=direction)
+        found = _moves(rng, things, num_patches)
+        if found is None:
+            return None
+        clip, shown = found
     scenes = [Scene(tuple(now), scene.ground, scene.seed) for now in shown]
     if not held_out and any(is_at_held_out_place(thing) for now in scenes for thing in now.things):
         return None

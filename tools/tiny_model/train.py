@@ -361,7 +361,7 @@ def export(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenize
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -407,15 +407,20 @@ def main() -> None:
             f"--start-from needs --vision-steps {HEAD_STEPS} or more: the head is new, and hardly learns in "
             "the second stage"
         )
-    folder = args.out / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if lacking := assets.missing():
         parser.error(
             f"not here: {', '.join(lacking)}; python -m tools.tiny_model.assets fetches most of it, pip "
             "install -e '.[test]' the photos"
         )
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    folder = args.out / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = args.start_from or folder
     tokenizer = (
         PreTrainedTokenizerFast.from_pretrained(source)

@@ -13,6 +13,9 @@ from pipeline.wire.errors import RequestError
 # Signs that stand between values. More are refused before anything is made of them, which would stop the
 # event loop. A text that has so many is longer than any context; pictures in base64 have none.
 MAX_SIGNS = {b"{": 1 << 17, b"[": 1 << 17, b",": 1 << 18}
+# Numbers with an exponent: the decoder takes up to 15 us for one, and holds the event loop meanwhile.
+MAX_EXPONENTS = 1 << 12
+MAX_QUOTES = 1 << 21  # the decoder comes no further: there is a limited sign behind every two strings
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
@@ -21,6 +24,9 @@ def decode_json(body: bytes | bytearray, kind: type[Body]) -> Body:
     for sign, limit in MAX_SIGNS.items():
         if (count := body.count(sign)) > limit:
             raise RequestError(f"the body has {count} times {sign.decode()!r}, the limit is {limit}")
+    # A comma stands between two numbers: few commas are few numbers.
+    if body.count(b",") >= MAX_EXPONENTS and _num_exponents(body) > MAX_EXPONENTS:
+        raise RequestError(f"the body has more numbers with an exponent than the limit, {MAX_EXPONENTS}")
     try:
         try:
             return msgspec.json.decode(body, type=kind)
@@ -39,6 +45,13 @@ def decode_json(body: bytes | bytearray, kind: type[Body]) -> Body:
         raise RequestError(f"{message}{f' in {field}' if field else ''}", field=field) from None
     except (ValueError, RecursionError, OverflowError):
         raise RequestError("the body is not valid JSON, or nested too deep") from None
+
+
+def _num_exponents(body: bytes | bytearray) -> int:
+    """Letters `e` outside of strings: of exponents, and of `true` and `false`."""
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    outside = b"".join(plain.split(b'"', MAX_QUOTES)[::2])
+    return outside.count(b"e") + outside.count(b"E")
 
 
 def _refuse_lone_surrogates(request: msgspec.Struct) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pipeline.client.client import PipelineClient
 from pipeline.config import ApiConfig
-from pipeline.families import ModelInfo, read_model_info
+from pipeline.families import ModelInfo
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WAITING,
@@ -28,6 +28,7 @@ from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
+from workers.model_info import model_info_of
 
 logger = logging.getLogger(__name__)
 BASE_MIB = 1024  # for connections, answers and tokenizer
@@ -48,7 +49,7 @@ def main(context: WorkerContext) -> None:
 
 async def _run(context: WorkerContext) -> None:
     control = context.sockets.async_subscriber(CONTROL)
-    process = _Process(context, read_model_info(context.model_folder))
+    process = _Process(context, model_info_of(context))
     limit_memory(allowed_mib(context.config.api))
     await process.run(control)
 

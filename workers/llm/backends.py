@@ -7,21 +7,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from workers.llm.attention.base import AttentionBackend
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.paged_tensors import PagedTensors
+from workers.llm.sampling.choice import Kernel
 from workers.nn.fused import Kernels
-
-Sample = Callable[[Tensor, Tensor], Tensor]
 
 
 class Backend(NamedTuple):
     name: str
     attention: Callable[[PagedTensors], AttentionBackend]
     kernels: Kernels | None  # None: torch's operators
-    sample: Sample | None  # None: the sampler's own way, which a host steers
+    sample: Kernel | None  # None: torch's operators choose tokens, and the host decides row by row
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:

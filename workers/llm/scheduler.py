@@ -1,8 +1,7 @@
 """Decides which requests compute how many tokens in the next step. Pure: no torch, no sockets, no clock.
 
-Continuous batching: decodes first, then prefills, tenants in turn and each one's by arrival, cut to the token
-budget and, each, to the first placeholder whose embedding has not arrived. While streams decode, prefill gets
-what `StepTimes` says is nearly free.
+Continuous batching: a request is ready up to the first placeholder whose embedding has not arrived, and
+`step_budget.py` divides the step among those that are ready.
 
 A request is admitted, in the order of `admission.py`, when there is room for its prompt. Blocks for its
 output come as it grows; when there are none left, the youngest of the heaviest tenant starts over later
@@ -14,18 +13,16 @@ output come as it grows; when there are none left, the youngest of the heaviest 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.process.quarantine import nobody
-from pipeline.transport.fair import Turns
 from pipeline.wire.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
+from workers.llm.step_budget import Part, StepBudget
 from workers.llm.step_times import StepTimes
-from workers.llm.time_shares import TimeShares
 
 
 class Scheduled(NamedTuple):
@@ -69,14 +66,12 @@ class Scheduler:
         runs_alone: Callable[[str], bool] = nobody,
     ) -> None:  # fmt: skip
         self.cache = cache
-        self.max_num_seqs, self.max_num_batched_tokens = cache.slots.num_slots, max_num_batched_tokens
+        self.max_num_seqs, self.budget = cache.slots.num_slots, StepBudget(max_num_batched_tokens, step_times)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.step_times, self.has_prefix_cache = step_times, has_prefix_cache
+        self.has_prefix_cache = has_prefix_cache
         self._runs_alone = runs_alone
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # in order
-        self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
-        self._shares = TimeShares()
         self.num_preemptions = 0
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
 
@@ -107,53 +102,22 @@ class Scheduler:
         if not preempted:  # else it would come straight back and take the blocks that it gave up
             preempted = self._share_out()
             admitted = self._admit(preempted)
-        ready: list[tuple[Request, int]] = []
+        ready: list[Part] = []
         for request in self.running:
             num_ready = request.num_ready_tokens() - request.num_computed_tokens
             if num_ready <= 0 or request.is_last_token_pending:
                 continue
             if not request.has_progress and self._runs_alone(request.request_id):
-                alone = self._take(request, min(self.max_num_batched_tokens, num_ready))
+                alone = self._take(request, min(self.budget.max_num_batched_tokens, num_ready))
                 return Schedule([alone], admitted, preempted, 0, is_alone=True)
             ready.append((request, num_ready))
-        decodes: list[Request] = []
-        prefills: list[tuple[Request, int]] = []
-        for request, num_ready in self._of_tenants_behind(ready):
-            if num_ready == 1 and request.num_remaining_tokens == 1:
-                decodes.append(request)
-            else:
-                prefills.append((request, num_ready))
-        prefills = self._in_turn(prefills)
-        scheduled = [self._take(request, 1) for request in decodes[: self.max_num_batched_tokens]]
-        num_decodes = len(scheduled)
-        budget = self.max_num_batched_tokens - len(scheduled)
-        if decodes and prefills and self.step_times is not None:
-            shares = [(num_tokens, request.num_computed_tokens) for request, num_tokens in prefills]
-            budget = min(budget, self.step_times.num_free_tokens(len(decodes), shares))
-        for request, num_tokens in prefills:
-            if budget <= 0:
-                break
-            scheduled.append(self._take(request, min(budget, num_tokens)))
-            budget -= scheduled[-1].num_tokens
-            self._turns.charge(request.tenant, scheduled[-1].num_tokens)
-        self._charge(scheduled)
-        return Schedule(scheduled, admitted, preempted, num_decodes)
-
-    def _of_tenants_behind(self, ready: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        """What goes into the step: of all tenants, or of those that have had less time than others."""
-        if self.step_times is None:
-            return ready
-        chosen = self._shares.choose(_tokens_by_tenant(ready), self._seconds)
-        return [(request, count) for request, count in ready if request.tenant in chosen]
-
-    def _charge(self, scheduled: Sequence[Scheduled]) -> None:
-        if self.step_times is not None and scheduled:
-            num_tokens = _tokens_by_tenant((item.request, item.num_tokens) for item in scheduled)
-            self._shares.charge(num_tokens, self._seconds(num_tokens.total()))
-
-    def _seconds(self, num_tokens: int) -> float:
-        assert self.step_times is not None
-        return self.step_times.predict(min(num_tokens, self.max_num_batched_tokens))
+        parts, num_decodes = self.budget.divide(ready)
+        return Schedule(
+            [self._take(request, num_tokens) for request, num_tokens in parts],
+            admitted,
+            preempted,
+            num_decodes,
+        )
 
     def _take(self, request: Request, num_tokens: int) -> Scheduled:
         start = request.num_computed_tokens
@@ -208,11 +172,6 @@ class Scheduler:
             preempted.append(victim)
             self._preempt(victim)
         return preempted
-
-    def _in_turn(self, prefills: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        prefills.sort(key=lambda prefill: prefill[0].arrival)
-        places = self._turns.arrange([(request.tenant, num_tokens) for request, num_tokens in prefills])
-        return [prefills[place] for place in places]
 
     def _preempt(self, request: Request) -> None:
         self._stop(request)
@@ -342,13 +301,6 @@ class Scheduler:
         assert not is_awaited_from_nobody, "blocks are awaited from nobody"
         for queue, key in ((self.waiting, _arrival), (self.running, _order)):
             assert queue == sorted(queue, key=key), "a queue is out of order"
-
-
-def _tokens_by_tenant(parts: Iterable[tuple[Request, int]]) -> Counter[str]:
-    num_tokens: Counter[str] = Counter()
-    for request, count in parts:
-        num_tokens[request.tenant] += count
-    return num_tokens
 
 
 def _order(request: Request) -> tuple[int, int]:

@@ -272,7 +272,7 @@ class Stepper:
         """Tells the scheduler how long the step took, from its launch or from the end of the one before."""
         ended_at = step.ended_at or self._watch.clock()
         started_at, self._step_end = max(step.started_at, self._step_end), ended_at
-        tracer, step_times = self._watch.tracer, self.scheduler.step_times
+        tracer, step_times = self._watch.tracer, self.scheduler.budget.step_times
         if tracer is not None and tracer.is_on:
             prefill = "decode and prefill" if step.num_decodes else "prefill"
             name = "decode" if step.num_decodes == len(step.scheduled) else prefill

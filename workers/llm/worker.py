@@ -10,12 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB
-from pipeline.families import ModelInfo, read_model_info
+from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
@@ -29,9 +30,11 @@ from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
     PROTOCOL_VERSION,
     ControlMessage,
+    Drain,
     LlmMessage,
     OutputsMessage,
     PipelineState,
+    Retire,
     Shutdown,
     StepsMessage,
     Welcome,
@@ -50,6 +53,7 @@ from workers.llm.sampling.matching import Vocabulary, make_host_rules
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
 from workers.llm.stepping import Watch
+from workers.model_info import model_info_of
 from workers.nn.loader import choose_device, choose_dtype
 from workers.nn.weights.registry import choose_formats
 
@@ -65,7 +69,7 @@ def main(context: WorkerContext) -> None:
     rank, lead = context.worker.rank % tp_size, context.worker.rank // tp_size * tp_size
     torch.set_num_threads(context.spec.placement.num_threads)
     control = context.control()
-    info = read_model_info(context.model_folder)
+    info = model_info_of(context)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
     # A format that is not served fails before anything is waited for.
@@ -159,6 +163,10 @@ def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) ->
                     if not missing:
                         return
                     context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
+                case Drain() | Retire():
+                    pass  # the launcher kills what still starts; an endpoint alone retires
+                case other:
+                    assert_never(other)
 
 
 def _wait_for_ranks(
@@ -220,7 +228,7 @@ def _measure_steps(
         step_times[is_wide] = measure_step_times(
             engine.execute,
             scheduler.cache,
-            scheduler.max_num_batched_tokens,
+            scheduler.budget.max_num_batched_tokens,
             max_model_len,
             config.llm.max_itl_stretch,
         )
@@ -252,7 +260,7 @@ def _serve(
             if not engine.requests:
                 engine.check_integrity()
         engine.stepper.is_wide = sharing.enter()
-        engine.scheduler.step_times = step_times.get(engine.stepper.is_wide)
+        engine.scheduler.budget.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
         sharing.announce(is_busy)
         if not is_busy:

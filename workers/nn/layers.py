@@ -32,9 +32,9 @@ def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [num_tokens, heads, head_dim], halves paired (Su et al.
+    """Rotary embedding of x [num_tokens, heads, head_dim], with the tables of `rotary_tables`.
 
-    2021), by what `rotary_tables` gave.
+    Halves are paired (Su et al. 2021).
     """
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin)

@@ -7,7 +7,6 @@ import time
 from typing import assert_never
 
 from pipeline.config import MIB, PreprocessConfig
-from pipeline.families import read_model_info
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     ShutdownRequested,
@@ -19,6 +18,7 @@ from pipeline.transport.ends import AsyncReceiver
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.messages import (
+    ControlMessage,
     Drain,
     FeedbackMessage,
     IngestMessage,
@@ -28,6 +28,7 @@ from pipeline.wire.messages import (
     Shutdown,
 )
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
+from workers.model_info import model_info_of
 from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
@@ -40,7 +41,7 @@ STUCK_S = 30.0  # in one piece of work of a thread: the longest text takes some 
 
 
 def main(context: WorkerContext) -> None:
-    run_async(_serve(context))
+    run_async(_run(context))
 
 
 def allowed_mib(config: PreprocessConfig) -> int:
@@ -50,78 +51,93 @@ def allowed_mib(config: PreprocessConfig) -> int:
     return BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib
 
 
-async def _serve(context: WorkerContext) -> None:
-    config, sockets = context.config, context.sockets
-    max_message = (config.api.max_request_mib + 1) * MIB
-    ingest: AsyncReceiver[IngestMessage] = sockets.async_receiver(INGEST, max_message_bytes=max_message)
-    feedback: AsyncReceiver[FeedbackMessage] = sockets.async_receiver(FEEDBACK)
-    control = sockets.async_subscriber(CONTROL)
-    info = read_model_info(context.model_folder, config.preprocess.min_pixels, config.preprocess.max_pixels)
-    largest = align(info.largest_pixel_bytes)
-    nbytes = align(max(config.preprocess.pixel_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
-    pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
-    vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
-    for vit in vits:
-        vit.send(PoolOpened(pool=pool.info, **context.origin))
-    limit_memory(allowed_mib(config.preprocess))
+async def _run(context: WorkerContext) -> None:
+    # Bound first: what clients and LLMs send waits from now on.
+    max_message = (context.config.api.max_request_mib + 1) * MIB
+    ingest = context.sockets.async_receiver(INGEST, max_message_bytes=max_message)
+    feedback = context.sockets.async_receiver(FEEDBACK)
+    control = context.sockets.async_subscriber(CONTROL)
     async with asyncio.TaskGroup() as tasks:
+        _Process(context, ingest, feedback, tasks).start(control)
+
+
+class _Process:
+    """The loops around a `Preprocessor`. What ends the process is raised in one of its tasks."""
+
+    def __init__(
+        self, context: WorkerContext, ingest: AsyncReceiver[IngestMessage],
+        feedback: AsyncReceiver[FeedbackMessage], tasks: asyncio.TaskGroup,
+    ) -> None:  # fmt: skip
+        self._context, self._ingest, self._feedback, self._tasks = context, ingest, feedback, tasks
+        config, sockets = context.config, context.sockets
+        info = model_info_of(context)
+        largest = align(info.largest_pixel_bytes)
+        nbytes = align(max(config.preprocess.pixel_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
+        self._pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
+        self._vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
+        llms = {lead: sockets.sender(LLM, lead) for lead in config.leads}
         allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
         context.faults.fill(allocator)
-        llms = {lead: sockets.sender(LLM, lead) for lead in config.leads}
-        core = Preprocessor(context, config.preprocess, info, pool, allocator, llms, vits, tasks)
+        self._core = Preprocessor(
+            context, config.preprocess, info, self._pool, allocator, llms, self._vits, tasks
+        )
 
-        async def read_ingest() -> None:
-            while True:
-                received = await ingest.receive()
-                core.on_ingest(received.message, received.frames)
+    def start(self, control: AsyncReceiver[ControlMessage]) -> None:
+        config = self._context.config.preprocess
+        for vit in self._vits:
+            vit.send(PoolOpened(pool=self._pool.info, **self._context.origin))
+        limit_memory(allowed_mib(config))
+        loops = (
+            self._read_ingest(), self._read_feedback(), self._read_control(control),
+            self._report(STATS_INTERVAL_S), self._show_life(),
+        )  # fmt: skip
+        for loop in loops:
+            self._tasks.create_task(loop)
+        self._context.ready(config.max_open_requests, pool_bytes=self._pool.info.nbytes)
 
-        async def read_feedback() -> None:
-            while True:
-                core.on_feedback((await feedback.receive()).message)
+    async def _read_ingest(self) -> None:
+        while True:
+            received = await self._ingest.receive()
+            self._core.on_ingest(received.message, received.frames)
 
-        def drain() -> None:
-            if not core.is_draining:
-                core.is_draining = True
-                tasks.create_task(report(DRAIN_STATS_INTERVAL_S))
+    async def _read_feedback(self) -> None:
+        while True:
+            self._core.on_feedback((await self._feedback.receive()).message)
 
-        async def read_control() -> None:
-            while True:
-                message = (await control.receive()).message
-                match message:
-                    case Shutdown():
-                        await core.close()  # no process that reads media outlives the pipeline
-                        raise ShutdownRequested
-                    case Drain():
-                        drain()
-                    case PipelineState():
-                        core.on_states(message.workers, context.follow(message))
-                        if message.is_draining:
-                            drain()
-                    case Retire():
-                        pass  # of an endpoint
-                    case _:
-                        assert_never(message)
+    async def _read_control(self, control: AsyncReceiver[ControlMessage]) -> None:
+        while True:
+            message = (await control.receive()).message
+            match message:
+                case Shutdown():
+                    await self._core.close()  # no process that reads media outlives the pipeline
+                    raise ShutdownRequested
+                case Drain():
+                    self._drain()
+                case PipelineState():
+                    self._core.on_states(message.workers, self._context.follow(message))
+                    if message.is_draining:
+                        self._drain()
+                case Retire():
+                    pass  # of an endpoint
+                case _:
+                    assert_never(message)
 
-        async def report(interval: float = STATS_INTERVAL_S) -> None:
-            while True:
-                core.tick(time.monotonic())
-                context.stats(
-                    core.num_open,
-                    {
-                        **core.counters,
-                        "decoded_pictures": core.num_decoded,
-                        "refused_messages": ingest.num_refused + feedback.num_refused,
-                    },
-                )
-                await asyncio.sleep(interval)
+    def _drain(self) -> None:
+        if not self._core.is_draining:
+            self._core.is_draining = True
+            self._tasks.create_task(self._report(DRAIN_STATS_INTERVAL_S))
 
-        async def show_life() -> None:
-            """As long as the loop turns, and no thread is stuck."""
-            while True:
-                if core.recording.longest_s(time.monotonic()) < STUCK_S:
-                    context.recorder.move()
-                await asyncio.sleep(LIFE_INTERVAL_S)
+    async def _report(self, interval: float) -> None:
+        while True:
+            self._core.tick(time.monotonic())
+            num_refused = self._ingest.num_refused + self._feedback.num_refused
+            counters = {"decoded_pictures": self._core.num_decoded, "refused_messages": num_refused}
+            self._context.stats(self._core.num_open, {**self._core.counters, **counters})
+            await asyncio.sleep(interval)
 
-        for loop in (read_ingest, read_feedback, read_control, report, show_life):
-            tasks.create_task(loop())
-        context.ready(config.preprocess.max_open_requests, pool_bytes=nbytes)
+    async def _show_life(self) -> None:
+        """As long as the loop turns, and no thread is stuck."""
+        while True:
+            if self._core.recording.longest_s(time.monotonic()) < STUCK_S:
+                self._context.recorder.move()
+            await asyncio.sleep(LIFE_INTERVAL_S)

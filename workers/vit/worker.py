@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import MIB, Config
-from pipeline.families import ModelInfo, read_model_info
+from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Poller, Receiver, Wakeup
@@ -29,6 +29,7 @@ from pipeline.wire.messages import (
     WorkerState,
 )
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, Role
+from workers.model_info import model_info_of
 from workers.nn.loader import choose_device, choose_dtype
 from workers.vit.batcher import Batcher, Pending
 from workers.vit.core import VitCore
@@ -75,7 +76,7 @@ def main(context: WorkerContext) -> None:
     config = context.config
     control, inbox = context.control(), context.sockets.receiver(ENCODE, context.worker.rank)
     torch.set_num_threads(context.spec.placement.num_threads)
-    info = read_model_info(context.model_folder, config.preprocess.min_pixels, config.preprocess.max_pixels)
+    info = model_info_of(context)
     device = choose_device(config.model.device, context.spec.placement.device, is_shared=True)
     dtype = choose_dtype(config.model.dtype, device)
     dtype_name = str(dtype).removeprefix("torch.")

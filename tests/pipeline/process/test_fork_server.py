@@ -34,11 +34,12 @@ class Pipeline:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.server = ForkServer(ENVIRONMENT)
+        self.server.start()
         self.sockets = Sockets(run_dir, {PREPROCESS: 1})
         self.status, self.control = self.sockets.receiver(STATUS), self.sockets.publisher(CONTROL)
 
     def start(self, model: Path = EMBEDDED / "model") -> WorkerProcess:
-        return self.server.start(
+        return self.server.fork(
             WorkerSpec(
                 worker=PREPROCESS, epochs={str(worker): 1 for worker in OTHERS}, run_dir=str(self._run_dir),
                 model_folder=str(model),
@@ -56,6 +57,12 @@ class Pipeline:
         raise AssertionError(f"no {kind.__name__} came")
 
 
+def shown_by_ps(pid: int) -> tuple[str, str]:
+    """The command's name, and the command line."""
+    name, line = (Path(f"/proc/{pid}/{file}").read_text() for file in ("comm", "cmdline"))
+    return name.strip(), line.rstrip("\0")
+
+
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
     made = Pipeline(tmp_path)
@@ -69,8 +76,7 @@ def test_a_worker_starts_again_and_again_and_ends_as_it_should(pipeline: Pipelin
     pipeline.wait_for(WorkerReady)
     assert not first.wait(0.01)
     assert first.pid is not None
-    command = Path(f"/proc/{first.pid}/cmdline").read_text().rstrip("\0").split("\0")
-    assert command[1:] == ["-m", "workers.preprocess", "0"]
+    assert shown_by_ps(first.pid) == ("preprocess.0", "vlm preprocess.0")
     first.kill()
     assert first.wait(10)
     assert first.exit_code == -signal.SIGKILL

@@ -517,7 +517,7 @@ def test_each_step_is_timed_by_itself(
     monkeypatch.setattr(rig.engine.runner, "launch", take_time)
     rig.clock = lambda: now
     times = SimpleNamespace(observe=observe, num_free_tokens=lambda *_: 16, predict=lambda num_tokens: 1.0)
-    monkeypatch.setattr(rig.scheduler, "step_times", times)
+    monkeypatch.setattr(rig.scheduler.budget, "step_times", times)
     request, _ = rig.request(CHATS["text only"], "r")
     rig.engine.handle(request, rig.now)
     rig.run()

@@ -386,7 +386,7 @@ def test_invariants_hold_whatever_happens(
 
     def run() -> int:
         scheduled, *_ = made.schedule()
-        assert sum(item.num_tokens for item in scheduled) <= made.max_num_batched_tokens
+        assert sum(item.num_tokens for item in scheduled) <= made.budget.max_num_batched_tokens
         assert len(made.running) <= max_seqs
         for item in scheduled:
             assert item.stop <= len(item.request.block_table) * 4
@@ -478,7 +478,7 @@ def test_a_stream_beside_many_of_another_tenant_is_hardly_held_up() -> None:
     Before, it took eight steps of all: 280 s.
     """
     made = scheduler(num_blocks=1000, budget=64, max_seqs=40)
-    made.step_times = StepTimes([Measured(1, 2.0), Measured(64, 65.0)], 0.0, 2.0)
+    made.budget.step_times = times = StepTimes([Measured(1, 2.0), Measured(64, 65.0)], 0.0, 2.0)
     for number in range(34):
         made.add(make(f"many {number}", 4, max_tokens=500, tenant="greedy"))
     for _ in range(20):
@@ -487,8 +487,8 @@ def test_a_stream_beside_many_of_another_tenant_is_hardly_held_up() -> None:
     seconds, done = 0.0, []
     while "one" in [request.request_id for request in (*made.waiting, *made.running)]:
         done.append(step(made))
-        seconds += made.step_times.predict(sum(count for _, count in done[-1]))
-    alone = made.step_times.predict(4) + 7 * made.step_times.predict(1)
+        seconds += times.predict(sum(count for _, count in done[-1]))
+    alone = times.predict(4) + 7 * times.predict(1)
     assert seconds < 4 * alone
     assert any(len(names) > 30 for names in done), "and the others go on"
     made.check_integrity()

@@ -110,7 +110,8 @@ class Choice:
         scaled -= scaled.amax(dim=-1, keepdim=True)
         probs = (scaled / self._column(of["temperature"])).softmax(dim=-1)
         least = least_probable(probs, *(self._column(of[name]) for name in ("top_k", "top_p", "min_p")))
-        return [kept.nonzero()[:, 0] for kept in probs >= least]
+        # Of a row that is not a number, as broken weights make one, everything is kept: some token must be.
+        return [is_cut.logical_not().nonzero()[:, 0] for is_cut in probs < least]
 
     def _column(self, values: npt.NDArray[np.generic]) -> Tensor:
         return self._on_device(values.astype(np.float64))[:, None]

@@ -47,9 +47,9 @@ def mix(state: UInt64Array) -> UInt64Array:
 
 
 def draw_keys(seeds: UInt64Array, numbers: UInt64Array) -> UInt64Array:
-    """Where the stream of the output token `numbers` of a request starts:
+    """Where the random stream of each output token starts: at an output of SplitMix64, from the seed.
 
-    SplitMix64's output of a stream of the seed's own.
+    `numbers`: how many output tokens the request has before this one.
     """
     golden = np.uint64(GOLDEN)
     return mix(mix(seeds + golden) + (numbers + np.uint64(1)) * golden)

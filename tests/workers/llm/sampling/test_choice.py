@@ -143,3 +143,16 @@ def test_a_banned_token_is_never_drawn_and_the_only_one_left_always_is() -> None
     assert set(draw_many(logits, SamplingParams(seed=1), 200)) == {3}
     logits[3] = -torch.inf
     assert set(draw_many(logits, SamplingParams(seed=1, top_p=0.5), 50)) == {8}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, *CUTS], ids=str)
+def test_logits_that_are_no_numbers_spoil_their_own_row_only(options: dict[str, Any]) -> None:
+    """As broken weights make them: some token is chosen, and no rank dies."""
+    torch.manual_seed(2)
+    logits = torch.randn(2, 300)
+    params = [SamplingParams(seed=4, **options)] * 2
+    expected = sample(logits.clone(), params, [0, 0]).token_ids[1]
+    logits[0] = math.nan
+    spoilt, other = sample(logits, params, [0, 0]).token_ids.tolist()
+    assert 0 <= spoilt < 300
+    assert other == expected

@@ -1,0 +1,158 @@
+"""Workers are replaced on request, and with them the weights where the folder has new ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from pipeline.client.client import PipelineClient
+from pipeline.wire.errors import RequestError
+from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.integration.conftest import LIMITS
+from tests.pictures import encode, scene
+from tests.servers import Server, is_alive
+from tools.processes import workers_of
+
+
+async def stream_text(server: Server, session: aiohttp.ClientSession, number: int, max_tokens: int) -> str:
+    """The text of one streamed answer; fails with whatever is no orderly end."""
+    chat = [{"role": "user", "content": f"Tell me about number {number}"}]
+    body = {"messages": chat, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    texts: list[str] = []
+    async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                texts += [choice["delta"].get("content", "") for choice in event["choices"]]
+            elif line.startswith(b"data: [DONE]"):
+                return "".join(texts)
+    raise AssertionError("the stream broke off")
+
+
+async def test_a_reload_replaces_every_worker_and_no_request_fails() -> None:
+    with Server("--admin-key", "secret", "--dtype", "float32", *LIMITS) as server:
+        async with aiohttp.ClientSession() as session:
+            expected = [await stream_text(server, session, number, 200) for number in range(2)]
+            before = workers_of(server.process.pid)
+            under_way = [
+                asyncio.create_task(stream_text(server, session, number, 200)) for number in range(2)
+            ]
+            await asyncio.sleep(0.5)
+            async with session.post(f"{server.url}/admin/reload") as refused:
+                assert refused.status == 401
+            async with session.post(
+                f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}
+            ) as accepted:
+                assert accepted.status == 202, await accepted.text()
+            async with session.post(
+                f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}
+            ) as again:
+                assert again.status == 409
+                assert "under way" in await again.text()
+            end = time.monotonic() + 30
+            while "reload: done" not in server.output and time.monotonic() < end:
+                assert expected[0].startswith(await stream_text(server, session, 0, 20))
+            assert "reload: done" in server.output
+            assert await asyncio.gather(*under_way) == expected
+            assert [await stream_text(server, session, number, 200) for number in range(2)] == expected
+            while is_alive(before["api.0"]):  # until its connections have been idle for a while
+                assert time.monotonic() < end + 10
+                await asyncio.sleep(0.1)
+            after = workers_of(server.process.pid)
+            assert before.keys() == after.keys()
+            assert [name for name in before if before[name] == after[name]] == ["server"]
+            assert ": it is replaced" not in server.output, "nobody died by itself"
+        server.children = after
+
+
+def replace_weights(folder: Path, source: Path) -> None:
+    """By a new file in the place of the old one, which who has it open goes on reading."""
+    shutil.copy(source / "model.safetensors", folder / "new")
+    (folder / "new").rename(folder / "model.safetensors")
+
+
+async def test_new_weights_are_loaded_and_each_request_is_answered_by_one_kind(tmp_path: Path) -> None:
+    """Old ones are in no cache: a picture seen before, and a prompt computed before, are computed again."""
+    first, second = make_checkpoint(tmp_path / "first", seed=1), make_checkpoint(tmp_path / "second", seed=2)
+    folder = shutil.copytree(first, tmp_path / "model")
+    messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
+    picture = [encode(scene(5))]
+    options = ("--dtype", "float32", "--admin-key", "secret", *LIMITS)
+
+    async def answer(client: PipelineClient, num_tokens: int) -> list[int]:
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        pieces = client.generate(messages, sampling, picture)
+        return [token async for piece in pieces for token in piece.token_ids]
+
+    with Server("--model", str(second), *options) as server:
+        async with PipelineClient(server.run_dir) as client:
+            of_second = await answer(client, 300)
+    with Server("--model", str(folder), *options) as server:
+        async with PipelineClient(server.run_dir) as client, aiohttp.ClientSession() as session:
+            of_first = await answer(client, 300)
+            assert of_first[:8] != of_second[:8]
+            under_way = [asyncio.create_task(answer(client, 300)) for _ in range(3)]
+            await asyncio.sleep(0.5)
+            replace_weights(folder, second)
+            headers = {"Authorization": "Bearer secret"}
+            async with session.post(f"{server.url}/admin/reload", headers=headers) as accepted:
+                assert accepted.status == 202, await accepted.text()
+            while "reload: done" not in server.output:
+                under_way.append(asyncio.create_task(answer(client, 8)))
+                await asyncio.sleep(0.2)
+            for tokens in await asyncio.gather(*under_way):
+                assert tokens in (of_first[: len(tokens)], of_second[: len(tokens)])
+            assert await answer(client, 300) == of_second
+        server.children = workers_of(server.process.pid)
+
+
+async def test_who_dies_after_the_weights_were_replaced_takes_the_others_along(tmp_path: Path) -> None:
+    """Else embeddings of new weights would reach an old LLM. A request that has tokens is given up."""
+    first, second = make_checkpoint(tmp_path / "first", seed=1), make_checkpoint(tmp_path / "second", seed=2)
+    folder = shutil.copytree(first, tmp_path / "model")
+    with Server("--model", str(folder), *LIMITS) as server:
+        async with PipelineClient(server.run_dir) as client:
+            sampling = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+            pieces = client.generate([ChatMessage("user", "Hello")], sampling)
+            await anext(pieces)
+            replace_weights(folder, second)
+            before = workers_of(server.process.pid)
+            os.kill(before["vit.0"], signal.SIGKILL)
+            with pytest.raises(RequestError, match="weights were replaced") as caught:
+                async for _ in pieces:
+                    pass
+            assert caught.value.info.status == 503
+            while "reload: done" not in server.output:
+                await asyncio.sleep(0.1)
+            after = workers_of(server.process.pid)
+            changed = {name for name in before if before[name] != after[name]}
+            assert changed == {name for name in before if name.startswith(("vit", "llm"))}
+        server.children = after
+
+
+async def test_a_reload_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    with Server("--model", str(folder), "--admin-key", "secret", *LIMITS) as server:
+        (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+        server.process.send_signal(signal.SIGHUP)
+        while "no reload: other files" not in server.output:
+            await asyncio.sleep(0.05)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{server.url}/admin/reload", headers={"Authorization": "Bearer secret"}) as answer,
+        ):
+            assert answer.status == 409
+            assert "other files than the weights have changed" in await answer.text()
+        assert server.output.count("no reload: other files") == 2

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from tests.workers.llm.test_scheduler import make
+from workers.llm.request import Request
+from workers.llm.step_budget import StepBudget
+from workers.llm.step_times import Measured, StepTimes
+
+
+def decoding(name: str) -> Request:
+    request = make(name, 4, max_tokens=9)
+    request.output_token_ids.append(1)
+    request.num_computed_tokens = 4
+    return request
+
+
+def test_decodes_come_first_and_prefills_get_what_is_left() -> None:
+    budget = StepBudget(8, None)
+    first, second = make("first", 20), make("second", 20)
+    streams = [decoding(f"stream {number}") for number in range(3)]
+    ready = [(first, 20), *((stream, 1) for stream in streams), (second, 20)]
+    parts, num_decodes = budget.divide(ready)
+    assert num_decodes == 3
+    assert parts[:3] == [(stream, 1) for stream in streams]
+    assert sum(num_tokens for _, num_tokens in parts) == 8
+    assert budget.divide([(stream, 1) for stream in streams] * 4)[1] == 8, "decodes are cut, too"
+
+
+def test_beside_a_stream_prefill_gets_what_is_nearly_free() -> None:
+    times = StepTimes([Measured(1, 1.0), Measured(4, 1.1), Measured(64, 60.0)], 0.0, 1.5)
+    budget, long = StepBudget(64, times), make("long", 60)
+    assert budget.divide([(long, 60)]) == ([(long, 60)], 0)
+    parts, num_decodes = budget.divide([(decoding("stream"), 1), (make("other", 60), 60)])
+    assert num_decodes == 1
+    assert 0 < parts[1][1] < 10

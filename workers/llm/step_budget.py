@@ -1,0 +1,83 @@
+"""Divides a step's tokens among the requests that are ready. Pure: no torch, no sockets, no clock.
+
+Decodes first, then prefills, tenants in turn and each one's by arrival, cut to what is left. While streams
+decode, prefill gets what `StepTimes` says is nearly free, and a tenant that has had more time than others
+waits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pipeline.transport.fair import Turns
+from workers.llm.request import Request
+from workers.llm.step_times import StepTimes
+from workers.llm.time_shares import TimeShares
+
+# A request and how many of its tokens. A plain tuple: one is made for each request in each step.
+Part = tuple[Request, int]
+
+
+class StepBudget:
+    """Remembers what each tenant has had. Without `step_times` nothing is known of time."""
+
+    def __init__(self, max_num_batched_tokens: int, step_times: StepTimes | None) -> None:
+        self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
+        self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
+        self._shares = TimeShares()
+
+    def divide(self, ready: Sequence[Part]) -> tuple[list[Part], int]:
+        """What the step computes of what is `ready`, and how many of its parts, in front, are decodes."""
+        decodes: list[Part] = []
+        prefills: list[Part] = []
+        for part in self._of_tenants_behind(ready):
+            request, num_tokens = part
+            if num_tokens == 1 and request.num_remaining_tokens == 1:
+                decodes.append(part)
+            else:
+                prefills.append(part)
+        chosen = decodes[: self.max_num_batched_tokens]
+        num_decodes = len(chosen)
+        budget = self.max_num_batched_tokens - num_decodes
+        prefills = self._in_turn(prefills)
+        if decodes and prefills and self.step_times is not None:
+            shares = [(num_tokens, request.num_computed_tokens) for request, num_tokens in prefills]
+            budget = min(budget, self.step_times.num_free_tokens(len(decodes), shares))
+        for request, num_tokens in prefills:
+            if budget <= 0:
+                break
+            num_taken = min(budget, num_tokens)
+            chosen.append((request, num_taken))
+            budget -= num_taken
+            self._turns.charge(request.tenant, num_taken)
+        self._charge(chosen)
+        return chosen, num_decodes
+
+    def _of_tenants_behind(self, ready: Sequence[Part]) -> Sequence[Part]:
+        """What goes into the step: of all tenants, or of those that have had less time than others."""
+        if self.step_times is None:
+            return ready
+        chosen = self._shares.choose(_tokens_by_tenant(ready), self._seconds)
+        return [part for part in ready if part[0].tenant in chosen]
+
+    def _in_turn(self, prefills: list[Part]) -> list[Part]:
+        prefills.sort(key=lambda prefill: prefill[0].arrival)
+        places = self._turns.arrange([(request.tenant, num_tokens) for request, num_tokens in prefills])
+        return [prefills[place] for place in places]
+
+    def _charge(self, chosen: Sequence[Part]) -> None:
+        if self.step_times is not None and chosen:
+            num_tokens = _tokens_by_tenant(chosen)
+            self._shares.charge(num_tokens, self._seconds(num_tokens.total()))
+
+    def _seconds(self, num_tokens: int) -> float:
+        assert self.step_times is not None
+        return self.step_times.predict(min(num_tokens, self.max_num_batched_tokens))
+
+
+def _tokens_by_tenant(parts: Iterable[Part]) -> Counter[str]:
+    num_tokens: Counter[str] = Counter()
+    for request, count in parts:
+        num_tokens[request.tenant] += count
+    return num_tokens
