@@ -72,8 +72,9 @@ class Requests:
     def on_collected(self, collected: Collected, now: float) -> None:
         """Tells clients their new tokens; closes what has finished."""
         self._tell(collected.yielded)
-        for request in collected.finished:
-            self._end_choice(request, now)
+        ended = {request.request_id: self._end_choice(request) for request in collected.finished}
+        for choices in ended.values():
+            self._close_if_over(choices, now)
 
     def _tell(self, yielded: Iterable[Yielded]) -> None:
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
@@ -86,14 +87,15 @@ class Requests:
 
     # How they end.
 
-    def _end_choice(self, request: Request, now: float) -> None:
-        """It has its finish reason, and the scheduler has forgotten it.
-
-        The request ends with its last choice.
-        """
+    def _end_choice(self, request: Request) -> Choices:
+        """The choice has its finish reason, and the scheduler has forgotten it."""
         choices = self.open[request.request_id]
         choices.hand_on(request)
         self._stepper.give_back(request.take_all_leases())
+        return choices
+
+    def _close_if_over(self, choices: Choices, now: float) -> None:
+        """A request ends with its last choice."""
         if choices.leader is None:
             self._close(choices, None, now)
 
@@ -101,7 +103,7 @@ class Requests:
         """Its client wants no more of it."""
         self._abort(request)
         self._clients.tell_outputs(request.client_id, [output_of(request, len(request.output_token_ids))])
-        self._end_choice(request, now)
+        self._close_if_over(self._end_choice(request), now)
 
     def abort(self, choices: Choices, now: float) -> None:
         """Ends all that is open of a request, and tells its client."""

@@ -658,7 +658,7 @@ async def test_pictures_that_take_too_long_hold_up_neither_texts_nor_other_pictu
             while not any(m.pixels and m.key.request_id == "picture" for m in rig.encodes()):
                 await asyncio.sleep(0.01)
             await rig.settle()
-        refusals = {message.request_id: message.error for message in rig.llm.take(AbortRequest)}
+        refusals = {message.request_id: message.error for message in rig.llm.take(RequestRefused)}
         assert set(refusals) == {"bad", "worse"}
         for error in refusals.values():
             assert (error.status, error.field) == (400, "messages[0].content[0].image_url")
@@ -717,7 +717,7 @@ async def submit_named(rig: Rig, request_id: str, picture: bytes | None, **field
     )
     await rig.settle()
     answers: list[bytes | int] = [message.items[0].mm_hash for message in rig.llm.take(GenerateRequest)]
-    answers += [message.error.status for message in rig.llm.take(AbortRequest)]
+    answers += [message.error.status for message in rig.llm.take(RequestRefused)]
     rig.end(request_id)
     rig.feedback(PixelsReleased, key=ChunkKey(request_id, 1, 0, 0))
     return answers[0]
@@ -882,17 +882,6 @@ async def test_pictures_that_differ_in_anything_seen_never_share_a_key(rig: Rig)
     rig.check_nothing_left()
 
 
-async def test_a_request_id_of_somebody_else_is_refused_and_his_request_goes_on(rig: Rig) -> None:
-    rig.submit("r")
-    rig.submit("r", client_id=b"o" * 16)
-    (refusal,) = rig.llm.take(RequestRefused)
-    assert (refusal.client_id, refusal.is_foreign, refusal.error.status) == (b"o" * 16, True, 409)
-    await rig.settle()
-    assert [message.client_id for message in rig.llm.take(GenerateRequest)] == [CLIENT]
-    rig.end("r")
-    rig.check_nothing_left()
-
-
 async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1042,7 +1031,7 @@ async def test_texts_count_as_what_is_held() -> None:
         for number in range(3):
             rig.submit(f"r{number}", messages=(ChatMessage("user", (TextPart("a " * 200_000),)),))
         await rig.settle()
-        refused = {message.request_id: message.error for message in rig.llm.take(AbortRequest)}
+        refused = {message.request_id: message.error for message in rig.llm.take(RequestRefused)}
         assert refused["r2"].status in (429, 503)
         assert "texts and media" in refused["r2"].message
         for number in range(3):
@@ -1055,7 +1044,7 @@ async def test_texts_count_as_they_lie_in_memory() -> None:
     async with make_rig(1, max_open_media_mib=1) as rig:
         for name, text in (("letters", "a " * 130_000), ("emoji", "a " * 130_000 + "\N{GRINNING FACE}")):
             rig.submit(name, messages=(ChatMessage("user", text),))
-        refused = {message.request_id: message.error for message in rig.llm.take(AbortRequest)}
+        refused = {message.request_id: message.error for message in rig.llm.take(RequestRefused)}
         assert list(refused) == ["emoji"]
         assert "texts and media" in refused["emoji"].message
         await rig.settle()
@@ -1451,7 +1440,7 @@ async def test_a_refusal_is_told_by_a_group_that_lives() -> None:
         rig.core.on_ingest(submission(content=(ImagePart(url="ftp://nowhere/x"),)), [])
         await rig.settle()
         assert rig.llms[0].sent == []
-        assert [message.error.status for message in rig.llms[2].take(AbortRequest)] == [400]
+        assert [message.error.status for message in rig.llms[2].take(RequestRefused)] == [400]
         rig.end("r")
 
 
@@ -1496,10 +1485,10 @@ async def test_a_query_about_what_is_being_prepared_is_answered() -> None:
         assert (preparing.client_id, preparing.request_id, preparing.attempt) == (CLIENT, "r", 1)
         waiting.set()
         await rig.settle()
-        assert len(rig.llms[2].take(AbortRequest)) == 1
+        assert len(rig.llms[2].take(RequestRefused)) == 1
         rig.query("r")
         assert rig.llms[2].take(Preparing) == [], "it has failed, which is told again"
-        assert len(rig.llms[2].take(AbortRequest)) == 1
+        assert len(rig.llms[2].take(RequestRefused)) == 1
         rig.end("r")
 
 
