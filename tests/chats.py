@@ -21,11 +21,11 @@ class Clip(NamedTuple):
 
 
 Piece = str | Image.Image | Clip | tuple[Image.Image, ...]
-Chat = Sequence[tuple[str, Sequence[Piece]]]
+ChatTurns = Sequence[tuple[str, Sequence[Piece]]]
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
-CHATS: dict[str, Chat] = {
+CHATS: dict[str, ChatTurns] = {
     "text only": [("user", ["What is the capital of France?"])],
     "system and text": [
         ("system", ["Answer in a few words."]),
@@ -51,7 +51,7 @@ CHATS: dict[str, Chat] = {
 }
 
 
-def to_messages(chat: Chat) -> tuple[list[ChatMessage], list[bytes]]:
+def to_messages(chat: ChatTurns) -> tuple[list[ChatMessage], list[bytes]]:
     """The messages, and the media's bytes as frames."""
     frames: list[bytes] = []
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.chats import Chat, Clip, Piece
+from tests.chats import ChatTurns, Clip, Piece
 from workers.preprocess.video_files import open_video
 
 TIE = 1e-3  # two best logits closer than this may swap
@@ -39,7 +39,7 @@ class Reference:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
 
-    def inputs(self, chat: Chat) -> dict[str, Any]:
+    def inputs(self, chat: ChatTurns) -> dict[str, Any]:
         def to_part(piece: Piece) -> dict[str, str]:
             if isinstance(piece, str):
                 return {"type": "text", "text": piece}
@@ -100,7 +100,7 @@ class Reference:
         return patches[0], tuple(grid)
 
     @torch.inference_mode()
-    def answer(self, chat: Chat, num_tokens: int) -> Answer:
+    def answer(self, chat: ChatTurns, num_tokens: int) -> Answer:
         inputs = self.inputs(chat)
         out = self.model.generate(
             **inputs,

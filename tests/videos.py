@@ -9,7 +9,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from tests.chats import Chat, Clip
+from tests.chats import ChatTurns, Clip
 from tests.pictures import scene
 
 Frames = npt.NDArray[np.uint8]  # [frames, height, width, 3]
@@ -64,7 +64,7 @@ def encode_video(
 
 
 CLIP = Clip(encode_video(counting_frames(30, (112, 84)), 10.0), fps=2.0)
-VIDEO_CHATS: dict[str, Chat] = {
+VIDEO_CHATS: dict[str, ChatTurns] = {
     "a video between pictures": [("user", [scene(10), CLIP, "What happens?", scene(11, (84, 84))])],
     "frames, an odd number": [
         ("user", [tuple(scene(number, (112, 84)) for number in range(12, 17)), "Which was first?"])

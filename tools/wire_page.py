@@ -17,6 +17,7 @@ from pipeline.transport.ends import MAX_FRAMES
 from pipeline.transport.sockets import UNIONS
 from pipeline.wire.messages import (
     PROTOCOL_VERSION,
+    Chat,
     ChatMessage,
     ControlMessage,
     IngestMessage,
@@ -29,7 +30,7 @@ from pipeline.wire.topology import EDGES, Pattern
 PAGE = Path(__file__).parents[1] / "docs" / "wire.md"
 CLIENT_UNIONS = {"ingest": IngestMessage, "outputs": OutputsMessage, "control": ControlMessage}
 EXAMPLE = SubmitRequest(
-    client_id=bytes(range(16)), request_id="r1", attempt=1, messages=(ChatMessage("user", "Hello"),),
+    client_id=bytes(range(16)), request_id="r1", attempt=1, prompt=Chat((ChatMessage("user", "Hello"),)),
     sampling=SamplingParams(temperature=0.0, seed=7, max_tokens=2),
 )  # fmt: skip
 INTRODUCTION = f"""# The wire
@@ -55,17 +56,19 @@ that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`)
 4. Send `SubmitRequest` with an id of your own, unique for as long as anybody remembers, and `attempt` 1.
    Media ride as further frames of the message, named by their index (`frame`), at most {MAX_FRAMES - 1}.
    Without a `seed` the request's id gives it one: an id that is used again draws the same tokens again.
-5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `offset` counts
-   the tokens before; where a gap shows, send the request again with the same `attempt` and with
-   `num_received`: that is a query, and never starts anything. The output with a `finish_reason` is the last;
-   or `RequestFailed` is.
-6. `AbortRequest` ends a request. Repeat it until the terminal message is there.
+5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `index`
+   names the choice, of the `n` that the sampling asks for; `offset` counts the choice's tokens before. Where
+   a gap shows, send `QueryRequest`, with how many tokens of each choice you have: it never starts anything.
+   The output with a `finish_reason` is the last of its choice, and the request is over with the last choice.
+   `RequestFailed` ends all choices.
+6. `AbortRequest` ends a request, or with an `index` one choice. Repeat it until the terminal message is
+   there.
 
 ## When workers die
 
 An epoch that grows says that a worker died and was reaped. Close the connection to the old address and
-connect to the new one. Then submit again, with the next `attempt`, the same fields and the tokens that you
-have in `output_token_ids`:
+connect to the new one. Then submit again, with the next `attempt`, the same fields and, in `choices`, for
+each index the tokens that you have and whether that choice is over:
 
 - `preprocess.0` died: every request that is not accepted.
 - a lead died: every request of its group (`sender` of `Accepted`), and those not accepted; but say `Hello`

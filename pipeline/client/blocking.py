@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pipeline.client.client import Piece, PipelineClient
-from pipeline.wire.messages import ChatMessage, Welcome
+from pipeline.wire.messages import ChatMessage, Prompt, Welcome
 from pipeline.wire.sampling import SamplingParams
 
 T = TypeVar("T")
@@ -73,14 +73,14 @@ class BlockingClient:
         self._loop.close()
 
     def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams,
+        self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> Iterator[Piece]:  # fmt: skip
         """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the
         request."""
         assert self._client is not None
-        pieces = self._client.generate(messages, sampling, media, request_id, priority, cache_salt, tenant)
+        pieces = self._client.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
         read: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()  # None: all has come
 
         async def pump() -> None:

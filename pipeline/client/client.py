@@ -30,11 +30,15 @@ from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.messages import (
+    Chat,
     ChatMessage,
+    Prompt,
     ReloadState,
     RequestOutput,
     SubmitRequest,
+    Text,
     TokenLogprobs,
+    Tokens,
     Welcome,
     WorkerState,
     unpack_int32,
@@ -173,21 +177,22 @@ class PipelineClient:
         return self._connection.counters
 
     async def generate(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams,
+        self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
-        """Runs one chat and yields what comes, ending with the piece that has a finish reason, or with the
+        """Runs one prompt and yields what comes, ending with the piece that has a finish reason, or with the
         last of them, where the sampling asks for several choices.
 
-        `ImagePart(frame=i)` or `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes
-        first. Only requests with an equal `cache_salt` share cached prefixes, so that none can tell from the
-        time it takes what another asked. `tenant`: on whose behalf, where one client speaks for many; a
-        gateway puts the key's owner in its place. Leaving the generator early aborts the request. Raises
+        `prompt`: the messages of a chat, or a `Text` or `Tokens` without a template. `ImagePart(frame=i)` or
+        `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with
+        an equal `cache_salt` share cached prefixes, so that none can tell from the time it takes what another
+        asked. `tenant`: on whose behalf, where one client speaks for many; a gateway puts the key's owner in
+        its place. Leaving the generator early aborts the request. Raises
         RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
-        opened = self._submit(messages, sampling, list(media), request, priority, cache_salt, tenant)
+        opened = self._submit(prompt, sampling, list(media), request, priority, cache_salt, tenant)
         assert self._tokenizer is not None
         choices = [_ChoiceText(self._tokenizer, sampling) for _ in range(sampling.n)]
         num_open = len(choices)
@@ -218,20 +223,25 @@ class PipelineClient:
         return token_bytes(self._tokenizer, token_id)
 
     def _submit(
-        self, messages: Sequence[ChatMessage], sampling: SamplingParams, frames: list[bytes | memoryview],
+        self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
+        frames: list[bytes | memoryview],
         request_id: str,
         priority: int, cache_salt: bytes, tenant: str,
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
-        moved = move_data_urls(messages, frames)
+        if not isinstance(prompt, Text | Tokens):
+            messages = prompt.messages if isinstance(prompt, Chat) else prompt
+            prompt = Chat(move_data_urls(messages, frames))
+        elif frames:
+            raise RequestError("pictures and videos come in a chat only", field="prompt")
         if len(frames) > MAX_ITEMS:
             raise RequestError(
                 f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}",
                 field="messages",
             )
         request = SubmitRequest(
-            client_id=self._connection.client_id, request_id=request_id, attempt=1, messages=moved,
+            client_id=self._connection.client_id, request_id=request_id, attempt=1, prompt=prompt,
             sampling=sampling, priority=priority,
             cache_salt=cache_salt, tenant=tenant,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from pipeline.wire.handles import PoolInfo, TensorHandle
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role, WorkerId
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 CLIENT_ID_BYTES = 16
 MAX_REQUEST_ID = 256  # characters
 MAX_TENANT = 256  # characters
@@ -130,6 +130,27 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | tuple[Part, ...]
 
 
+class Chat(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
+    """The model's chat template makes a prompt of the messages."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+class Text(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
+    """A prompt as it is, without a template. A special token that is spelt out in the text is that token."""
+
+    text: str
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens", forbid_unknown_fields=True):
+    """A prompt that is tokenised already."""
+
+    token_ids: bytes  # int32
+
+
+Prompt = Chat | Text | Tokens
+
+
 # --- ingest: clients → preprocess
 # -----------------------------------------------------------------------------------
 
@@ -154,7 +175,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     client_id: bytes
     request_id: RequestId
     attempt: int
-    messages: tuple[ChatMessage, ...]
+    prompt: Prompt
     sampling: SamplingParams
     choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index; empty: nothing has come yet
     priority: int = 0  # lower goes first

@@ -198,18 +198,18 @@ def run_javascript(folder: Path, server: Server, picture: Path, *more: str) -> A
 def test_a_client_in_another_language_gets_the_same(server: Server, javascript: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     picture.write_bytes(encode(scene(1)))
-    theirs = run_javascript(javascript, server, picture)
+    theirs = run_javascript(javascript, server, picture, "3")
     with BlockingClient(server.run_dir) as client:
         messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
         pieces = list(
             client.generate(
-                messages, SamplingParams(temperature=0, seed=1, max_tokens=16), [picture.read_bytes()]
+                messages, SamplingParams(temperature=1, seed=1, max_tokens=16, n=3), [picture.read_bytes()]
             )
         )
-    assert theirs["token_ids"] == [token for piece in pieces for token in piece.token_ids]
-    assert (theirs["finish_reason"], theirs["prompt_tokens"]) == (
-        pieces[-1].finish_reason,
-        pieces[-1].num_prompt_tokens,
-    )
-    refused = run_javascript(javascript, server, picture, "99")
-    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 3"
+    assert theirs["prompt_tokens"] == pieces[0].num_prompt_tokens
+    for index, choice in enumerate(theirs["choices"]):
+        ours = [piece for piece in pieces if piece.index == index]
+        assert choice["token_ids"] == [token for piece in ours for token in piece.token_ids]
+        assert choice["finish_reason"] == ours[-1].finish_reason
+    refused = run_javascript(javascript, server, picture, "1", "99")
+    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 4"

@@ -14,7 +14,7 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.client.client import PipelineClient
 from pipeline.wire.sampling import SamplingParams
 from tests.chats import CHATS as PICTURE_CHATS
-from tests.chats import NUM_TOKENS, Chat, generate, to_messages
+from tests.chats import NUM_TOKENS, ChatTurns, generate, to_messages
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
 from tests.pictures import noise
@@ -130,7 +130,7 @@ def test_greedy_tokens_of_the_embedded_model(tp: str) -> None:
         asyncio.run(run(server))
 
 
-def many_pictures(request: int, count: int) -> Chat:
+def many_pictures(request: int, count: int) -> ChatTurns:
     parts: list[object] = []
     for number in range(count):
         parts += [f"{number}", noise(1000 * request + number, (28, 28))]

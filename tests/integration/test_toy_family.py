@@ -20,7 +20,7 @@ from tests.integration.conftest import LIMITS
 from tests.pictures import encode, noise, scene
 from tests.servers import Server
 from tests.toy_family.checkpoint import install_toy, make_toy
-from tests.toy_family.reference import Answer, Chat, Film, Piece, Reference
+from tests.toy_family.reference import Answer, ChatTurns, Film, Piece, Reference
 from tests.videos import counting_frames, encode_video
 from tools.processes import workers_of
 
@@ -28,7 +28,7 @@ NUM_TOKENS = 16
 TIE = 2e-4  # two logits closer than this may swap: rounding moves these by 1e-5
 LONG = 150  # tokens of an answer during which somebody is killed
 FRAMES = tuple(scene(number, (90, 60)) for number in range(20, 25))
-CHATS: dict[str, Chat] = {
+CHATS: dict[str, ChatTurns] = {
     "text only": [("user", ["What is the capital of France?"])],
     "one picture": [("user", [scene(1), "What is in this picture?"])],
     "a picture of one row": [("user", [noise(2, (150, 30)), "What?"])],
@@ -63,7 +63,7 @@ def toy(folder: Path, has_memory: bool, seed: int) -> Toy:
     return Toy(folder, reference, answers)
 
 
-def clear_answer(reference: Reference, chat: Chat, num_tokens: int = NUM_TOKENS) -> Answer:
+def clear_answer(reference: Reference, chat: ChatTurns, num_tokens: int = NUM_TOKENS) -> Answer:
     answer = reference.answer(chat, num_tokens)
     assert answer.least_gap > TIE, "it hangs on rounding: another seed is needed"
     return answer
@@ -87,7 +87,7 @@ class Told(NamedTuple):
     num_cached_tokens: int
 
 
-def to_messages(chat: Chat) -> tuple[list[ChatMessage], list[bytes]]:
+def to_messages(chat: ChatTurns) -> tuple[list[ChatMessage], list[bytes]]:
     media: list[bytes] = []
 
     def add(data: bytes) -> int:
@@ -112,7 +112,7 @@ def to_messages(chat: Chat) -> tuple[list[ChatMessage], list[bytes]]:
 
 async def ask(
     client: PipelineClient,
-    chat: Chat,
+    chat: ChatTurns,
     num_tokens: int = NUM_TOKENS,
     started: asyncio.Event | None = None,
 ) -> Told:
@@ -168,7 +168,7 @@ async def test_any_chunks_and_prefixes_of_the_cache(plain: Toy, package: Path) -
 async def _another_rate_is_another_prefix(client: PipelineClient, plain: Toy) -> None:
     """The same pixels with another time between them: the ViT knows them, the prefix cache must not."""
     before = await num_encodes(client)
-    half: Chat = [("user", [Film(FRAMES, 2.0), "Which was first?"])]
+    half: ChatTurns = [("user", [Film(FRAMES, 2.0), "Which was first?"])]
     expected = clear_answer(plain.reference, half)
     told = await ask(client, half)
     assert told.token_ids == expected.token_ids
@@ -180,7 +180,7 @@ async def _another_rate_is_another_prefix(client: PipelineClient, plain: Toy) ->
 
 
 async def test_a_layer_with_a_state_and_killed_workers(with_memory: Toy, package: Path) -> None:
-    long: Chat = [("user", [scene(30, (90, 60)), "Tell me more."])]
+    long: ChatTurns = [("user", [scene(30, (90, 60)), "Tell me more."])]
     expected = clear_answer(with_memory.reference, long, LONG)
     with Server(
         "--model", str(with_memory.folder), "--dtype", "float32", *LIMITS, python_path=package
@@ -196,7 +196,7 @@ async def test_a_layer_with_a_state_and_killed_workers(with_memory: Toy, package
                 await asyncio.wait_for(started.wait(), 20)
                 # The ViT is asked for something new, and dies.
                 assert not running.done()
-                new: Chat = [("user", [scene(40 + number, (180, 180)), "And this?"])]
+                new: ChatTurns = [("user", [scene(40 + number, (180, 180)), "And this?"])]
                 late = asyncio.create_task(ask(client, new))
                 os.kill(workers_of(server.process.pid)[victim], signal.SIGKILL)
                 assert (await asyncio.wait_for(running, 40)).token_ids == expected.token_ids

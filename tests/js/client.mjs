@@ -1,13 +1,13 @@
 // A client of the pipeline, written from docs/wire.md: asks one question about one picture and prints what comes as JSON.
 //
-//     node client.mjs RUN_DIR QUESTION PICTURE [PROTOCOL]
+//     node client.mjs RUN_DIR QUESTION PICTURE [N] [PROTOCOL]
 
 import { randomBytes, randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { decode, encode } from "@msgpack/msgpack";
 import { Push, Subscriber } from "zeromq";
 
-const [runDir, question, picture, protocol = "3"] = process.argv.slice(2);
+const [runDir, question, picture, n = "1", protocol = "4"] = process.argv.slice(2);
 const clientId = randomBytes(16);
 const requestId = randomUUID();
 const address = (name) => `ipc://${runDir}/${name}`;
@@ -42,27 +42,31 @@ clearInterval(greeting);
 await ingest.send([
   encode({
     type: "SubmitRequest", client_id: clientId, request_id: requestId, attempt: 1,
-    messages: [{ role: "user", content: [{ type: "image", frame: 0 }, { type: "text", text: question }] }],
-    sampling: { temperature: 0, seed: 1, max_tokens: 16 },
+    prompt: {
+      type: "chat",
+      messages: [{ role: "user", content: [{ type: "image", frame: 0 }, { type: "text", text: question }] }],
+    },
+    sampling: { temperature: 1, seed: 1, max_tokens: 16, n: Number(n) },
   }),
   readFileSync(picture),
 ]);
 
-const tokenIds = [];
+const choices = Array.from({ length: Number(n) }, () => ({ token_ids: [], finish_reason: null }));
 let numPromptTokens = 0;
-let end;
-while (end === undefined) {
+let error;
+while (error === undefined && choices.some((choice) => choice.finish_reason === null)) {
   const [, frame] = await outputs.receive();
   const message = decode(frame);
   if (message.type === "Accepted" && message.request_id === requestId) numPromptTokens = message.num_prompt_tokens;
-  if (message.type === "RequestFailed" && message.request_id === requestId) end = { error: message.error };
+  if (message.type === "RequestFailed" && message.request_id === requestId) error = message.error;
   if (message.type !== "TokenOutputs") continue;
-  for (const [id, attempt, offset, ids, finishReason] of message.outputs) {
-    if (id !== requestId || attempt !== 1 || offset !== tokenIds.length) continue;
+  for (const [id, attempt, offset, ids, finishReason, , , index = 0] of message.outputs) {
+    const choice = choices[index];
+    if (id !== requestId || attempt !== 1 || offset !== choice.token_ids.length) continue;
     const view = new DataView(ids.buffer, ids.byteOffset, ids.byteLength);
-    for (let at = 0; at < ids.byteLength; at += 4) tokenIds.push(view.getInt32(at, true));
-    if (finishReason !== null) end = { finish_reason: finishReason };
+    for (let at = 0; at < ids.byteLength; at += 4) choice.token_ids.push(view.getInt32(at, true));
+    choice.finish_reason = finishReason;
   }
 }
-console.log(JSON.stringify({ model: welcome.model_name, prompt_tokens: numPromptTokens, token_ids: tokenIds, ...end }));
+console.log(JSON.stringify({ model: welcome.model_name, prompt_tokens: numPromptTokens, choices, error }));
 for (const socket of [control, outputs, ingest]) socket.close();

@@ -32,7 +32,7 @@ class Film(NamedTuple):
 
 
 Piece = str | Image.Image | Film | Clip
-Chat = Sequence[tuple[str, Sequence[Piece]]]
+ChatTurns = Sequence[tuple[str, Sequence[Piece]]]
 
 
 class Answer(NamedTuple):
@@ -53,7 +53,7 @@ class Reference:
         self.pads = {"image": config["picture_token_id"], "video": config["video_token_id"]}
 
     @torch.inference_mode()
-    def answer(self, chat: Chat, num_tokens: int) -> Answer:
+    def answer(self, chat: ChatTurns, num_tokens: int) -> Answer:
         torch.set_num_threads(1)  # its tensors are tiny, and servers compute beside it
         prompt = _Prompt(self.tokenizer)
         embeddings = [torch.zeros(0, 2 * self.language["width"])]

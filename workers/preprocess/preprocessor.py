@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +20,13 @@ from typing import assert_never
 import msgspec
 
 from pipeline.config import PreprocessConfig
-from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
+from pipeline.families import ModelInfo
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Sink
 from pipeline.transport.slots import Order, SlotAllocator
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
-from pipeline.wire.limits import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS
 from pipeline.wire.messages import (
-    MAX_SALT_BYTES,
-    MAX_TENANT,
     AbortRequest,
     ChunkKey,
     EncodeMessage,
@@ -37,7 +34,6 @@ from pipeline.wire.messages import (
     FeedbackMessage,
     GenerateRequest,
     Hello,
-    ImagePart,
     IngestMessage,
     ItemNotNeeded,
     LlmMessage,
@@ -50,28 +46,26 @@ from pipeline.wire.messages import (
     RequestNotYours,
     RequestRefused,
     SubmitRequest,
-    TextPart,
-    VideoPart,
     WorkerState,
     pack_int32,
-    unpack_int32,
 )
 from pipeline.wire.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher
-from workers.preprocess.item_reader import ItemReader, Scope
-from workers.preprocess.media import Item, gather
-from workers.preprocess.prompt import ChatPrompt, Prompt, texts_of
+from workers.preprocess.item_reader import ItemReader
+from workers.preprocess.media import Item
+from workers.preprocess.prompt import TokenizedPrompt
+from workers.preprocess.prompt_reader import Prepared, PromptReader
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.router import GroupRouter, prefix_hashes
 from workers.preprocess.shortages import refusal_of
+from workers.preprocess.submission_checks import check_submission, num_prompt_bytes, tenant_of
 from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_READER = 2  # under way at once, so that none waits for work, and whose turn it is matters
-ALL = "all"  # may have a priority
 MAX_REMEMBERED = 1 << 16  # requests, with those that have ended
 CLIENTS_RETURN_S = 120.0  # after our predecessor's death: with requests that it had begun
 
@@ -127,10 +121,8 @@ class Preprocessor:
             config.media_memory_mib,
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
-        self._items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
-        self._prompt = ChatPrompt(
-            info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings
-        )
+        items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
+        self.prompts = PromptReader(info, config.max_items_per_request, items, self._text_threads)
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,
@@ -193,8 +185,8 @@ class Preprocessor:
         opened.was_begun = known.was_begun if known is not None else self._may_have_begun(message)
         try:
             self._take_credit(opened)
-            self._check_fields(message)
-            self._hold(opened, sum(len(frame) for frame in frames) + _num_text_bytes(message))
+            check_submission(message, self._info.text.vocab_size, self._config.allow_priority)
+            self._hold(opened, sum(len(frame) for frame in frames) + num_prompt_bytes(message.prompt))
         except RequestError as error:
             self._refuse(opened, error.info)
             return
@@ -257,47 +249,6 @@ class Preprocessor:
             self._credits.close(opened.tenant, opened.num_held_bytes)
             opened.has_credit, opened.num_held_bytes = False, 0
 
-    def _check_fields(self, message: SubmitRequest) -> None:
-        if not message.messages:
-            raise RequestError("messages must not be empty", field="messages")
-        if len(message.messages) > MAX_MESSAGES:
-            raise RequestError(
-                f"there are {len(message.messages)} messages, the limit is {MAX_MESSAGES}", field="messages"
-            )
-        contents = [one.content for one in message.messages if not isinstance(one.content, str)]
-        if (count := sum(map(len, contents))) > MAX_PARTS:
-            raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
-        if message.attempt < 1:
-            raise RequestError("attempt counts from 1", field="attempt")
-        self._check_choices(message)
-        if not -(2**31) <= message.priority < 2**31 or len(message.cache_salt) > MAX_SALT_BYTES:
-            raise RequestError(
-                f"priority must fit 32 bits and cache_salt {MAX_SALT_BYTES} bytes", field="priority"
-            )
-        if message.priority and not may_have_priority(message.tenant, self._config.allow_priority):
-            raise RequestError("--allow-priority says who may set a priority", field="priority")
-        if len(message.tenant) > MAX_TENANT:
-            raise RequestError(f"the name of a tenant has at most {MAX_TENANT} characters", field="tenant")
-        vocab_size = self._info.text.vocab_size
-        for name, ids in (
-            ("stop_token_ids", message.sampling.stop_token_ids),
-            ("logit_bias", message.sampling.logit_bias),
-        ):
-            if wrong := [token_id for token_id in ids if token_id >= vocab_size]:
-                raise RequestError(
-                    f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name
-                )
-
-    def _check_choices(self, message: SubmitRequest) -> None:
-        if len(message.choices) > message.sampling.n:
-            raise RequestError(f"there are more choices than n, {message.sampling.n}", field="choices")
-        for choice in message.choices:
-            if len(choice.output_token_ids) % 4:
-                raise RequestError("output_token_ids are not whole numbers", field="choices")
-            token_ids = unpack_int32(choice.output_token_ids)
-            if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._info.text.vocab_size:
-                raise RequestError("output_token_ids are outside the vocabulary", field="choices")
-
     def _hold(self, opened: OpenRequest, num_bytes: int) -> None:
         """Counts texts and encoded media that a request holds until it ends.
 
@@ -338,8 +289,12 @@ class Preprocessor:
         on_behalf_of.set(Work(opened.request_id, is_alone, opened.tenant))
         start = time.monotonic()
         try:
-            items, prompt, positions = await self._read_request(opened, message, frames)
-            self._check_chunks(opened.tenant, items)  # from here on nothing waits until they are announced
+            prepared = await self.prompts.read(
+                message, frames, opened.tenant, functools.partial(self._hold, opened)
+            )
+            self._check_chunks(
+                opened.tenant, prepared.items
+            )  # from here on nothing waits until they are announced
         except RequestError as error:
             self._refuse(opened, error.info)
         except Exception as error:  # whatever strange input made fail is that request's fault alone
@@ -352,48 +307,8 @@ class Preprocessor:
                 ).info,
             )
         else:
-            self._announce(opened, message, items, prompt, positions)
+            self._announce(opened, message, prepared)
         self._context.tracer.span("prepare", start, [opened.request_id])
-
-    async def _read_request(
-        self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]
-    ) -> tuple[list[Item], Prompt, Positions]:  # fmt: skip
-        parts = list(_located_media(message))
-        num_pictures = sum(
-            max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part, _ in parts
-        )
-        if num_pictures > MAX_ITEMS:
-            raise RequestError(
-                f"the request has {num_pictures} pictures and frames, the limit is {MAX_ITEMS}",
-                field="messages",
-            )
-        if len(parts) > (limit := self._config.max_items_per_request):
-            raise RequestError(
-                f"the request has {len(parts)} pictures and videos, the limit is {limit}", field="messages"
-            )
-
-        def hold(num_bytes: int) -> None:
-            self._hold(opened, num_bytes)
-
-        scope = Scope(opened.tenant, message.cache_salt)
-        items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
-        limit = self._info.text.max_position_embeddings
-        if (total := sum(map(_num_placeholders, items))) > limit:
-            raise RequestError(
-                f"the pictures and videos take {total} tokens, the model's context has {limit}",
-                field="messages",
-            )
-        segments = [item.segments for item in items]
-        prompt: Prompt = await self._text_threads.run(self._prompt.build, message.messages, segments)
-        if (total := len(prompt.token_ids)) > limit:
-            raise RequestError(
-                f"the prompt has {total} tokens, the model's context has {limit}", field="messages"
-            )
-        placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
-        positions: Positions = await self._text_threads.run(
-            self._info.family.positions, total, placed, self._info
-        )
-        return items, prompt, positions
 
     def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
@@ -407,16 +322,10 @@ class Preprocessor:
                 field="messages",
             )
 
-    def _announce(
-        self,
-        opened: OpenRequest,
-        message: SubmitRequest,
-        media: Sequence[Item],
-        prompt: Prompt,
-        positions: Positions,
-    ) -> None:
+    def _announce(self, opened: OpenRequest, message: SubmitRequest, prepared: Prepared) -> None:
         """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them
         in one order."""
+        media, prompt, positions = prepared
         self._last_arrival += 1
         items: list[MmItem] = []
         for item, spans in zip(media, prompt.spans, strict=True):
@@ -454,7 +363,7 @@ class Preprocessor:
         self._chunks.announce(opened.keys)
 
     def _choose_group(
-        self, opened: OpenRequest, prompt: Prompt, items: Sequence[MmItem], cache_salt: bytes
+        self, opened: OpenRequest, prompt: TokenizedPrompt, items: Sequence[MmItem], cache_salt: bytes
     ) -> None:
         if len(self._llms) == 1 or opened.lead is not None:
             opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
@@ -572,35 +481,3 @@ class Preprocessor:
         await self._fetcher.close()
         for threads in (self._text_threads, self._media_threads):
             threads.close()
-
-
-def _num_placeholders(item: Item) -> int:
-    return sum(segment.num_tokens for segment in item.segments if isinstance(segment, Placeholders))
-
-
-def tenant_of(message: SubmitRequest) -> str:
-    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is
-    refused later.
-    """
-    return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
-
-
-def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
-    """Only a key has a name that nobody else can take."""
-    kind, _, name = tenant.partition(":")
-    return ALL in allowed or (kind in ("key", "curve") and name in allowed)
-
-
-def _num_text_bytes(message: SubmitRequest) -> int:
-    """As they lie in memory: one emoji makes each character of its text take four bytes."""
-    return sum(sys.getsizeof(text) for one in message.messages for text in texts_of(one))
-
-
-def _located_media(message: SubmitRequest) -> Iterable[tuple[ImagePart | VideoPart, str]]:
-    """The pictures and videos of a request, each with the name of its field."""
-    for number, chat_message in enumerate(message.messages):
-        if not isinstance(chat_message.content, str):
-            for index, part in enumerate(chat_message.content):
-                if not isinstance(part, TextPart):
-                    kind = "image_url" if isinstance(part, ImagePart) else "video_url"
-                    yield part, f"messages[{number}].content[{index}].{kind}"

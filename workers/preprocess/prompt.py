@@ -1,9 +1,8 @@
-"""From chat messages to token ids: the model's own template and tokenizer, and a placeholder for every
-picture.
+"""From a prompt to token ids: the model's own template and tokenizer, and a placeholder for every picture.
 
-What a user writes is text, whatever it looks like: a special token spelt out in it never becomes one, so it
-can neither end a turn nor take a picture's place. Placeholders belong to pictures by position, never by
-searching token ids.
+What a user writes in a chat is text, whatever it looks like: a special token spelt out in it never becomes
+one, so it can neither end a turn nor take a picture's place. Placeholders belong to pictures by position,
+never by searching token ids.
 """
 
 from __future__ import annotations
@@ -22,12 +21,24 @@ from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment
 from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.messages import ChatMessage, ImagePart, Part, Span, TextPart, VideoPart
+from pipeline.wire.messages import (
+    Chat,
+    ChatMessage,
+    ImagePart,
+    Part,
+    Prompt,
+    Span,
+    Text,
+    TextPart,
+    Tokens,
+    VideoPart,
+    unpack_int32,
+)
 
 ROLES = ("system", "user", "assistant")
 
 
-class Prompt(NamedTuple):
+class TokenizedPrompt(NamedTuple):
     token_ids: list[int]
     spans: list[tuple[Span, ...]]  # of each picture or video, in the order of the messages
 
@@ -36,7 +47,7 @@ class _TemplateRefusal(Exception):
     """The template itself refused the messages, in its author's words."""
 
 
-class ChatPrompt:
+class PromptBuilder:
     """Raises ValueError for a folder without a chat template."""
 
     def __init__(
@@ -64,10 +75,37 @@ class ChatPrompt:
         environment.globals["raise_exception"] = _raise_refusal
         self._template = environment.from_string(_read_template(folder))
 
-    def build(self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]]) -> Prompt:
-        """`segments[i]` take the place of the i-th picture or video. Raises RequestError, naming the field at
-        fault.
+    def build(self, prompt: Prompt, segments: Sequence[Sequence[Segment]]) -> TokenizedPrompt:
+        """`segments[i]` take the place of the i-th picture or video of a chat. Raises RequestError, naming
+        the field at fault.
         """
+        match prompt:
+            case Chat(messages):
+                return self._build_chat(messages, segments)
+            case Text(text):
+                self._check_length(len(text), "prompt")
+                return self._without_media(self._encode_with_specials(text))
+            case Tokens(token_ids):
+                return self._without_media(unpack_int32(token_ids).tolist())
+            case _:
+                assert_never(prompt)
+
+    def _without_media(self, token_ids: list[int]) -> TokenizedPrompt:
+        if not {self._image_token_id, self._video_token_id}.isdisjoint(token_ids):
+            raise RequestError(
+                "the prompt has the placeholder of a picture: pictures come in a chat", field="prompt"
+            )
+        return TokenizedPrompt(token_ids, [])
+
+    def _check_length(self, num_characters: int, field: str) -> None:
+        if num_characters > self._max_characters:
+            raise RequestError(
+                f"the text of {num_characters} characters is longer than the model's context", field=field
+            )
+
+    def _build_chat(
+        self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]]
+    ) -> TokenizedPrompt:
         # Put behind every character with which a special token begins, wherever a user writes it, so that no
         # special can begin in a user's text, not even spread over several parts; taken out again below.
         mark = secrets.token_hex(8)
@@ -75,12 +113,7 @@ class ChatPrompt:
         wanted = [
             self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media
         ]
-        if (
-            length := sum(len(text) for message in messages for text in texts_of(message))
-        ) > self._max_characters:
-            raise RequestError(
-                f"the text of {length} characters is longer than the model's context", field="messages"
-            )
+        self._check_length(sum(len(text) for message in messages for text in texts_of(message)), "messages")
         rendered = self._render(
             [self._as_template_message(index, message, mark) for index, message in enumerate(messages)]
         )
@@ -99,7 +132,7 @@ class ChatPrompt:
         if len(spans) != len(wanted):
             what = f"the model's chat template placed {len(spans)} of {len(wanted)} pictures and videos"
             raise RequestError(what, field="messages")
-        return Prompt(token_ids, spans)
+        return TokenizedPrompt(token_ids, spans)
 
     def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
         """Appends an item to the prompt. Its text is the family's, so specials in it are meant."""

@@ -352,7 +352,7 @@ async def test_data_urls_become_frames(client: PipelineClient, pipeline: Pipelin
     task = asyncio.create_task(collect(client, [ChatMessage("user", parts)], media=[b"mine"]))
     received = await pipeline.next(SubmitRequest)
     assert [bytes(frame) for frame in received.frames] == [b"mine", b"aGVsbG8="]
-    content = received.message.messages[0].content
+    content = received.message.prompt.messages[0].content
     assert content == (
         TextPart("look"),
         ImagePart(frame=1, is_base64=True),

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
-from pipeline.wire.messages import SubmitRequest
+from pipeline.wire.messages import Chat, SubmitRequest
 from tests.workers.api.endpoints.test_chat import body
 from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
 from workers.api.request_fields import check_request
@@ -24,7 +24,7 @@ def submitted(data: bytes) -> bytes:
     refuse_unserved(request)
     check_request(request, "m")
     made = SubmitRequest(
-        client_id=b"c" * 16, request_id="r", attempt=1, messages=tuple(to_messages(request)),
+        client_id=b"c" * 16, request_id="r", attempt=1, prompt=Chat(tuple(to_messages(request))),
         sampling=to_chat_sampling(request, {}), priority=request.priority or 0,
     )  # fmt: skip
     return msgspec.msgpack.encode(made)

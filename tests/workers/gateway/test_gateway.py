@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.transport.ends import Subscription
 from pipeline.transport.keys import owner_of
-from pipeline.wire.messages import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
+from pipeline.wire.messages import MAX_SALT_BYTES, AbortRequest, Chat, Hello, IngestMessage, SubmitRequest
 from pipeline.wire.sampling import SamplingParams
 from workers.gateway.gateway import MAX_BURST, MAX_CLIENTS_PER_KEY, MESSAGES_PER_S, Gateway
 
@@ -127,7 +127,7 @@ def test_the_key_says_on_whose_behalf_a_request_is_and_whose_caches_it_shares() 
     rig = Rig()
 
     def submit(user: str, **fields: object) -> SubmitRequest:
-        values: dict[str, object] = {"attempt": 1, "messages": (), "sampling": SamplingParams(), **fields}
+        values: dict[str, object] = {"attempt": 1, "prompt": Chat(()), "sampling": SamplingParams(), **fields}
         message = SubmitRequest(client_id=client_of(user), request_id="r", **values)  # type: ignore[arg-type]
         stamped: IngestMessage = rig.gateway.stamped(message, user)
         assert isinstance(stamped, SubmitRequest)

@@ -28,6 +28,7 @@ from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
+    Chat,
     ChoiceProgress,
     ChunkKey,
     EmbeddingReady,
@@ -59,7 +60,7 @@ from pipeline.wire.messages import (
 )
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role, WorkerId
-from tests.chats import CHATS, Chat, to_messages
+from tests.chats import CHATS, ChatTurns, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import seen_size
 from tests.reference import Answer, Reference, assert_same_tokens
@@ -71,7 +72,7 @@ from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Watch
 from workers.nn.weights.registry import open_weights
 from workers.preprocess.images import decode, read_size
-from workers.preprocess.prompt import ChatPrompt
+from workers.preprocess.prompt import PromptBuilder
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import EncodeJob
 from workers.vit.models.qwen2_vl import VisionEncoder
@@ -133,7 +134,7 @@ class Rig:
         self.encoder = TorchEngine(VisionEncoder(vision, open_weights(folder, torch.float32, CPU)))
         self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
         self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
-        self.prompt = ChatPrompt(folder, self.info.image_token_id, 2)
+        self.prompt = PromptBuilder(folder, self.info.image_token_id, 2)
         self.lease_ids = itertools.count(1)
 
     def publish_step(self, message: object) -> bool:
@@ -148,14 +149,16 @@ class Rig:
         self.engine.handle(PoolOpened(sender=VIT_0, epoch=1, pool=self.pool.info), self.now)
 
     def request(
-        self, chat: Chat, request_id: str, **options: object
+        self, chat: ChatTurns, request_id: str, **options: object
     ) -> tuple[GenerateRequest, list[EmbeddingReady]]:
         """A request's metadata, and its embeddings as a ViT would send them."""
         messages, frames = to_messages(chat)
         vision = self.info.vision
         targets = [seen_size(read_size(frame, 10**9, ""), self.info) for frame in frames]
         grids = [vision.grid_of(target) for target in targets]
-        built = self.prompt.build(messages, [(Placeholders(vision.num_tokens(grid)),) for grid in grids])
+        built = self.prompt.build(
+            Chat(messages), [(Placeholders(vision.num_tokens(grid)),) for grid in grids]
+        )
         placed = [PlacedMedia(MediaInfo(grid), spans) for grid, spans in zip(grids, built.spans, strict=True)]
         positions = self.info.family.positions(len(built.token_ids), placed, self.info)
         items, ready = [], []

@@ -35,6 +35,7 @@ from pipeline.wire.errors import RequestError
 from pipeline.wire.messages import (
     AbortRequest,
     CancelEncode,
+    Chat,
     ChatMessage,
     ChoiceProgress,
     ChunkKey,
@@ -52,7 +53,9 @@ from pipeline.wire.messages import (
     RequestNotYours,
     RequestRefused,
     SubmitRequest,
+    Text,
     TextPart,
+    Tokens,
     VideoPart,
     WorkerState,
     pack_int32,
@@ -68,6 +71,7 @@ from workers.preprocess.fetch import MAX_URL
 from workers.preprocess.images import decode
 from workers.preprocess.media import PictureSource
 from workers.preprocess.preprocessor import Preprocessor
+from workers.preprocess.prompt_reader import PromptReader
 from workers.preprocess.threads import on_behalf_of
 
 CLIENT, OTHER = b"c" * 16, b"o" * 16
@@ -90,7 +94,7 @@ class Rig:
         values = {
             "client_id": CLIENT,
             "attempt": 1,
-            "messages": (ChatMessage("user", parts),),
+            "prompt": Chat(fields.pop("messages", (ChatMessage("user", parts),))),
             "sampling": SamplingParams(),
             **fields,
         }
@@ -342,8 +346,20 @@ async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
         ({"attempt": 0}, "attempt"),
         ({"messages": (ChatMessage("user", (ImagePart(frame=7),)),)}, "messages[0].content[0].image_url"),
         ({"messages": (ChatMessage("user", (ImagePart(),)),)}, "messages[0].content[0].image_url"),
+        ({"messages": ()}, "messages"),
         ({"messages": (ChatMessage("user", "x"),) * 2000}, "messages"),
         ({"messages": (ChatMessage("user", (TextPart("x"),) * 3000),) * 2}, "messages"),
+        ({"prompt": Text("")}, "prompt"),
+        ({"prompt": Text("a " * 40_000)}, "prompt"),
+        ({"prompt": Text("<|image_pad|>")}, "prompt"),
+        ({"prompt": Tokens(b"")}, "prompt"),
+        ({"prompt": Tokens(b"abc")}, "prompt"),
+        ({"prompt": Tokens(pack_int32([-1]))}, "prompt"),
+        ({"prompt": Tokens(pack_int32([2**31 - 1]))}, "prompt"),
+        ({"prompt": Tokens(pack_int32([1] * 40_000))}, "prompt"),
+        ({"cache_salt": b"s" * 257}, "cache_salt"),
+        ({"priority": 2**40}, "priority"),
+        ({"tenant": "t" * 257}, "tenant"),
     ],
 )
 async def test_what_no_client_of_ours_would_send_is_refused(
@@ -364,14 +380,14 @@ async def test_an_unforeseen_failure_ends_its_request_only(
     def explode(*args: object) -> None:
         raise ZeroDivisionError("a strange template")
 
-    build, rig.core._prompt.build = rig.core._prompt.build, explode  # type: ignore[method-assign,assignment]
+    build, rig.core.prompts.builder.build = rig.core.prompts.builder.build, explode  # type: ignore[method-assign,assignment]
     rig.submit("bad")
     await rig.settle()
     (refusal,) = rig.llm.take(RequestRefused)
     assert refusal.error.status == 500
     assert "strange" not in refusal.error.message
     assert "a strange template" in caplog.text
-    rig.core._prompt.build = build  # type: ignore[method-assign]
+    rig.core.prompts.builder.build = build  # type: ignore[method-assign]
     rig.submit("good")
     await rig.settle()
     assert len(rig.llm.take(GenerateRequest)) == 1
@@ -1005,14 +1021,14 @@ async def test_a_cancelled_chunk_in_the_queue_is_nobodys_turn(rig: Rig) -> None:
 async def test_long_prompts_of_one_tenant_hold_up_nobody_elses(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    goes_on, build = threading.Event(), rig.core._prompt.build
+    goes_on, build = threading.Event(), rig.core.prompts.builder.build
 
-    def slow(messages: Any, count: Any) -> Any:
-        if messages[0].content == "long":
+    def slow(prompt: Any, segments: Any) -> Any:
+        if prompt.messages[0].content == "long":
             goes_on.wait(30)
-        return build(messages, count)
+        return build(prompt, segments)
 
-    monkeypatch.setattr(rig.core._prompt, "build", slow)
+    monkeypatch.setattr(rig.core.prompts.builder, "build", slow)
     for number in range(20):
         rig.submit(f"long {number}", tenant="greedy", messages=(ChatMessage("user", "long"),))
     await asyncio.sleep(0.1)
@@ -1371,7 +1387,7 @@ async def test_a_suspect_is_alone_with_its_texts_and_pictures(
 ) -> None:
     """Whichever attempt it is: that is the client's word."""
     seen: set[tuple[str, bool]] = set()
-    error_of, read_request = chunks.ChunkFlow._error_of, Preprocessor._read_request
+    error_of, read_request = chunks.ChunkFlow._error_of, PromptReader.read
 
     async def read(self: Any, *args: Any) -> Any:
         seen.add(("text", on_behalf_of.get().is_alone))
@@ -1382,7 +1398,7 @@ async def test_a_suspect_is_alone_with_its_texts_and_pictures(
         seen.add(("picture", on_behalf_of.get().is_alone))
         return error
 
-    monkeypatch.setattr(Preprocessor, "_read_request", read)
+    monkeypatch.setattr(PromptReader, "read", read)
     monkeypatch.setattr(chunks.ChunkFlow, "_error_of", work)
     rig.context.quarantine.learn({Role.PREPROCESS: (digest_of("p"),), Role.LLM: (digest_of("l"),)})
     for number, (name, attempt) in enumerate((("p", 1), ("l", 2), ("other", 2))):
@@ -1399,8 +1415,8 @@ async def test_a_suspect_is_alone_with_its_texts_and_pictures(
 
 
 def submission(**fields: Any) -> SubmitRequest:
-    chat = (ChatMessage("user", fields.pop("content", "Hello")),)
-    values = {"request_id": "r", "attempt": 1, "messages": chat, "sampling": SamplingParams(), **fields}
+    chat = Chat((ChatMessage("user", fields.pop("content", "Hello")),))
+    values = {"request_id": "r", "attempt": 1, "prompt": chat, "sampling": SamplingParams(), **fields}
     return SubmitRequest(client_id=CLIENT, **values)
 
 
@@ -1449,13 +1465,13 @@ async def test_nothing_stays_open_when_the_group_that_would_say_so_is_dead(
 ) -> None:
     """Requests that are aborted while they are prepared, or refused, have no group: no death ended them."""
     async with make_rig(1, leads=(0, 2)) as rig:
-        goes_on, build = threading.Event(), rig.core._prompt.build
+        goes_on, build = threading.Event(), rig.core.prompts.builder.build
 
-        def slow(messages: Any, count: Any) -> Any:
+        def slow(prompt: Any, segments: Any) -> Any:
             goes_on.wait(30)
-            return build(messages, count)
+            return build(prompt, segments)
 
-        monkeypatch.setattr(rig.core._prompt, "build", slow)
+        monkeypatch.setattr(rig.core.prompts.builder, "build", slow)
         rig.submit("aborted")
         rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="aborted", attempt=1), [])
         rig.submit("refused", messages=())
@@ -1476,7 +1492,7 @@ async def test_a_query_about_what_is_being_prepared_is_answered() -> None:
             await waiting.wait()
             raise RequestError("the media did not come", field="messages")
 
-        rig.core._read_request = read  # type: ignore[method-assign]
+        rig.core.prompts.read = read  # type: ignore[method-assign]
         request = submission(leads=(2,))
         rig.core.on_ingest(request, [])
         await rig.settle()
@@ -1495,7 +1511,7 @@ async def test_a_query_about_what_is_being_prepared_is_answered() -> None:
 async def test_a_query_about_what_a_groups_death_ended_makes_its_client_submit_again() -> None:
     async with make_rig(1, leads=(0, 2)) as rig:
         request = submission(lead=0)
-        rig.core._read_request = lambda *_: asyncio.Event().wait()  # type: ignore[assignment,method-assign]
+        rig.core.prompts.read = lambda *_: asyncio.Event().wait()  # type: ignore[assignment,method-assign]
         rig.core.on_ingest(request, [])
         await rig.settle()
         rig.core.on_states(states(rig, llm_0=False), [WorkerState(LLM_0, 2, False)])

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import AbortRequest, ChatMessage, VideoPart
+from pipeline.wire.messages import ChatMessage, RequestRefused, VideoPart
 from tests.pictures import encode, scene
 from tests.videos import CLIP
 from tests.workers.preprocess.hosts import host, reply
@@ -204,10 +204,10 @@ async def test_a_reader_to_which_the_machine_gives_no_memory(pool: TensorPool) -
 
 
 def refusal(rig: Rig, request_id: str) -> tuple[int, str, str]:
-    (abort,) = rig.llm.take(AbortRequest)
+    (refused,) = rig.llm.take(RequestRefused)
     rig.end(request_id)
     rig.check_nothing_left()
-    return abort.error.status, abort.error.message, abort.error.field
+    return refused.error.status, refused.error.message, refused.error.field
 
 
 async def test_a_video_sent_along_and_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,11 +226,11 @@ async def test_no_memory_ends_its_request_with_a_503(monkeypatch: pytest.MonkeyP
         raise MemoryError
 
     async with make_rig(1) as rig:
-        build, rig.core._prompt.build = rig.core._prompt.build, fail  # type: ignore[method-assign,assignment]
+        build, rig.core.prompts.builder.build = rig.core.prompts.builder.build, fail  # type: ignore[method-assign,assignment]
         rig.submit("prepare")
         await rig.settle()
         assert refusal(rig, "prepare") == (503, NO_ROOM, "messages")
-        rig.core._prompt.build = build  # type: ignore[method-assign]
+        rig.core.prompts.builder.build = build  # type: ignore[method-assign]
         monkeypatch.setattr(PictureSource, "decode", decode)
         rig.submit("decode", [encode(scene(1))])
         await rig.settle()

@@ -1,0 +1,84 @@
+"""A submission's media and prompt, as far as the LLM needs them before any pixel is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
+from pipeline.wire.errors import RequestError
+from pipeline.wire.limits import MAX_ITEMS
+from pipeline.wire.messages import Chat, ImagePart, Prompt, SubmitRequest, TextPart, VideoPart
+from workers.preprocess.item_reader import ItemReader, Scope
+from workers.preprocess.media import Item, gather
+from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
+from workers.preprocess.threads import FairThreads
+
+
+class Prepared(NamedTuple):
+    items: list[Item]
+    prompt: TokenizedPrompt
+    positions: Positions
+
+
+class PromptReader:
+    """`threads` are those of texts, which never wait for media."""
+
+    def __init__(self, info: ModelInfo, max_items: int, items: ItemReader, threads: FairThreads) -> None:
+        self._info, self._max_items, self._items, self._threads = info, max_items, items, threads
+        self.builder = PromptBuilder(
+            info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings
+        )
+
+    async def read(
+        self, message: SubmitRequest, frames: list[memoryview], tenant: str, hold: Callable[[int], None]
+    ) -> Prepared:
+        """Fetches media, reads their sizes and hashes, and tokenises the prompt.
+
+        `hold` is told of the bytes of encoded media as they come in. Raises RequestError.
+        """
+        parts = list(_located_media(message.prompt))
+        self._check_counts([part for part, _ in parts])
+        scope = Scope(tenant, message.cache_salt)
+        items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
+        limit = self._info.text.max_position_embeddings
+        if (total := sum(map(_num_placeholders, items))) > limit:
+            raise RequestError(
+                f"the pictures and videos take {total} tokens, the model's context has {limit}",
+                field="messages",
+            )
+        segments = [item.segments for item in items]
+        prompt: TokenizedPrompt = await self._threads.run(self.builder.build, message.prompt, segments)
+        if (total := len(prompt.token_ids)) > limit:
+            field = "messages" if isinstance(message.prompt, Chat) else "prompt"
+            raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field=field)
+        placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
+        positions: Positions = await self._threads.run(self._info.family.positions, total, placed, self._info)
+        return Prepared(items, prompt, positions)
+
+    def _check_counts(self, parts: Sequence[ImagePart | VideoPart]) -> None:
+        num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part in parts)
+        if num_pictures > MAX_ITEMS:
+            raise RequestError(
+                f"the request has {num_pictures} pictures and frames, the limit is {MAX_ITEMS}",
+                field="messages",
+            )
+        if (count := len(parts)) > self._max_items:
+            raise RequestError(
+                f"the request has {count} pictures and videos, the limit is {self._max_items}",
+                field="messages",
+            )
+
+
+def _num_placeholders(item: Item) -> int:
+    return sum(segment.num_tokens for segment in item.segments if isinstance(segment, Placeholders))
+
+
+def _located_media(prompt: Prompt) -> Iterable[tuple[ImagePart | VideoPart, str]]:
+    """The pictures and videos of a chat, each with the name of its field."""
+    for number, message in enumerate(prompt.messages if isinstance(prompt, Chat) else ()):
+        if not isinstance(message.content, str):
+            for index, part in enumerate(message.content):
+                if not isinstance(part, TextPart):
+                    kind = "image_url" if isinstance(part, ImagePart) else "video_url"
+                    yield part, f"messages[{number}].content[{index}].{kind}"

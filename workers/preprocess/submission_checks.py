@@ -1,0 +1,113 @@
+"""What a submission may say. All that can be refused before media are fetched is refused here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import assert_never
+
+from pipeline.wire.errors import RequestError
+from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
+from pipeline.wire.messages import (
+    MAX_SALT_BYTES,
+    MAX_TENANT,
+    Chat,
+    Prompt,
+    SubmitRequest,
+    Text,
+    Tokens,
+    unpack_int32,
+)
+from workers.preprocess.prompt import parts_of, texts_of
+
+ALL = "all"  # may have a priority
+
+
+def check_submission(message: SubmitRequest, vocab_size: int, allow_priority: Sequence[str]) -> None:
+    """Raises RequestError, naming the field at fault."""
+    _check_prompt(message.prompt, vocab_size)
+    if message.attempt < 1:
+        raise RequestError("attempt counts from 1", field="attempt")
+    _check_choices(message, vocab_size)
+    if not -(2**31) <= message.priority < 2**31:
+        raise RequestError(f"priority must fit 32 bits, got {message.priority}", field="priority")
+    if message.priority and not may_have_priority(message.tenant, allow_priority):
+        raise RequestError("--allow-priority says who may set a priority", field="priority")
+    if len(message.cache_salt) > MAX_SALT_BYTES:
+        raise RequestError(f"cache_salt has at most {MAX_SALT_BYTES} bytes", field="cache_salt")
+    if len(message.tenant) > MAX_TENANT:
+        raise RequestError(f"the name of a tenant has at most {MAX_TENANT} characters", field="tenant")
+    for name, ids in (
+        ("stop_token_ids", message.sampling.stop_token_ids),
+        ("logit_bias", message.sampling.logit_bias),
+    ):
+        if wrong := [token_id for token_id in ids if token_id >= vocab_size]:
+            raise RequestError(
+                f"{name} names the token {wrong[0]}, but the vocabulary has {vocab_size}", field=name
+            )
+
+
+def _check_prompt(prompt: Prompt, vocab_size: int) -> None:
+    match prompt:
+        case Chat(messages):
+            if not messages:
+                raise RequestError("messages must not be empty", field="messages")
+            if (count := len(messages)) > MAX_MESSAGES:
+                raise RequestError(
+                    f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages"
+                )
+            if (count := len(parts_of(messages))) > MAX_PARTS:
+                raise RequestError(
+                    f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages"
+                )
+        case Text(text):
+            if not text:
+                raise RequestError("the prompt must not be empty", field="prompt")
+        case Tokens(token_ids):
+            if not token_ids:
+                raise RequestError("the prompt must not be empty", field="prompt")
+            _check_token_ids(token_ids, vocab_size, "token_ids", "prompt")
+        case _:
+            assert_never(prompt)
+
+
+def _check_choices(message: SubmitRequest, vocab_size: int) -> None:
+    if len(message.choices) > message.sampling.n:
+        raise RequestError(f"there are more choices than n, {message.sampling.n}", field="choices")
+    for choice in message.choices:
+        _check_token_ids(choice.output_token_ids, vocab_size, "output_token_ids", "choices")
+
+
+def _check_token_ids(data: bytes, vocab_size: int, name: str, field: str) -> None:
+    if len(data) % 4:
+        raise RequestError(f"{name} are not whole numbers", field=field)
+    token_ids = unpack_int32(data)
+    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+        raise RequestError(f"{name} are outside the vocabulary", field=field)
+
+
+def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
+    """Only a key has a name that nobody else can take."""
+    kind, _, name = tenant.partition(":")
+    return ALL in allowed or (kind in ("key", "curve") and name in allowed)
+
+
+def tenant_of(message: SubmitRequest) -> str:
+    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is
+    refused later.
+    """
+    return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
+
+
+def num_prompt_bytes(prompt: Prompt) -> int:
+    """Of a prompt's texts as they lie in memory: one emoji makes each character of its text take four
+    bytes."""
+    match prompt:
+        case Chat(messages):
+            return sum(sys.getsizeof(text) for message in messages for text in texts_of(message))
+        case Text(text):
+            return sys.getsizeof(text)
+        case Tokens(token_ids):
+            return len(token_ids)
+        case _:
+            assert_never(prompt)
