@@ -236,7 +236,7 @@ class PoolClosed(WorkerMessage, frozen=True, kw_only=True):
 class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     """preprocess → vit: I want this chunk encoded.
 
-    First without pixels (a cached chunk needs none), then with them.
+    First without pixels, since a cached chunk needs none. The pixels follow by themselves, or are asked for.
     """
 
     key: ChunkKey
@@ -245,6 +245,7 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     mm_hash: bytes
     grid_thw: GridTHW
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
+    will_follow: bool = False  # the pixels: they are being decoded, and nobody need ask for them
     tenant: str = ""  # whose turn it takes
 
 

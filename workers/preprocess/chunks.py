@@ -155,13 +155,14 @@ class ChunkFlow:
         self._vits[vit].send(PoolOpened(pool=self._pool.info, **self._origin))
 
     def _encode_request(self, state: ChunkState) -> EncodeRequest:
-        handle = None
+        pixels = None
         if state.slot is not None:
-            handle = self._pool.lend(state.slot, state.chunk.shape, "uint8")
+            pixels = self._pool.lend(state.slot, state.chunk.shape, "uint8")
         return EncodeRequest(
             key=state.key, arrival=state.order.arrival, position=state.order.position,
             mm_hash=state.chunk.mm_hash,
-            grid_thw=state.chunk.grid_thw, pixels=handle, tenant=state.tenant, **self._origin,
+            grid_thw=state.chunk.grid_thw, pixels=pixels, will_follow=state.is_wanted and pixels is None,
+            tenant=state.tenant, **self._origin,
         )  # fmt: skip
 
     def _load(self, state: ChunkState) -> None:

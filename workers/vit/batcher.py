@@ -1,7 +1,7 @@
 """Decides what a ViT encodes next and whom it tells. Pure: no torch, no sockets, no clock.
 
 A chunk is first asked for by hash. If it is in the cache it is leased at once. Else it waits: for pixels
-(whoever asked first is asked for them), for a slot in the pool (granted in the global order), for its turn.
+(whoever asked first is asked for them, unless they follow by themselves), for a slot in the pool (granted in the global order), for its turn.
 Requests for one hash share one encode.
 """
 
@@ -95,7 +95,9 @@ class Batcher:
         grid_thw: GridTHW,
         pixels: TensorHandle | None,
         tenant: str = "",
+        will_follow: bool = False,
     ) -> list[Action]:
+        """`will_follow`: the pixels come without being asked for."""
         if (size := self.embedding_of(grid_thw).nbytes) > self._largest:
             reason = f"a chunk of {size} bytes of embeddings is larger than {self._largest}"
             return [Refused(key, reason), PixelsDone(key)]
@@ -112,7 +114,8 @@ class Batcher:
                 self._parked.add(mm_hash)
             else:
                 pending.supplier = key
-                actions.append(NeedPixels(key))
+                if not will_follow:
+                    actions.append(NeedPixels(key))
         pending.waiters[key] = order
         self._hashes[key] = mm_hash
         if pending.slot is None:

@@ -68,6 +68,7 @@ class VitCore:
                     message.grid_thw,
                     message.pixels,
                     message.tenant,
+                    message.will_follow,
                 )
                 self._act(actions)
             case CancelEncode():

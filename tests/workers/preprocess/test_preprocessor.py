@@ -186,8 +186,9 @@ async def test_metadata_goes_first_then_hashes_then_pixels(rig: Rig) -> None:
     )
     for vit in rig.vits:
         first, second = vit.take(EncodeRequest)
-        assert first.pixels is None
+        assert (first.pixels, first.will_follow) == (None, True)
         assert second.pixels is not None
+        assert not second.will_follow
         assert second.pixels.shape == (1, 112, 112, 3)
         rig.feedback(PixelsReleased, key=first.key)
     assert rig.allocator.num_used == 0
@@ -206,7 +207,7 @@ async def test_a_known_hash_is_asked_for_without_pixels_until_it_is_missed(rig: 
     rig.submit("b", [picture])
     await rig.settle()
     (ask,) = rig.encodes()
-    assert ask.pixels is None
+    assert (ask.pixels, ask.will_follow) == (None, False)
     assert rig.llm.take(GenerateRequest)[0].items[0].chunks[0].vit == place
     rig.feedback(EncodeMiss, key=ask.key)
     rig.feedback(EncodeMiss, key=ask.key)  # said twice, decoded once

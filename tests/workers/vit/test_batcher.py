@@ -70,6 +70,22 @@ def test_a_new_chunk_is_asked_for_encoded_leased_and_kept() -> None:
     made.check_integrity()
 
 
+def test_pixels_that_follow_are_not_asked_for() -> None:
+    made = make()
+    assert made.on_request(key("a"), Order(1, 0), b"h", GRID, None, will_follow=True) == []
+    assert ask(made, "b", b"h", 2) == [], "one supplier is enough"
+    assert ask(made, "a", b"h", with_pixels=True) == []
+    assert [action.key for action in encode(made) if isinstance(action, Ready)] == [key("a"), key("b")]
+    made.check_integrity()
+
+
+def test_when_pixels_that_were_to_follow_are_cancelled_another_is_asked_for_them() -> None:
+    made = make()
+    made.on_request(key("a"), Order(1, 0), b"h", GRID, None, will_follow=True)
+    ask(made, "b", b"h", 2)
+    assert made.on_cancel([key("a")]) == [PixelsDone(key("a")), NeedPixels(key("b"))]
+
+
 def test_a_chunk_is_leased_again_while_it_is_there_and_never_encoded_for_it() -> None:
     made = make(chunks=2)
     ask(made, "a", b"h")
