@@ -1,8 +1,8 @@
 """Decides what a ViT encodes next and whom it tells. Pure: no torch, no sockets, no clock.
 
 A chunk is first asked for by hash. If it is in the cache it is leased at once. Else it waits: for pixels
-(whoever asked first is asked for them, unless they follow by themselves), for a slot in the pool (granted in the global order), for its turn.
-Requests for one hash share one encode.
+(whoever asked first is asked for them, unless they follow by themselves), for a slot in the pool (granted in
+the global order), for its turn. Requests for one hash share one encode.
 """
 
 from __future__ import annotations
