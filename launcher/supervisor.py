@@ -35,7 +35,8 @@ from pipeline.process.core_sharing import IDLE, Activity
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.process.fork_server import ForkServer
 from pipeline.process.process import WAITING, WorkerSpec
-from pipeline.transport.ends import Poller, Publisher, Receiver, Wakeup
+from pipeline.transport.ends import Publisher, Receiver
+from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (

@@ -25,7 +25,8 @@ from pipeline.process.process import (
     WorkerContext,
     parse_worker,
 )
-from pipeline.transport.ends import Poller, Publisher, Receiver
+from pipeline.transport.ends import Publisher, Receiver
+from pipeline.transport.poller import Poller
 from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
     PROTOCOL_VERSION,
