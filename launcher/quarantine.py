@@ -1,8 +1,7 @@
-"""Which requests were executing in workers that died, and have yielded no new token since: each runs alone in
-the roles in question, so that a request that kills takes no neighbours along a second time. Pure.
+"""Quarantined requests: they were executing in a worker that died, and have yielded no new token since. In
+that worker's role each runs alone, so that a request that kills a worker ends no other requests again. Pure.
 
-It is kept here because the launcher outlives every worker, and because a client's word about its own request
-would be a privilege for whoever says so.
+The launcher keeps the list because it outlives every worker, and because clients could lie about theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterable
 
 from pipeline.wire.topology import Role
 
-QUARANTINE_S = 600.0  # after the last such death; a request that ended without a token leaves only then
+QUARANTINE_S = 600.0  # after the last such death, for requests that never yield a token
 MAX_QUARANTINED = 1024  # digests, of all roles together: some 10 KiB in each `PipelineState`
 
 
@@ -23,7 +22,8 @@ class Quarantine:
         self._died_at: dict[tuple[Role, bytes], float] = {}  # oldest first
 
     def add(self, role: Role, digests: Iterable[bytes], now: float) -> None:
-        """These were executing in a worker of this role when it died. Beyond the limit the oldest leave."""
+        """Requests that were executing in a worker of this role when it died. The oldest are dropped
+        first."""
         for digest in digests:
             self._died_at.pop((role, digest), None)
             self._died_at[role, digest] = now
@@ -31,12 +31,12 @@ class Quarantine:
             del self._died_at[next(iter(self._died_at))]
 
     def clear(self, digest: bytes) -> None:
-        """The request has yielded a new token: it is innocent, in all roles."""
+        """The request has yielded a new token: it leaves the quarantine of every role."""
         for role in Role:
             self._died_at.pop((role, digest), None)
 
     def quarantined(self, now: float) -> dict[Role, tuple[bytes, ...]]:
-        """As `PipelineState` says it; also forgets those whose time is over."""
+        """As in `PipelineState`; drops digests older than `QUARANTINE_S`."""
         found: dict[Role, list[bytes]] = defaultdict(list)
         for (role, digest), died_at in list(self._died_at.items()):
             if now - died_at >= QUARANTINE_S:

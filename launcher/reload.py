@@ -1,9 +1,9 @@
-"""A reload: every worker is replaced, one unit at a time, the next when all serve again.
+"""A reload: every unit is replaced, one at a time, the next when all serve again.
 
-Where the folder has new weights, ViTs and LLMs are replaced all at once, when no request is open, so that
-none is answered by two kinds of weights: those of one kind are a generation.
+Where the folder has new weights, ViTs and LLMs are replaced all at once when no request is open, so that no
+request is computed with two generations of weights.
 
-Pure, but for a look at the model's folder.
+Pure, but for reading the model's folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS = ".safetensors"
 
 
 def settings_fingerprint(folder: Path) -> str:
-    """Of a checkpoint without its weights: the content of its files."""
+    """Of the content of all files but the weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix != WEIGHTS and not path.name.endswith(f"{WEIGHTS}.index.json"):
@@ -32,7 +32,7 @@ def settings_fingerprint(folder: Path) -> str:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Of the weights: which files they are, their sizes and times."""
+    """Of the names, inodes, sizes and times of the weight files."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(f"*{WEIGHTS}*")):
         info = path.stat()
@@ -41,13 +41,13 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 class Reload:
-    """Of the same architecture and tokenizer: workers of two kinds would not understand one another."""
+    """Refused where config or tokenizer have changed: old and new workers could not work together."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._settings, self._weights = settings_fingerprint(folder), weights_fingerprint(folder)
         self._queue: list[Unit] = []
-        self.waits_since: float | None = None  # for open requests to end: then new weights are loaded
+        self.waits_since: float | None = None  # for open requests to end, before new weights are loaded
         self.state = ReloadState()
 
     def begin(self, units: Sequence[Unit], is_possible: bool, now: float) -> None:
@@ -78,20 +78,20 @@ class Reload:
             return True
 
     def has_new_weights(self) -> bool:
-        """Whether who starts now would load others than those that serve."""
+        """Whether a worker that starts now would load other weights than the serving ones have."""
         try:
             return weights_fingerprint(self._folder) != self._weights
         except OSError:
             return False  # the loader will say so
 
     def take_new_weights(self) -> None:
-        """From now on who starts loads them; whoever has others is to end."""
+        """Begins the next generation; workers with older weights are to be ended."""
         self._weights, self.waits_since = weights_fingerprint(self._folder), None
         generation = self.state.generation + 1
         self.state = msgspec.structs.replace(self.state, is_running=True, generation=generation)
 
     def next(self, units: Sequence[Unit]) -> Unit | None:
-        """The unit to be replaced now, if it is somebody's turn."""
+        """The unit to be replaced now, if any."""
         is_waiting = self.waits_since is not None
         if not self.state.is_running or is_waiting or not all(unit.is_serving for unit in units):
             return None

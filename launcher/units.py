@@ -1,6 +1,6 @@
-"""What the launcher knows of its workers: units that start and end together, and how long they stay down.
+"""Units: workers that start and end together, their phases, and how long a restart is delayed.
 
-STARTING → SERVING → ENDING (one member died, the others are killed) → DOWN (all reaped) → STARTING …
+STARTING → SERVING → ENDING (a member died, the supervisor kills the rest) → DOWN (all reaped) → STARTING …
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.process.fork_server import WorkerProcess
@@ -17,12 +18,12 @@ from pipeline.wire.messages import WorkerReady, WorkerState, WorkerStats
 from pipeline.wire.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
-STABLE_S = 10.0  # who served so long before it died is started again at once
-REPORT_S = 60.0  # a start that takes longer is told of so often
-MAX_FAILED_STARTS = 5  # in a row: what fails each time before its first piece of work will do so again
+STABLE_S = 10.0  # a unit that served so long before it died is started again at once
+REPORT_S = 60.0  # a start that takes longer is logged so often
+MAX_FAILED_STARTS = 5  # in a row, each before the first request was computed
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 10.0
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
-MAX_UNMAP_S = 10.0  # the successor waits so long for others to close the dead one's memory
+MAX_UNMAP_S = 10.0  # a successor waits so long until the dead worker's pool is unmapped everywhere
 
 
 class Phase(enum.Enum):
@@ -45,31 +46,38 @@ class Child:
     error: str = ""
     error_time: float = math.inf
     num_moves: int = -1
-    moved_at: float = math.inf  # from when on it should
+    moved_at: float = math.inf  # inf: the watch for hangs begins with READY
+
+
+class Death(NamedTuple):
+    code: int  # negative: the signal
+    reason: str
 
 
 @dataclass(slots=True, eq=False)
 class Unit:
-    """Workers that need each other's memory: a ViT alone, all ranks of a group together."""
+    """Workers that start and end together: all ranks of an LLM group, or one worker of another role."""
 
     members: tuple[WorkerId, ...]
     children: dict[WorkerId, Child] = field(default_factory=dict)
     phase: Phase = Phase.DOWN
     epoch: int = FIRST_EPOCH
-    executed: tuple[bytes, ...] = ()  # in the incarnation before, when it died
+    executed: tuple[bytes, ...] = ()  # digests of the requests that were executing at the last death
     has_served: bool = False
     served_at: float = 0.0
     died_at: float = 0.0
     num_deaths: int = 0  # in a row, each soon after the start
-    is_planned: bool = False  # its end: no request is to blame
-    is_closed: bool = False  # it serves what it has, and clients are told that it is down
-    num_failed_starts: int = 0  # in a row: ended before it was ready, or by itself before its first work
-    has_proven: bool = False  # once, for long or with a request: what ends it later is no reason to give up
+    is_planned: bool = False  # it ends for a reload: no request is to blame
+    is_closed: bool = False  # it finishes its open requests, and is published as not ready
+    num_failed_starts: int = 0  # in a row: ended before READY, or by itself before its first request
+    has_proven: bool = (
+        False  # it once served for `STABLE_S`, or a request: the pipeline no longer ends with it
+    )
     begun_at: float = 0.0
     report_due: float = 0.0
-    news_at: float = 0.0  # when one of its members last said something
-    due: float = 0.0  # when the successor is to start
-    unmapping: set[WorkerId] = field(default_factory=set)  # who still has the dead one's memory mapped
+    news_at: float = 0.0  # of the last message from a member
+    due: float = 0.0  # of the successor's start
+    unmapping: set[WorkerId] = field(default_factory=set)  # workers that still map the dead worker's pool
 
     @property
     def name(self) -> str:
@@ -80,8 +88,25 @@ class Unit:
         )
 
     @property
+    def role(self) -> Role:
+        return self.members[0].role
+
+    @property
+    def holds_weights(self) -> bool:
+        return self.role in (Role.VIT, Role.LLM)
+
+    @property
     def is_serving(self) -> bool:
         return self.phase is Phase.SERVING
+
+    @property
+    def is_alive(self) -> bool:
+        return self.phase in (Phase.STARTING, Phase.SERVING)
+
+    @property
+    def has_dead_member(self) -> bool:
+        """A member has ended before the supervisor killed the unit."""
+        return self.is_alive and any(child.process.exit_code is not None for child in self.children.values())
 
     def states(self, now: float = 0.0) -> list[WorkerState]:
         ready = {
@@ -94,43 +119,57 @@ class Unit:
     def _state_of(self, worker: WorkerId, ready: WorkerReady | None, now: float) -> WorkerState:
         if ready is None:
             return WorkerState(worker, self.epoch, False, 0, self.executed)
-        told = _told(self.children[worker], now)
-        return WorkerState(worker, self.epoch, True, ready.credits, self.executed, *told)
+        load = _load_of(self.children[worker], now)
+        return WorkerState(worker, self.epoch, True, ready.credits, self.executed, *load)
 
     def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
         self.phase, self.begun_at, self.news_at, self.report_due = Phase.STARTING, now, now, now + REPORT_S
 
     def is_late(self, now: float, patience_s: float) -> bool:
-        """Whether it stands still in its start.
-
-        What it loads may take longer than that, but then it tells how far it is.
-        """
+        """Whether a start has sent no message for `patience_s`. A long load reports its progress
+        meanwhile."""
         return self.phase is Phase.STARTING and now - self.news_at > patience_s
 
+    def late_members(self) -> str:
+        return ", ".join(str(worker) for worker, child in self.children.items() if not child.ready)
+
     def report(self, now: float) -> str:
-        """What it is doing, once a minute while it starts; else nothing."""
+        """The progress of the start, once every `REPORT_S`; else empty."""
         if self.phase is not Phase.STARTING or now < self.report_due:
             return ""
         self.report_due = now + REPORT_S
         starting = [child.stats for child in self.children.values() if child.ready is None]
         stats = next(filter(None, starting), None)
-        doing = "it has told nothing" if stats is None else f"{stats.phase}, {stats.done} of {stats.total}"
+        doing = "no progress yet" if stats is None else f"{stats.phase}, {stats.done} of {stats.total}"
         return f"{self.name} has been starting for {now - self.begun_at:.0f} s: {doing}"
 
     def on_ready(self, now: float) -> None:
-        """A member is ready; together they serve."""
+        """A member is ready; the unit serves once all are."""
         if self.phase is Phase.STARTING and all(child.ready is not None for child in self.children.values()):
             self.phase, self.has_served, self.served_at = Phase.SERVING, True, now
 
-    def on_death(self, now: float, code: int = -signal.SIGKILL, has_worked: bool = False) -> bool:
-        """One member has died, and the others are to be killed. Whether to give the pipeline up.
+    def first_death(self) -> Death:
+        """Of several that ended, the one that was killed, else the first that reported an error.
 
-        That is so for one that has never served for long, nor computed a request, once so many starts in a
-        row have failed: at once where the very first ends by itself, since it explains a wrong option.
-        Otherwise a unit is started again for ever, at longer and longer intervals; the others serve
-        meanwhile. `code` is the exit code of who died first; who is killed from outside while it serves has
-        not failed.
+        The others may have ended because of it, as ranks do.
+        """
+        dead = [
+            (child.process.exit_code, child)
+            for child in self.children.values()
+            if child.process.exit_code is not None
+        ]
+        code, child = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return Death(code, f"{child.worker} {how}{': ' if child.error else ''}{child.error}")
+
+    def on_death(self, now: float, code: int = -signal.SIGKILL, has_worked: bool = False) -> bool:
+        """A member has died. Whether the pipeline is to end, instead of a restart.
+
+        It ends when a unit that has neither served for `STABLE_S` nor computed a request fails
+        `MAX_FAILED_STARTS` starts in a row; and at once when the very first start ends by itself, most likely
+        for a wrong option. Any other unit is started again without limit, at growing intervals. `code` is the
+        exit code of the first death. A unit killed from outside while it serves has not failed.
         """
         is_first, was_serving = not self.has_served, self.is_serving
         is_stable = self.is_serving and now - self.served_at >= STABLE_S
@@ -145,8 +184,11 @@ class Unit:
         return (is_first and code >= 0) or self.num_failed_starts >= MAX_FAILED_STARTS
 
     def on_end(self, now: float) -> None:
-        """It is to be replaced though nothing is wrong with it."""
+        """Ends a healthy unit, to be replaced."""
         self.phase, self.died_at, self.num_deaths, self.is_planned = Phase.ENDING, now, 0, True
+        self.kill()
+
+    def kill(self) -> None:
         for child in self.children.values():
             child.process.kill()
 
@@ -157,7 +199,7 @@ class Unit:
         )
 
     def on_reaped(self, now: float, executed: tuple[bytes, ...], mapped_by: set[WorkerId]) -> None:
-        """All are dead for good: from now on the next epoch counts."""
+        """All members are reaped: the next epoch begins."""
         self.children = {}
         self.phase, self.executed, self.unmapping = Phase.DOWN, () if self.is_planned else executed, mapped_by
         self.is_planned = False
@@ -166,15 +208,19 @@ class Unit:
             0.0 if self.num_deaths <= 1 else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (self.num_deaths - 2))
         )
 
+    def is_due(self, now: float) -> bool:
+        """Whether its successor is to start now."""
+        return now >= self.wakes_at()
+
     def wakes_at(self) -> float:
-        """When it is to start if nothing happens before."""
+        """When the successor is to start, if no pool is unmapped before."""
         if self.phase is not Phase.DOWN:
             return math.inf
         return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
 
 
-def _told(child: Child, now: float) -> tuple[int, dict[str, int], float]:
-    """Open requests, counters, and the seconds since they were told."""
+def _load_of(child: Child, now: float) -> tuple[int, dict[str, int], float]:
+    """Open requests, counters, and the age of these figures in seconds."""
     details = child.ready.details if child.ready else {}
     if child.stats is None:
         return 0, details, 0.0
@@ -183,7 +229,8 @@ def _told(child: Child, now: float) -> tuple[int, dict[str, int], float]:
 
 
 def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
-    """All LLM ranks of a group in one unit, since a collective cannot lose a member; everybody else alone."""
+    """All LLM ranks of a group are one unit, since a collective cannot lose a member; any other worker is
+    one."""
     ranks = sorted(worker for worker in workers if worker.role is Role.LLM)
     groups = [tuple(ranks[first : first + tp]) for first in range(0, len(ranks), tp)]
     return [Unit(group) for group in groups] + [
@@ -192,8 +239,7 @@ def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
 
 
 def has_moved(child: Child, recorder: FlightRecorder, now: float, patience_s: float) -> bool:
-    """Whether a serving worker has given a sign of life within `patience_s`, or has announced that none will
-    come yet."""
+    """Whether a serving worker has moved on within `patience_s`, or is within the deadline of a long call."""
     if (num_moves := recorder.num_moves) != child.num_moves:
         child.num_moves, child.moved_at = num_moves, now
     return now - child.moved_at < patience_s or now < recorder.deadline

@@ -37,7 +37,8 @@ HOUSES = {  # the folders of pipeline/, and which others each may import
     "client": ("wire", "config", "transport", "process"),
 }
 ZMQ_FILES = [
-    ROOT / "pipeline" / "transport" / name for name in ("ends.py", "sockets.py", "keys.py", "tcp.py")
+    ROOT / "pipeline" / "transport" / name
+    for name in ("ends.py", "poller.py", "sockets.py", "keys.py", "tcp.py")
 ]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
 # The family that the embedded model is of, in whichever spelling, and the files that may name it.

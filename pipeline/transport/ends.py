@@ -1,16 +1,15 @@
-"""The ends of edges: typed senders, receivers and publishers over ZeroMQ sockets, and what a loop sleeps on.
+"""The ends of edges: typed senders, receivers and publishers over ZeroMQ sockets.
 
-Nothing here ever blocks in a send. What must arrive goes over PUSH/PULL, bounded by credits far below the
-high-water mark, so that reaching the mark is an error of the pipeline. What is published goes over XPUB with
-NODROP: a full queue is reported, never dropped in silence; but on control, which repeats itself, who does not
-read loses what it does not read. A message that cannot be decoded is refused and counted; nothing dies of it.
+No send blocks. PUSH/PULL edges are bounded by credits far below the high-water mark: a full queue there is an
+error of the pipeline. PUB/SUB edges use XPUB with NODROP, so that a full queue is reported; `control` alone
+drops messages for a subscriber that does not read, since the next heartbeat repeats them. A message that
+cannot be decoded is refused and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -42,26 +41,6 @@ class Received(NamedTuple, Generic[M]):
 class Subscription(NamedTuple):
     topic: bytes
     is_new: bool  # False: the subscriber left or died
-
-
-class Wakeup:
-    """Lets a helper thread wake a loop that polls."""
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def set(self) -> None:
-        os.eventfd_write(self._fd, 1)
-
-    def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
-
-    def close(self) -> None:
-        os.close(self._fd)
 
 
 class Encoder(Protocol):
@@ -297,32 +276,3 @@ class Publisher(Generic[M]):
 
     def close(self, linger_ms: int = 0) -> None:
         self.socket.close(linger=linger_ms)
-
-
-class Pollable(Protocol):
-    def fileno(self) -> int: ...
-
-
-class Poller:
-    """Sleeps until one of its sources has something.
-
-    The loop then drains all of them, so it need not know which.
-    """
-
-    def __init__(self, *sources: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller = zmq.Poller()
-        for source in sources:
-            self.add(source)
-
-    def add(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller.register(
-            source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN
-        )
-
-    def remove(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller.unregister(
-            source.socket if isinstance(source, Receiver | Publisher) else source.fileno()
-        )
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))

@@ -22,12 +22,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy.typing as npt
 
 from pipeline.transport.memory import (
@@ -49,14 +46,6 @@ if TYPE_CHECKING:
 # a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
 CUDA_GRANULE = 2 << 20
 PATTERN_BYTES = 64
-MAPPING_CHECK_S = 60.0
-MAPPING_CHECK = """
-import sys, msgspec
-from pipeline.transport.tensors import PoolMap
-from pipeline.wire.handles import PoolInfo
-info = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=PoolInfo)
-PoolMap(int(sys.argv[1]) if len(sys.argv) > 1 else None).open(info)
-"""
 
 
 class StaleHandleError(PipelineError):
@@ -254,27 +243,6 @@ class PoolMap:
     def close_all(self) -> None:
         for pool_id in list(self._mappings):
             self.close(pool_id)
-
-
-def check_mapping(info: PoolInfo, device: int | None = None) -> None:
-    """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that
-    fails.
-
-    A handle may be given where none can be opened: in a container without a shared PID namespace, or under
-    some drivers.
-    """
-    command = [sys.executable, "-c", MAPPING_CHECK, *([] if device is None else [str(device)])]
-    try:
-        done = subprocess.run(
-            command, input=msgspec.msgpack.encode(info), capture_output=True, timeout=MAPPING_CHECK_S
-        )
-    except subprocess.TimeoutExpired:
-        raise PipelineError(
-            f"pool {info.pool_id} could not be mapped by another process within {MAPPING_CHECK_S:.0f} s"
-        ) from None
-    if done.returncode:
-        words = done.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
-        raise PipelineError(f"pool {info.pool_id} cannot be mapped by another process: {words[-1]}")
 
 
 def is_dead(pid: int) -> bool:

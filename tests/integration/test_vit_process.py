@@ -16,7 +16,7 @@ from pipeline.config import Config, ModelConfig, PreprocessConfig, VitConfig
 from pipeline.families import read_model_info
 from pipeline.process.fork_server import ForkServer
 from pipeline.process.process import Placement, WorkerSpec
-from pipeline.transport.ends import Poller
+from pipeline.transport.poller import Poller
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tensors import PoolMap, TensorPool

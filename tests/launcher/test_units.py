@@ -77,6 +77,22 @@ def test_a_death_is_told_by_the_next_epoch_once_all_are_reaped() -> None:
     assert unit.phase is Phase.DOWN
 
 
+def test_the_first_death_is_a_killed_rank_or_else_the_first_that_reported_an_error() -> None:
+    unit = Unit(RANKS)
+    start(unit, 0.0)
+    assert not unit.has_dead_member
+    first, second = unit.children.values()
+    first.process.exit_code, first.error, first.error_time = 1, "the other rank is gone", 2.0
+    assert unit.has_dead_member
+    assert unit.first_death() == (1, "llm.0 exited with code 1: the other rank is gone")
+    second.process.exit_code, second.error, second.error_time = 1, "out of memory", 1.0
+    assert unit.first_death() == (1, "llm.1 exited with code 1: out of memory")
+    second.process.exit_code, second.error = -signal.SIGSEGV, ""
+    assert unit.first_death() == (-signal.SIGSEGV, "llm.1 was killed by SIGSEGV")
+    unit.on_death(3.0)
+    assert not unit.has_dead_member, "the death is known"
+
+
 def test_restarts_back_off_until_one_has_lasted() -> None:
     unit, delays = Unit((VIT_0,)), []
     for _ in range(9):

@@ -13,8 +13,9 @@ from typing import assert_never
 
 from pipeline.config import MIB
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
-from pipeline.transport.ends import Poller, Publisher, Received, Receiver, Relayed
+from pipeline.transport.ends import Publisher, Received, Receiver, Relayed
 from pipeline.transport.keys import ServerKeys
+from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import ClientListener
 from pipeline.wire.messages import (

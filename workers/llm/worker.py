@@ -1,6 +1,6 @@
 """The process of an LLM rank.
 
-The first of a group: drain → step → drain → …; the others compute the plans that it publishes.
+Rank 0 of a group: drain → step → drain → …; the other ranks compute the plans that rank 0 publishes.
 """
 
 from __future__ import annotations
@@ -10,40 +10,28 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import assert_never
 
 import torch
 
-from pipeline.client.detokenizer import tokenizer_hash
-from pipeline.config import MIB
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
-    WAITING,
-    ShutdownRequested,
     WorkerContext,
     parse_worker,
 )
-from pipeline.transport.ends import Poller, Publisher, Receiver
+from pipeline.transport.ends import Publisher, Receiver
+from pipeline.transport.poller import Poller
 from pipeline.wire.messages import (
     CLIENT_ID_BYTES,
-    PROTOCOL_VERSION,
     ControlMessage,
-    Drain,
     LlmMessage,
     OutputsMessage,
-    PipelineState,
-    Retire,
-    Shutdown,
     StepsMessage,
-    Welcome,
 )
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
-from workers.llm.cache.manager import CacheManager
-from workers.llm.cache.plan import GIB, CachePlan, available_gib, plan_cache
+from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
-from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.model_runner import ModelRunner
@@ -51,6 +39,15 @@ from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.matching import Vocabulary, make_host_rules
 from workers.llm.scheduler import Scheduler
+from workers.llm.start import (
+    MAX_REQUESTS_PER_CLIENT,
+    has_overlap,
+    make_scheduler,
+    make_welcome,
+    measure_steps,
+    wait_for_ranks,
+    wait_for_vits,
+)
 from workers.llm.step_times import StepTimes
 from workers.llm.stepping import Watch
 from workers.model_info import model_info_of
@@ -60,8 +57,7 @@ from workers.nn.weights.registry import choose_formats
 logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages, one a step, that a client may lag behind before it is cut off
-MAX_REQUESTS_PER_CLIENT = 1024
-MAX_MESSAGES_PER_STEP = 512  # that are read between two steps: a flood of them must not stop the streams
+MAX_MESSAGES_PER_STEP = 512  # read between two steps: a flood of messages must not stop the streams
 
 
 def main(context: WorkerContext) -> None:
@@ -75,7 +71,7 @@ def main(context: WorkerContext) -> None:
     # A format that is not served fails before anything is waited for.
     choose_formats(context.model_folder, device, config.llm.quantization)
     if device.type == "cuda":
-        _wait_for_vits(context, control)
+        wait_for_vits(context, control)
     else:
         # What cannot fit fails before the weights are loaded.
         spec = decoder_of(info).spec_of(info.text, tp_size)
@@ -107,7 +103,7 @@ def main(context: WorkerContext) -> None:
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
         runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
         if steps is None:
-            scheduler = _make_scheduler(context, info, cache_plan, has_states=bool(states_of(spec)))
+            scheduler = make_scheduler(context, info, cache_plan, has_states=bool(states_of(spec)))
             _lead(context, control, scheduler, runner, info, cache_plan.max_model_len, sharing)
         else:
             _follow(context, control, steps, runner, sharing)
@@ -115,70 +111,6 @@ def main(context: WorkerContext) -> None:
         if runner is not None:
             runner.close()
         parallel.close()
-
-
-def _make_scheduler(
-    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, has_states: bool
-) -> Scheduler:
-    config = context.config
-    cache = CacheManager.of_size(
-        cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=has_states
-    )
-    return Scheduler(
-        cache,
-        config.llm.max_num_batched_tokens,
-        info.eos_token_ids,
-        has_prefix_cache=config.llm.prefix_caching,
-        runs_alone=context.quarantine.runs_alone,
-    )
-
-
-def _make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
-    config, folder = context.config, context.model_folder
-    return Welcome(
-        protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.served_model_name,
-        max_model_len=max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
-        max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
-        recovery_timeout=config.launcher.recovery_timeout,
-        tokenizer_hash=tokenizer_hash((folder / "tokenizer.json").read_bytes()), **context.origin,
-    )  # fmt: skip
-
-
-def _wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
-    """A ViT on the same GPU takes its memory first; the KV cache gets what is left.
-
-    It may build an engine for long. The launcher hears what is waited for, and does not take the wait for a
-    standstill: should the ViT stand still, it is the ViT that is late.
-    """
-    poller = Poller(control)
-    while True:
-        poller.wait()
-        while (received := control.receive()) is not None:
-            match received.message:
-                case Shutdown():
-                    raise ShutdownRequested
-                case PipelineState(workers=workers):
-                    vits = [state for state in workers if state.worker.role is Role.VIT]
-                    missing = [str(state.worker) for state in vits if not state.is_ready]
-                    if not missing:
-                        return
-                    context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
-                case Drain() | Retire():
-                    pass  # the launcher kills what still starts; an endpoint alone retires
-                case other:
-                    assert_never(other)
-
-
-def _wait_for_ranks(
-    context: WorkerContext, control: Receiver[ControlMessage], steps: Publisher[StepsMessage]
-) -> None:
-    """Nothing may be published before every other rank of the group hears it."""
-    num_ranks = 1
-    poller = Poller(steps, control)
-    while num_ranks < context.config.llm.tp:
-        poller.wait()
-        context.read_control(control)
-        num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
 
 
 def _lead(
@@ -193,18 +125,18 @@ def _lead(
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
     steps = sockets.publisher(STEPS, rank=lead) if config.llm.tp > 1 else None
     if steps is not None:
-        _wait_for_ranks(context, control, steps)
+        wait_for_ranks(context, control, steps)
     links = Links(
         publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits,
         publish_step=steps.publish if steps else None, on_first_token=context.on_first_token,
     )  # fmt: skip
     engine = Engine(
-        context.origin, scheduler, runner, _make_welcome(context, max_model_len), links, sockets.epochs,
+        context.origin, scheduler, runner, make_welcome(context, max_model_len), links, sockets.epochs,
         has_overlap=has_overlap(config.llm.overlap, runner.device),
         watch=Watch(tracer=context.tracer, record=context.recorder.record),
         rules=make_host_rules(Vocabulary(info.text.vocab_size, info.eos_token_ids)),
     )  # fmt: skip
-    step_times = _measure_steps(context, engine, max_model_len, sharing)
+    step_times = measure_steps(context, engine, max_model_len, sharing)
     blocks = scheduler.cache.blocks
     context.ready(
         MAX_REQUESTS_PER_CLIENT,
@@ -213,26 +145,6 @@ def _lead(
         max_model_len=max_model_len,
     )
     _serve(context, control, engine, inbox, outputs, sharing, step_times)
-
-
-def _measure_steps(
-    context: WorkerContext, engine: Engine, max_model_len: int, sharing: CoreSharing
-) -> dict[bool, StepTimes]:
-    """With our own cores, and with all of them where they may be had."""
-    config, scheduler = context.config, engine.scheduler
-    step_times: dict[bool, StepTimes] = {}
-    for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
-        context.progress("measuring steps", len(step_times), 2)
-        sharing.widen(is_wide)
-        engine.stepper.is_wide = is_wide
-        step_times[is_wide] = measure_step_times(
-            engine.execute,
-            scheduler.cache,
-            scheduler.budget.max_num_batched_tokens,
-            max_model_len,
-            config.llm.max_itl_stretch,
-        )
-    return step_times
 
 
 def _serve(
@@ -268,21 +180,11 @@ def _serve(
 
 
 def read_inbox(inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float], None], now: float) -> None:
-    """What has come, but only so much at once: the rest stays in the socket until after the next step, and
-    wakes the poller.
-    """
+    """Handles at most `MAX_MESSAGES_PER_STEP`; the rest stays in the socket, which wakes the poller."""
     for _ in range(MAX_MESSAGES_PER_STEP):
         if (received := inbox.receive()) is None:
             return
         handle(received.message, now)
-
-
-def has_overlap(option: str, device: torch.device) -> bool:
-    """Whether steps overlap.
-
-    On the CPU the same cores would plan and compute: tokens would only come a step later.
-    """
-    return option == "on" or (option == "auto" and device.type == "cuda")
 
 
 def _counters(engine: Engine, num_refused: int) -> dict[str, int]:

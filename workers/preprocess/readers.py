@@ -1,31 +1,23 @@
 """The processes that read pictures and videos: bounded in number, started when needed, requests in turn.
 
-A job is whole: any process can do it. One that takes too much processor time or memory, or stands still, or
-kills its process, ends in a RequestError for whom it was done, and the next job gets a fresh process.
+A job is whole: any process can do it. A job that takes too much processor time or memory, stands still, or
+kills its process ends in a RequestError for its request, and the next job gets a fresh process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import logging
-import os
 import signal
-import struct
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from pipeline.families import ImageSize
-from pipeline.transport.memory import create_memory_file
 from pipeline.wire.errors import RequestError
 from workers.preprocess.places import Places
+from workers.preprocess.reader_child import NO_VIDEO, ReaderChild
 from workers.preprocess.reader_process import Answer, Failed, Job, PictureJob, PictureSize, VideoJob
 from workers.preprocess.shortages import is_shortage, no_room
 from workers.preprocess.threads import on_behalf_of
@@ -33,11 +25,7 @@ from workers.preprocess.video import VideoMetadata
 from workers.preprocess.videos import VideoFile
 
 logger = logging.getLogger(__name__)
-NO_VIDEO = -1
-WRITE_BYTES = 1 << 20  # into an inbox at once; the loop turns in between
-DESCRIPTORS_OF_START = 16  # more than a process takes while it is started
 KEPT_INBOX_BYTES = 4 << 20
-LOOKS = 6  # at a process's time, while it may stand still
 
 
 Data = bytes | memoryview
@@ -54,13 +42,6 @@ class ReadLimits(NamedTuple):
     stall_s: float = 30.0  # without any processor time: the decoder waits for what never comes
 
 
-@dataclass(slots=True)
-class _Process:
-    process: asyncio.subprocess.Process
-    inbox: int  # a descriptor
-    video: int = NO_VIDEO  # the number of the file that it has open
-
-
 class _Died(Exception):
     """The process has ended, and is reaped."""
 
@@ -75,8 +56,8 @@ class MediaReaders:
     def __init__(self, pool_fd: int, count: int, limits: ReadLimits, video_reader: str) -> None:
         self._pool_fd, self.limits, self._video_reader = pool_fd, limits, video_reader
         self._places = Places(count)
-        self._idle: list[_Process] = []
-        self._all: set[asyncio.subprocess.Process] = set()
+        self._idle: list[ReaderChild] = []
+        self._all: set[ReaderChild] = set()
         self._under_way: set[asyncio.Task[Answer]] = set()
         self._cheap: set[asyncio.Task[Answer]] = set()  # to be finished rather than to start a process anew
 
@@ -168,78 +149,47 @@ class MediaReaders:
         except OSError as error:  # no process could be started, or its inbox not be filled
             raise no_room(error, field) from None
 
-    async def _try(self, process: _Process, job: Job, number: int, source: Source) -> Answer:
-        """Raises _Died, TimeoutError for one that stands still, and OSError where there is no memory for the
-        inbox: the process is reaped then."""
+    async def _try(self, child: ReaderChild, job: Job, number: int, source: Source) -> Answer:
+        """Raises _Died, TimeoutError for a child that stands still, and OSError where its inbox gets no room.
+        The child is reaped first."""
         if isinstance(job, VideoJob):
-            job = msgspec.structs.replace(job, is_new=process.video != number)
-        process.video = number
+            job = msgspec.structs.replace(job, is_new=child.video != number)
+        child.video = number
         try:
             if not isinstance(source, VideoFile):
-                await _fill(process.inbox, memoryview(source))
-            answer = await self._ask(process.process, job)
-        # RuntimeError: uvloop says so of the pipe to a process that has died.
+                await child.fill(memoryview(source))
+            answer = await child.ask(job, self.limits.stall_s)
+        # RuntimeError: uvloop raises it for the pipe to a process that has died.
         except (asyncio.IncompleteReadError, OSError, RuntimeError) as error:
-            await self._kill(process)
+            await self._kill(child)
             if isinstance(error, TimeoutError) or is_shortage(error):  # which are OSErrors
                 raise
-            logger.warning("a reader of media ended with status %s", process.process.returncode)
-            raise _Died(process.process.returncode) from None
+            logger.warning("a reader of media ended with status %s", child.returncode)
+            raise _Died(child.returncode) from None
         except BaseException:
-            await self._kill(process)  # what it would say now nobody hears
+            await self._kill(child)  # nobody reads the answer any more
             raise
         if isinstance(job, PictureJob) and job.nbytes > KEPT_INBOX_BYTES:
-            os.ftruncate(process.inbox, 0)
-        self._idle.append(process)
+            child.empty()
+        self._idle.append(child)
         return answer
 
-    def _take(self, number: int) -> _Process | None:
-        """One that waits, best the one that has the file open, and for a picture one that has none."""
+    def _take(self, number: int) -> ReaderChild | None:
+        """An idle child: best the one that has this file open, and for a picture one that has none open."""
         if not self._idle:
             return None
         index = next((index for index, idle in enumerate(self._idle) if idle.video == number), -1)
         return self._idle.pop(index)
 
-    async def _start(self) -> _Process:
-        """Raises OSError for what this machine lacks; uvloop's may be without the system's number."""
-        _check_descriptors(self._pool_fd)
-        inbox = create_memory_file("inbox", 0)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "workers.preprocess.reader_process", str(self._pool_fd), str(inbox),
-                str(self.limits.memory_mib), self._video_reader, stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE, pass_fds=(self._pool_fd, inbox),
-            )  # fmt: skip
-        except BaseException:
-            os.close(inbox)
-            raise
-        self._all.add(process)
-        return _Process(process, inbox)
+    async def _start(self) -> ReaderChild:
+        """Raises OSError for what this machine lacks."""
+        child = await ReaderChild.start(self._pool_fd, self.limits.memory_mib, self._video_reader)
+        self._all.add(child)
+        return child
 
-    async def _ask(self, process: asyncio.subprocess.Process, job: Job) -> Answer:
-        assert process.stdin is not None
-        data = msgspec.msgpack.encode(job)
-        process.stdin.write(struct.pack("<I", len(data)) + data)
-        answer = asyncio.ensure_future(_read_answer(process))
-        seen, since = -1, time.monotonic()
-        try:
-            while not (await asyncio.wait({answer}, timeout=self.limits.stall_s / LOOKS))[0]:
-                used, now = _processor_ticks(process.pid), time.monotonic()
-                if used != seen:
-                    seen, since = used, now
-                elif now - since >= self.limits.stall_s:
-                    raise TimeoutError
-            return answer.result()
-        finally:
-            answer.cancel()
-
-    async def _kill(self, process: _Process) -> None:
-        """Ends it and reaps it."""
-        with contextlib.suppress(ProcessLookupError):
-            process.process.kill()
-        await process.process.wait()
-        self._all.discard(process.process)
-        os.close(process.inbox)
+    async def _kill(self, child: ReaderChild) -> None:
+        await child.kill()
+        self._all.discard(child)
 
     async def close(self) -> None:
         for task in list(self._under_way):
@@ -262,39 +212,3 @@ def _broken(job: Job) -> str:
     if isinstance(job, PictureJob):
         return "the picture cannot be decoded"
     return "the media is not a video that can be decoded"
-
-
-def _check_descriptors(fd: int) -> None:
-    """Raises OSError where there are too few to start a process: uvloop would lose those that it opens before
-    it fails."""
-    spare: list[int] = []
-    try:
-        while len(spare) < DESCRIPTORS_OF_START:
-            spare.append(os.dup(fd))
-    finally:
-        for number in spare:
-            os.close(number)
-
-
-async def _fill(inbox: int, data: memoryview) -> None:
-    for start in range(0, len(data), WRITE_BYTES):
-        if start:
-            await asyncio.sleep(0)
-        piece = data[start : start + WRITE_BYTES]
-        if os.pwrite(inbox, piece, start) != len(piece):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-
-async def _read_answer(process: asyncio.subprocess.Process) -> Answer:
-    assert process.stdout is not None
-    (length,) = struct.unpack("<I", await process.stdout.readexactly(4))
-    answer: Answer = msgspec.msgpack.decode(await process.stdout.readexactly(length), type=Answer)
-    return answer
-
-
-def _processor_ticks(pid: int) -> int:
-    """Time that a process has computed, in user and in system mode; its name stands before, in brackets."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-    return 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.process.core_sharing import CoreSharing
-from pipeline.transport.ends import Wakeup
+from pipeline.transport.poller import Wakeup
 from workers.vit.engines.choice import Engine
 from workers.vit.models.base import EncodeJob
 

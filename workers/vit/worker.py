@@ -17,10 +17,12 @@ from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.process import WorkerContext
-from pipeline.transport.ends import Poller, Receiver, Wakeup
+from pipeline.transport.ends import Receiver
+from pipeline.transport.mapping_check import check_mapping
 from pipeline.transport.memory import CudaBindings
+from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.slots import SlotAllocator, align
-from pipeline.transport.tensors import PoolMap, TensorPool, check_mapping
+from pipeline.transport.tensors import PoolMap, TensorPool
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
     ControlMessage,

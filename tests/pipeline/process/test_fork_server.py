@@ -17,7 +17,7 @@ from launcher.environment import workers_environment
 from pipeline.config import Config
 from pipeline.process.fork_server import ForkServer, WorkerProcess
 from pipeline.process.process import Placement, WorkerSpec
-from pipeline.transport.ends import Poller
+from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.messages import Shutdown, WorkerFailed, WorkerReady
 from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId

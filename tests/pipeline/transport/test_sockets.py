@@ -17,7 +17,8 @@ import msgspec
 import pytest
 import zmq
 
-from pipeline.transport.ends import ALL, Poller, Receiver, Wakeup
+from pipeline.transport.ends import ALL, Receiver
+from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import UNIONS, Sockets
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.limits import MAX_ITEMS
@@ -119,8 +120,8 @@ def test_a_killed_peer_and_its_successor_at_a_new_epoch(
     open_sockets: Callable[..., Sockets], tmp_path: Path
 ) -> None:
     script = (
-        "import sys, pathlib\nfrom pipeline.transport.ends import *\nfrom pipeline.transport.sockets import "
-        "*\nfrom pipeline.wire.topology import *\n"
+        "import sys, pathlib\nfrom pipeline.transport.poller import *\n"
+        "from pipeline.transport.sockets import *\nfrom pipeline.wire.topology import *\n"
         "r = Sockets(pathlib.Path(sys.argv[1]), {WorkerId(Role.VIT): 1}).receiver(ENCODE)\nPoller(r).wait()\n"
         "print(r.receive() is not None, flush=True)\nPoller(r).wait(60)\nimport time; time.sleep(60)"
     )
@@ -321,22 +322,6 @@ def test_a_new_subscriber_to_control_gets_the_state(open_sockets: Callable[..., 
         assert [event.is_new for event in wait_for_events(publisher, 1)] == [True]
         publisher.publish(PipelineState(workers=()))
         assert isinstance(receive(subscriber).message, PipelineState)
-
-
-def test_a_helper_thread_wakes_a_poller() -> None:
-    import threading
-
-    wakeup = Wakeup()
-    poller = Poller(wakeup)
-    threading.Timer(0.05, wakeup.set).start()
-    start = time.monotonic()
-    poller.wait(5)
-    assert time.monotonic() - start < 2
-    wakeup.clear()
-    start = time.monotonic()
-    poller.wait(0.05)
-    assert time.monotonic() - start >= 0.04
-    wakeup.close()
 
 
 def test_every_message_survives_the_wire() -> None:

@@ -15,7 +15,7 @@ from pipeline.transport.sockets import Sockets
 from pipeline.wire.messages import PipelineState, Shutdown, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
-from workers.llm.worker import _wait_for_vits
+from workers.llm.start import wait_for_vits
 
 VIT_1 = WorkerId(Role.VIT, 1)
 
@@ -34,7 +34,7 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     context: Any = SimpleNamespace(progress=lambda *told_now: told.append(told_now))
     for message in (states(), states(VIT_1), states(VIT_1), states(VIT_0, VIT_1)):
         publisher.publish(message)
-    waiting = threading.Thread(target=_wait_for_vits, args=(context, control))
+    waiting = threading.Thread(target=wait_for_vits, args=(context, control))
     waiting.start()
     waiting.join(10)
     assert not waiting.is_alive()
@@ -42,5 +42,5 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     publisher.publish(states())
     publisher.publish(Shutdown())
     with pytest.raises(ShutdownRequested):
-        _wait_for_vits(context, control)
+        wait_for_vits(context, control)
     sockets.close()

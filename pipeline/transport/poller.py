@@ -1,0 +1,60 @@
+"""What the loop of a worker or of the launcher sleeps on: its sockets, and a wakeup from another thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Protocol
+
+import zmq
+
+from pipeline.transport.ends import Publisher, Receiver
+
+
+class Wakeup:
+    """Lets a helper thread wake a loop that polls."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def set(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Pollable(Protocol):
+    def fileno(self) -> int: ...
+
+
+class Poller:
+    """Sleeps until one of its sources has something.
+
+    The loop then drains all of them, so it need not know which.
+    """
+
+    def __init__(self, *sources: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller = zmq.Poller()
+        for source in sources:
+            self.add(source)
+
+    def add(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller.register(
+            source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN
+        )
+
+    def remove(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
+        self._poller.unregister(
+            source.socket if isinstance(source, Receiver | Publisher) else source.fileno()
+        )
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))

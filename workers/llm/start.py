@@ -1,0 +1,123 @@
+"""A rank before it is READY: it waits for ViTs and other ranks, builds its scheduler, measures its steps."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+
+from pipeline.client.detokenizer import tokenizer_hash
+from pipeline.config import MIB
+from pipeline.families import ModelInfo
+from pipeline.process.core_sharing import CoreSharing
+from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
+from pipeline.transport.ends import Publisher, Receiver
+from pipeline.transport.poller import Poller
+from pipeline.wire.messages import (
+    PROTOCOL_VERSION,
+    ControlMessage,
+    Drain,
+    PipelineState,
+    Retire,
+    Shutdown,
+    StepsMessage,
+    Welcome,
+)
+from pipeline.wire.topology import Role
+from workers.llm.cache.manager import CacheManager
+from workers.llm.cache.plan import CachePlan
+from workers.llm.calibration import measure_step_times
+from workers.llm.engine import Engine
+from workers.llm.scheduler import Scheduler
+from workers.llm.step_times import StepTimes
+
+MAX_REQUESTS_PER_CLIENT = 1024
+
+
+def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
+    """A ViT on the same GPU takes its memory first; the KV cache gets the rest.
+
+    A ViT may build its engine for minutes. Meanwhile this rank reports progress, so that the launcher's start
+    timeout ends the ViT that hangs, not the rank that waits for it.
+    """
+    poller = Poller(control)
+    while True:
+        poller.wait()
+        while (received := control.receive()) is not None:
+            match received.message:
+                case Shutdown():
+                    raise ShutdownRequested
+                case PipelineState(workers=workers):
+                    vits = [state for state in workers if state.worker.role is Role.VIT]
+                    missing = [str(state.worker) for state in vits if not state.is_ready]
+                    if not missing:
+                        return
+                    context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
+                case Drain() | Retire():
+                    pass  # the launcher kills a worker that still starts; only the endpoint retires
+                case other:
+                    assert_never(other)
+
+
+def wait_for_ranks(
+    context: WorkerContext, control: Receiver[ControlMessage], steps: Publisher[StepsMessage]
+) -> None:
+    """Until every other rank of the group has subscribed: a step published earlier would be lost."""
+    num_ranks = 1
+    poller = Poller(steps, control)
+    while num_ranks < context.config.llm.tp:
+        poller.wait()
+        context.read_control(control)
+        num_ranks += sum(1 if event.is_new else -1 for event in steps.subscriptions())
+
+
+def make_scheduler(
+    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, has_states: bool
+) -> Scheduler:
+    config = context.config
+    cache = CacheManager.of_size(
+        cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=has_states
+    )
+    return Scheduler(
+        cache,
+        config.llm.max_num_batched_tokens,
+        info.eos_token_ids,
+        has_prefix_cache=config.llm.prefix_caching,
+        runs_alone=context.quarantine.runs_alone,
+    )
+
+
+def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
+    config, folder = context.config, context.model_folder
+    return Welcome(
+        protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.served_model_name,
+        max_model_len=max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
+        max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
+        recovery_timeout=config.launcher.recovery_timeout,
+        tokenizer_hash=tokenizer_hash((folder / "tokenizer.json").read_bytes()), **context.origin,
+    )  # fmt: skip
+
+
+def has_overlap(option: str, device: torch.device) -> bool:
+    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens."""
+    return option == "on" or (option == "auto" and device.type == "cuda")
+
+
+def measure_steps(
+    context: WorkerContext, engine: Engine, max_model_len: int, sharing: CoreSharing
+) -> dict[bool, StepTimes]:
+    """Step times by `is_wide`: on this worker's own cores and, where it may widen, on all cores."""
+    config, scheduler = context.config, engine.scheduler
+    step_times: dict[bool, StepTimes] = {}
+    for is_wide in (False, True)[: 1 + bool(sharing.can_widen)] if config.llm.max_itl_stretch else ():
+        context.progress("measuring steps", len(step_times), 2)
+        sharing.widen(is_wide)
+        engine.stepper.is_wide = is_wide
+        step_times[is_wide] = measure_step_times(
+            engine.execute,
+            scheduler.cache,
+            scheduler.budget.max_num_batched_tokens,
+            max_model_len,
+            config.llm.max_itl_stretch,
+        )
+    return step_times
