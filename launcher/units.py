@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.process.fork_server import WorkerProcess
 from pipeline.wire.messages import WorkerReady, WorkerState, WorkerStats
+from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
@@ -173,13 +174,14 @@ class Unit:
         return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
 
 
-def _told(child: Child, now: float) -> tuple[int, dict[str, int], float]:
-    """Open requests, counters, and the seconds since they were told."""
+def _told(child: Child, now: float) -> tuple[int, dict[str, int], float, tuple[Metric, ...]]:
+    """Open requests, counters, the seconds since they were told, and what they are."""
     details = child.ready.details if child.ready else {}
     if child.stats is None:
-        return 0, details, 0.0
+        return 0, details, 0.0, ()
     silent_s = round(max(0.0, now - child.stats_time), 1)
-    return child.stats.num_open_requests, {**details, **child.stats.counters}, silent_s
+    stats = child.stats
+    return stats.num_open_requests, {**details, **stats.counters}, silent_s, stats.metrics
 
 
 def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:

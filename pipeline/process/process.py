@@ -19,6 +19,7 @@ from pipeline.config import MIB, Config
 from pipeline.process import log
 from pipeline.process.faults import Faults
 from pipeline.process.flight_recorder import digest_of
+from pipeline.process.metrics import Metrics
 from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Receiver, Sender
@@ -90,6 +91,7 @@ class WorkerContext:
         self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
         self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
         self.quarantine = Quarantine(spec.worker.role, spec.quarantined)
+        self.metrics = Metrics()
 
     @property
     def origin(self) -> Origin:
@@ -105,12 +107,16 @@ class WorkerContext:
     def progress(self, phase: str, done: int, total: int) -> None:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
 
-    def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
-        """Counts while running, told once a second or so; then also what is bound is looked after."""
+    def stats(self, num_open_requests: int) -> None:
+        """Tells what the worker counts, once a second or so; then also what is bound is looked after."""
         for path in self.sockets.bind_again():
             logger.warning("%s was removed: bound again", path)
         stats = WorkerStats(
-            phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin
+            phase="serving",
+            num_open_requests=num_open_requests,
+            counters=self.metrics.values(),
+            metrics=self.metrics.told(),
+            **self.origin,
         )
         self.status.try_send(stats)
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.handles import PoolInfo, TensorHandle
+from pipeline.wire.metrics import Metric
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role, WorkerId
 
@@ -517,6 +518,7 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_open_requests: int = 0
     counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
     silent_s: float = 0.0  # since it last told: some seconds are one long piece of work
+    metrics: tuple[Metric, ...] = ()  # what `counters` are, and histograms
 
 
 class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -582,6 +584,7 @@ class WorkerStats(WorkerMessage, frozen=True, kw_only=True):
     total: int = 0
     num_open_requests: int = 0
     counters: dict[str, int] = {}
+    metrics: tuple[Metric, ...] = ()  # what they are, and histograms
 
 
 class FirstTokenYielded(WorkerMessage, frozen=True, kw_only=True):

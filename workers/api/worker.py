@@ -41,6 +41,12 @@ STATS_INTERVAL_S = 0.5
 WAITING_INTERVAL_S = 1.0
 RETIRING_INTERVAL_S = 0.2
 IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
+COUNTED = {
+    "stale_outputs": "Outputs of earlier attempts, dropped",
+    "gaps": "Gaps in a request's outputs, asked for again",
+    "resubmitted": "Requests submitted again after a worker's death",
+    "given_up": "Requests given up after workers' deaths",
+}
 
 
 def main(context: WorkerContext) -> None:
@@ -65,7 +71,8 @@ class _Process:
     def __init__(self, context: WorkerContext, info: ModelInfo) -> None:
         self._context = context
         config = context.config
-        self._client = PipelineClient(context.spec.run_dir)
+        self._client = client = PipelineClient(context.spec.run_dir)
+        context.metrics.counters(COUNTED, lambda: client.counters)
         self._server = ApiServer(
             config.api,
             self._client,
@@ -149,7 +156,7 @@ class _Process:
     async def _report(self, interval: float) -> None:
         while True:
             self._context.recorder.move()
-            self._context.stats(self._client.num_open, self._client.counters)
+            self._context.stats(self._client.num_open)
             await asyncio.sleep(interval)
 
 

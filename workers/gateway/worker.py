@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import assert_never
 
 from pipeline.config import MIB
+from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
 from pipeline.transport.ends import Poller, Publisher, Received, Receiver, Relayed
 from pipeline.transport.keys import ServerKeys
@@ -27,7 +28,7 @@ from pipeline.wire.messages import (
     Shutdown,
 )
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
-from workers.gateway.gateway import Gateway
+from workers.gateway.gateway import COUNTED, Gateway
 
 # messages to preprocess: what it does not take waits outside, with the client that sent it
 INSIDE_HIGH_WATER_MARK = 4
@@ -93,6 +94,20 @@ class _Relay:
         self._poller = Poller(self._control, self._states, self._outputs, *self._ups)
         self._is_reading = self._has_new = False
         self._stats_due = self._greeted_at = 0.0
+        self._declare(context.metrics)
+
+    def _declare(self, metrics: Metrics) -> None:
+        metrics.counters(COUNTED, lambda: self._gateway.counters)
+        metrics.gauge("clients", "Clients on other machines", lambda: self._gateway.num_clients)
+        metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: self._ingest.num_refused)
+        metrics.counter(
+            "refused_connections", "Connections without a key of ours", lambda: self._door.num_refused
+        )
+        metrics.counter(
+            "refused_subscriptions",
+            "Subscriptions to what is not the client's",
+            lambda: self._outputs.num_refused + self._states.num_refused,
+        )
 
     def turn(self) -> None:
         """One turn of the loop: drains what there is, then sleeps until something comes."""
@@ -105,14 +120,7 @@ class _Relay:
         self.relay_outputs()
         if (now := time.monotonic()) >= self._stats_due:
             self._stats_due = now + STATS_INTERVAL_S
-            refused = {
-                "refused_connections": self._door.num_refused,
-                "refused_subscriptions": self._outputs.num_refused + self._states.num_refused,
-                "refused_messages": self._ingest.num_refused,
-            }
-            self._context.stats(
-                0, {**self._gateway.counters, **refused, "clients": self._gateway.num_clients}
-            )
+            self._context.stats(num_open_requests=0)
         if self._is_reading != (self._waiting is None):
             self._is_reading = not self._is_reading
             (self._poller.add if self._is_reading else self._poller.remove)(self._ingest)

@@ -7,6 +7,7 @@ import time
 from typing import assert_never
 
 from pipeline.config import MIB, PreprocessConfig
+from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     ShutdownRequested,
@@ -38,6 +39,10 @@ MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
 LIFE_INTERVAL_S = 0.5
 STUCK_S = 30.0  # in one piece of work of a thread: the longest text takes some seconds
+COUNTED = {
+    "stale_messages": "Messages of dead workers or earlier attempts, dropped",
+    "refused_requests": "Requests refused before they ran",
+}
 
 
 def main(context: WorkerContext) -> None:
@@ -80,6 +85,19 @@ class _Process:
         context.faults.fill(allocator)
         self._core = Preprocessor(
             context, config.preprocess, info, self._pool, allocator, llms, self._vits, tasks
+        )
+        self._declare(context.metrics)
+
+    def _declare(self, metrics: Metrics) -> None:
+        core = self._core
+        metrics.counters(COUNTED, lambda: core.counters)
+        metrics.counter(
+            "decoded_pictures", "Pictures decoded, and chunks of videos", lambda: core.num_decoded
+        )
+        metrics.counter(
+            "refused_messages",
+            REFUSED_MESSAGES,
+            lambda: self._ingest.num_refused + self._feedback.num_refused,
         )
 
     def start(self, control: AsyncReceiver[ControlMessage]) -> None:
@@ -130,9 +148,7 @@ class _Process:
     async def _report(self, interval: float) -> None:
         while True:
             self._core.tick(time.monotonic())
-            num_refused = self._ingest.num_refused + self._feedback.num_refused
-            counters = {"decoded_pictures": self._core.num_decoded, "refused_messages": num_refused}
-            self._context.stats(self._core.num_open, {**self._core.counters, **counters})
+            self._context.stats(self._core.num_open)
             await asyncio.sleep(interval)
 
     async def _show_life(self) -> None:
