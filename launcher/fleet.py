@@ -21,6 +21,9 @@ class Fleet:
         self._unit_of = {worker: unit for unit in self.units for worker in unit.members}
         self._groups = [WorkerId(Role.LLM, lead) for lead in leads]
 
+    def unit_of(self, worker: WorkerId) -> Unit:
+        return self._unit_of[worker]
+
     @property
     def workers(self) -> list[WorkerId]:
         return list(self._unit_of)

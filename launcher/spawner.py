@@ -20,7 +20,7 @@ from pipeline.process.process import WorkerSpec
 from pipeline.wire.topology import EDGES, Role, WorkerId, socket_name
 
 logger = logging.getLogger(__name__)
-STOP_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
+STOP_TIMEOUT_S = 5.0  # from the published end to SIGKILL
 UNRECORDED = (Role.API, Role.GATEWAY)  # they execute no requests: to be ready is all that they prove
 
 
@@ -101,7 +101,7 @@ class Spawner:
         return tuple(sorted(executed))
 
     def stop(self, children: Sequence[Child]) -> None:
-        """Reaps every worker, after `Shutdown` was published. A worker that is not READY may not read it yet:
+        """Reaps every worker, after the end was published. A worker that is not READY may not read it yet:
         it is killed."""
         end = time.monotonic() + STOP_TIMEOUT_S
         for child in children:

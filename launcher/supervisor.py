@@ -37,13 +37,10 @@ from pipeline.transport.sockets import Sockets
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.messages import (
     ControlMessage,
-    Drain,
     FirstTokenYielded,
     PipelineState,
     PoolClosed,
     ReloadRequested,
-    Retire,
-    Shutdown,
     StatusMessage,
     WorkerFailed,
     WorkerReady,
@@ -163,7 +160,7 @@ class Supervisor:
         except PipelineError as error:
             raise CannotStart(f"the run directory is gone: {error}") from None
 
-    def _publish_state(self) -> None:
+    def _publish_state(self, end: str | None = None) -> None:
         now = time.monotonic()
         self._heartbeat_due = now + HEARTBEAT_S
         for report in self._fleet.reports(now):
@@ -173,6 +170,12 @@ class Supervisor:
                 workers=self._fleet.states(now),
                 leads=self._config.leads,
                 is_draining=self._is_draining,
+                retiring=tuple(
+                    (child.worker, child.epoch)
+                    for child in self._retired
+                    if self._fleet.unit_of(child.worker).is_serving
+                ),
+                end=end,
                 reload=self._reload.state,
                 quarantined=self._quarantine.quarantined(now),
             )
@@ -214,10 +217,7 @@ class Supervisor:
             return
         was_restarted = unit.has_served
         unit.on_ready(time.monotonic())
-        if self._retired and message.sender.role is Role.API:
-            for child in self._retired:
-                self._control.publish(Retire(worker=child.worker, epoch=child.epoch))
-        elif unit.is_serving and was_restarted:
+        if unit.is_serving and was_restarted and not (self._retired and unit.role is Role.API):
             logger.info("%s serves again, %.1f s after it died", unit.name, time.monotonic() - unit.died_at)
         self._heartbeat_due = 0.0
 
@@ -329,7 +329,7 @@ class Supervisor:
         start = time.monotonic()
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
-        self._control.publish(Drain(timeout_s=self._config.launcher.shutdown_timeout))
+        self._publish_state()
 
         def is_idle() -> bool:
             if time.monotonic() >= end or not self._fleet.is_started:
@@ -345,7 +345,7 @@ class Supervisor:
         return ""
 
     def _stop(self, reason: str) -> None:
-        self._control.publish(Shutdown(reason=reason))
+        self._publish_state(end=reason)
         self._spawner.stop([*self._retired, *self._fleet.children])
         self._sockets.close()
         for listening in self._listening:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.process.fork_server import WorkerProcess
 from pipeline.wire.messages import WorkerReady, WorkerState, WorkerStats
+from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
@@ -219,13 +220,14 @@ class Unit:
         return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
 
 
-def _load_of(child: Child, now: float) -> tuple[int, dict[str, int], float]:
-    """Open requests, counters, and the age of these figures in seconds."""
+def _load_of(child: Child, now: float) -> tuple[int, dict[str, int], float, tuple[Metric, ...]]:
+    """Open requests, counters, the age of these figures in seconds, and the declared metrics."""
     details = child.ready.details if child.ready else {}
     if child.stats is None:
-        return 0, details, 0.0
+        return 0, details, 0.0, ()
     silent_s = round(max(0.0, now - child.stats_time), 1)
-    return child.stats.num_open_requests, {**details, **child.stats.counters}, silent_s
+    stats = child.stats
+    return stats.num_open_requests, {**details, **stats.counters}, silent_s, stats.metrics
 
 
 def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:

@@ -43,7 +43,6 @@ from pipeline.wire.messages import (
     Accepted,
     ChoiceProgress,
     ControlMessage,
-    Drain,
     Hello,
     IngestMessage,
     Interrupted,
@@ -54,8 +53,6 @@ from pipeline.wire.messages import (
     ReloadState,
     RequestFailed,
     RequestOutput,
-    Retire,
-    Shutdown,
     SubmitRequest,
     TokenOutputs,
     Welcome,
@@ -413,23 +410,15 @@ class Connection:
 
     async def _read_control(self) -> None:
         while True:
-            message = (await self._control.receive()).message
+            state = (await self._control.receive()).message
             self._heartbeat = time.monotonic()
-            match message:
-                case PipelineState():
-                    self._on_state(message)
-                case Drain():
-                    self.is_draining = True
-                case Retire():
-                    pass  # of somebody else
-                case Shutdown():
-                    self._fail(f"the server has stopped{': ' if message.reason else ''}{message.reason}")
-                    if not self._welcome.done():
-                        self._welcome.set_exception(
-                            PipelineError(f"the server has stopped: {message.reason}")
-                        )
-                case _:
-                    assert_never(message)
+            if state.end is None:
+                self._on_state(state)
+            else:
+                reason = f"the server has stopped{': ' if state.end else ''}{state.end}"
+                self._fail(reason)
+                if not self._welcome.done():
+                    self._welcome.set_exception(PipelineError(reason))
 
     def _on_state(self, state: PipelineState) -> None:
         self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload

@@ -8,10 +8,10 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, assert_never
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -19,19 +19,17 @@ from pipeline.config import MIB, Config
 from pipeline.process import log
 from pipeline.process.faults import Faults
 from pipeline.process.flight_recorder import digest_of
+from pipeline.process.metrics import Metrics
 from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Receiver, Sender
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.messages import (
     ControlMessage,
-    Drain,
     FirstTokenYielded,
     Origin,
     PipelineState,
     PoolClosed,
-    Retire,
-    Shutdown,
     WorkerFailed,
     WorkerMessage,
     WorkerReady,
@@ -70,7 +68,8 @@ class WorkerSpec:
 
 class ControlNews(NamedTuple):
     is_draining: bool  # what is open is to be finished
-    died: Iterable[WorkerState]  # workers that have died, as their successors
+    is_retiring: bool  # this worker: its successor serves already
+    died: Sequence[WorkerState]  # workers that have died, as their successors
     states: tuple[WorkerState, ...] | None  # of all workers, if the launcher told them
 
 
@@ -90,6 +89,7 @@ class WorkerContext:
         self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
         self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
         self.quarantine = Quarantine(spec.worker.role, spec.quarantined)
+        self.metrics = Metrics()
 
     @property
     def origin(self) -> Origin:
@@ -105,12 +105,16 @@ class WorkerContext:
     def progress(self, phase: str, done: int, total: int) -> None:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
 
-    def stats(self, num_open_requests: int, counters: dict[str, int]) -> None:
-        """Counts while running, told once a second or so; then also what is bound is looked after."""
+    def stats(self, num_open_requests: int) -> None:
+        """Tells what the worker counts, once a second or so; then also what is bound is looked after."""
         for path in self.sockets.bind_again():
             logger.warning("%s was removed: bound again", path)
         stats = WorkerStats(
-            phase="serving", num_open_requests=num_open_requests, counters=counters, **self.origin
+            phase="serving",
+            num_open_requests=num_open_requests,
+            counters=self.metrics.values(),
+            metrics=self.metrics.told(),
+            **self.origin,
         )
         self.status.try_send(stats)
 
@@ -127,32 +131,26 @@ class WorkerContext:
         """Whether the sender is the incarnation that we know, or a later one."""
         return message.epoch >= self.sockets.epochs.get(message.sender, 0)
 
-    def follow(self, state: PipelineState) -> list[WorkerState]:
-        """Learns who is quarantined; connects to the successors of workers that died, and returns these
-        successors as they are now."""
+    def follow(self, state: PipelineState) -> ControlNews:
+        """Learns which requests are quarantined, and connects to the successors of workers that died.
+
+        Raises ShutdownRequested when the pipeline ends.
+        """
+        if state.end is not None:
+            raise ShutdownRequested
         self.quarantine.learn(state.quarantined)
         renewed = self.sockets.follow({worker.worker: worker.epoch for worker in state.workers})
-        return [worker for worker in state.workers if worker.worker in renewed]
+        died = [worker for worker in state.workers if worker.worker in renewed]
+        is_retiring = (self.worker, self.epoch) in state.retiring
+        return ControlNews(state.is_draining, is_retiring, died, state.workers)
 
     def read_control(self, control: Receiver[ControlMessage]) -> ControlNews:
-        """What the launcher has said since the last call. Raises ShutdownRequested when it said to end."""
-        is_draining, died = False, []
-        states: tuple[WorkerState, ...] | None = None
+        """What `follow` makes of all that has come since the last call."""
+        news = ControlNews(False, False, [], None)
         while (received := control.receive()) is not None:
-            message = received.message
-            match message:
-                case Shutdown():
-                    raise ShutdownRequested
-                case Drain():
-                    is_draining = True
-                case PipelineState():
-                    died += self.follow(message)
-                    states, is_draining = message.workers, is_draining or message.is_draining
-                case Retire():
-                    pass  # of an endpoint
-                case _:
-                    assert_never(message)
-        return ControlNews(is_draining, died, states)
+            latest = self.follow(received.message)
+            news = latest._replace(died=[*news.died, *latest.died])
+        return news
 
 
 def run_async(serve: Coroutine[Any, Any, None]) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.handles import PoolInfo, TensorHandle
+from pipeline.wire.metrics import Metric
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role, WorkerId
 
@@ -576,6 +577,7 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_open_requests: int = 0
     counters: dict[str, int] = {}  # what it last told, with what it learnt at its start
     silent_s: float = 0.0  # since it last told: some seconds are one long piece of work
+    metrics: tuple[Metric, ...] = ()  # what `counters` are, and histograms
 
 
 class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -587,40 +589,22 @@ class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PipelineState(Message, frozen=True, kw_only=True):
-    """launcher → everyone: all workers and their epochs; to each new subscriber and once a second."""
+    """launcher → everyone: all that a worker or a client has to know of the pipeline, at each change, once a
+    second, and to each new subscriber: a message that is lost is made up for by the next."""
 
     workers: tuple[WorkerState, ...]
     leads: tuple[int, ...] = (0,)  # the LLM ranks that lead a group: clients listen to each
-    is_draining: bool = False
+    is_draining: bool = False  # nothing new is accepted, and what is open is finished
+    # incarnations whose successors serve already: they accept nothing new, finish what is open, and end
+    retiring: tuple[tuple[WorkerId, int], ...] = ()
+    end: str | None = None  # the pipeline ends now: empty at an orderly end, else which worker died of what
     reload: ReloadState = ReloadState()
     # by role, digests of the requests that were executing in such workers when they died, with no new token
     # since: there each of them runs alone
     quarantined: dict[Role, tuple[bytes, ...]] = {}
 
 
-class Drain(Message, frozen=True, kw_only=True):
-    """launcher → everyone: accept nothing new, finish what is open within `timeout_s`."""
-
-    timeout_s: float
-
-
-class Retire(Message, frozen=True, kw_only=True):
-    """launcher → one worker: your successor serves already. Accept nothing new, finish what is open, end."""
-
-    worker: WorkerId
-    epoch: int
-
-
-class Shutdown(Message, frozen=True, kw_only=True):
-    """launcher → everyone: end now.
-
-    `reason` is empty at an orderly end, else it says which worker died of what.
-    """
-
-    reason: str = ""
-
-
-ControlMessage = PipelineState | Drain | Retire | Shutdown
+ControlMessage = PipelineState
 
 # --- status: everyone → launcher
 # ------------------------------------------------------------------------------------
@@ -641,6 +625,7 @@ class WorkerStats(WorkerMessage, frozen=True, kw_only=True):
     total: int = 0
     num_open_requests: int = 0
     counters: dict[str, int] = {}
+    metrics: tuple[Metric, ...] = ()  # what they are, and histograms
 
 
 class FirstTokenYielded(WorkerMessage, frozen=True, kw_only=True):

@@ -30,9 +30,9 @@ from pipeline.wire.messages import (
     GridTHW,
     LeaseReleased,
     LeaseSet,
+    PipelineState,
     PixelsReleased,
     PoolOpened,
-    Shutdown,
     WorkerFailed,
     WorkerReady,
     WorkerStats,
@@ -134,7 +134,7 @@ class Neighbours:
 
     def close(self) -> None:
         self.control.subscriptions()
-        self.control.publish(Shutdown())
+        self.control.publish(PipelineState(workers=(), end=""))
         assert self.process.wait(10)
         assert self.process.exit_code == 0
         self.pools.close_all()
@@ -241,7 +241,7 @@ def test_a_forged_handle_fails_its_chunk_only(around: Neighbours) -> None:
     assert around.wait_for(EmbeddingReady).key == good
 
 
-def test_a_lost_release_heals(around: Neighbours) -> None:
+def test_a_lost_release_heals_and_the_launcher_is_told_of_what_was_encoded(around: Neighbours) -> None:
     key = ChunkKey("r", 1, 0, 0)
     around.ask(key, 1, b"h", SIDE, SIDE)
     around.ask(key, 1, b"h", SIDE, SIDE, with_pixels=True)
@@ -249,7 +249,14 @@ def test_a_lost_release_heals(around: Neighbours) -> None:
     for _ in range(2):
         around.encode.send(LeaseSet(sender=LLM_0, epoch=EPOCH, lease_ids=(), last_lease_id=lease_id))
     end = time.monotonic() + 5
-    while (around.stats is None or around.stats.counters.get("leases", 1)) and time.monotonic() < end:
+    while time.monotonic() < end:
+        told = {} if around.stats is None else around.stats.counters
+        if told.get("encodes") and not told["leases"]:
+            break
         around.messages(0.2)
     assert around.stats is not None
     assert around.stats.counters["leases"] == 0
+    metrics = {metric.name: metric for metric in around.stats.metrics}
+    assert (metrics["leases"].kind, metrics["encodes"].kind) == ("gauge", "counter")
+    assert sum(metrics["encode_seconds"].counts) == around.stats.counters["encodes"] == 1
+    assert metrics["encode_seconds"].total > 0

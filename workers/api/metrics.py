@@ -1,48 +1,66 @@
-"""What the workers count, as Prometheus reads it."""
+"""What the workers count, in Prometheus' text format.
+
+No name of a metric stands here but those of what every worker has: the workers say themselves what they
+count, and of which kind it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
-from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 from pipeline.wire.messages import WorkerState
+from pipeline.wire.metrics import Metric
 
 PREFIX = "vlm_"
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-DESCRIPTIONS = {
-    "worker_ready": "1 while the worker serves, else 0",
-    "worker_restarts": "How often the worker was replaced",
-    "open_requests": "Requests that the worker has not finished",
-}
-COUNTED = "Counted by the worker since its start"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OF_ALL = (
+    Metric("worker_ready", "gauge", "1 while the worker serves, else 0"),
+    Metric("worker_restarts", "counter", "How often the worker was replaced"),
+    Metric("open_requests", "gauge", "Requests that the worker has not finished"),
+)
+UNDECLARED = "Told by the worker"
 
 
-class WorkerCollector(Collector):
-    """One family a count, one sample a worker. A worker that was replaced counts from zero again."""
+@dataclass(slots=True)
+class _Family:
+    """A metric of all workers that have it."""
 
-    def __init__(self, workers: Callable[[], Iterable[WorkerState]]) -> None:
-        self._workers = workers
+    metric: Metric
+    samples: list[str] = field(default_factory=list)
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        families: dict[str, GaugeMetricFamily] = {}
-        for state in self._workers():
-            values = {
-                "worker_ready": int(state.is_ready),
-                "worker_restarts": state.epoch - 1,
-                "open_requests": state.num_open_requests,
-                **state.counters,
-            }
-            for name, value in values.items():
-                if (family := families.get(name)) is None:
-                    description = DESCRIPTIONS.get(name, COUNTED)
-                    family = families[name] = GaugeMetricFamily(PREFIX + name, description, labels=["worker"])
-                family.add_metric([str(state.worker)], value)
-        return families.values()
+    def text(self) -> str:
+        name, kind = PREFIX + self.metric.name, self.metric.kind
+        words = self.metric.text.replace("\\", "\\\\").replace("\n", "\\n")
+        return "\n".join((f"# HELP {name} {words}", f"# TYPE {name} {kind}", *self.samples, ""))
 
 
-def exposition(collector: Collector) -> bytes:
-    return generate_latest(collector)
+def exposition(workers: Iterable[WorkerState]) -> bytes:
+    """One family a metric. A worker that was replaced counts from zero again."""
+    families: dict[str, _Family] = {}
+    for state in workers:
+        of_all = (int(state.is_ready), state.epoch - 1, state.num_open_requests)
+        values = {
+            **state.counters,
+            **{metric.name: value for metric, value in zip(OF_ALL, of_all, strict=True)},
+        }
+        declared = {metric.name: metric for metric in (*OF_ALL, *state.metrics)}
+        for name in {**declared, **values}:
+            metric = declared.get(name) or Metric(name, "gauge", UNDECLARED)
+            family = families.setdefault(name, _Family(metric))
+            if metric.kind == "histogram":
+                family.samples += _buckets(metric, str(state.worker))
+            elif name in values:
+                family.samples.append(f'{PREFIX}{name}{{worker="{state.worker}"}} {values[name]}')
+    return "".join(family.text() for family in families.values()).encode()
+
+
+def _buckets(histogram: Metric, worker: str) -> Iterator[str]:
+    """Prometheus' buckets hold all values up to their bound."""
+    name, label = PREFIX + histogram.name, f'worker="{worker}"'
+    bounds = (*(f"{bound:g}" for bound in histogram.bounds), "+Inf")
+    for bound, count in zip(bounds, accumulate(histogram.counts), strict=True):
+        yield f'{name}_bucket{{{label},le="{bound}"}} {count}'
+    yield f"{name}_sum{{{label}}} {histogram.total}"
+    yield f"{name}_count{{{label}}} {sum(histogram.counts)}"

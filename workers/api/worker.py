@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import time
-from typing import assert_never
 
 from aiohttp import web
 
@@ -23,7 +22,7 @@ from pipeline.process.process import (
 )
 from pipeline.transport.ends import AsyncReceiver
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import ControlMessage, Drain, PipelineState, ReloadRequested, Retire, Shutdown
+from pipeline.wire.messages import ControlMessage, ReloadRequested
 from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.runner import HttpRunner
@@ -41,6 +40,12 @@ STATS_INTERVAL_S = 0.5
 WAITING_INTERVAL_S = 1.0
 RETIRING_INTERVAL_S = 0.2
 IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
+COUNTED = {
+    "stale_outputs": "Outputs of earlier attempts, dropped",
+    "gaps": "Gaps in a request's outputs, asked for again",
+    "resubmitted": "Requests submitted again after a worker's death",
+    "given_up": "Requests given up after workers' deaths",
+}
 
 
 def main(context: WorkerContext) -> None:
@@ -65,7 +70,8 @@ class _Process:
     def __init__(self, context: WorkerContext, info: ModelInfo) -> None:
         self._context = context
         config = context.config
-        self._client = PipelineClient(context.spec.run_dir)
+        self._client = client = PipelineClient(context.spec.run_dir)
+        context.metrics.counters(COUNTED, lambda: client.counters)
         self._server = ApiServer(
             config.api,
             self._client,
@@ -95,22 +101,17 @@ class _Process:
 
     async def _follow(self, control: AsyncReceiver[ControlMessage]) -> None:
         while True:
-            message = (await control.receive()).message
-            match message:
-                case Drain():
-                    self._drain()
-                case PipelineState(is_draining=is_draining):
-                    if is_draining:
-                        self._drain()
-                case Retire(worker=worker, epoch=epoch):
-                    if (worker, epoch) == (self._context.worker, self._context.epoch):
-                        self._tasks.create_task(self._retire())
-                case Shutdown():
-                    self._server.give_up()
-                    await _say_last_words(self._client, self._server)
-                    raise ShutdownRequested
-                case _:
-                    assert_never(message)
+            try:
+                news = self._context.follow((await control.receive()).message)
+            except ShutdownRequested:
+                self._server.give_up()
+                await _say_last_words(self._client, self._server)
+                raise
+            if news.is_draining:
+                self._drain()
+            if news.is_retiring and not self._server.is_retiring:
+                self._server.is_retiring = True
+                self._tasks.create_task(self._retire())
 
     def _drain(self) -> None:
         if not self._is_draining:
@@ -121,7 +122,6 @@ class _Process:
         """Our successor accepts already: finishes what is open, serves what comes on open connections for the
         last time, and ends."""
         server = self._server
-        server.is_retiring = True
         for site in self._sites:
             await site.stop()
         server.handled_at = max(server.handled_at, time.monotonic())
@@ -149,7 +149,7 @@ class _Process:
     async def _report(self, interval: float) -> None:
         while True:
             self._context.recorder.move()
-            self._context.stats(self._client.num_open, self._client.counters)
+            self._context.stats(self._client.num_open)
             await asyncio.sleep(interval)
 
 

@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256
 MESSAGES_PER_S = 500.0  # of one key
 MAX_BURST = 4096.0  # messages: as many as four clients may have requests, at once
+COUNTED = {
+    "relayed_messages": "Messages of clients that were passed on",
+    "refused_client_ids": "Messages under a client id that the key does not own, dropped",
+    "clients_cut_off": "Clients that lagged too far behind",
+    "dropped_messages": "Messages beyond a key's rate, dropped",
+}
 
 
 class TokenBucket:
@@ -65,8 +71,7 @@ class Gateway:
         # yet.
         self._num_connections: Counter[bytes] = Counter()
         self._cut_off: set[bytes] = set()
-        counted = ("relayed_messages", "refused_client_ids", "clients_cut_off", "dropped_messages")
-        self.counters = dict.fromkeys(counted, 0)
+        self.counters = dict.fromkeys(COUNTED, 0)
 
     @property
     def num_clients(self) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import assert_never
 
 from pipeline.config import MIB
+from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
 from pipeline.transport.ends import Publisher, Received, Receiver, Relayed
 from pipeline.transport.keys import ServerKeys
@@ -20,15 +20,12 @@ from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import ClientListener
 from pipeline.wire.messages import (
     ControlMessage,
-    Drain,
     IngestMessage,
     OutputsMessage,
     PipelineState,
-    Retire,
-    Shutdown,
 )
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
-from workers.gateway.gateway import Gateway
+from workers.gateway.gateway import COUNTED, Gateway
 
 # messages to preprocess: what it does not take waits outside, with the client that sent it
 INSIDE_HIGH_WATER_MARK = 4
@@ -94,6 +91,20 @@ class _Relay:
         self._poller = Poller(self._control, self._states, self._outputs, *self._ups)
         self._is_reading = self._has_new = False
         self._stats_due = self._greeted_at = 0.0
+        self._declare(context.metrics)
+
+    def _declare(self, metrics: Metrics) -> None:
+        metrics.counters(COUNTED, lambda: self._gateway.counters)
+        metrics.gauge("clients", "Clients on other machines", lambda: self._gateway.num_clients)
+        metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: self._ingest.num_refused)
+        metrics.counter(
+            "refused_connections", "Connections without a key of ours", lambda: self._door.num_refused
+        )
+        metrics.counter(
+            "refused_subscriptions",
+            "Subscriptions to what is not the client's",
+            lambda: self._outputs.num_refused + self._states.num_refused,
+        )
 
     def turn(self) -> None:
         """One turn of the loop: drains what there is, then sleeps until something comes."""
@@ -106,14 +117,7 @@ class _Relay:
         self.relay_outputs()
         if (now := time.monotonic()) >= self._stats_due:
             self._stats_due = now + STATS_INTERVAL_S
-            refused = {
-                "refused_connections": self._door.num_refused,
-                "refused_subscriptions": self._outputs.num_refused + self._states.num_refused,
-                "refused_messages": self._ingest.num_refused,
-            }
-            self._context.stats(
-                0, {**self._gateway.counters, **refused, "clients": self._gateway.num_clients}
-            )
+            self._context.stats(num_open_requests=0)
         if self._is_reading != (self._waiting is None):
             self._is_reading = not self._is_reading
             (self._poller.add if self._is_reading else self._poller.remove)(self._ingest)
@@ -140,21 +144,9 @@ class _Relay:
 
     def _read_control(self) -> None:
         while (received := self._control.receive()) is not None:
-            message = received.message
-            match message:
-                case PipelineState() as state:
-                    self._context.follow(state)
-                    self._state = state
-                    self._tell(state)
-                case Drain() as drain:
-                    self._states.publish(drain)
-                case Shutdown() as shutdown:
-                    self._states.publish(shutdown)
-                    raise ShutdownRequested
-                case Retire():
-                    pass  # of an endpoint
-                case _:
-                    assert_never(message)
+            self._state = received.message
+            self._tell(self._state)  # also that the pipeline ends
+            self._context.follow(self._state)
 
     def _relay_ingest(self) -> None:
         for _ in range(MAX_RELAYED):

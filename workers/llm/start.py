@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import assert_never
-
 import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import CoreSharing
-from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
+from pipeline.process.process import WAITING, WorkerContext
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller
 from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     ControlMessage,
-    Drain,
-    PipelineState,
-    Retire,
-    Shutdown,
     StepsMessage,
     Welcome,
 )
@@ -43,20 +37,12 @@ def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> 
     poller = Poller(control)
     while True:
         poller.wait()
-        while (received := control.receive()) is not None:
-            match received.message:
-                case Shutdown():
-                    raise ShutdownRequested
-                case PipelineState(workers=workers):
-                    vits = [state for state in workers if state.worker.role is Role.VIT]
-                    missing = [str(state.worker) for state in vits if not state.is_ready]
-                    if not missing:
-                        return
-                    context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
-                case Drain() | Retire():
-                    pass  # the launcher kills a worker that still starts; only the endpoint retires
-                case other:
-                    assert_never(other)
+        if (states := context.read_control(control).states) is not None:
+            vits = [state for state in states if state.worker.role is Role.VIT]
+            missing = [str(state.worker) for state in vits if not state.is_ready]
+            if not missing:
+                return
+            context.progress(WAITING + ", ".join(missing), len(vits) - len(missing), len(vits))
 
 
 def wait_for_ranks(

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WorkerContext,
@@ -58,6 +59,14 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages, one a step, that a client may lag behind before it is cut off
 MAX_MESSAGES_PER_STEP = 512  # read between two steps: a flood of messages must not stop the streams
+COUNTED = {
+    "steps": "Steps computed",
+    "output_tokens": "Tokens yielded",
+    "prompt_tokens": "Tokens of the prompts of accepted requests",
+    "cached_tokens": "Tokens of prompts that the prefix cache had",
+    "interrupted": "Requests interrupted by a worker's death, to be submitted again",
+    "stale_messages": "Messages of dead workers or earlier attempts, dropped",
+}
 
 
 def main(context: WorkerContext) -> None:
@@ -153,6 +162,7 @@ def _serve(
 ) -> None:  # fmt: skip
     poller = Poller(inbox, outputs, control)
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
+    _declare(context.metrics, engine, inbox)
     while True:
         context.recorder.move()
         now = time.monotonic()
@@ -168,7 +178,7 @@ def _serve(
         if now >= stats_due:
             stats_due = now + stats_interval
             engine.tick(now)
-            context.stats(len(engine.requests), _counters(engine, inbox.num_refused))
+            context.stats(len(engine.requests))
             if not engine.requests:
                 engine.check_integrity()
         engine.stepper.is_wide = sharing.enter()
@@ -187,13 +197,18 @@ def read_inbox(inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float]
         handle(received.message, now)
 
 
-def _counters(engine: Engine, num_refused: int) -> dict[str, int]:
-    blocks = engine.scheduler.cache.blocks
-    return {
-        **engine.counters, "free_blocks": blocks.num_free, "cached_blocks": blocks.num_cached,
-        "preemptions": engine.scheduler.num_preemptions,
-        "clients_cut_off": engine.num_clients_cut_off, "refused_messages": num_refused,
-    }  # fmt: skip
+def _declare(metrics: Metrics, engine: Engine, inbox: Receiver[LlmMessage]) -> None:
+    scheduler, blocks = engine.scheduler, engine.scheduler.cache.blocks
+    metrics.counters(COUNTED, lambda: engine.counters)
+    metrics.gauge(
+        "free_blocks", "Blocks of the KV cache that are free or may be evicted", lambda: blocks.num_free
+    )
+    metrics.gauge("cached_blocks", "Blocks of the KV cache that hold a prefix", lambda: blocks.num_cached)
+    metrics.counter("preemptions", "Requests preempted for their blocks", lambda: scheduler.num_preemptions)
+    metrics.counter(
+        "clients_cut_off", "Clients that lagged too far behind", lambda: engine.num_clients_cut_off
+    )
+    metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: inbox.num_refused)
 
 
 def _follow(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import assert_never
 
 from pipeline.config import MIB, PreprocessConfig
+from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     ShutdownRequested,
@@ -19,13 +19,9 @@ from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.messages import (
     ControlMessage,
-    Drain,
     FeedbackMessage,
     IngestMessage,
-    PipelineState,
     PoolOpened,
-    Retire,
-    Shutdown,
 )
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
 from workers.model_info import model_info_of
@@ -38,6 +34,10 @@ MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
 LIFE_INTERVAL_S = 0.5
 STUCK_S = 30.0  # in one piece of work of a thread: the longest text takes some seconds
+COUNTED = {
+    "stale_messages": "Messages of dead workers or earlier attempts, dropped",
+    "refused_requests": "Requests refused before they ran",
+}
 
 
 def main(context: WorkerContext) -> None:
@@ -81,6 +81,19 @@ class _Process:
         self._core = Preprocessor(
             context, config.preprocess, info, self._pool, allocator, llms, self._vits, tasks
         )
+        self._declare(context.metrics)
+
+    def _declare(self, metrics: Metrics) -> None:
+        core = self._core
+        metrics.counters(COUNTED, lambda: core.counters)
+        metrics.counter(
+            "decoded_pictures", "Pictures decoded, and chunks of videos", lambda: core.num_decoded
+        )
+        metrics.counter(
+            "refused_messages",
+            REFUSED_MESSAGES,
+            lambda: self._ingest.num_refused + self._feedback.num_refused,
+        )
 
     def start(self, control: AsyncReceiver[ControlMessage]) -> None:
         config = self._context.config.preprocess
@@ -106,21 +119,15 @@ class _Process:
 
     async def _read_control(self, control: AsyncReceiver[ControlMessage]) -> None:
         while True:
-            message = (await control.receive()).message
-            match message:
-                case Shutdown():
-                    await self._core.close()  # no process that reads media outlives the pipeline
-                    raise ShutdownRequested
-                case Drain():
-                    self._drain()
-                case PipelineState():
-                    self._core.on_states(message.workers, self._context.follow(message))
-                    if message.is_draining:
-                        self._drain()
-                case Retire():
-                    pass  # of an endpoint
-                case _:
-                    assert_never(message)
+            state = (await control.receive()).message
+            try:
+                news = self._context.follow(state)
+            except ShutdownRequested:
+                await self._core.close()  # no process that reads media outlives the pipeline
+                raise
+            self._core.on_states(state.workers, news.died)
+            if news.is_draining:
+                self._drain()
 
     def _drain(self) -> None:
         if not self._core.is_draining:
@@ -130,9 +137,7 @@ class _Process:
     async def _report(self, interval: float) -> None:
         while True:
             self._core.tick(time.monotonic())
-            num_refused = self._ingest.num_refused + self._feedback.num_refused
-            counters = {"decoded_pictures": self._core.num_decoded, "refused_messages": num_refused}
-            self._context.stats(self._core.num_open, {**self._core.counters, **counters})
+            self._context.stats(self._core.num_open)
             await asyncio.sleep(interval)
 
     async def _show_life(self) -> None:

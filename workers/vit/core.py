@@ -49,11 +49,15 @@ class VitCore:
         self.batcher, self._pool, self._info = batcher, pool, info
         self._llms, self._feedback = llms, feedback
         self._pools = pools
-        self.counters = {"encodes": 0, "stale_messages": 0}
+        self._num_encodes = self._num_stale = 0
+        context.metrics.counter("encodes", "Chunks of pictures and videos encoded", lambda: self._num_encodes)
+        context.metrics.counter(
+            "stale_messages", "Messages of dead workers, dropped", lambda: self._num_stale
+        )
 
     def handle(self, message: EncodeMessage) -> None:
         if not self._is_current(message):
-            self.counters["stale_messages"] += 1
+            self._num_stale += 1
             return
         match message:
             case PoolOpened():
@@ -150,5 +154,5 @@ class VitCore:
         return EncodeJob(pixels, grid, self._pool.tensor(handle))
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
-        self.counters["encodes"] += len(batch)
+        self._num_encodes += len(batch)
         self._act(self.batcher.on_encoded(batch))

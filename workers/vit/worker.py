@@ -16,6 +16,7 @@ import torch
 from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.metrics import REFUSED_MESSAGES
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Receiver
 from pipeline.transport.mapping_check import check_mapping
@@ -45,6 +46,7 @@ MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
 MEASURED_PATCHES = 64
+ENCODE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 GPU_SLICE_MS = 10.0
 GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # more fill no core better, and what is done is there later
 
@@ -136,7 +138,12 @@ def _serve(
     thread: EngineThread, wakeup: Wakeup, limit: SliceLimit, sharing: CoreSharing,
 ) -> None:  # fmt: skip
     """Drain → schedule → encode → answer, until the pipeline ends."""
-    batcher = core.batcher
+    batcher, metrics = core.batcher, context.metrics
+    metrics.gauge("leases", "Embeddings that the LLM may read", lambda: batcher.cache.num_leases)
+    metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: inbox.num_refused)
+    encode_seconds = metrics.histogram(
+        "encode_seconds", "Seconds to encode a batch of chunks", ENCODE_SECONDS
+    )
     poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     batch: list[Pending] = []
     died: list[WorkerState] = []
@@ -156,6 +163,7 @@ def _serve(
         if batch and (seconds := thread.take_done()) is not None:
             num_patches = sum(pending.grid_thw.num_patches for pending in batch)
             limit.observe(num_patches, seconds)
+            encode_seconds.observe(seconds)
             ids = (key.request_id for pending in batch for key in pending.waiters)
             context.tracer.span("encode", time.monotonic() - seconds, ids, num_patches)
             core.on_encoded(batch)
@@ -171,10 +179,7 @@ def _serve(
         sharing.announce(bool(batch or batcher.num_pending))
         if time.monotonic() >= stats_due:
             stats_due = time.monotonic() + STATS_INTERVAL_S
-            context.stats(
-                0,
-                {**core.counters, "leases": batcher.cache.num_leases, "refused_messages": inbox.num_refused},
-            )
+            context.stats(num_open_requests=0)
             if not batcher.num_pending:
                 batcher.check_integrity()
         (without_inbox if died else poller).wait(max(0.0, stats_due - time.monotonic()))

@@ -26,7 +26,6 @@ from pipeline.wire.messages import (
     AbortRequest,
     Accepted,
     ChatMessage,
-    Drain,
     Hello,
     ImagePart,
     Interrupted,
@@ -35,7 +34,6 @@ from pipeline.wire.messages import (
     QueryRequest,
     RequestFailed,
     RequestOutput,
-    Shutdown,
     SubmitRequest,
     TextPart,
     TokenLogprobs,
@@ -382,7 +380,7 @@ async def test_the_end_of_the_pipeline_ends_every_request_with_its_reason(
 ) -> None:
     tasks = [asyncio.create_task(collect(client)) for _ in range(2)]
     await asyncio.sleep(0.05)
-    pipeline.control.publish(Shutdown(reason="vit.0 was killed by SIGKILL"))
+    pipeline.control.publish(PipelineState(workers=(), end="vit.0 was killed by SIGKILL"))
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(result, RequestError)
         assert result.info.status == 503
@@ -392,7 +390,7 @@ async def test_the_end_of_the_pipeline_ends_every_request_with_its_reason(
 
 
 async def test_nothing_new_while_draining(client: PipelineClient, pipeline: Pipeline) -> None:
-    pipeline.control.publish(Drain(timeout_s=1))
+    pipeline.control.publish(PipelineState(workers=(), is_draining=True))
     await asyncio.sleep(0.1)
     with pytest.raises(RequestError) as caught:
         await collect(client)

@@ -19,7 +19,7 @@ from pipeline.process.fork_server import ForkServer, WorkerProcess
 from pipeline.process.process import Placement, WorkerSpec
 from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import Shutdown, WorkerFailed, WorkerReady
+from pipeline.wire.messages import PipelineState, WorkerFailed, WorkerReady
 from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 from tests.servers import is_alive
 
@@ -84,7 +84,7 @@ def test_a_worker_starts_again_and_again_and_ends_as_it_should(pipeline: Pipelin
     pipeline.wait_for(WorkerReady)
     for _ in range(100):
         pipeline.control.subscriptions()  # once it is there
-        pipeline.control.publish(Shutdown())
+        pipeline.control.publish(PipelineState(workers=(), end=""))
         if second.wait(0.1):
             break
     assert second.exit_code == 0

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.process.metrics import Metrics
 from pipeline.wire.messages import WorkerState
+from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 from tests.workers.api.serving import FakeClient, endpoint, get, serving
+from workers.api.metrics import exposition
 
 WORKERS = (
     WorkerState(
         worker=WorkerId(Role.LLM, 0), epoch=1, is_ready=True, num_open_requests=3,
-        counters={"steps": 7, "output_tokens": 12_345_678},
+        counters={"steps": 7, "output_tokens": 12_345_678, "kv_blocks": 9},
+        metrics=(Metric("steps", "counter", "Steps"), Metric("output_tokens", "counter", "Tokens")),
     ),
     WorkerState(
         worker=WorkerId(Role.VIT, 1), epoch=3, is_ready=False, num_open_requests=0,
-        counters={"steps": 2},
+        counters={"steps": 2}, metrics=(Metric("steps", "counter", "Steps"),),
     ),
 )  # fmt: skip
 
@@ -29,18 +33,47 @@ async def test_every_count_of_every_worker_is_exposed() -> None:
         answer = await site.ask(get("/metrics"))
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    families = list(text_string_to_metric_families(answer.body.decode()))
-    assert {family.type for family in families} == {"gauge"}
-    read = {
-        (sample.name, sample.labels["worker"]): sample.value
-        for family in families
-        for sample in family.samples
-        if set(sample.labels) == {"worker"}
-    }
-    assert read == {
-        ("vlm_worker_ready", "llm.0"): 1, ("vlm_worker_ready", "vit.1"): 0,
-        ("vlm_worker_restarts", "llm.0"): 0, ("vlm_worker_restarts", "vit.1"): 2,
-        ("vlm_open_requests", "llm.0"): 3, ("vlm_open_requests", "vit.1"): 0,
-        ("vlm_steps", "llm.0"): 7, ("vlm_steps", "vit.1"): 2,
-        ("vlm_output_tokens", "llm.0"): 12_345_678,
+    lines = answer.body.decode().splitlines()
+    assert sorted(line for line in lines if not line.startswith("#")) == [
+        'vlm_kv_blocks{worker="llm.0"} 9',
+        'vlm_open_requests{worker="llm.0"} 3', 'vlm_open_requests{worker="vit.1"} 0',
+        'vlm_output_tokens{worker="llm.0"} 12345678',
+        'vlm_steps{worker="llm.0"} 7', 'vlm_steps{worker="vit.1"} 2',
+        'vlm_worker_ready{worker="llm.0"} 1', 'vlm_worker_ready{worker="vit.1"} 0',
+        'vlm_worker_restarts{worker="llm.0"} 0', 'vlm_worker_restarts{worker="vit.1"} 2',
+    ]  # fmt: skip
+    kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    assert kinds == {
+        "vlm_kv_blocks": "gauge", "vlm_open_requests": "gauge", "vlm_output_tokens": "counter",
+        "vlm_steps": "counter", "vlm_worker_ready": "gauge", "vlm_worker_restarts": "counter",
     }  # fmt: skip
+
+
+def told(rank: int, *seconds: float) -> WorkerState:
+    """A worker that counts what no other has heard of."""
+    metrics = Metrics()
+    metrics.gauge("toys", 'In "C:\\box",\nor not', lambda: rank)
+    histogram = metrics.histogram("toy_seconds", "Seconds a toy takes", (0.25, 10.0))
+    for value in seconds:
+        histogram.observe(value)
+    worker = WorkerId(Role.VIT, rank)
+    return WorkerState(worker, 1, True, counters=metrics.values(), metrics=metrics.told())
+
+
+def test_what_a_worker_declares_is_shown_as_what_it_is() -> None:
+    text = exposition([told(0, 0.25, 1.0, 11.0), told(1)]).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    toys, seconds = families["vlm_toys"], families["vlm_toy_seconds"]
+    assert (toys.type, toys.documentation) == ("gauge", 'In "C:\\box",\nor not')
+    assert (seconds.type, seconds.documentation) == ("histogram", "Seconds a toy takes")
+    of_first = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for sample in seconds.samples
+        if sample.labels["worker"] == "vit.0"
+    }
+    assert of_first == {
+        ("vlm_toy_seconds_bucket", "0.25"): 1, ("vlm_toy_seconds_bucket", "10"): 2,
+        ("vlm_toy_seconds_bucket", "+Inf"): 3,
+        ("vlm_toy_seconds_sum", None): 12.25, ("vlm_toy_seconds_count", None): 3,
+    }  # fmt: skip
+    assert len(seconds.samples) == 10, "a worker that has seen none has empty buckets"

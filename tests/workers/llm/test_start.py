@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline.process.process import WAITING, ShutdownRequested
+from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
+from pipeline.process.quarantine import Quarantine
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import PipelineState, Shutdown, WorkerState
+from pipeline.wire.messages import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 from workers.llm.start import wait_for_vits
@@ -31,16 +33,24 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     while not publisher.subscriptions():
         time.sleep(0.01)
     told: list[Any] = []
-    context: Any = SimpleNamespace(progress=lambda *told_now: told.append(told_now))
-    for message in (states(), states(VIT_1), states(VIT_1), states(VIT_0, VIT_1)):
-        publisher.publish(message)
+    context: Any = SimpleNamespace(
+        progress=lambda *told_now: told.append(told_now), sockets=sockets, worker=LLM_0, epoch=1,
+        quarantine=Quarantine(Role.LLM, {}),
+    )  # fmt: skip
+    context.follow = partial(WorkerContext.follow, context)
+    context.read_control = partial(WorkerContext.read_control, context)
     waiting = threading.Thread(target=wait_for_vits, args=(context, control))
     waiting.start()
+    for number, message in enumerate((states(), states(VIT_1), states(VIT_1)), 1):
+        publisher.publish(message)
+        while len(told) < number and waiting.is_alive():
+            time.sleep(0.01)
+    publisher.publish(states(VIT_0, VIT_1))
     waiting.join(10)
     assert not waiting.is_alive()
     assert told == [(f"{WAITING}vit.0, vit.1", 0, 2), *[(f"{WAITING}vit.0", 1, 2)] * 2]
     publisher.publish(states())
-    publisher.publish(Shutdown())
+    publisher.publish(PipelineState(workers=(), end=""))
     with pytest.raises(ShutdownRequested):
         wait_for_vits(context, control)
     sockets.close()
