@@ -22,9 +22,10 @@ from typing import Self
 
 from tokenizers import Tokenizer
 
-from pipeline.client.connection import Connection, OpenRequest
+from pipeline.client.connection import Connection
 from pipeline.client.data_urls import move_data_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
+from pipeline.client.open_request import OpenRequest
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError

@@ -21,14 +21,15 @@ import math
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
 
 import msgspec
 
+from pipeline.client.aborts import Aborts
+from pipeline.client.groups import Groups
+from pipeline.client.open_request import OpenRequest
 from pipeline.process.flight_recorder import digest_of
 from pipeline.process.liveness import LauncherLife
 from pipeline.transport.ends import AsyncReceiver, Sender
@@ -41,7 +42,6 @@ from pipeline.wire.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
-    ChoiceProgress,
     ControlMessage,
     Hello,
     IngestMessage,
@@ -49,7 +49,6 @@ from pipeline.wire.messages import (
     OutputsMessage,
     PipelineState,
     Preparing,
-    QueryRequest,
     ReloadState,
     RequestFailed,
     RequestOutput,
@@ -57,10 +56,7 @@ from pipeline.wire.messages import (
     TokenOutputs,
     Welcome,
     WorkerState,
-    pack_int32,
-    unpack_int32,
 )
-from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -68,78 +64,8 @@ HELLO_INTERVAL_S, MAX_HELLO_INTERVAL_S = 0.1, 1.0
 TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
 QUERY_AFTER_S = 10.0  # of silence before a request is asked about
 HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second; after so long it is looked at whether it lives
-BUSY_AFTER_S = 3.0  # who has told nothing for so long is in a long piece of work, and answers behind it
-MAX_ABORTS = 30
 MAX_JITTER_S = 0.05  # so that not all clients submit again at once
 PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
-
-
-@dataclass(slots=True, eq=False)
-class OpenChoice:
-    """What has come of one choice of a request."""
-
-    token_ids: list[int] = field(default_factory=list)
-    num_earlier_tokens: int = 0  # of them, in attempts before this
-    num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
-    is_over: bool = False  # its last output is here, or it was aborted
-
-
-@dataclass(slots=True, eq=False)
-class OpenRequest:
-    """A request between its submission and the end of its last choice.
-
-    `events` has the last output of each choice, or ends with an error.
-    """
-
-    request: SubmitRequest
-    frames: list[bytes | memoryview]
-    heard: float  # when its submission went out, or something about it came in
-    asked: float = -math.inf  # when it was last asked about
-    num_prompt_tokens: int = 0
-    mm_hashes: tuple[bytes, ...] | None = None  # of the pictures, as first accepted
-    is_accepted: bool = False  # this attempt
-    is_asking: bool = False  # a query for missed tokens is under way
-    is_held: bool = False  # not submitted (again) yet
-    has_failed: bool = False
-    generation: int = 0  # of the weights that its tokens are of
-    # of workers in which it was executing, in a row, with no new token between
-    deaths: Counter[Role] = field(default_factory=Counter)
-    waits_since: float | None = None  # for a dead worker's successor
-    events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
-    choices: list[OpenChoice] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.choices = [OpenChoice() for _ in range(self.request.sampling.n)]
-
-    @property
-    def is_over(self) -> bool:
-        """All its terminal messages are here, if not yet taken: nothing more is to happen to it."""
-        return self.has_failed or all(choice.is_over for choice in self.choices)
-
-    @property
-    def has_tokens(self) -> bool:
-        """Any choice has tokens, of this attempt or of earlier ones."""
-        return any(choice.token_ids for choice in self.choices)
-
-    @property
-    def has_progress(self) -> bool:
-        """Any choice has new tokens in this attempt: attempts and deaths are the request's."""
-        return any(len(choice.token_ids) > choice.num_earlier_tokens for choice in self.choices)
-
-    def fail(self, error: ErrorInfo) -> None:
-        self.has_failed = True
-        self.events.put_nowait(error)
-
-    def progress(self) -> tuple[ChoiceProgress, ...]:
-        """For the next attempt, which goes on behind it."""
-        return tuple(ChoiceProgress(pack_int32(choice.token_ids), choice.is_over) for choice in self.choices)
-
-
-@dataclass(slots=True)
-class _Aborting:
-    message: AbortRequest
-    indexes: set[int]  # of the choices whose end has not been heard of
-    num_sent: int = 1
 
 
 class Connection:
@@ -154,21 +80,18 @@ class Connection:
         self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
         self._ingest: Sender[IngestMessage] | None = None
         self._life = LauncherLife(None if isinstance(place, RemotePipeline) else place)
-        self._leads: tuple[int, ...] = ()  # the LLM ranks that lead a group, once we are connected
-        self._welcomes: dict[int, Welcome] = {}  # of these ranks, the last of each
+        self.groups = Groups(self._sockets.epochs)
         self._hello = Hello(client_id=self.client_id, protocol=PROTOCOL_VERSION)
         self._greeting: asyncio.Task[None] | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._open: dict[str, OpenRequest] = {}
-        # By request and choice; None: the whole request.
-        self._aborting: dict[tuple[str, int | None], _Aborting] = {}
+        self.aborts = Aborts()
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = time.monotonic()
         self.end: ErrorInfo | None = None  # set while the pipeline is gone
         self._is_silent = False  # it is gone only in that it does not speak: it may come back
         self.is_draining = False
         self.workers: tuple[WorkerState, ...] = ()
-        self._states: dict[WorkerId, WorkerState] = {}  # the same, by worker
         self.reload = ReloadState()
         self.counters = {"stale_outputs": 0, "gaps": 0, "resubmitted": 0, "given_up": 0}
 
@@ -224,7 +147,7 @@ class Connection:
             raise RequestError(f"{self.limits.max_requests} requests are open already", status=429)
         if len(request_id) > MAX_REQUEST_ID:
             raise RequestError(f"request_id may have {MAX_REQUEST_ID} characters", field="request_id")
-        if request_id in self._open or any(request_id == aborted for aborted, _ in self._aborting):
+        if request_id in self._open or request_id in self.aborts:
             raise RequestError(f"request_id {request_id!r} is in use", field="request_id")
         try:
             size = len(msgspec.msgpack.encode(request)) + sum(len(frame) for frame in frames)
@@ -239,40 +162,18 @@ class Connection:
                 field="messages",
             )
         opened = self._open[request_id] = OpenRequest(request, frames, heard=time.monotonic())
-        if self._known_leads:
+        if self.groups.known:
             self._send_request(opened)
         else:
             opened.is_held, opened.waits_since = True, opened.heard
         return opened
 
-    def _knows_us(self, lead: int) -> bool:
-        welcome = self._welcomes.get(lead)
-        return welcome is not None and welcome.epoch == self._sockets.epochs[WorkerId(Role.LLM, lead)]
-
-    def _is_down(self, lead: int) -> bool:
-        """Whether the launcher says so; while it says nothing of a group, that is up."""
-        state = self._states.get(WorkerId(Role.LLM, lead))
-        return state is not None and not state.is_ready
-
-    @property
-    def _known_leads(self) -> tuple[int, ...]:
-        """The groups that serve and know us.
-
-        To others nothing is submitted: they would end our requests as nobody's.
-        """
-        return tuple(lead for lead in self._leads if self._knows_us(lead) and not self._is_down(lead))
-
-    @property
-    def _ungreeted_leads(self) -> tuple[int, ...]:
-        """The groups that serve and do not know us yet."""
-        return tuple(lead for lead in self._leads if not self._knows_us(lead) and not self._is_down(lead))
-
     def _send_request(self, opened: OpenRequest) -> None:
         """Submits it, to one of the groups that know us."""
         opened.heard, opened.asked = time.monotonic(), -math.inf
         request = opened.request
-        if len(self._leads) > 1:
-            leads = self._known_leads
+        if len(self.groups.leads) > 1:
+            leads = tuple(self.groups.known)
             lead = request.lead if request.lead in leads else None
             request = opened.request = msgspec.structs.replace(request, leads=leads, lead=lead)
         if not opened.has_tokens:
@@ -304,20 +205,8 @@ class Connection:
             client_id=self.client_id, request_id=request.request_id, attempt=request.attempt, index=index,
             lead=request.lead,
         )  # fmt: skip
-        self._aborting[request.request_id, index] = _Aborting(message, indexes)
+        self.aborts.add(message, indexes)
         self._send(message)
-
-    def _forget_aborts(self, request_id: str) -> None:
-        """The request is over, or this attempt: the next one says which choices are wanted."""
-        for key in [key for key in self._aborting if key[0] == request_id]:
-            del self._aborting[key]
-
-    def _on_end_of_choice(self, output: RequestOutput) -> None:
-        self._aborting.pop((output.request_id, output.index), None)
-        if (whole := self._aborting.get((output.request_id, None))) is not None:
-            whole.indexes.discard(output.index)
-            if output.finish_reason is FinishReason.ABORT or not whole.indexes:
-                del self._aborting[output.request_id, None]
 
     def _give_up(self, opened: OpenRequest, reason: ErrorInfo) -> None:
         opened.fail(reason)
@@ -351,17 +240,8 @@ class Connection:
             self._give_up(opened, ErrorInfo(503, what))
             return
         logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
-        self._forget_aborts(request.request_id)
-        opened.request = msgspec.structs.replace(
-            request,
-            attempt=request.attempt + 1,
-            choices=opened.progress(),
-        )
-        for choice in opened.choices:
-            choice.num_earlier_tokens = len(choice.token_ids)
-        opened.is_accepted, opened.is_asking, opened.is_held = False, False, True
-        if opened.waits_since is None:
-            opened.waits_since = time.monotonic()
+        self.aborts.forget(request.request_id)
+        opened.begin_attempt(time.monotonic())
         self._go_on()
 
     def _give_up_replaced(self, opened: OpenRequest) -> None:
@@ -371,15 +251,15 @@ class Connection:
 
     def _go_on(self) -> None:
         """Where a group knows us: the start is over, and what is held is submitted."""
-        if not self._known_leads:
+        if not (known := self.groups.known):
             return
         if not self._welcome.done():
-            self._welcome.set_result(self._welcomes[self._known_leads[0]])
+            self._welcome.set_result(next(iter(known.values())))
         if any(opened.is_held for opened in self._open.values()):
             asyncio.get_running_loop().call_later(random.uniform(0, MAX_JITTER_S), self._submit_held)
 
     def _submit_held(self) -> None:
-        if not self._known_leads:
+        if not self.groups.known:
             return
         held = [opened for opened in self._open.values() if opened.is_held and not opened.is_over]
         if held:
@@ -394,13 +274,13 @@ class Connection:
 
     def _on_death(self, successor: WorkerState) -> None:
         worker, executed = successor.worker, successor.executed
-        is_group = worker.role is Role.LLM and worker.rank in self._leads
+        is_group = worker.role is Role.LLM and worker.rank in self.groups.leads
         # what it held in either direction is lost, and to the LLM we had left
         is_gateway = worker == GATEWAY and self._is_remote
         if worker != PREPROCESS and not is_group and not is_gateway:
             return
         if is_gateway:
-            self._welcomes.clear()
+            self.groups.forget_welcomes()
         for opened in list(self._open.values()):
             if not opened.is_accepted or is_gateway or (is_group and opened.request.lead == worker.rank):
                 was_executing = digest_of(opened.request.request_id) in executed
@@ -422,22 +302,22 @@ class Connection:
 
     def _on_state(self, state: PipelineState) -> None:
         self.is_draining, self.workers, self.reload = state.is_draining, state.workers, state.reload
-        self._states = {worker.worker: worker for worker in state.workers}
+        self.groups.on_states(state.workers)
         if self._is_silent:
             self.end, self._is_silent = None, False
         renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})
-        if self._leads:
+        if self.groups.leads:
             for worker in state.workers:
                 if worker.worker in renewed:
                     self._on_death(worker)
         elif {PREPROCESS, *(WorkerId(Role.LLM, lead) for lead in state.leads)} <= set(self._sockets.epochs):
             self._connect(state.leads)
-        if self._ungreeted_leads:
+        if self.groups.ungreeted:
             self._say_hello()
         self._go_on()
 
     def _connect(self, leads: Sequence[int]) -> None:
-        self._leads = tuple(leads)
+        self.groups.leads = tuple(leads)
         self._ingest = self._sockets.sender(INGEST)
         for lead in leads[:1] if self._is_remote else leads:  # from a gateway they come all one way
             self._start_task(
@@ -463,7 +343,7 @@ class Connection:
 
         async def say_hello() -> None:
             pause_s = HELLO_INTERVAL_S
-            while self._ungreeted_leads:
+            while self.groups.ungreeted:
                 self._send(self._hello)
                 await asyncio.sleep(pause_s)
                 pause_s = min(1.5 * pause_s, MAX_HELLO_INTERVAL_S)  # a group may be in a long step
@@ -487,11 +367,11 @@ class Connection:
                     for output in message.outputs:
                         self._take(output)
                 case RequestFailed():
-                    self._forget_aborts(message.request_id)
+                    self.aborts.forget(message.request_id)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         opened.fail(message.error)
                 case Interrupted():
-                    self._forget_aborts(message.request_id)
+                    self.aborts.forget(message.request_id)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         self._interrupt(opened, message.reason, message.died)
                 case _:
@@ -526,7 +406,7 @@ class Connection:
                     )
                 )
             return
-        self._welcomes[welcome.sender.rank] = welcome
+        self.groups.on_welcome(welcome)
         self._go_on()
 
     def _find(self, request_id: str, attempt: int) -> OpenRequest | None:
@@ -538,53 +418,21 @@ class Connection:
         return opened
 
     def _take(self, output: RequestOutput) -> None:
-        """Passes on what is new; a repeated answer to a query overlaps with what is there, a gap is asked
-        for."""
         if output.finish_reason is not None:
-            self._on_end_of_choice(output)
+            self.aborts.on_end_of_choice(output)
         opened = self._find(output.request_id, output.attempt)
         if opened is None or not 0 <= output.index < len(opened.choices):
             return
-        choice = opened.choices[output.index]
-        if choice.is_over:
-            opened.is_asking = False  # it says again what is here, or was aborted
-            return
-        num_received = len(choice.token_ids)
-        if output.offset > num_received:
+        if not opened.take(output):
             self.counters["gaps"] += 1
             self._query(opened)
-            return
-        opened.is_asking, opened.waits_since = False, None
-        if choice.num_cached_tokens is None:
-            choice.num_cached_tokens = output.num_cached_tokens
-        known = num_received - output.offset
-        token_ids = output.new_token_ids[4 * known :]
-        if token_ids or output.finish_reason is not None:
-            new = msgspec.structs.replace(
-                output,
-                offset=num_received,
-                new_token_ids=token_ids,
-                logprobs=output.logprobs[known:],
-                num_cached_tokens=choice.num_cached_tokens,
-            )
-            choice.token_ids += unpack_int32(token_ids).tolist()
-            choice.is_over = output.finish_reason is not None
-            opened.events.put_nowait(new)
 
     def _query(self, opened: OpenRequest) -> None:
         """Asks what came of it, and for what was missed. If it never came in, the answer says so."""
         if opened.is_asking or opened.is_held or opened.is_over:
             return
         opened.is_asking, opened.asked = True, time.monotonic()
-        request = opened.request
-        query = QueryRequest(
-            client_id=self.client_id,
-            request_id=request.request_id,
-            attempt=request.attempt,
-            num_received=tuple(len(choice.token_ids) for choice in opened.choices),
-            lead=request.lead,
-        )
-        self._send(query)
+        self._send(opened.query())
 
     async def _watch(self) -> None:
         """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the
@@ -603,12 +451,8 @@ class Connection:
             if self.end is None and self._has_ended(now):
                 self._fail("the server no longer answers")
                 self._is_silent = True
-            for key, aborting in list(self._aborting.items()):
-                aborting.num_sent += 1
-                if aborting.num_sent > MAX_ABORTS:
-                    del self._aborting[key]
-                else:
-                    self._send(aborting.message)
+            for abort in self.aborts.due():
+                self._send(abort)
             for opened in list(self._open.values()):
                 if not opened.is_over:
                     self._look_after(opened, now, asks_all)
@@ -635,7 +479,7 @@ class Connection:
             return
         if opened.is_held:
             return
-        if self._is_behind_work(opened):
+        if self.groups.is_in_long_step(opened.request.lead):
             opened.heard = now
         patience_s = max(timeout_s, 3 * TICK_S)  # in which it is asked about, and answered
         # Whether the worker of an accepted one lives the launcher tells; while it is silent, nobody does.
@@ -650,16 +494,6 @@ class Connection:
             self._send(self._hello)
             opened.is_asking = False
             self._query(opened)
-
-    def _is_behind_work(self, opened: OpenRequest) -> bool:
-        """Whether a group that may have it is in a step so long that it answers nobody.
-
-        The launcher sees to its end.
-        """
-        lead = opened.request.lead
-        groups = self._leads if lead is None else (lead,)
-        states = [self._states.get(WorkerId(Role.LLM, group)) for group in groups]
-        return any(state is not None and state.is_ready and state.silent_s > BUSY_AFTER_S for state in states)
 
     def _fail(self, reason: str) -> None:
         self.end = ErrorInfo(503, reason)

@@ -300,7 +300,7 @@ async def test_choices_come_side_by_side_and_each_ends_by_itself(
     ends = {piece.index: piece.finish_reason for piece in pieces if piece.finish_reason is not None}
     assert ends == {0: FinishReason.STOP, 1: FinishReason.LENGTH}
     assert client.num_open == 0
-    assert not client._connection._aborting
+    assert not client._connection.aborts
 
 
 async def test_a_choice_that_is_over_is_not_asked_for_again(
@@ -336,7 +336,7 @@ async def test_leaving_early_is_answered_by_the_abort_and_not_by_the_end_of_one_
     pipeline.say_tokens(request, 1, [21], FinishReason.LENGTH)
     assert (await pipeline.next(AbortRequest)).message.index is None, "the other one may still run"
     pipeline.say_tokens(request, 0, [], FinishReason.ABORT, index=1)
-    while client._connection._aborting:
+    while client._connection.aborts:
         await asyncio.sleep(0.01)
 
 
@@ -572,7 +572,7 @@ async def test_an_interruption_settles_an_abort(client: PipelineClient, pipeline
     request = await leave_early(client, pipeline)
     await pipeline.next(AbortRequest)
     pipeline.say(Interrupted, request_id=request.request_id, attempt=1, reason="preempted")
-    while client._connection._aborting:
+    while client._connection.aborts:
         await asyncio.sleep(0.01)
     assert client.num_open == 0
 
@@ -906,7 +906,7 @@ class Groups(Pipeline):
         while not self.second.subscriptions():
             await asyncio.sleep(0.02)
         self.greet(1)
-        while client._connection._known_leads != (0, 1):
+        while client._connection.groups.known.keys() != {0, 1}:
             await asyncio.sleep(0.02)
 
     def kill_second(self) -> None:
@@ -969,7 +969,7 @@ async def test_a_group_that_is_back_is_used_once_it_knows_us(grouped: PipelineCl
     while not groups.second.subscriptions():
         await asyncio.sleep(0.02)
     groups.greet(1)
-    while grouped._connection._known_leads != (0, 1):
+    while grouped._connection.groups.known.keys() != {0, 1}:
         await asyncio.sleep(0.02)
     tasks.append(asyncio.create_task(collect(grouped)))
     assert (await groups.next(SubmitRequest)).message.leads == (0, 1)

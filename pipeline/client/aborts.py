@@ -1,0 +1,56 @@
+"""Aborts whose effect has not been confirmed yet: they are repeated. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.wire.messages import AbortRequest, RequestOutput
+from pipeline.wire.sampling import FinishReason
+
+MAX_ABORTS = 30  # sent for one request or choice, then no more
+
+
+@dataclass(slots=True)
+class _Abort:
+    message: AbortRequest
+    indexes: set[int]  # of the choices without a terminal message
+    num_sent: int = 1
+
+
+class Aborts:
+    def __init__(self) -> None:
+        self._pending: dict[tuple[str, int | None], _Abort] = {}  # by request and choice; None: all choices
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def __contains__(self, request_id: str) -> bool:
+        return any(pending == request_id for pending, _ in self._pending)
+
+    def add(self, message: AbortRequest, indexes: Iterable[int]) -> None:
+        """`message` was sent; `indexes` are the choices that it is to end."""
+        self._pending[message.request_id, message.index] = _Abort(message, set(indexes))
+
+    def forget(self, request_id: str) -> None:
+        """The attempt is over. The next attempt says which choices are wanted."""
+        for key in [key for key in self._pending if key[0] == request_id]:
+            del self._pending[key]
+
+    def on_end_of_choice(self, output: RequestOutput) -> None:
+        self._pending.pop((output.request_id, output.index), None)
+        if (whole := self._pending.get((output.request_id, None))) is not None:
+            whole.indexes.discard(output.index)
+            if output.finish_reason is FinishReason.ABORT or not whole.indexes:
+                del self._pending[output.request_id, None]
+
+    def due(self) -> list[AbortRequest]:
+        """What is to be sent again now. To be called at a steady pace."""
+        messages: list[AbortRequest] = []
+        for key, abort in list(self._pending.items()):
+            abort.num_sent += 1
+            if abort.num_sent > MAX_ABORTS:
+                del self._pending[key]
+            else:
+                messages.append(abort.message)
+        return messages

@@ -1,0 +1,58 @@
+"""What a client has of its request: choices, gaps, and what the next attempt is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.client.open_request import OpenRequest
+from pipeline.wire.messages import Chat, ChoiceProgress, RequestOutput, SubmitRequest, pack_int32
+from pipeline.wire.sampling import FinishReason, SamplingParams
+
+
+@pytest.fixture
+async def opened() -> OpenRequest:
+    request = SubmitRequest(
+        client_id=b"c" * 16, request_id="r", attempt=1, prompt=Chat(()), sampling=SamplingParams(n=2)
+    )
+    return OpenRequest(request, [], heard=0.0)
+
+
+def output(
+    index: int, offset: int, *token_ids: int, end: FinishReason | None = None, cached: int = 0
+) -> RequestOutput:
+    return RequestOutput("r", 1, offset, pack_int32(token_ids), end, (), cached, index)
+
+
+async def test_what_is_repeated_is_passed_on_once_and_a_gap_is_none(opened: OpenRequest) -> None:
+    assert opened.take(output(1, 0, 5, 6))
+    assert not opened.take(output(1, 3, 8)), "7 is missing"
+    assert opened.take(output(1, 1, 6, 7))
+    events = [opened.events.get_nowait() for _ in range(2)]
+    assert events == [output(1, 0, 5, 6), output(1, 2, 7)]
+    assert opened.query().num_received == (0, 3)
+
+
+async def test_the_next_attempt_continues_each_choice(opened: OpenRequest) -> None:
+    opened.take(output(0, 0, 5, cached=16))
+    opened.take(output(1, 0, 6, end=FinishReason.STOP))
+    assert opened.has_progress
+    opened.begin_attempt(3.0)
+    assert opened.request.attempt == 2
+    assert opened.request.choices == (
+        ChoiceProgress(pack_int32([5])),
+        ChoiceProgress(pack_int32([6]), is_over=True),
+    )
+    assert (opened.has_progress, opened.has_tokens, opened.waits_since) == (False, True, 3.0)
+    opened.take(output(0, 1, 7, end=FinishReason.STOP, cached=32))
+    last = [opened.events.get_nowait() for _ in range(3)][-1]
+    assert isinstance(last, RequestOutput)
+    assert last.num_cached_tokens == 16, "as the first attempt found them"
+    assert opened.is_over
+
+
+async def test_a_choice_that_is_over_takes_nothing(opened: OpenRequest) -> None:
+    opened.take(output(0, 0, 5, end=FinishReason.STOP))
+    opened.is_asking = True
+    assert opened.take(output(0, 4, 9))
+    assert opened.events.qsize() == 1
+    assert not opened.is_asking
