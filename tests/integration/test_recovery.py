@@ -95,6 +95,46 @@ async def test_a_small_soak_with_kills_of_everybody_in_turn() -> None:
     assert found.num_ties <= 2
 
 
+async def choices_of(
+    client: PipelineClient, request_id: str, sampling: SamplingParams, kill: Callable[[], None] | None = None
+) -> dict[int, list[int]]:
+    """The tokens of each choice. `kill` is called when the first of them has ended, and others run."""
+    messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("Tell me all about it.")))]
+    tokens: dict[int, list[int]] = {index: [] for index in range(sampling.n)}
+    ended: list[int] = []
+    async for piece in client.generate(messages, sampling, [encode(scene(3))], request_id):
+        assert piece.index not in ended
+        tokens[piece.index] += piece.token_ids
+        assert piece.num_output_tokens == len(tokens[piece.index])
+        if piece.finish_reason is not None:
+            ended.append(piece.index)
+            if kill is not None and len(ended) == 1:
+                kill()
+    assert sorted(ended) == sorted(tokens), "each has one end"
+    return tokens
+
+
+async def test_one_choice_has_ended_when_a_worker_is_killed_and_the_others_go_on() -> None:
+    sampling = SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=150, ignore_eos=True)
+    with Server("--dtype", "float32", *LIMITS) as server:
+        async with PipelineClient(server.run_dir) as client:
+            whole = await choices_of(client, "whole", sampling)
+            assert len(set(map(tuple, whole.values()))) == 3
+            others = {*whole[1], *whole[2]}
+            at = next(at for at, token in enumerate(whole[0]) if at > 3 and token not in others)
+            expected = {0: whole[0][: whole[0].index(whole[0][at]) + 1], 1: whole[1], 2: whole[2]}
+            stopping = msgspec.structs.replace(sampling, stop_token_ids=(whole[0][at],))
+
+            def kill(worker: str) -> Callable[[], None]:
+                return lambda: os.kill(workers_of(server.process.pid)[worker], signal.SIGKILL)
+
+            for worker in ("llm.0", "preprocess.0", "vit.0"):
+                assert await choices_of(client, f"kill {worker}", stopping, kill(worker)) == expected
+            assert client.counters["resubmitted"] == 1, "the LLM alone was needed"
+            assert restarts(client).keys() == {"llm.0", "preprocess.0", "vit.0"}
+        server.children = workers_of(server.process.pid)
+
+
 @pytest.fixture
 def faulty(request: pytest.FixtureRequest) -> Iterator[Server]:
     with Server("--dtype", "float32", *LIMITS, "--hang-timeout", "3", "--fault", *request.param) as server:

@@ -151,7 +151,8 @@ class Requests:
     def _close(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
         self._drop(choices)
         self.tell_preprocess(choices.request_id, choices.attempt, failure)
-        logger.debug("%s ended: %s", choices.request_id, failure or "all choices are over")
+        reasons = ", ".join(str(request.finish_reason) for request in choices.all)
+        logger.debug("%s ended: %s", choices.request_id, failure or reasons)
         return self._clients.remember_choices(choices, failure, now)
 
     def _drop(self, choices: Choices) -> None:

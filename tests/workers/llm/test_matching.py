@@ -18,6 +18,7 @@ from pipeline.families import read_model_info
 from pipeline.transport.ends import Subscription
 from pipeline.wire.messages import (
     PROTOCOL_VERSION,
+    ChoiceProgress,
     GenerateRequest,
     Hello,
     StepPlan,
@@ -163,7 +164,7 @@ class Rig:
             sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1 + bool(output),
             arrival=len(self.tokens), prompt_token_ids=pack_int32(prompt),
             positions=pack_int32([*range(len(prompt))] * 3), position_delta=0, items=(), sampling=params,
-            output_token_ids=pack_int32(output),
+            choices=(ChoiceProgress(pack_int32(output)),),
         )  # fmt: skip
         self.engine.handle(request, 0.0)
 
