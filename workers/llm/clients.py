@@ -26,7 +26,8 @@ from pipeline.wire.messages import (
 )
 from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role
-from workers.llm.request import Choices, Request
+from workers.llm.choices import Choices
+from workers.llm.request import Request
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long

@@ -23,10 +23,10 @@ from pipeline.wire.messages import (
     WorkerState,
 )
 from pipeline.wire.topology import Role, WorkerId
+from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Interruption, Publish
 from workers.llm.intake import Intake
 from workers.llm.leases import Leases
-from workers.llm.request import Choices
 from workers.llm.requests import Requests
 from workers.llm.sampling.matching import HostRule
 from workers.llm.scheduler import Scheduler

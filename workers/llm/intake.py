@@ -31,9 +31,11 @@ from pipeline.wire.messages import (
     WorkerState,
 )
 from pipeline.wire.topology import Role, WorkerId
+from workers.llm.choices import Choices
+from workers.llm.chunk import Chunk
 from workers.llm.clients import Clients, Ended, Failure, Interruption, aborted_output, output_of
 from workers.llm.leases import Leases, lease_of
-from workers.llm.request import Choices, Chunk, Request
+from workers.llm.request import Request
 from workers.llm.requests import Requests
 from workers.llm.stepping import Stepper
 

@@ -21,7 +21,8 @@ from pipeline.wire.messages import (
     LeaseSet,
     Origin,
 )
-from workers.llm.request import Chunk, Lease, Request
+from workers.llm.chunk import Chunk, Lease
+from workers.llm.request import Request
 
 LEASE_SET_INTERVAL_S = 1.0
 MEMORY_OF_EARLY_S = 60.0

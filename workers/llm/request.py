@@ -1,8 +1,6 @@
-"""A request inside the engine: its tokens, their hashes, its embeddings as they come in, how far it is
-computed.
+"""A request inside the engine: its tokens, their hashes, its embeddings, how far it is computed.
 
-These are the mutable objects; on the wire they were a `GenerateRequest`, and the conversion is here. Each
-choice of a request (the sampling's `n`) is computed as a `Request` of its own; `Choices` are all of one.
+Each choice of a request (the sampling's `n`) is a `Request` of its own; see `choices.py`.
 """
 
 from __future__ import annotations
@@ -11,64 +9,23 @@ import dataclasses
 import hashlib
 import struct
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import (
     ChoiceProgress,
     EmbeddingSlice,
     GenerateRequest,
     Int32Array,
-    MmChunk,
     MmItem,
     TokenLogprobs,
     pack_int32,
     unpack_int32,
 )
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
 
 MAX_OVERTAKEN = 8  # times by others' priority, then a request goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
-
-
-class Lease(NamedTuple):
-    vit: int
-    vit_epoch: int
-    lease_id: int
-
-
-class Piece(NamedTuple):
-    """Tokens [offset, stop) of a prompt, whose places the rows of an embedding take, from `row` on."""
-
-    offset: int
-    stop: int
-    row: int
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Placeholders of the prompt, filled by one embedding: its rows go to one run of tokens or to several."""
-
-    item: int
-    index: int
-    pieces: tuple[Piece, ...]  # in the order of the prompt, at least one
-    wire: MmChunk
-    embeddings: TensorHandle | None = None
-    lease: Lease | None = None
-    # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
-    is_read: bool = False
-    is_lost: bool = False  # needed again after a preemption, and not leased any more
-
-    @property
-    def stop(self) -> int:
-        """The first token after the chunk's last placeholder."""
-        return self.pieces[-1].stop
-
-    @property
-    def is_awaited(self) -> bool:
-        """Its embeddings are under way. Those lost in a preemption are asked for later."""
-        return self.embeddings is None and not self.is_read and not self.is_lost
 
 
 @dataclass(slots=True, eq=False)  # one is only ever itself: queues need not compare its arrays
@@ -87,7 +44,7 @@ class Request:
     sampling: SamplingParams
     max_tokens: int
     index: int = 0  # of the choice
-    choices: Choices | None = None  # all of its request
+    waits_for_prompt: bool = False  # another choice of the request computes the prompt that they share
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     tenant: str = ""  # whose turns it takes
@@ -150,12 +107,6 @@ class Request:
     def key(self) -> tuple[str, int]:
         """The name under which it holds blocks and a slot."""
         return self.request_id, self.index
-
-    @property
-    def waits_for_prompt(self) -> bool:
-        """Another choice of its request computes their prompt."""
-        choices = self.choices
-        return choices is not None and not choices.is_prompt_computed and choices.leader is not self
 
     @property
     def order(self) -> tuple[int, int]:
@@ -296,96 +247,5 @@ class Request:
         return leases
 
 
-@dataclass(slots=True, eq=False)
-class Choices:
-    """The choices of one request. They share its prompt: the first that is open computes it, the others start
-    behind that."""
-
-    client_id: bytes
-    request_id: str
-    attempt: int
-    num_prompt_tokens: int
-    mm_hashes: tuple[bytes, ...]
-    all: list[Request]  # by index; without those that were over before this attempt
-    is_prompt_computed: bool = False
-
-    @classmethod
-    def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Choices:
-        first = Request.from_wire(message, max_model_len)
-        every = [(index, progress_of(message, index)) for index in range(message.sampling.n)]
-        # It has the chunks that are waited for, whichever choice it is.
-        leader = next((index for index, progress in every if not progress.is_over), 0)
-        made = cls(
-            message.client_id,
-            message.request_id,
-            message.attempt,
-            len(first.prompt_token_ids),
-            tuple(item.mm_hash for item in message.items),
-            [first.fork(index, progress) for index, progress in every if not progress.is_over],
-        )
-        for request in made.all:
-            request.choices = made
-            if request.index == leader:
-                request.chunks = first.chunks
-        return made
-
-    @property
-    def open(self) -> list[Request]:
-        return [request for request in self.all if not request.is_over]
-
-    @property
-    def leader(self) -> Request | None:
-        """The first that is open."""
-        return next((request for request in self.all if not request.is_over), None)
-
-    def find(self, index: int) -> Request | None:
-        return next((request for request in self.all if request.index == index), None)
-
-    @property
-    def is_waiting(self) -> bool:
-        """Embeddings of its prompt are under way."""
-        return any(chunk.is_awaited for request in self.open for chunk in request.chunks)
-
-    def forget_vit(self, vit: int, epoch: int) -> bool:
-        """A ViT has died: whether something is missing now."""
-        are_hit = [request.forget_vit(vit, epoch) for request in self.open]
-        return any(are_hit)
-
-    def hand_on(self, ended: Request) -> None:
-        """A choice has ended: what it had of embeddings that the next one needs goes to that."""
-        heir = self.leader
-        if self.is_prompt_computed or heir is None or heir.index < ended.index:
-            return
-        heir.chunks, ended.chunks = ended.chunks, []
-        for chunk in heir.chunks:
-            chunk.is_lost, chunk.is_read = chunk.is_lost or chunk.is_read, False
-
-
 def progress_of(message: GenerateRequest, index: int) -> ChoiceProgress:
     return message.choices[index] if index < len(message.choices) else ChoiceProgress()
-
-
-def chunks_of(number: int, item: MmItem) -> list[Chunk]:
-    """The chunks of an item, laid over its spans in order.
-
-    One chunk may fill several spans, one span may take several chunks.
-    """
-    num_placeholders = sum(span.length for span in item.spans)
-    num_rows = sum(wire.num_tokens for wire in item.chunks)
-    assert num_rows == num_placeholders, f"item {number}: {num_rows} rows, {num_placeholders} placeholders"
-    chunks: list[Chunk] = []
-    spans = iter(item.spans)
-    offset = stop = 0  # what is left of the span
-    for index, wire in enumerate(item.chunks):
-        pieces: list[Piece] = []
-        row = 0
-        while row < wire.num_tokens:
-            if offset == stop:
-                span = next(spans)
-                offset, stop = span.offset, span.stop
-            length = min(stop - offset, wire.num_tokens - row)
-            pieces.append(Piece(offset, offset + length, row))
-            offset += length
-            row += length
-        chunks.append(Chunk(number, index, tuple(pieces), wire))
-    return chunks

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from pipeline.transport.ends import Sink
 from pipeline.wire.messages import FeedbackMessage, ItemNotNeeded, Origin, RequestEnded, RequestOutput
 from pipeline.wire.sampling import FinishReason
+from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Ended, Failure, Interruption, output_of
 from workers.llm.leases import Leases
-from workers.llm.request import Choices, Request
+from workers.llm.request import Request
 from workers.llm.scheduler import Admitted, Scheduler
 from workers.llm.stepping import Collected, Stepper, Yielded
 
@@ -45,7 +46,7 @@ class Requests:
     def on_admitted(self, admitted: Admitted) -> None:
         """What the prefix cache covers is not needed; of the rest, what was read before a preemption is."""
         request, covered = admitted
-        if request.choices is None or request.choices.leader is request:  # the prompt counts once
+        if self.open[request.request_id].leader is request:  # the prompt counts once
             self.counters["cached_tokens"] += covered
         missing = {chunk.item for chunk in request.chunks if chunk.embeddings is None and not chunk.is_lost}
         for number, item in enumerate(request.items):
@@ -80,6 +81,7 @@ class Requests:
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
         for request, offset in yielded:
             if offset == request.num_earlier_tokens:
+                self.open[request.request_id].on_first_token()
                 self._on_first_token(request.request_id)
             outputs[request.client_id].append(output_of(request, offset))
         for client_id, of_client in outputs.items():

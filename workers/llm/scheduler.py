@@ -258,8 +258,6 @@ class Scheduler:
             if item.is_sampled:
                 request.num_pending_tokens -= 1
                 self._append(request, new_token_ids[request.key])
-            if request.choices is not None and item.stop >= len(request.prompt_token_ids):
-                request.choices.is_prompt_computed = True
             num_full = item.stop // self.cache.block_size
             # One that was preempted has lost the blocks that the step wrote.
             is_kept = request.num_computed_tokens >= item.stop

@@ -33,8 +33,9 @@ from pipeline.wire.messages import (
     pack_int32,
 )
 from pipeline.wire.sampling import with_seed
+from workers.llm.chunk import Lease
 from workers.llm.leases import Leases
-from workers.llm.request import Lease, Request
+from workers.llm.request import Request
 from workers.llm.sampling.matching import HostRule, mask_of, start_matchers
 from workers.llm.sampling.tokens import Tokens
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler

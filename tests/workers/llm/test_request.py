@@ -7,7 +7,8 @@ from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import GenerateRequest, MmChunk, MmItem, Span, pack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import Role, WorkerId
-from workers.llm.request import Lease, Request, chunks_of
+from workers.llm.chunk import Lease, chunks_of
+from workers.llm.request import Request
 
 
 def item(offset: int, length: int) -> MmItem:

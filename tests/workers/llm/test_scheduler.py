@@ -14,7 +14,8 @@ from pipeline.wire.handles import TensorHandle
 from pipeline.wire.messages import MmChunk, MmItem, Span
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.llm.cache.manager import CacheManager
-from workers.llm.request import Chunk, Piece, Request, chunks_of
+from workers.llm.chunk import Chunk, Piece, chunks_of
+from workers.llm.request import Request
 from workers.llm.scheduler import Scheduled, Scheduler
 from workers.llm.step_times import Measured, StepTimes
 

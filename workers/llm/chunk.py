@@ -1,0 +1,74 @@
+"""Where the embeddings of a prompt's pictures go, and which of them are here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.messages import MmChunk, MmItem
+
+
+class Lease(NamedTuple):
+    vit: int
+    vit_epoch: int
+    lease_id: int
+
+
+class Piece(NamedTuple):
+    """Tokens [offset, stop) of a prompt, whose places the rows of an embedding take, from `row` on."""
+
+    offset: int
+    stop: int
+    row: int
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Placeholders of the prompt, filled by one embedding: its rows go to one run of tokens or to several."""
+
+    item: int
+    index: int
+    pieces: tuple[Piece, ...]  # in the order of the prompt, at least one
+    wire: MmChunk
+    embeddings: TensorHandle | None = None
+    lease: Lease | None = None
+    # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
+    is_read: bool = False
+    is_lost: bool = False  # needed again after a preemption, and not leased any more
+
+    @property
+    def stop(self) -> int:
+        """The first token after the chunk's last placeholder."""
+        return self.pieces[-1].stop
+
+    @property
+    def is_awaited(self) -> bool:
+        """Its embeddings are under way. Those lost in a preemption are asked for later."""
+        return self.embeddings is None and not self.is_read and not self.is_lost
+
+
+def chunks_of(number: int, item: MmItem) -> list[Chunk]:
+    """The chunks of an item, laid over its spans in order.
+
+    One chunk may fill several spans, one span may take several chunks.
+    """
+    num_placeholders = sum(span.length for span in item.spans)
+    num_rows = sum(wire.num_tokens for wire in item.chunks)
+    assert num_rows == num_placeholders, f"item {number}: {num_rows} rows, {num_placeholders} placeholders"
+    chunks: list[Chunk] = []
+    spans = iter(item.spans)
+    offset = stop = 0  # what is left of the span
+    for index, wire in enumerate(item.chunks):
+        pieces: list[Piece] = []
+        row = 0
+        while row < wire.num_tokens:
+            if offset == stop:
+                span = next(spans)
+                offset, stop = span.offset, span.stop
+            length = min(stop - offset, wire.num_tokens - row)
+            pieces.append(Piece(offset, offset + length, row))
+            offset += length
+            row += length
+        chunks.append(Chunk(number, index, tuple(pieces), wire))
+    return chunks
