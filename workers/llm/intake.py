@@ -1,7 +1,4 @@
-"""What comes in at rank 0: new requests, aborts, embeddings, the death of neighbours.
-
-Messages of one request come over several connections, so that embeddings may be here before their request.
-"""
+"""What comes in at rank 0: new requests, queries, aborts, embeddings, the death of neighbours."""
 
 from __future__ import annotations
 
@@ -31,10 +28,10 @@ from pipeline.wire.messages import (
     WorkerState,
 )
 from pipeline.wire.topology import Role, WorkerId
+from workers.llm.arriving_embeddings import ArrivingEmbeddings
 from workers.llm.choices import Choices
-from workers.llm.chunk import Chunk
 from workers.llm.clients import Clients, Ended, Failure, Interruption, aborted_output, output_of
-from workers.llm.leases import Leases, lease_of
+from workers.llm.leases import Leases
 from workers.llm.request import Request
 from workers.llm.requests import Requests
 from workers.llm.stepping import Stepper
@@ -56,6 +53,7 @@ class Intake:
         self._origin, self._requests, self._stepper = origin, requests, stepper
         self._clients, self._leases, self._welcome = clients, leases, welcome
         self._pools = stepper.runner.pools
+        self._embeddings = ArrivingEmbeddings(requests, clients, leases, self._pools)
         self.epochs = epochs
         self.counters = {"stale_messages": 0}
 
@@ -82,19 +80,13 @@ class Intake:
                 self._stepper.send(message)  # first: the ranks open it together
                 self._pools.open(message.pool)
                 for embedding in self._leases.take_unmapped():
-                    self._on_embedding(embedding, now)
+                    self._embeddings.on_ready(embedding, now)
             case EmbeddingReady():
-                self._on_embedding(message, now)
+                self._embeddings.on_ready(message, now)
             case EncodeFailed():
-                if not self._is_early(message, now) and self._wanted_chunk(message) is not None:
-                    self._requests.fail(self._requests.open[message.key.request_id], message.error, now)
-            case LeaseRefused(key=key):
-                if self._wanted_chunk(message) is not None:
-                    self._requests.interrupt(
-                        self._requests.open[key.request_id],
-                        Interruption("preempted"),
-                        now,
-                    )
+                self._embeddings.on_failed(message, now)
+            case LeaseRefused():
+                self._embeddings.on_refused(message, now)
             case _:
                 assert_never(message)
 
@@ -261,49 +253,6 @@ class Intake:
             self._leases.drop_early(request_id)
             before = ended
         self._clients.tell_ended(request_id, before)
-
-    # Embeddings.
-
-    def _on_embedding(self, message: EmbeddingReady, now: float) -> None:
-        self._leases.saw(message)
-        if not self._pools.knows(message.embeddings.pool_id, message.embeddings.epoch):
-            self._leases.keep_unmapped(message)
-            return
-        if self._is_early(message, now):
-            return
-        chunk, lease = self._wanted_chunk(message), lease_of(message)
-        if chunk is None:
-            self._leases.release([lease])
-            return
-        chunk.embeddings, chunk.lease = message.embeddings, lease
-
-    def _is_early(self, message: EmbeddingReady | EncodeFailed, now: float) -> bool:
-        """Keeps a message of an attempt that is not here yet."""
-        request_id, attempt = message.key.request_id, message.key.attempt
-        known = self._requests.open.get(request_id) or self._clients.ended(request_id)
-        if known is not None and known.attempt >= attempt:
-            return False
-        self._leases.keep_early(message, now)
-        return True
-
-    def _wanted_chunk(self, message: EmbeddingReady | EncodeFailed | LeaseRefused) -> Chunk | None:
-        """Whose embeddings are waited for, also when they were lost: then they come earlier.
-
-        Of the choices of a request the one that waits now goes before those that will.
-        """
-        key = message.key
-        choices = self._requests.open.get(key.request_id)
-        if choices is None or choices.attempt != key.attempt:
-            return None
-        chunks = (chunk for request in choices.open for chunk in request.chunks)
-        wanted = [
-            chunk
-            for chunk in chunks
-            if (chunk.item, chunk.index) == (key.item, key.chunk)
-            and chunk.embeddings is None
-            and not chunk.is_read
-        ]
-        return min(wanted, key=lambda chunk: chunk.is_lost, default=None)
 
 
 def _in_use(request_id: str) -> ErrorInfo:
