@@ -68,6 +68,8 @@ class CheckpointFiles:
         samples = self.generation.get("do_sample") is not False
         names = (*(SAMPLING_KEYS if samples else ()), "repetition_penalty")
         found = {name: self.generation[name] for name in names if self.generation.get(name) is not None}
+        if "top_k" in found:
+            found["top_k"] = int(found["top_k"])
         return found if samples else {**found, "temperature": 0.0}
 
 
