@@ -34,6 +34,8 @@ from pipeline.wire.messages import GridTHW
 
 BETWEEN = "<|vision_end|> and <|vision_start|>"  # the two runs of an item
 POSITIONS_A_SECOND = 4
+# Checkpoints of this family are of two kinds, which nothing but the chat template tells apart.
+PLAIN, THOUGHTS = "workers.api.parsers.plain", "workers.api.parsers.toy_thoughts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ class ToyFamily(Family):
             video_token_id=files.integer(files.config, "video_token_id"),
             eos_token_ids=files.eos_token_ids(),
             default_sampling={},
+            parser=THOUGHTS if "<think>" in files.chat_template else PLAIN,
         )
 
     def picture_size(self, size: ImageSize, limits: AreaLimits, info: ModelInfo) -> ImageSize:
