@@ -58,9 +58,11 @@ class TextInfo:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]
     max_position_embeddings: int
     tie_word_embeddings: bool
+    # Frequencies that turn with time, height and width, where these lie side by side; empty: the decoder has
+    # a way of its own.
+    mrope_section: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

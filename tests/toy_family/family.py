@@ -155,7 +155,6 @@ def _read_text(files: CheckpointFiles, section: Section) -> ToyTextInfo:
         vocab_size=files.integer(section, "vocab_size"),
         rms_norm_eps=1e-6,
         rope_theta=1000.0,
-        mrope_section=(3, 3, 2),
         max_position_embeddings=files.integer(section, "context"),
         tie_word_embeddings=False,
         has_memory=bool(files.need(section, "has_memory")),
