@@ -251,10 +251,6 @@ class PoolMap:
             del mapping.table
             mapping.table_memory.close()
 
-    def close_all(self) -> None:
-        for pool_id in list(self._mappings):
-            self.close(pool_id)
-
 
 def check_mapping(info: PoolInfo, device: int | None = None) -> None:
     """Maps a pool of this process from another one, as its consumers will. Raises PipelineError where that
