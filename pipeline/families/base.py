@@ -58,9 +58,11 @@ class TextInfo:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]
     max_position_embeddings: int
     tie_word_embeddings: bool
+    # Frequencies that turn with time, height and width, where these lie side by side; empty: the decoder has
+    # a way of its own.
+    mrope_section: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +144,8 @@ class ModelInfo:
     video_token_id: int
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float]  # the model's own temperature, top_p and so on
+    # The module that names a `PARSER` of what the model writes: checkpoints of one family may differ in it.
+    parser: str = "workers.api.parsers.plain"
 
     def __post_init__(self) -> None:
         """Raises ValueError where a frame may be larger than a picture: pools have room for these."""
@@ -219,7 +223,6 @@ class Family(ABC):
     decoder: ClassVar[str]  # the module that names a `DECODER`; families share decoders
     # The prompt depends on when frames were taken: a list of frames may say how many there are a second.
     has_frame_times: ClassVar[bool] = False
-    parser: ClassVar[str] = "workers.api.parsers.plain"  # the module that names a `PARSER`
 
     @abstractmethod
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:

@@ -26,6 +26,11 @@ class CheckpointFiles:
         self.video_processor = read_json(folder / "video_preprocessor_config.json")
 
     @property
+    def chat_template(self) -> str:
+        """Empty where there is none: for some, what a model writes shows only here."""
+        return read_chat_template(self.folder) or ""
+
+    @property
     def text(self) -> Section:
         """The text model's settings: nested as transformers 5 writes them, or flat as on the hub."""
         section: Section = self.config.get("text_config") or self.config
@@ -68,7 +73,20 @@ class CheckpointFiles:
         samples = self.generation.get("do_sample") is not False
         names = (*(SAMPLING_KEYS if samples else ()), "repetition_penalty")
         found = {name: self.generation[name] for name in names if self.generation.get(name) is not None}
+        if "top_k" in found:
+            found["top_k"] = int(found["top_k"])
         return found if samples else {**found, "temperature": 0.0}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The template where transformers puts it: a file of its own, `chat_template.json`, or the tokenizer's
+    settings."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if isinstance(template := read_json(folder / name).get("chat_template"), str):
+            return template
+    return None
 
 
 def pixel_limits(processor: Section) -> tuple[int, int]:

@@ -23,20 +23,19 @@ from pipeline.families.base import (
     Placeholders,
     Positions,
     Segment,
-    TextInfo,
     VideoInfo,
     VisionInfo,
 )
 from pipeline.families.files import CheckpointFiles, pixel_limits
 from pipeline.families.mrope import Run, mrope_positions
 from pipeline.families.resizing import smart_resize
+from pipeline.families.text import read_text
 from pipeline.wire.messages import GridTHW
 
 VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a frame
 VIDEO_TOKENS = 128_000  # of all frames of a video together, of which 90 % are used
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-ROPE_THETA = 1_000_000.0
 TORCH_LANES = 8
 
 
@@ -51,7 +50,7 @@ class Qwen2VL(Family):
         return ModelInfo(
             family=self,
             folder=folder,
-            text=_read_text(files),
+            text=read_text(files),
             vision=vision,
             video=_read_video(files, vision),
             image_token_id=files.integer(files.config, "image_token_id"),
@@ -96,35 +95,6 @@ class Qwen2VL(Family):
 
 
 FAMILIES = (Qwen2VL(),)
-
-
-def _read_text(files: CheckpointFiles) -> TextInfo:
-    text, config, rope = files.text, files.config, files.rope
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type not in ("default", "mrope"):
-        what = f"has rotary embeddings of the unknown type {rope_type!r}"
-        raise ValueError(f"model {str(files.folder)!r} {what}")
-    if text.get("use_sliding_window") or config.get("use_sliding_window"):
-        raise ValueError(f"model {str(files.folder)!r} uses a sliding attention window, which is not served")
-    hidden_size = files.integer(text, "hidden_size")
-    num_heads = files.integer(text, "num_attention_heads")
-    time, height, width = files.need(rope, "mrope_section")
-    theta = rope.get("rope_theta") or text.get("rope_theta") or config.get("rope_theta")
-    return TextInfo(
-        hidden_size=hidden_size,
-        intermediate_size=files.integer(text, "intermediate_size"),
-        num_layers=files.integer(text, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
-        head_dim=int(text.get("head_dim") or hidden_size // num_heads),
-        vocab_size=files.integer(text, "vocab_size"),
-        # 1e-5 in transformers' class, 1e-6 in the published files.
-        rms_norm_eps=float(files.need(text, "rms_norm_eps")),
-        rope_theta=float(theta or ROPE_THETA),
-        mrope_section=(int(time), int(height), int(width)),
-        max_position_embeddings=files.integer(text, "max_position_embeddings"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-    )
 
 
 def _read_vision(files: CheckpointFiles, min_pixels: int | None, max_pixels: int | None) -> VisionInfo:

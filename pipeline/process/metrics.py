@@ -12,7 +12,7 @@ REFUSED_MESSAGES = "Messages that could not be read, dropped"  # counted by each
 
 
 class Histogram:
-    """Values by bucket. `bounds` ascend: each is the largest value of its bucket; the last has none."""
+    """Values by bucket. `bounds` ascend: each is the largest of its bucket; the last bucket has none."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0

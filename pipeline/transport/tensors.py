@@ -240,10 +240,6 @@ class PoolMap:
             del mapping.table
             mapping.table_memory.close()
 
-    def close_all(self) -> None:
-        for pool_id in list(self._mappings):
-            self.close(pool_id)
-
 
 def is_dead(pid: int) -> bool:
     """Whether a process of this PID namespace has ended, be it reaped or not."""

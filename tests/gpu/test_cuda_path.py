@@ -239,7 +239,7 @@ def test_embeddings_of_another_process_never_pass_through_the_host() -> None:
         assert any("DtoD" in name or "PtoP" in name for name in copies), copies
         assert x[100:500, 7].tolist() == torch.arange(300, 700).to(torch.bfloat16).tolist()
         assert not bool(x[500:].any())
-        pools.close_all()
+        pools.close(info.pool_id)
         exporter.stdin.close()
 
 

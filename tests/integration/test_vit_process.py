@@ -137,7 +137,7 @@ class Neighbours:
         self.control.publish(PipelineState(workers=(), end=""))
         assert self.process.wait(10)
         assert self.process.exit_code == 0
-        self.pools.close_all()
+        self.pools.close(str(VIT_0))
         self.pixels.close()
         self.sockets.close()
 

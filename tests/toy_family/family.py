@@ -34,6 +34,8 @@ from pipeline.wire.messages import GridTHW
 
 BETWEEN = "<|vision_end|> and <|vision_start|>"  # the two runs of an item
 POSITIONS_A_SECOND = 4
+# Checkpoints of this family are of two kinds, which nothing but the chat template tells apart.
+PLAIN, THOUGHTS = "workers.api.parsers.plain", "workers.api.parsers.toy_thoughts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ class ToyFamily(Family):
             video_token_id=files.integer(files.config, "video_token_id"),
             eos_token_ids=files.eos_token_ids(),
             default_sampling={},
+            parser=THOUGHTS if "<think>" in files.chat_template else PLAIN,
         )
 
     def picture_size(self, size: ImageSize, limits: AreaLimits, info: ModelInfo) -> ImageSize:
@@ -152,7 +155,6 @@ def _read_text(files: CheckpointFiles, section: Section) -> ToyTextInfo:
         vocab_size=files.integer(section, "vocab_size"),
         rms_norm_eps=1e-6,
         rope_theta=1000.0,
-        mrope_section=(3, 3, 2),
         max_position_embeddings=files.integer(section, "context"),
         tie_word_embeddings=False,
         has_memory=bool(files.need(section, "has_memory")),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +20,7 @@ from workers.llm.cache.state_tensors import StateTensors
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.base import Features
 from workers.llm.parallel import TensorParallel
+from workers.nn.loader import no_progress
 from workers.nn.weights.registry import open_weights
 
 CPU = torch.device("cpu")
@@ -62,6 +65,14 @@ def test_every_backend_computes_what_the_reference_does(name: str, info: ModelIn
 def test_each_rank_keeps_a_part(tp_size: int, info: ModelInfo) -> None:
     state = State((48 // tp_size,), torch.float32)
     assert ToyDecoder.spec_of(info.text, tp_size) == [Paged(2 // tp_size, 16)] * 3 + [state]
+
+
+def test_embeddings_that_do_not_fit_the_decoder_are_refused_at_its_start(info: ModelInfo) -> None:
+    """Not at the first picture."""
+    narrow = dataclasses.replace(info, vision=dataclasses.replace(info.vision, embedding_width=48))
+    config = Config(model=ModelConfig(dtype="float32"))
+    with pytest.raises(ValueError, match="embeddings are 48 wide, the decoder takes 96"):
+        ModelRunner.load(narrow, config, info.folder, CPU, TensorParallel(), no_progress)
 
 
 def test_progress_counts_its_own_tensors(info: ModelInfo) -> None:

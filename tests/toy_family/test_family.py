@@ -9,6 +9,9 @@ from pipeline.families import registry as families
 from pipeline.wire.messages import Span
 from tests.toy_family.checkpoint import install_toy, make_toy
 from tests.toy_family.family import BETWEEN, ToyFamily
+from tests.workers.api import toys
+from workers.api.parsers.plain import PlainParser
+from workers.api.parsers.registry import parser_of
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,16 @@ def test_its_entry_point_makes_it_known(
     finally:
         for lookup in (families._entry_points, families.find_family):
             lookup.cache_clear()
+
+
+def test_a_checkpoint_says_whether_it_thinks(info: ModelInfo, tmp_path: Path) -> None:
+    assert parser_of(info) is PlainParser
+    folder = make_toy(tmp_path / "thinking", True)
+    with (folder / "chat_template.jinja").open("a") as template:
+        template.write("{{ '<think>' }}")
+    thinking = ToyFamily().read(folder, None, None)
+    with toys.installed():
+        assert parser_of(thinking).__name__ == "ThoughtParser"
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,50 @@
 """Fields of a request that say how tokens are chosen, and what they become.
 
-How many tokens, and which log-probabilities, endpoints call by names of their own.
+They follow from `SamplingParams`: a parameter that is added there is a field of every endpoint. How many
+tokens, and which log-probabilities, endpoints call by names of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, SamplingParams
 from workers.api.request_fields import RequestFields
 
+NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs")
 
-class SamplingFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+
+class _WrittenFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
+    """Parameters that clients write in another way than the wire does."""
+
     logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool = False
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+
+
+def _taken_over() -> list[tuple[str, Any, None]]:
+    """All other parameters have the name and the type that they have on the wire."""
+    known = (*_WrittenFields.__struct_fields__, *NAMED_BY_ENDPOINTS)
+    fields = msgspec.structs.fields(SamplingParams)
+    return [(field.name, field.type | None, None) for field in fields if field.name not in known]
+
+
+if TYPE_CHECKING:
+    SamplingFields = _WrittenFields
+else:
+    SamplingFields = msgspec.defstruct(
+        "SamplingFields", _taken_over(), bases=(_WrittenFields,), kw_only=True, forbid_unknown_fields=True
+    )
 
 
 def to_sampling(
     request: SamplingFields,
     defaults: Mapping[str, float],
     *,
-    n: int | None,
     max_tokens: int | None,
     logprobs: int | None,
 ) -> SamplingParams:
@@ -40,30 +52,23 @@ def to_sampling(
 
     Raises RequestError out of range.
     """
-
-    def pick(name: str, fallback: float) -> float:
-        value = getattr(request, name)
-        return defaults.get(name, fallback) if value is None else value
-
-    for field in ("logit_bias", "stop_token_ids"):
-        if len(getattr(request, field) or ()) > MAX_LOGIT_BIASES:
-            raise RequestError(f"{field} has more than {MAX_LOGIT_BIASES} entries", field=field)
-    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    return SamplingParams(
-        temperature=pick("temperature", 1.0), top_p=pick("top_p", 1.0), top_k=int(pick("top_k", 0)),
-        min_p=pick("min_p", 0.0),
-        presence_penalty=request.presence_penalty or 0.0, frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=pick("repetition_penalty", 1.0),
-        logit_bias=_to_logit_bias(request.logit_bias or {}), seed=request.seed,
-        max_tokens=max_tokens,
-        min_tokens=request.min_tokens or 0, ignore_eos=request.ignore_eos, stop=stop,
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        logprobs=logprobs,
-        n=1 if n is None else n,
-    )  # fmt: skip
+    names = set(SamplingParams.__struct_fields__) & set(request.__struct_fields__)
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop
+    values: dict[str, Any] = {name: getattr(request, name) for name in names}
+    values |= {
+        "logit_bias": _to_logit_bias(request.logit_bias or {}),
+        "stop": tuple(stop or ()),
+        "stop_token_ids": tuple(request.stop_token_ids or ()),
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    return SamplingParams(**{**defaults, **given})
 
 
 def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
+    if len(given) > MAX_LOGIT_BIASES:  # which are not all read first
+        raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries", field="logit_bias")
     try:
         return {int(token): bias for token, bias in given.items()}
     except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,31 +31,55 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "torch"
-    if name == "torch":
-        return Backend(name, PagedAttention, None, None)
+    return BACKENDS[name](name, device)
+
+
+def _torch(name: str, device: torch.device) -> Backend:
+    return Backend(name, PagedAttention, None, None)
+
+
+def _triton(name: str, device: torch.device) -> Backend:
+    _need_triton(name, device)
+    from workers.llm.attention.triton import TritonAttention
+
+    return _with_kernels(name, TritonAttention)
+
+
+def _flash3(name: str, device: torch.device) -> Backend:
+    _need_triton(name, device)
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        raise ValueError(
+            "attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface",
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        raise ValueError("attention 'flash3' is for Hopper GPUs")
+    from workers.llm.attention.flash3 import Flash3Attention
+
+    return _with_kernels(name, Flash3Attention)
+
+
+# By the option `--attention`.
+BACKENDS: Mapping[str, Callable[[str, torch.device], Backend]] = {
+    "torch": _torch,
+    "triton": _triton,
+    "flash3": _flash3,
+}
+
+
+def _need_triton(name: str, device: torch.device) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"attention {name!r} needs the package triton, which comes with CUDA builds of torch",
         )
     if device.type != "cuda" and not _is_interpreted():
         raise ValueError(f"attention {name!r} needs a GPU, but this rank computes on {device}")
+
+
+def _with_kernels(name: str, attention: Callable[[PagedTensors], AttentionBackend]) -> Backend:
     from workers.llm.sampling.kernel import sample
     from workers.nn.kernels import add_rms_norm, silu_mul
 
-    kernels = Kernels(add_rms_norm, silu_mul)
-    if name == "flash3":
-        if importlib.util.find_spec("flash_attn_interface") is None:
-            raise ValueError(
-                "attention 'flash3' needs FlashAttention-3, which has the module flash_attn_interface",
-            )
-        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
-            raise ValueError("attention 'flash3' is for Hopper GPUs")
-        from workers.llm.attention.flash3 import Flash3Attention
-
-        return Backend(name, Flash3Attention, kernels, sample)
-    from workers.llm.attention.triton import TritonAttention
-
-    return Backend(name, TritonAttention, kernels, sample)
+    return Backend(name, attention, Kernels(add_rms_norm, silu_mul), sample)
 
 
 def _is_interpreted() -> bool:

@@ -104,7 +104,7 @@ class ModelRunner:
         parallel: TensorParallel,
         progress: Progress,
     ) -> ModelRunner:
-        """With the weights of a checkpoint."""
+        """With the weights of a checkpoint. Raises ValueError where the tower's embeddings do not fit."""
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
@@ -112,6 +112,9 @@ class ModelRunner:
         weights.expect(kind.prefix)
         decoder = kind(info.text, weights, parallel, backend.kernels)
         weights.close()
+        width, wanted = info.vision.embedding_width, (1 + decoder.num_features) * info.text.hidden_size
+        if width != wanted:
+            raise ValueError(f"the tower's embeddings are {width} wide, the decoder takes {wanted}")
         if config.llm.all_reduce == "symmetric":
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
         return cls(info, config, decoder, backend, device, parallel)

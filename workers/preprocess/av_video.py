@@ -18,18 +18,15 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from workers.preprocess.bitstream import look_of
+from workers.preprocess.containers import Container
 from workers.preprocess.packet_index import index_packets
 from workers.preprocess.video import Frame, VideoBroken, VideoMetadata, check_size
 
-# FFmpeg's names of all demuxers that `containers.py` may choose.
-FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 OPTIONS = {
-    "format_whitelist": FORMATS,
     "protocol_whitelist": "file",
     "enable_drefs": "0",  # of mp4: other files that hold the media
     "use_absolute_path": "0",
 }
-INDEXED = ("mov", "matroska")  # demuxers whose presentation times are the file's own, one for each packet
 # A video of so many pixels in all is decoded to count its frames even where its packets tell: in a fraction
 # of a second.
 COUNTED_PIXELS = 1 << 25
@@ -41,14 +38,14 @@ NOT_DECODABLE = "the media is not a video that can be decoded"
 
 
 class AvVideo:
-    """`demuxer` is FFmpeg's short name. Raises VideoBroken or FFmpeg's errors if nothing can be decoded."""
+    """Raises VideoBroken or FFmpeg's errors if nothing can be decoded."""
 
-    def __init__(self, path: str, demuxer: str, max_pixels: int) -> None:
-        self._path, self._demuxer, self._max_pixels = path, demuxer, max_pixels
+    def __init__(self, path: str, kind: Container, max_pixels: int) -> None:
+        self._path, self._kind, self._max_pixels = path, kind, max_pixels
         self._to_rgb = VideoReformatter()  # kept, since it is slow to make
         decoder = self._start()
         check_size(decoder.codec.width, decoder.codec.height, max_pixels)
-        look = look_of(decoder.codec.name, decoder.codec.extradata) if demuxer in INDEXED else None
+        look = look_of(decoder.codec.name, decoder.codec.extradata) if kind.has_packet_times else None
         self._index = index_packets(decoder.packets(), look) if look is not None else None
         self._decoder = self._start() if look is not None else decoder
         self._next = 0  # number of the frame that the decoder gives next
@@ -72,7 +69,7 @@ class AvVideo:
             fps = counter.fps
         duration = (last - first) * self._decoder.time_base
         measured = (num_frames - 1) / duration if duration > 0 else 0.0
-        is_off = self._demuxer in INDEXED and abs(measured - fps) > RATE_TOLERANCE * fps
+        is_off = self._kind.has_packet_times and abs(measured - fps) > RATE_TOLERANCE * fps
         if measured > 0 and (fps <= 0 or is_off):
             fps = measured
         return VideoMetadata(num_frames, fps if fps > 0 else 1.0, self._height, self._width)
@@ -120,7 +117,7 @@ class AvVideo:
         return None
 
     def _start(self, **options: str) -> _Decoder:
-        return _Decoder(self._path, self._demuxer, {"max_pixels": str(self._max_pixels), **options})
+        return _Decoder(self._path, self._kind.demuxer, {"max_pixels": str(self._max_pixels), **options})
 
     def _picture(self, frame: Any) -> Frame:
         check_size(frame.width, frame.height, self._max_pixels)
@@ -132,7 +129,9 @@ class _Decoder:
     """Decodes forwards, from the file's beginning or from a packet ahead. Damaged packets are left out."""
 
     def __init__(self, path: str, demuxer: str, options: dict[str, str]) -> None:
-        self._container: Any = av.open(f"file:{path}", format=demuxer, options=OPTIONS)
+        self._container: Any = av.open(
+            f"file:{path}", format=demuxer, options={"format_whitelist": demuxer, **OPTIONS}
+        )
         self._stream = _first_video(self._container)
         self.codec = self._stream.codec_context
         if self.codec is None:

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment
+from pipeline.families.files import read_chat_template
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.messages import (
     Chat,
@@ -224,13 +225,6 @@ def _raise_refusal(reason: str) -> None:
 
 
 def _read_template(folder: Path) -> str:
-    """The template where transformers puts it: a file of its own, `chat_template.json`, or the tokenizer's
-    settings."""
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text()
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (path := folder / name).is_file() and isinstance(
-            template := json.loads(path.read_text()).get("chat_template"), str
-        ):
-            return template
-    raise ValueError(f"model {str(folder)!r} has no chat template")
+    if (template := read_chat_template(folder)) is None:
+        raise ValueError(f"model {str(folder)!r} has no chat template")
+    return template

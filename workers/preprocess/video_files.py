@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.preprocess.containers import HEAD_BYTES, animation_of, demuxer_of
+from workers.preprocess.containers import HEAD_BYTES, animation_of, container_of
 from workers.preprocess.video import Video, VideoBroken
 
 
@@ -17,8 +17,7 @@ def open_video(path: str, reader: str, max_pixels: int) -> Video:
         from workers.preprocess.animation import Animation
 
         return Animation(path, kind, max_pixels)
-    demuxer = demuxer_of(head)
-    if demuxer is None:
+    if (container := container_of(head)) is None:
         raise VideoBroken("the media is not a video that can be decoded")
     if reader == "decord":
         from workers.preprocess.decord_video import DecordVideo
@@ -26,4 +25,4 @@ def open_video(path: str, reader: str, max_pixels: int) -> Video:
         return DecordVideo(path, max_pixels)
     from workers.preprocess.av_video import AvVideo
 
-    return AvVideo(path, demuxer, max_pixels)
+    return AvVideo(path, container, max_pixels)

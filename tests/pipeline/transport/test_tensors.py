@@ -76,7 +76,7 @@ def lent() -> Any:
     pools = PoolMap()
     pools.open(pool.info)
     yield pools, pool, allocator, lend(pool, allocator, torch.ones(10))
-    pools.close_all()
+    pools.close("vit.0")
     pool.close()
 
 
@@ -141,7 +141,7 @@ def test_nothing_is_left_open() -> None:
         pools = PoolMap()
         pools.open(pool.info)
         pools.tensor(lend(pool, allocator, torch.ones(10)))
-        pools.close_all()
+        pools.close("vit.0")
         pool.close()
     gc.collect()
     assert set(os.listdir("/proc/self/fd")) == before
@@ -233,7 +233,7 @@ def test_cuda_pool_bookkeeping() -> None:
     assert bool((out == 2).all())
     with pytest.raises(StaleHandleError, match="generation"):
         pools.tensor(msgspec.structs.replace(handles[0], generation=7))
-    pools.close_all()
+    pools.close("vit.1")
     assert runtime.open == []
     pool.close()
     assert len(runtime.freed) == 1
@@ -248,7 +248,7 @@ def test_host_pools_are_locked_in_memory_where_there_is_a_gpu() -> None:
     out = torch.zeros(2, 8)
     pools.copy_rows(out, lend(pool, allocator, torch.full((4, 8), 3.0)), 2)
     assert bool((out == 3).all())
-    pools.close_all()
+    pools.close("vit.0")
     assert runtime.locked == {}
     pool.close()
 
@@ -286,7 +286,7 @@ def test_a_cuda_pool_whose_exporter_died_gives_way_to_its_successor() -> None:
     out = torch.zeros(4, 8)
     pools.copy_rows(out, lend(next_pool, next_allocator, torch.full((4, 8), 2.0)), 0)
     assert bool((out == 2).all())
-    pools.close_all()
+    pools.close("vit.0")
     next_pool.close()
     assert runtime.open == []
 

@@ -72,7 +72,7 @@ def endpoint(
     **options: Any,
 ) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
-    info = SimpleNamespace(default_sampling={}, family=SimpleNamespace(parser=parser))
+    info = SimpleNamespace(default_sampling={}, parser=parser)
     server = ApiServer(ApiConfig(**api), cast(Any, client or FakeClient()), "m", cast(Any, info), **options)
     if is_ready:
         server.set_ready()

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from pipeline.config import PreprocessConfig
-from tests.films import FILMS, FPS, pointing_to, turned, with_hole
+from tests.films import FILMS, FPS, Film, pointing_to, turned, with_hole
 from tests.videos import read_number
-from workers.preprocess import av_video
+from workers.preprocess import av_video, containers
 from workers.preprocess.av_video import AvVideo
 from workers.preprocess.bitstream import Kind, look_of
-from workers.preprocess.containers import HEAD_BYTES, demuxer_of
+from workers.preprocess.containers import CONTAINERS, HEAD_BYTES, Container, container_of
 from workers.preprocess.video import VideoBroken
 from workers.preprocess.video_files import open_video
 
@@ -78,7 +78,9 @@ def test_the_frames_asked_for_come(
     film = FILMS[name]
     path = tmp_path / "a video"
     path.write_bytes(encoded(name))
-    assert demuxer_of(path.read_bytes()[:HEAD_BYTES]) == DEMUXERS.get(film.kind, film.kind)
+    container = container_of(path.read_bytes()[:HEAD_BYTES])
+    assert container is not None
+    assert container.demuxer == DEMUXERS.get(film.kind, film.kind)
     expected = decoded_forwards(path, film.change is with_hole)
     if film.num_shown is not None:
         shown = [read_number(frame) for frame in expected]
@@ -101,6 +103,34 @@ def test_the_frames_asked_for_come(
         assert (video._index is not None) == film.is_indexed, "its packets told the truth"
     with pytest.raises(VideoBroken, match=f"frame {len(expected)} cannot be decoded"):
         list(video.frames([len(expected)]))
+
+
+def test_a_container_is_added_by_one_entry_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NUT, which is not read, is read then."""
+    path = tmp_path / "video"
+    path.write_bytes(Film("nut", "mpeg4").encode())
+    with pytest.raises(VideoBroken, match="not a video that can be decoded"):
+        open_video(str(path), "pyav", MAX_PIXELS)
+    nut = Container("nut", lambda head: head.startswith(b"nut/multimedia container\0"))
+    monkeypatch.setattr(containers, "CONTAINERS", (*CONTAINERS, nut))
+    (frame,) = open_video(str(path), "pyav", MAX_PIXELS).frames([9])
+    assert read_number(frame) == 9
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_what_is_not_in_the_table_is_read_by_no_reader(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    if reader == "decord":
+        pytest.importorskip("decord")
+    path = tmp_path / "video"
+    path.write_bytes(FILMS["mp4 h264"].encode())
+    assert open_video(str(path), reader, MAX_PIXELS).metadata.num_frames > 20
+    monkeypatch.setattr(containers, "CONTAINERS", CONTAINERS[1:])
+    with pytest.raises(VideoBroken, match="not a video that can be decoded"):
+        open_video(str(path), reader, MAX_PIXELS)
 
 
 FORWARDS = {

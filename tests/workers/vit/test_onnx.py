@@ -3,16 +3,27 @@ elsewhere."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import onnx
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.families import ModelInfo, read_model_info
 from pipeline.wire.messages import GridTHW
+from workers.nn.loader import Checkpoint
+from workers.nn.weights import registry
+from workers.nn.weights.base import Linear
+from workers.nn.weights.dense import Dense
 from workers.nn.weights.registry import open_weights
+from workers.nn.weights.shard import Shard
 from workers.vit.engines import onnx as export_module
 from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
 from workers.vit.engines.onnx import exported, locked, unfinished
@@ -172,3 +183,92 @@ def test_who_waits_for_anothers_export_says_so(tmp_path: Path, monkeypatch: pyte
     with locked(place, tell):
         assert len(told) >= 5
     other.join(10)
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Of each file that would be exported, its place."""
+    made: list[Path] = []
+
+    def export(encoder: Encoder, file: Path) -> None:
+        made.append(file)
+        file.write_text("a file")
+
+    monkeypatch.setattr(export_module, "export", export)
+    return made
+
+
+def with_config(source: Path, folder: Path, **changes: object) -> Path:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_a_tower_in_an_unknown_format_is_refused_by_the_key(
+    info: ModelInfo, random_checkpoint: Path, tmp_path: Path, exports: list[Path]
+) -> None:  # fmt: skip
+    folder = with_config(random_checkpoint, tmp_path / "m", quantization_config={"quant_method": "awq"})
+    with pytest.raises(ValueError, match=r"'awq': .* \(key quantization_config\.quant_method\)"):
+        exported(info, folder, torch.float32, tmp_path / "cache", no_progress)
+    assert not exports
+
+
+def test_the_format_that_the_checkpoint_names_reads_the_tower(
+    info: ModelInfo, random_checkpoint: Path, tmp_path: Path, exports: list[Path],
+    monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    read: list[str] = []
+
+    class Toy(Dense):
+        name = "toy"
+
+        def holds(self, module: str) -> bool:
+            return module.endswith("mlp.fc1")
+
+        def column(
+            self, checkpoint: Checkpoint, modules: Sequence[str], shards: Sequence[Shard], bias: Tensor | None
+        ) -> Linear:  # fmt: skip
+            read.extend(modules)
+            return super().column(checkpoint, modules, shards, bias)
+
+    monkeypatch.setitem(cast(dict[str, Any], registry.STORED_FORMATS), "toy", lambda config: Toy())
+    folder = with_config(random_checkpoint, tmp_path / "m", quantization_config={"quant_method": "toy"})
+    exported(info, folder, torch.float32, tmp_path / "cache", no_progress)
+    assert read == [f"visual.blocks.{index}.mlp.fc1" for index in range(info.vision.depth)]
+    assert len(exports) == 1
+
+
+def test_the_servers_pixel_limits_need_no_new_export(
+    info: ModelInfo, random_checkpoint: Path, tmp_path: Path, exports: list[Path]
+) -> None:  # fmt: skip
+    smaller = dataclasses.replace(info, vision=info.vision.with_pixel_limits(56 * 56, None))
+    assert smaller.vision != info.vision
+    files = {
+        exported(one, random_checkpoint, torch.float32, tmp_path, no_progress) for one in (info, smaller)
+    }
+    assert len(files) == len(exports) == 1
+
+
+def test_a_tower_of_another_package_is_exported_again_when_its_code_changes(
+    info: ModelInfo, random_checkpoint: Path, tmp_path: Path, exports: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    package = tmp_path / "toy_towers"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "tower.py").write_text("from toy_towers.layers import TOWER\n")
+    (package / "layers.py").write_text("from workers.vit.models.qwen2_vl import TOWER\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    family = type("Toy", (type(info.family),), {"tower": "toy_towers.tower"})()
+    toy = dataclasses.replace(info, family=family)
+
+    def make() -> Path:
+        return exported(toy, random_checkpoint, torch.float32, tmp_path / "cache", no_progress)
+
+    first = make()
+    assert make() == first
+    assert len(exports) == 1
+    (package / "layers.py").write_text("from workers.vit.models.qwen2_vl import TOWER  # in another way\n")
+    assert make() != first
+    assert len(exports) == 2

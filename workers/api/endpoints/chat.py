@@ -43,7 +43,6 @@ class ChatCompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=
     messages: list[RequestMessage]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    n: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     # Known to OpenAI's or vLLM's API and not served: only the value that changes nothing is taken.
@@ -119,7 +118,6 @@ def to_chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, floa
     return to_sampling(
         request,
         defaults,
-        n=request.n,
         max_tokens=(
             request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         ),

@@ -1,4 +1,4 @@
-"""Finds the parser of a model: its family names the module."""
+"""Finds the parser of a model: its family names the module when it reads the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from workers.api.parsers.base import Parser
 
 
 def parser_of(info: ModelInfo) -> type[Parser]:
-    parser: type[Parser] = importlib.import_module(info.family.parser).PARSER
+    parser: type[Parser] = importlib.import_module(info.parser).PARSER
     return parser

@@ -32,7 +32,9 @@ class Features(NamedTuple):
 class Decoder(ABC):
     """`kernels`: fused operators where there are any; None: torch's own."""
 
-    num_features = 0  # hidden-sized columns that a row of an item's embeddings has behind the first
+    # Hidden-sized columns that a row of an item's embeddings has behind the first. Where a decoder's
+    # checkpoints differ in it, the decoder sets it when it is made.
+    num_features: int = 0
     prefix: ClassVar[str] = "model."  # of its tensors' names in a checkpoint
 
     def __init__(

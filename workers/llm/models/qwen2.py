@@ -13,6 +13,7 @@ from workers.llm.cache.spec import CacheSpec, Paged
 from workers.llm.cache.state_tensors import StepStates
 from workers.llm.models.base import Decoder, Features
 from workers.llm.models.mlp import Mlp
+from workers.llm.models.rotary import mrope_constants
 from workers.llm.models.stream import ResidualStream, make_stream
 from workers.llm.models.vocabulary import Vocabulary
 from workers.llm.parallel import HeadLayout, TensorParallel
@@ -36,7 +37,7 @@ class Qwen2Decoder(Decoder):
         self.layers = [_Layer(info, of_layers[number], self.heads, kernels, number) for number in numbers]
         self.norm = RMSNorm(weights.tensor("model.norm.weight"), info.rms_norm_eps)
         self.vocabulary = Vocabulary(weights, self.heads.vocab, info.vocab_size, info.tie_word_embeddings)
-        self._axes, self._frequencies = _rotary_constants(info, weights.device)
+        self._axes, self._frequencies = mrope_constants(info, weights.device)
 
     @classmethod
     def spec_of(cls, info: TextInfo, tp_size: int) -> CacheSpec:
@@ -109,19 +110,3 @@ class _Layer:
         attention.write(self.attention, qkv, rotary)
         stream.project(self.o_proj, attention.attend(self.attention, qkv).flatten(1))
         self.mlp(stream, self.post_norm)
-
-
-def _rotary_constants(info: TextInfo, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The row of positions that each frequency turns with, and the frequencies in float32.
-
-    Both [head_dim / 2].
-    """
-    section, dim = info.mrope_section, info.head_dim
-    axes = torch.tensor([axis for axis, length in enumerate(section) for _ in range(length)], device=device)
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-    frequencies = 1.0 / (info.rope_theta**exponents)
-    if len(axes) != len(frequencies):
-        raise ValueError(
-            f"mrope_section {section} adds up to {sum(section)}, the head has {len(frequencies)} frequencies",
-        )
-    return axes, frequencies

@@ -31,13 +31,15 @@ def choose_formats(
     device: torch.device,
     override: str = "none",
     stored: Mapping[str, ReadFormat] = STORED_FORMATS,
+    dense: Format | None = None,
 ) -> Sequence[Format]:
     """For `Weights`: the checkpoint's format, and what that does not hold.
 
-    `override`: the option `--quantization`. Raises ValueError for a format that is not known, or does not
+    `override`: the option `--quantization`. `dense`: what computes with plain numbers, where it is not to be
+    the fastest. Raises ValueError for a format that is not known, or does not
     compute on the device.
     """
-    dense, format = Dense(), _stored_format(folder, stored)
+    format, dense = _stored_format(folder, stored), dense or Dense()
     if override != "none":
         if format is not None:
             found = f"{str(folder)!r} has {format.name}"
@@ -55,12 +57,13 @@ def open_weights(
     device: torch.device,
     override: str = "none",
     progress: Progress = no_progress,
+    dense: Format | None = None,
 ) -> Weights:
     """The checkpoint in `folder`, in its formats; other tensors in this type.
 
     Raises ValueError as `choose_formats` does.
     """
-    formats = choose_formats(folder, device, override)
+    formats = choose_formats(folder, device, override, dense=dense)
     return Weights(Checkpoint(folder, dtype, device, progress), formats)
 
 
@@ -71,7 +74,10 @@ def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | N
     method = str(config.get("quant_method"))
     if method not in stored:
         known = f"known are {', '.join(sorted(stored))}" if stored else "only dense weights are served"
-        raise ValueError(f"the weights of model {str(folder)!r} are quantised by {method!r}: {known}")
+        what = f"are quantised by {method!r}: {known}"
+        raise ValueError(
+            f"the weights of model {str(folder)!r} {what} (key quantization_config.quant_method)"
+        )
     return stored[method](config)
 
 

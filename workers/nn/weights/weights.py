@@ -75,9 +75,9 @@ class Weights:
         """A whole layer with its bias."""
         return self.column((module,), (WHOLE,), self.tensor(f"{module}.bias"))
 
-    def packed(self, module: str, weight: Tensor) -> Linear:
+    def packed(self, module: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A layer of a weight that the model has made, or has in memory for another purpose."""
-        return self._format_of(self._prefix + module).pack(weight, None)
+        return self._format_of(self._prefix + module).pack(weight, bias)
 
     def close(self) -> None:
         """When the model is made: lets go of the files."""

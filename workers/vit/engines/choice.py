@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,15 +66,14 @@ def choose_engine(name: str, spec: EngineSpec) -> Engine:
 
     Raises ValueError when what is asked for is not there.
     """
-    made = {"torch": _torch, "onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
     if name != "auto":
-        engine = made[name](spec)
+        engine = ENGINES[name](spec)
         logger.info("ViT engine: %s (asked for)", name)
         return engine
     reasons: list[str] = []
     for better in ("tensorrt", "onnxruntime") if spec.device.type == "cuda" else ():
         try:
-            engine = made[better](spec)
+            engine = ENGINES[better](spec)
         except (ImportError, ValueError, RuntimeError) as error:
             reasons.append(f"{better} cannot: {error}")
         else:
@@ -129,6 +128,14 @@ def _tensorrt(spec: EngineSpec) -> Engine:
     with torch.cuda.device(spec.device):
         engine = built(trt, preparation, file, gpu, spec.cache, spec.progress).read_bytes()
         return TensorRtEngine(trt, preparation, engine, spec.dtype, spec.device, spec.deadlines)
+
+
+# By the option `--vit-engine`.
+ENGINES: Mapping[str, Callable[[EngineSpec], Engine]] = {
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "tensorrt": _tensorrt,
+}
 
 
 def _need(engine: str, *modules: str) -> None:

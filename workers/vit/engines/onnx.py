@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import importlib
 import json
 import logging
 import shutil
@@ -29,14 +30,15 @@ from torch import Tensor, nn
 
 from pipeline.families import ModelInfo
 from pipeline.wire.messages import GridTHW
-from workers.nn.loader import Checkpoint, Progress
+from workers.nn.loader import Progress
 from workers.nn.weights.dense import Dense, TorchLinear
-from workers.nn.weights.weights import Weights
+from workers.nn.weights.registry import open_weights
 from workers.vit.models.base import Axis, EncodeJob, Encoder, Inputs, InputSpec
 from workers.vit.models.registry import tower_of
 
 logger = logging.getLogger(__name__)
-VERSION = 2  # of what is exported: a change of the encoder's arithmetic or inputs makes old files useless
+VERSION = 3  # of what is exported: a change in the arithmetic of a tower of ours makes old files useless
+LIMITS = ("min_pixels", "max_pixels")  # of what is encoded: no encoder depends on them
 OPSET = 23  # the first with an Attention operator
 OUTPUT = "embeddings"
 FILE = "encoder.onnx"
@@ -104,18 +106,20 @@ def _dim(axis: Axis) -> Any:
 def exported(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
     """The file for the checkpoint in `folder`, exported now if it is not in the cache yet.
 
-    One process exports, others wait for it.
+    One process exports, others wait for it. Raises ValueError for weights in a format that is not known.
     """
-    tower, vision = tower_of(info), info.vision
+    tower = tower_of(info)
     place = cache / "onnx" / _key(info, folder, dtype)
     with locked(place, progress):
         if not (place / FILE).exists():
             logger.info("exporting the vision encoder to %s", place)
             with unfinished(place) as draft:
-                checkpoint = Checkpoint(folder, dtype, torch.device("cpu"), progress)
-                checkpoint.expect(tower.prefix)
-                export(tower.encoder(vision, Weights(checkpoint, [Dense(TorchLinear)])), draft / FILE)
-                checkpoint.close()
+                weights = open_weights(
+                    folder, dtype, torch.device("cpu"), progress=progress, dense=Dense(TorchLinear)
+                )
+                weights.expect(tower.prefix)
+                export(tower.encoder(info.vision, weights), draft / FILE)
+                weights.close()
     return place / FILE
 
 
@@ -155,6 +159,21 @@ def _key(info: ModelInfo, folder: Path, dtype: torch.dtype) -> str:
     """
     stats = [(path.name, path.stat()) for path in sorted(folder.resolve().glob("*.safetensors"))]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    tower = info.family.tower, dataclasses.asdict(info.vision)
+    shape = {name: value for name, value in dataclasses.asdict(info.vision).items() if name not in LIMITS}
+    inputs = repr(tower_of(info).preparation(info.vision).specs)
+    tower = info.family.tower, _source(info.family.tower), shape, inputs
     told = json.dumps([VERSION, OPSET, torch.__version__, str(dtype), str(folder.resolve()), tower, files])
     return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _source(tower: str) -> str:
+    """A digest of the code beside the module of a tower that another package brings; of ours, `VERSION`
+    tells."""
+    if tower.partition(".")[0] == __name__.partition(".")[0]:
+        return ""
+    module = importlib.import_module(tower)
+    assert module.__file__ is not None
+    file, digest = Path(module.__file__), hashlib.sha256()
+    for path in sorted(file.parent.glob("*.py")) if module.__package__ else [file]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

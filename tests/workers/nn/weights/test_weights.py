@@ -165,6 +165,13 @@ def test_what_a_format_does_not_hold_is_dense(stored: Stored) -> None:
     assert not weights.has_module("lm_head")
 
 
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_a_weight_at_hand_may_have_a_bias(kind: str, stored: Stored) -> None:
+    x, weight, bias = torch.rand(3, IN), torch.rand(OUT, IN), torch.rand(OUT)
+    linear = stored.weights(kind).packed("head", weight, bias)
+    torch.testing.assert_close(linear(x), F.linear(x, weight, bias))
+
+
 def configure(folder: Path, quantization: object, place: str = "") -> None:
     config = {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps({place: config} if place else config))

@@ -18,7 +18,6 @@ from workers.api.submission import Submission
 
 class ToyRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     prompt: str
-    n: int | None = None
     budget: int | None = None
 
 
@@ -41,7 +40,7 @@ class ToyCompletions(Endpoint):
             request_id="toy",
             messages=[ChatMessage("user", request.prompt)],
             media=[],
-            sampling=to_sampling(request, defaults, n=request.n, max_tokens=request.budget, logprobs=None),
+            sampling=to_sampling(request, defaults, max_tokens=request.budget, logprobs=None),
             is_streamed=request.stream,
         )
 

@@ -1,0 +1,38 @@
+"""The text model's numbers, by the names that transformers gives them: families with M-RoPE share this."""
+
+from __future__ import annotations
+
+from pipeline.families.base import TextInfo
+from pipeline.families.files import CheckpointFiles
+
+ROPE_THETA = 1_000_000.0
+
+
+def read_text(files: CheckpointFiles) -> TextInfo:
+    """Raises ValueError for a missing key, and for what no decoder computes."""
+    text, config, rope = files.text, files.config, files.rope
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in ("default", "mrope"):
+        what = f"has rotary embeddings of the unknown type {rope_type!r}"
+        raise ValueError(f"model {str(files.folder)!r} {what}")
+    if text.get("use_sliding_window") or config.get("use_sliding_window"):
+        raise ValueError(f"model {str(files.folder)!r} uses a sliding attention window, which is not served")
+    hidden_size = files.integer(text, "hidden_size")
+    num_heads = files.integer(text, "num_attention_heads")
+    time, height, width = files.need(rope, "mrope_section")
+    theta = rope.get("rope_theta") or text.get("rope_theta") or config.get("rope_theta")
+    return TextInfo(
+        hidden_size=hidden_size,
+        intermediate_size=files.integer(text, "intermediate_size"),
+        num_layers=files.integer(text, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
+        head_dim=int(text.get("head_dim") or hidden_size // num_heads),
+        vocab_size=files.integer(text, "vocab_size"),
+        # 1e-5 in transformers' class, 1e-6 in the published files.
+        rms_norm_eps=float(files.need(text, "rms_norm_eps")),
+        rope_theta=float(theta or ROPE_THETA),
+        mrope_section=(int(time), int(height), int(width)),
+        max_position_embeddings=files.integer(text, "max_position_embeddings"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+    )
