@@ -101,7 +101,7 @@ class _Relay:
         self._read_control()
         self._greet()
         for _ in range(MAX_RELAYED):  # one by one: each is judged when those before it count
-            self._gateway.on_subscriptions(self._outputs.subscriptions(most=1))
+            self._gateway.on_subscriptions(self._outputs.subscriptions(max_events=1))
         self._relay_ingest()
         self.relay_outputs()
         if (now := time.monotonic()) >= self._stats_due:
