@@ -1,4 +1,4 @@
-"""The decoder of Qwen2: attention with biases, a gated MLP, M-RoPE whose sections lie side by side."""
+"""The decoder of Qwen2: attention with biases, a gated MLP, M-RoPE with contiguous sections."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class _Layer:
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
-            bias=bias if has_kernels else None,  # which a kernel adds
+            bias=bias if has_kernels else None,  # added by a kernel
         )
         self.mlp = Mlp(weights.under("mlp"), heads.mlp, kernels)
         self.input_norm = RMSNorm(weights.tensor("input_layernorm.weight"), info.rms_norm_eps)
@@ -112,10 +112,7 @@ class _Layer:
 
 
 def _rotary_constants(info: TextInfo, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The row of positions that each frequency turns with, and the frequencies in float32.
-
-    Both [head_dim / 2].
-    """
+    """The row of positions for each frequency, and the frequencies in float32; both [head_dim / 2]."""
     section, dim = info.mrope_section, info.head_dim
     axes = torch.tensor([axis for axis, length in enumerate(section) for _ in range(length)], device=device)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
