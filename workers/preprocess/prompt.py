@@ -1,9 +1,7 @@
-"""From chat messages to token ids: the model's own template and tokenizer, and a placeholder for every
-picture.
+"""From chat messages to token ids: the model's own template and tokenizer, and placeholders for items.
 
-What a user writes is text, whatever it looks like: a special token spelt out in it never becomes one, so it
-can neither end a turn nor take a picture's place. Placeholders belong to pictures by position, never by
-searching token ids.
+A user's text stays text: a special token spelt out in it never becomes one, so that it can neither end a turn
+nor take a picture's place. Placeholders are matched to items by position, never by searching token ids.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class Prompt(NamedTuple):
 
 
 class _TemplateRefusal(Exception):
-    """The template itself refused the messages, in its author's words."""
+    """The template refused the messages, with its own message."""
 
 
 class ChatPrompt:
@@ -43,7 +41,7 @@ class ChatPrompt:
         self, folder: Path, image_token_id: int, video_token_id: int, max_tokens: int = 1 << 20
     ) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Specials are matched by us, in the template's own text; everything else is plain.
+        # Special tokens are matched here, in the template's own text only; all else is plain text.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -53,7 +51,7 @@ class ChatPrompt:
             "|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)"
         )
         self._image_token_id, self._video_token_id = image_token_id, video_token_id
-        # A text longer than this cannot fit whatever its tokens are: it is refused before it is tokenised.
+        # A longer text cannot fit `max_tokens`, whatever its tokens: it is refused before tokenization.
         self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
@@ -65,11 +63,9 @@ class ChatPrompt:
         self._template = environment.from_string(_read_template(folder))
 
     def build(self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]]) -> Prompt:
-        """`segments[i]` take the place of the i-th picture or video. Raises RequestError, naming the field at
-        fault.
-        """
-        # Put behind every character with which a special token begins, wherever a user writes it, so that no
-        # special can begin in a user's text, not even spread over several parts; taken out again below.
+        """`segments[i]` replace the i-th picture or video. Raises RequestError that names the field."""
+        # Inserted after every character with which a special token begins, in users' text, so that no special
+        # token can begin there, not even spread over several parts; removed again below.
         mark = secrets.token_hex(8)
         media = [part for part in parts_of(messages) if not isinstance(part, TextPart)]
         wanted = [
@@ -102,7 +98,7 @@ class ChatPrompt:
         return Prompt(token_ids, spans)
 
     def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
-        """Appends an item to the prompt. Its text is the family's, so specials in it are meant."""
+        """Appends an item to the prompt. Its text is the family's: special tokens in it are intended."""
         spans: list[Span] = []
         for segment in segments:
             match segment:
@@ -139,7 +135,7 @@ class ChatPrompt:
             return {"role": message.role, "content": plain(content)}
         parts = [_as_template_part(part, plain) for part in content]
         if all("text" in part for part in parts):
-            # Not every template knows lists for every role; without pictures the parts are one text.
+            # Some templates take lists of parts not for every role; without pictures the parts are one text.
             return {"role": message.role, "content": "".join(part["text"] for part in parts)}
         return {"role": message.role, "content": parts}
 
@@ -191,8 +187,8 @@ def _raise_refusal(reason: str) -> None:
 
 
 def _read_template(folder: Path) -> str:
-    """The template where transformers puts it: a file of its own, `chat_template.json`, or the tokenizer's
-    settings."""
+    """The template from where transformers writes it: its own file, `chat_template.json`, or the tokenizer's
+    config."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text()
     for name in ("chat_template.json", "tokenizer_config.json"):

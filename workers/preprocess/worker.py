@@ -32,12 +32,12 @@ from workers.model_info import model_info_of
 from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
-COPIES_OF_MEDIA = 2  # as they came, in base64, and decoded
+COPIES_OF_MEDIA = 2  # in base64, and decoded
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
 LIFE_INTERVAL_S = 0.5
-STUCK_S = 30.0  # in one piece of work of a thread: the longest text takes some seconds
+STUCK_S = 30.0  # for one piece of work in a thread: the longest text takes some seconds
 
 
 def main(context: WorkerContext) -> None:
@@ -45,14 +45,14 @@ def main(context: WorkerContext) -> None:
 
 
 def allowed_mib(config: PreprocessConfig) -> int:
-    """Memory that the work of this process may take; processes that read media have a limit of their own."""
+    """Memory for the work of this process; reading processes have a limit of their own."""
     if config.preprocess_memory_mib is not None:
         return config.preprocess_memory_mib
     return BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib
 
 
 async def _run(context: WorkerContext) -> None:
-    # Bound first: what clients and LLMs send waits from now on.
+    # Bound first: messages of clients and LLMs queue from now on.
     max_message = (context.config.api.max_request_mib + 1) * MIB
     ingest = context.sockets.async_receiver(INGEST, max_message_bytes=max_message)
     feedback = context.sockets.async_receiver(FEEDBACK)
@@ -62,7 +62,7 @@ async def _run(context: WorkerContext) -> None:
 
 
 class _Process:
-    """The loops around a `Preprocessor`. What ends the process is raised in one of its tasks."""
+    """The loops around a `Preprocessor`. An exception in one of its tasks ends the process."""
 
     def __init__(
         self, context: WorkerContext, ingest: AsyncReceiver[IngestMessage],
@@ -109,7 +109,7 @@ class _Process:
             message = (await control.receive()).message
             match message:
                 case Shutdown():
-                    await self._core.close()  # no process that reads media outlives the pipeline
+                    await self._core.close()  # ends the reading processes
                     raise ShutdownRequested
                 case Drain():
                     self._drain()
@@ -118,7 +118,7 @@ class _Process:
                     if message.is_draining:
                         self._drain()
                 case Retire():
-                    pass  # of an endpoint
+                    pass  # only endpoints retire
                 case _:
                     assert_never(message)
 
@@ -136,7 +136,7 @@ class _Process:
             await asyncio.sleep(interval)
 
     async def _show_life(self) -> None:
-        """As long as the loop turns, and no thread is stuck."""
+        """Counts progress as long as the loop turns and no thread is stuck."""
         while True:
             if self._core.recording.longest_s(time.monotonic()) < STUCK_S:
                 self._context.recorder.move()
