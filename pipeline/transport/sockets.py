@@ -208,7 +208,7 @@ class Sockets:
         assert edge.pattern is Pattern.PUB_SUB
         socket = self._socket(context, zmq.SUB, edge, rank)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start after us
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start later
         socket.connect(self._url(edge, rank))
         return socket
 

@@ -1,6 +1,6 @@
 """The processes that read pictures and videos: bounded in number, started when needed, requests in turn.
 
-A job is whole: any process can do it. A job that takes too much processor time or memory, stands still, or
+A job is whole: any process can do it. A job that takes too much processor time or memory, hangs, or
 kills its process ends in a RequestError for its request, and the next job gets a fresh process.
 """
 
@@ -151,7 +151,7 @@ class MediaReaders:
             raise no_room(error, field) from None
 
     async def _try(self, child: ReaderChild, job: Job, number: int, source: Source) -> Answer:
-        """Raises _Died, TimeoutError for a child that stands still, and OSError where its inbox gets no room.
+        """Raises _Died, TimeoutError for a hung child, and OSError where its inbox gets no room.
         The child is reaped first."""
         if isinstance(job, VideoJob):
             job = msgspec.structs.replace(job, is_new=child.video != number)
