@@ -23,10 +23,10 @@ OF_FRAMES = ("nframes", "video_start", "video_end")
 OF_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
-def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, field: str) -> None:
+def check_settings(part: ImagePart | VideoPart, info: ModelInfo, max_frames: int, field: str) -> None:
     """Raises RequestError for settings that are senseless for any media, before media are fetched.
 
-    `most` is the server's limit of frames.
+    `max_frames` is the server's limit of frames.
     """
     vision, video = info.vision, info.video
     limits = vision if isinstance(part, ImagePart) else video
@@ -36,10 +36,10 @@ def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, fiel
         return
     for name in ("total_pixels", "nframes"):
         _at_least(1, getattr(part, name), name, field)
-    _frame_limits(part, video.min_frames, most, vision.temporal_patch_size, field)
+    _frame_limits(part, video.min_frames, max_frames, vision.temporal_patch_size, field)
     _check_window(part, field)
     if part.frames:
-        _check_frame_list(part, info, most, field)
+        _check_frame_list(part, info, max_frames, field)
 
 
 def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) -> ImageSize:
@@ -64,18 +64,18 @@ def video_frame_size(
 
 
 def chosen_frames(
-    part: VideoPart, metadata: VideoMetadata, info: ModelInfo, most: int, field: str
+    part: VideoPart, metadata: VideoMetadata, info: ModelInfo, max_frames: int, field: str
 ) -> list[int]:  # fmt: skip
-    """The numbers of the sampled frames, at most `most`."""
+    """The numbers of the sampled frames, at most `max_frames`."""
     multiple = info.vision.temporal_patch_size
-    low, high = _frame_limits(part, info.video.min_frames, most, multiple, field)
+    low, high = _frame_limits(part, info.video.min_frames, max_frames, multiple, field)
     start, end = frame_range(part, metadata, field)
     window, rate = end - start, metadata.fps
     if part.nframes is None:
         fps = info.video.fps if part.fps is None else part.fps
         numbers = info.family.sample_frames(window, rate, fps, low, high, info)
     else:
-        count = _whole_number_of_frames(part.nframes, window, most, multiple, field)
+        count = _whole_number_of_frames(part.nframes, window, max_frames, multiple, field)
         # Every frame: the rate is the video's own, and both limits are the count.
         numbers = info.family.sample_frames(window, rate, rate, count, count, info)[:count]
     return [start + number for number in numbers]
@@ -114,7 +114,7 @@ def _check_window(part: VideoPart, field: str) -> None:
         raise RequestError(what, field=f"{field}.video_start")
 
 
-def _check_frame_list(part: VideoPart, info: ModelInfo, most: int, field: str) -> None:
+def _check_frame_list(part: VideoPart, info: ModelInfo, max_frames: int, field: str) -> None:
     """Checks a video given as a list of pictures. A rate is accepted where the family uses it."""
     for name in OF_FRAMES if info.family.has_frame_times else ("fps", *OF_FRAMES):
         if getattr(part, name) is not None:
@@ -124,7 +124,7 @@ def _check_frame_list(part: VideoPart, info: ModelInfo, most: int, field: str) -
         what = "a list of frames has no uuid, and its limits of size are those of the video"
         raise RequestError(what, field=field)
     count = len(part.frames)
-    low, high = _frame_limits(part, 1, most, info.vision.temporal_patch_size, field)
+    low, high = _frame_limits(part, 1, max_frames, info.vision.temporal_patch_size, field)
     if count > high:
         raise RequestError(f"the video has {count} frames, the limit is {high}", field=field)
     if part.min_frames is not None and count < low:
@@ -157,21 +157,20 @@ def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -
     """The smallest and the largest area, in pixels. `low` and `high` are the server's."""
     for name in ("min_pixels", "max_pixels"):
         _at_least(1, getattr(part, name), name, field)
-    least, most = part.min_pixels, part.max_pixels
-    if least is not None and most is not None and least > most:
-        raise RequestError(
-            f"min_pixels must be at most max_pixels, got {least} and {most}", field=f"{field}.min_pixels"
-        )  # fmt: skip
-    if least is not None and least > high:
-        what = f"min_pixels must be at most the server's {high}, got {least}"
+    min_pixels, max_pixels = part.min_pixels, part.max_pixels
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        what = f"min_pixels must be at most max_pixels, got {min_pixels} and {max_pixels}"
         raise RequestError(what, field=f"{field}.min_pixels")
-    high = high if most is None else min(high, most)
+    if min_pixels is not None and min_pixels > high:
+        what = f"min_pixels must be at most the server's {high}, got {min_pixels}"
+        raise RequestError(what, field=f"{field}.min_pixels")
+    high = high if max_pixels is None else min(high, max_pixels)
     # A smaller area than the server's smallest is allowed, if requested: it costs less.
-    return AreaLimits(min(low if least is None else max(low, least), high), high)
+    return AreaLimits(min(low if min_pixels is None else max(low, min_pixels), high), high)
 
 
-def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: str) -> tuple[int, int]:
-    """The smallest and the largest number of frames. `low` is the model's, `most` the server's."""
+def _frame_limits(part: VideoPart, low: int, max_frames: int, multiple: int, field: str) -> tuple[int, int]:
+    """The smallest and the largest number of frames. `low` is the model's, `max_frames` the server's."""
     if part.fps is not None and not 0 < part.fps < math.inf:
         raise RequestError(f"fps must be above 0, got {shown(part.fps)}", field=f"{field}.fps")
     if part.fps is not None and part.nframes is not None:
@@ -184,13 +183,13 @@ def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: st
         if part.min_frames is not None and part.min_frames > part.max_frames:
             what = f"min_frames must be at most max_frames, got {part.min_frames} and {part.max_frames}"
             raise RequestError(what, field=f"{field}.min_frames")
-        most = min(most, part.max_frames)
-    return low, most
+        max_frames = min(max_frames, part.max_frames)
+    return low, max_frames
 
 
-def _whole_number_of_frames(asked: int, total: int, most: int, multiple: int, field: str) -> int:
+def _whole_number_of_frames(asked: int, total: int, max_frames: int, multiple: int, field: str) -> int:
     count = round(asked / multiple) * multiple
-    high = min(total, most)
+    high = min(total, max_frames)
     if not multiple <= count <= high:
         limits = f"between {multiple} and {high} (the video has {total} frames)"
         raise RequestError(f"nframes must be {limits}, got {shown(asked)}", field=f"{field}.nframes")

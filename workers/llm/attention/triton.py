@@ -87,8 +87,8 @@ def choose_num_splits(num_sequences: int, num_kv_heads: int, num_processors: int
     A power of two, since each number compiles a kernel of its own.
     """
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // max(1, num_sequences * num_kv_heads))
-    most = max(1, min(-(-longest // DECODE_KEYS), MAX_SPLITS))
-    return 1 << min((wanted - 1).bit_length(), most.bit_length() - 1)
+    max_splits = max(1, min(-(-longest // DECODE_KEYS), MAX_SPLITS))
+    return 1 << min((wanted - 1).bit_length(), max_splits.bit_length() - 1)
 
 
 class Layout(NamedTuple):

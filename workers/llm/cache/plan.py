@@ -63,8 +63,8 @@ def plan_cache(
         remedy = "raise kv_cache_gib or lower max_num_seqs"
         raise ValueError(f"{needed}, but there is room for {gib:.3f}: {remedy}")
     block_bytes = block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
-    most = -(-max_position_embeddings // block_size) * num_seqs
-    fitting = int((gib - states_gib) * GIB / block_bytes) if block_bytes else most
+    max_blocks = -(-max_position_embeddings // block_size) * num_seqs
+    fitting = int((gib - states_gib) * GIB / block_bytes) if block_bytes else max_blocks
     length = min(max_position_embeddings, fitting * block_size) if asked is None else asked
     context = -(-length // block_size)
     if context > fitting or length < 1:
