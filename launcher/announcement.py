@@ -1,4 +1,4 @@
-"""What the launcher says once all workers serve: where, and a request to try."""
+"""What the launcher prints once all workers serve: the address, and a request to try."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def announce(config: Config, model: Model, run_dir: Path, port: int) -> None:
-    """`port` is the one on which the endpoint listens."""
+    """`port` is the endpoint's."""
     url = f"http://{shown_host(config.api.host)}:{port}"
     logger.info("serving %s at %s (run directory %s)", model.name, url, run_dir)
     if config.has_gateway:
@@ -27,21 +27,20 @@ def announce(config: Config, model: Model, run_dir: Path, port: int) -> None:
 
 
 def _shown_key(config: ApiConfig) -> str:
-    """What stands for a key in the example; empty: none is needed."""
+    """The placeholder for a key in the example; empty where no key is needed."""
     if not config.keys:
         return ""
     return "$VLM_API_KEY" if config.key_is_in_environment else "YOUR_KEY"
 
 
 def shown_host(host: str) -> str:
-    """The host as it is written in a URL; for a wildcard, the loopback address, which reaches it from
-    here."""
+    """The host as written in a URL; the loopback address for a wildcard."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
 def example_request(url: str, model: Model, key: str) -> str:
-    """A curl command for the shell; with a picture where the model comes with one. `key` stands for a key."""
+    """A curl command; with a picture where the model comes with one. `key` is a placeholder."""
     header = f' -H "Authorization: Bearer {key}"' if key else ""
     head = f"curl -s {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d "
     if model.sample is None:

@@ -1,4 +1,4 @@
-"""The API keys of the endpoint: from a file and the environment, and out of everybody's sight."""
+"""The API keys of the endpoint: read from a file and the environment, and hidden from `ps`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipeline.config import ApiConfig, ApiKey
 logger = logging.getLogger(__name__)
 VARIABLE = "VLM_API_KEY"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Places in /proc/self/stat behind the name, counted from 0: where arguments and environment begin and end.
+# Fields of /proc/self/stat, counted from 0: the addresses at which arguments and environment begin and end.
 ARGUMENTS, ENVIRONMENT = slice(45, 47), slice(47, 49)
 
 
 def with_keys(config: ApiConfig, variable: str) -> ApiConfig:
     """Adds the keys of the file, and those of the environment variable's value.
 
-    Raises ValueError, which shows no key, for what is none, and OSError for a file that cannot be read.
+    Raises ValueError, which shows no key, for a malformed one, and OSError for a file that cannot be read.
     A file without a key is an error: the server would be open to all.
     """
     found = list(_from_variable(variable)) if variable.strip() else []
-    # As the value of an Authorization header the variable serves only if it is one key without a name.
+    # The example may use the variable as it is only if that is one key without a name.
     is_one_key = [key.key for key in found] == [variable.strip()]
     if config.api_key_file:
         found += _from_file(Path(config.api_key_file))
@@ -39,7 +39,7 @@ def _from_file(path: Path) -> list[ApiKey]:
     if stat.S_ISREG(mode := path.stat().st_mode) and mode & stat.S_IROTH:
         logger.warning("everybody on this machine may read the keys in %s", path)
     found = []
-    # utf-8-sig: some editors put a mark before the first line
+    # utf-8-sig: some editors write a byte order mark
     for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         if (text := line.strip()) and not text.startswith("#"):
             name, colon, key = text.partition(":")
@@ -69,11 +69,11 @@ def _named(name: str, key: str, place: str) -> ApiKey:
 def hide(secrets: Sequence[str]) -> None:
     """Overwrites secrets in this process's arguments, and VARIABLE in its environment, as `ps` shows them.
 
-    The kernel shows the memory in which it has put both at the start. What cannot be found there is left,
-    with a warning.
+    `ps` reads the memory where the kernel put both at the start. If they are not found there, this only
+    warns.
     """
     numbers = [int(field) for field in Path("/proc/self/stat").read_text().rpartition(")")[2].split()[1:]]
-    # The first field behind the name is a letter and was left out: places are one less than the counted ones.
+    # The first field behind the name is a letter and is left out: hence `- 1`.
     for place, shown in ((ARGUMENTS, "cmdline"), (ENVIRONMENT, "environ")):
         start, end = numbers[place.start - 1 : place.stop - 1]
         data = Path(f"/proc/self/{shown}").read_bytes()
@@ -86,7 +86,7 @@ def hide(secrets: Sequence[str]) -> None:
 
 
 def _hidden(data: bytes, secrets: Sequence[bytes]) -> bytes:
-    """Of the same length, asterisks for secrets: where one is a whole argument, or a value behind `=`."""
+    """The data with asterisks for secrets that are a whole argument or a value behind `=`; same length."""
     entries = []
     for entry in data.split(b"\0"):
         name, equals, value = entry.partition(b"=")

@@ -1,6 +1,6 @@
-"""The command line, read off the dataclasses of `pipeline.config`, and the start of everything.
+"""The command line, read off the dataclasses of `pipeline.config`, and the start of the supervisor.
 
-The only place that reads the environment; `environment.py` says what it means.
+The only place that reads the environment; `environment.py` interprets it.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def main(arguments: Sequence[str]) -> int:
     hide([key for key in (*config.api.api_key, config.api.admin_key, config.preprocess.media_proxy) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
-        # Taken out of the environment: workers have no use for it.
+        # Removed from the environment: workers do not need it.
         config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
         home = home_folder(os.environ)
         if home is None and config.launcher.cache_dir:
-            os.environ["HOME"] = config.launcher.cache_dir  # a hub's client keeps what it downloads there
+            os.environ["HOME"] = config.launcher.cache_dir  # where hubs' clients keep downloads
         can_keep = home is not None or any(os.environ.get(name) for name in ("HOME", *PLACES_OF_HUBS))
         model = find_model(config.model, can_keep)
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))

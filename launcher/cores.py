@@ -1,4 +1,4 @@
-"""How many cores this process may use: those that it may run on, as far as a container's quota goes."""
+"""The cores that this process may use: its affinity, cut to the CPU quota of its container."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PROCESS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def usable_cores(affinity: Sequence[int], process: Path = PROCESS, mount: Path = MOUNT) -> list[int]:
-    """As many of the cores as the quota has time for, at least one.
+    """As many cores as the quota pays for, at least one.
 
-    More threads than that would all stand still together, for tens of milliseconds, once the quota of a
-    period is spent. Which cores is drawn: every container on a machine sees the same ones, and the first
-    few would be everybody's.
+    With more threads the quota of a period is spent early, and all threads are throttled for tens of
+    milliseconds. The cores are drawn at random: every container on a machine sees the same list, and all
+    would take the first few.
     """
     cores = sorted(affinity)
     quota = cpu_quota(process, mount)
@@ -29,7 +29,7 @@ def usable_cores(affinity: Sequence[int], process: Path = PROCESS, mount: Path =
 
 
 def cpu_quota(process: Path = PROCESS, mount: Path = MOUNT) -> float | None:
-    """Cores' worth of time that the control groups of this process allow; None without a limit."""
+    """The quota of this process's control groups in cores; None without a limit."""
     return min(_quotas(process, mount), default=None)
 
 
@@ -48,9 +48,9 @@ def _quotas(process: Path, mount: Path) -> Iterator[float]:
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """The folder of a group and all above it, up to the mount.
+    """The folders of a group and of its parents, up to the mount.
 
-    In a container the path may be the host's, of which only the mount is there.
+    In a container the path may be the host's; then only the mount exists.
     """
     folder = root / path.strip().lstrip("/")
     while folder.is_relative_to(root):
@@ -59,7 +59,7 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
 
 
 def _quota_of(quota: str = "", period: str = "100000") -> Iterator[float]:
-    """ "max", or -1 in version 1, is no limit; nor is what is no number."""
+    """Nothing for "max", for -1 (version 1), and for what is no number: no limit."""
     if quota.strip().isdecimal() and period.strip().isdecimal() and int(period):
         yield int(quota) / int(period)
 

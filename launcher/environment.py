@@ -1,8 +1,7 @@
-"""What the launcher takes from its environment: where it may keep files, and what its workers are given.
+"""The folders in which the launcher may keep files, and its workers' environment.
 
-A container often has no home folder, a user without a name, and a folder for temporary files with a long
-name. None of that stops a start; what cannot be had is said with the option that gives it. Nothing here
-reads the environment: it is given.
+A container often has no home folder, a user without a name, and a long path for temporary files. None of that
+stops a start; an error names the option that helps. Nothing here reads the environment: it is an argument.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathlib import Path
 from pipeline.wire.topology import MAX_IPC_PATH
 
 logger = logging.getLogger(__name__)
-MAX_SOCKET_NAME = 28  # characters: of an edge with its rank and epoch, and of what the MPS daemon binds
-BRIEF_CACHE = "vlm-cache"  # in the run directory, with which it ends
+MAX_SOCKET_NAME = 28  # characters: an edge with its rank and epoch, or a socket of the MPS daemon
+BRIEF_CACHE = "vlm-cache"  # in the run directory, and removed with it
 OWN_RUN_DIR = len("/vlm-12345678/")
 MAX_BASE = MAX_IPC_PATH - OWN_RUN_DIR - MAX_SOCKET_NAME
 NAMES_OF_USER = (
@@ -26,7 +25,7 @@ NAMES_OF_USER = (
     "LNAME",
     "USERNAME",
 )  # where getpass.getuser looks before it asks the system
-# Where clients of hubs keep files without a home folder.
+# Variables that tell clients of hubs where to keep files.
 PLACES_OF_HUBS = ("HF_HOME", "HF_HUB_CACHE", "MODELSCOPE_CACHE", "XDG_CACHE_HOME")
 
 
@@ -39,7 +38,7 @@ def _entry_name() -> str:
 
 
 def can_make(folder: Path) -> bool:
-    """Whether this process may write in the folder, or make it."""
+    """Whether this process may write in the folder, or create it."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
@@ -58,10 +57,7 @@ def home_folder(environment: Mapping[str, str], entry_home: Callable[[], str] = 
 
 
 def cache_folder(option: str, environment: Mapping[str, str], home: Path | None, run_dir: Path) -> Path:
-    """Where exported and built encoders are kept.
-
-    Raises ValueError for a folder that was asked for in vain.
-    """
+    """Where exported and built encoders are kept. Raises ValueError if `option` names an unusable folder."""
     if option:
         if not can_make(Path(option)):
             raise ValueError(f"cache_dir {option!r} cannot be written")
@@ -75,18 +71,15 @@ def cache_folder(option: str, environment: Mapping[str, str], home: Path | None,
 
 
 def run_dir_base(environment: Mapping[str, str], temporary: Path) -> Path:
-    """Where a run directory is made.
-
-    Raises ValueError where every place has too long a name for sockets in it.
-    """
+    """Where a run directory is created. Raises ValueError where every path is too long for sockets in it."""
     runtime = Path(environment.get("XDG_RUNTIME_DIR", ""))
     places: Sequence[Path] = (*([runtime] if runtime.is_absolute() else []), temporary, Path("/tmp"))
     for base in places:
         if len(os.fsencode(base)) <= MAX_BASE and os.access(base, os.W_OK | os.X_OK):
             return base
-    told = ", ".join(map(str, dict.fromkeys(places)))
+    tried = ", ".join(map(str, dict.fromkeys(places)))
     raise ValueError(
-        f"no place for a run directory: of {told} none can be written and has at most {MAX_BASE} bytes, "
+        f"no place for a run directory: of {tried} none can be written and has at most {MAX_BASE} bytes, "
         "as the names of sockets need; set TMPDIR to a shorter one, or give --run-dir"
     )
 
@@ -97,16 +90,16 @@ def workers_environment(
     cache: Path,
     entry_name: Callable[[], str] = _entry_name,
 ) -> dict[str, str]:
-    """Ours, and what a process can only settle before it starts.
+    """`ours`, and what a process must set before it starts.
 
-    Large blocks of memory in huge pages: weights are then read with few look-ups, and a large activation
-    costs some page faults instead of ten thousand. And how long a thread spins for work: on a core which
-    another process needs that costs whole scheduler ticks, but one that sleeps at once is woken hundreds of
-    times a step. So many turns last from one operation of a step to the next, some ten microseconds. How
-    many threads compute each worker says itself; NumPy's library would start them when it is loaded.
+    Huge pages for large blocks: fewer TLB misses while weights are read, and some page faults for a large
+    activation instead of ten thousand. The spin count of OpenMP threads: on a core that another process
+    needs, spinning costs whole scheduler ticks; a thread that sleeps at once is woken hundreds of times a
+    step. The count bridges two operations of a step, some ten microseconds. One thread for NumPy's library,
+    which starts its threads when it is loaded; each worker sets its own number later.
 
     Without a home, or a user's name, libraries that keep compiled kernels (Triton, torch, the driver) fail
-    or write where they are started: they get the cache folder for a home, and the uid for a name.
+    or write into the working directory: the cache folder becomes their home, and the uid the name.
     """
     tunables, users = "glibc.malloc.hugetlb=1", ours.get("GLIBC_TUNABLES")
     inherited = {name: value for name, value in ours.items() if name != "OMP_WAIT_POLICY"}

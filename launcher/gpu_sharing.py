@@ -1,8 +1,8 @@
-"""How a ViT and an LLM rank share a GPU: in turns, or at once by a private NVIDIA MPS daemon.
+"""How a ViT and an LLM rank share a GPU: in time slices, or at once through a private NVIDIA MPS daemon.
 
-Without MPS the driver gives one process at a time the whole GPU, a slice each. With it their kernels run side
-by side, and a fault of one reaches all. The daemon belongs to this launcher: its sockets are in the run
-directory, and it ends with it.
+Without MPS the driver gives the whole GPU to one process at a time. With MPS kernels of several processes run
+side by side, and a fault of one reaches all. The daemon's sockets are in the run directory, and it ends with
+this launcher.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ for error, *_ in (runtime.cudaMemset(pointer, 1, 1 << 20), runtime.cudaDeviceSyn
 
 
 class MpsUnavailable(Exception):
-    """MPS cannot be used here; says why."""
+    """MPS cannot be used here, and why."""
 
 
 @contextmanager
 def gpu_sharing(
     config: Config, run_dir: Path, environment: Mapping[str, str], driver: Path = Path("/dev/nvidiactl")
 ) -> Iterator[dict[str, str]]:
-    """The workers' environment, with a daemon behind it where GPUs are shared by MPS.
+    """The workers' environment; a daemon runs meanwhile where GPUs are shared by MPS.
 
-    Raises ValueError where `mps` is asked for in vain.
+    Raises ValueError where the option says `mps` and MPS is unavailable.
     """
     option = config.launcher.gpu_sharing
     if option == "mps" and config.model.device == "cpu":
@@ -79,11 +79,11 @@ class _Mps:
 
     def start(self, control: str) -> None:
         """Returns with a running daemon that has passed its probe. Raises MpsUnavailable."""
-        # what a launcher left that was killed; this one has the run directory's lock
+        # files of a killed launcher: this one holds the lock of the run directory
         shutil.rmtree(self._folder, ignore_errors=True)
         for path in (self._folder, self._pipes, self._logs):
             path.mkdir(mode=0o700)
-        # A session of its own, as Ctrl-C is for the launcher; and should that be killed, so is the daemon.
+        # A session of its own, so that Ctrl-C reaches the launcher only; killed if the launcher is killed.
         self._process = subprocess.Popen(
             [control, "-f"], env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -106,7 +106,7 @@ class _Mps:
             time.sleep(0.05)
 
     def _probe(self) -> None:
-        """Something small is computed by a client of the daemon."""
+        """A client of the daemon computes something small."""
         try:
             done = subprocess.run(
                 [sys.executable, "-c", PROBE],

@@ -1,5 +1,5 @@
-"""The endpoint's sockets: the launcher listens and hands them to each incarnation of `api`, so that clients
-wait meanwhile, and are not refused."""
+"""The endpoint's sockets: the launcher listens and passes them to each incarnation of `api`, so that between
+two incarnations clients wait and are not refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BACKLOG = 1024
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """On every address of a host; port 0: on any, the same for all. Raises OSError that names the address."""
+    """On every address of a host; port 0: one free port for all. Raises OSError that names the address."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     for family, _, _, _, address in dict.fromkeys(found):

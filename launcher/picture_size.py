@@ -1,5 +1,4 @@
-"""How large pictures are seen where there is no GPU: a checkpoint's own limit may keep a processor busy for
-minutes."""
+"""The default `max_pixels` without a GPU: a checkpoint's own limit may keep a processor busy for minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from pipeline.families import read_model_info
 
 logger = logging.getLogger(__name__)
 CPU_TOKENS = 1280  # of one picture
-DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter of Windows' Linux
+DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # dxg: Linux on Windows (WSL)
 PROBE = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 PROBE_TIMEOUT_S = 120.0  # torch's import, from a slow disk
 
@@ -39,8 +38,8 @@ def limit_pictures(
     config: Config, folder: Path, environment: Mapping[str, str], drivers: Sequence[Path] = DRIVERS,
     has_cuda: Callable[[Mapping[str, str]], bool] = torch_has_cuda,
 ) -> Config:  # fmt: skip
-    """The same with `max_pixels` of 1280 tokens where the ViTs compute on the CPU, nobody said otherwise, and
-    the model allows more."""
+    """The config with `max_pixels` of 1280 tokens, where ViTs compute on the CPU, no option is given, and the
+    model allows more."""
     if config.preprocess.max_pixels is not None:
         return config
     vision = read_model_info(folder, config.preprocess.min_pixels).vision
@@ -61,7 +60,7 @@ def _is_on_cpu(
     config: Config, environment: Mapping[str, str], drivers: Sequence[Path],
     has_cuda: Callable[[Mapping[str, str]], bool]
 ) -> bool:  # fmt: skip
-    """As `choose_device` will find it, which torch is asked about only where that is not clear."""
+    """As `choose_device` will decide. torch, slow to import, is asked only where a driver exists."""
     if config.model.device != "auto":
         return config.model.device == "cpu"
     hidden = environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")

@@ -25,13 +25,14 @@ def place(
     num_vit_cores: int | None = None,
     is_elastic: bool = False,
 ) -> dict[WorkerId, Placement]:  # fmt: skip
-    """Divides the cores: a quarter, at least one, for the ViTs, the rest for the LLM ranks; the others float.
+    """A quarter of the cores, at least one, for the ViTs, the rest for the LLM ranks; other roles use any
+    core.
 
-    Processes that compute never share a core unless there are more of them than cores: two that wait for each
-    other's threads cost ten times in the tail. With `num_llm_cores` the ranks have the first so many, with
-    `num_vit_cores` the ViTs the last, be they the others' or not. `is_elastic`: who computes alone has all
-    cores, if no number was given. Rank i goes to GPU i, and so does ViT i, modulo the number of GPUs (which
-    `choose_device` knows).
+    ViTs and ranks share no core unless there are more of them than cores: two that wait for each other's
+    threads have ten times the tail latency. `num_llm_cores` gives the ranks the first so many cores,
+    `num_vit_cores` the ViTs the last; these two may overlap. `is_elastic`: a role that computes alone gets
+    all cores, if no number was given. Rank i goes to GPU i, and so does ViT i, modulo the number of GPUs
+    (which `choose_device` knows).
     """
     vit_cores, llm_cores = cores, cores
     if len(cores) > 1:

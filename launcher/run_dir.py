@@ -1,7 +1,6 @@
 """The private folder that holds the pipeline's sockets; one launcher at a time has it.
 
-Nothing in it is touched but what a pipeline puts there: the folder may be given, and hold the sockets of
-others.
+Only files of a pipeline are removed from it: `--run-dir` may name a folder that holds other files, too.
 """
 
 from __future__ import annotations
@@ -25,17 +24,16 @@ from pipeline.wire.topology import EDGES, MAX_IPC_PATH
 
 LOCK_TRIES, LOCK_PAUSE_S = 5, 0.02
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
-# Sockets by edge, rank and epoch; where ranks meet; who computes; what each does.
+# Sockets by edge, rank and epoch; rendezvous files of ranks; core sharing; flight recorders.
 OURS = re.compile(
     rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}|{re.escape(FLIGHT)}[a-z]+\.\d+"
 )
 
 
 class RunDir:
-    """A folder of mode 0700, locked. One made here is removed at the end; one that was given is left, with
-    its lock file only.
+    """A locked folder of mode 0700. Removed at the end, if `path` is empty; else only its lock file is left.
 
-    Raises ValueError when the folder is in use, others may enter it, or its name leaves sockets no room.
+    Raises ValueError when the folder is in use, open to other users, or too long a path for sockets.
     """
 
     def __init__(self, path: str, base: Path) -> None:
@@ -49,7 +47,6 @@ class RunDir:
             if self._is_own
             else Path(self._path).absolute()
         )
-        # With the names that sockets of late epochs have.
         excess = len(os.fsencode(self.path)) + 1 + MAX_SOCKET_NAME - MAX_IPC_PATH
         if excess > 0:
             limit = f"a socket's path has at most {MAX_IPC_PATH}"
@@ -64,16 +61,15 @@ class RunDir:
         if not self._take_lock():
             os.close(self._lock)
             raise ValueError(f"run_dir {str(self.path)!r} is in use by another launcher")
-        # A folder that is locked itself is left alone, with all in it, by what cleans folders of temporary
-        # files (systemd).
+        # systemd's cleaner of temporary files skips a locked folder with all that is in it.
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # not every file system has it
+        with contextlib.suppress(OSError):  # not every file system can lock a folder
             fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        self._clear()  # what a launcher left that was killed
+        self._clear()  # files of a killed launcher
         return self.path
 
     def _take_lock(self) -> bool:
-        """A client that asks whether its launcher lives has the lock for microseconds."""
+        """Tries several times: a client that checks its launcher's lock holds it for microseconds."""
         for _ in range(LOCK_TRIES):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +78,7 @@ class RunDir:
         return False
 
     def _clear(self) -> None:
-        shutil.rmtree(self.path / BRIEF_CACHE, ignore_errors=True)  # mostly there is none
+        shutil.rmtree(self.path / BRIEF_CACHE, ignore_errors=True)
         for entry in self.path.iterdir():
             if OURS.fullmatch(entry.name):
                 entry.unlink()
@@ -90,7 +86,7 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path.is_dir():  # else somebody has removed it
+        if self.path.is_dir():  # unless it was removed
             self._clear()
         os.close(self._folder)
         # the file stays: unlinking it would let two launchers lock two files of one name

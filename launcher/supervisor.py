@@ -253,7 +253,7 @@ class Supervisor:
         unit.kill()
 
     def _watch_reload(self) -> None:
-        """Begins or continues a reload: ends the unit whose turn it is. Its open requests are resubmitted."""
+        """Begins or continues a reload: ends the next unit, whose open requests are resubmitted."""
         if self._num_hangups:
             self._num_hangups = 0
             is_possible = self._fleet.is_started and not self._is_draining

@@ -275,7 +275,7 @@ class Family(ABC):
     def kv_hash(self, mm_hash: bytes, media: MediaInfo, info: ModelInfo) -> bytes:
         """Key of an item in the prefix cache.
 
-        `mm_hash` tells apart what the tower makes of pixels. Where positions depend on more than the grid,
-        this key must tell that apart, too; the tower's must not.
+        `mm_hash` is the key of the tower's output. Where positions depend on more than the grid, `kv_hash`
+        must depend on that, too, and `mm_hash` must not.
         """
         return mm_hash

@@ -1,9 +1,8 @@
-"""Cores that the LLM and the ViTs lend each other: who computes alone has all of them, and gives them back as
-soon as the other begins.
+"""Cores that the LLM and the ViTs lend each other: while one role is idle, the other computes on all cores.
 
-Each process has one byte of a file in the run directory, mapped by all, that says whether it computes, and on
-whose cores. Nobody is ever asked or told. Who begins waits until the others have their hands off its cores,
-which takes them a step, or a layer.
+A file in the run directory, mapped by all, has one byte for each process: idle, busy on its own cores, or
+busy on all cores. A process that begins to work waits until no process of the other role computes on its
+cores, which takes at most a decode step, or a layer of a ViT.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ FILE = "activity"
 MAX_WORKERS = 256  # of a role
 IDLE, OWN, WIDE = 0, 1, 2
 POLL_S = 0.001
-MOST_TO_WAIT_S = 0.3  # for cores; a step or a layer may take longer, and then both share them for a while
-# others have been idle for so long before their cores are taken: they often only wait for the next piece of
-# work
+MAX_WAIT_S = 0.3  # for cores; during a longer step or layer both roles compute on them
+# the other role must be idle for so long before its cores are taken: pauses between steps are shorter
 HOLD_S = 0.1
 
 
 class Activity:
-    """Who computes, and where: a byte for each LLM rank, then one for each ViT."""
+    """The mapped file: a byte for each LLM rank, then one for each ViT."""
 
     def __init__(self, run_dir: Path) -> None:
         fd = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -42,8 +40,8 @@ class Activity:
     def announce(self, worker: WorkerId, state: int) -> None:
         self._map[_start(worker.role) + worker.rank] = state
 
-    def most(self, role: Role) -> int:
-        """The state of whoever of a role is busiest."""
+    def busiest(self, role: Role) -> int:
+        """The highest state of the workers of a role."""
         return max(self._map[_start(role) : _start(role) + MAX_WORKERS])
 
 
@@ -52,10 +50,8 @@ def _start(role: Role) -> int:
 
 
 class CoreSharing:
-    """One compute process's view.
-
-    The thread that computes calls `enter` before a piece of work, and may call `adapt` in its middle.
-    """
+    """The cores of one process. Its compute thread calls `enter` before a piece of work, and may call `adapt`
+    in the middle of it."""
 
     def __init__(
         self, activity: Activity, worker: WorkerId, placement: Placement,
@@ -71,38 +67,35 @@ class CoreSharing:
             set_cores or pin_all_threads,
         )
         self._other = Role.LLM if worker.role is Role.VIT else Role.VIT
-        self._idle_since: float | None = None  # the others
+        self._idle_since: float | None = None  # of the other role
         self.is_wide = self._is_busy = False
-        self.announce(False)  # whoever was here before may have died at work
+        self.announce(False)  # the predecessor may have died while busy
 
     @property
     def can_widen(self) -> bool:
         return bool(self._placement.wide_cores)
 
     def announce(self, is_busy: bool) -> None:
-        """Others keep off our cores while we are busy: to be told as soon as work is in sight."""
+        """The other role takes no cores of a busy process: to be called as soon as work is expected."""
         self._is_busy = is_busy
         self._activity.announce(self._worker, (WIDE if self.is_wide else OWN) if is_busy else IDLE)
 
     def enter(self) -> bool:
-        """Announces work, adapts, and waits while others still compute on our cores.
-
-        Whether theirs are ours now.
-        """
+        """Announces work, adapts, and waits while the other role computes on all cores. Returns `is_wide`."""
         self.adapt()
         self.announce(True)
-        deadline = self._clock() + MOST_TO_WAIT_S
-        while self._activity.most(self._other) == WIDE and self._clock() < deadline:
-            self.adapt()  # should both have taken all at once, both give back
+        deadline = self._clock() + MAX_WAIT_S
+        while self._activity.busiest(self._other) == WIDE and self._clock() < deadline:
+            self.adapt()  # if both roles took all cores at once, both return to their own
             self._sleep(POLL_S)
         return self.is_wide
 
     def adapt(self) -> bool:
-        """Takes the others' cores or gives them back. Whether they are ours now."""
+        """Takes the other role's cores if it is idle, else returns to its own. Returns `is_wide`."""
         if not self.can_widen:
             return False
         now = self._clock()
-        if self._activity.most(self._other) != IDLE:
+        if self._activity.busiest(self._other) != IDLE:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
@@ -120,7 +113,8 @@ class CoreSharing:
 
 
 def pin_all_threads(cores: Sequence[int]) -> None:
-    """Of this process: threads that a library started earlier keep the cores that they were born with."""
+    """Every thread of this process: `sched_setaffinity(0, …)` would leave a library's threads where they
+    are."""
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), cores)

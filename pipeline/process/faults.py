@@ -1,15 +1,13 @@
-"""Faults on demand, for tests: `--fault ROLE:ACTION:WHAT[:NUMBER]`, an option that is there only where the
-test extra is installed.
+"""Faults for tests: `--fault ROLE:ACTION:WHAT[:NUMBER]`, an option only where the test extra is installed.
 
     kill, stop, fail   when a request whose id contains WHAT executes there (SIGKILL, SIGSTOP, an exception);
-    NUMBER: in so many incarnations
-    delay              the same request executes NUMBER seconds later
-    drop, corrupt      the first NUMBER messages of the type WHAT that it sends
-    fill               all of its tensor pool but what is kept for the oldest item; WHAT is "pool"
-    end                it fails once it is ready; WHAT is "ready"; NUMBER: in so many incarnations
+                       NUMBER: in so many incarnations
+    delay              such a request executes NUMBER seconds later
+    drop, corrupt      the first NUMBER messages of type WHAT that the worker sends
+    fill               the worker's whole tensor pool but its reserve; WHAT is "pool"
+    end                the worker fails once it is ready; WHAT is "ready"; NUMBER: in so many incarnations
 
-Nothing in the workers knows of it: faults sit in the flight recorder, the sockets and the allocator that a
-worker is given.
+No code of a worker knows of faults: they sit in its flight recorder, its sockets and its allocator.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ class FaultyRecorder(FlightRecorder):
 
 
 class FaultyEncoder:
-    """In place of a msgspec encoder: None instead of a message that is to be lost."""
+    """In place of a msgspec encoder: returns None to drop a message."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._encoder = msgspec.msgpack.Encoder()
@@ -80,7 +78,7 @@ class FaultyEncoder:
 
 
 class Faults:
-    """Those of one worker."""
+    """The faults of one worker."""
 
     def __init__(self, texts: Iterable[str], worker: WorkerId) -> None:
         self._worker = worker

@@ -1,8 +1,9 @@
-"""What a worker is doing, in memory that outlives it: a sign that it moves on, and which requests execute in
-it right now and have yielded no token there.
+"""The flight recorder of a worker: a counter that shows progress, and the digests of the executing requests
+that have yielded no token in this worker.
 
-The launcher reads it: a worker that stands still is killed, and after a death it is known which requests may
-have been the cause. One small file a worker in the run directory, mapped by the worker and by the launcher.
+One small file for each worker in the run directory, mapped by the worker and by the launcher, so that it
+outlives the worker. The launcher kills a worker whose counter stands still; after a death the digests name
+the requests that may have caused it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from pipeline.wire.topology import WorkerId
 PREFIX = "flight."  # of the files' names
 DIGEST_BYTES = 8
 NUM_BYTES = 1 << 16
-HEADER = struct.Struct("<qqqd")  # signs of life, digests that follow, times that there were any, deadline
+HEADER = struct.Struct("<qqqd")  # moves, number of digests that follow, records with digests, deadline
 DEADLINE_AT = 24
 MAX_DIGESTS = (NUM_BYTES - HEADER.size) // DIGEST_BYTES
 
 
 @functools.lru_cache(4096)
 def digest_of(request_id: str) -> bytes:
-    """What a request is called where its id would be too long, or is nobody else's business."""
+    """Stands for a request where its id would be too long, or is private."""
     return hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
@@ -50,22 +51,21 @@ class FlightRecorder:
         self._count = self._num_records = 0
 
     def move(self) -> None:
-        """A sign of life: to be given where a worker gets only while it moves on."""
+        """Counts progress. To be called only at points that a hung worker does not reach."""
         self._count += 1
         struct.pack_into("<q", self._map, 0, self._count)
 
     def expect(self, seconds: float) -> None:
-        """No sign of life is to be expected within so many seconds, since a call is under way that gives
-        none; 0: it is over."""
+        """A call begins that makes no moves for at most so many seconds; 0: it has ended."""
         struct.pack_into("<d", self._map, DEADLINE_AT, time.monotonic() + seconds if seconds else 0.0)
         if not seconds:
             self.move()
 
     def record(self, request_ids: Iterable[str]) -> None:
-        """These execute from now on, and nobody else who might be the cause of a death: not recorded is who
-        has yielded a token here."""
+        """Replaces the executing requests. Requests that have yielded a token here are not to be among
+        them."""
         digests = [digest_of(request_id) for request_id in request_ids][:MAX_DIGESTS]
-        struct.pack_into("<q", self._map, 8, 0)  # whoever reads it half written reads nothing
+        struct.pack_into("<q", self._map, 8, 0)  # a reader sees no digests while they are written
         if digests:
             self._map[HEADER.size : HEADER.size + DIGEST_BYTES * len(digests)] = b"".join(digests)
             self._num_records += 1
@@ -78,8 +78,7 @@ class FlightRecorder:
 
     @property
     def deadline(self) -> float:
-        """Until when (of the machine's monotonic clock) a call may go on that gives no sign of life; 0: there
-        is none."""
+        """Of a call that makes no moves, by the machine's monotonic clock; 0: no such call."""
         until: float = HEADER.unpack_from(self._map)[3]
         return until
 
@@ -99,7 +98,7 @@ class FlightRecorder:
 
 
 class Executing:
-    """The requests that execute, for a worker in which they begin and end one by one."""
+    """Records executing requests for a worker in which they begin and end one by one."""
 
     def __init__(self, recorder: FlightRecorder) -> None:
         self._recorder = recorder

@@ -1,10 +1,10 @@
-"""Worker processes are forks of one process that has imported what they need, so that a start costs a model's
-load and not torch's import.
+"""The fork server: it has imported torch, and workers are forks of it, so that a start costs only a model's
+load.
 
-The fork server opens nothing, computes nothing and has one thread; so a fork of it is as good as a process of
-its own. The launcher asks it over a pair of sockets for starts and kills, and is told of forks and ends; an
-end is told once the process is reaped. If the launcher goes, the server ends every worker; if the server
-goes, so do the workers.
+The server opens no files, computes nothing and has one thread, so that a fork is as good as a new process.
+Over a pair of sockets the launcher requests starts and kills, and the server reports forks and ends; an end
+is reported once the process is reaped. If the launcher dies, the server ends every worker; if the server
+dies, the workers end, too.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
-    """Those that were found at once, so that who was killed is told with those that ended because of it."""
+    """All ends found at once: a killed process comes together with those that ended because of it."""
 
     exit_codes: dict[int, int]  # by serial; negative: the signal that killed it
 
 
 class WorkerProcess:
-    """One start of a worker, as the launcher sees it."""
+    """A worker's process in the launcher."""
 
     def __init__(self, server: ForkServer, serial: int) -> None:
         self._server, self._serial = server, serial
@@ -66,7 +66,7 @@ class WorkerProcess:
         self._server.kill(self._serial)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether it has ended and been reaped, or else the server has ended, with which it does."""
+        """Whether the process is reaped, or the server has ended, with which all workers end."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while self.exit_code is None and not self._server.is_dead:
             left = None if end is None else end - time.monotonic()
@@ -78,7 +78,7 @@ class WorkerProcess:
 
 
 class ForkServer:
-    """The launcher's side. To be polled for reading; then `read` brings every process up to date."""
+    """The launcher's side. Poll it for reading; `read` then updates every `WorkerProcess`."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """`environment` is the workers'."""
@@ -91,7 +91,7 @@ class ForkServer:
 
     def start(self) -> None:
         descriptor = self._theirs.fileno()
-        # The signals are ignored from the first instruction of the child on; it could not yet do so itself.
+        # Inherited by the server, which so ignores these signals from its first instruction on.
         ignored = {
             number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -109,7 +109,7 @@ class ForkServer:
         return self._socket.fileno()
 
     def fork(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> WorkerProcess:
-        """Starts a worker. `fds` are open in the worker, too: see `WorkerContext`."""
+        """Starts a worker that inherits `fds`: see `WorkerContext`."""
         self._num_started += 1
         process = self._processes[self._num_started] = WorkerProcess(self, self._num_started)
         self._send(Start(self._num_started, spec), fds)
@@ -122,11 +122,11 @@ class ForkServer:
     def _send(self, request: Start | Kill, fds: Sequence[int] = ()) -> None:
         data = msgspec.msgpack.encode(request)
         assert len(data) <= MAX_REQUEST
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `read` finds that it is dead
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `read` sets `is_dead`
             socket.send_fds(self._socket, [data], list(fds))
 
     def read(self) -> None:
-        """Takes what the server has told; never blocks."""
+        """Handles the server's reports; never blocks."""
         while not self.is_dead:
             try:
                 data = self._socket.recv(MAX_REQUEST, socket.MSG_DONTWAIT)
@@ -147,10 +147,7 @@ class ForkServer:
                     assert_never(other)
 
     def close(self) -> None:
-        """Ends the server, and with it every worker that still lives.
-
-        A server that does not hear is killed.
-        """
+        """Ends the server and every worker that still lives. Kills a server that does not react."""
         self._socket.close()
         self._theirs.close()
         if self._server is None:
@@ -167,7 +164,7 @@ class _Server:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        # by serial, in turn: still to be forked; with descriptors for it
+        # workers that are still to be forked, in order, and the descriptors for each; by serial
         self._starts: dict[int, tuple[WorkerSpec, list[int]]] = {}
         self._pids: dict[int, int] = {}  # by serial
         # serials, by the descriptor that is readable once the process has ended
@@ -176,10 +173,8 @@ class _Server:
         self._poll.register(connection, select.POLLIN)
 
     def run(self) -> None:
-        """Until the launcher closes its end.
-
-        What it says, and what ends, goes before the next start, which may take an import's time.
-        """
+        """Until the launcher closes its end. Requests and ends come before the next start, since a start may
+        import a module for seconds."""
         while True:
             ready = [fd for fd, _ in self._poll.poll(0 if self._starts else None)]
             self._reap([fd for fd in ready if fd in self._sentinels])
@@ -195,7 +190,7 @@ class _Server:
     def _read(self) -> bool:
         try:
             data, fds, _, _ = socket.recv_fds(self._connection, MAX_REQUEST, MAX_FDS)
-        except ConnectionResetError:  # it went without having read everything
+        except ConnectionResetError:  # the launcher died with unread reports
             data, fds = b"", []
         if not data:
             return False
@@ -205,7 +200,7 @@ class _Server:
             case Kill(serial):
                 if (start := self._starts.pop(serial, None)) is not None:
                     _close(start[1])
-                    self._tell(Ended({serial: -signal.SIGKILL}))
+                    self._report(Ended({serial: -signal.SIGKILL}))
                 elif serial in self._pids:
                     os.kill(self._pids[serial], signal.SIGKILL)
             case other:
@@ -219,7 +214,7 @@ class _Server:
             pid = _fork(spec, fds, [self._connection.fileno(), *self._sentinels, *others])
         except OSError:
             traceback.print_exc()
-            self._tell(Ended({serial: 1}))
+            self._report(Ended({serial: 1}))
             return
         finally:
             _close(fds)
@@ -227,7 +222,7 @@ class _Server:
         sentinel = os.pidfd_open(pid)
         self._sentinels[sentinel] = serial
         self._poll.register(sentinel, select.POLLIN)
-        self._tell(Forked(serial, pid))
+        self._report(Forked(serial, pid))
 
     def _reap(self, sentinels: Sequence[int]) -> None:
         exit_codes: dict[int, int] = {}
@@ -238,10 +233,10 @@ class _Server:
             self._poll.unregister(sentinel)
             os.close(sentinel)
         if exit_codes:
-            self._tell(Ended(exit_codes))
+            self._report(Ended(exit_codes))
 
-    def _tell(self, message: Forked | Ended) -> None:
-        # `_read` finds that the launcher has gone
+    def _report(self, message: Forked | Ended) -> None:
+        # `_read` finds that the launcher is dead
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send(msgspec.msgpack.encode(message))
 
@@ -253,20 +248,20 @@ def _close(fds: Sequence[int]) -> None:
 
 def _fork(spec: WorkerSpec, fds: Sequence[int], not_its_own: Sequence[int]) -> int:
     module = f"workers.{spec.worker.role}.worker"
-    with contextlib.suppress(Exception):  # the worker meets the error again, and tells it as its own
+    with contextlib.suppress(Exception):  # the worker imports again, and reports the error
         importlib.import_module(module)
-    gc.freeze()  # what is there already is never looked at again: its pages stay shared
+    gc.freeze()  # the collector of a fork skips the server's objects, so that their pages stay shared
     server = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     try:
         end_with_parent()
-        if os.getppid() == server:  # else it died before it could tell
+        if os.getppid() == server:  # else the server died before `end_with_parent`
             _close(not_its_own)
             set_title(str(spec.worker))
             run_worker(module, spec, fds)
-    except BaseException:  # noqa: BLE001  nothing of the server's may run on in a worker
+    except BaseException:  # noqa: BLE001  a fork must never return into the server's loop
         traceback.print_exc()
     finally:
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Whether the launcher of a run directory lives: it holds a lock there as long as it does, frozen or not."""
+"""Whether the launcher of a run directory lives: it holds a lock there as long as its process exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOCK = "lock"  # the file's name
 
 
 class LauncherLife:
-    """Keeps the file open, so that it can be asked also once a cleaner has removed it from its folder."""
+    """Keeps the lock file open, so that it can still be checked when a cleaner has removed the file."""
 
     def __init__(self, run_dir: Path | None) -> None:
         """None: the launcher is on another machine."""
@@ -20,15 +20,15 @@ class LauncherLife:
         self._open()
 
     def _open(self) -> None:
-        """Again later, should the file not be there yet, or no descriptor be free."""
+        """Tried again later if the file does not exist yet, or no descriptor is free."""
         if self._fd is None and self._run_dir is not None:
             with contextlib.suppress(OSError):
                 self._fd = os.open(self._run_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC)
 
     def is_over(self) -> bool | None:
-        """Whether the launcher has ended, as one without a lock has; None where that cannot be known.
+        """Whether the launcher has ended, that is, the lock is free; None where that cannot be known.
 
-        A launcher that starts meets our hold on the lock, which lasts microseconds: see `RunDir`.
+        Takes the lock for microseconds, for which a starting launcher waits: see `RunDir`.
         """
         self._open()
         if self._fd is None:

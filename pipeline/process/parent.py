@@ -1,4 +1,4 @@
-"""How a process ends with the one that started it, however that ends."""
+"""Ends a process when its parent ends, even by SIGKILL."""
 
 from __future__ import annotations
 

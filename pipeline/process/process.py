@@ -1,4 +1,4 @@
-"""The frame around every worker process: its specification from the launcher, READY or FAILED, its end."""
+"""The frame of every worker process: its specification, its reports to the launcher, its shutdown."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from pipeline.wire.messages import (
 from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
-BEHIND_THE_STEP_LOOP = 5  # niceness of who shares cores with the LLM
-DRAIN_STATS_INTERVAL_S = 0.1  # the launcher waits for them
-WAITING = "waiting for "  # how a phase of a start begins in which it does nothing of its own
-STATUS_LINGER_MS = 2000  # the last words of a failing worker
+BEHIND_THE_STEP_LOOP = 5  # niceness of roles that share cores with the LLM
+DRAIN_STATS_INTERVAL_S = 0.1  # a drain ends with the statistics that say that no request is open
+WAITING = "waiting for "  # prefix of the phase of a start that waits for another worker
+STATUS_LINGER_MS = 2000  # for the error of a failing worker to be sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,9 @@ class Placement:
     cores: tuple[int, ...]
     num_threads: int
     device: int = 0
-    wide_cores: tuple[int, ...] = ()  # while nobody else computes, a thread on each; empty: always `cores`
+    wide_cores: tuple[
+        int, ...
+    ] = ()  # while the other role is idle, one thread on each; empty: always `cores`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,21 +65,21 @@ class WorkerSpec:
     model_folder: str
     placement: Placement
     config: Config
-    quarantined: dict[Role, tuple[bytes, ...]] = field(default_factory=dict)  # as `PipelineState` says it
+    quarantined: dict[Role, tuple[bytes, ...]] = field(default_factory=dict)  # as in `PipelineState`
 
 
 class ControlNews(NamedTuple):
-    is_draining: bool  # what is open is to be finished
+    is_draining: bool  # open requests are to be finished
     is_retiring: bool  # this worker: its successor serves already
-    died: Sequence[WorkerState]  # workers that have died, as their successors
-    states: tuple[WorkerState, ...] | None  # of all workers, if the launcher told them
+    died: Sequence[WorkerState]  # the successors of workers that have died
+    states: tuple[WorkerState, ...] | None  # of all workers; None without a new `PipelineState`
 
 
 class WorkerContext:
     """What `run_worker` hands to a worker's main function."""
 
     def __init__(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> None:
-        self.spec, self.fds = spec, fds  # descriptors that the launcher gave; for api: sockets that listen
+        self.spec, self.fds = spec, fds  # descriptors from the launcher; for api: its listening sockets
         self.config = spec.config
         self.model_folder = Path(spec.model_folder)
         self.worker = spec.worker
@@ -106,7 +108,7 @@ class WorkerContext:
         self.status.try_send(WorkerStats(phase=phase, done=done, total=total, **self.origin))
 
     def stats(self, num_open_requests: int) -> None:
-        """Tells what the worker counts, once a second or so; then also what is bound is looked after."""
+        """Reports all metrics, about once a second, and binds sockets again whose files were removed."""
         for path in self.sockets.bind_again():
             logger.warning("%s was removed: bound again", path)
         stats = WorkerStats(
@@ -119,16 +121,16 @@ class WorkerContext:
         self.status.try_send(stats)
 
     def pool_closed(self, worker: WorkerId, epoch: int) -> None:
-        """Tells that nothing of this process looks at the memory of a dead worker any more."""
+        """Reports that this process has unmapped the pool of a dead worker."""
         self.status.send(PoolClosed(pool_id=str(worker), pool_epoch=epoch, **self.origin))
 
     def on_first_token(self, request_id: str) -> None:
-        """A request has yielded its first new token: the launcher is told of those in quarantine."""
+        """Reports the first new token of a quarantined request."""
         if request_id in self.quarantine:
             self.status.try_send(FirstTokenYielded(digest=digest_of(request_id), **self.origin))
 
     def is_current(self, message: WorkerMessage) -> bool:
-        """Whether the sender is the incarnation that we know, or a later one."""
+        """Whether the sender is the last known incarnation, or a later one."""
         return message.epoch >= self.sockets.epochs.get(message.sender, 0)
 
     def follow(self, state: PipelineState) -> ControlNews:
@@ -145,7 +147,7 @@ class WorkerContext:
         return ControlNews(state.is_draining, is_retiring, died, state.workers)
 
     def read_control(self, control: Receiver[ControlMessage]) -> ControlNews:
-        """What `follow` makes of all that has come since the last call."""
+        """Follows the states that were published since the last call."""
         news = ControlNews(False, False, [], None)
         while (received := control.receive()) is not None:
             latest = self.follow(received.message)
@@ -154,7 +156,7 @@ class WorkerContext:
 
 
 def run_async(serve: Coroutine[Any, Any, None]) -> None:
-    """Runs an asynchronous worker; ShutdownRequested ends it in order, from whichever task."""
+    """Runs an asynchronous worker; ShutdownRequested, raised in any task, ends it in order."""
     import uvloop
 
     try:
@@ -164,22 +166,19 @@ def run_async(serve: Coroutine[Any, Any, None]) -> None:
 
 
 def limit_memory(allowed_mib: int) -> None:
-    """Sets the most private memory that this process may have: what it has, and `allowed_mib` beside it.
-
-    What wants more fails, or dies alone.
-    """
+    """Limits private memory to the present size plus `allowed_mib`: beyond, this process fails alone."""
     taken = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")
     )
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = 1024 * int(taken.split()[1]) + allowed_mib * MIB
     resource.setrlimit(
-        resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
+        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
     )
 
 
 class ShutdownRequested(Exception):
-    """The launcher ends the pipeline: unwinds a worker's loop from wherever it is."""
+    """The launcher ends the pipeline: unwinds a worker's loop."""
 
 
 def parse_worker(name: str) -> WorkerId:
@@ -191,8 +190,8 @@ def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoRetu
     """Runs `main(context)` of a module to its end and exits the process: 0 after an orderly shutdown, 1 after
     an error."""
     os.sched_setaffinity(0, spec.placement.cores)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections, downloads, videos
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # connections, downloads, videos
     if spec.worker.role in (Role.API, Role.PREPROCESS, Role.GATEWAY):
         os.nice(BEHIND_THE_STEP_LOOP)
     log.configure(str(spec.worker), spec.config.launcher.log_level)
@@ -204,7 +203,7 @@ def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoRetu
     except ShutdownRequested:
         pass
     except Exception as error:
-        # What was configured wrongly explains itself; anything else is a bug, and its place is wanted.
+        # ValueError and OSError are wrong options and explain themselves; a bug needs its traceback.
         logger.log(
             logging.DEBUG if isinstance(error, ValueError | OSError) else logging.ERROR,
             "failed",
@@ -215,7 +214,7 @@ def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoRetu
     context.sockets.close(linger_ms=STATUS_LINGER_MS)
     context.tracer.flush()
     sys.stderr.flush()
-    os._exit(code)  # helper threads may still sit in a library; nothing is left to lose
+    os._exit(code)  # without waiting for threads, which may be inside a library
 
 
 def _explain(error: Exception) -> str:

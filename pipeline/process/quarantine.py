@@ -1,18 +1,17 @@
-"""Which requests are to run alone here, as the launcher says: `launcher/quarantine.py` keeps who they are.
+"""The quarantined requests as one worker knows them; the launcher keeps the list (`launcher/quarantine.py`).
 
-Every worker that may execute a resubmitted request knows of it before that:
+A worker that may execute a resubmitted request learns of its quarantine first:
 
-- The successor of the dead worker is told at its start (`WorkerSpec.quarantined`). Its predecessor was reaped
-  before, so that list is complete, and no message can be faster.
-- A neighbour of the same role (another ViT, the LLM of another group) lives, and learns it on the control
-  edge. There the launcher says the death and the quarantine in one message, and a client submits the request
-  again only after it has read that message; the request then still has to pass preprocess and, with pictures,
-  a ViT. The message is older by all these hops, and is asked about as late as a batch is made. Nothing
-  guarantees the order of two sockets, though: should the request win, it executes once more in company, as it
-  did the first time.
-- Workers of other roles need not know: where preprocess died of a request, the LLM does not run it alone.
-  Rank 0 alone looks at all roles, to report the first new token; where it misses one, the request stays in
-  quarantine until its time is over, which costs speed and nothing else.
+- The successor of the dead worker gets the list at its start (`WorkerSpec.quarantined`). The dead worker was
+  reaped before, so that the list is complete.
+- A living worker of the same role (another ViT, the LLM of another group) gets it on `control`. One message
+  publishes the death and the quarantine; a client resubmits only after it has read that message, and the
+  request still passes preprocess and, with pictures, a ViT. The list is read as late as a batch is made.
+  Two sockets have no guaranteed order, though: a request that arrives first executes in a batch with others
+  once more.
+- Other roles do not need the list: a request that was executing when preprocess died does not run alone in
+  the LLM. Only rank 0 looks at all roles, to report the first new token; without that report the request
+  stays quarantined until `QUARANTINE_S` is over, which costs only speed.
 """
 
 from __future__ import annotations
@@ -24,27 +23,26 @@ from pipeline.wire.topology import Role
 
 
 class Quarantine:
-    """What a worker of this role knows of it."""
+    """The list, for a worker of `role`."""
 
     def __init__(self, role: Role, quarantined: Mapping[Role, Collection[bytes]]) -> None:
         self._role = role
         self.learn(quarantined)
 
     def learn(self, quarantined: Mapping[Role, Collection[bytes]]) -> None:
-        """Takes the place of all that was known."""
+        """Replaces the list."""
         self._here = frozenset(quarantined.get(self._role, ()))
         self._anywhere = frozenset(digest for digests in quarantined.values() for digest in digests)
 
     def runs_alone(self, request_id: str) -> bool:
-        """Whether a worker of this role died while it executed the request, which has yielded no token
-        since."""
+        """Whether the request is quarantined in this role."""
         return bool(self._here) and digest_of(request_id) in self._here
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether that is so in any role."""
+        """Whether the request is quarantined in any role."""
         return bool(self._anywhere) and digest_of(request_id) in self._anywhere
 
 
 def nobody(request_id: str) -> bool:
-    """In place of `runs_alone`, where nothing dies."""
+    """The default `runs_alone`: no request is quarantined."""
     return False

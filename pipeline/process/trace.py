@@ -1,7 +1,4 @@
-"""What each worker did when, for `tools/trace.py`: one file a worker, a line a piece of work.
-
-Costs nothing where it is not asked for.
-"""
+"""Traces for `tools/trace.py`: one file for each worker, one line for each piece of work."""
 
 from __future__ import annotations
 

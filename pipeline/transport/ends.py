@@ -23,8 +23,8 @@ from pipeline.wire.limits import MAX_ITEMS
 
 HIGH_WATER_MARK = 1 << 18  # messages; credits keep every edge below it (see PreprocessConfig)
 MAX_FRAMES = 1 + MAX_ITEMS  # of one multipart message
-MAX_GARBAGE = 64  # messages that cannot be decoded, in a row: then the loop comes first; so do other tasks
-MAX_EVENTS = 1024  # of subscribers, at once: the rest comes with the next turn of the loop
+MAX_GARBAGE = 64  # undecodable messages in a row, after which `receive` returns to its loop
+MAX_EVENTS = 1024  # subscriptions read at once; the rest is read in the loop's next turn
 ALL = b""  # topic of edges on which every subscriber gets everything
 USER_ID = "User-Id"  # as ZeroMQ calls the property
 
@@ -35,7 +35,7 @@ M_contra = TypeVar("M_contra", contravariant=True)
 class Received(NamedTuple, Generic[M]):
     message: M
     frames: list[memoryview]
-    user: str = ""  # the public key of who sent it, where clients prove theirs
+    user: str = ""  # the sender's public key, on authenticated edges
 
 
 class Subscription(NamedTuple):
@@ -44,20 +44,19 @@ class Subscription(NamedTuple):
 
 
 class Encoder(Protocol):
-    """msgspec's; or, in tests of faults, one that spoils messages, or says None for those that are to be
-    lost."""
+    """msgspec's; or, in tests of faults, one that corrupts messages, or returns None to drop one."""
 
     def encode(self, message: Any, /) -> bytes | None: ...
 
 
 class Sink(Protocol[M_contra]):
-    """What a worker core needs of a sender; tests give it a list."""
+    """The part of a sender that a worker core uses; tests pass a list instead."""
 
     def send(self, message: M_contra, frames: Sequence[bytes | memoryview] = ()) -> None: ...
 
 
 class Sender(Generic[M]):
-    """PUSH end of an edge. One peer; messages queue until it is there."""
+    """PUSH end of an edge to one peer. Messages queue until the peer is connected."""
 
     def __init__(
         self,
@@ -78,12 +77,12 @@ class Sender(Generic[M]):
         return socket
 
     def send(self, message: M, frames: Sequence[bytes | memoryview] = ()) -> None:
-        """Raises PipelineError when the queue is full: credits should have made that impossible."""
+        """Raises PipelineError when the queue is full, which credits rule out."""
         if not self.try_send(message, frames):
             raise PipelineError(f"the queue to {self.url} is full at {self._high_water_mark} messages")
 
     def try_send(self, message: M, frames: Sequence[bytes | memoryview] = ()) -> bool:
-        """False when the queue is full. For what may be dropped, such as statistics."""
+        """False when the queue is full. For messages that may be dropped, such as statistics."""
         if (data := self._encoder.encode(message)) is None:
             return True
         try:
@@ -93,10 +92,7 @@ class Sender(Generic[M]):
         return True
 
     def reconnect(self, url: str) -> None:
-        """To the successor of a dead peer.
-
-        What was queued for the dead one is gone, and does not reach its successor.
-        """
+        """Connects to the successor of a dead peer. Messages queued for the dead peer are dropped."""
         self._socket.close(linger=0)
         self._socket, self.url = self._connect(url), url
 
@@ -112,9 +108,8 @@ class _Decoding(Generic[M]):
 
     def decode(self, parts: list[zmq.Frame]) -> Received[M] | None:
         if 1 <= len(parts) <= MAX_FRAMES:
-            # Whatever a decoder raises is the sender's fault alone: RecursionError for deep
-            # nesting, MemoryError, RequestError of a struct that checks itself, and what no list of names
-            # would foresee.
+            # Any exception here is the sender's fault: RecursionError for deep nesting, MemoryError,
+            # RequestError of a struct that checks itself, and others that no list would be complete for.
             with contextlib.suppress(Exception):
                 user = parts[0].get(USER_ID) if self._is_authenticated else ""
                 message = self._decoder.decode(parts[0].buffer)
@@ -138,7 +133,7 @@ class Receiver(Generic[M]):
         return self._decoding.num_refused
 
     def receive(self) -> Received[M] | None:
-        """The next well-formed message, or None when there is none, or nothing but garbage for long."""
+        """The next well-formed message; None when there is none, or after `MAX_GARBAGE` undecodable ones."""
         for _ in range(MAX_GARBAGE):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -153,7 +148,7 @@ class Receiver(Generic[M]):
 
 
 class Relayed(Receiver[M]):
-    """SUB for whatever topics there are to be passed on, and these change."""
+    """SUB whose topics change, for messages that are passed on undecoded."""
 
     def receive_raw(self) -> tuple[bytes, bytes] | None:
         """Topic and message, not decoded; None when there is none."""
@@ -170,14 +165,14 @@ class Relayed(Receiver[M]):
         self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
 
     def reconnect(self, url: str) -> None:
-        """To the successor of a dead publisher."""
+        """Connects to the successor of a dead publisher."""
         self.socket.disconnect(self.url)
         self.socket.connect(url)
         self.url = url
 
 
 class AsyncReceiver(Generic[M]):
-    """The same for asyncio."""
+    """A `Receiver` for asyncio."""
 
     def __init__(self, socket: zmq.asyncio.Socket, union: Any, url: str) -> None:
         self.socket, self.url = socket, url
@@ -190,16 +185,14 @@ class AsyncReceiver(Generic[M]):
         return self._decoding.num_refused
 
     def reconnect(self, url: str) -> None:
-        """A subscriber: to the successor of a dead publisher."""
+        """Connects a subscriber to the successor of a dead publisher."""
         self.socket.disconnect(self.url)
         self.socket.connect(url)
         self.url = url
 
     async def receive(self) -> Received[M]:
-        """The next well-formed message. Other tasks run in between, also while messages come without end.
-
-        A receive that finds a message waiting does not give way by itself.
-        """
+        """The next well-formed message. Yields to other tasks now and then, even if the queue is never empty:
+        zmq's own receive does not yield while a message is queued."""
         while True:
             self._num_received += 1
             if self._num_received % MAX_GARBAGE == 0:
@@ -213,10 +206,9 @@ class AsyncReceiver(Generic[M]):
 
 
 class Publisher(Generic[M]):
-    """XPUB end of an edge. Only topics that `accepts` allows are ever served, each to whoever asked for it
-    exactly.
+    """XPUB end of an edge. A subscriber gets exactly the topics that it asked for and `accepts` allows.
 
-    `accepts` is given a topic and the public key of who asks for it (empty where nobody proves one).
+    `accepts` takes a topic and the subscriber's public key (empty on edges without authentication).
     """
 
     def __init__(
@@ -228,15 +220,15 @@ class Publisher(Generic[M]):
     ) -> None:
         self.socket = socket
         self._accepts, self._is_authenticated = accepts, is_authenticated
-        self._refused: Counter[bytes] = Counter()  # topics that somebody still listens to in vain
+        self._refused: Counter[bytes] = Counter()  # refused subscriptions that are not ended yet, by topic
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self.num_refused = 0
 
-    def subscriptions(self, most: int = MAX_EVENTS) -> list[Subscription]:
-        """Subscribers that came or went since the last call, of the next `most` that `accepts` has to judge;
-        more wake a poller again."""
+    def subscriptions(self, max_events: int = MAX_EVENTS) -> list[Subscription]:
+        """Accepted subscriptions that began or ended since the last call. Reads at most `max_events` frames;
+        a poller wakes again for the rest."""
         seen: list[Subscription] = []
-        for _ in range(most):
+        for _ in range(max_events):
             try:
                 frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -249,25 +241,23 @@ class Publisher(Generic[M]):
                 self.num_refused += 1
                 self._refused[topic] += 1
                 continue
-            # who leaves is not said: it must not pass for the one that was accepted
+            # ZeroMQ does not say whose subscription ends: the end of a refused one must not end an accepted
+            # one
             if not is_new and self._refused[topic] > 0:
                 self._refused[topic] -= 1
-                self._refused += Counter()  # forgets those at zero
+                self._refused += Counter()  # drops zeros
                 continue
             self.socket.setsockopt(zmq.SUBSCRIBE if is_new else zmq.UNSUBSCRIBE, topic)
             seen.append(Subscription(topic, is_new))
         return seen
 
     def publish(self, message: M, topic: bytes = ALL) -> bool:
-        """False: a subscriber of this topic does not keep up.
-
-        Without subscribers the message is gone, and that is True.
-        """
+        """False if the queue of a subscriber of this topic is full. True, and lost, without subscribers."""
         data = self._encoder.encode(message)
         return data is None or self.publish_raw(data, topic)
 
     def publish_raw(self, data: bytes, topic: bytes) -> bool:
-        """The same for a message that is encoded already."""
+        """`publish` for an encoded message."""
         try:
             self.socket.send_multipart([topic, data], zmq.NOBLOCK)
         except zmq.Again:

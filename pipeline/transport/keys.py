@@ -1,9 +1,8 @@
 """CURVE keys of a server and its clients on other machines.
 
-A server has a folder of keys: its own pair, and in `clients` the public key of each client that it serves,
-read anew at every connection. A client has a folder with its own pair and the server's public key. Both are
-made by `tools/keys.py`. Everything on these connections is encrypted; both ends prove that they hold the
-secret key that belongs to their public one.
+A server's folder holds its own key pair and, in `clients`, the public key of each client that it serves, read
+at every connection. A client's folder holds its own pair and the server's public key. `tools/keys.py` makes
+both. These connections are encrypted, and both ends prove possession of their secret keys.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import zmq.auth
 from pipeline.wire.messages import CLIENT_ID_BYTES
 
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"  # names of files and folders
-OWNER_BYTES = CLIENT_ID_BYTES // 2  # a client id begins with what follows from its key; the rest is random
+OWNER_BYTES = CLIENT_ID_BYTES // 2  # a client id begins with a hash of the public key; the rest is random
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class ServerKeys:
         return cls(_read_pair(folder / f"{SERVER}.key_secret"), folder)
 
     def client_name(self, public: bytes) -> str | None:
-        """Whose key this is now; None: nobody's. A file that cannot be read is nobody's key."""
+        """The client that has this public key; None for an unknown key. Unreadable files are skipped."""
         for path in sorted((self.folder / CLIENTS).glob("*.key")):
             with contextlib.suppress(ValueError):
                 if _read_public(path) == public:
@@ -65,7 +64,7 @@ class ServerKeys:
 
 
 def owner_of(public: bytes | str) -> bytes:
-    """How the ids of all clients with this key begin."""
+    """The prefix of the client ids that belong to this key."""
     return hashlib.blake2b(
         public if isinstance(public, bytes) else public.encode(), digest_size=OWNER_BYTES
     ).digest()
@@ -94,7 +93,7 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
 
 @contextlib.contextmanager
 def _private() -> Iterator[None]:
-    """New files are for their owner's eyes."""
+    """New files are readable by their owner only."""
     before = os.umask(0o077)
     try:
         yield
@@ -103,7 +102,7 @@ def _private() -> Iterator[None]:
 
 
 def make_server_keys(folder: Path) -> None:
-    """Raises FileExistsError when there is a pair already: its clients trust that one."""
+    """Raises FileExistsError when there is a pair already, which clients may trust."""
     with _private():
         (folder / CLIENTS).mkdir(parents=True, exist_ok=True)
         if (folder / f"{SERVER}.key_secret").exists():
@@ -112,11 +111,11 @@ def make_server_keys(folder: Path) -> None:
 
 
 def make_client_keys(folder: Path, name: str) -> Path:
-    """A pair for a client of the server whose keys are in `folder`; returns the folder that the client is to
-    be given, secret key and all.
+    """A pair for a client of the server whose keys are in `folder`. Returns the folder to give to the client,
+    secret key included.
 
-    Raises ValueError for a name that is no file's or without a server, FileExistsError when the client has
-    keys already.
+    Raises ValueError for a name that no file can have, or without server keys; FileExistsError for a client
+    that has keys already.
     """
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
         raise ValueError(f"{name!r} is no name: letters, digits, '-', '_' and '.' make one")

@@ -1,4 +1,4 @@
-"""Blocks of memory that another process can map: in the host's memory files, or on a GPU."""
+"""Blocks of memory that another process can map: memory files on the host, or allocations on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Memory(Protocol):
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor: ...
 
     def copy_to(self, out: torch.Tensor, offset: int) -> None:
-        """Fills a contiguous tensor, in the order of its stream."""
+        """Fills the contiguous `out`, in order with the work on its stream."""
 
     def read(self, offset: int, nbytes: int) -> bytes: ...
 
@@ -52,7 +52,7 @@ class HostMemory:
         )
 
     def copy_to(self, out: torch.Tensor, offset: int) -> None:
-        """To a GPU without waiting for it: who reads keeps its lease until its step is over."""
+        """To a GPU asynchronously: the reader keeps its lease until the step has ended."""
         out.copy_(
             self.tensor(offset, tuple(out.shape), str(out.dtype).removeprefix("torch.")), non_blocking=True
         )
@@ -69,14 +69,13 @@ class HostMemory:
 
     def close(self) -> None:
         self.buffer.release()
-        # a tensor may still look at it: the mapping ends with the last of them
+        # tensors may still view the mapping: it ends with the last of them
         with contextlib.suppress(BufferError):
             self._map.close()
 
 
 class LockedMemory(HostMemory):
-    """A shared mapping that stays in memory: a GPU copies from it by itself, which else the processor waits
-    for."""
+    """A page-locked shared mapping: a GPU copies from it asynchronously."""
 
     def __init__(self, fd: int, nbytes: int, runtime: CudaRuntime) -> None:
         super().__init__(fd, nbytes)
@@ -89,7 +88,7 @@ class LockedMemory(HostMemory):
 
 
 class CudaRuntime(Protocol):
-    """The few calls of `cuda.bindings.runtime` that pools need, so that a fake can stand in for them."""
+    """The calls of `cuda.bindings.runtime` that pools need; tests use a fake."""
 
     def malloc(self, device: int, nbytes: int) -> int: ...
 
@@ -153,7 +152,7 @@ class CudaBindings:
 
     def device_uuid(self, device: int) -> str:
         properties = self._check(self._runtime.cudaGetDeviceProperties(device), "cudaGetDeviceProperties")
-        return bytes(properties.uuid.bytes).hex()  # which lies in `properties`
+        return bytes(properties.uuid.bytes).hex()  # copied: the bytes lie in `properties`
 
     def tensor(self, device: int, pointer: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         import torch
@@ -163,8 +162,7 @@ class CudaBindings:
         return torch.as_tensor(block, device=f"cuda:{device}").view(getattr(torch, dtype)).view(shape)
 
     def copy(self, out: torch.Tensor, pointer: int) -> None:
-        """By the driver, which knows where the pointer leads: a tensor on the peer would open a context
-        there, with its memory."""
+        """Copied by the driver: torch would open a context on the peer GPU, which takes memory there."""
         import torch
 
         stream = torch.cuda.current_stream(out.device).cuda_stream
@@ -198,7 +196,7 @@ class CudaBindings:
 
 
 class _CudaArray:
-    """The public protocol by which torch accepts foreign device memory."""
+    """`__cuda_array_interface__`: the protocol by which torch accepts foreign device memory."""
 
     def __init__(self, interface: dict[str, object]) -> None:
         self.__cuda_array_interface__ = interface

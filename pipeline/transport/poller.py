@@ -1,4 +1,4 @@
-"""What the loop of a worker or of the launcher sleeps on: its sockets, and a wakeup from another thread."""
+"""A poller for the loops of workers and the launcher, and a wakeup for it from another thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.transport.ends import Publisher, Receiver
 
 
 class Wakeup:
-    """Lets a helper thread wake a loop that polls."""
+    """Lets another thread wake a poller."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -36,10 +36,7 @@ class Pollable(Protocol):
 
 
 class Poller:
-    """Sleeps until one of its sources has something.
-
-    The loop then drains all of them, so it need not know which.
-    """
+    """Sleeps until a source is readable. It does not say which: the loop drains all sources."""
 
     def __init__(self, *sources: Receiver[Any] | Publisher[Any] | Pollable) -> None:
         self._poller = zmq.Poller()

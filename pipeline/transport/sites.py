@@ -1,7 +1,7 @@
-"""Sites: where the two ends of an edge meet. One kind of site, one class; those of tcp are in `tcp.py`.
+"""Sites: the addresses at which edges are bound and connected. One class for each kind; tcp is in `tcp.py`.
 
-A process may have edges at several sites: an LLM rank, say, serves the ViTs of its own machine in the run
-directory and those of another machine over tcp.
+A process may use several sites: an LLM rank, say, serves the ViTs of its own machine in the run directory and
+those of another machine over tcp.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class EdgeEnd(NamedTuple):
 
 
 class Site(Protocol):
-    """A place at which edges are bound, and connected to."""
+    """Gives each edge its address."""
 
     name: str
-    follows_epochs: bool  # each incarnation of a worker binds another address
-    is_authenticated: bool  # who connects has proven its public key
+    follows_epochs: bool  # each incarnation of a worker binds a new address
+    is_authenticated: bool  # connecting peers have proven their public keys
 
     def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str: ...
 
@@ -33,7 +33,7 @@ class Site(Protocol):
         """Called once, with the context of all sockets."""
 
     def prepare(self, socket: Any) -> None:
-        """Sets what such a socket needs before it binds or connects."""
+        """Sets the options that a socket of this site needs before it binds or connects."""
 
     def close(self) -> None: ...
 

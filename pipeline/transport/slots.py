@@ -1,10 +1,9 @@
-"""Who gets which part of a tensor pool, and in which order. Pure bookkeeping: no memory, no torch, no
-sockets.
+"""The slots of a tensor pool, and the order in which they are granted. Pure: no memory, no torch, no sockets.
 
 `SlotAllocator` cuts slots out of a block of bytes; `OrderedSlots` grants them, tenants in turn, in the order
-(request arrival, item position). The last part of each pool is kept for the oldest item that has no slot yet.
-Without it requests that have half of their items in a pool could wait for each other in a circle; with it the
-oldest request always gets its next item, so it ends.
+(request arrival, item position). The last bytes of a pool are a reserve for the oldest item without a slot.
+Without the reserve, requests with half of their items in a pool could deadlock; with it the oldest request
+always gets its next item, and ends.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ class Slot(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Position in the one global order: requests as the LLM admits them, then the items of a request as they
-    stand."""
+    """Position in the global order: requests as the LLM admits them, then a request's items by position."""
 
     arrival: int
     position: int
@@ -84,9 +82,9 @@ class SlotAllocator:
     def allocate(
         self, nbytes: int, use_reserve: bool = False, holder: str = "", use_general: bool = True
     ) -> Slot | None:
-        """A slot of at least `nbytes`, or None. `holder` is whose bytes these count as.
+        """A slot of at least `nbytes`, or None. The bytes count for `holder`.
 
-        Raises ValueError for more than the largest item the pool was made for.
+        Raises ValueError for more than the largest item that the pool was made for.
         """
         nbytes = align(nbytes)
         if nbytes > self.reserve:
@@ -151,17 +149,16 @@ def align(nbytes: int) -> int:
 class _Expected:
     order: Order
     tenant: str
-    nbytes: int = 0  # 0: it does not ask yet
+    nbytes: int = 0  # 0: no slot is asked for yet
 
 
 class OrderedSlots(Generic[K]):
-    """Grants slots in order within a tenant; keeps the reserve for the oldest key of all that is expected and
-    has none.
+    """Grants slots in order within a tenant; the reserve serves only the oldest expected key without a slot.
 
-    A key is *expected* from the moment it is known, long before its data is there, so that a younger key
-    whose data came earlier cannot take the place that the older one will need. The rest of the pool goes to
-    the tenant that holds the fewest bytes of it: a tenant with a long queue holds up its own keys only.
-    `evict` frees something of no present use and says whether it did.
+    A key is *expected* as soon as it is known, long before its data arrives, so that a younger key whose data
+    arrives earlier cannot take the reserve. The rest of the pool goes to the tenant that holds the fewest
+    bytes of it: a tenant with a long queue delays its own keys only. `evict` frees an unused slot, and
+    returns whether it did.
     """
 
     def __init__(self, allocator: SlotAllocator, evict: Callable[[], bool] = lambda: False) -> None:
@@ -169,7 +166,7 @@ class OrderedSlots(Generic[K]):
         self._keys: dict[K, _Expected] = {}
         self._expected: list[tuple[Order, K]] = []  # in order
         self._waiting: dict[str, list[tuple[Order, K]]] = {}  # by tenant, in order: those that ask
-        # of the key that did not fit: it goes before those of tenants that hold as much
+        # the key that did not fit: it goes before keys of tenants that hold as many bytes
         self._turn: K | None = None
 
     def expect(self, key: K, order: Order, tenant: str = "") -> None:
@@ -179,7 +176,7 @@ class OrderedSlots(Generic[K]):
         bisect.insort(self._expected, (order, key))
 
     def forget(self, key: K) -> None:
-        """The key needs no slot (any more). Unknown keys are fine: a hit and a cancellation may cross."""
+        """The key needs no slot (any more). Unknown keys are ignored: a hit and a cancellation may cross."""
         if (known := self._keys.pop(key, None)) is None:
             return
         _remove(self._expected, (known.order, key))
@@ -199,8 +196,7 @@ class OrderedSlots(Generic[K]):
         return bool(self._expected) and self._expected[0][1] == key
 
     def grant(self) -> list[tuple[K, Slot]]:
-        """Slots for waiting keys, up to the first one that does not fit: it is waited for, but the oldest has
-        the reserve."""
+        """Slots for waiting keys, up to the first that does not fit; the oldest may use the reserve."""
         granted: list[tuple[K, Slot]] = []
         while (found := self._next()) is not None:
             key, slot = found

@@ -1,4 +1,4 @@
-"""Opens the edges of `topology.py`: which socket each end is, what it may say, at which site it is."""
+"""Opens the edges of `topology.py`: the socket type, the messages and the site of each end."""
 
 from __future__ import annotations
 
@@ -57,10 +57,9 @@ S = TypeVar("S", bound="Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publi
 
 
 class Sockets:
-    """Opens the edges of one process.
+    """Opens the edges of one process: those in `elsewhere` at the sites given there, all others at `site`.
 
-    `site`: where its edges are, but for those that `elsewhere` names. `epochs` are those of the workers that
-    bind them.
+    `epochs` are those of the workers that bind the edges.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Sockets:
             opened.open(self._context)
         self._opened: list[Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]] = []
         self._bound: list[tuple[str, Any]] = []  # urls and sockets
-        # To another worker, in time to its successor.
+        # Reconnected when the worker that binds the edge has a successor.
         self._connected: list[tuple[EdgeEnd, Sender[Any] | Relayed[Any] | AsyncReceiver[Any]]] = []
 
     def site_of(self, edge: Edge, rank: int = 0) -> Site:
@@ -93,9 +92,9 @@ class Sockets:
         return opened
 
     def follow(self, epochs: Mapping[WorkerId, int]) -> list[WorkerId]:
-        """Takes newer epochs over: what was connected to a worker that died is connected to its successor.
+        """Takes over newer epochs and reconnects the edges of workers that died to their successors.
 
-        Returns those workers.
+        Returns the workers with newer epochs.
         """
         renewed = [worker for worker, epoch in epochs.items() if epoch > self.epochs.get(worker, 0)]
         self.epochs.update({worker: epochs[worker] for worker in renewed})
@@ -105,9 +104,9 @@ class Sockets:
         return renewed
 
     def bind_again(self) -> list[str]:
-        """Makes the socket files anew that somebody has removed, a cleaner of /tmp perhaps. Returns paths.
+        """Makes removed socket files anew; a cleaner of /tmp may have removed them. Returns their paths.
 
-        What is connected stays so. Raises PipelineError where the folder is gone, too.
+        Open connections are kept. Raises PipelineError where the folder is gone, too.
         """
         files = [(url.removeprefix(IPC), socket) for url, socket in self._bound if url.startswith(IPC)]
         missing = [(path, socket) for path, socket in files if not os.path.exists(path)]
@@ -174,8 +173,8 @@ class Sockets:
     ) -> Publisher[Any]:  # fmt: skip
         assert edge.pattern is Pattern.PUB_SUB
         socket = self._socket(self._context, zmq.XPUB, edge, rank)
-        # Over a full queue NODROP refuses the message for all subscribers of its topic. What everybody hears
-        # on control is said again every second: who does not read loses it, and only for itself.
+        # With NODROP one full queue refuses a message for all subscribers of its topic. Messages on `control`
+        # are repeated every second: there only the subscriber with the full queue loses them.
         socket.setsockopt(zmq.XPUB_NODROP, int(edge is not CONTROL))
         socket.setsockopt(zmq.XPUB_MANUAL, 1)
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
@@ -209,12 +208,12 @@ class Sockets:
         assert edge.pattern is Pattern.PUB_SUB
         socket = self._socket(context, zmq.SUB, edge, rank)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start after us
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)  # ms: the binder may start later
         socket.connect(self._url(edge, rank))
         return socket
 
     def close(self, linger_ms: int = 0) -> None:
-        """Closes all that was opened, giving queued messages `linger_ms` to leave."""
+        """Closes all sockets; queued messages have `linger_ms` to leave."""
         for opened in self._opened:
             opened.close(linger_ms)
         for site in self._sites:

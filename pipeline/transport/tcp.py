@@ -1,4 +1,4 @@
-"""Sites over tcp, for clients on other machines: only who has a key (`keys.py`) is served."""
+"""Sites over tcp, for clients on other machines: only clients with a known key (`keys.py`) are served."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pipeline.wire.topology import DIRECT_EDGES, Edge, WorkerId
 logger = logging.getLogger(__name__)
 DOMAIN = "clients"  # of ZAP, ZeroMQ's authentication protocol
 WARNING_INTERVAL_S = 10.0
-MAX_RECONNECT_MS = 1000  # between two attempts to connect, which begin more often
-# a connection that is silent for so long is closed: the machine at its other end is gone
+MAX_RECONNECT_MS = 1000  # between two attempts to connect; the first ones follow faster
+# a connection that is silent for so long is closed: the peer's machine is gone
 HEARTBEAT_MS, SILENCE_MS = 5_000, 15_000
 
 
 def tcp_address(host: str, port: int, edge: Edge) -> str:
-    """The edges that clients use have ports one behind the other."""
+    """The edges that clients use have consecutive ports."""
     return f"tcp://{f'[{host}]' if ':' in host else host}:{port + DIRECT_EDGES.index(edge)}"
 
 
@@ -39,7 +39,7 @@ class RemotePipeline:
     """A pipeline on another machine."""
 
     follows_epochs = False  # one address for all incarnations
-    is_authenticated = False  # by us: it is the server that asks who it is
+    is_authenticated = False  # the server authenticates this client, not the other way round
 
     def __init__(self, url: str, keys: ClientKeys) -> None:
         """`url`: tcp://HOST:PORT. Raises ValueError for another."""
@@ -72,7 +72,7 @@ class ClientListener:
     """The tcp addresses at which this process serves clients."""
 
     follows_epochs = False
-    is_authenticated = True  # each message tells the public key of who sent it
+    is_authenticated = True  # each message carries its sender's public key
 
     def __init__(self, host: str, port: int, keys: ServerKeys) -> None:
         self._host, self._port, self._keys = host, port, keys
@@ -86,10 +86,10 @@ class ClientListener:
         self._authenticator.configure_curve_callback(DOMAIN, self)
 
     def callback(self, domain: str, public: bytes) -> bool:
-        """Called by the authenticator with the public key of who connects."""
+        """Called by the authenticator with the public key of a connecting client."""
         if (name := self._keys.client_name(public)) is None:
             self.num_refused += 1
-            if (now := time.monotonic()) - self._warned_at > WARNING_INTERVAL_S:  # it tries again and again
+            if (now := time.monotonic()) - self._warned_at > WARNING_INTERVAL_S:  # refused clients reconnect
                 self._warned_at = now
                 logger.warning(
                     "a client with an unknown key was refused (%d connections so far)", self.num_refused

@@ -1,21 +1,16 @@
-"""Tensors that two processes see at once: a pool its producer writes, and handles that consumers read in
-place.
+"""Tensors shared by two processes: the producer writes a pool, consumers read in place through handles.
 
 A `TensorPool` is one block, allocated at start and announced once; a `TensorHandle`
-(`pipeline/wire/handles.py`) names a part of it. A consumer maps the pool when it is announced, and from then
-on opening a handle is pointer arithmetic. Kinds behind the same calls:
+(`pipeline/wire/handles.py`) names a part of it. A consumer maps the pool when it is announced; after that,
+opening a handle is pointer arithmetic. Kinds of memory:
 
-- `host`: an anonymous memory file, mapped by the peer through its descriptor. No name is left behind by a
-  crash.
-- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle, on the same GPU or
-  from a peer.
+- `host`: an anonymous memory file, mapped through its owner's descriptor, so that a crash leaves no file.
+- `cuda_ipc`: one `cudaMalloc` block, outside torch's allocator, mapped by its IPC handle on the same GPU or
+  from a peer GPU.
 
-Behind the slots lies a pattern that whoever maps the pool reads first: a mapping that works on paper only is
-refused.
-
-Each pool has a table of slot generations in host memory, so that a handle which outlived its slot is refused,
-never read. Of the contract only this file and `memory.py` touch torch, and only where a torch tensor is asked
-for.
+Behind the slots lies a random pattern, which a consumer compares at once: some drivers map without an error
+and without the data. A table of slot generations in host memory marks handles that outlived their slots:
+these are refused, never read. In `pipeline/` only this file and `memory.py` use torch, and only for tensors.
 """
 
 from __future__ import annotations
@@ -43,13 +38,13 @@ from pipeline.wire.handles import ITEM_SIZES, PoolInfo, TensorHandle
 if TYPE_CHECKING:
     import torch
 
-# a smaller cudaMalloc may share its 2 MiB with a neighbour, which would be exported too
+# a smaller cudaMalloc may share its 2 MiB with another allocation, which would be exported too
 CUDA_GRANULE = 2 << 20
 PATTERN_BYTES = 64
 
 
 class StaleHandleError(PipelineError):
-    """A handle of a dead epoch, of a slot that was given to somebody else, or outside its pool."""
+    """A handle of a dead epoch, of a slot that was allocated again, or outside its pool."""
 
 
 class PoolGoneError(PipelineError):
@@ -57,10 +52,7 @@ class PoolGoneError(PipelineError):
 
 
 class TensorPool:
-    """The producer's side.
-
-    `info` is to be announced once; who gets which slot is decided elsewhere (`slots.py`).
-    """
+    """The producer's side. `info` is to be announced once; `slots.py` allocates the slots."""
 
     def __init__(self, info: PoolInfo, memory: Memory) -> None:
         self.info = info
@@ -90,7 +82,7 @@ class TensorPool:
     def on_cuda(
         cls, pool_id: str, epoch: int, nbytes: int, max_slots: int, device: int, runtime: CudaRuntime
     ) -> TensorPool:
-        """Raises PipelineError where there is no such memory, or no handle to it."""
+        """Raises PipelineError where the GPU has too little memory, or gives no IPC handle."""
         nbytes = (nbytes + PATTERN_BYTES + CUDA_GRANULE - 1) // CUDA_GRANULE * CUDA_GRANULE - PATTERN_BYTES
         pointer = runtime.malloc(device, nbytes + PATTERN_BYTES)
         try:
@@ -107,8 +99,7 @@ class TensorPool:
         return cls(info, CudaMemory(runtime, device, pointer, owned=True))
 
     def lend(self, slot: Slot, shape: tuple[int, ...], dtype: str) -> TensorHandle:
-        """A handle for a slot just allocated; from now on handles of the slot's earlier generations are
-        stale."""
+        """A handle for a slot just allocated. Handles of the slot's earlier generations become stale."""
         handle = TensorHandle(
             self.info.pool_id, self.info.epoch, slot.number, slot.generation, slot.offset, shape, dtype
         )
@@ -118,7 +109,7 @@ class TensorPool:
         return handle
 
     def array(self, handle: TensorHandle) -> npt.NDArray[Any]:
-        """Host pools, without torch: the memory of a handle as numpy sees it."""
+        """The memory of a handle in a host pool, as a numpy array."""
         assert isinstance(self.memory, HostMemory)
         return self.memory.array(handle.offset, handle.shape, handle.dtype)
 
@@ -141,8 +132,7 @@ class _Mapping:
 
 
 class PoolMap:
-    """The consumer's side: the pools of all producers, mapped once each, for the GPU `device` if there is
-    one."""
+    """The consumer's side: the pools of all producers, each mapped once, for the GPU `device` if any."""
 
     def __init__(self, device: int | None = None, runtime: CudaRuntime | None = None) -> None:
         self._runtime, self._device = runtime, device
@@ -151,8 +141,8 @@ class PoolMap:
     def open(self, info: PoolInfo) -> None:
         """Maps an announced pool; a pool of an earlier epoch with the same id is closed first.
 
-        Raises PipelineError where it cannot be mapped, or is not what was announced; PoolGoneError when its
-        process has died.
+        Raises PipelineError where it cannot be mapped or its pattern differs; PoolGoneError when its owner
+        has died.
         """
         self.close(info.pool_id)
         try:
@@ -201,7 +191,7 @@ class PoolMap:
         return self._find(handle).memory.tensor(handle.offset, handle.shape, handle.dtype)
 
     def copy_rows(self, out: torch.Tensor, handle: TensorHandle, start: int) -> None:
-        """Fills the contiguous `out` with the rows of a matrix from `start` on, in the order of its stream.
+        """Fills the contiguous `out` with rows of a matrix from `start` on, in order with its stream.
 
         Raises as `tensor` does.
         """
@@ -251,9 +241,9 @@ def is_dead(pid: int) -> bool:
 
 
 def _map_peer(pid: int, fd: int, nbytes: int, runtime: CudaRuntime | None = None) -> HostMemory:
-    """Maps another process's memory file, opened through /proc: same user and PID namespace.
+    """Maps another process's memory file through /proc, which needs the same user and PID namespace.
 
-    Locked in memory where there is a GPU.
+    Page-locked where there is a GPU.
     """
     opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""What the gateway passes on, and for whom. Pure: sockets are given."""
+"""Decides which messages the gateway relays, and for which keys. Pure: sockets are arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.wire.messages import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, Inges
 logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256
 MESSAGES_PER_S = 500.0  # of one key
-MAX_BURST = 4096.0  # messages: as many as four clients may have requests, at once
+MAX_BURST = 4096.0  # messages: the `max_requests` of four clients
 COUNTED = {
     "relayed_messages": "Messages of clients that were passed on",
     "refused_client_ids": "Messages under a client id that the key does not own, dropped",
@@ -27,9 +27,8 @@ COUNTED = {
 
 
 class TokenBucket:
-    """Lets `burst` things happen at once, and `rate` a second in the long run. Times are seconds of any
-    steady clock.
-    """
+    """Allows `burst` events at once, and `rate` per second in the long run. Times are seconds of a steady
+    clock."""
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self._rate, self._burst = rate, burst
@@ -53,9 +52,9 @@ class Upstream(Protocol):
 
 
 class Gateway:
-    """`publish` takes an encoded message and a client's id; False when that client lags too far behind.
+    """`publish` takes an encoded message and a client's id, and returns False if that client's queue is full.
 
-    `name_of` tells whose key this is; None: nobody's any more.
+    `name_of` gives the name of a public key; None for an unknown or removed key.
     """
 
     def __init__(
@@ -65,10 +64,9 @@ class Gateway:
         name_of: Callable[[str], str | None],
     ) -> None:
         self._upstreams, self._publish, self._name_of = upstreams, publish, name_of
-        self._tenants: dict[str, str] = {}  # by public key: as many as there ever were files of keys
+        self._tenants: dict[str, str] = {}  # by public key; bounded by the number of key files ever
         self._buckets: dict[str, TokenBucket] = {}  # likewise
-        # One client may be here twice: it has connected again, and its old connection has not been missed
-        # yet.
+        # 2 for a client that has reconnected before its old connection has timed out.
         self._num_connections: Counter[bytes] = Counter()
         self._cut_off: set[bytes] = set()
         self.counters = dict.fromkeys(COUNTED, 0)
@@ -78,7 +76,7 @@ class Gateway:
         return len(self._num_connections)
 
     def accepts(self, topic: bytes, user: str) -> bool:
-        """Whether who holds this key may read what is for this client."""
+        """Whether the holder of this key may subscribe to this client id."""
         owner = owner_of(user)
         if len(topic) != CLIENT_ID_BYTES or not topic.startswith(owner):
             return False
@@ -105,14 +103,12 @@ class Gateway:
             upstream.subscribe(client_id)
 
     def _stop_listening(self, client_id: bytes) -> None:
-        """The LLM then takes it that the client has left, and ends its requests."""
+        """For the LLM this client has left: it ends the client's requests."""
         for upstream in self._upstreams:
             upstream.unsubscribe(client_id)
 
     def is_in_time(self, user: str, now: float) -> bool:
-        """Whether a key may send one more message. What is dropped the client library says again: all of it
-        is repeatable.
-        """
+        """Whether a key may send one more message. The client library repeats dropped messages."""
         if (bucket := self._buckets.get(user)) is None:
             bucket = self._buckets[user] = TokenBucket(MESSAGES_PER_S, MAX_BURST, now)
         if bucket.take(now):
@@ -121,10 +117,8 @@ class Gateway:
         return False
 
     def is_relayed(self, message: IngestMessage, user: str) -> bool:
-        """Whether this message of a client goes on to the pipeline.
-
-        One that was cut off has to say hello before anything else.
-        """
+        """Whether this message is relayed to the pipeline. A client that was cut off must send `Hello`
+        first."""
         if len(message.client_id) != CLIENT_ID_BYTES or not message.client_id.startswith(owner_of(user)):
             self.counters["refused_client_ids"] += 1
             return False
@@ -137,32 +131,28 @@ class Gateway:
         return True
 
     def stamped(self, message: IngestMessage, user: str) -> IngestMessage:
-        """The message as the pipeline is given it: whose key it came by stands in it, whatever the client
-        wrote there.
+        """The message with the tenant of its key, whatever the client wrote there.
 
-        Caches, and the names that clients give to content, are apart for each key: the salt says which key it
-        is.
+        The key is also part of the salt, so that caches, and the names that clients give to content, are
+        separate for each key.
         """
         if not isinstance(message, SubmitRequest):
             return message
         salt = message.cache_salt
-        if len(salt) <= MAX_SALT_BYTES:  # a longer one is left to be refused
+        if len(salt) <= MAX_SALT_BYTES:  # preprocess refuses a longer one
             salt = hashlib.sha256(b"curve:" + user.encode() + b"\0" + salt).digest()
         return msgspec.structs.replace(message, tenant=self._tenant(user), cache_salt=salt)
 
     def _tenant(self, user: str) -> str:
-        """`curve:NAME`, after the file of the key, whatever that was called before. A key whose file has gone
-        keeps its name until its connections end.
-        """
+        """`curve:NAME`, after the present name of the key's file. A key whose file is removed keeps its name
+        until its connections end."""
         if name := self._name_of(user):
             self._tenants[user] = f"curve:{name}"
         return self._tenants.setdefault(user, f"curve:{owner_of(user).hex()}")
 
     def on_output(self, client_id: bytes, data: bytes) -> None:
-        """A message of the LLM.
-
-        A client that does not read is cut off; it loses nothing for good, since it asks when it reads again.
-        """
+        """Relays a message of the LLM. A client whose queue is full is cut off; it queries its requests when
+        it reads again."""
         if client_id in self._cut_off or self._publish(data, client_id):
             return
         logger.warning("a client does not read its outputs: cut off")

@@ -1,8 +1,8 @@
-"""The process that serves clients on other machines: between encrypted tcp sockets outside and the run
-directory's sockets inside.
+"""The gateway process: relays between clients on other machines (encrypted tcp sockets, "outside") and the
+sockets in the run directory ("inside").
 
-In a process of its own, so that neither encryption nor a stranger's bytes are any business of the LLM's loop;
-when it dies, what was under way in it comes again, as with every other worker.
+A process of its own, so that the LLM's loop handles neither encryption nor untrusted bytes. After its death
+clients resubmit, as after the death of any other worker.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pipeline.wire.messages import (
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
 from workers.gateway.gateway import COUNTED, Gateway
 
-# messages to preprocess: what it does not take waits outside, with the client that sent it
+# messages to preprocess; further ones wait in the queues of their clients
 INSIDE_HIGH_WATER_MARK = 4
-CLIENT_HIGH_WATER_MARK = 2  # messages of one client that are not read yet
+CLIENT_HIGH_WATER_MARK = 2  # unread messages of one client
 BASE_MIB = 1024
-# of the largest size, in memory: a client that sends endlessly takes down this process only
+# requests of the largest size in memory: a flood from a client ends this process only
 MAX_HELD_REQUESTS = 16
 OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is cut off
-RETRY_S = 0.005  # while preprocess takes nothing
-MAX_RELAYED = 64  # messages of clients in one turn of the loop, refused ones included
+RETRY_S = 0.005  # while the queue to preprocess is full
+MAX_RELAYED = 64  # messages of clients in one turn of the loop, dropped ones included
 GREETING_INTERVAL_S = 0.1
-HEARTBEAT_S = 2.0  # the launcher's is a second; where it stands still, clients hear the last state again
+HEARTBEAT_S = 2.0  # the launcher's is a second; if the launcher hangs, the last state is repeated
 LIFE_INTERVAL_S = 0.5
 STATS_INTERVAL_S = 0.5
-LINGER_MS = 500  # the last words of a pipeline that ends
+LINGER_MS = 500  # for the last messages of a pipeline that ends
 
 
 def main(context: WorkerContext) -> None:
@@ -87,7 +87,7 @@ class _Relay:
             high_water_mark=CLIENT_HIGH_WATER_MARK,
         )
         self._state: PipelineState | None = None
-        self._waiting: Received[IngestMessage] | None = None  # for preprocess to take it
+        self._waiting: Received[IngestMessage] | None = None  # until the queue to preprocess has room
         self._poller = Poller(self._control, self._states, self._outputs, *self._ups)
         self._is_reading = self._has_new = False
         self._stats_due = self._greeted_at = 0.0
@@ -107,12 +107,12 @@ class _Relay:
         )
 
     def turn(self) -> None:
-        """One turn of the loop: drains what there is, then sleeps until something comes."""
+        """One turn of the loop: drains all sockets, then sleeps until one is readable."""
         self._context.recorder.move()
         self._read_control()
         self._greet()
-        for _ in range(MAX_RELAYED):  # one by one: each is judged when those before it count
-            self._gateway.on_subscriptions(self._outputs.subscriptions(most=1))
+        for _ in range(MAX_RELAYED):  # one by one: `accepts` counts the clients before each
+            self._gateway.on_subscriptions(self._outputs.subscriptions(max_events=1))
         self._relay_ingest()
         self.relay_outputs()
         if (now := time.monotonic()) >= self._stats_due:
@@ -130,22 +130,22 @@ class _Relay:
         )
 
     def _greet(self) -> None:
-        """Tells who is new how the pipeline is: all at once, and not too often, since everybody hears it."""
+        """Publishes the state for new subscribers. Rate-limited, since all subscribers get it."""
         self._has_new |= any(event.is_new for event in self._states.subscriptions())
-        # After a while without a word the launcher stands still; it lives, or we would not.
+        # Also without a heartbeat for long: the launcher hangs; if it were dead, this process would be, too.
         due = self._greeted_at + (GREETING_INTERVAL_S if self._has_new else HEARTBEAT_S)
         if self._state is not None and time.monotonic() >= due:
             self._has_new = False
-            self._tell(self._state)
+            self._publish_state(self._state)
 
-    def _tell(self, state: PipelineState) -> None:
+    def _publish_state(self, state: PipelineState) -> None:
         self._greeted_at = time.monotonic()
         self._states.publish(state)
 
     def _read_control(self) -> None:
         while (received := self._control.receive()) is not None:
             self._state = received.message
-            self._tell(self._state)  # also that the pipeline ends
+            self._publish_state(self._state)  # also that the pipeline ends
             self._context.follow(self._state)
 
     def _relay_ingest(self) -> None:

@@ -1,6 +1,6 @@
-"""The operators that a decoder takes fused, where there are kernels for them.
+"""Fused operators of a decoder, where there are kernels for them (`workers/nn/kernels.py`).
 
-`workers/nn/kernels.py` has them; it needs Triton, this file does not.
+That file needs Triton; this one does not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Kernels(NamedTuple):
-    # (x, delta, weight, eps): the norm of x + delta, which x becomes.
+    # (x, delta, weight, eps): x += delta, then the norm of x.
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
     # silu(gate) · up of [rows, 2 · size], gate first.
     silu_mul: Callable[[Tensor], Tensor]

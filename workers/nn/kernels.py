@@ -1,6 +1,6 @@
 """Small layers as one Triton kernel each, where plain torch would launch several.
 
-For GPUs, and the interpreter.
+For GPUs and Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def add_rms_norm_kernel(
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """The norm of x + delta [rows, size], which x becomes; computed in float32."""
+    """x += delta, both [rows, size]; then the norm of x, computed in float32."""
     out = torch.empty_like(x)
     size = x.shape[-1]
     add_rms_norm_kernel[(x.shape[0],)](

@@ -1,4 +1,4 @@
-"""Small layers that the ViT and the LLM share. Weights are plain tensors; there is no training here."""
+"""Small layers that the ViT and the LLM share. Weights are plain tensors, for inference only."""
 
 from __future__ import annotations
 

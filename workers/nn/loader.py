@@ -1,9 +1,8 @@
-"""Reads tensors out of a Hugging Face folder of safetensors, one by one, so that never more than one is held
+"""Reads tensors out of a Hugging Face folder of safetensors, one by one, so that at most one is in memory
 twice.
 
-Knows nothing of models, nor of formats of weights (`workers/nn/weights`). Names are given as the hub's older
-checkpoints have them (`model.layers.…`, `visual.…`); files that transformers 5 wrote under other prefixes are
-read the same.
+Knows no models, and no formats of weights (`workers/nn/weights`). Names are those of the hub's older
+checkpoints (`model.layers.…`, `visual.…`); the prefixes of transformers 5 are mapped to them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-# as in some files, as asked for
+# prefixes of transformers 5, and the older names for them
 PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,12 +29,11 @@ Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
 
 
 def no_progress(done: int, total: int) -> None:
-    """For whoever does not wait."""
+    """A `Progress` that reports nothing."""
 
 
 class Rows:
-    """Rows of a matrix in a file, read when they are asked for: the system keeps them at hand, and they take
-    no memory of ours."""
+    """A matrix that stays in its file: rows are read on demand, through the system's page cache."""
 
     def __init__(self, path: Path, start: int, num_columns: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -86,7 +84,7 @@ class Checkpoint:
         self._total = sum(name.startswith(prefix) for name in self._places)
 
     def has_module(self, module: str) -> bool:
-        """Whether there is any tensor of this layer, whatever its format calls them."""
+        """Whether there is any tensor of this layer, whatever its format."""
         return any(name.startswith(f"{module}.") for name in self._places)
 
     def rows(self, name: str) -> Rows:
@@ -100,19 +98,15 @@ class Checkpoint:
         )
 
     def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it, contiguous, in the model's dtype on its device, with memory of its
-        own."""
+        """A tensor or a part of it: contiguous, a copy, in the model's dtype, on its device."""
         tensor = self.read(name, rows, columns)
         return tensor.to(
             device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format
         )
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it as it is stored, on the host: packed weights are no numbers of the model's
-        dtype.
-
-        It may be a view of the file.
-        """
+        """A tensor or a part of it on the host, in the dtype of the file, which packed weights need. May be a
+        view of the file."""
         path, stored = self._place(name)
         part = self._open(path).get_slice(stored)
         tensor: Tensor = part[rows] if columns is None else part[rows, columns]
@@ -126,16 +120,16 @@ class Checkpoint:
         return self._places[name]
 
     def close(self) -> None:
-        """Lets go of the files, whose pages count as this process's memory as long as they are mapped, and of
-        what loading left behind."""
+        """Unmaps the files, whose pages count as this process's memory, and returns freed memory to the
+        system."""
         self._opened = None
-        # glibc's; it keeps what was freed in between, here as much as a layer
+        # glibc keeps freed blocks, here up to the size of a layer
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
     def _open(self, path: Path) -> safe_open:
-        """One file at a time: its pages count as this process's memory as long as it is mapped."""
+        """Keeps one file mapped at a time, since its pages count as this process's memory."""
         if self._opened is None or self._opened[0] != path:
             self._opened = None
             self._opened = path, safe_open(path, framework="pt")
@@ -150,15 +144,13 @@ def _usual_name(name: str) -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the processor computes in it.
-
-    Without such instructions a CPU is several times slower in bfloat16 than in float32, and a GPU (before
-    Ampere) has float16.
+    """`auto` is bfloat16 where the device has instructions for it; else float32 on a CPU, which would be
+    several times slower in bfloat16, and float16 on a GPU (before Ampere).
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
-        # The least of all GPUs: ranks and ViTs on different ones have one type.
+        # The lowest capability of all GPUs: ranks and ViTs on different GPUs need one dtype.
         least = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
         return torch.bfloat16 if least >= WITH_BFLOAT16 else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported()
@@ -168,10 +160,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_device(name: str, ordinal: int, is_shared: bool = False) -> torch.device:
-    """The GPU of that number, if the machine has any or one is asked for, else the CPU.
+    """The GPU `ordinal`; the CPU if the option says so, or says `auto` on a machine without GPUs.
 
-    `is_shared`: where there are fewer GPUs, they are counted round again. Raises ValueError without
-    any.
+    `is_shared`: `ordinal` is taken modulo the number of GPUs. Raises ValueError for a missing GPU.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -181,14 +172,11 @@ def choose_device(name: str, ordinal: int, is_shared: bool = False) -> torch.dev
     if ordinal >= count:
         raise ValueError(f"GPU {ordinal} is wanted, but this machine has {count}")
     device = torch.device("cuda", ordinal)
-    torch.cuda.set_device(device)  # on which Triton launches, and where NCCL looks for this rank
+    torch.cuda.set_device(device)  # Triton and NCCL use the current device
     return device
 
 
 def to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """A host array on a device.
-
-    On a GPU by way of page-locked memory, so that nobody waits for what runs there.
-    """
+    """Copies a host array to a device: to a GPU asynchronously, through page-locked memory."""
     tensor = torch.from_numpy(values)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Animated pictures (GIF, WebP, APNG) as videos, by Pillow. What is transparent lies on white."""
+"""Animated pictures (GIF, WebP, APNG) as videos, by Pillow. Transparency becomes white."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from PIL import Image
 from workers.preprocess.images import on_white
 from workers.preprocess.video import Frame, VideoBroken, VideoMetadata, check_size
 
-SHORTEST_MS = 20.0  # a frame that is to be shown for less ...
-USUAL_MS = 100.0  # ... is shown for so long, as browsers do
+SHORTEST_MS = 20.0  # a frame with a shorter duration ...
+USUAL_MS = 100.0  # ... gets this one, as in browsers
 WEBP_ALPHA = 0x10
-# What Pillow makes of broken data.
+# Pillow's exceptions for broken data.
 BROKEN = (
     EOFError,
     OSError,
@@ -45,7 +45,7 @@ class Animation:
 
     @cached_property
     def metadata(self) -> VideoMetadata:
-        """Decodes all frames: the header's count may be more than there are."""
+        """Decodes all frames, since the header's count may be too high."""
         num_frames, total_ms = 0, 0.0
         for image in self._decoded():
             duration_ms = float(image.info.get("duration") or 0)
@@ -60,7 +60,7 @@ class Animation:
             if number < self._image.tell():
                 self._image = self._open()
             try:
-                # Step by step: a frame is drawn onto the one before it.
+                # Each frame is drawn onto the one before it.
                 for step in range(self._image.tell(), number + 1):
                     self._go_to(step)
             except BROKEN:
@@ -71,8 +71,7 @@ class Animation:
     def _open(self) -> Image.Image:
         data = self._path.read_bytes()
         if self._kind == "WEBP" and data[12:16] == b"VP8X" and len(data) > 20:
-            # The header says whether frames have alpha, not whether they fill the canvas. Taken to have it,
-            # what they leave free is transparent, not black.
+            # With the alpha flag set, canvas that no frame covers is transparent, not black.
             data = b"".join((data[:20], bytes([data[20] | WEBP_ALPHA]), data[21:]))
         try:
             return Image.open(io.BytesIO(data), formats=(self._kind,))

@@ -1,7 +1,7 @@
-"""What a packet of a video says about itself, read from its first bytes: without decoding.
+"""The kind of a video's packet, read from its codec's headers without decoding.
 
-Containers mark key frames, but not whether decoding may start there. After an H.264 recovery point, say,
-pictures may still refer to those before it. The codec's own headers tell.
+Containers mark key frames, but not whether decoding may start there: after an H.264 recovery point, say,
+pictures may still refer to earlier ones.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ Look = Callable[[memoryview], Kind]
 
 
 class _Units(NamedTuple):
-    """How a codec's NAL units tell what they are.
-
-    The bit behind the head of a slice says that it begins a picture.
-    """
+    """The NAL units of a codec. The first bit behind a slice's NAL header marks the first slice of a
+    picture."""
 
     head_bytes: int
-    type_shift: int  # of the type, in the head's first byte
+    type_shift: int  # of the type, in the header's first byte
     type_mask: int
     slices: range
     entries: frozenset[int]
@@ -41,8 +39,8 @@ class _Units(NamedTuple):
 # ITU-T H.264, 7.3.1 and 7.3.3: IDR pictures are entries. The first macroblock of the picture is 0, written as
 # the bit 1.
 H264 = _Units(1, 0, 31, range(1, 6), entries=frozenset({5}), parameters=frozenset({7, 8}), breaks=frozenset())
-# ITU-T H.265, 7.3.1.2 and 7.3.6.1: IDR and CRA. Pictures later in time than a CRA depend on nothing before
-# it. Behind broken links and ends of sequences pictures are skipped.
+# ITU-T H.265, 7.3.1.2 and 7.3.6.1: IDR and CRA. Pictures later in time than a CRA refer to nothing before it.
+# Decoders skip pictures behind broken links and ends of sequences.
 HEVC = _Units(
     2, 1, 63, range(32), entries=frozenset({19, 20, 21}), parameters=frozenset({32, 33, 34}),
     breaks=frozenset({16, 17, 18, 36, 37})
@@ -50,7 +48,7 @@ HEVC = _Units(
 
 
 def look_of(codec: str, extradata: bytes | None) -> Look | None:
-    """How to look at packets of a codec as mp4 and Matroska have them; None where only decoding tells.
+    """Gives the kind of packets, as in mp4 and Matroska, of a codec; None for a codec that must be decoded.
 
     `codec` is FFmpeg's name of the decoder.
     """
@@ -71,7 +69,7 @@ def look_of(codec: str, extradata: bytes | None) -> Look | None:
 
 
 def _units(data: memoryview, length_size: int) -> list[memoryview] | None:
-    """The NAL units of a packet, each behind its length; None when the lengths do not add up."""
+    """The NAL units of a packet, each after its length; None when the lengths do not add up."""
     units, at = [], 0
     while at < len(data):
         start = at + length_size
@@ -83,7 +81,7 @@ def _units(data: memoryview, length_size: int) -> list[memoryview] | None:
 
 
 def _look_at_units(codec: _Units, length_size: int, data: memoryview) -> Kind:
-    """Of a codec of NAL units: the slices of one picture, all of which begin anew or not."""
+    """The kind of a packet of NAL units: one picture, whose slices are all entries or none is."""
     units = _units(data, length_size)
     if units is None or any(unit[0] & 0x80 for unit in units):
         return Kind.DOUBTFUL
@@ -101,14 +99,15 @@ def _look_at_units(codec: _Units, length_size: int, data: memoryview) -> Kind:
 
 
 def _vp8(data: memoryview) -> Kind:
-    """RFC 6386, 9.1. A picture that only others refer to has a packet of its own and is not shown."""
+    """RFC 6386, 9.1. A reference picture that is not shown has a packet of its own."""
     if len(data) < 3 or not data[0] & 0x10:
         return Kind.DOUBTFUL
     return Kind.PICTURE if data[0] & 1 else Kind.ENTRY
 
 
 def _vp9(data: memoryview) -> Kind:
-    """The VP9 bitstream specification, 6.2 and annex B: an index at the end tells the sizes of several."""
+    """The VP9 bitstream specification, 6.2 and annex B: several pictures have an index of sizes at the
+    end."""
     last = data[-1]
     if last & 0xE0 != 0xC0:
         return _vp9_kind([data])
@@ -156,7 +155,7 @@ def _av1(data: memoryview) -> Kind:
 
 
 def _leb128(data: memoryview, at: int) -> tuple[int, int]:
-    """A number and where it ends; -1 when the data ends before."""
+    """A number and its end; -1 when the data is too short."""
     value = 0
     for number in range(8):
         if at >= len(data):

@@ -1,4 +1,4 @@
-"""Where a download's bytes go: into memory, or into a file without a name."""
+"""Bodies take a download's bytes: in memory, or in an unnamed file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from workers.preprocess.videos import VideoFile
 
 D_co = TypeVar("D_co", covariant=True)
 MEDIA_TYPES = [f"image/{name.lower()}" for name in KINDS]
-WRITE_BYTES = 1 << 20  # to a file, at once, by a thread
+WRITE_BYTES = 1 << 20  # to a file in one call, in a thread
 
 
 class Body(Protocol, Generic[D_co]):
-    """Takes chunks, gives what they make up at the end, and is closed in any case."""
+    """Takes chunks, returns the whole at the end, and is always closed."""
 
-    accept: ClassVar[str]  # for the header of this name
+    accept: ClassVar[str]  # the Accept header
     max_bytes: int
 
     async def write(self, data: bytes) -> None: ...
@@ -34,7 +34,7 @@ class Body(Protocol, Generic[D_co]):
 
 
 class MemoryBody:
-    """A picture. What can be read comes first: hosts choose a kind by this, and would send others."""
+    """A picture. Hosts choose a format by `accept`: readable ones come first."""
 
     accept: ClassVar[str] = ",".join([*MEDIA_TYPES, "image/*;q=0.8", "*/*;q=0.5"])
 
@@ -53,9 +53,9 @@ class MemoryBody:
 
 
 class FileBody:
-    """A video, on disk, without a name: nothing is left of it, however this process ends.
+    """A video in an unnamed file, which is gone however this process ends.
 
-    Raises RequestError without a field where the disk is full or there is no descriptor.
+    Raises RequestError without a field where the disk is full or no descriptor is free.
     """
 
     accept: ClassVar[str] = "video/*,*/*;q=0.5"
@@ -79,7 +79,7 @@ class FileBody:
             return VideoFile(os.dup(self._file.fileno()), self._file.tell(), self._digest.digest())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of what could not be written before, and is of no use any more
+        with contextlib.suppress(OSError):  # from unwritten data, which is not needed any more
             self._file.close()
 
     async def _flush(self) -> None:

@@ -1,7 +1,6 @@
-"""The chunks of all requests on their way through the ViTs: routed, asked for by hash, decoded in order where
-they are missed.
+"""The chunks of all requests: routed to ViTs, announced by hash, and decoded in order if the ViT lacks them.
 
-Knows nothing of prompts and requests' lives; runs in the event loop of preprocess.
+Knows no prompts and no states of requests; runs in the event loop of preprocess.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from workers.preprocess.threads import Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
 UNREADABLE = RequestError("the server cannot read the media of this request", field="messages", status=500)
-ORDER_PATIENCE_S = 0.25  # that pixels wait for earlier ones of their request, in memory that others may need
+ORDER_PATIENCE_S = 0.25  # limits the wait of decoded pixels, which hold a slot, for earlier ones
 
 
 @dataclass(slots=True)
 class ChunkState:
-    """A chunk on its way through a ViT."""
+    """A chunk from its routing until its pixels are released."""
 
     key: ChunkKey
     chunk: Chunk
     vit: int
     order: Order
     slot: Slot | None = None
-    is_wanted: bool = False  # its pixels are asked for
-    loading: asyncio.Task[None] | None = None  # its media are brought in, before it holds anything
+    is_wanted: bool = False  # its pixels are needed
+    loading: asyncio.Task[None] | None = None  # its media are being fetched; it has no slot yet
     is_waiting: bool = False  # for its turn to be decoded
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
@@ -60,25 +59,25 @@ class ChunkState:
 
 
 class ChunkFlow:
-    """`on_broken` is told of a chunk that cannot be decoded; `vit_epoch` says which incarnation of a ViT is
-    known; `runs_alone`, which request is alone with its work here."""
+    """`on_broken` is called for a chunk that cannot be decoded; `vit_epoch` gives the last known epoch of a
+    ViT; `runs_alone` names the quarantined requests."""
 
     def __init__(
         self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]],
         vit_epoch: Callable[[int], int],
-        tasks: asyncio.TaskGroup, most_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
+        tasks: asyncio.TaskGroup, max_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
         tracer: Tracer, runs_alone: Callable[[str], bool],
     ) -> None:  # fmt: skip
         self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
-        self._tasks, self._on_broken, self._most_decoding = tasks, on_broken, most_decoding
-        # Chunks that have a slot and are to be decoded, by tenant and request.
+        self._tasks, self._on_broken, self._max_decoding = tasks, on_broken, max_decoding
+        # Chunks with a slot that are not decoded yet, by tenant and request.
         self._waiting: FairQueue[tuple[str, int], ChunkState] = FairQueue()
         self._tracer, self._runs_alone = tracer, runs_alone
         self.largest = allocator.reserve  # bytes of pixels
-        self._num_taken = allocator.num_used  # by nobody here
-        self._most_of_tenant = max(1, most_decoding - most_decoding // 4)
+        self._num_taken = allocator.num_used  # by no chunk
+        self._max_of_tenant = max(1, max_decoding - max_decoding // 4)
         self._decoding: Counter[str] = Counter()  # by tenant
-        # by request, attempt and ViT: whether what was begun last is there
+        # by request, attempt and ViT: done when the chunk that was begun last is sent
         self._last_sent: dict[tuple[str, int, int], asyncio.Future[None]] = {}
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
         self.router = Router(len(vits))
@@ -95,7 +94,7 @@ class ChunkFlow:
         num_tokens: int,
         tenant: str = "",
     ) -> MmChunk:
-        """Takes a chunk in and chooses its ViT; `announce` tells that ViT."""
+        """Adds a chunk and chooses its ViT; `announce` sends it there."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
         state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
         state.tenant = tenant
@@ -106,7 +105,7 @@ class ChunkFlow:
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
-        """Asks the ViTs for chunks by hash, in their order; starts to decode those that no ViT can have."""
+        """Requests chunks from the ViTs by hash, in order; starts to load those that no ViT has been sent."""
         for key in keys:
             state = self._chunks[key]
             self._vits[state.vit].send(self._encode_request(state))
@@ -115,8 +114,8 @@ class ChunkFlow:
                 self._load(state)
 
     def on_miss(self, key: ChunkKey) -> None:
-        """The ViT does not have this chunk: sends its pixels, again if they came when others' were there and
-        are gone now."""
+        """The ViT lacks this chunk: loads and sends its pixels, or sends them again if the ViT has used
+        another request's and released these."""
         state = self._chunks.get(key)
         if state is None:
             return
@@ -131,11 +130,11 @@ class ChunkFlow:
             self._finish(state)
 
     def cancel(self, keys: Iterable[ChunkKey]) -> None:
-        """Nobody wants these. One whose pixels are with the ViT waits for their release."""
+        """Cancels chunks. Those whose pixels the ViT may read stay until it releases them."""
         by_vit: dict[int, list[ChunkKey]] = defaultdict(list)
         states = [state for key in keys if (state := self._chunks.get(key)) is not None]
         for state in states:
-            # all first, so that no freed slot goes to one that is cancelled too
+            # all first, so that no freed slot is granted to another cancelled chunk
             self._slots.forget(state.key)
         for state in states:
             by_vit[state.vit].append(state.key)
@@ -145,7 +144,7 @@ class ChunkFlow:
             self._vits[vit].send(CancelEncode(keys=tuple(of_vit), **self._origin))
 
     def on_vit_death(self, vit: int) -> None:
-        """Whatever it was sent is gone. Requests that needed it are interrupted by the LLM and come again."""
+        """Drops the ViT's chunks. The LLM interrupts their requests, which clients resubmit."""
         self.router.forget(vit)
         states = [state for state in self._chunks.values() if state.vit == vit]
         for state in states:
@@ -166,7 +165,7 @@ class ChunkFlow:
         )  # fmt: skip
 
     def _load(self, state: ChunkState) -> None:
-        """Media first, then a slot and a decoder's time: nobody else is to wait for a host that is silent."""
+        """Fetches media before it takes a slot and a decoder: a slow host must not delay other requests."""
         state.loading = self._tasks.create_task(self._load_and_request(state))
 
     async def _load_and_request(self, state: ChunkState) -> None:
@@ -179,42 +178,41 @@ class ChunkFlow:
         self._grant()
 
     async def _error_of(self, state: ChunkState, work: Coroutine[Any, Any, None]) -> ErrorInfo | None:
-        """Does a piece of the request's work on its media; what its client is told if that fails."""
+        """Awaits a piece of the request's work on its media. Returns the client's error if that fails."""
         request_id = state.key.request_id
         on_behalf_of.set(Work(request_id, self._runs_alone(request_id), state.tenant))
         try:
             await work
         except RequestError as error:
             return error.info
-        except Exception as failure:  # that request's fault or nobody's, and no reason to end
+        except Exception as failure:  # of this request only: preprocess goes on
             logger.exception("the media of %s cannot be read", state.key)
             return refusal_of(failure, UNREADABLE).info
         return None
 
     def _grant(self) -> None:
-        """Starts decoding, tenants in turn and each one's requests, as many chunks at once as there are
-        hands. No tenant has all of them.
-        """
+        """Starts to decode up to `max_decoding` chunks at once: tenants in turn, within a tenant its
+        requests. No tenant gets all of these places."""
         for key, slot in self._slots.grant():
             state = self._chunks[key]
             state.slot, state.is_waiting = slot, True
             self._waiting.push(state.tenant, key[:2], state.chunk.pixel_bytes, state.order, state)
-        while self._decoding.total() < self._most_decoding:
-            has_most = [tenant for tenant, count in self._decoding.items() if count >= self._most_of_tenant]
-            waiting = self._waiting.peek(has_most)
+        while self._decoding.total() < self._max_decoding:
+            held_up = [tenant for tenant, count in self._decoding.items() if count >= self._max_of_tenant]
+            waiting = self._waiting.peek(held_up)
             if waiting is None:
                 break
-            if not waiting.is_waiting:  # it was cancelled
-                self._waiting.drop(has_most)
+            if not waiting.is_waiting:  # cancelled
+                self._waiting.drop(held_up)
                 continue
-            self._waiting.pop(has_most)
+            self._waiting.pop(held_up)
             waiting.is_waiting, waiting.is_decoding = False, True
             self._decoding[waiting.tenant] += 1
             self._tasks.create_task(self._decode_in_order(waiting))
 
     async def _decode_in_order(self, state: ChunkState) -> None:
-        """Pixels go to a ViT in the order of the request, as the LLM needs them: else it would encode first
-        what is decoded first."""
+        """Sends a request's pixels to a ViT in the order of the prompt, in which the LLM needs the
+        embeddings."""
         place = (*state.key[:2], state.vit)
         before, sent = self._last_sent.get(place), asyncio.get_running_loop().create_future()
         self._last_sent[place] = sent
@@ -228,7 +226,7 @@ class ChunkFlow:
         if before is None or before.done():
             finish(None)
         else:
-            before.add_done_callback(finish)  # those behind wait for those before all the same
+            before.add_done_callback(finish)  # later chunks wait for this one and for all before it
 
     async def _decode(self, state: ChunkState, before: asyncio.Future[None] | None) -> None:
         start = time.monotonic()
@@ -252,20 +250,20 @@ class ChunkFlow:
             self._break(state, error)
 
     def _break(self, state: ChunkState, error: ErrorInfo) -> None:
-        """The media of this chunk cannot be had, or be read."""
+        """The media of this chunk cannot be fetched or decoded."""
         self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
         self._drop(state)
         self._on_broken(state.key, error)
 
     def _finish(self, state: ChunkState) -> None:
-        """No pixels are needed (any more). While a thread still writes them the slot stays."""
+        """The chunk's pixels are not needed (any more). Its slot stays until the decoder has ended."""
         if state.is_decoding:
             state.is_over = True
         else:
             self._drop(state)
 
     def _drop(self, state: ChunkState) -> None:
-        """Forgets a chunk and gives its slot to the next."""
+        """Removes a chunk, and grants its slot to the next."""
         if state.loading is not None:
             state.loading.cancel()
         state.is_waiting = False
@@ -279,11 +277,11 @@ class ChunkFlow:
         self._grant()
 
     def has_chunks_of(self, request_id: str) -> bool:
-        """Whether any attempt of the request has chunks here: decoded to no purpose, or lent to a ViT."""
+        """Whether any attempt of the request has chunks here: being decoded, or with a ViT."""
         return request_id in self._num_by_request
 
     def check_integrity(self) -> None:
         self._slots.allocator.check_integrity()
         if not self._chunks:
-            assert self._slots.allocator.num_used == self._num_taken, "pixel slots are held for nobody"
-            assert not any(self.router.outstanding), "patches are outstanding for nobody"
+            assert self._slots.allocator.num_used == self._num_taken, "pixel slots are held by no chunk"
+            assert not any(self.router.outstanding), "patches are outstanding for no chunk"

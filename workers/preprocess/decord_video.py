@@ -1,8 +1,8 @@
-"""Videos by decord, which whoever starts the server may choose (`--video-reader decord`).
+"""Videos by decord (`--video-reader decord`).
 
-Its frames are those asked for in mp4, Matroska, WebM and FLV with closed groups of pictures. Elsewhere it
-gives others, without an error: in MPEG-TS, MPEG-PS and AVI with B-frames, and wherever groups are open (most
-of HEVC). It knows no AV1.
+decord returns the right frames of mp4, Matroska, WebM and FLV with closed groups of pictures. It returns
+wrong frames, without an error, of MPEG-TS, of MPEG-PS and AVI with B-frames, and of open groups (most of
+HEVC). It has no AV1.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ class DecordVideo:
         self.metadata = VideoMetadata(len(self._reader), float(self._reader.get_avg_fps()), height, width)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Frame]:
-        for number in numbers:  # one by one: a batch of large frames would be in memory at once
+        for number in numbers:  # one by one: a batch would have all frames in memory at once
             yield self._reader[number].asnumpy()

@@ -1,12 +1,11 @@
-"""Whose download may begin, and how much downloads may hold: shares that leave room for whoever comes next.
+"""The turns of downloads, and the bytes that they may hold: shares that leave room for a new tenant.
 
-A place is a connection and costs little, but a host that stays silent holds it until the deadline. So
-there are many places, few for one request, and no tenant takes the last ones: it may hold as many as are
-free, which is half of all when it is alone and 1/(n + 1) each among n (Choudhury and Hahne, "Dynamic queue
-length thresholds for shared-memory packet switches", 1998, with alpha = 1). The requests of a tenant share
-what is left to it in the same way.
+A place is a connection and costs little, but a silent host holds it until the deadline. So there are many
+places, few for each request, and a tenant may hold as many as are free: half of all when it is alone,
+1/(n + 1) each among n (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet
+switches", 1998, with alpha = 1). The requests of a tenant share its part in the same way.
 
-The bytes of unfinished downloads are shared by tenants likewise, but what exceeds a share is refused.
+Tenants share the bytes of unfinished downloads likewise, but bytes beyond a share are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class DownloadTurns(Places):
 
 
 class BytesInFlight:
-    """What downloads have brought so far and nobody holds yet, in memory or in files."""
+    """The bytes of unfinished downloads, in memory or in files."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -42,7 +41,7 @@ class BytesInFlight:
 
     @contextlib.contextmanager
     def counted(self, tenant: str) -> Iterator[Callable[[int], bool]]:
-        """A function that counts bytes of one download, unless that would be more than the tenant's share."""
+        """A function that counts bytes of one download, or returns False beyond the tenant's share."""
         num_bytes = 0
 
         def count(more: int) -> bool:

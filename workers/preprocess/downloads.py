@@ -1,8 +1,8 @@
 """One download by http or https, from the first URL through its redirects to the body.
 
-Every hop is judged before it is asked: its scheme, its host (`--allowed-media-domains`), its address. Sizes
-are limited while reading. What the URL says is fetched: no cookies, no compression, and no proxy but
-`--media-proxy`, whatever the environment says.
+Every hop is checked before the connection: its scheme, its host (`--allowed-media-domains`), its address.
+Sizes are limited while reading. No cookies, no compression, and no proxy but `--media-proxy`, whatever the
+environment says.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from workers.preprocess.shortages import refusal_of
 
 D = TypeVar("D")
 MAX_REDIRECTS = 10
-MAX_VALIDATOR = 256  # characters: it is remembered with the URL
+MAX_VALIDATOR = 256  # characters: kept with the URL
 CHUNK_BYTES = 1 << 16
 GZIP = b"\x1f\x8b"  # no picture and no video begins with this
 
 
 class Validators(NamedTuple):
-    """What a host said of a version of its content, to be asked later whether it still is the one."""
+    """ETag and Last-Modified of a content, for a conditional request later."""
 
     etag: str
     last_modified: str
@@ -41,17 +41,17 @@ class Validators(NamedTuple):
 
 
 class Fetched(NamedTuple, Generic[D]):
-    """`data` is None when the content is still that of the validators with which it was asked for."""
+    """`data` is None when the content still has the validators of the request."""
 
     data: D | None
-    validators: Validators | None  # None: the host cannot tell versions apart
+    validators: Validators | None  # None: the host sent none
 
 
 class Downloader:
     """Use within one event loop; `close` it at the end."""
 
     def __init__(self, config: PreprocessConfig, nameservers: Sequence[str] = ()) -> None:
-        """`nameservers`, each `address:port`, are asked in place of the system's."""
+        """`nameservers`, each `address:port`, replace the system's."""
         self._config, self._nameservers = config, nameservers
         self._session: aiohttp.ClientSession | None = None
         self._resolver: MediaResolver | None = None
@@ -66,7 +66,7 @@ class Downloader:
     ) -> Fetched[D]:
         """The content behind a URL of `parse_media_url`. Raises RequestError, which names the field.
 
-        `count` is told of all bytes before they are kept, and says whether there is room for them.
+        `count` is called with the size of each piece before it is kept, and returns whether there is room.
         """
         body = make_body()
         try:
@@ -78,7 +78,7 @@ class Downloader:
             body.close()
 
     def _failure(self, error: Exception, field: str) -> RequestError:
-        """What the host or the proxy did, where this machine lacked nothing."""
+        """The error of the host or the proxy, unless this machine has a shortage."""
         match error:
             case TimeoutError():
                 return RequestError(
@@ -106,7 +106,7 @@ class Downloader:
             self._check_host(url, field)
             result = await self._get(url, field, validators, body, count)
             if isinstance(result, Fetched):
-                # A redirect may lead elsewhere next time.
+                # Validators belong to the URL that was fetched; a redirect may lead to another next time.
                 return result if url == asked else result._replace(validators=None)
             url, validators = result, None
         raise RequestError(f"the media URL redirects more than {MAX_REDIRECTS} times", field=field)
@@ -119,7 +119,7 @@ class Downloader:
         body: Body[D],
         count: Callable[[int], bool],
     ) -> Fetched[D] | URL:
-        """The body, or where a redirect leads."""
+        """The body, or the target of a redirect."""
         headers = {"Accept": body.accept, **(validators.headers if validators else {})}
         proxy = self._config.media_proxy or None
         async with self._client().get(url, allow_redirects=False, headers=headers, proxy=proxy) as response:
@@ -152,9 +152,9 @@ class Downloader:
             raise RequestError("the media's host is not among the allowed ones", field=field)
         if self._config.allow_private_media:
             return
-        # A name is judged by the resolver. What ends in a number is an address, in one of many spellings
-        # (2130706433, 127.1, 0x7f.1): only the canonical one is let through, and judged here.
-        # A proxy resolves by itself: of names, only localhost is known here to be private (RFC 6761).
+        # The resolver checks names. A host that ends in a number is an address, in one of many spellings
+        # (2130706433, 127.1, 0x7f.1): only the canonical one is accepted, and checked here. A proxy resolves
+        # names itself; then only localhost is known to be private (RFC 6761).
         last = (url.raw_host or "").rstrip(".").rpartition(".")[2].lower()
         is_address = last.isdigit() or last.startswith("0x") or ":" in host
         if last == "localhost" or (is_address and not is_public(host)):
@@ -162,7 +162,7 @@ class Downloader:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # With a proxy, the proxy's is the only name that is resolved here.
+            # With a proxy, only the proxy's own name is resolved here.
             allow_private = self._config.allow_private_media or bool(self._config.media_proxy)
             self._resolver = MediaResolver(allow_private, self._nameservers)
             self._session = aiohttp.ClientSession(
@@ -184,13 +184,13 @@ class Downloader:
 def user_agent(contact: str) -> str:
     try:
         version = importlib.metadata.version("vlm-pipeline")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder
+    except importlib.metadata.PackageNotFoundError:  # not installed, run from a folder
         version = "0"
     return f"vlm-pipeline/{version} ({f'+{contact}' if contact else 'a server for Qwen-VL models'})"
 
 
 def _validators(headers: Mapping[str, str]) -> Validators | None:
-    """Content under a validator that is too long is fetched anew each time."""
+    """None also for validators that are too long: such content is downloaded each time."""
     values = (headers.get("ETag", ""), headers.get("Last-Modified", ""))
     found = Validators(*(value if len(value) <= MAX_VALIDATOR else "" for value in values))
     return found if any(found) else None

@@ -1,6 +1,6 @@
-"""Brings media in: URLs, local files, base64. Everything from outside is hostile.
+"""Fetches media: URLs, local files, base64. All input is untrusted.
 
-One URL parser, and exactly what it parsed is fetched (`media_urls.py`). Names are resolved once, by us
+One parser for URLs, and exactly the parsed URL is fetched (`media_urls.py`). Names are resolved once
 (`resolver.py`); addresses that are not public are refused unless an option allows them. Each redirect is
 checked like the first URL (`downloads.py`). Sizes are limited while reading.
 """
@@ -37,7 +37,7 @@ NO_URL = (
     "a media URL must begin with http://, https://, data: or file://; base64 alone is none: it goes behind "
     "data:image/png;base64, or the like"
 )
-# Of `max_open_media_mib`: a tenant that is alone may have half of this under way, what it may also keep open.
+# Times `max_open_media_mib`: a lone tenant may have half of this in flight, as much as it may keep.
 IN_FLIGHT_FACTOR = 2
 
 
@@ -51,7 +51,7 @@ class Fetcher:
     """Use within one event loop; `close` it at the end."""
 
     def __init__(self, config: PreprocessConfig, nameservers: Sequence[str] = ()) -> None:
-        """`nameservers`, each `address:port`, are asked in place of the system's."""
+        """`nameservers`, each `address:port`, replace the system's."""
         self._config = config
         self._turns = DownloadTurns()
         self._in_flight = BytesInFlight(IN_FLIGHT_FACTOR * config.max_open_media_mib * MIB)
@@ -79,7 +79,7 @@ class Fetcher:
         validators: Validators | None = None,
         asker: Asker = NOBODY,
     ) -> Fetched[VideoFile]:
-        """The same, on disk. A local file is not copied."""
+        """`fetch` to a file on disk. A local file is not copied."""
         max_bytes = self._config.max_video_mib * MIB
         return await self._fetch(url, field, validators, asker, FileBody, max_bytes, _as_video_file)
 
@@ -113,15 +113,15 @@ class Fetcher:
                         make_body = partial(body, max_bytes)
                         return await self._downloader.download(parsed, field, validators, make_body, count)
 
-                # The turn comes first: nobody joins a download that still waits for another's turn.
+                # The turn comes first: a shared download must not wait for another request's turn.
                 async with self._turns.take(asker):
-                    # A tenant's budget is its own: a download that another tenant's refuses is no one else's.
+                    # Only within a tenant: a download that exceeds its tenant's share fails for all who join.
                     return await self._share((asker.tenant, parsed, validators, body), download, field)
             case _:
                 raise RequestError(NO_URL, field=field)
 
     def _read_file(self, path: str, field: str, max_bytes: int, open_file: Callable[[int, int], D]) -> D:
-        """Judges the path, and again what was opened, so that nothing can be put in its place meanwhile."""
+        """Checks the path, and again the opened file, which may have been replaced in between."""
         root = self._config.allowed_local_media_path
         if not root:
             raise RequestError(
@@ -154,8 +154,8 @@ class Fetcher:
         download_it: Callable[[], Coroutine[Any, Any, Fetched[D]]],
         field: str,
     ) -> Fetched[D]:
-        """Downloads a URL once for all of a tenant who want it at the same time, like the `n` choices of one
-        request."""
+        """One download for all simultaneous requests of a tenant with the same URL, such as the `n` choices
+        of one request."""
         download = self._downloads.get(key)
         if download is None:
             download = self._downloads[key] = _Download(asyncio.create_task(download_it()))
@@ -168,7 +168,7 @@ class Fetcher:
             download.num_waiting -= 1
             if download.task.done() or not download.num_waiting:
                 download.task.cancel()
-                if self._downloads.get(key) is download:  # nobody may join what is over
+                if self._downloads.get(key) is download:  # no request may join a finished download
                     del self._downloads[key]
 
     async def close(self) -> None:
@@ -176,7 +176,7 @@ class Fetcher:
 
 
 def check_form(url: str, field: str) -> None:
-    """Before anything is parsed: a client's mistake may be as large as a picture."""
+    """Checked before parsing: a base64 picture by mistake is as long as a picture."""
     start = url.lstrip(SURROUNDING)[:8].lower()
     # A JPEG in base64 begins like a path.
     is_path = start.startswith("/") and not start.startswith("/9j/")
@@ -198,7 +198,7 @@ def _as_video_file(fd: int, max_bytes: int) -> VideoFile:
 
 
 def decode_base64(data: bytes | memoryview, max_bytes: int, field: str) -> bytes:
-    """Base64 as browsers take it. Raises RequestError when it is broken, or larger than `max_bytes`."""
+    """Base64 as browsers accept it. Raises RequestError when it is broken, or larger than `max_bytes`."""
     try:
         decoded = forgiving_base64(bytes(data))
     except ValueError:

@@ -1,9 +1,9 @@
-"""What a part's settings make of a picture or a video: its size, and which of its frames are seen. Pure.
+"""From a part's settings to the size of its picture or video and its sampled frames. Pure.
 
-Names and rules of settings are those of Qwen's own code (qwen-vl-utils, `vision_process.py`). What they come
-to is the family's to say (`pipeline.families`). A bound that is looser than
-the server's is the server's: clients state their own defaults. A value that makes no sense is refused by its
-name. The functions behind `check_settings` take a part that has passed it; they, too, raise RequestError.
+Settings have the names and rules of Qwen's own code (qwen-vl-utils, `vision_process.py`); the family computes
+sizes and frames (`pipeline.families`). A bound looser than the server's is cut to the server's, since clients
+send their own defaults. A senseless value is refused with its name. All functions but `check_settings` take a
+part that has passed it; they raise RequestError, too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.messages import ImagePart, VideoPart
 from workers.preprocess.video import VideoMetadata
 
-MAX_SIDE = 1 << 20  # of a size that is asked for
-MIN_TOKENS = 4  # of a picture whose size is asked for, as in qwen-vl-utils
-# Mean nothing for a list of frames: all are seen.
+MAX_SIDE = 1 << 20  # of a requested size
+MIN_TOKENS = 4  # of a picture of a requested size, as in qwen-vl-utils
+# Meaningless for a list of frames, which are all used.
 OF_FRAMES = ("nframes", "video_start", "video_end")
 OF_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
-def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, field: str) -> None:
-    """Raises RequestError for what makes no sense whatever the media is, before anything is brought in.
+def check_settings(part: ImagePart | VideoPart, info: ModelInfo, max_frames: int, field: str) -> None:
+    """Raises RequestError for settings that are senseless for any media, before media are fetched.
 
-    `most` is the server's limit of frames.
+    `max_frames` is the server's limit of frames.
     """
     vision, video = info.vision, info.video
     limits = vision if isinstance(part, ImagePart) else video
@@ -36,14 +36,14 @@ def check_settings(part: ImagePart | VideoPart, info: ModelInfo, most: int, fiel
         return
     for name in ("total_pixels", "nframes"):
         _at_least(1, getattr(part, name), name, field)
-    _frame_limits(part, video.min_frames, most, vision.temporal_patch_size, field)
+    _frame_limits(part, video.min_frames, max_frames, vision.temporal_patch_size, field)
     _check_window(part, field)
     if part.frames:
-        _check_frame_list(part, info, most, field)
+        _check_frame_list(part, info, max_frames, field)
 
 
 def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) -> ImageSize:
-    """At which a picture is seen."""
+    """The size to which a picture is resized."""
     vision = info.vision
     asked = _asked_size(part, info, vision.max_pixels, field)
     limits = _area_limits(part, vision.min_pixels, vision.max_pixels, field)
@@ -53,7 +53,7 @@ def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) 
 def video_frame_size(
     part: VideoPart, size: ImageSize, num_frames: int, info: ModelInfo, field: str
 ) -> ImageSize:  # fmt: skip
-    """At which each frame is seen: smaller where there are many, so that all have `total_pixels` at most."""
+    """The size to which each frame is resized, so that all frames together have at most `total_pixels`."""
     video = info.video
     asked = _asked_size(part, info, video.max_pixels, field)
     limits = _area_limits(part, video.min_pixels, video.max_pixels, field)
@@ -64,25 +64,25 @@ def video_frame_size(
 
 
 def chosen_frames(
-    part: VideoPart, metadata: VideoMetadata, info: ModelInfo, most: int, field: str
+    part: VideoPart, metadata: VideoMetadata, info: ModelInfo, max_frames: int, field: str
 ) -> list[int]:  # fmt: skip
-    """The numbers of the frames that are seen, at most `most`."""
+    """The numbers of the sampled frames, at most `max_frames`."""
     multiple = info.vision.temporal_patch_size
-    low, high = _frame_limits(part, info.video.min_frames, most, multiple, field)
+    low, high = _frame_limits(part, info.video.min_frames, max_frames, multiple, field)
     start, end = frame_range(part, metadata, field)
     window, rate = end - start, metadata.fps
     if part.nframes is None:
         fps = info.video.fps if part.fps is None else part.fps
         numbers = info.family.sample_frames(window, rate, fps, low, high, info)
     else:
-        count = _whole_number_of_frames(part.nframes, window, most, multiple, field)
-        # At the video's own rate every frame is wanted: both limits say how many.
+        count = _whole_number_of_frames(part.nframes, window, max_frames, multiple, field)
+        # Every frame: the rate is the video's own, and both limits are the count.
         numbers = info.family.sample_frames(window, rate, rate, count, count, info)[:count]
     return [start + number for number in numbers]
 
 
 def frame_range(part: VideoPart, metadata: VideoMetadata, field: str) -> tuple[int, int]:
-    """First frame of the window of time that is asked for, and the one behind its last.
+    """The first frame of the requested window of time, and the one after its last.
 
     As `calculate_video_frame_range` of qwen-vl-utils.
     """
@@ -114,8 +114,8 @@ def _check_window(part: VideoPart, field: str) -> None:
         raise RequestError(what, field=f"{field}.video_start")
 
 
-def _check_frame_list(part: VideoPart, info: ModelInfo, most: int, field: str) -> None:
-    """A video that is given as a list of pictures. Their rate is taken where the family has a use for it."""
+def _check_frame_list(part: VideoPart, info: ModelInfo, max_frames: int, field: str) -> None:
+    """Checks a video given as a list of pictures. A rate is accepted where the family uses it."""
     for name in OF_FRAMES if info.family.has_frame_times else ("fps", *OF_FRAMES):
         if getattr(part, name) is not None:
             what = f"{name} does not apply to a list of frames: all of them are seen"
@@ -124,7 +124,7 @@ def _check_frame_list(part: VideoPart, info: ModelInfo, most: int, field: str) -
         what = "a list of frames has no uuid, and its limits of size are those of the video"
         raise RequestError(what, field=field)
     count = len(part.frames)
-    low, high = _frame_limits(part, 1, most, info.vision.temporal_patch_size, field)
+    low, high = _frame_limits(part, 1, max_frames, info.vision.temporal_patch_size, field)
     if count > high:
         raise RequestError(f"the video has {count} frames, the limit is {high}", field=field)
     if part.min_frames is not None and count < low:
@@ -134,7 +134,7 @@ def _check_frame_list(part: VideoPart, info: ModelInfo, most: int, field: str) -
 def _asked_size(
     part: ImagePart | VideoPart, info: ModelInfo, max_pixels: int, field: str
 ) -> ImageSize | None:  # fmt: skip
-    """The size that a part names itself, rounded to what the model takes. It goes before an area."""
+    """The size that a part requests, rounded to the model's factor. It takes precedence over an area."""
     sides = part.resized_height, part.resized_width
     if sides == (None, None):
         return None
@@ -154,24 +154,23 @@ def _asked_size(
 
 
 def _area_limits(part: ImagePart | VideoPart, low: int, high: int, field: str) -> AreaLimits:
-    """The least and the largest area, in pixels. `low` and `high` are the server's."""
+    """The smallest and the largest area, in pixels. `low` and `high` are the server's."""
     for name in ("min_pixels", "max_pixels"):
         _at_least(1, getattr(part, name), name, field)
-    least, most = part.min_pixels, part.max_pixels
-    if least is not None and most is not None and least > most:
-        raise RequestError(
-            f"min_pixels must be at most max_pixels, got {least} and {most}", field=f"{field}.min_pixels"
-        )  # fmt: skip
-    if least is not None and least > high:
-        what = f"min_pixels must be at most the server's {high}, got {least}"
+    min_pixels, max_pixels = part.min_pixels, part.max_pixels
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        what = f"min_pixels must be at most max_pixels, got {min_pixels} and {max_pixels}"
         raise RequestError(what, field=f"{field}.min_pixels")
-    high = high if most is None else min(high, most)
-    # A picture may be made smaller than the server's least: it is the client's own, and costs less.
-    return AreaLimits(min(low if least is None else max(low, least), high), high)
+    if min_pixels is not None and min_pixels > high:
+        what = f"min_pixels must be at most the server's {high}, got {min_pixels}"
+        raise RequestError(what, field=f"{field}.min_pixels")
+    high = high if max_pixels is None else min(high, max_pixels)
+    # A smaller area than the server's smallest is allowed, if requested: it costs less.
+    return AreaLimits(min(low if min_pixels is None else max(low, min_pixels), high), high)
 
 
-def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: str) -> tuple[int, int]:
-    """The least and the largest number of frames. `low` is the model's, `most` the server's."""
+def _frame_limits(part: VideoPart, low: int, max_frames: int, multiple: int, field: str) -> tuple[int, int]:
+    """The smallest and the largest number of frames. `low` is the model's, `max_frames` the server's."""
     if part.fps is not None and not 0 < part.fps < math.inf:
         raise RequestError(f"fps must be above 0, got {shown(part.fps)}", field=f"{field}.fps")
     if part.fps is not None and part.nframes is not None:
@@ -184,13 +183,13 @@ def _frame_limits(part: VideoPart, low: int, most: int, multiple: int, field: st
         if part.min_frames is not None and part.min_frames > part.max_frames:
             what = f"min_frames must be at most max_frames, got {part.min_frames} and {part.max_frames}"
             raise RequestError(what, field=f"{field}.min_frames")
-        most = min(most, part.max_frames)
-    return low, most
+        max_frames = min(max_frames, part.max_frames)
+    return low, max_frames
 
 
-def _whole_number_of_frames(asked: int, total: int, most: int, multiple: int, field: str) -> int:
+def _whole_number_of_frames(asked: int, total: int, max_frames: int, multiple: int, field: str) -> int:
     count = round(asked / multiple) * multiple
-    high = min(total, most)
+    high = min(total, max_frames)
     if not multiple <= count <= high:
         limits = f"between {multiple} and {high} (the video has {total} frames)"
         raise RequestError(f"nframes must be {limits}, got {shown(asked)}", field=f"{field}.nframes")

@@ -1,8 +1,8 @@
-"""Pictures: limits judged by the header, decoded as a person sees them, resized as Qwen's processors do.
+"""Pictures: limits checked by the header, decoded as a viewer shows them, resized as Qwen's processors do.
 
-What a person sees is upright, on white where it is transparent, and has all its shades of grey where a sample
-has 16 bits. Qwen's own code (qwen-vl-utils) hands the same to Hugging Face's processor, whose resizing is met
-exactly; by itself that processor would show what lies hidden under transparency.
+As a viewer shows them: upright, transparency on white, and 16-bit grey scaled to 8 bits. Qwen's own code
+(qwen-vl-utils) passes the same pixels to Hugging Face's processor, whose resizing is matched exactly; that
+processor alone would uncover colours under transparency.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pipeline.wire.errors import RequestError
 from workers.preprocess.orientation import SWAPS_SIDES, TURNS, orientation
 from workers.preprocess.picture_files import END_OF_JPEG, Structure, not_a_picture, walk
 
-Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, before Pillow would
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # others decode beside
+Image.MAX_IMAGE_PIXELS = None  # `max_source_pixels` is checked first, on the header
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # several processes decode at once
 WHITE = 255
-WIDE_MODES = ("I", "F")  # how the names of modes with more than 8 bits of grey begin
+WIDE_MODES = ("I", "F")  # first letters of modes with more than 8 bits of grey
 TO_8_BITS = [(value + 128) // 257 for value in range(1 << 16)]
 MIN_IS_WHITE = 0  # of a TIFF's tag 262
-# What a decoder makes of it depends on it, if it is read at all: no marker of a JPEG, and no pattern.
+# Without a JPEG marker and without a pattern: a picture into which it is decoded depends on it.
 PADDING = bytes((37 * number * number + 11) % 251 for number in range(64))
 
 
 def read_size(data: bytes | memoryview, max_source_pixels: int, field: str) -> ImageSize:
-    """Height and width as shown, by the header. Raises RequestError: no picture, too large or too thin."""
+    """Height and width as shown, by the header. Raises RequestError for no picture, too large or too thin."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
         structure, image = _open(data, max_source_pixels, field)
@@ -61,7 +61,8 @@ def decode(
     field: str,
     max_source_pixels: int = sys.maxsize,
 ) -> npt.NDArray[Any]:
-    """RGB pixels [height, width, 3] uint8, resized. Raises RequestError if it is broken, and MemoryError."""
+    """RGB pixels [height, width, 3] uint8, resized. Raises RequestError for a broken file, and
+    MemoryError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
         structure, image = _open(data, max_source_pixels, field)
@@ -83,12 +84,12 @@ def _decode(
         return np.asarray(shown.resize((target.width, target.height), Image.Resampling.BICUBIC))
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001  decoders raise anything on broken data, and their words are not for clients
+    except Exception:  # noqa: BLE001  decoders raise anything on broken data; their messages are not for clients
         raise RequestError("the picture cannot be decoded", field=field) from None
 
 
 def _open(data: bytes | memoryview, max_source_pixels: int, field: str) -> tuple[Structure, Image.Image]:
-    """Its structure and header are fine; nothing is decoded yet."""
+    """Checks structure and header, and decodes nothing."""
     structure = walk(data, field)
     if structure.webp_size is not None:
         _check_pixels(*structure.webp_size, max_source_pixels, field)
@@ -103,10 +104,10 @@ def _open(data: bytes | memoryview, max_source_pixels: int, field: str) -> tuple
 
 
 def _whole(data: bytes | memoryview, structure: Structure) -> Image.Image:
-    """A JPEG of which the end mark is missing, and nothing else. Raises ValueError where more is.
+    """A JPEG that lacks only its end marker. Raises ValueError where pixels are missing, too.
 
-    libjpeg fills up what is missing and does not say so. It reads on behind the data only where these end too
-    early: then other bytes there make another picture.
+    libjpeg fills missing pixels without an error. It reads beyond the data only if these end too early; so
+    the file is decoded with two different paddings, and must give the same picture.
     """
     body = bytes(data).rstrip(b"\xff")
     files = [io.BytesIO(body + end + END_OF_JPEG) for end in (b"", PADDING)]
@@ -117,11 +118,11 @@ def _whole(data: bytes | memoryview, structure: Structure) -> Image.Image:
 
 
 def _flatten(image: Image.Image, structure: Structure) -> Image.Image:
-    """In RGB, on white where it is transparent."""
+    """Converts to RGB, transparency on white."""
     if image.mode.startswith(WIDE_MODES):
         return _flatten_grey(image).convert("RGB")
     box = image.tile[0][1] if isinstance(image, GifImagePlugin.GifImageFile) else None
-    if image.mode in ("La", "RGBa"):  # colours multiplied by how opaque they are
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     elif image.mode == "LAB":
         image = _from_lab(image)
@@ -138,7 +139,7 @@ def _flatten(image: Image.Image, structure: Structure) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """In RGB; what is transparent lies on white."""
+    """Converts to RGB, transparency on white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     seen = image.convert("RGBA")
@@ -148,7 +149,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    """CIE L*a*b*, which a TIFF may hold, in sRGB."""
+    """Converts CIE L*a*b*, which a TIFF may hold, to sRGB."""
     shown = ImageCms.profileToProfile(
         image,
         ImageCms.createProfile("LAB"),
@@ -160,7 +161,7 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparency(image: Image.Image, depth: int) -> None:
-    """A PNG's transparent colour is told in the file's samples, and Pillow has brought those to 8 bits."""
+    """Scales a PNG's transparent colour from the file's samples to Pillow's 8 bits."""
     colour = image.info.get("transparency")
     if image.mode == "L" and isinstance(colour, int) and depth < 8:
         image.info["transparency"] = colour * 255 // ((1 << depth) - 1)
@@ -169,7 +170,7 @@ def _scale_transparency(image: Image.Image, depth: int) -> None:
 
 
 def _flatten_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits in 8, on white where a PNG says that one value is transparent."""
+    """Scales grey of more than 8 bits to 8; a PNG's transparent value becomes white."""
     is_inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == MIN_IS_WHITE
     grey = _to_8_bits(image)
     if is_inverted:
@@ -185,9 +186,9 @@ def _flatten_grey(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """65535 is white. Of 32 bits and of fractions nobody says what white is: the first of 1 (of fractions),
-    255 and 65535 that no value is above. Where values go beyond these, or below 0, the largest is white, the
-    smallest black.
+    """White is 65535 for 16 bits. Formats of 32 bits and of fractions do not define it: white is the smallest
+    of 1 (fractions only), 255 and 65535 that no value exceeds. With values beyond these, or below 0, the
+    largest value is white and the smallest black.
     """
     if image.mode.startswith("I;16"):
         return image.convert("I").point(TO_8_BITS, "L")
@@ -202,6 +203,6 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     else:
         black = 0.0
     out = np.empty(values.shape, np.uint8)
-    for row, line in enumerate(values):  # row by row: all at once would be in memory four times
+    for row, line in enumerate(values):  # row by row: all at once would take four times the memory
         out[row] = np.rint((line.astype(np.float64) - black) * (WHITE / (white - black)))
     return Image.fromarray(out)

@@ -1,9 +1,8 @@
-"""From the parts of a message to items: brings media in, and learns their content's hash and their size
-before anything is decoded.
+"""From the parts of a message to items: fetches media, and finds their hash and size before any decoding.
 
-What was learnt is remembered: by a part's `uuid`, for later parts that have nothing else; and by its URL, as
-long as its host says that nothing changed. Then nothing is brought in, until a ViT turns out not to have it.
-Content that is sent along counts, whatever was sent under its name before.
+Hash and size are cached: by a part's `uuid`, for later parts with only that; and by its URL, as long as the
+host says that the content is unchanged. Media with a cached hash are fetched only if a ViT lacks the chunk.
+Content in the message always wins over cached content of the same name.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ Data = bytes | memoryview
 
 
 class Scope(NamedTuple):
-    """Whose media they are. Names belong to a tenant and a salt; what is cached by content, to a salt."""
+    """The owner of media. Names belong to a tenant and a salt; entries cached by content, to a salt."""
 
     tenant: str
     salt: bytes
@@ -79,7 +78,7 @@ class ItemReader:
     async def read(
         self, part: ImagePart | VideoPart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
     ) -> Item:
-        """Raises RequestError for what cannot be had, or be an item."""
+        """Raises RequestError for media that cannot be fetched, or cannot be an item."""
         check_settings(part, self._info, self._max_frames, field)
         if isinstance(part, ImagePart):
             return await self._picture(part, field, frames, scope, hold)
@@ -124,11 +123,10 @@ class ItemReader:
         return video_item(source, seen, size, content, self._info, self._num_vits)
 
     def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
-        """Key of media as the model sees them: sha256 of their content, and of all that says what is made of
-        it."""
+        """The `mm_hash`: sha256 of the content and of all settings that affect the pixels."""
         return hashlib.sha256(repr((self._settings, salt, kind, content, tuple(size))).encode()).digest()
 
-    # What is known of media, and how to get them.
+    # Cached hashes and sizes, and how to fetch the media.
 
     async def _resolve_picture(
         self, part: ImagePart, field: str, frames: Sequence[Data], scope: Scope, hold: Hold
@@ -181,7 +179,7 @@ class ItemReader:
             what = f"a uuid has at most {MAX_UUID} characters, this has {len(part.uuid)}"
             raise RequestError(what, field=f"{field}.uuid")
         if part.url:
-            check_form(part.url, field)  # before anything hashes a URL of any length
+            check_form(part.url, field)  # limits the length before the URL is hashed
         tenant = scope.tenant
         name, url = _key(scope, kind, "uuid", part.uuid), _key(scope, kind, "url", part.url)
         if part.uuid and not part.url and part.frame < 0:
@@ -189,7 +187,7 @@ class ItemReader:
             if known is None:
                 raise unknown_uuid(field)
             return _Resolved(known, _once(partial(_load_same, load, inspect, known, field)))
-        # The content counts. The name is only remembered, for parts that have nothing else.
+        # The content wins. Its name is stored for later parts that have only the name.
         known = self._known.get(tenant, url) if part.url else None
         fetched = await load(known.validators if known is not None else None)
         if (data := fetched.data) is not None:
@@ -206,7 +204,7 @@ class ItemReader:
 
 
 def _key(scope: Scope, kind: str, what: str, name: str) -> bytes:
-    """A hash: what clients send has any length."""
+    """A hash, since names of clients have any length."""
     return hashlib.sha256(repr((scope.salt, kind, what, name)).encode()).digest()
 
 
@@ -214,7 +212,7 @@ async def _load_same(
     load: Callable[[Validators | None], Awaitable[Fetched[D]]], inspect: Callable[[D], Awaitable[_Known]],
     seen: _Known, field: str
 ) -> D:  # fmt: skip
-    """The data of media that were only asked about, now that a ViT needs them."""
+    """Fetches media with a cached hash, which a ViT needs now."""
     fetched = await load(None)
     assert fetched.data is not None
     if (await inspect(fetched.data)).content != seen.content:
@@ -250,8 +248,8 @@ async def _ready(data: D) -> D:
 
 
 def _once(load: Callable[[], Coroutine[Any, Any, D]]) -> Callable[[], Awaitable[D]]:
-    """The chunks of a video share what one of them brought in. When all of them have left, it is not brought
-    in any more: else whoever cancels its requests could have any number of downloads under way.
+    """The chunks of a video share one fetch. It is cancelled once no chunk waits for it: otherwise a client
+    that cancels its requests could have any number of downloads in flight.
     """
     task: asyncio.Task[D] | None = None
     num_waiting = 0

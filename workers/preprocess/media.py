@@ -1,7 +1,7 @@
-"""Pictures and videos as items of a prompt, and the chunks in which they go through the ViTs.
+"""Pictures and videos as items of a prompt, and their chunks, which are encoded one by one.
 
-A picture is one chunk, since all of it attends to all of it. Frames of a video do not attend to each other,
-so a video goes in several: over all ViTs, and the first are encoded while later ones are still being decoded.
+A picture is one chunk, since all its patches attend to each other. Frames of a video do not, so a video is
+several chunks: on several ViTs, and the first are encoded while later ones are still being decoded.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from workers.preprocess.videos import VideoFile
 
 Pixels = npt.NDArray[Any]
 Data = bytes | memoryview
-FRAMES_AT_ONCE = 8  # of a video given as pictures, that wait for a process
+FRAMES_AT_ONCE = 8  # frames of a video given as pictures that wait for a process
 
 
 class Source(Protocol):
-    """Where pixels come from."""
+    """Gives the pixels of an item."""
 
     async def load(self, frames: Sequence[int]) -> None:
-        """Brings in what `decode` of these frames reads. Raises RequestError when that cannot be had."""
+        """Fetches the data that `decode` of these frames reads. Raises RequestError where that fails."""
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
-        """Fills out [frames, height, width, 3], which lies at `offset` bytes in the pixel pool. Raises
-        RequestError when it is broken.
+        """Fills out [frames, height, width, 3], at `offset` bytes in the pixel pool. Raises RequestError for
+        broken media.
 
-        To be awaited to its end: processes write there until then.
+        Must be awaited to its end: processes write to the pool until then.
         """
 
 
 @dataclass(slots=True)
 class Chunk:
-    """What goes through a ViT as one."""
+    """A part of an item that a ViT encodes in one piece."""
 
     source: Source
     frames: tuple[int, ...]
@@ -62,14 +62,14 @@ class Item:
     """A picture or video of a prompt."""
 
     media: MediaInfo
-    segments: tuple[Segment, ...]  # what it becomes in the prompt
-    mm_hash: bytes  # of what is seen
+    segments: tuple[Segment, ...]  # its text and placeholders in the prompt
+    mm_hash: bytes  # of the pixels
     kv_hash: bytes  # its key in the prefix cache
     chunks: list[Chunk]
 
 
 class PictureSource:
-    """`load` brings the bytes if they are needed: those of a picture that a ViT has never are."""
+    """`load` fetches the bytes; it is not called for a picture that a ViT has cached."""
 
     def __init__(self, load: Callable[[], Awaitable[Data]], field: str, readers: MediaReaders) -> None:
         self._load, self._field, self._readers = load, field, readers
@@ -91,7 +91,7 @@ class FramesSource:
         await gather(self._pictures[frame].load((0,)) for frame in frames)
 
     async def decode(self, frames: Sequence[int], out: Pixels, offset: int) -> None:
-        """After the first that is broken no other is begun."""
+        """After the first broken frame no other is begun."""
         gate, errors = asyncio.Semaphore(FRAMES_AT_ONCE), list[Exception]()
 
         async def decode(index: int, frame: int) -> None:
@@ -100,7 +100,7 @@ class FramesSource:
                 if not errors:
                     try:
                         await self._pictures[frame].decode((0,), place, offset + index * place.nbytes)
-                    except Exception as error:  # noqa: BLE001  raised when the others have ended
+                    except Exception as error:  # noqa: BLE001  raised when all frames have ended
                         errors.append(error)
 
         await asyncio.gather(*(decode(index, frame) for index, frame in enumerate(frames)))
@@ -150,7 +150,7 @@ def _item(media: MediaInfo, mm_hash: bytes, chunks: list[Chunk], info: ModelInfo
 
 
 async def gather(coroutines: Any) -> list[Any]:
-    """All results; the first error ends the others, for whom nobody waits any more."""
+    """All results; the first error cancels the other coroutines."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return list(await asyncio.gather(*tasks))

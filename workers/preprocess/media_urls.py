@@ -1,8 +1,7 @@
-"""URLs of media, asked for byte for byte as given: a signature covers the letters of path and query.
+"""URLs of media, requested byte for byte as given, since signatures cover the characters of path and query.
 
-yarl splits a URL and makes the scheme, the user, the host and the port canonical; those are judged and
-connected to. The path and the query stay as they came: yarl's canonical form would decode `%7E` and drop the
-`?` of `/a?`. Knows nothing of networks.
+yarl splits a URL and canonicalizes scheme, user, host and port; these are checked and connected to. Path and
+query stay as given: yarl's canonical form would decode `%7E` and drop the `?` of `/a?`. No networking here.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ import re
 
 from yarl import URL
 
-# The WHATWG's URL Standard, 4.4: what surrounds a URL, and line breaks and tabs within, are no part of it.
+# The WHATWG's URL Standard, 4.4: these around a URL, and line breaks and tabs within, are ignored.
 SURROUNDING = "".join(map(chr, range(0x21)))
 BREAKS = re.compile(r"[\t\n\r]")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-UNPRINTABLE = re.compile(r"[^\x21-\x7e]")  # what cannot stand in the first line of an HTTP request
+UNPRINTABLE = re.compile(r"[^\x21-\x7e]")  # not allowed in an HTTP request line
 
 
 def parse_media_url(text: str) -> URL:
-    """A URL whose `raw_path` holds the path and the query as they were given; without a fragment.
+    """A URL whose `raw_path` holds path and query as given; without a fragment.
 
-    Raises ValueError. Of a URL that is neither http nor https nothing is judged but its form.
+    Raises ValueError. Only the form is checked of a URL that is neither http nor https.
     """
     text = BREAKS.sub("", text.strip(SURROUNDING))
     given = URL(text, encoded=True)
@@ -37,7 +36,7 @@ def parse_media_url(text: str) -> URL:
 
 
 def join_media_url(base: URL, location: str) -> URL:
-    """Where a redirect from `base`, one of ours, leads (RFC 3986, section 5.2). Raises ValueError."""
+    """The target of a redirect from `base`, a parsed URL (RFC 3986, section 5.2). Raises ValueError."""
     location = BREAKS.sub("", location.strip(SURROUNDING)).partition("#")[0]
     path, mark, query = location.partition("?")
     base_path = base.raw_path.partition("?")[0]
@@ -55,7 +54,7 @@ def join_media_url(base: URL, location: str) -> URL:
 
 
 def _percent(match: re.Match[str]) -> str:
-    # A header's bytes that are not UTF-8 come as surrogates, and leave as the bytes that they were.
+    # Header bytes that are not UTF-8 come as surrogates, and are encoded as the same bytes.
     return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogateescape"))
 
 

@@ -1,7 +1,7 @@
-"""What is remembered of media by a client's name for them, or by their URL. Pure.
+"""A cache of media's hashes and sizes by a client's name or URL. Pure.
 
-Tenants share nothing here, and none can flush what another has: each has a share of its own, and where all is
-full, the largest gives.
+Tenants share no entries and cannot evict each other's: each has a share, and when the cache is full, the
+tenant with the most entries loses its oldest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_TENANTS = 4096
 
 
 class Memory(Generic[V]):
-    """Values by tenant and key. What was used last is kept longest."""
+    """Values by tenant and key. The least recently used are evicted first."""
 
     def __init__(
         self, max_values: int = MAX_REMEMBERED, max_share: int = MAX_SHARE, max_tenants: int = MAX_TENANTS
@@ -49,7 +49,7 @@ class Memory(Generic[V]):
             self._forget(oldest, len(self._tenants[oldest]))
         if self._count > self._max_values:
             largest = max(self._tenants, key=lambda name: len(self._tenants[name]))
-            # Several at once, so that the largest is not looked for each time.
+            # Several at once, so that the largest tenant is not searched each time.
             self._forget(largest, 1 + len(self._tenants[largest]) // 64)
 
     def _forget(self, tenant: str, count: int) -> None:

@@ -1,8 +1,7 @@
-"""How a picture is to be turned to be shown, from its metadata: 1 is upright, and so are broken metadata.
+"""The orientation of a picture, from its metadata: 1 is upright; broken metadata count as 1.
 
-EXIF comes before XMP, as viewers have it. Two kinds say it by themselves: an AVIF by its container's
-transformations, which Pillow tells as EXIF, and a TIFF by its own tag, by which Pillow turns the picture
-itself when it decodes.
+EXIF takes precedence over XMP, as in viewers. Two formats have their own: an AVIF its container's
+transformations, which Pillow reports as EXIF; a TIFF its own tag, which Pillow applies when it decodes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from workers.preprocess.picture_files import EXIF_HEAD, MAX_TEXT_BYTES, Structur
 
 TAG = 0x0112
 SWAPS_SIDES = (5, 6, 7, 8)
-MAX_ENTRIES = 4096  # of an EXIF directory that are looked through
+MAX_ENTRIES = 4096  # of an EXIF directory
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,7 +29,7 @@ _NAMESPACE = re.compile(rb"xmlns:([A-Za-z_][\w.-]{0,63})\s{0,9}=\s{0,9}[\"']http
 
 
 def orientation(structure: Structure, image: Image.Image) -> int:
-    """What is left to do of 1 to 8, as EXIF numbers them."""
+    """The transformation that remains to be applied, 1 to 8 as EXIF numbers them."""
     if structure.kind == "AVIF":
         return from_exif(image.info.get("exif", b"")) or 1
     if structure.kind == "TIFF":
@@ -45,7 +44,7 @@ def orientation(structure: Structure, image: Image.Image) -> int:
 
 
 def _of_tiff(image: Image.Image) -> int:
-    """Its XMP is taken away from Pillow, which turns by it when it decodes, but does not say so before."""
+    """Removes the XMP: Pillow would apply its orientation at decoding, without reporting it first."""
     xmp = image.info.pop("xmp", b"")
     own = getattr(image, "tag_v2", {}).get(TAG)
     if isinstance(own, int) and 1 <= own <= 8:
@@ -54,7 +53,7 @@ def _of_tiff(image: Image.Image) -> int:
 
 
 def from_exif(data: bytes) -> int | None:
-    """Of a TIFF structure, with `EXIF_HEAD` or without. None where it says nothing that can be understood."""
+    """From a TIFF structure, with `EXIF_HEAD` or without. None without a valid orientation."""
     if data.startswith(EXIF_HEAD):
         data = data[len(EXIF_HEAD) + 1 :]
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
@@ -75,7 +74,7 @@ def from_exif(data: bytes) -> int | None:
 
 
 def from_xmp(data: bytes) -> int | None:
-    """Of an XMP packet in UTF-8 or UTF-16: tiff:Orientation, attribute or element, under whatever prefix."""
+    """From an XMP packet in UTF-8 or UTF-16: tiff:Orientation, attribute or element, with any prefix."""
     text = data[:MAX_TEXT_BYTES].replace(b"\0", b"")
     prefixes = dict.fromkeys([b"tiff", *_NAMESPACE.findall(text)[:4]])
     names = b"|".join(map(re.escape, prefixes))

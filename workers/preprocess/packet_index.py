@@ -1,4 +1,5 @@
-"""A video's frames and where decoding may start, from its packets alone: only where it is certain."""
+"""A video's frames and the entries at which decoding may start, from its packets alone, if they are
+certain."""
 
 from __future__ import annotations
 
@@ -10,21 +11,21 @@ from workers.preprocess.bitstream import Kind, Look
 
 
 class Entry(NamedTuple):
-    packet: int  # its number, in the file's order
-    frame: int  # the number of its picture, in the order of presentation
+    packet: int  # number in the file's order
+    frame: int  # number of the picture in presentation order
 
 
 class PacketIndex(NamedTuple):
     times: list[int]  # of all frames, sorted, in units of the stream's time base
-    entries: list[Entry]  # the first is the file's beginning
+    entries: list[Entry]  # the first is the beginning of the file
 
     def entry_of(self, frame: int) -> Entry:
-        """The last at which decoding may start to reach a frame."""
+        """The last entry from which decoding reaches a frame."""
         return self.entries[bisect_right(self.entries, frame, key=lambda entry: entry.frame) - 1]
 
 
 def index_packets(packets: Iterable[Any], look: Look) -> PacketIndex | None:
-    """None where anything leaves room for doubt: which frames there are only decoding tells then."""
+    """None where the packets are ambiguous: then the file must be decoded to count its frames."""
     times: list[int] = []
     keys: list[int] = []
     for packet in packets:
@@ -43,7 +44,7 @@ def index_packets(packets: Iterable[Any], look: Look) -> PacketIndex | None:
 
 
 def _entries(times: list[int], keys: list[int], ordered: list[int]) -> list[Entry]:
-    """Of the keys, those that no picture before them in the file follows in time."""
+    """The keys after which, in time, no picture follows that precedes them in the file."""
     entries, latest, at = [], times[0] - 1, 0
     for key in keys:
         latest = max(latest, *times[at:key]) if key > at else latest
@@ -54,5 +55,5 @@ def _entries(times: list[int], keys: list[int], ordered: list[int]) -> list[Entr
 
 
 def _has_new_parameters(packet: Any) -> bool:
-    """Whether the container changes the decoder's parameters here (several sample descriptions in mp4)."""
+    """Whether the decoder's parameters change here (several sample descriptions in mp4)."""
     return hasattr(packet, "has_sidedata") and packet.has_sidedata("new_extradata")

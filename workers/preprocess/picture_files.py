@@ -1,9 +1,9 @@
-"""What a picture's file is, before any decoder sees it: its kind, its metadata, and limits on its structure.
+"""Walks a picture's file before any decoder reads it: its format, its metadata, and limits on its structure.
 
-Decoders spend time by a file's structure, not only by its pixels: each scan of a progressive JPEG goes over
-the whole picture, and Pillow handles every segment, chunk and tag in Python. So the structure is walked here,
-each step over a whole segment, and refused beyond limits that no real file comes near. The walk follows what
-Pillow and the C libraries read: what neither of them looks at is not looked at.
+The time of a decoder depends on a file's structure, not only on its pixels: each scan of a progressive JPEG
+covers the whole picture, and Pillow handles every segment, chunk and tag in Python. So this walks the
+structure, a whole segment at each step, and refuses files beyond limits that no real file approaches. The
+walk covers what Pillow and the C libraries read, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Data = bytes | memoryview
 MIB = 1 << 20
 MAX_SCANS = 64  # of a JPEG; encoders make 1 to about 20
 MAX_SEGMENTS = 2048  # of a JPEG; a colour profile of a MiB takes 16, a signed history of edits some hundred
-MAX_EXIF_SEGMENTS = 64  # Pillow joins them one to the other
+MAX_EXIF_SEGMENTS = 64  # Pillow joins them one by one
 MAX_METADATA_BYTES = 32 * MIB  # of a JPEG: in its APPn and COM segments together
-MAX_TABLE_BYTES = 256 << 10  # of a JPEG: whatever else stands between its scans
+MAX_TABLE_BYTES = 256 << 10  # of a JPEG: all other segments between its scans
 MAX_JUNK = 64 << 10  # bytes of no segment before a JPEG's first scan; Pillow reads them one by one
 MAX_CHUNKS = 65_536  # of a PNG or WebP: 50 MiB in libpng's pieces of 8 KiB are 6400
-MAX_OTHER_CHUNKS = 1024  # of a PNG: what is neither pixels nor a frame
+MAX_OTHER_CHUNKS = 1024  # of a PNG: neither pixels nor a frame
 MAX_GIF_BLOCKS = 16_384  # before a GIF's first frame; a comment of 1 MiB takes 4096
 MAX_TAGS = 1024  # of a TIFF's first page
 MAX_STRIPS = 65_536  # strips or tiles of a TIFF's first page
-MAX_BOXES = 1024  # of an AVIF, at its top
+MAX_BOXES = 1024  # of an AVIF, at its top level
 MAX_RUN_LENGTH_BYTES = 4 * MIB  # of a run-length encoded BMP: Pillow decodes it in Python
-MAX_TEXTS = 8  # of a PNG: those with metadata that are looked into
+MAX_TEXTS = 8  # of a PNG: chunks of text with metadata
 MAX_TEXT_BYTES = MIB  # of each, inflated
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 
@@ -43,15 +43,15 @@ EXIF_HEAD, XMP_HEAD = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 class Structure(NamedTuple):
     kind: str  # one of `KINDS`, Pillow's names
-    exif: tuple[bytes, ...] = ()  # with or without `EXIF_HEAD`; the first that says something counts
+    exif: tuple[bytes, ...] = ()  # with or without `EXIF_HEAD`; the first valid one counts
     xmp: tuple[bytes, ...] = ()
     lacks_end: bool = False  # a JPEG whose end mark is missing
-    png_depth: int = 8  # bits a sample
+    png_depth: int = 8  # bits per sample
     webp_size: tuple[int, int] | None = None  # width and height
 
 
 def walk(data: Data, field: str) -> Structure:
-    """Raises RequestError for what is no picture of a known kind, or is made up of too many pieces."""
+    """Raises RequestError for a file that is no picture of a known kind, or has too many pieces."""
     head = bytes(data[:16])
     try:
         if head.startswith(b"\xff\xd8\xff"):
@@ -68,7 +68,7 @@ def walk(data: Data, field: str) -> Structure:
             return _walk_avif(data, field)
         if head[:4] in (b"II\x2a\0", b"MM\0\x2a", b"II\x2b\0"):
             return _walk_tiff(data, field)
-    except struct.error:  # it ends within a head
+    except struct.error:  # the file ends within a header
         pass
     raise not_a_picture(field)
 
@@ -99,7 +99,7 @@ class _Jpeg:
             if code == EOI:
                 has_end = True
                 break
-            if code == TEM or 0xD0 <= code <= SOI:  # they stand alone
+            if code == TEM or 0xD0 <= code <= SOI:  # markers without a segment
                 continue
             if at + 2 > len(data):
                 break
@@ -135,7 +135,7 @@ class _Jpeg:
             if code == APP1 and not self._num_scans:
                 self._take_metadata(bytes(self._data[at : at + max(length - 2, 0)]))
         elif not self._num_scans and (code < 0xC0 or code == JPG or 0xF0 <= code < COM):
-            raise not_a_picture(self._field)  # reserved: how long it is nobody knows
+            raise not_a_picture(self._field)  # reserved markers have no defined length
         else:
             self._table_bytes += length
             _check(self._table_bytes, MAX_TABLE_BYTES, "bytes of tables", self._field)
@@ -178,14 +178,14 @@ def _is_metadata(name: bytes, key: Data) -> bool:
 
 
 def _profile_of(name: bytes, body: bytes) -> tuple[str, bytes] | None:
-    """Metadata in a chunk of text: XMP by its specification; EXIF or XMP in hex, as ImageMagick has it."""
+    """Metadata in a chunk of text: XMP by its specification; EXIF or XMP in hex, as ImageMagick writes it."""
     key, _, text = body.partition(b"\0")
     is_packed = name == b"zTXt"
     if name == b"iTXt":
         is_packed = text[:1] == b"\1"
-        text = text[2:].split(b"\0", 2)[-1]  # behind its language and translated keyword
+        text = text[2:].split(b"\0", 2)[-1]  # after its language and translated keyword
     elif is_packed:
-        text = text[1:]  # the method, of which there is one
+        text = text[1:]  # after the compression method, of which there is one
     if is_packed:
         try:
             text = zlib.decompressobj().decompress(text, MAX_TEXT_BYTES)
@@ -223,21 +223,21 @@ def _walk_webp(data: Data, field: str) -> Structure:
 
 
 def _webp_size(head: bytes) -> tuple[int, int] | None:
-    """Width and height of the canvas, by the first chunk. Pillow allocates it when it opens the file."""
+    """Width and height of the canvas, from the first chunk. Pillow allocates it when it opens the file."""
     if head.startswith(b"VP8X") and len(head) == 18:
         return 1 + int.from_bytes(head[12:15], "little"), 1 + int.from_bytes(head[15:18], "little")
     if head.startswith(b"VP8L"):
         bits = int.from_bytes(head[9:13], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return None  # of one frame, at most 16383 on a side
+    return None  # a single frame has at most 16383 pixels on a side
 
 
 def _walk_gif(data: Data, field: str) -> Structure:
-    """To the first frame, which is all that is read."""
+    """Walks to the first frame; nothing after it is read."""
     flags = data[10] if len(data) > 12 else 0
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     num_blocks = 0
-    is_inside = False  # an extension, of blocks that each tell their length; an empty one ends it
+    is_inside = False  # an extension: blocks, each after its length, up to an empty one
     while at < len(data):
         num_blocks += 1
         _check(num_blocks, MAX_GIF_BLOCKS, "blocks before its first frame", field)
@@ -286,7 +286,7 @@ def _walk_tiff(data: Data, field: str) -> Structure:
     at += 8 if is_big else 2
     for _ in range(num_tags):
         tag, _, count = struct.unpack_from(order + ("HHQ" if is_big else "HHI"), data, at)
-        if tag in (273, 279, 324, 325):  # where strips and tiles are, and how long
+        if tag in (273, 279, 324, 325):  # offsets and lengths of strips and tiles
             _check(count, MAX_STRIPS, "strips or tiles", field)
         at += 20 if is_big else 12
     return Structure("TIFF")

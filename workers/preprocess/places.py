@@ -1,8 +1,7 @@
-"""Places in which something is done: tenants share them, and the requests of a tenant share what it has.
+"""Places for concurrent work, shared by tenants, and within a tenant by its requests.
 
-A free place goes to the tenant that holds the fewest, there to the request that holds the fewest, and among
-equals to the one that was served the longest ago. How many a tenant and a request may hold is said by the
-kind of place.
+A free place goes to the tenant that holds the fewest, within it to the request that holds the fewest, and
+among equals to the least recently served. Subclasses limit the places of a tenant and of a request.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ K = TypeVar("K")
 
 
 class Asker(NamedTuple):
-    """On whose behalf something is done."""
+    """The request, and its tenant, for which work is done."""
 
     tenant: str
     request_id: str
@@ -27,7 +26,7 @@ NOBODY = Asker("", "")
 
 
 class Places:
-    """`count` places; no tenant has the last one, and no request the last one of its tenant.
+    """`count` places; no tenant gets the last one, and no request the last one of its tenant.
 
     Use within one event loop.
     """
@@ -37,11 +36,11 @@ class Places:
         self._num_held = 0
         self._held_by_tenant: Counter[str] = Counter()
         self._held_by_request: Counter[Asker] = Counter()
-        self._waiting: dict[Asker, deque[asyncio.Future[None]]] = {}  # the longest not served first
+        self._waiting: dict[Asker, deque[asyncio.Future[None]]] = {}  # the least recently served first
 
     @contextlib.asynccontextmanager
     async def take(self, asker: Asker) -> AsyncIterator[None]:
-        """A place, once it is the asker's turn."""
+        """Waits for a place, and holds it."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(asker, deque()).append(turn)
         self._grant()
@@ -59,7 +58,7 @@ class Places:
         return not self._num_held and not self._waiting
 
     def check_integrity(self) -> None:
-        """When nothing is done."""
+        """To be called when no work is running."""
         assert not self._num_held, f"{self._num_held} places are held by nobody"
         assert not self._held_by_tenant, "a tenant holds places"
         assert not self._held_by_request, "a request holds places"
@@ -71,8 +70,8 @@ class Places:
             turns = self._waiting.pop(asker)
             turn = turns.popleft()
             if turns:
-                self._waiting[asker] = turns  # behind all others
-            if turn.cancelled():  # its task has yet to hear of it
+                self._waiting[asker] = turns  # at the end
+            if turn.cancelled():  # its task has not removed it yet
                 continue
             turn.set_result(None)
             self._num_held += 1

@@ -45,7 +45,7 @@ class TokenizedPrompt(NamedTuple):
 
 
 class _TemplateRefusal(Exception):
-    """The template itself refused the messages, in its author's words."""
+    """The template refused the messages, with its own message."""
 
 
 class PromptBuilder:
@@ -55,7 +55,7 @@ class PromptBuilder:
         self, folder: Path, image_token_id: int, video_token_id: int, max_tokens: int = 1 << 20
     ) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Specials are matched by us, in the template's own text; everything else is plain.
+        # Special tokens are matched here, in the template's own text only; all else is plain text.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -65,7 +65,7 @@ class PromptBuilder:
             "|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)"
         )
         self._image_token_id, self._video_token_id = image_token_id, video_token_id
-        # A text longer than this cannot fit whatever its tokens are: it is refused before it is tokenised.
+        # A longer text cannot fit `max_tokens`, whatever its tokens: it is refused before tokenization.
         self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
@@ -136,7 +136,7 @@ class PromptBuilder:
         return TokenizedPrompt(token_ids, spans)
 
     def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
-        """Appends an item to the prompt. Its text is the family's, so specials in it are meant."""
+        """Appends an item to the prompt. Its text is the family's: special tokens in it are intended."""
         spans: list[Span] = []
         for segment in segments:
             match segment:
@@ -173,7 +173,7 @@ class PromptBuilder:
             return {"role": message.role, "content": plain(content)}
         parts = [_as_template_part(part, plain) for part in content]
         if all("text" in part for part in parts):
-            # Not every template knows lists for every role; without pictures the parts are one text.
+            # Some templates take lists of parts not for every role; without pictures the parts are one text.
             return {"role": message.role, "content": "".join(part["text"] for part in parts)}
         return {"role": message.role, "content": parts}
 

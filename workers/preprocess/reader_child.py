@@ -17,8 +17,8 @@ from pipeline.transport.memory import create_memory_file
 from workers.preprocess.reader_process import Answer, Job
 
 NO_VIDEO = -1
-WRITE_BYTES = 1 << 20  # into an inbox at once; the loop turns in between
-DESCRIPTORS_OF_START = 16  # more than a process takes while it is started
+WRITE_BYTES = 1 << 20  # into an inbox in one call; other tasks run in between
+DESCRIPTORS_OF_START = 16  # more than the start of a process needs
 NUM_CHECKS = 6  # of a child's processor time within the time that it may stand still
 
 
@@ -29,7 +29,7 @@ class ReaderChild:
 
     @classmethod
     async def start(cls, pool_fd: int, memory_mib: int, video_reader: str) -> ReaderChild:
-        """Raises OSError for what this machine lacks; uvloop's may be without the system's number."""
+        """Raises OSError for a shortage on this machine; uvloop's may have no errno."""
         _check_descriptors(pool_fd)
         inbox = create_memory_file("inbox", 0)
         try:

@@ -1,12 +1,12 @@
-"""Reads media in a process of its own: what a hostile file makes of a decoder ends there, by memory or time.
+"""Reads media in a process of its own, with limits on memory and time, since a hostile file may exploit a
+decoder.
 
     python -m workers.preprocess.reader_process <pixel pool> <inbox> <MiB of memory> <pyav or decord>
 
-The first two are descriptors of memory files. Jobs come by stdin and answers go by stdout, each a length
-(uint32) and a MessagePack. A picture's bytes lie in the inbox; a video's file is named by its owner's
-descriptor, and stays open from one job to the next. Pixels are resized and written straight into the pool. A
-job that takes more processor time than it may ends this process by SIGPROF, wherever its decoder is; what
-others take on a busy machine does not count.
+The first two are descriptors of memory files. Jobs come on stdin, answers go to stdout, each as a length
+(uint32) and a MessagePack. A picture's bytes lie in the inbox. A video is opened through its owner's
+descriptor, and stays open for later jobs. Pixels are resized and written straight into the pool. SIGPROF ends
+this process when a job exceeds its processor time; the time of other processes does not count.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ from workers.preprocess.shortages import NO_ROOM, is_shortage
 from workers.preprocess.video import Video, VideoBroken, VideoMetadata
 from workers.preprocess.video_files import open_video
 
-LIMIT_SLACK_BYTES = 4 << 20  # that Python itself may map meanwhile
+LIMIT_SLACK_BYTES = 4 << 20  # for mappings of Python itself
 
 
 class PictureJob(msgspec.Struct, frozen=True, tag=True):
-    """The first `nbytes` of the inbox: how large? With a size: its pixels, resized, into the pool."""
+    """The picture in the first `nbytes` of the inbox. Without a size, asks for its size; else for its
+    pixels."""
 
     nbytes: int
     cpu_s: float
-    max_pixels: int  # as it is in the file
+    max_pixels: int  # of the picture in the file
     height: int = 0
     width: int = 0
     offset: int = 0
 
 
 class VideoJob(msgspec.Struct, frozen=True, tag=True):
-    """Without frames: what is it? With them: these, resized, to this place in the pool, one after another."""
+    """Without frames, asks for the metadata; else for the pixels of these frames, at `offset` in the pool."""
 
     path: str
-    is_new: bool  # not the file of the job before
+    is_new: bool  # another file than in the job before
     cpu_s: float
-    max_pixels: int  # of a frame as it is in the file
+    max_pixels: int  # of a frame in the file
     frames: tuple[int, ...] = ()
     height: int = 0
     width: int = 0
@@ -76,7 +77,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`reason` is for clients; empty: the file is broken, in the decoder's words, which are not for them."""
+    """`reason` is for clients. Empty for a broken file: a decoder's message is not for clients."""
 
     reason: str = ""
     status: int = 400
@@ -142,26 +143,23 @@ def _mapped_bytes() -> int:
 
 
 def _limit_memory(mib: int) -> None:
-    """Beside what is mapped already. What wants more gets MemoryError, or dies."""
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # our parent's own limit came with us
+    """Limits memory to the present size plus `mib`. Beyond, allocations fail or end the process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # lifts the limit inherited from preprocess
     limit = _mapped_bytes() + (mib << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("800")  # rather this one than who started it
+        Path("/proc/self/oom_score_adj").write_text("800")  # the kernel kills this process before preprocess
 
 
 def _has_met_its_limit() -> bool:
-    """Whether what was refused was more than this process may have.
-
-    Else the machine would give it no more either.
-    """
+    """Whether an allocation failed at this process's limit, not for lack of memory on the machine."""
     left = resource.getrlimit(resource.RLIMIT_AS)[0] - _mapped_bytes() - LIMIT_SLACK_BYTES
     if left <= 0:
         return True
     try:
-        mmap.mmap(-1, left, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # nothing of it is touched
+        mmap.mmap(-1, left, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # without touching a page
     except (OSError, MemoryError):
         return False
     return True
@@ -170,11 +168,11 @@ def _has_met_its_limit() -> bool:
 def main() -> None:
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; whoever started us decides
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group; preprocess ends this process
     warnings.simplefilter("ignore")  # of Pillow, about metadata
     pool_fd, inbox, memory_mib = map(int, sys.argv[1:4])
     jobs, answers = sys.stdin.buffer, os.dup(1)
-    os.dup2(2, 1)  # what a decoder prints is no answer
+    os.dup2(2, 1)  # output of decoders goes to stderr
     reader = Reader(HostMemory(pool_fd, os.fstat(pool_fd).st_size), inbox, memory_mib, sys.argv[4])
     _limit_memory(memory_mib)
     while len(head := jobs.read(4)) == 4:
@@ -183,9 +181,9 @@ def main() -> None:
         answer = msgspec.msgpack.encode(reader.handle(job))
         signal.setitimer(signal.ITIMER_PROF, 0)
         try:
-            os.write(answers, struct.pack("<I", len(answer)) + answer)  # in one go
+            os.write(answers, struct.pack("<I", len(answer)) + answer)  # in one call
         except BrokenPipeError:
-            return  # whoever started us died before the kernel could have told us
+            return  # preprocess has died, and the signal of `end_with_parent` is still to come
 
 
 if __name__ == "__main__":

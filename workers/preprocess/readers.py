@@ -1,6 +1,6 @@
 """The processes that read pictures and videos: bounded in number, started when needed, requests in turn.
 
-A job is whole: any process can do it. A job that takes too much processor time or memory, stands still, or
+A job is whole: any process can do it. A job that takes too much processor time or memory, hangs, or
 kills its process ends in a RequestError for its request, and the next job gets a fresh process.
 """
 
@@ -37,9 +37,9 @@ class ReadLimits(NamedTuple):
 
     picture_cpu_s: float
     video_cpu_s: float
-    max_pixels: int  # of a picture or frame as it is in its file
+    max_pixels: int  # of a picture or frame in its file
     memory_mib: int
-    stall_s: float = 30.0  # without any processor time: the decoder waits for what never comes
+    stall_s: float = 30.0  # without processor time, after which the decoder counts as hung
 
 
 class _Died(Exception):
@@ -59,18 +59,18 @@ class MediaReaders:
         self._idle: list[ReaderChild] = []
         self._all: set[ReaderChild] = set()
         self._under_way: set[asyncio.Task[Answer]] = set()
-        self._cheap: set[asyncio.Task[Answer]] = set()  # to be finished rather than to start a process anew
+        self._cheap: set[asyncio.Task[Answer]] = set()  # not cancelled: a kill would cost a process start
 
     async def inspect_picture(self, data: Data, field: str) -> ImageSize:
-        """The size as shown. Raises RequestError for what is no picture, or too large."""
+        """The size as shown. Raises RequestError for no picture, or too large a one."""
         answer = await self._run(self._picture_job(data), field, data)
         assert isinstance(answer, PictureSize)
         return ImageSize(answer.height, answer.width)
 
     async def read_picture(self, data: Data, size: ImageSize, offset: int, field: str) -> None:
-        """Writes its pixels, resized, to a place in the pixel pool. Raises RequestError when that cannot be.
+        """Writes resized pixels at `offset` in the pixel pool. Raises RequestError where that fails.
 
-        To be awaited to its end, as is `read`: until then the place is written to.
+        Must be awaited to its end, as must `read`: a process writes to the pool until then.
         """
         place = {"height": size.height, "width": size.width, "offset": offset}
         await self._run(msgspec.structs.replace(self._picture_job(data), **place), field, data)
@@ -79,7 +79,7 @@ class MediaReaders:
         return PictureJob(len(data), self.limits.picture_cpu_s, self.limits.max_pixels)
 
     async def inspect(self, file: VideoFile, field: str) -> VideoMetadata:
-        """Raises RequestError for what is no video, or has too large frames."""
+        """Raises RequestError for no video, or too large frames."""
         answer = await self._run(self._video_job(file), field, file)
         assert isinstance(answer, VideoMetadata)
         return answer
@@ -92,7 +92,7 @@ class MediaReaders:
         offset: int,
         field: str,
     ) -> None:
-        """Writes frames, resized, to a place in the pixel pool. Raises RequestError when that cannot be."""
+        """Writes resized frames at `offset` in the pixel pool. Raises RequestError where that fails."""
         place = {"height": size.height, "width": size.width, "offset": offset}
         job = msgspec.structs.replace(self._video_job(file), frames=tuple(frames), **place)
         await self._run(job, field, file)
@@ -101,7 +101,8 @@ class MediaReaders:
         return VideoJob(file.path, True, self.limits.video_cpu_s, self.limits.max_pixels)
 
     async def _run(self, job: Job, field: str, source: Source) -> Answer:
-        """In a task: if its caller is cancelled, the process is reaped before its place is free."""
+        """In a task of its own: if the caller is cancelled, the process is reaped before its place is
+        free."""
         task = asyncio.create_task(self._do(job, field, source))
         self._under_way.add(task)
         task.add_done_callback(self._end)
@@ -119,7 +120,7 @@ class MediaReaders:
         self._under_way.discard(task)
         self._cheap.discard(task)
         if not task.cancelled():
-            task.exception()  # is looked at, should nobody wait any more
+            task.exception()  # retrieved, since the caller may be cancelled: asyncio would warn
 
     async def _do(self, job: Job, field: str, source: Source) -> Answer:
         async with self._places.take(on_behalf_of.get().asker):
@@ -136,7 +137,7 @@ class MediaReaders:
             except _Died as death:
                 if idle is None or death.status == -signal.SIGPROF:
                     raise
-            # The process may have died of what it read before.
+            # The process may have died because of an earlier job.
             return await self._try(await self._start(), job, number, source)
         except _Died as death:
             if death.status == -signal.SIGPROF:
@@ -146,11 +147,11 @@ class MediaReaders:
         except TimeoutError:
             stalled = f"could not be read: its decoder stood still for {self.limits.stall_s:g} s"
             raise RequestError(f"the {_kind(job)} {stalled}", field=field) from None
-        except OSError as error:  # no process could be started, or its inbox not be filled
+        except OSError as error:  # no process could be started, or its inbox could not be filled
             raise no_room(error, field) from None
 
     async def _try(self, child: ReaderChild, job: Job, number: int, source: Source) -> Answer:
-        """Raises _Died, TimeoutError for a child that stands still, and OSError where its inbox gets no room.
+        """Raises _Died, TimeoutError for a hung child, and OSError where its inbox gets no room.
         The child is reaped first."""
         if isinstance(job, VideoJob):
             job = msgspec.structs.replace(job, is_new=child.video != number)
@@ -182,7 +183,7 @@ class MediaReaders:
         return self._idle.pop(index)
 
     async def _start(self) -> ReaderChild:
-        """Raises OSError for what this machine lacks."""
+        """Raises OSError for a shortage on this machine."""
         child = await ReaderChild.start(self._pool_fd, self.limits.memory_mib, self._video_reader)
         self._all.add(child)
         return child

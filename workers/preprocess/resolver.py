@@ -1,8 +1,8 @@
-"""Names of media hosts to addresses: many at once, each with a deadline, so that none waits for another's.
+"""Resolves names of media hosts: many at once, each with a deadline, so that no lookup delays another.
 
-c-ares (`aiodns`) asks the name servers of /etc/resolv.conf and reads /etc/hosts. `getaddrinfo` would take
-a thread for each name: uvloop has four, libuv gives two of them to names, and two names whose servers never
-answer would stop all others. A connection goes to exactly the addresses that were judged here.
+c-ares (`aiodns`) queries the name servers of /etc/resolv.conf and reads /etc/hosts. `getaddrinfo` would take
+a thread for each name: uvloop has four, libuv uses two of them for names, and two names whose servers never
+answer would block all others. Connections go to exactly the addresses that were checked here.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 Lookup: TypeAlias = "asyncio.Future[pycares.AddrInfoResult]"
 
 LOOKUP_TIMEOUT_S = 5.0
-# c-ares waits five times as long as a server takes on average, and 250 ms at least (`ares_metrics.c`):
-# beside a fast cache, two tries are over after 0.75 s. A name that takes longer to find is asked for again
-# until the deadline. Few tries each time: c-ares cannot forget one name, and goes on after the deadline.
+# c-ares waits five times a server's average latency, at least 250 ms (`ares_metrics.c`): with a fast cache,
+# two tries are over after 0.75 s. A slower name is looked up again until the deadline. Few tries each time,
+# since c-ares cannot cancel one lookup, and continues after the deadline.
 TRIES = 2
 FIRST_TRY_S = 0.5
 MAX_ROUNDS = 10
-MAX_LOOKUPS = 2048  # under way, the forgotten ones included: four times as many as there are downloads
+MAX_LOOKUPS = 2048  # in flight, abandoned ones included: four times the number of downloads
 CLOSING_S = 1.0
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 
@@ -36,7 +36,7 @@ class MediaResolver(AbstractResolver):
     """Use within one loop; `close` it at the end. `nameservers` (`address:port`) replace the system's."""
 
     def __init__(self, allow_private: bool, nameservers: Sequence[str] = ()) -> None:
-        import aiodns  # at the first URL: a machine that lacks it serves everything else (docs/gpu.md)
+        import aiodns  # at the first URL: a machine without it serves everything else (docs/gpu.md)
 
         self._allow_private, self._timed_out = allow_private, aiodns.error.ARES_ETIMEOUT
         self._dns = aiodns.DNSResolver(nameservers or None, timeout=FIRST_TRY_S, tries=TRIES)
@@ -48,7 +48,7 @@ class MediaResolver(AbstractResolver):
         port: int = 0,
         family: socket.AddressFamily = socket.AF_UNSPEC,
     ) -> list[ResolveResult]:
-        """The addresses of a host that may be connected to. Raises OSError when there is none."""
+        """The allowed addresses of a host. Raises OSError when there is none."""
         found: list[ResolveResult] = []
         for node in (await self._look_up(host, family)).nodes:
             address = node.addr[0].decode()
@@ -72,13 +72,13 @@ class MediaResolver(AbstractResolver):
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
                 for _ in range(MAX_ROUNDS):
                     lookup = self._start(host, family)
-                    await asyncio.wait([lookup])  # a deadline or a client that leaves ends the wait only
+                    await asyncio.wait([lookup])  # a deadline or a cancellation ends only the wait
                     error = lookup.exception()
                     if error is None:
                         return lookup.result()
                     if error.args[0] != self._timed_out:
-                        # Where c-ares got no socket it says that no server could be reached: this raises what
-                        # is lacking.
+                        # Without a socket c-ares reports that no server was reached: this raises the real
+                        # error.
                         socket.socket(type=socket.SOCK_DGRAM).close()
                         raise OSError("the name cannot be resolved") from error
         except TimeoutError:
@@ -96,10 +96,10 @@ class MediaResolver(AbstractResolver):
     def _on_done(self, lookup: Lookup) -> None:
         self._lookups.discard(lookup)
         if not lookup.cancelled():
-            lookup.exception()  # read, as nobody else may: asyncio would warn
+            lookup.exception()  # retrieved, since the wait may have ended: asyncio would warn
 
     async def close(self) -> None:
-        """Lookups end first: c-ares' thread calls into the event loop, which may not be closed by then."""
+        """Waits for lookups: c-ares' thread calls into the event loop, which must still be open."""
         self._dns.cancel()
         if self._lookups:
             await asyncio.wait(self._lookups, timeout=CLOSING_S)
@@ -115,5 +115,5 @@ def is_public(address: str) -> bool:
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
         elif ip not in IPV6_UNICAST or ip.sixtofour is not None or ip.teredo is not None:
-            return False  # forms that carry an IPv4 address lead wherever a gateway takes them
+            return False  # forms with an embedded IPv4 address lead to wherever a gateway translates them
     return ip.is_global and not ip.is_multicast

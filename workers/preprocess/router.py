@@ -1,6 +1,6 @@
 """Chooses the ViT of each chunk and the LLM group of each request. Pure.
 
-Its own memory is the directory: preprocess is the only router.
+It remembers its own choices as the directory of caches: preprocess is the only router.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pipeline.wire.messages import MmItem, pack_int32
 
 MAX_REMEMBERED = 100_000
 PREFIX_TOKENS = 64  # prefixes are remembered in steps of so many tokens
-# what the output of an open request counts as: else a common prefix would draw everyone to one group
+# tokens for the output of an open request: without them a common prefix would draw all requests to one group
 OUTPUT_TOKENS = 512
 
 
 class Choice:
-    """Where a chunk goes, and whether that ViT was asked for its hash before."""
+    """The ViT of a chunk, and whether its hash was sent there before."""
 
     __slots__ = ("is_known", "vit")
 
@@ -28,12 +28,12 @@ class Choice:
 
 class Router:
     def __init__(self, num_vits: int) -> None:
-        self.outstanding = [0] * num_vits  # patches that each ViT has been sent and not finished
-        self.available = set(range(num_vits))  # who serves; who does not will later
+        self.outstanding = [0] * num_vits  # unfinished patches of each ViT
+        self.available = set(range(num_vits))  # the serving ViTs
         self._places: OrderedDict[bytes, int] = OrderedDict()
 
     def choose(self, mm_hash: bytes, num_patches: int) -> Choice:
-        """Where the hash was sent before, else the ViT with the fewest outstanding patches.
+        """The ViT to which the hash was sent before, else the one with the fewest outstanding patches.
 
         Counts the patches as outstanding.
         """
@@ -54,34 +54,31 @@ class Router:
         self.outstanding[vit] -= num_patches
 
     def forget(self, vit: int) -> None:
-        """It has died, and knows nothing any more."""
+        """The ViT has died: its cache is gone."""
         for mm_hash in [mm_hash for mm_hash, place in self._places.items() if place == vit]:
             del self._places[mm_hash]
 
 
 class GroupRouter:
-    """Groups are named by the ranks that lead them."""
+    """Groups are named by the number of their rank 0."""
 
     def __init__(self, leads: Sequence[int]) -> None:
-        self.outstanding = dict.fromkeys(leads, 0)  # tokens that each group has to compute
-        self.available = set(leads)  # who serves; who does not will later
+        self.outstanding = dict.fromkeys(leads, 0)  # tokens that each group still has to compute
+        self.available = set(leads)  # the serving groups
         self._prefixes: dict[int, OrderedDict[bytes, None]] = {lead: OrderedDict() for lead in leads}
 
     def candidates(self, among: Collection[int] = ()) -> list[int]:
-        """The groups that a request may go to.
-
-        Of those `among` (none: of all) the living, or all where none lives.
-        """
+        """The serving groups of those in `among` (empty: of all groups); if none serves, all of these."""
         wanted = [lead for lead in self.outstanding if lead in among] or list(self.outstanding)
         return [lead for lead in wanted if lead in self.available] or wanted
 
     def choose(
         self, prefixes: Sequence[bytes], num_tokens: int, among: Collection[int] = (),
     ) -> tuple[int, int]:  # fmt: skip
-        """The group that has the least to compute before and for this request, and the tokens for it there.
+        """The group with the fewest tokens to compute, this request included, and the request's tokens there.
 
-        What a group has seen of `prefixes` (see `prefix_hashes`) it need not compute. `among`: see
-        `candidates`.
+        Those of `prefixes` (see `prefix_hashes`) that were sent to a group before count as cached there.
+        `among`: see `candidates`.
         """
         known = {lead: self._num_known(lead, prefixes) * PREFIX_TOKENS for lead in self.outstanding}
         lead = min(sorted(self.candidates(among)), key=lambda lead: self.outstanding[lead] - known[lead])
@@ -103,13 +100,13 @@ class GroupRouter:
         self.outstanding[lead] -= num_tokens
 
     def forget(self, lead: int) -> None:
-        """It has died, and knows nothing any more."""
+        """The group has died: its cache is gone."""
         self._prefixes[lead].clear()
 
 
 def prefix_hashes(token_ids: Sequence[int], items: Sequence[MmItem], salt: bytes) -> list[bytes]:
-    """One digest for each whole `PREFIX_TOKENS` of a prompt, of all up to there: tokens, and the pictures
-    that begin in it."""
+    """A digest at each multiple of `PREFIX_TOKENS`, of all tokens before it and the items that begin
+    there."""
     digest = hashlib.sha256(salt)
     hashes: list[bytes] = []
     for start in range(0, len(token_ids) - PREFIX_TOKENS + 1, PREFIX_TOKENS):

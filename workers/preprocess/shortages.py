@@ -1,7 +1,6 @@
-"""Whose fault an error of the system is: this machine's, which lacks something, or that of what came from
-outside.
+"""Tells shortages of this machine from errors of media and hosts. Only this file decides that.
 
-The only place that decides it. What this machine lacks is a 503: the request may come again.
+A shortage is a 503: the client may repeat the request.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from collections.abc import Iterator
 from pipeline.wire.errors import RequestError
 
 logger = logging.getLogger(__name__)
-# Descriptors of this process and of the machine; memory, also for sockets; room on a disk, or in a quota of
-# it.
+# Descriptors of this process and of the machine; memory, also for sockets; a disk's space and quota.
 SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT))
 NO_ROOM = "the server has no room for this request now"
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Of an OSError of aiohttp, too: it has the number of the system's own."""
+    """True also for aiohttp's OSErrors, which have the errno of their cause."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGES)
 
 
@@ -31,14 +29,13 @@ def no_room(error: BaseException, field: str) -> RequestError:
 
 
 def refusal_of(error: BaseException, otherwise: RequestError) -> RequestError:
-    """What a client is told of an error: that there is no room, if that is it."""
+    """The client's error: `no_room` for a shortage, else `otherwise`."""
     return no_room(error, otherwise.info.field) if is_shortage(error) else otherwise
 
 
 @contextlib.contextmanager
 def own_file(field: str = "") -> Iterator[None]:
-    """Of a file that the server keeps for itself every OSError is the server's, and raised as a
-    RequestError."""
+    """Encloses work on the server's own file, where every OSError is a shortage: raised as a RequestError."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,5 @@
-"""The threads that make texts and hashes of media, and what is known should one take the process down.
-
-What runs there is told to the flight recorder. A request that may have been a process's death has all threads
-for itself.
+"""The threads that tokenize texts and hash media. Their requests are in the flight recorder meanwhile, in
+case one ends the process; a quarantined request has all threads for itself.
 """
 
 from __future__ import annotations
@@ -33,15 +31,15 @@ class Work(NamedTuple):
 
 
 NOBODYS = Work("")
-on_behalf_of: ContextVar[Work] = ContextVar("on_behalf_of", default=NOBODYS)  # whose work a task does
+on_behalf_of: ContextVar[Work] = ContextVar("on_behalf_of", default=NOBODYS)  # the request of a task
 
 
 class _Turns:
-    """Any number at once, or one alone. Who wants to be alone goes before those that come later."""
+    """Any number at once, or one alone. Work that runs alone goes before later work."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._num_inside = self._num_alone = 0  # the latter inside or waiting
+        self._num_inside = self._num_alone = 0  # `_num_alone`: inside or waiting
 
     @contextlib.contextmanager
     def take(self, is_alone: bool) -> Iterator[None]:
@@ -62,7 +60,7 @@ class _Turns:
 
 
 class Recording:
-    """What runs in all threads of the process together: the flight recorder has one list of it."""
+    """The requests that run in all threads of the process, for the flight recorder's one list."""
 
     def __init__(self, recorder: FlightRecorder) -> None:
         self._executing, self._lock = Executing(recorder), threading.Lock()
@@ -83,13 +81,13 @@ class Recording:
                 del self._starts[token]
 
     def longest_s(self, now: float) -> float:
-        """How long the oldest piece of work has been running."""
+        """The seconds that the oldest piece of work has been running."""
         with self._lock:
             return now - min(self._starts.values(), default=now)
 
 
 class RecordedThreads(ThreadPoolExecutor):
-    """Work is submitted by tasks that have said on whose behalf."""
+    """Tasks set `on_behalf_of` before they submit work."""
 
     def __init__(self, num_threads: int, recording: Recording, name: str) -> None:
         super().__init__(num_threads, name)
@@ -106,20 +104,20 @@ class RecordedThreads(ThreadPoolExecutor):
 
 
 class FairThreads:
-    """Threads that tenants share, so that what is long of one holds up nobody else."""
+    """Threads that tenants share, so that long work of one tenant does not delay the others."""
 
     def __init__(self, num_threads: int, recording: Recording, name: str) -> None:
         self._threads = RecordedThreads(num_threads, recording, name)
         self._places = Places(num_threads)
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Calls the function in a thread, once it is the turn of whom the calling task works for."""
+        """Calls the function in a thread, once it is the turn of the calling task's request."""
         async with self._places.take(on_behalf_of.get().asker):
             future = asyncio.wrap_future(self._threads.submit(function, *args, **kwargs))
             try:
                 return await asyncio.shield(future)
             except asyncio.CancelledError:
-                # a thread cannot be stopped: its place is not free before it ends
+                # a thread cannot be cancelled: its place is free when it has ended
                 await asyncio.wait([future])
                 raise
 

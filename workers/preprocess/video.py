@@ -1,4 +1,4 @@
-"""What readers of videos have in common."""
+"""The contract of video readers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class VideoMetadata(msgspec.Struct, frozen=True, tag=True):
 
 
 class Video(Protocol):
-    """An open file. Numbers count the frames as decoding the whole file gives them."""
+    """An open file. Frames are numbered as decoding the whole file gives them."""
 
     @property
     def metadata(self) -> VideoMetadata: ...
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Frame]:
-        """One by one, in the order asked for. Raises VideoBroken when a frame cannot be had."""
+        """One by one, in the given order. Raises VideoBroken for a frame that cannot be decoded."""
 
 
 class VideoBroken(Exception):
-    """The video cannot be read; the words are for clients."""
+    """The video cannot be read; the message is for clients."""
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

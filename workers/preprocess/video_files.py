@@ -1,4 +1,4 @@
-"""Opens a file as a video, whatever kind it is, by the reader that was chosen."""
+"""Opens a file of any kind as a video, with the chosen reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workers.preprocess.video import Video, VideoBroken
 def open_video(path: str, reader: str, max_pixels: int) -> Video:
     """`reader` is `pyav` or `decord`; a frame may have `max_pixels`.
 
-    Raises VideoBroken, or whatever a decoder makes of broken data.
+    Raises VideoBroken, or a decoder's exception for broken data.
     """
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)

@@ -10,10 +10,8 @@ _numbers = itertools.count()
 
 
 class VideoFile:
-    """A video on disk, open and mostly without a name; closed with the last who holds it.
-
-    `digest` is the sha256 of its content.
-    """
+    """An open, mostly unnamed file with a video; closed with its last reference. `digest`: sha256 of its
+    content."""
 
     def __init__(self, fd: int, nbytes: int, digest: bytes) -> None:
         self.nbytes, self.digest = nbytes, digest

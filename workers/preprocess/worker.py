@@ -28,7 +28,7 @@ from workers.model_info import model_info_of
 from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
-COPIES_OF_MEDIA = 2  # as they came, in base64, and decoded
+COPIES_OF_MEDIA = 2  # in base64, and decoded
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
@@ -45,14 +45,14 @@ def main(context: WorkerContext) -> None:
 
 
 def allowed_mib(config: PreprocessConfig) -> int:
-    """Memory that the work of this process may take; processes that read media have a limit of their own."""
+    """Memory for the work of this process; reading processes have a limit of their own."""
     if config.preprocess_memory_mib is not None:
         return config.preprocess_memory_mib
     return BASE_MIB + COPIES_OF_MEDIA * config.max_open_media_mib
 
 
 async def _run(context: WorkerContext) -> None:
-    # Bound first: what clients and LLMs send waits from now on.
+    # Bound first: messages of clients and LLMs queue from now on.
     max_message = (context.config.api.max_request_mib + 1) * MIB
     ingest = context.sockets.async_receiver(INGEST, max_message_bytes=max_message)
     feedback = context.sockets.async_receiver(FEEDBACK)
@@ -62,7 +62,7 @@ async def _run(context: WorkerContext) -> None:
 
 
 class _Process:
-    """The loops around a `Preprocessor`. What ends the process is raised in one of its tasks."""
+    """The loops around a `Preprocessor`. An exception in one of its tasks ends the process."""
 
     def __init__(
         self, context: WorkerContext, ingest: AsyncReceiver[IngestMessage],
@@ -141,7 +141,7 @@ class _Process:
             await asyncio.sleep(interval)
 
     async def _show_life(self) -> None:
-        """As long as the loop turns, and no thread is stuck."""
+        """Counts progress as long as the loop turns and no thread is stuck."""
         while True:
             if self._core.recording.longest_s(time.monotonic()) < STUCK_S:
                 self._context.recorder.move()

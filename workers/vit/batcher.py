@@ -1,8 +1,8 @@
-"""Decides what a ViT encodes next and whom it tells. Pure: no torch, no sockets, no clock.
+"""Decides which chunks a ViT encodes next, and which requests get them. Pure: no torch, no sockets, no clock.
 
-A chunk is first asked for by hash. If it is in the cache it is leased at once. Else it waits: for pixels
-(whoever asked first is asked for them, unless they follow by themselves), for a slot in the pool (granted in
-the global order), for its turn. Requests for one hash share one encode.
+A chunk is first requested by hash. A cached chunk is leased at once. Otherwise it waits for its pixels
+(requested from the first waiter, unless they follow by themselves), for a slot in the pool (granted in the
+global order), and for its turn. Requests for one hash share one encode.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ Action = NeedPixels | PixelsDone | Ready | LeaseGone | Refused
 
 @dataclass(slots=True)
 class Pending:
-    """One hash on its way into the cache."""
+    """One hash that is not leased yet to all of its waiters."""
 
     mm_hash: bytes
     grid_thw: GridTHW
-    supplier: ChunkKey | None = None  # who was asked for the pixels; None while it is parked
+    supplier: ChunkKey | None = None  # the waiter whose pixels are used; None while the chunk is parked
     waiters: dict[ChunkKey, Order] = field(default_factory=dict)
     pixels: TensorHandle | None = None
     slot: Slot | None = None
-    tenant: str = ""  # whose turn it takes: of who asked first
+    tenant: str = ""  # of the first waiter: the encode takes this tenant's turn
     is_encoding: bool = False
 
     @property
@@ -69,8 +69,8 @@ class Pending:
 
 
 class Batcher:
-    """`embedding_of` says what the tower makes of a grid; `runs_alone`, which request may be what a ViT died
-    of: a batch with its chunk has nothing else."""
+    """`embedding_of` gives the shape and size of a grid's embedding. A chunk of a request for which
+    `runs_alone` (it is quarantined) is a batch of its own."""
 
     def __init__(
         self, allocator: SlotAllocator, embedding_of: Callable[[GridTHW], EmbeddingSpec],
@@ -81,11 +81,11 @@ class Batcher:
         self._largest, self.embedding_of = allocator.reserve, embedding_of
         self._runs_alone = runs_alone
         self._pending: dict[bytes, Pending] = {}
-        # Those with pixels and a slot, by tenant and request.
+        # Pending chunks with pixels and a slot, by tenant and request.
         self._queue: FairQueue[tuple[str, int], Pending] = FairQueue()
-        # hashes of pending chunks that lie encoded in the reserve (see `poll`)
+        # pending chunks that lie encoded in the reserve (see `poll`)
         self._parked: set[bytes] = set()
-        self._hashes: dict[ChunkKey, bytes] = {}  # of the keys that wait
+        self._hashes: dict[ChunkKey, bytes] = {}  # by waiter
 
     def on_request(
         self,
@@ -123,7 +123,7 @@ class Batcher:
         return [*actions, *self.poll()]
 
     def on_lease_request(self, key: ChunkKey, mm_hash: bytes) -> list[Action]:
-        """A chunk that was leased for this key before is needed again: no pixels are asked for."""
+        """Leases a chunk again that was leased for this key before. Requests no pixels."""
         feature = self.cache.get(mm_hash)
         if feature is None or self._slots.allocator.is_reserved(feature.slot):
             return [LeaseGone(key)]
@@ -134,20 +134,19 @@ class Batcher:
         if pending is None or key not in pending.waiters:
             return [PixelsDone(key)]  # answered from the cache or cancelled meanwhile
         if pending.pixels is not None:
-            # somebody else's came first; these may still be wanted, and are released when their owner is
-            # answered
+            # another waiter's pixels came first; these are released when their own request is answered
             return []
         pending.pixels, pending.supplier = pixels, key
         self._expect(pending)
         return []
 
     def poll(self) -> list[Action]:
-        """Serves chunks that lie in the reserve of the pool. To be called whenever a lease has ended or a
-        slot was granted.
+        """Leases chunks that lie in the reserve. To be called whenever a lease has ended or a slot was
+        granted.
 
-        The reserve must come free for whatever is oldest. So what lies there is leased only to a request that
-        needs nothing older first; the others stay parked, as if it were not there. Once it has been evicted
-        they need pixels like anybody.
+        The reserve must become free for the oldest item. So a chunk there is leased only to a waiter that is
+        the oldest of all; its other waiters stay parked, as for a chunk that is not encoded. If the chunk is
+        evicted, they need pixels again.
         """
         actions: list[Action] = []
         for mm_hash in list(self._parked):
@@ -176,8 +175,8 @@ class Batcher:
         if pending.pixels is not None and pending.mm_hash not in self._parked:
             self._slots.request(pending.mm_hash, self.embedding_of(pending.grid_thw).nbytes)
 
-    # Every key that was asked for gets exactly one PixelsDone: when it is answered, refused or cancelled,
-    # except that the pixels of a supplier stay until the others who wait for them are answered, too.
+    # Every key gets exactly one PixelsDone, when it is answered, refused or cancelled; a supplier's comes
+    # when the other waiters are answered, too.
 
     def on_cancel(self, keys: Iterable[ChunkKey]) -> list[Action]:
         actions: list[Action] = []
@@ -188,7 +187,7 @@ class Batcher:
             pending = self._pending[mm_hash]
             del pending.waiters[key]
             if pending.pixels is None or pending.supplier != key:
-                actions.append(PixelsDone(key))  # else they may serve the others
+                actions.append(PixelsDone(key))  # a supplier's pixels may serve other waiters
             if pending.is_encoding:
                 continue
             if not pending.waiters:
@@ -202,8 +201,7 @@ class Batcher:
         return [*actions, *self.poll()]
 
     def _drop(self, pending: Pending) -> list[Action]:
-        """Forgets a chunk that nobody waits for; whoever supplied its pixels gets them back, though it may
-        have left before."""
+        """Drops a chunk without waiters, and releases its supplier's pixels, even of a cancelled supplier."""
         del self._pending[pending.mm_hash]
         self._parked.discard(pending.mm_hash)
         self._slots.forget(pending.mm_hash)
@@ -216,9 +214,8 @@ class Batcher:
         )
 
     def next_batch(self, max_patches: int) -> list[Pending]:
-        """Chunks to encode now, tenants in turn and each one's requests, at most `max_patches` together (one
-        always goes, however large).
-        """
+        """Chunks to encode now: tenants in turn, and within a tenant its requests. At most `max_patches`
+        together, but at least one chunk."""
         for mm_hash, slot in self._slots.grant():
             granted = self._pending[mm_hash]
             granted.slot = slot
@@ -227,7 +224,7 @@ class Batcher:
         batch: list[Pending] = []
         num_patches = 0
         while (pending := self._queue.peek()) is not None:
-            if self._pending.get(pending.mm_hash) is not pending:  # nobody waits for it any more
+            if self._pending.get(pending.mm_hash) is not pending:  # dropped: it has no waiters any more
                 self._queue.drop()
                 continue
             num_patches += pending.grid_thw.num_patches
@@ -242,7 +239,7 @@ class Batcher:
         return batch
 
     def on_encoded(self, batch: Iterable[Pending]) -> list[Action]:
-        """The batch is in the pool: leases it to those who wait and keeps it."""
+        """The batch is in the pool: adds it to the cache, and leases it to its waiters."""
         actions: list[Action] = []
         for pending in batch:
             assert pending.slot is not None
@@ -254,7 +251,7 @@ class Batcher:
                 del self._hashes[key], pending.waiters[key]
                 actions.append(Ready(key, self.cache.lease(feature, key.lead), feature))
             pending.slot, pending.is_encoding = None, False
-            # it waits for its turn; should the reserve be needed, its pixels serve again
+            # the supplier waits for the reserve: if the chunk is evicted, its pixels are needed again
             if pending.supplier in pending.waiters:
                 actions.extend(PixelsDone(key) for key in served)
             else:
@@ -268,7 +265,7 @@ class Batcher:
         return [*actions, *self.poll()]
 
     def on_failed(self, pending: Pending, reason: str) -> list[Action]:
-        """The chunk cannot be encoded: tells all who wait and gives its slot back."""
+        """The chunk cannot be encoded: refuses all waiters and frees its slot."""
         for key in pending.waiters:
             del self._hashes[key]
         refused = [Refused(key, reason) for key in pending.waiters]
@@ -276,15 +273,12 @@ class Batcher:
         return [*refused, *done, *self._drop(pending)]
 
     def forget_group(self, lead: int) -> list[Action]:
-        """An LLM group has died, and with it its requests and leases."""
+        """An LLM group has died: ends its requests and leases."""
         self.cache.release_all(lead)
         return self.on_cancel([key for key in self._hashes if key.lead == lead])
 
     def forget_all(self) -> None:
-        """Preprocess has died, and with it all pixels and whoever waits for them.
-
-        A batch under way is not to be interrupted.
-        """
+        """Preprocess has died: drops all waiters. A batch that is being encoded goes on."""
         self.on_cancel(list(self._hashes))
 
     @property

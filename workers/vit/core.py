@@ -1,4 +1,4 @@
-"""The ViT without its process: which message leads to which."""
+"""The ViT without its process: handles messages, and sends what the batcher decides."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ from workers.vit.models.base import EncodeJob
 
 
 class VitCore:
-    """The ViT without its process: messages in, messages out.
-
-    `llms` are the ways to the ranks that lead a group.
-    """
+    """`llms`: a sender to rank 0 of each LLM group, by that rank's number in the pipeline."""
 
     def __init__(
         self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
@@ -61,7 +58,7 @@ class VitCore:
             return
         match message:
             case PoolOpened():
-                with contextlib.suppress(PoolGoneError):  # of a successor we shall hear
+                with contextlib.suppress(PoolGoneError):  # its successor will announce another
                     self._pools.open(message.pool)
             case EncodeRequest():
                 order = Order(message.arrival, message.position)
@@ -89,11 +86,12 @@ class VitCore:
                 assert_never(message)
 
     def on_death(self, successor: WorkerState) -> None:
-        """Of a neighbour; no batch may be under way, which might still read the memory of a dead one."""
+        """Of preprocess or an LLM group. No batch may be running: it could read the memory of the dead
+        worker."""
         worker = successor.worker
         if worker.role is Role.PREPROCESS:
             self.batcher.forget_all()
-            # else it has taken the dead one's place already
+            # unless the successor's pool has replaced it already
             if not self._pools.knows(str(worker), successor.epoch):
                 self._pools.close(str(worker))
         elif worker.rank in self._llms:
@@ -122,10 +120,8 @@ class VitCore:
                     assert_never(action)
 
     def next_batch(self, max_patches: int) -> tuple[list[Pending], list[EncodeJob]]:
-        """The chunks to encode now and their tensors.
-
-        A chunk whose pixels cannot be right is refused here.
-        """
+        """The chunks to encode now and their tensors. Refuses chunks whose pixels are stale or have a wrong
+        shape."""
         batch: list[Pending] = []
         jobs: list[EncodeJob] = []
         while not batch and (candidates := self.batcher.next_batch(max_patches)):
@@ -135,11 +131,11 @@ class VitCore:
                     batch.append(pending)
                 except StaleHandleError as error:
                     self._act(self.batcher.on_failed(pending, f"the pixels cannot be read: {error}"))
-        self._act(self.batcher.poll())  # a grant may have evicted what others were waiting for
+        self._act(self.batcher.poll())  # a grant may have evicted a parked chunk
         return batch, jobs
 
     def _job(self, pending: Pending) -> EncodeJob:
-        """Raises StaleHandleError when the pixels are gone or are not what was announced."""
+        """Raises StaleHandleError for pixels that are gone, or whose shape does not fit the grid."""
         assert pending.pixels is not None
         assert pending.slot is not None
         grid, patch = pending.grid_thw, self._info.patch_size

@@ -1,8 +1,7 @@
-"""How long a call may take into which nobody can look: a forward of onnxruntime or TensorRT, which gives no
-sign of life.
+"""Deadlines of forwards in onnxruntime and TensorRT, which report no progress until they end.
 
-Before the call the engine announces a deadline. Until then the worker does not count as hung, however large
-the picture; after it, it does. The deadline follows what forwards have taken so far, an operation.
+Before the call the engine announces a deadline; the worker counts as hung only after it. The deadline follows
+from the measured time for a floating point operation, so that it grows with the picture.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-MARGIN = 10.0  # times what was measured: other work may share the cores
+MARGIN = 10.0  # times the measured time: other work may share the cores
 UNMEASURED_FLOP_PER_S = 1e9  # before the first measurement
-FORGET = 0.9  # what earlier forwards weigh beside the newest
+FORGET = 0.9  # weight of earlier forwards at each new one
 
 
 class Deadlines:
-    """`announce` is told the seconds within which the worker moves on, and 0 when it has."""
+    """`announce` is called with the seconds that a forward may take, and with 0 at its end."""
 
     def __init__(
         self,
@@ -26,11 +25,11 @@ class Deadlines:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._announce, self._patience_s, self._clock = announce, patience_s, clock
-        self._flop = self._seconds = 0.0  # of earlier forwards, the older the less
+        self._flop = self._seconds = 0.0  # of earlier forwards, weighted by `FORGET`
 
     @contextlib.contextmanager
     def around(self, flop: float) -> Iterator[None]:
-        """Around a call of so many floating point operations."""
+        """Encloses a call of so many floating point operations."""
         each = self._seconds / self._flop if self._flop else 1 / UNMEASURED_FLOP_PER_S
         self._announce(MARGIN * each * flop + self._patience_s)
         start = self._clock()

@@ -1,4 +1,4 @@
-"""The thread that encodes, so that releases and cancellations are heard while the device works."""
+"""The thread that encodes, so that the loop handles releases and cancellations while the device works."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers.vit.models.base import EncodeJob
 
 
 class EngineThread:
-    """Encodes one batch at a time; an error ends up in `take_done`, that is, in the worker's loop."""
+    """Encodes one batch at a time. `take_done` raises the engine's errors in the worker's loop."""
 
     def __init__(self, engine: Engine, device: torch.device, sharing: CoreSharing, wakeup: Wakeup) -> None:
         self._engine, self._device, self._sharing, self._wakeup = engine, device, sharing, wakeup
@@ -29,7 +29,7 @@ class EngineThread:
 
     def _run(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # which each thread has its own of
+            torch.cuda.set_device(self._device)  # the current device is a thread's own
         while True:
             jobs = self._jobs.get()
             self._sharing.enter()
@@ -46,10 +46,7 @@ class EngineThread:
         self._jobs.put(jobs)
 
     def take_done(self) -> float | None:
-        """The seconds that the batch under way took; None while it is not encoded.
-
-        Raises what the engine raised.
-        """
+        """The seconds that the batch took; None while it is not done. Raises the engine's error."""
         try:
             done = self._done.get_nowait()
         except queue.Empty:

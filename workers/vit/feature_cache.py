@@ -1,8 +1,6 @@
-"""Encoded chunks that stay in the ViT's pool: leased to the LLM, or kept for the next request with the same
-content.
+"""Encoded chunks in the ViT's pool: leased to the LLM, or kept for the next request with the same content.
 
-Pure: slots in, slots out. An entry without a lease is evicted when its place is needed, least recently used
-first.
+Pure. A chunk without a lease is evicted when its slot is needed, least recently used first.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import NamedTuple
 from pipeline.families import EmbeddingSpec
 from pipeline.transport.slots import Slot, SlotAllocator
 
-MISSES_BEFORE_FREED = 2  # lease sets that lack a lease before it counts as released
+MISSES_BEFORE_FREED = 2  # lease sets without a lease, after which it counts as released
 
 
 @dataclass(slots=True)
@@ -59,18 +57,19 @@ class FeatureCache:
         return self._last_lease_id
 
     def release(self, lease_ids: Iterable[int]) -> None:
-        """Ends leases. One that has ended already is fine: a release and a lease set may say it twice."""
+        """Ends leases. An ended lease is ignored: a release and a lease set may end the same one."""
         for lease_id in lease_ids:
             self._missing.pop(lease_id, None)
             if (lease := self._leases.pop(lease_id, None)) is not None:
                 lease.feature.leases.discard(lease_id)
 
     def release_all(self, lead: int) -> None:
-        """Its holder has died."""
+        """Ends the leases of an LLM group that has died."""
         self.release([lease_id for lease_id, lease in self._leases.items() if lease.lead == lead])
 
     def reconcile(self, lead: int, held: Iterable[int], last_lease_id: int) -> None:
-        """Heals lost releases: a lease that its holder has seen and lacks in two lease sets is free."""
+        """Ends leases whose release was lost: the holder has received them, and two of its lease sets lack
+        them."""
         known = set(held)
         for lease_id in [
             lease_id
@@ -85,7 +84,7 @@ class FeatureCache:
                 self.release([lease_id])
 
     def evict_one(self) -> bool:
-        """Frees the least recently used feature that nobody leases; False if there is none."""
+        """Evicts the least recently used feature without a lease; False if there is none."""
         for feature in self._features.values():
             if not feature.leases:
                 del self._features[feature.mm_hash]

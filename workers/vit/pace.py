@@ -1,4 +1,4 @@
-"""What a forward owes to others while it runs: signs of life, and turns on the device."""
+"""Callbacks during a forward: they report progress, and let other processes use the device in between."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from workers.vit.blocks import Blocks
 
 
 class Pace:
-    """A tower calls `after_layer` once a layer, and computes packed rows by way of `rows` and `attend`.
+    """A tower calls `after_layer` after each layer, and computes packed rows through `rows` and `attend`.
 
-    With `blocks` these are computed in pieces of bounded work, and signs of life follow the work.
+    With `blocks` these compute in blocks of bounded work, with a callback after each.
     """
 
     def __init__(self, after_layer: Callable[[], None] | None = None, blocks: Blocks | None = None) -> None:
@@ -26,7 +26,7 @@ class Pace:
     def rows(
         self, function: Callable[..., tuple[Tensor, ...]], flop_per_row: float, *inputs: Tensor
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """What `function` makes of inputs [num_rows, …], each [num_rows, …]; no row depends on another."""
+        """`function(*inputs)` by rows: inputs and results are [num_rows, …], and rows are independent."""
         if self._blocks is None:
             return function(*inputs)
         return self._blocks.rows(function, flop_per_row, *inputs)

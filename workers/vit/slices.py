@@ -1,25 +1,21 @@
-"""How much a ViT may take on at once, so that none of its turns on a device lasts longer than it should.
-
-Pure.
-"""
+"""How many patches a ViT encodes at once, so that no forward occupies the device longer than a slice.
+Pure."""
 
 from __future__ import annotations
 
 import math
 
 WEIGHT = 0.1  # of the newest observation
-# of sizes, beside their square: with less there is no telling a fixed cost from one for each patch
+# variance of the sizes over their mean square: with less, fixed cost and cost per patch cannot be told apart
 SPREAD = 0.01
 
 
 class SliceLimit:
-    """Learns what a forward costs, and each patch in it, as a line through what was seen.
-
-    Without a limit of time only patches count.
-    """
+    """Fits the seconds of a forward as a fixed cost plus a cost per patch. Without `slice_s` only
+    `max_patches` limits a batch."""
 
     def __init__(self, max_patches: int, slice_s: float | None) -> None:
-        self._most, self._slice_s = max_patches, slice_s
+        self._max_patches, self._slice_s = max_patches, slice_s
         self._means: tuple[float, float, float, float] | None = None  # of n, t, n², n·t
 
     def observe(self, num_patches: int, seconds: float) -> None:
@@ -32,7 +28,7 @@ class SliceLimit:
             self._means = (a, b, c, d)
 
     def _cost(self) -> tuple[float, float] | None:
-        """Seconds of a forward as such, and of each patch."""
+        """The fixed cost of a forward and the cost per patch, in seconds."""
         if self._means is None:
             return None
         n, t, nn, nt = self._means
@@ -44,15 +40,15 @@ class SliceLimit:
 
     @property
     def max_patches(self) -> int:
-        """Of one batch. A chunk that has more by itself goes alone."""
+        """Of one batch. A chunk with more patches is a batch of its own."""
         cost = self._cost()
         if self._slice_s is None or cost is None or cost[1] <= 0:
-            return self._most
+            return self._max_patches
         fixed, each = cost
-        return max(1, min(self._most, int(max(self._slice_s - fixed, self._slice_s / 2) / each)))
+        return max(1, min(self._max_patches, int(max(self._slice_s - fixed, self._slice_s / 2) / each)))
 
     def num_turns(self, num_patches: int) -> int:
-        """In how many parts a forward of so many patches is to be run."""
+        """The number of parts in which a forward of so many patches is run."""
         cost = self._cost()
         if self._slice_s is None or cost is None:
             return 1

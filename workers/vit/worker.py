@@ -1,7 +1,7 @@
 """The ViT process: drain → schedule → encode (on a thread of its own) → answer.
 
-The loop owns the sockets and all bookkeeping; the engine thread sees tensors only and wakes the loop when a
-batch is done, so that releases and cancellations are heard while the device works.
+The loop owns the sockets and all bookkeeping; the engine thread only gets tensors, and wakes the loop when a
+batch is done, so that the loop handles releases and cancellations while the device works.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STATS_INTERVAL_S = 1.0
 MEASURED_PATCHES = 64
 ENCODE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 GPU_SLICE_MS = 10.0
-GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # more fill no core better, and what is done is there later
+GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # larger batches only raise latency, not throughput
 
 
 def open_pool(
@@ -94,7 +94,7 @@ def main(context: WorkerContext) -> None:
     )
     limit = SliceLimit(max_patches, slice_ms / 1000 if slice_ms else None)
     placement = context.spec.placement
-    # which has threads of its own, as many as it began with
+    # onnxruntime's thread pool cannot be resized: it never widens
     if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":
         placement = dataclasses.replace(placement, wide_cores=())
     sharing = CoreSharing(
@@ -123,9 +123,9 @@ def main(context: WorkerContext) -> None:
     )
     core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal))
     if device.type == "cuda":
-        warm_up(engine, spec, max_patches)  # takes what memory it needs before the LLM takes the rest
+        warm_up(engine, spec, max_patches)  # takes the engine's memory before the LLM takes the rest
     elif config.vit.vit_engine == "onnxruntime":
-        warm_up(engine, spec, MEASURED_PATCHES)  # the first deadline has a measurement then
+        warm_up(engine, spec, MEASURED_PATCHES)  # measured, for the first deadline
     wakeup = Wakeup()
     thread = EngineThread(engine, device, sharing, wakeup)
     thread.start()
@@ -157,7 +157,7 @@ def _serve(
                 if dead.worker.role is Role.PREPROCESS:
                     context.pool_closed(dead.worker, dead.epoch - 1)
             died = []
-        # else what successors say would meet what is left of the dead
+        # not before `on_death`: a successor's messages must not meet the state of the dead worker
         while not died and (received := inbox.receive()) is not None:
             core.handle(received.message)
         if batch and (seconds := thread.take_done()) is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.process.core_sharing import (
     HOLD_S,
-    MOST_TO_WAIT_S,
+    MAX_WAIT_S,
     POLL_S,
     Activity,
     CoreSharing,
@@ -119,7 +119,7 @@ def test_nobody_waits_for_ever_and_two_that_take_all_at_once_both_give_back(tmp_
     widen(machine, llm)
     start = machine.now
     assert not vit.enter()
-    assert machine.now - start == pytest.approx(MOST_TO_WAIT_S, rel=0.1), "a step that long is not waited for"
+    assert machine.now - start == pytest.approx(MAX_WAIT_S, rel=0.1), "a step that long is not waited for"
     llm.announce(False)
     vit.announce(False)
     llm.widen(False)

@@ -268,7 +268,7 @@ def test_in_a_burst_each_subscription_is_judged_when_those_before_it_count(
         subscriber.socket.setsockopt(zmq.SUBSCRIBE, str(number).encode() * 16)
     end = time.monotonic() + 5
     while publisher.num_refused < 7 and time.monotonic() < end:
-        known.update(event.topic for event in publisher.subscriptions(most=1))
+        known.update(event.topic for event in publisher.subscriptions(max_events=1))
     assert (len(known), publisher.num_refused) == (3, 7)
 
 

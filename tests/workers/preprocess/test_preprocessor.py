@@ -619,7 +619,7 @@ async def test_no_frame_is_begun_after_a_broken_one(rig: Rig, monkeypatch: pytes
         await decode(self, *args)
 
     monkeypatch.setattr(PictureSource, "decode", counted)
-    rig.core._chunks._most_decoding = 1
+    rig.core._chunks._max_decoding = 1
     rig.submit("r", frames, messages=(ChatMessage("user", (video,)),))
     await rig.settle()
     (refusal,) = rig.llm.take(RequestRefused)
@@ -903,7 +903,7 @@ async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One decode goes on at a time; the single picture comes while the first of ten is being decoded."""
-    rig.core._chunks._most_decoding = 1
+    rig.core._chunks._max_decoding = 1
     decoded: list[str] = []
     gate = asyncio.Semaphore(0)
     original = PictureSource.decode
@@ -1003,14 +1003,14 @@ async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purp
 
 
 async def test_a_cancelled_chunk_in_the_queue_is_nobodys_turn(rig: Rig) -> None:
-    rig.core._chunks._most_decoding = 0
+    rig.core._chunks._max_decoding = 0
     rig.submit("r", [encode(scene(1))])
     await rig.settle()
     rig.end("r")
     rig.core._requests.clear()  # forgotten: the same key comes again
     rig.submit("r", [encode(scene(2))])
     await rig.settle()
-    rig.core._chunks._most_decoding = 2
+    rig.core._chunks._max_decoding = 2
     rig.core._chunks._grant()
     await rig.settle()
     assert rig.core.num_decoded == 1
@@ -1185,13 +1185,13 @@ async def test_a_tenant_leaves_decoders_to_others(rig: Rig, monkeypatch: pytest.
 
 
 async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> None:
-    rig.core._chunks._most_decoding = 0
+    rig.core._chunks._max_decoding = 0
     rig.submit("r", [encode(scene(seed)) for seed in range(5)])
     await rig.settle()
     assert rig.allocator.num_used == 5
     rig.end("r")
     rig.check_nothing_left()
-    rig.core._chunks._most_decoding = 2
+    rig.core._chunks._max_decoding = 2
     rig.submit("s", [encode(scene(9))])
     await rig.settle()
     assert rig.core.num_decoded == 1

@@ -1,11 +1,11 @@
-"""The contract of an attention backend: attention over a paged KV cache, for sequences side by side.
+"""The contract of an attention backend: attention over a paged KV cache, for a flat batch of sequences.
 
-    step = backend.plan(spans)                             what all layers of a step need to know, once a step
-    rotary = step.rotary(angles, dtype)                    once a step
-    step.write(layer, qkv, rotary)                         once a layer
-    attended = step.attend(layer, qkv)                     once a layer
+    step = backend.plan(spans)                             once per step, shared by all layers
+    rotary = step.rotary(angles, dtype)                    once per step
+    step.write(layer, qkv, rotary)                         once per layer
+    attended = step.attend(layer, qkv)                     once per layer
 
-A backend does not own the cache, knows no model, and computes each layer with the heads that the layer has.
+A backend does not own the cache and knows no model; layers may differ in their numbers of heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from workers.llm.cache.paged_tensors import PagedTensors
 
-# Cosines and sines of a step, in the form that the backend which made them reads.
+# Cosines and sines of a step, in the backend's own form.
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -39,9 +39,9 @@ class Span(NamedTuple):
 
 
 class HeadNorm(NamedTuple):
-    """Root-mean-square norms over each query head and each key head, before they are turned."""
+    """Root-mean-square norms over each query head and each key head, before the rotation."""
 
-    query: Tensor  # [head_dim], what a query head is multiplied by
+    query: Tensor  # [head_dim], the norm's weight
     key: Tensor  # [head_dim]
     eps: float
 
@@ -54,7 +54,7 @@ class AttentionLayer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    bias: Tensor | None = None  # [(heads + 2 · kv_heads) · head_dim], where the projection has not added it
+    bias: Tensor | None = None  # [(heads + 2 · kv_heads) · head_dim]; None if the projection adds it
     norm: HeadNorm | None = None
 
     @property
@@ -70,7 +70,7 @@ class AttentionLayer:
 
 
 class AttentionStep(ABC):
-    """The attention of one step, whose plan it holds.
+    """The plan of one step, and its attention.
 
     `qkv` is [num_tokens, heads + 2 · kv_heads, head_dim].
     """
@@ -81,35 +81,35 @@ class AttentionStep(ABC):
 
     @abstractmethod
     def write(self, layer: AttentionLayer, qkv: Tensor, rotary: Rotary) -> None:
-        """Adds the layer's bias, norms and turns queries and keys, and caches keys and values.
+        """Adds the layer's bias, norms and rotates queries and keys, and writes keys and values to the cache.
 
-        Afterwards `qkv` is what `attend` of the same backend takes: its queries are ready.
+        Afterwards `qkv` is the input of `attend` of the same backend.
         """
 
     @abstractmethod
     def attend(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
-        """[num_tokens, heads, head_dim], once `write` has seen this `qkv`."""
+        """[num_tokens, heads, head_dim], after `write` with this `qkv`."""
 
 
 class AttentionBackend(ABC):
-    """`cache` has a tensor for each layer that is ever written to or attended by."""
+    """`cache` has a tensor for each paged layer."""
 
     def __init__(self, cache: PagedTensors) -> None:
         self.cache = cache
 
     @abstractmethod
     def plan(self, spans: Sequence[Span]) -> AttentionStep:
-        """A step of these sequences, side by side, those with one new token in front."""
+        """A step of these sequences; those with one new token come first."""
 
     @abstractmethod
     def plan_decode(self, new_slots: Tensor, tables: Tensor, lengths: Tensor, longest: int) -> AttentionStep:
         """A step of sequences with one new token each, from tensors on the device.
 
-        The tensors may change behind the plan's back where a CUDA graph holds the step. new_slots [n]:
-        where the new keys and values go; tables [n, most blocks]; lengths [n], the new token included. All
-        are int32. `longest`: no context is longer.
+        A CUDA graph replays the step with other values in these tensors. All are int32: new_slots [n], for
+        the new keys and values; tables [n, max_blocks]; lengths [n], with the new token. No context is longer
+        than `longest`.
         """
 
     @abstractmethod
     def warm_up(self, layers: Sequence[AttentionLayer]) -> None:
-        """Compiles what steps of these layers will ask for. Writes to the spare block of the cache only."""
+        """Compiles the kernels for steps of these layers. Writes only to the spare block of the cache."""

@@ -1,6 +1,6 @@
 """Attention by FlashAttention-3 (Shah et al. 2024), on the cache and with the plans of the Triton backend.
 
-Needs its package, and Hopper. Never run on a GPU so far: tests run it on a stand-in for the package.
+Needs its package, and Hopper. Never run on a GPU so far: tests use a fake package.
 """
 
 from __future__ import annotations

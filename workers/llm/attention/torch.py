@@ -1,9 +1,8 @@
 """Attention in plain torch: the CPU's backend, and the reference for every other.
 
-Decode folds the query heads of a group into the rows of one query: torch's fused attention is many times
-slower on a CPU with one row and `enable_gqa`. There a long history is read in place where its blocks lie
-side by side; short histories are gathered and padded, since many small operations would cost more than the
-copy.
+Decode folds the query heads of a group into the rows of one query: on a CPU torch's fused attention is many
+times slower with one row and `enable_gqa`. A decode reads adjacent blocks of a long history in place; short
+histories are gathered and padded, since many small operations would cost more than the copy.
 """
 
 from __future__ import annotations
@@ -23,22 +22,19 @@ from workers.llm.cache.paged_tensors import PagedTensors
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import to_device
 
-# Of one sequence in one layer: to copy so much costs about as much as to compute the sequence by itself.
+# Of one sequence in one layer: copying so much costs about as much as a separate attention call.
 SMALL_HISTORY_BYTES = 256 << 10
 
 
 class _History(NamedTuple):
-    """Where a sequence's tokens lie: its longest run of slots, and all others.
-
-    Attention does not mind the order.
-    """
+    """The slots of a sequence: its longest run, and the rest. Attention does not depend on their order."""
 
     run: slice
     rest: Tensor | None  # [n] int64
 
 
 class _Chunk(NamedTuple):
-    """New tokens that attend to one another, and to a history in its order."""
+    """New tokens that attend to one another and to a history, in order."""
 
     history: slice | Tensor | None  # slots, the new tokens' included; None: there is no history
     mask: Tensor | None  # [num_tokens, context] bool
@@ -47,15 +43,15 @@ class _Chunk(NamedTuple):
 class _Together(NamedTuple):
     """Decodes that are computed as one batch."""
 
-    slots: Tensor  # [num_sequences · longest] int64; behind the end of a sequence its last
+    slots: Tensor  # [num_sequences · longest] int64, padded with the sequence's last slot
     mask: Tensor  # [num_sequences, 1, 1, longest], 0 or -inf
 
 
 class _Layout(NamedTuple):
     counts: Sequence[int]  # new tokens of each sequence
-    new_slots: Tensor  # [num_tokens] int64: where the step's keys and values go
-    together: _Together | None  # of the decodes in front
-    others: Sequence[_History | _Chunk]  # of the sequences behind them: one token, or several
+    new_slots: Tensor  # [num_tokens] int64: of the step's keys and values
+    together: _Together | None  # the leading decodes
+    others: Sequence[_History | _Chunk]  # all other sequences: one token, or several
 
 
 class PagedAttention(AttentionBackend):
@@ -77,7 +73,7 @@ class PagedAttention(AttentionBackend):
     def plan_decode(self, new_slots: Tensor, tables: Tensor, lengths: Tensor, longest: int) -> AttentionStep:
         size = self.cache.block_size
         steps = torch.arange(min(longest, tables.shape[1] * size), device=tables.device)
-        # Behind its end a sequence sees its own last token.
+        # A sequence is padded with its last token.
         positions = torch.minimum(steps, lengths[:, None].long() - 1)
         slots = tables.long().gather(1, positions // size) * size + positions % size
         together = _Together(slots.flatten(), self._mask(steps >= lengths[:, None]))
@@ -93,8 +89,8 @@ class PagedAttention(AttentionBackend):
         return to_device(slots, self.cache.device)
 
     def _gather(self, slots: Sequence[Tensor], longest: int) -> _Together:
-        # Padded with a sequence's own slots: what another's hold, should it not be finite, would pass even a
-        # weight of zero.
+        # Padded with the sequence's own slots: those of others may hold NaN, which a weight of zero does not
+        # mask.
         rows = [torch.cat((of_span, of_span[-1:].expand(longest - len(of_span)))) for of_span in slots]
         padded = torch.stack(rows)
         lengths = to_device(np.array([len(of_span) for of_span in slots]), padded.device)
@@ -138,7 +134,7 @@ class _TorchStep(AttentionStep):
     def write(self, layer: AttentionLayer, qkv: Tensor, rotary: Rotary) -> None:
         if layer.bias is not None:
             qkv += layer.bias.view(qkv.shape[1:])
-        turned = qkv[:, : layer.num_heads + layer.num_kv_heads]  # queries and keys at once
+        turned = qkv[:, : layer.num_heads + layer.num_kv_heads]  # queries and keys
         if layer.norm is not None:
             q, k = turned[:, : layer.num_heads], turned[:, layer.num_heads :]
             q.copy_(F.rms_norm(q, layer.norm.query.shape, layer.norm.query, layer.norm.eps))
@@ -182,10 +178,8 @@ def _decode(layer: AttentionLayer, cache: Tensor, history: _History, q: Tensor) 
 
 
 def _attend_to(layer: AttentionLayer, q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [1, kv_heads, group, head_dim] of one token over these rows of the cache.
-
-    With it the logarithm of what its softmax divides by.
-    """
+    """Output [1, kv_heads, group, head_dim] of one token over these rows of the cache, and the logarithm of
+    its softmax's denominator."""
     keys, values = rows.transpose(0, 1)[None].split(
         layer.num_kv_heads,
         dim=1,

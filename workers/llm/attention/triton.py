@@ -1,9 +1,8 @@
 """Attention in Triton: the GPU's backend. Runs on the CPU, for tests, under Triton's interpreter.
 
-Decode splits each context over several programs and merges what they found (Flash-Decoding, Dao et al.
-2023); the query heads that share a key head are the rows of one tile. Prefill is FlashAttention-2 (Dao
-2023), causal from the bottom right, for chunks behind any history. Both find keys and values through the
-block table.
+Decode splits each context over several programs and merges their results (Flash-Decoding, Dao et al. 2023);
+the query heads that share a key head are the rows of one tile. Prefill is FlashAttention-2 (Dao 2023), causal
+from the bottom right, for chunks behind any history. Both read keys and values through the block table.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ DECODE_KEYS = 64
 MIN_DOT_ROWS = 16
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 2
-LOG2_E = 1.4426950408889634  # scores are scaled by it: exponentials of base 2 are what the hardware has
+LOG2_E = 1.4426950408889634  # scales scores: the hardware has exponentials of base 2
 
 
 def norm_rotate_and_write(
@@ -50,7 +49,7 @@ def norm_rotate_and_write(
     bias, norm, half = layer.bias, layer.norm, layer.head_dim // 2
     norm_rotate_and_write_kernel[(len(qkv),)](
         qkv,
-        # A pointer that is not read must be one all the same.
+        # Triton needs a valid pointer even where it is not read.
         qkv if bias is None else bias,
         qkv if norm is None else norm.query,
         qkv if norm is None else norm.key,
@@ -62,22 +61,19 @@ def norm_rotate_and_write(
 
 class PrefillTile(NamedTuple):
     rows: int  # queries of one program
-    keys: int  # of one turn
+    keys: int  # of one iteration
     num_warps: int
 
 
 def choose_prefill_tile(capability: int, dtype: torch.dtype) -> PrefillTile:
-    """The largest that needs no more registers than there are.
-
-    From Hopper (90) on accumulators lie in more of them, or elsewhere.
-    """
+    """The largest tile that spills no registers. Hopper (90) and later have more room for accumulators."""
     if dtype == torch.float32:
         return PrefillTile(32, 32, 8)
     return PrefillTile(128, 64, 8) if capability >= 90 else PrefillTile(64, 32, 4)
 
 
 class DecodeTile(NamedTuple):
-    keys: int  # of one turn
+    keys: int  # of one iteration
     num_warps: int
 
 
@@ -86,28 +82,28 @@ def choose_decode_tile(dtype: torch.dtype) -> DecodeTile:
 
 
 def choose_num_splits(num_sequences: int, num_kv_heads: int, num_processors: int, longest: int) -> int:
-    """So many that all processors have programs to run, but none without a tile of keys.
+    """Enough splits that every multiprocessor has a program, but each split with at least a tile of keys.
 
-    A power of two: each number is a kernel of its own.
+    A power of two, since each number compiles a kernel of its own.
     """
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // max(1, num_sequences * num_kv_heads))
-    most = max(1, min(-(-longest // DECODE_KEYS), MAX_SPLITS))
-    return 1 << min((wanted - 1).bit_length(), most.bit_length() - 1)
+    max_splits = max(1, min(-(-longest // DECODE_KEYS), MAX_SPLITS))
+    return 1 << min((wanted - 1).bit_length(), max_splits.bit_length() - 1)
 
 
 class Layout(NamedTuple):
-    """Of the sequences in front, which decode, and of those behind them."""
+    """The layout of a step: decodes first, then prefills."""
 
     num_decodes: int
     num_splits: int
-    new_slots: Tensor  # [num_tokens] int32: where the step's keys and values go
-    tables: Tensor  # [num_sequences, most blocks] int32
+    new_slots: Tensor  # [num_tokens] int32: of the step's keys and values
+    tables: Tensor  # [num_sequences, max_blocks] int32
     lengths: Tensor  # [num_sequences] int32
     tiles: Tiles | None  # None: all decode
 
 
 class Tiles(NamedTuple):
-    """How the queries of the prefills are divided among programs. All int32."""
+    """The queries of the prefills, divided among programs. All int32."""
 
     starts: Tensor  # [num_prefills + 1], in the prefills' own tokens
     sequences: Tensor  # [num_tiles]
@@ -126,7 +122,7 @@ class TritonAttention(AttentionBackend):
         self._tile = choose_prefill_tile(capability, cache.dtype)
 
     def plan(self, spans: Sequence[Span]) -> TritonStep:
-        """Computed on the host and copied at once."""
+        """Computed on the host and copied in one piece."""
         device, size = self.cache.device, self.cache.block_size
         num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
         lengths = np.array([span.length for span in spans], dtype=np.int32)
@@ -162,7 +158,7 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self.cache, layout, self._tile)
 
     def warm_up(self, layers: Sequence[AttentionLayer]) -> None:
-        """Prefill, and decode with each number of splits, once for all layers that compile to the same."""
+        """Runs prefill, and decode with each number of splits, once for each distinct shape of layer."""
         spare = [self.cache.spare_slot // self.cache.block_size]
         distinct = {
             (
@@ -191,7 +187,7 @@ class TritonAttention(AttentionBackend):
         return Tiles(starts, sequences, offsets, max(counts))
 
     def _num_splits(self, num_sequences: int, longest: int) -> int:
-        """One number for all layers: that of the layer with the fewest programs."""
+        """One number for all layers: the one for the layer with the fewest programs."""
         return choose_num_splits(num_sequences, self.cache.min_kv_heads, self._num_processors, longest)
 
 
@@ -229,7 +225,7 @@ class TritonStep(AttentionStep):
         return out
 
     def decode(self, layer: AttentionLayer, q: Tensor, out: Tensor) -> None:
-        """Of one token a sequence, into `out`."""
+        """Fills `out` for sequences with one new token."""
         cache, layout, splits = self.cache.tensors[layer.index], self.layout, self.layout.num_splits
         num_sequences, num_heads, dim = q.shape
         group, padded = num_heads // layer.num_kv_heads, triton.next_power_of_2(dim)
@@ -253,7 +249,7 @@ class TritonStep(AttentionStep):
             )  # fmt: skip
 
     def prefill(self, layer: AttentionLayer, tiles: Tiles, q: Tensor, out: Tensor) -> None:
-        """Of the sequences behind the decodes, into `out`."""
+        """Fills `out` for the sequences behind the decodes."""
         cache, layout, tile = self.cache.tensors[layer.index], self.layout, self.tile
         num_heads, dim = q.shape[1:]
         tables, lengths = layout.tables[layout.num_decodes :], layout.lengths[layout.num_decodes :]

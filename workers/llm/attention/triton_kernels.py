@@ -1,4 +1,4 @@
-"""The Triton kernels of `triton.py`. They find keys and values through the block table."""
+"""The Triton kernels of `triton.py`. They read keys and values through the block table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _attend(
     q, keys, values, table, positions, is_seen, is_inside, best, total, out, scale, slot_stride,
     BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One turn of the online softmax, in base 2: q [rows, dim] and the keys at `positions` [tile]."""
+    """One iteration of the online softmax, in base 2: q [rows, dim] and the keys at `positions` [tile]."""
     dims = tl.arange(0, DIM_PADDED)
     slots = _slots(table, positions, is_inside, BLOCK_SIZE)
     is_there = is_inside[:, None] & (dims < DIM)[None, :]
@@ -26,7 +26,7 @@ def _attend(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     scores = tl.where(is_seen, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
-    # A row that has seen nothing so far has -inf here: minus itself that would be no number.
+    # A row without any key so far has -inf here: -inf - -inf would be NaN.
     shift = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights = tl.exp2(scores - shift[:, None])
     keep = tl.exp2(best - shift)
@@ -45,7 +45,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Program (sequence, kv head, split).
 
-    Writes the split's output, and log2 of its sum of weights (−inf: it saw nothing).
+    Writes the split's output, and log2 of its sum of weights (−inf without keys).
     """
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
@@ -69,7 +69,7 @@ def decode_kernel(
             positions, is_inside[None, :], is_inside, best, total, found, scale, slot_stride,
             BLOCK_SIZE, PRECISION, DIM, DIM_PADDED,
         )  # fmt: skip
-    sum_or_1 = tl.where(total > 0, total, 1.0)  # a split without keys has seen nothing
+    sum_or_1 = tl.where(total > 0, total, 1.0)  # 0 for a split without keys
     found = found / sum_or_1[:, None]
     places = sequence * out_stride + split * split_stride + heads[:, None] * DIM + dims[None, :]
     tl.store(out + places, found.to(out.dtype.element_ty), mask=is_head)
@@ -88,7 +88,7 @@ def merge_kernel(
     NUM_HEADS: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, head): the splits' outputs, each by its share of all weights."""
+    """Program (sequence, head): the splits' outputs, averaged by their sums of weights."""
     sequence, head = tl.program_id(0), tl.program_id(1)
     splits, dims = tl.arange(0, SPLITS_PADDED), tl.arange(0, DIM_PADDED)
     is_split, is_dim = splits < NUM_SPLITS, dims < DIM
@@ -104,7 +104,7 @@ def merge_kernel(
     tl.store(out + sequence * out_stride + head * DIM + dims, merged.to(out.dtype.element_ty), mask=is_dim)
 
 
-# What depends on the step must not make a kernel of its own: it would be compiled while streams wait.
+# No specialisation on values that differ between steps: a compilation would stop the streams.
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def prefill_kernel(
     q, cache, tables, lengths, starts, tile_sequences, tile_offsets, out, scale,
@@ -128,7 +128,7 @@ def prefill_kernel(
         mask=is_query,
         other=0.0,
     )
-    own = length - num_queries + rows  # a query sees up to its own position
+    own = length - num_queries + rows  # the positions of the queries
     last = tl.minimum(length, length - num_queries + offset + ROWS)
     keys = cache + head // GROUP * DIM
     values = keys + NUM_KV_HEADS * DIM
@@ -155,9 +155,9 @@ def norm_rotate_and_write_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
     HALF: tl.constexpr, HALF_PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Program (token): adds the bias, norms and turns queries and keys.
+    """Program (token): adds the bias, norms and rotates queries and keys.
 
-    Leaves queries in place, puts keys and values into the cache.
+    Writes queries back in place, and keys and values to the cache.
     """
     token = tl.program_id(0).to(tl.int64)
     heads, halves = tl.arange(0, HEADS_PADDED), tl.arange(0, HALF_PADDED)

@@ -1,7 +1,7 @@
-"""The KV cache's blocks: who holds which, and which prefixes can be found again. Pure, no tensors.
+"""The KV cache's blocks: the block tables of requests, and the published prefixes. Pure, no tensors.
 
-Prefix caching by block hashes, as vLLM and nano-vllm do it: a full block is published under the hash of
-everything up to its end. It may be held by several requests; held by none it stays findable until it is
+Prefix caching by block hashes, as vLLM and nano-vllm do it: a full block is published under the hash of all
+tokens up to its end. Several requests may hold it. A block that no request holds can be found until it is
 reused, least recently used first.
 """
 
@@ -26,7 +26,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """The published blocks of the longest known prefix."""
+        """The published blocks of the longest cached prefix."""
         found: list[int] = []
         for digest in hashes:
             if (block := self._by_hash.get(digest)) is None:
@@ -40,10 +40,10 @@ class BlockManager:
         return self.num_needed(num_tokens) - len(found) + revived + num_spare <= len(self._free)
 
     def allocate(self, owner: Hashable, found: Sequence[int], num_tokens: int) -> list[int]:
-        """The block table of a new request: `found` blocks, then fresh ones up to `num_tokens`.
+        """The block table of a new request: the `found` blocks, then free ones up to `num_tokens`.
 
-        The table grows in place with `grow`. Raises ValueError if the request has blocks already, or there
-        are too few.
+        `grow` extends the table in place. Raises ValueError if the request has blocks already, or too few are
+        free.
         """
         if owner in self._tables or not self.can_allocate(found, num_tokens):
             free = f"{len(self._free)} are free, or it has some already"
@@ -56,12 +56,12 @@ class BlockManager:
         return table
 
     def grow(self, owner: Hashable, num_tokens: int) -> bool:
-        """Lengthens a request's table to hold `num_tokens`; False, and nothing done, if too few are free."""
+        """Extends a request's table to hold `num_tokens`. False, without a change, if too few are free."""
         table = self._tables[owner]
         missing = self.num_needed(num_tokens) - len(table)
         if missing > len(self._free):
             return False
-        # Side by side as far as may be: attention reads a run of blocks in place.
+        # Adjacent where possible: attention reads a run of blocks in place.
         for block in sorted(self._free.popitem(last=False)[0] for _ in range(missing)):
             if (digest := self._hashes[block]) is not None:
                 del self._by_hash[digest]
@@ -71,13 +71,14 @@ class BlockManager:
         return True
 
     def publish(self, block: int, digest: bytes) -> None:
-        """The block is full and computed. Where another has the same content, that stays the one to find."""
+        """The block is full and computed. If another block with the same hash is published, that one
+        stays."""
         if self._hashes[block] is None and digest not in self._by_hash:
             self._hashes[block] = digest
             self._by_hash[digest] = block
 
     def free(self, owner: Hashable) -> None:
-        """Ends a request's hold. The end of its prefix is reused first: more can share its beginning."""
+        """Frees a request's blocks. The last ones are reused first: more prompts share the first ones."""
         for block in reversed(self._tables.pop(owner)):
             self._num_users[block] -= 1
             if not self._num_users[block]:
@@ -87,7 +88,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds; some of them may still be findable."""
+        """Blocks that no request holds; some of them may be published."""
         return len(self._free)
 
     @property

@@ -1,7 +1,7 @@
-"""All that running sequences keep between steps, as the scheduler sees it: blocks, slots, prefixes. Pure.
+"""The cache as the scheduler sees it: the blocks, slots and prefixes of running sequences. Pure.
 
-A prefix can be used up to the longest boundary at which every kind of layer has what it needs: paged layers
-their blocks, layers with a state a copy of it.
+A cached prefix can be reused up to the longest boundary at which every layer can resume: paged layers need
+their blocks, layers with a state need a snapshot of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from workers.llm.cache.states import StateSlots
 
 class Allocation(NamedTuple):
     slot: int
-    block_table: list[int]  # it grows in place with `extend`
+    block_table: list[int]  # `extend` extends it in place
 
 
 class CacheManager:
@@ -38,16 +38,16 @@ class CacheManager:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit when one sequence has the cache for itself."""
+        """The number of tokens in all blocks."""
         return self.blocks.num_blocks * self.blocks.block_size
 
     @property
     def has_prefixes(self) -> bool:
-        """Whether it pays to publish blocks: with states that nobody keeps no prefix is ever found."""
+        """Whether to publish blocks: with states and no snapshots no prefix is ever reused."""
         return self.slots.can_resume
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest prefix that every layer can go on from."""
+        """The blocks of the longest cached prefix at which every layer can resume."""
         if not self.has_prefixes:
             return []
         found = self.blocks.find(hashes)
@@ -58,7 +58,7 @@ class CacheManager:
         return self.blocks.can_allocate(found, num_tokens, num_spare)
 
     def allocate(self, owner: Hashable, found: Sequence[int], num_tokens: int) -> Allocation:
-        """Raises ValueError if the request has something already, or there is too little."""
+        """Raises ValueError if the request has a slot or blocks already, or too few are free."""
         slot = self.slots.allocate(owner)
         try:
             return Allocation(slot, self.blocks.allocate(owner, found, num_tokens))
@@ -67,7 +67,7 @@ class CacheManager:
             raise
 
     def extend(self, owner: Hashable, num_tokens: int) -> bool:
-        """Lengthens the block table to hold `num_tokens`; False, and nothing done, if too few are free."""
+        """Extends the block table to hold `num_tokens`. False, without a change, if too few are free."""
         return self.blocks.grow(owner, num_tokens)
 
     def publish(self, block: int, digest: bytes) -> None:
@@ -82,6 +82,6 @@ class CacheManager:
         self.slots.check_integrity()
 
     def check_empty(self) -> None:
-        """Nobody runs: nothing may be held."""
-        assert self.blocks.num_free == self.blocks.num_blocks, "blocks are held for nobody"
-        assert self.slots.num_free == self.slots.num_slots, "slots are held for nobody"
+        """No request runs: no block and no slot may be held."""
+        assert self.blocks.num_free == self.blocks.num_blocks, "blocks are held by no request"
+        assert self.slots.num_free == self.slots.num_slots, "slots are held by no request"

@@ -1,4 +1,4 @@
-"""The KV cache of one rank: keys and values of each token, for each layer that keeps them, in blocks."""
+"""The KV cache of one rank: keys and values of each token, for each paged layer, in blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from workers.llm.cache.spec import Paged
 
 
 class PagedTensors:
-    """`num_blocks` blocks and one more: rows that fill up a batch write to its first slot, `spare_slot`."""
+    """`num_blocks` blocks and a spare one, to whose first slot (`spare_slot`) the padding rows of a batch
+    write."""
 
     def __init__(
         self,
@@ -25,7 +26,7 @@ class PagedTensors:
         self.dtype, self.device = dtype, device
         num_slots = self.spare_slot + block_size
         # By layer, keys before values: [num_slots, 2 · kv_heads, head_dim].
-        # What was never written is never read.
+        # Not zeroed: a slot is written before it is read.
         self.tensors: list[Tensor] = []
         for layer in layers:
             shape = (num_slots, 2 * layer.num_kv_heads, layer.head_dim)

@@ -1,4 +1,4 @@
-"""How much cache there is: blocks and states in the memory that is free once the weights are loaded."""
+"""The size of the cache: blocks and states in the memory that is free once the weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class CachePlan(NamedTuple):
 
 
 def available_gib(config: Config, device: torch.device) -> float:
-    """Memory for the cache of one rank. On a GPU what is left of its share, after the ViT and the weights.
+    """Memory for the cache of one rank; on a GPU the rest of its share, after the ViT and the weights.
 
-    Raises ValueError, with the numbers, when nothing is.
+    Raises ValueError, with the numbers, when none is left.
     """
     if config.llm.kv_cache_gib is not None:
         return config.llm.kv_cache_gib
@@ -46,25 +46,25 @@ def plan_cache(
     dtype: torch.dtype,
     gib: float,
 ) -> CachePlan:
-    """Blocks that fit `gib` on one rank beside the states, never more than `max_num_seqs` full contexts need.
+    """Blocks that fit `gib` on one rank beside the states, at most what `max_num_seqs` full contexts need.
 
-    Where no `max_model_len` is asked for, the context is cut to what fits. Raises ValueError, with the
-    numbers, when one is asked for that the model or the cache cannot hold.
+    Without the option `max_model_len` the context is cut to what fits. Raises ValueError, with the numbers,
+    for a `max_model_len` that the model or the cache cannot hold.
     """
     num_seqs, block_size, asked = config.llm.max_num_seqs, config.llm.block_size, config.model.max_model_len
     if asked is not None and asked > max_position_embeddings:
         raise ValueError(
             f"max_model_len {asked} is more than the model's {max_position_embeddings} positions",
         )
-    # One more than sequences: the rows that fill up a batch have a slot, too.
+    # One more than sequences: the padding rows of a batch have a slot, too.
     states_gib = (num_seqs + 1) * sum(state.nbytes for state in states_of(spec)) / GIB
     if states_gib >= gib:
         needed = f"the states of {num_seqs} sequences take {states_gib:.3f} GiB"
         remedy = "raise kv_cache_gib or lower max_num_seqs"
         raise ValueError(f"{needed}, but there is room for {gib:.3f}: {remedy}")
     block_bytes = block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
-    most = -(-max_position_embeddings // block_size) * num_seqs
-    fitting = int((gib - states_gib) * GIB / block_bytes) if block_bytes else most
+    max_blocks = -(-max_position_embeddings // block_size) * num_seqs
+    fitting = int((gib - states_gib) * GIB / block_bytes) if block_bytes else max_blocks
     length = min(max_position_embeddings, fitting * block_size) if asked is None else asked
     context = -(-length // block_size)
     if context > fitting or length < 1:

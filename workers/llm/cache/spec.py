@@ -1,4 +1,5 @@
-"""What the layers of a decoder keep between steps. It says so, `plan.py` sizes it, the runner makes it."""
+"""The cache entries of a decoder's layers: the decoder declares them, `plan.py` sizes them, the runner
+allocates them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 
 class Paged(NamedTuple):
-    """Keys and values of each token, in blocks of the KV cache: it grows with the sequence."""
+    """Keys and values of each token, in blocks of the KV cache: they grow with the sequence."""
 
     num_kv_heads: int  # of one rank
     head_dim: int
@@ -20,7 +21,7 @@ class Paged(NamedTuple):
 
 
 class State(NamedTuple):
-    """A tensor of constant size for each sequence. It is zero where a sequence starts."""
+    """A tensor of constant size for each sequence, zero at its start."""
 
     shape: tuple[int, ...]  # of one sequence, on one rank
     dtype: torch.dtype
@@ -30,8 +31,8 @@ class State(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-# One entry for each thing that a layer keeps, in the order of the layers. A layer with two states has two
-# entries. A decoder numbers its paged entries by themselves, and its states by themselves, both from 0.
+# In the order of the layers; a layer with two states has two entries. Paged entries and states are numbered
+# separately, both from 0.
 CacheSpec = Sequence[Paged | State]
 
 

@@ -1,4 +1,4 @@
-"""The states of one rank's layers, by slot, and which rows of a step are whose."""
+"""The states of one rank's layers, by slot, and the slots of a step's sequences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class StepStates(NamedTuple):
     """For layers that keep a state: they read and write `tensors[number][slots]` of the step's sequences."""
 
     tensors: Sequence[Tensor]  # one for each state of the decoder's spec: [num_slots + 1, *shape]
-    slots: Tensor  # [num_sequences] int64, all different but for the spare one
-    counts: Sequence[int] | None  # tokens of each sequence, side by side; None: one each
+    slots: Tensor  # [num_sequences] int64; only the spare slot may repeat
+    counts: Sequence[int] | None  # tokens of each sequence, concatenated; None: one each
 
 
 class StateTensors:
-    """`num_slots` slots and one more: that of the rows that fill up a batch."""
+    """`num_slots` slots and a spare one for the padding rows of a batch."""
 
     def __init__(self, states: Sequence[State], num_slots: int, device: torch.device) -> None:
         self.tensors: list[Tensor] = []
@@ -29,13 +29,13 @@ class StateTensors:
             self.tensors.append(torch.zeros(shape, dtype=state.dtype, device=device))
 
     def start(self, slot: int) -> None:
-        """Another sequence begins here."""
+        """Zeroes the slot for a new sequence."""
         for tensor in self.tensors:
             tensor[slot].zero_()
 
     def of_step(self, slots: Tensor, counts: Sequence[int] | None) -> StepStates | None:
         """`slots` and `counts` as in `StepStates`; None: no layer keeps a state.
 
-        Without counts all is on the device, so that a CUDA graph can hold it.
+        Without counts everything is on the device, as a CUDA graph needs it.
         """
         return StepStates(self.tensors, slots, counts) if self.tensors else None

@@ -1,7 +1,7 @@
-"""Slots: each running sequence has one, in the runner's tables and in the states that layers keep. Pure.
+"""Slots: each running sequence has one, in the runner's tables and in the layers' state tensors. Pure.
 
-A state cannot be cut: it is that behind the last token, and nothing else. So a prefix can only be gone on
-from where a copy of the state was kept.
+A state belongs to one position, behind the last token of its sequence, and cannot be rolled back to an
+earlier one. So a cached prefix can be reused only up to a position with a snapshot of the state.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Protocol
 
 
 class Snapshots(Protocol):
-    """Copies of states at ends of blocks. Which are kept is a policy of its own; so far nobody keeps any."""
+    """Copies of states at block boundaries, by a policy of their own. No implementation exists so far."""
 
     def longest_boundary(self, hashes: Sequence[bytes]) -> int:
-        """The most of these blocks, from the first on, behind which a state is kept; 0: none is."""
+        """The number of leading blocks up to the last boundary with a snapshot; 0 without any."""
         ...
 
 
@@ -33,11 +33,11 @@ class StateSlots:
 
     @property
     def can_resume(self) -> bool:
-        """Whether a sequence may ever go on behind a prefix that another has computed."""
+        """Whether a sequence can reuse a cached prefix at all."""
         return not self._has_states or self._snapshots is not None
 
     def longest_boundary(self, hashes: Sequence[bytes]) -> int:
-        """The most of these blocks, from the first on, behind which all states can be had."""
+        """The number of leading blocks up to the last boundary at which all layers can resume."""
         if not self._has_states:
             return len(hashes)
         return 0 if self._snapshots is None else self._snapshots.longest_boundary(hashes)

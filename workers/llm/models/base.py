@@ -1,8 +1,8 @@
-"""The contract of a decoder: everything behind the embeddings that differs between language models.
+"""The contract of a decoder: the layers behind the embeddings, in which language models differ.
 
-A decoder computes a flat batch of tokens: no batch dimension, sequences side by side, sharded over ranks.
-It knows no family of vision models: positions and embeddings come in. Its module names its class `DECODER`;
-a family names the module.
+A decoder computes a flat batch of tokens: sequences concatenated, no batch dimension, sharded over ranks. It
+knows no vision model: positions and embeddings are inputs. Its module names its class `DECODER`; a family
+names the module.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from workers.nn.weights.weights import Weights
 
 
 class Features(NamedTuple):
-    """What the embeddings of items carry for layers behind the first (deepstack), for their tokens."""
+    """The part of items' embeddings that later layers add to their tokens (deepstack)."""
 
     rows: Tensor  # [n] int64, tokens of the step
     values: Tensor  # [n, num_features, hidden], in the model's type
 
 
 class Decoder(ABC):
-    """`kernels`: fused operators where there are any; None: torch's own."""
+    """`kernels`: fused operators; None: torch's own."""
 
-    # Hidden-sized columns that a row of an item's embeddings has behind the first. Where a decoder's
-    # checkpoints differ in it, the decoder sets it when it is made.
+    # Hidden-sized columns of an item's embedding row, after the first. A decoder whose checkpoints differ
+    # in this number sets it in its constructor.
     num_features: int = 0
     prefix: ClassVar[str] = "model."  # of its tensors' names in a checkpoint
 
@@ -45,15 +45,15 @@ class Decoder(ABC):
         kernels: Kernels | None = None,
     ) -> None:
         self.info, self.parallel, self.dtype, self.kernels = info, parallel, weights.dtype, kernels
-        # Called after each layer, where each layer is computed by itself.
+        # Called after each layer, except in a CUDA graph.
         self.on_layer: Callable[[], object] = lambda: None
 
     @classmethod
     @abstractmethod
     def spec_of(cls, info: TextInfo, tp_size: int) -> CacheSpec:
-        """What one rank of a decoder of this shape keeps, known before it is loaded.
+        """The cache entries of one rank, before the decoder is loaded.
 
-        Raises ValueError, with the numbers, for a shape that cannot be divided among so many ranks.
+        Raises ValueError, with the numbers, for a shape that cannot be sharded over so many ranks.
         """
 
     def cache_spec(self) -> CacheSpec:
@@ -77,13 +77,12 @@ class Decoder(ABC):
         features: Features | None = None,
         states: StepStates | None = None,
     ) -> Tensor:
-        """Hidden states [num_tokens, hidden] of embedded tokens x, which may be written over.
+        """Hidden states [num_tokens, hidden] of embedded tokens x, which may be overwritten.
 
-        positions: [3, num_tokens], time, row and column of each token (M-RoPE). features: None where no
-        token of the step has any. states: None where no layer keeps a state; the layers write the new states
-        in place.
+        positions: [3, num_tokens], time, row and column of each token (M-RoPE). features: None if no token of
+        the step has any. states: None if no layer has a state; layers update states in place.
         """
 
     @abstractmethod
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[num_rows, vocab] float32, on every rank; in `out` where there is one."""
+        """[num_rows, vocab] float32, on every rank; in `out` if given."""

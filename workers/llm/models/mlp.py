@@ -1,4 +1,4 @@
-"""The gated MLP of a layer: down(silu(gate(x)) · up(x)), of which each rank has a part of the columns."""
+"""The gated MLP of a layer: down(silu(gate(x)) · up(x)); each rank has a shard of the columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Mlp:
         self._silu_mul = _silu_mul if kernels is None else kernels.silu_mul
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
-        """Adds to the stream what the MLP makes of it."""
+        """Adds the MLP's output to the stream."""
         stream.project(self._down, self._silu_mul(self._gate_up(stream.normed(norm))))
 
 

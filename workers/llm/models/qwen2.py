@@ -1,4 +1,4 @@
-"""The decoder of Qwen2: attention with biases, a gated MLP, M-RoPE whose sections lie side by side."""
+"""The decoder of Qwen2: attention with biases, a gated MLP, M-RoPE with contiguous sections."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class _Layer:
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
-            bias=bias if has_kernels else None,  # which a kernel adds
+            bias=bias if has_kernels else None,  # added by a kernel
         )
         self.mlp = Mlp(weights.under("mlp"), heads.mlp, kernels)
         self.input_norm = RMSNorm(weights.tensor("input_layernorm.weight"), info.rms_norm_eps)

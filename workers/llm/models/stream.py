@@ -1,7 +1,7 @@
-"""The residual stream: what layers read, normed, and add to.
+"""The residual stream, which layers read (normed) and add to.
 
-A layer is written once. Whether its sums are fused with the projection before them (a CPU's way) or with
-the norm behind them (a GPU's way) is the stream's affair.
+A layer is written once. The stream fuses its additions with the projection before them (on a CPU) or with the
+norm behind them (on a GPU).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class ResidualStream(ABC):
 
     @abstractmethod
     def project(self, linear: Linear, part: Tensor) -> None:
-        """Adds linear(part), where each rank has a part of the inputs."""
+        """Adds linear(part), summed over ranks: `part` is this rank's shard of the inputs."""
 
     @abstractmethod
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
-        """Adds values [n, hidden], which all ranks have, to the tokens `rows` [n]."""
+        """Adds values [n, hidden], the same on all ranks, to the tokens `rows` [n]."""
 
 
 class PlainStream(ResidualStream):
-    """By torch's operators."""
+    """With torch's operators."""
 
     def __init__(self, x: Tensor, parallel: TensorParallel) -> None:
         self._x, self._parallel = x, parallel
@@ -50,7 +50,7 @@ class PlainStream(ResidualStream):
 
 
 class FusedStream(ResidualStream):
-    """By kernels that add what is pending when they norm. Writes over x."""
+    """With kernels that add the pending sum in the norm. Overwrites x."""
 
     def __init__(self, x: Tensor, parallel: TensorParallel, kernels: Kernels) -> None:
         self._x, self._parallel, self._kernels = x, parallel, kernels

@@ -1,4 +1,4 @@
-"""The two ends of a decoder: the table of embeddings and the output layer. Both may have the same weights."""
+"""The embedding table and the output layer of a decoder, which may be tied."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head"
 
 
 class Vocabulary:
-    """The table is whole on every rank; of the output layer each has the rows of its shard.
-
-    `table` and `head` are their names in the checkpoint.
-    """
+    """The table is whole on every rank; the output layer is sharded. `table` and `head` are their names in
+    the checkpoint."""
 
     def __init__(
         self,
@@ -29,8 +27,7 @@ class Vocabulary:
         head: str = HEAD,
     ) -> None:
         self._dtype, self._vocab_size = weights.dtype, vocab_size
-        # On the CPU the table stays in the file: where the output layer has the same weights, these are in
-        # memory already.
+        # On the CPU the table stays in the file: tied weights are in memory already, for the output layer.
         is_in_file = weights.device.type == "cpu"
         self.table = weights.rows_in_file(table) if is_in_file else weights.tensor(table)
         if is_tied or not weights.has_module(head):
@@ -42,7 +39,7 @@ class Vocabulary:
         if not isinstance(self.table, Tensor):
             return weights.packed(head, weights.tensor(table, shard))
         (rows,), padding = shard
-        part = self.table[rows]  # the same memory
+        part = self.table[rows]  # a view
         return weights.packed(head, F.pad(part, (0, 0, 0, padding)) if padding else part)
 
     def embed(self, token_ids: Tensor) -> Tensor:

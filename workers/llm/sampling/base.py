@@ -1,12 +1,11 @@
-"""What a processor is: one rule about the next token, for the requests that ask for it.
+"""The contract of a processor: one rule about the next token, for the requests that use it.
 
     start(slot, params, tokens) → apply(logits, rows) → accept(slots, token_ids) → apply …
 
-A processor keeps its state by slot, and a request that asks nothing of a processor never appears in its
-`rows` or `slots`: it is not touched, and costs nothing. It goes by what is on the device, on every rank
-alike, and is told of a chosen token in the step that chose it.
+A processor keeps its state by slot. Requests that do not use it never appear in its `rows` or `slots`. It
+works on the device, the same on every rank, and accepts a token in the step that chose it.
 
-A rule that needs the token on the host (a grammar) is a matcher instead: see `matching.py`.
+A rule that needs tokens on the host (a grammar) is a matcher instead: see `matching.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 class Setup(NamedTuple):
-    """What processors are made for."""
+    """The arguments of a processor."""
 
     num_slots: int
     vocab_size: int
@@ -37,21 +36,19 @@ class Setup(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a step's logits that a processor is to change."""
+    """The rows of a step's logits that a processor changes."""
 
-    places: Int64Array  # [n]: which rows of the logits
+    places: Int64Array  # [n]: indices of rows of the logits
     slots: Int64Array  # [n]
-    numbers: Int64Array  # [n]: output tokens that the request has, over all attempts
+    numbers: Int64Array  # [n]: output tokens of the request so far, over all attempts
 
 
 class Processor(Protocol):
     def __init__(self, setup: Setup) -> None: ...
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
-        """A request takes the slot, and what the slot held is forgotten.
-
-        Whether the request asks for anything.
-        """
+        """A request takes the slot, whose earlier state is dropped. Returns whether the request uses this
+        processor."""
         ...
 
     def apply(self, logits: Tensor, rows: Rows) -> None:
@@ -59,22 +56,19 @@ class Processor(Protocol):
         ...
 
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        """The tokens [n] int64 chosen for these slots, on the device."""
+        """Takes the tokens [n] int64 chosen for these slots, on the device."""
         ...
 
 
 class Entries(NamedTuple):
-    """What is added to the logits of some tokens of one row."""
+    """Values that are added to the logits of some tokens of one row."""
 
     token_ids: Int64Array  # [n]
     values: Float32Array  # [n]
 
 
 def add_entries(logits: Tensor, places: Int64Array, entries: Sequence[Entries]) -> None:
-    """Adds one row's entries to the row of logits at each place.
-
-    A token that is named twice gets its last value.
-    """
+    """Adds each row's entries to the row of logits at its place. A repeated token gets its last value."""
     token_ids = np.concatenate([entry.token_ids for entry in entries])
     values = np.concatenate([entry.values for entry in entries])
     rows = np.repeat(places, [len(entry.token_ids) for entry in entries])

@@ -26,4 +26,4 @@ class Bias:
         add_entries(logits, rows.places, [self._entries[slot] for slot in rows.slots.tolist()])
 
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        """A bias does not depend on what was chosen."""
+        """A bias does not depend on earlier tokens."""

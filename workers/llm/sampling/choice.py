@@ -1,7 +1,5 @@
-"""The choice of token: the best one, or a draw from what top_k, top_p and min_p keep.
-
-A draw is the race that noise.py describes.
-"""
+"""The choice of a token: the best one, or a draw from those that top_k, top_p and min_p keep (see
+noise.py)."""
 
 from __future__ import annotations
 
@@ -18,12 +16,12 @@ from workers.llm.sampling.cuts import least_probable
 from workers.llm.sampling.noise import MAX_ROWS, Noise, UInt64Array, draw_keys
 from workers.nn.loader import to_device
 
-# Chooses tokens [num_rows] int64 by logits [num_rows, vocab] float32 and `kernel_params`.
-# It waits for nothing.
+# From logits [num_rows, vocab] float32 and `kernel_params` to tokens [num_rows] int64, without a
+# synchronisation with the host.
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
-NUM_PARAMS = 6  # numbers of a row that its choice depends on
-LARGEST_SCALE = 1e30  # of logits, where the temperature is tiny: times 0 it is still 0
+NUM_PARAMS = 6  # of a row
+LARGEST_SCALE = 1e30  # of logits with a tiny temperature: finite, so that 0 times the scale is 0
 
 _PARAMS = np.dtype([("temperature", "f8"), ("top_p", "f8"), ("top_k", "i8"), ("min_p", "f8"), ("seed", "u8")])
 _Params = npt.NDArray[np.void]
@@ -31,10 +29,10 @@ Float64Array = npt.NDArray[np.float64]
 
 
 class Choice:
-    """Chooses by each row's own logits and numbers, whatever rows stand beside it."""
+    """Chooses each row's token from its own logits and parameters, whatever the batch."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, kernel: Kernel | None) -> None:
-        """Without a `kernel` torch's operators choose, row by row."""
+        """Without a `kernel`, torch's operators choose, some rows at a time."""
         self._vocab_size, self._device, self._kernel = vocab_size, device, kernel
         self._params = np.zeros(num_slots, dtype=_PARAMS)
         self._noise = Noise(vocab_size, device) if kernel is None else None
@@ -43,12 +41,12 @@ class Choice:
         assert params.seed is not None, "rank 0 gives every request a seed"
         row = self._params[slot]
         row["top_k"] = min(params.top_k, self._vocab_size) if params.top_k > 0 else self._vocab_size
-        # The best token alone is kept: that is greedy, and the cheapest way.
+        # top_k = 1 is greedy, which is the cheapest way.
         row["temperature"] = 0 if params.top_k == 1 else params.temperature
         row["top_p"], row["min_p"], row["seed"] = params.top_p, params.min_p, params.seed
 
     def kernel_params(self, slots: Int64Array, numbers: Int64Array) -> npt.NDArray[np.int32]:
-        """What the kernel needs to know of the rows: [NUM_PARAMS, num_rows], see `kernel.sample`."""
+        """The kernel's parameters [NUM_PARAMS, num_rows], see `kernel.sample`."""
         params = self._params[slots]
         rows = np.empty((NUM_PARAMS, len(slots)), dtype=np.int32)
         for row, name in enumerate(("temperature", "top_p", "min_p")):
@@ -58,7 +56,7 @@ class Choice:
         return rows
 
     def choose(self, logits: Tensor, slots: Int64Array, numbers: Int64Array) -> Tensor:
-        """One token [num_rows] int64 for each row; its request has `numbers` output tokens so far."""
+        """Tokens [num_rows] int64. `numbers`: output tokens of each row's request so far."""
         if self._kernel is not None:
             return self._kernel(logits, to_device(self.kernel_params(slots, numbers), self._device))
         params = self._params[slots]
@@ -84,8 +82,9 @@ class Choice:
         return token_ids
 
     def _weigh(self, logits: Tensor, temperature: Float64Array) -> Tensor:
-        """How probable each token is beside the best of logits [num_rows, n]: as many float32 in [0, 1]."""
-        # The best logit is made 0 first, so that no temperature, however small, can overflow it.
+        """Probabilities relative to the best token's: float32 in [0, 1], in the shape of logits [num_rows,
+        n]."""
+        # The best logit becomes 0 first, so that no temperature, however small, can overflow it.
         weights = logits - logits.amax(dim=-1, keepdim=True)
         if (temperature != 1).any():
             scale = 1 / np.maximum(temperature, 1 / LARGEST_SCALE)
@@ -93,16 +92,14 @@ class Choice:
         return weights.exp_()
 
     def _race(self, weights: Tensor, keys: UInt64Array, kept: Tensor | None = None) -> Tensor:
-        """Which column [num_rows] of weights [num_rows, n] arrives first.
-
-        The columns are the `kept` token ids, or the whole vocabulary.
-        """
+        """The column [num_rows] of weights [num_rows, n] that wins the race of noise.py. Columns are the
+        `kept` token ids, or the whole vocabulary."""
         assert self._noise is not None
-        # Minus the time at which each token arrives: one with a weight of 0 does at infinity.
+        # Minus the times of the tokens: infinite for a weight of 0.
         return self._noise.log_uniforms(keys, kept).div_(weights).argmax(dim=-1)
 
     def _kept(self, logits: Tensor, params: _Params, cut: Int64Array) -> list[Tensor]:
-        """The token ids [n] int64 that are left of each of the rows `cut`."""
+        """The kept token ids [n] int64 of each of the rows `cut`."""
         if not len(cut):
             return []
         of = params[cut]
@@ -110,7 +107,7 @@ class Choice:
         scaled -= scaled.amax(dim=-1, keepdim=True)
         probs = (scaled / self._column(of["temperature"])).softmax(dim=-1)
         least = least_probable(probs, *(self._column(of[name]) for name in ("top_k", "top_p", "min_p")))
-        # Of a row that is not a number, as broken weights make one, everything is kept: some token must be.
+        # In a row of NaN, from broken weights, everything is kept, since some token must be chosen.
         return [is_cut.logical_not().nonzero()[:, 0] for is_cut in probs < least]
 
     def _column(self, values: npt.NDArray[np.generic]) -> Tensor:

@@ -1,19 +1,18 @@
-"""Which tokens top_k, top_p and min_p keep. Tokens of equal probability are kept or cut together."""
+"""The tokens that top_k, top_p and min_p keep. Tokens of equal probability are kept or cut together."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Best tokens that are sorted first. All are, where that is not enough for a row's top_p.
+# Tokens that are sorted first; if these do not reach a row's top_p, all are sorted.
 NUM_CANDIDATES = 1024
 
 
 def least_probable(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The smallest probability [num_rows, 1] that each row keeps of probs [num_rows, vocab]; the cuts are
-    [num_rows, 1].
+    """The smallest kept probability [num_rows, 1] of probs [num_rows, vocab]; the cuts are [num_rows, 1].
 
-    All are float64. First top_k cuts, then top_p of the probability that top_k keeps, and min_p beside both.
+    All are float64. top_p applies to the probability that top_k keeps; min_p is independent of both.
     """
     vocab_size = probs.shape[-1]
     num_sorted = min(NUM_CANDIDATES, vocab_size)
@@ -26,11 +25,11 @@ def least_probable(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def _cut(best: Tensor, top_k: Tensor, top_p: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The smallest kept one of the `best` probabilities [num_rows, n], and whether n were enough to tell."""
+    """The smallest kept of the `best` probabilities [num_rows, n], and whether n were enough to know it."""
     rank = torch.arange(best.shape[-1], device=best.device)[None]
     kept = best.masked_fill(rank >= top_k, 0.0)
     cumulative = kept.cumsum(dim=-1)
-    # Of all the probability there is: what top_k keeps, or 1.
+    # The probability that top_k keeps, or 1.
     total = torch.where(top_k <= best.shape[-1], cumulative[:, -1:], 1.0)
     num_kept = ((cumulative - kept < top_p * total) & (kept > 0)).sum(dim=-1, keepdim=True)
     # With a larger top_k the total is known only when all are sorted.

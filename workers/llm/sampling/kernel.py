@@ -1,9 +1,9 @@
-"""One Triton kernel that chooses the tokens of a step: greedy, or drawn from what top_k, top_p and min_p
+"""One Triton kernel that chooses the tokens of a step, greedy or drawn from those that top_k, top_p and min_p
 keep. For GPUs.
 
-The threshold is found by bisection over the bits of a weight, as no sort of a vocabulary is as fast as a few
-looks at it. The draw is the race of noise.py, with the same random bits. Nothing waits for the host, so a
-CUDA graph can hold it; and a row depends on its own logits and numbers only.
+The threshold is found by bisection over the bits of a weight: a few passes over the vocabulary are faster
+than a sort. The draw is the race of noise.py, with the same random bits. There is no synchronisation with the
+host, as a CUDA graph needs it; and a row depends only on its own logits and parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.llm.sampling import choice, noise
 
-TILE = 4096  # logits of one turn
+TILE = 4096  # logits of one iteration
 NUM_WARPS = 8
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_SCALE = tl.constexpr(choice.LARGEST_SCALE)
@@ -32,7 +32,7 @@ SERIES_BELOW = tl.constexpr(0.125)  # 1 - u: the logarithm of u is taken from it
 
 @triton.jit
 def _weights(row, tokens, best, scale, VOCAB: tl.constexpr):
-    """How probable these tokens are beside the best, in [0, 1]."""
+    """Probabilities of these tokens relative to the best token's, in [0, 1]."""
     logits = tl.load(row + tokens, mask=tokens < VOCAB, other=float("-inf"))
     return tl.exp2((logits - best) * scale)
 
@@ -41,11 +41,11 @@ def _weights(row, tokens, best, scale, VOCAB: tl.constexpr):
 def _largest_threshold(
     row, best, scale, lower, wanted, VOCAB: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr
 ):
-    """The largest weight, in bits, with which what is kept still comes to `wanted`: in tokens, or as the sum
-    of their weights.
+    """The largest threshold, in bits of a weight, at which the kept tokens still reach `wanted`: in number,
+    or as the sum of their weights.
 
-    Nothing with less than `lower` counts. Positive floats are ordered as their bits are; eight candidates a
-    look settle three bits.
+    Weights below `lower` do not count. Positive floats are ordered as their bits are; eight candidates in
+    each pass settle three bits.
     """
     low = tl.full([], 0, tl.int32)
     step = tl.full([], 1 << 27, tl.int32)  # eight of them pass 1.0, which is 0x3F800000
@@ -59,7 +59,7 @@ def _largest_threshold(
                 (bits[None, :] >= candidates[:, None]) & (bits >= lower)[None, :] & (weights > 0)[None, :]
             )
             found_by_lane += tl.where(is_kept, 1.0 if COUNTS else weights[None, :], 0.0)
-        found = tl.sum(found_by_lane, 1)  # once, not in each turn: it makes the whole program meet
+        found = tl.sum(found_by_lane, 1)  # once, not in each iteration: it synchronises the program
         low += (tl.sum((found >= wanted).to(tl.int32), 0) - 1) * step
         low = tl.maximum(low, 0)
         step = step // 8
@@ -77,9 +77,8 @@ def _random_bits(key, tokens):
 
 @triton.jit
 def _exponentials(bits):
-    """-log(u).
-
-    Close to u = 1 by its series, whose rest is below 6e-8: there a GPU's fast logarithm has no digit right.
+    """-log(u); close to u = 1 by its series, whose error is below 6e-8: there a GPU's fast logarithm has no
+    correct digit.
     """
     rest = (bits & LOW_BITS).to(tl.int64).to(tl.float32) * UNIT  # 1 - u
     rest = tl.minimum(tl.maximum(rest, SMALLEST), LARGEST)
@@ -91,7 +90,7 @@ def _exponentials(bits):
 
 @triton.jit
 def _first(row, best, scale, least, key, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """The token that arrives first, of those whose weight in bits is `least` or more."""
+    """The winner of the race among tokens whose weight, in bits, is `least` or more."""
     time_by_lane = tl.full([TILE], float("inf"), tl.float32)
     choice_by_lane = tl.full([TILE], VOCAB, tl.int32)
     for start in range(0, VOCAB, TILE):
@@ -105,7 +104,7 @@ def _first(row, best, scale, least, key, VOCAB: tl.constexpr, TILE: tl.constexpr
     return tl.min(tl.where(time_by_lane == tl.min(time_by_lane, 0), choice_by_lane, VOCAB), 0)
 
 
-@triton.jit(do_not_specialize=["params_stride"])  # the number of rows: else each would be a kernel of its own
+@triton.jit(do_not_specialize=["params_stride"])  # the number of rows: no kernel of its own for each
 def sample_kernel(
     logits,
     params,
@@ -156,12 +155,10 @@ def sample_kernel(
 
 
 def sample(logits: Tensor, params: Tensor) -> Tensor:
-    """One token [num_rows] int64 for each row of logits [num_rows, vocab] float32, by params [6, num_rows]
-    int32.
+    """Tokens [num_rows] int64 from logits [num_rows, vocab] float32 and params [6, num_rows] int32.
 
-    Of params the first three rows, temperature, top_p and min_p, are float32 in the bits of an int32. Then
-    come top_k, and the low and the high half of `draw_keys`. Temperature 0 is greedy. Tokens of equal
-    probability are kept or cut together.
+    The rows of params: temperature, top_p and min_p as the bits of float32; top_k; the low and the high half
+    of `draw_keys`. Temperature 0 is greedy. Tokens of equal probability are kept or cut together.
     """
     num_rows, vocab = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

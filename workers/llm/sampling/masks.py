@@ -1,4 +1,4 @@
-"""Masks of tokens, which come packed from the host, where matchers make them (`matching.py`)."""
+"""Token masks, packed in bits by the matchers on the host (`matching.py`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from workers.nn.loader import to_device
 
-BITS = 8  # of a byte, the lowest one first
+BITS = 8  # per byte, the lowest first
 
 
 def forbid_masked(logits: Tensor, masks: Sequence[bytes]) -> None:
-    """Makes the tokens that each row's mask lacks impossible, in place; an empty mask lacks none.
+    """Sets the logits of tokens outside each row's mask to -inf, in place; an empty mask allows all tokens.
 
     logits: [num_rows, vocab] float32.
     """

@@ -1,11 +1,11 @@
-"""Rules that need the tokens on the host: a matcher is a data structure of the host, one for each request.
+"""Rules that need tokens on the host, such as grammars: each request with a rule has a matcher.
 
     start(params, tokens) → allowed() → the token is chosen → accept(token_ids) → allowed() → …
 
-Rank 0 alone has matchers. The forward of step n + 1 starts with the tokens of step n on the device.
-Meanwhile matchers accept these tokens, which have arrived on the host, and say which ones may come next. Only
-the choice of the rows that have a matcher waits for that (`ModelRunner.choose`). The other ranks get the
-masks in a message behind the plan (`TokenMasks`). No torch.
+Only rank 0 has matchers. The forward of step n + 1 starts with the tokens of step n on the device. Meanwhile
+matchers accept these tokens on the host, and make the masks of the next ones. Only the choice for rows with a
+matcher waits for masks (`ModelRunner.choose`). Other ranks get them in a message behind the plan
+(`TokenMasks`). No torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipeline.wire.sampling import SamplingParams
 from workers.llm.sampling.tokens import Tokens
 
-Mask = npt.NDArray[np.uint8]  # [bytes of a vocabulary]: a bit a token, the lowest one first; set: it may come
+Mask = npt.NDArray[np.uint8]  # [vocab / 8]: one bit per token, the lowest first; set: allowed
 
 
 class Vocabulary(NamedTuple):
@@ -32,11 +32,11 @@ class Matcher(Protocol):
     """Follows the output of one request."""
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """These come behind what it has seen. Not called with the tokens that end the request."""
+        """Takes the next output tokens. Not called with the tokens that end the request."""
         ...
 
     def allowed(self) -> Mask:
-        """Which tokens may come next; at least one."""
+        """The tokens that may come next; at least one."""
         ...
 
 
@@ -44,11 +44,11 @@ class HostRule(Protocol):
     def __init__(self, vocabulary: Vocabulary) -> None: ...
 
     def start(self, params: SamplingParams, tokens: Tokens) -> Matcher | None:
-        """For a request that has these tokens, of earlier attempts too; None: it asks nothing of the rule."""
+        """For a request with these tokens, earlier attempts included; None if it does not use the rule."""
         ...
 
 
-# All there are. One that is added needs nothing but its line here.
+# A new rule needs only a line here.
 HOST_RULES: tuple[type[HostRule], ...] = ()
 
 
@@ -62,6 +62,6 @@ def start_matchers(rules: Sequence[HostRule], params: SamplingParams, tokens: To
 
 
 def mask_of(matchers: Sequence[Matcher]) -> bytes:
-    """What all of them allow."""
+    """The tokens that all of them allow."""
     mask: Mask = functools.reduce(np.bitwise_and, [matcher.allowed() for matcher in matchers])
     return mask.tobytes()

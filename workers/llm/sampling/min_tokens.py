@@ -31,4 +31,4 @@ class MinTokens:
             add_entries(logits, rows.places[is_early], bans)
 
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
-        """How many tokens there are is known without the tokens."""
+        """The number of output tokens comes with `Rows`."""

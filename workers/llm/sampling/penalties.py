@@ -1,4 +1,4 @@
-"""Presence, frequency and repetition penalties: what is there already becomes less likely."""
+"""Presence, frequency and repetition penalties: earlier tokens become less likely."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Penalties:
         self._presence = np.zeros(setup.num_slots, dtype=np.float32)
         self._frequency = np.zeros(setup.num_slots, dtype=np.float32)
         self._repetition = np.ones(setup.num_slots, dtype=np.float32)
-        # Made when a request first asks: they are as large as a step's logits are with a row for each slot.
+        # Allocated at the first request with a penalty: [num_slots, vocab] is large.
         self._counts: Tensor | None = None  # [num_slots, vocab] int32: of output tokens
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab] bool
 

@@ -1,9 +1,7 @@
-"""Chooses the next tokens, for all rows of a step at once: the processors change logits, then tokens are
-chosen.
+"""Chooses the next tokens for all rows of a step: processors change logits, then tokens are chosen.
 
-The random numbers of token k of a request depend on (seed, k) and nothing else, and nothing here depends on
-which rows stand beside. So a request draws the same tokens whatever runs beside it, on every rank, and again
-when it is resumed.
+The random numbers of token k of a request depend only on (seed, k), and no row depends on other rows. So a
+request draws the same tokens in any batch, on every rank, and again when it is resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from workers.llm.sampling.penalties import Penalties
 from workers.llm.sampling.tokens import Tokens
 from workers.nn.loader import to_device
 
-# All there are, in the order in which they change logits.
+# In the order in which they change logits.
 PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens)
 
 
@@ -36,10 +34,8 @@ def make_processors(setup: Setup) -> tuple[Processor, ...]:
 
 
 class Sampled(NamedTuple):
-    """`logprobs` [num_rows, 1 + k] float32 and their tokens: the chosen one, then the best ones.
-
-    Rows that did not ask for any have zeros.
-    """
+    """`logprobs` [num_rows, 1 + k] float32 and their tokens: the chosen one, then the best ones. Zeros in
+    rows without logprobs."""
 
     token_ids: Tensor  # [num_rows] int64
     logprobs: Tensor | None
@@ -47,21 +43,21 @@ class Sampled(NamedTuple):
 
 
 class Sampler:
-    """Has a place for each slot; a request has a slot while it runs."""
+    """Keeps each running request's parameters by its slot."""
 
     def __init__(self, setup: Setup, processors: Sequence[Processor], kernel: Kernel | None = None) -> None:
-        """Without a `kernel` torch's operators choose, which a host steers."""
+        """Without a `kernel`, torch's operators choose, with synchronisations between device and host."""
         self._device, self._processors = setup.device, processors
         self._choice = Choice(setup.num_slots, setup.vocab_size, setup.device, kernel)
         self._logprobs = LogprobTable(setup.num_slots)
         self._num_prompt_tokens = np.zeros(setup.num_slots, dtype=np.int64)
         self._is_masked = np.zeros(setup.num_slots, dtype=np.bool_)
-        # Whether the slot's request asks anything of the processor.
+        # Whether the slot's request uses the processor.
         self._is_asked = np.zeros((len(processors), setup.num_slots), dtype=np.bool_)
 
     @torch.inference_mode()
     def start(self, start: SequenceStart) -> None:
-        """Fills a slot for a request that runs from now on."""
+        """A request takes its slot."""
         slot, params = start.slot, start.sampling
         self._choice.start(slot, params)
         self._logprobs.start(slot, params)
@@ -72,19 +68,20 @@ class Sampler:
             is_asked[slot] = processor.start(slot, params, tokens)
 
     def is_plain(self, slots: Int64Array) -> bool:
-        """Whether these need nothing but a token chosen by their logits as they are."""
+        """Whether none of these requests uses processors, masks or logprobs."""
         return not self._is_asked[:, slots].any() and max(self.num_logprobs(slots)) < 0
 
     def num_logprobs(self, slots: Int64Array) -> list[int]:
-        """How many best ones each row asked for; -1: none, not even its own."""
+        """The number of best tokens that each row asked for; -1: no logprobs at all."""
         return self._logprobs.counts(slots)
 
     def draw_params(self, slots: Int64Array, num_tokens: Int64Array) -> npt.NDArray[np.int32]:
-        """What the kernel needs to know of requests that have `num_tokens` so far: see `kernel.sample`."""
+        """The kernel's parameters for requests with `num_tokens` tokens so far: see `kernel.sample`."""
         return self._choice.kernel_params(slots, num_tokens - self._num_prompt_tokens[slots])
 
     def waits_for_masks(self, slots: Int64Array) -> npt.NDArray[np.bool_]:
-        """Which of these can be chosen for only with masks, which rank 0 makes of the tokens before."""
+        """The requests with matchers: their choice waits for masks, which rank 0 makes from earlier
+        tokens."""
         return self._is_masked[slots]
 
     @torch.inference_mode()
@@ -94,8 +91,8 @@ class Sampler:
         """One token for each row of logits [num_rows, vocab] float32, whose requests have `num_tokens` tokens
         so far.
 
-        Of `masks` there is one for each row, or none at all: see `TokenMasks`. Rows of logits that a
-        processor or a mask changes are written over.
+        `masks`: one for each row, or empty: see `TokenMasks`. Processors and masks overwrite their rows of
+        logits.
         """
         numbers = num_tokens - self._num_prompt_tokens[slots]
         wanted = self._logprobs.wanted(logits, slots)
@@ -109,7 +106,7 @@ class Sampler:
         return Sampled(token_ids, *((None, None) if wanted is None else logprobs_of(wanted, token_ids)))
 
     def _asked(self, slots: Int64Array) -> Iterator[tuple[Processor, Int64Array]]:
-        """Each processor that any of these requests asks, and where they are."""
+        """The processors that any of these requests use, each with the indices of its requests."""
         for processor, is_asked in zip(self._processors, self._is_asked[:, slots], strict=True):
             if is_asked.any():
                 yield processor, np.flatnonzero(is_asked)

@@ -1,4 +1,4 @@
-"""What rules about the next token are told when a request starts. No torch: matchers live on the host."""
+"""The tokens of a request at its start, for processors and matchers. No torch: matchers run on the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.wire.messages import Int32Array
 
 
 class Tokens(NamedTuple):
-    """What a request has when it takes its slot."""
+    """The tokens of a request when it takes its slot."""
 
     prompt: Int32Array
-    output: Int32Array  # of all attempts, and of before a preemption
+    output: Int32Array  # of all attempts, and from before a preemption

@@ -1,12 +1,12 @@
-"""The contract between a model, which says what it needs, and a format of weights, which says how it comes.
+"""The contract between a model, which names its layers, and a format, which reads and computes them.
 
-    weights = Weights(checkpoint, formats)                                                   (weights.py)
-    weights.column(("q_proj", "k_proj", "v_proj"), shards) → Linear        weights.row("o_proj", shard) →
-    Linear
+    weights = Weights(checkpoint, formats)                                        (weights.py)
+    weights.column(("q_proj", "k_proj", "v_proj"), shards) → Linear
+    weights.row("o_proj", shard) → Linear
 
-A format is one file of this package. It reads its own tensors, knows how they are cut for tensor
-parallelism, which layers of a checkpoint are not stored in it, and on which devices it computes. A
-checkpoint's `quantization_config` says which format it is (registry.py).
+A format is one file of this package. It reads its own tensors, shards them for tensor parallelism, and knows
+which layers of a checkpoint are stored in it and on which devices it computes. `registry.py` chooses the
+format by the checkpoint's `quantization_config`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workers.nn.weights.shard import Shard
 
 
 class Linear(ABC):
-    """y = x Wᵀ + b, with W [out, in] as its format keeps it."""
+    """y = x Wᵀ + b, with W [out, in] in its format."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self.out_features, self.in_features = out_features, in_features
@@ -33,14 +33,14 @@ class Linear(ABC):
         """[num_rows, out_features] in the model's type, of x [num_rows, in_features]."""
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), in one operation where there is one."""
+        """residual + self(x), fused where that is possible."""
         return residual + self(x)
 
 
 class Format(ABC):
-    """How the weights of linear layers are stored, and what computes with them.
+    """Reads linear layers, and makes the `Linear` that computes them.
 
-    Modules are named in full, without the `.weight` behind: `model.layers.0.self_attn.q_proj`.
+    Modules are named in full, without `.weight`: `model.layers.0.self_attn.q_proj`.
     """
 
     name: ClassVar[str]
@@ -51,7 +51,7 @@ class Format(ABC):
 
     @abstractmethod
     def holds(self, module: str) -> bool:
-        """Whether this layer is in the format. Every checkpoint has some that are not."""
+        """Whether this layer is stored in the format. Every checkpoint has layers that are not."""
 
     @abstractmethod
     def column(
@@ -61,15 +61,12 @@ class Format(ABC):
         shards: Sequence[Shard],
         bias: Tensor | None,
     ) -> Linear:
-        """The outputs of several layers side by side, of each those of its shard.
-
-        `bias` is as long as all of them together.
-        """
+        """Several layers as one, with the outputs of each layer's shard concatenated, as `bias` is."""
 
     @abstractmethod
     def row(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Linear:
-        """The part of a layer that takes the inputs of the shard; the ranks' results add up."""
+        """The part of a layer for the inputs of the shard; the ranks' results are summed."""
 
     @abstractmethod
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """A layer of a weight [out, in] that the model has at hand, in the model's type."""
+        """A layer of a weight [out, in] in memory, in the model's type."""

@@ -1,4 +1,4 @@
-"""Weights as plain numbers, in the model's type. What no other format holds is dense."""
+"""Dense weights, in the model's type. Layers that no other format holds are dense."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from workers.nn.weights.processor import can_pack, has_fbgemm
 from workers.nn.weights.shard import WHOLE, Shard
 
 HALF_STEP = 2.0**-24  # the smallest number that float16 has; every number near 0 is a multiple
-UNFELT = 2.0**-20  # an error of so much of the largest weight
+UNFELT = 2.0**-20  # a negligible error, relative to the largest weight
 
 MakeLinear = Callable[[Tensor, Tensor | None], Linear]
 
 
 class TorchLinear(Linear):
-    """torch's own operator: on every device, in every type, and it exports to ONNX."""
+    """torch's own operator: for every device and type, and exported to ONNX."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(*weight.shape)
@@ -32,7 +32,7 @@ class TorchLinear(Linear):
 
 
 class OneDnnLinear(Linear):
-    """W in the layout that oneDNN computes in: to repack W at each call doubles the time of a decode step."""
+    """W in oneDNN's own layout: repacking W at each call doubles the time of a decode step."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(*weight.shape)
@@ -51,7 +51,7 @@ class OneDnnLinear(Linear):
 class HalfLinear(Linear):
     """Float32 arithmetic with W kept as float16 (FBGEMM).
 
-    Half the bytes to read, which is what a decode step waits for.
+    Half the bytes to read, which bound a decode step.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -74,11 +74,10 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def is_half_exact(weight: Tensor) -> bool:
-    """Whether float16 holds these float32 weights.
+    """Whether float16 can hold these float32 weights without a noticeable error.
 
-    It holds those of a checkpoint in float16. It holds those of a checkpoint in bfloat16, of which it
-    rounds only what is below 2⁻¹⁷, to the nearest multiple of 2⁻²⁴; unless the largest weight is so small
-    that the rounding would be felt.
+    True for a checkpoint in float16; and for one in bfloat16, of which only weights below 2⁻¹⁷ are rounded,
+    to multiples of 2⁻²⁴, unless that is more than `UNFELT` of the largest weight.
     """
     least, most = weight.aminmax()
     allowed = min(HALF_STEP / 2, float(torch.maximum(-least, most)) * UNFELT)
@@ -93,7 +92,7 @@ class Dense(Format):
         self._make = make
 
     def check_device(self, device: torch.device) -> None:
-        """Every device computes with plain numbers."""
+        """Dense weights compute on every device."""
 
     def holds(self, module: str) -> bool:
         return True
@@ -116,16 +115,13 @@ class Dense(Format):
 
 
 def load_side_by_side(checkpoint: Checkpoint, names: Sequence[str], shards: Sequence[Shard]) -> Tensor:
-    """Several tensors, of each the rows of its shard, one behind the other."""
+    """The rows of each tensor's shard, concatenated."""
     parts = [load_part(checkpoint, name, rows) for name, rows in zip(names, shards, strict=True)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def load_part(checkpoint: Checkpoint, name: str, rows: Shard = WHOLE, columns: Shard = WHOLE) -> Tensor:
-    """The rows and columns of a tensor that a rank holds, in the model's type, with memory of their own.
-
-    The axis that is not cut must be whole.
-    """
+    """A rank's rows or columns of a tensor, as a copy in the model's type. One of the two must be `WHOLE`."""
     assert WHOLE in (rows, columns), "no layer is cut both ways"
     if columns == WHOLE:
         parts, axis, padding = [checkpoint.load(name, part) for part in rows.slices], 0, rows.padding

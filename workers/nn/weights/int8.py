@@ -1,7 +1,7 @@
-"""Weights in 8 bits, made at load from a dense checkpoint, with activations in 8 bits, too. On the CPU.
+"""Weights and activations in 8 bits, quantised at load from a dense checkpoint. On the CPU.
 
-What the decoder asks for is quantised, its output layer included. The tower's weights stay dense: the ViT
-opens them without this format.
+All linear layers of the decoder are quantised, its output layer included. The ViT opens the tower's weights
+without this format, so that they stay dense.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from workers.nn.weights.base import Linear
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
 
-_ZERO_POINT = torch.tensor(128.5)  # and the half that rounds
+_ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 to round
 
 
 class Int8Linear(Linear):
-    """W in int8, one scale an output channel, and x in uint8, one scale a token (oneDNN).
+    """W in int8, one scale per output channel, and x in uint8, one scale per token (oneDNN).
 
-    One scale a token, not one for all: so an outlier spoils nobody else's result, and no result depends on
-    which tokens stand beside it. Unsigned with a zero point of 128, since signed activations take oneDNN's
-    reference path, hundreds of times slower.
+    With one scale per token an outlier affects no other token, and no result depends on the batch. Unsigned
+    with a zero point of 128, since signed activations take oneDNN's reference path, hundreds of times slower.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -37,7 +36,7 @@ class Int8Linear(Linear):
         self._pack((wide / self._scales[:, None]).round().to(torch.int8))
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.float()  # in bfloat16 the sum below would round the largest activation over the edge
+        x = x.float()  # in bfloat16 the sum below could round the largest activation up, beyond 255
         largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_(min=1e-8)
         y = self._multiply(x, largest).mul_(largest)
         if self._bias is not None:
@@ -48,7 +47,7 @@ class Int8Linear(Linear):
         self._weight: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        """(x / largest) Wᵀ, in 8 bits; `largest` [num_tokens, 1]: the largest value of each token."""
+        """(x / largest) Wᵀ in 8 bits. `largest` [num_tokens, 1] is the largest value of each token."""
         quantized = torch.addcmul(_ZERO_POINT, x, 127.0 / largest).to(torch.uint8)
         scales, zeros = self._scales, self._zero_points
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -70,7 +69,7 @@ class Int8Linear(Linear):
 
 
 class FbgemmInt8Linear(Int8Linear):
-    """The same through FBGEMM, twice as fast as oneDNN on processors without VNNI."""
+    """`Int8Linear` by FBGEMM, twice as fast as oneDNN on processors without VNNI."""
 
     def _pack(self, weight: Tensor) -> None:
         with warnings.catch_warnings():
@@ -92,7 +91,7 @@ def make_int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 class Int8(Dense):
-    """The checkpoint's tensors are read and cut as dense ones."""
+    """Reads and shards the checkpoint's tensors like dense ones."""
 
     name: ClassVar[str] = "int8"
 

@@ -1,4 +1,4 @@
-"""What the libraries of torch can do on this processor. Formats choose their kind of layer by it."""
+"""The abilities of torch's libraries on this processor, by which formats choose a kind of layer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def is_int8_exact() -> bool:
-    """Whether products of 8 bits are added exactly.
-
-    Processors without VNNI add pairs of them in 16 bits, which can overflow.
-    """
+    """Whether int8 products are summed exactly: without VNNI pairs are added in 16 bits, which can
+    overflow."""
     ones = torch.full((1, 64), 255, dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((32, 64), 127, dtype=torch.int8), None)
     scales, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int64)

@@ -1,7 +1,4 @@
-"""Finds the formats of a checkpoint's weights.
-
-Its `quantization_config` says one, or the command line asks for one.
-"""
+"""Finds the formats of a checkpoint's weights, by its `quantization_config` or the command line."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from workers.nn.weights.dense import Dense
 from workers.nn.weights.int8 import Int8
 from workers.nn.weights.weights import Weights
 
-# `quantization_config`, as JSON has it, → its format. Raises ValueError for a variant that is not known.
+# From a `quantization_config` to its format. Raises ValueError for an unknown variant.
 ReadFormat = Callable[[Mapping[str, object]], Format]
 
-# By `quant_method`: formats in which checkpoints come.
+# By `quant_method`: formats of checkpoints.
 STORED_FORMATS: Mapping[str, ReadFormat] = {}
-# By the option `--quantization`: formats that are made at load, from dense weights.
+# By the option `--quantization`: formats that are made from dense weights at load.
 MADE_FORMATS: Mapping[str, Callable[[], Format]] = {"int8": Int8}
 
 
@@ -33,7 +30,7 @@ def choose_formats(
     stored: Mapping[str, ReadFormat] = STORED_FORMATS,
     dense: Format | None = None,
 ) -> Sequence[Format]:
-    """For `Weights`: the checkpoint's format, and what that does not hold.
+    """For `Weights`: the checkpoint's format, and one for the layers that it does not hold.
 
     `override`: the option `--quantization`. `dense`: what computes with plain numbers, where it is not to be
     the fastest. Raises ValueError for a format that is not known, or does not
@@ -59,7 +56,7 @@ def open_weights(
     progress: Progress = no_progress,
     dense: Format | None = None,
 ) -> Weights:
-    """The checkpoint in `folder`, in its formats; other tensors in this type.
+    """The checkpoint in `folder`, in its formats; other tensors in `dtype`.
 
     Raises ValueError as `choose_formats` does.
     """
@@ -82,7 +79,7 @@ def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | N
 
 
 def _quantization_config(folder: Path) -> Mapping[str, object] | None:
-    """Of `config.json`, in either of its levels; or of the file that ModelOpt writes in its place."""
+    """From `config.json`, at its top or in its text config, or from the file that ModelOpt writes instead."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     nested = config.get("text_config") or {}

@@ -1,4 +1,4 @@
-"""What a model sees of a checkpoint: its tensors by name, and its linear layers, whatever their format."""
+"""A checkpoint as a model sees it: tensors by name, and linear layers in any format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Weights:
         return self._checkpoint.device
 
     def under(self, prefix: str) -> Weights:
-        """The same checkpoint, with names that go on from here: `weights.under("model.layers.3")`."""
+        """The same checkpoint with a longer prefix: `weights.under("model.layers.3")`."""
         return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.")
 
     def expect(self, prefix: str) -> None:
@@ -43,7 +43,7 @@ class Weights:
         return self._checkpoint.has_module(self._prefix + module)
 
     def tensor(self, name: str, rows: Shard = WHOLE) -> Tensor:
-        """What is no linear layer: a norm, a table of embeddings, a bias. In the model's type."""
+        """A tensor that is no linear layer (a norm, an embedding table, a bias), in the model's type."""
         return load_part(self._checkpoint, self._prefix + name, rows)
 
     def rows_in_file(self, name: str) -> Rows:
@@ -51,12 +51,12 @@ class Weights:
         return self._checkpoint.rows(self._prefix + name)
 
     def bias(self, modules: Sequence[str], shards: Sequence[Shard]) -> Tensor:
-        """That of `column` for the same layers."""
+        """The bias for `column` of the same layers."""
         names = [f"{self._prefix}{module}.bias" for module in modules]
         return load_side_by_side(self._checkpoint, names, shards)
 
     def column(self, modules: Sequence[str], shards: Sequence[Shard], bias: Tensor | None = None) -> Linear:
-        """Layers side by side that share their input. Each rank has the outputs of its shards.
+        """Several layers with one input as one layer. Each rank has the outputs of its shards.
 
         Raises ValueError where the layers are not all in one format.
         """
@@ -67,7 +67,7 @@ class Weights:
         return first.column(self._checkpoint, names, shards, bias)
 
     def row(self, module: str, shard: Shard) -> Linear:
-        """A layer without a bias. Each rank has the inputs of its shard; the ranks' results add up."""
+        """A layer without a bias. Each rank has the inputs of its shard; the ranks' results are summed."""
         name = self._prefix + module
         return self._format_of(name).row(self._checkpoint, name, shard)
 
@@ -76,11 +76,11 @@ class Weights:
         return self.column((module,), (WHOLE,), self.tensor(f"{module}.bias"))
 
     def packed(self, module: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A layer of a weight that the model has made, or has in memory for another purpose."""
+        """A layer of a weight in memory, such as tied embeddings."""
         return self._format_of(self._prefix + module).pack(weight, bias)
 
     def close(self) -> None:
-        """When the model is made: lets go of the files."""
+        """Closes the files once the model is loaded."""
         self._checkpoint.close()
 
     def _format_of(self, module: str) -> Format:

@@ -1,5 +1,4 @@
-"""What engines have in common that encode frames of one size as a batch: onnxruntime and TensorRT, from one
-ONNX file."""
+"""The common part of onnxruntime and TensorRT: both run an ONNX file on batches of frames of one size."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ from workers.vit.models.base import EncodeJob, Preparation
 
 
 class BatchEngine(ABC):
-    """`dtype` is that of the file, and so of its embeddings; work goes to a stream of its own on a GPU.
+    """`dtype` is the file's, and so the embeddings'. On a GPU the engine has a stream of its own.
 
-    No sign of life comes out of a run: `deadlines` are told beforehand how much there is to do.
+    A run reports no progress: it is announced to `deadlines` with its number of operations.
     """
 
     def __init__(
@@ -30,18 +29,18 @@ class BatchEngine(ABC):
 
     @abstractmethod
     def _run(self, tensors: Mapping[str, Tensor], num_patches: int, out: Tensor) -> None:
-        """Fills out [frames, num_tokens, width] of frames of so many patches.
+        """Fills out [frames, num_tokens, width] for frames of so many patches.
 
-        The tensors are contiguous, and those of the ONNX file.
+        `tensors` are the contiguous inputs of the ONNX file.
         """
 
-    def _most_frames(self, num_patches: int) -> int:
-        """How many frames of so many patches one run may hold."""
+    def _max_frames(self, num_patches: int) -> int:
+        """The maximum number of frames of so many patches in one run."""
         return 1 << 16
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
-        """Fills every job's output. When it returns the device is done with them, so handles may be sent."""
+        """Fills every job's output. On return the device is done, so that handles may be sent."""
         with self._deadline(jobs):
             if self._stream is None:
                 self._encode(jobs)
@@ -64,16 +63,15 @@ class BatchEngine(ABC):
             self._encode_alike(group)
 
     def _encode_alike(self, jobs: Sequence[EncodeJob]) -> None:
-        """Chunks whose frames have one size."""
+        """Encodes chunks whose frames have one size."""
         info, grid, output = self._preparation.info, jobs[0].grid_thw._replace(t=1), jobs[0].output
         num_frames = sum(job.grid_thw.t for job in jobs)
         shape = (num_frames, info.num_tokens(grid), info.embedding_width)
-        # One job's output is one block of the pool: it is written there and nowhere else.
+        # One job's output is one block of the pool: the engine writes straight into it.
         is_direct = len(jobs) == 1 and output.dtype == self._dtype and output.is_contiguous()
         out = output.view(shape) if is_direct else torch.empty(shape, dtype=self._dtype, device=self._device)
         tensors = self._preparation.batch(jobs, self._device).tensors
-        most = self._most_frames(grid.num_patches)
-        for frames in _slices(num_frames, most):
+        for frames in _slices(num_frames, self._max_frames(grid.num_patches)):
             self._run(self._part(tensors, frames), grid.num_patches, out[frames])
         if not is_direct:
             parts = out.flatten(0, 1).split([len(job.output) for job in jobs])

@@ -1,4 +1,4 @@
-"""Which engine encodes, and why."""
+"""Chooses the engine that encodes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 class Engine(Protocol):
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
-        """Fills every job's output. When it returns the device is done with them."""
+        """Fills every job's output. On return the device is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """What an engine is made of."""
+    """The arguments of an engine."""
 
     info: ModelInfo
     folder: Path
@@ -41,13 +41,12 @@ class EngineSpec:
     cache: Path
     progress: Progress
     limit: SliceLimit
-    after_work: Callable[[], object] | None = None  # where the engine can
-    deadlines: Deadlines | None = None  # where it cannot
+    after_work: Callable[[], object] | None = None  # for the engine that can report progress (torch)
+    deadlines: Deadlines | None = None  # for engines that cannot
 
 
 def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
-    """Encodes as much as a batch may hold, so that memory is taken and kernels are chosen before anybody
-    waits."""
+    """Encodes a full batch, so that memory is allocated and kernels are chosen before the first request."""
     vision = spec.info.vision
     merge, side = vision.merge_size, vision.patch_size
     max_patches = min(max_patches, vision.max_pixels // side**2)
@@ -61,10 +60,10 @@ def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
 
 
 def choose_engine(name: str, spec: EngineSpec) -> Engine:
-    """`auto` is on a GPU TensorRT where it imports and builds, else onnxruntime where its CUDA provider
-    loads, else torch; on the CPU torch.
+    """On a GPU `auto` is TensorRT if it imports and builds, else onnxruntime if its CUDA provider loads, else
+    torch; on the CPU it is torch.
 
-    Raises ValueError when what is asked for is not there.
+    Raises ValueError when the named engine is not available.
     """
     if name != "auto":
         engine = ENGINES[name](spec)

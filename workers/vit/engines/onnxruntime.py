@@ -19,7 +19,7 @@ from workers.vit.engines.batch import BatchEngine
 from workers.vit.engines.onnx import OUTPUT
 from workers.vit.models.base import Preparation
 
-# 16 is ONNX's number for bfloat16, which numpy has not.
+# 16 is ONNX's number for bfloat16, which numpy lacks.
 ELEMENT_TYPES: dict[torch.dtype, Any] = {
     torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: 16, torch.int32: np.int32,
     torch.int64: np.int64, torch.bool: np.bool_,
@@ -35,7 +35,7 @@ class OnnxRuntimeEngine(BatchEngine):
         super().__init__(preparation, dtype, device, deadlines)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are others' too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are shared
         options.log_severity_level = 3
         provider: Any = "CPUExecutionProvider"
         if self._stream is not None:

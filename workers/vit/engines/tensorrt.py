@@ -1,10 +1,9 @@
-"""The TensorRT engine: built from our ONNX file once for a GPU, kept in the user's cache, its outputs bound
-to the embedding pool.
+"""The TensorRT engine: built from our ONNX file once for each GPU model, kept in the user's cache, its
+outputs bound to the embedding pool.
 
 Takes TensorRT 11 (`tensorrt`), or TensorRT-RTX (`tensorrt_rtx_bindings`), which has the same interface and
 builds on machines without a GPU. Networks are strongly typed: they compute in the types of the file.
-Execution was never run on a GPU so far: tests build the real encoder, and run everything around the engine
-with a stand-in for it.
+Execution was never run on a GPU so far: tests build the real encoder, and use a fake engine for the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MANY, SMALL = 16, 1024  # frames of a run, when each has at most so many patches
 
 
 class Profile(NamedTuple):
-    """The sizes that a part of the engine is made for: least, usual, largest."""
+    """The sizes of an optimization profile: smallest, usual, largest."""
 
     frames: tuple[int, int, int]
     patches: tuple[int, int, int]
@@ -52,8 +51,8 @@ def load_tensorrt() -> Any:
 
 
 def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
-    """One for many small frames, one for few large ones: memory follows the largest product of a profile's
-    two axes."""
+    """One for many small frames, one for few large ones: memory grows with the product of a profile's largest
+    axes."""
     least = info.merge_size**2
     largest = -(-info.largest_pixels // (least * info.patch_size**2)) * least  # whole tokens
     if largest <= SMALL:
@@ -67,7 +66,7 @@ def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
 def build(
     trt: Any, file: Path, preparation: Preparation, progress: Progress, capability: Any = None
 ) -> bytes:  # fmt: skip
-    """An engine of the ONNX file for this machine's GPU, or (TensorRT-RTX only) for a compute capability.
+    """Builds the ONNX file for this machine's GPU, or (TensorRT-RTX only) for a compute capability.
 
     Raises RuntimeError.
     """
@@ -108,7 +107,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self._phases[phase_name] = (step + 1, self._phases[phase_name][1])
-            progress(*next(iter(self._phases.values())))  # of the outermost
+            progress(*next(iter(self._phases.values())))  # of the outermost phase
             return True
 
         def phase_finish(self, phase_name: str) -> None:
@@ -121,10 +120,10 @@ def built(
     trt: Any, preparation: Preparation, file: Path, gpu: str, cache: Path, progress: Progress,
     capability: Any = None,
 ) -> Path:  # fmt: skip
-    """The engine of an exported file, built now if it is not in the cache yet. One process builds, others
-    wait for it.
+    """The engine of an exported file, built now if it is not in the cache yet; other processes wait
+    meanwhile.
 
-    Engines hold code: they are read from the user's own folder only.
+    Engines contain code: they are read from the user's own folder only.
     """
     profiles = profiles_for(preparation.info)
     # The name of the file's folder is a hash.
@@ -165,7 +164,7 @@ class TensorRtEngine(BatchEngine):
     def _stream_handle(self) -> int:
         return 0 if self._stream is None else int(self._stream.cuda_stream)
 
-    def _most_frames(self, num_patches: int) -> int:
+    def _max_frames(self, num_patches: int) -> int:
         return self._profiles[self._profile(num_patches)].frames[2]
 
     def _profile(self, num_patches: int) -> int:
@@ -194,6 +193,6 @@ class TensorRtEngine(BatchEngine):
 
 
 def _check(is_done: bool, call: str) -> None:
-    """TensorRT reports by what it returns, and goes on with the last shape or address that it took."""
+    """Raises RuntimeError: TensorRT only returns False, and would use the last valid shape or address."""
     if not is_done:
         raise RuntimeError(f"TensorRT's {call} failed")

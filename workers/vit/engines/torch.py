@@ -1,5 +1,4 @@
-"""The torch engine: pictures of any sizes packed in one forward, normalised and cut into patches on the
-device."""
+"""The torch engine: one forward over packed pictures of any sizes; patches are made on the device."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from workers.vit.slices import SliceLimit
 
 
 class TorchEngine:
-    """`limit` says in how many turns a large picture is encoded: between them the device is free for others.
+    """`limit` gives the number of parts in which a large picture is encoded; between two parts the device is
+    free for other processes.
 
-    `after_work` is called whenever some work is done: after each layer, and on a CPU, which may take minutes
-    for one, within layers.
+    `after_work` is called after each layer, and on a CPU, which may take minutes for one, within layers.
     """
 
     def __init__(
@@ -28,7 +27,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
-        """Fills every job's output. When it returns the device is done with them, so handles may be sent."""
+        """Fills every job's output. On return the device is done, so that handles may be sent."""
         num_patches = sum(job.grid_thw.num_patches for job in jobs)
         embeddings = self.encoder.forward(self.encoder.prepare(jobs), self._pace(num_patches))
         for job, part in zip(jobs, embeddings.split([len(job.output) for job in jobs]), strict=True):
@@ -36,7 +35,7 @@ class TorchEngine:
         self._wait()
 
     def _pace(self, num_patches: int) -> Pace:
-        """Waits for the device after every so many layers, where one turn would be too long."""
+        """Waits for the device after every part of a forward that is longer than a slice."""
         num_turns = 1 if self._limit is None else self._limit.num_turns(num_patches)
         if num_turns == 1 and self._after_work is None:
             return UNPACED

@@ -1,9 +1,8 @@
 """The contract of a vision tower.
 
-A tower has two parts. Its `Preparation` turns chunks into named tensors and knows all that depends on their
-grids; it needs no weights. Its `Encoder` computes embeddings from these tensors. Engines call the two and
-know no family: an ONNX file has the inputs that the preparation names, and the engine that runs the file
-prepares them without an encoder.
+A tower has two parts. Its `Preparation` turns chunks into named tensors, which is all that depends on their
+grids; it needs no weights. Its `Encoder` computes embeddings from these tensors. Engines know no family. An
+ONNX file has the inputs that the preparation names, so that its engine needs no encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from workers.vit.pace import UNPACED, Pace
 
 
 class EncodeJob(NamedTuple):
-    """One chunk: where its pixels are and where its embeddings go."""
+    """The pixels of one chunk, and the tensor for its embeddings."""
 
     pixels: Tensor  # [frames, height, width, 3] uint8
     grid_thw: GridTHW
@@ -30,7 +29,7 @@ class EncodeJob(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """An axis of an input whose size differs from run to run."""
+    """A dynamic axis of an input."""
 
     name: str
     most: int
@@ -41,7 +40,7 @@ FRAMES = Axis("frames", 1 << 16)  # of a batch: temporal patches
 
 
 class InputSpec(NamedTuple):
-    """A tensor that a forward takes, as an ONNX file declares it."""
+    """An input of a forward, as an ONNX file declares it."""
 
     name: str
     dtype: torch.dtype
@@ -49,7 +48,7 @@ class InputSpec(NamedTuple):
 
     @property
     def is_by_frame(self) -> bool:
-        """Each frame has a part of its own; others are the same for all frames of a batch."""
+        """Whether each frame has a part of its own; other inputs are shared by all frames of a batch."""
         return self.axes[0] == FRAMES
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -57,10 +56,10 @@ class InputSpec(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a forward takes.
+    """The inputs of a forward.
 
-    Packed inputs have all patches side by side, and `lengths` says where frames (and what else patches attend
-    within) end. A batch has the axis of frames, and no lengths: its frames are of one size.
+    Packed inputs have all patches in one axis, and `lengths` are the rows of each attention segment (a frame,
+    or a window in it). A batch has an axis of frames, which have one size, and no lengths.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,7 +67,7 @@ class Inputs(NamedTuple):
 
 
 class Preparation(ABC):
-    """Everything that depends on grids, without weights."""
+    """The part of a tower that depends on grids and needs no weights."""
 
     def __init__(self, info: VisionInfo) -> None:
         self.info = info
@@ -80,18 +79,18 @@ class Preparation(ABC):
 
     @abstractmethod
     def packed(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
-        """Of chunks of any sizes."""
+        """Packed inputs of chunks of any sizes."""
 
     @abstractmethod
     def batch(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
-        """Of chunks whose frames have one size: tensors as `specs` says, contiguous."""
+        """Inputs of chunks whose frames have one size: contiguous tensors as in `specs`."""
 
     def sizes(self, num_frames: int, num_patches: int) -> dict[str, int]:
-        """How large the axes of a batch are, by name. A tower with more axes adds its own."""
+        """The sizes of a batch's axes, by name. A tower with more axes adds its own."""
         return {FRAMES.name: num_frames, "patches": num_patches}
 
     def flop(self, num_patches: int) -> float:
-        """Floating point operations of a forward of one frame, about."""
+        """The approximate floating point operations of a forward of one frame."""
         info = self.info
         linear = 4.0 * info.embed_dim * (2 * info.embed_dim + info.intermediate_size)
         attention = 4.0 * num_patches * info.embed_dim
@@ -112,12 +111,12 @@ class Encoder(ABC):
     def forward(self, inputs: Inputs, pace: Pace = UNPACED) -> Tensor:
         """Embeddings [num_tokens, width] of packed inputs, [frames, num_tokens, width] of a batch.
 
-        Tells `pace` of its layers and lets it cut packed work, so that a picture of any size can be paused.
+        Calls `pace` after each layer, and computes packed rows through it, so that a large picture can pause.
         """
 
 
 class Tower(NamedTuple):
-    """What a tower's module names in `TOWER`; a family names the module."""
+    """A tower's module has one as `TOWER`; a family names the module."""
 
     preparation: Callable[[VisionInfo], Preparation]
     encoder: Callable[[VisionInfo, Weights], Encoder]

@@ -1,7 +1,7 @@
-"""Patches of pixels, and the angles of their places: the same in all of Qwen's towers.
+"""Patches of pixels, and their rotary angles: the same in all of Qwen's towers.
 
-Patches stand in the order of time, block row, block column, row in the block, column in the block: the
-patches of one merged token are side by side.
+Patches are ordered by time, block row, block column, row in the block, column in the block, so that the
+patches of one merged token are adjacent.
 """
 
 from __future__ import annotations

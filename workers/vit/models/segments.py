@@ -20,7 +20,7 @@ class SegmentAttention:
     def __init__(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device, pace: Pace) -> None:
         self._lengths, self._longest, self._pace = list(lengths), max(lengths), pace
         self._ends: Tensor | None = None
-        if device.type == "cuda" and dtype != torch.float32:  # for float32 there is no kernel
+        if device.type == "cuda" and dtype != torch.float32:  # no kernel takes float32
             ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
             self._ends = ends.to(device, non_blocking=True)
 
