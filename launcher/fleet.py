@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.units import Child, Unit
-from pipeline.wire.messages import PoolClosed, StatusMessage, WorkerState
+from pipeline.wire.base import PoolClosed
+from pipeline.wire.control import StatusMessage, WorkerState
 from pipeline.wire.topology import Role, WorkerId
 
 MAPPERS = {Role.VIT: Role.LLM, Role.PREPROCESS: Role.VIT}  # by the owner of a pool: the role that maps it

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.units import Unit
-from pipeline.wire.messages import ReloadState
+from pipeline.wire.control import ReloadState
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ".safetensors"

@@ -34,18 +34,18 @@ from pipeline.process.process import WAITING
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import (
+from pipeline.wire.base import PoolClosed
+from pipeline.wire.control import (
     ControlMessage,
     FirstTokenYielded,
     PipelineState,
-    PoolClosed,
     ReloadRequested,
     StatusMessage,
     WorkerFailed,
     WorkerReady,
     WorkerStats,
 )
+from pipeline.wire.errors import PipelineError
 from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.process.fork_server import WorkerProcess
-from pipeline.wire.messages import WorkerReady, WorkerState, WorkerStats
+from pipeline.wire.control import WorkerReady, WorkerState, WorkerStats
 from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 

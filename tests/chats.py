@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from pipeline.client.client import PipelineClient
-from pipeline.wire.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, Part, TextPart, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from tests.pictures import encode, noise, scene
 

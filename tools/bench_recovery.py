@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.client.client import PipelineClient
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from tools.processes import workers_of
 from tools.soak import pipeline, png

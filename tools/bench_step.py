@@ -19,18 +19,12 @@ import msgspec
 
 from pipeline.process.flight_recorder import digest_of
 from pipeline.transport.ends import Subscription
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    GenerateRequest,
-    Hello,
-    Origin,
-    OutputsMessage,
-    StepPlan,
-    StepsMessage,
-    Welcome,
-    pack_int32,
-)
+from pipeline.wire.base import Origin
+from pipeline.wire.clients import PROTOCOL_VERSION, Hello, OutputsMessage, Welcome
+from pipeline.wire.generation import GenerateRequest
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import StepPlan, StepsMessage
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine, Links

@@ -47,8 +47,10 @@ from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import AreaLimits, ImageSize, ModelInfo, read_model_info
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
+from pipeline.wire.base import GridTHW
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import (
     NUM_STREAMS,

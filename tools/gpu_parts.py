@@ -27,8 +27,9 @@ import torch
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import TextInfo, read_model_info
-from pipeline.wire.messages import SequenceStart, SequenceStep, StepPlan, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import Served, num_weights, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize

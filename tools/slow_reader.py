@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.client.client import PipelineClient
-from pipeline.wire.messages import ChatMessage
+from pipeline.wire.prompts import ChatMessage
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import Role
 from tools.processes import resident_bytes, workers_of

@@ -37,8 +37,9 @@ import numpy as np
 
 from pipeline.client.client import PipelineClient
 from pipeline.transport.keys import make_client_keys, make_server_keys
+from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart, TokenLogprobs
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import DIRECT_EDGES
 from tools.processes import free_port, num_open_files, resident_bytes, workers_of

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.client.client import PipelineClient
 from pipeline.wire.errors import PipelineError, RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from tools.places import add_place
 

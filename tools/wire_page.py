@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,9 @@ import msgspec
 
 from pipeline.transport.ends import MAX_FRAMES
 from pipeline.transport.sockets import UNIONS
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    Chat,
-    ChatMessage,
-    ControlMessage,
-    IngestMessage,
-    OutputsMessage,
-    SubmitRequest,
-)
+from pipeline.wire.clients import PROTOCOL_VERSION, IngestMessage, OutputsMessage, SubmitRequest
+from pipeline.wire.control import ControlMessage
+from pipeline.wire.prompts import Chat, ChatMessage
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import EDGES, Pattern
 
@@ -35,8 +30,8 @@ EXAMPLE = SubmitRequest(
 )  # fmt: skip
 INTRODUCTION = f"""# The wire
 
-Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/messages.py`:
-change those, not this page. `tests/js/client.mjs` is a client that was written from it.
+Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/`: change
+those, not this page. `tests/js/client.mjs` is a client that was written from it.
 
 ## How to submit a request
 
@@ -113,14 +108,18 @@ def _edges() -> str:
     rows = ["## Edges\n", "| edge | binds | connect | messages |", "| --- | --- | --- | --- |"]
     for edge in EDGES:
         binds = f"{edge.binder} ({'PULL' if edge.pattern is Pattern.PUSH_PULL else 'XPUB'})"
-        names = ", ".join(f"`{struct.__name__}`" for struct in typing.get_args(UNIONS[edge]))
+        names = ", ".join(f"`{struct.__name__}`" for struct in _structs(UNIONS[edge]))
         rows.append(f"| {edge.name} | {binds} | {', '.join(dict.fromkeys(edge.peers))} | {names} |")
     return "\n".join(rows) + "\n"
 
 
+def _structs(union: Any) -> tuple[type, ...]:
+    return typing.get_args(union) or (union,)
+
+
 def _messages(union: Any) -> list[str]:
     lines = []
-    for struct in typing.get_args(union):
+    for struct in _structs(union):
         lines.append(f"**{struct.__name__}**: {inspect.cleandoc(struct.__doc__ or '')}\n")
         lines.append("| field | type | default |\n| --- | --- | --- |")
         for field in msgspec.structs.fields(struct):
@@ -138,15 +137,7 @@ def _messages(union: Any) -> list[str]:
 
 def _type_name(kind: Any) -> str:
     name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    for module in (
-        "pipeline.wire.messages.",
-        "pipeline.wire.topology.",
-        "pipeline.wire.sampling.",
-        "pipeline.wire.errors.",
-        "pipeline.wire.handles.",
-        "typing.",
-    ):
-        name = name.replace(module, "")
+    name = re.sub(r"\b(pipeline\.wire\.\w+|typing)\.", "", name)
     return f"`{name}`".replace("|", "\\|")
 
 
@@ -165,7 +156,7 @@ def _example() -> str:
 
 
 def _schema() -> str:
-    structs = [struct for union in CLIENT_UNIONS.values() for struct in typing.get_args(union)]
+    structs = [struct for union in CLIENT_UNIONS.values() for struct in _structs(union)]
     _, components = msgspec.json.schema_components(structs, ref_template="#/$defs/{name}")
     return json.dumps({"$defs": components}, indent=1, sort_keys=True)
 

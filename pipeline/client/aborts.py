@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.wire.messages import AbortRequest, RequestOutput
+from pipeline.wire.clients import AbortRequest, RequestOutput
 from pipeline.wire.sampling import FinishReason
 
 MAX_ABORTS = 30  # sent for one request or choice, then no more

@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pipeline.client.client import Piece, PipelineClient
-from pipeline.wire.messages import ChatMessage, Prompt, Welcome
+from pipeline.wire.clients import Welcome
+from pipeline.wire.prompts import ChatMessage, Prompt
 from pipeline.wire.sampling import SamplingParams
 
 T = TypeVar("T")

@@ -28,22 +28,12 @@ from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, t
 from pipeline.client.open_request import OpenRequest
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
+from pipeline.wire.clients import RequestOutput, SubmitRequest, TokenLogprobs, Welcome
+from pipeline.wire.control import ReloadState, WorkerState
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.messages import (
-    Chat,
-    ChatMessage,
-    Prompt,
-    ReloadState,
-    RequestOutput,
-    SubmitRequest,
-    Text,
-    TokenLogprobs,
-    Tokens,
-    Welcome,
-    WorkerState,
-    unpack_int32,
-)
+from pipeline.wire.packing import unpack_int32
+from pipeline.wire.prompts import Chat, ChatMessage, Prompt, Text, Tokens
 from pipeline.wire.sampling import FinishReason, SamplingParams
 
 

@@ -35,28 +35,25 @@ from pipeline.process.liveness import LauncherLife
 from pipeline.transport.ends import AsyncReceiver, Sender
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import RemotePipeline
-from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
-from pipeline.wire.messages import (
+from pipeline.wire.clients import (
     CLIENT_ID_BYTES,
     MAX_REQUEST_ID,
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
-    ControlMessage,
     Hello,
     IngestMessage,
     Interrupted,
     OutputsMessage,
-    PipelineState,
     Preparing,
-    ReloadState,
     RequestFailed,
     RequestOutput,
     SubmitRequest,
     TokenOutputs,
     Welcome,
-    WorkerState,
 )
+from pipeline.wire.control import ControlMessage, PipelineState, ReloadState, WorkerState
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)

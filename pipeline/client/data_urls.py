@@ -17,7 +17,7 @@ import pybase64
 
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, Part, TextPart, VideoPart
 
 M = TypeVar("M", ImagePart, VideoPart)
 MAX_HEADER = 1024  # characters of a type with its parameters

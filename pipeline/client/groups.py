@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.wire.messages import Welcome, WorkerState
+from pipeline.wire.clients import Welcome
+from pipeline.wire.control import WorkerState
 from pipeline.wire.topology import Role, WorkerId
 
 BUSY_AFTER_S = 3.0  # a group whose last stats are older is in a long step, and answers after it

@@ -9,15 +9,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from pipeline.wire.clients import ChoiceProgress, QueryRequest, RequestOutput, SubmitRequest
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.messages import (
-    ChoiceProgress,
-    QueryRequest,
-    RequestOutput,
-    SubmitRequest,
-    pack_int32,
-    unpack_int32,
-)
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.topology import Role
 
 

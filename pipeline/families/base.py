@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from pipeline.wire.base import GridTHW
+from pipeline.wire.generation import Span
 from pipeline.wire.handles import ITEM_SIZES
-from pipeline.wire.messages import GridTHW, Int32Array, Span
+from pipeline.wire.packing import Int32Array
 
 MAX_ASPECT_RATIO = 200  # of a picture; the processors of all families refuse thinner ones
 # Patches of one chunk of a video. A ViT packs several chunks into one forward, and encodes the first of them

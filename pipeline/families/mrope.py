@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.families.base import Positions
-from pipeline.wire.messages import GridTHW, Int32Array, Span
+from pipeline.wire.base import GridTHW
+from pipeline.wire.generation import Span
+from pipeline.wire.packing import Int32Array
 
 
 class Run(NamedTuple):

@@ -30,7 +30,7 @@ from pipeline.families.files import CheckpointFiles, pixel_limits
 from pipeline.families.mrope import Run, mrope_positions
 from pipeline.families.resizing import smart_resize
 from pipeline.families.text import read_text
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 
 VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a frame
 VIDEO_TOKENS = 128_000  # of all frames of a video together, of which 90 % are used

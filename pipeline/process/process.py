@@ -24,14 +24,12 @@ from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Receiver, Sender
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import (
+from pipeline.wire.base import Origin, PoolClosed, WorkerMessage
+from pipeline.wire.control import (
     ControlMessage,
     FirstTokenYielded,
-    Origin,
     PipelineState,
-    PoolClosed,
     WorkerFailed,
-    WorkerMessage,
     WorkerReady,
     WorkerState,
     WorkerStats,

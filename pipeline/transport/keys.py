@@ -17,7 +17,7 @@ from pathlib import Path
 
 import zmq.auth
 
-from pipeline.wire.messages import CLIENT_ID_BYTES
+from pipeline.wire.clients import CLIENT_ID_BYTES
 
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"  # names of files and folders
 OWNER_BYTES = CLIENT_ID_BYTES // 2  # a client id begins with a hash of the public key; the rest is random

@@ -21,17 +21,12 @@ from pipeline.transport.ends import (
     Sender,
 )
 from pipeline.transport.sites import EdgeEnd, RunDirectory, Site
+from pipeline.wire.clients import IngestMessage, OutputsMessage
+from pipeline.wire.control import ControlMessage, StatusMessage
+from pipeline.wire.encoding import EncodeMessage, FeedbackMessage
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import (
-    ControlMessage,
-    EncodeMessage,
-    FeedbackMessage,
-    IngestMessage,
-    LlmMessage,
-    OutputsMessage,
-    StatusMessage,
-    StepsMessage,
-)
+from pipeline.wire.generation import LlmMessage
+from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import (
     CONTROL,
     ENCODE,

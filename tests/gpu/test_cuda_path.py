@@ -21,8 +21,10 @@ from pipeline.families import read_model_info
 from pipeline.transport.memory import CudaBindings
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.tensors import PoolMap, TensorPool
-from pipeline.wire.messages import GridTHW, SequenceStart, SequenceStep, StepPlan, pack_int32
+from pipeline.wire.base import GridTHW
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from tests.chats import CHATS, NUM_TOKENS, to_messages
 from tests.chats import generate as ask
 from tests.fakes import LLM_0

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.client.blocking import BlockingClient
 from pipeline.wire.errors import PipelineError, RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from tests.pictures import data_url, encode, scene
 from tests.servers import Server
@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 CHILD = """
 import sys
 from pipeline.client.blocking import BlockingClient
-from pipeline.wire.messages import ChatMessage
+from pipeline.wire.prompts import ChatMessage
 from pipeline.wire.sampling import SamplingParams
 with BlockingClient(sys.argv[1]) as client:
     for number in range(5):

@@ -22,8 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.client.blocking import BlockingClient
 from pipeline.transport.keys import ClientKeys, make_client_keys, make_server_keys
 from pipeline.transport.tcp import RemotePipeline
+from pipeline.wire.clients import PROTOCOL_VERSION, AbortRequest, Hello
 from pipeline.wire.errors import PipelineError, RequestError
-from pipeline.wire.messages import PROTOCOL_VERSION, AbortRequest, ChatMessage, Hello, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import DIRECT_EDGES, INGEST, OUTPUTS
 from tests.integration.test_direct import request_line
@@ -231,7 +232,7 @@ def test_other_workers_die_and_no_stream_over_tcp_has_a_gap(served: Served) -> N
 
 def test_a_client_process_that_is_killed_is_missed(served: Served) -> None:
     child = (
-        "import sys\nfrom pipeline.client.blocking import BlockingClient\nfrom pipeline.wire.messages "
+        "import sys\nfrom pipeline.client.blocking import BlockingClient\nfrom pipeline.wire.prompts "
         "import ChatMessage\n"
         "from pipeline.wire.sampling import SamplingParams\nclient = BlockingClient(sys.argv[1], "
         "sys.argv[2])\nclient.start()\n"

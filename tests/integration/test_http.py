@@ -25,7 +25,7 @@ import openai
 import pytest
 
 from pipeline.client.client import PipelineClient
-from pipeline.wire.messages import ChatMessage
+from pipeline.wire.prompts import ChatMessage
 from pipeline.wire.sampling import SamplingParams
 from tests.integration.conftest import LIMITS
 from tests.pictures import data_url, encode, noise, scene

@@ -25,19 +25,13 @@ from pipeline.client.client import PipelineClient
 from pipeline.process.flight_recorder import digest_of
 from pipeline.transport.ends import AsyncReceiver
 from pipeline.transport.sockets import Sockets
+from pipeline.wire.base import ChunkKey
+from pipeline.wire.clients import PROTOCOL_VERSION, Hello
+from pipeline.wire.control import ControlMessage, PipelineState
 from pipeline.wire.errors import RequestError
+from pipeline.wire.generation import EmbeddingReady
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    ChatMessage,
-    ChunkKey,
-    ControlMessage,
-    EmbeddingReady,
-    Hello,
-    ImagePart,
-    PipelineState,
-    TextPart,
-)
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS, VIT_0

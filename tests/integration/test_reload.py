@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.client.client import PipelineClient
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS

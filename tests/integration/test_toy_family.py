@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.client.client import PipelineClient
-from pipeline.wire.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, Part, TextPart, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from tests.chats import Clip
 from tests.integration.conftest import LIMITS

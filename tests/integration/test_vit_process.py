@@ -20,23 +20,11 @@ from pipeline.transport.poller import Poller
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tensors import PoolMap, TensorPool
+from pipeline.wire.base import ChunkKey, GridTHW, PoolOpened
+from pipeline.wire.control import PipelineState, WorkerFailed, WorkerReady, WorkerStats
+from pipeline.wire.encoding import EncodeMiss, EncodeRequest, LeaseReleased, LeaseSet, PixelsReleased
+from pipeline.wire.generation import EmbeddingReady, EncodeFailed
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import (
-    ChunkKey,
-    EmbeddingReady,
-    EncodeFailed,
-    EncodeMiss,
-    EncodeRequest,
-    GridTHW,
-    LeaseReleased,
-    LeaseSet,
-    PipelineState,
-    PixelsReleased,
-    PoolOpened,
-    WorkerFailed,
-    WorkerReady,
-    WorkerStats,
-)
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, LLM, STATUS
 from tests.checkpoints import make_checkpoint
 from tests.fakes import LLM_0, PREPROCESS, VIT_0

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.client.client import PipelineClient
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS

@@ -10,7 +10,8 @@ import pytest
 from launcher.fleet import Fleet
 from launcher.placement import workers
 from launcher.units import Child, Phase, Unit, units
-from pipeline.wire.messages import PoolClosed, WorkerReady, WorkerStats
+from pipeline.wire.base import PoolClosed
+from pipeline.wire.control import WorkerReady, WorkerStats
 from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 

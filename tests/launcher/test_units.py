@@ -23,7 +23,7 @@ from launcher.units import (
     units,
 )
 from pipeline.process.flight_recorder import FlightRecorder
-from pipeline.wire.messages import WorkerReady, WorkerStats
+from pipeline.wire.control import WorkerReady, WorkerStats
 from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 

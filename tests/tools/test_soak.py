@@ -6,7 +6,8 @@ import random
 
 import numpy as np
 
-from pipeline.wire.messages import TokenLogprobs, pack_int32
+from pipeline.wire.clients import TokenLogprobs
+from pipeline.wire.packing import pack_int32
 from tools.soak import Answer, difference, make_chats
 
 

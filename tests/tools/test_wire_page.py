@@ -4,7 +4,7 @@ import re
 
 import msgspec
 
-from pipeline.wire.messages import IngestMessage
+from pipeline.wire.clients import IngestMessage
 from tools.wire_page import EXAMPLE, PAGE, page
 
 

@@ -30,7 +30,7 @@ from pipeline.families import (
 )
 from pipeline.families.files import CheckpointFiles, Section
 from pipeline.families.resizing import smart_resize
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 
 BETWEEN = "<|vision_end|> and <|vision_start|>"  # the two runs of an item
 POSITIONS_A_SECOND = 4

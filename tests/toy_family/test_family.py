@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.families import ImageSize, MediaInfo, ModelInfo, PlacedMedia, Placeholders, SampledFrames
 from pipeline.families import registry as families
-from pipeline.wire.messages import Span
+from pipeline.wire.generation import Span
 from tests.toy_family.checkpoint import install_toy, make_toy
 from tests.toy_family.family import BETWEEN, ToyFamily
 from tests.workers.api import toys

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.families import ModelInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from tests.toy_family.checkpoint import make_toy
 from tests.toy_family.family import ToyFamily
 from tests.toy_family.reference import Reference

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.families import VisionInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.nn.layers import RMSNorm
 from workers.nn.weights.base import Linear
 from workers.nn.weights.weights import Weights

@@ -18,31 +18,23 @@ import pytest
 from pipeline.families import EmbeddingSpec
 from pipeline.transport.ends import Subscription
 from pipeline.transport.slots import ALIGNMENT, Order, SlotAllocator
-from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import (
+from pipeline.wire.base import ChunkKey, GridTHW
+from pipeline.wire.clients import (
     PROTOCOL_VERSION,
     AbortRequest,
     ChoiceProgress,
-    ChunkKey,
-    EmbeddingReady,
-    GenerateRequest,
-    GridTHW,
     Hello,
     Interrupted,
-    ItemNotNeeded,
-    LeaseRefused,
-    LeaseReleased,
-    LeaseRequest,
-    MmChunk,
-    MmItem,
     RequestOutput,
-    Span,
-    StepPlan,
     TokenOutputs,
     Welcome,
-    pack_int32,
 )
+from pipeline.wire.encoding import ItemNotNeeded, LeaseReleased, LeaseRequest
+from pipeline.wire.generation import EmbeddingReady, GenerateRequest, LeaseRefused, MmChunk, MmItem, Span
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import StepPlan
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from workers.llm.cache.manager import CacheManager
 from workers.llm.engine import Engine, Links

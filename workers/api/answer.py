@@ -11,7 +11,8 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from pipeline.client.client import Piece
-from pipeline.wire.messages import TokenLogprobs, unpack_int32
+from pipeline.wire.clients import TokenLogprobs
+from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import FinishReason
 from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from pipeline.wire.messages import WorkerState
+from pipeline.wire.control import WorkerState
 from pipeline.wire.metrics import Metric
 
 PREFIX = "vlm_"

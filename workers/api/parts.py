@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
-from pipeline.wire.messages import ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.prompts import ImagePart, Part, TextPart, VideoPart
 
 Fields = Mapping[str, Any]
 MAX_NUMBER = 2.0**63  # what a wire integer holds

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.client.data_urls import move_data_urls
-from pipeline.wire.messages import ChatMessage
+from pipeline.wire.prompts import ChatMessage
 from pipeline.wire.sampling import SamplingParams
 
 

@@ -21,8 +21,8 @@ from pipeline.process.process import (
     run_async,
 )
 from pipeline.transport.ends import AsyncReceiver
+from pipeline.wire.control import ControlMessage, ReloadRequested
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import ControlMessage, ReloadRequested
 from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.runner import HttpRunner

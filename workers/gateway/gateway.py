@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline.transport.ends import Subscription
 from pipeline.transport.keys import owner_of
-from pipeline.wire.messages import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, IngestMessage, SubmitRequest
+from pipeline.wire.clients import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, IngestMessage, SubmitRequest
 
 logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256

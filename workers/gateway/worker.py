@@ -18,12 +18,8 @@ from pipeline.transport.keys import ServerKeys
 from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import ClientListener
-from pipeline.wire.messages import (
-    ControlMessage,
-    IngestMessage,
-    OutputsMessage,
-    PipelineState,
-)
+from pipeline.wire.clients import IngestMessage, OutputsMessage
+from pipeline.wire.control import ControlMessage, PipelineState
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
 from workers.gateway.gateway import COUNTED, Gateway
 

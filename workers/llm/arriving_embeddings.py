@@ -5,7 +5,7 @@ It comes over other connections than the requests, so an embedding may be here b
 
 from __future__ import annotations
 
-from pipeline.wire.messages import EmbeddingReady, EncodeFailed, LeaseRefused
+from pipeline.wire.generation import EmbeddingReady, EncodeFailed, LeaseRefused
 from workers.llm.chunk import Chunk
 from workers.llm.clients import Clients, Interruption
 from workers.llm.leases import Leases, lease_of

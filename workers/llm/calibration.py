@@ -6,8 +6,9 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
-from pipeline.wire.messages import SequenceStart, SequenceStep, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import SequenceStart, SequenceStep
 from workers.llm.cache.manager import CacheManager
 from workers.llm.step_times import Measured, StepTimes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.wire.messages import GenerateRequest
+from pipeline.wire.generation import GenerateRequest
 from workers.llm.request import Request, progress_of
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pipeline.wire.generation import MmChunk, MmItem
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import MmChunk, MmItem
 
 
 class Lease(NamedTuple):

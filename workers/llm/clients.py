@@ -11,19 +11,19 @@ from typing import NamedTuple, Protocol, assert_never
 import msgspec
 
 from pipeline.transport.ends import Subscription
-from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.messages import (
+from pipeline.wire.base import Origin
+from pipeline.wire.clients import (
     Accepted,
     Interrupted,
-    Origin,
     OutputsMessage,
     Preparing,
     RequestFailed,
     RequestOutput,
     TokenOutputs,
     Welcome,
-    pack_int32,
 )
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role
 from workers.llm.choices import Choices

@@ -11,17 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.transport.ends import Sink, Subscription
-from pipeline.wire.messages import (
-    EncodeMessage,
-    FeedbackMessage,
-    LlmMessage,
-    Origin,
-    SequenceStart,
-    SequenceStep,
-    StepsMessage,
-    Welcome,
-    WorkerState,
-)
+from pipeline.wire.base import Origin
+from pipeline.wire.clients import Welcome
+from pipeline.wire.control import WorkerState
+from pipeline.wire.encoding import EncodeMessage, FeedbackMessage
+from pipeline.wire.generation import LlmMessage
+from pipeline.wire.steps import SequenceStart, SequenceStep, StepsMessage
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Interruption, Publish

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import assert_never
 
+from pipeline.wire.base import PoolClosed, PoolOpened
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import PoolClosed, PoolOpened, StepPlan, StepsMessage, TokenMasks
+from pipeline.wire.steps import StepPlan, StepsMessage, TokenMasks
 from workers.llm.model_runner import ModelRunner
 
 

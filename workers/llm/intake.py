@@ -6,26 +6,18 @@ from collections.abc import Mapping
 from typing import assert_never
 
 from pipeline.process.flight_recorder import digest_of
+from pipeline.wire.base import Origin, PoolClosed, PoolOpened, WorkerMessage
+from pipeline.wire.clients import PROTOCOL_VERSION, AbortRequest, Hello, Preparing, QueryRequest, Welcome
+from pipeline.wire.control import WorkerState
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    AbortRequest,
+from pipeline.wire.generation import (
     EmbeddingReady,
     EncodeFailed,
     GenerateRequest,
-    Hello,
     LeaseRefused,
     LlmMessage,
-    Origin,
-    PoolClosed,
-    PoolOpened,
-    Preparing,
-    QueryRequest,
     RequestNotYours,
     RequestRefused,
-    Welcome,
-    WorkerMessage,
-    WorkerState,
 )
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.arriving_embeddings import ArrivingEmbeddings

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import EmbeddingSlice
+from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.models.base import Features
 from workers.nn.loader import to_device
 

@@ -11,16 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from pipeline.transport.ends import Sink
-from pipeline.wire.messages import (
-    ChunkKey,
-    EmbeddingReady,
-    EncodeFailed,
-    EncodeMessage,
-    LeaseReleased,
-    LeaseRequest,
-    LeaseSet,
-    Origin,
-)
+from pipeline.wire.base import ChunkKey, Origin
+from pipeline.wire.encoding import EncodeMessage, LeaseReleased, LeaseRequest, LeaseSet
+from pipeline.wire.generation import EmbeddingReady, EncodeFailed
 from workers.llm.chunk import Chunk, Lease
 from workers.llm.request import Request
 

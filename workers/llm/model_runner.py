@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
-from pipeline.wire.messages import SequenceStart, SequenceStep, StepPlan
+from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from workers.llm.attention.base import AttentionBackend, Span
 from workers.llm.backends import Backend, choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors

@@ -10,17 +10,11 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 
-from pipeline.wire.messages import (
-    ChoiceProgress,
-    EmbeddingSlice,
-    GenerateRequest,
-    Int32Array,
-    MmItem,
-    TokenLogprobs,
-    pack_int32,
-    unpack_int32,
-)
+from pipeline.wire.clients import ChoiceProgress, TokenLogprobs
+from pipeline.wire.generation import GenerateRequest, MmItem
+from pipeline.wire.packing import Int32Array, pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
 

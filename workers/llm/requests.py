@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from pipeline.transport.ends import Sink
-from pipeline.wire.messages import FeedbackMessage, ItemNotNeeded, Origin, RequestEnded, RequestOutput
+from pipeline.wire.base import Origin
+from pipeline.wire.clients import RequestOutput
+from pipeline.wire.encoding import FeedbackMessage, ItemNotNeeded, RequestEnded
 from pipeline.wire.sampling import FinishReason
 from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Ended, Failure, Interruption, output_of

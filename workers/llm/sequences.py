@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.wire.messages import Int32Array, SequenceStart, SequenceStep, unpack_int32
+from pipeline.wire.packing import Int32Array, unpack_int32
+from pipeline.wire.steps import SequenceStart, SequenceStep
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

@@ -11,12 +11,9 @@ from pipeline.process.core_sharing import CoreSharing
 from pipeline.process.process import WAITING, WorkerContext
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    ControlMessage,
-    StepsMessage,
-    Welcome,
-)
+from pipeline.wire.clients import PROTOCOL_VERSION, Welcome
+from pipeline.wire.control import ControlMessage
+from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import CachePlan

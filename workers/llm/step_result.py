@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.wire.messages import TokenLogprobs, pack_int32
+from pipeline.wire.clients import TokenLogprobs
+from pipeline.wire.packing import pack_int32
 from workers.llm.sampling.base import Int64Array
 from workers.llm.sampling.sampler import Sampled
 

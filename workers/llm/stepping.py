@@ -21,18 +21,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pipeline.process.trace import Tracer
+from pipeline.wire.base import Origin
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.handles import PoolInfo
-from pipeline.wire.messages import (
-    Origin,
-    SequenceStart,
-    SequenceStep,
-    StepPlan,
-    StepsMessage,
-    TokenMasks,
-    pack_int32,
-)
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import with_seed
+from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan, StepsMessage, TokenMasks
 from workers.llm.chunk import Lease
 from workers.llm.leases import Leases
 from workers.llm.request import Request

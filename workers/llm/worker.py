@@ -23,13 +23,10 @@ from pipeline.process.process import (
 )
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller
-from pipeline.wire.messages import (
-    CLIENT_ID_BYTES,
-    ControlMessage,
-    LlmMessage,
-    OutputsMessage,
-    StepsMessage,
-)
+from pipeline.wire.clients import CLIENT_ID_BYTES, OutputsMessage
+from pipeline.wire.control import ControlMessage
+from pipeline.wire.generation import LlmMessage
+from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of

@@ -19,16 +19,10 @@ from pipeline.transport.ends import Sink
 from pipeline.transport.fair import FairQueue
 from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.transport.tensors import TensorPool
+from pipeline.wire.base import ChunkKey, Origin, PoolOpened
+from pipeline.wire.encoding import CancelEncode, EncodeMessage, EncodeRequest
 from pipeline.wire.errors import ErrorInfo, RequestError
-from pipeline.wire.messages import (
-    CancelEncode,
-    ChunkKey,
-    EncodeMessage,
-    EncodeRequest,
-    MmChunk,
-    Origin,
-    PoolOpened,
-)
+from pipeline.wire.generation import MmChunk
 from workers.preprocess.credits import Shares
 from workers.preprocess.media import Chunk
 from workers.preprocess.places import decrease

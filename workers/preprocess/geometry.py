@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pipeline.families import MAX_ASPECT_RATIO, AreaLimits, ImageSize, ModelInfo
 from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.messages import ImagePart, VideoPart
+from pipeline.wire.prompts import ImagePart, VideoPart
 from workers.preprocess.video import VideoMetadata
 
 MAX_SIDE = 1 << 20  # of a requested size

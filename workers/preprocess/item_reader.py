@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pipeline.config import MIB, PreprocessConfig
 from pipeline.families import ImageSize, ModelInfo, SampledFrames
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ImagePart, VideoPart
+from pipeline.wire.prompts import ImagePart, VideoPart
 from workers.preprocess.fetch import Fetched, Fetcher, Validators, check_form, decode_base64, too_large
 from workers.preprocess.geometry import check_settings, chosen_frames, picture_size, video_frame_size
 from workers.preprocess.images import check_aspect

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from pipeline.families import ImageSize, MediaInfo, ModelInfo, SampledFrames, Segment
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.preprocess.readers import MediaReaders
 from workers.preprocess.videos import VideoFile
 

@@ -25,30 +25,27 @@ from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Sink
 from pipeline.transport.slots import Order, SlotAllocator
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
-from pipeline.wire.messages import (
-    AbortRequest,
-    ChunkKey,
+from pipeline.wire.base import ChunkKey
+from pipeline.wire.clients import AbortRequest, Hello, IngestMessage, Preparing, QueryRequest, SubmitRequest
+from pipeline.wire.control import WorkerState
+from pipeline.wire.encoding import (
     EncodeMessage,
     EncodeMiss,
     FeedbackMessage,
-    GenerateRequest,
-    Hello,
-    IngestMessage,
     ItemNotNeeded,
+    PixelsReleased,
+    RequestEnded,
+)
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.wire.generation import (
+    GenerateRequest,
     LlmMessage,
     MmChunk,
     MmItem,
-    PixelsReleased,
-    Preparing,
-    QueryRequest,
-    RequestEnded,
     RequestNotYours,
     RequestRefused,
-    SubmitRequest,
-    WorkerState,
-    pack_int32,
 )
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.topology import Role, WorkerId
 from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.credits import Credits

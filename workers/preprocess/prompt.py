@@ -22,18 +22,18 @@ from tokenizers import Tokenizer
 from pipeline.families import Placeholders, Segment
 from pipeline.families.files import read_chat_template
 from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.messages import (
+from pipeline.wire.generation import Span
+from pipeline.wire.packing import unpack_int32
+from pipeline.wire.prompts import (
     Chat,
     ChatMessage,
     ImagePart,
     Part,
     Prompt,
-    Span,
     Text,
     TextPart,
     Tokens,
     VideoPart,
-    unpack_int32,
 )
 
 ROLES = ("system", "user", "assistant")

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
+from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.messages import Chat, ImagePart, Prompt, SubmitRequest, TextPart, VideoPart
+from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, VideoPart
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
 from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt

@@ -9,7 +9,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
-from pipeline.wire.messages import MmItem, pack_int32
+from pipeline.wire.generation import MmItem
+from pipeline.wire.packing import pack_int32
 
 MAX_REMEMBERED = 100_000
 PREFIX_TOKENS = 64  # prefixes are remembered in steps of so many tokens

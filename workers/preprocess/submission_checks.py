@@ -6,18 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import assert_never
 
+from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
-from pipeline.wire.messages import (
-    MAX_SALT_BYTES,
-    MAX_TENANT,
-    Chat,
-    Prompt,
-    SubmitRequest,
-    Text,
-    Tokens,
-    unpack_int32,
-)
+from pipeline.wire.packing import unpack_int32
+from pipeline.wire.prompts import Chat, Prompt, Text, Tokens
 from workers.preprocess.prompt import parts_of, texts_of
 
 ALL = "all"  # may have a priority

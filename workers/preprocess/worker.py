@@ -17,12 +17,10 @@ from pipeline.process.process import (
 from pipeline.transport.ends import AsyncReceiver
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.messages import (
-    ControlMessage,
-    FeedbackMessage,
-    IngestMessage,
-    PoolOpened,
-)
+from pipeline.wire.base import PoolOpened
+from pipeline.wire.clients import IngestMessage
+from pipeline.wire.control import ControlMessage
+from pipeline.wire.encoding import FeedbackMessage
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
 from workers.model_info import model_info_of
 from workers.preprocess.preprocessor import Preprocessor

@@ -15,8 +15,8 @@ from pipeline.families import EmbeddingSpec
 from pipeline.process.quarantine import nobody
 from pipeline.transport.fair import FairQueue
 from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
+from pipeline.wire.base import ChunkKey, GridTHW
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import ChunkKey, GridTHW
 from workers.vit.feature_cache import Feature, FeatureCache
 
 

@@ -11,24 +11,21 @@ from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Sink
 from pipeline.transport.slots import Order
 from pipeline.transport.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool
-from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.messages import (
+from pipeline.wire.base import PoolOpened
+from pipeline.wire.control import WorkerState
+from pipeline.wire.encoding import (
     CancelEncode,
-    EmbeddingReady,
-    EncodeFailed,
     EncodeMessage,
     EncodeMiss,
     EncodeRequest,
     FeedbackMessage,
-    LeaseRefused,
     LeaseReleased,
     LeaseRequest,
     LeaseSet,
-    LlmMessage,
     PixelsReleased,
-    PoolOpened,
-    WorkerState,
 )
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.generation import EmbeddingReady, EncodeFailed, LeaseRefused, LlmMessage
 from pipeline.wire.topology import Role
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.models.base import EncodeJob

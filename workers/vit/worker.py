@@ -24,13 +24,10 @@ from pipeline.transport.memory import CudaBindings
 from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import PoolMap, TensorPool
+from pipeline.wire.base import PoolOpened
+from pipeline.wire.control import ControlMessage, WorkerState
+from pipeline.wire.encoding import EncodeMessage
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.messages import (
-    ControlMessage,
-    EncodeMessage,
-    PoolOpened,
-    WorkerState,
-)
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.model_info import model_info_of
 from workers.nn.loader import choose_device, choose_dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.client.aborts import MAX_ABORTS, Aborts
-from pipeline.wire.messages import AbortRequest, RequestOutput
+from pipeline.wire.clients import AbortRequest, RequestOutput
 from pipeline.wire.sampling import FinishReason
 
 

@@ -20,29 +20,25 @@ from pipeline.process.flight_recorder import digest_of
 from pipeline.process.liveness import LOCK
 from pipeline.transport.ends import Received
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
-from pipeline.wire.messages import (
+from pipeline.wire.clients import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
-    ChatMessage,
     Hello,
-    ImagePart,
     Interrupted,
-    PipelineState,
     Preparing,
     QueryRequest,
     RequestFailed,
     RequestOutput,
     SubmitRequest,
-    TextPart,
     TokenLogprobs,
     TokenOutputs,
     Welcome,
-    WorkerState,
-    pack_int32,
-    unpack_int32,
 )
+from pipeline.wire.control import PipelineState, WorkerState
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.wire.packing import pack_int32, unpack_int32
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS

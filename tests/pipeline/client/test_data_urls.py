@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.client.data_urls import UNQUOTE_BYTES, forgiving_base64, move_data_urls, percent_decoded
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, Part, TextPart, VideoPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, Part, TextPart, VideoPart
 
 DATA = bytes(range(256)) * 3 + b"\xfb\xff\xfe"
 BASE64 = base64.b64encode(DATA).decode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.client.groups import BUSY_AFTER_S, Groups
-from pipeline.wire.messages import PROTOCOL_VERSION, Welcome, WorkerState
+from pipeline.wire.clients import PROTOCOL_VERSION, Welcome
+from pipeline.wire.control import WorkerState
 from pipeline.wire.topology import Role, WorkerId
 
 LEADS = (0, 2)

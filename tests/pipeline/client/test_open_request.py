@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline.client.open_request import OpenRequest
-from pipeline.wire.messages import Chat, ChoiceProgress, RequestOutput, SubmitRequest, pack_int32
+from pipeline.wire.clients import ChoiceProgress, RequestOutput, SubmitRequest
+from pipeline.wire.packing import pack_int32
+from pipeline.wire.prompts import Chat
 from pipeline.wire.sampling import FinishReason, SamplingParams
 
 

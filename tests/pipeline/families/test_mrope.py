@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.families.mrope import Run, mrope_positions
-from pipeline.wire.messages import GridTHW, Span
+from pipeline.wire.base import GridTHW
+from pipeline.wire.generation import Span
 
 
 def test_text_alone_counts_on_in_all_rows() -> None:

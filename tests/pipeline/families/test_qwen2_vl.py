@@ -24,7 +24,8 @@ from pipeline.families import (
 )
 from pipeline.families.qwen2_vl import _arange, sample_frames
 from pipeline.families.resizing import smart_resize
-from pipeline.wire.messages import GridTHW, Span
+from pipeline.wire.base import GridTHW
+from pipeline.wire.generation import Span
 from tests import reference
 from tests.chats import CHATS
 from tests.pictures import limits, seen_size

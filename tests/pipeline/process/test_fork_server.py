@@ -19,7 +19,7 @@ from pipeline.process.fork_server import ForkServer, WorkerProcess
 from pipeline.process.process import Placement, WorkerSpec
 from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import PipelineState, WorkerFailed, WorkerReady
+from pipeline.wire.control import PipelineState, WorkerFailed, WorkerReady
 from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 from tests.servers import is_alive
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline.transport.ends import MAX_FRAMES, MAX_GARBAGE, _Decoding
 from pipeline.transport.sockets import UNIONS, Sockets
+from pipeline.wire.clients import Hello
 from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.messages import Hello
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import EDGES, INGEST, Edge, Pattern, WorkerId, address
 from tests.fakes import PREPROCESS

@@ -20,21 +20,14 @@ import zmq
 from pipeline.transport.ends import ALL, Receiver
 from pipeline.transport.poller import Poller
 from pipeline.transport.sockets import UNIONS, Sockets
+from pipeline.wire.base import ChunkKey
+from pipeline.wire.clients import Hello, RequestOutput, TokenOutputs
+from pipeline.wire.control import PipelineState, WorkerState, WorkerStats
+from pipeline.wire.encoding import CancelEncode, LeaseReleased
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.messages import (
-    CancelEncode,
-    ChunkKey,
-    Hello,
-    LeaseReleased,
-    PipelineState,
-    RequestOutput,
-    StepPlan,
-    TokenOutputs,
-    WorkerState,
-    WorkerStats,
-)
 from pipeline.wire.sampling import FinishReason
+from pipeline.wire.steps import StepPlan
 from pipeline.wire.topology import (
     CONTROL,
     EDGES,

@@ -18,7 +18,9 @@ from pipeline.transport.keys import ClientKeys, ServerKeys, make_client_keys, ma
 from pipeline.transport.sites import EdgeEnd
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import ClientListener, RemotePipeline
-from pipeline.wire.messages import Hello, LeaseReleased, PipelineState, TokenOutputs
+from pipeline.wire.clients import Hello, TokenOutputs
+from pipeline.wire.control import PipelineState
+from pipeline.wire.encoding import LeaseReleased
 from pipeline.wire.topology import CONTROL, DIRECT_EDGES, ENCODE, FEEDBACK, INGEST, OUTPUTS
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
 from tools.processes import free_port

@@ -14,8 +14,8 @@ from aiohttp import web
 
 from pipeline.client.client import Piece
 from pipeline.config import ApiConfig
+from pipeline.wire.control import WorkerState
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.messages import WorkerState
 from pipeline.wire.sampling import FinishReason
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer

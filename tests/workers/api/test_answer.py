@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from pipeline.client.client import Piece
-from pipeline.wire.messages import TokenLogprobs, pack_int32
+from pipeline.wire.clients import TokenLogprobs
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, Usage
 from workers.api.parsers.base import Content

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
-from pipeline.wire.messages import Chat, SubmitRequest
+from pipeline.wire.prompts import Chat
 from tests.workers.api.endpoints.test_chat import body
 from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
 from workers.api.request_fields import check_request

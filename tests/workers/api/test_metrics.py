@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.process.metrics import Metrics
-from pipeline.wire.messages import WorkerState
+from pipeline.wire.control import WorkerState
 from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 from tests.workers.api.serving import FakeClient, endpoint, get, serving

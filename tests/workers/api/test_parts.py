@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ImagePart, TextPart, VideoPart
+from pipeline.wire.prompts import ImagePart, TextPart, VideoPart
 from workers.api.endpoints.chat import decode_request, to_messages
 from workers.api.parts import LOW_DETAIL_PIXELS, to_part
 

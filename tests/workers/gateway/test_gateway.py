@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pipeline.transport.ends import Subscription
 from pipeline.transport.keys import owner_of
-from pipeline.wire.messages import MAX_SALT_BYTES, AbortRequest, Chat, Hello, IngestMessage, SubmitRequest
+from pipeline.wire.clients import MAX_SALT_BYTES, AbortRequest, Hello, IngestMessage, SubmitRequest
+from pipeline.wire.prompts import Chat
 from pipeline.wire.sampling import SamplingParams
 from workers.gateway.gateway import MAX_BURST, MAX_CLIENTS_PER_KEY, MESSAGES_PER_S, Gateway
 

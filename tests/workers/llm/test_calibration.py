@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.wire.messages import SequenceStart, SequenceStep, unpack_int32
+from pipeline.wire.packing import unpack_int32
+from pipeline.wire.steps import SequenceStart, SequenceStep
 from workers.llm.cache.manager import CacheManager
 from workers.llm.calibration import measure_step_times
 

@@ -8,19 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeline.wire.messages import (
-    AbortRequest,
-    Accepted,
-    ChoiceProgress,
-    ChunkKey,
-    EmbeddingReady,
-    Interrupted,
-    LeaseRequest,
-    RequestEnded,
-    WorkerState,
-    pack_int32,
-    unpack_int32,
-)
+from pipeline.wire.base import ChunkKey
+from pipeline.wire.clients import AbortRequest, Accepted, ChoiceProgress, Interrupted
+from pipeline.wire.control import WorkerState
+from pipeline.wire.encoding import LeaseRequest, RequestEnded
+from pipeline.wire.generation import EmbeddingReady
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from tests.chats import CHATS
 from tests.fakes import VIT_0

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.wire.messages import SequenceStart, SequenceStep, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import SequenceStart, SequenceStep
 from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, DeviceTables, Inputs, Outputs, graph_sizes
 from workers.llm.sampling.choice import NUM_PARAMS
 from workers.llm.sequences import SequenceTable

@@ -23,42 +23,38 @@ from pipeline.process.flight_recorder import digest_of
 from pipeline.transport.ends import Subscription
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.errors import ErrorInfo, PipelineError
-from pipeline.wire.messages import (
+from pipeline.wire.base import ChunkKey, PoolOpened
+from pipeline.wire.clients import (
     PROTOCOL_VERSION,
     AbortRequest,
     Accepted,
-    Chat,
     ChoiceProgress,
-    ChunkKey,
+    Hello,
+    Interrupted,
+    Preparing,
+    QueryRequest,
+    RequestFailed,
+    RequestOutput,
+    TokenOutputs,
+    Welcome,
+)
+from pipeline.wire.control import WorkerState
+from pipeline.wire.encoding import ItemNotNeeded, LeaseReleased, LeaseRequest, LeaseSet, RequestEnded
+from pipeline.wire.errors import ErrorInfo, PipelineError
+from pipeline.wire.generation import (
     EmbeddingReady,
     EncodeFailed,
     GenerateRequest,
-    Hello,
-    Interrupted,
-    ItemNotNeeded,
     LeaseRefused,
-    LeaseReleased,
-    LeaseRequest,
-    LeaseSet,
     MmChunk,
     MmItem,
-    PoolOpened,
-    Preparing,
-    QueryRequest,
-    RequestEnded,
-    RequestFailed,
     RequestNotYours,
-    RequestOutput,
     RequestRefused,
-    StepPlan,
-    TokenOutputs,
-    Welcome,
-    WorkerState,
-    pack_int32,
-    unpack_int32,
 )
+from pipeline.wire.packing import pack_int32, unpack_int32
+from pipeline.wire.prompts import Chat
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from pipeline.wire.steps import StepPlan
 from pipeline.wire.topology import Role, WorkerId
 from tests.chats import CHATS, ChatTurns, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink

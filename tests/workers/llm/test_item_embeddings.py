@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.transport.tensors import TensorHandle
-from pipeline.wire.messages import EmbeddingSlice
+from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.item_embeddings import PlacedSlice, place_embeddings
 
 HIDDEN = 4

@@ -16,20 +16,11 @@ import torch
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
 from pipeline.transport.ends import Subscription
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    ChoiceProgress,
-    GenerateRequest,
-    Hello,
-    StepPlan,
-    StepsMessage,
-    TokenMasks,
-    TokenOutputs,
-    Welcome,
-    pack_int32,
-    unpack_int32,
-)
+from pipeline.wire.clients import PROTOCOL_VERSION, ChoiceProgress, Hello, TokenOutputs, Welcome
+from pipeline.wire.generation import GenerateRequest
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import StepPlan, StepsMessage, TokenMasks
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
 from workers.llm.attention.base import Span
 from workers.llm.attention.torch import PagedAttention

@@ -3,8 +3,9 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from pipeline.wire.generation import GenerateRequest, MmChunk, MmItem, Span
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import GenerateRequest, MmChunk, MmItem, Span, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.chunk import Lease, chunks_of

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.wire.generation import MmChunk, MmItem, Span
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import MmChunk, MmItem, Span
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.llm.cache.manager import CacheManager
 from workers.llm.chunk import Chunk, Piece, chunks_of

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import EmbeddingSlice, SequenceStart, SequenceStep, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import EmbeddingSlice, SequenceStart, SequenceStep
 from workers.llm.sequences import SequenceTable
 
 GREEDY = SamplingParams(temperature=0, seed=1)

@@ -14,7 +14,7 @@ import pytest
 from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
 from pipeline.process.quarantine import Quarantine
 from pipeline.transport.sockets import Sockets
-from pipeline.wire.messages import PipelineState, WorkerState
+from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 from workers.llm.start import wait_for_vits

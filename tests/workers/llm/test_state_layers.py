@@ -15,15 +15,9 @@ from torch import Tensor
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
 from pipeline.transport.ends import Subscription
-from pipeline.wire.messages import (
-    PROTOCOL_VERSION,
-    GenerateRequest,
-    Hello,
-    TokenOutputs,
-    Welcome,
-    pack_int32,
-    unpack_int32,
-)
+from pipeline.wire.clients import PROTOCOL_VERSION, Hello, TokenOutputs, Welcome
+from pipeline.wire.generation import GenerateRequest
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
 from workers.llm.attention.base import AttentionStep, Span

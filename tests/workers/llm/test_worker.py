@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pipeline.transport.ends import Received
-from pipeline.wire.messages import Hello
+from pipeline.wire.clients import Hello
 from workers.llm.worker import MAX_MESSAGES_PER_STEP, read_inbox
 
 

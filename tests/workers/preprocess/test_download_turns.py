@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import PreprocessConfig
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, VideoPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, VideoPart
 from tests.workers.preprocess.hosts import Host, host, reply
 from tests.workers.preprocess.test_preprocessor import CLIENT, make_rig
 from workers.preprocess import download_turns

@@ -15,7 +15,7 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.families import ImageSize, VideoInfo, read_model_info
 from pipeline.families.qwen2_vl import Qwen2VL
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ImagePart, VideoPart
+from pipeline.wire.prompts import ImagePart, VideoPart
 from tests import reference
 from workers.preprocess.geometry import (
     check_settings,

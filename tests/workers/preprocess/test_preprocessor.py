@@ -31,36 +31,21 @@ from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import (
-    AbortRequest,
+from pipeline.wire.base import ChunkKey, PoolOpened
+from pipeline.wire.clients import AbortRequest, ChoiceProgress, Hello, Preparing, QueryRequest, SubmitRequest
+from pipeline.wire.control import WorkerState
+from pipeline.wire.encoding import (
     CancelEncode,
-    Chat,
-    ChatMessage,
-    ChoiceProgress,
-    ChunkKey,
     EncodeMiss,
     EncodeRequest,
-    GenerateRequest,
-    Hello,
-    ImagePart,
     ItemNotNeeded,
     PixelsReleased,
-    PoolOpened,
-    Preparing,
-    QueryRequest,
     RequestEnded,
-    RequestNotYours,
-    RequestRefused,
-    SubmitRequest,
-    Text,
-    TextPart,
-    Tokens,
-    VideoPart,
-    WorkerState,
-    pack_int32,
-    unpack_int32,
 )
+from pipeline.wire.errors import RequestError
+from pipeline.wire.generation import GenerateRequest, RequestNotYours, RequestRefused
+from pipeline.wire.packing import pack_int32, unpack_int32
+from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, Text, TextPart, Tokens, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakeSink

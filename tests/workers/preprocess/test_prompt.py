@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import Placeholders, read_model_info
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import Chat, ChatMessage, ImagePart, Text, TextPart, Tokens, pack_int32
+from pipeline.wire.packing import pack_int32
+from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, Text, TextPart, Tokens
 from tests.chats import CHATS, to_messages
 from tests.pictures import seen_size
 from tests.reference import Reference

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pipeline.wire.messages import MmItem, Span
+from pipeline.wire.generation import MmItem, Span
 from workers.preprocess.router import (
     MAX_REMEMBERED,
     OUTPUT_TOKENS,

@@ -19,7 +19,8 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ChatMessage, RequestRefused, VideoPart
+from pipeline.wire.generation import RequestRefused
+from pipeline.wire.prompts import ChatMessage, VideoPart
 from tests.pictures import encode, scene
 from tests.videos import CLIP
 from tests.workers.preprocess.hosts import host, reply

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.families import EmbeddingSpec
 from pipeline.transport.slots import ALIGNMENT, Order, SlotAllocator
+from pipeline.wire.base import ChunkKey, GridTHW
 from pipeline.wire.handles import TensorHandle
-from pipeline.wire.messages import ChunkKey, GridTHW
 from workers.vit.batcher import Batcher, LeaseGone, NeedPixels, PixelsDone, Ready, Refused
 
 GRID = GridTHW(1, 4, 4)  # 16 patches, 4 tokens

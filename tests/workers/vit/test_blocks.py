@@ -10,7 +10,7 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.nn.weights.registry import open_weights
 from workers.vit.blocks import Blocks
 from workers.vit.engines import torch as module

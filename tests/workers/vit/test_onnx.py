@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families import ModelInfo, read_model_info
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.nn.loader import Checkpoint
 from workers.nn.weights import registry
 from workers.nn.weights.base import Linear

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pipeline.families import ModelInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from tests.workers.vit.test_onnx import CPU, cache, info, make_jobs  # noqa: F401
 from workers.nn.weights.registry import open_weights
 from workers.vit.engines.torch import TorchEngine

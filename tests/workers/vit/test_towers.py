@@ -12,7 +12,7 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import VisionInfo, read_model_info
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.vit.engines.onnx import export
 from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
 from workers.vit.engines.torch import TorchEngine

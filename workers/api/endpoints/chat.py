@@ -13,7 +13,7 @@ from typing import Any, assert_never
 import msgspec
 
 from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.messages import ChatMessage, Part
+from pipeline.wire.prompts import ChatMessage, Part
 from pipeline.wire.sampling import MAX_LOGPROBS, SamplingParams
 from workers.api.answer import Answer, Choice, ScoredToken, TokenScores, Update
 from workers.api.endpoints.base import Endpoint, Json, ServedModel

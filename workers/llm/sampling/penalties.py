@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.wire.messages import Int32Array
+from pipeline.wire.packing import Int32Array
 from pipeline.wire.sampling import SamplingParams
 from workers.llm.sampling.base import Float32Array, Int64Array, Rows, Setup
 from workers.llm.sampling.tokens import Tokens

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.wire.messages import SequenceStart, unpack_int32
+from pipeline.wire.packing import unpack_int32
+from pipeline.wire.steps import SequenceStart
 from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup
 from workers.llm.sampling.bias import Bias
 from workers.llm.sampling.choice import Choice, Kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.wire.messages import Int32Array
+from pipeline.wire.packing import Int32Array
 
 
 class Tokens(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from pipeline.families import ModelInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.nn.loader import Progress
 from workers.nn.weights.registry import open_weights
 from workers.vit.deadlines import Deadlines

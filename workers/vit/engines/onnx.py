@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.families import ModelInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.nn.loader import Progress
 from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.registry import open_weights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families import VisionInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 from workers.nn.weights.weights import Weights
 from workers.vit.pace import UNPACED, Pace
 

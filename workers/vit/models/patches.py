@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families import VisionInfo
-from pipeline.wire.messages import GridTHW
+from pipeline.wire.base import GridTHW
 
 ROPE_THETA = 10_000.0
 

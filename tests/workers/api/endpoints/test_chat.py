@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.wire.errors import RequestError
-from pipeline.wire.messages import ChatMessage, ImagePart, TextPart
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
 
 PART = "messages[0].content[0]."

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.wire.messages import SequenceStart, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.steps import SequenceStart
 from workers.llm.sampling.base import Processor, Setup
 from workers.llm.sampling.choice import Kernel
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors

@@ -5,8 +5,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.wire.messages import SequenceStart, StepPlan, pack_int32
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams, with_seed
+from pipeline.wire.steps import SequenceStart, StepPlan
 from tests.fakes import LLM_0
 from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
 from workers.llm.sampling.base import Int64Array, Rows, Setup, Tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.messages import ChatMessage
+from pipeline.wire.prompts import ChatMessage
 from workers.api.answer import Answer, Update
 from workers.api.endpoints.base import Endpoint, Json
 from workers.api.json_bodies import decode_json

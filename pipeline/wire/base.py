@@ -1,0 +1,68 @@
+"""What messages of several edges have in common.
+
+MessagePack maps with a `type` field; unknown fields are refused. No frame holds a tensor: it holds a
+`TensorHandle`. A message of a worker names its sender and the sender's epoch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+import msgspec
+
+from pipeline.wire.handles import PoolInfo
+from pipeline.wire.topology import WorkerId
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class WorkerMessage(Message, frozen=True, kw_only=True):
+    sender: WorkerId
+    epoch: int
+
+
+class Origin(TypedDict):
+    """The fields of a worker that every message of it repeats."""
+
+    sender: WorkerId
+    epoch: int
+
+
+class ChunkKey(NamedTuple):
+    """One encode: a chunk of an item (picture, part of a video) of one attempt of a request."""
+
+    request_id: str
+    attempt: int
+    item: int
+    chunk: int
+    lead: int = 0  # the LLM rank that runs the request, or leads the group that does
+
+
+class GridTHW(NamedTuple):
+    """Patches of an item: time, height, width."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.t * self.h * self.w
+
+
+class PoolOpened(WorkerMessage, frozen=True, kw_only=True):
+    """The sender's pool, once, before any handle of it."""
+
+    pool: PoolInfo
+
+
+class PoolClosed(WorkerMessage, frozen=True, kw_only=True):
+    """The pool of a dead worker is mapped here no longer.
+
+    From llm rank 0 to the ranks: close it, behind the steps before this.
+    """
+
+    pool_id: str
+    pool_epoch: int

@@ -1,0 +1,90 @@
+"""Messages from and to the launcher: the edges control and status."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pipeline.wire.base import Message, PoolClosed, WorkerMessage
+from pipeline.wire.metrics import Metric
+from pipeline.wire.topology import Role, WorkerId
+
+
+class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    worker: WorkerId
+    epoch: int  # its incarnation: an earlier one is dead, reaped, and will never say anything again
+    is_ready: bool
+    credits: int = 0
+    # digests of the requests that were executing in the incarnation before when it died, and had yielded no
+    # token there
+    executed: tuple[bytes, ...] = ()
+    num_open_requests: int = 0
+    # the latest of its stats, with the details of its READY
+    counters: dict[str, int] = msgspec.field(default_factory=dict)
+    silent_s: float = 0.0  # since it last told: some seconds are one long piece of work
+    metrics: tuple[Metric, ...] = ()  # what `counters` are, and histograms
+
+
+class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    number: int = 0  # reloads asked for so far
+    is_running: bool = False
+    refusal: str = ""  # why the last one was refused
+    # of the weights, from 0: what has tokens of an earlier one is not submitted again
+    generation: int = 0
+
+
+class PipelineState(Message, frozen=True, kw_only=True):
+    """launcher → everyone: all that a worker or a client has to know of the pipeline, at each change, once a
+    second, and to each new subscriber: a message that is lost is made up for by the next."""
+
+    workers: tuple[WorkerState, ...]
+    leads: tuple[int, ...] = (0,)  # the LLM ranks that lead a group: clients listen to each
+    is_draining: bool = False  # nothing new is accepted, and what is open is finished
+    # incarnations whose successors serve already: they accept nothing new, finish what is open, and end
+    retiring: tuple[tuple[WorkerId, int], ...] = ()
+    end: str | None = None  # the pipeline ends now: empty at an orderly end, else which worker died of what
+    reload: ReloadState = ReloadState()
+    # by role, digests of the requests that were executing in such workers when they died, with no new token
+    # since: there each of them runs alone
+    quarantined: dict[Role, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
+
+
+# control: launcher → everyone
+ControlMessage = PipelineState
+
+
+class WorkerReady(WorkerMessage, frozen=True, kw_only=True):
+    """worker → launcher: loaded; what was learnt at run time, and how many requests may be open with me."""
+
+    credits: int = 0
+    details: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+class WorkerStats(WorkerMessage, frozen=True, kw_only=True):
+    """worker → launcher: progress of loading, or counts while running. May be dropped."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+    num_open_requests: int = 0
+    counters: dict[str, int] = msgspec.field(default_factory=dict)
+    metrics: tuple[Metric, ...] = ()  # what they are, and histograms
+
+
+class FirstTokenYielded(WorkerMessage, frozen=True, kw_only=True):
+    """llm rank 0 → launcher: a request that was quarantined has yielded a new token. May be dropped."""
+
+    digest: bytes  # of its id
+
+
+class WorkerFailed(WorkerMessage, frozen=True, kw_only=True):
+    """worker → launcher: I end because of this."""
+
+    error: str
+
+
+class ReloadRequested(WorkerMessage, frozen=True, kw_only=True):
+    """api → launcher: an administrator asks for a reload."""
+
+
+# status: everyone → launcher
+StatusMessage = ReloadRequested | WorkerReady | WorkerStats | WorkerFailed | PoolClosed | FirstTokenYielded

@@ -1,0 +1,88 @@
+"""Messages around the ViTs: the edges encode and feedback."""
+
+from __future__ import annotations
+
+from pipeline.wire.base import ChunkKey, GridTHW, PoolOpened, WorkerMessage
+from pipeline.wire.handles import TensorHandle
+
+
+class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → vit: I want this chunk encoded.
+
+    First without pixels, since a cached chunk needs none. The pixels follow by themselves, or are asked for.
+    """
+
+    key: ChunkKey
+    arrival: int  # order of the request among all
+    position: int  # order of the chunk in its request
+    mm_hash: bytes
+    grid_thw: GridTHW
+    pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
+    will_follow: bool = False  # the pixels: they are being decoded, and nobody need ask for them
+    tenant: str = ""  # whose turn it takes
+
+
+class CancelEncode(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → vit: nobody wants these any more."""
+
+    keys: tuple[ChunkKey, ...]
+
+
+class LeaseReleased(WorkerMessage, frozen=True, kw_only=True):
+    """llm → vit: these embeddings have been read by every rank."""
+
+    lease_ids: tuple[int, ...]
+
+
+class LeaseSet(WorkerMessage, frozen=True, kw_only=True):
+    """llm → vit, once a second: all leases I hold; one that is missing twice is free, so a lost release
+    heals."""
+
+    lease_ids: tuple[int, ...]
+    last_lease_id: int  # the latest that has arrived: younger ones may still be under way
+
+
+class LeaseRequest(WorkerMessage, frozen=True, kw_only=True):
+    """llm → vit: a preempted request needs this chunk again.
+
+    Answered with `EmbeddingReady` or `LeaseRefused`.
+    """
+
+    key: ChunkKey
+    mm_hash: bytes
+
+
+# encode.<i>: preprocess and llm rank 0 → vit i
+EncodeMessage = PoolOpened | EncodeRequest | CancelEncode | LeaseReleased | LeaseSet | LeaseRequest
+
+
+class PixelsReleased(WorkerMessage, frozen=True, kw_only=True):
+    """vit → preprocess: this chunk needs no pixels (any more): encoded, found in the cache, or cancelled."""
+
+    key: ChunkKey
+
+
+class EncodeMiss(WorkerMessage, frozen=True, kw_only=True):
+    """vit → preprocess: I do not have this chunk, send its pixels."""
+
+    key: ChunkKey
+
+
+class ItemNotNeeded(WorkerMessage, frozen=True, kw_only=True):
+    """llm → preprocess: the prefix cache covers this item; stop fetching, decoding or encoding it."""
+
+    request_id: str
+    attempt: int
+    item: int
+
+
+class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
+    """llm → preprocess: forget this request's media and give its credit to another."""
+
+    request_id: str
+    attempt: int
+    is_interrupted: bool = False  # it may come again, and then goes on, be the server full
+
+
+# feedback: vits and llm rank 0 → preprocess
+FeedbackMessage = PixelsReleased | EncodeMiss | ItemNotNeeded | RequestEnded

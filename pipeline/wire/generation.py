@@ -1,0 +1,116 @@
+"""Messages to rank 0 of an LLM group, from preprocess and ViTs: the edge llm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from pipeline.wire.base import ChunkKey, PoolOpened, WorkerMessage
+from pipeline.wire.clients import AbortRequest, ChoiceProgress, Hello, Preparing, QueryRequest
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.handles import TensorHandle
+from pipeline.wire.sampling import SamplingParams
+
+
+class MmChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A chunk and the ViT that the router chose for it."""
+
+    mm_hash: bytes
+    num_tokens: int
+    vit: int
+    vit_epoch: int
+
+
+class Span(NamedTuple):
+    """A run of placeholders: tokens [offset, offset + length) of a prompt."""
+
+    offset: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.length
+
+
+class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture or video in the prompt: one or several runs of placeholders, filled by its chunks in order.
+
+    `mm_hash` tells apart what is seen. `kv_hash` is the item's key in the prefix cache and tells apart all
+    that its KV depends on: where positions depend on more than pixels, that is more than `mm_hash` does.
+    """
+
+    spans: tuple[Span, ...]
+    mm_hash: bytes
+    kv_hash: bytes
+    chunks: tuple[MmChunk, ...]
+
+    @property
+    def stop(self) -> int:
+        """The first token after the item."""
+        return self.spans[-1].stop
+
+
+class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm: a request's metadata, sent before any of its pixels."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    arrival: int
+    prompt_token_ids: bytes
+    positions: bytes  # int32 [3, prompt]: time, height and width of each token
+    position_delta: int  # what a token after the prompt adds to its index
+    items: tuple[MmItem, ...]
+    sampling: SamplingParams
+    choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index
+    priority: int = 0
+    cache_salt: bytes = b""
+    tenant: str = ""  # whose turn it takes; empty: the client's own
+
+
+class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
+    """vit → llm: the embeddings of one chunk are in my pool, leased to you."""
+
+    key: ChunkKey
+    lease_id: int
+    embeddings: TensorHandle  # [num_tokens, hidden]
+
+
+class EncodeFailed(WorkerMessage, frozen=True, kw_only=True):
+    """vit → llm: this chunk cannot be encoded."""
+
+    key: ChunkKey
+    error: ErrorInfo
+
+
+class LeaseRefused(WorkerMessage, frozen=True, kw_only=True):
+    """vit → llm: this chunk is no longer in my cache."""
+
+    key: ChunkKey
+
+
+class RequestRefused(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm: the request cannot run, or its media turned out broken while it did."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+    error: ErrorInfo
+
+
+class RequestNotYours(WorkerMessage, frozen=True, kw_only=True):
+    """preprocess → llm: this client used the id of another client's request, which goes on."""
+
+    client_id: bytes
+    request_id: str
+    attempt: int
+
+
+FromPreprocess = (
+    Hello | GenerateRequest | QueryRequest | AbortRequest | RequestRefused | RequestNotYours | Preparing
+)
+
+
+# llm: preprocess and vits → llm rank 0
+LlmMessage = FromPreprocess | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused
