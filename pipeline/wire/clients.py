@@ -13,20 +13,10 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role
 
 PROTOCOL_VERSION = 4
-
-
 CLIENT_ID_BYTES = 16
-
-
 MAX_REQUEST_ID = 256  # characters
-
-
 MAX_TENANT = 256  # characters
-
-
 MAX_SALT_BYTES = 256
-
-
 RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID)]
 
 
