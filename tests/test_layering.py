@@ -24,6 +24,11 @@ PURE_FILES = (
     "slots.py",
     "placement.py",
     "answer.py",
+    "groups.py",
+    "aborts.py",
+    "request.py",
+    "choices.py",
+    "chunk.py",
 )
 PURE_CACHE_FILES = [
     ROOT / "workers" / "llm" / "cache" / name for name in ("blocks.py", "states.py", "manager.py")
