@@ -24,9 +24,11 @@ from launcher.units import (
 )
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.wire.control import WorkerReady, WorkerStats
+from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 
+SECONDS = Metric("encode_seconds", "histogram", "Seconds", (1.0,), (4, 1), 3.5)
 RANKS = (WorkerId(Role.LLM, 0), WorkerId(Role.LLM, 1))
 
 
@@ -183,10 +185,16 @@ def test_states_carry_what_a_worker_counts() -> None:
     unit = Unit((VIT_0,))
     start(unit, 0.0)
     unit.children[VIT_0].stats = WorkerStats(
-        sender=VIT_0, epoch=1, phase="serving", num_open_requests=2, counters={"encodes": 5}
+        sender=VIT_0,
+        epoch=1,
+        phase="serving",
+        num_open_requests=2,
+        counters={"encodes": 5},
+        metrics=(SECONDS,),
     )
     (state,) = unit.states()
     assert (state.num_open_requests, state.counters) == (2, {"port": 7, "encodes": 5})
+    assert state.metrics == (SECONDS,)
     unit.children[VIT_0].stats_time = 100.0
     assert [state.silent_s for state in unit.states(102.5)] == [2.5]
 

@@ -1,66 +1,69 @@
-"""What the workers count, in Prometheus' text format.
+"""What the workers count, as Prometheus reads it.
 
-No name of a metric stands here but those of what every worker has: the workers say themselves what they
-count, and of which kind it is.
+The only metrics named here are those that every worker has. All others are declared by the workers, with
+their kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
 from pipeline.wire.control import WorkerState
-from pipeline.wire.metrics import Metric
+from pipeline.wire.metrics import Kind, Metric
 
 PREFIX = "vlm_"
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 OF_ALL = (
     Metric("worker_ready", "gauge", "1 while the worker serves, else 0"),
     Metric("worker_restarts", "counter", "How often the worker was replaced"),
     Metric("open_requests", "gauge", "Requests that the worker has not finished"),
 )
 UNDECLARED = "Told by the worker"
+# The library puts `_total` behind the name of a counter. Ours keep their names, so they are untyped there.
+TYPES: Mapping[Kind, str] = {"counter": "unknown", "gauge": "gauge"}
 
 
-@dataclass(slots=True)
-class _Family:
-    """A metric of all workers that have it."""
+class WorkerCollector(Collector):
+    """One family a metric, with the samples of each worker. A worker that was replaced counts from zero."""
 
-    metric: Metric
-    samples: list[str] = field(default_factory=list)
+    def __init__(self, workers: Callable[[], Iterable[WorkerState]]) -> None:
+        self._workers = workers
 
-    def text(self) -> str:
-        name, kind = PREFIX + self.metric.name, self.metric.kind
-        words = self.metric.text.replace("\\", "\\\\").replace("\n", "\\n")
-        return "\n".join((f"# HELP {name} {words}", f"# TYPE {name} {kind}", *self.samples, ""))
-
-
-def exposition(workers: Iterable[WorkerState]) -> bytes:
-    """One family a metric. A worker that was replaced counts from zero again."""
-    families: dict[str, _Family] = {}
-    for state in workers:
-        of_all = (int(state.is_ready), state.epoch - 1, state.num_open_requests)
-        values = {
-            **state.counters,
-            **{metric.name: value for metric, value in zip(OF_ALL, of_all, strict=True)},
-        }
-        declared = {metric.name: metric for metric in (*OF_ALL, *state.metrics)}
-        for name in {**declared, **values}:
-            metric = declared.get(name) or Metric(name, "gauge", UNDECLARED)
-            family = families.setdefault(name, _Family(metric))
-            if metric.kind == "histogram":
-                family.samples += _buckets(metric, str(state.worker))
-            elif name in values:
-                family.samples.append(f'{PREFIX}{name}{{worker="{state.worker}"}} {values[name]}')
-    return "".join(family.text() for family in families.values()).encode()
+    def collect(self) -> Iterable[Family]:
+        families: dict[str, Family] = {}
+        for state in self._workers():
+            of_all = (int(state.is_ready), state.epoch - 1, state.num_open_requests)
+            values = {**state.counters, **{metric.name: value for metric, value in zip(OF_ALL, of_all)}}
+            declared = {metric.name: metric for metric in (*OF_ALL, *state.metrics)}
+            for name in {**declared, **values}:
+                metric = declared.get(name) or Metric(name, "gauge", UNDECLARED)
+                if (family := families.get(name)) is None:
+                    family = families[name] = _family(metric)
+                if isinstance(family, HistogramMetricFamily):
+                    family.add_metric([str(state.worker)], _buckets(metric), metric.total)
+                elif name in values:
+                    family.add_sample(PREFIX + name, {"worker": str(state.worker)}, values[name])
+        return families.values()
 
 
-def _buckets(histogram: Metric, worker: str) -> Iterator[str]:
+def _family(metric: Metric) -> Family:
+    if metric.kind == "histogram":
+        return HistogramMetricFamily(PREFIX + metric.name, metric.text, labels=["worker"])
+    return Family(PREFIX + metric.name, metric.text, TYPES[metric.kind])
+
+
+def _buckets(histogram: Metric) -> list[tuple[str, float]]:
     """Prometheus' buckets hold all values up to their bound."""
-    name, label = PREFIX + histogram.name, f'worker="{worker}"'
     bounds = (*(f"{bound:g}" for bound in histogram.bounds), "+Inf")
-    for bound, count in zip(bounds, accumulate(histogram.counts), strict=True):
-        yield f'{name}_bucket{{{label},le="{bound}"}} {count}'
-    yield f"{name}_sum{{{label}}} {histogram.total}"
-    yield f"{name}_count{{{label}}} {sum(histogram.counts)}"
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
+
+
+def exposition(collector: Collector) -> bytes:
+    return generate_latest(collector)

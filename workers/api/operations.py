@@ -11,7 +11,7 @@ from aiohttp import web
 from pipeline.client.client import PipelineClient
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.errors import RETRY_AFTER_S, error_response
-from workers.api.metrics import CONTENT_TYPE, exposition
+from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
 
 OPEN_ROUTES = ("/health", "/ready")  # without a key
 UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # answered at once, however full the memory is
@@ -26,6 +26,7 @@ class Operations:
         self, client: PipelineClient, is_ready: Callable[[], bool], request_reload: Callable[[], None]
     ) -> None:
         self._client, self._is_ready, self._request_reload = client, is_ready, request_reload
+        self._collector = WorkerCollector(lambda: client.workers)
 
     def routes(self, has_admin: bool) -> list[web.RouteDef]:
         found = [
@@ -59,7 +60,7 @@ class Operations:
         )
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=exposition(self._client.workers), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=exposition(self._collector), headers={"Content-Type": CONTENT_TYPE})
 
     async def _reload(self, request: web.Request) -> web.StreamResponse:
         """202 when it has begun, 409 with the reason when the launcher refuses."""

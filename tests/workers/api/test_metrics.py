@@ -9,7 +9,7 @@ from pipeline.wire.control import WorkerState
 from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 from tests.workers.api.serving import FakeClient, endpoint, get, serving
-from workers.api.metrics import exposition
+from workers.api.metrics import WorkerCollector, exposition
 
 WORKERS = (
     WorkerState(
@@ -33,19 +33,24 @@ async def test_every_count_of_every_worker_is_exposed() -> None:
         answer = await site.ask(get("/metrics"))
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    lines = answer.body.decode().splitlines()
-    assert sorted(line for line in lines if not line.startswith("#")) == [
-        'vlm_kv_blocks{worker="llm.0"} 9',
-        'vlm_open_requests{worker="llm.0"} 3', 'vlm_open_requests{worker="vit.1"} 0',
-        'vlm_output_tokens{worker="llm.0"} 12345678',
-        'vlm_steps{worker="llm.0"} 7', 'vlm_steps{worker="vit.1"} 2',
-        'vlm_worker_ready{worker="llm.0"} 1', 'vlm_worker_ready{worker="vit.1"} 0',
-        'vlm_worker_restarts{worker="llm.0"} 0', 'vlm_worker_restarts{worker="vit.1"} 2',
-    ]  # fmt: skip
-    kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
-    assert kinds == {
-        "vlm_kv_blocks": "gauge", "vlm_open_requests": "gauge", "vlm_output_tokens": "counter",
-        "vlm_steps": "counter", "vlm_worker_ready": "gauge", "vlm_worker_restarts": "counter",
+    families = list(text_string_to_metric_families(answer.body.decode()))
+    assert {family.name: family.type for family in families} == {
+        "vlm_kv_blocks": "gauge", "vlm_open_requests": "gauge", "vlm_output_tokens": "unknown",
+        "vlm_steps": "unknown", "vlm_worker_ready": "gauge", "vlm_worker_restarts": "unknown",
+    }  # fmt: skip
+    read = {
+        (sample.name, sample.labels["worker"]): sample.value
+        for family in families
+        for sample in family.samples
+        if set(sample.labels) == {"worker"}
+    }
+    assert read == {
+        ("vlm_kv_blocks", "llm.0"): 9,
+        ("vlm_worker_ready", "llm.0"): 1, ("vlm_worker_ready", "vit.1"): 0,
+        ("vlm_worker_restarts", "llm.0"): 0, ("vlm_worker_restarts", "vit.1"): 2,
+        ("vlm_open_requests", "llm.0"): 3, ("vlm_open_requests", "vit.1"): 0,
+        ("vlm_steps", "llm.0"): 7, ("vlm_steps", "vit.1"): 2,
+        ("vlm_output_tokens", "llm.0"): 12_345_678,
     }  # fmt: skip
 
 
@@ -61,7 +66,7 @@ def told(rank: int, *seconds: float) -> WorkerState:
 
 
 def test_what_a_worker_declares_is_shown_as_what_it_is() -> None:
-    text = exposition([told(0, 0.25, 1.0, 11.0), told(1)]).decode()
+    text = exposition(WorkerCollector(lambda: [told(0, 0.25, 1.0, 11.0), told(1)])).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     toys, seconds = families["vlm_toys"], families["vlm_toy_seconds"]
     assert (toys.type, toys.documentation) == ("gauge", 'In "C:\\box",\nor not')
