@@ -187,7 +187,7 @@ def _raise_refusal(reason: str) -> None:
 
 
 def _read_template(folder: Path) -> str:
-    """The template from where transformers writes it: its own file, `chat_template.json`, or the tokenizer's
+    """The template, as transformers writes it: its own file, `chat_template.json`, or the tokenizer's
     config."""
     if (path := folder / "chat_template.jinja").is_file():
         return path.read_text()
