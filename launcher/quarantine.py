@@ -22,8 +22,7 @@ class Quarantine:
         self._died_at: dict[tuple[Role, bytes], float] = {}  # oldest first
 
     def add(self, role: Role, digests: Iterable[bytes], now: float) -> None:
-        """Requests that were executing in a worker of this role when it died. The oldest are dropped
-        first."""
+        """Requests that were executing in a worker of this role at its death. Drops the oldest first."""
         for digest in digests:
             self._died_at.pop((role, digest), None)
             self._died_at[role, digest] = now

@@ -130,8 +130,8 @@ class Supervisor:
     # Watch.
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:
-        """The loop, until `is_done`. Raises CannotStart, and _Stopped at a signal: in a drain, at the
-        second."""
+        """The loop, until `is_done`. Raises CannotStart, and _Stopped at a signal (in a drain, the
+        second)."""
         while True:
             self._wakeup.clear()
             self._read_status()

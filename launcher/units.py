@@ -71,9 +71,7 @@ class Unit:
     is_planned: bool = False  # it ends for a reload: no request is to blame
     is_closed: bool = False  # it finishes its open requests, and is published as not ready
     num_failed_starts: int = 0  # in a row: ended before READY, or by itself before its first request
-    has_proven: bool = (
-        False  # it once served for `STABLE_S`, or a request: the pipeline no longer ends with it
-    )
+    has_proven: bool = False  # it once served for `STABLE_S`, or a request: it never ends the pipeline
     begun_at: float = 0.0
     report_due: float = 0.0
     news_at: float = 0.0  # of the last message from a member
@@ -128,8 +126,7 @@ class Unit:
         self.phase, self.begun_at, self.news_at, self.report_due = Phase.STARTING, now, now, now + REPORT_S
 
     def is_late(self, now: float, patience_s: float) -> bool:
-        """Whether a start has sent no message for `patience_s`. A long load reports its progress
-        meanwhile."""
+        """Whether a start has sent no message for `patience_s`. A long load reports its progress."""
         return self.phase is Phase.STARTING and now - self.news_at > patience_s
 
     def late_members(self) -> str:
@@ -231,8 +228,7 @@ def _load_of(child: Child, now: float) -> tuple[int, dict[str, int], float, tupl
 
 
 def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
-    """All LLM ranks of a group are one unit, since a collective cannot lose a member; any other worker is
-    one."""
+    """One for all LLM ranks of a group, since a collective cannot lose a member; one for any other worker."""
     ranks = sorted(worker for worker in workers if worker.role is Role.LLM)
     groups = [tuple(ranks[first : first + tp]) for first in range(0, len(ranks), tp)]
     return [Unit(group) for group in groups] + [

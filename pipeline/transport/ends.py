@@ -241,8 +241,7 @@ class Publisher(Generic[M]):
                 self.num_refused += 1
                 self._refused[topic] += 1
                 continue
-            # ZeroMQ does not say whose subscription ends: the end of a refused one must not end an accepted
-            # one
+            # ZeroMQ does not say whose subscription ends: a refused one must not end an accepted one
             if not is_new and self._refused[topic] > 0:
                 self._refused[topic] -= 1
                 self._refused += Counter()  # drops zeros

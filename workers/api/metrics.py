@@ -40,7 +40,10 @@ class WorkerCollector(Collector):
         families: dict[str, Family] = {}
         for state in self._workers():
             of_all = (int(state.is_ready), state.epoch - 1, state.num_open_requests)
-            values = {**state.counters, **{metric.name: value for metric, value in zip(OF_ALL, of_all)}}
+            values = {
+                **state.counters,
+                **{metric.name: value for metric, value in zip(OF_ALL, of_all, strict=True)},
+            }
             declared = {metric.name: metric for metric in (*OF_ALL, *state.metrics)}
             for name in {**declared, **values}:
                 metric = declared.get(name) or Metric(name, "gauge", UNDECLARED)

@@ -27,8 +27,7 @@ COUNTED = {
 
 
 class TokenBucket:
-    """Allows `burst` events at once, and `rate` per second in the long run. Times are seconds of a steady
-    clock."""
+    """Allows `burst` events at once, `rate` per second in the long run. Times are of a steady clock."""
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self._rate, self._burst = rate, burst
@@ -117,8 +116,8 @@ class Gateway:
         return False
 
     def is_relayed(self, message: IngestMessage, user: str) -> bool:
-        """Whether this message is relayed to the pipeline. A client that was cut off must send `Hello`
-        first."""
+        """Whether this message is relayed to the pipeline. A client that was cut off must first send
+        `Hello`."""
         if len(message.client_id) != CLIENT_ID_BYTES or not message.client_id.startswith(owner_of(user)):
             self.counters["refused_client_ids"] += 1
             return False

@@ -120,8 +120,7 @@ class Checkpoint:
         return self._places[name]
 
     def close(self) -> None:
-        """Unmaps the files, whose pages count as this process's memory, and returns freed memory to the
-        system."""
+        """Unmaps the files, whose pages count as this process's memory, and returns freed memory."""
         self._opened = None
         # glibc keeps freed blocks, here up to the size of a layer
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -24,8 +24,7 @@ Look = Callable[[memoryview], Kind]
 
 
 class _Units(NamedTuple):
-    """The NAL units of a codec. The first bit behind a slice's NAL header marks the first slice of a
-    picture."""
+    """A codec's NAL units. The first bit behind a slice's header marks the first slice of a picture."""
 
     head_bytes: int
     type_shift: int  # of the type, in the header's first byte
@@ -106,8 +105,7 @@ def _vp8(data: memoryview) -> Kind:
 
 
 def _vp9(data: memoryview) -> Kind:
-    """The VP9 bitstream specification, 6.2 and annex B: several pictures have an index of sizes at the
-    end."""
+    """The VP9 bitstream specification, 6.2 and annex B: an index at the end has the sizes of pictures."""
     last = data[-1]
     if last & 0xE0 != 0xC0:
         return _vp9_kind([data])

@@ -205,8 +205,7 @@ class ChunkFlow:
             self._tasks.create_task(self._decode_in_order(waiting))
 
     async def _decode_in_order(self, state: ChunkState) -> None:
-        """Sends a request's pixels to a ViT in the order of the prompt, in which the LLM needs the
-        embeddings."""
+        """Sends a request's pixels to a ViT in the order in which the LLM needs the embeddings."""
         place = (*state.key[:2], state.vit)
         before, sent = self._last_sent.get(place), asyncio.get_running_loop().create_future()
         self._last_sent[place] = sent

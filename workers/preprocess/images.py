@@ -61,8 +61,7 @@ def decode(
     field: str,
     max_source_pixels: int = sys.maxsize,
 ) -> npt.NDArray[Any]:
-    """RGB pixels [height, width, 3] uint8, resized. Raises RequestError for a broken file, and
-    MemoryError."""
+    """RGB pixels [height, width, 3] uint8, resized. Raises RequestError (broken), and MemoryError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata
         structure, image = _open(data, max_source_pixels, field)

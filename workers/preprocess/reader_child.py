@@ -101,8 +101,7 @@ class ReaderChild:
 
 
 def _check_descriptors(fd: int) -> None:
-    """Raises OSError where too few are free to start a process: uvloop would lose those that it opens before
-    it fails."""
+    """Raises OSError if too few are free to start a process: uvloop's failure leaks those it has opened."""
     spare: list[int] = []
     try:
         while len(spare) < DESCRIPTORS_OF_START:

@@ -38,8 +38,7 @@ LIMIT_SLACK_BYTES = 4 << 20  # for mappings of Python itself
 
 
 class PictureJob(msgspec.Struct, frozen=True, tag=True):
-    """The picture in the first `nbytes` of the inbox. Without a size, asks for its size; else for its
-    pixels."""
+    """The picture in the first `nbytes` of the inbox: without a size, asks for that, else for its pixels."""
 
     nbytes: int
     cpu_s: float

@@ -101,8 +101,7 @@ class MediaReaders:
         return VideoJob(file.path, True, self.limits.video_cpu_s, self.limits.max_pixels)
 
     async def _run(self, job: Job, field: str, source: Source) -> Answer:
-        """In a task of its own: if the caller is cancelled, the process is reaped before its place is
-        free."""
+        """In a task: if the caller is cancelled, the process is reaped before its place is free."""
         task = asyncio.create_task(self._do(job, field, source))
         self._under_way.add(task)
         task.add_done_callback(self._end)

@@ -77,8 +77,7 @@ class MediaResolver(AbstractResolver):
                     if error is None:
                         return lookup.result()
                     if error.args[0] != self._timed_out:
-                        # Without a socket c-ares reports that no server was reached: this raises the real
-                        # error.
+                        # Without a socket c-ares only reports that no server was reached: raises the cause.
                         socket.socket(type=socket.SOCK_DGRAM).close()
                         raise OSError("the name cannot be resolved") from error
         except TimeoutError:

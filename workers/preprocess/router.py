@@ -106,8 +106,7 @@ class GroupRouter:
 
 
 def prefix_hashes(token_ids: Sequence[int], items: Sequence[MmItem], salt: bytes) -> list[bytes]:
-    """A digest at each multiple of `PREFIX_TOKENS`, of all tokens before it and the items that begin
-    there."""
+    """A digest at each multiple of `PREFIX_TOKENS`, of all earlier tokens and the items that begin there."""
     digest = hashlib.sha256(salt)
     hashes: list[bytes] = []
     for start in range(0, len(token_ids) - PREFIX_TOKENS + 1, PREFIX_TOKENS):

@@ -10,8 +10,7 @@ _numbers = itertools.count()
 
 
 class VideoFile:
-    """An open, mostly unnamed file with a video; closed with its last reference. `digest`: sha256 of its
-    content."""
+    """An open, mostly unnamed file; closed with its last reference. `digest`: sha256 of its content."""
 
     def __init__(self, fd: int, nbytes: int, digest: bytes) -> None:
         self.nbytes, self.digest = nbytes, digest

@@ -83,8 +83,7 @@ class VitCore:
                 assert_never(message)
 
     def on_death(self, successor: WorkerState) -> None:
-        """Of preprocess or an LLM group. No batch may be running: it could read the memory of the dead
-        worker."""
+        """Of preprocess or an LLM group. No batch may be running: it could read the dead worker's memory."""
         worker = successor.worker
         if worker.role is Role.PREPROCESS:
             self.batcher.forget_all()
@@ -117,8 +116,7 @@ class VitCore:
                     assert_never(action)
 
     def next_batch(self, max_patches: int) -> tuple[list[Pending], list[EncodeJob]]:
-        """The chunks to encode now and their tensors. Refuses chunks whose pixels are stale or have a wrong
-        shape."""
+        """The chunks to encode now, and their tensors. Refuses chunks with stale or misshapen pixels."""
         batch: list[Pending] = []
         jobs: list[EncodeJob] = []
         while not batch and (candidates := self.batcher.next_batch(max_patches)):

@@ -68,8 +68,8 @@ class FeatureCache:
         self.release([lease_id for lease_id, lease in self._leases.items() if lease.lead == lead])
 
     def reconcile(self, lead: int, held: Iterable[int], last_lease_id: int) -> None:
-        """Ends leases whose release was lost: the holder has received them, and two of its lease sets lack
-        them."""
+        """Ends leases whose release was lost: received by the holder, and missing in two of its lease
+        sets."""
         known = set(held)
         for lease_id in [
             lease_id

@@ -89,8 +89,7 @@ class PagedAttention(AttentionBackend):
         return to_device(slots, self.cache.device)
 
     def _gather(self, slots: Sequence[Tensor], longest: int) -> _Together:
-        # Padded with the sequence's own slots: those of others may hold NaN, which a weight of zero does not
-        # mask.
+        # Padded with the sequence's own slots: others may hold NaN, which a weight of zero does not mask.
         rows = [torch.cat((of_span, of_span[-1:].expand(longest - len(of_span)))) for of_span in slots]
         padded = torch.stack(rows)
         lengths = to_device(np.array([len(of_span) for of_span in slots]), padded.device)

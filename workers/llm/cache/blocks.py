@@ -71,8 +71,7 @@ class BlockManager:
         return True
 
     def publish(self, block: int, digest: bytes) -> None:
-        """The block is full and computed. If another block with the same hash is published, that one
-        stays."""
+        """The block is full and computed. A block that is published under the same hash already stays so."""
         if self._hashes[block] is None and digest not in self._by_hash:
             self._hashes[block] = digest
             self._by_hash[digest] = block

@@ -11,8 +11,7 @@ from workers.llm.cache.spec import Paged
 
 
 class PagedTensors:
-    """`num_blocks` blocks and a spare one, to whose first slot (`spare_slot`) the padding rows of a batch
-    write."""
+    """`num_blocks` blocks and a spare one: padding rows of a batch write to its first slot, `spare_slot`."""
 
     def __init__(
         self,

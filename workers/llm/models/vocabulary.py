@@ -14,8 +14,8 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head"
 
 
 class Vocabulary:
-    """The table is whole on every rank; the output layer is sharded. `table` and `head` are their names in
-    the checkpoint."""
+    """The table is whole on every rank, the output layer sharded. `table`, `head`: names in the
+    checkpoint."""
 
     def __init__(
         self,

@@ -47,8 +47,7 @@ class Processor(Protocol):
     def __init__(self, setup: Setup) -> None: ...
 
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
-        """A request takes the slot, whose earlier state is dropped. Returns whether the request uses this
-        processor."""
+        """A request takes the slot; drops its earlier state. Whether the request uses this processor."""
         ...
 
     def apply(self, logits: Tensor, rows: Rows) -> None:

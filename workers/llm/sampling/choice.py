@@ -82,8 +82,7 @@ class Choice:
         return token_ids
 
     def _weigh(self, logits: Tensor, temperature: Float64Array) -> Tensor:
-        """Probabilities relative to the best token's: float32 in [0, 1], in the shape of logits [num_rows,
-        n]."""
+        """Probabilities [num_rows, n] relative to the best token's: float32 in [0, 1]."""
         # The best logit becomes 0 first, so that no temperature, however small, can overflow it.
         weights = logits - logits.amax(dim=-1, keepdim=True)
         if (temperature != 1).any():

@@ -81,8 +81,7 @@ class Sampler:
         return self._choice.kernel_params(slots, num_tokens - self._num_prompt_tokens[slots])
 
     def waits_for_masks(self, slots: Int64Array) -> npt.NDArray[np.bool_]:
-        """The requests with matchers: their choice waits for masks, which rank 0 makes from earlier
-        tokens."""
+        """The requests with matchers: their choice waits for masks, which rank 0 makes."""
         return self._is_masked[slots]
 
     @torch.inference_mode()

@@ -30,8 +30,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def is_int8_exact() -> bool:
-    """Whether int8 products are summed exactly: without VNNI pairs are added in 16 bits, which can
-    overflow."""
+    """Whether int8 products are summed exactly: without VNNI pairs are added in 16 bits and may overflow."""
     ones = torch.full((1, 64), 255, dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((32, 64), 127, dtype=torch.int8), None)
     scales, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int64)

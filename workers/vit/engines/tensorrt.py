@@ -51,7 +51,7 @@ def load_tensorrt() -> Any:
 
 
 def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
-    """One for many small frames, one for few large ones: memory grows with the product of a profile's largest
+    """One for many small frames, one for few large ones: memory grows with the product of the largest
     axes."""
     least = info.merge_size**2
     largest = -(-info.largest_pixels // (least * info.patch_size**2)) * least  # whole tokens
