@@ -9,6 +9,7 @@ Pure, but for reading the model's folder.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,15 @@ def weights_fingerprint(folder: Path) -> str:
         info = path.stat()
         digest.update(repr((path.name, info.st_ino, info.st_size, info.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+def has_whole_weights(folder: Path) -> bool:
+    """Whether all files are there that the index names; without an index, any."""
+    named: set[str] = set()
+    for path in folder.glob(f"*{WEIGHTS}.index.json"):
+        named |= set(json.loads(path.read_bytes())["weight_map"].values())
+    there = {path.name for path in folder.glob(f"*{WEIGHTS}")}
+    return bool(there) and named <= there
 
 
 class Reload:
@@ -80,9 +90,9 @@ class Reload:
     def has_new_weights(self) -> bool:
         """Whether a worker that starts now would load other weights than the serving ones have."""
         try:
-            return weights_fingerprint(self._folder) != self._weights
-        except OSError:
-            return False  # the loader will say so
+            return weights_fingerprint(self._folder) != self._weights and has_whole_weights(self._folder)
+        except (OSError, ValueError, LookupError):
+            return False  # the loader reports what is wrong with the files
 
     def take_new_weights(self) -> None:
         """Begins the next generation; workers with older weights are to be ended."""

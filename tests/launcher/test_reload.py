@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -98,3 +99,21 @@ def test_a_server_that_starts_or_stops_refuses(folder: Path) -> None:
     reload = Reload(folder)
     reload.begin(UNITS, is_possible=False, now=NOW)
     assert reload.state.refusal == "the server is starting or stopping"
+
+
+def test_weights_that_are_gone_for_a_while_are_not_new(folder: Path) -> None:
+    reload = Reload(folder)
+    away = (folder / "model.safetensors").rename(folder / "model.away")
+    assert not reload.has_new_weights()
+    away.rename(folder / "model.safetensors")
+    assert not reload.has_new_weights()
+
+
+def test_half_of_the_files_are_no_new_weights(folder: Path) -> None:
+    reload = Reload(folder)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model-1.safetensors").write_bytes(b"new")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not reload.has_new_weights()
+    (folder / "model-2.safetensors").write_bytes(b"new")
+    assert reload.has_new_weights()
