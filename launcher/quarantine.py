@@ -15,7 +15,7 @@ QUARANTINE_S = 600.0  # after the last such death, for requests that never yield
 MAX_QUARANTINED = 1024  # digests, of all roles together: some 10 KiB in each `PipelineState`
 
 
-class Quarantine:
+class QuarantineRecord:
     """Requests are known by their digests. Times are seconds of any steady clock."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from launcher.fleet import Fleet
 from launcher.listening import listen
 from launcher.placement import workers
 from launcher.progress import ProgressBar
-from launcher.quarantine import Quarantine
+from launcher.quarantine import QuarantineRecord
 from launcher.reload import Reload
 from launcher.spawner import Spawner
 from launcher.units import Child, Phase, Unit, has_moved, units
@@ -75,7 +75,7 @@ class Supervisor:
         self._wakeup = Wakeup()
         self._spawner = Spawner(config, model.folder, run_dir, environment, self._fleet.workers)
         self._poller = Poller(self._status, self._control, self._wakeup, self._spawner)
-        self._quarantine = Quarantine()
+        self._quarantine = QuarantineRecord()
         self._reload = Reload(model.folder)
         self._retired: list[Child] = []  # endpoints that finish their connections beside a successor
         self._num_signals = self._num_hangups = 0

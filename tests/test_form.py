@@ -1,4 +1,4 @@
-"""The form of the code, walked in the syntax trees: short functions, every one annotated."""
+"""The form of the code, walked in the syntax trees: short functions, all annotated; one name for one class."""
 
 from __future__ import annotations
 
@@ -74,3 +74,14 @@ def test_lengths_of_files_are_reported(record_property: Callable[[str, object], 
     p90 = statistics.quantiles(lengths, n=10)[-1]
     shown = f"median {statistics.median(lengths):.0f}, p90 {p90:.0f}, most {max(lengths)}"
     record_property(f"lines of {len(lengths)} files", shown)
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "tools":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

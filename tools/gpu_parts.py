@@ -34,7 +34,7 @@ from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import Served, num_weights, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize
 from tools.random_checkpoint import make_checkpoint
-from workers.llm.attention.base import AttentionLayer, Span
+from workers.llm.attention.base import AttentionLayer, SequencePart
 from workers.llm.backends import choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
@@ -241,7 +241,7 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
         for index in range(num_layers)
     ]
     order = random.Random(0).sample(range(batch * blocks), batch * blocks)
-    spans = [Span(1, context - 1, order[row * blocks : (row + 1) * blocks]) for row in range(batch)]
+    spans = [SequencePart(1, context - 1, order[row * blocks : (row + 1) * blocks]) for row in range(batch)]
     step = backend.attention(cache).plan(spans)
     qkv = torch.randn(batch, heads + 2 * kv_heads, dim, device=machine.device).to(torch.bfloat16)
     rotary = step.rotary(torch.randn(batch, dim // 2, device=machine.device), torch.bfloat16)
@@ -315,7 +315,7 @@ def _hidden_logits(runner: ModelRunner, token_ids: Sequence[int], first: int) ->
                 continue
             x = decoder.embed(torch.tensor(token_ids[start:stop], device=runner.device))
             positions = torch.arange(start, stop, device=runner.device).expand(3, -1)
-            hidden = decoder(x, positions, runner.attention.plan([Span(stop - start, start, table)]))
+            hidden = decoder(x, positions, runner.attention.plan([SequencePart(stop - start, start, table)]))
         return decoder.logits(hidden[-1:])[0].double().cpu()
 
 

@@ -26,7 +26,7 @@ import msgspec
 from PIL import Image, ImageDraw, ImageFont
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.process.trace import Span
+from pipeline.process.trace import TraceSpan
 from tools.bench_engine import raise_failed, serve
 from tools.bench_serving import Workload, run_load
 
@@ -41,9 +41,9 @@ COLOURS = {
 LANE, LABEL, TOP = 26, 120, 40  # pixels
 
 
-def read_spans(folder: Path) -> dict[str, list[Span]]:
+def read_spans(folder: Path) -> dict[str, list[TraceSpan]]:
     """Of each worker, by start."""
-    decoder = msgspec.json.Decoder(Span)
+    decoder = msgspec.json.Decoder(TraceSpan)
     found = {
         path.stem: sorted(decoder.decode_lines(path.read_bytes()), key=lambda span: span.start)
         for path in sorted(folder.glob("*.jsonl"))
@@ -51,7 +51,7 @@ def read_spans(folder: Path) -> dict[str, list[Span]]:
     return {worker: spans for worker, spans in found.items() if spans}
 
 
-def lanes_of(spans: Sequence[Span]) -> list[int]:
+def lanes_of(spans: Sequence[TraceSpan]) -> list[int]:
     """For each of them, by start, the first lane in which nothing else goes on at that time."""
     free: list[int] = []
     ends: list[tuple[float, int]] = []
@@ -65,7 +65,7 @@ def lanes_of(spans: Sequence[Span]) -> list[int]:
     return lanes
 
 
-def to_chrome(found: dict[str, list[Span]]) -> dict[str, Any]:
+def to_chrome(found: dict[str, list[TraceSpan]]) -> dict[str, Any]:
     """The Trace Event Format: complete events, a process for each worker, times in microseconds from the
     first."""
     begin = min(spans[0].start for spans in found.values())
@@ -81,7 +81,7 @@ def to_chrome(found: dict[str, list[Span]]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def draw(found: dict[str, list[Span]], width: int = 1600) -> Image.Image:
+def draw(found: dict[str, list[TraceSpan]], width: int = 1600) -> Image.Image:
     begin = min(spans[0].start for spans in found.values())
     end = max(span.end for spans in found.values() for span in spans)
     rows = {worker: lanes_of(spans) for worker, spans in found.items()}
@@ -110,7 +110,7 @@ def draw(found: dict[str, list[Span]], width: int = 1600) -> Image.Image:
     return image
 
 
-def overlap(found: dict[str, list[Span]]) -> tuple[float, float]:
+def overlap(found: dict[str, list[TraceSpan]]) -> tuple[float, float]:
     """Seconds in which a ViT encoded, and seconds of those in which the LLM computed, too."""
     vit, llm = (
         [span for worker, spans in found.items() if worker.startswith(role) for span in spans]

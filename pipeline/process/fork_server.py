@@ -48,7 +48,7 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
-class Ended(msgspec.Struct, frozen=True, tag=True):
+class ProcessEnded(msgspec.Struct, frozen=True, tag=True):
     """All ends found at once: a killed process comes together with those that ended because of it."""
 
     exit_codes: dict[int, int]  # by serial; negative: the signal that killed it
@@ -137,10 +137,10 @@ class ForkServer:
             if not data:
                 self.is_dead = True
                 return
-            match msgspec.msgpack.decode(data, type=Forked | Ended):
+            match msgspec.msgpack.decode(data, type=Forked | ProcessEnded):
                 case Forked(serial, pid):
                     self._processes[serial].pid = pid
-                case Ended(exit_codes):
+                case ProcessEnded(exit_codes):
                     for serial, exit_code in exit_codes.items():
                         self._processes.pop(serial).exit_code = exit_code
                 case other:
@@ -200,7 +200,7 @@ class _Server:
             case Kill(serial):
                 if (start := self._starts.pop(serial, None)) is not None:
                     _close(start[1])
-                    self._report(Ended({serial: -signal.SIGKILL}))
+                    self._report(ProcessEnded({serial: -signal.SIGKILL}))
                 elif serial in self._pids:
                     os.kill(self._pids[serial], signal.SIGKILL)
             case other:
@@ -214,7 +214,7 @@ class _Server:
             pid = _fork(spec, fds, [self._connection.fileno(), *self._sentinels, *others])
         except OSError:
             traceback.print_exc()
-            self._report(Ended({serial: 1}))
+            self._report(ProcessEnded({serial: 1}))
             return
         finally:
             _close(fds)
@@ -233,9 +233,9 @@ class _Server:
             self._poll.unregister(sentinel)
             os.close(sentinel)
         if exit_codes:
-            self._report(Ended(exit_codes))
+            self._report(ProcessEnded(exit_codes))
 
-    def _report(self, message: Forked | Ended) -> None:
+    def _report(self, message: Forked | ProcessEnded) -> None:
         # `_read` finds that the launcher is dead
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send(msgspec.msgpack.encode(message))

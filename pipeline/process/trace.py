@@ -13,7 +13,7 @@ from pipeline.wire.topology import WorkerId
 FLUSH_S = 0.5
 
 
-class Span(msgspec.Struct, frozen=True):
+class TraceSpan(msgspec.Struct, frozen=True):
     """Times are seconds of the machine's monotonic clock, the same for all processes."""
 
     name: str
@@ -40,7 +40,7 @@ class Tracer:
         if self._file is None:
             return
         now = time.monotonic()
-        span = Span(name, start, now if end is None else end, tuple(dict.fromkeys(request_ids)), amount)
+        span = TraceSpan(name, start, now if end is None else end, tuple(dict.fromkeys(request_ids)), amount)
         self._file.write(msgspec.json.encode(span) + b"\n")
         if now - self._written_at > FLUSH_S:
             self._written_at = now

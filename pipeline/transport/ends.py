@@ -43,7 +43,7 @@ class Subscription(NamedTuple):
     is_new: bool  # False: the subscriber left or died
 
 
-class Encoder(Protocol):
+class MessageEncoder(Protocol):
     """msgspec's; or, in tests of faults, one that corrupts messages, or returns None to drop one."""
 
     def encode(self, message: Any, /) -> bytes | None: ...
@@ -63,7 +63,7 @@ class Sender(Generic[M]):
         open_socket: Callable[[], Any],
         url: str,
         high_water_mark: int = HIGH_WATER_MARK,
-        encoder: Encoder | None = None,
+        encoder: MessageEncoder | None = None,
     ) -> None:
         self._open_socket, self._high_water_mark = open_socket, high_water_mark
         self._encoder = encoder or msgspec.msgpack.Encoder()
@@ -215,7 +215,7 @@ class Publisher(Generic[M]):
         self,
         socket: zmq.Socket[bytes],
         accepts: Callable[[bytes, str], bool],
-        encoder: Encoder | None = None,
+        encoder: MessageEncoder | None = None,
         is_authenticated: bool = False,
     ) -> None:
         self.socket = socket

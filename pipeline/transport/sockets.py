@@ -14,7 +14,7 @@ from pipeline.transport.ends import (
     ALL,
     HIGH_WATER_MARK,
     AsyncReceiver,
-    Encoder,
+    MessageEncoder,
     Publisher,
     Receiver,
     Relayed,
@@ -61,7 +61,7 @@ class Sockets:
         self,
         site: Path | Site,
         epochs: Mapping[WorkerId, int],
-        encoder: Encoder | None = None,
+        encoder: MessageEncoder | None = None,
         elsewhere: Mapping[EdgeEnd, Site] | None = None,
     ) -> None:
         self.site: Site = RunDirectory(site) if isinstance(site, Path) else site

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from launcher.quarantine import MAX_QUARANTINED, QUARANTINE_S, Quarantine
+from launcher.quarantine import MAX_QUARANTINED, QUARANTINE_S, QuarantineRecord
 from pipeline.wire.topology import Role
 
 
 def test_a_request_is_quarantined_in_each_role_that_died_of_it_for_ten_minutes_after_the_last_death() -> None:
     assert QUARANTINE_S == 600.0
-    kept = Quarantine()
+    kept = QuarantineRecord()
     kept.add(Role.LLM, (b"poison", b"neighbour"), 100.0)
     kept.add(Role.VIT, (b"poison",), 200.0)
     kept.add(Role.LLM, (b"poison",), 300.0)
@@ -19,7 +19,7 @@ def test_a_request_is_quarantined_in_each_role_that_died_of_it_for_ten_minutes_a
 
 
 def test_the_first_new_token_clears_it_in_all_roles() -> None:
-    kept = Quarantine()
+    kept = QuarantineRecord()
     kept.add(Role.PREPROCESS, (b"a",), 0.0)
     kept.add(Role.LLM, (b"a", b"b"), 0.0)
     kept.clear(b"a")
@@ -30,7 +30,7 @@ def test_the_first_new_token_clears_it_in_all_roles() -> None:
 
 
 def test_beyond_the_limit_the_oldest_leave_first() -> None:
-    kept = Quarantine()
+    kept = QuarantineRecord()
     kept.add(Role.LLM, (b"first", b"second"), 0.0)
     kept.add(Role.VIT, (number.to_bytes(8, "little") for number in range(MAX_QUARANTINED - 2)), 1.0)
     assert kept.quarantined(2.0)[Role.LLM] == (b"first", b"second")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.process.trace import Span, Tracer
+from pipeline.process.trace import Tracer, TraceSpan
 from pipeline.wire.topology import Role, WorkerId
 from tools import trace
 
@@ -21,8 +21,8 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_work_at_the_same_time_lies_in_lanes_of_its_own() -> None:
-    def span(start: float, end: float) -> Span:
-        return Span("x", start, end, ())
+    def span(start: float, end: float) -> TraceSpan:
+        return TraceSpan("x", start, end, ())
 
     spans = [span(0, 4), span(1, 2), span(1.5, 3), span(2, 5), span(4, 6), span(7, 8)]
     assert trace.lanes_of(spans) == [0, 1, 2, 1, 0, 0]

@@ -12,7 +12,7 @@ from tests.toy_family.checkpoint import LANGUAGE, TOKENS, make_toy
 from tests.toy_family.decoder import ToyDecoder
 from tests.toy_family.family import ToyFamily
 from tests.toy_family.reference import Reference
-from workers.llm.attention.base import Span
+from workers.llm.attention.base import SequencePart
 from workers.llm.backends import choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged, State, paged_of, states_of
@@ -52,7 +52,7 @@ def test_every_backend_computes_what_the_reference_does(name: str, info: ModelIn
     spec = decoder.cache_spec()
     states = StateTensors(states_of(spec), 1, CPU).of_step(torch.tensor([0]), [LENGTH])
     step = backend.attention(PagedTensors(paged_of(spec), 4, 16, torch.float32, CPU)).plan(
-        [Span(LENGTH, 0, [2, 0])]
+        [SequencePart(LENGTH, 0, [2, 0])]
     )
     rows = torch.arange(FIRST, FIRST + NUM_PADS)
     x = decoder.embed(torch.tensor(tokens))

@@ -45,7 +45,7 @@ class Usage(NamedTuple):
 
 
 @dataclass(slots=True)
-class Choice:
+class ChoiceAnswer:
     """One of the texts that were asked for, so far."""
 
     parser: Parser
@@ -71,7 +71,7 @@ class Answer:
     def __init__(
         self, num_choices: int, make_parser: Callable[[], Parser], token_text: Callable[[int], bytes]
     ) -> None:
-        self.choices = [Choice(make_parser()) for _ in range(num_choices)]
+        self.choices = [ChoiceAnswer(make_parser()) for _ in range(num_choices)]
         self._token_text = token_text
 
     @property

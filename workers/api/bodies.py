@@ -10,7 +10,7 @@ from aiohttp.http import HttpVersion11
 
 from pipeline.config import MIB
 from pipeline.wire.errors import RequestError
-from workers.api.budget import Lease
+from workers.api.budget import BudgetLease
 
 BASE_BYTES = 256 << 10  # of the budget, that each request takes: what comes in before it is looked at
 STEP_BYTES = 1 << 20  # by which a body of unknown length takes more
@@ -20,7 +20,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class BodyPace:
     """How fast a body must come in: after `grace_s` seconds, at `bytes_per_s` on the average."""
 
     grace_s: float = 30.0
@@ -49,7 +49,7 @@ def too_large(max_mib: int) -> RequestError:
     return RequestError(f"the body is larger than {max_mib} MiB", status=413)
 
 
-async def read_body(request: web.Request, lease: Lease, pace: Pace, max_mib: int) -> bytearray:
+async def read_body(request: web.Request, lease: BudgetLease, pace: BodyPace, max_mib: int) -> bytearray:
     """The whole body. Its bytes are taken from the budget before they are read.
 
     Raises RequestError: 400 for a broken body, 408 for one that comes too slowly, 413, 503.

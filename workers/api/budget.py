@@ -27,7 +27,7 @@ MACHINE_SHARE = 16  # of the machine's memory, one part in so many
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    lease: Lease
+    lease: BudgetLease
     num_bytes: int
     turn: asyncio.Future[None]
 
@@ -45,7 +45,7 @@ class Budget:
         free = self._limit - self.num_bytes - num_bytes
         return free >= 0 and self._taken[owner] + num_bytes <= SHARE * free
 
-    async def take(self, lease: Lease, num_bytes: int) -> None:
+    async def take(self, lease: BudgetLease, num_bytes: int) -> None:
         """Raises RequestError (503) if there is no room for `num_bytes` more within the patience."""
         waiting = _Waiting(lease, num_bytes, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -83,7 +83,7 @@ class Budget:
             waiting.turn.set_result(None)
 
 
-class Lease:
+class BudgetLease:
     """What one request has taken. Given back when it is closed and its media are gone."""
 
     def __init__(self, budget: Budget, owner: str) -> None:

@@ -21,8 +21,8 @@ from pipeline.families import ModelInfo
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
 from workers.api.answer import Update
-from workers.api.bodies import BASE_BYTES, Pace, read_body, refuse_body
-from workers.api.budget import Budget, Lease, memory_mib
+from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body
+from workers.api.budget import Budget, BudgetLease, memory_mib
 from workers.api.endpoints.base import Endpoint, Inquiry, Route, ServedModel
 from workers.api.endpoints.registry import routes
 from workers.api.errors import end_stream, error_response
@@ -38,7 +38,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer to a request, once its head is made
-LEASE = web.RequestKey("lease", Lease)  # the memory that a request has taken
+LEASE = web.RequestKey("lease", BudgetLease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -57,7 +57,7 @@ class ApiServer:
         info: ModelInfo,
         request_reload: Callable[[], None] = lambda: None,
         recovery_timeout_s: float = 60.0,
-        pace: Pace | None = None,
+        pace: BodyPace | None = None,
         budget: Budget | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
@@ -65,7 +65,7 @@ class ApiServer:
         self._routes = {route.path: route for route in routes()}
         self._access = Access(config)
         self._operations = Operations(client, lambda: self.is_ready, request_reload)
-        self._pace, self._budget = pace or Pace(), budget or Budget(memory_mib(config) * MIB)
+        self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self.is_ready = False
         self._is_settled = asyncio.Event()  # ready, or never to be
         self.is_retiring = False  # connections end with the next answer on them
@@ -97,7 +97,7 @@ class ApiServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.num_handled += 1
-        request[LEASE] = lease = Lease(self._budget, self._access.tenant(request))
+        request[LEASE] = lease = BudgetLease(self._budget, self._access.tenant(request))
         try:
             return await self._answer(request, handler)
         finally:

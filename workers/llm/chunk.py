@@ -15,7 +15,7 @@ class Lease(NamedTuple):
     lease_id: int
 
 
-class Piece(NamedTuple):
+class ChunkRun(NamedTuple):
     """Tokens [offset, stop) of a prompt, whose places the rows of an embedding take, from `row` on."""
 
     offset: int
@@ -29,7 +29,7 @@ class Chunk:
 
     item: int
     index: int
-    pieces: tuple[Piece, ...]  # in the order of the prompt, at least one
+    pieces: tuple[ChunkRun, ...]  # in the order of the prompt, at least one
     wire: MmChunk
     embeddings: TensorHandle | None = None
     lease: Lease | None = None
@@ -60,14 +60,14 @@ def chunks_of(number: int, item: MmItem) -> list[Chunk]:
     spans = iter(item.spans)
     offset = stop = 0  # what is left of the span
     for index, wire in enumerate(item.chunks):
-        pieces: list[Piece] = []
+        pieces: list[ChunkRun] = []
         row = 0
         while row < wire.num_tokens:
             if offset == stop:
                 span = next(spans)
                 offset, stop = span.offset, span.stop
             length = min(stop - offset, wire.num_tokens - row)
-            pieces.append(Piece(offset, offset + length, row))
+            pieces.append(ChunkRun(offset, offset + length, row))
             offset += length
             row += length
         chunks.append(Chunk(number, index, tuple(pieces), wire))

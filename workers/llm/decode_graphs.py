@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.llm.sampling.choice import NUM_PARAMS
-from workers.llm.sequences import Rows, SequenceTable
+from workers.llm.sequences import SequenceTable, StepRows
 from workers.nn.loader import to_device
 
 FIELDS = ("positions", "slots", "lengths", "new_slots")
@@ -34,7 +34,7 @@ def graph_sizes(largest: int) -> list[int]:
     return [*itertools.takewhile(lambda size: size < largest, steps), largest]
 
 
-class Inputs(NamedTuple):
+class GraphInputs(NamedTuple):
     """What a batch of `n` reads, all on the device.
 
     Rows that fill it up belong to nobody: a spare slot, and one token at a spare place.
@@ -100,13 +100,13 @@ class DecodeBuffers:
         self._rows = torch.zeros(shape, dtype=torch.int32, device=device)
         self.device_tables = DeviceTables(sequences, spare_kv_slot // block_size, device)
 
-    def inputs(self, size: int) -> Inputs:
+    def inputs(self, size: int) -> GraphInputs:
         """The same memory at each call."""
         rows = self._rows[:, :size]
         positions, slots, lengths, new_slots = rows[: len(FIELDS)]
-        return Inputs(positions, slots, lengths, new_slots, rows[len(FIELDS) :])
+        return GraphInputs(positions, slots, lengths, new_slots, rows[len(FIELDS) :])
 
-    def fill(self, of_step: Rows, params: npt.NDArray[np.int32], size: int) -> None:
+    def fill(self, of_step: StepRows, params: npt.NDArray[np.int32], size: int) -> None:
         """Starts the copy of a step, filled up to `size`; `params` [NUM_PARAMS, number of sequences]."""
         self._turn = (self._turn + 1) % NUM_STAGINGS
         rows = self._staged[self._turn].numpy()
@@ -132,7 +132,7 @@ class DecodeGraphs:
         self,
         sizes: Sequence[int],
         buffers: DecodeBuffers,
-        compute: Callable[[Inputs], Outputs],
+        compute: Callable[[GraphInputs], Outputs],
         device: torch.device,
     ) -> None:
         self.sizes, self.buffers = list(sizes), buffers
@@ -160,10 +160,10 @@ class DecodeGraphs:
             self._graphs[size] = graph, outputs
         torch.cuda.synchronize()
 
-    def can_run(self, rows: Rows) -> bool:
+    def can_run(self, rows: StepRows) -> bool:
         return 0 < len(rows.slots) <= self.sizes[-1] and bool(rows.are_decodes.all())
 
-    def run(self, rows: Rows, params: npt.NDArray[np.int32]) -> Outputs:
+    def run(self, rows: StepRows, params: npt.NDArray[np.int32]) -> Outputs:
         """Of these sequences, which are all to decode. Waits for nothing.
 
         To be read before the next run, which writes over it.

@@ -24,12 +24,12 @@ from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
-from workers.llm.attention.base import AttentionBackend, Span
+from workers.llm.attention.base import AttentionBackend, SequencePart
 from workers.llm.backends import Backend, choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
-from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, Inputs, Outputs, graph_sizes
+from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, GraphInputs, Outputs, graph_sizes
 from workers.llm.embedding_pools import EmbeddingPools
 from workers.llm.item_embeddings import PlacedSlice, place_embeddings
 from workers.llm.models.base import Decoder
@@ -37,8 +37,8 @@ from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
-from workers.llm.sequences import Int64Array, Rows, SequenceTable
-from workers.llm.step_result import Launched
+from workers.llm.sequences import Int64Array, SequenceTable, StepRows
+from workers.llm.step_result import LaunchedStep
 from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
@@ -54,7 +54,7 @@ class _Unchosen(NamedTuple):
     logits: Tensor  # [n, vocab] float32
 
     @classmethod
-    def of(cls, rows: Rows, logits: Tensor) -> _Unchosen:
+    def of(cls, rows: StepRows, logits: Tensor) -> _Unchosen:
         """All that are sampled; `logits` are theirs."""
         slots, stops = rows.slots[rows.are_sampled], rows.stops[rows.are_sampled]
         return cls(np.arange(len(slots)), slots, stops, logits)
@@ -92,7 +92,7 @@ class ModelRunner:
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
         # The rows of the step launched last that wait for `choose`.
-        self._open: tuple[Launched, _Unchosen] | None = None
+        self._open: tuple[LaunchedStep, _Unchosen] | None = None
 
     @classmethod
     def load(
@@ -139,13 +139,13 @@ class ModelRunner:
         buffers = DecodeBuffers(sizes[-1], self.sequences, size, cache.spare_slot, self.device)
         self._tables = buffers.device_tables
 
-        def compute(inputs: Inputs) -> Outputs:
+        def compute(inputs: GraphInputs) -> Outputs:
             return self._decode(inputs, max_model_len)
 
         with torch.inference_mode():
             self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
 
-    def _decode(self, inputs: Inputs, longest: int) -> Outputs:
+    def _decode(self, inputs: GraphInputs, longest: int) -> Outputs:
         """One token more for each sequence. All stays in place on the device: a CUDA graph can hold it."""
         assert self._backend.sample is not None
         slots = inputs.slots.long()
@@ -170,7 +170,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Starts the forward of a step, and chooses the tokens of the rows that need no mask.
 
         If there are others `choose` follows. On the CPU the step has run when this returns.
@@ -181,7 +181,7 @@ class ModelRunner:
         for start in plan.started:
             self._start(start)
         if not plan.sequences:
-            return Launched(self.device)
+            return LaunchedStep(self.device)
         rows = self.sequences.rows(plan.sequences)
         if self._graphs is not None and self._graphs.can_run(rows):
             outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
@@ -202,9 +202,9 @@ class ModelRunner:
         self._open = None
         self._choose(launched, unchosen, masks)
 
-    def _choose_ready(self, unchosen: _Unchosen, of_graph: Tensor | None = None) -> Launched:
+    def _choose_ready(self, unchosen: _Unchosen, of_graph: Tensor | None = None) -> LaunchedStep:
         """Chooses what needs no mask. `of_graph`: a token for each row, which counts for plain rows only."""
-        launched = Launched(self.device, len(unchosen.slots))
+        launched = LaunchedStep(self.device, len(unchosen.slots))
         waits = self.sampler.waits_for_masks(unchosen.slots)
         if waits.any():
             waiting, ready = np.flatnonzero(waits), np.flatnonzero(~waits)
@@ -220,7 +220,7 @@ class ModelRunner:
             self._choose(launched, unchosen)
         return launched
 
-    def _choose(self, launched: Launched, unchosen: _Unchosen, masks: Sequence[bytes] = ()) -> None:
+    def _choose(self, launched: LaunchedStep, unchosen: _Unchosen, masks: Sequence[bytes] = ()) -> None:
         slots = unchosen.slots
         sampled = self.sampler.sample(unchosen.logits, slots, unchosen.num_tokens, masks)
         self._last_tokens[self._tensor(slots)] = sampled.token_ids
@@ -236,15 +236,15 @@ class ModelRunner:
         if self._graphs is not None:
             self._tables.restart(start.slot)
 
-    def _launch_any(self, rows: Rows, steps: Sequence[SequenceStep]) -> Launched:
+    def _launch_any(self, rows: StepRows, steps: Sequence[SequenceStep]) -> LaunchedStep:
         hidden, ends = self._compute(rows, steps)
         # Ranks must agree on whether there is a collective at all: they do, by their equal plans.
         if not rows.are_sampled.any():
-            return Launched(self.device)
+            return LaunchedStep(self.device)
         logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
         return self._choose_ready(_Unchosen.of(rows, logits))
 
-    def _compute(self, rows: Rows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
+    def _compute(self, rows: StepRows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""
         ends = np.cumsum(rows.counts)
         x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
@@ -256,7 +256,7 @@ class ModelRunner:
         ]
         features = place_embeddings(x, slices, self.pools.gather, self.decoder.num_features)
         spans = [
-            Span(count, start, self.sequences.block_table(slot))
+            SequencePart(count, start, self.sequences.block_table(slot))
             for slot, start, count in zip(
                 rows.slots.tolist(),
                 rows.starts.tolist(),
@@ -267,7 +267,7 @@ class ModelRunner:
         states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist())
         return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
 
-    def _token_ids(self, rows: Rows, ends: Int64Array) -> Tensor:
+    def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
         """[num_tokens] int64: those that the host knows, and the last of each sequence that decodes."""
         token_ids = np.zeros(ends[-1], dtype=np.int64)
         for row in np.flatnonzero(~rows.are_decodes):
@@ -279,7 +279,7 @@ class ModelRunner:
             on_device[self._tensor(ends[rows.are_decodes] - 1)] = last
         return on_device
 
-    def _positions(self, rows: Rows, ends: Int64Array) -> Tensor:
+    def _positions(self, rows: StepRows, ends: Int64Array) -> Tensor:
         """[3, num_tokens] int64"""
         positions = np.empty((3, ends[-1]), dtype=np.int64)
         # Of a sequence that decodes all three rows are equal.

@@ -21,7 +21,7 @@ Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Rows(NamedTuple):
+class StepRows(NamedTuple):
     """The sequences of a step, side by side; all arrays are of the host, one number a sequence."""
 
     slots: Int64Array
@@ -69,7 +69,7 @@ class SequenceTable:
         self.block_tables[slot, count : count + len(blocks)] = blocks
         self.num_blocks[slot] = count + len(blocks)
 
-    def rows(self, steps: Sequence[SequenceStep]) -> Rows:
+    def rows(self, steps: Sequence[SequenceStep]) -> StepRows:
         """Reads a step; its new blocks are in the table from here on."""
         count = len(steps)
         slots = np.fromiter([step.slot for step in steps], dtype=np.int64, count=count)
@@ -83,9 +83,9 @@ class SequenceTable:
         for row, step in enumerate(steps):
             if step.embeddings:
                 are_decodes[row] = False
-        return Rows(slots, starts, counts, are_sampled, are_decodes)
+        return StepRows(slots, starts, counts, are_sampled, are_decodes)
 
-    def advance(self, rows: Rows) -> None:
+    def advance(self, rows: StepRows) -> None:
         """The step is under way."""
         self.lengths[rows.slots] = rows.stops
 

@@ -24,7 +24,7 @@ class StepResult(NamedTuple):
     logprobs: Sequence[Sequence[TokenLogprobs]]  # of each token where they are wanted, else none
 
 
-class Launched:
+class LaunchedStep:
     """A step under way. On CUDA its results are on their way to the host while the next step is prepared."""
 
     def __init__(self, device: torch.device, num_sampled: int = 0) -> None:

@@ -31,12 +31,12 @@ from workers.llm.chunk import Lease
 from workers.llm.leases import Leases
 from workers.llm.request import Request
 from workers.llm.sampling.matching import HostRule, mask_of, start_matchers
-from workers.llm.sampling.tokens import Tokens
+from workers.llm.sampling.tokens import TokensSoFar
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
 from workers.llm.step_result import StepResult
 
 
-class Launched(Protocol):
+class StepHandle(Protocol):
     has_run: bool  # already: the device computes nothing on its own
 
     def result(self) -> StepResult: ...
@@ -54,7 +54,7 @@ class Runner(Protocol):
     @property
     def pools(self) -> Pools: ...
 
-    def launch(self, plan: StepPlan) -> Launched: ...
+    def launch(self, plan: StepPlan) -> StepHandle: ...
 
     def choose(self, masks: Sequence[bytes]) -> None: ...
 
@@ -64,7 +64,7 @@ class InFlightStep:
     scheduled: list[Scheduled]
     sampled: list[Request]  # of them, those that get a token
     num_decodes: int  # in front of the scheduled
-    launched: Launched
+    launched: StepHandle
     started_at: float
     ended_at: float | None  # None: it runs on
     # Of requests that ended meanwhile: the step may still read them.
@@ -153,7 +153,7 @@ class Stepper:
             prompt, output = (
                 np.array(ids, dtype=np.int32) for ids in (request.prompt_token_ids, request.output_token_ids)
             )
-            request.matchers = start_matchers(self._rules, request.sampling, Tokens(prompt, output))
+            request.matchers = start_matchers(self._rules, request.sampling, TokensSoFar(prompt, output))
         self._started.append(_start_of(*admitted))
 
     def launch(self, schedule: Schedule) -> None:

@@ -35,7 +35,7 @@ from workers.llm.follower import Follower
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
-from workers.llm.sampling.matching import Vocabulary, make_host_rules
+from workers.llm.sampling.matching import TokenVocabulary, make_host_rules
 from workers.llm.scheduler import Scheduler
 from workers.llm.start import (
     MAX_REQUESTS_PER_CLIENT,
@@ -140,7 +140,7 @@ def _lead(
         context.origin, scheduler, runner, make_welcome(context, max_model_len), links, sockets.epochs,
         has_overlap=has_overlap(config.llm.overlap, runner.device),
         watch=Watch(tracer=context.tracer, record=context.recorder.record),
-        rules=make_host_rules(Vocabulary(info.text.vocab_size, info.eos_token_ids)),
+        rules=make_host_rules(TokenVocabulary(info.text.vocab_size, info.eos_token_ids)),
     )  # fmt: skip
     step_times = measure_steps(context, engine, max_model_len, sharing)
     blocks = scheduler.cache.blocks

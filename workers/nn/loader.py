@@ -32,7 +32,7 @@ def no_progress(done: int, total: int) -> None:
     """A `Progress` that reports nothing."""
 
 
-class Rows:
+class StoredRows:
     """A matrix that stays in its file: rows are read on demand, through the system's page cache."""
 
     def __init__(self, path: Path, start: int, num_columns: int, dtype: torch.dtype) -> None:
@@ -87,13 +87,13 @@ class Checkpoint:
         """Whether there is any tensor of this layer, whatever its format."""
         return any(name.startswith(f"{module}.") for name in self._places)
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> StoredRows:
         """A matrix that stays in its file."""
         path, stored = self._place(name)
         with path.open("rb") as file:  # safetensors: the length of a JSON header, the header, the data
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[stored]
-        return Rows(
+        return StoredRows(
             path, 8 + length + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
         )
 

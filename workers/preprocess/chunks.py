@@ -24,7 +24,7 @@ from pipeline.wire.encoding import CancelEncode, EncodeMessage, EncodeRequest
 from pipeline.wire.errors import ErrorInfo, RequestError
 from pipeline.wire.generation import MmChunk
 from workers.preprocess.credits import Shares
-from workers.preprocess.media import Chunk
+from workers.preprocess.media import MediaChunk
 from workers.preprocess.places import decrease
 from workers.preprocess.router import Router
 from workers.preprocess.shortages import refusal_of
@@ -40,7 +40,7 @@ class ChunkState:
     """A chunk from its routing until its pixels are released."""
 
     key: ChunkKey
-    chunk: Chunk
+    chunk: MediaChunk
     vit: int
     order: Order
     slot: Slot | None = None
@@ -83,7 +83,7 @@ class ChunkFlow:
     def route(
         self,
         key: ChunkKey,
-        chunk: Chunk,
+        chunk: MediaChunk,
         order: Order,
         num_tokens: int,
         tenant: str = "",

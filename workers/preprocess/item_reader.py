@@ -31,7 +31,7 @@ from workers.preprocess.media import (
     picture_item,
     video_item,
 )
-from workers.preprocess.names import Memory
+from workers.preprocess.names import TenantCache
 from workers.preprocess.readers import MediaReaders
 from workers.preprocess.shortages import own_file
 from workers.preprocess.threads import FairThreads, on_behalf_of
@@ -69,7 +69,7 @@ class ItemReader:
     ) -> None:  # fmt: skip
         self._config, self._info, self._num_vits = config, info, num_vits
         self._fetcher, self._threads, self._readers = fetcher, threads, readers
-        self._known: Memory[_Known] = Memory()
+        self._known: TenantCache[_Known] = TenantCache()
         self._max_frames = (
             info.video.max_frames if config.max_video_frames is None else config.max_video_frames
         )

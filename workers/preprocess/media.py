@@ -39,7 +39,7 @@ class Source(Protocol):
 
 
 @dataclass(slots=True)
-class Chunk:
+class MediaChunk:
     """A part of an item that a ViT encodes in one piece."""
 
     source: Source
@@ -65,7 +65,7 @@ class Item:
     segments: tuple[Segment, ...]  # its text and placeholders in the prompt
     mm_hash: bytes  # of the pixels
     kv_hash: bytes  # its key in the prefix cache
-    chunks: list[Chunk]
+    chunks: list[MediaChunk]
 
 
 class PictureSource:
@@ -121,7 +121,7 @@ class VideoSource:
 
 def picture_item(source: Source, size: ImageSize, mm_hash: bytes, info: ModelInfo) -> Item:
     media = MediaInfo(info.vision.grid_of(size))
-    return _item(media, mm_hash, [Chunk(source, (0,), size, media.grid_thw, mm_hash)], info)
+    return _item(media, mm_hash, [MediaChunk(source, (0,), size, media.grid_thw, mm_hash)], info)
 
 
 def video_item(
@@ -134,17 +134,17 @@ def video_item(
     vision = info.vision
     media = MediaInfo(vision.grid_of(size, len(frames.numbers)), frames)
     step = info.family.chunk_length(media.grid_thw, num_vits, info) * vision.temporal_patch_size
-    chunks: list[Chunk] = []
+    chunks: list[MediaChunk] = []
     digest = hashlib.sha256(content)
     for first in range(0, len(frames.numbers), step):
         part = frames.numbers[first : first + step]
         mm_hash = hashlib.sha256(content + repr((part, tuple(size))).encode()).digest()
         digest.update(mm_hash)
-        chunks.append(Chunk(source, part, size, vision.grid_of(size, len(part)), mm_hash))
+        chunks.append(MediaChunk(source, part, size, vision.grid_of(size, len(part)), mm_hash))
     return _item(media, digest.digest(), chunks, info)
 
 
-def _item(media: MediaInfo, mm_hash: bytes, chunks: list[Chunk], info: ModelInfo) -> Item:
+def _item(media: MediaInfo, mm_hash: bytes, chunks: list[MediaChunk], info: ModelInfo) -> Item:
     family = info.family
     return Item(media, family.segments(media, info), mm_hash, family.kv_hash(mm_hash, media, info), chunks)
 

@@ -15,7 +15,7 @@ MAX_SHARE = 20_000  # of one tenant
 MAX_TENANTS = 4096
 
 
-class Memory(Generic[V]):
+class TenantCache(Generic[V]):
     """Values by tenant and key. The least recently used are evicted first."""
 
     def __init__(

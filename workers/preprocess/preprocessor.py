@@ -14,7 +14,6 @@ import functools
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import assert_never
 
 import msgspec
@@ -51,6 +50,7 @@ from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.item_reader import ItemReader
+from workers.preprocess.known_requests import KnownRequest, KnownRequests
 from workers.preprocess.media import Item
 from workers.preprocess.prompt import TokenizedPrompt
 from workers.preprocess.prompt_reader import Prepared, PromptReader
@@ -61,31 +61,8 @@ from workers.preprocess.submission_checks import check_submission, num_prompt_by
 from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
-MEMORY_OF_ENDED_S = 60.0
 DECODES_PER_READER = 2  # under way at once, so that none waits for work, and whose turn it is matters
-MAX_REMEMBERED = 1 << 16  # requests, with those that have ended
 CLIENTS_RETURN_S = 120.0  # after our predecessor's death: with requests that it had begun
-
-
-@dataclass(slots=True)
-class OpenRequest:
-    client_id: bytes
-    request_id: str
-    attempt: int
-    tenant: str
-    task: asyncio.Task[None] | None = None
-    was_passed_on: bool = False  # the LLM knows it
-    refusal: RequestRefused | None = None  # else: that the LLM was told why not, for queries
-    keys: list[ChunkKey] = field(default_factory=list)
-    num_held_bytes: int = 0
-    has_credit: bool = False
-    # here, in this attempt or an earlier one, and has not come to its own end: should it come again, it goes
-    # on though the server be full
-    was_begun: bool = False
-    lead: int | None = None  # of the group that runs it, once that is chosen
-    leads: tuple[int, ...] = ()  # of the groups that know its client
-    num_new_tokens: int = 0  # that count as outstanding there
-    ended_at: float | None = None
 
 
 class Preprocessor:
@@ -126,11 +103,9 @@ class Preprocessor:
             num_readers * DECODES_PER_READER,
             self._on_broken_chunk, context.tracer, context.quarantine.runs_alone,
         )  # fmt: skip
-        self._requests: dict[str, OpenRequest] = {}
+        self._requests = KnownRequests(Credits(config.max_open_requests, config.max_open_media_mib))
         self._last_arrival = 0
         self.is_draining = False
-        self.num_open = 0
-        self._credits = Credits(config.max_open_requests, config.max_open_media_mib)
         self._started_at = time.monotonic()
         self.counters = {"stale_messages": 0, "refused_requests": 0}
 
@@ -163,10 +138,10 @@ class Preprocessor:
         if known is not None and known.ended_at is None:
             self._end(known)
         tenant = tenant_of(message)
-        opened = OpenRequest(
+        opened = KnownRequest(
             message.client_id, message.request_id, message.attempt, tenant, leads=message.leads
         )
-        self._requests[message.request_id] = opened
+        self._requests.add(opened)
         # Where a lower attempt may still run; after our predecessor's death only its client knows, if
         # anybody.
         opened.lead = (
@@ -178,18 +153,21 @@ class Preprocessor:
         if known is None and opened.lead is None and message.attempt > 1 and len(self._llms) > 1:
             for lead in self._llms:  # one of them may still run it, and another is about to
                 self._abandon(message, lead)
-        self.num_open += 1
         opened.was_begun = known.was_begun if known is not None else self._may_have_begun(message)
         try:
-            self._take_credit(opened)
+            if self.is_draining and not opened.was_begun:
+                raise RequestError("the server is shutting down", status=503)
+            self._requests.take_credit(opened)
             check_submission(message, self._info.text.vocab_size, self._config.allow_priority)
-            self._hold(opened, sum(len(frame) for frame in frames) + num_prompt_bytes(message.prompt))
+            self._requests.hold(
+                opened, sum(len(frame) for frame in frames) + num_prompt_bytes(message.prompt)
+            )
         except RequestError as error:
             self._refuse(opened, error.info)
             return
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
 
-    def _refuse_foreign(self, known: OpenRequest, message: SubmitRequest | QueryRequest) -> None:
+    def _refuse_foreign(self, known: KnownRequest, message: SubmitRequest | QueryRequest) -> None:
         refusal = RequestNotYours(
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt,
             **self._origin,
@@ -233,28 +211,6 @@ class Preprocessor:
         is_successor = self._origin["epoch"] > 1 and time.monotonic() - self._started_at < CLIENTS_RETURN_S
         return message.attempt > 1 and is_successor
 
-    def _take_credit(self, opened: OpenRequest) -> None:
-        """What was begun is gone on with, be the server full or about to stop."""
-        if self.is_draining and not opened.was_begun:
-            raise RequestError("the server is shutting down", status=503)
-        self._credits.open(opened.tenant, opened.was_begun)
-        opened.has_credit = opened.was_begun = True
-
-    def _give_back_credit(self, opened: OpenRequest) -> None:
-        """The request has ended or was refused: what it held is another's now."""
-        if opened.has_credit:
-            self._credits.close(opened.tenant, opened.num_held_bytes)
-            opened.has_credit, opened.num_held_bytes = False, 0
-
-    def _hold(self, opened: OpenRequest, num_bytes: int) -> None:
-        """Counts texts and encoded media that a request holds until it ends.
-
-        Raises RequestError rather than let memory grow.
-        """
-        if opened.has_credit:
-            opened.num_held_bytes += num_bytes
-            self._credits.hold(opened.tenant, num_bytes)
-
     def _on_abort(self, message: AbortRequest) -> None:
         known = self._requests.get(message.request_id)
         if known is not None and (known.client_id != message.client_id or known.attempt > message.attempt):
@@ -270,24 +226,24 @@ class Preprocessor:
             lead = self._speaker(known)
         self._llms[lead].send(message)
 
-    def _tell(self, opened: OpenRequest | None, message: LlmMessage) -> None:
+    def _tell(self, opened: KnownRequest | None, message: LlmMessage) -> None:
         """To the group of a request; of one that has none, or is not known, another group speaks."""
         lead = opened.lead if opened is not None else None
         self._llms[self._speaker(opened) if lead is None else lead].send(message)
 
-    def _speaker(self, opened: OpenRequest | None) -> int:
+    def _speaker(self, opened: KnownRequest | None) -> int:
         """A group that lives, and that the client hears, where there is one."""
         return self._groups.candidates(opened.leads if opened is not None else ())[0]
 
     # One request's preparation.
 
-    async def _prepare(self, opened: OpenRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
+    async def _prepare(self, opened: KnownRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
         is_alone = self._context.quarantine.runs_alone(opened.request_id)
         on_behalf_of.set(Work(opened.request_id, is_alone, opened.tenant))
         start = time.monotonic()
         try:
             prepared = await self.prompts.read(
-                message, frames, opened.tenant, functools.partial(self._hold, opened)
+                message, frames, opened.tenant, functools.partial(self._requests.hold, opened)
             )
             self._check_chunks(
                 opened.tenant, prepared.items
@@ -319,7 +275,7 @@ class Preprocessor:
                 field="messages",
             )
 
-    def _announce(self, opened: OpenRequest, message: SubmitRequest, prepared: Prepared) -> None:
+    def _announce(self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared) -> None:
         """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them
         in one order."""
         media, prompt, positions = prepared
@@ -360,7 +316,7 @@ class Preprocessor:
         self._chunks.announce(opened.keys)
 
     def _choose_group(
-        self, opened: OpenRequest, prompt: TokenizedPrompt, items: Sequence[MmItem], cache_salt: bytes
+        self, opened: KnownRequest, prompt: TokenizedPrompt, items: Sequence[MmItem], cache_salt: bytes
     ) -> None:
         if len(self._llms) == 1 or opened.lead is not None:
             opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
@@ -369,7 +325,7 @@ class Preprocessor:
         num_tokens = len(prompt.token_ids)
         opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, num_tokens, opened.leads)
 
-    def _refuse(self, opened: OpenRequest, error: ErrorInfo) -> None:
+    def _refuse(self, opened: KnownRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
         opened.was_begun = False
         opened.task = None  # which may be the one that calls this
@@ -377,7 +333,7 @@ class Preprocessor:
         opened.refusal = self._refusal(opened, error)
         self._tell(opened, opened.refusal)
 
-    def _refusal(self, opened: OpenRequest, error: ErrorInfo) -> RequestRefused:
+    def _refusal(self, opened: KnownRequest, error: ErrorInfo) -> RequestRefused:
         return RequestRefused(
             client_id=opened.client_id, request_id=opened.request_id, attempt=opened.attempt, error=error,
             **self._origin,
@@ -385,7 +341,7 @@ class Preprocessor:
 
     def _on_broken_chunk(self, key: ChunkKey, error: ErrorInfo) -> None:
         """Media of a request that runs already turned out broken."""
-        opened = self._requests[key.request_id]
+        opened = self._requests.of(key.request_id)
         self._tell(opened, self._refusal(opened, error))
 
     # From the launcher, ViTs and the LLM.
@@ -408,7 +364,7 @@ class Preprocessor:
     def _on_group_death(self, lead: int) -> None:
         """Its requests are gone, and come again when their clients know its successor."""
         self._groups.forget(lead)
-        for opened in [opened for opened in self._requests.values() if opened.lead == lead]:
+        for opened in [opened for opened in self._requests if opened.lead == lead]:
             if opened.ended_at is None:
                 self._end(opened)
             opened.lead = None
@@ -436,38 +392,29 @@ class Preprocessor:
             case _:
                 assert_never(message)
 
-    def _end(self, opened: OpenRequest) -> None:
-        opened.ended_at = time.monotonic()
-        self.num_open -= 1
-        self._give_back_credit(opened)
-        if opened.task is not None:
-            opened.task.cancel()
-            opened.task = None
+    def _end(self, opened: KnownRequest) -> None:
+        self._requests.end(opened, time.monotonic())
         self._chunks.cancel(opened.keys)
         opened.keys = []
         if opened.num_new_tokens and opened.lead is not None:
             self._groups.finished(opened.lead, opened.num_new_tokens)
-        # Ended requests are remembered in the order of their end.
-        self._requests[opened.request_id] = self._requests.pop(opened.request_id)
 
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks the books when nothing is open."""
-        for opened in list(self._requests.values()):
-            if opened.ended_at is None or self._chunks.has_chunks_of(opened.request_id):
-                continue  # its chunks' keys are not to be used again
-            is_too_many = len(self._requests) > MAX_REMEMBERED
-            if is_too_many or now - opened.ended_at > MEMORY_OF_ENDED_S:
-                del self._requests[opened.request_id]
+        self._requests.forget(now, self._chunks.has_chunks_of)
         if not self.num_open:
             self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
-            num_held = self._credits.num_requests + self._credits.num_held_bytes
-            assert not num_held, "credits are held by nobody"
+            self._requests.check_empty()
+
+    @property
+    def num_open(self) -> int:
+        return self._requests.num_open
 
     @property
     def num_held_bytes(self) -> int:
         """Of open requests."""
-        return self._credits.num_held_bytes
+        return self._requests.credits.num_held_bytes
 
     @property
     def num_decoded(self) -> int:

@@ -11,14 +11,14 @@ import torch
 
 from pipeline.process.core_sharing import CoreSharing
 from pipeline.transport.poller import Wakeup
-from workers.vit.engines.choice import Engine
+from workers.vit.engines.choice import VitEngine
 from workers.vit.models.base import EncodeJob
 
 
 class EngineThread:
     """Encodes one batch at a time. `take_done` raises the engine's errors in the worker's loop."""
 
-    def __init__(self, engine: Engine, device: torch.device, sharing: CoreSharing, wakeup: Wakeup) -> None:
+    def __init__(self, engine: VitEngine, device: torch.device, sharing: CoreSharing, wakeup: Wakeup) -> None:
         self._engine, self._device, self._sharing, self._wakeup = engine, device, sharing, wakeup
         self._jobs: queue.SimpleQueue[Sequence[EncodeJob]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | float] = queue.SimpleQueue()

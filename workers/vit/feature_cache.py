@@ -23,7 +23,7 @@ class Feature:
     leases: set[int] = field(default_factory=set)
 
 
-class Lease(NamedTuple):
+class FeatureLease(NamedTuple):
     feature: Feature
     lead: int  # the LLM rank that holds it
 
@@ -32,7 +32,7 @@ class FeatureCache:
     def __init__(self, allocator: SlotAllocator) -> None:
         self._allocator = allocator
         self._features: dict[bytes, Feature] = {}  # least recently used first
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[int, FeatureLease] = {}
         self._missing: dict[int, int] = {}  # lease → lease sets that lacked it
         self._last_lease_id = 0
 
@@ -53,7 +53,7 @@ class FeatureCache:
         """A new lease: unique for the life of this process."""
         self._last_lease_id += 1
         feature.leases.add(self._last_lease_id)
-        self._leases[self._last_lease_id] = Lease(feature, lead)
+        self._leases[self._last_lease_id] = FeatureLease(feature, lead)
         return self._last_lease_id
 
     def release(self, lease_ids: Iterable[int]) -> None:

@@ -18,8 +18,8 @@ from pipeline.config import MIB, ApiConfig
 from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import FinishReason
 from tests.workers.api.serving import CHAT, FakeClient, Pieces, Wire, endpoint, piece, post, serving
-from workers.api.bodies import Pace
-from workers.api.budget import Budget, Lease, machine_memory, memory_mib
+from workers.api.bodies import BodyPace
+from workers.api.budget import Budget, BudgetLease, machine_memory, memory_mib
 from workers.api.server import ApiServer
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -50,7 +50,7 @@ async def test_a_body_in_chunks_is_read() -> None:
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 async def test_a_body_that_comes_too_slowly_is_a_408(is_chunked: bool) -> None:
-    pace = Pace(grace_s=0.3, bytes_per_s=1000)
+    pace = BodyPace(grace_s=0.3, bytes_per_s=1000)
     async with serving(endpoint(pace=pace)) as site, site.connect() as wire:
         await wire.send(post(b"", CHUNKED if is_chunked else "Content-Length: 50000"))
 
@@ -68,7 +68,10 @@ async def test_a_body_that_comes_too_slowly_is_a_408(is_chunked: bool) -> None:
 
 async def test_a_body_at_a_sufficient_pace_is_taken_however_long_it_takes() -> None:
     body = CHAT + b" " * 2000
-    async with serving(endpoint(pace=Pace(grace_s=0.3, bytes_per_s=1000))) as site, site.connect() as wire:
+    async with (
+        serving(endpoint(pace=BodyPace(grace_s=0.3, bytes_per_s=1000))) as site,
+        site.connect() as wire,
+    ):
         await wire.send(post(b"", f"Content-Length: {len(body)}"))
         for start in range(0, len(body), 200):
             await wire.send(body[start : start + 200])
@@ -178,7 +181,7 @@ async def test_media_are_in_memory_once() -> None:
 async def test_memory_is_not_given_back_before_the_media_are_gone() -> None:
     """A socket may have them still when the request has ended, while a worker is away."""
     budget = Budget(10)
-    lease = Lease(budget, "a")
+    lease = BudgetLease(budget, "a")
     await lease.grow(6)
     frames = [memoryview(b"abc"), memoryview(b"def")]
     lease.keep(frames)
@@ -195,7 +198,7 @@ async def test_memory_is_not_given_back_before_the_media_are_gone() -> None:
 async def test_memory_that_a_socket_holds_is_not_given_back(tmp_path: Path) -> None:
     """Its peer is a worker that is away: requests that were given up meanwhile still lie in the queue."""
     budget = Budget(4 * MIB)
-    lease = Lease(budget, "a")
+    lease = BudgetLease(budget, "a")
     await lease.grow(MIB)
     frames = [memoryview(bytes(MIB))]
     lease.keep(frames)
@@ -217,10 +220,10 @@ async def test_memory_that_a_socket_holds_is_not_given_back(tmp_path: Path) -> N
 
 async def test_one_client_leaves_room_for_others() -> None:
     budget = Budget(100, patience_s=0)
-    leases: list[Lease] = []
+    leases: list[BudgetLease] = []
 
     async def take(owner: str, num_bytes: int) -> bool:
-        lease = Lease(budget, owner)
+        lease = BudgetLease(budget, owner)
         try:
             await lease.grow(num_bytes)
         except RequestError:
@@ -239,10 +242,12 @@ async def test_one_client_leaves_room_for_others() -> None:
 
 async def test_turns_are_by_owner_and_a_waiter_that_leaves_takes_nothing() -> None:
     budget = Budget(100, patience_s=5)
-    first = Lease(budget, "a")
+    first = BudgetLease(budget, "a")
     await first.grow(50)
     wanted = (("a", 60), ("a", 1), ("b", 9))
-    large, small, other = (asyncio.create_task(Lease(budget, owner).grow(size)) for owner, size in wanted)
+    large, small, other = (
+        asyncio.create_task(BudgetLease(budget, owner).grow(size)) for owner, size in wanted
+    )
     await asyncio.wait_for(other, 1)
     await asyncio.sleep(0.01)
     assert not small.done(), "behind the large one of its owner"

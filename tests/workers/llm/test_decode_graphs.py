@@ -9,7 +9,14 @@ import torch
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.steps import SequenceStart, SequenceStep
-from workers.llm.decode_graphs import DecodeBuffers, DecodeGraphs, DeviceTables, Inputs, Outputs, graph_sizes
+from workers.llm.decode_graphs import (
+    DecodeBuffers,
+    DecodeGraphs,
+    DeviceTables,
+    GraphInputs,
+    Outputs,
+    graph_sizes,
+)
 from workers.llm.sampling.choice import NUM_PARAMS
 from workers.llm.sequences import SequenceTable
 
@@ -50,10 +57,10 @@ def table(*sequences: tuple[int, int, int, list[int]]) -> SequenceTable:
 
 
 def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
-    seen: list[tuple[int, Inputs, torch.Tensor]] = []
+    seen: list[tuple[int, GraphInputs, torch.Tensor]] = []
 
-    def compute(inputs: Inputs) -> Outputs:
-        copies = Inputs(*(part.clone() for part in inputs))
+    def compute(inputs: GraphInputs) -> Outputs:
+        copies = GraphInputs(*(part.clone() for part in inputs))
         seen.append((len(inputs.slots), copies, buffers.device_tables.tables[inputs.slots.long()]))
         return Outputs(inputs.slots.long() + 1, torch.zeros(len(inputs.slots), 3))
 

@@ -22,7 +22,7 @@ from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.steps import StepPlan, StepsMessage, TokenMasks
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
-from workers.llm.attention.base import Span
+from workers.llm.attention.base import SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.paged_tensors import PagedTensors
@@ -31,10 +31,10 @@ from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
-from workers.llm.sampling.matching import Mask, Vocabulary
-from workers.llm.sampling.tokens import Tokens
+from workers.llm.sampling.matching import Mask, TokenVocabulary
+from workers.llm.sampling.tokens import TokensSoFar
 from workers.llm.scheduler import Scheduler
-from workers.llm.step_result import Launched
+from workers.llm.step_result import LaunchedStep
 
 CLIENT = b"c" * 16
 CPU = torch.device("cpu")
@@ -73,11 +73,11 @@ class ToyMatcher:
 class ToyRule:
     """For whoever asks for this min_p. Notes what it was started with."""
 
-    def __init__(self, vocabulary: Vocabulary, log: list[str]) -> None:
+    def __init__(self, vocabulary: TokenVocabulary, log: list[str]) -> None:
         self._vocabulary, self._log = vocabulary, log
         self.outputs: list[list[int]] = []
 
-    def start(self, params: SamplingParams, tokens: Tokens) -> ToyMatcher | None:
+    def start(self, params: SamplingParams, tokens: TokensSoFar) -> ToyMatcher | None:
         if params.min_p != RULED.min_p:
             return None
         self.outputs.append(tokens.output.tolist())
@@ -88,7 +88,7 @@ class ToyRule:
 class LoggedRunner(ModelRunner):
     log: list[str]
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         launched = super().launch(plan)
         self.log.append("launch")
         return launched
@@ -124,7 +124,7 @@ class Rig:
         self.runner, self.other = (make_runner(folder, num_blocks, attention) for _ in range(2))
         self.log = self.runner.log
         self.follower = Follower(self.other, lambda is_wide: None, lambda pool_id, epoch: None)
-        self.rule = ToyRule(Vocabulary(info.text.vocab_size, info.eos_token_ids), self.log)
+        self.rule = ToyRule(TokenVocabulary(info.text.vocab_size, info.eos_token_ids), self.log)
         self.steps: list[StepsMessage] = []
         cache = CacheManager.of_size(num_blocks, 4, 4)
         self.scheduler, self.publisher = Scheduler(cache, budget, info.eos_token_ids), FakePublisher()
@@ -189,7 +189,7 @@ def expected(random_checkpoint: Path) -> dict[str, list[int]]:
         tokens = list(prompt)
         for _ in range(NUM_TOKENS):
             attention = PagedAttention(PagedTensors(layers, 16, 16, torch.float32, CPU))
-            step = attention.plan([Span(len(tokens), 0, range(16))])
+            step = attention.plan([SequencePart(len(tokens), 0, range(16))])
             x, positions = decoder.embed(torch.tensor(tokens)), torch.arange(len(tokens)).expand(3, -1)
             logits = decoder.logits(decoder(x, positions, step)[-1:])[0]
             allowed = allowed_after(tokens[-1]) if is_ruled else list(range(len(logits)))
@@ -290,7 +290,7 @@ def test_only_rows_with_a_matcher_wait(random_checkpoint: Path, expected: dict[s
     at_launch: list[list[int]] = []
     launch = rig.runner.launch
 
-    def look(plan: StepPlan) -> Launched:
+    def look(plan: StepPlan) -> LaunchedStep:
         launched = launch(plan)
         at_launch.append(rig.runner._last_tokens[:2].tolist())
         return launched

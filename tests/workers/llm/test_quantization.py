@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families import read_model_info
-from workers.llm.attention.base import Span
+from workers.llm.attention.base import SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of
@@ -27,7 +27,7 @@ def logits(folder: Path, dtype: torch.dtype, quantization: str = "none") -> Tens
     decoder = decoder_of(info)(info.text, open_weights(folder, dtype, CPU, quantization), TensorParallel())
     attention = PagedAttention(PagedTensors(paged_of(decoder.cache_spec()), 4, 16, dtype, CPU))
     token_ids = torch.arange(300, 300 + NUM_TOKENS)
-    step = attention.plan([Span(NUM_TOKENS, 0, (0, 1, 2))])
+    step = attention.plan([SequencePart(NUM_TOKENS, 0, (0, 1, 2))])
     hidden = decoder(decoder.embed(token_ids), torch.arange(NUM_TOKENS).expand(3, -1), step)
     return decoder.logits(hidden).double()
 

@@ -14,7 +14,7 @@ from pipeline.wire.generation import MmChunk, MmItem, Span
 from pipeline.wire.handles import TensorHandle
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.llm.cache.manager import CacheManager
-from workers.llm.chunk import Chunk, Piece, chunks_of
+from workers.llm.chunk import Chunk, ChunkRun, chunks_of
 from workers.llm.request import Request
 from workers.llm.scheduler import Scheduled, Scheduler
 from workers.llm.step_times import Measured, StepTimes
@@ -33,7 +33,7 @@ def make(
     positions = np.tile(np.arange(num_tokens, dtype=np.int32), (3, 1))
     chunks: list[Chunk] = []
     if gate is not None:
-        chunks.append(Chunk(0, 0, (Piece(gate, num_tokens, 0),), MmChunk(b"h", num_tokens - gate, 0, 1)))
+        chunks.append(Chunk(0, 0, (ChunkRun(gate, num_tokens, 0),), MmChunk(b"h", num_tokens - gate, 0, 1)))
     sampling = SamplingParams(ignore_eos=ignore_eos)
     arrival = next(ARRIVALS)
     prompt = [1000 + arrival if token is None else token] * num_tokens
@@ -145,7 +145,7 @@ def test_what_the_prefix_cache_covers_is_not_waited_for() -> None:
     step(made)
     made.add(make("large", 60, max_tokens=4, priority=5))
     covered = make("covered", 24, max_tokens=1, priority=0, token=5)
-    covered.chunks = [Chunk(0, 0, (Piece(2, 10, 0),), MmChunk(b"h", 8, 0, 1))]
+    covered.chunks = [Chunk(0, 0, (ChunkRun(2, 10, 0),), MmChunk(b"h", 8, 0, 1))]
     made.add(covered)
     assert ("covered", 4) in step(made)
 

@@ -20,7 +20,7 @@ from pipeline.wire.generation import GenerateRequest
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
-from workers.llm.attention.base import AttentionStep, Span
+from workers.llm.attention.base import AttentionStep, SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.backends import choose_backend
 from workers.llm.cache.manager import CacheManager
@@ -83,7 +83,7 @@ def reference(decoder: ToyDecoder, prompt: Sequence[int]) -> list[int]:
         length = len(tokens)
         attention = PagedAttention(PagedTensors(layers, 8, 16, torch.float32, CPU))
         states = StepStates([torch.zeros(1, decoder.info.hidden_size)], torch.tensor([0]), [length])
-        step = attention.plan([Span(length, 0, range(8))])
+        step = attention.plan([SequencePart(length, 0, range(8))])
         x, positions = decoder.embed(torch.tensor(tokens)), torch.arange(length).expand(3, -1)
         hidden = decoder(x, positions, step, states=states)
         tokens.append(int(decoder.logits(hidden[-1:]).argmax()))

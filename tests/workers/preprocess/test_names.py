@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from workers.preprocess.names import Memory
+from workers.preprocess.names import TenantCache
 
 
 def test_tenants_share_nothing() -> None:
-    memory: Memory[int] = Memory()
+    memory: TenantCache[int] = TenantCache()
     memory.put("a", b"k", 1)
     memory.put("b", b"k", 2)
     assert (memory.get("a", b"k"), memory.get("b", b"k"), memory.get("c", b"k"), memory.get("a", b"x")) == (
@@ -22,7 +22,7 @@ def test_tenants_share_nothing() -> None:
 
 
 def test_one_tenant_cannot_flush_anothers_names() -> None:
-    memory: Memory[int] = Memory(max_values=100, max_share=80, max_tenants=10)
+    memory: TenantCache[int] = TenantCache(max_values=100, max_share=80, max_tenants=10)
     for number in range(10):
         memory.put("quiet", b"%d" % number, number)
     for number in range(10_000):
@@ -40,7 +40,7 @@ def test_one_tenant_cannot_flush_anothers_names() -> None:
 
 
 def test_what_was_used_last_is_kept() -> None:
-    memory: Memory[int] = Memory(max_share=3)
+    memory: TenantCache[int] = TenantCache(max_share=3)
     for key in (b"a", b"b", b"c"):
         memory.put("t", key, 1)
     memory.get("t", b"a")
@@ -49,7 +49,7 @@ def test_what_was_used_last_is_kept() -> None:
 
 
 def test_tenants_are_bounded_and_the_count_is_right() -> None:
-    rng, memory = random.Random(1), Memory[int](max_values=50, max_share=20, max_tenants=8)
+    rng, memory = random.Random(1), TenantCache[int](max_values=50, max_share=20, max_tenants=8)
     for number in range(5000):
         memory.put(str(rng.randrange(20)), b"%d" % rng.randrange(30), number)
         assert len(memory) == sum(len(values) for values in memory._tenants.values()) <= 50

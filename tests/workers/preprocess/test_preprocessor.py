@@ -566,7 +566,7 @@ async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
     assert len({message.items[0].mm_hash for message in generated.values()}) == len(parts)
     assert [num_times(message) for _, message in sorted(generated.items())] == [2, 2, 2, 2, 2, 3]
     states = rig.core._chunks._chunks
-    made = {name: [states[key].chunk for key in rig.core._requests[name].keys] for name in parts}
+    made = {name: [states[key].chunk for key in rig.core._requests.of(name).keys] for name in parts}
     frames = {name: [frame for chunk in found for frame in chunk.frames] for name, found in made.items()}
     assert frames["four"] == [0, 7, 15, 22]
     assert frames["the end"] == [10, 15, 20, 25]
@@ -970,7 +970,7 @@ async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purp
     rig.submit("r", [encode(scene(1))])
     await rig.settle()
     rig.end("r")
-    rig.core._requests["r"].ended_at = -1e9
+    rig.core._requests.of("r").ended_at = -1e9
     rig.core.tick(0.0)
     rig.submit("r", [encode(scene(2))])
     await rig.settle()
@@ -992,7 +992,7 @@ async def test_a_cancelled_chunk_in_the_queue_is_nobodys_turn(rig: Rig) -> None:
     rig.submit("r", [encode(scene(1))])
     await rig.settle()
     rig.end("r")
-    rig.core._requests.clear()  # forgotten: the same key comes again
+    rig.core._requests._by_id.clear()  # forgotten: the same key comes again
     rig.submit("r", [encode(scene(2))])
     await rig.settle()
     rig.core._chunks._max_decoding = 2

@@ -15,7 +15,7 @@ import msgspec
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.prompts import ChatMessage, Part
 from pipeline.wire.sampling import MAX_LOGPROBS, SamplingParams
-from workers.api.answer import Answer, Choice, ScoredToken, TokenScores, Update
+from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, Update
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import usage_object
 from workers.api.json_bodies import decode_json
@@ -200,7 +200,7 @@ class ChatCompletions(Endpoint):
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
 
-def _message(choice: Choice) -> Json:
+def _message(choice: ChoiceAnswer) -> Json:
     message: Json = {"role": "assistant", "content": "".join(choice.content), "refusal": None}
     if choice.thoughts:
         message["reasoning_content"] = "".join(choice.thoughts)

@@ -26,7 +26,7 @@ from workers.llm.cache.paged_tensors import PagedTensors
 Rotary = tuple[Tensor, Tensor]
 
 
-class Span(NamedTuple):
+class SequencePart(NamedTuple):
     """One sequence's part of a step: `num_tokens` new tokens behind `num_computed` cached ones."""
 
     num_tokens: int
@@ -98,7 +98,7 @@ class AttentionBackend(ABC):
         self.cache = cache
 
     @abstractmethod
-    def plan(self, spans: Sequence[Span]) -> AttentionStep:
+    def plan(self, spans: Sequence[SequencePart]) -> AttentionStep:
         """A step of these sequences; those with one new token come first."""
 
     @abstractmethod

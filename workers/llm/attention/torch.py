@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.llm.attention.base import AttentionBackend, AttentionLayer, AttentionStep, Rotary, Span
+from workers.llm.attention.base import AttentionBackend, AttentionLayer, AttentionStep, Rotary, SequencePart
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.nn.layers import rotary_tables, rotate
 from workers.nn.loader import to_device
@@ -59,7 +59,7 @@ class PagedAttention(AttentionBackend):
         super().__init__(cache)
         self._is_cpu = cache.device.type == "cpu"
 
-    def plan(self, spans: Sequence[Span]) -> AttentionStep:
+    def plan(self, spans: Sequence[SequencePart]) -> AttentionStep:
         slots = [self._slots(span) for span in spans]
         new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
         num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
@@ -82,7 +82,7 @@ class PagedAttention(AttentionBackend):
     def warm_up(self, layers: Sequence[AttentionLayer]) -> None:
         """Nothing is compiled."""
 
-    def _slots(self, span: Span) -> Tensor:
+    def _slots(self, span: SequencePart) -> Tensor:
         size = self.cache.block_size
         table = np.asarray(span.block_table)[: -(-span.length // size)].astype(np.int64)
         slots = (table[:, None] * size + np.arange(size)).ravel()[: span.length]
@@ -101,7 +101,7 @@ class PagedAttention(AttentionBackend):
         mask = torch.zeros(is_outside.shape, dtype=self.cache.dtype, device=is_outside.device)
         return mask.masked_fill_(is_outside, -torch.inf)[:, None, None]
 
-    def _other(self, slots: Tensor, span: Span) -> _History | _Chunk:
+    def _other(self, slots: Tensor, span: SequencePart) -> _History | _Chunk:
         if not span.num_computed:
             return _Chunk(None, None)
         history = self._history(slots, span)
@@ -111,7 +111,7 @@ class PagedAttention(AttentionBackend):
         mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device)
         return _Chunk(history.run if history.rest is None else slots, mask.tril(span.num_computed))
 
-    def _history(self, slots: Tensor, span: Span) -> _History:
+    def _history(self, slots: Tensor, span: SequencePart) -> _History:
         size = self.cache.block_size
         table = np.asarray(span.block_table)[: -(-span.length // size)]
         ends = (np.flatnonzero(np.diff(table) != 1) + 1).tolist()

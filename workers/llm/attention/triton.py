@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from workers.llm.attention.base import AttentionBackend, AttentionLayer, AttentionStep, Rotary, Span
+from workers.llm.attention.base import AttentionBackend, AttentionLayer, AttentionStep, Rotary, SequencePart
 from workers.llm.attention.triton_kernels import (
     decode_kernel,
     merge_kernel,
@@ -121,7 +121,7 @@ class TritonAttention(AttentionBackend):
             capability = 10 * properties.major + properties.minor
         self._tile = choose_prefill_tile(capability, cache.dtype)
 
-    def plan(self, spans: Sequence[Span]) -> TritonStep:
+    def plan(self, spans: Sequence[SequencePart]) -> TritonStep:
         """Computed on the host and copied in one piece."""
         device, size = self.cache.device, self.cache.block_size
         num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
@@ -170,8 +170,8 @@ class TritonAttention(AttentionBackend):
             ): layer
             for layer in layers
         }
-        prefill = self.plan([Span(2, 0, 2 * spare)])
-        decode = self.plan([Span(1, 0, spare)]).layout
+        prefill = self.plan([SequencePart(2, 0, 2 * spare)])
+        decode = self.plan([SequencePart(1, 0, spare)]).layout
         steps = [decode._replace(num_splits=1 << power) for power in range(MAX_SPLITS.bit_length())]
         for layer in distinct.values():
             _warm_up(prefill, layer, 2)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.wire.sampling import SamplingParams
-from workers.llm.sampling.tokens import Tokens
+from workers.llm.sampling.tokens import TokensSoFar
 from workers.nn.loader import to_device
 
 Int64Array = npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ class Setup(NamedTuple):
     device: torch.device
 
 
-class Rows(NamedTuple):
+class LogitRows(NamedTuple):
     """The rows of a step's logits that a processor changes."""
 
     places: Int64Array  # [n]: indices of rows of the logits
@@ -46,11 +46,11 @@ class Rows(NamedTuple):
 class Processor(Protocol):
     def __init__(self, setup: Setup) -> None: ...
 
-    def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
+    def start(self, slot: int, params: SamplingParams, tokens: TokensSoFar) -> bool:
         """A request takes the slot; drops its earlier state. Whether the request uses this processor."""
         ...
 
-    def apply(self, logits: Tensor, rows: Rows) -> None:
+    def apply(self, logits: Tensor, rows: LogitRows) -> None:
         """Changes these rows of logits [num_rows, vocab] float32, in place."""
         ...
 

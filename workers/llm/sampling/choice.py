@@ -28,7 +28,7 @@ _Params = npt.NDArray[np.void]
 Float64Array = npt.NDArray[np.float64]
 
 
-class Choice:
+class TokenChoice:
     """Chooses each row's token from its own logits and parameters, whatever the batch."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, kernel: Kernel | None) -> None:

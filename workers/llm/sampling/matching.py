@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.wire.sampling import SamplingParams
-from workers.llm.sampling.tokens import Tokens
+from workers.llm.sampling.tokens import TokensSoFar
 
 Mask = npt.NDArray[np.uint8]  # [vocab / 8]: one bit per token, the lowest first; set: allowed
 
 
-class Vocabulary(NamedTuple):
+class TokenVocabulary(NamedTuple):
     size: int
     eos_token_ids: Sequence[int]
 
@@ -41,9 +41,9 @@ class Matcher(Protocol):
 
 
 class HostRule(Protocol):
-    def __init__(self, vocabulary: Vocabulary) -> None: ...
+    def __init__(self, vocabulary: TokenVocabulary) -> None: ...
 
-    def start(self, params: SamplingParams, tokens: Tokens) -> Matcher | None:
+    def start(self, params: SamplingParams, tokens: TokensSoFar) -> Matcher | None:
         """For a request with these tokens, earlier attempts included; None if it does not use the rule."""
         ...
 
@@ -52,11 +52,13 @@ class HostRule(Protocol):
 HOST_RULES: tuple[type[HostRule], ...] = ()
 
 
-def make_host_rules(vocabulary: Vocabulary) -> tuple[HostRule, ...]:
+def make_host_rules(vocabulary: TokenVocabulary) -> tuple[HostRule, ...]:
     return tuple(kind(vocabulary) for kind in HOST_RULES)
 
 
-def start_matchers(rules: Sequence[HostRule], params: SamplingParams, tokens: Tokens) -> tuple[Matcher, ...]:
+def start_matchers(
+    rules: Sequence[HostRule], params: SamplingParams, tokens: TokensSoFar
+) -> tuple[Matcher, ...]:
     started = (rule.start(params, tokens) for rule in rules)
     return tuple(matcher for matcher in started if matcher is not None)
 

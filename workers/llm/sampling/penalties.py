@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pipeline.wire.packing import Int32Array
 from pipeline.wire.sampling import SamplingParams
-from workers.llm.sampling.base import Float32Array, Int64Array, Rows, Setup
-from workers.llm.sampling.tokens import Tokens
+from workers.llm.sampling.base import Float32Array, Int64Array, LogitRows, Setup
+from workers.llm.sampling.tokens import TokensSoFar
 from workers.nn.loader import to_device
 
 
@@ -30,7 +30,7 @@ class Penalties:
         has_penalty = bool(params.presence_penalty or params.frequency_penalty)
         return has_penalty or params.repetition_penalty != 1
 
-    def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
+    def start(self, slot: int, params: SamplingParams, tokens: TokensSoFar) -> bool:
         if not self._are_asked(params):
             return False
         self._presence[slot], self._frequency[slot] = params.presence_penalty, params.frequency_penalty
@@ -44,7 +44,7 @@ class Penalties:
         self._counts[slot].zero_().scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return True
 
-    def apply(self, logits: Tensor, rows: Rows) -> None:
+    def apply(self, logits: Tensor, rows: LogitRows) -> None:
         assert self._counts is not None
         assert self._is_in_prompt is not None
         places, slots = self._on_device(rows.places), self._on_device(rows.slots)
@@ -66,5 +66,5 @@ class Penalties:
     def _on_device(self, values: Int64Array | Int32Array) -> Tensor:
         return to_device(values.astype(np.int64), self._device)
 
-    def _column(self, by_slot: Float32Array, rows: Rows) -> Tensor:
+    def _column(self, by_slot: Float32Array, rows: LogitRows) -> Tensor:
         return to_device(by_slot[rows.slots], self._device)[:, None]

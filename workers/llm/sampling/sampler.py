@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.steps import SequenceStart
-from workers.llm.sampling.base import Int64Array, Processor, Rows, Setup
+from workers.llm.sampling.base import Int64Array, LogitRows, Processor, Setup
 from workers.llm.sampling.bias import Bias
-from workers.llm.sampling.choice import Choice, Kernel
+from workers.llm.sampling.choice import Kernel, TokenChoice
 from workers.llm.sampling.logprobs import LogprobTable, logprobs_of
 from workers.llm.sampling.masks import forbid_masked
 from workers.llm.sampling.min_tokens import MinTokens
 from workers.llm.sampling.penalties import Penalties
-from workers.llm.sampling.tokens import Tokens
+from workers.llm.sampling.tokens import TokensSoFar
 from workers.nn.loader import to_device
 
 # In the order in which they change logits.
@@ -49,7 +49,7 @@ class Sampler:
     def __init__(self, setup: Setup, processors: Sequence[Processor], kernel: Kernel | None = None) -> None:
         """Without a `kernel`, torch's operators choose, with synchronisations between device and host."""
         self._device, self._processors = setup.device, processors
-        self._choice = Choice(setup.num_slots, setup.vocab_size, setup.device, kernel)
+        self._choice = TokenChoice(setup.num_slots, setup.vocab_size, setup.device, kernel)
         self._logprobs = LogprobTable(setup.num_slots)
         self._num_prompt_tokens = np.zeros(setup.num_slots, dtype=np.int64)
         self._is_masked = np.zeros(setup.num_slots, dtype=np.bool_)
@@ -64,7 +64,7 @@ class Sampler:
         self._logprobs.start(slot, params)
         self._num_prompt_tokens[slot], self._is_masked[slot] = start.num_prompt_tokens, start.is_masked
         token_ids = unpack_int32(start.token_ids)
-        tokens = Tokens(token_ids[: start.num_prompt_tokens], token_ids[start.num_prompt_tokens :])
+        tokens = TokensSoFar(token_ids[: start.num_prompt_tokens], token_ids[start.num_prompt_tokens :])
         for is_asked, processor in zip(self._is_asked, self._processors, strict=True):
             is_asked[slot] = processor.start(slot, params, tokens)
 
@@ -97,7 +97,7 @@ class Sampler:
         numbers = num_tokens - self._num_prompt_tokens[slots]
         wanted = self._logprobs.wanted(logits, slots)
         for processor, places in self._asked(slots):
-            processor.apply(logits, Rows(places, slots[places], numbers[places]))
+            processor.apply(logits, LogitRows(places, slots[places], numbers[places]))
         if masks:
             forbid_masked(logits, masks)
         token_ids = self._choice.choose(logits, slots, numbers)

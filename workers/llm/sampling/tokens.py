@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pipeline.wire.packing import Int32Array
 
 
-class Tokens(NamedTuple):
+class TokensSoFar(NamedTuple):
     """The tokens of a request when it takes its slot."""
 
     prompt: Int32Array

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.nn.loader import Checkpoint, Rows
+from workers.nn.loader import Checkpoint, StoredRows
 from workers.nn.weights.base import Format, Linear
 from workers.nn.weights.dense import load_part, load_side_by_side
 from workers.nn.weights.shard import WHOLE, Shard
@@ -46,7 +46,7 @@ class Weights:
         """A tensor that is no linear layer (a norm, an embedding table, a bias), in the model's type."""
         return load_part(self._checkpoint, self._prefix + name, rows)
 
-    def rows_in_file(self, name: str) -> Rows:
+    def rows_in_file(self, name: str) -> StoredRows:
         """A matrix that stays in its file."""
         return self._checkpoint.rows(self._prefix + name)
 

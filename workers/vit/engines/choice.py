@@ -24,7 +24,7 @@ from workers.vit.slices import SliceLimit
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class VitEngine(Protocol):
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. On return the device is done."""
 
@@ -45,7 +45,7 @@ class EngineSpec:
     deadlines: Deadlines | None = None  # for engines that cannot
 
 
-def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
+def warm_up(engine: VitEngine, spec: EngineSpec, max_patches: int) -> None:
     """Encodes a full batch, so that memory is allocated and kernels are chosen before the first request."""
     vision = spec.info.vision
     merge, side = vision.merge_size, vision.patch_size
@@ -59,7 +59,7 @@ def warm_up(engine: Engine, spec: EngineSpec, max_patches: int) -> None:
     engine.encode([EncodeJob(pixels, grid, output)])
 
 
-def choose_engine(name: str, spec: EngineSpec) -> Engine:
+def choose_engine(name: str, spec: EngineSpec) -> VitEngine:
     """On a GPU `auto` is TensorRT if it imports and builds, else onnxruntime if its CUDA provider loads, else
     torch; on the CPU it is torch.
 
@@ -82,7 +82,7 @@ def choose_engine(name: str, spec: EngineSpec) -> Engine:
     return _torch(spec)
 
 
-def _torch(spec: EngineSpec) -> Engine:
+def _torch(spec: EngineSpec) -> VitEngine:
     tower = tower_of(spec.info)
     weights = open_weights(spec.folder, spec.dtype, spec.device, progress=spec.progress)
     weights.expect(tower.prefix)
@@ -92,7 +92,7 @@ def _torch(spec: EngineSpec) -> Engine:
     return engine
 
 
-def _onnxruntime(spec: EngineSpec) -> Engine:
+def _onnxruntime(spec: EngineSpec) -> VitEngine:
     _need("onnxruntime", "onnxruntime", "onnxscript")
     from workers.vit.engines.onnx import exported
     from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
@@ -105,7 +105,7 @@ def _onnxruntime(spec: EngineSpec) -> Engine:
     return OnnxRuntimeEngine(preparation, file, dtype, spec.device, spec.num_threads, spec.deadlines)
 
 
-def _tensorrt(spec: EngineSpec) -> Engine:
+def _tensorrt(spec: EngineSpec) -> VitEngine:
     if spec.device.type != "cuda":
         raise ValueError("vit_engine 'tensorrt' needs a GPU")
     if spec.dtype == torch.float32:
@@ -130,7 +130,7 @@ def _tensorrt(spec: EngineSpec) -> Engine:
 
 
 # By the option `--vit-engine`.
-ENGINES: Mapping[str, Callable[[EngineSpec], Engine]] = {
+ENGINES: Mapping[str, Callable[[EngineSpec], VitEngine]] = {
     "torch": _torch,
     "onnxruntime": _onnxruntime,
     "tensorrt": _tensorrt,

@@ -7,10 +7,10 @@ import random
 import torch
 from torch import Tensor
 
-from workers.llm.attention.base import AttentionLayer, HeadNorm, Span
+from workers.llm.attention.base import AttentionLayer, HeadNorm, SequencePart
 
 
-def reference(cache: Tensor, block_size: int, spans: list[Span], q: Tensor) -> Tensor:
+def reference(cache: Tensor, block_size: int, spans: list[SequencePart], q: Tensor) -> Tensor:
     """[num_tokens, heads, dim] in float64: gathered, masked, one sequence after the other."""
     num_kv_heads, dim = cache.shape[1] // 2, cache.shape[2]
     parts, row = [], 0
@@ -40,11 +40,11 @@ def make_spans(
     block_size: int,
     num_blocks: int,
     sizes: list[tuple[int, int]],
-) -> list[Span]:
+) -> list[SequencePart]:
     """(num_tokens, num_computed) each, on blocks anywhere in the cache."""
     free = rng.sample(range(num_blocks), num_blocks)
     return [
-        Span(new, old, [free.pop() for _ in range(-(-(new + old) // block_size) + rng.randint(0, 1))])
+        SequencePart(new, old, [free.pop() for _ in range(-(-(new + old) // block_size) + rng.randint(0, 1))])
         for new, old in sizes
     ]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.llm.attention.spans import make_layer, make_spans, reference
-from workers.llm.attention.base import Span
+from workers.llm.attention.base import SequencePart
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
 
@@ -36,7 +36,7 @@ def flash_attn_with_kvcache(
     assert max_seqlen_q in (None, max(counts))
     cache = torch.cat([k_cache, v_cache], dim=2)
     spans = [
-        Span(count, length - count, table)
+        SequencePart(count, length - count, table)
         for count, length, table in zip(counts, cache_seqlens.tolist(), page_table.tolist(), strict=True)
     ]  # fmt: skip
     flat = q.flatten(0, 1) if cu_seqlens_q is None else q

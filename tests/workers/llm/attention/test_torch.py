@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.llm.attention.spans import make_layer, make_spans, reference
-from workers.llm.attention.base import HeadNorm, Span
+from workers.llm.attention.base import HeadNorm, SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
@@ -27,7 +27,7 @@ def make_cache(layers: list[Paged], num_blocks: int, block_size: int) -> PagedTe
     return cache
 
 
-def slots_of(span: Span, block_size: int) -> list[int]:
+def slots_of(span: SequencePart, block_size: int) -> list[int]:
     slots = [block * block_size + place for block in span.block_table for place in range(block_size)]
     return slots[: span.num_computed]
 
@@ -76,7 +76,7 @@ def test_decodes_planned_on_the_device_are_those_of_the_host() -> None:
     tables = torch.full((4, 12), cache.spare_slot // 4, dtype=torch.int32)
     for row, span in zip(tables[:3], spans, strict=True):
         row[: len(span.block_table)] = torch.tensor(span.block_table)
-    last = [slots_of(Span(0, span.length, span.block_table), 4)[-1] for span in spans]
+    last = [slots_of(SequencePart(0, span.length, span.block_table), 4)[-1] for span in spans]
     new_slots = torch.tensor([*last, cache.spare_slot], dtype=torch.int32)
     lengths = torch.tensor([*(span.length for span in spans), 1], dtype=torch.int32)
     step = attention.plan_decode(new_slots, tables, lengths, 500)
@@ -97,7 +97,7 @@ def test_heads_are_normed_before_they_are_turned(has_bias: bool) -> None:
     q = F.rms_norm(plain[:, :4], (dim,), norm.query, norm.eps)
     k = F.rms_norm(plain[:, 4:6], (dim,), norm.key, norm.eps)
     tables = rotary_tables(angles, torch.float32)
-    step = PagedAttention(cache).plan([Span(3, 0, [1])])
+    step = PagedAttention(cache).plan([SequencePart(3, 0, [1])])
     step.write(layer, qkv, step.rotary(angles, torch.float32))
     torch.testing.assert_close(qkv[:, :4], rotate(q, *tables))
     written: Tensor = cache.tensors[0][4:7]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.workers.llm.attention.spans import make_layer, make_spans, reference
-from workers.llm.attention.base import HeadNorm, Span
+from workers.llm.attention.base import HeadNorm, SequencePart
 from workers.llm.attention.triton import (
     MAX_SPLITS,
     TritonAttention,
@@ -131,7 +131,7 @@ def test_layers_may_have_heads_of_their_own() -> None:
     layers = [make_layer(index, *shape) for index, shape in enumerate(shapes)]
     attention.warm_up(layers)
     assert all(bool(tensor[: cache.spare_slot].isnan().all()) for tensor in cache.tensors)
-    spans = [Span(3, 0, [2])]
+    spans = [SequencePart(3, 0, [2])]
     step = attention.plan(spans)
     for layer, (num_heads, num_kv_heads, dim) in zip(layers, shapes, strict=True):
         qkv = torch.randn(3, num_heads + 2 * num_kv_heads, dim)

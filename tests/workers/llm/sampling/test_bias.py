@@ -5,7 +5,7 @@ import torch
 
 from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import make_setup, sample
-from workers.llm.sampling.base import Rows, Tokens
+from workers.llm.sampling.base import LogitRows, Tokens
 from workers.llm.sampling.bias import Bias
 
 NOTHING = Tokens(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
@@ -26,5 +26,5 @@ def test_biases_of_any_length_change_their_own_rows_only() -> None:
     assert not bias.start(1, SamplingParams(), NOTHING)
     assert bias.start(3, SamplingParams(logit_bias={0: -2.0, 4: 0.5, 2: 1.0}), NOTHING)
     logits = torch.zeros(3, 6)
-    bias.apply(logits, Rows(np.array([0, 2]), np.array([3, 0]), np.array([7, 7])))
+    bias.apply(logits, LogitRows(np.array([0, 2]), np.array([3, 0]), np.array([7, 7])))
     assert logits.tolist() == [[-2.0, 0.0, 1.0, 0.0, 0.5, 0.0], [0.0] * 6, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
-from workers.llm.sampling.base import Rows, Tokens
+from workers.llm.sampling.base import LogitRows, Tokens
 from workers.llm.sampling.penalties import Penalties
 
 ALL = SamplingParams(
@@ -22,7 +22,7 @@ def test_penalties_count_the_output_and_repetition_the_prompt_too() -> None:
     penalties = Penalties(make_setup(2, 5))
     assert penalties.start(1, ALL, tokens([0, 1], [3, 3]))
     logits = torch.tensor([LOGITS] * 3)
-    rows = Rows(np.array([2]), np.array([1]), np.array([2]))
+    rows = LogitRows(np.array([2]), np.array([1]), np.array([2]))
     penalties.apply(logits, rows)
     assert logits[2].tolist() == [2.0, -2.0, 0.5, 6.0 / 2 - 1.0 - 2 * 0.5, 0.0]
     assert logits[:2].tolist() == [LOGITS] * 2, "rows that are not named stay as they are"

@@ -10,7 +10,7 @@ from pipeline.wire.sampling import SamplingParams, with_seed
 from pipeline.wire.steps import SequenceStart, StepPlan
 from tests.fakes import LLM_0
 from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
-from workers.llm.sampling.base import Int64Array, Rows, Setup, Tokens
+from workers.llm.sampling.base import Int64Array, LogitRows, Setup, Tokens
 
 GREEDY = SamplingParams(temperature=0, seed=1)
 
@@ -59,7 +59,7 @@ class Watch:
     def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
         return params.min_p == 0.5
 
-    def apply(self, logits: Tensor, rows: Rows) -> None:
+    def apply(self, logits: Tensor, rows: LogitRows) -> None:
         self.applied.append(rows.places.tolist())
 
     def accept(self, slots: Int64Array, token_ids: Tensor) -> None:
