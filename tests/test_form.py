@@ -1,4 +1,4 @@
-"""The form of the code, walked in the syntax trees: short functions, all annotated; one name for one class."""
+"""The form of the code, from its syntax trees: short functions, all annotated; one name for one class."""
 
 from __future__ import annotations
 

@@ -245,9 +245,8 @@ class Preprocessor:
             prepared = await self.prompts.read(
                 message, frames, opened.tenant, functools.partial(self._requests.hold, opened)
             )
-            self._check_chunks(
-                opened.tenant, prepared.items
-            )  # from here on nothing waits until they are announced
+            # From here on nothing waits until the chunks are announced.
+            self._check_chunks(opened.tenant, prepared.items)
         except RequestError as error:
             self._refuse(opened, error.info)
         except Exception as error:  # whatever strange input made fail is that request's fault alone

@@ -18,7 +18,7 @@ PREFIX_TOKENS = 64  # prefixes are remembered in steps of so many tokens
 OUTPUT_TOKENS = 512
 
 
-class Route:
+class VitRoute:
     """The ViT of a chunk, and whether its hash was sent there before."""
 
     __slots__ = ("is_known", "vit")
@@ -33,7 +33,7 @@ class Router:
         self.available = set(range(num_vits))  # the serving ViTs
         self._places: OrderedDict[bytes, int] = OrderedDict()
 
-    def choose(self, mm_hash: bytes, num_patches: int) -> Route:
+    def choose(self, mm_hash: bytes, num_patches: int) -> VitRoute:
         """The ViT to which the hash was sent before, else the one with the fewest outstanding patches.
 
         Counts the patches as outstanding.
@@ -49,7 +49,7 @@ class Router:
         if len(self._places) > MAX_REMEMBERED:
             self._places.popitem(last=False)
         self.outstanding[vit] += num_patches
-        return Route(vit, is_known)
+        return VitRoute(vit, is_known)
 
     def finished(self, vit: int, num_patches: int) -> None:
         self.outstanding[vit] -= num_patches

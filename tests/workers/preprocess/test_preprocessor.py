@@ -1187,8 +1187,9 @@ async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> N
 
 async def test_more_than_the_context_holds_is_refused_before_anything_is_announced(rig: Rig) -> None:
     rig.submit("r", [encode(noise(seed, (140, 140))) for seed in range(60)])
-    rig.core._info = dataclasses.replace(
-        rig.core._info, text=dataclasses.replace(rig.core._info.text, max_position_embeddings=1000)
+    info = rig.core.prompts._info
+    rig.core.prompts._info = dataclasses.replace(
+        info, text=dataclasses.replace(info.text, max_position_embeddings=1000)
     )
     await rig.settle()
     (refusal,) = rig.llm.take(RequestRefused)
