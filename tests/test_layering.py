@@ -47,7 +47,7 @@ ZMQ_FILES = [
 ]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
 # The family that the embedded model is of, in whichever spelling, and the files that may name it.
-ONE_FAMILY = re.compile(r"qwen[\s_.-]*2", re.IGNORECASE)
+ONE_FAMILY = re.compile(r"qwen[\s_.-]*2(?![\s_.-]*5)", re.IGNORECASE)
 ITS_FILES = {
     "pipeline/families/qwen2_vl.py",
     "workers/vit/models/qwen2_vl.py",

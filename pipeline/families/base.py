@@ -62,8 +62,8 @@ class TextInfo:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    # Frequencies that turn with time, height and width, where these lie side by side; empty: the decoder has
-    # a way of its own.
+    # How many frequencies, side by side, turn with time, height and width. Empty: the decoder defines its
+    # own rotary embedding.
     mrope_section: tuple[int, ...] = ()
 
 

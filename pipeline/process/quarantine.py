@@ -7,8 +7,8 @@ A worker that may execute a resubmitted request learns of its quarantine first:
 - A living worker of the same role (another ViT, the LLM of another group) gets it on `control`. One message
   publishes the death and the quarantine; a client resubmits only after it has read that message, and the
   request still passes preprocess and, with pictures, a ViT. The list is read as late as a batch is made.
-  Two sockets have no guaranteed order, though: a request that arrives first executes in a batch with others
-  once more.
+  Two sockets have no guaranteed order, though: a request that arrives before the list executes once more in
+  a batch with other requests.
 - Other roles do not need the list: a request that was executing when preprocess died does not run alone in
   the LLM. Only rank 0 looks at all roles, to report the first new token; without that report the request
   stays quarantined until `QUARANTINE_S` is over, which costs only speed.

@@ -108,8 +108,8 @@ def with_seed(sampling: SamplingParams, request_id: str, index: int) -> Sampling
 
     An explicit seed is that of choice 0, and the following choices have the seeds that follow. Without one a
     choice's seed is a digest of the request's id and the index: BLAKE2b of 8 bytes over the id in UTF-8 and
-    the index as 4 bytes, little endian, without the highest bit. So an attempt draws on where the one before
-    it ended, and no client needs to draw a seed.
+    the index as 4 bytes, little endian, without the highest bit. So the next attempt continues the same
+    random stream, and no client needs to draw a seed.
     """
     if sampling.seed is None:
         data = request_id.encode() + index.to_bytes(4, "little")

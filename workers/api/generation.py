@@ -9,7 +9,9 @@ from contextlib import aclosing
 from pipeline.client.client import Piece, PipelineClient
 from pipeline.families import ModelInfo
 from pipeline.wire.errors import RequestError
+from pipeline.wire.prompts import Chat
 from workers.api.answer import Answer, Update
+from workers.api.parsers.plain import PlainParser
 from workers.api.parsers.registry import parser_of
 from workers.api.submission import Submission
 
@@ -60,13 +62,15 @@ class Generation:
     ) -> None:
         self._client, self._submission = client, submission
         self._cache_salt, self._tenant = cache_salt, tenant
-        self.answer = Answer(submission.sampling.n, parser_of(info), client.token_text)
+        # A text without a chat's template is continued, not answered: nothing in it is read as reasoning.
+        parser = parser_of(info) if isinstance(submission.prompt, Chat) else PlainParser
+        self.answer = Answer(submission.sampling.n, parser, client.token_text)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """What comes, as it comes. Leaving early aborts. Raises RequestError."""
         submission = self._submission
         pieces = self._client.generate(
-            submission.messages,
+            submission.prompt,
             submission.sampling,
             submission.media,
             request_id=submission.request_id,

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.client.data_urls import move_data_urls
-from pipeline.wire.prompts import ChatMessage
+from pipeline.wire.prompts import Chat, ChatMessage, Prompt
 from pipeline.wire.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     request_id: str
-    messages: Sequence[ChatMessage]  # name the media by their number
-    media: Sequence[memoryview]
+    prompt: Prompt  # names the media by their number
     sampling: SamplingParams
+    media: Sequence[memoryview] = ()
     priority: int = 0  # a lower one goes first
     cache_salt: str = ""  # as the client gave it
     is_streamed: bool = False
 
 
 class Conversation(NamedTuple):
-    messages: Sequence[ChatMessage]
+    chat: Chat
     media: Sequence[memoryview]
 
 
@@ -34,4 +34,4 @@ def without_data_urls(messages: Sequence[ChatMessage]) -> Conversation:
     """
     frames: list[bytes | memoryview] = []
     moved = move_data_urls(messages, frames)
-    return Conversation(moved, [memoryview(frame) for frame in frames])
+    return Conversation(Chat(moved), [memoryview(frame) for frame in frames])

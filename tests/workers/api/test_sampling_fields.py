@@ -14,7 +14,7 @@ from workers.api.sampling_fields import SamplingFields, to_sampling
 
 
 class Wider(SamplingParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    top_n_sigma: float = 0.0
+    toy_sigma: float = 0.0
 
 
 def test_a_parameter_of_the_wire_is_a_field_of_http(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,13 +24,13 @@ def test_a_parameter_of_the_wire_is_a_field_of_http(monkeypatch: pytest.MonkeyPa
     assert spec.loader is not None
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    request = decode_json(b'{"top_n_sigma": 1.5, "top_k": null}', fresh.SamplingFields)
+    request = decode_json(b'{"toy_sigma": 1.5, "top_k": null}', fresh.SamplingFields)
     made = fresh.to_sampling(request, {"top_k": 3}, max_tokens=None, logprobs=None)
-    assert made == Wider(top_n_sigma=1.5, top_k=3)
-    with pytest.raises(RequestError, match="top_n_sigma"):
-        decode_json(b'{"top_n_sigma": "x"}', fresh.SamplingFields)
-    with pytest.raises(RequestError, match="top_n_sigma"):
-        decode_json(b'{"top_n_sigma": 1.5}', SamplingFields)
+    assert made == Wider(toy_sigma=1.5, top_k=3)
+    with pytest.raises(RequestError, match="toy_sigma"):
+        decode_json(b'{"toy_sigma": "x"}', fresh.SamplingFields)
+    with pytest.raises(RequestError, match="toy_sigma"):
+        decode_json(b'{"toy_sigma": 1.5}', SamplingFields)
 
 
 def test_what_is_not_given_is_the_default() -> None:

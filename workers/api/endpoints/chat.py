@@ -138,12 +138,12 @@ class ChatCompletions(Endpoint):
         refuse_unserved(request)
         check_request(request, self.model.name)
         messages, sampling = to_messages(request), to_chat_sampling(request, self.model.info.default_sampling)
-        chat = without_data_urls(messages)
+        conversation = without_data_urls(messages)
         self._has_logprobs, self._includes_usage = bool(request.logprobs), request.includes_usage
         return Submission(
             request_id=self._id,
-            messages=chat.messages,
-            media=chat.media,
+            prompt=conversation.chat,
+            media=conversation.media,
             sampling=sampling,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",

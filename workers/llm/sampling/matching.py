@@ -48,7 +48,7 @@ class HostRule(Protocol):
         ...
 
 
-# A new rule needs only a line here.
+# A new rule has a line here, and a field of `SamplingParams` that asks for it.
 HOST_RULES: tuple[type[HostRule], ...] = ()
 
 

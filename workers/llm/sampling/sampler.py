@@ -69,7 +69,7 @@ class Sampler:
             is_asked[slot] = processor.start(slot, params, tokens)
 
     def is_plain(self, slots: Int64Array) -> bool:
-        """Whether none of these requests uses processors, masks or logprobs."""
+        """Whether none of these requests uses processors or logprobs."""
         return not self._is_asked[:, slots].any() and max(self.num_logprobs(slots)) < 0
 
     def num_logprobs(self, slots: Int64Array) -> list[int]:

@@ -32,9 +32,9 @@ def choose_formats(
 ) -> Sequence[Format]:
     """For `Weights`: the checkpoint's format, and one for the layers that it does not hold.
 
-    `override`: the option `--quantization`. `dense`: what computes with plain numbers, where it is not to be
-    the fastest. Raises ValueError for a format that is not known, or does not
-    compute on the device.
+    `override`: the option `--quantization`. `dense`: the format of unquantised layers; the export to ONNX
+    gives one that torch can trace. Raises ValueError for a format that is unknown, or does not compute on
+    the device.
     """
     format, dense = _stored_format(folder, stored), dense or Dense()
     if override != "none":

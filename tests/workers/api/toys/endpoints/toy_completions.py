@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.prompts import ChatMessage
+from pipeline.wire.prompts import Text
 from workers.api.answer import Answer, Update
 from workers.api.endpoints.base import Endpoint, Json
 from workers.api.json_bodies import decode_json
@@ -38,8 +38,7 @@ class ToyCompletions(Endpoint):
         defaults = self.model.info.default_sampling
         return Submission(
             request_id="toy",
-            messages=[ChatMessage("user", request.prompt)],
-            media=[],
+            prompt=Text(request.prompt),
             sampling=to_sampling(request, defaults, max_tokens=request.budget, logprobs=None),
             is_streamed=request.stream,
         )
