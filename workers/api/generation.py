@@ -9,9 +9,7 @@ from contextlib import aclosing
 from pipeline.client.client import Piece, PipelineClient
 from pipeline.families import ModelInfo
 from pipeline.wire.errors import RequestError
-from pipeline.wire.prompts import Chat
 from workers.api.answer import Answer, Update
-from workers.api.parsers.plain import PlainParser
 from workers.api.parsers.registry import parser_of
 from workers.api.submission import Submission
 
@@ -62,8 +60,7 @@ class Generation:
     ) -> None:
         self._client, self._submission = client, submission
         self._cache_salt, self._tenant = cache_salt, tenant
-        # A text without a chat's template is continued, not answered: nothing in it is read as reasoning.
-        parser = parser_of(info) if isinstance(submission.prompt, Chat) else PlainParser
+        parser = parser_of(info, submission.prompt)
         self.answer = Answer(submission.sampling.n, parser, client.token_text)
 
     async def updates(self) -> AsyncGenerator[Update, None]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 
 from pipeline.families import ModelInfo
+from pipeline.wire.prompts import Chat, Prompt
 from workers.api.parsers.base import Parser
 
+PLAIN = "workers.api.parsers.plain"
 
-def parser_of(info: ModelInfo) -> type[Parser]:
-    parser: type[Parser] = importlib.import_module(info.parser).PARSER
+
+def parser_of(info: ModelInfo, prompt: Prompt) -> type[Parser]:
+    """A prompt without a chat's template is continued, not answered: nothing in it is read as reasoning."""
+    module = info.parser if isinstance(prompt, Chat) else PLAIN
+    parser: type[Parser] = importlib.import_module(module).PARSER
     return parser

@@ -5,10 +5,10 @@ import torch
 
 from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import make_setup, sample
-from workers.llm.sampling.base import LogitRows, Tokens
+from workers.llm.sampling.base import LogitRows, TokensSoFar
 from workers.llm.sampling.bias import Bias
 
-NOTHING = Tokens(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
+NOTHING = TokensSoFar(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
 
 
 def test_bias_moves_a_token() -> None:

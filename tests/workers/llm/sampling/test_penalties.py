@@ -5,7 +5,7 @@ import torch
 
 from pipeline.wire.sampling import SamplingParams
 from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
-from workers.llm.sampling.base import LogitRows, Tokens
+from workers.llm.sampling.base import LogitRows, TokensSoFar
 from workers.llm.sampling.penalties import Penalties
 
 ALL = SamplingParams(
@@ -14,8 +14,8 @@ ALL = SamplingParams(
 LOGITS = [4.0, -1.0, 0.5, 6.0, 0.0]
 
 
-def tokens(prompt: list[int], output: list[int]) -> Tokens:
-    return Tokens(np.array(prompt, dtype=np.int32), np.array(output, dtype=np.int32))
+def tokens(prompt: list[int], output: list[int]) -> TokensSoFar:
+    return TokensSoFar(np.array(prompt, dtype=np.int32), np.array(output, dtype=np.int32))
 
 
 def test_penalties_count_the_output_and_repetition_the_prompt_too() -> None:

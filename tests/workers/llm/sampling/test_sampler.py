@@ -10,7 +10,7 @@ from pipeline.wire.sampling import SamplingParams, with_seed
 from pipeline.wire.steps import SequenceStart, StepPlan
 from tests.fakes import LLM_0
 from tests.workers.llm.sampling.rig import make_sampler, make_setup, start
-from workers.llm.sampling.base import Int64Array, LogitRows, Setup, Tokens
+from workers.llm.sampling.base import Int64Array, LogitRows, Setup, TokensSoFar
 
 GREEDY = SamplingParams(temperature=0, seed=1)
 
@@ -56,7 +56,7 @@ class Watch:
         self.applied: list[list[int]] = []
         self.accepted: list[tuple[list[int], list[int]]] = []
 
-    def start(self, slot: int, params: SamplingParams, tokens: Tokens) -> bool:
+    def start(self, slot: int, params: SamplingParams, tokens: TokensSoFar) -> bool:
         return params.min_p == 0.5
 
     def apply(self, logits: Tensor, rows: LogitRows) -> None:
