@@ -79,6 +79,7 @@ class ItemNotNeeded(WorkerMessage, frozen=True, kw_only=True):
 class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
     """llm → preprocess: forget this request's media and give its credit to another."""
 
+    client_id: bytes  # whose attempt ended: another client's use of the id ends nothing
     request_id: str
     attempt: int
     is_interrupted: bool = False  # it may come again, and then goes on, be the server full

@@ -114,11 +114,11 @@ class Intake:
         known = current or ended
         if known is not None and known.client_id != message.client_id:
             # Preprocess knows who uses it, unless it was restarted.
-            self._requests.tell_preprocess(request_id, message.attempt)
+            self._requests.tell_preprocess(message.client_id, request_id, message.attempt)
             clients.tell_failed(message.client_id, request_id, message.attempt, _in_use(request_id))
             return
         if ended is not None and ended.attempt >= message.attempt:
-            self._requests.tell_preprocess(request_id, message.attempt, ended.failure)
+            self._requests.tell_preprocess(message.client_id, request_id, message.attempt, ended.failure)
             clients.tell_ended(request_id, ended)
             return
         if current is not None:
@@ -186,13 +186,13 @@ class Intake:
             why = "it is not known here" if is_greeted else "its client has to say hello again"
             unknown = Ended(message.client_id, message.attempt, now, Interruption(why))
             clients.tell_ended(request_id, unknown)
-            self._requests.tell_preprocess(request_id, message.attempt)
+            self._requests.tell_preprocess(message.client_id, request_id, message.attempt)
         elif choices is not None:
             clients.tell_accepted(choices)
             missed = [output_of(one, message.num_received_of(one.index)) for one in choices.all]
             clients.tell_outputs(message.client_id, missed)
         elif ended is not None:
-            self._requests.tell_preprocess(request_id, message.attempt)
+            self._requests.tell_preprocess(message.client_id, request_id, message.attempt)
             clients.tell_ended(request_id, ended, message.num_received_of)
 
     def _on_abort(self, message: AbortRequest, now: float) -> None:
@@ -238,7 +238,7 @@ class Intake:
 
     def _end_unknown(self, request_id: str, ended: Ended) -> None:
         """An attempt that does not run here is over: should it come late, it does not start."""
-        self._requests.tell_preprocess(request_id, ended.attempt)
+        self._requests.tell_preprocess(ended.client_id, request_id, ended.attempt)
         before = self._clients.ended(request_id)
         if before is None or before.attempt < ended.attempt:
             self._clients.remember(request_id, ended)

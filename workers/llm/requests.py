@@ -137,14 +137,16 @@ class Requests:
         self._remove(choices)
         self._drop(choices)
 
-    def tell_preprocess(self, request_id: str, attempt: int, failure: Failure | None = None) -> None:
+    def tell_preprocess(
+        self, client_id: bytes, request_id: str, attempt: int, failure: Failure | None = None
+    ) -> None:
         """The request has ended, or never began.
 
         Saying it again is harmless, not saying it would keep its credit for ever.
         """
         ended = RequestEnded(
-            request_id=request_id, attempt=attempt, is_interrupted=isinstance(failure, Interruption),
-            **self._origin,
+            client_id=client_id, request_id=request_id, attempt=attempt,
+            is_interrupted=isinstance(failure, Interruption), **self._origin,
         )  # fmt: skip
         self._feedback.send(ended)
 
@@ -154,7 +156,7 @@ class Requests:
 
     def _close(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
         self._drop(choices)
-        self.tell_preprocess(choices.request_id, choices.attempt, failure)
+        self.tell_preprocess(choices.client_id, choices.request_id, choices.attempt, failure)
         reasons = ", ".join(str(request.finish_reason) for request in choices.all)
         logger.debug("%s ended: %s", choices.request_id, failure or reasons)
         return self._clients.remember_choices(choices, failure, now)

@@ -381,9 +381,9 @@ class Preprocessor:
                 opened = self._requests.get(message.request_id)
                 if opened is not None and opened.attempt == message.attempt:
                     self._chunks.cancel([key for key in opened.keys if key.item == message.item])
-            case RequestEnded():
+            case RequestEnded(client_id=client_id, attempt=attempt):
                 opened = self._requests.get(message.request_id)
-                if opened is not None and opened.attempt == message.attempt:
+                if opened is not None and (opened.client_id, opened.attempt) == (client_id, attempt):
                     # A client's word alone, a higher attempt, does not take a request past the load check.
                     opened.was_begun = opened.was_begun and message.is_interrupted
                     if opened.ended_at is None:

@@ -683,7 +683,7 @@ def test_abort_frees_all_and_is_answered_each_time(rig: Rig) -> None:
         assert [output.finish_reason for output in rig.outputs()][-1] is FinishReason.ABORT
     assert (
         rig.feedback.take(RequestEnded)
-        == [RequestEnded(sender=LLM_0, epoch=1, request_id="r", attempt=1)] * 2
+        == [RequestEnded(sender=LLM_0, epoch=1, client_id=CLIENT, request_id="r", attempt=1)] * 2
     ), "one an abort"
     released = [lease for message in rig.vit.take(LeaseReleased) for lease in message.lease_ids]
     assert sorted(released) == sorted(embedding.lease_id for embedding in ready)

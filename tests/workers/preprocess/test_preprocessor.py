@@ -110,7 +110,15 @@ class Rig:
         self.core.on_feedback(kind(sender=sender, epoch=1, **fields))
 
     def end(self, request_id: str, attempt: int = 1, is_interrupted: bool = False) -> None:
-        self.feedback(RequestEnded, request_id=request_id, attempt=attempt, is_interrupted=is_interrupted)
+        known = self.core._requests.get(request_id)
+        client_id = CLIENT if known is None else known.client_id
+        self.feedback(
+            RequestEnded,
+            client_id=client_id,
+            request_id=request_id,
+            attempt=attempt,
+            is_interrupted=is_interrupted,
+        )
 
     def encodes(self) -> list[EncodeRequest]:
         return [message for vit in self.vits for message in vit.take(EncodeRequest)]
@@ -306,6 +314,8 @@ async def test_another_client_can_neither_abort_nor_take_a_request(rig: Rig) -> 
     rig.submit("r", client_id=OTHER)
     (refusal,) = rig.llm.take(RequestNotYours)
     assert refusal.client_id == OTHER
+    rig.feedback(RequestEnded, client_id=OTHER, request_id="r", attempt=1)
+    assert rig.core.num_open == 1
     await rig.settle()
     assert len(rig.llm.take(GenerateRequest)) == 1, "the first one goes on"
 
