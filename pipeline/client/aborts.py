@@ -38,10 +38,11 @@ class Aborts:
             del self._pending[key]
 
     def on_end_of_choice(self, output: RequestOutput) -> None:
-        self._pending.pop((output.request_id, output.index), None)
+        was_aborted_alone = self._pending.pop((output.request_id, output.index), None) is not None
         if (whole := self._pending.get((output.request_id, None))) is not None:
             whole.indexes.discard(output.index)
-            if output.finish_reason is FinishReason.ABORT or not whole.indexes:
+            has_arrived = output.finish_reason is FinishReason.ABORT and not was_aborted_alone
+            if has_arrived or not whole.indexes:
                 del self._pending[output.request_id, None]
 
     def due(self) -> list[AbortRequest]:

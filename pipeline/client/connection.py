@@ -167,8 +167,9 @@ class Connection:
 
     def _send_request(self, opened: OpenRequest) -> None:
         """Submits it, to one of the groups that know us."""
-        opened.heard, opened.asked = time.monotonic(), -math.inf
-        request = opened.request
+        opened.hear(time.monotonic())
+        opened.asked = -math.inf
+        opened.request = request = msgspec.structs.replace(opened.request, choices=opened.progress())
         if len(self.groups.leads) > 1:
             leads = tuple(self.groups.known)
             lead = request.lead if request.lead in leads else None
@@ -193,7 +194,8 @@ class Connection:
 
     def abort_choice(self, request_id: str, index: int) -> None:
         """Ends one choice of an open request, of which others are open; repeated likewise."""
-        opened = self._open[request_id]
+        if (opened := self._open.get(request_id)) is None:
+            return  # it was given up, and so aborted as a whole
         opened.choices[index].is_over = True
         self._start_abort(opened.request, index, {index})
 
@@ -381,6 +383,7 @@ class Connection:
             message.num_prompt_tokens,
             None,
         )
+        opened.hear(time.monotonic())
         opened.request = msgspec.structs.replace(opened.request, lead=message.sender.rank)
         if opened.mm_hashes is not None and opened.mm_hashes != message.mm_hashes:
             self._give_up(
@@ -442,7 +445,7 @@ class Connection:
                 last, stood_still = now, True
                 self._heartbeat = now
                 for opened in self._open.values():
-                    opened.heard = now
+                    opened.hear(now)
                 continue
             asks_all, last, stood_still = stood_still, now, False  # perhaps we were cut off
             if self.end is None and self._has_ended(now):
@@ -477,7 +480,7 @@ class Connection:
         if opened.is_held:
             return
         if self.groups.is_in_long_step(opened.request.lead):
-            opened.heard = now
+            opened.hear(now)
         patience_s = max(timeout_s, 3 * TICK_S)  # in which it is asked about, and answered
         # Whether the worker of an accepted one lives the launcher tells; while it is silent, nobody does.
         is_forsaken = not opened.is_accepted or now - self._heartbeat > patience_s
@@ -486,7 +489,7 @@ class Connection:
             self._give_up(opened, ErrorInfo(503, f"the server did not answer within {patience_s:.0f} s"))
             return
         query_after_s = QUERY_AFTER_S if opened.is_accepted else min(QUERY_AFTER_S, patience_s / 3)
-        if asks_all or now - max(opened.heard, opened.asked) > query_after_s:
+        if asks_all or now - max(opened.silent_since, opened.asked) > query_after_s:
             # Hello first: if we were cut off for not reading, it makes us known again.
             self._send(self._hello)
             opened.is_asking = False

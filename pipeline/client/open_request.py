@@ -23,6 +23,7 @@ class OpenChoice:
     num_earlier_tokens: int = 0  # of them, in attempts before this
     num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
     is_over: bool = False  # its last output is here, or it was aborted
+    heard: float = -math.inf  # when it was last heard of
 
 
 @dataclass(slots=True, eq=False)
@@ -71,14 +72,26 @@ class OpenRequest:
         self.has_failed = True
         self.events.put_nowait(error)
 
+    def progress(self) -> tuple[ChoiceProgress, ...]:
+        """What the next submission says of each choice; empty before the first token or end."""
+        if not any(choice.token_ids or choice.is_over for choice in self.choices):
+            return ()
+        return tuple(ChoiceProgress(pack_int32(choice.token_ids), choice.is_over) for choice in self.choices)
+
+    def hear(self, now: float) -> None:
+        """A message about the whole request has arrived, or the silence of all its choices is explained."""
+        self.heard = now
+        for choice in self.choices:
+            choice.heard = now
+
+    @property
+    def silent_since(self) -> float:
+        """When the open choice that has been silent longest was last heard of."""
+        return min((choice.heard for choice in self.choices if not choice.is_over), default=self.heard)
+
     def begin_attempt(self, now: float) -> None:
         """The attempt before is over. The next one continues each choice behind its tokens."""
-        progress = tuple(
-            ChoiceProgress(pack_int32(choice.token_ids), choice.is_over) for choice in self.choices
-        )
-        self.request = msgspec.structs.replace(
-            self.request, attempt=self.request.attempt + 1, choices=progress
-        )
+        self.request = msgspec.structs.replace(self.request, attempt=self.request.attempt + 1)
         for choice in self.choices:
             choice.num_earlier_tokens = len(choice.token_ids)
         self.is_accepted, self.is_asking, self.is_held = False, False, True
@@ -97,7 +110,7 @@ class OpenRequest:
         num_received = len(choice.token_ids)
         if output.offset > num_received:
             return False
-        self.is_asking, self.waits_since = False, None
+        self.is_asking, self.waits_since, choice.heard = False, None, self.heard
         if choice.num_cached_tokens is None:
             choice.num_cached_tokens = output.num_cached_tokens
         num_repeated = num_received - output.offset

@@ -64,7 +64,7 @@ def _overtaken_too_often(
     Counted are only those who would be next without priorities: of all, and of the request's own tenant. If
     all were, a long queue would go before every priority as soon as it had been overtaken so often.
     """
-    left = [other for queue in queues.values() for other in queue]
+    left = [other for queue in queues.values() for other in queue if not other.waits_for_prompt]
     next_of_all = min(left, key=lambda other: (num_running[other.tenant], other.arrival), default=None)
     next_of_tenant = min(queues[request.tenant], key=lambda other: other.arrival, default=None)
     overtaken: list[Request] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.wire.generation import GenerateRequest
+from workers.llm.chunk import Lease
 from workers.llm.request import Request, progress_of
 
 
@@ -61,11 +62,32 @@ class Choices:
         are_hit = [request.forget_vit(vit, epoch) for request in self.open]
         return any(are_hit)
 
-    def on_first_token(self) -> None:
-        """A choice has its first token, so the prompt is computed: the others start behind it."""
+    def keep_chunks_behind(self, num_tokens: int) -> None:
+        """The KV cache shares so many tokens of the prompt. What the others have to compute again of chunks
+        behind them is read from the embeddings once more."""
+        leader = self.leader
+        for chunk in leader.chunks if leader is not None and len(self.all) > 1 else ():
+            chunk.is_kept = chunk.stop > num_tokens
+
+    def on_first_token(self, first: Request) -> list[tuple[Lease, int]]:
+        """A choice has its first token, so the prompt is computed: the others start behind it.
+
+        They get the embeddings that were kept for them. Returns these leases, which `first` no longer holds,
+        with the number of the others.
+        """
         self._is_prompt_computed = True
-        for request in self.all:
+        others = [request for request in self.open if request is not first]
+        for request in others:
             request.waits_for_prompt = False
+        handed_on: list[tuple[Lease, int]] = []
+        for place, chunk in enumerate(first.chunks):
+            if chunk.is_kept and chunk.lease is not None:
+                for other in (request.chunks[place] for request in others):
+                    other.embeddings, other.lease, other.is_lost = chunk.embeddings, chunk.lease, False
+                handed_on.append((chunk.lease, len(others)))
+                chunk.embeddings = chunk.lease = None
+            chunk.is_kept = False
+        return handed_on
 
     def hand_on(self, ended: Request) -> None:
         """A choice has ended. If it was to compute the prompt, the next one does, with its embeddings."""
@@ -75,4 +97,5 @@ class Choices:
         heir.waits_for_prompt = False
         heir.chunks, ended.chunks = ended.chunks, []
         for chunk in heir.chunks:
-            chunk.is_lost, chunk.is_read = chunk.is_lost or chunk.is_read, False
+            is_here = chunk.embeddings is not None
+            chunk.is_lost, chunk.is_read = not is_here and (chunk.is_lost or chunk.is_read), False

@@ -36,6 +36,7 @@ class Chunk:
     # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
     is_read: bool = False
     is_lost: bool = False  # needed again after a preemption, and not leased any more
+    is_kept: bool = False  # not given back when it is read: the other choices of the request need it
 
     @property
     def stop(self) -> int:

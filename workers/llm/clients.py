@@ -163,7 +163,8 @@ class Clients:
         return ended
 
     def remember_choices(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
-        outputs = tuple(output_of(request, 0) for request in choices.all)
+        # Of a request that failed or was interrupted its client hears no tokens again.
+        outputs = tuple(output_of(request, 0) for request in choices.all if failure is None)
         ended = Ended(choices.client_id, choices.attempt, now, failure, outputs)
         return self.remember(choices.request_id, ended)
 

@@ -64,8 +64,8 @@ class Intake:
                 self._on_abort(message, now)
             case RequestRefused():
                 self._on_refused(message, now)
-            case RequestNotYours(client_id=client_id, request_id=request_id, attempt=attempt):
-                self._clients.tell_failed(client_id, request_id, attempt, _in_use(request_id))
+            case RequestNotYours():
+                self._on_not_yours(message, now)
             case Preparing():
                 self._clients.tell_preparing(message)
             case PoolOpened():
@@ -133,7 +133,7 @@ class Intake:
         self._requests.add(choices)
         if refusal := self._refusal(choices):
             self._requests.fail(choices, refusal, now)
-            self._leases.drop_early(choices.request_id)
+            self._leases.drop_early(choices.request_id, choices.attempt)
             return
         self._requests.counters["prompt_tokens"] += choices.num_prompt_tokens
         self._clients.tell_accepted(choices)
@@ -195,6 +195,16 @@ class Intake:
             self._requests.tell_preprocess(message.client_id, request_id, message.attempt)
             clients.tell_ended(request_id, ended, message.num_received_of)
 
+    def _on_not_yours(self, message: RequestNotYours, now: float) -> None:
+        """Unless it is theirs: preprocess was restarted, and another client used the id of a request that
+        runs."""
+        client_id, request_id, attempt = message.client_id, message.request_id, message.attempt
+        choices = self._requests.open.get(request_id)
+        if choices is not None and choices.client_id == client_id:
+            self._on_query(QueryRequest(client_id=client_id, request_id=request_id, attempt=attempt), now)
+        else:
+            self._clients.tell_failed(client_id, request_id, attempt, _in_use(request_id))
+
     def _on_abort(self, message: AbortRequest, now: float) -> None:
         request_id = message.request_id
         choices, ended = self._requests.open.get(request_id), self._clients.ended(request_id)
@@ -242,7 +252,7 @@ class Intake:
         before = self._clients.ended(request_id)
         if before is None or before.attempt < ended.attempt:
             self._clients.remember(request_id, ended)
-            self._leases.drop_early(request_id)
+            self._leases.drop_early(request_id, ended.attempt)
             before = ended
         self._clients.tell_ended(request_id, before)
 

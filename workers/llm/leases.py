@@ -7,7 +7,7 @@ computed.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from pipeline.transport.ends import Sink
@@ -35,6 +35,7 @@ class Leases:
         self._unmapped: list[EmbeddingReady] = []  # of pools not here yet
         self._last_seen = [(0, 0)] * len(vits)  # epoch and lease id: a ViT's successor counts from one again
         self._lease_set_due = 0.0
+        self._num_more: Counter[Lease] = Counter()  # requests that hold it, beyond the first
 
     def saw(self, message: EmbeddingReady) -> None:
         vit = message.sender.rank
@@ -48,6 +49,8 @@ class Leases:
 
         self._last_seen[vit] = max(self._last_seen[vit], (epoch, 0))
         self._unmapped = [message for message in self._unmapped if is_alive(message)]
+        for lease in [lease for lease in self._num_more if lease.vit == vit and lease.vit_epoch < epoch]:
+            del self._num_more[lease]
         for request_id, early in list(self._early.items()):
             self._early[request_id] = [(time, message) for time, message in early if is_alive(message)]
             if not self._early[request_id]:
@@ -68,19 +71,31 @@ class Leases:
     def take_early(self, request_id: str) -> list[EmbeddingReady | EncodeFailed]:
         return [message for _, message in self._early.pop(request_id, ())]
 
-    def drop_early(self, request_id: str) -> None:
-        early = self.take_early(request_id)
-        self.release([lease_of(message) for message in early if isinstance(message, EmbeddingReady)])
+    def drop_early(self, request_id: str, attempt: int) -> None:
+        """What came for attempts up to this one, which never run here. A later attempt may still come."""
+        early = self._early.pop(request_id, [])
+        if later := [(time, message) for time, message in early if message.key.attempt > attempt]:
+            self._early[request_id] = later
+        dropped = [message for _, message in early if message.key.attempt <= attempt]
+        self.release([lease_of(message) for message in dropped if isinstance(message, EmbeddingReady)])
 
     def forget_early(self, now: float) -> None:
         """Gives back what came for requests that never did."""
         for request_id, early in list(self._early.items()):
             if now - early[0][0] >= MEMORY_OF_EARLY_S:
-                self.drop_early(request_id)
+                self.drop_early(request_id, early[0][1].key.attempt)
+
+    def share(self, lease: Lease, num_more: int) -> None:
+        """So many more requests hold this lease. The ViT hears of its release from the last of them."""
+        if num_more:
+            self._num_more[lease] += num_more
 
     def release(self, leases: Iterable[Lease]) -> None:
         by_vit: dict[int, list[int]] = defaultdict(list)
         for lease in leases:
+            if num_more := self._num_more.pop(lease, 0):
+                self.share(lease, num_more - 1)
+                continue
             if lease.vit_epoch >= self._last_seen[lease.vit][0]:  # else it ended with its ViT
                 by_vit[lease.vit].append(lease.lease_id)
         for vit, lease_ids in by_vit.items():
@@ -100,7 +115,7 @@ class Leases:
         self._lease_set_due = now + LEASE_SET_INTERVAL_S
         early = [message for messages in self._early.values() for _, message in messages]
         waiting = [message for message in early if isinstance(message, EmbeddingReady)] + self._unmapped
-        leases = [*held, *map(lease_of, waiting)]
+        leases = dict.fromkeys([*held, *map(lease_of, waiting)])
         for vit, sink in enumerate(self._vits):
             epoch, last_lease_id = self._last_seen[vit]
             lease_ids = tuple(

@@ -204,6 +204,8 @@ class Request:
         for chunk in self.chunks:
             if chunk.stop <= num_tokens:
                 chunk.is_read = True
+                if chunk.is_kept:
+                    continue
                 if chunk.lease is not None:
                     done.append(chunk.lease)
                 chunk.lease = chunk.embeddings = None

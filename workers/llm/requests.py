@@ -40,6 +40,7 @@ class Requests:
 
     def add(self, choices: Choices) -> None:
         self.open[choices.request_id] = choices
+        choices.keep_chunks_behind(self._scheduler.num_shared_tokens(choices.all))
         for request in choices.all:
             self._scheduler.add(request)
 
@@ -83,7 +84,9 @@ class Requests:
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
         for request, offset in yielded:
             if offset == request.num_earlier_tokens:
-                self.open[request.request_id].on_first_token()
+                for lease, num_holders in self.open[request.request_id].on_first_token(request):
+                    self._leases.share(lease, num_holders)
+                    self._stepper.give_back([lease])
                 self._on_first_token(request.request_id)
             outputs[request.client_id].append(output_of(request, offset))
         for client_id, of_client in outputs.items():

@@ -234,6 +234,13 @@ class Scheduler:
             return []
         return request.block_hashes((request.num_tokens - 1) // self.cache.block_size, self.cache.block_size)
 
+    def num_shared_tokens(self, choices: Sequence[Request]) -> int:
+        """Of the prompt of one request's choices: those in full blocks, which only the first computes."""
+        if not choices or not self._publishes(choices[0]):
+            return 0
+        block_size = self.cache.block_size
+        return (len(choices[0].prompt_token_ids) - 1) // block_size * block_size
+
     def _publishes(self, request: Request) -> bool:
         """Whether its prefix is to be found again: by anybody, or by the other choices of its request."""
         return self.cache.has_prefixes and (self.has_prefix_cache or request.sampling.n > 1)

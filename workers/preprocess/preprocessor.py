@@ -57,7 +57,7 @@ from workers.preprocess.prompt_reader import Prepared, PromptReader
 from workers.preprocess.readers import MediaReaders, ReadLimits
 from workers.preprocess.router import GroupRouter, prefix_hashes
 from workers.preprocess.shortages import refusal_of
-from workers.preprocess.submission_checks import check_submission, num_prompt_bytes, tenant_of
+from workers.preprocess.submission_checks import check_submission, num_held_bytes, tenant_of
 from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Preprocessor:
                 assert_never(message)
 
     def _on_submit(self, message: SubmitRequest, frames: list[memoryview]) -> None:
-        known = self._requests.get(message.request_id)
+        known = self._known(message)
         if known is not None and known.client_id != message.client_id:
             self._refuse_foreign(known, message)
             return
@@ -158,14 +158,20 @@ class Preprocessor:
             if self.is_draining and not opened.was_begun:
                 raise RequestError("the server is shutting down", status=503)
             self._requests.take_credit(opened)
-            check_submission(message, self._info.text.vocab_size, self._config.allow_priority)
-            self._requests.hold(
-                opened, sum(len(frame) for frame in frames) + num_prompt_bytes(message.prompt)
-            )
+            check_submission(message, self._info.text, self._config.allow_priority)
+            self._requests.hold(opened, sum(len(frame) for frame in frames) + num_held_bytes(message))
         except RequestError as error:
             self._refuse(opened, error.info)
             return
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
+
+    def _known(self, message: SubmitRequest | QueryRequest | AbortRequest) -> KnownRequest | None:
+        """Another client's request that has ended is none of this client's business: the LLM remembers, too,
+        whose an id was. While chunks are left whose keys have the id, nobody else may use it."""
+        known = self._requests.get(message.request_id)
+        if known is None or known.client_id == message.client_id or known.ended_at is None:
+            return known
+        return known if self._chunks.has_chunks_of(known.request_id) else None
 
     def _refuse_foreign(self, known: KnownRequest, message: SubmitRequest | QueryRequest) -> None:
         refusal = RequestNotYours(
@@ -176,7 +182,7 @@ class Preprocessor:
 
     def _on_query(self, message: QueryRequest) -> None:
         """The client has not heard of this attempt for a while: it is told again how far that is."""
-        known = self._requests.get(message.request_id)
+        known = self._known(message)
         if known is None:
             # It went through our predecessor, and its group knows; or it got lost, and any group says so.
             lead = message.lead if message.lead in self._llms else None
@@ -212,7 +218,7 @@ class Preprocessor:
         return message.attempt > 1 and is_successor
 
     def _on_abort(self, message: AbortRequest) -> None:
-        known = self._requests.get(message.request_id)
+        known = self._known(message)
         if known is not None and (known.client_id != message.client_id or known.attempt > message.attempt):
             self.counters["stale_messages"] += 1
             return

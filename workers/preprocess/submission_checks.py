@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import assert_never
 
+from pipeline.families import TextInfo
 from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
@@ -16,12 +17,13 @@ from workers.preprocess.prompt import parts_of, texts_of
 ALL = "all"  # may have a priority
 
 
-def check_submission(message: SubmitRequest, vocab_size: int, allow_priority: Sequence[str]) -> None:
+def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Sequence[str]) -> None:
     """Raises RequestError, naming the field at fault."""
-    _check_prompt(message.prompt, vocab_size)
+    vocab_size = text.vocab_size
+    _check_prompt(message.prompt, text)
     if message.attempt < 1:
         raise RequestError("attempt counts from 1", field="attempt")
-    _check_choices(message, vocab_size)
+    _check_choices(message, text)
     if not -(2**31) <= message.priority < 2**31:
         raise RequestError(f"priority must fit 32 bits, got {message.priority}", field="priority")
     if message.priority and not may_have_priority(message.tenant, allow_priority):
@@ -40,7 +42,7 @@ def check_submission(message: SubmitRequest, vocab_size: int, allow_priority: Se
             )
 
 
-def _check_prompt(prompt: Prompt, vocab_size: int) -> None:
+def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
     match prompt:
         case Chat(messages):
             if not messages:
@@ -59,23 +61,25 @@ def _check_prompt(prompt: Prompt, vocab_size: int) -> None:
         case Tokens(token_ids):
             if not token_ids:
                 raise RequestError("the prompt must not be empty", field="prompt")
-            _check_token_ids(token_ids, vocab_size, "token_ids", "prompt")
+            _check_token_ids(token_ids, info, "token_ids", "prompt")
         case _:
             assert_never(prompt)
 
 
-def _check_choices(message: SubmitRequest, vocab_size: int) -> None:
+def _check_choices(message: SubmitRequest, info: TextInfo) -> None:
     if len(message.choices) > message.sampling.n:
         raise RequestError(f"there are more choices than n, {message.sampling.n}", field="choices")
     for choice in message.choices:
-        _check_token_ids(choice.output_token_ids, vocab_size, "output_token_ids", "choices")
+        _check_token_ids(choice.output_token_ids, info, "output_token_ids", "choices")
 
 
-def _check_token_ids(data: bytes, vocab_size: int, name: str, field: str) -> None:
+def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str) -> None:
     if len(data) % 4:
         raise RequestError(f"{name} are not whole numbers", field=field)
+    if (count := len(data) // 4) > (limit := info.max_position_embeddings):
+        raise RequestError(f"{count} {name} are more than the model's context of {limit}", field=field)
     token_ids = unpack_int32(data)
-    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < info.vocab_size:
         raise RequestError(f"{name} are outside the vocabulary", field=field)
 
 
@@ -92,9 +96,14 @@ def tenant_of(message: SubmitRequest) -> str:
     return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
 
 
-def num_prompt_bytes(prompt: Prompt) -> int:
-    """Of a prompt's texts as they lie in memory: one emoji makes each character of its text take four
-    bytes."""
+def num_held_bytes(message: SubmitRequest) -> int:
+    """Of a submission's texts and tokens as they lie in memory: one emoji makes each character of its text
+    take four bytes."""
+    num_progress_bytes = sum(len(choice.output_token_ids) for choice in message.choices)
+    return num_progress_bytes + _num_prompt_bytes(message.prompt)
+
+
+def _num_prompt_bytes(prompt: Prompt) -> int:
     match prompt:
         case Chat(messages):
             return sum(sys.getsizeof(text) for message in messages for text in texts_of(message))

@@ -44,6 +44,14 @@ def test_the_abort_of_a_choice_is_its_own() -> None:
     assert "r" not in aborts
 
 
+def test_the_answer_to_the_abort_of_a_choice_confirms_no_other_abort() -> None:
+    aborts = Aborts()
+    aborts.add(abort(1), {1})
+    aborts.add(abort(), {0, 2})
+    aborts.on_end_of_choice(end(1, FinishReason.ABORT))
+    assert aborts.due() == [abort()]
+
+
 def test_an_abort_that_nobody_answers_is_not_repeated_for_ever() -> None:
     aborts = Aborts()
     aborts.add(abort(), {0})

@@ -299,6 +299,26 @@ async def test_choices_come_side_by_side_and_each_ends_by_itself(
     assert not client._connection.aborts
 
 
+async def test_a_stop_string_in_what_was_not_read_when_the_request_was_given_up(
+    client: PipelineClient, pipeline: Pipeline
+) -> None:
+    ids = pipeline.tokenizer.encode("A red circle.", add_special_tokens=False).ids
+    stream = client.generate(CHAT, SamplingParams(n=2, stop=("circle",)))
+    first = asyncio.create_task(anext(stream))
+    request = (await pipeline.next(SubmitRequest)).message
+    pipeline.say_tokens(request, 0, ids[:1])
+    await first
+    pipeline.say_tokens(request, 1, ids[1:])
+    opened = client._connection._open[request.request_id]
+    while opened.events.empty():
+        await asyncio.sleep(0.01)
+    pipeline.control.publish(PipelineState(workers=(), end="vit.0 was killed"))
+    await asyncio.sleep(0.1)
+    assert "circle" not in (await anext(stream)).text
+    with pytest.raises(RequestError, match=r"vit\.0 was killed"):
+        await anext(stream)
+
+
 async def test_a_choice_that_is_over_is_not_asked_for_again(
     client: PipelineClient, pipeline: Pipeline
 ) -> None:

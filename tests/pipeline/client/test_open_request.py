@@ -40,7 +40,7 @@ async def test_the_next_attempt_continues_each_choice(opened: OpenRequest) -> No
     assert opened.has_progress
     opened.begin_attempt(3.0)
     assert opened.request.attempt == 2
-    assert opened.request.choices == (
+    assert opened.progress() == (
         ChoiceProgress(pack_int32([5])),
         ChoiceProgress(pack_int32([6]), is_over=True),
     )
@@ -58,3 +58,27 @@ async def test_a_choice_that_is_over_takes_nothing(opened: OpenRequest) -> None:
     assert opened.take(output(0, 4, 9))
     assert opened.events.qsize() == 1
     assert not opened.is_asking
+
+
+async def test_the_choice_that_is_silent_longest_counts(opened: OpenRequest) -> None:
+    opened.hear(1.0)
+    opened.heard = 2.0
+    opened.take(output(0, 0, 5))
+    assert opened.silent_since == 1.0, "nothing of choice 1"
+    opened.take(output(1, 0, 6, end=FinishReason.STOP))
+    assert opened.silent_since == 2.0
+    opened.hear(3.0)
+    assert opened.silent_since == 3.0
+
+
+async def test_a_choice_that_was_aborted_while_the_request_is_held_is_over_in_the_next_attempt(
+    opened: OpenRequest,
+) -> None:
+    opened.take(output(0, 0, 5))
+    opened.begin_attempt(3.0)
+    opened.choices[0].is_over = True
+    assert [choice.is_over for choice in opened.progress()] == [True, False]
+
+
+async def test_the_first_submission_says_nothing_of_choices(opened: OpenRequest) -> None:
+    assert opened.progress() == ()

@@ -9,14 +9,15 @@ import msgspec
 import pytest
 
 from pipeline.wire.base import ChunkKey
-from pipeline.wire.clients import AbortRequest, Accepted, ChoiceProgress, Interrupted
+from pipeline.wire.clients import AbortRequest, Accepted, ChoiceProgress, Interrupted, RequestFailed
 from pipeline.wire.control import WorkerState
-from pipeline.wire.encoding import LeaseRequest, RequestEnded
-from pipeline.wire.generation import EmbeddingReady
+from pipeline.wire.encoding import LeaseReleased, LeaseRequest, RequestEnded
+from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.generation import EmbeddingReady, RequestNotYours, RequestRefused
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from tests.chats import CHATS
-from tests.fakes import VIT_0
+from tests.fakes import PREPROCESS, VIT_0
 from tests.workers.llm.test_engine import CLIENT, Rig, query
 
 DRAWN = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True, seed=5)
@@ -215,6 +216,75 @@ def test_a_dead_vit_interrupts_all_choices_at_once(random_checkpoint: Path) -> N
     assert [message.attempt for message in rig.publisher.take(Interrupted)] == [1]
     assert rig.engine.requests == {}
     rig.engine.check_integrity()
+
+
+@pytest.mark.parametrize("n", [2, 10], ids=["all at once", "more than there are slots"])
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+def test_a_picture_in_the_last_block_stays_leased_until_all_choices_have_read_it(
+    has_prefix_cache: bool, n: int, random_checkpoint: Path, expected: dict[int, list[int]]
+) -> None:
+    """The block size leaves some of the picture to each choice, and nobody keeps unleased pictures."""
+    rig = Rig(random_checkpoint, 512, block_size=64)
+    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.open_pool()
+    start(rig, n)
+    released: list[int] = []
+    while rig.engine.step(rig.now):
+        rig.engine.check_integrity()
+        released += [lease_id for message in rig.vit.take(LeaseReleased) for lease_id in message.lease_ids]
+        choices = [one for each in rig.engine.requests.values() for one in each.open]
+        held = {chunk.lease.lease_id for one in choices for chunk in one.chunks if chunk.lease}
+        assert not held & set(released), "released while a choice holds it"
+    assert rig.vit.take(LeaseRequest) == [], "none asks again"
+    assert len(released) == len(set(released)) == 1
+    assert choices_of(rig) == {index: expected[index] for index in range(n)}
+
+
+def test_the_shared_lease_of_choices_that_are_aborted_is_released_once(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 512, block_size=64)
+    rig.open_pool()
+    start(rig, 10)
+    run(rig, 2)
+    assert rig.vit.take(LeaseReleased) == []
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), rig.now)
+    run(rig)
+    assert [len(message.lease_ids) for message in rig.vit.take(LeaseReleased)] == [1]
+    assert not rig.engine._leases._num_more
+
+
+def test_a_failed_request_keeps_no_tokens_for_its_client(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    start(rig, 2)
+    run(rig, 6)
+    rig.engine.on_death(WorkerState(PREPROCESS, 2, True), rig.now)
+    refused = RequestRefused(
+        sender=PREPROCESS,
+        epoch=2,
+        client_id=CLIENT,
+        request_id="r",
+        attempt=1,
+        error=ErrorInfo(400, "broken"),
+    )
+    rig.engine.handle(refused, rig.now)
+    ended = rig.engine._clients.ended("r")
+    assert ended is not None
+    assert ended.outputs == ()
+
+
+def test_an_owner_is_not_refused_its_running_request(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    rig.greet(b"o" * 16)
+    start(rig, 2)
+    run(rig, 6)
+    rig.publisher.published.clear()
+    for client_id in (b"o" * 16, CLIENT):
+        refusal = RequestNotYours(sender=PREPROCESS, epoch=1, client_id=client_id, request_id="r", attempt=1)
+        rig.engine.handle(refusal, rig.now)
+    assert len(rig.publisher.take(RequestFailed)) == 1, "the other one's"
+    assert len(rig.publisher.take(Accepted)) == 1
+    assert "r" in rig.engine.requests
 
 
 def test_a_choice_whose_prompt_is_gone_from_the_cache_leases_the_picture_again(

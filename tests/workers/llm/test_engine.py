@@ -1025,6 +1025,16 @@ def test_a_request_that_names_a_dead_vit_is_interrupted_at_once(rig: Rig) -> Non
     assert not rig.engine.requests
 
 
+def test_an_abort_of_an_older_attempt_keeps_what_came_early_for_the_next(rig: Rig) -> None:
+    rig.open_pool()
+    request, ready = rig.request(CHATS["one picture"], "r", attempt=2)
+    rig.engine.handle(msgspec.structs.replace(ready[0], key=ChunkKey("r", 2, 0, 0)), rig.now)
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), rig.now)
+    rig.engine.handle(request, rig.now)
+    rig.run()
+    assert rig.outputs()[-1].finish_reason is not None
+
+
 def test_what_a_dead_vit_sent_early_is_dropped_and_its_successors_leases_count_anew(rig: Rig) -> None:
     rig.open_pool()
     request, ready = rig.request(CHATS["one picture"], "r")

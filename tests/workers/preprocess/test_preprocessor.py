@@ -289,10 +289,42 @@ async def test_a_query_about_an_unknown_request_is_passed_on_and_leaves_nothing(
     await rig.settle()
     rig.query("r", attempt=2)
     assert [(m.request_id, m.attempt) for m in rig.llm.take(QueryRequest)] == [("gone", 1), ("r", 2)]
-    rig.end("r")
     rig.query("r", client_id=OTHER)
     assert [m.client_id for m in rig.llm.take(RequestNotYours)] == [OTHER]
+    rig.end("r")
     rig.check_nothing_left()
+
+
+async def test_an_ended_request_of_another_client_is_in_nobodys_way(rig: Rig) -> None:
+    """After a restart of preprocess: a stranger used the id of a request that runs, and was refused."""
+    rig.submit("r", client_id=OTHER, attempt=9)
+    await rig.settle()
+    rig.end("r", 9)
+    rig.llm.take()
+    rig.query("r", lead=0)
+    rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="r", attempt=1, lead=0), [])
+    assert [type(message) for message in rig.llm.take()] == [QueryRequest, AbortRequest]
+    rig.submit("r", attempt=2)
+    await rig.settle()
+    assert [m.client_id for m in rig.llm.take(GenerateRequest)] == [CLIENT]
+    rig.end("r", 2)
+    rig.check_nothing_left()
+
+
+async def test_tokens_of_earlier_attempts_are_bounded_and_held() -> None:
+    async with make_rig(1, max_open_media_mib=1) as rig:
+        limit = rig.core._info.text.max_position_embeddings
+        rig.submit("long", choices=(ChoiceProgress(bytes(4 * limit + 4)),))
+        (refusal,) = rig.llm.take(RequestRefused)
+        assert refusal.error.field == "choices"
+        assert str(limit) in refusal.error.message
+        whole = tuple(ChoiceProgress(bytes(4 * limit)) for _ in range(16))
+        rig.submit("r", choices=whole, sampling=SamplingParams(n=16))
+        assert rig.core.num_held_bytes >= 16 * 4 * limit
+        await rig.settle()
+        rig.end("long")
+        rig.end("r")
+        rig.check_nothing_left()
 
 
 async def test_a_choice_is_aborted_where_it_runs(rig: Rig) -> None:
