@@ -78,7 +78,7 @@ class Choices:
         self._is_prompt_computed = True
         others = [request for request in self.open if request is not first]
         for request in others:
-            request.waits_for_prompt = False
+            request.waits_for_prompt, request.are_others_ahead = False, True
         handed_on: list[tuple[Lease, int]] = []
         for place, chunk in enumerate(first.chunks):
             if chunk.is_kept and chunk.lease is not None:

@@ -39,6 +39,7 @@ class Request:
     max_tokens: int
     index: int = 0  # of the choice
     waits_for_prompt: bool = False  # another choice of the request computes the prompt that they share
+    are_others_ahead: bool = False  # another choice has yielded a token in this attempt
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same one share cached prefixes
     tenant: str = ""  # whose turns it takes
@@ -113,8 +114,8 @@ class Request:
 
     @property
     def has_progress(self) -> bool:
-        """It has yielded a token in this attempt."""
-        return len(self.output_token_ids) > self.num_earlier_tokens
+        """The choice, or another one of its request, has yielded a token in this attempt."""
+        return self.are_others_ahead or len(self.output_token_ids) > self.num_earlier_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -116,6 +116,14 @@ def test_the_prompt_is_computed_once_and_shared(has_prefix_cache: bool, random_c
     assert all(table == tables[0] for table in tables)
 
 
+def test_no_choice_is_suspected_once_the_request_has_yielded_a_token(random_checkpoint: Path) -> None:
+    rig = Rig(random_checkpoint, 64, block_size=4)
+    rig.open_pool()
+    start(rig, 10)
+    run(rig)
+    assert rig.records == [{"r"}, set()], "while the prompt is computed, and never again"
+
+
 def test_without_a_prefix_cache_only_choices_share(random_checkpoint: Path) -> None:
     rig = Rig(random_checkpoint, 64, block_size=4)
     rig.scheduler.has_prefix_cache = False
