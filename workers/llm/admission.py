@@ -1,12 +1,11 @@
-"""Who is admitted next, and who makes room for whom. Pure.
+"""Which request is admitted next, and which running request is preempted for it. Pure.
 
-Requests with a lower `priority` go first; of equals the one whose tenant has the fewest that run; of these
-the oldest. So a tenant with many requests waits for itself. A priority overtakes the same request eight
-times, then that one goes first: nobody starves.
+The order of admission: lower `priority` first, then the tenant with the fewest running requests, then the
+oldest request. So a tenant with many requests delays its own. A waiting request can be overtaken by priority
+eight times, then it goes first: no request starves.
 
-A tenant that runs more than its share of places or blocks gives some back when one below its share waits: its
-youngest starts over later. The oldest request that runs is never taken from, and so the oldest of all always
-gets on.
+When a tenant below its share waits, a tenant above its share of slots or blocks gives some back: its youngest
+request is preempted. The oldest running request is never preempted, so the oldest of all always progresses.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from workers.llm.request import Request
 
 
 def in_line(waiting: Iterable[Request], running: Iterable[Request]) -> Iterator[Request]:
-    """Those that wait, in the order in which they are to be admitted.
+    """The waiting requests, in the order of admission.
 
-    A request that the caller has given a slot before it asks for the next one counts as running from then on.
+    A request to which the caller gives a slot before it takes the next one counts as running from then on.
     """
     num_running = Counter(request.tenant for request in running)
     queues: dict[str, deque[Request]] = {}
@@ -59,10 +58,10 @@ def _overtaken_too_often(
     queues: dict[str, deque[Request]],
     num_running: Counter[str],
 ) -> list[Request]:
-    """Counts whom a request has overtaken that was just admitted; those who are to go first now.
+    """Counts the requests that the just admitted one overtook. Returns those that are to go first now.
 
-    Counted are only those who would be next without priorities: of all, and of the request's own tenant. If
-    all were, a long queue would go before every priority as soon as it had been overtaken so often.
+    Without priorities one request would be next of all, and one of the admitted request's tenant: only these
+    two count. If all did, a long queue would soon go before every priority.
     """
     left = [other for queue in queues.values() for other in queue if not other.waits_for_prompt]
     next_of_all = min(left, key=lambda other: (num_running[other.tenant], other.arrival), default=None)
@@ -77,8 +76,8 @@ def _overtaken_too_often(
 
 
 def whom_to_preempt(running: Sequence[Request]) -> Request:
-    """When blocks run out: the last of the tenant that has the most tokens, but not the first of all.
-    `running` is in order.
+    """The victim when blocks run out: the last request of the tenant with the most tokens, but not the first
+    of all. `running` is in order.
     """
     num_tokens: Counter[str] = Counter()
     for request in running:
@@ -92,7 +91,7 @@ def who_makes_room(
     tenants: int,
     max_num_seqs: int,
 ) -> Request | None:
-    """All places are taken: whose is for a tenant that has less than its share; None: it has to wait."""
+    """The victim when all slots are taken and the newcomer's tenant is below its share. None: no victim."""
     share = max(1, max_num_seqs // tenants)
     num_running = Counter(request.tenant for request in running)
     if num_running[newcomer.tenant] >= share:
@@ -107,8 +106,8 @@ def who_gives_blocks(
     tenants: int,
     num_blocks_of_all: int,
 ) -> Request | None:
-    """Blocks are taken: whose are for a newcomer that stays within its share with `num_blocks`; None: it has
-    to wait.
+    """The victim when the newcomer lacks blocks and its tenant, with `num_blocks` more, stays within its
+    share. None: no victim.
     """
     share = num_blocks_of_all // tenants
     held: Counter[str] = Counter()

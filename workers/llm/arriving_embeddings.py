@@ -1,6 +1,6 @@
-"""What ViTs send to rank 0: embeddings, failures, and refusals of a second lease.
+"""Handles messages from ViTs to rank 0: embeddings, failures, and refusals of a second lease.
 
-It comes over other connections than the requests, so an embedding may be here before its request.
+They come over other connections than the requests, so an embedding may arrive before its request.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class ArrivingEmbeddings:
             self._requests.fail(self._requests.open[message.key.request_id], message.error, now)
 
     def on_refused(self, message: LeaseRefused, now: float) -> None:
-        """A preempted request needs a chunk that its ViT no longer has: the next attempt encodes it again."""
+        """A preempted request needs a chunk that its ViT has evicted: the next attempt encodes it again."""
         if self._wanted_chunk(message) is not None:
             choices = self._requests.open[message.key.request_id]
             self._requests.interrupt(choices, Interruption("preempted"), now)
 
     def _is_early(self, message: EmbeddingReady | EncodeFailed, now: float) -> bool:
-        """Keeps a message of an attempt that is not here yet."""
+        """Whether the message's attempt is not here yet; the message is kept then."""
         request_id, attempt = message.key.request_id, message.key.attempt
         known = self._requests.open.get(request_id) or self._clients.ended(request_id)
         if known is not None and known.attempt >= attempt:
@@ -50,7 +50,7 @@ class ArrivingEmbeddings:
         return True
 
     def _wanted_chunk(self, message: EmbeddingReady | EncodeFailed | LeaseRefused) -> Chunk | None:
-        """The chunk that lacks these embeddings. One that lost them may get them before it asks again.
+        """The chunk that lacks these embeddings, which may be a lost chunk that has not requested them yet.
 
         Where several choices lack them, a choice that waits for them now goes first.
         """

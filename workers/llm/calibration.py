@@ -14,7 +14,8 @@ from workers.llm.step_times import Measured, StepTimes
 
 NUM_REPEATS = 3
 SHORT_S = 0.05  # a longer step is measured once: noise is small beside it
-# Times the smallest step: no prompt share makes a step so long, and the line goes on from the last two.
+# Times the smallest step. Prefill never stretches a step that far; longer ones are extrapolated from the last
+# two measured sizes.
 FAR_BEYOND = 4.0
 LONGEST_HISTORY = 1024
 OWNER = "calibration"
@@ -27,10 +28,10 @@ def measure_step_times(
     max_model_len: int,
     max_stretch: float,
 ) -> StepTimes:
-    """Runs steps of 1, 2, 4, 6, 8, 12, … tokens without history and one with.
+    """Runs steps of 1, 2, 4, 6, 8, 12, … tokens without history and one with history.
 
-    `execute` starts a sequence, then runs a step of it, and returns the seconds of the step. Uses blocks of
-    the cache that nobody has yet, and gives them back.
+    `execute` starts a sequence, runs one step of it and returns the step's seconds. The cache blocks used are
+    free before and after.
     """
     longest = min(max_model_len, cache.capacity)
     slot, blocks = cache.allocate(OWNER, [], longest)
@@ -43,7 +44,7 @@ def measure_step_times(
             num_computed_tokens=num_computed, block_table=table,
         )  # fmt: skip
         step = SequenceStep(slot, num_tokens, is_sampled=False)
-        execute(start, step)  # the first one of a size also prepares kernels
+        execute(start, step)  # the first step of a size also prepares kernels
         first = execute(start, step)
         if first > SHORT_S:
             return first
@@ -65,7 +66,7 @@ def measure_step_times(
 
 
 def _sizes() -> Iterator[int]:
-    """Powers of 2, and what lies midway: a product's time may leap from 6 rows to 7, then stay up to 12."""
+    """Powers of 2 and their midpoints: a matmul's time may jump from 6 rows to 7, then stay flat up to 12."""
     yield from (1, 2)
     for power in itertools.count(2):
         yield from (1 << power, 3 << power - 1)

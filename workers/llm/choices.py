@@ -1,4 +1,4 @@
-"""The choices of one request (the sampling's `n`): a `Request` each, all behind one prompt."""
+"""The choices of one request (the sampling's `n`): a `Request` each, with one shared prompt."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from workers.llm.request import Request, progress_of
 
 @dataclass(slots=True, eq=False)
 class Choices:
-    """The choices of one request. They share its prompt: the first that is open computes it, the others start
-    behind that."""
+    """The choices of one request. The first open choice computes their shared prompt, then the others
+    start."""
 
     client_id: bytes
     request_id: str
     attempt: int
     num_prompt_tokens: int
     mm_hashes: tuple[bytes, ...]
-    all: list[Request]  # by index; without those that were over before this attempt
+    all: list[Request]  # by index; without choices that were over before this attempt
     _is_prompt_computed: bool = False
 
     @classmethod
@@ -35,7 +35,7 @@ class Choices:
             [first.fork(index, progress) for index, progress in every if not progress.is_over],
         )
         if (leader := made.leader) is not None:
-            leader.chunks = first.chunks  # whose embeddings are on their way
+            leader.chunks = first.chunks  # their embeddings are under way
         for request in made.all:
             request.waits_for_prompt = request is not leader
         return made
@@ -46,7 +46,7 @@ class Choices:
 
     @property
     def leader(self) -> Request | None:
-        """The first that is open."""
+        """The first open choice."""
         return next((request for request in self.all if not request.is_over), None)
 
     def find(self, index: int) -> Request | None:
@@ -58,22 +58,22 @@ class Choices:
         return any(chunk.is_awaited for request in self.open for chunk in request.chunks)
 
     def forget_vit(self, vit: int, epoch: int) -> bool:
-        """A ViT has died: whether something is missing now."""
+        """A ViT has died. Returns whether a choice needs embeddings of the dead ViT."""
         are_hit = [request.forget_vit(vit, epoch) for request in self.open]
         return any(are_hit)
 
     def keep_chunks_behind(self, num_tokens: int) -> None:
-        """The KV cache shares so many tokens of the prompt. What the others have to compute again of chunks
-        behind them is read from the embeddings once more."""
+        """Keeps the leases of chunks that reach behind the prompt's first `num_tokens`, which the KV cache
+        shares: the other choices compute the rest of the prompt from the embeddings again."""
         leader = self.leader
         for chunk in leader.chunks if leader is not None and len(self.all) > 1 else ():
             chunk.is_kept = chunk.stop > num_tokens
 
     def on_first_token(self, first: Request) -> list[tuple[Lease, int]]:
-        """A choice has its first token, so the prompt is computed: the others start behind it.
+        """A choice has its first token, so the prompt is computed: the other choices start.
 
-        They get the embeddings that were kept for them. Returns these leases, which `first` no longer holds,
-        with the number of the others.
+        They get the kept embeddings. Returns these leases, which `first` no longer holds, each with the
+        number of other choices that hold it now.
         """
         self._is_prompt_computed = True
         others = [request for request in self.open if request is not first]
@@ -90,7 +90,7 @@ class Choices:
         return handed_on
 
     def hand_on(self, ended: Request) -> None:
-        """A choice has ended. If it was to compute the prompt, the next one does, with its embeddings."""
+        """A choice has ended. If it was to compute the prompt, the next choice takes over with its chunks."""
         heir = self.leader
         if self._is_prompt_computed or heir is None or heir.index < ended.index:
             return

@@ -1,4 +1,4 @@
-"""Where the embeddings of a prompt's pictures go, and which of them are here."""
+"""The places of a prompt's picture and video embeddings, and which embeddings have arrived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Lease(NamedTuple):
 
 
 class ChunkRun(NamedTuple):
-    """Tokens [offset, stop) of a prompt, whose places the rows of an embedding take, from `row` on."""
+    """Placeholders [offset, stop) of a prompt, filled by consecutive rows of an embedding from `row` on."""
 
     offset: int
     stop: int
@@ -33,10 +33,10 @@ class Chunk:
     wire: MmChunk
     embeddings: TensorHandle | None = None
     lease: Lease | None = None
-    # nothing of it is needed (any more): gathered by every rank, or covered by the prefix cache
+    # No longer needed: gathered by every rank, or covered by the prefix cache.
     is_read: bool = False
-    is_lost: bool = False  # needed again after a preemption, and not leased any more
-    is_kept: bool = False  # not given back when it is read: the other choices of the request need it
+    is_lost: bool = False  # its lease was released, but it is needed again after a preemption
+    is_kept: bool = False  # its lease is not released when it is read: other choices of the request need it
 
     @property
     def stop(self) -> int:
@@ -45,7 +45,7 @@ class Chunk:
 
     @property
     def is_awaited(self) -> bool:
-        """Its embeddings are under way. Those lost in a preemption are asked for later."""
+        """Its embeddings are under way. Embeddings lost in a preemption are requested later."""
         return self.embeddings is None and not self.is_read and not self.is_lost
 
 
@@ -59,7 +59,7 @@ def chunks_of(number: int, item: MmItem) -> list[Chunk]:
     assert num_rows == num_placeholders, f"item {number}: {num_rows} rows, {num_placeholders} placeholders"
     chunks: list[Chunk] = []
     spans = iter(item.spans)
-    offset = stop = 0  # what is left of the span
+    offset = stop = 0  # the unfilled rest of the span
     for index, wire in enumerate(item.chunks):
         pieces: list[ChunkRun] = []
         row = 0

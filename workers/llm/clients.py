@@ -1,5 +1,5 @@
-"""Who reads rank 0's outputs: greets clients, publishes to them, cuts off who does not read, remembers what
-ended how."""
+"""The clients of rank 0: greets them, publishes outputs, cuts off clients that do not read, remembers how
+requests ended."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from workers.llm.request import Request
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
-MAX_ENDED = 1 << 16  # requests remembered: a client can end what never was
-MAX_CLIENTS = 1 << 14  # that are known at once; further ones are not heard before others leave
+MAX_ENDED = 1 << 16  # ended requests remembered: a client can abort ids that never existed
+MAX_CLIENTS = 1 << 14  # known at once; further subscriptions are ignored until a client leaves
 GRACE_OF_CLIENTS_S = 0.8  # between a client's leaving and the end of its requests
 
 
@@ -40,7 +40,7 @@ class Interruption(NamedTuple):
     """The request cannot go on here; its client is to submit it again."""
 
     reason: str
-    died: Role | None = None  # in a worker of this role, which died
+    died: Role | None = None  # the role of the worker that died while it executed the request
 
 
 Failure = ErrorInfo | Interruption
@@ -53,7 +53,7 @@ class Ended(NamedTuple):
     attempt: int
     time: float
     failure: Failure | None  # None: every choice had its last output
-    outputs: tuple[RequestOutput, ...] = ()  # of each choice, from its first token on
+    outputs: tuple[RequestOutput, ...] = ()  # one for each choice, from its first token on
 
 
 class Publish(Protocol):
@@ -62,7 +62,7 @@ class Publish(Protocol):
 
 @dataclass(slots=True)
 class _Client:
-    protocol: int | None = None  # that it speaks, once it has said hello
+    protocol: int | None = None  # None before its hello
     left_at: float | None = None
     is_cut_off: bool = False
 
@@ -71,7 +71,7 @@ class _Client:
 
 
 class Clients:
-    """`publish` says False when a client lags too far behind. Times are seconds of any steady clock."""
+    """`publish` returns False when a client lags too far behind. Times are seconds of any steady clock."""
 
     def __init__(self, origin: Origin, welcome: Welcome, publish: Publish) -> None:
         self._origin, self._welcome, self._publish = origin, welcome, publish
@@ -93,9 +93,9 @@ class Clients:
         return self._clients[client_id].protocol
 
     def greet(self, client_id: bytes, protocol: int) -> None:
-        """Answers a client that said hello, if it also listens.
+        """Answers a client's hello, if the client is subscribed.
 
-        Whether it has left is for its subscription to say.
+        A hello does not undo a leave: only a subscription does.
         """
         if (client := self._clients.get(client_id)) is not None:
             client.protocol, client.is_cut_off = protocol, False
@@ -127,13 +127,10 @@ class Clients:
                 break
             del self._ended[request_id]
 
-    # What they are told.
+    # Messages to clients.
 
     def tell_preparing(self, message: Preparing) -> None:
-        """What preprocess answers to a client's query goes through us.
-
-        It has no way to clients of its own.
-        """
+        """Passes on preprocess's answer to a client's query: preprocess has no socket to clients."""
         told = msgspec.structs.replace(message, **self._origin)
         self.publish(told, message.client_id)
 
@@ -163,7 +160,7 @@ class Clients:
         return ended
 
     def remember_choices(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
-        # Of a request that failed or was interrupted its client hears no tokens again.
+        # The tokens of a failed or interrupted request are not sent again.
         outputs = tuple(output_of(request, 0) for request in choices.all if failure is None)
         ended = Ended(choices.client_id, choices.attempt, now, failure, outputs)
         return self.remember(choices.request_id, ended)
@@ -171,7 +168,7 @@ class Clients:
     def tell_ended(
         self, request_id: str, ended: Ended, num_received: Callable[[int], int] | None = None
     ) -> None:
-        """`num_received` says how many tokens of a choice the client has; None: all."""
+        """`num_received` maps a choice's index to the number of tokens that the client has; None: all."""
         match ended.failure:
             case ErrorInfo():
                 self.tell_failed(ended.client_id, request_id, ended.attempt, ended.failure)
@@ -191,12 +188,12 @@ class Clients:
 
 
 def aborted_output(request_id: str, attempt: int, index: int) -> RequestOutput:
-    """The end of a choice of which nothing is known here."""
+    """The last output of an aborted choice that is unknown here."""
     return RequestOutput(request_id, attempt, 0, b"", FinishReason.ABORT, index=index)
 
 
 def _behind(output: RequestOutput, num_received: int | None) -> RequestOutput:
-    """What is new in a choice's whole output for a client that has so many tokens; None: all of them."""
+    """A choice's output without the tokens that the client has received; `num_received` None: all of them."""
     offset = len(output.new_token_ids) // 4 if num_received is None else num_received
     return msgspec.structs.replace(
         output,

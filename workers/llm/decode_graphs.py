@@ -1,8 +1,8 @@
-"""Steps in which every sequence decodes, in batches of a few sizes: as CUDA graphs, since a launch costs more
-than most of what is launched.
+"""Decode steps as CUDA graphs, in batches of a few sizes: launching a kernel costs more than most of them
+take to run.
 
-All that changes from step to step lies in buffers that stay where they are. Without a GPU the same code runs
-uncaptured. The host copies a few numbers a sequence: its block table is on the device already.
+All that changes from step to step lies in buffers at fixed addresses. Without a GPU the same code runs
+uncaptured. The host copies a few numbers a sequence; block tables are on the device already.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from workers.llm.sequences import SequenceTable, StepRows
 from workers.nn.loader import to_device
 
 FIELDS = ("positions", "slots", "lengths", "new_slots")
-NUM_STAGINGS = 2  # one is filled while the other may still be on its way to the GPU
-NUM_WARM_UPS = 2  # kernels are compiled, and libraries take their memory, outside of a graph
+NUM_STAGINGS = 2  # one buffer is filled while the other may still be copied to the GPU
+NUM_WARM_UPS = 2  # so that kernels are compiled, and libraries allocate memory, outside of a graph
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """1, 2, 4, 8, … in steps that leave at most a quarter of a batch empty from 8 on, up to `largest`."""
+    """Batch sizes 1, 2, 4, 8, 10, 12, … `largest`: from 8 on, at most a quarter of a batch is padding."""
     bases = (8 << power for power in range(12))
     steps = itertools.chain((1, 2, 4), (base * quarters // 4 for base in bases for quarters in (4, 5, 6, 7)))
     return [*itertools.takewhile(lambda size: size < largest, steps), largest]
 
 
 class GraphInputs(NamedTuple):
-    """What a batch of `n` reads, all on the device.
+    """The inputs of a batch of `n`, all on the device.
 
-    Rows that fill it up belong to nobody: a spare slot, and one token at a spare place.
+    Padding rows have the spare slot, and one token at the spare place of the KV cache.
     """
 
     positions: Tensor  # [n] int32
     slots: Tensor  # [n] int32: of the requests
     lengths: Tensor  # [n] int32, the new token included
-    new_slots: Tensor  # [n] int32: where its key and value go
+    new_slots: Tensor  # [n] int32: where the new token's key and value go
     params: Tensor  # [NUM_PARAMS, n] int32, for the sampling kernel
 
 
@@ -53,7 +53,7 @@ class Outputs(NamedTuple):
 
 
 class DeviceTables:
-    """The block tables by slot, on the device. New blocks are written in the order of its stream."""
+    """The block tables by slot, on the device. New blocks are written in stream order."""
 
     def __init__(self, sequences: SequenceTable, spare_block: int, device: torch.device) -> None:
         self._sequences, self._device = sequences, device
@@ -63,11 +63,11 @@ class DeviceTables:
         self._num_written = np.zeros(len(sequences.num_blocks), dtype=np.int64)
 
     def restart(self, slot: int) -> None:
-        """Another sequence has the slot: nothing of its table is here."""
+        """Another sequence has the slot: none of its blocks are on the device yet."""
         self._num_written[slot] = 0
 
     def update(self, slots: npt.NDArray[np.int64]) -> None:
-        """Writes what these slots have got since they were last seen here; mostly that is nothing."""
+        """Writes the blocks that these slots got since their last update; mostly there are none."""
         num_blocks = self._sequences.num_blocks
         grown = slots[self._num_written[slots] < num_blocks[slots]]
         if not len(grown):
@@ -81,7 +81,7 @@ class DeviceTables:
 
 
 class DecodeBuffers:
-    """Page-locked memory that steps are written to, and its image on the device."""
+    """Page-locked memory that steps are written to, and its copy on the device."""
 
     def __init__(
         self,
@@ -101,19 +101,19 @@ class DecodeBuffers:
         self.device_tables = DeviceTables(sequences, spare_kv_slot // block_size, device)
 
     def inputs(self, size: int) -> GraphInputs:
-        """The same memory at each call."""
+        """Views of the same memory at each call."""
         rows = self._rows[:, :size]
         positions, slots, lengths, new_slots = rows[: len(FIELDS)]
         return GraphInputs(positions, slots, lengths, new_slots, rows[len(FIELDS) :])
 
     def fill(self, of_step: StepRows, params: npt.NDArray[np.int32], size: int) -> None:
-        """Starts the copy of a step, filled up to `size`; `params` [NUM_PARAMS, number of sequences]."""
+        """Starts the copy of a step, padded to `size`; `params` [NUM_PARAMS, number of sequences]."""
         self._turn = (self._turn + 1) % NUM_STAGINGS
         rows = self._staged[self._turn].numpy()
         sequences, block_size = self._sequences, self._block_size
         count, starts = len(of_step.slots), of_step.starts
         positions, slots, lengths, new_slots = rows[: len(FIELDS)]
-        rows[:, count:size] = 0  # temperature 0 is the cheapest way to choose
+        rows[:, count:size] = 0  # temperature 0 is the cheapest to sample
         slots[count:size], lengths[count:size] = sequences.spare_slot, 1
         new_slots[count:size] = self._spare_kv_slot
         slots[:count], lengths[:count] = of_step.slots, starts + 1
@@ -126,7 +126,7 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """Runs `compute` for batches of these sizes: captured where the device is a GPU, as it is elsewhere."""
+    """Runs `compute` for batches of these sizes: captured on a GPU, uncaptured elsewhere."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class DecodeGraphs:
             self._capture()
 
     def _capture(self) -> None:
-        """The largest first: what it took from the pool serves all others."""
+        """Captures the largest size first: the other sizes reuse its memory pool."""
         pool = None
         for size in reversed(self.sizes):
             inputs = self.buffers.inputs(size)
@@ -153,7 +153,7 @@ class DecodeGraphs:
                     self._compute(inputs)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # NCCL has threads of its own.
+            # Thread-local, as NCCL's own threads make CUDA calls meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 outputs = self._compute(inputs)
             pool = pool or graph.pool()
@@ -164,9 +164,9 @@ class DecodeGraphs:
         return 0 < len(rows.slots) <= self.sizes[-1] and bool(rows.are_decodes.all())
 
     def run(self, rows: StepRows, params: npt.NDArray[np.int32]) -> Outputs:
-        """Of these sequences, which are all to decode. Waits for nothing.
+        """Runs a step of these sequences, all decodes. Does not block.
 
-        To be read before the next run, which writes over it.
+        The outputs are to be read before the next run, which overwrites them.
         """
         count = len(rows.slots)
         size = self.sizes[bisect_left(self.sizes, count)]

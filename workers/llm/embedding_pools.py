@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddingPools:
-    """Each rank reads in place, or one that can hands the rows on."""
+    """Each rank reads a pool in place; where some cannot map it, one rank reads and broadcasts the rows."""
 
     def __init__(self, pools: PoolMap, parallel: TensorParallel) -> None:
         self._pools, self._parallel = pools, parallel
-        # The epoch, and the rank that reads for all; None: each for itself.
+        # By pool id: the epoch, and the rank that reads for all (None: each rank for itself).
         self._opened: dict[str, tuple[int, int | None]] = {}
 
     def open(self, info: PoolInfo) -> None:
@@ -32,11 +32,11 @@ class EmbeddingPools:
             self._pools.open(info)
         except PoolGoneError as caught:
             error, is_gone = str(caught), True
-        except (PipelineError, OSError, ImportError) as caught:  # the others wait to hear of it
+        except (PipelineError, OSError, ImportError) as caught:  # the other ranks wait in gather_flags
             error = str(caught)
         can_read = self._parallel.gather_flags(not error)
         if is_gone:
-            logger.info("%s", error)  # of a successor we shall hear
+            logger.info("%s", error)  # the ViT's successor announces its own pool
             return
         if not any(can_read):
             remedy = "--embedding-transport host needs no mapping"
@@ -49,7 +49,7 @@ class EmbeddingPools:
             )  # fmt: skip
 
     def close(self, pool_id: str) -> None:
-        """Its owner has died; no step reads it any more."""
+        """The pool's owner has died, and no in-flight step reads the pool."""
         self._opened.pop(pool_id, None)
         self._pools.close(pool_id)
 
@@ -59,7 +59,7 @@ class EmbeddingPools:
     def gather(self, out: Tensor, embeddings: TensorHandle, start: int) -> None:
         """Fills contiguous rows of a step's input, in the order of its stream.
 
-        Raises StaleHandleError when they are no longer there.
+        Raises StaleHandleError when the embeddings are no longer there.
         """
         _, reader = self._opened.get(embeddings.pool_id, (-1, None))
         if reader is None or reader == self._parallel.rank:

@@ -2,7 +2,7 @@
 
     handle(message) … → step() → handle(message) … → step() → …
 
-`intake.py` takes what comes in, `stepping.py` computes, `requests.py` says how requests end.
+`intake.py` handles messages, `stepping.py` computes, `requests.py` ends requests.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from workers.llm.stepping import Runner, Stepper, Watch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """The ways to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any; and
-    who is told of a request's first new token."""
+    """The sinks to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any; and
+    `on_first_token`, called with a request's id at its first new token."""
 
     publish: Publish
     feedback: Sink[FeedbackMessage]
@@ -41,7 +41,7 @@ class Links:
 
 
 class Engine:
-    """`epochs` are those of the living. For `has_overlap` and `rules` see `Stepper`."""
+    """`epochs` are the current epochs of the workers. For `has_overlap` and `rules` see `Stepper`."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def requests(self) -> Mapping[str, Choices]:
-        """Those that are open."""
+        """The open requests."""
         return self._requests.open
 
     @property
@@ -108,13 +108,13 @@ class Engine:
     def on_death(self, successor: WorkerState, now: float) -> None:
         """A neighbour has died, and has a successor."""
         if successor.worker.role is Role.VIT:
-            self._collect_down_to(0, now)  # a step may be reading what was the dead one's
+            self._collect_down_to(0, now)  # an in-flight step may read the dead ViT's pool
         self.intake.on_death(successor, now)
 
     def step(self, now: float) -> bool:
-        """Launches the next step and sends what came of the one before (without overlap, of this one).
+        """Launches the next step and sends the results of the step before (without overlap, of this step).
 
-        False: there is nothing to do.
+        Returns False when there is nothing to do.
         """
         schedule = self.scheduler.schedule()
         for request in schedule.preempted:
@@ -143,16 +143,16 @@ class Engine:
         return self.stepper.execute(start, step)
 
     def tick(self, now: float) -> None:
-        """Call it every second.
+        """To be called every second.
 
-        Sends lease sets, ends the requests of clients that left or were cut off, forgets what is long over.
+        Sends lease sets, ends the requests of clients that left or were cut off, forgets old entries.
         """
         chunks = (chunk for choices in self.requests.values() for one in choices.all for chunk in one.chunks)
         held = [chunk.lease for chunk in chunks if chunk.lease]
         self._leases.send_sets([*held, *self.stepper.leases_in_flight], now)
         lost = self._clients.lost(now)
         for choices in [choices for choices in self.requests.values() if choices.client_id in lost]:
-            # If its client comes back, it may go on.
+            # An interruption, no error: if the client comes back, it resubmits the request.
             self._requests.fail(choices, Interruption("its client had left, or did not read"), now)
         self._clients.forget(now)
         self._leases.forget_early(now)

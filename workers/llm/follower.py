@@ -12,7 +12,7 @@ from workers.llm.model_runner import ModelRunner
 
 
 class Follower:
-    """`widen` sets whether a step runs on all cores; `pool_closed` tells that this rank has let go of one."""
+    """`widen` sets whether a step runs on all cores; `pool_closed` reports a pool that this rank closed."""
 
     def __init__(
         self,

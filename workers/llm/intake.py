@@ -1,4 +1,4 @@
-"""What comes in at rank 0: new requests, queries, aborts, embeddings, the death of neighbours."""
+"""Handles what arrives at rank 0: new requests, queries, aborts, embeddings, the death of neighbours."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from workers.llm.stepping import Stepper
 
 
 class Intake:
-    """`epochs` are those of the living."""
+    """`epochs` are the current epochs of the workers."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Intake:
             case Preparing():
                 self._clients.tell_preparing(message)
             case PoolOpened():
-                self._stepper.send(message)  # first: the ranks open it together
+                self._stepper.send(message)  # first: opening a pool is a collective of all ranks
                 self._pools.open(message.pool)
                 for embedding in self._leases.take_unmapped():
                     self._embeddings.on_ready(embedding, now)
@@ -83,10 +83,10 @@ class Intake:
                 assert_never(message)
 
     def on_death(self, successor: WorkerState, now: float) -> None:
-        """Of a neighbour; no step may be in flight that reads what a dead ViT has left.
+        """A neighbour has died. No in-flight step may read embeddings of a dead ViT.
 
-        Requests that needed something of it end here, to be submitted again; what has been read is not
-        needed.
+        Requests that still need something of the dead worker are interrupted, and resubmitted by their
+        clients. Embeddings that have been read are no longer needed.
         """
         role, rank = successor.worker.role, successor.worker.rank
         open_requests = list(self._requests.open.values())
@@ -94,7 +94,7 @@ class Intake:
             self._leases.forget_vit(rank, successor.epoch)
             hit = [choices for choices in open_requests if choices.forget_vit(rank, successor.epoch)]
             name = str(successor.worker)
-            if not self._pools.knows(name, successor.epoch):  # else it has taken the dead one's place already
+            if not self._pools.knows(name, successor.epoch):  # else the successor's pool is open already
                 self._stepper.send(PoolClosed(pool_id=name, pool_epoch=successor.epoch - 1, **self._origin))
                 self._pools.close(name)
         elif role is Role.PREPROCESS:
@@ -106,14 +106,14 @@ class Intake:
             interruption = Interruption(f"{successor.worker} died", role if was_executing else None)
             self._requests.interrupt(choices, interruption, now)
 
-    # New requests, and their end from outside.
+    # New requests, queries, aborts and refusals.
 
     def _on_generate(self, message: GenerateRequest, now: float) -> None:
         request_id, clients = message.request_id, self._clients
         current, ended = self._requests.open.get(request_id), clients.ended(request_id)
         known = current or ended
         if known is not None and known.client_id != message.client_id:
-            # Preprocess knows who uses it, unless it was restarted.
+            # Another client's id. Preprocess refuses such a request, unless it was restarted.
             self._requests.tell_preprocess(message.client_id, request_id, message.attempt)
             clients.tell_failed(message.client_id, request_id, message.attempt, _in_use(request_id))
             return
@@ -141,11 +141,11 @@ class Intake:
             self.handle(early, now)
 
     def _refusal(self, choices: Choices) -> Failure | None:
-        """Why the request does not run, if it does not."""
+        """Why the request cannot run; None: it can."""
         if choices.client_id not in self._clients:
             return Interruption("its client had left")  # while its media were fetched
         if (protocol := self._clients.protocol_of(choices.client_id)) is None:
-            return Interruption("its client has to say hello again")  # it was away, and may not have noticed
+            return Interruption("its client has to say hello again")  # it may not have noticed a disconnect
         if protocol != PROTOCOL_VERSION:
             reason = f"the client speaks protocol {protocol}, the pipeline speaks protocol {PROTOCOL_VERSION}"
             return ErrorInfo(400, reason)
@@ -174,7 +174,7 @@ class Intake:
         return None
 
     def _on_query(self, message: QueryRequest, now: float) -> None:
-        """Of an attempt that is not known the client hears that, and nothing starts."""
+        """Answers how far an attempt is. An unknown attempt is interrupted, not started."""
         request_id, clients = message.request_id, self._clients
         choices, ended = self._requests.open.get(request_id), clients.ended(request_id)
         known = choices or ended
@@ -196,8 +196,8 @@ class Intake:
             clients.tell_ended(request_id, ended, message.num_received_of)
 
     def _on_not_yours(self, message: RequestNotYours, now: float) -> None:
-        """Unless it is theirs: preprocess was restarted, and another client used the id of a request that
-        runs."""
+        """Refuses a request whose id another client uses. If it is this client's request that runs here
+        (preprocess was restarted, and another client submitted the id), it answers like a query."""
         client_id, request_id, attempt = message.client_id, message.request_id, message.attempt
         choices = self._requests.open.get(request_id)
         if choices is not None and choices.client_id == client_id:
@@ -220,7 +220,7 @@ class Intake:
             self._end_unknown(request_id, Ended(message.client_id, message.attempt, now, None, outputs))
 
     def _on_abort_of_choice(self, message: AbortRequest, index: int, now: float) -> None:
-        """The other choices go on. Of one that is over already the client hears that again."""
+        """Aborts one choice; the others go on. If the choice has ended, its end is sent again."""
         choices, ended = self._requests.open.get(message.request_id), self._clients.ended(message.request_id)
         if choices is not None and choices.attempt == message.attempt:
             request = choices.find(index)
@@ -235,7 +235,7 @@ class Intake:
             self._clients.tell_ended(message.request_id, ended)
 
     def _on_refused(self, message: RequestRefused, now: float) -> None:
-        """Preprocess says why the request cannot run, or cannot run on."""
+        """Ends a request that preprocess refused, before it ran or while it runs."""
         request_id = message.request_id
         choices, ended = self._requests.open.get(request_id), self._clients.ended(request_id)
         known = choices or ended
@@ -247,7 +247,8 @@ class Intake:
             self._end_unknown(request_id, Ended(message.client_id, message.attempt, now, message.error))
 
     def _end_unknown(self, request_id: str, ended: Ended) -> None:
-        """An attempt that does not run here is over: should it come late, it does not start."""
+        """Ends an attempt that does not run here. It is remembered, so that it does not start if it arrives
+        late."""
         self._requests.tell_preprocess(ended.client_id, request_id, ended.attempt)
         before = self._clients.ended(request_id)
         if before is None or before.attempt < ended.attempt:

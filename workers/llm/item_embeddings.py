@@ -13,12 +13,12 @@ from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.models.base import Features
 from workers.nn.loader import to_device
 
-# (out, embeddings, start): fills contiguous rows with those of a matrix from `start` on.
+# (out, embeddings, start): fills `out` with consecutive rows of the embeddings, from row `start` on.
 Gather = Callable[[Tensor, TensorHandle, int], None]
 
 
 class PlacedSlice(NamedTuple):
-    first: int  # the token of the step that the first row belongs to
+    first: int  # index in the step of the token that takes the slice's first row
     part: EmbeddingSlice
 
 
@@ -28,7 +28,7 @@ def place_embeddings(
     gather: Gather,
     num_features: int,
 ) -> Features | None:
-    """Writes over rows of x [num_tokens, hidden]. What the rows carry beside that is returned.
+    """Overwrites rows of x [num_tokens, hidden] with embeddings, and returns the further features they carry.
 
     A row of embeddings has (1 + num_features) · hidden numbers. Raises StaleHandleError when embeddings are
     no longer there.

@@ -1,6 +1,6 @@
-"""Rank 0's leases on embeddings: those whose request or pool is not here yet, and what the ViTs are told.
+"""Rank 0's leases on embeddings: those whose request or pool is not here yet, and the messages to the ViTs.
 
-Only this rank holds and releases them. When the result of a step is here, every rank has gathered what the
+Only rank 0 holds and releases leases. When the result of a step is here, every rank has gathered what the
 step read (the gather precedes the first all-reduce), so a chunk is released as soon as its tokens are
 computed.
 """
@@ -26,23 +26,23 @@ def lease_of(message: EmbeddingReady) -> Lease:
 
 
 class Leases:
-    """`vits` are the ways to the ViTs, by index."""
+    """`vits` are the sinks to the ViTs, by index."""
 
     def __init__(self, origin: Origin, vits: Sequence[Sink[EncodeMessage]]) -> None:
         self._origin, self._vits = origin, vits
-        # of requests or attempts not here yet
+        # By request id: messages about requests or attempts not here yet, with their arrival times.
         self._early: dict[str, list[tuple[float, EmbeddingReady | EncodeFailed]]] = {}
-        self._unmapped: list[EmbeddingReady] = []  # of pools not here yet
-        self._last_seen = [(0, 0)] * len(vits)  # epoch and lease id: a ViT's successor counts from one again
+        self._unmapped: list[EmbeddingReady] = []  # their pools are not here yet
+        self._last_seen = [(0, 0)] * len(vits)  # epoch and lease id; a ViT's successor counts from one again
         self._lease_set_due = 0.0
-        self._num_more: Counter[Lease] = Counter()  # requests that hold it, beyond the first
+        self._num_more: Counter[Lease] = Counter()  # requests that hold the lease, beyond the first
 
     def saw(self, message: EmbeddingReady) -> None:
         vit = message.sender.rank
         self._last_seen[vit] = max(self._last_seen[vit], (message.epoch, message.lease_id))
 
     def forget_vit(self, vit: int, epoch: int) -> None:
-        """A ViT has died, and with it what it had leased; `epoch` is its successor's."""
+        """A ViT has died: its leases are void. `epoch` is its successor's."""
 
         def is_alive(message: EmbeddingReady | EncodeFailed) -> bool:
             return message.sender.rank != vit or message.epoch >= epoch
@@ -64,15 +64,15 @@ class Leases:
         return unmapped
 
     def keep_early(self, message: EmbeddingReady | EncodeFailed, now: float) -> None:
-        """Keeps what a ViT says of an attempt that is not here yet: its connection may be faster than that of
-        preprocess."""
+        """Keeps a ViT's message about an attempt that is not here yet: the ViT's connection may be faster
+        than that of preprocess."""
         self._early.setdefault(message.key.request_id, []).append((now, message))
 
     def take_early(self, request_id: str) -> list[EmbeddingReady | EncodeFailed]:
         return [message for _, message in self._early.pop(request_id, ())]
 
     def drop_early(self, request_id: str, attempt: int) -> None:
-        """What came for attempts up to this one, which never run here. A later attempt may still come."""
+        """Drops early messages about attempts up to this one, which never run here. A later one still may."""
         early = self._early.pop(request_id, [])
         if later := [(time, message) for time, message in early if message.key.attempt > attempt]:
             self._early[request_id] = later
@@ -80,13 +80,13 @@ class Leases:
         self.release([lease_of(message) for message in dropped if isinstance(message, EmbeddingReady)])
 
     def forget_early(self, now: float) -> None:
-        """Gives back what came for requests that never did."""
+        """Releases embeddings whose request has not arrived in `MEMORY_OF_EARLY_S`."""
         for request_id, early in list(self._early.items()):
             if now - early[0][0] >= MEMORY_OF_EARLY_S:
                 self.drop_early(request_id, early[0][1].key.attempt)
 
     def share(self, lease: Lease, num_more: int) -> None:
-        """So many more requests hold this lease. The ViT hears of its release from the last of them."""
+        """`num_more` further requests hold this lease. It is released when the last of them releases it."""
         if num_more:
             self._num_more[lease] += num_more
 
@@ -96,7 +96,7 @@ class Leases:
             if num_more := self._num_more.pop(lease, 0):
                 self.share(lease, num_more - 1)
                 continue
-            if lease.vit_epoch >= self._last_seen[lease.vit][0]:  # else it ended with its ViT
+            if lease.vit_epoch >= self._last_seen[lease.vit][0]:  # else the lease ended with its ViT
                 by_vit[lease.vit].append(lease.lease_id)
         for vit, lease_ids in by_vit.items():
             self._vits[vit].send(LeaseReleased(lease_ids=tuple(lease_ids), **self._origin))
@@ -109,7 +109,8 @@ class Leases:
         self._vits[chunk.wire.vit].send(LeaseRequest(key=key, mm_hash=chunk.wire.mm_hash, **self._origin))
 
     def send_sets(self, held: Iterable[Lease], now: float) -> None:
-        """Once a second, all leases: the `held` ones of requests and of steps, and those kept here."""
+        """Sends each ViT its whole set of leases once a second: those `held` by requests and in-flight steps,
+        and those kept here."""
         if now < self._lease_set_due:
             return
         self._lease_set_due = now + LEASE_SET_INTERVAL_S

@@ -2,11 +2,11 @@
 
     launch(plan) → choose(masks) → launch(plan) → …
 
-Forward and choice of token are two phases. `launch` starts the forward and the choice of all rows that need
-nothing more. Rows whose tokens a matcher restricts wait for `choose`, which brings the masks: the forward
-runs while the matcher works on the host. A step without such rows has no `choose`.
+Forward and choice of token are two phases. `launch` starts the forward, and chooses the tokens of all rows
+without a matcher. Rows whose tokens a matcher restricts wait for `choose`, which brings the masks: the
+forward runs while the matcher works on the host. A step without such rows has no `choose`.
 
-It keeps what it is told when a sequence starts, by slot (`sequences.py`); a step adds what is new.
+A sequence's state is kept by slot from its start on (`sequences.py`); a step brings only what is new.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ from workers.llm.step_result import LaunchedStep
 from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
-LARGEST_GRAPH = 512  # requests; with more a launch costs little beside the step
+LARGEST_GRAPH = 512  # requests; in a larger batch launches cost little beside the step
 
 
 class _Unchosen(NamedTuple):
     """Rows of a step whose tokens are to be chosen."""
 
-    places: Int64Array  # among the sequences that are sampled
+    places: Int64Array  # of the rows among the step's sampled sequences
     slots: Int64Array
-    num_tokens: Int64Array  # that the sequences have so far
+    num_tokens: Int64Array  # of each sequence so far
     logits: Tensor  # [n, vocab] float32
 
     @classmethod
     def of(cls, rows: StepRows, logits: Tensor) -> _Unchosen:
-        """All that are sampled; `logits` are theirs."""
+        """All sampled rows; `logits` has one row for each of them."""
         slots, stops = rows.slots[rows.are_sampled], rows.stops[rows.are_sampled]
         return cls(np.arange(len(slots)), slots, stops, logits)
 
     def at(self, which: Int64Array, device: torch.device) -> _Unchosen:
-        """Some of them, with a copy of their logits: those of a graph are written over by the next step."""
+        """Some of the rows, with a copy of their logits: the next step overwrites the logits of a graph."""
         logits = self.logits[to_device(which, device)]
         return _Unchosen(self.places[which], self.slots[which], self.num_tokens[which], logits)
 
 
 class ModelRunner:
-    """`open_cache` follows, once it is known what memory is left."""
+    """Complete after `open_cache`, which is called once the free memory is known."""
 
     attention: AttentionBackend
     sequences: SequenceTable
@@ -88,7 +88,7 @@ class ModelRunner:
         self._num_slots = config.llm.max_num_seqs
         setup = Setup(self._num_slots, info.text.vocab_size, info.eos_token_ids, device)
         self.sampler = Sampler(setup, make_processors(setup), backend.sample)
-        # By slot; the last is that of the rows that fill up a batch.
+        # By slot; the last slot is for padding rows of a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
         # The rows of the step launched last that wait for `choose`.
@@ -104,7 +104,8 @@ class ModelRunner:
         parallel: TensorParallel,
         progress: Progress,
     ) -> ModelRunner:
-        """With the weights of a checkpoint. Raises ValueError where the tower's embeddings do not fit."""
+        """Loads a checkpoint's weights. Raises ValueError where the width of the tower's embeddings does not
+        match the decoder."""
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
@@ -120,7 +121,7 @@ class ModelRunner:
         return cls(info, config, decoder, backend, device, parallel)
 
     def open_cache(self, num_blocks: int, max_model_len: int) -> None:
-        """Makes what the layers keep, and captures the graphs of decode steps where the backend allows it."""
+        """Allocates KV cache and layer states, and captures decode graphs where the backend allows it."""
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
         cache = PagedTensors(paged_of(spec), num_blocks, size, self._dtype, self.device)
         self.attention = self._backend.attention(cache)
@@ -133,7 +134,7 @@ class ModelRunner:
         if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
-        # One for all sizes: as outputs of the graphs they would take as much as all sizes together.
+        # One buffer serves all graphs. As graph outputs, the logits would take memory once for each size.
         vocab_size = self._info.text.vocab_size
         self._logits = torch.empty(sizes[-1], vocab_size, dtype=torch.float32, device=self.device)
         buffers = DecodeBuffers(sizes[-1], self.sequences, size, cache.spare_slot, self.device)
@@ -146,7 +147,8 @@ class ModelRunner:
             self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
 
     def _decode(self, inputs: GraphInputs, longest: int) -> Outputs:
-        """One token more for each sequence. All stays in place on the device: a CUDA graph can hold it."""
+        """One decode step. It reads and writes fixed addresses on the device, so a CUDA graph can capture
+        it."""
         assert self._backend.sample is not None
         slots = inputs.slots.long()
         tables = self._tables.tables[slots]
@@ -160,7 +162,7 @@ class ModelRunner:
         return Outputs(chosen, logits)
 
     def close(self) -> None:
-        """Lets go of the graphs: NCCL does not end while one holds its communicator."""
+        """Drops the graphs: NCCL cannot shut down while a graph holds its communicator."""
         self._graphs = None
 
     @torch.inference_mode()
@@ -173,7 +175,7 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Starts the forward of a step, and chooses the tokens of the rows that need no mask.
 
-        If there are others `choose` follows. On the CPU the step has run when this returns.
+        `choose` follows if some rows need one. On the CPU the step has run when this returns.
 
         Raises StaleHandleError when an embedding of the plan is no longer there.
         """
@@ -193,9 +195,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def choose(self, masks: Sequence[bytes]) -> None:
-        """Chooses the tokens that the step launched last left open: one mask for each, see `TokenMasks`.
+        """Chooses the tokens that the last launched step left open: one mask for each, see `TokenMasks`.
 
-        Waits for nothing. What `launch` returned has these tokens too from here on.
+        Does not block. The `LaunchedStep` that `launch` returned includes these tokens from here on.
         """
         assert self._open is not None, "no token is left open"
         launched, unchosen = self._open
@@ -203,7 +205,8 @@ class ModelRunner:
         self._choose(launched, unchosen, masks)
 
     def _choose_ready(self, unchosen: _Unchosen, of_graph: Tensor | None = None) -> LaunchedStep:
-        """Chooses what needs no mask. `of_graph`: a token for each row, which counts for plain rows only."""
+        """Chooses the tokens of rows that need no mask. `of_graph`: the tokens that a graph sampled, valid if
+        all these rows are plain."""
         launched = LaunchedStep(self.device, len(unchosen.slots))
         waits = self.sampler.waits_for_masks(unchosen.slots)
         if waits.any():
@@ -227,7 +230,7 @@ class ModelRunner:
         launched.add(unchosen.places, sampled, self.sampler.num_logprobs(slots))
 
     def _start(self, start: SequenceStart) -> None:
-        """Nothing of the sequence that had this slot before may be left."""
+        """Overwrites all state of the slot's previous sequence."""
         self.sequences.start(start)
         self.sampler.start(start)
         self.states.start(start.slot)
@@ -238,14 +241,14 @@ class ModelRunner:
 
     def _launch_any(self, rows: StepRows, steps: Sequence[SequenceStep]) -> LaunchedStep:
         hidden, ends = self._compute(rows, steps)
-        # Ranks must agree on whether there is a collective at all: they do, by their equal plans.
+        # All ranks must agree on whether `logits` runs, as it is a collective: they do, by their equal plans.
         if not rows.are_sampled.any():
             return LaunchedStep(self.device)
         logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
         return self._choose_ready(_Unchosen.of(rows, logits))
 
     def _compute(self, rows: StepRows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
-        """Hidden states [num_tokens, hidden] of all sequences side by side, and where each ends."""
+        """Hidden states [num_tokens, hidden] of all sequences side by side, and the end of each sequence."""
         ends = np.cumsum(rows.counts)
         x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
         positions = self._positions(rows, ends)
@@ -268,7 +271,7 @@ class ModelRunner:
         return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
 
     def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
-        """[num_tokens] int64: those that the host knows, and the last of each sequence that decodes."""
+        """[num_tokens] int64: token ids that the host knows; for a decode, the last token on the device."""
         token_ids = np.zeros(ends[-1], dtype=np.int64)
         for row in np.flatnonzero(~rows.are_decodes):
             slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
@@ -282,7 +285,7 @@ class ModelRunner:
     def _positions(self, rows: StepRows, ends: Int64Array) -> Tensor:
         """[3, num_tokens] int64"""
         positions = np.empty((3, ends[-1]), dtype=np.int64)
-        # Of a sequence that decodes all three rows are equal.
+        # For a decode all three rows are equal.
         of_decodes = rows.starts + self.sequences.position_deltas[rows.slots]
         positions[:, ends[rows.are_decodes] - 1] = of_decodes[rows.are_decodes]
         for row in np.flatnonzero(~rows.are_decodes):

@@ -1,4 +1,4 @@
-"""A request inside the engine: its tokens, their hashes, its embeddings, how far it is computed.
+"""A request inside the engine: its tokens, their hashes, its embeddings, its progress.
 
 Each choice of a request (the sampling's `n`) is a `Request` of its own; see `choices.py`.
 """
@@ -18,11 +18,11 @@ from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
 
-MAX_OVERTAKEN = 8  # times by others' priority, then a request goes before all priorities
+MAX_OVERTAKEN = 8  # a request overtaken this often by priority goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
 
 
-@dataclass(slots=True, eq=False)  # one is only ever itself: queues need not compare its arrays
+@dataclass(slots=True, eq=False)  # compared by identity, so that queues do not compare arrays
 class Request:
     """One choice of a request."""
 
@@ -32,33 +32,33 @@ class Request:
     arrival: int
     prompt_token_ids: list[int]
     positions: Int32Array  # [3, prompt]
-    position_delta: int  # what a token after the prompt adds to its index
+    position_delta: int  # added to the index of a token after the prompt
     chunks: list[Chunk]
     items: tuple[MmItem, ...]
     sampling: SamplingParams
     max_tokens: int
     index: int = 0  # of the choice
-    waits_for_prompt: bool = False  # another choice of the request computes the prompt that they share
+    waits_for_prompt: bool = False  # another choice of the request computes their shared prompt
     are_others_ahead: bool = False  # another choice has yielded a token in this attempt
     priority: int = 0  # lower goes first
-    cache_salt: bytes = b""  # only requests with the same one share cached prefixes
-    tenant: str = ""  # whose turns it takes
-    num_earlier_tokens: int = 0  # of the output: from earlier attempts
+    cache_salt: bytes = b""  # only requests with the same salt share cached prefixes
+    tenant: str = ""  # whose share of slots, blocks and time it uses
+    num_earlier_tokens: int = 0  # output tokens of earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
-    # one an output token, where wanted; empty for those of earlier attempts
+    # One an output token, where requested; empty for tokens of earlier attempts.
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    num_computed_tokens: int = 0  # in the KV cache, or being computed by a step under way
-    num_pending_tokens: int = 0  # 1 while a step under way samples one
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
+    num_computed_tokens: int = 0  # in the KV cache, or being computed by an in-flight step
+    num_pending_tokens: int = 0  # 1 while an in-flight step samples a token
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_published_blocks: int = 0
     slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
-    num_sent_blocks: int = 0  # of its table: the runner has them
-    matchers: tuple[Matcher, ...] = ()  # what its next token may be depends on them
+    num_sent_blocks: int = 0  # blocks of its table that the runner has
+    matchers: tuple[Matcher, ...] = ()  # restrict its next token
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority
-    is_over: bool = False  # what a step under way yields for it is nobody's
+    is_over: bool = False  # results of an in-flight step are dropped
     _block_hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
@@ -81,10 +81,10 @@ class Request:
         return made
 
     def fork(self, index: int, progress: ChoiceProgress) -> Request:
-        """Another choice behind the same prompt.
+        """Another choice with the same prompt.
 
-        Of embeddings it has nothing, like a request that was preempted: what the prefix cache does not cover
-        is leased again.
+        Like a preempted request it has no embeddings: those that the prefix cache does not cover are leased
+        again.
         """
         lost = [Chunk(one.item, one.index, one.pieces, one.wire, is_lost=True) for one in self.chunks]
         made = dataclasses.replace(self, index=index, chunks=lost, block_table=[], _block_hashes=[])
@@ -92,7 +92,7 @@ class Request:
         return made
 
     def go_on_behind(self, progress: ChoiceProgress) -> None:
-        """The tokens of earlier attempts. Their logprobs are with the client."""
+        """Takes over the tokens of earlier attempts. The client has their logprobs."""
         self.output_token_ids = unpack_int32(progress.output_token_ids).tolist()
         self.num_earlier_tokens = len(self.output_token_ids)
         has_logprobs = self.sampling.logprobs is not None
@@ -100,12 +100,12 @@ class Request:
 
     @property
     def key(self) -> tuple[str, int]:
-        """The name under which it holds blocks and a slot."""
+        """The owner's name of its blocks and its slot."""
         return self.request_id, self.index
 
     @property
     def order(self) -> tuple[int, int]:
-        """Whoever has the lower one goes first."""
+        """Requests with a lower order go first."""
         return AGED if self.is_aged else self.priority, self.arrival
 
     @property
@@ -114,12 +114,12 @@ class Request:
 
     @property
     def has_progress(self) -> bool:
-        """The choice, or another one of its request, has yielded a token in this attempt."""
+        """The choice, or another choice of its request, has yielded a token in this attempt."""
         return self.are_others_ahead or len(self.output_token_ids) > self.num_earlier_tokens
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output, with the token that a step under way is about to yield."""
+        """Prompt and output, with the token that an in-flight step is about to yield."""
         return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     @property
@@ -128,7 +128,7 @@ class Request:
 
     @property
     def is_last_token_pending(self) -> bool:
-        """All that it may produce is there or under way."""
+        """All output tokens up to `max_tokens` are here or being sampled."""
         return len(self.output_token_ids) + self.num_pending_tokens >= self.max_tokens
 
     @property
@@ -136,9 +136,10 @@ class Request:
         return len(self.prompt_token_ids) + self.max_tokens
 
     def is_waiting_for_embeddings(self, num_computed_tokens: int) -> bool:
-        """Some, behind so many tokens, have never arrived.
+        """Whether embeddings behind the first `num_computed_tokens` have never arrived.
 
-        Those that a preemption lost come back at once or, if they are gone, the request does not wait.
+        Embeddings lost in a preemption do not count: they come back at once or, if they are gone, the request
+        is interrupted.
         """
         return any(
             chunk.embeddings is None and not chunk.is_lost and chunk.stop > num_computed_tokens
@@ -157,11 +158,11 @@ class Request:
         return self.num_tokens
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """Hashes of the first blocks: sha256 over the block before, the token ids, and the items in the
-        block.
+        """Hashes of the first blocks: sha256 over the hash of the block before, the token ids, and the items
+        in the block.
 
-        Placeholders are all the same token: the item's key and the place in it tell them apart. The key
-        stands for all that the item's KV depends on, positions included.
+        Placeholders are all the same token: `kv_hash` and the row in the item tell them apart. `kv_hash`
+        covers all that the item's KV depends on, positions included.
         """
         hashes = self._block_hashes
         while len(hashes) < num_blocks:
@@ -169,7 +170,7 @@ class Request:
             digest = hashlib.sha256(hashes[-1] if hashes else hashlib.sha256(self.cache_salt).digest())
             digest.update(pack_int32(self.token_ids(start, stop)))
             for item in self.items:
-                row = 0  # of the item, where the span begins
+                row = 0  # the item's row at which the span begins
                 for span in item.spans:
                     first, last = max(start, span.offset), min(stop, span.stop)
                     if first < last:
@@ -187,7 +188,7 @@ class Request:
         )
 
     def embedding_slices(self, start: int, stop: int) -> tuple[EmbeddingSlice, ...]:
-        """The parts of embeddings that tokens [start, stop) take the place of."""
+        """The slices of embeddings that fill placeholders among tokens [start, stop)."""
         slices: list[EmbeddingSlice] = []
         for chunk in self.chunks:
             for piece in chunk.pieces:
@@ -199,8 +200,8 @@ class Request:
         return tuple(slices)
 
     def take_read_leases(self, num_tokens: int) -> list[Lease]:
-        """Leases of the chunks among the first `num_tokens`, which have been computed: each is handed out
-        once."""
+        """Takes the leases of the chunks within the first `num_tokens`, which have been computed. Each lease
+        is returned once."""
         done: list[Lease] = []
         for chunk in self.chunks:
             if chunk.stop <= num_tokens:
@@ -213,9 +214,9 @@ class Request:
         return done
 
     def start_over(self) -> None:
-        """Preempted: nothing is computed any more.
+        """The request is preempted and will be recomputed.
 
-        What it holds leases of is to be given back: others may need the places.
+        The caller releases its leases, as other requests may need the pool slots.
         """
         self.num_computed_tokens = self.num_published_blocks = 0
         self.block_table, self.slot = [], -1
@@ -224,9 +225,9 @@ class Request:
             chunk.is_read = False
 
     def forget_vit(self, vit: int, epoch: int) -> bool:
-        """A ViT has died: drops what it had encoded and was not read.
+        """A ViT has died: drops its embeddings that were not read.
 
-        Whether something of it is missing now.
+        Returns whether the request needs embeddings of the dead ViT.
         """
         is_hit = False
         for chunk in self.chunks:

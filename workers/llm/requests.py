@@ -1,4 +1,4 @@
-"""The requests that are open at rank 0, and how they end: only here a terminal message is sent."""
+"""The open requests at rank 0, and their end: the terminal message of an open request is sent only here."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Requests:
         for request in choices.all:
             self._scheduler.add(request)
 
-    # While they run.
+    # While requests run.
 
     def on_admitted(self, admitted: Admitted) -> None:
-        """What the prefix cache covers is not needed; of the rest, what was read before a preemption is."""
+        """Drops embeddings that the prefix cache covers, and requests those again that a preemption lost."""
         request, covered = admitted
         if self.open[request.request_id].leader is request:  # the prompt counts once
             self.counters["cached_tokens"] += covered
@@ -74,7 +74,7 @@ class Requests:
         self._stepper.give_back(request.take_all_leases())
 
     def on_collected(self, collected: Collected, now: float) -> None:
-        """Tells clients their new tokens; closes what has finished."""
+        """Sends the new tokens to the clients, and closes finished requests."""
         self._tell(collected.yielded)
         ended = {request.request_id: self._end_choice(request) for request in collected.finished}
         for choices in ended.values():
@@ -92,10 +92,10 @@ class Requests:
         for client_id, of_client in outputs.items():
             self._clients.tell_outputs(client_id, of_client)
 
-    # How they end.
+    # How requests end.
 
     def _end_choice(self, request: Request) -> Choices:
-        """The choice has its finish reason, and the scheduler has forgotten it."""
+        """Called when the choice has its finish reason and has left the scheduler."""
         choices = self.open[request.request_id]
         choices.hand_on(request)
         self._stepper.give_back(request.take_all_leases())
@@ -107,13 +107,13 @@ class Requests:
             self._close(choices, None, now)
 
     def abort_choice(self, request: Request, now: float) -> None:
-        """Its client wants no more of it."""
+        """The client aborts one choice."""
         self._abort(request)
         self._clients.tell_outputs(request.client_id, [output_of(request, len(request.output_token_ids))])
         self._close_if_over(self._end_choice(request), now)
 
     def abort(self, choices: Choices, now: float) -> None:
-        """Ends all that is open of a request, and tells its client."""
+        """Aborts all open choices of a request, and tells its client."""
         for request in choices.open:
             self._abort(request)
         self._close(choices, None, now)
@@ -125,27 +125,27 @@ class Requests:
         request.finish_reason = FinishReason.ABORT
 
     def fail(self, choices: Choices, failure: Failure, now: float) -> None:
-        """Ends an open request from outside and tells its client."""
+        """Ends an open request with an error or an interruption, and tells its client."""
         self._remove(choices)
         ended = self._close(choices, failure, now)
         self._clients.tell_ended(choices.request_id, ended)
 
     def interrupt(self, choices: Choices, interruption: Interruption, now: float) -> None:
-        """Something that the request needs was lost."""
+        """Ends a request that has lost something it needs; its client resubmits it."""
         self.counters["interrupted"] += 1
         self.fail(choices, interruption, now)
 
     def forget(self, choices: Choices) -> None:
-        """A higher attempt takes the place of this one: no terminal message."""
+        """A higher attempt replaces this one, so no terminal message is sent."""
         self._remove(choices)
         self._drop(choices)
 
     def tell_preprocess(
         self, client_id: bytes, request_id: str, attempt: int, failure: Failure | None = None
     ) -> None:
-        """The request has ended, or never began.
+        """Tells preprocess that the request has ended or never began.
 
-        Saying it again is harmless, not saying it would keep its credit for ever.
+        A repeated message is harmless; without any, preprocess would keep the request's credit for ever.
         """
         ended = RequestEnded(
             client_id=client_id, request_id=request_id, attempt=attempt,

@@ -1,11 +1,11 @@
 """Decides which requests compute how many tokens in the next step. Pure: no torch, no sockets, no clock.
 
 Continuous batching: a request is ready up to the first placeholder whose embedding has not arrived, and
-`step_budget.py` divides the step among those that are ready.
+`step_budget.py` divides the step among the ready requests.
 
-A request is admitted, in the order of `admission.py`, when there is room for its prompt. Blocks for its
-output come as it grows; when there are none left, the youngest of the heaviest tenant starts over later
-(preemption by recomputation, as in vLLM): its published blocks often are still there then.
+A request is admitted, in the order of `admission.py`, when the cache has room for its prompt. Blocks for its
+output are allocated as it grows. When none are left, the youngest request of the heaviest tenant is preempted
+and recomputed later (as in vLLM): by then its published blocks often are still cached.
 
     schedule() → the step runs → schedule() of the next, if they overlap → update() → …
 """
@@ -31,7 +31,7 @@ class Scheduled(NamedTuple):
     request: Request
     start: int
     stop: int
-    is_sampled: bool  # its last token is the newest there is, so the step yields the next one
+    is_sampled: bool  # the step computes the request's newest token, and so yields the next one
 
     @property
     def num_tokens(self) -> int:
@@ -39,7 +39,7 @@ class Scheduled(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """A request that runs from now on, its first tokens found in the prefix cache."""
+    """A request that runs from now on, with its first `num_cached_tokens` from the prefix cache."""
 
     request: Request
     num_cached_tokens: int
@@ -48,16 +48,16 @@ class Admitted(NamedTuple):
 class Schedule(NamedTuple):
     scheduled: list[Scheduled]
     admitted: list[Admitted]
-    preempted: list[Request]  # their leases are to be given back, once no step reads them
-    num_decodes: int  # they are in front
-    is_alone: bool = False  # no other step may be under way meanwhile
+    preempted: list[Request]  # their leases are to be released once no in-flight step reads them
+    num_decodes: int  # the first ones of `scheduled`
+    is_alone: bool = False  # no other step may be in flight meanwhile
 
 
 class Scheduler:
-    """As many requests run at once as the cache has slots.
+    """Runs as many requests at once as the cache has slots.
 
-    `runs_alone` says which request may be what a rank died of: nobody else is in its steps until it has
-    yielded a token.
+    `runs_alone` says whether a request is quarantined because a rank died while executing it: no other
+    request is in its steps until it has yielded a token.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Scheduler:
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
 
     def add(self, request: Request) -> None:
-        if not self.has_prefix_cache:  # what its choices share is found by nobody else
+        if not self.has_prefix_cache:  # its choices share the prompt's blocks, no other request does
             request.cache_salt = f"{request.request_id}/{request.attempt}/".encode() + request.client_id
         insort(self.waiting, request, key=_arrival)
 
     def remove(self, request: Request) -> None:
-        """Ends a request wherever it is and gives its blocks back."""
+        """Ends a waiting or running request and frees its blocks."""
         request.is_over = True
         if request in self.running:
             self._stop(request)
@@ -99,7 +99,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         preempted = self._make_room()
         admitted: list[Admitted] = []
-        if not preempted:  # else it would come straight back and take the blocks that it gave up
+        if not preempted:  # else a preempted request would be readmitted and take its blocks back
             preempted = self._share_out()
             admitted = self._admit(preempted)
         ready: list[Part] = []
@@ -127,7 +127,7 @@ class Scheduler:
         return Scheduled(request, start, stop, is_sampled)
 
     def _make_room(self) -> list[Request]:
-        """A place in the cache for every running request's newest token. Those that were preempted for it."""
+        """Extends block tables to hold every running request's newest token. Returns preempted requests."""
         preempted: list[Request] = []
         block_size = self.cache.block_size
         growing = [each for each in self.running if each.num_tokens > len(each.block_table) * block_size]
@@ -138,8 +138,8 @@ class Scheduler:
         return preempted
 
     def _share_out(self) -> list[Request]:
-        """Room for the first that waits, if its tenant has less than its share. Those that were preempted for
-        it.
+        """Makes room for the first waiting request that may start, if its tenant is below its share. Returns
+        the requests preempted for it.
         """
         if not self.waiting:
             return []
@@ -182,22 +182,22 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _may_start(self, request: Request) -> bool:
-        """Whether it would not wait for others inside, with what they may need in its hands."""
+        """False for a request that, once admitted, would wait while it holds what other requests need."""
         if request.waits_for_prompt:
             return False
         hashes = self._hashes(request)
         num_found = len(self.cache.find(hashes))
-        # Only the oldest request is sure to get its next place for an embedding. A request that overtakes
-        # others and then waits for a place could wait for ever, for they may hold it. So it overtakes when it
-        # has all its embeddings.
+        # Only the oldest request is sure to get its next pool slot for an embedding. A request that was
+        # admitted early and then waits for a pool slot could deadlock with the requests that it overtook. So
+        # it overtakes only with all its embeddings.
         num_cached_tokens = num_found * self.cache.block_size
         if request.arrival > self.waiting[0].arrival and request.is_waiting_for_embeddings(num_cached_tokens):
             return False
-        # Somebody computes what it needs next: it follows when that is in the cache.
+        # Another request computes the next block of its prefix: it starts once that block is in the cache.
         return not any(digest in self._computing for digest in hashes[num_found : num_found + 1])
 
     def _admit(self, barred: Sequence[Request]) -> list[Admitted]:
-        """`barred` were just preempted for somebody else."""
+        """`barred`: requests that were just preempted to make room, and so are not admitted."""
         admitted: list[Admitted] = []
         if not self.waiting or len(self.running) == self.max_num_seqs:
             return admitted
@@ -208,9 +208,9 @@ class Scheduler:
                 continue
             hashes = self._hashes(request)
             found = self.cache.find(hashes)
-            # A spare block for each that runs, or the newcomer would soon be preempted again.
+            # A spare block for each running request, or the newcomer would soon be preempted again.
             if not self.cache.has_room(found, request.num_tokens, num_spare=len(self.running)):
-                break  # and nobody overtakes it
+                break  # no later request overtakes this one
             assert not request.num_pending_tokens, "a token of the request is still in flight"
             self.waiting.remove(request)
             request.slot, request.block_table = self.cache.allocate(
@@ -229,33 +229,33 @@ class Scheduler:
         return admitted
 
     def _hashes(self, request: Request) -> list[bytes]:
-        """Of all full blocks but the one with the last token: something must be left to compute."""
+        """Hashes of the full blocks before the last token, which must be left to compute."""
         if not self._publishes(request):
             return []
         return request.block_hashes((request.num_tokens - 1) // self.cache.block_size, self.cache.block_size)
 
     def num_shared_tokens(self, choices: Sequence[Request]) -> int:
-        """Of the prompt of one request's choices: those in full blocks, which only the first computes."""
+        """Prompt tokens that a request's choices share: those in full blocks, which one choice computes."""
         if not choices or not self._publishes(choices[0]):
             return 0
         block_size = self.cache.block_size
         return (len(choices[0].prompt_token_ids) - 1) // block_size * block_size
 
     def _publishes(self, request: Request) -> bool:
-        """Whether its prefix is to be found again: by anybody, or by the other choices of its request."""
+        """Whether its blocks are published: for all requests, or for the other choices of its request."""
         return self.cache.has_prefixes and (self.has_prefix_cache or request.sampling.n > 1)
 
-    # What came of a step.
+    # The results of a step.
 
     def update(
         self,
         scheduled: Sequence[Scheduled],
         new_token_ids: Mapping[tuple[str, int], Sequence[int]],
     ) -> list[Request]:
-        """Takes a step's results: the new tokens of each request that was sampled, in order, by its key.
+        """Takes a step's results: the new tokens of each sampled request, in order, by its key.
 
-        Returns the requests that have finished, with their reason set and their blocks freed. A request that
-        ended while the step ran gets nothing. One that was preempted meanwhile keeps its tokens.
+        Returns the finished requests, with their finish reason set and their blocks freed. Tokens of a
+        request that ended while the step ran are dropped. A request preempted meanwhile gets its tokens.
         """
         finished: list[Request] = []
         for item in scheduled:
@@ -266,7 +266,7 @@ class Scheduler:
                 request.num_pending_tokens -= 1
                 self._append(request, new_token_ids[request.key])
             num_full = item.stop // self.cache.block_size
-            # One that was preempted has lost the blocks that the step wrote.
+            # A preempted request has lost the blocks that the step wrote.
             is_kept = request.num_computed_tokens >= item.stop
             if is_kept and num_full > request.num_published_blocks and self._publishes(request):
                 self._publish(request, num_full)
@@ -276,7 +276,7 @@ class Scheduler:
         return finished
 
     def _append(self, request: Request, token_ids: Sequence[int]) -> None:
-        """Up to the token that ends the request: those behind it are nobody's."""
+        """Appends tokens up to the one that ends the request, and drops the rest."""
         for token_id in token_ids:
             request.output_token_ids.append(token_id)
             request.finish_reason = self._finish_reason(request, token_id)

@@ -1,9 +1,9 @@
-"""What a rank keeps of running sequences, by slot, so that a step says only what is new. No torch.
+"""A rank's state of the running sequences, by slot, so that a step brings only what is new. No torch.
 
     start(…) → rows(steps) → the step is computed → advance(rows) → rows(steps) → …
 
-A step reads tokens that the host knows (of the prompt, or of an earlier attempt) or the one that was sampled
-last, which only the device may know.
+A step reads tokens that the host knows (of the prompt, or of an earlier attempt) or the token that was
+sampled last, which may be on the device only.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class StepRows(NamedTuple):
-    """The sequences of a step, side by side; all arrays are of the host, one number a sequence."""
+    """The sequences of a step, side by side; all arrays are on the host, one number a sequence."""
 
     slots: Int64Array
     starts: Int64Array  # tokens before this step
     counts: Int64Array  # tokens of this step
     are_sampled: BoolArray
-    are_decodes: BoolArray  # one token of text, sampled, which the device has as the last one of the slot
+    are_decodes: BoolArray  # one text token, sampled; the device has it as the slot's last token
 
     @property
     def stops(self) -> Int64Array:
@@ -36,7 +36,7 @@ class StepRows(NamedTuple):
 
 
 class SequenceTable:
-    """`num_slots` slots and one more: that of the rows that fill up a batch."""
+    """`num_slots` slots and a spare one for the padding rows of a batch."""
 
     def __init__(self, num_slots: int, max_blocks: int) -> None:
         self.spare_slot = num_slots
@@ -44,8 +44,8 @@ class SequenceTable:
         self.num_blocks = np.zeros(num_slots + 1, dtype=np.int64)
         self.lengths = np.zeros(num_slots + 1, dtype=np.int64)  # tokens computed, or being computed
         self.position_deltas = np.zeros(num_slots + 1, dtype=np.int64)
-        # The place of the last token that the host knew at the start, where it is text. From there on the
-        # device has all that a decode needs.
+        # From this index on the device has all that a decode needs: the last token known at the start, or the
+        # one after it if that token is no text.
         self._decodes_from = np.zeros(num_slots + 1, dtype=np.int64)
         self._token_ids = [np.zeros(0, dtype=np.int32)] * num_slots  # known at the start
         self._positions: list[Int32Array | None] = [None] * num_slots  # [3, prompt]; None: of text alone
@@ -64,13 +64,13 @@ class SequenceTable:
         self._decodes_from[slot] = last if is_text else last + 1
 
     def extend(self, slot: int, blocks: Int32Array) -> None:
-        """These blocks go behind those that the sequence has."""
+        """Appends blocks to the sequence's table."""
         count = self.num_blocks[slot]
         self.block_tables[slot, count : count + len(blocks)] = blocks
         self.num_blocks[slot] = count + len(blocks)
 
     def rows(self, steps: Sequence[SequenceStep]) -> StepRows:
-        """Reads a step; its new blocks are in the table from here on."""
+        """The rows of a step. Adds the step's new blocks to the tables."""
         count = len(steps)
         slots = np.fromiter([step.slot for step in steps], dtype=np.int64, count=count)
         counts = np.fromiter([step.num_tokens for step in steps], dtype=np.int64, count=count)
@@ -86,11 +86,11 @@ class SequenceTable:
         return StepRows(slots, starts, counts, are_sampled, are_decodes)
 
     def advance(self, rows: StepRows) -> None:
-        """The step is under way."""
+        """Counts the step's tokens as computed: the step is in flight."""
         self.lengths[rows.slots] = rows.stops
 
     def token_ids(self, slot: int, start: int, stop: int) -> Int32Array:
-        """Tokens [start, stop), which the host has known since the sequence started."""
+        """Tokens [start, stop), which the host knew when the sequence started."""
         found = self._token_ids[slot][start:stop]
         assert len(found) == stop - start, "a token that is to be computed is not known"
         return found

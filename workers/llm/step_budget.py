@@ -1,8 +1,8 @@
-"""Divides a step's tokens among the requests that are ready. Pure: no torch, no sockets, no clock.
+"""Divides a step's tokens among the ready requests. Pure: no torch, no sockets, no clock.
 
-Decodes first, then prefills, tenants in turn and each one's by arrival, cut to what is left. While streams
-decode, prefill gets what `StepTimes` says is nearly free, and a tenant that has had more time than others
-waits.
+Decodes first, then prefills, cut to what is left: tenants in turn, each tenant's requests by arrival. While
+streams decode, prefill gets the tokens that are nearly free by `StepTimes`, and a tenant that has had more
+time than others waits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from workers.llm.request import Request
 from workers.llm.step_times import StepTimes
 from workers.llm.time_shares import TimeShares
 
-# A request and how many of its tokens. A plain tuple: one is made for each request in each step.
+# A request and a number of its tokens. A plain tuple, as one is made for each request in each step.
 Part = tuple[Request, int]
 
 
 class StepBudget:
-    """Remembers what each tenant has had. Without `step_times` nothing is known of time."""
+    """Remembers the tokens and the time that each tenant has had; no time without `step_times`."""
 
     def __init__(self, max_num_batched_tokens: int, step_times: StepTimes | None) -> None:
         self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
@@ -28,7 +28,7 @@ class StepBudget:
         self._shares = TimeShares()
 
     def divide(self, ready: Sequence[Part]) -> tuple[list[Part], int]:
-        """What the step computes of what is `ready`, and how many of its parts, in front, are decodes."""
+        """The parts of `ready` that the step computes, decodes first, and the number of decodes."""
         decodes: list[Part] = []
         prefills: list[Part] = []
         for part in self._of_tenants_behind(ready):
@@ -55,7 +55,7 @@ class StepBudget:
         return chosen, num_decodes
 
     def _of_tenants_behind(self, ready: Sequence[Part]) -> Sequence[Part]:
-        """What goes into the step: of all tenants, or of those that have had less time than others."""
+        """The parts of all tenants, or only of those that have had less time than others."""
         if self.step_times is None:
             return ready
         chosen = self._shares.choose(_tokens_by_tenant(ready), self._seconds)

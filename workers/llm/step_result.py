@@ -1,4 +1,4 @@
-"""What comes of a step: tokens and their log-probabilities, on their way from the device to the host."""
+"""The results of a step: tokens and their log-probabilities, on their way from the device to the host."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from workers.llm.sampling.sampler import Sampled
 
 
 class StepResult(NamedTuple):
-    """What the sampled sequences of a step yielded, in the plan's order."""
+    """The results of a step's sampled sequences, in the plan's order."""
 
-    # The new tokens of each: one, or several where a step guesses ahead and is right.
+    # The new tokens of each sequence: one, or several after successful speculation.
     token_ids: Sequence[Sequence[int]]
-    logprobs: Sequence[Sequence[TokenLogprobs]]  # of each token where they are wanted, else none
+    logprobs: Sequence[Sequence[TokenLogprobs]]  # one a token; empty where not requested
 
 
 class LaunchedStep:
-    """A step under way. On CUDA its results are on their way to the host while the next step is prepared."""
+    """An in-flight step. On CUDA its results are copied to the host while the next step is prepared."""
 
     def __init__(self, device: torch.device, num_sampled: int = 0) -> None:
-        """`num_sampled` sequences yield tokens, which are chosen together or in two parts."""
+        """`num_sampled` sequences yield tokens, chosen all at once or in two parts."""
         self.has_run = device.type == "cpu"
         self._num_sampled, self._parts = num_sampled, list[_Part]()
         self._event = torch.cuda.Event() if device.type == "cuda" else None
@@ -36,13 +36,13 @@ class LaunchedStep:
             self._record(device)
 
     def add(self, places: Int64Array, sampled: Sampled, num_logprobs: Sequence[int]) -> None:
-        """The tokens of the sampled sequences `places` have been chosen."""
+        """Adds the chosen tokens of some sampled sequences; `places` are their indexes among these."""
         on_host = [_to_host(part) for part in sampled if part is not None]
         self._parts.append(_Part(places, on_host, num_logprobs))
         self._record(sampled.token_ids.device)
 
     def result(self) -> StepResult:
-        """Waits for the step: every embedding that it reads has been gathered then."""
+        """Waits for the step. After that, every embedding that the step reads has been gathered."""
         if self._event is not None:
             self._event.synchronize()
         num_chosen = sum(len(part.places) for part in self._parts)
@@ -63,10 +63,10 @@ class LaunchedStep:
 
 
 class _Part(NamedTuple):
-    """Tokens that were chosen together: they have arrived on the host when the step's event has."""
+    """Tokens that were chosen together. They are on the host once the step's event has completed."""
 
-    places: Int64Array  # of the sequences that are sampled
-    on_host: Sequence[Tensor]  # the parts of `Sampled` that there are
+    places: Int64Array  # indexes among the sampled sequences
+    on_host: Sequence[Tensor]  # the fields of `Sampled` that are not None
     num_logprobs: Sequence[int]
 
     def result(self) -> StepResult:
@@ -83,7 +83,7 @@ def _logprobs(
     ids: npt.NDArray[np.int64],
     count: int,
 ) -> tuple[TokenLogprobs, ...]:
-    """Of one token: its own and the `count` best; count -1: none are wanted."""
+    """Log-probabilities of one token: its own and the `count` best; count -1: not requested."""
     if count < 0:
         return ()
     return (TokenLogprobs(pack_int32(ids[: count + 1]), values[: count + 1].astype("<f4").tobytes()),)

@@ -1,8 +1,8 @@
-"""How long steps take, and so how many prompt tokens ride along with running streams almost for free. Pure:
-no clock, no torch.
+"""Predicts how long steps take, and so how many prompt tokens a decode step can add almost for free. Pure: no
+clock, no torch.
 
-A decode step is bound by reading the weights, so some more tokens cost little: up to where the arithmetic
-takes over. Where that is depends on the machine, the model and the load: measured at start, corrected by
+A decode step is bound by reading the weights, so further tokens cost little until arithmetic becomes the
+bound. That point depends on the machine, the model and the load: it is measured at start and corrected by
 every step.
 """
 
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SMOOTHING = 0.1  # weight of the newest step in the corrections
-LARGEST_SMOOTHING = 0.5  # weight of one that speaks for many, because none of its kind came for long
-# one step says no more than that the machine is so many times slower: it may just have been interrupted
+LARGEST_SMOOTHING = 0.5  # weight of a decode step after many mixed ones
+# A single step may have been interrupted: it counts as at most so many times slower than expected.
 LARGEST_JUMP = 2.0
-FIXED_COST_SLACK = 1.1  # what costs hardly more than a single token rides along
-MOST_TO_WAIT = 31
-MIXED_STEPS_IN_A_ROW = 24  # then one without prefill, to see how long the streams' own steps take by now
+FIXED_COST_SLACK = 1.1  # prompt tokens that raise the cost of a mixed step no further are included
+MOST_TO_WAIT = 31  # decode steps between two mixed steps
+MIXED_STEPS_IN_A_ROW = 24  # then a step without prefill, to measure decodes alone again
 
 
 class Measured(NamedTuple):
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 class StepTimes:
     """`per_pair` is the cost in seconds of one new token attending to one earlier token.
 
-    `max_stretch` bounds a step with prefill to so many times the step with the decodes alone.
+    `max_stretch` bounds the time of a step with prefill, in multiples of the same step's decodes alone.
     """
 
     def __init__(self, measured: Sequence[Measured], per_pair: float, max_stretch: float) -> None:
@@ -46,10 +46,10 @@ class StepTimes:
         self._per_pair, self._max_stretch = per_pair, max_stretch
         self._alone, self._mixed = 1.0, 1.0  # measured over predicted, of steps without and with prefill
         self._num_mixed_in_a_row = 0
-        self._num_to_wait = 0  # steps of the streams alone before the next mixed one
+        self._num_to_wait = 0  # decode steps before the next mixed step
 
     def predict(self, num_tokens: int, num_pairs: int = 0) -> float:
-        """Seconds of a step, before correction: linear between measured sizes, and on from the last two."""
+        """Seconds of a step, before correction: linear between measured sizes, then from the last two."""
         sizes, seconds = self._sizes, self._seconds
         if len(sizes) == 1:
             return seconds[0] * max(1.0, num_tokens / sizes[0]) + num_pairs * self._per_pair
@@ -59,11 +59,11 @@ class StepTimes:
         return seconds[right - 1] + slope * inside + num_pairs * self._per_pair
 
     def num_free_tokens(self, num_decodes: int, prefills: Sequence[tuple[int, int]]) -> int:
-        """Most prompt tokens in a step with `num_decodes` streams.
+        """The largest number of prompt tokens in a step with `num_decodes` decodes.
 
-        `prefills`: in turn, how many tokens each has to offer, and behind how many others. At least one
-        token, for prompts must get on; but none for some steps after one that took too long, and now and
-        then, or a machine that has become slower as a whole would look as if only the mixed steps had.
+        `prefills`: for each, in turn, its offered tokens and its computed tokens. The result is at least 1,
+        so that prompts progress. It is 0 for some steps after an overlong mixed step, and after
+        `MIXED_STEPS_IN_A_ROW`: else a slowdown of the whole machine would be ascribed to mixed steps alone.
         """
         if self._num_mixed_in_a_row >= MIXED_STEPS_IN_A_ROW:
             return 0
@@ -80,9 +80,9 @@ class StepTimes:
         alone = self._alone * self.predict(num_decodes)
         allowed, cheapest = self._max_stretch * alone, cost(1)
         if cheapest > allowed:
-            # No mixed step is to be had for that, as on a GPU, where decodes alone are one graph. So one is
-            # made to pay, and the streams get so many steps of their own for it that on average they are
-            # stretched no more than they may be.
+            # Every mixed step costs more than allowed, as on a GPU, where decodes alone are one graph. So a
+            # mixed step may exceed the bound, and is followed by so many decode steps that the average
+            # stretch stays within it.
             allowed = FIXED_COST_SLACK * cheapest
             self._num_to_wait = min(
                 math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MOST_TO_WAIT
@@ -94,9 +94,9 @@ class StepTimes:
         return low
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
-        """Corrects by a step that has run.
+        """Corrects the predictions by a step that has run.
 
-        Steps without a stream say nothing: they have nobody to protect.
+        Steps without decodes are ignored: they delay no stream.
         """
         if not num_decodes:
             return

@@ -1,12 +1,11 @@
 """Rank 0's steps: a schedule becomes a plan for all ranks, a plan an in-flight step, and that yields tokens.
 
-With overlap the next step is launched before the results of the one in flight are taken. A request that ends
-meanwhile has its share of that step thrown away; leases that the step may still read are released when it is
-over.
+With overlap the next step is launched before the in-flight step is collected. Results of a request that ends
+meanwhile are dropped; leases that the in-flight step may still read are released when it is over.
 
-    launch(schedule) → collect() what came before → choose() → launch(schedule) → …
+    launch(schedule) → collect() the step before → choose() → launch(schedule) → …
 
-Requests whose tokens a matcher restricts wait with their choice, not with their forward: see
+For requests whose tokens a matcher restricts, only the choice of token waits, not the forward: see
 `sampling/matching.py`.
 """
 
@@ -37,7 +36,7 @@ from workers.llm.step_result import StepResult
 
 
 class StepHandle(Protocol):
-    has_run: bool  # already: the device computes nothing on its own
+    has_run: bool  # the step had run when `launch` returned, as on the CPU
 
     def result(self) -> StepResult: ...
 
@@ -62,18 +61,18 @@ class Runner(Protocol):
 @dataclass(slots=True)
 class InFlightStep:
     scheduled: list[Scheduled]
-    sampled: list[Request]  # of them, those that get a token
-    num_decodes: int  # in front of the scheduled
+    sampled: list[Request]  # the scheduled requests that get a token
+    num_decodes: int  # the first ones of `scheduled`
     launched: StepHandle
     started_at: float
-    ended_at: float | None  # None: it runs on
-    # Of requests that ended meanwhile: the step may still read them.
+    ended_at: float | None  # None: still running when `launch` returned
+    # To be released when the step is over: the step may still read them.
     leases: list[Lease] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """A clock (seconds of any steady one), a tracer, and who is told which requests execute from now on and
+    """A steady clock (seconds), a tracer, and `record`, which takes the ids of the executing requests that
     have yielded no token."""
 
     clock: Callable[[], float] = time.perf_counter
@@ -90,14 +89,14 @@ class Yielded(NamedTuple):
 
 class Collected(NamedTuple):
     yielded: list[Yielded]
-    finished: list[Request]  # with their reason set, their blocks freed
+    finished: list[Request]  # with their finish reason set and their blocks freed
 
 
 class Stepper:
-    """`publish_step` hands a message to the other ranks; None when there are none.
+    """`publish_step` sends a message to the other ranks; None when there are none.
 
-    `has_overlap`: a step is launched while the one before it runs, which pays where the device works by
-    itself. `rules` make the matchers of requests.
+    `has_overlap`: a step is launched while the step before runs, which pays where the device computes
+    asynchronously. `rules` make the matchers of requests.
     """
 
     def __init__(
@@ -117,11 +116,11 @@ class Stepper:
         self.is_wide = False  # steps run on all cores
         self.counters = {"steps": 0, "output_tokens": 0}
         self._in_flight: deque[InFlightStep] = deque()
-        self._started: list[SequenceStart] = []  # that the runner has not been told of
+        self._started: list[SequenceStart] = []  # to go into the next plan
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
         self._step, self._step_end = 0, 0.0
-        self._unchosen: list[Request] = []  # of the step launched last: those that wait for masks
-        self._executing: set[str] = set()  # as it was last recorded
+        self._unchosen: list[Request] = []  # requests of the last launched step that wait for masks
+        self._executing: set[str] = set()  # as last recorded
 
     @property
     def num_in_flight(self) -> int:
@@ -132,24 +131,24 @@ class Stepper:
         return [lease for step in self._in_flight for lease in step.leases]
 
     def give_back(self, leases: list[Lease]) -> None:
-        """Releases leases as soon as no in-flight step can read what they hold."""
+        """Releases leases as soon as no in-flight step can read their embeddings."""
         if self._in_flight:
             self._in_flight[-1].leases += leases
         else:
             self._leases.release(leases)
 
     def send(self, message: StepsMessage) -> None:
-        """To the other ranks, in the order of the steps."""
+        """Sends a message to the other ranks, in the order of the steps."""
         if self._publish_step is not None and not self._publish_step(message):
             raise PipelineError("a rank does not keep up with the steps")
 
     # To the device.
 
     def start(self, admitted: Admitted) -> None:
-        """A request runs from now on: the next plan tells the runner all that its steps do not repeat."""
+        """A request runs from now on: the next plan brings all of its state that its steps do not repeat."""
         request = admitted.request
         request.num_sent_blocks = len(request.block_table)
-        if self._rules and not request.matchers:  # those of a preempted request have seen all its tokens
+        if self._rules and not request.matchers:  # a preempted request keeps its matchers
             prompt, output = (
                 np.array(ids, dtype=np.int32) for ids in (request.prompt_token_ids, request.output_token_ids)
             )
@@ -172,12 +171,12 @@ class Stepper:
     def choose(self) -> None:
         """Chooses the tokens that `launch` left open.
 
-        The steps before must have been collected: matchers have seen their tokens then.
+        All earlier steps must have been collected, so that the matchers have seen their tokens.
         """
         if not self._unchosen:
             return
         assert self.num_in_flight == 1
-        # Nobody reads the token of a request that has ended since, and its matcher has nothing to say.
+        # The token of a request that has ended since is dropped, so it needs no mask.
         masks = [b"" if request.is_over else mask_of(request.matchers) for request in self._unchosen]
         self._unchosen = []
         self.send(TokenMasks(step=self._step, masks=tuple(masks), **self._origin))
@@ -194,7 +193,7 @@ class Stepper:
         return seconds
 
     def _plan(self, sequences: Sequence[SequenceStep], others: Sequence[SequenceStart] = ()) -> StepPlan:
-        """The next step in the count. `others` are started beside the requests."""
+        """A plan with the next step number. `others` are sequences to start that belong to no request."""
         self._step += 1
         started = (*self._started, *others)
         self._started.clear()
@@ -218,7 +217,7 @@ class Stepper:
         return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings)
 
     def record(self) -> None:
-        """Tells who executes now, with no token yet, where that has changed."""
+        """Records the ids of executing requests without a token, if they have changed."""
         self._record(())
 
     def _record(self, scheduled: Sequence[Scheduled]) -> None:
@@ -231,10 +230,10 @@ class Stepper:
             self._executing = executing
             self._watch.record(executing)
 
-    # And back.
+    # From the device.
 
     def collect(self) -> Collected:
-        """Takes the results of the oldest step in flight."""
+        """Takes the results of the oldest in-flight step."""
         step = self._in_flight.popleft()
         result = step.launched.result()
         self._observe(step)
@@ -246,7 +245,7 @@ class Stepper:
                 new_token_ids[request.key] = token_ids
                 request.logprobs.extend(logprobs)
         for item in step.scheduled:
-            # Of a request that ended nothing is read; one that was preempted reads it again.
+            # An ended request has released its leases already; a preempted one reads its embeddings again.
             request = item.request
             is_in_prompt = item.start < len(request.prompt_token_ids)
             if is_in_prompt and not request.is_over and request.num_computed_tokens >= item.stop:
@@ -258,13 +257,13 @@ class Stepper:
                 for matcher in request.matchers:
                     matcher.accept(new_token_ids[request.key])
         for request in finished:
-            del request.logprobs[len(request.output_token_ids) :]  # of tokens behind the one that ended it
+            del request.logprobs[len(request.output_token_ids) :]  # of tokens after the last one
         self.counters["steps"] += 1
         self.counters["output_tokens"] += sum(len(one.output_token_ids) - offset for one, offset in yielded)
         return Collected(yielded, finished)
 
     def _observe(self, step: InFlightStep) -> None:
-        """Tells the scheduler how long the step took, from its launch or from the end of the one before."""
+        """Reports how long the step took, from its launch or, if later, the end of the step before."""
         ended_at = step.ended_at or self._watch.clock()
         started_at, self._step_end = max(step.started_at, self._step_end), ended_at
         tracer, step_times = self._watch.tracer, self.scheduler.budget.step_times

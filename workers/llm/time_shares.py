@@ -1,10 +1,10 @@
-"""Tenants share the time of the steps, where a step with everybody takes much longer than one of those who
-had less. Pure.
+"""Divides step time among tenants, where a step with all tenants takes much longer than a step with those
+that have had less. Pure.
 
-Each token of a step counts as its share of the step's seconds. Who has had less time than others gets steps
-without them until it has caught up, if such steps are much shorter: on a CPU a step of 64 streams takes ten
-times as long as a step of one. Where streams cost nearly nothing beside each other, as on a GPU, all go
-together.
+Each tenant is charged its share of a step's seconds, by tokens. A tenant that has had less time than others
+gets steps without them until it has caught up, if such steps are much shorter: on a CPU a step of 64 streams
+takes ten times as long as a step of one. Where further streams cost nearly nothing, as on a GPU, all tenants
+share every step.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-# of a tenant's step by others': if they stretch it more, it goes without them when it is behind
+# If other tenants' tokens stretch the step of a tenant that is behind by more, it runs without them.
 MAX_STRETCH = 2.0
 
 
 class TimeShares:
     def __init__(self) -> None:
-        self._used: dict[str, float] = {}  # seconds, of tenants that have work
+        self._used: dict[str, float] = {}  # seconds, by tenant that has work
 
     def choose(self, num_tokens: Mapping[str, int], seconds_of: Callable[[int], float]) -> set[str]:
-        """The tenants whose tokens go into the next step, of those that have so many each. `seconds_of`
-        predicts a step of so many tokens.
+        """The tenants whose tokens go into the next step. `num_tokens`: ready tokens by tenant; `seconds_of`
+        predicts the seconds of a step from its tokens.
 
-        Who has work anew counts as having had as much as whoever has had least.
+        A tenant that has work again starts at the least time that another tenant has had.
         """
         least = min((self._used[tenant] for tenant in num_tokens if tenant in self._used), default=0.0)
         self._used = {tenant: self._used.get(tenant, least) - least for tenant in num_tokens}
@@ -39,7 +39,7 @@ class TimeShares:
         return chosen
 
     def charge(self, num_tokens: Counter[str], seconds: float) -> None:
-        """A step was made of so many tokens of each tenant."""
+        """Charges a step's seconds to tenants. `num_tokens`: the step's tokens by tenant."""
         total = num_tokens.total()
         for tenant, count in num_tokens.items():
             self._used[tenant] = self._used.get(tenant, 0.0) + seconds * count / total

@@ -54,7 +54,7 @@ from workers.nn.weights.registry import choose_formats
 
 logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
-OUTPUTS_HIGH_WATER_MARK = 1024  # messages, one a step, that a client may lag behind before it is cut off
+OUTPUTS_HIGH_WATER_MARK = 1024  # messages (one a step) by which a client may lag before it is cut off
 MAX_MESSAGES_PER_STEP = 512  # read between two steps: a flood of messages must not stop the streams
 COUNTED = {
     "steps": "Steps computed",
@@ -74,12 +74,12 @@ def main(context: WorkerContext) -> None:
     info = model_info_of(context)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
-    # A format that is not served fails before anything is waited for.
+    # An unsupported format fails before any waiting.
     choose_formats(context.model_folder, device, config.llm.quantization)
     if device.type == "cuda":
         wait_for_vits(context, control)
     else:
-        # What cannot fit fails before the weights are loaded.
+        # A cache that cannot fit fails before the weights are loaded.
         spec = decoder_of(info).spec_of(info.text, tp_size)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
     rendezvous = (
@@ -187,7 +187,7 @@ def _serve(
 
 
 def read_inbox(inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float], None], now: float) -> None:
-    """Handles at most `MAX_MESSAGES_PER_STEP`; the rest stays in the socket, which wakes the poller."""
+    """Handles at most `MAX_MESSAGES_PER_STEP` messages; the rest stays in the socket and wakes the poller."""
     for _ in range(MAX_MESSAGES_PER_STEP):
         if (received := inbox.receive()) is None:
             return
