@@ -1,4 +1,4 @@
-"""The requests that preprocess knows: those that are open, with their credits, and those that have ended."""
+"""The requests that preprocess knows: open requests, with their credits, and ended ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.wire.generation import RequestRefused
 from workers.preprocess.credits import Credits
 
 MEMORY_OF_ENDED_S = 60.0
-MAX_REMEMBERED = 1 << 16  # requests, with those that have ended
+MAX_REMEMBERED = 1 << 16  # requests, open and ended
 
 
 @dataclass(slots=True)
@@ -21,17 +21,17 @@ class KnownRequest:
     attempt: int
     tenant: str
     task: asyncio.Task[None] | None = None
-    was_passed_on: bool = False  # the LLM knows it
-    refusal: RequestRefused | None = None  # else: that the LLM was told why not, for queries
+    was_passed_on: bool = False  # `GenerateRequest` was sent to the LLM
+    refusal: RequestRefused | None = None  # if it was refused; kept to answer queries
     keys: list[ChunkKey] = field(default_factory=list)
     num_held_bytes: int = 0
     has_credit: bool = False
-    # here, in this attempt or an earlier one, and has not come to its own end: should it come again, it goes
-    # on though the server be full
+    # This attempt or an earlier one was admitted and then at most interrupted: the next attempt is admitted
+    # even if the server is full.
     was_begun: bool = False
-    lead: int | None = None  # of the group that runs it, once that is chosen
+    lead: int | None = None  # of the group that runs it, once chosen
     leads: tuple[int, ...] = ()  # of the groups that know its client
-    num_new_tokens: int = 0  # that count as outstanding there
+    num_new_tokens: int = 0  # counted as outstanding in that group
     ended_at: float | None = None
 
 
@@ -55,8 +55,8 @@ class KnownRequests:
         self.num_open += 1
 
     def take_credit(self, opened: KnownRequest) -> None:
-        """Raises RequestError where the server, or the share of the tenant, is full. A request that was begun
-        may exceed the limits.
+        """Raises RequestError where the server, or the tenant's share, is full. A request that was begun may
+        exceed the limits.
         """
         self.credits.open(opened.tenant, opened.was_begun)
         opened.has_credit = opened.was_begun = True
@@ -64,7 +64,7 @@ class KnownRequests:
     def hold(self, opened: KnownRequest, num_bytes: int) -> None:
         """Counts texts and encoded media of a request until it ends.
 
-        Raises RequestError where they are too much.
+        Raises RequestError where they exceed the limits.
         """
         if opened.has_credit:
             opened.num_held_bytes += num_bytes
@@ -82,7 +82,7 @@ class KnownRequests:
         self._by_id[opened.request_id] = self._by_id.pop(opened.request_id)
 
     def forget(self, now: float, has_chunks: Callable[[str], bool]) -> None:
-        """Drops requests that ended long ago, once no chunk has a key of theirs."""
+        """Drops requests that ended long ago, once no chunk's key has their id."""
         for opened in list(self._by_id.values()):
             if opened.ended_at is None or has_chunks(opened.request_id):
                 continue

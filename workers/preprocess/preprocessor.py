@@ -1,9 +1,9 @@
-"""Preprocess without its process: admits requests, fetches their media, renders their prompts, and follows
+"""Preprocess without its process: admits requests, fetches their media, renders their prompts, and tracks
 them to their end.
 
 A request's way: media are fetched, sizes and hashes read (`item_reader.py`) → `GenerateRequest` goes to the
-LLM → each chunk is asked for by hash at its ViT → those that no ViT has are decoded, in order, into the pixel
-pool and sent (`chunks.py`). Everything that waits for one request waits in that request's own task.
+LLM → each chunk is requested by hash from its ViT → chunks that no ViT has are decoded, in order, into the
+pixel pool and sent (`chunks.py`). All waiting for one request happens in that request's own task.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ from workers.preprocess.submission_checks import check_submission, num_held_byte
 from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
-DECODES_PER_READER = 2  # under way at once, so that none waits for work, and whose turn it is matters
-CLIENTS_RETURN_S = 120.0  # after our predecessor's death: with requests that it had begun
+DECODES_PER_READER = 2  # so that no reader is idle, and the queue stays short enough for fair turns
+CLIENTS_RETURN_S = 120.0  # after the predecessor's death, clients resubmit requests that it had begun
 
 
 class Preprocessor:
-    """Preprocess without its process. All runs in one event loop, but for texts, hashes and decoding.
+    """Preprocess without its process. All runs in one event loop, except texts, hashes and decoding.
 
-    Texts have threads of their own: they never wait for media.
+    Texts have threads of their own, so that they never wait for media.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Preprocessor:
         self._groups = GroupRouter(list(llms))
         num_threads = max(2, context.spec.placement.num_threads)
         self.recording = Recording(context.recorder)
-        # More than compute at once: a tenant leaves the last to the others.
+        # More threads than cores: one tenant never takes the last thread.
         self._text_threads = FairThreads(num_threads + 1, self.recording, "text")
         self._media_threads = FairThreads(num_threads + 2, self.recording, "media")
         self._fetcher = Fetcher(config)
-        # a tenant leaves one to the others, a request one more to those of its tenant
+        # A tenant leaves one reader to other tenants, a request one more to other requests of its tenant.
         num_readers = num_threads + 2
         limits = ReadLimits(
             config.picture_timeout_s,
@@ -115,7 +115,7 @@ class Preprocessor:
         match message:
             case Hello():
                 for llm in self._llms.values():
-                    # it is repeated; while an LLM loads, nobody reads it
+                    # the client repeats it; an LLM that loads does not read it
                     with contextlib.suppress(PipelineError):
                         llm.send(message)
             case SubmitRequest():
@@ -142,16 +142,16 @@ class Preprocessor:
             message.client_id, message.request_id, message.attempt, tenant, leads=message.leads
         )
         self._requests.add(opened)
-        # Where a lower attempt may still run; after our predecessor's death only its client knows, if
-        # anybody.
+        # The group in which a lower attempt may still run. After the predecessor's death only the client may
+        # know it.
         opened.lead = (
             known.lead if known is not None else message.lead if message.lead in self._llms else None
         )
         if opened.lead is not None and message.leads and opened.lead not in message.leads:
-            self._abandon(message, opened.lead)  # its client does not hear that group
+            self._abandon(message, opened.lead)  # that group does not know the client
             opened.lead = None
         if known is None and opened.lead is None and message.attempt > 1 and len(self._llms) > 1:
-            for lead in self._llms:  # one of them may still run it, and another is about to
+            for lead in self._llms:  # any group may still run the lower attempt
                 self._abandon(message, lead)
         opened.was_begun = known.was_begun if known is not None else self._may_have_begun(message)
         try:
@@ -166,8 +166,8 @@ class Preprocessor:
         opened.task = self._tasks.create_task(self._prepare(opened, message, frames))
 
     def _known(self, message: SubmitRequest | QueryRequest | AbortRequest) -> KnownRequest | None:
-        """Another client's request that has ended is none of this client's business: the LLM remembers, too,
-        whose an id was. While chunks are left whose keys have the id, nobody else may use it."""
+        """The known request of a message's id. Another client's ended request counts as unknown, as the LLM
+        remembers the id's owner, too; but not while chunks whose keys have the id are left."""
         known = self._requests.get(message.request_id)
         if known is None or known.client_id == message.client_id or known.ended_at is None:
             return known
@@ -181,10 +181,10 @@ class Preprocessor:
         self._tell(known, refusal)
 
     def _on_query(self, message: QueryRequest) -> None:
-        """The client has not heard of this attempt for a while: it is told again how far that is."""
+        """Answers a client that has received nothing about an attempt for a while."""
         known = self._known(message)
         if known is None:
-            # It went through our predecessor, and its group knows; or it got lost, and any group says so.
+            # The predecessor passed it on, and its group knows it; or it was lost, and any group says so.
             lead = message.lead if message.lead in self._llms else None
             self._llms[self._speaker(None) if lead is None else lead].send(message)
         elif known.client_id != message.client_id:
@@ -200,20 +200,18 @@ class Preprocessor:
                 client_id=known.client_id, request_id=known.request_id, attempt=known.attempt, **self._origin
             )  # fmt: skip
             self._tell(known, preparing)
-        else:  # a group's death ended it before its client knew of that: no group knows it, and says so
+        else:  # a group's death ended it, which its client does not know yet: a group answers "unknown"
             self._tell(known, message)
 
     def _abandon(self, message: SubmitRequest, lead: int) -> None:
-        """The attempt before this one ends in that group, if it still runs there."""
+        """Aborts the attempt before this one in that group, if it still runs there."""
         before = AbortRequest(
             client_id=message.client_id, request_id=message.request_id, attempt=max(0, message.attempt - 1)
         )  # fmt: skip
         self._llms[lead].send(before)
 
     def _may_have_begun(self, message: SubmitRequest) -> bool:
-        """A request that is not known here: our predecessor may have begun it. Later on nobody has cause to
-        say so.
-        """
+        """Whether the predecessor may have begun this unknown request: only for a time after its death."""
         is_successor = self._origin["epoch"] > 1 and time.monotonic() - self._started_at < CLIENTS_RETURN_S
         return message.attempt > 1 and is_successor
 
@@ -224,21 +222,21 @@ class Preprocessor:
             return
         if known is not None and not known.was_passed_on and known.ended_at is None:
             if message.index is not None:
-                return  # nothing has come of it yet; the abort of a choice is repeated
+                return  # no group runs it yet; the client repeats the abort of a choice
             known.was_begun = False
-            self._end(known)  # nobody was told of it: no group says when it has ended
+            self._end(known)  # no group knows it, so no `RequestEnded` will come
         lead = known.lead if known is not None else message.lead
         if lead is None or lead not in self._llms:
             lead = self._speaker(known)
         self._llms[lead].send(message)
 
     def _tell(self, opened: KnownRequest | None, message: LlmMessage) -> None:
-        """To the group of a request; of one that has none, or is not known, another group speaks."""
+        """Sends a message to a request's group; for a request without one, or unknown, to `_speaker`."""
         lead = opened.lead if opened is not None else None
         self._llms[self._speaker(opened) if lead is None else lead].send(message)
 
     def _speaker(self, opened: KnownRequest | None) -> int:
-        """A group that lives, and that the client hears, where there is one."""
+        """A group to answer the client: one that serves and knows the client, if there is one."""
         return self._groups.candidates(opened.leads if opened is not None else ())[0]
 
     # One request's preparation.
@@ -251,11 +249,11 @@ class Preprocessor:
             prepared = await self.prompts.read(
                 message, frames, opened.tenant, functools.partial(self._requests.hold, opened)
             )
-            # From here on nothing waits until the chunks are announced.
+            # From here on nothing is awaited until the chunks are announced.
             self._check_chunks(opened.tenant, prepared.items)
         except RequestError as error:
             self._refuse(opened, error.info)
-        except Exception as error:  # whatever strange input made fail is that request's fault alone
+        except Exception as error:  # a failure on strange input ends this request only
             logger.exception("%s cannot be prepared", opened.request_id)
             self._refuse(
                 opened,
@@ -281,8 +279,8 @@ class Preprocessor:
             )
 
     def _announce(self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared) -> None:
-        """Metadata to the LLM, then every chunk by hash to its ViT: nothing waits in between, so all see them
-        in one order."""
+        """Sends metadata to the LLM, then every chunk by hash to its ViT. Nothing is awaited in between, so
+        all workers see the requests in one order."""
         media, prompt, positions = prepared
         self._last_arrival += 1
         items: list[MmItem] = []
@@ -333,8 +331,8 @@ class Preprocessor:
     def _refuse(self, opened: KnownRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
         opened.was_begun = False
-        opened.task = None  # which may be the one that calls this
-        self._end(opened)  # whichever group speaks may die before it says so
+        opened.task = None  # else `_end` would cancel it, and it may be the current task
+        self._end(opened)  # without `RequestEnded`: the group that answers may die before it sends that
         opened.refusal = self._refusal(opened, error)
         self._tell(opened, opened.refusal)
 
@@ -345,14 +343,14 @@ class Preprocessor:
         )  # fmt: skip
 
     def _on_broken_chunk(self, key: ChunkKey, error: ErrorInfo) -> None:
-        """Media of a request that runs already turned out broken."""
+        """Media of a running request turned out broken."""
         opened = self._requests.of(key.request_id)
         self._tell(opened, self._refusal(opened, error))
 
     # From the launcher, ViTs and the LLM.
 
     def on_states(self, states: Iterable[WorkerState], died: Iterable[WorkerState]) -> None:
-        """How all workers are, and those of them that have taken the place of a dead one."""
+        """The states of all workers. `died`: the workers among them that replaced a dead one."""
         states = list(states)
         self._groups.available = {
             state.worker.rank for state in states if state.is_ready and state.worker.role is Role.LLM
@@ -367,7 +365,7 @@ class Preprocessor:
                 self._on_group_death(dead.worker.rank)
 
     def _on_group_death(self, lead: int) -> None:
-        """Its requests are gone, and come again when their clients know its successor."""
+        """Ends the group's requests. Their clients resubmit them once they know its successor."""
         self._groups.forget(lead)
         for opened in [opened for opened in self._requests if opened.lead == lead]:
             if opened.ended_at is None:
@@ -390,7 +388,7 @@ class Preprocessor:
             case RequestEnded(client_id=client_id, attempt=attempt):
                 opened = self._requests.get(message.request_id)
                 if opened is not None and (opened.client_id, opened.attempt) == (client_id, attempt):
-                    # A client's word alone, a higher attempt, does not take a request past the load check.
+                    # A higher attempt bypasses the load check only if the LLM interrupted the request.
                     opened.was_begun = opened.was_begun and message.is_interrupted
                     if opened.ended_at is None:
                         self._end(opened)
@@ -405,7 +403,7 @@ class Preprocessor:
             self._groups.finished(opened.lead, opened.num_new_tokens)
 
     def tick(self, now: float) -> None:
-        """Forgets requests that ended long ago; checks the books when nothing is open."""
+        """Forgets requests that ended long ago; checks integrity when nothing is open."""
         self._requests.forget(now, self._chunks.has_chunks_of)
         if not self.num_open:
             self._chunks.check_integrity()
@@ -418,7 +416,7 @@ class Preprocessor:
 
     @property
     def num_held_bytes(self) -> int:
-        """Of open requests."""
+        """Bytes of open requests' texts and encoded media."""
         return self._requests.credits.num_held_bytes
 
     @property

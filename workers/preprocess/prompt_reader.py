@@ -1,4 +1,4 @@
-"""A submission's media and prompt, as far as the LLM needs them before any pixel is decoded."""
+"""Reads of a submission's media and prompt what the LLM needs before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
 
 
 class PromptReader:
-    """`threads` are those of texts, which never wait for media."""
+    """`threads` are for texts only, which so never wait for media."""
 
     def __init__(self, info: ModelInfo, max_items: int, items: ItemReader, threads: FairThreads) -> None:
         self._info, self._max_items, self._items, self._threads = info, max_items, items, threads
@@ -36,7 +36,7 @@ class PromptReader:
     ) -> Prepared:
         """Fetches media, reads their sizes and hashes, and tokenises the prompt.
 
-        `hold` is told of the bytes of encoded media as they come in. Raises RequestError.
+        `hold` is called with the number of bytes of encoded media as they arrive. Raises RequestError.
         """
         parts = list(_located_media(message.prompt))
         self._check_counts([part for part, _ in parts])

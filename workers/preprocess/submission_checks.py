@@ -1,4 +1,4 @@
-"""What a submission may say. All that can be refused before media are fetched is refused here."""
+"""Checks of a submission: all that can be refused before media are fetched is refused here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import Chat, Prompt, Text, Tokens
 from workers.preprocess.prompt import parts_of, texts_of
 
-ALL = "all"  # may have a priority
+ALL = "all"  # every tenant may set a priority
 
 
 def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Sequence[str]) -> None:
@@ -84,20 +84,19 @@ def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str) -> None
 
 
 def may_have_priority(tenant: str, allowed: Sequence[str]) -> bool:
-    """Only a key has a name that nobody else can take."""
+    """Whether a tenant may set a priority. Only tenants named by a key can be allowed by name, as no other
+    client can take such a name."""
     kind, _, name = tenant.partition(":")
     return ALL in allowed or (kind in ("key", "curve") and name in allowed)
 
 
 def tenant_of(message: SubmitRequest) -> str:
-    """Who waits its turn with this request: the tenant that it names, else its client. Too long a name is
-    refused later.
-    """
+    """The tenant that the request names, else its client. `check_submission` refuses too long a name."""
     return message.tenant[:MAX_TENANT] or f"client:{message.client_id.hex()}"
 
 
 def num_held_bytes(message: SubmitRequest) -> int:
-    """Of a submission's texts and tokens as they lie in memory: one emoji makes each character of its text
+    """Bytes of a submission's texts and tokens in memory, where one emoji makes each character of its text
     take four bytes."""
     num_progress_bytes = sum(len(choice.output_token_ids) for choice in message.choices)
     return num_progress_bytes + _num_prompt_bytes(message.prompt)
