@@ -1,4 +1,4 @@
-"""Aborts whose effect has not been confirmed yet: they are repeated. Pure."""
+"""Aborts that the pipeline has not confirmed yet, to be repeated. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.wire.clients import AbortRequest, RequestOutput
 from pipeline.wire.sampling import FinishReason
 
-MAX_ABORTS = 30  # sent for one request or choice, then no more
+MAX_ABORTS = 30  # messages for one request or choice, then it is dropped
 
 
 @dataclass(slots=True)
@@ -29,11 +29,11 @@ class Aborts:
         return any(pending == request_id for pending, _ in self._pending)
 
     def add(self, message: AbortRequest, indexes: Iterable[int]) -> None:
-        """`message` was sent; `indexes` are the choices that it is to end."""
+        """`message` was sent; `indexes` are the choices that it aborts."""
         self._pending[message.request_id, message.index] = _Abort(message, set(indexes))
 
     def forget(self, request_id: str) -> None:
-        """The attempt is over. The next attempt says which choices are wanted."""
+        """The attempt is over. The next attempt's submission says which choices are over."""
         for key in [key for key in self._pending if key[0] == request_id]:
             del self._pending[key]
 
@@ -46,7 +46,7 @@ class Aborts:
                 del self._pending[output.request_id, None]
 
     def due(self) -> list[AbortRequest]:
-        """What is to be sent again now. To be called at a steady pace."""
+        """The aborts to be sent again now. To be called at regular intervals."""
         messages: list[AbortRequest] = []
         for key, abort in list(self._pending.items()):
             abort.num_sent += 1

@@ -4,7 +4,7 @@
         for piece in client.generate([ChatMessage("user", "Hello")], SamplingParams()):
             print(piece.text, end="")
 
-A `PipelineClient` in an event loop of its own, on a thread of its own; any number of threads may use one.
+Runs a `PipelineClient` in an event loop on its own thread; any number of threads may use one client.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class BlockingClient:
         try:
             return self._run(start())
         except BaseException:
-            self._client = None  # it has closed itself
+            self._client = None  # its `start` has closed it
             self.close()
             raise
 
     def close(self) -> None:
-        """Aborts what is open and leaves; iterators that still wait raise."""
+        """Aborts the open requests and leaves; iterators that still wait raise RequestError."""
         if self._client is not None:
             self._run(self._client.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -82,7 +82,7 @@ class BlockingClient:
         request."""
         assert self._client is not None
         pieces = self._client.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
-        read: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()  # None: all has come
+        read: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()  # None: the end
 
         async def pump() -> None:
             try:

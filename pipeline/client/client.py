@@ -8,7 +8,7 @@ endpoint uses it too.
 A pipeline on another machine: `PipelineClient("tcp://HOST:PORT", keys=FOLDER)`, with the keys that
 `tools/keys.py` has made.
 
-Tokens come over a `Connection`, which sees to it that no request is lost; here they become text.
+Tokens come over a `Connection`, which resubmits interrupted requests; here they become text.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added to one choice of a request. The last piece of a choice has a finish reason."""
+    """One step's tokens of one choice of a request. The last piece of a choice has a finish reason."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     num_prompt_tokens: int
-    num_output_tokens: int  # up to and with this piece
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if they were asked for
+    num_output_tokens: int  # up to and including this piece
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if requested
     index: int = 0  # of the choice
 
 
 class _ChoiceText:
-    """One choice, from tokens to text."""
+    """Detokenizes one choice."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
         self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(sampling.stop)
@@ -62,7 +62,7 @@ class _ChoiceText:
     def add(self, output: RequestOutput, num_prompt_tokens: int) -> Piece:
         token_ids = tuple(unpack_int32(output.new_token_ids).tolist())
         finish = output.finish_reason
-        # What comes before `min_tokens` cannot be, or begin, a stop string.
+        # The first `min_tokens` tokens take no part in a stop string.
         num_early = max(0, self._min_tokens - output.offset)
         text = self._detokenizer.add(token_ids[:num_early])
         text += self._stop_strings.add(
@@ -92,9 +92,9 @@ class PipelineClient:
     def __init__(
         self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None
     ) -> None:
-        """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway, which takes `keys`, a
-        folder. `model_folder` has the tokenizer's files, if they are not where the server has them. Raises
-        ValueError for a place or keys that are none.
+        """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway. `keys`: a folder, needed
+        for a gateway. `model_folder`: a folder with the tokenizer's files, if they are not at the server's
+        path. Raises ValueError for an invalid place or invalid keys.
         """
         if str(place).startswith("tcp://"):
             if keys is None:
@@ -128,17 +128,17 @@ class PipelineClient:
         return welcome
 
     async def close(self) -> None:
-        """Aborts what is open and leaves; generators that still wait raise."""
+        """Aborts the open requests and leaves; generators that still wait raise RequestError."""
         await self._connection.close()
 
     @property
     def welcome(self) -> Welcome:
-        """What the pipeline told of itself; to be read once it has started."""
+        """The pipeline's limits and model; to be read after `start`."""
         return self._connection.limits
 
     @property
     def model_folder(self) -> Path:
-        """With the files of the pipeline's model, but perhaps not its weights."""
+        """A folder with the files of the pipeline's model, perhaps without its weights."""
         return self._model_folder or Path(self.welcome.model_folder)
 
     @property
@@ -156,7 +156,7 @@ class PipelineClient:
 
     @property
     def workers(self) -> tuple[WorkerState, ...]:
-        """All workers, as the launcher told last."""
+        """All workers, by the launcher's last message."""
         return self._connection.workers
 
     @property
@@ -172,15 +172,14 @@ class PipelineClient:
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
-        """Runs one prompt and yields what comes, ending with the piece that has a finish reason, or with the
-        last of them, where the sampling asks for several choices.
+        """Runs one prompt and yields its pieces. The last piece of each choice has a finish reason.
 
         `prompt`: the messages of a chat, or a `Text` or `Tokens` without a template. `ImagePart(frame=i)` or
         `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with
-        an equal `cache_salt` share cached prefixes, so that none can tell from the time it takes what another
-        asked. `tenant`: on whose behalf, where one client speaks for many; a gateway puts the key's owner in
-        its place. Leaving the generator early aborts the request. Raises
-        RequestError when the request is refused or fails.
+        an equal `cache_salt` share cached prefixes, so that no request's timing reveals the prompt of a
+        request with another salt. `tenant`: the user, where one client submits for many; a gateway replaces
+        it by the key's owner. Leaving the generator early aborts the request. Raises RequestError when the
+        request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
         opened = self._submit(prompt, sampling, list(media), request, priority, cache_salt, tenant)
@@ -194,7 +193,7 @@ class PipelineClient:
                     self._connection.finish(request)
                     raise RequestError.from_info(event)
                 choice = choices[event.index]
-                if choice.is_over:  # a stop string has ended it here before it ended there
+                if choice.is_over:  # a stop string ended it here; the LLM had already sampled more
                     continue
                 piece = choice.add(event, opened.num_prompt_tokens)
                 num_open -= choice.is_over

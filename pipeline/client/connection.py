@@ -1,16 +1,16 @@
-"""A client's connection to the pipeline: it owns its requests until their terminal message, whoever dies
-meanwhile.
+"""A client's connection to the pipeline. It owns requests until their terminal message, whichever worker
+dies.
 
-Recovery is always resubmission: the same request_id, the next attempt, and the token ids that are here
-already. What must be submitted again is said by the launcher (preprocess died: whatever no LLM has accepted;
-an LLM rank died: all of its group) or by rank 0, which interrupts requests that needed something of a dead
-neighbour. Outputs of earlier attempts are dropped, gaps are asked for.
+Recovery is always resubmission: the same request_id, the next attempt, and the token ids received so far. The
+launcher's state says what to resubmit (preprocess died: every request that no LLM has accepted; an LLM rank
+died: every request of its group), or rank 0 does, which interrupts requests that needed something of a dead
+neighbour. Outputs of earlier attempts are dropped; gaps are queried.
 
-Which groups know this client is known group by group: while one is dead, the others serve. Nothing waits
-without end: what no worker takes in, or is not submitted for want of a group, ends after
-`recovery_timeout`. A launcher that is silent but lives is no reason to end anything.
+Each group of LLM ranks greets the client by itself: while one group is dead, the others serve. No request
+waits forever: one that no worker accepts, or that cannot be submitted for lack of a group, ends after
+`recovery_timeout`. A silent launcher whose process lives ends nothing.
 
-Knows nothing of text: what it hands out are token ids.
+Knows nothing of text: its outputs are token ids.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
 HELLO_INTERVAL_S, MAX_HELLO_INTERVAL_S = 0.1, 1.0
-TICK_S = 1.0  # aborts are repeated, and silence is looked for, this often
-QUERY_AFTER_S = 10.0  # of silence before a request is asked about
-HEARTBEAT_TIMEOUT_S = 8.0  # the launcher speaks once a second; after so long it is looked at whether it lives
-MAX_JITTER_S = 0.05  # so that not all clients submit again at once
+TICK_S = 1.0  # interval at which aborts are repeated and silent requests looked for
+QUERY_AFTER_S = 10.0  # of silence before a request is queried
+HEARTBEAT_TIMEOUT_S = 8.0  # of the launcher's silence (it sends once a second) before its process is checked
+MAX_JITTER_S = 0.05  # so that not all clients resubmit at once
 PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 
 
@@ -69,7 +69,7 @@ class Connection:
     """Everything runs in the event loop that is current when `start` is called."""
 
     def __init__(self, place: Path | RemotePipeline) -> None:
-        """`place`: the pipeline's run directory, or where its gateway is."""
+        """`place`: the pipeline's run directory, or its gateway's address and keys."""
         self._is_remote = isinstance(place, RemotePipeline)
         owner = place.owner if isinstance(place, RemotePipeline) else b""
         self.client_id = owner + os.urandom(CLIENT_ID_BYTES - len(owner))
@@ -86,7 +86,7 @@ class Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat = time.monotonic()
         self.end: ErrorInfo | None = None  # set while the pipeline is gone
-        self._is_silent = False  # it is gone only in that it does not speak: it may come back
+        self._is_silent = False  # `end` is set only because the launcher is silent: it may come back
         self.is_draining = False
         self.workers: tuple[WorkerState, ...] = ()
         self.reload = ReloadState()
@@ -110,13 +110,13 @@ class Connection:
         return welcome
 
     async def close(self) -> None:
-        """Aborts what is open and leaves; who still waits for events is told."""
+        """Aborts the open requests, which fail with status 503, and leaves."""
         for opened in list(self._open.values()):
             self._give_up(opened, ErrorInfo(503, "the client was closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._ingest = None  # for whatever is still due
+        self._ingest = None  # so that a delayed `_submit_held` sends nothing
         self._sockets.close(linger_ms=200)
         self._life.close()
 
@@ -131,10 +131,10 @@ class Connection:
     def limits(self) -> Welcome:
         return self._welcome.result()
 
-    # What goes out.
+    # Messages to the pipeline.
 
     def submit(self, request: SubmitRequest, frames: list[bytes | memoryview]) -> OpenRequest:
-        """Raises RequestError for what is not taken in."""
+        """Submits a request, or holds it until a group serves. Raises RequestError for a refused one."""
         request_id = request.request_id
         if self.end is not None:
             raise RequestError.from_info(self.end)
@@ -166,7 +166,7 @@ class Connection:
         return opened
 
     def _send_request(self, opened: OpenRequest) -> None:
-        """Submits it, to one of the groups that know us."""
+        """Sends the submission, for one of the groups that know this client."""
         opened.hear(time.monotonic())
         opened.asked = -math.inf
         opened.request = request = msgspec.structs.replace(opened.request, choices=opened.progress())
@@ -183,19 +183,19 @@ class Connection:
             self._ingest.send(message, frames)
 
     def finish(self, request_id: str) -> None:
-        """Its terminal message has been taken."""
+        """The caller has read the request's terminal message."""
         self._open.pop(request_id, None)
 
     def abort(self, request_id: str) -> None:
-        """Ends an open request; repeated until the pipeline has answered."""
+        """Aborts an open request; the abort is repeated until the pipeline has answered."""
         opened = self._open.pop(request_id)
         indexes = {index for index, choice in enumerate(opened.choices) if not choice.is_over}
         self._start_abort(opened.request, None, indexes)
 
     def abort_choice(self, request_id: str, index: int) -> None:
-        """Ends one choice of an open request, of which others are open; repeated likewise."""
+        """Aborts one choice while other choices of the request are open; repeated likewise."""
         if (opened := self._open.get(request_id)) is None:
-            return  # it was given up, and so aborted as a whole
+            return  # the request was given up, and so aborted as a whole
         opened.choices[index].is_over = True
         self._start_abort(opened.request, index, {index})
 
@@ -214,9 +214,9 @@ class Connection:
     # Recovery.
 
     def _interrupt(self, opened: OpenRequest, reason: str, died: Role | None) -> None:
-        """The attempt is over.
+        """The attempt is over: holds the request for resubmission, or gives it up.
 
-        `died`: in a worker of this role, which died while the request was executing there.
+        `died`: the role of a worker that died while it executed the request; None if none did.
         """
         if opened.is_held or opened.is_over:
             return
@@ -226,7 +226,7 @@ class Connection:
         request = opened.request
         if opened.has_progress:
             opened.deaths.clear()
-        # each role counts by itself: whoever has only had bad neighbours in all of them is not given up
+        # Deaths count per role: a request that was only a neighbour of a fatal one, in all roles, goes on.
         elif died is not None:
             opened.deaths[died] += 1
         if died is not None and opened.deaths[died] >= self.limits.max_attempts:
@@ -244,12 +244,12 @@ class Connection:
         self._go_on()
 
     def _give_up_replaced(self, opened: OpenRequest) -> None:
-        """An answer must not go on behind tokens of other weights."""
+        """Gives up a request whose tokens come from replaced weights: new weights must not continue them."""
         self.counters["given_up"] += 1
         self._give_up(opened, ErrorInfo(503, "the model's weights were replaced before the answer was whole"))
 
     def _go_on(self) -> None:
-        """Where a group knows us: the start is over, and what is held is submitted."""
+        """If a group knows this client, completes the start and submits held requests."""
         if not (known := self.groups.known):
             return
         if not self._welcome.done():
@@ -262,7 +262,7 @@ class Connection:
             return
         held = [opened for opened in self._open.values() if opened.is_held and not opened.is_over]
         if held:
-            self._send(self._hello)  # first: we may have been away without noticing
+            self._send(self._hello)  # first: this client may have been cut off without noticing
         for opened in held:
             if opened.has_tokens and opened.generation != self.reload.generation:
                 self._give_up_replaced(opened)
@@ -274,7 +274,7 @@ class Connection:
     def _on_death(self, successor: WorkerState) -> None:
         worker, executed = successor.worker, successor.executed
         is_group = worker.role is Role.LLM and worker.rank in self.groups.leads
-        # what it held in either direction is lost, and to the LLM we had left
+        # All messages queued in the gateway are lost, and the LLM took this client as having left.
         is_gateway = worker == GATEWAY and self._is_remote
         if worker != PREPROCESS and not is_group and not is_gateway:
             return
@@ -285,7 +285,7 @@ class Connection:
                 was_executing = digest_of(opened.request.request_id) in executed
                 self._interrupt(opened, f"{worker} died", worker.role if was_executing else None)
 
-    # What comes in.
+    # Messages from the pipeline.
 
     async def _read_control(self) -> None:
         while True:
@@ -318,13 +318,13 @@ class Connection:
     def _connect(self, leads: Sequence[int]) -> None:
         self.groups.leads = tuple(leads)
         self._ingest = self._sockets.sender(INGEST)
-        for lead in leads[:1] if self._is_remote else leads:  # from a gateway they come all one way
+        for lead in leads[:1] if self._is_remote else leads:  # a gateway has one socket for all leads
             self._start_task(
                 self._read_outputs(self._sockets.async_subscriber(OUTPUTS, self.client_id, lead))
             )
 
     def _start_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """A task whose failure ends every request, instead of leaving them to wait for ever."""
+        """A task whose failure ends every request, so that none waits forever."""
 
         def on_done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
@@ -338,7 +338,7 @@ class Connection:
         return task
 
     def _say_hello(self) -> None:
-        """Until every group that serves has answered."""
+        """Repeats `Hello` until every serving group has answered."""
 
         async def say_hello() -> None:
             pause_s = HELLO_INTERVAL_S
@@ -377,7 +377,8 @@ class Connection:
                     assert_never(message)
 
     def _on_accepted(self, opened: OpenRequest, message: Accepted) -> None:
-        """An answer must not go on behind tokens that were about another picture."""
+        """The group runs the attempt. Gives the request up if a picture has changed since an earlier attempt:
+        its tokens were about another picture."""
         opened.is_accepted, opened.num_prompt_tokens, opened.waits_since = (
             True,
             message.num_prompt_tokens,
@@ -397,7 +398,7 @@ class Connection:
         opened.mm_hashes = message.mm_hashes
 
     def _accept_welcome(self, welcome: Welcome) -> None:
-        """From then on that group may run what we submit."""
+        """From now on that group may run this client's requests."""
         if welcome.protocol != PROTOCOL_VERSION:
             if not self._welcome.done():
                 self._welcome.set_exception(
@@ -428,26 +429,28 @@ class Connection:
             self._query(opened)
 
     def _query(self, opened: OpenRequest) -> None:
-        """Asks what came of it, and for what was missed. If it never came in, the answer says so."""
+        """Queries an attempt for its state and missed tokens. The answer says if it is unknown."""
         if opened.is_asking or opened.is_held or opened.is_over:
             return
         opened.is_asking, opened.asked = True, time.monotonic()
         self._send(opened.query())
 
     async def _watch(self) -> None:
-        """Repeats aborts, asks about silent requests, gives up those that wait too long, notices that the
-        launcher is gone."""
+        """Repeats aborts, queries silent requests, gives up requests that wait too long, notices the
+        launcher's end."""
         last, stood_still = time.monotonic(), False
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            if now - last > 2 * TICK_S:  # we stood still ourselves: first is to be read what came meanwhile
+            if (
+                now - last > 2 * TICK_S
+            ):  # this process was stopped: messages that came meanwhile are read first
                 last, stood_still = now, True
                 self._heartbeat = now
                 for opened in self._open.values():
                     opened.hear(now)
                 continue
-            asks_all, last, stood_still = stood_still, now, False  # perhaps we were cut off
+            asks_all, last, stood_still = stood_still, now, False  # this client may have been cut off
             if self.end is None and self._has_ended(now):
                 self._fail("the server no longer answers")
                 self._is_silent = True
@@ -458,20 +461,20 @@ class Connection:
                     self._look_after(opened, now, asks_all)
 
     def _has_ended(self, now: float) -> bool:
-        """Whether the launcher's silence is its end.
+        """Whether the silent launcher has ended.
 
-        One that is stopped, or swapped out, lives: others serve meanwhile.
+        A stopped or swapped-out launcher has not: the workers serve meanwhile.
         """
         silent_s = now - self._heartbeat
         if silent_s <= HEARTBEAT_TIMEOUT_S:
             return False
         if (is_over := self._life.is_over()) is not None:
             return is_over
-        # On another machine, where the gateway may be down for a while, silence is all there is to go by.
+        # The process cannot be checked from another machine, and the gateway may be down for a while.
         return silent_s > max(HEARTBEAT_TIMEOUT_S, self.limits.recovery_timeout)
 
     def _look_after(self, opened: OpenRequest, now: float, asks_all: bool) -> None:
-        """Once a second: is a request to be given up, or to be asked about?"""
+        """Called once a second: gives a request up, or queries it, if it has been silent too long."""
         timeout_s = self.limits.recovery_timeout
         if opened.waits_since is not None and now - opened.waits_since > timeout_s:
             self.counters["given_up"] += 1
@@ -481,8 +484,8 @@ class Connection:
             return
         if self.groups.is_in_long_step(opened.request.lead):
             opened.hear(now)
-        patience_s = max(timeout_s, 3 * TICK_S)  # in which it is asked about, and answered
-        # Whether the worker of an accepted one lives the launcher tells; while it is silent, nobody does.
+        patience_s = max(timeout_s, 3 * TICK_S)  # time enough for a query and its answer
+        # The launcher reports the death of an accepted request's worker, unless it is silent itself.
         is_forsaken = not opened.is_accepted or now - self._heartbeat > patience_s
         if is_forsaken and opened.asked > opened.heard and now - opened.heard > patience_s:
             self.counters["given_up"] += 1
@@ -490,7 +493,7 @@ class Connection:
             return
         query_after_s = QUERY_AFTER_S if opened.is_accepted else min(QUERY_AFTER_S, patience_s / 3)
         if asks_all or now - max(opened.silent_since, opened.asked) > query_after_s:
-            # Hello first: if we were cut off for not reading, it makes us known again.
+            # Hello first: it makes a client known again that was cut off for not reading.
             self._send(self._hello)
             opened.is_asking = False
             self._query(opened)
@@ -499,4 +502,4 @@ class Connection:
         self.end = ErrorInfo(503, reason)
         for opened in list(self._open.values()):
             if not opened.is_over:
-                self._give_up(opened, self.end)  # it may run on, where the pipeline only does not speak
+                self._give_up(opened, self.end)  # with an abort: a pipeline that is only silent may run it

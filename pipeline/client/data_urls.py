@@ -1,6 +1,6 @@
-"""`data:` URLs of a chat become frames of their own: large media are not copied as text on their way.
+"""Moves `data:` URLs of a chat into frames of their own, so that large media are not copied as text.
 
-What is base64 stays so: whoever reads the frame decodes it, with `forgiving_base64`, in a thread.
+Base64 stays encoded: the reader of the frame decodes it, with `forgiving_base64`, in a thread.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.prompts import ChatMessage, ImagePart, Part, TextPart, VideoPart
 
 M = TypeVar("M", ImagePart, VideoPart)
-MAX_HEADER = 1024  # characters of a type with its parameters
-UNQUOTE_BYTES = 1 << 20  # at once: some arrays of that size are needed
+MAX_HEADER = 1024  # characters of a media type with its parameters
+UNQUOTE_BYTES = 1 << 20  # decoded at once: decoding needs several arrays of that size
 BLANKS = b"\t\n\f\r "
 TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 HEX = np.full(256, -1, np.int16)
 HEX[list(b"0123456789abcdefABCDEF")] = [*range(16), *range(10, 16)]
 PICTURES = re.compile(r"(?:video|image)/(?:x-)?(?:jpe?g|png|webp|bmp|gif)")
-# Of these one alone may be an animation, and so a video as it is.
+# A single picture of these types may be an animation, and so a video by itself.
 ANIMATIONS = re.compile(r"(?:video|image)/gif|image/(?:png|webp)")
 
 
 def move_data_urls(
     messages: Sequence[ChatMessage], frames: list[bytes | memoryview]
 ) -> tuple[ChatMessage, ...]:
-    """The messages without their data, which is put behind `frames`.
+    """The messages without the data of their `data:` URLs, which is appended to `frames`.
 
-    Raises RequestError for a URL that is none.
+    Raises RequestError for an invalid URL.
     """
     return tuple(_move_message(message, frames, f"messages[{at}]") for at, message in enumerate(messages))
 
@@ -78,7 +78,7 @@ def _move_data_url(part: M, frames: list[bytes | memoryview], field: str) -> M:
 
 
 def _pictures(url: str, field: str) -> list[bytes]:
-    """The frames of a video given as `data:video/jpeg;base64,A,B,C`, as vLLM's clients do; else none."""
+    """The frames of a video written as `data:video/jpeg;base64,A,B,C`, as vLLM's clients do; else none."""
     if not _is_data_url(url):
         return []
     kind, is_base64, payload = _split(url, field)
@@ -119,15 +119,15 @@ def _encoded(payload: str, field: str) -> bytes:
 
 
 def percent_decoded(data: bytes) -> bytes:
-    """With %XX as the byte that it stands for; any other % stays (the URL standard's percent-decode).
+    """Replaces each %XX by its byte; any other % stays (the URL standard's percent-decode).
 
-    In time and memory linear in the data, whatever part of it is encoded.
+    Takes time and memory linear in the data, however much of it is encoded.
     """
     return data if b"%" not in data else b"".join(map(_decode_piece, _pieces(data)))
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
-    """Pieces of bounded size; none ends within an escape."""
+    """Pieces of bounded size; no piece ends within an escape."""
     start = 0
     while start < len(data):
         end = start + UNQUOTE_BYTES
@@ -153,10 +153,10 @@ def forgiving_base64(data: bytes) -> bytes:
     """Base64 as browsers take it: blanks anywhere, %XX, no padding (the infra standard's forgiving-base64
     decode).
 
-    Letters of URL-safe base64 are taken, too. Raises ValueError for what is none.
+    Letters of URL-safe base64 are accepted, too. Raises ValueError for invalid base64.
     """
     with contextlib.suppress(binascii.Error):
-        return pybase64.b64decode(data, validate=True)  # almost all is sent so, and needs no copy
+        return pybase64.b64decode(data, validate=True)  # almost all clients send this, and it needs no copy
     plain = percent_decoded(data).translate(TO_STANDARD, BLANKS)
     if missing := -len(plain) % 4:
         plain += b"=" * missing

@@ -1,8 +1,8 @@
 """From token ids to text, piece by piece: characters split over tokens, and stop strings split over pieces.
 
-The text of a growing list of ids is not the sum of the texts of its ids: `DecodeStream` waits for the rest of
-a character. It decodes all that waits anew with each id, so the wait is bounded here, or 8000 special tokens
-in a row would take it 3.6 s (0.5 ms each; text takes 2 us a token, this class included).
+The text of a list of ids is not the concatenation of its ids' texts: `DecodeStream` holds ids back until a
+character is complete. It decodes all held ids again with each new id, so their number is bounded here: 8000
+special tokens in a row would take 3.6 s (0.5 ms each; text takes 2 us a token, this class included).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-MAX_PENDING = 16  # ids without text: more are no unfinished character
+MAX_PENDING = 16  # ids without text; no unfinished character has more
 
 
 def tokenizer_hash(data: bytes) -> bytes:
@@ -38,7 +38,7 @@ def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Bytes that print stand for themselves; the others take the code points from 256 on, in their order."""
+    """Printable bytes stand for themselves; the others take the code points from 256 on, in their order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -58,7 +58,7 @@ class Detokenizer:
         self._pending: list[int] = []  # ids that have added no text yet
 
     def add(self, token_ids: Iterable[int], is_last: bool = False) -> str:
-        """The text that these ids add. An unfinished character waits for its rest, or until `is_last`."""
+        """The text that these ids add. An unfinished character is held back until complete or `is_last`."""
         shown = []
         for token_id in token_ids:
             self._pending.append(token_id)
@@ -73,7 +73,7 @@ class Detokenizer:
         return "".join(shown)
 
     def _flush(self) -> str:
-        """The text of what waits, an unfinished character as U+FFFD: the library's stream cannot show it."""
+        """The text of the pending ids, an unfinished character as U+FFFD: `DecodeStream` never yields it."""
         text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
         self._pending.clear()
         self._stream = DecodeStream(skip_special_tokens=True)
@@ -81,7 +81,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Holds back text that may become a stop string, and cuts at the first one that is complete."""
+    """Holds back text that may become a stop string, and cuts the text at the first complete one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
@@ -89,7 +89,7 @@ class StopStrings:
         self.is_hit = False
 
     def add(self, text: str, is_last: bool = False) -> str:
-        """What may be shown. After a hit nothing more is."""
+        """The text that is certain to precede any stop string; empty after a hit."""
         if self.is_hit:
             return ""
         self._held += text
@@ -104,6 +104,6 @@ class StopStrings:
         return shown
 
     def _overlap(self, stop: str) -> int:
-        """Longest end of the held text with which `stop` begins."""
+        """Length of the longest end of the held text with which `stop` begins."""
         longest = min(len(stop) - 1, len(self._held))
         return next((length for length in range(longest, 0, -1) if self._held.endswith(stop[:length])), 0)

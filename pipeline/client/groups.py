@@ -1,4 +1,4 @@
-"""Which groups of LLM ranks serve, and which of them know this client. Pure."""
+"""The groups of LLM ranks: which serve, and which know this client. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Groups:
     """A group is named by its lead, the rank of its rank 0 among all LLM ranks."""
 
     def __init__(self, epochs: Mapping[WorkerId, int]) -> None:
-        """`epochs`: those that the client is connected to."""
+        """`epochs` of the workers, as the client's sockets are connected."""
         self._epochs = epochs
         self.leads: tuple[int, ...] = ()  # empty until the client is connected
         self._welcomes: dict[int, Welcome] = {}  # the last of each lead
@@ -25,7 +25,7 @@ class Groups:
         self._states = {state.worker: state for state in states}
 
     def on_welcome(self, welcome: Welcome) -> None:
-        """From now on the group runs what this client submits."""
+        """From now on the group runs this client's requests."""
         self._welcomes[welcome.sender.rank] = welcome
 
     def forget_welcomes(self) -> None:
@@ -36,7 +36,7 @@ class Groups:
         return welcome is not None and welcome.epoch == self._epochs[WorkerId(Role.LLM, lead)]
 
     def _is_down(self, lead: int) -> bool:
-        """Whether the launcher says so. A group of which it has said nothing is up."""
+        """Whether the launcher says that a group is down. A group without a state counts as up."""
         state = self._states.get(WorkerId(Role.LLM, lead))
         return state is not None and not state.is_ready
 
@@ -44,7 +44,7 @@ class Groups:
     def known(self) -> dict[int, Welcome]:
         """The groups that serve and know this client, by lead.
 
-        Any other group would end a request of this client as that of a stranger.
+        Any other group would interrupt this client's requests.
         """
         return {lead: self._welcomes[lead] for lead in self._serving if self._has_welcomed(lead)}
 
@@ -58,10 +58,10 @@ class Groups:
         return [lead for lead in self.leads if not self._is_down(lead)]
 
     def is_in_long_step(self, lead: int | None) -> bool:
-        """Whether a group that may run a request is in a step so long that it answers nobody. `lead` is None
-        where any group may run it.
+        """Whether a group that may run a request is in a long step, and so answers no messages. `lead` is
+        None where any group may run the request.
 
-        The launcher watches the step.
+        The launcher watches for steps that never end.
         """
         leads = self.leads if lead is None else (lead,)
         states = [self._states.get(WorkerId(Role.LLM, each)) for each in leads]

@@ -17,36 +17,36 @@ from pipeline.wire.topology import Role
 
 @dataclass(slots=True, eq=False)
 class OpenChoice:
-    """What has come of one choice of a request."""
+    """The outputs so far of one choice of a request."""
 
     token_ids: list[int] = field(default_factory=list)
-    num_earlier_tokens: int = 0  # of them, in attempts before this
-    num_cached_tokens: int | None = None  # of the prompt, as the first attempt found them
+    num_earlier_tokens: int = 0  # of `token_ids`: from earlier attempts
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache by the first attempt
     is_over: bool = False  # its last output is here, or it was aborted
-    heard: float = -math.inf  # when it was last heard of
+    heard: float = -math.inf  # time of the last message about it
 
 
 @dataclass(slots=True, eq=False)
 class OpenRequest:
     """A request between its submission and the end of its last choice.
 
-    `events` has the last output of each choice, or ends with an error.
+    `events` ends with the last output of every choice, or with an error.
     """
 
     request: SubmitRequest
     frames: list[bytes | memoryview]
-    heard: float  # when its submission went out, or something about it came in
-    asked: float = -math.inf  # when it was last asked about
+    heard: float  # time of its submission, or of the last message about it
+    asked: float = -math.inf  # time of the last query
     num_prompt_tokens: int = 0
-    mm_hashes: tuple[bytes, ...] | None = None  # of the pictures, as first accepted
+    mm_hashes: tuple[bytes, ...] | None = None  # of its pictures, when an attempt was last accepted
     is_accepted: bool = False  # this attempt
-    is_asking: bool = False  # a query for missed tokens is under way
-    is_held: bool = False  # not submitted (again) yet
+    is_asking: bool = False  # a query is unanswered
+    is_held: bool = False  # waits to be submitted or resubmitted
     has_failed: bool = False
-    generation: int = 0  # of the weights that its tokens are of
-    # of workers in which it was executing, in a row, with no new token between
+    generation: int = 0  # of the weights that its tokens come from
+    # Deaths of workers that executed it, in a row, by role; a new token resets them.
     deaths: Counter[Role] = field(default_factory=Counter)
-    waits_since: float | None = None  # for a dead worker's successor
+    waits_since: float | None = None  # since when it waits for a worker to serve
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
     choices: list[OpenChoice] = field(init=False)
 
@@ -55,17 +55,17 @@ class OpenRequest:
 
     @property
     def is_over(self) -> bool:
-        """All its terminal messages are here, if not yet taken: nothing more is to happen to it."""
+        """All its terminal messages are here, even if not read from `events` yet."""
         return self.has_failed or all(choice.is_over for choice in self.choices)
 
     @property
     def has_tokens(self) -> bool:
-        """Any choice has tokens, of this attempt or of earlier ones."""
+        """Whether any choice has tokens, of this attempt or of earlier ones."""
         return any(choice.token_ids for choice in self.choices)
 
     @property
     def has_progress(self) -> bool:
-        """Any choice has new tokens in this attempt: attempts and deaths are the request's."""
+        """Whether any choice has new tokens in this attempt, as attempts and deaths count per request."""
         return any(len(choice.token_ids) > choice.num_earlier_tokens for choice in self.choices)
 
     def fail(self, error: ErrorInfo) -> None:
@@ -73,24 +73,24 @@ class OpenRequest:
         self.events.put_nowait(error)
 
     def progress(self) -> tuple[ChoiceProgress, ...]:
-        """What the next submission says of each choice; empty before the first token or end."""
+        """Each choice's progress for the next submission; empty before the first token or end."""
         if not any(choice.token_ids or choice.is_over for choice in self.choices):
             return ()
         return tuple(ChoiceProgress(pack_int32(choice.token_ids), choice.is_over) for choice in self.choices)
 
     def hear(self, now: float) -> None:
-        """A message about the whole request has arrived, or the silence of all its choices is explained."""
+        """Resets the silence of all choices: a message came, or the silence is explained."""
         self.heard = now
         for choice in self.choices:
             choice.heard = now
 
     @property
     def silent_since(self) -> float:
-        """When the open choice that has been silent longest was last heard of."""
+        """Time of the last message about the open choice that has been silent longest."""
         return min((choice.heard for choice in self.choices if not choice.is_over), default=self.heard)
 
     def begin_attempt(self, now: float) -> None:
-        """The attempt before is over. The next one continues each choice behind its tokens."""
+        """Begins the next attempt, which continues each choice behind its tokens."""
         self.request = msgspec.structs.replace(self.request, attempt=self.request.attempt + 1)
         for choice in self.choices:
             choice.num_earlier_tokens = len(choice.token_ids)
@@ -99,13 +99,13 @@ class OpenRequest:
             self.waits_since = now
 
     def take(self, output: RequestOutput) -> bool:
-        """Puts what is new into `events`. The answer to a query may repeat tokens that are here.
+        """Puts new tokens into `events`, without repeated ones, as the answer to a query may have.
 
-        Returns False, with nothing done, if tokens between are missing.
+        Returns False and does nothing if there is a gap before the output.
         """
         choice = self.choices[output.index]
         if choice.is_over:
-            self.is_asking = False  # it repeats the choice's end, or the choice was aborted
+            self.is_asking = False  # the output repeats the choice's end, or the choice was aborted
             return True
         num_received = len(choice.token_ids)
         if output.offset > num_received:
