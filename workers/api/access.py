@@ -1,4 +1,4 @@
-"""Who asks: keys, on whose behalf a request is, and with whom it shares cached prefixes."""
+"""Authentication by key, a request's tenant, and the cache salt that limits sharing of cached prefixes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Access:
         self._trusts_forwarded_for = config.trust_forwarded_for
 
     def admit(self, request: web.Request) -> None:
-        """Raises RequestError for a request without the key that its path takes."""
+        """Raises RequestError for a request without the key that its path needs."""
         if request.path.startswith(ADMIN_ROUTES):
             if not hmac.compare_digest(_given_key(request), self._admin_key.encode()):
                 raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
@@ -27,7 +27,7 @@ class Access:
             raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
 
     def tenant(self, request: web.Request) -> str:
-        """On whose behalf a request is: the name of its key, else the address that it comes from."""
+        """The request's tenant: the name of its key, else the address that it comes from."""
         key = self._key_of(request)
         if key is not None:
             return f"key:{key.name}"
@@ -35,9 +35,9 @@ class Access:
         return peer_tenant(request.remote, forwarded)
 
     def cache_salt(self, request: web.Request, salt: str) -> bytes:
-        """Who shares cached prefixes: requests with one key's name and one salt.
+        """Requests share cached prefixes if they have the same key name and the same salt.
 
-        The first key of the name goes in, too, so that nobody guesses it who knows the name.
+        The digest includes the first key of that name, so that it cannot be guessed from the name.
         """
         if not self._keys and not salt:
             return b""
@@ -47,13 +47,13 @@ class Access:
         return hashlib.sha256(owner + salt.encode("utf-8", "surrogatepass")).digest()
 
     def _key_of(self, request: web.Request) -> ApiKey | None:
-        """All keys are compared, whichever fits: the time it takes says nothing of them."""
+        """The given key's entry. All keys are compared, so that the time taken reveals nothing."""
         given = _given_key(request)
         fits = [hmac.compare_digest(given, key.key.encode()) for key in self._keys]
         return next((key for key, does_fit in zip(self._keys, fits, strict=True) if does_fit), None)
 
 
 def _given_key(request: web.Request) -> bytes:
-    """The key of `Authorization: Bearer KEY`, empty if there is none. The scheme has no case (RFC 9110)."""
+    """The key of `Authorization: Bearer KEY`, empty if missing. The scheme ignores case (RFC 9110)."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""

@@ -1,6 +1,4 @@
-"""What a request is answered, whichever endpoint it came to. Pure: pieces of text come in, and what they add
-to a choice goes out.
-"""
+"""A request's answer, independent of the endpoint. Pure: takes pieces of text, returns updates of choices."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ class ScoredToken(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """The token at one place of the output, and the likeliest ones there."""
+    """The chosen token at one place of the output, and the likeliest tokens there."""
 
     chosen: ScoredToken
     best: tuple[ScoredToken, ...]
 
 
 class Update(NamedTuple):
-    """What one piece adds to a choice."""
+    """The addition of one piece to a choice."""
 
     choice: int
     events: Sequence[ParserEvent]
@@ -46,7 +44,7 @@ class Usage(NamedTuple):
 
 @dataclass(slots=True)
 class ChoiceAnswer:
-    """One of the texts that were asked for, so far."""
+    """One choice's answer so far."""
 
     parser: Parser
     content: list[str] = field(default_factory=list)
@@ -83,7 +81,7 @@ class Answer:
         )
 
     def add(self, piece: Piece) -> Update:
-        """Counts a piece of a choice and reads its text, which is not kept: a stream may be long."""
+        """Counts a piece of a choice and parses its text, which is not kept, as a stream may be long."""
         choice = self.choices[piece.index]
         choice.last_piece = piece
         events = choice.parser.add(piece.text)
@@ -93,7 +91,7 @@ class Answer:
         return Update(piece.index, events, logprobs, piece.finish_reason)
 
     def keep(self, update: Update) -> None:
-        """For an answer that is told as a whole."""
+        """Keeps an update for `render`: only answers that are not streamed need it."""
         choice = self.choices[update.choice]
         choice.logprobs += update.logprobs
         for event in update.events:

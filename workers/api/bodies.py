@@ -1,4 +1,4 @@
-"""The bodies of requests: which are taken, how fast they must come, and what they cost."""
+"""Request bodies: which are accepted, how fast they must arrive, and how much memory they take."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pipeline.config import MIB
 from pipeline.wire.errors import RequestError
 from workers.api.budget import BudgetLease
 
-BASE_BYTES = 256 << 10  # of the budget, that each request takes: what comes in before it is looked at
-STEP_BYTES = 1 << 20  # by which a body of unknown length takes more
-EXPECTATION = web.RequestKey("expectation", str)  # the `Expect` header, which aiohttp is not shown
+BASE_BYTES = 256 << 10  # that each request takes from the budget: bytes buffered before it is handled
+STEP_BYTES = 1 << 20  # by which the lease of a body of unknown length grows
+EXPECTATION = web.RequestKey("expectation", str)  # the `Expect` header, which is hidden from aiohttp
 CONTINUE_WORD = "100-continue"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BodyPace:
-    """How fast a body must come in: after `grace_s` seconds, at `bytes_per_s` on the average."""
+    """The least speed of a body: `bytes_per_s` on average, plus `grace_s` seconds."""
 
     grace_s: float = 30.0
     bytes_per_s: float = 16 << 10
 
 
 def refuse_body(request: web.Request, max_mib: int) -> None:
-    """Raises RequestError for a body that is refused by its head.
+    """Raises RequestError for a body that can be refused by its head.
 
-    415: it is not sent as it is. A compressed MiB may be a GiB, and inflating takes the event loop's time:
-    nothing is inflated here, refused bodies included. (`auto_decompress` is off in `HttpRunner`.)
+    415: the body is encoded. A compressed MiB may be a GiB, and inflating takes the event loop's time:
+    nothing is inflated here, not even refused bodies. (`auto_decompress` is off in `HttpRunner`.)
     """
     for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         for value in request.headers.getall(header, []):
@@ -52,7 +52,7 @@ def too_large(max_mib: int) -> RequestError:
 async def read_body(request: web.Request, lease: BudgetLease, pace: BodyPace, max_mib: int) -> bytearray:
     """The whole body. Its bytes are taken from the budget before they are read.
 
-    Raises RequestError: 400 for a broken body, 408 for one that comes too slowly, 413, 503.
+    Raises RequestError: 400 for a broken body, 408 for a slow one, 413 for a large one, 503 without memory.
     """
     await lease.grow(request.content_length or 0)
     await _say_continue(request)
@@ -75,12 +75,12 @@ async def read_body(request: web.Request, lease: BudgetLease, pace: BodyPace, ma
         if num_bytes > lease.num_bytes:
             began = asyncio.get_running_loop().time()
             await lease.grow(num_bytes + STEP_BYTES)
-            started += asyncio.get_running_loop().time() - began  # we did not read
+            started += asyncio.get_running_loop().time() - began  # nothing was read while waiting for memory
         body += chunk
 
 
 async def _say_continue(request: web.Request) -> None:
-    """Asks for the body, where the client waits to be asked."""
+    """Sends 100 Continue to a client that waits for it before it sends the body."""
     if EXPECTATION in request and request.version >= HttpVersion11 and not request.content.is_eof():
         await request.writer.write(CONTINUE)
         request.writer.output_size = 0  # the answer has not begun

@@ -1,8 +1,8 @@
-"""How much memory all requests of the endpoint may hold together, and who may have how much of it.
+"""The memory budget of all the endpoint's requests, and each client's share of it.
 
-A request takes its part before memory grows. What is not there is waited for, in turn, for a moment; then the
-request is refused. One client never has all of it: who holds at most `SHARE` times what is free leaves room
-for those who hold little, however many ask for much (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic
+A request takes its part before it allocates. If the budget lacks room, the request waits in turn for
+`PATIENCE_S`, then it is refused. One client never takes all: each may hold at most `SHARE` times the free
+memory, so that clients with little always find room (dynamic thresholds: Choudhury and Hahne 1998, "Dynamic
 Queue Length Thresholds for Shared-Memory Packet Switches").
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from pipeline.config import MIB, ApiConfig
 from pipeline.wire.errors import RequestError
 
-PATIENCE_S = 2.0  # of who waits for memory
-SHARE = 3.0  # alone a client has three quarters
-LEAST_BODIES, MOST_BODIES = 4, 16  # of the largest size, that there is room for by default
-MACHINE_SHARE = 16  # of the machine's memory, one part in so many
+PATIENCE_S = 2.0  # that a request waits for memory
+SHARE = 3.0  # a client alone can have three quarters of the budget
+LEAST_BODIES, MOST_BODIES = 4, 16  # bodies of the largest size that fit the default budget
+MACHINE_SHARE = 16  # the default is one part in so many of the machine's memory
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +69,7 @@ class Budget:
         self._grant()
 
     def _grant(self) -> None:
-        """To each owner in the order in which it has asked."""
+        """Grants waiting requests their memory, each owner's in the order of its requests."""
         blocked: set[str] = set()
         for waiting in list(self._waiting):
             owner = waiting.lease.owner
@@ -84,7 +84,7 @@ class Budget:
 
 
 class BudgetLease:
-    """What one request has taken. Given back when it is closed and its media are gone."""
+    """The memory that one request has taken. Given back when the lease is closed and its media are freed."""
 
     def __init__(self, budget: Budget, owner: str) -> None:
         self._budget, self.owner = budget, owner
@@ -93,15 +93,15 @@ class BudgetLease:
         self._is_closed = False
 
     async def grow(self, num_bytes: int) -> None:
-        """To so many bytes at least. Raises RequestError (503) if there is no room."""
+        """Grows to at least `num_bytes`. Raises RequestError (503) if there is no room."""
         if (more := num_bytes - self.num_bytes) > 0:
             await self._budget.take(self, more)
 
     def keep(self, views: Sequence[memoryview]) -> None:
-        """Is not given back before these are gone: a socket may have them when the request has ended."""
+        """Delays giving back until these views are freed: a socket may hold them after the request's end."""
         loop = asyncio.get_running_loop()
 
-        def on_gone() -> None:  # perhaps in a thread of ZeroMQ's
+        def on_gone() -> None:  # may run in a thread of ZeroMQ
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._drop_view)
 
@@ -124,7 +124,7 @@ class BudgetLease:
 
 
 def memory_mib(config: ApiConfig) -> int:
-    """For bodies: as the option says, or what this machine affords."""
+    """The budget for bodies in MiB: the option's value, or a share of the machine's memory."""
     if config.api_memory_mib is not None:
         return config.api_memory_mib
     affordable = machine_memory() // MACHINE_SHARE // MIB
@@ -136,7 +136,7 @@ def machine_memory(
     own: Path = Path("/proc/self/cgroup"),
     root: Path = Path("/sys/fs/cgroup"),
 ) -> int:
-    """Bytes that the machine has, or the container, whichever is less."""
+    """Bytes of memory of the machine or of the container, whichever is less."""
     lines = meminfo.read_text().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     limits = [total]

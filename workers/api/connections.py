@@ -1,7 +1,7 @@
-"""One connection to the endpoint: what aiohttp's protocol leaves open, closed.
+"""One connection to the endpoint, with the limits that aiohttp's protocol lacks.
 
-How long a client may take for a head, for nothing at all, and to read what it is sent; what is answered to
-bytes that are no HTTP. (The time of a body is `read_body`'s.)
+Limits how long a client may take to send a head, stay idle, and read its answer; answers bytes that are no
+HTTP. (`read_body` limits the time of a body.)
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipeline.wire.errors import ErrorInfo
 from workers.api.errors import LAST_WORDS_S, error_response, raw_error_response
 
 logger = logging.getLogger(__name__)
-MAX_LINE_BYTES = 32 << 10  # of the request's line and of each header: cookies and tokens of proxies are long
+MAX_LINE_BYTES = 32 << 10  # of the request line and of each header: proxies' cookies and tokens are long
 MAX_HEAD_BYTES = 128 << 10
-REFUSED_HEAD_S = 1.0  # to read what follows bytes that are no HTTP
+REFUSED_HEAD_S = 1.0  # to discard what follows bytes that are no HTTP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,29 +33,29 @@ class Patience:
 
     head_s: float = 10.0  # from a head's first byte, or the connection's beginning, to the head's end
     idle_s: float = 75.0  # between two requests
-    reading_s: float = 60.0  # without taking anything of what is sent to it
-    closing_s: float = 5.0  # to take the last of it
+    reading_s: float = 60.0  # without reading anything while its answer is blocked
+    closing_s: float = 5.0  # to read the rest of its answer when the connection closes
 
 
 class HttpConnection(web.RequestHandler):
-    """`make_room` says whether there is room for one more."""
+    """`make_room` returns whether there is room for one more connection."""
 
     def __init__(
         self, server: web.Server, make_room: Callable[[], bool], patience: Patience, **options: Any
     ) -> None:
         super().__init__(server, **options)
         self._make_room, self._patience = make_room, patience
-        self._tcp: asyncio.Transport | None = None  # also when `transport` is gone already
+        self._tcp: asyncio.Transport | None = None  # kept after aiohttp has dropped its `transport`
         self._body: StreamReader = EMPTY_PAYLOAD  # of the newest request
-        self._head_since: float | None = None  # when the head that is coming in began
+        self._head_since: float | None = None  # when the incoming head began
         self._num_head_bytes = 0
         self._heard = 0.0
-        self._blocked_since: float | None = None  # the client takes nothing
+        self._blocked_since: float | None = None  # since when the client reads nothing
         self._closing_since: float | None = None
-        self._is_broken = False  # what still comes is thrown away
+        self._is_broken = False  # further bytes are discarded
         self._has_left = asyncio.Event()  # the client sends no more
 
-    # What comes in.
+    # From the client.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._tcp = cast(asyncio.Transport, transport)
@@ -84,14 +84,14 @@ class HttpConnection(web.RequestHandler):
                 self._refuse_head(ErrorInfo(431, f"the head is longer than {MAX_HEAD_BYTES >> 10} KiB"))
 
     def _on_head(self) -> None:
-        """The parser has handed out a request, or an error."""
+        """The parser has produced a request or an error."""
         self._head_since, self._num_head_bytes = None, 0
         message, body = self._messages[-1]
         if isinstance(message, RawRequestMessage):
             self._body = body
             return
         self._is_broken = True
-        # It is told by the request whose body this was to be.
+        # An error within a body is reported by the request that reads this body.
         if not self._body.is_eof() and self._waiter is None:
             self._messages.pop()
             self._body.set_exception(web.RequestPayloadError("broken"))
@@ -106,7 +106,7 @@ class HttpConnection(web.RequestHandler):
         self._tcp = None
         super().connection_lost(exc)
 
-    # What goes out.
+    # To the client.
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -123,7 +123,7 @@ class HttpConnection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what aiohttp's parser refuses, a client's mistake, and to a mistake of ours."""
+        """The answer to bytes that aiohttp's parser refuses, or (500) to an error in the server."""
         if status == 500:
             logger.error("a request failed", exc_info=exc)
         else:
@@ -150,7 +150,8 @@ class HttpConnection(web.RequestHandler):
         return finished
 
     async def _linger(self) -> None:
-        """Closing while bytes still come would take the answer away from the client."""
+        """Waits for the client to stop sending: closing earlier would reset the connection, and lose the
+        answer."""
         if self._tcp is not None and not self._tcp.is_closing():
             self._tcp.write_eof()
             with contextlib.suppress(TimeoutError):
@@ -165,16 +166,16 @@ class HttpConnection(web.RequestHandler):
         else:
             self.force_close()
 
-    # How long it takes.
+    # Time limits.
 
     @property
     def is_idle(self) -> bool:
-        """No request is under way."""
+        """No request is being handled."""
         return self._waiter is not None and not self._waiter.done()
 
     @property
     def idle_since(self) -> float:
-        """By which a connection is chosen to be closed; an endless head counts from its beginning."""
+        """When the connection fell idle, to choose one to close; with an unfinished head, when that began."""
         return self._heard if self._head_since is None else self._head_since
 
     def watch(self, now: float) -> None:
@@ -200,7 +201,7 @@ class HttpConnection(web.RequestHandler):
                     self.force_close()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109
-        """Handlers that do not end in time may tell it to their clients before the transport is closed."""
+        """Cancels handlers that do not end in time; they may answer before the transport is closed."""
         if (task := self._task_handler) is not None:
             await asyncio.wait([task], timeout=timeout)
             task.cancel()
@@ -209,7 +210,7 @@ class HttpConnection(web.RequestHandler):
 
 
 def explain(status: int, error: BaseException | None) -> ErrorInfo:
-    """Without the client's own bytes, which aiohttp's message would show."""
+    """The error, without the client's own bytes, which aiohttp's message would show."""
     match error:
         case LineTooLong():
             return ErrorInfo(431, f"a line of the head is longer than {MAX_LINE_BYTES >> 10} KiB")

@@ -1,4 +1,4 @@
-"""Errors: as an answer, inside a stream that has begun, and before there is a request."""
+"""Error responses: to a request, inside a stream that has begun, and on a connection without a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.wire.errors import ErrorInfo
 
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = "2"
-LAST_WORDS_S = 1.0  # for the last event of a stream, whose reader may not read
+LAST_WORDS_S = 1.0  # to write a stream's last event, as the client may not read
 
 
 def error_body(error: ErrorInfo) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def error_headers(status: int) -> dict[str, str]:
 
 
 def error_response(error: ErrorInfo, body: dict[str, Any] | None = None) -> web.Response:
-    """`body` says it in the words of a route that has its own."""
+    """`body` replaces OpenAI's error object on a route with its own."""
     return web.json_response(
         body or error_body(error), status=error.status, headers=error_headers(error.status)
     )
 
 
 def raw_error_response(error: ErrorInfo) -> bytes:
-    """A whole answer, for a connection on which no request has been read."""
+    """The bytes of a whole response, for a connection on which no request has been read."""
     body = msgspec.json.encode(error_body(error))
     headers = {
         "Content-Type": "application/json; charset=utf-8",
@@ -57,7 +57,7 @@ def raw_error_response(error: ErrorInfo) -> bytes:
 
 
 async def end_stream(response: web.StreamResponse, last_words: bytes) -> None:
-    """Tells an error in a stream whose head has gone out, and ends the stream and its connection."""
+    """Writes an error into a stream whose head was sent, and ends the stream and its connection."""
     response.force_close()
     with contextlib.suppress(ConnectionError, TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):

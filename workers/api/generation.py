@@ -1,4 +1,4 @@
-"""A submission under way: a request of the pipeline, whose choices run side by side."""
+"""A running submission: one request to the pipeline, whose choices run concurrently."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from workers.api.answer import Answer, Update
 from workers.api.parsers.registry import parser_of
 from workers.api.submission import Submission
 
-MAX_UNREAD_PIECES = 8192  # of one HTTP request, whose client reads more slowly than they come
+MAX_UNREAD_PIECES = 8192  # of one HTTP request whose client reads too slowly
 
 
 async def read_ahead(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-    """The pieces as they come, however slowly they are taken. Leaving early ends the request.
+    """Reads pieces as they come into a queue, and yields them. Leaving early ends the request.
 
-    Raises RequestError when too many have come that were not taken.
+    Raises RequestError when the queue exceeds `MAX_UNREAD_PIECES`.
     """
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
 
@@ -46,9 +46,7 @@ async def read_ahead(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piec
 
 
 class Generation:
-    """The HTTP endpoints and the offline batches have it in common. Either of the two methods is called,
-    once.
-    """
+    """Used by HTTP endpoints and offline batches. Call either `updates` or `whole`, once."""
 
     def __init__(
         self,
@@ -64,7 +62,7 @@ class Generation:
         self.answer = Answer(submission.sampling.n, parser, client.token_text)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """What comes, as it comes. Leaving early aborts. Raises RequestError."""
+        """Updates as they come. Leaving early aborts the request. Raises RequestError."""
         submission = self._submission
         pieces = self._client.generate(
             submission.prompt,
@@ -80,7 +78,7 @@ class Generation:
                 yield self.answer.add(piece)
 
     async def whole(self) -> Answer:
-        """Raises RequestError."""
+        """The whole answer. Raises RequestError."""
         async with aclosing(self.updates()) as updates:
             async for update in updates:
                 self.answer.keep(update)

@@ -1,4 +1,4 @@
-"""The JSON of a request's body as a struct."""
+"""Decodes a request's JSON body into a struct."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import msgspec
 
 from pipeline.wire.errors import RequestError
 
-# Signs that stand between values. More are refused before anything is made of them, which would stop the
-# event loop. A text that has so many is longer than any context; pictures in base64 have none.
+# Signs between values. A body with more is refused before decoding, which would block the event loop. A text
+# with so many is longer than any context; pictures in base64 have none.
 MAX_SIGNS = {b"{": 1 << 17, b"[": 1 << 17, b",": 1 << 18}
-# Numbers with an exponent: the decoder takes up to 15 us for one, and holds the event loop meanwhile.
+# Numbers with an exponent: the decoder takes up to 15 us for each, and blocks the event loop meanwhile.
 MAX_EXPONENTS = 1 << 12
-MAX_QUOTES = 1 << 21  # the decoder comes no further: there is a limited sign behind every two strings
+MAX_QUOTES = 1 << 21  # a valid body has fewer: there is one of `MAX_SIGNS` to every two strings
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 def decode_json(body: bytes | bytearray, kind: type[Body]) -> Body:
-    """Raises RequestError, naming the field, for a body that is none of this kind."""
+    """Raises RequestError, naming the field, for a body that does not fit `kind`."""
     for sign, limit in MAX_SIGNS.items():
         if (count := body.count(sign)) > limit:
             raise RequestError(f"the body has {count} times {sign.decode()!r}, the limit is {limit}")
@@ -33,7 +33,8 @@ def decode_json(body: bytes | bytearray, kind: type[Body]) -> Body:
         except msgspec.ValidationError:
             raise
         except (msgspec.DecodeError, UnicodeDecodeError):
-            # Python clients write NaN, Infinity and lone surrogates; so read, checks can name their field.
+            # Python clients write NaN, Infinity and lone surrogates. Python's decoder accepts them, so that
+            # checks can name their field.
             request = msgspec.convert(json.loads(body), kind)
             _refuse_lone_surrogates(request)
             return request
@@ -48,14 +49,14 @@ def decode_json(body: bytes | bytearray, kind: type[Body]) -> Body:
 
 
 def _num_exponents(body: bytes | bytearray) -> int:
-    """Letters `e` outside of strings: of exponents, and of `true` and `false`."""
+    """The number of letters `e` outside of strings: in exponents, and in `true` and `false`."""
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     outside = b"".join(plain.split(b'"', MAX_QUOTES)[::2])
     return outside.count(b"e") + outside.count(b"E")
 
 
 def _refuse_lone_surrogates(request: msgspec.Struct) -> None:
-    """Half a character, of a text that was cut in the middle: no encoder takes it."""
+    """Raises RequestError for half a character of a text that was cut: no encoder accepts it."""
     fields: dict[str, object] = {}
     for name in request.__struct_fields__:
         value = getattr(request, name)

@@ -1,7 +1,6 @@
-"""What the workers count, as Prometheus reads it.
+"""The workers' metrics in the format of Prometheus.
 
-The only metrics named here are those that every worker has. All others are declared by the workers, with
-their kind.
+Only the metrics common to all workers are named here. The workers declare all others, with their kind.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ OF_ALL = (
     Metric("open_requests", "gauge", "Requests that the worker has not finished"),
 )
 UNDECLARED = "Told by the worker"
-# The library puts `_total` behind the name of a counter. Ours keep their names, so they are untyped there.
+# The library appends `_total` to a counter's name. These counters keep their names, so they are untyped.
 TYPES: Mapping[Kind, str] = {"counter": "unknown", "gauge": "gauge"}
 
 
 class WorkerCollector(Collector):
-    """One family a metric, with the samples of each worker. A worker that was replaced counts from zero."""
+    """One family a metric, with a sample of each worker. A replaced worker counts from zero."""
 
     def __init__(self, workers: Callable[[], Iterable[WorkerState]]) -> None:
         self._workers = workers
@@ -63,7 +62,7 @@ def _family(metric: Metric) -> Family:
 
 
 def _buckets(histogram: Metric) -> list[tuple[str, float]]:
-    """Prometheus' buckets hold all values up to their bound."""
+    """Prometheus' buckets, which are cumulative: each counts all values up to its bound."""
     bounds = (*(f"{bound:g}" for bound in histogram.bounds), "+Inf")
     return list(zip(bounds, accumulate(histogram.counts), strict=True))
 

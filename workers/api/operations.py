@@ -1,4 +1,4 @@
-"""The routes of whoever runs the server: whether it serves, what it counts, and its reload."""
+"""The operator's routes: health, metrics and reload."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.errors import RETRY_AFTER_S, error_response
 from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
 
-OPEN_ROUTES = ("/health", "/ready")  # without a key
-UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # answered at once, however full the memory is
+OPEN_ROUTES = ("/health", "/ready")  # need no key
+UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # take nothing from the memory budget
 ADMIN_ROUTES = "/admin/"
 ADMIN_ANSWER_S = 5.0
 
@@ -46,9 +46,9 @@ class Operations:
         return web.Response()
 
     async def _ready(self, request: web.Request) -> web.StreamResponse:
-        """Which workers serve; 503 while one of them does not.
+        """The state of each worker; 503 while one does not serve.
 
-        Requests that come meanwhile are taken in and wait.
+        Requests are accepted meanwhile, and wait.
         """
         workers = {
             str(state.worker): "ready" if state.is_ready else "starting" for state in self._client.workers
@@ -63,7 +63,7 @@ class Operations:
         return web.Response(body=exposition(self._collector), headers={"Content-Type": CONTENT_TYPE})
 
     async def _reload(self, request: web.Request) -> web.StreamResponse:
-        """202 when it has begun, 409 with the reason when the launcher refuses."""
+        """202 when the reload has begun, 409 with the reason when the launcher refuses it."""
         number = self._client.reload.number
         self._request_reload()
         end = time.monotonic() + ADMIN_ANSWER_S

@@ -1,9 +1,9 @@
-"""Content parts of a chat as clients write them, and as the pipeline has them.
+"""Converts a chat's content parts from the clients' forms to the pipeline's.
 
 OpenAI's clients, vLLM's and Qwen's own tools put the same settings beside a URL or inside its object, and
-Qwen's have part types of their own: docs/parts.md lists what is served. A key that would change the answer
-and is not served is refused by name. Numbers are only checked for what the wire can carry: what they may be
-depends on the model, and on the media, so preprocess judges it.
+Qwen's tools have their own part types: docs/parts.md lists what is served. An unserved key that would change
+the answer is refused by name. Numbers are only checked for the range of the wire: their limits depend on the
+model and on the media, so preprocess checks those.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pipeline.wire.prompts import ImagePart, Part, TextPart, VideoPart
 
 Fields = Mapping[str, Any]
 MAX_NUMBER = 2.0**63  # what a wire integer holds
-LOW_DETAIL_PIXELS = 512 * 512  # `detail: "low"`: the size in which OpenAI's models see it
+LOW_DETAIL_PIXELS = 512 * 512  # the size at which OpenAI's models see a picture with `detail: "low"`
 FULL_DETAILS = ("auto", "high", "original")
-# Where the URL stands, by the part's type.
+# The keys that may hold the URL, by the part's type.
 IMAGE_SOURCES = {"image_url": ("image_url",), "image": ("image", "image_url", "url")}
 VIDEO_SOURCES = {"video_url": ("video_url",), "video": ("video", "video_url", "url")}
 TYPES = ("text", *IMAGE_SOURCES, *VIDEO_SOURCES)
@@ -42,8 +42,8 @@ VIDEO_SETTINGS = {
     "video_start": "real",  # seconds
     "video_end": "real",
 }
-SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # with one of them, `detail` says nothing more
-# Keys that say nothing about the answer, whatever their value is.
+SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # these override `detail`
+# Keys that never change the answer: they are ignored.
 LABELS = {
     *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "id", "index", "name"),
     *(
@@ -60,7 +60,7 @@ LABELS = {
 
 
 def check_counts(contents: Sequence[object]) -> None:
-    """Of messages and of all their parts, before anything walks over them. Raises RequestError."""
+    """Checks the number of messages and of all parts, before they are converted. Raises RequestError."""
     if (count := len(contents)) > MAX_MESSAGES:
         raise RequestError(f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages")
     if (count := sum(len(content) for content in contents if isinstance(content, list))) > MAX_PARTS:
@@ -79,7 +79,7 @@ def to_part(given: Fields, field: str) -> Part:
 
 def _type_of(given: Fields, field: str) -> str:
     kind = given.get("type")
-    if kind is None:  # vLLM's short form: the name of the only source tells the type
+    if kind is None:  # vLLM's short form: the only source key is the type
         named = [name for name in TYPES if not _is_empty(given.get(name))]
         if len(named) != 1:
             raise RequestError(f"a part has a type: {', '.join(TYPES)}", field=f"{field}.type")
@@ -130,7 +130,7 @@ def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
 
 
 class _Keys:
-    """The keys of a part and of the object in which its URL stands. What nobody takes is refused."""
+    """The keys of a part and of its URL's object. `refuse_others` refuses the keys that were not taken."""
 
     def __init__(self, given: Fields, field: str, sources: tuple[str, ...]) -> None:
         self._places = {field: given}
@@ -146,7 +146,7 @@ class _Keys:
             self.source = self.source.get("url") or ""
 
     def settings(self, kinds: Mapping[str, str]) -> dict[str, Any]:
-        """The settings that are given, in either place."""
+        """The settings given in the part or in its URL's object."""
         found = {name: self._take(name, partial(_number, kind)) for name, kind in kinds.items()}
         found = {name: value for name, value in found.items() if value is not None}
         if self._take("detail", _detail) == "low" and not found.keys() & SIZES:
@@ -161,7 +161,7 @@ class _Keys:
             _refuse_unserved(given, self._taken[place], place)
 
     def _take(self, name: str, read: Callable[[object, str], Any]) -> Any:
-        """The value of a key, None where it is given nowhere. Raises RequestError for two that differ."""
+        """The value of a key; None if it is missing. Raises RequestError for two different values."""
         values = []
         for place, given in self._places.items():
             self._taken[place].add(name)
@@ -183,7 +183,7 @@ def _refuse_unserved(given: Fields, served: Container[str], field: str) -> None:
 
 
 def _is_empty(value: object) -> bool:
-    """Clients that serialise all their fields send null, or empty brackets, for those that are not set."""
+    """Whether a field is unset: clients that serialise all their fields send null or empty brackets then."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
@@ -191,7 +191,7 @@ def _number(kind: str, value: object, field: str) -> int | float:
     name = field.rpartition(".")[2]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, got {shown(value)}", field=field)
-    if not -MAX_NUMBER < value < MAX_NUMBER:  # not a number is out of every range
+    if not -MAX_NUMBER < value < MAX_NUMBER:  # NaN is out of every range
         raise RequestError(f"{name} must be a number that 64 bits hold, got {shown(value)}", field=field)
     if kind == "real":
         return float(value)

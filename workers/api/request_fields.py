@@ -1,4 +1,4 @@
-"""Fields that requests to several endpoints have beside their prompt and their sampling."""
+"""Request fields of several endpoints, apart from prompt and sampling."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RequestFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int | None = None  # lower goes first
-    cache_salt: str | None = None  # only requests with the same one share cached prefixes
-    # These say nothing about the answer.
+    cache_salt: str | None = None  # only requests with the same salt share cached prefixes
+    # These do not change the answer, and are ignored.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -31,7 +31,7 @@ class RequestFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def check_request(fields: RequestFields, model_name: str) -> None:
-    """Raises RequestError for a field out of range, and for another model than is served."""
+    """Raises RequestError for a field out of range, or for a model other than the served one."""
     if fields.priority is not None and not -(2**31) <= fields.priority < 2**31:
         raise RequestError(f"priority must fit 32 bits, got {shown(fields.priority)}", field="priority")
     if fields.stream_options is not None and not fields.stream:

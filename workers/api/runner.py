@@ -1,4 +1,4 @@
-"""Makes the endpoint's connections, not too many of them, and looks at all of them now and then."""
+"""Makes the endpoint's connections, up to a limit, and checks all of them for slow clients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from workers.api.bodies import EXPECTATION
 from workers.api.connections import MAX_LINE_BYTES, HttpConnection, Patience
 
-READ_BUFFER_BYTES = 64 << 10  # of a body that nobody has read yet; the transport pauses at twice that
-REFUSED_BODY_S = 5.0  # to read its rest: a client that is cut off while it sends does not read the answer
+READ_BUFFER_BYTES = 64 << 10  # of unread body; the transport pauses at twice that
+REFUSED_BODY_S = 5.0  # to read the rest: a client that is cut off while it sends does not read the answer
 MAX_CONNECTIONS = 8192
-OTHER_FILES = 128  # descriptors for all else that this process opens
+OTHER_FILES = 128  # descriptors left for other files of this process
 WATCH_INTERVAL_S = 0.5
-NEVER_S = 7 * 24 * 3600.0  # aiohttp's own patience would end a head that is just coming in
+NEVER_S = 7 * 24 * 3600.0  # aiohttp's own keep-alive timeout would end a head that is just coming in
 
 
 def max_connections() -> int:
@@ -38,7 +38,7 @@ class HttpServer(web.Server):
         return HttpConnection(self, self.make_room, self._patience, loop=self._loop, **self._kwargs)
 
     def make_room(self) -> bool:
-        """For one more; where all places are taken, the connection that has been idle longest is closed."""
+        """Whether one more connection fits. At the limit, closes the connection that is idle longest."""
         if len(self._connections) < self._most:
             return True
         idle = [connection for connection in self._ours() if connection.is_idle]
@@ -56,7 +56,7 @@ class HttpServer(web.Server):
 
 
 class HttpRunner(web.AppRunner):
-    """An `AppRunner` for strangers' requests."""
+    """An `AppRunner` with limits against slow or too many clients."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class HttpRunner(web.AppRunner):
 
 
 def _without_expectation(make_request: Any) -> Any:
-    """aiohttp answers `Expect` before anybody has looked at the request; here `read_body` answers it."""
+    """Hides the `Expect` header from aiohttp, which would answer it before any check; `read_body` does."""
 
     def make(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
         expectation = message.headers.get("Expect")

@@ -1,7 +1,7 @@
-"""Fields of a request that say how tokens are chosen, and what they become.
+"""The sampling fields of a request, and their conversion to `SamplingParams`.
 
-They follow from `SamplingParams`: a parameter that is added there is a field of every endpoint. How many
-tokens, and which log-probabilities, endpoints call by names of their own.
+They are derived from `SamplingParams`: a parameter added there is a field of every endpoint. Only for the
+number of tokens and for log-probabilities endpoints have names of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs")
 
 
 class _WrittenFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
-    """Parameters that clients write in another way than the wire does."""
+    """Parameters whose type in JSON differs from the wire's."""
 
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
@@ -27,7 +27,7 @@ class _WrittenFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
 
 
 def _taken_over() -> list[tuple[str, Any, None]]:
-    """All other parameters have the name and the type that they have on the wire."""
+    """All other parameters, with their name and type on the wire."""
     known = (*_WrittenFields.__struct_fields__, *NAMED_BY_ENDPOINTS)
     fields = msgspec.structs.fields(SamplingParams)
     return [(field.name, field.type | None, None) for field in fields if field.name not in known]
@@ -48,9 +48,9 @@ def to_sampling(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> SamplingParams:
-    """The request's sampling; what it leaves open is the model's own default.
+    """The request's sampling, with the model's own defaults for missing fields.
 
-    Raises RequestError out of range.
+    Raises RequestError for a value out of range.
     """
     names = set(SamplingParams.__struct_fields__) & set(request.__struct_fields__)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
@@ -67,7 +67,7 @@ def to_sampling(
 
 
 def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
-    if len(given) > MAX_LOGIT_BIASES:  # which are not all read first
+    if len(given) > MAX_LOGIT_BIASES:  # before all are converted
         raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries", field="logit_bias")
     try:
         return {int(token): bias for token, bias in given.items()}
@@ -78,6 +78,6 @@ def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
 
 
 def check_max_tokens(limit: int | None, field: str) -> None:
-    """Raises RequestError, naming the field, out of range."""
+    """Raises RequestError, naming the field, for a limit out of range."""
     if limit is not None and not 1 <= limit < 2**31:
         raise RequestError(f"{field} must be at least 1 and fit 32 bits, got {shown(limit)}", field=field)

@@ -1,7 +1,6 @@
-"""The HTTP server: from a request to its route's answer, or to an error.
+"""The HTTP server: turns a request into its route's answer, or into an error.
 
-One client of the pipeline among others: it uses the client library as a script does. It knows no route by
-name.
+It is an ordinary client of the pipeline, through the client library. It knows no route by name.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from workers.api.operations import UNCOUNTED_ROUTES, Operations
 from workers.api.submission import Submission
 
 logger = logging.getLogger(__name__)
-# Proxies hold a stream back unless they are told not to: nginx by X-Accel-Buffering.
+# Proxies buffer a stream by default; X-Accel-Buffering turns that off in nginx.
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer to a request, once its head is made
+BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response to a request, once its head is prepared
 LEASE = web.RequestKey("lease", BudgetLease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -67,18 +66,18 @@ class ApiServer:
         self._operations = Operations(client, lambda: self.is_ready, request_reload)
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self.is_ready = False
-        self._is_settled = asyncio.Event()  # ready, or never to be
-        self.is_retiring = False  # connections end with the next answer on them
-        self.num_handled = 0  # requests under way
-        self.num_waiting = 0  # of them, for the pipeline to be ready
-        self.handled_at = 0.0  # when the last one was
+        self._is_settled = asyncio.Event()  # the pipeline is ready, or never will be
+        self.is_retiring = False  # each connection ends with its next answer
+        self.num_handled = 0  # requests being handled
+        self.num_waiting = 0  # of them: waiting for the pipeline to be ready
+        self.handled_at = 0.0  # when the last request ended
 
     def set_ready(self) -> None:
         self.is_ready = True
         self._is_settled.set()
 
     def give_up(self) -> None:
-        """The pipeline has ended before it was ready: who waits is told."""
+        """The pipeline has ended before it was ready: waiting requests fail."""
         self._is_settled.set()
 
     def application(self) -> web.Application:
@@ -106,10 +105,10 @@ class ApiServer:
             self.handled_at = time.monotonic()
 
     async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Notes that an answer has begun, and says in its head if the connection ends with it.
+        """Notes that an answer has begun. Closes the connection after it when the worker retires, or when a
+        refused body has an unread rest, which would be parsed as the next request.
 
-        A client that was not told may send its next request on the connection. What is left of a body that
-        was refused would be taken for the next request.
+        The head says so, or the client might send its next request on the connection.
         """
         request[BEGUN] = response
         if self.is_retiring or not request.content.is_eof():
@@ -117,16 +116,17 @@ class ApiServer:
             response.headers["Connection"] = "close"  # the head is made before this hook
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keys, and the route's error object for whatever goes wrong: in the stream, if it has begun."""
+        """Checks head and key, calls the handler, and turns errors into the route's error object: in the
+        stream, if it has begun."""
         try:
-            # What is refused by its head alone, before anything is read of its body.
+            # Requests that are refused by their head alone come first: nothing of their body is read.
             refuse_body(request, self._config.max_request_mib)
             self._access.admit(request)
             if request.path not in UNCOUNTED_ROUTES:
                 await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
         except asyncio.CancelledError:
-            # The client has gone, or the server ends: then its readers are told.
+            # The client has gone, or the server ends. In the second case a stream ends with an error.
             if request.get(BEGUN) is not None:
                 await self._fail(request, ErrorInfo(503, "the server is shutting down"))
             raise
@@ -188,7 +188,7 @@ class ApiServer:
         return web.json_response(endpoint.render(await generation.whole()))
 
     async def _decode(self, request: web.Request, endpoint: Endpoint) -> Submission:
-        """What outlives this call has the media once: the body, and what was decoded from it, are gone."""
+        """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
         lease = request[LEASE]
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
         submission = endpoint.decode(body)
@@ -199,8 +199,7 @@ class ApiServer:
         self, request: web.Request, endpoint: Endpoint, generation: Generation
     ) -> web.StreamResponse:
         async with aclosing(generation.updates()) as updates:
-            # The status goes out with the first token or the failure: a broken picture is a 4xx, also when
-            # streaming.
+            # The status is sent with the first token, so that a broken picture is a 4xx also when streaming.
             first = await anext(updates)
             response = web.StreamResponse(headers=STREAM_HEADERS)
             await response.prepare(request)

@@ -1,4 +1,4 @@
-"""What a request asks of the pipeline, whichever endpoint it came to."""
+"""A request to the pipeline, independent of the endpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.wire.sampling import SamplingParams
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     request_id: str
-    prompt: Prompt  # names the media by their number
+    prompt: Prompt  # names the media by their index
     sampling: SamplingParams
     media: Sequence[memoryview] = ()
-    priority: int = 0  # a lower one goes first
+    priority: int = 0  # lower goes first
     cache_salt: str = ""  # as the client gave it
     is_streamed: bool = False
 
@@ -28,9 +28,10 @@ class Conversation(NamedTuple):
 
 
 def without_data_urls(messages: Sequence[ChatMessage]) -> Conversation:
-    """The same, its media decoded: once, however many choices there are, and the body may go.
+    """The messages, with the data of their `data:` URLs moved to `media`: once for all choices, and so that
+    the body can be freed.
 
-    Raises RequestError for a `data:` URL that is none.
+    Raises RequestError for an invalid `data:` URL.
     """
     frames: list[bytes | memoryview] = []
     moved = move_data_urls(messages, frames)

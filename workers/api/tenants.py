@@ -1,18 +1,18 @@
-"""On whose behalf an HTTP request is: the name by which the pipeline shares turns and credits out. Pure."""
+"""The tenant of an HTTP request: the name by which the pipeline shares turns and credits out. Pure."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
 
-IPV6_NETWORK_BITS = 64  # of an address: the rest is anybody's choice who has the network
+IPV6_NETWORK_BITS = 64  # of an address: the owner of the network chooses the rest freely
 
 
 def peer_tenant(remote: str | None, forwarded_for: Sequence[str] = ()) -> str:
-    """Who has no key: the other end of its connection, or the last address in the headers of a trusted proxy.
+    """The tenant of a client without a key: its peer address, or the last address in the `X-Forwarded-For`
+    headers of a trusted proxy.
 
-    What stands before the last one is the client's own word. Who has an IPv6 network has 2^64 addresses, and
-    is one tenant.
+    Earlier addresses there may be forged by the client. An IPv6 /64 network counts as one tenant.
     """
     given = forwarded_for[-1].rpartition(",")[2] if forwarded_for else ""
     for text in (given, remote or ""):

@@ -31,15 +31,15 @@ from workers.model_info import model_info_of
 
 logger = logging.getLogger(__name__)
 BASE_MIB = 1024  # for connections, answers and tokenizer
-COPIES_OF_BODIES = 2  # the allocator does not reuse at once what was given back
-COPIES_OF_A_BODY = 4  # while one is decoded
-START_TIMEOUT_S = 24 * 3600.0  # the launcher is the one who gives up
-LAST_WORDS_S = 2.0  # for the answers of requests that a failure has ended
-HANDLERS_END_S = 0.5  # for what is left then: bodies that still come in
+COPIES_OF_BODIES = 2  # the allocator does not reuse freed memory at once
+COPIES_OF_A_BODY = 4  # while it is decoded
+START_TIMEOUT_S = 24 * 3600.0  # so long that the launcher gives up first
+LAST_WORDS_S = 2.0  # to answer the requests that a failure has ended
+HANDLERS_END_S = 0.5  # for the handlers left then, which still read bodies
 STATS_INTERVAL_S = 0.5
 WAITING_INTERVAL_S = 1.0
 RETIRING_INTERVAL_S = 0.2
-IDLE_CONNECTIONS_S = 3.0  # of who retires: a client may be about to send on one
+IDLE_CONNECTIONS_S = 3.0  # kept open while retiring: a client may be about to send a request
 COUNTED = {
     "stale_outputs": "Outputs of earlier attempts, dropped",
     "gaps": "Gaps in a request's outputs, asked for again",
@@ -60,12 +60,12 @@ async def _run(context: WorkerContext) -> None:
 
 
 def allowed_mib(config: ApiConfig) -> int:
-    """Memory that the work of this process may take."""
+    """MiB of memory that this process may use."""
     return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
 
 
 class _Process:
-    """The endpoint from its start to its end. What ends it is raised in one of its tasks."""
+    """The endpoint from its start to its end. It ends with an exception in one of its tasks."""
 
     def __init__(self, context: WorkerContext, info: ModelInfo) -> None:
         self._context = context
@@ -87,7 +87,7 @@ class _Process:
 
     async def run(self, control: AsyncReceiver[ControlMessage]) -> None:
         await self._runner.setup()
-        # The launcher listens, too: what comes while nobody accepts waits for our successor.
+        # The launcher has the listening sockets, too: connections wait for a successor if this process dies.
         self._sites = [
             web.SockSite(self._runner, socket.socket(fileno=descriptor)) for descriptor in self._context.fds
         ]
@@ -119,8 +119,8 @@ class _Process:
             self._tasks.create_task(self._report(DRAIN_STATS_INTERVAL_S))
 
     async def _retire(self) -> None:
-        """Our successor accepts already: finishes what is open, serves what comes on open connections for the
-        last time, and ends."""
+        """The successor accepts connections already. Finishes open requests, answers one last request on each
+        open connection, and ends."""
         server = self._server
         for site in self._sites:
             await site.stop()
@@ -139,7 +139,7 @@ class _Process:
             if not self._client.failure:
                 raise
             self._server.give_up()
-            return  # the launcher ends everything, and `_follow` hears it too
+            return  # the launcher ends the pipeline, and `_follow` receives that, too
         finally:
             waiting.cancel()
         self._server.set_ready()
@@ -154,14 +154,14 @@ class _Process:
 
 
 async def tell_what_is_waited_for(context: WorkerContext) -> None:
-    """The LLM may wait for a ViT that builds an engine: no wait of ours is too long."""
+    """Reports progress while the LLM starts, so that the launcher sees no hang: a ViT may build an engine."""
     while True:
         context.progress(WAITING + "the LLM", 0, 1)
         await asyncio.sleep(WAITING_INTERVAL_S)
 
 
 async def _say_last_words(client: PipelineClient, server: ApiServer) -> None:
-    """Waits until the handlers of open requests have told their clients, for a moment at most."""
+    """Waits up to `LAST_WORDS_S` until the handlers of open requests have answered their clients."""
     end = time.monotonic() + LAST_WORDS_S
     while (client.num_open or server.num_waiting) and time.monotonic() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)

@@ -1,7 +1,7 @@
-"""The contract of a route, which is one file: what it understands, and how it answers.
+"""The contract of a route: how it decodes a request and renders the answer. Each route is one file.
 
-Most routes ask the model, and are an `Endpoint`. The server reads the body, submits what `decode` has made of
-it, and sends what `render` or `stream` make of the answer. It knows no route by name.
+Routes that ask the model are an `Endpoint`. The server reads the body, submits the result of `decode`, and
+sends the result of `render` or `stream`. It knows no route by name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Json = dict[str, Any]
 
 
 class ServedModel(NamedTuple):
-    name: str  # by which clients know it
+    name: str  # for clients
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
 
 
 class Route(ABC):
-    """One request to a path. Errors are OpenAI's objects where the route has none of its own."""
+    """One request to a path. Errors are OpenAI's objects unless the route overrides them."""
 
     path: ClassVar[str]
 
@@ -40,7 +40,7 @@ class Route(ABC):
 
     @classmethod
     def last_words(cls, error: ErrorInfo) -> bytes:
-        """The end of a stream that has begun."""
+        """The last events of a stream that fails after it has begun."""
         return event(cls.error_body(error)) + DONE
 
 
@@ -49,23 +49,23 @@ class Endpoint(Route):
 
     @abstractmethod
     def decode(self, body: bytes | bytearray) -> Submission:
-        """Raises RequestError for what is not served.
+        """The body's submission. Raises RequestError for a request that is not served.
 
-        Of the body nothing is kept here: it may be large, and the answer long.
+        Must keep no reference to the body: it may be large, and the answer take long.
         """
 
     @abstractmethod
     def render(self, answer: Answer) -> Json:
-        """The whole answer, all of whose updates were kept."""
+        """The JSON of a whole answer, whose updates were all kept."""
 
     @abstractmethod
     def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
-        """The events of a stream, and the mark of its end. `answer` knows what `updates` have added so far,
-        but not their texts."""
+        """The events of a stream, and the mark of its end. `answer` counts the `updates` so far, but does not
+        have their texts."""
 
 
 class Inquiry(Route):
-    """A route that tells something of the server, once it serves: GET."""
+    """A route for information on the server, once it serves: GET."""
 
     @abstractmethod
     def render(self) -> Json: ...

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions.
 
-Fields that would change the answer and are not served are refused by name, never ignored.
+Unserved fields that would change the answer are refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from workers.api.submission import Submission, without_data_urls
 class RequestMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
     content: str | list[dict[str, Any]] | None = None  # its parts: see parts.py
-    name: str | None = None  # a label for people: no chat template of the family shows it
-    # What OpenAI's client sends back of an earlier answer; only empty values are taken.
+    name: str | None = None  # ignored: no chat template of the family uses it
+    # OpenAI's client sends these back from an earlier answer; only empty values are accepted.
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: Any = None
@@ -45,7 +45,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    # Known to OpenAI's or vLLM's API and not served: only the value that changes nothing is taken.
+    # Known to OpenAI's or vLLM's API and not served: only values that change nothing are accepted.
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -68,7 +68,7 @@ NEUTRAL_IN_MESSAGE = ("refusal", "annotations", "audio", "function_call", "tool_
 
 
 def decode_request(body: bytes | bytearray) -> ChatCompletionRequest:
-    """Raises RequestError, naming the field, for a body that is no such request."""
+    """Raises RequestError, naming the field, for a body that is no chat completion request."""
     request = decode_json(body, ChatCompletionRequest)
     check_counts([message.content for message in request.messages])
     return request
@@ -88,8 +88,7 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
 
 
 def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
-    """The pipeline's messages; `developer`, OpenAI's newer name for the system role, becomes what models
-    know."""
+    """The pipeline's messages. OpenAI's newer role name `developer` becomes `system`, which models know."""
     return [
         ChatMessage(
             "system" if message.role == "developer" else message.role, _to_content(message.content, index)
@@ -105,7 +104,7 @@ def _to_content(content: str | list[dict[str, Any]] | None, index: int) -> str |
 
 
 def to_chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
-    """Raises RequestError out of range."""
+    """Raises RequestError for a value out of range."""
     check_max_tokens(request.max_tokens, "max_tokens")
     check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
     if request.top_logprobs and not request.logprobs:
@@ -163,7 +162,7 @@ class ChatCompletions(Endpoint):
         return {**self._head("chat.completion"), "choices": choices, "usage": usage_object(answer.usage)}
 
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
-        """Of each choice the role, the text as it comes and the finish reason; then the usage if wanted."""
+        """Each choice's role, its text as it comes and its finish reason; then the usage if requested."""
         for index in range(len(answer.choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for update in updates:
@@ -181,7 +180,7 @@ class ChatCompletions(Endpoint):
             deltas = [{"content": ""}]
         for delta in deltas:
             yield self._chunk(update.choice, delta, logprobs=logprobs)
-            logprobs = ()  # they come with the first
+            logprobs = ()  # only the first delta carries them
         if update.finish_reason is not None:
             yield self._chunk(update.choice, {}, update.finish_reason)
 

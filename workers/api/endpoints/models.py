@@ -1,4 +1,4 @@
-"""GET /v1/models. Scripts ask for it to learn that the server has started."""
+"""GET /v1/models. Scripts poll it to learn that the server has started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects that several of OpenAI's endpoints have in their answers."""
+"""Response objects that several of OpenAI's endpoints share."""
 
 from __future__ import annotations
 

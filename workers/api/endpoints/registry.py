@@ -1,4 +1,4 @@
-"""Finds the routes: each module of this package may name some in `ROUTES`."""
+"""Finds the routes: modules of this package list theirs in `ROUTES`."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def routes() -> tuple[type[Endpoint] | type[Inquiry], ...]:
 
 
 def endpoints() -> dict[str, type[Endpoint]]:
-    """By path: the routes that ask the model."""
+    """The routes that ask the model, by path."""
     return {route.path: route for route in routes() if issubclass(route, Endpoint)}
