@@ -1,7 +1,7 @@
-"""What messages of several edges have in common.
+"""Structs that the messages of several edges share.
 
-MessagePack maps with a `type` field; unknown fields are refused. No frame holds a tensor: it holds a
-`TensorHandle`. A message of a worker names its sender and the sender's epoch.
+Messages are MessagePack maps with a `type` field; unknown fields are refused. They hold no tensors, only
+`TensorHandle`s. A worker's message names its sender and the sender's epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class WorkerMessage(Message, frozen=True, kw_only=True):
 
 
 class Origin(TypedDict):
-    """The fields of a worker that every message of it repeats."""
+    """The fields that a worker puts into each of its messages."""
 
     sender: WorkerId
     epoch: int

@@ -30,8 +30,8 @@ class Hello(Message, frozen=True, kw_only=True):
 class ChoiceProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the client of an interrupted request has of one of its choices."""
 
-    output_token_ids: bytes = b""  # of all attempts so far: the text goes on behind them
-    is_over: bool = False  # its terminal message was there: it is not run again
+    output_token_ids: bytes = b""  # of all attempts so far: the next attempt continues behind them
+    is_over: bool = False  # its terminal message has arrived: it is not run again
 
 
 class SubmitRequest(Message, frozen=True, kw_only=True):
@@ -42,12 +42,12 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     attempt: int
     prompt: Prompt
     sampling: SamplingParams
-    choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index; empty: nothing has come yet
+    choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index; empty: no outputs yet
     priority: int = 0  # lower goes first
-    cache_salt: bytes = b""  # only requests with the same one share cached prefixes
+    cache_salt: bytes = b""  # only requests with the same salt share cached prefixes
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
-    leads: tuple[int, ...] = ()  # of the groups that know the client: one of them is to run it; empty: of all
-    tenant: str = ""  # on whose behalf: see docs/fairness.md; empty: the client's own
+    leads: tuple[int, ...] = ()  # of the groups that know the client and so may run it; empty: all groups
+    tenant: str = ""  # see docs/fairness.md; empty: the client is the tenant
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class AbortRequest(Message, frozen=True, kw_only=True):
     client_id: bytes
     request_id: RequestId
     attempt: int
-    index: int | None = None  # of the one choice that is to end; None: all
+    index: int | None = None  # of the choice to abort; None: all choices
     lead: int | None = None  # of the group that has accepted it
 
 
@@ -126,7 +126,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     offset: int  # tokens before these: a gap shows
     new_token_ids: bytes
     finish_reason: FinishReason | None
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of them, where they are wanted
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each new token, if requested
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     index: int = 0  # of the choice
 

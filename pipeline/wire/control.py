@@ -11,16 +11,16 @@ from pipeline.wire.topology import Role, WorkerId
 
 class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: WorkerId
-    epoch: int  # its incarnation: an earlier one is dead, reaped, and will never say anything again
+    epoch: int  # its incarnation: earlier ones are dead and reaped, and send no more messages
     is_ready: bool
     credits: int = 0
-    # digests of the requests that were executing in the incarnation before when it died, and had yielded no
-    # token there
+    # Digests of the requests that the incarnation before executed when it died, and that had yielded no token
+    # there.
     executed: tuple[bytes, ...] = ()
     num_open_requests: int = 0
     # the latest of its stats, with the details of its READY
     counters: dict[str, int] = msgspec.field(default_factory=dict)
-    silent_s: float = 0.0  # since it last told: some seconds are one long piece of work
+    silent_s: float = 0.0  # since its last stats: after some seconds it is in one long piece of work
     metrics: tuple[Metric, ...] = ()  # what `counters` are, and histograms
 
 
@@ -28,7 +28,7 @@ class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: int = 0  # reloads asked for so far
     is_running: bool = False
     refusal: str = ""  # why the last one was refused
-    # of the weights, from 0: what has tokens of an earlier one is not submitted again
+    # Of the weights, from 0: requests with tokens of an earlier generation are not resubmitted.
     generation: int = 0
 
 
@@ -39,12 +39,12 @@ class PipelineState(Message, frozen=True, kw_only=True):
     workers: tuple[WorkerState, ...]
     leads: tuple[int, ...] = (0,)  # the LLM ranks that lead a group: clients listen to each
     is_draining: bool = False  # nothing new is accepted, and what is open is finished
-    # incarnations whose successors serve already: they accept nothing new, finish what is open, and end
+    # Incarnations whose successors serve already: they accept no requests, finish the open ones, and end.
     retiring: tuple[tuple[WorkerId, int], ...] = ()
     end: str | None = None  # the pipeline ends now: empty at an orderly end, else which worker died of what
     reload: ReloadState = ReloadState()
-    # by role, digests of the requests that were executing in such workers when they died, with no new token
-    # since: there each of them runs alone
+    # By role: digests of the requests that workers of this role executed when they died, with no new token
+    # since. In that role each of these requests runs alone.
     quarantined: dict[Role, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
 
 

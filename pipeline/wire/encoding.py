@@ -18,8 +18,8 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     mm_hash: bytes
     grid_thw: GridTHW
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
-    will_follow: bool = False  # the pixels: they are being decoded, and nobody need ask for them
-    tenant: str = ""  # whose turn it takes
+    will_follow: bool = False  # the pixels are being decoded, and need not be requested
+    tenant: str = ""  # whose turn the chunk takes
 
 
 class CancelEncode(WorkerMessage, frozen=True, kw_only=True):
@@ -39,7 +39,7 @@ class LeaseSet(WorkerMessage, frozen=True, kw_only=True):
     heals."""
 
     lease_ids: tuple[int, ...]
-    last_lease_id: int  # the latest that has arrived: younger ones may still be under way
+    last_lease_id: int  # the latest lease that has arrived: later ones may still be under way
 
 
 class LeaseRequest(WorkerMessage, frozen=True, kw_only=True):
@@ -82,7 +82,7 @@ class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
     client_id: bytes  # whose attempt ended: another client's use of the id ends nothing
     request_id: str
     attempt: int
-    is_interrupted: bool = False  # it may come again, and then goes on, be the server full
+    is_interrupted: bool = False  # if resubmitted, it is admitted even if the server is full
 
 
 # feedback: vits and llm rank 0 → preprocess

@@ -6,7 +6,7 @@ import reprlib
 
 import msgspec
 
-MAX_MESSAGE = 300  # characters of an error that a client is told
+MAX_MESSAGE = 300  # characters of an error message to a client
 MAX_FIELD = 200
 MAX_SHOWN = 120  # characters of a value in an error's text
 _REPR = reprlib.Repr()
@@ -14,7 +14,7 @@ _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring, _REPR.maxlong = 2
 
 
 def shown(value: object) -> str:
-    """A value from outside for an error's text: short, however long, deep or odd it is."""
+    """A short form of any value from outside, however long, deep or odd, for an error's text."""
     try:
         return _REPR.repr(value)[:MAX_SHOWN]
     except Exception:  # noqa: BLE001  more digits than Python prints, a nesting deeper than its stack
@@ -31,9 +31,10 @@ class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RequestError(Exception):
-    """Ends one request. `message` reaches the client: it has no words of a decoder or of the system.
+    """Ends one request. `message` reaches the client: it never quotes a decoder's or the system's error.
 
-    Both texts may echo what a client sent. They are cut, and without lone surrogates, which no encoder takes.
+    `message` and `field` may echo the client's input. They are cut, and lone surrogates, which no encoder
+    accepts, are replaced.
     """
 
     def __init__(self, message: str, *, field: str = "", status: int = 400) -> None:
@@ -52,4 +53,4 @@ def _printable(text: str, limit: int) -> str:
 
 
 class PipelineError(Exception):
-    """Something that must not happen did: the worker stops, and with it the pipeline."""
+    """A broken invariant or failed start: stops the worker, and with it the pipeline."""

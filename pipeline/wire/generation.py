@@ -60,13 +60,13 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     arrival: int
     prompt_token_ids: bytes
     positions: bytes  # int32 [3, prompt]: time, height and width of each token
-    position_delta: int  # what a token after the prompt adds to its index
+    position_delta: int  # added to the index of a token after the prompt
     items: tuple[MmItem, ...]
     sampling: SamplingParams
     choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index
     priority: int = 0
     cache_salt: bytes = b""
-    tenant: str = ""  # whose turn it takes; empty: the client's own
+    tenant: str = ""  # whose turn the request takes; empty: the client is the tenant
 
 
 class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):

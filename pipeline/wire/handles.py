@@ -1,6 +1,6 @@
-"""What names a tensor in the memory of another process.
+"""Handles to tensors in the memory of another process.
 
-The memory itself is the business of `pipeline/transport`.
+`pipeline/transport` manages the memory itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PoolInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_slots: int
     pid: int
     table_fd: int  # memory file of the generation table: int64 [max_slots]
-    pattern: bytes  # found behind the last of the nbytes
+    pattern: bytes  # stands in memory directly behind the `nbytes`
     memory_fd: int = -1  # host
     ipc_handle: bytes = b""  # cuda_ipc: 64 bytes
     device_uuid: str = ""  # cuda_ipc: ordinals differ between processes

@@ -1,4 +1,4 @@
-"""How `/metrics` shows what a worker counts."""
+"""The declaration of a worker's metrics, for `/metrics`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Metric(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     name: str
     kind: Kind
     text: str  # for people: what is counted
-    # Of a histogram: the largest value of each bucket but the last, which has the rest; how many values each
-    # bucket has; the sum of all.
+    # Of a histogram: each bucket's largest value, except for the last bucket, which has no bound; the number
+    # of values in each bucket; the sum of all values.
     bounds: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
     total: float = 0.0

@@ -1,6 +1,6 @@
-"""What a model is asked: a chat, a text, or tokens.
+"""Prompts: a chat, a text, or tokens.
 
-Media bytes ride as further frames of the message that holds the prompt.
+Media bytes are further frames of the message that holds the prompt.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=
     url: str = ""
     frame: int = -1
     is_base64: bool = False
-    # the client's name for the content: what is cached under it is taken, and need not be sent again
+    # The client's name for the content: content cached under it need not be sent again.
     uuid: str = ""
-    min_pixels: int | None = None  # it is resized to an area in these limits, and the server's
+    min_pixels: int | None = None  # the picture is resized to an area within these and the server's limits
     max_pixels: int | None = None
-    resized_height: int | None = None  # instead: to this size, rounded to what the model takes
+    resized_height: int | None = None  # instead: resized to this size, rounded to the model's patches
     resized_width: int | None = None
 
 

@@ -104,12 +104,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def with_seed(sampling: SamplingParams, request_id: str, index: int) -> SamplingParams:
-    """The sampling of the choice `index` of a request, with the seed that it draws by.
+    """The sampling of the choice `index` of a request, with the choice's seed.
 
-    An explicit seed is that of choice 0, and the following choices have the seeds that follow. Without one a
-    choice's seed is a digest of the request's id and the index: BLAKE2b of 8 bytes over the id in UTF-8 and
-    the index as 4 bytes, little endian, without the highest bit. So the next attempt continues the same
-    random stream, and no client needs to draw a seed.
+    Choice i of a request with an explicit seed has seed + i. Without a seed, the choice's seed is a digest of
+    the request's id and the index: BLAKE2b of 8 bytes over the id in UTF-8 and the index as 4 bytes, little
+    endian, without the highest bit. So the next attempt continues the same random stream, and no client needs
+    to draw a seed.
     """
     if sampling.seed is None:
         data = request_id.encode() + index.to_bytes(4, "little")

@@ -31,10 +31,10 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     token_ids: bytes  # int32: prompt, and output so far
     # int32 [3, num_prompt_tokens]: rows time, height, width; empty: each token's index
     positions: bytes = b""
-    position_delta: int = 0  # what a token behind the prompt adds to its index
+    position_delta: int = 0  # added to the index of a token behind the prompt
     num_computed_tokens: int = 0  # already in the KV cache
     block_table: bytes = b""  # int32, so far
-    is_masked: bool = False  # its tokens are chosen when `TokenMasks` has said which ones may come
+    is_masked: bool = False  # its tokens are chosen when `TokenMasks` has arrived
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -42,8 +42,8 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
     slot: int
     num_tokens: int = 1
-    is_sampled: bool = True  # the step yields what comes behind its last token
-    new_blocks: bytes = b""  # int32: go behind its block table
+    is_sampled: bool = True  # the step yields the token behind its last one
+    new_blocks: bytes = b""  # int32: appended to its block table
     embeddings: tuple[EmbeddingSlice, ...] = ()  # of this part
 
 
@@ -53,7 +53,7 @@ class StepPlan(WorkerMessage, frozen=True, kw_only=True):
     step: int
     started: tuple[SequenceStart, ...]
     sequences: tuple[SequenceStep, ...]
-    is_wide: bool = False  # on all cores: nobody else computes
+    is_wide: bool = False  # on all cores: no other worker computes
 
 
 class TokenMasks(WorkerMessage, frozen=True, kw_only=True):
@@ -61,8 +61,8 @@ class TokenMasks(WorkerMessage, frozen=True, kw_only=True):
     behind it."""
 
     step: int
-    # Of each sequence that is masked and sampled, in the plan's order: a bit for each token of the
-    # vocabulary, the lowest bit of a byte first; empty: any token may come.
+    # For each masked and sampled sequence, in the plan's order: a bit for each token of the vocabulary, the
+    # lowest bit of a byte first; empty: all tokens are allowed.
     masks: tuple[bytes, ...]
 
 

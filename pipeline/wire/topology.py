@@ -1,4 +1,4 @@
-"""The processes and the edges between them: this table and nothing else.
+"""The table of the processes and of all edges between them.
 
 A bound address carries the epoch of the process that binds it, so that a message queued for a dead process
 can never reach its successor. The launcher's own edges have no epoch: the run directory belongs to one
@@ -45,7 +45,7 @@ class Edge:
     pattern: Pattern
     binder: Role
     peers: tuple[Role, ...]
-    # one address for each rank of the binder; of the LLM for each rank that leads a group
+    # One address for each rank of the binder; for the LLM, only for ranks that lead a group.
     per_rank: bool = False
 
 
@@ -65,18 +65,18 @@ STATUS = Edge(
     "status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM)
 )
 EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS)
-# what clients use; the gateway binds these for clients on other machines
+# The edges that clients use; the gateway binds them for clients on other machines.
 DIRECT_EDGES = (CONTROL, INGEST, OUTPUTS)
 
 
 def socket_name(edge: Edge, rank: int, epoch: int) -> str:
-    """The file of an edge that a worker of this epoch binds."""
+    """The socket file of an edge, bound by a worker of this epoch."""
     name = f"{edge.name}.{rank}" if edge.per_rank else edge.name
     return name if edge.binder is Role.LAUNCHER else f"{name}.{epoch}"
 
 
 def address(run_dir: Path, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
-    """Where `edge` is bound now, given each worker's epoch.
+    """The address of `edge`, given each worker's current epoch.
 
     Raises ValueError when the path is too long for a socket.
     """
