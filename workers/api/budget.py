@@ -21,7 +21,7 @@ from pipeline.wire.errors import RequestError
 
 PATIENCE_S = 2.0  # that a request waits for memory
 SHARE = 3.0  # a client alone can have three quarters of the budget
-LEAST_BODIES, MOST_BODIES = 4, 16  # bodies of the largest size that fit the default budget
+MIN_BODIES, MAX_BODIES = 4, 16  # bodies of the largest size that fit the default budget
 MACHINE_SHARE = 16  # the default is one part in so many of the machine's memory
 
 
@@ -128,7 +128,7 @@ def memory_mib(config: ApiConfig) -> int:
     if config.api_memory_mib is not None:
         return config.api_memory_mib
     affordable = machine_memory() // MACHINE_SHARE // MIB
-    return max(LEAST_BODIES * config.max_request_mib, min(MOST_BODIES * config.max_request_mib, affordable))
+    return max(MIN_BODIES * config.max_request_mib, min(MAX_BODIES * config.max_request_mib, affordable))
 
 
 def machine_memory(

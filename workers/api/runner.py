@@ -21,7 +21,7 @@ WATCH_INTERVAL_S = 0.5
 NEVER_S = 7 * 24 * 3600.0  # aiohttp's own keep-alive timeout would end a head that is just coming in
 
 
-def max_connections() -> int:
+def connections_allowed() -> int:
     """As many as the limit of open files leaves room for."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(MAX_CONNECTIONS, most - OTHER_FILES if most >= 2 * OTHER_FILES else most // 2)
@@ -62,19 +62,19 @@ class HttpRunner(web.AppRunner):
         self,
         application: web.Application,
         patience: Patience | None = None,
-        most_connections: int | None = None,
+        max_connections: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(application, **options)
         self._patience = patience or Patience()
-        self._most_connections = max_connections() if most_connections is None else most_connections
+        self._max_connections = connections_allowed() if max_connections is None else max_connections
         self._watching: asyncio.Task[None] | None = None
 
     async def _make_server(self) -> HttpServer:
         made = await super()._make_server()
         server = HttpServer(
             self._patience,
-            self._most_connections,
+            self._max_connections,
             handler=made.request_handler,
             request_factory=_without_expectation(made.request_factory),
             handler_cancellation=True,

@@ -33,7 +33,7 @@ class SymmetricMemory:
         handle = symm_mem.rendezvous(self._buffer, world)
         self._group = world.group_name
         self._has_multicast = handle.multicast_ptr != 0  # the switch adds
-        self._most_one_shot = ONE_SHOT_BYTES // dtype.itemsize
+        self._max_one_shot = ONE_SHOT_BYTES // dtype.itemsize
 
     def can_reduce(self, x: Tensor) -> bool:
         return x.dtype == self._buffer.dtype and x.numel() <= self._buffer.numel()
@@ -44,7 +44,7 @@ class SymmetricMemory:
         ops = torch.ops.symm_mem
         if self._has_multicast:
             ops.multimem_all_reduce_(part, "sum", self._group)
-        elif x.numel() <= self._most_one_shot:
+        elif x.numel() <= self._max_one_shot:
             return ops.one_shot_all_reduce(part, "sum", self._group)  # type: ignore[no-any-return]
         else:
             ops.two_shot_all_reduce_(part, "sum", self._group)

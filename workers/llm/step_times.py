@@ -18,7 +18,7 @@ LARGEST_SMOOTHING = 0.5  # weight of a decode step after many mixed ones
 # A single step may have been interrupted: it counts as at most so many times slower than expected.
 LARGEST_JUMP = 2.0
 FIXED_COST_SLACK = 1.1  # prompt tokens that raise the cost of a mixed step no further are included
-MOST_TO_WAIT = 31  # decode steps between two mixed steps
+MAX_STEPS_TO_WAIT = 31  # decode steps between two mixed steps
 MIXED_STEPS_IN_A_ROW = 24  # then a step without prefill, to measure decodes alone again
 
 
@@ -85,7 +85,7 @@ class StepTimes:
             # stretch stays within it.
             allowed = FIXED_COST_SLACK * cheapest
             self._num_to_wait = min(
-                math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MOST_TO_WAIT
+                math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MAX_STEPS_TO_WAIT
             )
         low, high = 1, 1 + max(1, sum(num_offered for num_offered, _ in prefills))
         while high - low > 1:

@@ -9,11 +9,11 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.workers.api.serving import FakeClient, Pieces, endpoint, get, piece, post, serving
-from workers.api.runner import MAX_CONNECTIONS, max_connections
+from workers.api.runner import MAX_CONNECTIONS, connections_allowed
 
 
 async def test_a_connection_that_is_idle_gives_its_place_to_a_new_one() -> None:
-    async with serving(endpoint(), most_connections=3) as site, AsyncExitStack() as stack:
+    async with serving(endpoint(), max_connections=3) as site, AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(site.connect()) for _ in range(3)]
         for wire in slow:
             await wire.send(b"GET /v1")
@@ -30,7 +30,7 @@ async def test_where_all_connections_are_busy_a_new_one_is_told_so() -> None:
         yield piece("")
 
     client = FakeClient(answer)
-    async with serving(endpoint(client), most_connections=2) as site, AsyncExitStack() as stack:
+    async with serving(endpoint(client), max_connections=2) as site, AsyncExitStack() as stack:
         for _ in range(2):
             await (await stack.enter_async_context(site.connect())).send(post())
         while client.num_asked < 2:
@@ -44,4 +44,4 @@ async def test_where_all_connections_are_busy_a_new_one_is_told_so() -> None:
 def test_connections_leave_descriptors_for_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     for most, connections_ in ((64, 32), (256, 128), (1024, 896), (1 << 20, MAX_CONNECTIONS)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, most=most: (most, most))
-        assert max_connections() == connections_
+        assert connections_allowed() == connections_
