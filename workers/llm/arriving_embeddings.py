@@ -43,7 +43,7 @@ class ArrivingEmbeddings:
     def _is_early(self, message: EmbeddingReady | EncodeFailed, now: float) -> bool:
         """Whether the message's attempt is not here yet; the message is kept then."""
         request_id, attempt = message.key.request_id, message.key.attempt
-        known = self._requests.open.get(request_id) or self._clients.ended(request_id)
+        known = self._requests.known(request_id)
         if known is not None and known.attempt >= attempt:
             return False
         self._leases.keep_early(message, now)

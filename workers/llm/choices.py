@@ -20,7 +20,6 @@ class Choices:
     num_prompt_tokens: int
     mm_hashes: tuple[bytes, ...]
     all: list[Request]  # by index; without choices that were over before this attempt
-    _is_prompt_computed: bool = False
 
     @classmethod
     def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Choices:
@@ -75,7 +74,6 @@ class Choices:
         They get the kept embeddings. Returns these leases, which `first` no longer holds, each with the
         number of other choices that hold it now.
         """
-        self._is_prompt_computed = True
         others = [request for request in self.open if request is not first]
         for request in others:
             request.waits_for_prompt, request.are_others_ahead = False, True
@@ -92,7 +90,7 @@ class Choices:
     def hand_on(self, ended: Request) -> None:
         """A choice has ended. If it was to compute the prompt, the next choice takes over with its chunks."""
         heir = self.leader
-        if self._is_prompt_computed or heir is None or heir.index < ended.index:
+        if heir is None or not heir.waits_for_prompt:
             return
         heir.waits_for_prompt = False
         heir.chunks, ended.chunks = ended.chunks, []

@@ -207,10 +207,10 @@ class Intake:
 
     def _on_abort(self, message: AbortRequest, now: float) -> None:
         request_id = message.request_id
-        choices, ended = self._requests.open.get(request_id), self._clients.ended(request_id)
-        known = choices or ended
+        known = self._requests.known(request_id)
         if known is not None and known.client_id != message.client_id:
             return
+        choices = self._requests.open.get(request_id)
         if message.index is not None:
             self._on_abort_of_choice(message, message.index, now)
         elif choices is not None and choices.attempt <= message.attempt:
@@ -237,10 +237,10 @@ class Intake:
     def _on_refused(self, message: RequestRefused, now: float) -> None:
         """Ends a request that preprocess refused, before it ran or while it runs."""
         request_id = message.request_id
-        choices, ended = self._requests.open.get(request_id), self._clients.ended(request_id)
-        known = choices or ended
+        known = self._requests.known(request_id)
         if known is not None and known.client_id != message.client_id:
             return
+        choices = self._requests.open.get(request_id)
         if choices is not None and choices.attempt <= message.attempt:
             self._requests.fail(choices, message.error, now)
         else:

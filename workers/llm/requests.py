@@ -44,6 +44,10 @@ class Requests:
         for request in choices.all:
             self._scheduler.add(request)
 
+    def known(self, request_id: str) -> Choices | Ended | None:
+        """The open request of this id, else what is remembered of an ended one."""
+        return self.open.get(request_id) or self._clients.ended(request_id)
+
     # While requests run.
 
     def on_admitted(self, admitted: Admitted) -> None:
@@ -108,24 +112,22 @@ class Requests:
 
     def abort_choice(self, request: Request, now: float) -> None:
         """The client aborts one choice."""
-        self._abort(request)
+        self._scheduler.remove(request)
+        request.finish_reason = FinishReason.ABORT
         self._clients.tell_outputs(request.client_id, [output_of(request, len(request.output_token_ids))])
         self._close_if_over(self._end_choice(request), now)
 
     def abort(self, choices: Choices, now: float) -> None:
         """Aborts all open choices of a request, and tells its client."""
         for request in choices.open:
-            self._abort(request)
-        self._close(choices, None, now)
-        ends = [output_of(request, len(request.output_token_ids)) for request in choices.all]
-        self._clients.tell_outputs(choices.client_id, ends)
-
-    def _abort(self, request: Request) -> None:
-        self._scheduler.remove(request)
-        request.finish_reason = FinishReason.ABORT
+            request.finish_reason = FinishReason.ABORT
+        self._end(choices, None, now)
 
     def fail(self, choices: Choices, failure: Failure, now: float) -> None:
         """Ends an open request with an error or an interruption, and tells its client."""
+        self._end(choices, failure, now)
+
+    def _end(self, choices: Choices, failure: Failure | None, now: float) -> None:
         self._remove(choices)
         ended = self._close(choices, failure, now)
         self._clients.tell_ended(choices.request_id, ended)
