@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from pipeline.wire.base import GridTHW
 from pipeline.wire.generation import Span
@@ -126,7 +126,7 @@ class VisionInfo:
         """No chunk's embeddings have more rows."""
         return EmbeddingSpec(-(-self.largest_pixels // self.factor**2), self.embedding_width, dtype)
 
-    def with_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> VisionInfo:
+    def with_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> Self:
         """The same with the server's limits in place of the model's. Raises ValueError when they cross."""
         low = self.min_pixels if min_pixels is None else min_pixels
         high = self.max_pixels if max_pixels is None else max_pixels
@@ -186,6 +186,7 @@ class SampledFrames(NamedTuple):
     numbers: tuple[int, ...]  # in the source
     num_source_frames: int
     source_fps: float | None  # None: frames came as a list of pictures, and nobody said at which rate
+    times: tuple[float, ...] | None = None  # in seconds, where the request says them of each frame
 
 
 class MediaInfo(NamedTuple):

@@ -22,8 +22,12 @@ class CheckpointFiles:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self.generation = read_json(folder / "generation_config.json")
-        self.processor = read_json(folder / "preprocessor_config.json")
-        self.video_processor = read_json(folder / "video_preprocessor_config.json")
+        # transformers 5 writes all processors into one file, which it prefers to the older ones.
+        together = read_json(folder / "processor_config.json")
+        self.processor = together.get("image_processor") or read_json(folder / "preprocessor_config.json")
+        self.video_processor = together.get("video_processor") or read_json(
+            folder / "video_preprocessor_config.json"
+        )
 
     @property
     def chat_template(self) -> str:
@@ -59,6 +63,12 @@ class CheckpointFiles:
 
     def integer(self, section: Section, key: str) -> int:
         return int(self.need(section, key))
+
+    def expect(self, section: Section, key: str, served: object) -> None:
+        """Raises ValueError where the checkpoint says something else than the only thing that is served."""
+        if section.get(key, served) != served:
+            what = f"has {key} = {section[key]!r}; served is {served!r} only"
+            raise ValueError(f"model {str(self.folder)!r} {what}")
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Those of generation, else those of the text model."""

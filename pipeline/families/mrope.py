@@ -21,6 +21,11 @@ class Run(NamedTuple):
     time_step: float = 1.0  # positions between two neighbours in time; what they add up to is rounded down
 
 
+def merged_grid(grid: GridTHW, merge_size: int) -> GridTHW:
+    """The grid of tokens of a grid of patches."""
+    return GridTHW(grid.t, grid.h // merge_size, grid.w // merge_size)
+
+
 def mrope_positions(num_tokens: int, runs: Sequence[Run]) -> Positions:
     """Positions (time, height, width) of a prompt's tokens (M-RoPE, Wang et al. 2024).
 

@@ -7,8 +7,9 @@ transformers 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +24,28 @@ from pipeline.families.base import (
     Placeholders,
     Positions,
     Segment,
+    TextInfo,
     VideoInfo,
     VisionInfo,
 )
 from pipeline.families.files import CheckpointFiles, pixel_limits
-from pipeline.families.mrope import Run, mrope_positions
+from pipeline.families.mrope import Run, merged_grid, mrope_positions
 from pipeline.families.resizing import smart_resize
 from pipeline.families.text import read_text
-from pipeline.wire.base import GridTHW
+from pipeline.families.vision import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PictureDefaults,
+    TowerSizes,
+    read_vision,
+    with_server_limits,
+)
 
 VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a frame
 VIDEO_TOKENS = 128_000  # of all frames of a video together, of which 90 % are used
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PICTURE_DEFAULTS = PictureDefaults(CLIP_MEAN, CLIP_STD, 56 * 56)
 TORCH_LANES = 8
+Video = TypeVar("Video", bound=VideoInfo)
 
 
 class Qwen2VL(Family):
@@ -46,13 +55,13 @@ class Qwen2VL(Family):
 
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
         files = CheckpointFiles(folder)
-        vision = _read_vision(files, min_pixels, max_pixels)
+        vision = with_server_limits(files, _read_vision(files), min_pixels, max_pixels)
         return ModelInfo(
             family=self,
             folder=folder,
-            text=read_text(files),
+            text=read_text(files, TextInfo),
             vision=vision,
-            video=_read_video(files, vision),
+            video=read_video(files, vision, VideoInfo),
             image_token_id=files.integer(files.config, "image_token_id"),
             video_token_id=files.integer(files.config, "video_token_id"),
             eos_token_ids=files.eos_token_ids(),
@@ -86,41 +95,28 @@ class Qwen2VL(Family):
         return (Placeholders(info.vision.num_tokens(media.grid_thw)),)
 
     def positions(self, num_tokens: int, items: Sequence[PlacedMedia], info: ModelInfo) -> Positions:
-        merge = info.vision.merge_size
         runs: list[Run] = []
         for media, (span,) in items:
-            grid = media.grid_thw
-            runs.append(Run(span, GridTHW(grid.t, grid.h // merge, grid.w // merge)))
+            runs.append(Run(span, merged_grid(media.grid_thw, info.vision.merge_size)))
         return mrope_positions(num_tokens, runs)
 
 
 FAMILIES = (Qwen2VL(),)
 
 
-def _read_vision(files: CheckpointFiles, min_pixels: int | None, max_pixels: int | None) -> VisionInfo:
-    vision, processor = files.vision, files.processor
-    low, high = pixel_limits(processor)
-    if not high and max_pixels is None:
-        # 1280 tokens in transformers' class, 16384 in the published files.
-        files.need(processor, "max_pixels")
+def _read_vision(files: CheckpointFiles) -> VisionInfo:
+    vision = files.vision
+    files.expect(vision, "hidden_act", "quick_gelu")
     embed_dim = files.integer(vision, "embed_dim")
-    return VisionInfo(
-        depth=files.integer(vision, "depth"),
+    sizes = TowerSizes(
         embed_dim=embed_dim,
-        num_heads=files.integer(vision, "num_heads"),
         intermediate_size=int(embed_dim * float(files.need(vision, "mlp_ratio"))),
         embedding_width=int(vision.get("hidden_size") or files.integer(files.text, "hidden_size")),
-        patch_size=files.integer(vision, "patch_size"),
-        merge_size=files.integer(vision, "spatial_merge_size"),
-        temporal_patch_size=int(vision.get("temporal_patch_size") or 2),
-        image_mean=tuple(processor.get("image_mean") or CLIP_MEAN),
-        image_std=tuple(processor.get("image_std") or CLIP_STD),
-        min_pixels=low or 56 * 56,
-        max_pixels=high or max_pixels or 0,
-    ).with_pixel_limits(min_pixels, max_pixels)
+    )
+    return read_vision(files, VisionInfo, sizes, PICTURE_DEFAULTS)
 
 
-def _read_video(files: CheckpointFiles, vision: VisionInfo) -> VideoInfo:
+def read_video(files: CheckpointFiles, vision: VisionInfo, make: Callable[..., Video]) -> Video:
     """As transformers reads it: a file of its own, else the pictures' limits, here below the largest frame of
     Qwen's own code.
     """
@@ -129,7 +125,7 @@ def _read_video(files: CheckpointFiles, vision: VisionInfo) -> VideoInfo:
     most = vision.max_pixels if processor else min(vision.max_pixels, VIDEO_MAX_PIXELS)
     high = min(high or VIDEO_MAX_PIXELS, most)
     num_tokens = int(processor.get("max_video_tokens") or VIDEO_TOKENS)
-    return VideoInfo(
+    return make(
         fps=float(processor.get("fps") or 2.0),
         min_frames=int(processor.get("min_frames") or 4),
         max_frames=int(processor.get("max_frames") or 768),

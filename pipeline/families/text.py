@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from pipeline.families.base import TextInfo
 from pipeline.families.files import CheckpointFiles
 
 ROPE_THETA = 1_000_000.0
+Info = TypeVar("Info", bound=TextInfo)
 
 
-def read_text(files: CheckpointFiles) -> TextInfo:
-    """Raises ValueError for a missing key, and for what no decoder computes."""
+def read_text(files: CheckpointFiles, make: Callable[..., Info]) -> Info:
+    """`make` is a family's class of `TextInfo`, which may have been given the family's own numbers.
+
+    Raises ValueError for a missing key, and for what no decoder computes.
+    """
     text, config, rope = files.text, files.config, files.rope
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "mrope"):
@@ -17,11 +24,15 @@ def read_text(files: CheckpointFiles) -> TextInfo:
         raise ValueError(f"model {str(files.folder)!r} {what}")
     if text.get("use_sliding_window") or config.get("use_sliding_window"):
         raise ValueError(f"model {str(files.folder)!r} uses a sliding attention window, which is not served")
+    if odd := set(text.get("layer_types") or ()) - {"full_attention"}:
+        what = f"has layers of the kinds {sorted(odd)}; served is full attention only"
+        raise ValueError(f"model {str(files.folder)!r} {what}")
+    files.expect(text, "hidden_act", "silu")
     hidden_size = files.integer(text, "hidden_size")
     num_heads = files.integer(text, "num_attention_heads")
     time, height, width = files.need(rope, "mrope_section")
     theta = rope.get("rope_theta") or text.get("rope_theta") or config.get("rope_theta")
-    return TextInfo(
+    return make(
         hidden_size=hidden_size,
         intermediate_size=files.integer(text, "intermediate_size"),
         num_layers=files.integer(text, "num_hidden_layers"),
@@ -34,5 +45,13 @@ def read_text(files: CheckpointFiles) -> TextInfo:
         rope_theta=float(theta or ROPE_THETA),
         mrope_section=(int(time), int(height), int(width)),
         max_position_embeddings=files.integer(text, "max_position_embeddings"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tie_word_embeddings=_is_tied(files),
     )
+
+
+def _is_tied(files: CheckpointFiles) -> bool:
+    """The top level wins, as in transformers."""
+    for section in (files.config, files.text):
+        if section.get("tie_word_embeddings") is not None:
+            return bool(section["tie_word_embeddings"])
+    return False
