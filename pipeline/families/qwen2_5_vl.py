@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.families.base import (
     MediaInfo,
     ModelInfo,
@@ -82,7 +84,8 @@ def time_step(media: MediaInfo, info: ModelInfo) -> float:
         return 1.0
     assert isinstance(info.video, TimedVideoInfo)
     seconds = info.vision.temporal_patch_size / sampled_fps(media.frames)
-    return info.video.positions_per_second * seconds
+    # In float32, as in transformers: positions are multiples of it, rounded down.
+    return float(np.float32(info.video.positions_per_second) * np.float32(seconds))
 
 
 def _read_vision(files: CheckpointFiles) -> WindowedVisionInfo:
