@@ -116,7 +116,7 @@ class Reference:
         )
 
 
-def video_processing() -> Any:
+def video_processing(family: str = "qwen2_vl") -> Any:
     """The module of Hugging Face's video processor.
 
     It wants torchvision, of which there is no build for every torch; of that nothing is used.
@@ -127,7 +127,7 @@ def video_processing() -> Any:
     }
     modules["torchvision.transforms.v2.functional"] = mock.MagicMock()
     with mock.patch.dict(sys.modules, modules):
-        return importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl")
+        return importlib.import_module(f"transformers.models.{family}.video_processing_{family}")
 
 
 def sample_frames(total: int, rate: float, fps: float, max_frames: int) -> list[int]:
