@@ -221,7 +221,7 @@ def _read_vision(files: CheckpointFiles) -> Qwen3VisionInfo:
         what = f"has num_position_embeddings = {num_positions}, which is no square"
         raise ValueError(f"model {str(files.folder)!r} {what}")
     make = partial(Qwen3VisionInfo, position_side=side, deepstack_layers=layers)
-    # The processor's class has the pictures' mean, deviation and limits of Qwen2-VL.
+    # The class of the processor has the mean, deviation and limits of another family.
     return read_vision(files, make, sizes, None)
 
 
