@@ -69,9 +69,9 @@ class TinyTower(NamedTuple):
 
 
 def full_tower(folder: Path) -> TinyTower:
-    config = {**CONFIG, "embed_dim": 48, "hidden_size": WIDTH, "mlp_ratio": 1.25}
+    config = {**CONFIG, "embed_dim": 48, "hidden_size": WIDTH, "mlp_ratio": 2}
     reference = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config))
-    info = VisionInfo(**SIZES, embedding_width=WIDTH)
+    info = VisionInfo(**{**SIZES, "intermediate_size": 96}, embedding_width=WIDTH)
     return _saved(qwen2_vl.TOWER, info, reference, folder)
 
 

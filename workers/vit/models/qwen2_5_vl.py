@@ -183,12 +183,13 @@ def _attention_in_windows(windows: Tensor, places: Tensor) -> Attend:
     patches = windows.clamp(min=0).flatten()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        num_frames, (num_windows, window_patches) = len(q), windows.shape
+        num_frames, (num_windows, window_patches) = q.shape[0], windows.shape
         shape = num_frames * num_windows, window_patches
         q, k, v = (
             x.index_select(1, patches).flatten(0, 1).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
         )
-        mask = is_patch.expand(num_frames, -1, -1).reshape(-1, 1, 1, window_patches)
+        # onnxruntime wants a row of the mask for each query.
+        mask = is_patch[:, None, None].expand(num_frames, -1, 1, window_patches, -1).flatten(0, 1)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         rows: Tensor = attended.transpose(1, 2).flatten(0, 1).unflatten(0, (num_frames, -1))
         return rows.index_select(1, places)
