@@ -103,7 +103,8 @@ class LayeredDecoder(Decoder):
         bias = of_attention.bias(modules, shards) if self.has_bias else None
         norm = None
         if self.has_head_norm:
-            norm = HeadNorm(*(of_attention.tensor(f"{name}_norm.weight") for name in ("q", "k")), eps)
+            of_queries, of_keys = (of_attention.tensor(f"{name}_norm.weight") for name in ("q", "k"))
+            norm = HeadNorm(of_queries, of_keys, eps)
         has_kernels = self.kernels is not None
         attention = AttentionLayer(
             index=number,

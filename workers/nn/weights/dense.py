@@ -118,8 +118,8 @@ class Dense(Format):
     ) -> Experts:
         stored = StoredExperts(checkpoint, module, shard)
         if kernels is not None:
-            held = ((stored.gate_up(number), stored.down(number)) for number in shard.held)
-            return StackedExperts(held, shard, kernels)
+            gate_up, down = (_stack(read, shard.held) for read in (stored.gate_up, stored.down))
+            return StackedExperts(gate_up, down, shard.held.start, kernels)
         layers = [
             (self.pack(stored.gate_up(number), None), self.pack(stored.down(number), None))
             for number in shard.held
@@ -175,6 +175,16 @@ class StoredExperts:
             wanted = f"{linear} or {transposed}"
             raise ValueError(f"{', '.join(FUSED)} of {self._module} have shapes {found}, not {wanted}")
         return found == transposed
+
+
+def _stack(read: Callable[[int], Tensor], numbers: range) -> Tensor:
+    """Each matrix is put into place before the next is read: a layer's experts are not in memory twice."""
+    first = read(numbers[0])
+    stacked = first.new_empty(len(numbers), *first.shape)
+    stacked[0] = first
+    for place, number in enumerate(numbers[1:], 1):
+        stacked[place] = read(number)
+    return stacked
 
 
 def load_side_by_side(checkpoint: Checkpoint, names: Sequence[str], shards: Sequence[Shard]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,15 +70,10 @@ class StackedExperts(Experts):
     """All experts in one tensor each for the first and the second projections, which kernels pick from: the
     host does not see which are chosen, so a CUDA graph can capture it."""
 
-    def __init__(self, held: Iterable[tuple[Tensor, Tensor]], shard: ExpertsShard, kernels: Kernels) -> None:
-        """`held`: (gate_up, down) of each expert of this rank, read one by one into place."""
-        count = len(shard.held)
-        for place, (gate_up, down) in enumerate(held):
-            if place == 0:
-                self._gate_up = gate_up.new_empty(count, *gate_up.shape)
-                self._down = down.new_empty(count, *down.shape)
-            self._gate_up[place], self._down[place] = gate_up, down
-        self._first, self._compute = shard.held.start, kernels.experts
+    def __init__(self, gate_up: Tensor, down: Tensor, first: int, kernels: Kernels) -> None:
+        """Of the experts `first`, `first` + 1, …: gate_up [num_held, 2 · intermediate, hidden], down
+        [num_held, hidden, intermediate]."""
+        self._gate_up, self._down, self._first, self._compute = gate_up, down, first, kernels.experts
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         return self._compute(x, self._gate_up, self._down, chosen, shares, self._first)
