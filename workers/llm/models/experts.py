@@ -26,9 +26,9 @@ class ExpertsMlp:
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
         """Adds the experts' output to the stream."""
         x = stream.normed(norm)
-        stream.add_part(self.experts(x, *self._route(x)))
+        stream.add_part(self.experts(x, *self.route(x)))
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each token, and their shares, which add up to 1. Both [num_tokens, k]."""
         probabilities = F.softmax(F.linear(x, self._router), dim=-1, dtype=torch.float32)
         best, chosen = probabilities.topk(self._num_chosen, dim=-1)
