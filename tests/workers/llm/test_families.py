@@ -12,7 +12,7 @@ import pytest
 from pipeline.wire.clients import AbortRequest
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import SamplingParams
-from tests.chats import ChatTurns, Frames
+from tests.chats import ChatTurns, FrameList
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine_rig import CLIENT, NUM_TOKENS, Rig
 from tests.pictures import noise, scene
@@ -25,9 +25,9 @@ MIXED: ChatTurns = [
     ("system", ["Be brief."]),
     ("user", [scene(1, (140, 112)), "then", CLIP, "and", noise(2, (90, 200))]),
     ("assistant", ["I see."]),
-    ("user", [Frames(FILM, fps=2.0), "What changed?"]),
+    ("user", [FrameList(FILM, fps=2.0), "What changed?"]),
 ]
-TIMED = {fps: [("user", ["Look:", Frames(FILM, fps=fps), "Which was first?"])] for fps in (1.0, 4.0)}
+TIMED = {fps: [("user", ["Look:", FrameList(FILM, fps=fps), "Which was first?"])] for fps in (1.0, 4.0)}
 
 
 class Family(NamedTuple):
@@ -48,7 +48,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def without_times(chat: ChatTurns) -> ChatTurns:
     return [
-        (role, [piece.pictures if isinstance(piece, Frames) else piece for piece in pieces])
+        (role, [piece.frames if isinstance(piece, FrameList) else piece for piece in pieces])
         for role, pieces in chat
     ]
 
