@@ -13,10 +13,12 @@ import torch
 
 from pipeline.families import ModelInfo, read_model_info
 from tests.workers.vit.test_onnx import CPU, make_jobs, make_spec, no_progress
+from tests.workers.vit.tiny_towers import TOWERS
+from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.registry import open_weights
 from workers.vit.engines import tensorrt as module
 from workers.vit.engines.choice import choose_engine
-from workers.vit.engines.onnx import exported
+from workers.vit.engines.onnx import export, exported
 from workers.vit.engines.tensorrt import Profile, TensorRtEngine, build, built, load_tensorrt, profiles_for
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import Inputs, Range
@@ -61,6 +63,15 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
     assert len(engine) > weights // 2
     assert all(0 <= done <= total for done, total in told)
     assert max(done for done, _ in told) > 1
+
+
+@pytest.mark.parametrize("name", ["windowed", "deepstack"])
+def test_every_tower_is_built_for_a_gpu_that_is_not_here(name: str, trt: Any, tmp_path: Path) -> None:
+    tiny = TOWERS[name](tmp_path / "tower")
+    file = tmp_path / "tower.onnx"
+    export(tiny.encoder(torch.bfloat16, Dense(TorchLinear)), file)
+    preparation = tiny.tower.preparation(tiny.info)
+    assert build(trt, file, preparation, no_progress, trt.ComputeCapability.SM89)
 
 
 def test_an_engine_is_built_once_for_a_gpu_and_a_version(
