@@ -162,7 +162,7 @@ class WindowedEncoder(Encoder):
         if inputs.lengths:
             in_windows = attention(inputs.lengths["windows"], x, pace)
         else:
-            in_windows = _attention_in_windows(tensors["windows"], tensors["places"])
+            in_windows = attention_in_windows(tensors["windows"], tensors["places"])
         for layer, block in enumerate(self.blocks):
             attend = in_frames if layer in self._full else in_windows
             x = block(x, tensors["cos"], tensors["sin"], attend, pace)
@@ -178,7 +178,7 @@ def _block(info: WindowedVisionInfo, weights: Weights) -> Block:
     return Block(info, weights, rms_norm, GatedMlp(weights.under("mlp")))
 
 
-def _attention_in_windows(windows: Tensor, places: Tensor) -> Attend:
+def attention_in_windows(windows: Tensor, places: Tensor) -> Attend:
     """For batches: [frames, num_patches, heads, head_dim] of frames that share their windows."""
     # Not a mask of booleans: TensorRT cannot compile one for every size of heads.
     padding = torch.where(windows >= 0, 0.0, MASKED)
