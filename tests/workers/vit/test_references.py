@@ -35,7 +35,7 @@ MAKE = {
     **{f"windows of {size}": partial(windowed_tower, window_size=size) for size in (1, 2, 4, 5)},
     "no deepstack": partial(deepstack_tower, layers=()),
 }
-TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}  # of the norm
+BFLOAT16_TOLERANCE = 2e-2  # of the norm
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -62,7 +62,7 @@ def check(jobs: Sequence[EncodeJob], expected: Tensor, dtype: torch.dtype) -> No
             torch.testing.assert_close(job.output, theirs, rtol=1e-4, atol=1e-4, msg=f"{job.grid_thw}")
         else:
             error = (job.output.float() - theirs).norm() / theirs.norm()
-            assert error < TOLERANCE[dtype], job.grid_thw
+            assert error < BFLOAT16_TOLERANCE, job.grid_thw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,17 +86,13 @@ def test_embeddings_of_frames_of_one_size_are_those_of_transformers(
     check(jobs, tiny.expected(jobs), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", TOWERS)
-def test_embeddings_under_onnxruntime_are_those_of_transformers(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:  # fmt: skip
-    """Which has no bfloat16 on a CPU."""
+@pytest.mark.parametrize("name", ["windowed", "deepstack"])
+def test_embeddings_under_onnxruntime_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     tiny = TOWERS[name](tmp_path / "tower")
-    export(tiny.encoder(dtype, Dense(TorchLinear)), tmp_path / "tower.onnx")
-    jobs = make_jobs(tiny.info, dtype=dtype)
-    OnnxRuntimeEngine(tiny.tower.preparation(tiny.info), tmp_path / "tower.onnx", dtype, CPU, 1).encode(jobs)
-    check(jobs, tiny.expected(jobs), dtype)
+    file, jobs = tmp_path / "tower.onnx", make_jobs(tiny.info)
+    export(tiny.encoder(dense=Dense(TorchLinear)), file)
+    OnnxRuntimeEngine(tiny.tower.preparation(tiny.info), file, torch.float32, CPU, 1).encode(jobs)
+    check(jobs, tiny.expected(jobs), torch.float32)
 
 
 def test_grids_are_of_many_kinds() -> None:

@@ -12,14 +12,17 @@ import pytest
 import torch
 
 from pipeline.families import ModelInfo, read_model_info
-from tests.workers.vit.test_onnx import CPU, make_jobs, make_spec, no_progress
+from tests.workers.vit.test_onnx import CPU, GRIDS, make_jobs, make_spec, no_progress
+from tests.workers.vit.tiny_towers import TOWERS
+from tests.workers.vit.tiny_towers import make_jobs as tiny_jobs
+from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.registry import open_weights
 from workers.vit.engines import tensorrt as module
 from workers.vit.engines.choice import choose_engine
-from workers.vit.engines.onnx import exported
+from workers.vit.engines.onnx import export, exported
 from workers.vit.engines.tensorrt import Profile, TensorRtEngine, build, built, load_tensorrt, profiles_for
 from workers.vit.engines.torch import TorchEngine
-from workers.vit.models.base import Inputs, Range
+from workers.vit.models.base import Encoder, Inputs, Range
 from workers.vit.models.patches import PatchPreparation
 from workers.vit.models.qwen2_vl import VisionEncoder
 
@@ -61,6 +64,15 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
     assert len(engine) > weights // 2
     assert all(0 <= done <= total for done, total in told)
     assert max(done for done, _ in told) > 1
+
+
+@pytest.mark.parametrize("name", ["windowed", "deepstack"])
+def test_every_tower_is_built_for_a_gpu_that_is_not_here(name: str, trt: Any, tmp_path: Path) -> None:
+    tiny = TOWERS[name](tmp_path / "tower")
+    file = tmp_path / "tower.onnx"
+    export(tiny.encoder(torch.bfloat16, Dense(TorchLinear)), file)
+    preparation = tiny.tower.preparation(tiny.info)
+    assert build(trt, file, preparation, no_progress, trt.ComputeCapability.SM89)
 
 
 def test_an_engine_is_built_once_for_a_gpu_and_a_version(
@@ -110,14 +122,13 @@ class FakeContext:
         return index < len(self._engine.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        sizes = self._engine.profiles[self.profile]
+        preparation = self._engine.encoder.preparation
         self._shapes[name] = shape
-        frames, patches = (shape[0], shape[1]) if name == "patches" else (1, shape[0])
-        return (
-            frames <= sizes.frames.most
-            and sizes.patches.least <= patches <= sizes.patches.most
-            and "shape" not in self._engine.broken
-        )
+        ranges = preparation.sizes(*self._engine.profiles[self.profile])
+        (spec,) = (spec for spec in preparation.specs if spec.name == name)
+        least, most = (spec.shape({axis: sizes[end] for axis, sizes in ranges.items()}) for end in (0, 2))
+        is_within = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        return is_within and "shape" not in self._engine.broken
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -129,14 +140,18 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         self._engine.runs.append((self.profile, self._shapes["patches"][:2]))
-        inputs = Inputs({name: _at(self._addresses[name], shape) for name, shape in self._shapes.items()}, {})
-        out = _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings"))
-        out.copy_(self._engine.encoder.forward(inputs))
+        encoder = self._engine.encoder
+        dtypes = {spec.name: spec.dtype for spec in encoder.preparation.specs}
+        tensors = {
+            name: _at(self._addresses[name], shape, dtypes[name]) for name, shape in self._shapes.items()
+        }
+        out = _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings"), torch.float32)
+        out.copy_(encoder.forward(Inputs(tensors, {})))
         return "run" not in self._engine.broken
 
 
 class FakeEngine:
-    def __init__(self, encoder: VisionEncoder, profiles: tuple[Profile, ...]) -> None:
+    def __init__(self, encoder: Encoder, profiles: tuple[Profile, ...]) -> None:
         self.encoder, self.profiles = encoder, profiles
         self.runs: list[tuple[int, tuple[int, ...]]] = []
         self.broken = ""
@@ -145,33 +160,38 @@ class FakeEngine:
         return None if "context" in self.broken else FakeContext(self)
 
 
-def _at(address: int, shape: tuple[int, ...]) -> torch.Tensor:
-    count = int(torch.tensor(shape).prod())
-    return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32).view(shape)
+def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = int(torch.tensor(shape).prod()) * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype).view(shape)
 
 
 @pytest.fixture
 def fake(info: ModelInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
-    encoder = VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU))
-    engine = FakeEngine(encoder, profiles_for(info.vision))
+    return fake_of(VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU)))
+
+
+def fake_of(encoder: Encoder) -> tuple[Any, FakeEngine]:
+    engine = FakeEngine(encoder, profiles_for(encoder.preparation.info))
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"engine" else None)
     logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
     return SimpleNamespace(Runtime=lambda log: runtime, Logger=logger), engine
 
 
+@pytest.mark.parametrize("name", TOWERS)
 def test_jobs_run_within_the_profiles_and_into_the_pool(
-    info: ModelInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    trt, engine = fake
+    tiny = TOWERS[name](tmp_path)
+    trt, engine = fake_of(tiny.encoder())
     few = (
         Profile(Range(1, 1, 2), Range(4, 24, 32)),
         Profile(Range(1, 1, 1), Range(4, 256, 1600)),
     )
     monkeypatch.setattr(module, "profiles_for", lambda _: few)
     engine.profiles = few
-    expected, found = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
+    expected, found = tiny_jobs(tiny.info, GRIDS), tiny_jobs(tiny.info, GRIDS)
     TorchEngine(engine.encoder).encode(expected)
-    TensorRtEngine(trt, PatchPreparation(info.vision), b"engine", torch.float32, CPU).encode(found)
+    TensorRtEngine(trt, engine.encoder.preparation, b"engine", torch.float32, CPU).encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         assert torch.allclose(theirs.output, ours.output, atol=1e-4), theirs.grid_thw
     assert {profile for profile, _ in engine.runs} == {0, 1}

@@ -34,6 +34,7 @@ from workers.vit.models.segments import Attend, attention
 from workers.vit.pace import UNPACED, Pace
 
 WINDOWS = Axis("windows", most=1 << 18)
+MASKED = -1e4  # added to a score: its weight is 0, and float16 can hold it
 
 
 class WindowOrder(NamedTuple):
@@ -161,7 +162,7 @@ class WindowedEncoder(Encoder):
         if inputs.lengths:
             in_windows = attention(inputs.lengths["windows"], x, pace)
         else:
-            in_windows = _attention_in_windows(tensors["windows"], tensors["places"])
+            in_windows = attention_in_windows(tensors["windows"], tensors["places"])
         for layer, block in enumerate(self.blocks):
             attend = in_frames if layer in self._full else in_windows
             x = block(x, tensors["cos"], tensors["sin"], attend, pace)
@@ -177,9 +178,10 @@ def _block(info: WindowedVisionInfo, weights: Weights) -> Block:
     return Block(info, weights, rms_norm, GatedMlp(weights.under("mlp")))
 
 
-def _attention_in_windows(windows: Tensor, places: Tensor) -> Attend:
+def attention_in_windows(windows: Tensor, places: Tensor) -> Attend:
     """For batches: [frames, num_patches, heads, head_dim] of frames that share their windows."""
-    is_patch = windows >= 0
+    # Not a mask of booleans: TensorRT cannot compile one for every size of heads.
+    padding = torch.where(windows >= 0, 0.0, MASKED)
     patches = windows.clamp(min=0).flatten()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _attention_in_windows(windows: Tensor, places: Tensor) -> Attend:
             x.index_select(1, patches).flatten(0, 1).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
         )
         # onnxruntime wants a row of the mask for each query.
-        mask = is_patch[:, None, None].expand(num_frames, -1, 1, window_patches, -1).flatten(0, 1)
+        mask = padding.to(q.dtype)[:, None, None].expand(num_frames, -1, 1, window_patches, -1).flatten(0, 1)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         rows: Tensor = attended.transpose(1, 2).flatten(0, 1).unflatten(0, (num_frames, -1))
         return rows.index_select(1, places)
