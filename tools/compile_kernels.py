@@ -36,7 +36,7 @@ SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one p
 # By a name's first word.
 MAX_REGISTERS = {
     "decode": 160, "prefill": 255, "rotate": 128, "norm": 128, "merge": 96, "add": 160, "silu": 64,
-    "sample": 160, "plan": 64, "gate": 255, "down": 160, "sum": 64,
+    "sample": 160, "choose": 64, "plan": 64, "gate": 255, "down": 160, "sum": 64,
 }  # fmt: skip
 # By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers,
 # or constants.
@@ -47,7 +47,7 @@ POINTERS = {
     "tables": "*i32", "lengths": "*i32", "new_slots": "*i32", "starts": "*i32", "tile_sequences": "*i32",
     "tile_offsets": "*i32",
     "chosen": "*i64", "order": "*i32", "blocks": "*i32", "inner": "*bf16", "outputs": "*bf16",
-    "shares": "*bf16",
+    "scores": "*bf16", "shares": "*bf16",
 }  # fmt: skip
 FLOATS = ("scale", "eps")
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -136,7 +136,14 @@ def variants(capability: int) -> Iterator[Variant]:
 
 
 def _of_experts() -> Iterator[Variant]:
-    num_chosen, hidden, size = 8, 2048, 768
+    num_experts, num_chosen, hidden, size = 128, 8, 2048, 768
+    constants: Mapping[str, object] = {
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_PADDED": num_experts,
+        "NUM_CHOSEN": num_chosen,
+        "CHOSEN_PADDED": num_chosen,
+    }
+    yield Variant("choose experts", expert_kernels.choose_experts_kernel, constants)
     for is_sparse in (False, True):
         constants = {"ROWS": 16, "TILE": expert_kernels.PLAN_TILE, "IS_SPARSE": is_sparse}
         name = f"plan of experts, {'few' if is_sparse else 'many'} choices"

@@ -1,7 +1,7 @@
 """Experts in Triton: tokens are sorted by the experts that they chose, and blocks of such rows go through the
 two projections of their expert. Never run on a GPU: tests use the interpreter.
 
-    plan → gate and up, with silu · mul → down → weighted sum over a token's choices
+    choose → plan → gate and up, with silu · mul → down → weighted sum over a token's choices
 
 The host never sees which experts are chosen: grids have room for every possible choice, and programs of empty
 blocks return. Results do not depend on an order in which programs run.
@@ -32,6 +32,42 @@ def choose_expert_tile(dtype: torch.dtype, rows_per_expert: float) -> ExpertTile
     if dtype == torch.float32:
         return ExpertTile(16, 32, 32, 4)
     return ExpertTile(16, 32, 128, 4) if rows_per_expert <= 16 else ExpertTile(64, 64, 64, 4)
+
+
+@triton.jit
+def choose_experts_kernel(
+    scores, chosen, shares,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
+    NUM_CHOSEN: tl.constexpr, CHOSEN_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (token)."""
+    token, numbers, places = tl.program_id(0), tl.arange(0, EXPERTS_PADDED), tl.arange(0, CHOSEN_PADDED)
+    is_expert = numbers < NUM_EXPERTS
+    left = tl.load(scores + token * NUM_EXPERTS + numbers, mask=is_expert, other=float("-inf"))
+    left = left.to(tl.float32)
+    largest = tl.max(left, 0)
+    weights = tl.zeros([CHOSEN_PADDED], tl.float32)
+    for place in range(NUM_CHOSEN):
+        best = tl.max(left, 0)
+        expert = tl.min(tl.where(left == best, numbers, EXPERTS_PADDED), 0)
+        tl.store(chosen + token * NUM_CHOSEN + place, expert.to(tl.int64))
+        weights = tl.where(places == place, tl.exp(best - largest), weights)
+        left = tl.where(numbers == expert, float("-inf"), left)
+    share = (weights / tl.sum(weights, 0)).to(shares.dtype.element_ty)
+    tl.store(shares + token * NUM_CHOSEN + places, share, mask=places < NUM_CHOSEN)
+
+
+def choose_experts(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """As `Kernels.choose_experts`: a softmax over all experts need not be divided by its sum, as the chosen
+    shares are divided by theirs."""
+    num_tokens, num_experts = logits.shape
+    chosen = torch.empty(num_tokens, num_chosen, dtype=torch.int64, device=logits.device)
+    shares = logits.new_empty(num_tokens, num_chosen)
+    padded = triton.next_power_of_2(num_experts), triton.next_power_of_2(num_chosen)
+    choose_experts_kernel[(num_tokens,)](
+        logits, chosen, shares, num_experts, padded[0], num_chosen, padded[1]
+    )
+    return chosen, shares
 
 
 @triton.jit

@@ -16,6 +16,9 @@ class Kernels(NamedTuple):
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
     # silu(gate) · up of [rows, 2 · size], gate first.
     silu_mul: Callable[[Tensor], Tensor]
+    # (logits [num_tokens, num_experts], k): the k best experts of each token, int64, and their shares, which
+    # add up to 1, in the type of the logits. Both [num_tokens, k].
+    choose_experts: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     # (x, gate_up, down, chosen, shares, first): as `Experts`, with experts `first`, `first` + 1, … in the
     # stacked weights gate_up [num_held, 2 · intermediate, hidden] and down [num_held, hidden, intermediate].
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.expert_kernels import _plan, experts
+from workers.nn.expert_kernels import _plan, choose_experts, experts
 
 pytestmark = pytest.mark.interpreter
 
@@ -47,6 +47,20 @@ def test_every_token_gets_its_experts(
     out = experts(x, gate_up, down, chosen, shares, held[0])
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(4, 2), (11, 3), (128, 8)])
+def test_the_best_experts_are_chosen(num_experts: int, num_chosen: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # All distinct: among equals any choice is right.
+    logits = torch.stack([torch.randperm(num_experts) / num_experts * 4 - 9 for _ in range(5)]).to(dtype)
+    expected, of_shares = F.softmax(logits.double(), dim=-1).topk(num_chosen, dim=-1)
+    chosen, shares = choose_experts(logits, num_chosen)
+    assert torch.equal(chosen, of_shares)
+    assert shares.dtype == dtype
+    expected /= expected.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(shares.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 30, 700])

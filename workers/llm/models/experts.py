@@ -21,6 +21,7 @@ class ExpertsMlp:
     ) -> None:
         self._router = weights.tensor("gate.weight")
         self._num_chosen = num_chosen
+        self._choose = choose_experts if kernels is None else kernels.choose_experts
         self.experts = weights.experts("experts", shard, kernels)
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
@@ -29,7 +30,11 @@ class ExpertsMlp:
         stream.add_part(self.experts(x, *self.route(x)))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts of each token, and their shares, which add up to 1. Both [num_tokens, k]."""
-        probabilities = F.softmax(F.linear(x, self._router), dim=-1, dtype=torch.float32)
-        best, chosen = probabilities.topk(self._num_chosen, dim=-1)
-        return chosen, (best / best.sum(dim=-1, keepdim=True)).to(x.dtype)
+        """The chosen experts of each token, and their shares. Both [num_tokens, k]."""
+        return self._choose(F.linear(x, self._router), self._num_chosen)
+
+
+def choose_experts(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """As `Kernels.choose_experts`."""
+    best, chosen = F.softmax(logits, dim=-1, dtype=torch.float32).topk(num_chosen, dim=-1)
+    return chosen, (best / best.sum(dim=-1, keepdim=True)).to(logits.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,11 +25,11 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def no_experts(*of_layer: object) -> Tensor:
+def no_experts(*of_layer: object) -> NoReturn:
     raise AssertionError("there are no experts")
 
 
-KERNELS = Kernels(add_rms_norm, silu_mul, no_experts)
+KERNELS = Kernels(add_rms_norm, silu_mul, no_experts, no_experts)
 
 
 @pytest.mark.parametrize("kernels", [None, KERNELS], ids=["torch", "kernels"])

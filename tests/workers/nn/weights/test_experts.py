@@ -199,7 +199,7 @@ def test_kernels_get_the_experts_stacked(tmp_path: Path) -> None:
         return torch.zeros(1)
 
     shard = share_experts(COUNT, HIDDEN, SIZE, TensorParallel(1, 2, has_whole_experts=True))
-    kernels = Kernels(compute, compute, compute)
+    kernels = Kernels(compute, compute, lambda logits, k: (logits, logits), compute)
     weights = Weights(Checkpoint(tmp_path, torch.float32, CPU), [Dense()])
     made = weights.experts("mlp.experts", shard, kernels)
     assert isinstance(made, StackedExperts)
