@@ -15,7 +15,9 @@ CLIP_FAST = Clip(encode_video(counting_frames(20, (70, 56)), 30.0), fps=16.0)
 # Time gets further than the sides of a frame; for Qwen3-VL its frames are too large together.
 LONG = Clip(encode_video(counting_frames(40, (96, 72)), 4.0), fps=2.0)
 SLOW = FrameList(tuple(scene(number, (84, 84)) for number in range(30, 34)), fps=0.5)
-STAMPED = FrameList(tuple(scene(number, (84, 112)) for number in range(40, 45)), timestamps=(0.0, 0.4, 1.7, 3.0, 9.25))
+STAMPED = FrameList(
+    tuple(scene(number, (84, 112)) for number in range(40, 45)), timestamps=(0.0, 0.4, 1.7, 3.0, 9.25)
+)
 UNTIMED = tuple(scene(number, (112, 84)) for number in range(50, 53))
 
 FAMILY_CHATS: dict[str, ChatTurns] = {
