@@ -3,7 +3,8 @@
     python -m tools.compile_kernels            # sm_80, sm_90, sm_100
     python -m tools.compile_kernels --json
 
-By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B take. Registers are of one
+By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B take, and the experts of
+Qwen3-VL's 30B-A3B. Registers are of one
 thread; a spilled register lies in memory, so none should be; shared memory is of one program. Fails when a
 kernel takes more than there is, or spills.
 """
@@ -29,13 +30,13 @@ from triton.compiler import ASTSource
 from workers.llm.attention import triton as attention
 from workers.llm.attention import triton_kernels
 from workers.llm.sampling import kernel as sampling_kernel
-from workers.nn import kernels
+from workers.nn import expert_kernels, kernels
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability
 # By a name's first word.
 MAX_REGISTERS = {
     "decode": 160, "prefill": 255, "rotate": 128, "norm": 128, "merge": 96, "add": 160, "silu": 64,
-    "sample": 160,
+    "sample": 160, "plan": 64, "gate": 255, "down": 160, "sum": 64,
 }  # fmt: skip
 # By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers,
 # or constants.
@@ -45,6 +46,8 @@ POINTERS = {
     "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "sums": "*fp32", "logits": "*fp32", "params": "*fp32",
     "tables": "*i32", "lengths": "*i32", "new_slots": "*i32", "starts": "*i32", "tile_sequences": "*i32",
     "tile_offsets": "*i32",
+    "chosen": "*i64", "order": "*i32", "blocks": "*i32", "inner": "*bf16", "outputs": "*bf16",
+    "shares": "*bf16",
 }  # fmt: skip
 FLOATS = ("scale", "eps")
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -127,8 +130,35 @@ def variants(capability: int) -> Iterator[Variant]:
         padded = {"SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size), "HAS_DELTA": True}
         yield Variant(f"add and norm, {size}", kernels.add_rms_norm_kernel, padded)
     yield Variant("silu and mul", kernels.silu_mul_kernel, {"SIZE": 18_944, "BLOCK": 1024})
+    yield from _of_experts()
     tile = {"VOCAB": VOCAB, "TILE": sampling_kernel.TILE, "SMALL_TILE": sampling_kernel.TILE // 4}
     yield Variant("sample", sampling_kernel.sample_kernel, tile, "*i64", sampling_kernel.NUM_WARPS)
+
+
+def _of_experts() -> Iterator[Variant]:
+    num_chosen, hidden, size = 8, 2048, 768
+    for is_sparse in (False, True):
+        constants = {"ROWS": 16, "TILE": expert_kernels.PLAN_TILE, "IS_SPARSE": is_sparse}
+        name = f"plan of experts, {'few' if is_sparse else 'many'} choices"
+        yield Variant(name, expert_kernels.plan_experts_kernel, constants)
+    for dtype, rows_per_expert in ((torch.bfloat16, 1), (torch.bfloat16, 1000), (torch.float32, 1)):
+        tile = expert_kernels.choose_expert_tile(dtype, rows_per_expert)
+        shape = {
+            "HIDDEN": hidden,
+            "SIZE": size,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        }
+        name, pointer = f"{tile.rows} rows, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+        for what, kernel, constants in (
+            ("gate and up", expert_kernels.gate_up_kernel, {**shape, "NUM_CHOSEN": num_chosen}),
+            ("down", expert_kernels.down_kernel, shape),
+        ):
+            yield Variant(f"{what} of experts, {name}", kernel, constants, pointer, tile.num_warps, pointer)
+    constants = {"NUM_CHOSEN": num_chosen, "HIDDEN": hidden, "COLUMNS": expert_kernels.SUM_COLUMNS}
+    yield Variant("sum of experts", expert_kernels.sum_experts_kernel, constants)
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:

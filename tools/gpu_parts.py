@@ -40,6 +40,9 @@ from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
+from workers.nn.weights.base import Experts
+from workers.nn.weights.dense import TorchLinear
+from workers.nn.weights.experts import ListedExperts, StackedExperts
 
 BLOCK = 16
 NUM_PROMPTS = 8  # whose errors are taken together: one alone may be ten times another's
@@ -257,6 +260,42 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
         " (too few bytes for it: two kernels' start)" if nbytes < 64 << 20 else ""
     )
     return Row(what, told, nbytes / seconds / machine.rates["copy"], 0.75, against)
+
+
+def experts(machine: Machine) -> Iterator[Row]:
+    for batch in (2,) if machine.is_small else (1, 8, 32, 256):
+        yield _experts_row(machine, batch)
+
+
+def _experts_row(machine: Machine, batch: int) -> Row:
+    """The experts of layers of the 30B-A3B, each token with its own choice, without the router."""
+    count, hidden, size, num_chosen = (8, 64, 32, 2) if machine.is_small else (128, 2048, 768, 8)
+    made = functools.partial(torch.randn, device=machine.device, dtype=torch.bfloat16)
+    layers = []
+    for _ in range(2):  # in turn, so that no cache holds what is read
+        weights = made(count, 2 * size, hidden).mul_(0.02), made(count, hidden, size).mul_(0.02)
+        chosen = torch.rand(batch, count, device=machine.device).topk(num_chosen).indices
+        layers.append((_stack_or_list(machine, *weights), chosen))
+    x, shares = made(batch, hidden), torch.full((batch, num_chosen), 1 / num_chosen).to(made(1))
+
+    def run() -> None:
+        for compute, chosen in layers:
+            compute(x, chosen, shares)
+
+    seconds = machine.seconds(_captured(run) if machine.device.type == "cuda" else run)
+    num_read = sum(len(chosen.unique()) for _, chosen in layers)
+    nbytes = num_read * 3 * hidden * size * 2
+    what = f"experts of a layer, batch {batch}, {num_chosen} of {count}"
+    told = f"{seconds / len(layers) * 1e6:.1f} µs, {num_read / len(layers):.0f} experts read"
+    share = nbytes / seconds / machine.rates["copy"]
+    return Row(what, told, share, 0.6, "bytes of the chosen experts over the copy rate")
+
+
+def _stack_or_list(machine: Machine, gate_up: torch.Tensor, down: torch.Tensor) -> Experts:
+    kernels = choose_backend("auto", machine.device).kernels
+    if kernels is not None:
+        return StackedExperts(gate_up, down, 0, kernels)
+    return ListedExperts([(TorchLinear(a), TorchLinear(b)) for a, b in zip(gate_up, down, strict=True)], 0)
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object]:

@@ -22,6 +22,9 @@ class LlmConfig:
         metavar="N",
         aliases=("--data-parallel-size",),
     )
+    expert_parallel: bool = option(
+        False, "with --tp: each rank has some of the experts whole, instead of a part of each expert"
+    )
     max_num_seqs: int = option(64, "requests computed at once", metavar="N")
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", metavar="TOKENS")
     block_size: int = option(16, "tokens of one KV cache block", metavar="TOKENS")
@@ -71,6 +74,8 @@ class LlmConfig:
 
     def __post_init__(self) -> None:
         at_least(self, tp=1, dp=1, llm_cores=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
+        if self.expert_parallel and self.tp == 1:
+            raise ValueError("expert_parallel needs several ranks, but tp is 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"

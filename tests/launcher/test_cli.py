@@ -60,6 +60,7 @@ def test_every_field_has_an_option_with_help() -> None:
         (["--no-such-option"], "--no-such-option"),
         (["--mod", "x"], "--mod"),
         (["--tp", "0"], "tp must be at least 1 and finite, got 0"),
+        (["--expert-parallel"], "expert_parallel needs several ranks, but tp is 1"),
         (["--port", "70000"], "port must be at most 65535, got 70000"),
         (["--dtype", "int3"], "int3"),
         (["--media-timeout-s", "nan"], "media_timeout_s must be at least 0.1 and finite"),

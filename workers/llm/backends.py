@@ -77,9 +77,10 @@ def _need_triton(name: str, device: torch.device) -> None:
 
 def _with_kernels(name: str, attention: Callable[[PagedTensors], AttentionBackend]) -> Backend:
     from workers.llm.sampling.kernel import sample
+    from workers.nn.expert_kernels import experts
     from workers.nn.kernels import add_rms_norm, silu_mul
 
-    return Backend(name, attention, Kernels(add_rms_norm, silu_mul), sample)
+    return Backend(name, attention, Kernels(add_rms_norm, silu_mul, experts), sample)
 
 
 def _is_interpreted() -> bool:

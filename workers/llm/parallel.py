@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.shared_memory import SharedMemory, is_available
-from workers.nn.weights.shard import Shard
+from workers.nn.weights.shard import ExpertsShard, Shard
 
 START_TIMEOUT_S = 300
 ONE_SHOT_BYTES = 256 << 10  # above it, who sums a part and hands it on is faster than everybody summing all
@@ -52,10 +52,20 @@ class SymmetricMemory:
 
 
 class TensorParallel:
-    """One rank of `size`. Alone it does nothing."""
+    """One rank of `size`. Alone it does nothing.
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+    has_whole_experts: a rank holds some of a layer's experts, instead of a part of each.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | None = None,
+        has_whole_experts: bool = False,
+    ) -> None:
         self.rank, self.size, self._device = rank, size, device
+        self.has_whole_experts = has_whole_experts
         self._symmetric: SymmetricMemory | None = None
         self._shared: SharedMemory | None = None
 
@@ -68,7 +78,14 @@ class TensorParallel:
         self._symmetric = SymmetricMemory(num_elements, dtype, self._device)
 
     @classmethod
-    def connect(cls, rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
+    def connect(
+        cls,
+        rank: int,
+        size: int,
+        device: torch.device,
+        rendezvous: Path,
+        has_whole_experts: bool = False,
+    ) -> TensorParallel:
         """Joins the group that meets at the file `rendezvous`; NCCL on CUDA, shared memory or else gloo on
         the CPU."""
         if size > 1:
@@ -77,7 +94,7 @@ class TensorParallel:
                 world_size=size,
                 timeout=timedelta(seconds=START_TIMEOUT_S),
             )  # fmt: skip
-        made = cls(rank, size, device)
+        made = cls(rank, size, device, has_whole_experts)
         if size > 1 and device.type == "cpu" and is_available():
             made._shared = SharedMemory.connect(rank, size)
         return made
@@ -157,3 +174,26 @@ class HeadLayout:
         self.kv = Shard.of_range(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
         self.mlp = Shard.split(info.intermediate_size, rank, size)
         self.vocab = Shard.split_padded(info.vocab_size, rank, size)
+
+
+def share_experts(
+    num_experts: int, hidden_size: int, intermediate_size: int, parallel: TensorParallel
+) -> ExpertsShard:
+    """What one rank holds of the experts of a layer. `intermediate_size`: of each expert.
+
+    Raises ValueError, with the numbers, for what the ranks do not divide.
+    """
+    rank, size = parallel.rank, parallel.size
+    sizes = num_experts, hidden_size, intermediate_size
+    if parallel.has_whole_experts:
+        if num_experts % size:
+            raise ValueError(f"tp {size} does not divide the model's {num_experts} experts")
+        count = num_experts // size
+        return ExpertsShard(
+            *sizes, range(rank * count, (rank + 1) * count), Shard.of_range(0, intermediate_size)
+        )
+    if intermediate_size % size:
+        raise ValueError(
+            f"tp {size} does not divide the intermediate size {intermediate_size} of the model's experts"
+        )
+    return ExpertsShard(*sizes, range(num_experts), Shard.split(intermediate_size, rank, size))

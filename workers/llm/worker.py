@@ -74,8 +74,9 @@ def main(context: WorkerContext) -> None:
     info = model_info_of(context)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
-    # An unsupported format fails before any waiting.
+    # What is not served fails before any waiting.
     choose_formats(context.model_folder, device, config.llm.quantization)
+    decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     if device.type == "cuda":
         wait_for_vits(context, control)
     else:
@@ -87,7 +88,7 @@ def main(context: WorkerContext) -> None:
     )
     # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
     steps = context.sockets.subscriber(STEPS, rank=lead) if rank > 0 else None
-    parallel = TensorParallel.connect(rank, tp_size, device, rendezvous)
+    parallel = TensorParallel.connect(rank, tp_size, device, rendezvous, config.llm.expert_parallel)
 
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)

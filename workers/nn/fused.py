@@ -16,3 +16,6 @@ class Kernels(NamedTuple):
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
     # silu(gate) · up of [rows, 2 · size], gate first.
     silu_mul: Callable[[Tensor], Tensor]
+    # (x, gate_up, down, chosen, shares, first): as `Experts`, with experts `first`, `first` + 1, … in the
+    # stacked weights gate_up [num_held, 2 · intermediate, hidden] and down [num_held, hidden, intermediate].
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]

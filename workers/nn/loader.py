@@ -77,7 +77,8 @@ class Checkpoint:
                     self._places[_usual_name(name)] = (path, name)
         if not self._places:
             raise ValueError(f"model {str(folder)!r} has no safetensors files")
-        self._progress, self._num_loaded, self._total = progress, 0, len(self._places)
+        self._progress, self._total = progress, len(self._places)
+        self._loaded: set[str] = set()  # tensors of which at least a part has been read
 
     def expect(self, prefix: str) -> None:
         """Progress counts the tensors under this prefix only."""
@@ -97,21 +98,32 @@ class Checkpoint:
             path, 8 + length + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
         )
 
-    def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it: contiguous, a copy, in the model's dtype, on its device."""
-        tensor = self.read(name, rows, columns)
+    def shape(self, name: str) -> tuple[int, ...]:
+        path, stored = self._place(name)
+        return tuple(self._open(path).get_slice(stored).get_shape())
+
+    def load(
+        self, name: str, rows: slice = slice(None), columns: slice | None = None, at: int | None = None
+    ) -> Tensor:
+        """A tensor or a part of it: contiguous, a copy, in the model's dtype, on its device.
+
+        `at`: of one of the matrices that the tensor stacks.
+        """
+        tensor = self.read(name, rows, columns, at)
         return tensor.to(
             device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format
         )
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor or a part of it on the host, in the dtype of the file, which packed weights need. May be a
-        view of the file."""
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice | None = None, at: int | None = None
+    ) -> Tensor:
+        """As `load`, but on the host, in the dtype of the file, which packed weights need. May be a view of
+        the file."""
         path, stored = self._place(name)
-        part = self._open(path).get_slice(stored)
-        tensor: Tensor = part[rows] if columns is None else part[rows, columns]
-        self._num_loaded += 1
-        self._progress(min(self._num_loaded, self._total), self._total)
+        ranges = (*(() if at is None else (at,)), rows, *(() if columns is None else (columns,)))
+        tensor: Tensor = self._open(path).get_slice(stored)[ranges]
+        self._loaded.add(name)
+        self._progress(min(len(self._loaded), self._total), self._total)
         return tensor
 
     def _place(self, name: str) -> tuple[Path, str]:

@@ -70,9 +70,12 @@ def test_signs_of_life_follow_the_work_and_not_the_layers(monkeypatch: pytest.Mo
 
 def test_no_block_has_more_work_than_it_may() -> None:
     generator = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(6, 40, 8, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(5, 6, 40, 8, generator=generator) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    for most, num_blocks in ((1e9, 1), (4 * 40 * 8 * 40 * 2.0, 3), (4 * 40 * 8 * 10.0, 24)):
+    of_row = 4.0 * 40 * 8
+    for most, num_blocks in (
+        (1e9, 1), (of_row * 40 * 6 * 2, 3), (of_row * 40 * 2, 5 * 3), (of_row * 10, 5 * 6 * 4)
+    ):  # fmt: skip
         signs: list[int] = []
         found = Blocks(most, lambda: signs.append(1)).attend(q, k, v)  # noqa: B023
         torch.testing.assert_close(found, expected)

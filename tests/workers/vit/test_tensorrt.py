@@ -19,8 +19,9 @@ from workers.vit.engines.choice import choose_engine
 from workers.vit.engines.onnx import exported
 from workers.vit.engines.tensorrt import Profile, TensorRtEngine, build, built, load_tensorrt, profiles_for
 from workers.vit.engines.torch import TorchEngine
-from workers.vit.models.base import Inputs
-from workers.vit.models.qwen2_vl import VisionEncoder, VisionPreparation
+from workers.vit.models.base import Inputs, Range
+from workers.vit.models.patches import PatchPreparation
+from workers.vit.models.qwen2_vl import VisionEncoder
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def info(random_checkpoint: Path) -> ModelInfo:
 
 
 @pytest.fixture(scope="module")
-def preparation(info: ModelInfo) -> VisionPreparation:
-    return VisionPreparation(info.vision)
+def preparation(info: ModelInfo) -> PatchPreparation:
+    return PatchPreparation(info.vision)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
 ) -> None:  # fmt: skip
     file = exported(info, random_checkpoint, dtype, files, no_progress)
     told: list[tuple[int, int]] = []
-    made = VisionPreparation(info.vision)
+    made = PatchPreparation(info.vision)
     capability = trt.ComputeCapability.SM89
     engine = build(trt, file, made, lambda done, total: told.append((done, total)), capability)
     weights = sum(path.stat().st_size for path in file.parent.iterdir())
@@ -63,7 +64,7 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
 
 
 def test_an_engine_is_built_once_for_a_gpu_and_a_version(
-    info: ModelInfo, preparation: VisionPreparation, random_checkpoint: Path, files: Path, tmp_path: Path,
+    info: ModelInfo, preparation: PatchPreparation, random_checkpoint: Path, files: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     trt = SimpleNamespace(__name__="tensorrt", __version__="11.4")
@@ -89,7 +90,7 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(
     assert len(list((tmp_path / "tensorrt").glob("*/"))) == 3, "of a build that failed nothing is left"
 
 
-def test_what_cannot_be_read_is_an_error(preparation: VisionPreparation, trt: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_an_error(preparation: PatchPreparation, trt: Any, tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match="cannot read the encoder"):
         build(trt, tmp_path / "encoder.onnx", preparation, no_progress)
@@ -113,8 +114,8 @@ class FakeContext:
         self._shapes[name] = shape
         frames, patches = (shape[0], shape[1]) if name == "patches" else (1, shape[0])
         return (
-            frames <= sizes.frames[2]
-            and sizes.patches[0] <= patches <= sizes.patches[2]
+            frames <= sizes.frames.most
+            and sizes.patches.least <= patches <= sizes.patches.most
             and "shape" not in self._engine.broken
         )
 
@@ -162,12 +163,15 @@ def test_jobs_run_within_the_profiles_and_into_the_pool(
     info: ModelInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     trt, engine = fake
-    few = (Profile((1, 1, 2), (4, 24, 32)), Profile((1, 1, 1), (4, 256, 1600)))
+    few = (
+        Profile(Range(1, 1, 2), Range(4, 24, 32)),
+        Profile(Range(1, 1, 1), Range(4, 256, 1600)),
+    )
     monkeypatch.setattr(module, "profiles_for", lambda _: few)
     engine.profiles = few
     expected, found = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
     TorchEngine(engine.encoder).encode(expected)
-    TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU).encode(found)
+    TensorRtEngine(trt, PatchPreparation(info.vision), b"engine", torch.float32, CPU).encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         assert torch.allclose(theirs.output, ours.output, atol=1e-4), theirs.grid_thw
     assert {profile for profile, _ in engine.runs} == {0, 1}
@@ -177,7 +181,7 @@ def test_jobs_run_within_the_profiles_and_into_the_pool(
 @pytest.mark.parametrize("broken", ["shape", "address", "run"])
 def test_a_call_that_fails_is_an_error(broken: str, info: ModelInfo, fake: tuple[Any, FakeEngine]) -> None:
     trt, engine = fake
-    made = TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU)
+    made = TensorRtEngine(trt, PatchPreparation(info.vision), b"engine", torch.float32, CPU)
     engine.broken = broken
     with pytest.raises(RuntimeError, match="failed"):
         made.encode(make_jobs(info, torch.float32))
@@ -188,17 +192,17 @@ def test_an_engine_that_is_for_another_machine_is_an_error(
 ) -> None:  # fmt: skip
     trt, engine = fake
     with pytest.raises(RuntimeError, match="cannot load"):
-        TensorRtEngine(trt, VisionPreparation(info.vision), b"foreign", torch.float32, CPU)
+        TensorRtEngine(trt, PatchPreparation(info.vision), b"foreign", torch.float32, CPU)
     engine.broken = "context"
     with pytest.raises(RuntimeError, match="memory"):
-        TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU)
+        TensorRtEngine(trt, PatchPreparation(info.vision), b"engine", torch.float32, CPU)
 
 
 def test_profiles_hold_every_size_of_the_largest_picture() -> None:
     for largest in (19_600, 200_000, 12_845_056):
         info: Any = SimpleNamespace(merge_size=2, patch_size=14, largest_pixels=largest)
         profiles = profiles_for(info)
-        assert profiles[-1].patches[2] * 14 * 14 >= largest
+        assert profiles[-1].patches.most * 14 * 14 >= largest
         for profile in profiles:
             assert all(count % 4 == 0 for count in profile.patches), "whole tokens"
             for sizes in profile:

@@ -56,6 +56,15 @@ class Decoder(ABC):
         Raises ValueError, with the numbers, for a shape that cannot be sharded over so many ranks.
         """
 
+    @classmethod
+    def check_experts(cls, info: TextInfo, tp_size: int, has_whole_experts: bool) -> None:
+        """Raises ValueError, with the numbers, for experts that cannot be shared out over so many ranks.
+
+        has_whole_experts: the option `--expert-parallel`.
+        """
+        if has_whole_experts:
+            raise ValueError("expert_parallel is for models with experts, and this model has none")
+
     def cache_spec(self) -> CacheSpec:
         return self.spec_of(self.info, self.parallel.size)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from workers.llm.models.stream import ResidualStream
 from workers.nn.fused import Kernels
-from workers.nn.layers import RMSNorm
+from workers.nn.layers import RMSNorm, silu_mul
 from workers.nn.weights.shard import Shard
 from workers.nn.weights.weights import Weights
 
@@ -16,13 +13,8 @@ class Mlp:
     def __init__(self, weights: Weights, shard: Shard, kernels: Kernels | None) -> None:
         self._gate_up = weights.column(("gate_proj", "up_proj"), (shard, shard))
         self._down = weights.row("down_proj", shard)
-        self._silu_mul = _silu_mul if kernels is None else kernels.silu_mul
+        self._silu_mul = silu_mul if kernels is None else kernels.silu_mul
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
         """Adds the MLP's output to the stream."""
         stream.project(self._down, self._silu_mul(self._gate_up(stream.normed(norm))))
-
-
-def _silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

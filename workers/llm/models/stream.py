@@ -26,6 +26,10 @@ class ResidualStream(ABC):
         """Adds linear(part), summed over ranks: `part` is this rank's shard of the inputs."""
 
     @abstractmethod
+    def add_part(self, part: Tensor) -> None:
+        """Adds the sum over ranks of this rank's part [num_tokens, hidden], which may be overwritten."""
+
+    @abstractmethod
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
         """Adds values [n, hidden], the same on all ranks, to the tokens `rows` [n]."""
 
@@ -43,7 +47,10 @@ class PlainStream(ResidualStream):
         if self._parallel.size == 1:
             self._x = linear.add_to(self._x, part)
         else:
-            self._x = self._x + self._parallel.all_reduce(linear(part))
+            self.add_part(linear(part))
+
+    def add_part(self, part: Tensor) -> None:
+        self._x = self._x + self._parallel.all_reduce(part)
 
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
         self._x = self._x.index_add(0, rows, values)
@@ -62,10 +69,14 @@ class FusedStream(ResidualStream):
         return normed
 
     def project(self, linear: Linear, part: Tensor) -> None:
-        assert self._pending is None, "a norm stands between two projections"
-        self._pending = self._parallel.all_reduce(linear(part))
+        self.add_part(linear(part))
+
+    def add_part(self, part: Tensor) -> None:
+        assert self._pending is None, "a norm stands between two sums"
+        self._pending = self._parallel.all_reduce(part)
 
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        # A pending sum stays pending: the next norm adds it all the same.
         self._x.index_add_(0, rows, values)
 
 

@@ -3,6 +3,7 @@
     weights = Weights(checkpoint, formats)                                        (weights.py)
     weights.column(("q_proj", "k_proj", "v_proj"), shards) → Linear
     weights.row("o_proj", shard) → Linear
+    weights.experts("experts", shard, kernels) → Experts
 
 A format is one file of this package. It reads its own tensors, shards them for tensor parallelism, and knows
 which layers of a checkpoint are stored in it and on which devices it computes. `registry.py` chooses the
@@ -18,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
-from workers.nn.weights.shard import Shard
+from workers.nn.weights.shard import ExpertsShard, Shard
 
 
 class Linear(ABC):
@@ -35,6 +37,19 @@ class Linear(ABC):
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + self(x), fused where that is possible."""
         return residual + self(x)
+
+
+class Experts(ABC):
+    """Gated MLPs, of which each token takes a few: Σ share · down(silu(gate(x)) · up(x))."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """[num_tokens, hidden] of x [num_tokens, hidden], as far as this rank has it: the ranks' results are
+        summed.
+
+        chosen: [num_tokens, k] int64, distinct experts for each token. shares: [num_tokens, k], in the
+        model's type.
+        """
 
 
 class Format(ABC):
@@ -66,6 +81,12 @@ class Format(ABC):
     @abstractmethod
     def row(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Linear:
         """The part of a layer for the inputs of the shard; the ranks' results are summed."""
+
+    @abstractmethod
+    def experts(
+        self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
+    ) -> Experts:
+        """The experts of one layer. `kernels`: those of the decoder."""
 
     @abstractmethod
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:

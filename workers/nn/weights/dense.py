@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
-from workers.nn.weights.base import Format, Linear
+from workers.nn.weights.base import Experts, Format, Linear
+from workers.nn.weights.experts import ListedExperts, StackedExperts
 from workers.nn.weights.processor import can_pack, has_fbgemm
-from workers.nn.weights.shard import WHOLE, Shard
+from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 
 HALF_STEP = 2.0**-24  # the smallest number that float16 has; every number near 0 is a multiple
+FUSED = ("gate_up_proj", "down_proj")  # the experts of a layer in two tensors
 UNFELT = 2.0**-20  # a negligible error, relative to the largest weight
 
 MakeLinear = Callable[[Tensor, Tensor | None], Linear]
@@ -110,8 +113,78 @@ class Dense(Format):
     def row(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Linear:
         return self.pack(load_part(checkpoint, f"{module}.weight", columns=shard), None)
 
+    def experts(
+        self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
+    ) -> Experts:
+        stored = StoredExperts(checkpoint, module, shard)
+        if kernels is not None:
+            gate_up, down = (_stack(read, shard.held) for read in (stored.gate_up, stored.down))
+            return StackedExperts(gate_up, down, shard.held.start, kernels)
+        layers = [
+            (self.pack(stored.gate_up(number), None), self.pack(stored.down(number), None))
+            for number in shard.held
+        ]
+        return ListedExperts(layers, shard.held.start)
+
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self._make(weight, bias)
+
+
+class StoredExperts:
+    """The dense experts of a layer, one at a time, so that a layer is not in memory twice.
+
+    A checkpoint has them one by one (`0.gate_proj.weight`, …), or all in two tensors `gate_up_proj` and
+    `down_proj`: as `F.linear` takes them, which `save_pretrained` of transformers 5 writes, or each expert
+    transposed, as the published checkpoints of Qwen3-VL. The shapes of both tensors together tell which.
+
+    Raises ValueError for shapes that are neither.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, module: str, shard: ExpertsShard) -> None:
+        self._checkpoint, self._module, self._shard = checkpoint, module, shard
+        self._is_fused = not checkpoint.has_module(f"{module}.{shard.held.start}.gate_proj")
+        self._is_transposed = self._is_fused and self._find_transposed()
+
+    def gate_up(self, expert: int) -> Tensor:
+        """[2 · intermediate, hidden], gate first."""
+        if not self._is_fused:
+            names = [f"{self._module}.{expert}.{name}_proj.weight" for name in ("gate", "up")]
+            return load_side_by_side(self._checkpoint, names, [self._shard.intermediate] * 2)
+        return self._of_fused("gate_up_proj", expert, rows=self._shard.gate_up)
+
+    def down(self, expert: int) -> Tensor:
+        """[hidden, intermediate]"""
+        columns = self._shard.intermediate
+        if not self._is_fused:
+            return load_part(self._checkpoint, f"{self._module}.{expert}.down_proj.weight", columns=columns)
+        return self._of_fused("down_proj", expert, columns=columns)
+
+    def _of_fused(self, name: str, expert: int, rows: Shard = WHOLE, columns: Shard = WHOLE) -> Tensor:
+        name = f"{self._module}.{name}"
+        if not self._is_transposed:
+            return load_part(self._checkpoint, name, rows, columns, at=expert)
+        return load_part(self._checkpoint, name, columns, rows, at=expert).t().contiguous()
+
+    def _find_transposed(self) -> bool:
+        """Never ambiguous: no sizes make both tensors square."""
+        count, hidden, size = self._shard[:3]
+        linear = (count, 2 * size, hidden), (count, hidden, size)
+        transposed = (count, hidden, 2 * size), (count, size, hidden)
+        found = tuple(self._checkpoint.shape(f"{self._module}.{name}") for name in FUSED)
+        if found not in (linear, transposed):
+            wanted = f"{linear} or {transposed}"
+            raise ValueError(f"{', '.join(FUSED)} of {self._module} have shapes {found}, not {wanted}")
+        return found == transposed
+
+
+def _stack(read: Callable[[int], Tensor], numbers: range) -> Tensor:
+    """Each matrix is put into place before the next is read: a layer's experts are not in memory twice."""
+    first = read(numbers[0])
+    stacked = first.new_empty(len(numbers), *first.shape)
+    stacked[0] = first
+    for place, number in enumerate(numbers[1:], 1):
+        stacked[place] = read(number)
+    return stacked
 
 
 def load_side_by_side(checkpoint: Checkpoint, names: Sequence[str], shards: Sequence[Shard]) -> Tensor:
@@ -120,13 +193,18 @@ def load_side_by_side(checkpoint: Checkpoint, names: Sequence[str], shards: Sequ
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def load_part(checkpoint: Checkpoint, name: str, rows: Shard = WHOLE, columns: Shard = WHOLE) -> Tensor:
-    """A rank's rows or columns of a tensor, as a copy in the model's type. One of the two must be `WHOLE`."""
+def load_part(
+    checkpoint: Checkpoint, name: str, rows: Shard = WHOLE, columns: Shard = WHOLE, at: int | None = None
+) -> Tensor:
+    """A rank's rows or columns of a tensor, as a copy in the model's type. One of the two must be `WHOLE`.
+
+    `at`: of one of the matrices that the tensor stacks.
+    """
     assert WHOLE in (rows, columns), "no layer is cut both ways"
     if columns == WHOLE:
-        parts, axis, padding = [checkpoint.load(name, part) for part in rows.slices], 0, rows.padding
+        parts, axis, padding = [checkpoint.load(name, part, at=at) for part in rows.slices], 0, rows.padding
     else:
-        loaded = [checkpoint.load(name, columns=part) for part in columns.slices]
+        loaded = [checkpoint.load(name, columns=part, at=at) for part in columns.slices]
         parts, axis, padding = loaded, 1, columns.padding
     if padding:
         shape = list(parts[0].shape)

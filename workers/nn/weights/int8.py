@@ -1,7 +1,7 @@
 """Weights and activations in 8 bits, quantised at load from a dense checkpoint. On the CPU.
 
-All linear layers of the decoder are quantised, its output layer included. The ViT opens the tower's weights
-without this format, so that they stay dense.
+All linear layers of the decoder are quantised, its output layer and its experts included; routers are not.
+The ViT opens the tower's weights without this format, so that they stay dense.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from workers.nn.weights.base import Linear
+from workers.nn.fused import Kernels
+from workers.nn.loader import Checkpoint
+from workers.nn.weights.base import Experts, Linear
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
+from workers.nn.weights.shard import ExpertsShard
 
 _ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 to round
 
@@ -97,6 +100,12 @@ class Int8(Dense):
 
     def __init__(self) -> None:
         super().__init__(make_int8_linear)
+
+    def experts(
+        self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
+    ) -> Experts:
+        """The decoder's kernels are for dense weights."""
+        return super().experts(checkpoint, module, shard, None)
 
     def check_device(self, device: torch.device) -> None:
         if device.type != "cpu":

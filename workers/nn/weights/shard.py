@@ -34,3 +34,20 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
+
+
+class ExpertsShard(NamedTuple):
+    """A layer's experts, and which of them a rank holds: all or some, whole or of each a part."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int  # of each expert
+    held: range  # by this rank
+    intermediate: Shard  # the part of the intermediate size
+
+    @property
+    def gate_up(self) -> Shard:
+        """Of the gate and up projections side by side, gate first."""
+        parts = self.intermediate.slices
+        size = self.intermediate_size
+        return Shard((*parts, *(slice(part.start + size, part.stop + size) for part in parts)))

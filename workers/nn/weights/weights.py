@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint, StoredRows
-from workers.nn.weights.base import Format, Linear
+from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import load_part, load_side_by_side
-from workers.nn.weights.shard import WHOLE, Shard
+from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 
 
 class Weights:
@@ -70,6 +71,11 @@ class Weights:
         """A layer without a bias. Each rank has the inputs of its shard; the ranks' results are summed."""
         name = self._prefix + module
         return self._format_of(name).row(self._checkpoint, name, shard)
+
+    def experts(self, module: str, shard: ExpertsShard, kernels: Kernels | None) -> Experts:
+        """The experts of a layer, in whichever format and layout the checkpoint has them."""
+        name = self._prefix + module
+        return self._format_of(name).experts(self._checkpoint, name, shard, kernels)
 
     def linear(self, module: str) -> Linear:
         """A whole layer with its bias."""

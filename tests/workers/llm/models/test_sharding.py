@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from pipeline.families import TextInfo
+from pipeline.families.qwen3_vl import ExpertsInfo, Qwen3TextInfo
 from workers.llm.models.qwen2 import Qwen2Decoder
+from workers.llm.models.qwen3 import Qwen3Decoder
 from workers.llm.parallel import TensorParallel
 from workers.nn.loader import _usual_name
 from workers.nn.weights.dense import Dense
@@ -50,6 +57,7 @@ FITTING = [
 class Part(NamedTuple):
     rows: tuple[int, int]
     columns: tuple[int, int]
+    at: int | None = None  # of the matrices that a tensor stacks
 
 
 class MetaCheckpoint:
@@ -64,11 +72,16 @@ class MetaCheckpoint:
     def has_module(self, module: str) -> bool:
         return f"{module}.weight" in self.shapes
 
-    def load(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        shape = self.shapes[name]
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.shapes[name])
+
+    def load(
+        self, name: str, rows: slice = slice(None), columns: slice | None = None, at: int | None = None
+    ) -> Tensor:
+        shape = self.shapes[name] if at is None else self.shapes[name][1:]
         picked_rows = rows.indices(shape[0])[:2]
         picked_columns = (columns or slice(None)).indices(shape[1])[:2] if len(shape) > 1 else (0, 1)
-        self.loaded.append((name, Part(picked_rows, picked_columns)))
+        self.loaded.append((name, Part(picked_rows, picked_columns, at)))
         sizes = [picked_rows[1] - picked_rows[0], picked_columns[1] - picked_columns[0]][: len(shape)]
         return torch.empty(sizes, dtype=self.dtype, device=self.device)
 
@@ -148,6 +161,53 @@ def covered(parts: list[Part], shape: torch.Size) -> bool:
                 position = stop
             return bool(position == getattr(whole, along)[1])
     return False
+
+
+def published_experts(count: int, hidden: int, size: int) -> tuple[dict[str, torch.Size], Qwen3TextInfo]:
+    """The shapes of a checkpoint of two layers at the sizes of the 30B-A3B, as published, and what its
+    family reads."""
+    experts = {"num_experts": count, "num_experts_per_tok": 8, "moe_intermediate_size": size}
+    text = dict(zip(NAMES, (hidden, 6144, 2, 32, 4, 151936), strict=True))
+    config = Qwen3VLMoeConfig(
+        text_config={**text, **experts, "head_dim": 128, "mlp_only_layers": [0]}, vision_config={"depth": 1}
+    )
+    with torch.device("meta"):
+        made = Qwen3VLMoeForConditionalGeneration(config)
+    shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
+    decoder = {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
+    turned = {
+        name: torch.Size((shape[0], shape[2], shape[1])) if ".experts." in name else shape
+        for name, shape in decoder.items()
+    }
+    info = Qwen3TextInfo(
+        hidden_size=hidden, intermediate_size=6144, num_layers=2, num_heads=32, num_kv_heads=4, head_dim=128,
+        vocab_size=151936, rms_norm_eps=1e-6, rope_theta=5e6, mrope_section=(24, 20, 20),
+        max_position_embeddings=262144, tie_word_embeddings=False, num_features=3,
+        experts=ExpertsInfo(num_experts=count, num_chosen=8, intermediate_size=size, layers=(1,)),
+    )  # fmt: skip
+    return turned, info
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("has_whole_experts", [False, True])
+def test_experts_are_loaded_exactly_once(size: int, has_whole_experts: bool) -> None:
+    """Each element of each expert by one rank; everything else as in other decoders."""
+    shapes, info = published_experts(128, 2048, 768)
+    names = {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"}
+    assert {name for name in shapes if ".experts." in name} == names
+    loaded: list[tuple[str, Part]] = []
+    for rank in range(size):
+        checkpoint = MetaCheckpoint(shapes)
+        parallel = TensorParallel(rank, size, has_whole_experts=has_whole_experts)
+        Qwen3Decoder(info, Weights(checkpoint, [Dense()]), parallel)  # type: ignore[arg-type]
+        assert {name for name, _ in checkpoint.loaded} == set(shapes)
+        of_rank = {part.at for name, part in checkpoint.loaded if name in names}
+        assert len(of_rank) == (128 // size if has_whole_experts else 128)
+        loaded += checkpoint.loaded
+    for name in names:
+        for expert in range(128):
+            parts = [part for other, part in loaded if other == name and part.at == expert]
+            assert covered(parts, shapes[name][1:]), (name, expert, parts)
 
 
 @pytest.mark.parametrize(

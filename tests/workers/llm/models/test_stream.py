@@ -10,7 +10,7 @@ from torch import Tensor
 from workers.llm.models.stream import make_stream
 from workers.llm.parallel import TensorParallel
 from workers.nn.fused import Kernels
-from workers.nn.layers import RMSNorm
+from workers.nn.layers import RMSNorm, silu_mul
 from workers.nn.weights.dense import TorchLinear
 
 HIDDEN = 8
@@ -23,12 +23,11 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def no_experts(*of_layer: object) -> Tensor:
+    raise AssertionError("there are no experts")
 
 
-KERNELS = Kernels(add_rms_norm, silu_mul)
+KERNELS = Kernels(add_rms_norm, silu_mul, no_experts)
 
 
 @pytest.mark.parametrize("kernels", [None, KERNELS], ids=["torch", "kernels"])
@@ -44,4 +43,7 @@ def test_what_is_added_is_in_the_next_norm(kernels: Kernels | None) -> None:
         stream.project(linear, stream.normed(norm))
         expected[rows] += values
         stream.add_rows(rows, values)
+    part = 2 * stream.normed(norm)
+    expected = expected + part
+    stream.add_part(part)
     torch.testing.assert_close(stream.normed(norm), norm(expected))

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
-from workers.nn.weights.base import Format, Linear
+from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import Dense, TorchLinear
+from workers.nn.weights.experts import list_experts
 from workers.nn.weights.registry import choose_formats, open_weights
-from workers.nn.weights.shard import WHOLE, Shard
+from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.weights import Weights
 
 CPU = torch.device("cpu")
@@ -73,6 +75,11 @@ class Toy(Format):
         of_scales = slice(part.start // GROUP, part.stop // GROUP)
         packed = checkpoint.read(f"{module}.packed", columns=part)
         return ToyLinear(packed, checkpoint.read(f"{module}.scales", columns=of_scales), None)
+
+    def experts(
+        self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
+    ) -> Experts:
+        return list_experts(self, checkpoint, module, shard)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(weight, bias)
