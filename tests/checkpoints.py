@@ -1,9 +1,9 @@
 """Checkpoints for tests: random weights, other dimensions than the embedded model, the embedded model's
 vocabulary, and the family's own chat template.
 
-The weights are large enough that greedy text is lively: with the usual 0.02 it repeats one token whatever the
-picture shows, and a test on that proves nothing. Biases and the weights of norms are random, too: a model that
-leaves one out must show it.
+The weights are large enough that greedy text is lively: with the usual 0.02 it repeats one token whatever
+the picture shows, and a test on that proves nothing. Biases and the weights of norms are random, too: a model
+that leaves one out must show it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from launcher.checkpoints import EMBEDDED
 from tools.random_checkpoint.settings import PATCHES_14, PATCHES_16
 from tools.random_checkpoint.tokenizer import chat_template
+from tools.random_checkpoint.weights import FUSED_EXPERTS
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -54,7 +56,7 @@ EXPERTS = {
     "mlp_only_layers": [1],
     "norm_topk_prob": True,
 }
-# A head of 24 numbers is no power of two, as the 72 of the published tower; deepstack after two of four layers.
+# A head of 24 numbers is no power of two, as the 72 of the published tower. Two of four have deepstack.
 QWEN3_VISION = {
     "depth": 4,
     "hidden_size": 96,
@@ -105,17 +107,29 @@ def make_checkpoint(
                 parameter.normal_(0, 2)  # beside patches of that size
             elif parameter.ndim > 1:
                 parameter.mul_(scale)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(1, 3)  # heads that look at few tokens
             elif name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)  # all of these are of norms
             else:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, 0.5)
     model.to(dtype).save_pretrained(folder)
+    _transpose_experts(folder / "model.safetensors")
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / "model" / name, folder / name)
     (folder / "chat_template.jinja").write_text(chat_template(family))
     for name, content in _processors(family, processor).items():
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def _transpose_experts(path: Path) -> None:
+    """The hub has them as [experts, inputs, outputs]. transformers 5 reads both, and saves the other."""
+    tensors = load_file(path)
+    fused = [name for name in tensors if name.endswith(FUSED_EXPERTS)]
+    if fused:
+        tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in fused}
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _config(family: str) -> Any:

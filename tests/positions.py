@@ -1,8 +1,8 @@
 """The rows of M-RoPE as transformers computed them up to release 5.2, written a second time for tests.
 
 From 5.3 to 5.24 the text behind a video of Qwen2-VL and Qwen2.5-VL goes on after the larger side of a frame,
-even where the video's time has got further. The models were trained with the rule here: text goes on after the
-largest position so far.
+even where the video's time has got further. The models were trained with the rule here: text goes on after
+the largest position so far.
 """
 
 from __future__ import annotations

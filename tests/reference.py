@@ -37,6 +37,7 @@ class Reference:
     """Chats are lists of (role, pieces) as in `tests/chats.py`."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.family: str = json.loads((folder / "config.json").read_text())["model_type"]
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
@@ -123,7 +124,7 @@ class Reference:
     def answer(self, chat: ChatTurns, num_tokens: int) -> Answer:
         inputs = self.inputs(chat)
         positions = self.positions(inputs)
-        with mock.patch.object(self.model.model, "get_rope_index", lambda *_, **__: positions):
+        with mock.patch.object(self.model.model, "get_rope_index", return_value=positions):
             out = self.model.generate(
                 **inputs,
                 do_sample=False,

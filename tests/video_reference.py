@@ -76,7 +76,7 @@ class VideoReference:
             # Qwen's own code has no larger frames, whatever pictures may have.
             "longest_edge": min(pictures.size["longest_edge"], 768 * 28 * 28),
         }
-        # Qwen2-VL's frames are smaller where there are many: Qwen's own code does that, transformers on demand.
+        # Qwen2-VL's frames are smaller where there are many: transformers does that on demand only.
         capped = own.get("cap_pixels_per_frame") or self.family == "qwen2_vl"
         vars(self.processor).update({**settings, **own, "size": size, "cap_pixels_per_frame": capped})
 

@@ -34,7 +34,7 @@ PATCHES_16 = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-# Of a picture. What was measured with random checkpoints of Qwen2-VL had transformers' own limit, 1280 tokens.
+# Of a picture. What was measured with random checkpoints of Qwen2-VL had transformers' limit, 1280 tokens.
 MAX_PIXELS_14 = {"qwen2_vl": 28 * 28 * 1280, "qwen2_5_vl": 12_845_056}
 SAMPLING: Mapping[str, Mapping[str, float]] = {
     "qwen2_vl": {"temperature": 0.01, "top_p": 0.001, "top_k": 1},
