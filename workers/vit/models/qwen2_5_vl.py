@@ -44,7 +44,7 @@ class WindowOrder(NamedTuple):
     sizes: tuple[int, ...]  # the number of tokens of each window
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(16)
 def window_order(height: int, width: int, side: int) -> WindowOrder:
     """Of a frame of height · width tokens, in windows of at most side · side tokens."""
     rows, columns = torch.arange(height) // side, torch.arange(width) // side

@@ -37,7 +37,7 @@ class Taps(NamedTuple):
     weights: Tensor  # [num_patches, 4] float32
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(16)
 def position_taps(height: int, width: int, merge: int, side: int) -> Taps:
     """Bilinear interpolation of a table of side · side to height · width patches, corner on corner."""
     rows, columns = patch_places(GridTHW(1, height, width), merge)
