@@ -39,7 +39,7 @@ from workers.nn.weights.weights import Weights
 
 CPU = torch.device("cpu")
 HISTORY, BLOCK = 32, 16
-MATRIX_BYTES = 1 << 30  # far more than any cache holds
+MATRIX_BYTES = 1 << 28  # more than caches hold, and read in about the time of a step
 SPREAD = 0.02  # of the weights
 FORMATS: dict[str, Callable[[], Format]] = {"none": Dense, "int8": Int8}
 
@@ -220,10 +220,12 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--chosen", type=int, default=4, help="experts of each token")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", choices=tuple(FORMATS))
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     dtype = choose_dtype(options.dtype, CPU)
     bench = Bench(make_info(options), dtype, FORMATS[options.quantization]())
     print(f"{dtype}, experts as {bench.kind}, {bench.sizes.expert / 1e6:.1f} MB each")
