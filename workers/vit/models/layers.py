@@ -46,7 +46,7 @@ class Mlp(ABC):
 
     @abstractmethod
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x)"""
+        """residual + the MLP of x"""
 
 
 class PlainMlp(Mlp):
