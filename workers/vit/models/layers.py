@@ -41,15 +41,15 @@ def patch_embed(tower: Weights, bias: Tensor | None = None) -> Linear:
     return tower.packed("patch_embed.proj", weight, bias)
 
 
-class Mlp(ABC):
+class TowerMlp(ABC):
     flop: float  # for one row
 
     @abstractmethod
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x)"""
+        """residual + the MLP of x"""
 
 
-class PlainMlp(Mlp):
+class PlainMlp(TowerMlp):
     """`activate` may overwrite its argument."""
 
     def __init__(self, first: Linear, second: Linear, activate: Callable[[Tensor], Tensor]) -> None:
@@ -60,7 +60,7 @@ class PlainMlp(Mlp):
         return self._second.add_to(residual, self._activate(self._first(x)))
 
 
-class GatedMlp(Mlp):
+class GatedMlp(TowerMlp):
     """SwiGLU with biases."""
 
     def __init__(self, weights: Weights) -> None:
@@ -78,7 +78,7 @@ class Block:
     """A layer of the tower: attention and `mlp`, each behind a norm."""
 
     def __init__(
-        self, info: VisionInfo, weights: Weights, norm: Callable[[Weights, str], Norm], mlp: Mlp
+        self, info: VisionInfo, weights: Weights, norm: Callable[[Weights, str], Norm], mlp: TowerMlp
     ) -> None:  # fmt: skip
         self._num_heads, self._mlp = info.num_heads, mlp
         self._norm1, self._norm2 = norm(weights, "norm1"), norm(weights, "norm2")
