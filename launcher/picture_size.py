@@ -1,4 +1,5 @@
-"""The default `max_pixels` without a GPU: a checkpoint's own limit may keep a processor busy for minutes."""
+"""The default `max_pixels`: a checkpoint's own limit may keep a processor busy for minutes, or fill the pool
+of embeddings with one picture."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.families import read_model_info
+from pipeline.families import VisionInfo, read_model_info
+from pipeline.wire.base import GridTHW
 
 logger = logging.getLogger(__name__)
 CPU_TOKENS = 1280  # of one picture
@@ -38,22 +40,38 @@ def limit_pictures(
     config: Config, folder: Path, environment: Mapping[str, str], drivers: Sequence[Path] = DRIVERS,
     has_cuda: Callable[[Mapping[str, str]], bool] = torch_has_cuda,
 ) -> Config:  # fmt: skip
-    """The config with `max_pixels` of 1280 tokens, where ViTs compute on the CPU, no option is given, and the
-    model allows more."""
+    """The config with a `max_pixels` where no option gives one and the model's own is too large: of 1280
+    tokens where ViTs compute on the CPU, and of embeddings that take a quarter of a ViT's pool."""
     if config.preprocess.max_pixels is not None:
         return config
     vision = read_model_info(folder, config.preprocess.min_pixels).vision
-    limit = CPU_TOKENS * vision.factor**2
-    if not vision.min_pixels <= limit < vision.max_pixels or not _is_on_cpu(
-        config, environment, drivers, has_cuda
-    ):
+    least = min(CPU_TOKENS, _pool_tokens(config, vision, is_on_cpu=True))
+    if vision.max_pixels <= least * vision.factor**2:
+        return config  # whatever the device
+    is_on_cpu = _is_on_cpu(config, environment, drivers, has_cuda)
+    num_tokens = _pool_tokens(config, vision, is_on_cpu)
+    reason = f"a picture takes at most a quarter of the {config.vit.embedding_pool_mib} MiB for embeddings"
+    if is_on_cpu and num_tokens >= CPU_TOKENS:
+        num_tokens, reason = CPU_TOKENS, "without a GPU"
+    limit = num_tokens * vision.factor**2
+    if not vision.min_pixels <= limit < vision.max_pixels:
         return config
     logger.info(
-        "without a GPU pictures are seen in at most %d pixels (%d tokens), the model allows %d: "
-        "--max-pixels says otherwise",
-        limit, CPU_TOKENS, vision.max_pixels,
+        "%s: pictures are seen in at most %d pixels (%d tokens), the model allows %d: --max-pixels says "
+        "otherwise",
+        reason, limit, num_tokens, vision.max_pixels,
     )  # fmt: skip
     return dataclasses.replace(config, preprocess=dataclasses.replace(config.preprocess, max_pixels=limit))
+
+
+def _pool_tokens(config: Config, vision: VisionInfo, is_on_cpu: bool) -> int:
+    """How many rows of embeddings are a quarter of a ViT's pool. A pool of 0 grows with the pictures."""
+    if not config.vit.embedding_pool_mib:
+        return sys.maxsize
+    may_be_wide = config.model.dtype == "float32" or (config.model.dtype == "auto" and is_on_cpu)
+    dtype = "float32" if may_be_wide else "bfloat16"
+    row = vision.embedding(GridTHW(1, vision.merge_size, vision.merge_size), dtype)
+    return (config.vit.embedding_pool_mib << 20) // (4 * row.nbytes)
 
 
 def _is_on_cpu(

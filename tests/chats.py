@@ -20,7 +20,16 @@ class Clip(NamedTuple):
     fps: float
 
 
-Piece = str | Image.Image | Clip | tuple[Image.Image, ...]
+class FrameList(NamedTuple):
+    """A video as a list of pictures that says when they were taken: so many a second, or each of them."""
+
+    frames: tuple[Image.Image, ...]
+    fps: float | None = None
+    timestamps: tuple[float, ...] | None = None  # in seconds
+
+
+Video = Clip | FrameList | tuple[Image.Image, ...]
+Piece = str | Image.Image | Video
 ChatTurns = Sequence[tuple[str, Sequence[Piece]]]
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -65,6 +74,9 @@ def to_messages(chat: ChatTurns) -> tuple[list[ChatMessage], list[bytes]]:
                 return TextPart(piece)
             case Clip():
                 return VideoPart(frame=add(piece.data), fps=piece.fps)
+            case FrameList(pictures, fps, timestamps):
+                listed = tuple(ImagePart(frame=add(encode(frame))) for frame in pictures)
+                return VideoPart(frames=listed, fps=fps, timestamps=timestamps)
             case tuple():
                 return VideoPart(frames=tuple(ImagePart(frame=add(encode(frame))) for frame in piece))
             case _:

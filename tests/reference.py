@@ -1,27 +1,30 @@
-"""Hugging Face's own Qwen2-VL on the same checkpoint: what every number is compared with."""
+"""Hugging Face's own model of a family on the same checkpoint: what every number is compared with."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-import tempfile
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-import msgspec
-import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from tests.chats import ChatTurns, Clip, Piece
-from workers.preprocess.video_files import open_video
+from tests.chats import ChatTurns, Piece
+from tests.positions import PICTURE, TEXT, VIDEO, rope_index
+from tests.video_reference import SeenVideo, VideoReference, sample_frames, video_processing
+
+__all__ = ["Answer", "Reference", "assert_same_tokens", "sample_frames", "video_processing"]
 
 TIE = 1e-3  # two best logits closer than this may swap
+PICTURE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 
 class Answer(NamedTuple):
@@ -34,81 +37,101 @@ class Reference:
     """Chats are lists of (role, pieces) as in `tests/chats.py`."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.folder = folder
+        self.family: str = json.loads((folder / "config.json").read_text())["model_type"]
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.videos = VideoReference(folder, self.family, self.processor)
 
     def inputs(self, chat: ChatTurns) -> dict[str, Any]:
+        """What Hugging Face's processor makes of a chat for `generate`."""
+        text = self._render(chat)
+        pieces = [piece for _, pieces in chat for piece in pieces if not isinstance(piece, str)]
+        extra: dict[str, Any] = {}
+        if images := [piece for piece in pieces if isinstance(piece, Image.Image)]:
+            processed = self.processor(images=images, return_tensors="pt")
+            extra = {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
+            counts = (processed["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
+            text = _filled(text, PICTURE_PAD, [PICTURE_PAD * count for count in counts])
+        if videos := [self.videos.see(piece) for piece in pieces if not isinstance(piece, Image.Image)]:
+            extra["pixel_values_videos"] = torch.cat([video.patches for video in videos])
+            extra["video_grid_thw"] = torch.tensor([video.grid for video in videos])
+            if self.family == "qwen2_5_vl":
+                extra["second_per_grid_ts"] = torch.tensor(
+                    [self.processor.temporal_patch_size / video.sampled_fps for video in videos]
+                )
+            text = _filled(text, VIDEO_PAD, self._expansions(videos))
+        ids = torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
+        types = torch.full_like(ids, TEXT)
+        types[ids == self.model.config.image_token_id] = PICTURE
+        types[ids == self.model.config.video_token_id] = VIDEO
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **extra}
+
+    def _render(self, chat: ChatTurns) -> str:
         def to_part(piece: Piece) -> dict[str, str]:
             if isinstance(piece, str):
                 return {"type": "text", "text": piece}
             return {"type": "image" if isinstance(piece, Image.Image) else "video"}
 
         messages = [{"role": role, "content": [to_part(piece) for piece in pieces]} for role, pieces in chat]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        pieces = [piece for _, pieces in chat for piece in pieces]
-        images = [piece for piece in pieces if isinstance(piece, Image.Image)]
-        extra: dict[str, Any] = {}
-        if images:
-            processed = self.processor(images=images, return_tensors="pt")
-            extra = {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
-            for _, height, width in processed["image_grid_thw"].tolist():
-                text = text.replace("<|image_pad|>", "<|placeholder|>" * (height * width // 4), 1)
-            text = text.replace("<|placeholder|>", "<|image_pad|>")
-        if videos := [self._video(piece) for piece in pieces if isinstance(piece, Clip | tuple)]:
-            extra |= {
-                "pixel_values_videos": torch.cat([patches for patches, _ in videos]),
-                "video_grid_thw": torch.tensor([grid for _, grid in videos]),
-            }
-            for _, (length, height, width) in videos:
-                text = text.replace("<|video_pad|>", "<|placeholder|>" * (length * height * width // 4), 1)
-            text = text.replace("<|placeholder|>", "<|video_pad|>")
-        ids = torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
-        types = (ids == self.model.config.image_token_id).int() + 2 * (
-            ids == self.model.config.video_token_id
-        ).int()
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **extra}
+        rendered: str = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        return rendered
 
-    def _video(self, piece: Clip | tuple[Image.Image, ...]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Patches and grid of a video, its frames chosen, resized and cut as by Hugging Face's processor."""
-        if isinstance(piece, Clip):
-            with tempfile.NamedTemporaryFile() as file:
-                Path(file.name).write_bytes(piece.data)
-                video = open_video(file.name, "pyav", 10**7)
-                total, rate, _, _ = msgspec.structs.astuple(video.metadata)
-                frames = np.stack(list(video.frames(sample_frames(total, rate, piece.fps, 768))))
-        else:
-            frames = np.stack([np.asarray(frame) for frame in piece])
-        module = video_processing()
-        limits = {
-            "min_pixels": self.processor.size["shortest_edge"],
-            "max_pixels": min(self.processor.size["longest_edge"], 768 * 28 * 28),
+    def _expansions(self, videos: Sequence[SeenVideo]) -> list[str]:
+        """What takes the place of each video's one token."""
+        if not self.family.startswith("qwen3"):
+            merged = self.processor.merge_size**2
+            return [VIDEO_PAD * (torch.tensor(video.grid).prod() // merged) for video in videos]
+        of = SimpleNamespace(
+            video_processor=self.videos.processor,
+            video_token=VIDEO_PAD,
+            vision_start_token="<|vision_start|>",
+            vision_end_token="<|vision_end|>",
+            _calculate_timestamps=functools.partial(Qwen3VLProcessor._calculate_timestamps, None),
+        )
+        inputs = {
+            "video_grid_thw": torch.tensor([video.grid for video in videos]),
+            "video_metadata": [video.metadata for video in videos],
         }
-        size = module.smart_resize(*frames.shape[1:3], factor=28, **limits)
-        # What torchvision's resize calls for tensors of bytes.
-        resized = torch.nn.functional.interpolate(
-            torch.from_numpy(frames).permute(0, 3, 1, 2), size, mode="bicubic", antialias=True
+        return [Qwen3VLProcessor.replace_video_token(of, inputs, index) for index in range(len(videos))]
+
+    def positions(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Rows [3, 1, tokens], and what a later token adds to its index [1, 1].
+
+        transformers' own, except where they are wrong: see `tests/positions.py`.
+        """
+        names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+        media = {name: inputs[name] for name in names if name in inputs}
+        if self.family.startswith("qwen3") or "video_grid_thw" not in inputs:
+            rows, deltas = self.model.model.get_rope_index(inputs["input_ids"], **media)
+            return rows, deltas
+        grids = inputs["video_grid_thw"].tolist()
+        steps = [1.0] * len(grids)
+        if "second_per_grid_ts" in inputs:
+            rate = self.model.config.vision_config.tokens_per_second
+            steps = (rate * inputs["second_per_grid_ts"]).tolist()
+        pictures = inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []
+        rows, delta = rope_index(
+            inputs["mm_token_type_ids"][0].tolist(), pictures, grids, self.processor.merge_size, steps
         )
-        mean, std = (
-            torch.tensor(values).view(3, 1, 1)
-            for values in (self.processor.image_mean, self.processor.image_std)
-        )
-        patches, *grid = module.Qwen2VLVideoProcessor.patchify(
-            None, ((resized.float() / 255 - mean) / std)[None], 14, 2, 2
-        )
-        return patches[0], tuple(grid)
+        return rows[:, None], torch.tensor([[delta]])
 
     @torch.inference_mode()
     def answer(self, chat: ChatTurns, num_tokens: int) -> Answer:
         inputs = self.inputs(chat)
-        out = self.model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
+        positions = self.positions(inputs)
+        with mock.patch.object(self.model.model, "get_rope_index", return_value=positions):
+            out = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
         best = [scores[0].topk(2).values for scores in out.scores]
         prompt = inputs["input_ids"][0].tolist()
         return Answer(
@@ -116,28 +139,12 @@ class Reference:
         )
 
 
-def video_processing() -> Any:
-    """The module of Hugging Face's video processor.
-
-    It wants torchvision, of which there is no build for every torch; of that nothing is used.
-    """
-    modules = {
-        name: ModuleType(name)
-        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
-    }
-    modules["torchvision.transforms.v2.functional"] = mock.MagicMock()
-    with mock.patch.dict(sys.modules, modules):
-        return importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl")
-
-
-def sample_frames(total: int, rate: float, fps: float, max_frames: int) -> list[int]:
-    """Hugging Face's choice of frames."""
-    of = SimpleNamespace(num_frames=None)
-    metadata = SimpleNamespace(total_num_frames=total, fps=rate)
-    found = video_processing().Qwen2VLVideoProcessor.sample_frames(
-        of, metadata, temporal_patch_size=2, min_frames=4, max_frames=max_frames, fps=fps
-    )
-    return [min(index, total - 1) for index in found.tolist()]
+def _filled(text: str, pad: str, expansions: Sequence[str]) -> str:
+    """The i-th pad replaced by the i-th expansion, which may contain pads."""
+    before, *rest = text.split(pad)
+    for expansion, behind in zip(expansions, rest, strict=True):
+        before += expansion + behind
+    return before
 
 
 def assert_same_tokens(ours: Sequence[int], reference: Answer, what: str = "") -> None:

@@ -18,6 +18,7 @@ from pipeline.families.base import (
     TextInfo,
     VideoInfo,
     VisionInfo,
+    WithoutMarks,
 )
 from pipeline.families.registry import read_model_info
 
@@ -37,5 +38,6 @@ __all__ = [
     "TextInfo",
     "VideoInfo",
     "VisionInfo",
+    "WithoutMarks",
     "read_model_info",
 ]

@@ -184,7 +184,7 @@ class SampledFrames(NamedTuple):
     """Which frames of a video are seen."""
 
     numbers: tuple[int, ...]  # in the source
-    num_source_frames: int
+    num_source_frames: int  # among which they were chosen
     source_fps: float | None  # None: frames came as a list of pictures, and nobody said at which rate
     times: tuple[float, ...] | None = None  # in seconds, where the request says them of each frame
 
@@ -202,8 +202,15 @@ class Placeholders(NamedTuple):
     num_tokens: int
 
 
+class WithoutMarks(NamedTuple):
+    """The special tokens that the chat template wrote next to the item are left out."""
+
+    before: str
+    after: str
+
+
 # Text may spell special tokens. The run's token is the one that the chat template wrote for the item.
-Segment = str | Placeholders
+Segment = str | Placeholders | WithoutMarks
 
 
 class PlacedMedia(NamedTuple):
@@ -244,7 +251,10 @@ class Family(ABC):
     def frame_size(
         self, size: ImageSize, num_frames: int, limits: AreaLimits, max_total_pixels: int, info: ModelInfo
     ) -> ImageSize:  # fmt: skip
-        """At which size each of so many frames is seen."""
+        """At which size each of so many frames is seen.
+
+        Raises ValueError, with a reason for clients, for a video that the model's processor refuses.
+        """
 
     @abstractmethod
     def sample_frames(
@@ -269,7 +279,8 @@ class Family(ABC):
 
     @abstractmethod
     def segments(self, media: MediaInfo, info: ModelInfo) -> tuple[Segment, ...]:
-        """What takes the place of the one token that the chat template writes for an item."""
+        """What takes the place of the one token that the chat template writes for an item. `WithoutMarks`
+        comes first."""
 
     @abstractmethod
     def positions(self, num_tokens: int, items: Sequence[PlacedMedia], info: ModelInfo) -> Positions:

@@ -65,7 +65,9 @@ class Qwen2_5VL(Qwen2VL):
     def positions(self, num_tokens: int, items: Sequence[PlacedMedia], info: ModelInfo) -> Positions:
         runs: list[Run] = []
         for media, (span,) in items:
-            runs.append(Run(span, merged_grid(media.grid_thw, info.vision.merge_size), time_step(media, info)))
+            runs.append(
+                Run(span, merged_grid(media.grid_thw, info.vision.merge_size), time_step(media, info))
+            )
         return mrope_positions(num_tokens, runs)
 
     def kv_hash(self, mm_hash: bytes, media: MediaInfo, info: ModelInfo) -> bytes:

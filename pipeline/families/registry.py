@@ -24,6 +24,21 @@ from pipeline.families.files import read_json
 
 PACKAGE = "pipeline.families"
 GROUP = "vlm_pipeline.families"
+# Relatives of the served families that people try, and what about them is not served.
+OMNI = "it hears and speaks, and no audio is served"
+RETRIEVAL = "it makes embeddings for retrieval and writes no text"
+REFUSED: Mapping[str, str] = {
+    "qwen2_5_omni": OMNI,
+    "qwen2_5_omni_thinker": OMNI,
+    "qwen3_omni_moe": OMNI,
+    "qwen3_omni_moe_thinker": OMNI,
+    "qwen2_audio": OMNI,
+    "qwen4_exp": "its hyper-connections, n-gram tables and sparse attention are not served",
+    "colqwen2": RETRIEVAL,
+    "colqwen2_5": RETRIEVAL,
+    "colqwen3": RETRIEVAL,
+    "colqwen3_5": RETRIEVAL,
+}
 
 
 @functools.cache
@@ -73,5 +88,6 @@ def read_model_info(folder: Path, min_pixels: int | None = None, max_pixels: int
     family = find_family(name)
     if family is None:
         served = ", ".join(sorted({*families(), *_entry_points()}))
-        raise ValueError(f"model {str(folder)!r} is of the family {name!r}; served are {served}")
+        reason = f": {REFUSED[name]}" if name in REFUSED else ""
+        raise ValueError(f"model {str(folder)!r} is of the family {name!r}{reason}; served are {served}")
     return family.read(folder, min_pixels, max_pixels)

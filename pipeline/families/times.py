@@ -20,8 +20,9 @@ def sampled_fps(frames: SampledFrames) -> float:
     """How many sampled frames there are a second, on average, as transformers reckons."""
     if frames.times is not None and len(frames.times) > 1:
         return (len(frames.times) - 1) / (frames.times[-1] - frames.times[0])
-    fps = frames.source_fps or ASSUMED_FPS
-    return len(frames.numbers) / frames.num_source_frames * fps
+    if frames.source_fps is None:
+        return ASSUMED_FPS
+    return len(frames.numbers) / frames.num_source_frames * frames.source_fps
 
 
 def patch_times(frames: SampledFrames, temporal_patch_size: int) -> list[float]:

@@ -46,6 +46,7 @@ class VideoPart(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=
     min_frames: int | None = None
     video_start: float | None = None  # seconds: frames are taken from this window of the video
     video_end: float | None = None
+    timestamps: tuple[float, ...] | None = None  # of a list of frames: when each was taken, in seconds
 
 
 Part = TextPart | ImagePart | VideoPart

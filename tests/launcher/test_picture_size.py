@@ -1,4 +1,4 @@
-"""How large pictures are seen without a GPU."""
+"""How large pictures are seen where nobody says it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from launcher.picture_size import CPU_TOKENS, limit_pictures, torch_has_cuda
-from pipeline.config import Config, ModelConfig, PreprocessConfig
+from pipeline.config import Config, ModelConfig, PreprocessConfig, VitConfig
+from tests.pipeline.families.configs import QWEN3_VL, read
 
 LIMIT = CPU_TOKENS * 28 * 28
 
@@ -67,6 +68,31 @@ def test_a_gpu_and_whoever_chose_have_what_they_want(folder: Path) -> None:
     assert most(folder, chosen, {}, absent) == 12845056
     small = dataclasses.replace(chosen, preprocess=PreprocessConfig(min_pixels=LIMIT + 1))
     assert most(folder, small, {}, absent) is None, "it would be below the least"
+
+
+@pytest.mark.parametrize(
+    ("pool_mib", "dtype", "on_gpu", "num_tokens"),
+    [
+        (256, "auto", True, 3276),  # 64 MiB of rows of 4 · 2560 numbers of 16 bits
+        (256, "float32", True, 1638),
+        (1024, "auto", True, 13107),
+        (2048, "auto", True, None),  # the model's own
+        (0, "auto", True, None),  # it grows with the pictures
+        (256, "auto", False, 1280),
+        (128, "auto", False, 819),
+        (128, "bfloat16", False, 1280),
+    ],
+)
+def test_a_picture_takes_at_most_a_quarter_of_the_pool(
+    pool_mib: int, dtype: str, on_gpu: bool, num_tokens: int | None, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    read(tmp_path, QWEN3_VL)
+    config = Config(model=ModelConfig(dtype=dtype), vit=VitConfig(embedding_pool_mib=pool_mib))
+    with caplog.at_level(logging.INFO):
+        found = most(tmp_path, config, {}, tmp_path if on_gpu else tmp_path / "absent")
+    assert found == (None if num_tokens is None else num_tokens * 32 * 32)
+    assert (f"({num_tokens} tokens)" in caplog.text) == (num_tokens is not None)
 
 
 def test_a_model_that_allows_less_keeps_its_own() -> None:

@@ -41,6 +41,7 @@ VIDEO_SETTINGS = {
     "max_frames": "whole",
     "video_start": "real",  # seconds
     "video_end": "real",
+    "timestamps": "reals",  # seconds
 }
 SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # these override `detail`
 # Keys that never change the answer: they are ignored.
@@ -147,7 +148,7 @@ class _Keys:
 
     def settings(self, kinds: Mapping[str, str]) -> dict[str, Any]:
         """The settings given in the part or in its URL's object."""
-        found = {name: self._take(name, partial(_number, kind)) for name, kind in kinds.items()}
+        found = {name: self._take(name, partial(_setting, kind)) for name, kind in kinds.items()}
         found = {name: value for name, value in found.items() if value is not None}
         if self._take("detail", _detail) == "low" and not found.keys() & SIZES:
             found["max_pixels"] = LOW_DETAIL_PIXELS
@@ -185,6 +186,15 @@ def _refuse_unserved(given: Fields, served: Container[str], field: str) -> None:
 def _is_empty(value: object) -> bool:
     """Whether a field is unset: clients that serialise all their fields send null or empty brackets then."""
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _setting(kind: str, value: object, field: str) -> int | float | tuple[float, ...]:
+    if kind != "reals":
+        return _number(kind, value, field)
+    if not isinstance(value, list):
+        name = field.rpartition(".")[2]
+        raise RequestError(f"{name} must be a list of numbers, got {shown(value)}", field=field)
+    return tuple(_number("real", number, f"{field}[{index}]") for index, number in enumerate(value))
 
 
 def _number(kind: str, value: object, field: str) -> int | float:

@@ -8,18 +8,22 @@ part that has passed it; they raise RequestError, too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
-from pipeline.families import MAX_ASPECT_RATIO, AreaLimits, ImageSize, ModelInfo
+from pipeline.families import MAX_ASPECT_RATIO, AreaLimits, ImageSize, ModelInfo, SampledFrames
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.prompts import ImagePart, VideoPart
 from workers.preprocess.video import VideoMetadata
 
 MAX_SIDE = 1 << 20  # of a requested size
+MAX_DURATION_S = 1e7  # of a video: where positions count time, they stay whole numbers of 32 bits
+MAX_TIME_S = 1e11  # of a frame
 MIN_TOKENS = 4  # of a picture of a requested size, as in qwen-vl-utils
 # Meaningless for a list of frames, which are all used.
 OF_FRAMES = ("nframes", "video_start", "video_end")
+OF_TIME = ("fps", "timestamps")  # of the frames in a list
 OF_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
@@ -40,6 +44,8 @@ def check_settings(part: ImagePart | VideoPart, info: ModelInfo, max_frames: int
     _check_window(part, field)
     if part.frames:
         _check_frame_list(part, info, max_frames, field)
+    elif part.timestamps is not None:
+        raise RequestError("timestamps are those of a list of frames", field=f"{field}.timestamps")
 
 
 def picture_size(part: ImagePart, size: ImageSize, info: ModelInfo, field: str) -> ImageSize:
@@ -60,17 +66,21 @@ def video_frame_size(
     total = video.max_total_pixels
     if part.total_pixels is not None:
         total = min(total, part.total_pixels * info.vision.temporal_patch_size)  # frames are merged in pairs
-    return asked or info.family.frame_size(size, num_frames, limits, total, info)
+    try:
+        return asked or info.family.frame_size(size, num_frames, limits, total, info)
+    except ValueError as refusal:
+        raise RequestError(str(refusal), field=field) from None
 
 
 def chosen_frames(
     part: VideoPart, metadata: VideoMetadata, info: ModelInfo, max_frames: int, field: str
-) -> list[int]:  # fmt: skip
-    """The numbers of the sampled frames, at most `max_frames`."""
+) -> SampledFrames:  # fmt: skip
+    """The frames that are seen, at most `max_frames`."""
     multiple = info.vision.temporal_patch_size
     low, high = _frame_limits(part, info.video.min_frames, max_frames, multiple, field)
     start, end = frame_range(part, metadata, field)
     window, rate = end - start, metadata.fps
+    _check_duration(window / rate, field)
     if part.nframes is None:
         fps = info.video.fps if part.fps is None else part.fps
         numbers = info.family.sample_frames(window, rate, fps, low, high, info)
@@ -78,7 +88,7 @@ def chosen_frames(
         count = _whole_number_of_frames(part.nframes, window, max_frames, multiple, field)
         # Every frame: the rate is the video's own, and both limits are the count.
         numbers = info.family.sample_frames(window, rate, rate, count, count, info)[:count]
-    return [start + number for number in numbers]
+    return SampledFrames(tuple(start + number for number in numbers), window, rate)
 
 
 def frame_range(part: VideoPart, metadata: VideoMetadata, field: str) -> tuple[int, int]:
@@ -115,20 +125,43 @@ def _check_window(part: VideoPart, field: str) -> None:
 
 
 def _check_frame_list(part: VideoPart, info: ModelInfo, max_frames: int, field: str) -> None:
-    """Checks a video given as a list of pictures. A rate is accepted where the family uses it."""
-    for name in OF_FRAMES if info.family.has_frame_times else ("fps", *OF_FRAMES):
+    """Checks a video given as a list of pictures. Times are accepted where the family uses them."""
+    for name in OF_FRAMES if info.family.has_frame_times else (*OF_TIME, *OF_FRAMES):
         if getattr(part, name) is not None:
             what = f"{name} does not apply to a list of frames: all of them are seen"
             raise RequestError(what, field=f"{field}.{name}")
+    if part.timestamps is not None:
+        _check_timestamps(part, part.timestamps, field)
     if part.uuid or any(_is_any_given(frame, OF_SIZE) for frame in part.frames):
         what = "a list of frames has no uuid, and its limits of size are those of the video"
         raise RequestError(what, field=field)
     count = len(part.frames)
+    if part.fps is not None:
+        _check_duration(count / part.fps, f"{field}.fps")
     low, high = _frame_limits(part, 1, max_frames, info.vision.temporal_patch_size, field)
     if count > high:
         raise RequestError(f"the video has {count} frames, the limit is {high}", field=field)
     if part.min_frames is not None and count < low:
         raise RequestError(f"the video has {count} frames, min_frames is {low}", field=f"{field}.min_frames")
+
+
+def _check_timestamps(part: VideoPart, times: Sequence[float], field: str) -> None:
+    field = f"{field}.timestamps"
+    if part.fps is not None:
+        raise RequestError("fps and timestamps exclude each other", field=field)
+    if len(times) != len(part.frames):
+        what = f"there are {len(times)} timestamps for {len(part.frames)} frames"
+        raise RequestError(what, field=field)
+    if not all(0 <= time <= MAX_TIME_S for time in times):
+        raise RequestError(f"timestamps must be between 0 and {MAX_TIME_S:.0f} seconds", field=field)
+    if any(later <= earlier for earlier, later in itertools.pairwise(times)):
+        raise RequestError("each of the timestamps must be after the one before", field=field)
+    _check_duration(times[-1] - times[0], field)
+
+
+def _check_duration(seconds: float, field: str) -> None:
+    if not seconds <= MAX_DURATION_S:
+        raise RequestError(f"a video lasts at most {MAX_DURATION_S:.0f} seconds", field=field)
 
 
 def _asked_size(

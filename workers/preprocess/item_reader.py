@@ -104,7 +104,7 @@ class ItemReader:
         size = video_frame_size(part, pictures[0].known.size, len(pictures), self._info, field)
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
-        seen = SampledFrames(tuple(range(len(pictures))), len(pictures), part.fps)
+        seen = SampledFrames(tuple(range(len(pictures))), len(pictures), part.fps, part.timestamps)
         mm_hash = self._hash(scope.salt, "frames", content, size)
         return video_item(source, seen, size, mm_hash, self._info, self._num_vits)
 
@@ -115,9 +115,8 @@ class ItemReader:
         metadata: VideoMetadata = known.size
         source_size = ImageSize(metadata.height, metadata.width)
         check_aspect(source_size, field)
-        numbers = chosen_frames(part, metadata, self._info, self._max_frames, field)
-        size = video_frame_size(part, source_size, len(numbers), self._info, field)
-        seen = SampledFrames(tuple(numbers), metadata.num_frames, metadata.fps)
+        seen = chosen_frames(part, metadata, self._info, self._max_frames, field)
+        size = video_frame_size(part, source_size, len(seen.numbers), self._info, field)
         content = self._hash(scope.salt, "video", known.content, size)
         source = VideoSource(load, self._readers, field)
         return video_item(source, seen, size, content, self._info, self._num_vits)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
@@ -19,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from pipeline.families import Placeholders, Segment
+from pipeline.families import Placeholders, Segment, WithoutMarks
 from pipeline.families.files import read_chat_template
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.generation import Span
@@ -36,6 +37,7 @@ from pipeline.wire.prompts import (
     VideoPart,
 )
 
+Tool = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
 
 
@@ -76,13 +78,15 @@ class PromptBuilder:
         environment.globals["raise_exception"] = _raise_refusal
         self._template = environment.from_string(_read_template(folder))
 
-    def build(self, prompt: Prompt, segments: Sequence[Sequence[Segment]]) -> TokenizedPrompt:
-        """`segments[i]` take the place of the i-th picture or video of a chat. Raises RequestError, naming
-        the field at fault.
+    def build(
+        self, prompt: Prompt, segments: Sequence[Sequence[Segment]], tools: Sequence[Tool] = ()
+    ) -> TokenizedPrompt:
+        """`segments[i]` take the place of the i-th picture or video of a chat. `tools` are for the template,
+        as OpenAI's clients write them. Raises RequestError, naming the field at fault.
         """
         match prompt:
             case Chat(messages):
-                return self._build_chat(messages, segments)
+                return self._build_chat(messages, segments, tools)
             case Text(text):
                 self._check_length(len(text), "prompt")
                 return self._without_media(self._encode_with_specials(text))
@@ -105,7 +109,7 @@ class PromptBuilder:
             )
 
     def _build_chat(
-        self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]]
+        self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]], tools: Sequence[Tool]
     ) -> TokenizedPrompt:
         # Put behind every character with which a special token begins, wherever a user writes it, so that no
         # special can begin in a user's text, not even spread over several parts; taken out again below.
@@ -116,17 +120,27 @@ class PromptBuilder:
         ]
         self._check_length(sum(len(text) for message in messages for text in texts_of(message)), "messages")
         rendered = self._render(
-            [self._as_template_message(index, message, mark) for index, message in enumerate(messages)]
+            [self._as_template_message(index, message, mark) for index, message in enumerate(messages)],
+            _marked(tools, partial(self._plain, mark)),
         )
         token_ids: list[int] = []
         spans: list[tuple[Span, ...]] = []
         start = 0
+        left_out = ""  # a mark, where it comes next
         for match in self._specials.finditer(rendered):
-            token_ids.extend(self._encode(rendered[start : match.start()].replace(mark, "")))
+            between, special = rendered[start : match.start()], match.group()
+            token_ids.extend(self._encode(between.replace(mark, "")))
             start = match.end()
-            token_id = self._special_ids[match.group()]
+            is_left_out, left_out = not between and special == left_out, ""
+            if is_left_out:
+                continue
+            token_id = self._special_ids[special]
             if len(spans) < len(wanted) and token_id == wanted[len(spans)]:
-                spans.append(self._place(segments[len(spans)], token_id, token_ids))
+                of_item = segments[len(spans)]
+                if of_item and isinstance(marks := of_item[0], WithoutMarks):
+                    self._drop_last(token_ids, marks.before)
+                    left_out, of_item = marks.after, of_item[1:]
+                spans.append(self._place(of_item, token_id, token_ids))
             else:
                 token_ids.append(token_id)
         token_ids.extend(self._encode(rendered[start:].replace(mark, "")))
@@ -134,6 +148,11 @@ class PromptBuilder:
             what = f"the model's chat template placed {len(spans)} of {len(wanted)} pictures and videos"
             raise RequestError(what, field="messages")
         return TokenizedPrompt(token_ids, spans)
+
+    def _drop_last(self, token_ids: list[int], special: str) -> None:
+        """Takes a special token off the prompt's end, if it is there."""
+        if token_ids and token_ids[-1] == self._special_ids.get(special):
+            token_ids.pop()
 
     def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
         """Appends an item to the prompt. Its text is the family's: special tokens in it are intended."""
@@ -145,6 +164,8 @@ class PromptBuilder:
                     token_ids.extend([token_id] * num_tokens)
                 case str():
                     token_ids.extend(self._encode_with_specials(segment))
+                case WithoutMarks():
+                    raise AssertionError("marks are left out before an item's text begins")
                 case _:
                     assert_never(segment)
         return tuple(spans)
@@ -166,9 +187,7 @@ class PromptBuilder:
             what = f"unknown role {shown(message.role)}; known are {', '.join(ROLES)}"
             raise RequestError(what, field=f"messages[{index}].role")
 
-        def plain(text: str) -> str:
-            return self._first_characters.sub(lambda match: match.group() + mark, text)
-
+        plain = partial(self._plain, mark)
         if isinstance(content := message.content, str):
             return {"role": message.role, "content": plain(content)}
         parts = [_as_template_part(part, plain) for part in content]
@@ -177,9 +196,14 @@ class PromptBuilder:
             return {"role": message.role, "content": "".join(part["text"] for part in parts)}
         return {"role": message.role, "content": parts}
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _plain(self, mark: str, text: str) -> str:
+        """A user's text, in which no special token can begin."""
+        return self._first_characters.sub(lambda match: match.group() + mark, text)
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True)
+            # Templates ask for `tools` by its truth, or by its being defined.
+            return self._template.render(messages=messages, tools=tools or None, add_generation_prompt=True)
         except _TemplateRefusal as refusal:
             raise RequestError(
                 f"the model's chat template refuses the messages: {refusal}", field="messages"
@@ -208,6 +232,19 @@ def _as_template_part(part: Part, plain: Callable[[str], str]) -> dict[str, str]
             return {"type": "video"}
         case _:
             assert_never(part)
+
+
+def _marked(value: Any, plain: Callable[[str], str]) -> Any:
+    """A JSON value with all its texts, the names of keys too, made plain."""
+    match value:
+        case str():
+            return plain(value)
+        case Mapping():
+            return {plain(name): _marked(inner, plain) for name, inner in value.items()}
+        case list() | tuple():
+            return [_marked(inner, plain) for inner in value]
+        case _:
+            return value
 
 
 def parts_of(messages: Sequence[ChatMessage]) -> list[Part]:

@@ -32,17 +32,20 @@ class Blocks:
         return parts[0] if len(parts) == 1 else tuple(torch.cat(same) for same in zip(*parts, strict=True))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention [heads, num_rows, head_dim] of one picture: by heads, or by rows of one head."""
-        flop_per_row = 4.0 * k.shape[1] * k.shape[2]
-        out: list[Tensor] = []
-        for heads in self._pieces(len(q), flop_per_row * q.shape[1]):
-            queries, keys, values = q[None, heads], k[None, heads], v[None, heads]
-            rows: list[Tensor] = []
-            for piece in self._pieces(q.shape[1], flop_per_row * keys.shape[1]):
-                rows.append(F.scaled_dot_product_attention(queries[:, :, piece], keys, values)[0])
-                self._after_block()
-            out.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
-        return out[0] if len(out) == 1 else torch.cat(out)
+        """Attention [segments, heads, num_rows, head_dim]: by segments, by heads of one, or by rows of one
+        head."""
+        _, num_heads, num_rows, head_dim = q.shape
+        flop_per_row = 4.0 * num_rows * head_dim
+        out = torch.empty_like(q)
+        for segments in self._pieces(len(q), flop_per_row * num_rows * num_heads):
+            of_head = flop_per_row * len(q[segments])
+            for heads in self._pieces(num_heads, of_head * num_rows):
+                queries, keys, values = q[segments, heads], k[segments, heads], v[segments, heads]
+                for rows in self._pieces(num_rows, of_head * queries.shape[1]):
+                    part = F.scaled_dot_product_attention(queries[:, :, rows], keys, values)
+                    out[segments, heads, rows] = part
+                    self._after_block()
+        return out
 
     def _pieces(self, count: int, flop_each: float) -> Iterator[slice]:
         step = max(1, int(self._max_flop / flop_each))

@@ -32,9 +32,9 @@ class Pace:
         return self._blocks.rows(function, flop_per_row, *inputs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention [heads, num_rows, head_dim] within one segment."""
+        """Attention [segments, heads, num_rows, head_dim] within each segment."""
         if self._blocks is None:
-            return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+            return F.scaled_dot_product_attention(q, k, v)
         return self._blocks.attend(q, k, v)
 
 

@@ -14,6 +14,7 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info, registry
 from pipeline.families.registry import GROUP
 
+SERVED = "qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe"
 TOY = """
 from pipeline.families.qwen2_vl import Qwen2VL
 
@@ -55,8 +56,22 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="family 'llama'; served are qwen2_vl"):
+    with pytest.raises(ValueError, match=f"family 'llama'; served are {SERVED}$"):
         read_model_info(write_config(tmp_path, model_type="llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("qwen2_5_omni", "no audio is served"),
+        ("qwen3_omni_moe", "no audio is served"),
+        ("qwen4_exp", "sparse attention are not served"),
+        ("colqwen2", "it makes embeddings for retrieval and writes no text"),
+    ],
+)
+def test_a_relative_is_refused_with_what_is_not_served(name: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"family '{name}': .*{why}; served are {SERVED}$"):
+        read_model_info(write_config(tmp_path, model_type=name))
 
 
 def test_a_family_is_added_by_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +98,7 @@ def test_another_package_adds_a_family_by_an_entry_point(
 ) -> None:  # fmt: skip
     install(tmp_path, monkeypatch, "toy = toy_package:Toy")
     assert read_model_info(write_config(tmp_path, model_type="toy")).family.model_type == "toy"
-    with pytest.raises(ValueError, match=r"served are qwen2_vl, toy$"):
+    with pytest.raises(ValueError, match=f"served are {SERVED}, toy$"):
         read_model_info(write_config(tmp_path, model_type="llama"))
 
 

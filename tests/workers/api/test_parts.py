@@ -17,6 +17,7 @@ SIZES = {"min_pixels": 12_544, "max_pixels": 19_600}
 SIDES = {"resized_height": 112, "resized_width": 140}
 SAMPLING = {"nframes": 8, "total_pixels": 10**6, "video_start": 0.5, "video_end": 2.0}
 RATE = {"fps": 2.0, "min_frames": 4, "max_frames": 16}
+TIMES = {"timestamps": [0.0, 0.5]}
 
 
 def image(**keys: Any) -> dict[str, Any]:
@@ -45,6 +46,16 @@ def test_a_videos_settings_count_in_both_places(settings: dict[str, Any]) -> Non
     assert to_part({"type": "video", "video": URL, **settings}, "f") == expected
     listed = to_part({"type": "video", "video": [URL, URL], **settings}, "f")
     assert listed == VideoPart(frames=(ImagePart(url=URL),) * 2, **settings)
+
+
+def test_times_of_frames_are_a_list_of_numbers() -> None:
+    part = VideoPart(frames=(ImagePart(url=URL),) * 2, timestamps=(0.0, 0.5))
+    assert to_part({"type": "video", "video": [URL, URL], **TIMES}, "f") == part
+    assert to_part({"type": "video_url", "video_url": {"url": [URL, URL], **TIMES}}, "f") == part
+    for times, field in ((1.0, "f.timestamps"), ([0.0, "1"], "f.timestamps[1]"), ([True], "f.timestamps[0]")):
+        with pytest.raises(RequestError, match="number") as caught:
+            to_part({"type": "video", "video": [URL, URL], "timestamps": times}, "f")
+        assert caught.value.info.field == field
 
 
 @pytest.mark.parametrize(

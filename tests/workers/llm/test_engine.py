@@ -3,10 +3,6 @@ end."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +10,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from pipeline.config import Config, LlmConfig, ModelConfig
-from pipeline.families import MediaInfo, ModelInfo, PlacedMedia, Placeholders, read_model_info
 from pipeline.process.flight_recorder import digest_of
 from pipeline.transport.ends import Subscription
-from pipeline.transport.slots import SlotAllocator, align
-from pipeline.transport.tensors import TensorPool
-from pipeline.wire.base import ChunkKey, PoolOpened
+from pipeline.wire.base import ChunkKey
 from pipeline.wire.clients import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -34,8 +25,6 @@ from pipeline.wire.clients import (
     Preparing,
     QueryRequest,
     RequestFailed,
-    RequestOutput,
-    TokenOutputs,
     Welcome,
 )
 from pipeline.wire.control import WorkerState
@@ -44,159 +33,18 @@ from pipeline.wire.errors import ErrorInfo, PipelineError
 from pipeline.wire.generation import (
     EmbeddingReady,
     EncodeFailed,
-    GenerateRequest,
     LeaseRefused,
-    MmChunk,
-    MmItem,
     RequestNotYours,
     RequestRefused,
 )
 from pipeline.wire.packing import pack_int32, unpack_int32
-from pipeline.wire.prompts import Chat
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.steps import StepPlan
 from pipeline.wire.topology import Role, WorkerId
-from tests.chats import CHATS, ChatTurns, to_messages
-from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
-from tests.pictures import seen_size
+from tests.chats import CHATS
+from tests.engine_rig import CLIENT, NUM_TOKENS, Rig
+from tests.fakes import LLM_0, PREPROCESS, VIT_0
 from tests.reference import Answer, Reference, assert_same_tokens
-from workers.llm.cache.manager import CacheManager
-from workers.llm.engine import Engine, Links
-from workers.llm.model_runner import ModelRunner
-from workers.llm.parallel import TensorParallel
-from workers.llm.scheduler import Scheduler
-from workers.llm.stepping import Watch
-from workers.nn.weights.registry import open_weights
-from workers.preprocess.images import decode, read_size
-from workers.preprocess.prompt import PromptBuilder
-from workers.vit.engines.torch import TorchEngine
-from workers.vit.models.base import EncodeJob
-from workers.vit.models.qwen2_vl import VisionEncoder
-
-CLIENT = b"c" * 16
-NUM_TOKENS = 24
-CPU = torch.device("cpu")
-
-
-class Rig:
-    """An engine with a pool of embeddings beside it, and what its neighbours were told."""
-
-    def __init__(
-        self,
-        folder: Path,
-        budget: int,
-        block_size: int = 16,
-        num_blocks: int = 600,
-        has_overlap: bool = False,
-        attention: str = "torch",
-    ) -> None:
-        self.info: ModelInfo = read_model_info(folder)
-        config = Config(
-            model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention)
-        )
-        runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
-        runner.open_cache(num_blocks, 1000)
-        self.scheduler = Scheduler(
-            CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids
-        )
-        self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
-        self.ranks_keep_up = True
-        self.clock: Callable[[], float] = time.perf_counter
-        self.records: list[set[str]] = []
-        self.first_tokens: list[str] = []  # of these requests
-        welcome = Welcome(
-            sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
-            model_name="m",
-            max_model_len=1000, max_requests=9, max_request_bytes=9,
-        )  # fmt: skip
-        self.engine = Engine(
-            {"sender": LLM_0, "epoch": 1},
-            self.scheduler,
-            runner,
-            welcome,
-            Links(
-                publish=self.publisher,
-                feedback=self.feedback,
-                vits=[self.vit],
-                publish_step=self.publish_step,
-                on_first_token=self.first_tokens.append,
-            ),
-            has_overlap=has_overlap,
-            watch=Watch(clock=lambda: self.clock(), record=lambda ids: self.records.append(set(ids))),
-        )
-        self.now = 0.0
-        self.greet(CLIENT)
-        vision = self.info.vision
-        self.encoder = TorchEngine(VisionEncoder(vision, open_weights(folder, torch.float32, CPU)))
-        self.slots = SlotAllocator(16 << 20, 1 << 20, 64)
-        self.pool = TensorPool.on_host("vit.0", 1, 16 << 20, 64)
-        self.prompt = PromptBuilder(folder, self.info.image_token_id, 2)
-        self.lease_ids = itertools.count(1)
-
-    def publish_step(self, message: object) -> bool:
-        return self.ranks_keep_up
-
-    def greet(self, client_id: bytes) -> None:
-        self.engine.on_subscriptions([Subscription(client_id, True)], self.now)
-        self.engine.handle(Hello(client_id=client_id, protocol=PROTOCOL_VERSION), self.now)
-        self.publisher.take(Welcome)
-
-    def open_pool(self) -> None:
-        self.engine.handle(PoolOpened(sender=VIT_0, epoch=1, pool=self.pool.info), self.now)
-
-    def request(
-        self, chat: ChatTurns, request_id: str, **options: object
-    ) -> tuple[GenerateRequest, list[EmbeddingReady]]:
-        """A request's metadata, and its embeddings as a ViT would send them."""
-        messages, frames = to_messages(chat)
-        vision = self.info.vision
-        targets = [seen_size(read_size(frame, 10**9, ""), self.info) for frame in frames]
-        grids = [vision.grid_of(target) for target in targets]
-        built = self.prompt.build(
-            Chat(messages), [(Placeholders(vision.num_tokens(grid)),) for grid in grids]
-        )
-        placed = [PlacedMedia(MediaInfo(grid), spans) for grid, spans in zip(grids, built.spans, strict=True)]
-        positions = self.info.family.positions(len(built.token_ids), placed, self.info)
-        items, ready = [], []
-        pictures = zip(built.spans, grids, frames, targets, strict=True)
-        for number, (spans, grid, frame, target) in enumerate(pictures):
-            mm_hash = hashlib.sha256(frame).digest()
-            embedding = vision.embedding(grid, "float32")
-            items.append(MmItem(spans, mm_hash, mm_hash, (MmChunk(mm_hash, embedding.num_rows, 0, 1),)))
-            slot = self.slots.allocate(align(embedding.nbytes))
-            assert slot is not None
-            handle = self.pool.lend(slot, embedding.shape, "float32")
-            pixels = torch.from_numpy(np.array(decode(frame, target, "")))[None]
-            self.encoder.encode([EncodeJob(pixels, grid, self.pool.tensor(handle))])
-            key = ChunkKey(request_id, 1, number, 0)
-            ready.append(
-                EmbeddingReady(
-                    sender=VIT_0, epoch=1, key=key, lease_id=next(self.lease_ids), embeddings=handle
-                )
-            )
-        sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1)
-        fields = {"sampling": sampling, "attempt": 1, **options}
-        message = GenerateRequest(
-            sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1,
-            prompt_token_ids=pack_int32(built.token_ids),
-            positions=pack_int32(positions.rows), position_delta=positions.delta,
-            items=tuple(items), **fields,
-        )  # fmt: skip
-        return message, ready
-
-    def run(self) -> None:
-        while self.engine.step(self.now):
-            self.engine.check_integrity()
-
-    def outputs(self) -> list[RequestOutput]:
-        return [output for message in self.publisher.take(TokenOutputs) for output in message.outputs]
-
-    def tokens(self, request_id: str) -> list[int]:
-        mine = [output for output in self.outputs() if output.request_id == request_id]
-        for before, after in itertools.pairwise(mine):
-            assert after.offset == before.offset + len(before.new_token_ids) // 4
-        assert [output.finish_reason for output in mine].count(None) == len(mine) - 1
-        return [token for output in mine for token in unpack_int32(output.new_token_ids).tolist()]
 
 
 def behind(token_ids: list[int]) -> tuple[ChoiceProgress, ...]:

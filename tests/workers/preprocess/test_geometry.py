@@ -7,16 +7,28 @@ import contextlib
 import dataclasses
 import math
 import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.families import ImageSize, VideoInfo, read_model_info
+from pipeline.families import (
+    ImageSize,
+    MediaInfo,
+    ModelInfo,
+    PlacedMedia,
+    Placeholders,
+    VideoInfo,
+    read_model_info,
+)
 from pipeline.families.qwen2_vl import Qwen2VL
 from pipeline.wire.errors import RequestError
+from pipeline.wire.generation import Span
 from pipeline.wire.prompts import ImagePart, VideoPart
 from tests import reference
+from tests.pipeline.families.configs import QWEN2_5_VL, QWEN3_VL, read
 from workers.preprocess.geometry import (
     check_settings,
     chosen_frames,
@@ -49,7 +61,7 @@ def seen(part: ImagePart, height: int = 600, width: int = 800) -> ImageSize:
 
 
 def frames(part: VideoPart, total: int = 300, fps: float = 30.0, most: int = 768) -> list[int]:
-    return chosen_frames(part, VideoMetadata(total, fps, 600, 800), LARGE, most, "f")
+    return list(chosen_frames(part, VideoMetadata(total, fps, 600, 800), LARGE, most, "f").numbers)
 
 
 def frame_size(part: VideoPart, count: int = 16, height: int = 600, width: int = 800) -> ImageSize:
@@ -257,13 +269,58 @@ def test_a_list_of_frames_has_a_rate_where_the_family_sees_it() -> None:
     timed = dataclasses.replace(INFO, family=TimedFamily())
     three = (ImagePart(url="a"),) * 3
     check_settings(VideoPart(frames=three, fps=2.0), timed, 768, "f")
-    for settings in ({"fps": 0.0}, {"nframes": 2}, {"video_end": 1.0}):
-        with pytest.raises(RequestError):
-            check_settings(VideoPart(frames=three, **settings), timed, 768, "f")
+    check_settings(VideoPart(frames=three, timestamps=(0.0, 0.5, 70.0)), timed, 768, "f")
+    with pytest.raises(RequestError, match="timestamps does not apply"):
+        check_settings(VideoPart(frames=three, timestamps=(0.0, 0.5, 70.0)), INFO, 768, "f")
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_any_number_is_a_size_or_a_refusal(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"fps": 0.0}, "fps must be above 0"),
+        ({"fps": 1e-9}, "lasts at most"),
+        ({"nframes": 2}, "nframes does not apply"),
+        ({"video_end": 1.0}, "video_end does not apply"),
+        ({"timestamps": (0.0, 1.0)}, "2 timestamps for 3 frames"),
+        ({"timestamps": ()}, "0 timestamps for 3 frames"),
+        ({"timestamps": (0.0, 1.0, 1.0)}, "after the one before"),
+        ({"timestamps": (2.0, 1.0, 3.0)}, "after the one before"),
+        ({"timestamps": (-1.0, 1.0, 3.0)}, "between 0 and"),
+        ({"timestamps": (0.0, 1.0, INF)}, "between 0 and"),
+        ({"timestamps": (0.0, NAN, 2.0)}, "between 0 and"),
+        ({"timestamps": (0.0, 1.0, 1e10)}, "lasts at most"),
+        ({"timestamps": (0.0, 1.0, 2.0), "fps": 1.0}, "exclude each other"),
+    ],
+    ids=str,
+)
+def test_senseless_times_of_frames_are_refused(settings: dict[str, Any], what: str) -> None:
+    timed = dataclasses.replace(INFO, family=TimedFamily())
+    with pytest.raises(RequestError, match=what):
+        check_settings(VideoPart(frames=(ImagePart(url="a"),) * 3, **settings), timed, 768, "f")
+
+
+def test_timestamps_are_those_of_a_list_of_frames() -> None:
+    timed = dataclasses.replace(INFO, family=TimedFamily())
+    with pytest.raises(RequestError, match="of a list of frames"):
+        check_settings(VideoPart(url="x", timestamps=(0.0, 1.0)), timed, 768, "f")
+
+
+def test_what_the_family_refuses_is_refused_by_its_field(tmp_path: Path) -> None:
+    info = read(tmp_path, QWEN3_VL)
+    with pytest.raises(RequestError, match="at least 2 frames") as caught:
+        video_frame_size(VideoPart(url="x"), ImageSize(60, 80), 1, info, "f")
+    assert caught.value.info.field == "f"
+
+
+@pytest.fixture(scope="module")
+def infos(tmp_path_factory: pytest.TempPathFactory) -> list[ModelInfo]:
+    folder = tmp_path_factory.mktemp("models")
+    return [INFO, read(folder / "qwen2_5_vl", QWEN2_5_VL), read(folder / "qwen3_vl", QWEN3_VL)]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_any_number_is_a_size_or_a_refusal(seed: int, infos: list[ModelInfo]) -> None:
+    info = infos[seed % 3]
     rng = random.Random(seed)
     ints = (None, None, None, 0, 1, 2, 28, 784, 12_544, 10**6, 2**31, 2**63 - 1, 2**64 - 1, -1, -(2**63))
     reals = (None, None, None, 0.0, -0.0, 1e-308, 0.1, 1.0, 9.9, 30.0, 1e9, 1e308, NAN, INF, -INF)
@@ -283,10 +340,20 @@ def test_any_number_is_a_size_or_a_refusal(seed: int) -> None:
     part = VideoPart(url="x", **{name: settings[name] for name in keep})
     metadata = VideoMetadata(rng.choice([1, 2, 3, 300, 10**6]), rng.choice([0.01, 30.0, 1e6]), 600, 800)
     with contextlib.suppress(RequestError):
-        check_settings(part, INFO, 64, "f")
-        made = chosen_frames(part, metadata, INFO, 64, "f")
+        check_settings(part, info, 64, "f")
+        seen = chosen_frames(part, metadata, info, 64, "f")
+        made = seen.numbers
         assert 1 <= len(made) <= 66
         assert 0 <= made[0] <= made[-1] < metadata.num_frames
-        size = video_frame_size(part, ImageSize(600, 800), len(made), INFO, "f")
-        assert size.height % 28 == size.width % 28 == 0
-        assert 0 < size.height * size.width < 10 * INFO.video.max_pixels
+        size = video_frame_size(part, ImageSize(600, 800), len(made), info, "f")
+        assert size.height % info.vision.factor == size.width % info.vision.factor == 0
+        assert 0 < size.height * size.width < 10 * info.video.max_pixels
+        media = MediaInfo(info.vision.grid_of(size, len(made)), seen)
+        segments = info.family.segments(media, info)
+        spans: list[Span] = []
+        for segment in segments:
+            if isinstance(segment, Placeholders):
+                spans.append(Span(spans[-1].stop if spans else 0, segment.num_tokens))
+        placed = [PlacedMedia(media, tuple(spans))]
+        positions, _ = info.family.positions(spans[-1].stop, placed, info)
+        assert (np.diff(positions[0]) >= 0).all()

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.families import Placeholders, read_model_info
+from pipeline.families import Placeholders, WithoutMarks, read_model_info
 from pipeline.wire.errors import RequestError
+from pipeline.wire.generation import Span
 from pipeline.wire.packing import pack_int32
-from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, Text, TextPart, Tokens
+from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, Text, TextPart, Tokens, VideoPart
 from tests.chats import CHATS, to_messages
 from tests.pictures import seen_size
 from tests.reference import Reference
@@ -19,6 +21,7 @@ from workers.preprocess.images import read_size
 from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
 
 MODEL = EMBEDDED / "model"
+INFO = read_model_info(MODEL)
 RUN = (Placeholders(4),)
 
 
@@ -59,6 +62,59 @@ def test_an_item_may_be_several_runs_with_text_between(prompt: PromptBuilder) ->
     start = prompt._special_ids["<|vision_start|>"]
     assert built.token_ids[first.stop : second.offset].count(start) == 1
     assert built.token_ids.count(start) == plain.token_ids.count(start) + 2
+
+
+def test_marks_around_an_item_are_left_out_on_request(prompt: PromptBuilder) -> None:
+    """Of the video only: a picture beside it keeps its marks, and text is where it was."""
+    messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("x"), VideoPart(frame=1), TextPart("y")))]
+    marks = WithoutMarks("<|vision_start|>", "<|vision_end|>")
+    video = ("<0.5 seconds><|vision_start|>", Placeholders(2), "<|vision_end|>")
+    whole = PromptBuilder(MODEL, INFO.image_token_id, INFO.video_token_id)
+    kept = whole.build(Chat(messages), [RUN, video])
+    left = whole.build(Chat(messages), [RUN, (marks, *video)])
+    start, end = (prompt._special_ids[name] for name in marks)
+    first = kept.spans[1][0]
+    inner = kept.token_ids.index(start, kept.spans[0][0].stop)  # of the outer pair, before the video's text
+    outer_end = first.stop + 1
+    assert kept.token_ids[outer_end] == end
+    expected = [*kept.token_ids[:inner], *kept.token_ids[inner + 1 : outer_end]]
+    assert left.token_ids == expected + kept.token_ids[outer_end + 1 :]
+    assert left.spans[1] == (Span(first.offset - 1, 2),)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "look", "description": "<|im_end|> é", "parameters": {"type": "object"}},
+    }
+]
+
+
+def test_tools_are_the_templates_to_show(tmp_path: Path) -> None:
+    """As transformers shows them; a special token in a description stays text."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / name)
+    template = (
+        "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+        "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ours = PromptBuilder(tmp_path, INFO.image_token_id, INFO.video_token_id)
+    chat = Chat((ChatMessage("user", "hello"),))
+    built = ours.build(chat, (), TOOLS)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    harmless = json.loads(json.dumps(TOOLS).replace("<|im_end|> ", ""))
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tools=harmless, tokenize=True, return_dict=False
+    )
+    assert ours.build(chat, (), harmless).token_ids == expected
+    end = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert built.token_ids.count(end) == expected.count(end)
+    assert '"description": "<|im_end|> é"' in theirs.decode(built.token_ids)
+    assert ours.build(chat, ()).token_ids == theirs.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=True, return_dict=False
+    )
 
 
 def test_special_tokens_in_user_text_stay_text(prompt: PromptBuilder) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
 from pipeline.wire.base import GridTHW
+from tests.workers.vit.tiny_towers import TOWERS, make_jobs
 from workers.nn.weights.registry import open_weights
 from workers.vit.blocks import Blocks
 from workers.vit.engines import torch as module
@@ -22,41 +22,30 @@ CPU = torch.device("cpu")
 GRIDS = [GridTHW(1, 4, 6), GridTHW(1, 24, 18), GridTHW(3, 2, 8)]
 
 
-def engine_of(folder: Path, after_work: Any = None) -> TorchEngine:
-    info = read_model_info(folder).vision
-    return TorchEngine(VisionEncoder(info, open_weights(folder, torch.float32, CPU)), after_work=after_work)
-
-
-def jobs(engine: TorchEngine) -> list[EncodeJob]:
-    generator = torch.Generator().manual_seed(3)
-    made, info = [], engine.encoder.preparation.info
-    for grid in GRIDS:
-        patch, frames = info.patch_size, grid.t * info.temporal_patch_size if grid.t > 1 else 1
-        shape = (frames, grid.h * patch, grid.w * patch, 3)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        made.append(EncodeJob(pixels, grid, torch.empty(grid.num_patches // 4, info.embedding_width)))
-    return made
-
-
-@pytest.mark.parametrize("flop", [1.0, 1e6, 2e7])
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("flop", [1.0, 3e4, 2e6])
 def test_embeddings_are_the_same_in_blocks_of_any_size(
-    flop: float, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    flop: float, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signs: list[int] = []
-    plain, blocked = engine_of(random_checkpoint), engine_of(random_checkpoint, lambda: signs.append(1))
-    expected, found = jobs(plain), jobs(blocked)
+    tiny = TOWERS[name](tmp_path)
+    encoder = tiny.encoder()
+    plain, blocked = TorchEngine(encoder), TorchEngine(encoder, after_work=lambda: signs.append(1))
+    expected, found = make_jobs(tiny.info, GRIDS), make_jobs(tiny.info, GRIDS)
     plain.encode(expected)
     monkeypatch.setattr(module, "BLOCK_FLOP", flop / torch.get_num_threads())
     blocked.encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(ours.output, theirs.output, rtol=1e-4, atol=1e-4)
-    assert len(signs) > 3 * blocked.encoder.preparation.info.depth, "more than one a layer"
+    assert len(signs) > 3 * tiny.info.depth, "more than one a layer"
 
 
 def test_signs_of_life_follow_the_work_and_not_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times the patches are sixteen times the attention."""
     signs: list[int] = []
-    engine = engine_of(EMBEDDED / "model", lambda: signs.append(1))
+    folder = EMBEDDED / "model"
+    encoder = VisionEncoder(read_model_info(folder).vision, open_weights(folder, torch.float32, CPU))
+    engine = TorchEngine(encoder, after_work=lambda: signs.append(1))
     monkeypatch.setattr(module, "BLOCK_FLOP", 2e6)
     counts, info = [], engine.encoder.preparation.info
     for side in (16, 32):
@@ -70,9 +59,12 @@ def test_signs_of_life_follow_the_work_and_not_the_layers(monkeypatch: pytest.Mo
 
 def test_no_block_has_more_work_than_it_may() -> None:
     generator = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(6, 40, 8, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(5, 6, 40, 8, generator=generator) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    for most, num_blocks in ((1e9, 1), (4 * 40 * 8 * 40 * 2.0, 3), (4 * 40 * 8 * 10.0, 24)):
+    of_row = 4.0 * 40 * 8
+    for most, num_blocks in (
+        (1e9, 1), (of_row * 40 * 6 * 2, 3), (of_row * 40 * 2, 5 * 3), (of_row * 10, 5 * 6 * 4)
+    ):  # fmt: skip
         signs: list[int] = []
         found = Blocks(most, lambda: signs.append(1)).attend(q, k, v)  # noqa: B023
         torch.testing.assert_close(found, expected)

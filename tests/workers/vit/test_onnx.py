@@ -30,7 +30,8 @@ from workers.vit.engines.onnx import exported, locked, unfinished
 from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import EncodeJob, Encoder
-from workers.vit.models.qwen2_vl import VisionEncoder, VisionPreparation
+from workers.vit.models.patches import PatchPreparation
+from workers.vit.models.qwen2_vl import VisionEncoder
 from workers.vit.slices import SliceLimit
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_embeddings_are_those_of_the_torch_engine(
     )
     expected, found = make_jobs(info, torch.float32), make_jobs(info, dtype)
     reference.encode(expected)
-    OnnxRuntimeEngine(VisionPreparation(info.vision), file, dtype, CPU, 1).encode(found)
+    OnnxRuntimeEngine(PatchPreparation(info.vision), file, dtype, CPU, 1).encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         error = (theirs.output - ours.output.float()).norm() / theirs.output.norm()
         assert error < TOLERANCE[dtype], theirs.grid_thw
@@ -101,7 +102,7 @@ def test_embeddings_are_those_of_the_torch_engine(
 
 def test_no_picture_sees_another(info: ModelInfo, random_checkpoint: Path, cache: Path) -> None:
     file = exported(info, random_checkpoint, torch.float32, cache, no_progress)
-    engine = OnnxRuntimeEngine(VisionPreparation(info.vision), file, torch.float32, CPU, 1)
+    engine = OnnxRuntimeEngine(PatchPreparation(info.vision), file, torch.float32, CPU, 1)
     together, changed = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
     changed[0].pixels.zero_()  # of the same size as the third
     engine.encode(together)

@@ -12,15 +12,19 @@ import pytest
 import torch
 
 from pipeline.families import ModelInfo, read_model_info
-from tests.workers.vit.test_onnx import CPU, make_jobs, make_spec, no_progress
+from tests.workers.vit.test_onnx import CPU, GRIDS, make_jobs, make_spec, no_progress
+from tests.workers.vit.tiny_towers import TOWERS
+from tests.workers.vit.tiny_towers import make_jobs as tiny_jobs
+from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.registry import open_weights
 from workers.vit.engines import tensorrt as module
 from workers.vit.engines.choice import choose_engine
-from workers.vit.engines.onnx import exported
+from workers.vit.engines.onnx import export, exported
 from workers.vit.engines.tensorrt import Profile, TensorRtEngine, build, built, load_tensorrt, profiles_for
 from workers.vit.engines.torch import TorchEngine
-from workers.vit.models.base import Inputs
-from workers.vit.models.qwen2_vl import VisionEncoder, VisionPreparation
+from workers.vit.models.base import Encoder, Inputs, Range
+from workers.vit.models.patches import PatchPreparation
+from workers.vit.models.qwen2_vl import VisionEncoder
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,8 @@ def info(random_checkpoint: Path) -> ModelInfo:
 
 
 @pytest.fixture(scope="module")
-def preparation(info: ModelInfo) -> VisionPreparation:
-    return VisionPreparation(info.vision)
+def preparation(info: ModelInfo) -> PatchPreparation:
+    return PatchPreparation(info.vision)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
 ) -> None:  # fmt: skip
     file = exported(info, random_checkpoint, dtype, files, no_progress)
     told: list[tuple[int, int]] = []
-    made = VisionPreparation(info.vision)
+    made = PatchPreparation(info.vision)
     capability = trt.ComputeCapability.SM89
     engine = build(trt, file, made, lambda done, total: told.append((done, total)), capability)
     weights = sum(path.stat().st_size for path in file.parent.iterdir())
@@ -62,8 +66,17 @@ def test_the_encoder_is_built_for_a_gpu_that_is_not_here(
     assert max(done for done, _ in told) > 1
 
 
+@pytest.mark.parametrize("name", ["windowed", "deepstack"])
+def test_every_tower_is_built_for_a_gpu_that_is_not_here(name: str, trt: Any, tmp_path: Path) -> None:
+    tiny = TOWERS[name](tmp_path / "tower")
+    file = tmp_path / "tower.onnx"
+    export(tiny.encoder(torch.bfloat16, Dense(TorchLinear)), file)
+    preparation = tiny.tower.preparation(tiny.info)
+    assert build(trt, file, preparation, no_progress, trt.ComputeCapability.SM89)
+
+
 def test_an_engine_is_built_once_for_a_gpu_and_a_version(
-    info: ModelInfo, preparation: VisionPreparation, random_checkpoint: Path, files: Path, tmp_path: Path,
+    info: ModelInfo, preparation: PatchPreparation, random_checkpoint: Path, files: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     trt = SimpleNamespace(__name__="tensorrt", __version__="11.4")
@@ -89,7 +102,7 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(
     assert len(list((tmp_path / "tensorrt").glob("*/"))) == 3, "of a build that failed nothing is left"
 
 
-def test_what_cannot_be_read_is_an_error(preparation: VisionPreparation, trt: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_an_error(preparation: PatchPreparation, trt: Any, tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match="cannot read the encoder"):
         build(trt, tmp_path / "encoder.onnx", preparation, no_progress)
@@ -109,14 +122,13 @@ class FakeContext:
         return index < len(self._engine.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        sizes = self._engine.profiles[self.profile]
+        preparation = self._engine.encoder.preparation
         self._shapes[name] = shape
-        frames, patches = (shape[0], shape[1]) if name == "patches" else (1, shape[0])
-        return (
-            frames <= sizes.frames[2]
-            and sizes.patches[0] <= patches <= sizes.patches[2]
-            and "shape" not in self._engine.broken
-        )
+        ranges = preparation.sizes(*self._engine.profiles[self.profile])
+        (spec,) = (spec for spec in preparation.specs if spec.name == name)
+        least, most = (spec.shape({axis: sizes[end] for axis, sizes in ranges.items()}) for end in (0, 2))
+        is_within = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        return is_within and "shape" not in self._engine.broken
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -128,14 +140,18 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         self._engine.runs.append((self.profile, self._shapes["patches"][:2]))
-        inputs = Inputs({name: _at(self._addresses[name], shape) for name, shape in self._shapes.items()}, {})
-        out = _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings"))
-        out.copy_(self._engine.encoder.forward(inputs))
+        encoder = self._engine.encoder
+        dtypes = {spec.name: spec.dtype for spec in encoder.preparation.specs}
+        tensors = {
+            name: _at(self._addresses[name], shape, dtypes[name]) for name, shape in self._shapes.items()
+        }
+        out = _at(self._addresses["embeddings"], self.get_tensor_shape("embeddings"), torch.float32)
+        out.copy_(encoder.forward(Inputs(tensors, {})))
         return "run" not in self._engine.broken
 
 
 class FakeEngine:
-    def __init__(self, encoder: VisionEncoder, profiles: tuple[Profile, ...]) -> None:
+    def __init__(self, encoder: Encoder, profiles: tuple[Profile, ...]) -> None:
         self.encoder, self.profiles = encoder, profiles
         self.runs: list[tuple[int, tuple[int, ...]]] = []
         self.broken = ""
@@ -144,30 +160,38 @@ class FakeEngine:
         return None if "context" in self.broken else FakeContext(self)
 
 
-def _at(address: int, shape: tuple[int, ...]) -> torch.Tensor:
-    count = int(torch.tensor(shape).prod())
-    return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32).view(shape)
+def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = int(torch.tensor(shape).prod()) * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype).view(shape)
 
 
 @pytest.fixture
 def fake(info: ModelInfo, random_checkpoint: Path) -> tuple[Any, FakeEngine]:
-    encoder = VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU))
-    engine = FakeEngine(encoder, profiles_for(info.vision))
+    return fake_of(VisionEncoder(info.vision, open_weights(random_checkpoint, torch.float32, CPU)))
+
+
+def fake_of(encoder: Encoder) -> tuple[Any, FakeEngine]:
+    engine = FakeEngine(encoder, profiles_for(encoder.preparation.info))
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data == b"engine" else None)
     logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
     return SimpleNamespace(Runtime=lambda log: runtime, Logger=logger), engine
 
 
+@pytest.mark.parametrize("name", TOWERS)
 def test_jobs_run_within_the_profiles_and_into_the_pool(
-    info: ModelInfo, fake: tuple[Any, FakeEngine], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    trt, engine = fake
-    few = (Profile((1, 1, 2), (4, 24, 32)), Profile((1, 1, 1), (4, 256, 1600)))
+    tiny = TOWERS[name](tmp_path)
+    trt, engine = fake_of(tiny.encoder())
+    few = (
+        Profile(Range(1, 1, 2), Range(4, 24, 32)),
+        Profile(Range(1, 1, 1), Range(4, 256, 1600)),
+    )
     monkeypatch.setattr(module, "profiles_for", lambda _: few)
     engine.profiles = few
-    expected, found = make_jobs(info, torch.float32), make_jobs(info, torch.float32)
+    expected, found = tiny_jobs(tiny.info, GRIDS), tiny_jobs(tiny.info, GRIDS)
     TorchEngine(engine.encoder).encode(expected)
-    TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU).encode(found)
+    TensorRtEngine(trt, engine.encoder.preparation, b"engine", torch.float32, CPU).encode(found)
     for theirs, ours in zip(expected, found, strict=True):
         assert torch.allclose(theirs.output, ours.output, atol=1e-4), theirs.grid_thw
     assert {profile for profile, _ in engine.runs} == {0, 1}
@@ -177,7 +201,7 @@ def test_jobs_run_within_the_profiles_and_into_the_pool(
 @pytest.mark.parametrize("broken", ["shape", "address", "run"])
 def test_a_call_that_fails_is_an_error(broken: str, info: ModelInfo, fake: tuple[Any, FakeEngine]) -> None:
     trt, engine = fake
-    made = TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU)
+    made = TensorRtEngine(trt, PatchPreparation(info.vision), b"engine", torch.float32, CPU)
     engine.broken = broken
     with pytest.raises(RuntimeError, match="failed"):
         made.encode(make_jobs(info, torch.float32))
@@ -188,17 +212,17 @@ def test_an_engine_that_is_for_another_machine_is_an_error(
 ) -> None:  # fmt: skip
     trt, engine = fake
     with pytest.raises(RuntimeError, match="cannot load"):
-        TensorRtEngine(trt, VisionPreparation(info.vision), b"foreign", torch.float32, CPU)
+        TensorRtEngine(trt, PatchPreparation(info.vision), b"foreign", torch.float32, CPU)
     engine.broken = "context"
     with pytest.raises(RuntimeError, match="memory"):
-        TensorRtEngine(trt, VisionPreparation(info.vision), b"engine", torch.float32, CPU)
+        TensorRtEngine(trt, PatchPreparation(info.vision), b"engine", torch.float32, CPU)
 
 
 def test_profiles_hold_every_size_of_the_largest_picture() -> None:
     for largest in (19_600, 200_000, 12_845_056):
         info: Any = SimpleNamespace(merge_size=2, patch_size=14, largest_pixels=largest)
         profiles = profiles_for(info)
-        assert profiles[-1].patches[2] * 14 * 14 >= largest
+        assert profiles[-1].patches.most * 14 * 14 >= largest
         for profile in profiles:
             assert all(count % 4 == 0 for count in profile.patches), "whole tokens"
             for sizes in profile:

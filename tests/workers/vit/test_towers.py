@@ -13,12 +13,14 @@ import torch
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import VisionInfo, read_model_info
 from pipeline.wire.base import GridTHW
+from tests.workers.vit.tiny_towers import TOWERS
+from tests.workers.vit.tiny_towers import make_jobs as tiny_jobs
 from workers.vit.engines.onnx import export
 from workers.vit.engines.onnxruntime import OnnxRuntimeEngine
+from workers.vit.engines.tensorrt import Profile, profiles_for
 from workers.vit.engines.torch import TorchEngine
-from workers.vit.models.base import FRAMES, Axis, EncodeJob, Encoder, Inputs, InputSpec, Preparation
+from workers.vit.models.base import FRAMES, Axis, EncodeJob, Encoder, Inputs, InputSpec, Preparation, Range
 from workers.vit.models.patches import patchify
-from workers.vit.models.registry import tower_of
 from workers.vit.pace import UNPACED, Pace
 
 CPU = torch.device("cpu")
@@ -52,8 +54,8 @@ class ToyPreparation(Preparation):
         patches = torch.cat([patchify(job.pixels, self.info) for job in jobs]).unflatten(0, (-1, count))
         return Inputs({"patches": patches, "order": torch.arange(count // 4 - 1, -1, -1)}, {})
 
-    def sizes(self, num_frames: int, num_patches: int) -> dict[str, int]:
-        return {**super().sizes(num_frames, num_patches), "tokens": num_patches // 4}
+    def sizes(self, frames: Range, patches: Range) -> dict[str, Range]:
+        return {**super().sizes(frames, patches), "tokens": Range(*(count // 4 for count in patches))}
 
 
 class ToyEncoder(Encoder):
@@ -98,20 +100,49 @@ def test_a_tower_with_inputs_of_its_own_runs_in_every_engine(encoder: ToyEncoder
 
 def test_the_shapes_of_inputs_follow_the_sizes_of_axes(encoder: ToyEncoder) -> None:
     patches, order = encoder.preparation.specs
-    sizes = encoder.preparation.sizes(3, 24)
+    sizes = {"frames": 3, "patches": 24, "tokens": 6}
     assert patches.shape(sizes) == (3, 24, COLUMNS)
     assert order.shape(sizes) == (6,)
     assert (patches.is_by_frame, order.is_by_frame) == (True, False)
 
 
-def test_what_a_tower_prepares_is_what_it_says() -> None:
-    info = read_model_info(EMBEDDED / "model")
-    preparation = tower_of(info).preparation(info.vision)
-    jobs = [job for job in make_jobs(info.vision) if job.grid_thw == GRIDS[0]]
-    tensors = preparation.batch(jobs, CPU).tensors
-    sizes = preparation.sizes(len(jobs), GRIDS[0].num_patches)
-    assert [spec.name for spec in preparation.specs] == list(tensors)
+@pytest.mark.parametrize("name", TOWERS)
+def test_what_a_tower_prepares_is_what_it_says(name: str, tmp_path: Path) -> None:
+    """Engines are built for these shapes."""
+    tower, info, *_ = TOWERS[name](tmp_path)
+    preparation = tower.preparation(info)
+    for job in tiny_jobs(info):
+        tensors = preparation.batch([job, job], CPU).tensors
+        frames, patches = 2 * job.grid_thw.t, job.grid_thw.h * job.grid_thw.w
+        sizes = preparation.sizes(Range(1, 1, frames), Range(4, 4, patches))
+        assert [spec.name for spec in preparation.specs] == list(tensors)
+        for spec in preparation.specs:
+            shape = tensors[spec.name].shape
+            least, most = (
+                spec.shape({key: getattr(r, end) for key, r in sizes.items()}) for end in ("least", "most")
+            )
+            assert all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+            assert tensors[spec.name].dtype == spec.dtype
+            assert tensors[spec.name].is_contiguous()
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_sizes_of_axes_are_in_order(name: str, tmp_path: Path) -> None:
+    tower, info, *_ = TOWERS[name](tmp_path)
+    for profile in (*profiles_for(info), Profile(Range(1, 1, 1), Range(4, 4, 4))):
+        for sizes in tower.preparation(info).sizes(*profile).values():
+            assert 0 < sizes.least <= sizes.usual <= sizes.most
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_no_axis_of_the_sample_is_a_constant_for_tracing(name: str, tmp_path: Path) -> None:
+    tower, info, *_ = TOWERS[name](tmp_path)
+    preparation = tower.preparation(info)
+    (job,) = tiny_jobs(info, [preparation.sample_grid])
+    tensors = preparation.batch([job], CPU).tensors
     for spec in preparation.specs:
-        assert tensors[spec.name].shape == spec.shape(sizes)
-        assert tensors[spec.name].dtype == spec.dtype
-        assert tensors[spec.name].is_contiguous()
+        assert all(
+            size > 1
+            for axis, size in zip(spec.axes, tensors[spec.name].shape, strict=True)
+            if isinstance(axis, Axis)
+        )

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.families import ModelInfo
-from pipeline.wire.base import GridTHW
 from workers.nn.loader import Progress
 from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.registry import open_weights
@@ -73,9 +72,9 @@ def export(encoder: Encoder, file: Path) -> None:
 
 
 def _sample(encoder: Encoder) -> tuple[Tensor, ...]:
-    """Inputs of two frames of three tokens. Tracing takes sizes of 0 and 1 for constants."""
+    """Inputs of the preparation's sample."""
     preparation, info = encoder.preparation, encoder.preparation.info
-    grid = GridTHW(2, info.merge_size, 3 * info.merge_size)
+    grid = preparation.sample_grid
     size = (grid.h * info.patch_size, grid.w * info.patch_size)
     pixels = torch.zeros(grid.t * info.temporal_patch_size, *size, 3, dtype=torch.uint8)
     output = torch.empty(info.num_tokens(grid), info.embedding_width)

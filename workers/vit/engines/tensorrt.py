@@ -24,7 +24,7 @@ from workers.nn.loader import Progress
 from workers.vit.deadlines import Deadlines
 from workers.vit.engines.batch import BatchEngine
 from workers.vit.engines.onnx import OUTPUT, locked, unfinished
-from workers.vit.models.base import Preparation
+from workers.vit.models.base import Preparation, Range
 
 logger = logging.getLogger(__name__)
 MODULES = ("tensorrt", "tensorrt_rtx_bindings")
@@ -34,10 +34,10 @@ MANY, SMALL = 16, 1024  # frames of a run, when each has at most so many patches
 
 
 class Profile(NamedTuple):
-    """The sizes of an optimization profile: smallest, usual, largest."""
+    """The sizes of an optimization profile."""
 
-    frames: tuple[int, int, int]
-    patches: tuple[int, int, int]
+    frames: Range
+    patches: Range
 
 
 def load_tensorrt() -> Any:
@@ -56,10 +56,10 @@ def profiles_for(info: VisionInfo) -> tuple[Profile, ...]:
     least = info.merge_size**2
     largest = -(-info.largest_pixels // (least * info.patch_size**2)) * least  # whole tokens
     if largest <= SMALL:
-        return (Profile((1, 4, MANY), (least, min(256, largest), largest)),)
+        return (Profile(Range(1, 4, MANY), Range(least, min(256, largest), largest)),)
     return (
-        Profile((1, 4, MANY), (least, 256, SMALL)),
-        Profile((1, 1, 2), (least, min(4096, largest), largest)),
+        Profile(Range(1, 4, MANY), Range(least, 256, SMALL)),
+        Profile(Range(1, 1, 2), Range(least, min(4096, largest), largest)),
     )
 
 
@@ -85,9 +85,10 @@ def build(
         _check(config.set_compute_capability(capability, 0), "set_compute_capability")
     for wanted in profiles_for(preparation.info):
         profile = builder.create_optimization_profile()
-        sizes = [preparation.sizes(*pair) for pair in zip(wanted.frames, wanted.patches, strict=True)]
+        ranges = preparation.sizes(wanted.frames, wanted.patches)
+        corners = [dict(zip(ranges, sizes, strict=True)) for sizes in zip(*ranges.values(), strict=True)]
         for spec in preparation.specs:
-            profile.set_shape(spec.name, *(spec.shape(size) for size in sizes))
+            profile.set_shape(spec.name, *(spec.shape(sizes) for sizes in corners))
         if config.add_optimization_profile(profile) < 0:
             raise RuntimeError(f"TensorRT refuses the sizes {wanted}")
     serialized = builder.build_serialized_network(network, config)
@@ -165,15 +166,16 @@ class TensorRtEngine(BatchEngine):
         return 0 if self._stream is None else int(self._stream.cuda_stream)
 
     def _max_frames(self, num_patches: int) -> int:
-        return self._profiles[self._profile(num_patches)].frames[2]
+        return self._profiles[self._profile(num_patches)].frames.most
 
     def _profile(self, num_patches: int) -> int:
         found = next(
-            (index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches[2]), None
+            (index for index, profile in enumerate(self._profiles) if num_patches <= profile.patches.most),
+            None,
         )
         if found is None:
             raise RuntimeError(
-                f"the engine is for frames of at most {self._profiles[-1].patches[2]} patches, this has "
+                f"the engine is for frames of at most {self._profiles[-1].patches.most} patches, this has "
                 f"{num_patches}"
             )
         return found

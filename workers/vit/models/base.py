@@ -37,6 +37,15 @@ class Axis(NamedTuple):
 
 
 FRAMES = Axis("frames", 1 << 16)  # of a batch: temporal patches
+PATCHES = "patches"  # the name of the axis of a frame's patches
+
+
+class Range(NamedTuple):
+    """The sizes of an axis for which an engine is built."""
+
+    least: int
+    usual: int
+    most: int
 
 
 class InputSpec(NamedTuple):
@@ -85,16 +94,27 @@ class Preparation(ABC):
     def batch(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
         """Inputs of chunks whose frames have one size: contiguous tensors as in `specs`."""
 
-    def sizes(self, num_frames: int, num_patches: int) -> dict[str, int]:
-        """The sizes of a batch's axes, by name. A tower with more axes adds its own."""
-        return {FRAMES.name: num_frames, "patches": num_patches}
+    @property
+    def sample_grid(self) -> GridTHW:
+        """Frames with which a forward is traced: no axis may have the size 0 or 1, a constant for tracing."""
+        merge = self.info.merge_size
+        return GridTHW(2, merge, 3 * merge)
+
+    def sizes(self, frames: Range, patches: Range) -> dict[str, Range]:
+        """The sizes of a batch's axes, by name, for these numbers of frames, and of patches in each. A tower
+        with more axes adds its own."""
+        return {FRAMES.name: frames, PATCHES: patches}
 
     def flop(self, num_patches: int) -> float:
         """The approximate floating point operations of a forward of one frame."""
+        return self.info.depth * self.layer_flop(num_patches, num_patches)
+
+    def layer_flop(self, num_patches: int, num_attended: int, mlp_matrices: int = 2) -> float:
+        """Of one layer with so many matrices in its MLP, where a patch attends to so many."""
         info = self.info
-        linear = 4.0 * info.embed_dim * (2 * info.embed_dim + info.intermediate_size)
-        attention = 4.0 * num_patches * info.embed_dim
-        return info.depth * num_patches * (linear + attention)
+        linear = 2.0 * info.embed_dim * (4 * info.embed_dim + mlp_matrices * info.intermediate_size)
+        attention = 4.0 * num_attended * info.embed_dim
+        return num_patches * (linear + attention)
 
 
 class Encoder(ABC):

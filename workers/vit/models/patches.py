@@ -6,13 +6,63 @@ patches of one merged token are adjacent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pipeline.families import VisionInfo
 from pipeline.wire.base import GridTHW
+from workers.nn.layers import rotary_tables
+from workers.vit.models.base import FRAMES, PATCHES, Axis, EncodeJob, Inputs, InputSpec, Preparation
 
+CHANNELS = 3
 ROPE_THETA = 10_000.0
+
+
+class PatchPreparation(Preparation):
+    """What depends on grids comes in as inputs:
+
+        patches      [num_patches, channels · temporal · patch²] float32
+        cos and sin  [num_patches, 1, head_dim] float32
+
+    Pictures (frames of a video too) come packed, in any sizes; or as a batch of equal grids, with the same
+    cos and sin for all of them.
+    """
+
+    @property
+    def patches(self) -> Axis:
+        return Axis(PATCHES, most=1 << 20, multiple=self.info.merge_size**2)
+
+    @property
+    def specs(self) -> tuple[InputSpec, ...]:
+        info = self.info
+        columns = CHANNELS * info.temporal_patch_size * info.patch_size**2
+        angles = (self.patches, 1, info.embed_dim // info.num_heads)
+        return (
+            InputSpec("patches", torch.float32, (FRAMES, self.patches, columns)),
+            InputSpec("cos", torch.float32, angles),
+            InputSpec("sin", torch.float32, angles),
+        )
+
+    def packed(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
+        patches = torch.cat([patchify(job.pixels.to(device), self.info) for job in jobs])
+        angles = torch.cat([rotary_angles(job.grid_thw, self.info) for job in jobs]).to(device)
+        cos, sin = rotary_tables(angles, torch.float32)
+        lengths = [grid.num_patches for grid in frames_of(jobs)]
+        return Inputs({"patches": patches, "cos": cos, "sin": sin}, {"frames": lengths})
+
+    def batch(self, jobs: Sequence[EncodeJob], device: torch.device) -> Inputs:
+        grid = jobs[0].grid_thw._replace(t=1)
+        patches = torch.cat([patchify(job.pixels.to(device), self.info) for job in jobs])
+        cos, sin = rotary_tables(rotary_angles(grid, self.info).to(device), torch.float32)
+        patches = patches.unflatten(0, (-1, grid.num_patches))
+        return Inputs({"patches": patches.contiguous(), "cos": cos.contiguous(), "sin": sin.contiguous()}, {})
+
+
+def frames_of(jobs: Sequence[EncodeJob]) -> list[GridTHW]:
+    """The grid of each frame, in the order of packed rows."""
+    return [job.grid_thw._replace(t=1) for job in jobs for _ in range(job.grid_thw.t)]
 
 
 def patchify(pixels: Tensor, info: VisionInfo) -> Tensor:
@@ -37,12 +87,17 @@ def patchify(pixels: Tensor, info: VisionInfo) -> Tensor:
 
 def rotary_angles(grid: GridTHW, info: VisionInfo) -> Tensor:
     """Angles [num_patches, head_dim / 2] float32 of the patches' rows and columns."""
-    merge = info.merge_size
-    rows = torch.arange(grid.h)[:, None].expand(grid.h, grid.w)
-    columns = torch.arange(grid.w)[None, :].expand(grid.h, grid.w)
-    blocks = (grid.h // merge, merge, grid.w // merge, merge)
-    grouped = [x.reshape(blocks).transpose(1, 2).flatten().repeat(grid.t) for x in (rows, columns)]
     quarter = info.embed_dim // info.num_heads // 2
     steps = torch.arange(0, quarter, 2, dtype=torch.float32) / quarter
     frequencies = 1.0 / (ROPE_THETA**steps)
-    return torch.cat([x[:, None].float() * frequencies for x in grouped], dim=-1)
+    places = patch_places(grid, info.merge_size)
+    return torch.cat([x[:, None].float() * frequencies for x in places], dim=-1).repeat(grid.t, 1)
+
+
+def patch_places(grid: GridTHW, merge: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, each [num_patches] int64, of one frame's patches in their order."""
+    rows = torch.arange(grid.h)[:, None].expand(grid.h, grid.w)
+    columns = torch.arange(grid.w)[None, :].expand(grid.h, grid.w)
+    blocks = (grid.h // merge, merge, grid.w // merge, merge)
+    rows, columns = (x.reshape(blocks).transpose(1, 2).flatten() for x in (rows, columns))
+    return rows, columns

@@ -1,0 +1,119 @@
+"""Every family through the whole pipeline, real processes and sockets: greedy tokens are Hugging Face's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pipeline.client.client import PipelineClient
+from pipeline.wire.sampling import SamplingParams
+from tests.chats import ChatTurns, generate, to_messages
+from tests.checkpoints import make_checkpoint
+from tests.family_chats import FAMILY_CHATS
+from tests.integration.conftest import LIMITS
+from tests.pictures import scene
+from tests.reference import Answer, Reference, assert_same_tokens
+from tests.servers import Server
+from tools.processes import workers_of
+
+NUM_TOKENS = 48
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+TELL_MORE: ChatTurns = [("user", [scene(60, (112, 84)), "Tell me more."])]
+MODEL = ("--dtype", "float32", *LIMITS)
+# What differs from one server to the next, put together so that few servers do.
+SHARDED = (
+    *(
+        "--max-num-batched-tokens",
+        "23",
+        "--max-num-seqs",
+        "16",
+        "--block-size",
+        "4",
+        "--max-itl-stretch",
+        "0",
+    ),
+    *("--tp", "2", "--overlap", "on", "--vit", "2", "--vit-engine", "onnxruntime"),
+)
+REPLICATED = ("--dp", "2", "--kv-cache-gib", "0.003", "--max-model-len", "640")
+
+
+class Family(NamedTuple):
+    name: str
+    folder: Path
+    reference: Reference
+    chats: dict[str, ChatTurns]
+    answers: dict[str, Answer]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    reference = Reference(folder)
+    answers = {name: reference.answer(chat, NUM_TOKENS) for name, chat in FAMILY_CHATS.items()}
+    return Family(request.param, folder, reference, FAMILY_CHATS, answers)
+
+
+async def assert_right(client: PipelineClient, family: Family, what: str) -> None:
+    """All chats together."""
+    chats = [to_messages(chat) for chat in family.chats.values()]
+    together = await asyncio.gather(*(generate(client, *chat, GREEDY) for chat in chats))
+    for (name, answer), (tokens, num_prompt_tokens) in zip(family.answers.items(), together, strict=True):
+        assert num_prompt_tokens == len(answer.prompt_token_ids), name
+        assert_same_tokens(tokens, answer, f"{what}, {name}")
+
+
+def test_the_reference_sees_what_it_is_asked_about(family: Family) -> None:
+    """Else equal tokens would prove nothing."""
+    texts = {tuple(answer.token_ids) for answer in family.answers.values()}
+    assert len(texts) == len(family.answers)
+
+
+async def test_small_chunks_two_ranks_and_two_vits_on_onnxruntime(family: Family, tmp_path: Path) -> None:
+    options = (*MODEL, *SHARDED, "--cache-dir", str(tmp_path))
+    with Server("--model", str(family.folder), *options) as server:
+        async with PipelineClient(server.run_dir) as client:
+            await assert_right(client, family, "sharded")
+            await assert_right(client, family, "sharded, from the caches")
+
+
+async def test_two_groups_with_little_memory_and_killed_workers(family: Family) -> None:
+    """Requests are preempted; then whoever works for one is killed, and the request goes on."""
+    expected = family.reference.answer(TELL_MORE, LONG.max_tokens)
+    with Server("--model", str(family.folder), *MODEL, *REPLICATED) as server:
+        async with PipelineClient(server.run_dir) as client:
+            await assert_right(client, family, "replicated")
+            for victim in ("preprocess.0", "vit.0", "llm.0", "llm.1"):
+                running = asyncio.create_task(generate(client, *to_messages(TELL_MORE), LONG))
+                await asyncio.sleep(0.3)
+                os.kill(workers_of(server.process.pid)[victim], signal.SIGKILL)
+                await assert_right(client, family, f"{victim} was killed")
+                tokens, _ = await asyncio.wait_for(running, 60)
+                assert_same_tokens(tokens, expected, f"{victim} was killed, a long answer")
+            epochs = {str(state.worker): state.epoch for state in client.workers}
+            assert [epochs[name] for name in ("preprocess.0", "vit.0", "llm.0", "llm.1")] == [2] * 4
+            assert client.counters["resubmitted"] > 0
+        server.children = workers_of(server.process.pid)
+
+
+@pytest.mark.parametrize("option", ["--expert-parallel", "--quantization"])
+async def test_experts_in_other_places_and_formats(option: str, tmp_path: Path) -> None:
+    """Whole experts on ranks give the same tokens; in 8 bits they are served."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3_vl_moe")
+    chats = {name: FAMILY_CHATS[name] for name in ("one picture", "pictures and videos mixed")}
+    reference = Reference(folder)
+    is_exact = option == "--expert-parallel"
+    options = (option, "--tp", "2") if is_exact else (option, "int8")
+    with Server("--model", str(folder), *MODEL, *options) as server:
+        async with PipelineClient(server.run_dir) as client:
+            for name, chat in chats.items():
+                tokens, _ = await generate(client, *to_messages(chat), GREEDY)
+                assert len(tokens) == NUM_TOKENS
+                if is_exact:
+                    assert_same_tokens(tokens, reference.answer(chat, NUM_TOKENS), name)
