@@ -135,7 +135,7 @@ class StoredExperts:
 
     A checkpoint has them one by one (`0.gate_proj.weight`, …), or all in two tensors `gate_up_proj` and
     `down_proj`: as `F.linear` takes them, which `save_pretrained` of transformers 5 writes, or each expert
-    transposed, as the published checkpoints of Qwen3-VL. The shapes of both tensors together tell which.
+    transposed, as many published checkpoints have them. The shapes of both tensors together tell which.
 
     Raises ValueError for shapes that are neither.
     """
