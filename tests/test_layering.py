@@ -115,8 +115,7 @@ def declares(path: Path, name: str) -> bool:
 
 
 def test_what_is_found_is_never_imported() -> None:
-    """Families, towers, decoders, routes and parsers: only another one, which shares its code, may name
-    one."""
+    """Families, towers, decoders, routes, parsers: only another one, which shares its code, may name one."""
     houses = {
         "FAMILIES": ROOT / "pipeline" / "families",
         "TOWER": ROOT / "workers" / "vit" / "models",
