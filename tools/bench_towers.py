@@ -51,8 +51,10 @@ COMMON: dict[str, Any] = {
 class Bench:
     """`share`: of the layers, and of those whose output is merged."""
 
-    def __init__(self, rounds: int, share: float, sides: Sequence[int], dtype: torch.dtype) -> None:
-        self.rounds, self.share, self.sides, self.dtype = rounds, share, sides, dtype
+    def __init__(
+        self, rounds: int, share: float, sides: Sequence[int], dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:  # fmt: skip
+        self.rounds, self.share, self.sides, self.dtype, self.device = rounds, share, sides, dtype, device
 
     def qwen2_5_vl(self) -> list[Row]:
         depth = round(32 * self.share)
@@ -92,11 +94,11 @@ class Bench:
         return self._rows(name, info, qwen3_vl.TOWER, Qwen3VLVisionModel(config))
 
     def _rows(self, name: str, info: VisionInfo, tower: Tower, reference: nn.Module) -> list[Row]:
-        reference.to(torch.bfloat16).to(self.dtype).eval()
+        reference.to(torch.bfloat16).to(self.device, self.dtype).eval()
         with tempfile.TemporaryDirectory() as folder:
-            tensors = {f"visual.{key}": value for key, value in reference.state_dict().items()}
+            tensors = {f"visual.{key}": value.cpu() for key, value in reference.state_dict().items()}
             save_file(tensors, Path(folder) / "model.safetensors")
-            encoder = tower.encoder(info, open_weights(Path(folder), self.dtype, CPU))
+            encoder = tower.encoder(info, open_weights(Path(folder), self.dtype, self.device))
         engine = TorchEngine(encoder, after_work=lambda: None)  # in blocks, as a worker computes
         return [self._row(name, info, engine, reference, side) for side in self.sides]
 
@@ -104,15 +106,18 @@ class Bench:
         self, name: str, info: VisionInfo, engine: TorchEngine, reference: nn.Module, side: int
     ) -> Row:  # fmt: skip
         side = round(side / info.factor) * info.factor
-        pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, device=self.device)
         grid = GridTHW(1, side // info.patch_size, side // info.patch_size)
-        output = torch.empty(info.num_tokens(grid), info.embedding_width, dtype=self.dtype)
+        shape = info.num_tokens(grid), info.embedding_width
+        output = torch.empty(shape, dtype=self.dtype, device=self.device)
         job = EncodeJob(pixels, grid, output)
-        patches, grids = patchify(pixels, info), torch.tensor([list(grid)])
+        patches, grids = patchify(pixels, info), torch.tensor([list(grid)], device=self.device)
 
         def theirs() -> Tensor:
             with torch.inference_mode():
                 found: Tensor = reference(patches, grid_thw=grids).pooler_output
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
             return found
 
         rounds = range(self.rounds + 1)  # the first warms up

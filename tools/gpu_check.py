@@ -47,7 +47,7 @@ PARTS: dict[str, tuple[Callable[[Machine], Iterator[Row]], float]] = {  # and th
     "checkpoints": (gpu_parts.checkpoints, 60),
     "decode": (gpu_parts.decode, 90), "server": (gpu_parts.server, 80), "prefill": (gpu_parts.prefill, 40),
     "isolation": (gpu_parts.isolation, 80), "attention": (gpu_parts.attention, 40),
-    "experts": (gpu_parts.experts, 30),
+    "experts": (gpu_parts.experts, 30), "towers": (gpu_parts.towers, 50),
     "fidelity": (gpu_parts.fidelity, 60),
     "tests": (gpu_parts.tests, 200),
 }  # fmt: skip

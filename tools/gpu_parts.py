@@ -33,6 +33,7 @@ from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from pipeline.wire.topology import Role, WorkerId
 from tools.bench_engine import Served, num_weights, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize
+from tools.bench_towers import Bench
 from tools.random_checkpoint import make_checkpoint
 from workers.llm.attention.base import AttentionLayer, SequencePart
 from workers.llm.backends import choose_backend
@@ -80,8 +81,8 @@ class Machine:
 
     def __init__(self, folder: Path, rates: dict[str, float], device: torch.device, is_small: bool) -> None:
         self.folder, self.rates, self.device, self.is_small = folder, rates, device, is_small
-        self.shapes = ("tiny",) if is_small else ("2b", "7b")
-        self.large = self.shapes[-1]
+        self.shapes = ("tiny", "qwen3-vl-tiny") if is_small else ("2b", "qwen3-vl-2b", "7b")
+        self.large = "tiny" if is_small else "7b"
 
     def checkpoint(self, shape: str) -> Path:
         if shape == "embedded":
@@ -262,6 +263,16 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
     return Row(what, told, nbytes / seconds / machine.rates["copy"], 0.75, against)
 
 
+def towers(machine: Machine) -> Iterator[Row]:
+    """With windows, and with learned positions and deepstack. Each in torch, beside transformers'."""
+    sides, share = ((64,), 0.1) if machine.is_small else ((448, 1008), 1.0)
+    bench = Bench(2 if machine.is_small else 5, share, sides, torch.bfloat16, machine.device)
+    for rows in (bench.qwen2_5_vl, bench.qwen3_vl_4b):
+        for row in rows():
+            told = f"{row.ours:.0f} {row.unit}"
+            yield Row(f"tower, {row.what}", told, row.ours / row.theirs, 1.2, row.against)
+
+
 def experts(machine: Machine) -> Iterator[Row]:
     for batch in (2,) if machine.is_small else (1, 8, 32, 256):
         yield _experts_row(machine, batch)
@@ -309,16 +320,16 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def fidelity(machine: Machine) -> Iterator[Row]:
-    from transformers import Qwen2VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     for shape in ("embedded", *machine.shapes):
         folder = machine.checkpoint(shape)
         num_tokens = 100 if machine.is_small else 600
         prompts = torch.randint(
-            100, 500, (NUM_PROMPTS, 1, num_tokens), generator=torch.Generator().manual_seed(0)
+            100, 200, (NUM_PROMPTS, 1, num_tokens), generator=torch.Generator().manual_seed(0)
         )
         logits: dict[str, torch.Tensor] = {}
-        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
         model = model.to(machine.device)
         for name in ("bf16", "float32"):
             with torch.inference_mode():
@@ -526,7 +537,7 @@ def _transformers_row(machine: Machine, num_output: int) -> Row:
     folder = machine.checkpoint(machine.shapes[0])
     model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
     model = model.to(machine.device)
-    token_ids = torch.randint(100, 5000, (1, 64 if machine.is_small else 2807), device=machine.device)
+    token_ids = torch.randint(100, 200, (1, 64 if machine.is_small else 2807), device=machine.device)
 
     def run() -> None:
         model.generate(
