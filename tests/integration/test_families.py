@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.client.client import PipelineClient
 from pipeline.wire.sampling import SamplingParams
-from tests.chats import ChatTurns, generate, to_messages
+from tests.chats import ChatTurns, FrameList, generate, to_messages
 from tests.checkpoints import make_checkpoint
 from tests.family_chats import FAMILY_CHATS
 from tests.integration.conftest import LIMITS
-from tests.pictures import scene
+from tests.pictures import data_url, scene
 from tests.reference import Answer, Reference, assert_same_tokens
 from tests.servers import Server
 from tools.processes import workers_of
@@ -76,6 +76,34 @@ async def assert_right(
         )
 
 
+def ask_over_http(server: Server, family: Family, name: str) -> None:
+    """The same chat as an OpenAI client writes it."""
+    ((_, pieces),) = family.chats[name]
+    parts: list[dict[str, object]] = []
+    for piece in pieces:
+        if isinstance(piece, FrameList):
+            urls = [data_url(frame) for frame in piece.frames]
+            parts.append({"type": "video", "video": urls, "timestamps": list(piece.timestamps or ())})
+        else:
+            assert isinstance(piece, str)
+            parts.append({"type": "text", "text": piece})
+    with server.client() as client:
+        answer = client.chat.completions.create(
+            model=str(family.folder),
+            messages=[{"role": "user", "content": parts}],  # type: ignore[list-item]
+            temperature=0,
+            max_tokens=FEW,
+            logprobs=True,
+            extra_body={"ignore_eos": True, "repetition_penalty": 1.0},
+        )
+    expected = family.answers[name]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    content = (answer.choices[0].logprobs or pytest.fail("no logprobs")).content or []
+    tokens = [family.reference.tokenizer.decode([token]) for token in expected.token_ids[:FEW]]
+    assert [entry.token for entry in content] == tokens
+
+
 async def num_preemptions(client: PipelineClient) -> int:
     await asyncio.sleep(2.2)  # counts are told once a second, and passed on once a second
     return sum(state.counters.get("preemptions", 0) for state in client.workers)
@@ -93,6 +121,7 @@ async def test_small_chunks_two_ranks_and_two_vits_on_onnxruntime(family: Family
         async with PipelineClient(server.run_dir) as client:
             await assert_right(client, family, "sharded")
             await assert_right(client, family, "sharded, from the caches", FEW)
+        ask_over_http(server, family, "frames with times")
 
 
 async def test_two_groups_with_little_memory_and_killed_workers(family: Family) -> None:
