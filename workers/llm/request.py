@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.wire.clients import ChoiceProgress, TokenLogprobs
-from pipeline.wire.generation import GenerateRequest, MmItem
+from pipeline.wire.generation import GenerateRequest, MmItem, Span
 from pipeline.wire.packing import Int32Array, pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.steps import EmbeddingSlice
@@ -20,6 +23,14 @@ from workers.llm.sampling.matching import Matcher
 
 MAX_OVERTAKEN = 8  # a request overtaken this often by priority goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
+
+
+class KvRun(NamedTuple):
+    """A run of placeholders, and what its KV depends on."""
+
+    span: Span
+    row: int  # the item's row at which the run begins
+    kv_hash: bytes  # of the item
 
 
 @dataclass(slots=True, eq=False)  # compared by identity, so that queues do not compare arrays
@@ -35,6 +46,7 @@ class Request:
     position_delta: int  # added to the index of a token after the prompt
     chunks: list[Chunk]
     items: tuple[MmItem, ...]
+    runs: list[KvRun]  # of all items
     sampling: SamplingParams
     max_tokens: int
     index: int = 0  # of the choice
@@ -72,7 +84,8 @@ class Request:
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt,
             arrival=message.arrival,
             prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta,
-            chunks=chunks, items=message.items, sampling=message.sampling, priority=message.priority,
+            chunks=chunks, items=message.items, runs=_runs_of(message.items),
+            sampling=message.sampling, priority=message.priority,
             cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
@@ -169,14 +182,13 @@ class Request:
             start, stop = len(hashes) * block_size, (len(hashes) + 1) * block_size
             digest = hashlib.sha256(hashes[-1] if hashes else hashlib.sha256(self.cache_salt).digest())
             digest.update(pack_int32(self.token_ids(start, stop)))
-            for item in self.items:
-                row = 0  # the item's row at which the span begins
-                for span in item.spans:
-                    first, last = max(start, span.offset), min(stop, span.stop)
-                    if first < last:
-                        place = first - start, last - first, row + first - span.offset
-                        digest.update(struct.pack("<qqqq", *place, len(item.kv_hash)) + item.kv_hash)
-                    row += span.length
+            # A long video has hundreds of runs: those before the block are skipped.
+            for run in self.runs[bisect_right(self.runs, start, key=_stop_of) :]:
+                first, last = max(start, run.span.offset), min(stop, run.span.stop)
+                if first >= last:
+                    break
+                place = first - start, last - first, run.row + first - run.span.offset
+                digest.update(struct.pack("<qqqq", *place, len(run.kv_hash)) + run.kv_hash)
             hashes.append(digest.digest())
         return hashes[:num_blocks]
 
@@ -247,3 +259,18 @@ class Request:
 
 def progress_of(message: GenerateRequest, index: int) -> ChoiceProgress:
     return message.choices[index] if index < len(message.choices) else ChoiceProgress()
+
+
+def _runs_of(items: Sequence[MmItem]) -> list[KvRun]:
+    """In the order of the prompt."""
+    runs: list[KvRun] = []
+    for item in items:
+        row = 0
+        for span in item.spans:
+            runs.append(KvRun(span, row, item.kv_hash))
+            row += span.length
+    return runs
+
+
+def _stop_of(run: KvRun) -> int:
+    return run.span.stop
