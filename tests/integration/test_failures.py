@@ -56,7 +56,7 @@ def no_template(folder: Path) -> None:
     ("spoil", "words"),
     [
         (broken_weights, "SafetensorError"),
-        (broken_config, "'llama'; served are qwen2_vl"),
+        (broken_config, "'llama'; served are qwen2_5_vl, qwen2_vl, "),
         (no_template, "has no chat template"),
     ],
 )
