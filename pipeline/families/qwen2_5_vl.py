@@ -21,6 +21,7 @@ from pipeline.families.base import (
     VisionInfo,
 )
 from pipeline.families.files import CheckpointFiles
+from pipeline.families.info import model_info
 from pipeline.families.mrope import Run, merged_grid, mrope_positions
 from pipeline.families.qwen2_vl import PICTURE_DEFAULTS, Qwen2VL, read_video
 from pipeline.families.text import read_text
@@ -50,17 +51,8 @@ class Qwen2_5VL(Qwen2VL):
         vision = with_server_limits(files, _read_vision(files), min_pixels, max_pixels)
         # 4 in transformers' class, 2 in the published files.
         rate = float(files.need(files.vision, "tokens_per_second"))
-        return ModelInfo(
-            family=self,
-            folder=folder,
-            text=read_text(files, TextInfo),
-            vision=vision,
-            video=read_video(files, vision, partial(TimedVideoInfo, positions_per_second=rate)),
-            image_token_id=files.integer(files.config, "image_token_id"),
-            video_token_id=files.integer(files.config, "video_token_id"),
-            eos_token_ids=files.eos_token_ids(),
-            default_sampling=files.default_sampling(),
-        )
+        video = read_video(files, vision, partial(TimedVideoInfo, positions_per_second=rate))
+        return model_info(self, files, read_text(files, TextInfo), vision, video)
 
     def positions(self, num_tokens: int, items: Sequence[PlacedMedia], info: ModelInfo) -> Positions:
         runs: list[Run] = []

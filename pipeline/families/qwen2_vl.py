@@ -29,6 +29,7 @@ from pipeline.families.base import (
     VisionInfo,
 )
 from pipeline.families.files import CheckpointFiles, pixel_limits
+from pipeline.families.info import model_info
 from pipeline.families.mrope import Run, merged_grid, mrope_positions
 from pipeline.families.resizing import smart_resize
 from pipeline.families.text import read_text
@@ -56,17 +57,8 @@ class Qwen2VL(Family):
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
         files = CheckpointFiles(folder)
         vision = with_server_limits(files, _read_vision(files), min_pixels, max_pixels)
-        return ModelInfo(
-            family=self,
-            folder=folder,
-            text=read_text(files, TextInfo),
-            vision=vision,
-            video=read_video(files, vision, VideoInfo),
-            image_token_id=files.integer(files.config, "image_token_id"),
-            video_token_id=files.integer(files.config, "video_token_id"),
-            eos_token_ids=files.eos_token_ids(),
-            default_sampling=files.default_sampling(),
-        )
+        video = read_video(files, vision, VideoInfo)
+        return model_info(self, files, read_text(files, TextInfo), vision, video)
 
     def picture_size(self, size: ImageSize, limits: AreaLimits, info: ModelInfo) -> ImageSize:
         return smart_resize(size, info.vision.factor, limits)

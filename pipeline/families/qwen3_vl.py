@@ -28,6 +28,7 @@ from pipeline.families.base import (
     WithoutMarks,
 )
 from pipeline.families.files import CheckpointFiles, pixel_limits
+from pipeline.families.info import model_info
 from pipeline.families.mrope import Run, merged_grid, mrope_positions
 from pipeline.families.resizing import smart_resize
 from pipeline.families.text import read_text
@@ -78,17 +79,8 @@ class Qwen3VL(Family):
     def read(self, folder: Path, min_pixels: int | None, max_pixels: int | None) -> ModelInfo:
         files = CheckpointFiles(folder)
         vision = with_server_limits(files, _read_vision(files), min_pixels, max_pixels)
-        return ModelInfo(
-            family=self,
-            folder=folder,
-            text=_read_text(files, vision, self.read_experts(files)),
-            vision=vision,
-            video=_read_video(files, vision),
-            image_token_id=files.integer(files.config, "image_token_id"),
-            video_token_id=files.integer(files.config, "video_token_id"),
-            eos_token_ids=files.eos_token_ids(),
-            default_sampling=files.default_sampling(),
-        )
+        text = _read_text(files, vision, self.read_experts(files))
+        return model_info(self, files, text, vision, _read_video(files, vision))
 
     def read_experts(self, files: CheckpointFiles) -> ExpertsInfo | None:
         return None

@@ -25,7 +25,7 @@ MAX_OVERTAKEN = 8  # a request overtaken this often by priority goes before all 
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
 
 
-class KvRun(NamedTuple):
+class _KvRun(NamedTuple):
     """A run of placeholders, and what its KV depends on."""
 
     span: Span
@@ -46,7 +46,6 @@ class Request:
     position_delta: int  # added to the index of a token after the prompt
     chunks: list[Chunk]
     items: tuple[MmItem, ...]
-    runs: list[KvRun]  # of all items
     sampling: SamplingParams
     max_tokens: int
     index: int = 0  # of the choice
@@ -84,7 +83,7 @@ class Request:
             client_id=message.client_id, request_id=message.request_id, attempt=message.attempt,
             arrival=message.arrival,
             prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta,
-            chunks=chunks, items=message.items, runs=_runs_of(message.items),
+            chunks=chunks, items=message.items,
             sampling=message.sampling, priority=message.priority,
             cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
@@ -178,12 +177,13 @@ class Request:
         covers all that the item's KV depends on, positions included.
         """
         hashes = self._block_hashes
+        runs = _runs_of(self.items) if len(hashes) < num_blocks else []
         while len(hashes) < num_blocks:
             start, stop = len(hashes) * block_size, (len(hashes) + 1) * block_size
             digest = hashlib.sha256(hashes[-1] if hashes else hashlib.sha256(self.cache_salt).digest())
             digest.update(pack_int32(self.token_ids(start, stop)))
             # A long video has hundreds of runs: those before the block are skipped.
-            for run in self.runs[bisect_right(self.runs, start, key=_stop_of) :]:
+            for run in runs[bisect_right(runs, start, key=_stop_of) :]:
                 first, last = max(start, run.span.offset), min(stop, run.span.stop)
                 if first >= last:
                     break
@@ -261,16 +261,16 @@ def progress_of(message: GenerateRequest, index: int) -> ChoiceProgress:
     return message.choices[index] if index < len(message.choices) else ChoiceProgress()
 
 
-def _runs_of(items: Sequence[MmItem]) -> list[KvRun]:
+def _runs_of(items: Sequence[MmItem]) -> list[_KvRun]:
     """In the order of the prompt."""
-    runs: list[KvRun] = []
+    runs: list[_KvRun] = []
     for item in items:
         row = 0
         for span in item.spans:
-            runs.append(KvRun(span, row, item.kv_hash))
+            runs.append(_KvRun(span, row, item.kv_hash))
             row += span.length
     return runs
 
 
-def _stop_of(run: KvRun) -> int:
+def _stop_of(run: _KvRun) -> int:
     return run.span.stop

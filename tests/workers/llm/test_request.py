@@ -140,7 +140,7 @@ def test_max_tokens_is_cut_to_the_context() -> None:
 def test_block_hashes_name_the_text_the_picture_and_the_place_in_it() -> None:
     def hashes(*, tokens: int = 7, kv_hash: bytes = b"h", offset: int = 3, salt: bytes = b"") -> list[bytes]:
         made = request(16, (item(offset, 4),))
-        made.runs = [run._replace(kv_hash=kv_hash) for run in made.runs]
+        made.items = tuple(msgspec.structs.replace(one, kv_hash=kv_hash) for one in made.items)
         made.prompt_token_ids, made.cache_salt = [tokens] * 16, salt
         return made.block_hashes(4, 4)
 
