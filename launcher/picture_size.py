@@ -53,13 +53,13 @@ def limit_pictures(
     reason = f"a picture takes at most a quarter of the {config.vit.embedding_pool_mib} MiB for embeddings"
     if is_on_cpu and num_tokens >= CPU_TOKENS:
         num_tokens, reason = CPU_TOKENS, "without a GPU"
-    limit = num_tokens * vision.factor**2
-    if not vision.min_pixels <= limit < vision.max_pixels:
+    limit = max(num_tokens * vision.factor**2, vision.min_pixels)
+    if limit >= vision.max_pixels:
         return config
     logger.info(
         "%s: pictures are seen in at most %d pixels (%d tokens), the model allows %d: --max-pixels says "
         "otherwise",
-        reason, limit, num_tokens, vision.max_pixels,
+        reason, limit, limit // vision.factor**2, vision.max_pixels,
     )  # fmt: skip
     return dataclasses.replace(config, preprocess=dataclasses.replace(config.preprocess, max_pixels=limit))
 

@@ -66,6 +66,11 @@ class TextInfo:
     # own rotary embedding.
     mrope_section: tuple[int, ...] = ()
 
+    @property
+    def has_dense_mlps(self) -> bool:
+        """Whether any layer has an MLP of `intermediate_size`."""
+        return True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:

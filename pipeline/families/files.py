@@ -47,9 +47,10 @@ class CheckpointFiles:
 
     @property
     def rope(self) -> Section:
-        """Of the text model, under its new or its old name, on either level."""
+        """Of the text model, under its old or its new name, on either level. The old one wins where both are
+        there, as in transformers."""
         for section in (self.text, self.config):
-            for name in ("rope_parameters", "rope_scaling"):
+            for name in ("rope_scaling", "rope_parameters"):
                 found: Section = section.get(name) or {}
                 if found:
                     return found
@@ -62,11 +63,16 @@ class CheckpointFiles:
         return section[key]
 
     def integer(self, section: Section, key: str) -> int:
-        return int(self.need(section, key))
+        value = self.need(section, key)
+        if isinstance(value, list) and value and all(one == value[0] for one in value):
+            value = value[0]  # transformers allows one number for each axis
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"model {str(self.folder)!r} has {key} = {value!r}, which is no whole number")
+        return value
 
     def expect(self, section: Section, key: str, served: object) -> None:
         """Raises ValueError where the checkpoint says something else than the only thing that is served."""
-        if section.get(key, served) != served:
+        if section.get(key) not in (None, served):
             what = f"has {key} = {section[key]!r}; served is {served!r} only"
             raise ValueError(f"model {str(self.folder)!r} {what}")
 

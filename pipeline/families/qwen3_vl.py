@@ -56,6 +56,10 @@ class Qwen3TextInfo(TextInfo):
     num_features: int  # further columns of an embedding: layer i adds the i-th to its output (deepstack)
     experts: ExpertsInfo | None = None
 
+    @property
+    def has_dense_mlps(self) -> bool:
+        return self.experts is None or len(self.experts.layers) < self.num_layers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3VisionInfo(VisionInfo):
@@ -92,13 +96,16 @@ class Qwen3VL(Family):
         self, size: ImageSize, num_frames: int, limits: AreaLimits, max_total_pixels: int, info: ModelInfo
     ) -> ImageSize:  # fmt: skip
         """The limits of a frame narrow those of the whole video, which are the checkpoint's."""
-        video = info.video
+        video, patch = info.video, info.vision.temporal_patch_size
         assert isinstance(video, Qwen3VideoInfo)
-        high = min(max_total_pixels, num_frames * limits.max_pixels)
-        low = min(max(video.min_total_pixels, num_frames * limits.min_pixels), high)
+        high, low = max_total_pixels, video.min_total_pixels
         if video.capped_frame_pixels is not None:
             share = min(video.capped_frame_pixels, high // num_frames)
             high = num_frames * max(share, int(low * 1.05))
+        # `resize_video` compares the area of the rounded number of frames, and resizes by that of all.
+        rounded = round(num_frames / patch) * patch
+        high = min(high, min(num_frames, rounded) * limits.max_pixels)
+        low = min(max(low, max(num_frames, rounded) * limits.min_pixels), high)
         return resize_video(size, num_frames, info.vision, AreaLimits(low, high))
 
     def sample_frames(
@@ -143,9 +150,13 @@ class Qwen3VLMoe(Qwen3VL):
         step, dense = int(text.get("decoder_sparse_step") or 1), text.get("mlp_only_layers") or ()
         numbers = range(files.integer(text, "num_hidden_layers"))
         key = "num_experts" if text.get("num_experts") is not None else "num_local_experts"
+        num_experts, num_chosen = files.integer(text, key), files.integer(text, "num_experts_per_tok")
+        if not 1 <= num_chosen <= num_experts:
+            what = f"has num_experts_per_tok = {num_chosen} of {num_experts} experts"
+            raise ValueError(f"model {str(files.folder)!r} {what}")
         return ExpertsInfo(
-            num_experts=files.integer(text, key),
-            num_chosen=files.integer(text, "num_experts_per_tok"),
+            num_experts=num_experts,
+            num_chosen=num_chosen,
             intermediate_size=files.integer(text, "moe_intermediate_size"),
             layers=tuple(number for number in numbers if number not in dense and (number + 1) % step == 0),
         )
@@ -202,6 +213,9 @@ def _read_vision(files: CheckpointFiles) -> Qwen3VisionInfo:
     vision = files.vision
     files.expect(vision, "hidden_act", "gelu_pytorch_tanh")
     layers = tuple(map(int, files.need(vision, "deepstack_visual_indexes")))
+    if len(set(layers)) < len(layers) or not set(layers) <= set(range(files.integer(vision, "depth"))):
+        what = f"has deepstack_visual_indexes = {list(layers)}, which are not layers of the tower"
+        raise ValueError(f"model {str(files.folder)!r} {what}")
     sizes = TowerSizes(
         embed_dim=files.integer(vision, "hidden_size"),
         intermediate_size=files.integer(vision, "intermediate_size"),
@@ -220,7 +234,10 @@ def _read_vision(files: CheckpointFiles) -> Qwen3VisionInfo:
 def _read_video(files: CheckpointFiles, vision: Qwen3VisionInfo) -> Qwen3VideoInfo:
     """As transformers reads it: a file of its own, else the pictures' limits."""
     processor = files.video_processor
-    low, high = pixel_limits(processor or files.processor)
+    # `min_pixels` and `max_pixels` in the file of videos mean nothing to transformers' class.
+    low, high = pixel_limits({"size": processor.get("size")} if processor else files.processor)
+    files.expect(processor, "do_sample_frames", True)
+    files.expect(processor, "num_frames", None)
     if not low or not high:
         # 128 and 768 tokens of all frames in transformers' class, 4 and 24576 in the published files.
         files.need(processor, "size")

@@ -20,7 +20,7 @@ def read_text(files: CheckpointFiles, make: Callable[..., Info]) -> Info:
     text, config, rope = files.text, files.config, files.rope
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "mrope"):
-        what = f"has rotary embeddings of the unknown type {rope_type!r}"
+        what = f"has rotary embeddings of the unknown type {rope_type!r}; served is 'default' only"
         raise ValueError(f"model {str(files.folder)!r} {what}")
     if text.get("use_sliding_window") or config.get("use_sliding_window"):
         raise ValueError(f"model {str(files.folder)!r} uses a sliding attention window, which is not served")
@@ -50,7 +50,7 @@ def read_text(files: CheckpointFiles, make: Callable[..., Info]) -> Info:
 
 
 def _is_tied(files: CheckpointFiles) -> bool:
-    """The top level wins, as in transformers."""
+    """The top level wins. An output layer that the checkpoint stores counts in any case."""
     for section in (files.config, files.text):
         if section.get("tie_word_embeddings") is not None:
             return bool(section["tie_word_embeddings"])

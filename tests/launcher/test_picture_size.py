@@ -67,7 +67,7 @@ def test_a_gpu_and_whoever_chose_have_what_they_want(folder: Path) -> None:
     chosen = Config(preprocess=PreprocessConfig(max_pixels=12845056))
     assert most(folder, chosen, {}, absent) == 12845056
     small = dataclasses.replace(chosen, preprocess=PreprocessConfig(min_pixels=LIMIT + 1))
-    assert most(folder, small, {}, absent) is None, "it would be below the least"
+    assert most(folder, small, {}, absent) == LIMIT + 1, "no less than the least"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_a_gpu_and_whoever_chose_have_what_they_want(folder: Path) -> None:
         (256, "auto", False, 1280),
         (128, "auto", False, 819),
         (128, "bfloat16", False, 1280),
+        (2, "auto", False, 64),  # the least that the model sees
     ],
 )
 def test_a_picture_takes_at_most_a_quarter_of_the_pool(

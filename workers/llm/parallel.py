@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.families import TextInfo
 from workers.llm.shared_memory import SharedMemory, is_available
-from workers.nn.weights.shard import ExpertsShard, Shard
+from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 
 START_TIMEOUT_S = 300
 ONE_SHOT_BYTES = 256 << 10  # above it, who sums a part and hands it on is faster than everybody summing all
@@ -162,7 +162,7 @@ class HeadLayout:
             raise ValueError(
                 f"tp {size} and the model's {info.num_kv_heads} KV heads do not divide one another"
             )
-        if info.intermediate_size % size:
+        if info.has_dense_mlps and info.intermediate_size % size:
             raise ValueError(
                 f"tp {size} does not divide the model's intermediate size {info.intermediate_size}"
             )
@@ -172,7 +172,7 @@ class HeadLayout:
         first_kv = rank * info.num_kv_heads // size
         self.query = Shard.split(info.num_heads * info.head_dim, rank, size)
         self.kv = Shard.of_range(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
-        self.mlp = Shard.split(info.intermediate_size, rank, size)
+        self.mlp = Shard.split(info.intermediate_size, rank, size) if info.has_dense_mlps else WHOLE
         self.vocab = Shard.split_padded(info.vocab_size, rank, size)
 
 

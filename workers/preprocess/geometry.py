@@ -67,9 +67,11 @@ def video_frame_size(
     if part.total_pixels is not None:
         total = min(total, part.total_pixels * info.vision.temporal_patch_size)  # frames are merged in pairs
     try:
-        return asked or info.family.frame_size(size, num_frames, limits, total, info)
+        # Asked for in any case: the family may refuse the video.
+        usual = info.family.frame_size(size, num_frames, limits, total, info)
     except ValueError as refusal:
         raise RequestError(str(refusal), field=field) from None
+    return asked or usual
 
 
 def chosen_frames(

@@ -35,6 +35,7 @@ from pipeline.wire.base import GridTHW
 from pipeline.wire.generation import Span
 from tests.pipeline.families.configs import QWEN3_VL, changed, read
 from tests.reference import video_processing
+from workers.llm.parallel import HeadLayout
 
 EXPERTS = {
     "config.model_type": "qwen3_vl_moe",
@@ -96,6 +97,19 @@ def test_experts_are_read(tmp_path: Path) -> None:
         ("config.vision_config.num_position_embeddings", 2305, "2305, which is no square"),
         ("config.vision_config.out_hidden_size", 2048, "vision embeddings of 8192 numbers"),
         ("config.vision_config.patch_size", None, "does not say 'patch_size'"),
+        ("config.vision_config.deepstack_visual_indexes", [5, 24], "not layers of the tower"),
+        ("config.vision_config.deepstack_visual_indexes", [5, 5, 6], "not layers of the tower"),
+        ("config.vision_config.in_channels", 4, "has in_channels = 4; served is 3 only"),
+        (
+            "config.vision_config.temporal_patch_size",
+            [2, 3],
+            "temporal_patch_size = .2, 3., which is no whole",
+        ),
+        ("preprocessor_config.do_normalize", False, "has do_normalize = False"),
+        ("preprocessor_config.rescale_factor", 1.0, "has rescale_factor = 1.0"),
+        ("video_preprocessor_config.image_mean", [0.4, 0.5, 0.5], "has image_mean = .0.4"),
+        ("video_preprocessor_config.resample", 2, "has resample = 2"),
+        ("video_preprocessor_config.num_frames", 8, "has num_frames = 8"),
         ("preprocessor_config.image_mean", None, "does not say 'image_mean'"),
         ("preprocessor_config.size", None, "does not say 'size'"),
         ("video_preprocessor_config.size", None, "does not say 'size'"),
@@ -106,6 +120,47 @@ def test_what_is_not_served_is_refused_by_its_key(
 ) -> None:  # fmt: skip
     with pytest.raises(ValueError, match=what):
         read(tmp_path, changed(QWEN3_VL, {place: value}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config.text_config.attention_bias": None},
+        {"config.vision_config.temporal_patch_size": [2]},
+        {"config.vision_config.patch_size": [16, 16]},
+        {"preprocessor_config.rescale_factor": 0.00392156862745098},
+        {"video_preprocessor_config.min_pixels": 1, "video_preprocessor_config.max_pixels": 2},
+    ],
+    ids=str,
+)
+def test_other_ways_to_say_the_same(changes: dict[str, object], tmp_path: Path, info: ModelInfo) -> None:
+    read_again = read(tmp_path, changed(QWEN3_VL, changes))
+    assert (read_again.vision, read_again.video) == (info.vision, info.video)
+
+
+def test_the_older_of_two_rotary_settings_counts(tmp_path: Path) -> None:
+    """As in transformers: who adds one to a config that has the newer already means it."""
+    rope = QWEN3_VL["config.json"]["text_config"]["rope_scaling"]
+    both = {
+        "config.text_config.rope_parameters": rope,
+        "config.text_config.rope_scaling": {**rope, "rope_type": "yarn"},
+    }
+    with pytest.raises(ValueError, match="unknown type 'yarn'; served is 'default' only"):
+        read(tmp_path, changed(QWEN3_VL, both))
+
+
+def test_more_choices_than_experts_are_refused(tmp_path: Path) -> None:
+    files = changed(QWEN3_VL, {**EXPERTS, "config.text_config.num_experts_per_tok": 129})
+    with pytest.raises(ValueError, match="num_experts_per_tok = 129 of 128 experts"):
+        read(tmp_path, files)
+
+
+def test_ranks_need_not_divide_an_mlp_that_no_layer_has(tmp_path: Path) -> None:
+    files = changed(QWEN3_VL, {**EXPERTS, "config.text_config.intermediate_size": 9727})
+    assert HeadLayout(read(tmp_path, files).text, 0, 2).num_heads == 16
+    files = changed(files, {"config.text_config.mlp_only_layers": [0]})
+    with pytest.raises(ValueError, match="does not divide the model's intermediate size 9727"):
+        HeadLayout(read(tmp_path, files).text, 0, 2)
 
 
 def test_sizes_of_pictures_are_those_of_hugging_face(info: ModelInfo) -> None:
@@ -162,6 +217,25 @@ def test_limits_of_a_frame_narrow_those_of_the_video(info: ModelInfo) -> None:
     assert least.height * least.width >= 2_000_000
     total = info.family.frame_size(size, 8, AreaLimits(1, 4_000_000), 8 * 32 * 1024, info)
     assert total.height * total.width <= 32 * 1024
+
+
+@pytest.mark.parametrize("caps", [False, True])
+def test_a_frame_is_never_outside_its_own_limits(caps: bool, tmp_path: Path) -> None:
+    """Whatever the number of frames, which `smart_resize` rounds to an even one, half to even."""
+    files = changed(QWEN3_VL, {"video_preprocessor_config.cap_pixels_per_frame": caps})
+    info = read(tmp_path, files)
+    rng = random.Random(1)
+    for _ in range(3000):
+        size = ImageSize(rng.randint(200, 4000), rng.randint(200, 4000))
+        count = rng.choice([2, 3, 4, 5, 9, 13, 17, 60])
+        low = rng.choice([1, 50_000])
+        high = rng.choice([100_000, 300_000, 4_000_000])
+        limits, whole = AreaLimits(low, high), info.video.max_total_pixels
+        seen = info.family.frame_size(size, count, limits, whole, info)
+        area = seen.height * seen.width
+        slack = 32 * (seen.height + seen.width)
+        assert low - slack <= area <= high + slack, (size, count, limits, seen)
+        assert area <= high or min(seen) == 32, "only sides of one token may pass it"
 
 
 def test_a_video_of_one_frame_is_refused(info: ModelInfo) -> None:

@@ -307,9 +307,10 @@ def test_timestamps_are_those_of_a_list_of_frames() -> None:
 
 def test_what_the_family_refuses_is_refused_by_its_field(tmp_path: Path) -> None:
     info = read(tmp_path, QWEN3_VL)
-    with pytest.raises(RequestError, match="at least 2 frames") as caught:
-        video_frame_size(VideoPart(url="x"), ImageSize(60, 80), 1, info, "f")
-    assert caught.value.info.field == "f"
+    for part in (VideoPart(url="x"), VideoPart(url="x", resized_height=64, resized_width=64)):
+        with pytest.raises(RequestError, match="at least 2 frames") as caught:
+            video_frame_size(part, ImageSize(60, 80), 1, info, "f")
+        assert caught.value.info.field == "f"
 
 
 @pytest.fixture(scope="module")

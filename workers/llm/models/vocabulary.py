@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Vocabulary:
         # On the CPU the table stays in the file: tied weights are in memory already, for the output layer.
         is_in_file = weights.device.type == "cpu"
         self.table = weights.rows_in_file(table) if is_in_file else weights.tensor(table)
-        if is_tied or not weights.has_module(head):
+        if not weights.has_module(head) or (is_tied and _are_equal(weights, shard, table, f"{head}.weight")):
             self.head = self._tied_head(weights, shard, table, head)
         else:
             self.head = weights.column((head,), (shard,))
@@ -50,3 +51,9 @@ class Vocabulary:
         """As `Decoder.logits`."""
         logits = parallel.gather_last(self.head(hidden))[:, : self._vocab_size]
         return logits.float() if out is None else out.copy_(logits)
+
+
+def _are_equal(weights: Weights, shard: Shard, table: str, head: str) -> bool:
+    """Whether a stored output layer is the table. Where it is not, it counts, tied or not: as in
+    transformers, for checkpoints whose output layer was trained further."""
+    return torch.equal(weights.tensor(table, shard), weights.tensor(head, shard))
