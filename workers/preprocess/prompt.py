@@ -7,6 +7,7 @@ never by searching token ids.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
@@ -44,6 +45,17 @@ ROLES = ("system", "user", "assistant")
 class TokenizedPrompt(NamedTuple):
     token_ids: list[int]
     spans: list[tuple[Span, ...]]  # of each picture or video, in the order of the messages
+
+
+class _Run(NamedTuple):
+    """Placeholders of an item."""
+
+    item: int
+    token_id: int
+    num_tokens: int
+
+
+_Piece = str | int | _Run  # of a prompt: text, a special token, placeholders
 
 
 class _TemplateRefusal(Exception):
@@ -89,7 +101,7 @@ class PromptBuilder:
                 return self._build_chat(messages, segments, tools)
             case Text(text):
                 self._check_length(len(text), "prompt")
-                return self._without_media(self._encode_with_specials(text))
+                return self._without_media(self._tokenize(self._split(text), 0).token_ids)
             case Tokens(token_ids):
                 return self._without_media(unpack_int32(token_ids).tolist())
             case _:
@@ -123,61 +135,73 @@ class PromptBuilder:
             [self._as_template_message(index, message, mark) for index, message in enumerate(messages)],
             _marked(tools, partial(self._plain, mark)),
         )
-        token_ids: list[int] = []
-        spans: list[tuple[Span, ...]] = []
-        start = 0
+        pieces: list[_Piece] = []
+        num_placed, start = 0, 0
         left_out = ""  # a mark, where it comes next
         for match in self._specials.finditer(rendered):
             between, special = rendered[start : match.start()], match.group()
-            token_ids.extend(self._encode(between.replace(mark, "")))
             start = match.end()
             is_left_out, left_out = not between and special == left_out, ""
             if is_left_out:
                 continue
+            pieces.append(between.replace(mark, ""))
             token_id = self._special_ids[special]
-            if len(spans) < len(wanted) and token_id == wanted[len(spans)]:
-                of_item = segments[len(spans)]
-                if of_item and isinstance(marks := of_item[0], WithoutMarks):
-                    self._drop_last(token_ids, marks.before)
-                    left_out, of_item = marks.after, of_item[1:]
-                spans.append(self._place(of_item, token_id, token_ids))
+            if num_placed < len(wanted) and token_id == wanted[num_placed]:
+                left_out = self._place(num_placed, segments[num_placed], token_id, pieces)
+                num_placed += 1
             else:
-                token_ids.append(token_id)
-        token_ids.extend(self._encode(rendered[start:].replace(mark, "")))
-        if len(spans) != len(wanted):
-            what = f"the model's chat template placed {len(spans)} of {len(wanted)} pictures and videos"
+                pieces.append(token_id)
+        pieces.append(rendered[start:].replace(mark, ""))
+        if num_placed != len(wanted):
+            what = f"the model's chat template placed {num_placed} of {len(wanted)} pictures and videos"
             raise RequestError(what, field="messages")
-        return TokenizedPrompt(token_ids, spans)
+        return self._tokenize(pieces, num_placed)
 
-    def _drop_last(self, token_ids: list[int], special: str) -> None:
-        """Takes a special token off the prompt's end, if it is there."""
-        if token_ids and token_ids[-1] == self._special_ids.get(special):
-            token_ids.pop()
+    def _place(
+        self, item: int, segments: Sequence[Segment], token_id: int, pieces: list[_Piece]
+    ) -> str:  # fmt: skip
+        """Appends an item to the prompt. Its text is the family's: special tokens in it are intended.
 
-    def _place(self, segments: Sequence[Segment], token_id: int, token_ids: list[int]) -> tuple[Span, ...]:
-        """Appends an item to the prompt. Its text is the family's: special tokens in it are intended."""
-        spans: list[Span] = []
+        Returns the special token that is left out if it comes next.
+        """
+        left_out = ""
         for segment in segments:
             match segment:
                 case Placeholders(num_tokens):
-                    spans.append(Span(len(token_ids), num_tokens))
-                    token_ids.extend([token_id] * num_tokens)
+                    pieces.append(_Run(item, token_id, num_tokens))
+                case WithoutMarks(before, left_out):
+                    _drop_last(pieces, self._special_ids.get(before))
                 case str():
-                    token_ids.extend(self._encode_with_specials(segment))
-                case WithoutMarks():
-                    raise AssertionError("marks are left out before an item's text begins")
+                    pieces += self._split(segment)
                 case _:
                     assert_never(segment)
-        return tuple(spans)
+        return left_out
 
-    def _encode_with_specials(self, text: str) -> list[int]:
+    def _tokenize(self, pieces: Sequence[_Piece], num_items: int) -> TokenizedPrompt:
+        """Texts that have come to stand side by side are one text."""
         token_ids: list[int] = []
+        spans: list[list[Span]] = [[] for _ in range(num_items)]
+        for kind, group in itertools.groupby(pieces, key=type):
+            if kind is str:
+                token_ids += self._encode("".join(map(str, group)))
+                continue
+            for piece in group:
+                if isinstance(piece, _Run):
+                    spans[piece.item].append(Span(len(token_ids), piece.num_tokens))
+                    token_ids += [piece.token_id] * piece.num_tokens
+                else:
+                    assert isinstance(piece, int)
+                    token_ids.append(piece)
+        return TokenizedPrompt(token_ids, [tuple(of_item) for of_item in spans])
+
+    def _split(self, text: str) -> list[_Piece]:
+        """A text in which special tokens are spelt out."""
+        pieces: list[_Piece] = []
         start = 0
         for match in self._specials.finditer(text):
-            token_ids.extend(self._encode(text[start : match.start()]))
-            token_ids.append(self._special_ids[match.group()])
+            pieces += [text[start : match.start()], self._special_ids[match.group()]]
             start = match.end()
-        return token_ids + self._encode(text[start:])
+        return [*pieces, text[start:]]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
@@ -232,6 +256,14 @@ def _as_template_part(part: Part, plain: Callable[[str], str]) -> dict[str, str]
             return {"type": "video"}
         case _:
             assert_never(part)
+
+
+def _drop_last(pieces: list[_Piece], special: int | None) -> None:
+    """Takes a special token off the end of a prompt, if it is there; with the empty text behind it."""
+    while pieces and pieces[-1] == "":
+        pieces.pop()
+    if pieces and pieces[-1] == special:
+        pieces.pop()
 
 
 def _marked(value: Any, plain: Callable[[str], str]) -> Any:

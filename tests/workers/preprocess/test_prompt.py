@@ -82,6 +82,21 @@ def test_marks_around_an_item_are_left_out_on_request(prompt: PromptBuilder) -> 
     assert left.spans[1] == (Span(first.offset - 1, 2),)
 
 
+def test_text_beside_a_mark_that_is_left_out_is_one_text(prompt: PromptBuilder) -> None:
+    """As where the whole prompt is one string, before it is tokenised: a space joins what follows it."""
+    messages = [ChatMessage("user", (TextPart("see "), VideoPart(frame=0), TextPart("y")))]
+    segments = (WithoutMarks("<|vision_start|>", "<|vision_end|>"), "<0.5 seconds>", Placeholders(2))
+    whole = PromptBuilder(MODEL, INFO.image_token_id, INFO.video_token_id)
+    built = whole.build(Chat(messages), [segments])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "see <0.5 seconds><|video_pad|><|video_pad|>y"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert built.token_ids == tokenizer.encode(text, add_special_tokens=False)
+
+
 TOOLS = [
     {
         "type": "function",
