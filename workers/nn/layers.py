@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of [rows, 2 · size], gate first."""
+    """silu(gate) · up of […, 2 · size], gate first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.families import VisionInfo
-from workers.nn.layers import LayerNorm, RMSNorm, rotate
+from workers.nn.layers import LayerNorm, RMSNorm, rotate, silu_mul
 from workers.nn.weights.base import Linear
 from workers.nn.weights.shard import WHOLE
 from workers.nn.weights.weights import Weights
@@ -70,8 +70,7 @@ class GatedMlp(TowerMlp):
         self.flop = flop_of(self._gate_up, self._down)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down.add_to(residual, F.silu(gate).mul_(up))
+        return self._down.add_to(residual, silu_mul(self._gate_up(x)))
 
 
 class Block:
