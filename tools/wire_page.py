@@ -158,6 +158,10 @@ def _example() -> str:
 def _schema() -> str:
     structs = [struct for union in CLIENT_UNIONS.values() for struct in _structs(union)]
     _, components = msgspec.json.schema_components(structs, ref_template="#/$defs/{name}")
+    # Python 3.13 strips the indentation of docstrings, the versions before keep it.
+    for component in components.values():
+        if "description" in component:
+            component["description"] = inspect.cleandoc(component["description"])
     return json.dumps({"$defs": components}, indent=1, sort_keys=True)
 
 

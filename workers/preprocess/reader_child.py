@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import struct
 import sys
 import time
@@ -94,8 +95,10 @@ class ReaderChild:
 
     async def kill(self) -> None:
         """Ends the child and reaps it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            # Not by Popen.kill: it polls first, which takes an ended child's status from the loop's watcher.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         await self._process.wait()
         os.close(self._inbox)
 
