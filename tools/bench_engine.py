@@ -39,11 +39,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from pipeline.families import TextInfo, read_model_info
+from pipeline.families import read_model_info
 from tools.bench_serving import Body, Result, Workload, converse, open_session, run_load, send
 from tools.processes import resident_bytes, workers_of
 from tools.random_checkpoint import SHAPES, make_checkpoint
-from workers.nn.loader import Checkpoint, choose_dtype
+from tools.runners import num_layer_weights, num_weights, weight_size
+from workers.nn.loader import choose_dtype
 
 PARTS = ("rates", "int8", "turns", "memory", "itl")
 NUM_STREAMS = 4
@@ -178,22 +179,8 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / best_of(lambda: left @ right, 3)
 
 
-def num_weights(info: TextInfo) -> int:
-    """Numbers that a decode step reads: the layers' and the output's."""
-    heads = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim
-    layer = (
-        info.hidden_size * (heads + info.num_heads * info.head_dim)
-        + 3 * info.hidden_size * info.intermediate_size
-    )
-    return info.num_layers * layer + info.vocab_size * info.hidden_size
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    return Checkpoint(folder, torch.float32, torch.device("cpu")).rows("model.embed_tokens.weight").dtype
 
 
 class Bench:
@@ -210,8 +197,7 @@ class Bench:
             num_output,
         )
         self.info = read_model_info(folder).text
-        # Weights of 16 bits stay in 16 bits, whatever the arithmetic is done in.
-        self.weight_bytes = num_weights(self.info) * min(dtype.itemsize, stored_dtype(folder).itemsize)
+        self.weight_bytes = num_weights(self.info) * weight_size(folder, dtype)
         self.rng = random.Random(0)
 
     def medians(self, calls: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -263,8 +249,7 @@ class Bench:
                 "GB/s",
             )
         )
-        # the output layer runs for one token only
-        layers = num_weights(self.info) - self.info.vocab_size * self.info.hidden_size
+        layers = num_layer_weights(self.info)  # the output layer runs for one token only
         rows.append(
             Row(
                 "prefill, 512, computes",

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,31 +25,31 @@ import numpy as np
 import torch
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.config import Config, LlmConfig, ModelConfig
-from pipeline.families import TextInfo, read_model_info
-from pipeline.wire.packing import pack_int32
-from pipeline.wire.sampling import SamplingParams
-from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
-from pipeline.wire.topology import Role, WorkerId
-from tools.bench_engine import Served, num_weights, serve
+from tools.bench_engine import Served, serve
 from tools.bench_serving import Workload, open_session, run_load, send, summarize
 from tools.bench_towers import Bench
 from tools.random_checkpoint import make_checkpoint
+from tools.runners import (
+    BLOCK,
+    CONTEXT,
+    decode_seconds,
+    kv_bytes,
+    num_weights,
+    open_runner,
+    prefill_flops,
+    prefill_seconds,
+)
 from workers.llm.attention.base import AttentionLayer, SequencePart
 from workers.llm.backends import choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
 from workers.llm.model_runner import ModelRunner
-from workers.llm.parallel import TensorParallel
 from workers.nn.weights.base import Experts
 from workers.nn.weights.dense import TorchLinear
 from workers.nn.weights.experts import ListedExperts, StackedExperts
 
-BLOCK = 16
 NUM_PROMPTS = 8  # whose errors are taken together: one alone may be ten times another's
 GPU_TESTS = ("tests/gpu", "tests/pipeline/transport/test_tensors.py")
-CONTEXT = 1024
-ROOM_BLOCKS = 4  # for the steps that are timed
 
 
 class Row(NamedTuple):
@@ -369,25 +369,10 @@ def _hidden_logits(runner: ModelRunner, token_ids: Sequence[int], first: int) ->
         return decoder.logits(hidden[-1:])[0].double().cpu()
 
 
-@contextmanager
-def _runner(machine: Machine, shape: str, num_seqs: int, **options: Any) -> Iterator[ModelRunner]:
-    folder = machine.checkpoint(shape)
-    config = Config(
-        model=ModelConfig(dtype="bfloat16"),
-        llm=LlmConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(num_seqs, 2048), **options),
-    )
-    runner = ModelRunner.load(
-        read_model_info(folder), config, folder, machine.device, TensorParallel(), lambda done, total: None
-    )
-    runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + ROOM_BLOCKS), 9000 // BLOCK), 9000)
-    for tensor in runner.attention.cache.tensors:
-        tensor.zero_()  # contexts are read that nobody has written
-    yield runner
-    del runner.attention
-    runner._graphs = None
-    del runner
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
+def _runner(
+    machine: Machine, shape: str, num_seqs: int, **options: Any
+) -> AbstractContextManager[ModelRunner]:
+    return open_runner(machine.checkpoint(shape), machine.device, "bfloat16", num_seqs, **options)
 
 
 def decode(machine: Machine) -> Iterator[Row]:
@@ -397,8 +382,8 @@ def decode(machine: Machine) -> Iterator[Row]:
             with _runner(machine, shape, 4 if machine.is_small else 256, cuda_graphs=has_graphs) as runner:
                 info = runner._info.text
                 for batch in (2,) if machine.is_small else (1, 32, 256):
-                    seconds = _decode_seconds(runner, batch)
-                    nbytes = _weight_bytes(info) + batch * CONTEXT * _kv_bytes(info)
+                    seconds = decode_seconds(runner, batch)
+                    nbytes = 2 * num_weights(info) + batch * CONTEXT * kv_bytes(info)
                     share = nbytes / seconds / machine.rates["copy"]
                     mode = "graphs" if has_graphs else "eager"
                     name = f"decode step, {shape}, batch {batch}, context {CONTEXT}, {mode}"
@@ -411,7 +396,7 @@ def decode(machine: Machine) -> Iterator[Row]:
                         "weights + KV over the copy rate",
                     )
                     if has_graphs:
-                        seconds = _decode_seconds(runner, batch, temperature=0.7, top_p=0.8, top_k=20)
+                        seconds = decode_seconds(runner, batch, temperature=0.7, top_p=0.8, top_k=20)
                         yield Row(
                             f"{name}, drawn",
                             f"{seconds * 1000:.2f} ms",
@@ -419,71 +404,17 @@ def decode(machine: Machine) -> Iterator[Row]:
                         )
 
 
-def _weight_bytes(info: TextInfo) -> int:
-    """Of a decode step, in bf16."""
-    return 2 * num_weights(info)
-
-
-def _kv_bytes(info: TextInfo) -> int:
-    return 2 * 2 * info.num_layers * info.num_kv_heads * info.head_dim
-
-
-def _plan(step: int, sequences: Sequence[SequenceStep], started: Sequence[SequenceStart] = ()) -> StepPlan:
-    return StepPlan(
-        sender=WorkerId(Role.LLM), epoch=1, step=step, started=tuple(started), sequences=tuple(sequences)
-    )
-
-
-def _decode_seconds(runner: ModelRunner, batch: int, num_steps: int = 40, **wishes: Any) -> float:
-    """A step as the engine drives it: launched while the one before it runs.
-
-    Everything is in it but the scheduler and the sockets.
-    """
-    blocks = CONTEXT // BLOCK + ROOM_BLOCKS
-    sampling = SamplingParams(**{"temperature": 0, "seed": 1, **wishes})
-    starts = [
-        SequenceStart(
-            slot, CONTEXT + 1, sampling, pack_int32([7] * (CONTEXT + 1)), num_computed_tokens=CONTEXT,
-            block_table=pack_int32(range(slot * blocks, (slot + 1) * blocks)),
-        )
-        for slot in range(batch)
-    ]  # fmt: skip
-    sequences = [SequenceStep(slot) for slot in range(batch)]
-    runner.launch(_plan(0, sequences, starts)).result()
-    times = []
-    before = runner.launch(_plan(1, sequences))
-    for step in range(num_steps):
-        start = time.perf_counter()
-        after = runner.launch(_plan(step + 2, sequences))
-        before.result()
-        times.append(time.perf_counter() - start)
-        before = after
-    before.result()
-    return statistics.median(times[num_steps // 4 :])
-
-
 def prefill(machine: Machine) -> Iterator[Row]:
     with _runner(machine, machine.large, 2, cuda_graphs=False) as runner:
         info = runner._info.text
         for length in (64,) if machine.is_small else (2048, 8192):
-            table = pack_int32(range(-(-length // BLOCK)))
-            sampling = SamplingParams(temperature=0, seed=1)
-            start = SequenceStart(0, length, sampling, pack_int32([7] * length), block_table=table)
-            run = functools.partial(_run_step, runner, start, SequenceStep(0, length))
-            seconds = statistics.median(_timed(run) for _ in range(6))
-            layers = num_weights(info) - info.vocab_size * info.hidden_size
-            flops = (
-                2 * length * layers + 2 * length * length * info.num_layers * info.num_heads * info.head_dim
-            )
+            seconds = statistics.median(prefill_seconds(runner, length) for _ in range(6))
+            flops = prefill_flops(info, length)
             name, told = (
                 f"prefill, {machine.large}, {length} tokens",
                 f"{seconds * 1000:.1f} ms, {length / seconds:.0f} tokens/s",
             )
             yield Row(name, told, flops / seconds / machine.rates["matmul"], 0.6, "the matmul rate")
-
-
-def _run_step(runner: ModelRunner, start: SequenceStart, step: SequenceStep) -> None:
-    runner.launch(_plan(0, [step], [start])).result()
 
 
 def _serve(machine: Machine, *options: str) -> AbstractContextManager[Served]:

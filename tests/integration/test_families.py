@@ -30,19 +30,12 @@ LONG_CHATS: list[ChatTurns] = [
 ]
 MODEL = ("--dtype", "float32", *LIMITS)
 # What differs from one server to the next, put together so that few servers do.
+# fmt: off
 SHARDED = (
-    *(
-        "--max-num-batched-tokens",
-        "23",
-        "--max-num-seqs",
-        "16",
-        "--block-size",
-        "4",
-        "--max-itl-stretch",
-        "0",
-    ),
-    *("--tp", "2", "--overlap", "on", "--vit", "2", "--vit-engine", "onnxruntime"),
-)
+    "--max-num-batched-tokens", "23", "--max-num-seqs", "16", "--block-size", "4", "--max-itl-stretch", "0",
+    "--overlap", "on", "--vit", "2", "--vit-engine", "onnxruntime",
+)  # fmt: on
+NUM_RANKS = {"qwen2_5_vl": "2", "qwen3_vl": "4", "qwen3_vl_moe": "2"}
 REPLICATED = ("--dp", "2", "--kv-cache-gib", "0.001", "--max-model-len", "640")
 
 
@@ -115,8 +108,8 @@ def test_the_reference_sees_what_it_is_asked_about(family: Family) -> None:
     assert len(texts) == len(family.answers)
 
 
-async def test_small_chunks_two_ranks_and_two_vits_on_onnxruntime(family: Family, tmp_path: Path) -> None:
-    options = (*MODEL, *SHARDED, "--cache-dir", str(tmp_path))
+async def test_small_chunks_several_ranks_and_two_vits_on_onnxruntime(family: Family, tmp_path: Path) -> None:
+    options = (*MODEL, *SHARDED, "--tp", NUM_RANKS[family.name], "--cache-dir", str(tmp_path))
     with Server("--model", str(family.folder), *options) as server:
         async with PipelineClient(server.run_dir) as client:
             await assert_right(client, family, "sharded")
@@ -155,7 +148,7 @@ async def test_experts_in_other_places_and_formats(option: str, tmp_path: Path) 
     chats = {name: FAMILY_CHATS[name] for name in ("one picture", "pictures and videos mixed")}
     reference = Reference(folder)
     is_exact = option == "--expert-parallel"
-    options = (option, "--tp", "2") if is_exact else (option, "int8")
+    options = (option, "--tp", "4") if is_exact else (option, "int8")
     with Server("--model", str(folder), *MODEL, *options) as server:
         async with PipelineClient(server.run_dir) as client:
             for name, chat in chats.items():
