@@ -49,14 +49,16 @@ class Piece:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if requested
     index: int = 0  # of the choice
+    stop_reason: str | int | None = None  # of the last piece: the stop string, or the one of `stop_token_ids`
 
 
 class _ChoiceText:
     """Detokenizes one choice."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
-        self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(sampling.stop)
-        self._min_tokens = sampling.min_tokens
+        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens)
+        self._stop_strings = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+        self._stop_token_ids, self._min_tokens = sampling.stop_token_ids, sampling.min_tokens
         self.is_over = False
 
     def add(self, output: RequestOutput, num_prompt_tokens: int) -> Piece:
@@ -68,8 +70,11 @@ class _ChoiceText:
         text += self._stop_strings.add(
             self._detokenizer.add(token_ids[num_early:], finish is not None), finish is not None
         )
-        if self._stop_strings.is_hit:
+        stop_reason: str | int | None = self._stop_strings.hit
+        if stop_reason is not None:
             finish = FinishReason.STOP
+        elif finish is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_token_ids:
+            stop_reason = token_ids[-1]
         self.is_over = finish is not None
         return Piece(
             text,
@@ -80,6 +85,7 @@ class _ChoiceText:
             output.num_cached_tokens,
             output.logprobs,
             output.index,
+            stop_reason,
         )
 
 

@@ -36,7 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     each time; `repetition_penalty` divides (multiplies a negative) the logit of each token in prompt or
     output; `logit_bias` is added. Before `min_tokens` no token ends the request. `logprobs` asks for the
     log-probability of each output token and of so many best ones, before any of that. `n` choices are drawn
-    behind one prompt. With the same `seed` a request draws the same tokens; without one its id gives it a
+    behind one prompt. The text ends before a stop string, or with `include_stop_str_in_output` behind it, and
+    has special tokens with `skip_special_tokens` off. With the same `seed` a request draws the same tokens; without one its id gives it a
     seed: see `with_seed`.
 
     Raises RequestError, naming the field, when a value is out of range or not finite.
@@ -58,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     n: int = 1
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -34,6 +34,8 @@ class Update(NamedTuple):
     events: Sequence[ParserEvent]
     logprobs: Sequence[TokenScores]
     finish_reason: FinishReason | None  # of a choice's last update
+    token_ids: Sequence[int] = ()
+    stop_reason: str | int | None = None  # of a choice's last update: the stop string or token id it has met
 
 
 class Usage(NamedTuple):
@@ -50,6 +52,7 @@ class ChoiceAnswer:
     content: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     logprobs: list[TokenScores] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     last_piece: Piece | None = None
 
     @property
@@ -64,36 +67,49 @@ class ChoiceAnswer:
 
 
 class Answer:
-    """All choices of one request. `token_text` gives a token's bytes."""
+    """All choices of all prompts, the first prompt's first. `token_text` gives a token's bytes."""
 
     def __init__(
-        self, num_choices: int, make_parser: Callable[[], Parser], token_text: Callable[[int], bytes]
+        self,
+        num_choices: int,
+        make_parser: Callable[[], Parser],
+        token_text: Callable[[int], bytes],
+        num_prompts: int = 1,
     ) -> None:
-        self.choices = [ChoiceAnswer(make_parser()) for _ in range(num_choices)]
-        self._token_text = token_text
+        """`num_choices`: of each prompt."""
+        self.choices = [ChoiceAnswer(make_parser()) for _ in range(num_prompts * num_choices)]
+        self._num_choices, self._token_text = num_choices, token_text
 
     @property
     def usage(self) -> Usage:
-        """The prompt counts once, however many choices there are."""
-        first = self.choices[0].usage
-        return first._replace(
-            num_output_tokens=sum(choice.usage.num_output_tokens for choice in self.choices)
+        """A prompt counts once, however many choices it has."""
+        of_choices = [choice.usage for choice in self.choices]
+        of_prompts = of_choices[:: self._num_choices]
+        return Usage(
+            sum(usage.num_prompt_tokens for usage in of_prompts),
+            sum(usage.num_output_tokens for usage in of_choices),
+            sum(usage.num_cached_tokens for usage in of_prompts),
         )
 
-    def add(self, piece: Piece) -> Update:
+    def add(self, piece: Piece, prompt: int = 0) -> Update:
         """Counts a piece of a choice and parses its text, which is not kept, as a stream may be long."""
-        choice = self.choices[piece.index]
+        index = prompt * self._num_choices + piece.index
+        choice = self.choices[index]
         choice.last_piece = piece
         events = choice.parser.add(piece.text)
         if piece.finish_reason is not None:
             events = (*events, *choice.parser.finish())
         logprobs = [self._scores(token) for token in piece.logprobs] if piece.logprobs else ()
-        return Update(piece.index, events, logprobs, piece.finish_reason)
+        return Update(index, events, logprobs, piece.finish_reason, piece.token_ids, piece.stop_reason)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return b"".join(map(self._token_text, token_ids)).decode(errors="replace")
 
     def keep(self, update: Update) -> None:
         """Keeps an update for `render`: only answers that are not streamed need it."""
         choice = self.choices[update.choice]
         choice.logprobs += update.logprobs
+        choice.token_ids += update.token_ids
         for event in update.events:
             match event:
                 case Content(text):

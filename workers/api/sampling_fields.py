@@ -22,12 +22,13 @@ ANY_SEED = -1
 NO_LIMIT = -1  # of `max_tokens`
 
 
-class _WrittenFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
-    """Parameters whose type in JSON differs from the wire's."""
+class _WrittenFields(RequestFields, kw_only=True):
+    """Parameters that are written otherwise in JSON, or that endpoints read."""
 
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    n: int | None = None
 
 
 def _taken_over() -> list[tuple[str, Any, None]]:
@@ -40,9 +41,7 @@ def _taken_over() -> list[tuple[str, Any, None]]:
 if TYPE_CHECKING:
     SamplingFields = _WrittenFields
 else:
-    SamplingFields = msgspec.defstruct(
-        "SamplingFields", _taken_over(), bases=(_WrittenFields,), kw_only=True, forbid_unknown_fields=True
-    )
+    SamplingFields = msgspec.defstruct("SamplingFields", _taken_over(), bases=(_WrittenFields,), kw_only=True)
 
 
 def to_sampling(
