@@ -81,8 +81,8 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Holds back text that may become a stop string, and cuts the text at the first complete one, or behind it
-    with `is_included`."""
+    """Holds back text that may become a stop string, and cuts the text at the first complete one, or with
+    `is_included` behind it."""
 
     def __init__(self, stop: Sequence[str], is_included: bool = False) -> None:
         self._stop, self._is_included = stop, is_included

@@ -9,7 +9,7 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from pipeline.client.client import Piece
-from pipeline.wire.clients import TokenLogprobs
+from pipeline.wire.clients import PromptLogprobs, TokenLogprobs
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import FinishReason
 from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
@@ -18,6 +18,7 @@ from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
 class ScoredToken(NamedTuple):
     text: bytes  # need not be whole characters
     logprob: float
+    token_id: int = -1
 
 
 class TokenScores(NamedTuple):
@@ -25,6 +26,7 @@ class TokenScores(NamedTuple):
 
     chosen: ScoredToken
     best: tuple[ScoredToken, ...]
+    rank: int = 0  # of the chosen token, if it is one of a prompt; the likeliest has rank 1
 
 
 class Update(NamedTuple):
@@ -66,6 +68,14 @@ class ChoiceAnswer:
         return Usage(piece.num_prompt_tokens, piece.num_output_tokens, piece.num_cached_tokens)
 
 
+@dataclass(slots=True)
+class PromptAnswer:
+    """What comes back about a prompt, if requested."""
+
+    token_ids: Sequence[int] = ()
+    scores: Sequence[TokenScores] = ()  # of the tokens behind the first
+
+
 class Answer:
     """All choices of all prompts, the first prompt's first. `token_text` gives a token's bytes."""
 
@@ -79,6 +89,7 @@ class Answer:
         """`num_choices`: of each prompt."""
         self.choices = [ChoiceAnswer(make_parser()) for _ in range(num_prompts * num_choices)]
         self._num_choices, self._token_text = num_choices, token_text
+        self.prompts = [PromptAnswer() for _ in range(num_prompts)]
 
     @property
     def usage(self) -> Usage:
@@ -96,6 +107,10 @@ class Answer:
         index = prompt * self._num_choices + piece.index
         choice = self.choices[index]
         choice.last_piece = piece
+        if piece.prompt_token_ids:
+            self.prompts[prompt].token_ids = piece.prompt_token_ids
+        if piece.prompt_logprobs is not None:
+            self.prompts[prompt].scores = self._prompt_scores(piece.prompt_logprobs)
         events = choice.parser.add(piece.text)
         if piece.finish_reason is not None:
             events = (*events, *choice.parser.finish())
@@ -121,9 +136,17 @@ class Answer:
 
     def _scores(self, token: TokenLogprobs) -> TokenScores:
         values: list[float] = np.frombuffer(token.logprobs, dtype="<f4").tolist()
-        ids = unpack_int32(token.token_ids).tolist()
+        return self._token_scores(unpack_int32(token.token_ids).tolist(), values)
+
+    def _prompt_scores(self, told: PromptLogprobs) -> list[TokenScores]:
+        ranks = unpack_int32(told.ranks).tolist()
+        ids = unpack_int32(told.token_ids).reshape(len(ranks), -1).tolist()
+        values = np.frombuffer(told.logprobs, dtype="<f4").reshape(len(ranks), -1).tolist()
+        return [self._token_scores(*row) for row in zip(ids, values, ranks, strict=True)]
+
+    def _token_scores(self, ids: Sequence[int], values: Sequence[float], rank: int = 0) -> TokenScores:
         chosen, *best = [
-            ScoredToken(self._token_text(token_id), value)
+            ScoredToken(self._token_text(token_id), value, token_id)
             for token_id, value in zip(ids, values, strict=True)
         ]
-        return TokenScores(chosen, tuple(best))
+        return TokenScores(chosen, tuple(best), rank)

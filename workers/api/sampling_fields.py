@@ -29,6 +29,8 @@ class _WrittenFields(RequestFields, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     n: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
 
 
 def _taken_over() -> list[tuple[str, Any, None]]:

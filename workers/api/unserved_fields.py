@@ -24,7 +24,6 @@ NEUTRAL: Neutral = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "logits_processors": (),
     "kv_transfer_params": (),
     "repetition_detection": (),

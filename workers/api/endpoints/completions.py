@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Prompt, Text, Tokens
 from pipeline.wire.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
-from workers.api.answer import Answer, ChoiceAnswer, TokenScores, Update
+from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, Update
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
-from workers.api.endpoints.openai import usage_object
+from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
 from workers.api.parsers.base import Content
 from workers.api.request_fields import StreamOptions, check_request
 from workers.api.sampling_fields import SamplingFields, check_max_tokens, to_sampling
@@ -65,6 +66,8 @@ class Completions(Endpoint):
         self._options: StreamOptions | None = None
         self._echoed: Sequence[Prompt] = ()
         self._num_choices = self._num_drawn = 1  # of each prompt
+        self._is_prompt_alone = False  # the one token behind it, which the pipeline needs, is not shown
+        self._wants_prompt_logprobs = self._wants_token_ids = False
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request = self.read(body, CompletionRequest)
@@ -72,8 +75,9 @@ class Completions(Endpoint):
         prompts = to_prompts(request.prompt)
         self._num_logprobs, self._options = request.logprobs, request.stream_options
         self._echoed = prompts if request.echo else ()
-        if request.echo and request.logprobs is not None:
-            raise RequestError("logprobs of an echoed prompt are not served by this server", field="echo")
+        self._is_prompt_alone = request.echo and request.max_tokens == 0
+        self._wants_prompt_logprobs = request.prompt_logprobs is not None
+        self._wants_token_ids = bool(request.return_token_ids)
         sampling = self._sampling(request)
         return Submission(
             request_id=self._id,
@@ -86,6 +90,8 @@ class Completions(Endpoint):
         )
 
     def _sampling(self, request: CompletionRequest) -> SamplingParams:
+        if self._is_prompt_alone:
+            request.max_tokens = 1
         check_max_tokens(request.max_tokens, "max_tokens")
         if (count := request.logprobs) is not None and not 0 <= count <= MAX_LOGPROBS:
             what = f"logprobs must be between 0 and {MAX_LOGPROBS}, got {shown(count)}"
@@ -98,6 +104,10 @@ class Completions(Endpoint):
             raise RequestError("best_of beyond n cannot be streamed", field="best_of")
         self._num_choices, self._num_drawn = num_choices, num_drawn
         request.n = num_drawn
+        if request.stream and self._wants_prompt_logprobs:
+            raise RequestError("prompt_logprobs cannot be streamed", field="prompt_logprobs")
+        if request.echo and count is not None:
+            request.prompt_logprobs = max(count, request.prompt_logprobs or 0)
         return to_sampling(
             request,
             self.model.info.default_sampling,
@@ -111,42 +121,65 @@ class Completions(Endpoint):
             of_prompt = answer.choices[start : start + self._num_drawn]
             if self._num_drawn > self._num_choices:
                 of_prompt = sorted(of_prompt, key=_mean_logprob, reverse=True)[: self._num_choices]
-            echo = self._echo(answer, start // self._num_drawn)
-            choices += [self._choice(choice, echo) for choice in of_prompt]
+            prompt = start // self._num_drawn
+            choices += [self._choice(choice, answer, prompt) for choice in of_prompt]
         indexed = [{"index": index, **choice} for index, choice in enumerate(choices)]
         return {**self._head(), "choices": indexed, "usage": usage_object(answer.usage)}
 
-    def _choice(self, choice: ChoiceAnswer, echo: str) -> Json:
-        return {
+    def _choice(self, choice: ChoiceAnswer, answer: Answer, prompt: int) -> Json:
+        echo, of_prompt = self._echo(answer, prompt), answer.prompts[prompt]
+        echoed = self._echoed_scores(answer, prompt)
+        made: Json = {
             "text": echo + "".join(choice.content),
-            "logprobs": self._logprobs(choice.logprobs, len(echo)),
+            "logprobs": self._logprobs(choice.logprobs, len(echo), echoed),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.last_piece.stop_reason if choice.last_piece else None,
         }
+        token_ids: Sequence[int] = choice.token_ids
+        if self._is_prompt_alone:
+            logprobs = self._logprobs((), len(echo), echoed)
+            made |= {"text": echo, "logprobs": logprobs, "finish_reason": "length", "stop_reason": None}
+            token_ids = ()
+        if self._wants_prompt_logprobs:
+            made["prompt_logprobs"] = prompt_logprobs(of_prompt)
+        if self._wants_token_ids:
+            made |= {"token_ids": list(token_ids), "prompt_token_ids": list(of_prompt.token_ids)}
+        return made
 
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         """Each choice's text as it comes and its finish reason; then the usage if requested."""
-        offsets = [0] * len(answer.choices)
-        for index in range(len(answer.choices)) if self._echoed else ():
-            echo = self._echo(answer, index // self._num_drawn)
-            offsets[index] = len(echo)
-            yield self._chunk(answer, {"index": index, "text": echo})
+        offsets: dict[int, int] = {}  # characters of each choice so far
         async for update in updates:
-            for choice in self._chunks(update, offsets):
-                yield self._chunk(answer, choice)
+            prompt, is_first = update.choice // self._num_drawn, update.choice not in offsets
+            if is_first:
+                echo = self._echo(answer, prompt)
+                offsets[update.choice] = len(echo)
+                if self._echoed:
+                    logprobs = self._logprobs((), 0, self._echoed_scores(answer, prompt))
+                    yield self._chunk(answer, {"index": update.choice, "text": echo, "logprobs": logprobs})
+            chunk = self._delta(update, offsets[update.choice])
+            offsets[update.choice] += len(chunk["text"])
+            if self._wants_token_ids and is_first:
+                chunk["prompt_token_ids"] = list(answer.prompts[prompt].token_ids)
+            if chunk["text"] or update.token_ids or update.finish_reason is not None:
+                yield self._chunk(answer, chunk)
         if self._options is not None and self._options.include_usage:
             yield event({**self._head(), "choices": [], "usage": usage_object(answer.usage)})
         yield DONE
 
-    def _chunks(self, update: Update, offsets: list[int]) -> Iterator[Json]:
-        text = "".join(one.text for one in update.events if isinstance(one, Content))
-        logprobs = self._logprobs(update.logprobs, offsets[update.choice])
-        offsets[update.choice] += len(text)
-        if text or update.logprobs or update.finish_reason is not None:
-            yield {
-                "index": update.choice, "text": text, "logprobs": logprobs,
-                "finish_reason": update.finish_reason, "stop_reason": update.stop_reason,
-            }  # fmt: skip
+    def _delta(self, update: Update, offset: int) -> Json:
+        if self._is_prompt_alone:
+            return {"index": update.choice, "text": "", "finish_reason": update.finish_reason and "length"}
+        chunk = {
+            "index": update.choice,
+            "text": "".join(one.text for one in update.events if isinstance(one, Content)),
+            "logprobs": self._logprobs(update.logprobs, offset),
+            "finish_reason": update.finish_reason,
+            "stop_reason": update.stop_reason,
+        }
+        if self._wants_token_ids:
+            chunk["token_ids"] = list(update.token_ids)
+        return chunk
 
     def _echo(self, answer: Answer, prompt: int) -> str:
         if not self._echoed:
@@ -158,6 +191,14 @@ class Completions(Endpoint):
                 return answer.text_of(unpack_int32(token_ids).tolist())
             case _:
                 raise AssertionError("a chat has no place in this route")
+
+    def _echoed_scores(self, answer: Answer, prompt: int) -> Sequence[TokenScores]:
+        """Of an echoed prompt, its first token included, which has no log-probability."""
+        found = answer.prompts[prompt]
+        if not self._echoed or not found.token_ids:
+            return ()
+        text = answer.text_of(found.token_ids[:1]).encode()
+        return (TokenScores(ScoredToken(text, math.nan), ()), *found.scores)
 
     def _head(self) -> Json:
         return {
@@ -174,25 +215,35 @@ class Completions(Endpoint):
             chunk["usage"] = usage_object(answer.usage)
         return event(chunk)
 
-    def _logprobs(self, tokens: Sequence[TokenScores], offset: int) -> Json | None:
-        """OpenAI's older form: lists side by side. `offset`: characters before the first token."""
-        if self._num_logprobs is None:
+    def _logprobs(
+        self, tokens: Sequence[TokenScores], offset: int, echoed: Sequence[TokenScores] = ()
+    ) -> Json | None:
+        """OpenAI's older form: lists side by side, the prompt's first. `offset`: characters before the first
+        of the `tokens`."""
+        if (num_best := self._num_logprobs) is None:
             return None
-        texts = [token.chosen.text.decode(errors="replace") for token in tokens]
-        *offsets, _ = itertools.accumulate(map(len, texts), initial=offset)
+        scores = [*echoed, *tokens]
+        texts = [token.chosen.text.decode(errors="replace") for token in scores]
+        *offsets, _ = itertools.accumulate(map(len, texts), initial=0 if echoed else offset)
         best = [
             {
-                one.text.decode(errors="replace"): max(one.logprob, -9999.0)
-                for one in (token.chosen, *token.best)
+                one.text.decode(errors="replace"): _written(one)
+                for one in (*token.best[:num_best], token.chosen)
             }
-            for token in tokens
+            for token in scores
         ]
+        unscored = [math.isnan(token.chosen.logprob) for token in scores]
+        tops = [None if no else of for no, of in zip(unscored, best, strict=True)]
         return {
             "tokens": texts,
-            "token_logprobs": [max(token.chosen.logprob, -9999.0) for token in tokens],
-            "top_logprobs": best if self._num_logprobs else None,
+            "token_logprobs": [_written(token.chosen) for token in scores],
+            "top_logprobs": tops if num_best else None,
             "text_offset": offsets,
         }
+
+
+def _written(token: ScoredToken) -> float | None:
+    return None if math.isnan(token.logprob) else max(token.logprob, LEAST_LOGPROB)
 
 
 def _mean_logprob(choice: ChoiceAnswer) -> float:

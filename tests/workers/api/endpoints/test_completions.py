@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.client.client import Piece
-from pipeline.wire.clients import TokenLogprobs
+from pipeline.wire.clients import PromptLogprobs, TokenLogprobs
 from pipeline.wire.errors import RequestError
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Prompt, Text, Tokens
@@ -19,6 +20,13 @@ from tests.workers.api.serving import FakeClient, endpoint, post, serving
 from workers.api.endpoints.completions import to_prompts
 
 JSON = "Content-Type: application/json"
+
+
+def scored_prompt(text: str) -> PromptLogprobs:
+    """Each letter is the seventh best, behind an x."""
+    ids = [token for letter in text[1:] for token in (ord(letter), ord("x"))]
+    values = np.array([-0.5, -0.25] * (len(text) - 1), dtype="<f4")
+    return PromptLogprobs(pack_int32(ids), values.tobytes(), pack_int32([7] * (len(text) - 1)))
 
 
 class EchoingClient(FakeClient):
@@ -56,7 +64,15 @@ class EchoingClient(FakeClient):
                     count = 1 + sampling.logprobs
                     logprobs = (TokenLogprobs(ids[: 4 * count], values[:count].tobytes()),)
                 finish = FinishReason.STOP if is_last else None
-                yield Piece(letter, (ord(letter),), finish, len(name), number + 1, 1, logprobs, index)
+                made = Piece(letter, (ord(letter),), finish, len(name), number + 1, 1, logprobs, index)
+                if not number and sampling.returns_prompt:
+                    scores = (
+                        scored_prompt(name) if sampling.prompt_logprobs is not None and not index else None
+                    )
+                    made = dataclasses.replace(
+                        made, prompt_token_ids=tuple(map(ord, name)), prompt_logprobs=scores
+                    )
+                yield made
 
     def token_text(self, token_id: int) -> bytes:
         return chr(token_id).encode()
@@ -149,8 +165,57 @@ async def test_the_best_of_several() -> None:
 async def test_an_echo_comes_before_the_continuation() -> None:
     assert texts(await ask(prompt=["ab", [99]], echo=True)) == ["abAB0", "cC0"]
     chunks = await stream(prompt=["ab", [99]], echo=True)
-    assert [chunk["choices"][0]["text"] for chunk in chunks[:2]] == ["ab", "c"]
-    assert (await ask(status=400, prompt="a", echo=True, logprobs=1))["error"]["param"] == "echo"
+    shown = ["", ""]
+    for chunk in chunks:
+        shown[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert shown == ["abAB0", "cC0"]
+
+
+async def test_an_echoed_prompt_with_its_logprobs() -> None:
+    """What lm-eval asks for."""
+    client = EchoingClient()
+    answer = await ask(client, prompt=["abc", [100, 101]], echo=True, logprobs=1, max_tokens=0)
+    assert texts(answer) == ["abc", "de"]
+    assert {sampling.max_tokens for sampling in client.sampling} == {1}
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 2
+    assert answer["choices"][0]["logprobs"] == {
+        "tokens": ["a", "b", "c"],
+        "token_logprobs": [None, -0.5, -0.5],
+        "top_logprobs": [None, {"x": -0.25, "b": -0.5}, {"x": -0.25, "c": -0.5}],
+        "text_offset": [0, 1, 2],
+    }
+    answer = await ask(prompt="ab", echo=True, logprobs=0)
+    assert answer["choices"][0]["logprobs"]["tokens"] == list("abAB0")
+    assert answer["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+    chunks = await stream(prompt="ab", echo=True, logprobs=1)
+    told = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+    assert told == [[0, 1], [2], [3], [4]]
+
+
+async def test_logprobs_of_a_prompt() -> None:
+    answer = await ask(prompt="ab", prompt_logprobs=1)
+    assert answer["choices"][0]["prompt_logprobs"] == [
+        None,
+        {
+            "98": {"logprob": -0.5, "rank": 7, "decoded_token": "b"},
+            "120": {"logprob": -0.25, "rank": 1, "decoded_token": "x"},
+        },
+    ]
+    assert answer["choices"][0]["logprobs"] is None
+    refused = await ask(status=400, prompt="ab", prompt_logprobs=1, stream=True)
+    assert refused["error"]["param"] == "prompt_logprobs"
+    refused = await ask(status=400, prompt="ab", prompt_logprobs=21)
+    assert refused["error"]["param"] == "prompt_logprobs"
+
+
+async def test_token_ids_come_back() -> None:
+    (choice,) = (await ask(prompt="ab", return_token_ids=True))["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([97, 98], [65, 66, 48])
+    chunks = [chunk["choices"][0] for chunk in await stream(prompt="ab", return_token_ids=True)]
+    assert [chunk["token_ids"] for chunk in chunks] == [[65], [66], [48]]
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [[97, 98], None, None]
+    (choice,) = (await ask(prompt="ab"))["choices"]
+    assert "token_ids" not in choice
 
 
 async def test_logprobs_side_by_side() -> None:
