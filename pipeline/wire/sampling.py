@@ -29,7 +29,7 @@ class FinishReason(enum.StrEnum):
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling of one request. `temperature` 0 is greedy; `top_k` 0 or -1 means no limit; `max_tokens` None:
-    all the context.
+    all the context, 0: nothing is computed, but the prompt's token ids come with `Accepted`.
 
     Of the tokens at one step: `min_p` keeps those at least that likely in units of the likeliest;
     `presence_penalty` is taken off the logit of each token in the output so far, `frequency_penalty` once for
@@ -71,7 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def returns_prompt(self) -> bool:
         """Whether the client gets the prompt's token ids."""
-        return self.return_token_ids or self.prompt_logprobs is not None
+        return self.return_token_ids or self.prompt_logprobs is not None or self.max_tokens == 0
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -93,7 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _check_lengths(self) -> None:
         most, least, logprobs = self.max_tokens, self.min_tokens, self.logprobs
-        _check(most is None or 1 <= most < MAX_INT32, "max_tokens", most, "at least 1")
+        _check(most is None or 0 <= most < MAX_INT32, "max_tokens", most, "at least 0")
         limit = MAX_INT32 if most is None else most + 1
         _check(0 <= least < limit, "min_tokens", least, "at least 0 and at most max_tokens")
         _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")

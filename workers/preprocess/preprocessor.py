@@ -282,9 +282,12 @@ class Preprocessor:
         """Sends metadata to the LLM, then every chunk by hash to its ViT. Nothing is awaited in between, so
         all workers see the requests in one order."""
         media, prompt, positions = prepared
+        spans_of_items = prompt.spans
+        if message.sampling.max_tokens == 0:  # only the prompt's token ids are asked for
+            media, spans_of_items = [], []
         self._last_arrival += 1
         items: list[MmItem] = []
-        for item, spans in zip(media, prompt.spans, strict=True):
+        for item, spans in zip(media, spans_of_items, strict=True):
             items.append(MmItem(spans, item.mm_hash, item.kv_hash, ()))
         self._choose_group(opened, prompt, items, message.cache_salt)
         assert opened.lead is not None
