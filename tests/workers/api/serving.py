@@ -90,8 +90,8 @@ class Answer(NamedTuple):
         assert self.headers["content-type"] == "application/json; charset=utf-8"
         error = json.loads(self.body)["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        assert error["code"] == self.status
-        return ErrorInfo(error["code"], error["message"], error["param"] or "")
+        assert error["code"] is None or error["code"]
+        return ErrorInfo(self.status, error["message"], error["param"] or "", error["code"] or "")
 
 
 class Wire(NamedTuple):

@@ -1235,7 +1235,9 @@ async def test_more_than_the_context_holds_is_refused_before_anything_is_announc
     )
     await rig.settle()
     (refusal,) = rig.llm.take(RequestRefused)
-    assert "take 1500 tokens, the model's context has 1000" in refusal.error.message
+    assert refusal.error.code == "context_length_exceeded"
+    assert refusal.error.message.startswith("This model's maximum context length is 1000 tokens.")
+    assert "at least 1500 in the messages" in refusal.error.message
     assert rig.encodes() == []
     rig.end("r")
     rig.check_nothing_left()
