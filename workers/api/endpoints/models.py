@@ -9,9 +9,8 @@ class Models(Inquiry):
     path = "/v1/models"
 
     def render(self) -> Json:
-        name, _, created = self.model
-        card = {"id": name, "object": "model", "created": created, "owned_by": "local"}
-        return {"object": "list", "data": [card]}
+        card = {"object": "model", "created": self.model.created, "owned_by": "local"}
+        return {"object": "list", "data": [{"id": name, **card} for name in self.model.names]}
 
 
 ROUTES = (Models,)
