@@ -117,7 +117,7 @@ async def run(args: argparse.Namespace) -> int:
     async with PipelineClient(args.run_dir or args.url, args.keys, args.model_folder) as client:
         welcome = client.welcome
         info = read_model_info(client.model_folder)
-        model = ServedModel(welcome.model_name, info, created=int(time.time()))
+        model = ServedModel((welcome.model_name,), info, created=int(time.time()))
         width = min(args.concurrency, welcome.max_requests)
         with (
             args.output.open("ab") as output,

@@ -9,7 +9,7 @@ from pipeline.process.flight_recorder import digest_of
 from pipeline.wire.base import Origin, PoolClosed, PoolOpened, WorkerMessage
 from pipeline.wire.clients import PROTOCOL_VERSION, AbortRequest, Hello, Preparing, QueryRequest, Welcome
 from pipeline.wire.control import WorkerState
-from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.errors import ErrorInfo, context_overflow
 from pipeline.wire.generation import (
     EmbeddingReady,
     EncodeFailed,
@@ -179,12 +179,7 @@ class Intake:
     def _too_long(self, request: Request) -> ErrorInfo | None:
         limit, capacity = self._welcome.max_model_len, self._stepper.scheduler.cache.capacity
         if request.num_tokens >= limit:
-            length = f"the prompt has {request.num_tokens} tokens"
-            return ErrorInfo(
-                400,
-                f"{length}, which leaves no room in the model's context of {limit}",
-                "messages",
-            )
+            return context_overflow(limit, request.num_tokens, request.sampling.max_tokens, "messages")
         if request.max_num_tokens > capacity:
             length = f"prompt and output of {request.max_num_tokens} tokens"
             return ErrorInfo(400, f"{length} can never fit the KV cache of {capacity} tokens", "max_tokens")

@@ -96,7 +96,10 @@ class Preprocessor:
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
         items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
-        self.prompts = PromptReader(info, config.max_items_per_request, items, self._text_threads)
+        self.prompts = PromptReader(
+            info, config.max_items_per_request, items, self._text_threads,
+            context.config.model.max_model_len,
+        )  # fmt: skip
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment, WithoutMarks
 from pipeline.families.files import read_chat_template
-from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.errors import RequestError, context_overflow, shown
 from pipeline.wire.generation import Span
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import (
@@ -80,7 +80,8 @@ class PromptBuilder:
         )
         self._image_token_id, self._video_token_id = image_token_id, video_token_id
         # A longer text cannot fit `max_tokens`, whatever its tokens: it is refused before tokenization.
-        self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
+        self._max_tokens = max_tokens
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))  # in characters
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -115,10 +116,11 @@ class PromptBuilder:
         return TokenizedPrompt(token_ids, [])
 
     def _check_length(self, num_characters: int, field: str) -> None:
-        if num_characters > self._max_characters:
-            raise RequestError(
-                f"the text of {num_characters} characters is longer than the model's context", field=field
-            )
+        """Raises RequestError for a text that is too long even if all its tokens are the longest one."""
+        least = -(-num_characters // self._longest_token)
+        if least > self._max_tokens:
+            info = context_overflow(self._max_tokens, least, None, field, is_least=True)
+            raise RequestError.from_info(info)
 
     def _build_chat(
         self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]], tools: Sequence[Tool]

@@ -24,7 +24,7 @@ def submitted(data: bytes) -> bytes:
     """What a body becomes on the wire. Raises RequestError, and nothing else."""
     request = decode_request(data)
     refuse_unserved(request)
-    check_request(request, "m")
+    check_request(request, ("m",))
     made = SubmitRequest(
         client_id=b"c" * 16, request_id="r", attempt=1, prompt=Chat(tuple(to_messages(request))),
         sampling=to_chat_sampling(request, {}), priority=request.priority or 0,

@@ -23,10 +23,15 @@ Json = dict[str, Any]
 
 
 class ServedModel(NamedTuple):
-    name: str  # for clients
+    names: tuple[str, ...]  # that requests may give
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
     is_strict: bool = False  # unknown fields are refused
+
+    @property
+    def name(self) -> str:
+        """The name that answers show."""
+        return self.names[0]
 
 
 class Route(ABC):

@@ -135,7 +135,7 @@ class ChatCompletions(Endpoint):
     def decode(self, body: bytes | bytearray) -> Submission:
         request = decode_request(body)
         refuse_unserved(request)
-        check_request(request, self.model.name)
+        check_request(request, self.model.names)
         messages, sampling = to_messages(request), to_chat_sampling(request, self.model.info.default_sampling)
         conversation = without_data_urls(messages)
         self._has_logprobs, self._includes_usage = bool(request.logprobs), request.includes_usage

@@ -9,9 +9,8 @@ class Models(Inquiry):
     path = "/v1/models"
 
     def render(self) -> Json:
-        model = self.model
-        card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "local"}
-        return {"object": "list", "data": [card]}
+        card = {"object": "model", "created": self.model.created, "owned_by": "local"}
+        return {"object": "list", "data": [{"id": name, **card} for name in self.model.names]}
 
 
 ROUTES = (Models,)
