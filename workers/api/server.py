@@ -65,7 +65,7 @@ class ApiServer:
         budget: Budget | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
-        self._model = ServedModel(model_names, info, created=int(time.time()))
+        self._model = ServedModel(model_names, info, created=int(time.time()), is_strict=config.strict_fields)
         self._routes = {path: route for route in routes() for path in spellings(route.path)}
         self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
@@ -80,6 +80,7 @@ class ApiServer:
         self.handled_at = 0.0  # when the last request ended
 
     def set_ready(self) -> None:
+        self._model = self._model._replace(max_model_len=self._client.welcome.max_model_len)
         self.is_ready = True
         self._is_settled.set()
 
@@ -196,7 +197,7 @@ class ApiServer:
 
     async def _inquire(self, route: type[Inquiry], request: web.Request) -> web.StreamResponse:
         await self._until_ready()
-        return web.json_response(route(self._model).render())
+        return web.json_response(route(self._model).render(**request.match_info))
 
     async def _ask(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
         """Counts a request to the model while it is unfinished, or refuses it if there are too many."""

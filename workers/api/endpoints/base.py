@@ -27,6 +27,7 @@ class ServedModel(NamedTuple):
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
     is_strict: bool = False  # unknown fields are refused
+    max_model_len: int = 0  # once the pipeline serves
 
     @property
     def name(self) -> str:
@@ -90,4 +91,5 @@ class Inquiry(Route):
     """A route for information on the server, once it serves: GET."""
 
     @abstractmethod
-    def render(self) -> Json: ...
+    def render(self, **places: str) -> Json:
+        """`places`: what stands in the path's `{name}`s. Raises RequestError."""
