@@ -15,6 +15,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 300
+MAX_BANS = 128  # words that must not come
+MAX_BAN_LENGTH = 64  # tokens of one
+MAX_ALLOWED = 4096  # token ids
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63
 MAX_INT32 = 2**31
@@ -39,6 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `logprobs` asks for the log-probability of each output token and of so many best ones, before any of that;
     `prompt_logprobs` for those of the prompt's tokens, which then are all computed, whatever the prefix cache
     has. With it, or with `return_token_ids`, the prompt's token ids come with `Accepted`.
+
+    Only `allowed_token_ids` are chosen, if given. None of `bad_words` comes; preprocess makes
+    `banned_token_ids` of them, int32 each, and a client may give such sequences itself.
 
     `n` choices are drawn behind one prompt. With the same `seed` a request draws the same tokens; without one
     its id gives it a seed: see `with_seed`. The text ends before a stop string, or with
@@ -67,6 +73,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    banned_token_ids: tuple[bytes, ...] = ()
 
     @property
     def returns_prompt(self) -> bool:
@@ -107,11 +116,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("stop", len(self.stop), "strings", MAX_STOP_STRINGS),
             ("stop_token_ids", len(self.stop_token_ids), "ids", MAX_STOP_TOKEN_IDS),
             ("logit_bias", len(self.logit_bias), "entries", MAX_LOGIT_BIASES),
+            ("bad_words", len(self.bad_words), "words", MAX_BANS),
+            ("banned_token_ids", len(self.banned_token_ids), "sequences", 2 * MAX_BANS),
+            ("allowed_token_ids", len(self.allowed_token_ids or ()), "ids", MAX_ALLOWED),
         ):
             _check(count <= limit, name, f"{count} {what}", f"at most {limit} {what}")
 
     def _check_tokens(self) -> None:
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+        for word in self.bad_words:
+            limits = f"1 to {MAX_STOP_LENGTH} characters each"
+            _check(0 < len(word) <= MAX_STOP_LENGTH, "bad_words", f"{len(word)} characters", limits)
+        for ids_of_ban in self.banned_token_ids:
+            is_fine = 0 < len(ids_of_ban) <= 4 * MAX_BAN_LENGTH and not len(ids_of_ban) % 4
+            what = f"sequences of 1 to {MAX_BAN_LENGTH} int32"
+            _check(is_fine, "banned_token_ids", f"{len(ids_of_ban)} bytes", what)
+        allowed = self.allowed_token_ids
+        _check(allowed is None or bool(allowed), "allowed_token_ids", "an empty list", "a list of token ids")
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", self.logit_bias),
+            ("allowed_token_ids", allowed or ()),
+        ):
             for token_id in ids:
                 _check(0 <= token_id < MAX_INT32, name, token_id, "made of token ids, which are 0 or more")
         for bias in self.logit_bias.values():

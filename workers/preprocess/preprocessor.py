@@ -284,7 +284,7 @@ class Preprocessor:
     def _announce(self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared) -> None:
         """Sends metadata to the LLM, then every chunk by hash to its ViT. Nothing is awaited in between, so
         all workers see the requests in one order."""
-        media, prompt, positions = prepared
+        media, prompt, positions, sampling = prepared
         spans_of_items = prompt.spans
         if message.sampling.max_tokens == 0:  # only the prompt's token ids are asked for
             media, spans_of_items = [], []
@@ -313,7 +313,7 @@ class Preprocessor:
             positions=pack_int32(positions.rows),
             position_delta=positions.delta,
             items=tuple(items),
-            sampling=message.sampling,
+            sampling=sampling,
             choices=message.choices,
             priority=message.priority,
             cache_salt=message.cache_salt,
