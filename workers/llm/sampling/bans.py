@@ -1,5 +1,5 @@
-"""`bad_words`: a sequence of tokens that must not come is never finished. Its last token cannot be chosen where
-the tokens before it have just come."""
+"""`bad_words`: a sequence of tokens that must not come is never finished. Its last token cannot be chosen
+where the tokens before it have just come."""
 
 from __future__ import annotations
 
