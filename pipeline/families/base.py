@@ -152,7 +152,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float]  # the model's own temperature, top_p and so on
     # The module that names a `PARSER` of what the model writes: checkpoints of one family may differ in it.
-    parser: str = "workers.api.parsers.plain"
+    parser: str = "pipeline.parsers.plain"
 
     def __post_init__(self) -> None:
         """Raises ValueError where a frame may be larger than a picture: pools have room for these."""

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -54,6 +54,7 @@ class ChatTemplate:
         self._environment.globals |= {"raise_exception": _raise_refusal, "strftime_now": _strftime_now}
         try:
             self._template = self._environment.from_string(source)
+            self._variables = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))
         except TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from None
 
@@ -73,6 +74,10 @@ class ChatTemplate:
         """The names by which the template reads its values."""
         tree = self._environment.parse(self.source)
         return {node.attr for node in tree.find_all(nodes.Getattr)}
+
+    def variables(self) -> frozenset[str]:
+        """The names that the template expects from outside."""
+        return self._variables
 
     def render(
         self,

@@ -35,7 +35,7 @@ from pipeline.wire.base import GridTHW
 BETWEEN = "<|vision_end|> and <|vision_start|>"  # the two runs of an item
 POSITIONS_A_SECOND = 4
 # Checkpoints of this family are of two kinds, which nothing but the chat template tells apart.
-PLAIN, THOUGHTS = "workers.api.parsers.plain", "workers.api.parsers.toy_thoughts"
+PLAIN, THOUGHTS = "pipeline.parsers.plain", "pipeline.parsers.toy_thoughts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

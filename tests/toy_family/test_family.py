@@ -11,8 +11,8 @@ from pipeline.wire.prompts import Chat, Text
 from tests.toy_family.checkpoint import install_toy, make_toy
 from tests.toy_family.family import BETWEEN, ToyFamily
 from tests.workers.api import toys
-from workers.api.parsers.plain import PlainParser
-from workers.api.parsers.registry import parser_of
+from pipeline.parsers.plain import PlainParser
+from pipeline.parsers.registry import parser_of
 
 CHAT = Chat(())
 

@@ -12,7 +12,7 @@ from pipeline.client.client import Piece
 from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import FinishReason
-from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
+from pipeline.parsers.base import Content, Parser, ParserEvent, Thought
 
 
 class ScoredToken(NamedTuple):

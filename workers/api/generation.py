@@ -10,7 +10,7 @@ from pipeline.client.client import Piece, PipelineClient
 from pipeline.families import ModelInfo
 from pipeline.wire.errors import RequestError
 from workers.api.answer import Answer, Update
-from workers.api.parsers.registry import parser_of
+from pipeline.parsers.registry import parser_of
 from workers.api.submission import Submission
 
 MAX_UNREAD_PIECES = 8192  # of one HTTP request whose client reads too slowly

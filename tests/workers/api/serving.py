@@ -68,7 +68,7 @@ class FakeClient:
 def endpoint(
     client: FakeClient | None = None,
     is_ready: bool = True,
-    parser: str = "workers.api.parsers.plain",
+    parser: str = "pipeline.parsers.plain",
     **options: Any,
 ) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}

@@ -11,8 +11,8 @@ from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, Usage
-from workers.api.parsers.base import Content
-from workers.api.parsers.plain import PlainParser
+from pipeline.parsers.base import Content
+from pipeline.parsers.plain import PlainParser
 
 
 def made(num_choices: int = 1) -> Answer:

@@ -66,7 +66,7 @@ async def test_the_endpoint_says_on_whose_behalf_it_asks(options: dict[str, Any]
         "m",
         cast(
             Any,
-            SimpleNamespace(default_sampling={}, parser="workers.api.parsers.plain"),
+            SimpleNamespace(default_sampling={}, parser="pipeline.parsers.plain"),
         ),
     )
     server.set_ready()

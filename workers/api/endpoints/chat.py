@@ -19,7 +19,7 @@ from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, U
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import usage_object
 from workers.api.json_bodies import decode_json
-from workers.api.parsers.base import Content, ParserEvent, Thought
+from pipeline.parsers.base import Content, ParserEvent, Thought
 from workers.api.parts import check_counts, to_part
 from workers.api.request_fields import check_request
 from workers.api.sampling_fields import SamplingFields, check_max_tokens, to_sampling

@@ -51,16 +51,16 @@ async def streamed(client: FakeClient, parser: str) -> dict[str, str]:
 @pytest.mark.parametrize("cut", range(len(TEXT)))
 async def test_thoughts_are_told_apart_wherever_the_text_is_cut(cut: int) -> None:
     pieces = [TEXT[:cut], TEXT[cut:]]
-    message = await whole(saying(pieces), "workers.api.parsers.toy_thoughts")
+    message = await whole(saying(pieces), "pipeline.parsers.toy_thoughts")
     assert (message["content"], message["reasoning_content"]) == (CONTENT, THOUGHT)
-    made = await streamed(saying(pieces), "workers.api.parsers.toy_thoughts")
+    made = await streamed(saying(pieces), "pipeline.parsers.toy_thoughts")
     assert made == {"role": "assistant", "content": CONTENT, "reasoning_content": THOUGHT}
 
 
 @pytest.mark.parametrize("text", [TEXT, "a <thin", "<think>on and o", "<think>", "</think>"])
 async def test_no_text_is_lost_in_single_characters(text: str) -> None:
-    ours = await whole(saying([text]), "workers.api.parsers.toy_thoughts")
-    made = await streamed(saying(list(text)), "workers.api.parsers.toy_thoughts")
+    ours = await whole(saying([text]), "pipeline.parsers.toy_thoughts")
+    made = await streamed(saying(list(text)), "pipeline.parsers.toy_thoughts")
     assert made["content"] == ours["content"]
     assert made.get("reasoning_content") == ours.get("reasoning_content")
     told = made["content"] + made.get("reasoning_content", "")
@@ -69,9 +69,9 @@ async def test_no_text_is_lost_in_single_characters(text: str) -> None:
 
 
 async def test_a_family_without_a_form_of_its_own_has_its_text_passed_on() -> None:
-    message = await whole(saying([TEXT]), "workers.api.parsers.plain")
+    message = await whole(saying([TEXT]), "pipeline.parsers.plain")
     assert message == {"role": "assistant", "content": TEXT, "refusal": None}
-    assert await streamed(saying(list(TEXT)), "workers.api.parsers.plain") == {
+    assert await streamed(saying(list(TEXT)), "pipeline.parsers.plain") == {
         "role": "assistant",
         "content": TEXT,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
+from pipeline.parsers.base import Content, Parser, ParserEvent, Thought
 
 TAGS = {False: "<think>", True: "</think>"}  # the next one, by whether the text is a thought
 
