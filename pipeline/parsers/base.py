@@ -81,6 +81,9 @@ class ToolForm(ABC):
     tags: ClassVar[tuple[str, ...]]  # never left out of the text, even where they are special tokens
     begin: ClassVar[str]  # of every call
     separator: ClassVar[str]  # between two calls
+    is_fallback: ClassVar[bool] = (
+        False  # of models whose template shows no form: a grammar can make them call
+    )
 
     @abstractmethod
     def fits(self, template: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.families.chat_template import ChatTemplate
@@ -33,10 +34,10 @@ class ChatForms:
         self.thoughts: ThoughtForm | None = find_thought_form(reasoning_parser, source)
         self._starts: dict[str, Start] = {}
 
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """Texts that have a meaning here, also where they are special tokens."""
-        return (*(self.calls.tags if self.calls else ()), *(self.thoughts.tags if self.thoughts else ()))
+    @classmethod
+    def read(cls, folder: Path, tool_parser: str = AUTO, reasoning_parser: str = AUTO) -> ChatForms:
+        """Of a checkpoint."""
+        return cls(ChatTemplate.read(folder), tool_parser, reasoning_parser)
 
     def parser(self, prompt: Prompt) -> Parser:
         """A prompt without a chat's template is continued, not answered: nothing in it is more than text."""

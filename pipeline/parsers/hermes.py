@@ -103,6 +103,7 @@ class HermesForm(ToolForm):
     names = ("hermes",)
     tags = (BEGIN, END)
     begin, separator = f"{BEGIN}\n", "\n"
+    is_fallback = True
 
     def fits(self, template: str) -> bool:
         return BEGIN in template and "<function=" not in template

@@ -30,12 +30,22 @@ def forms() -> tuple[ToolForm | ThoughtForm, ...]:
 
 def find_tool_form(name: str, template: str) -> ToolForm | None:
     """Raises ValueError for an unknown name."""
-    return _find([form for form in forms() if isinstance(form, ToolForm)], "tool call", name, template)
+    known = [form for form in forms() if isinstance(form, ToolForm)]
+    found = _find(known, "tool call", name, template)
+    if found is None and name == AUTO:
+        return next(form for form in known if form.is_fallback)
+    return found
 
 
 def find_thought_form(name: str, template: str) -> ThoughtForm | None:
     """Raises ValueError for an unknown name."""
     return _find([form for form in forms() if isinstance(form, ThoughtForm)], "reasoning", name, template)
+
+
+def check_names(tool_call_parser: str, reasoning_parser: str) -> None:
+    """Raises ValueError for an unknown name."""
+    find_tool_form(tool_call_parser, "")
+    find_thought_form(reasoning_parser, "")
 
 
 def _find(known: Sequence[F], what: str, name: str, template: str) -> F | None:

@@ -50,10 +50,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Of the tokens at one step: `min_p` keeps those at least that likely in units of the likeliest;
     `presence_penalty` is taken off the logit of each token in the output so far, `frequency_penalty` once for
     each time; `repetition_penalty` divides (multiplies a negative) the logit of each token in prompt or
-    output; `logit_bias` is added. Before `min_tokens` no token ends the request. `logprobs` asks for the
-    log-probability of each output token and of so many best ones, before any of that. `n` choices are drawn
-    behind one prompt. With the same `seed` a request draws the same tokens; without one its id gives it a
-    seed: see `with_seed`.
+    output; `logit_bias` is added. Before `min_tokens` no token ends the request.
+
+    `logprobs` asks for the log-probability of each output token and of so many best ones, before any of that;
+    `prompt_logprobs` for those of the prompt's tokens, which then are all computed, whatever the prefix cache
+    has. With it, or with `return_token_ids`, the prompt's token ids come with `Accepted`.
+
+    `n` choices are drawn behind one prompt. With the same `seed` a request draws the same tokens; without one
+    its id gives it a seed: see `with_seed`. The text ends before a stop string, or with
+    `include_stop_str_in_output` behind it; it has special tokens with `skip_special_tokens` off.
 
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
@@ -75,6 +80,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+
+    @property
+    def returns_prompt(self) -> bool:
+        """Whether the client gets the prompt's token ids."""
+        return self.return_token_ids or self.prompt_logprobs is not None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -100,8 +114,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         limit = MAX_INT32 if most is None else most + 1
         _check(0 <= least < limit, "min_tokens", least, "at least 0 and at most max_tokens")
         _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
-        is_fine = logprobs is None or 0 <= logprobs <= MAX_LOGPROBS
-        _check(is_fine, "logprobs", logprobs, f"between 0 and {MAX_LOGPROBS}")
+        for name, count in (("logprobs", logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            is_fine = count is None or 0 <= count <= MAX_LOGPROBS
+            _check(is_fine, name, count, f"between 0 and {MAX_LOGPROBS}")
         for text in self.stop:
             got, limits = f"a string of {len(text)} characters", f"1 to {MAX_STOP_LENGTH} characters each"
             _check(0 < len(text) <= MAX_STOP_LENGTH, "stop", got, limits)

@@ -7,11 +7,12 @@ import msgspec
 from pipeline.wire.errors import RequestError, shown
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # the usage so far, in every chunk
 
 
-class RequestFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class RequestFields(msgspec.Struct, kw_only=True):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -17,6 +17,7 @@ from aiohttp import web
 from pipeline.client.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.families import ModelInfo
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
 from workers.api.answer import Update
@@ -36,6 +37,7 @@ STREAM_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+MAX_SHOWN_NAMES, MAX_SHOWN_NAME = 10, 40  # of ignored fields, in a header
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response to a request, once its head is prepared
 LEASE = web.RequestKey("lease", BudgetLease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -58,9 +60,10 @@ class ApiServer:
         recovery_timeout_s: float = 60.0,
         pace: BodyPace | None = None,
         budget: Budget | None = None,
+        forms: ChatForms | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
-        self._model = ServedModel(model_name, info, created=int(time.time()))
+        self._model = ServedModel(model_name, info, int(time.time()), forms or ChatForms(None))
         self._routes = {route.path: route for route in routes()}
         self._access = Access(config)
         self._operations = Operations(client, lambda: self.is_ready, request_reload)
@@ -182,10 +185,11 @@ class ApiServer:
         submission = await self._decode(request, endpoint)
         salt = self._access.cache_salt(request, submission.cache_salt)
         tenant = self._access.tenant(request)
-        generation = Generation(self._client, submission, self._model.info, salt, tenant)
+        generation = Generation(self._client, submission, self._model.forms, salt, tenant)
         if submission.is_streamed:
             return await self._stream(request, endpoint, generation)
-        return web.json_response(endpoint.render(await generation.whole()))
+        answer = endpoint.render(await generation.whole())
+        return web.json_response(answer, headers=_warning(endpoint.ignored_fields))
 
     async def _decode(self, request: web.Request, endpoint: Endpoint) -> Submission:
         """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
@@ -193,6 +197,8 @@ class ApiServer:
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
         submission = endpoint.decode(body)
         lease.keep(submission.media)
+        if endpoint.ignored_fields:
+            logger.info("%s: ignored %s", request.path, _named(endpoint.ignored_fields))
         return submission
 
     async def _stream(
@@ -201,11 +207,24 @@ class ApiServer:
         async with aclosing(generation.updates()) as updates:
             # The status is sent with the first token, so that a broken picture is a 4xx also when streaming.
             first = await anext(updates)
-            response = web.StreamResponse(headers=STREAM_HEADERS)
+            headers = {**STREAM_HEADERS, **_warning(endpoint.ignored_fields)}
+            response = web.StreamResponse(headers=headers)
             await response.prepare(request)
             async for data in endpoint.stream(generation.answer, _chain(first, updates)):
                 await response.write(data)
             return response
+
+
+def _named(fields: Sequence[str]) -> str:
+    """Some names of fields, in ASCII whatever the client wrote."""
+    return ", ".join(ascii(name[:MAX_SHOWN_NAME]) for name in fields[:MAX_SHOWN_NAMES])
+
+
+def _warning(ignored: Sequence[str]) -> dict[str, str]:
+    """The header that tells a client which fields of its body were ignored: RFC 7234, 5.5."""
+    if not ignored:
+        return {}
+    return {"Warning": f'299 - "ignored fields: {_named(ignored)}"'.replace("\\", "?")}
 
 
 async def _chain(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:

@@ -15,6 +15,8 @@ from workers.preprocess.media import Item, gather
 from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
 from workers.preprocess.threads import FairThreads
 
+MAX_PROMPT_LOGPROBS = 1 << 18  # of one request: 2 MiB
+
 
 class Prepared(NamedTuple):
     items: list[Item]
@@ -53,6 +55,10 @@ class PromptReader:
         if (total := len(prompt.token_ids)) > limit:
             field = "messages" if isinstance(message.prompt, Chat) else "prompt"
             raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field=field)
+        best = message.sampling.prompt_logprobs
+        if best is not None and total * (1 + best) > MAX_PROMPT_LOGPROBS:
+            what = f"{1 + best} log-probabilities for each of {total} prompt tokens are more than"
+            raise RequestError(f"{what} the limit of {MAX_PROMPT_LOGPROBS}", field="prompt_logprobs")
         placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
         positions: Positions = await self._threads.run(self._info.family.positions, total, placed, self._info)
         return Prepared(items, prompt, positions)

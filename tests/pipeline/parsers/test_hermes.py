@@ -13,7 +13,10 @@ def call(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-ODD = '{"code": "if a < b: print(\\"}</tool_call>{\\")\\n", "é": ["{", {"x": [1, 2.50e1, null]}], "🙂": "\\u00e9\\\\"}'
+ODD = (
+    '{"code": "if a < b: print(\\"}</tool_call>{\\")\\n", "é": ["{", {"x": [1, 2.50e1, null]}], '
+    '"🙂": "\\u00e9\\\\"}'
+)
 TEXTS = {
     "no call": ("Hello, <you> & <tool.\n\n  ", Read("Hello, <you> & <tool.\n\n  ", [])),
     "blanks only": (" \n", Read(" \n", [])),
@@ -31,8 +34,8 @@ TEXTS = {
         '<tool_call>\n{"arguments": {"a": "b"}, "name": "f"}\n</tool_call>', Read("", [("f", '{"a": "b"}')])
     ),
     "further keys": (
-        '<tool_call>{"id": "name", "x": {"name": "g", "arguments": 3}, "name": "f", "arguments": {"b": 2}, "y": 1}'
-        "</tool_call>",
+        '<tool_call>{"id": "name", "x": {"name": "g", "arguments": 3}, "name": "f", "arguments": {"b": 2}, '
+        '"y": 1}</tool_call>',
         Read("", [("f", '{"b": 2}')]),
     ),
     "no arguments": ('<tool_call>\n{"name": "f"}\n</tool_call>', Read("", [("f", "{}")])),
@@ -42,7 +45,9 @@ TEXTS = {
         '<tool_call>{"name": "a\\"\\u00e9", "arguments": {}}</tool_call>', Read("", [('a"é', "{}")])
     ),
     "no JSON": ("<tool_call>\nhello\n</tool_call> x", Read("<tool_call>\nhello\n</tool_call> x", [])),
-    "Python, no JSON": ("<tool_call>{'name': 'f'}</tool_call>", Read("<tool_call>{'name': 'f'}</tool_call>", [])),
+    "Python, no JSON": (
+        "<tool_call>{'name': 'f'}</tool_call>", Read("<tool_call>{'name': 'f'}</tool_call>", [])
+    ),
     "no name": ('<tool_call>{"a": 1}</tool_call>', Read('<tool_call>{"a": 1}</tool_call>', [])),
     "nothing in it": ("a<tool_call></tool_call>", Read("a<tool_call></tool_call>", [])),
     "a call in a broken call": (

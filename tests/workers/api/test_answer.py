@@ -7,16 +7,16 @@ import math
 import numpy as np
 
 from pipeline.client.client import Piece
+from pipeline.parsers.base import Content
+from pipeline.parsers.plain import PlainParser
 from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, Usage
-from pipeline.parsers.base import Content
-from pipeline.parsers.plain import PlainParser
 
 
 def made(num_choices: int = 1) -> Answer:
-    return Answer(num_choices, PlainParser, lambda token_id: bytes([token_id]))
+    return Answer(num_choices, lambda prompt: PlainParser(), lambda token_id: bytes([token_id]))
 
 
 def scores(ids: list[int], values: list[float]) -> TokenLogprobs:
@@ -40,8 +40,8 @@ def test_an_update_has_what_its_piece_adds_and_only_kept_ones_stay() -> None:
     update = answer.add(piece)
     assert (update.choice, update.events, update.finish_reason) == (0, (Content("hi"),), None)
     first, second = update.logprobs
-    assert (first.chosen, first.best) == ((b"h", -0.5), ((b"H", -1.0),))
-    assert (second.chosen, second.best) == ((b"i", -math.inf), ())
+    assert (first.chosen, first.best) == ((b"h", -0.5, 104), ((b"H", -1.0, 72),))
+    assert (second.chosen, second.best) == ((b"i", -math.inf, 105), ())
     (choice,) = answer.choices
     assert (choice.content, choice.logprobs) == ([], [])
     answer.keep(update)

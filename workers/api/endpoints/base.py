@@ -7,15 +7,18 @@ sends the result of `render` or `stream`. It knows no route by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from pipeline.families import ModelInfo
-from pipeline.wire.errors import ErrorInfo
+from pipeline.parsers.forms import ChatForms
+from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from workers.api.answer import Answer, Update
 from workers.api.errors import error_body
+from workers.api.json_bodies import Body, decode_fields
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission
+from workers.api.unserved_fields import refuse_unserved
 
 Json = dict[str, Any]
 
@@ -24,6 +27,8 @@ class ServedModel(NamedTuple):
     name: str  # for clients
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
+    forms: ChatForms  # of what the model writes in a chat
+    is_strict: bool = False  # unknown fields are refused
 
 
 class Route(ABC):
@@ -46,6 +51,20 @@ class Route(ABC):
 
 class Endpoint(Route):
     """A route that asks the model: POST."""
+
+    def __init__(self, model: ServedModel) -> None:
+        super().__init__(model)
+        self.ignored_fields: Sequence[str] = ()  # of the body, after `decode`
+
+    def read(self, body: bytes | bytearray, kind: type[Body]) -> Body:
+        """The body's fields. Raises RequestError for those that do not fit, and, with `--strict-fields`, for
+        fields that nobody here knows."""
+        request, unknown = decode_fields(body, kind)
+        self.ignored_fields = refuse_unserved(unknown)
+        if self.model.is_strict and self.ignored_fields:
+            name = self.ignored_fields[0]
+            raise RequestError(f"the field {shown(name)} is not known to this server", field=name)
+        return request
 
     @abstractmethod
     def decode(self, body: bytes | bytearray) -> Submission:

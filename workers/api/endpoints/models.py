@@ -9,8 +9,8 @@ class Models(Inquiry):
     path = "/v1/models"
 
     def render(self) -> Json:
-        name, _, created = self.model
-        card = {"id": name, "object": "model", "created": created, "owned_by": "local"}
+        model = self.model
+        card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "local"}
         return {"object": "list", "data": [card]}
 
 
