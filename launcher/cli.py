@@ -23,6 +23,7 @@ from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
+from pipeline.parsers.registry import check_names
 from pipeline.process import faults, log
 from workers.api.tls import ssl_context
 
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         if home is None and config.launcher.cache_dir:
             os.environ["HOME"] = config.launcher.cache_dir  # where hubs' clients keep downloads
         can_keep = home is not None or any(os.environ.get(name) for name in ("HOME", *PLACES_OF_HUBS))
+        check_names(config.api.tool_call_parser, config.api.reasoning_parser)
         model = find_model(config.model, can_keep)
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))
         with RunDir(config.launcher.run_dir, base) as run_dir:

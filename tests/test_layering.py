@@ -37,9 +37,10 @@ HOUSES = {  # the folders of pipeline/, and which others each may import
     "wire": (),
     "config": ("wire",),
     "families": ("wire",),
+    "parsers": ("wire", "families"),
     "transport": ("wire",),
     "process": ("wire", "config", "transport"),
-    "client": ("wire", "config", "transport", "process"),
+    "client": ("wire", "config", "transport", "process", "families", "parsers"),
 }
 ZMQ_FILES = [
     ROOT / "pipeline" / "transport" / name
@@ -48,7 +49,7 @@ ZMQ_FILES = [
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
 # The family that the embedded model is of, in whichever spelling, and the files that may name it.
 A_FAMILY = re.compile(r"qwen[\s_.-]*\d", re.IGNORECASE)
-FAMILY_HOUSES = ("pipeline/families/", "workers/vit/models/", "workers/llm/models/")
+FAMILY_HOUSES = ("pipeline/families/", "pipeline/parsers/", "workers/vit/models/", "workers/llm/models/")
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -121,7 +122,7 @@ def test_what_is_found_is_never_imported() -> None:
         "TOWER": ROOT / "workers" / "vit" / "models",
         "DECODER": ROOT / "workers" / "llm" / "models",
         "ROUTES": ROOT / "workers" / "api" / "endpoints",
-        "PARSER": ROOT / "workers" / "api" / "parsers",
+        "FORM": ROOT / "pipeline" / "parsers",
     }
     members = {path for name, house in houses.items() for path in house.glob("*.py") if declares(path, name)}
     assert {path.parent for path in members} == set(houses.values())

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pipeline.client.client import PipelineClient
 from pipeline.families import read_model_info
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from tools.places import add_place
 from workers.api.endpoints.base import Endpoint, ServedModel
@@ -79,7 +80,7 @@ async def _complete(client: PipelineClient, endpoint: Endpoint, data: bytes) -> 
     submission = endpoint.decode(data)
     if submission.is_streamed:
         raise RequestError("a batch has no streams", field="stream")
-    generation = Generation(client, submission, endpoint.model.info)
+    generation = Generation(client, submission, endpoint.model.forms)
     body = endpoint.render(await generation.whole())
     return {"status_code": 200, "request_id": submission.request_id, "body": body}
 
@@ -117,7 +118,8 @@ async def run(args: argparse.Namespace) -> int:
     async with PipelineClient(args.run_dir or args.url, args.keys, args.model_folder) as client:
         welcome = client.welcome
         info = read_model_info(client.model_folder)
-        model = ServedModel((welcome.model_name,), info, created=int(time.time()))
+        forms = ChatForms.read(info.folder, info.tool_call_parser, info.reasoning_parser)
+        model = ServedModel((welcome.model_name,), info, int(time.time()), forms)
         width = min(args.concurrency, welcome.max_requests)
         with (
             args.output.open("ab") as output,

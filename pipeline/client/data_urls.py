@@ -45,7 +45,7 @@ def _move_message(message: ChatMessage, frames: list[bytes | memoryview], field:
     if isinstance(message.content, str):
         return message
     parts = (_move_part(part, frames, f"{field}.content[{at}]") for at, part in enumerate(message.content))
-    return ChatMessage(message.role, tuple(parts))
+    return msgspec.structs.replace(message, content=tuple(parts))
 
 
 def _move_part(part: Part, frames: list[bytes | memoryview], field: str) -> Part:

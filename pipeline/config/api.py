@@ -84,6 +84,14 @@ class ApiConfig:
         "(default: a sixteenth of the machine's, but room for 4 to 16 of the largest)",
         metavar="MIB",
     )
+    tool_call_parser: str = option(
+        "auto",
+        "how the model writes calls of functions: auto (as its chat template shows), none, or a form's name",
+        metavar="NAME",
+    )
+    reasoning_parser: str = option(
+        "auto", "how the model writes its thoughts: auto, none, or a form's name", metavar="NAME"
+    )
     trust_forwarded_for: bool = option(
         False,
         "a client without a key is told by the last address of X-Forwarded-For: only behind a proxy that "

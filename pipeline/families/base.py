@@ -151,8 +151,9 @@ class ModelInfo:
     video_token_id: int
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float]  # the model's own temperature, top_p and so on
-    # The module that names a `PARSER` of what the model writes: checkpoints of one family may differ in it.
-    parser: str = "workers.api.parsers.plain"
+    # The names of the forms in which the model writes calls and thoughts; auto: as its chat template shows.
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises ValueError where a frame may be larger than a picture: pools have room for these."""

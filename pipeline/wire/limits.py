@@ -6,3 +6,5 @@ from __future__ import annotations
 MAX_ITEMS = 1024
 MAX_MESSAGES = 1024  # of one request
 MAX_PARTS = 4096  # of all messages of one request
+MAX_TOOLS = 1024  # functions of one request
+MAX_TOOL_CALLS = 4096  # of all messages of one request

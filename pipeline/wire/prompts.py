@@ -5,7 +5,20 @@ Media bytes are further frames of the message that holds the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
+
+# What a request may tell the model's chat template, each a scalar. A template ignores those it does not know.
+TEMPLATE_OPTIONS = (
+    "enable_thinking",
+    "preserve_thinking",
+    "thinking",
+    "thinking_budget",
+    "reasoning_effort",
+    "add_vision_id",
+)
+TemplateOption = bool | int | float | str
 
 
 class TextPart(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
@@ -52,15 +65,35 @@ class VideoPart(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=
 Part = TextPart | ImagePart | VideoPart
 
 
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that the assistant called. `arguments`: JSON, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: str
-    content: str | tuple[Part, ...]
+    role: str  # system, developer (the same), user, assistant, or tool: the result of a call
+    content: str | tuple[Part, ...] = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool: the call that this answers
+    name: str = ""
+    reasoning: str | None = None  # of an assistant: the thoughts before the content
 
 
 class Chat(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
-    """The model's chat template makes a prompt of the messages."""
+    """The model's chat template makes a prompt of the messages.
+
+    `continue_final_message` leaves the last message open, so that the model goes on writing it: it needs
+    `add_generation_prompt` to be false.
+    """
 
     messages: tuple[ChatMessage, ...]
+    tools: bytes = b""  # JSON: a list of functions, as OpenAI's clients write it; empty: none
+    template_options: Mapping[str, TemplateOption] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 class Text(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):

@@ -30,6 +30,22 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"  # the client or its connection went away
 
 
+class GrammarKind(enum.StrEnum):
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    EBNF = "ebnf"
+    STRUCTURAL_TAG = "structural_tag"
+
+
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the output must follow. `source`: nothing for json_object, a JSON list of strings for choice."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling of one request. `temperature` 0 is greedy; `top_k` 0 or -1 means no limit; `max_tokens` None:
     all the context, 0: nothing is computed, but the prompt's token ids come with `Accepted`.
@@ -69,6 +85,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None

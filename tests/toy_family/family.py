@@ -35,7 +35,7 @@ from pipeline.wire.base import GridTHW
 BETWEEN = "<|vision_end|> and <|vision_start|>"  # the two runs of an item
 POSITIONS_A_SECOND = 4
 # Checkpoints of this family are of two kinds, which nothing but the chat template tells apart.
-PLAIN, THOUGHTS = "workers.api.parsers.plain", "workers.api.parsers.toy_thoughts"
+PLAIN, THOUGHTS = "none", "toy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class ToyFamily(Family):
             video_token_id=files.integer(files.config, "video_token_id"),
             eos_token_ids=files.eos_token_ids(),
             default_sampling={},
-            parser=THOUGHTS if "<think>" in files.chat_template else PLAIN,
+            reasoning_parser=THOUGHTS if "<think>" in files.chat_template else PLAIN,
         )
 
     def picture_size(self, size: ImageSize, limits: AreaLimits, info: ModelInfo) -> ImageSize:

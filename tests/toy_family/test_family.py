@@ -6,13 +6,13 @@ import pytest
 
 from pipeline.families import ImageSize, MediaInfo, ModelInfo, PlacedMedia, Placeholders, SampledFrames
 from pipeline.families import registry as families
+from pipeline.parsers.forms import ChatForms
+from pipeline.parsers.plain import PlainParser
 from pipeline.wire.generation import Span
 from pipeline.wire.prompts import Chat, Text
 from tests.toy_family.checkpoint import install_toy, make_toy
 from tests.toy_family.family import BETWEEN, ToyFamily
 from tests.workers.api import toys
-from workers.api.parsers.plain import PlainParser
-from workers.api.parsers.registry import parser_of
 
 CHAT = Chat(())
 
@@ -41,14 +41,15 @@ def test_its_entry_point_makes_it_known(
 
 
 def test_a_checkpoint_says_whether_it_thinks(info: ModelInfo, tmp_path: Path) -> None:
-    assert parser_of(info, CHAT) is PlainParser
+    assert info.reasoning_parser == "none"
     folder = make_toy(tmp_path / "thinking", True)
     with (folder / "chat_template.jinja").open("a") as template:
         template.write("{{ '<think>' }}")
     thinking = ToyFamily().read(folder, None, None)
     with toys.installed():
-        assert parser_of(thinking, CHAT).__name__ == "ThoughtParser"
-        assert parser_of(thinking, Text("<think>")) is PlainParser, "a text is continued, not answered"
+        forms = ChatForms.read(folder, reasoning_parser=thinking.reasoning_parser)
+        assert type(forms.parser(CHAT)).__name__ == "ThoughtParser"
+        assert isinstance(forms.parser(Text("<think>")), PlainParser), "a text is continued, not answered"
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,17 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from pipeline.client.client import Piece
+from pipeline.parsers.base import (
+    Content,
+    Parser,
+    ParserEvent,
+    Thought,
+    ToolArguments,
+    ToolCallBegun,
+)
 from pipeline.wire.clients import PromptLogprobs, TokenLogprobs
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import FinishReason
-from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
 
 
 class ScoredToken(NamedTuple):
@@ -47,12 +54,21 @@ class Usage(NamedTuple):
 
 
 @dataclass(slots=True)
+class Call:
+    """A call of a function. `arguments` are pieces of its JSON."""
+
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class ChoiceAnswer:
     """One choice's answer so far."""
 
     parser: Parser
     content: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenScores] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     last_piece: Piece | None = None
@@ -82,12 +98,14 @@ class Answer:
     def __init__(
         self,
         num_choices: int,
-        make_parser: Callable[[], Parser],
+        make_parser: Callable[[int], Parser],
         token_text: Callable[[int], bytes],
         num_prompts: int = 1,
     ) -> None:
-        """`num_choices`: of each prompt."""
-        self.choices = [ChoiceAnswer(make_parser()) for _ in range(num_prompts * num_choices)]
+        """`num_choices`: of each prompt. `make_parser`: for a choice of the prompt with this number."""
+        self.choices = [
+            ChoiceAnswer(make_parser(prompt)) for prompt in range(num_prompts) for _ in range(num_choices)
+        ]
         self._num_choices, self._token_text = num_choices, token_text
         self.prompts = [PromptAnswer() for _ in range(num_prompts)]
 
@@ -131,6 +149,10 @@ class Answer:
                     choice.content.append(text)
                 case Thought(text):
                     choice.thoughts.append(text)
+                case ToolCallBegun(_, name):
+                    choice.calls.append(Call(name))
+                case ToolArguments(index, text):
+                    choice.calls[index].arguments.append(text)
                 case _:
                     assert_never(event)
 

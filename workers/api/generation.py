@@ -8,11 +8,10 @@ from contextlib import aclosing
 from functools import partial
 
 from pipeline.client.client import Piece, PipelineClient
-from pipeline.families import ModelInfo
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import Prompt
 from workers.api.answer import Answer, Update
-from workers.api.parsers.registry import parser_of
 from workers.api.submission import Submission
 
 MAX_UNREAD_PIECES = 8192  # of one HTTP request whose client reads too slowly
@@ -65,14 +64,19 @@ class Generation:
         self,
         client: PipelineClient,
         submission: Submission,
-        info: ModelInfo,
+        forms: ChatForms,
         cache_salt: bytes = b"",
         tenant: str = "",
     ) -> None:
         self._client, self._submission = client, submission
         self._cache_salt, self._tenant = cache_salt, tenant
-        parser, num_prompts = parser_of(info, submission.prompt), len(submission.prompts)
-        self.answer = Answer(submission.sampling.n, parser, client.token_text, num_prompts)
+        prompts = submission.prompts
+        self.answer = Answer(
+            submission.sampling.n,
+            lambda number: forms.parser(prompts[number]),
+            client.token_text,
+            len(prompts),
+        )
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Updates as they come. Leaving early aborts the request. Raises RequestError."""

@@ -13,16 +13,16 @@ import msgspec
 
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_SEED, SamplingParams
-from workers.api.request_fields import RequestFields
+from workers.api.structure_fields import StructureFields, to_grammar
 
-NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "banned_token_ids")
+NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "grammar", "banned_token_ids")
 # Numbers that other servers read as something else than a number.
 LEAST_TOP_P = 1e-9  # for 0: the best token only
 ANY_SEED = -1
 NO_LIMIT = -1  # of `max_tokens`
 
 
-class _WrittenFields(RequestFields, kw_only=True):
+class _WrittenFields(StructureFields, kw_only=True):
     """Parameters that are written otherwise in JSON, or that endpoints read."""
 
     logit_bias: dict[str, float] | None = None
@@ -75,6 +75,7 @@ def to_sampling(
         "bad_words": tuple(filter(None, request.bad_words or ())),
         "max_tokens": None if max_tokens == NO_LIMIT else max_tokens,
         "logprobs": logprobs,
+        "grammar": to_grammar(request),
     }
     given = {name: value for name, value in values.items() if value is not None}
     return SamplingParams(**{**defaults, **given})

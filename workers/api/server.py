@@ -17,6 +17,7 @@ from aiohttp import web
 from pipeline.client.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.families import ModelInfo
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
 from workers.api.access_log import HEADER, RECORD, RequestRecord, request_id_of, writer_of
@@ -63,9 +64,12 @@ class ApiServer:
         recovery_timeout_s: float = 60.0,
         pace: BodyPace | None = None,
         budget: Budget | None = None,
+        forms: ChatForms | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
-        self._model = ServedModel(model_names, info, created=int(time.time()), is_strict=config.strict_fields)
+        self._model = ServedModel(
+            model_names, info, int(time.time()), forms or ChatForms(None), config.strict_fields
+        )
         self._routes = {path: route for route in routes() for path in spellings(route.path)}
         self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
@@ -220,7 +224,7 @@ class ApiServer:
         submission = await self._decode(request, endpoint)
         salt = self._access.cache_salt(request, submission.cache_salt)
         tenant = self._access.tenant(request)
-        generation = Generation(self._client, submission, self._model.info, salt, tenant)
+        generation = Generation(self._client, submission, self._model.forms, salt, tenant)
         record = request[RECORD]
         record.answer, record.completion_id = generation.answer, submission.request_id
         if submission.is_streamed:

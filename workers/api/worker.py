@@ -12,6 +12,8 @@ from aiohttp import web
 from pipeline.client.client import PipelineClient
 from pipeline.config import ApiConfig
 from pipeline.families import ModelInfo
+from pipeline.parsers.forms import ChatForms
+from pipeline.parsers.registry import AUTO
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WAITING,
@@ -65,6 +67,18 @@ def allowed_mib(config: ApiConfig) -> int:
     return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
 
 
+def _forms(config: ApiConfig, info: ModelInfo) -> ChatForms:
+    """Options win over what the model's family says."""
+    tools, reasoning = (
+        own if given == AUTO else given
+        for given, own in (
+            (config.tool_call_parser, info.tool_call_parser),
+            (config.reasoning_parser, info.reasoning_parser),
+        )
+    )
+    return ChatForms.read(info.folder, tools, reasoning)
+
+
 class _Process:
     """The endpoint from its start to its end. It ends with an exception in one of its tasks."""
 
@@ -80,6 +94,7 @@ class _Process:
             info,
             request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
             recovery_timeout_s=config.launcher.recovery_timeout,
+            forms=_forms(config.api, info),
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
         self._sites: list[web.SockSite] = []

@@ -30,7 +30,7 @@ from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role
 from workers.llm.choices import Choices
 from workers.llm.request import Request
-from workers.llm.sampling.prompt_logprobs import PromptScores
+from workers.llm.sampling.tokens import PromptScores
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
@@ -237,9 +237,7 @@ def output_of(request: Request, offset: int) -> RequestOutput:
 
 
 def _prompt_logprobs(parts: Sequence[PromptScores]) -> PromptLogprobs:
-    token_ids, logprobs, ranks = (
-        np.concatenate([np.asarray(part[column]) for part in parts]) for column in (1, 2, 3)
-    )
+    token_ids, logprobs, ranks = (np.concatenate([part[column] for part in parts]) for column in (1, 2, 3))
     return PromptLogprobs(
         token_ids.astype("<i4").tobytes(), logprobs.astype("<f4").tobytes(), ranks.astype("<i4").tobytes()
     )

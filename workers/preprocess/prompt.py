@@ -8,7 +8,6 @@ never by searching token ids.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -16,30 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment, WithoutMarks
-from pipeline.families.files import read_chat_template
-from pipeline.wire.errors import RequestError, context_overflow, shown
+from pipeline.families.chat_template import ChatTemplate
+from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.generation import Span
 from pipeline.wire.packing import pack_int32, unpack_int32
-from pipeline.wire.prompts import (
-    Chat,
-    ChatMessage,
-    ImagePart,
-    Part,
-    Prompt,
-    Text,
-    TextPart,
-    Tokens,
-    VideoPart,
-)
-
-Tool = Mapping[str, Any]
-ROLES = ("system", "user", "assistant")
+from pipeline.wire.prompts import Chat, Prompt, Text, TextPart, Tokens, VideoPart
+from workers.preprocess.chats import num_characters, parts_of, read_tools, template_message
+from workers.preprocess.user_texts import UserTexts
 
 
 class TokenizedPrompt(NamedTuple):
@@ -58,10 +43,6 @@ class _Run(NamedTuple):
 _Piece = str | int | _Run  # of a prompt: text, a special token, placeholders
 
 
-class _TemplateRefusal(Exception):
-    """The template refused the messages, with its own message."""
-
-
 class PromptBuilder:
     """Raises ValueError for a folder without a chat template."""
 
@@ -75,31 +56,24 @@ class PromptBuilder:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         alternatives = sorted(map(re.escape, self._special_ids), key=len, reverse=True)
         self._specials = re.compile("|".join(alternatives) or r"(?!)")
-        self._first_characters = re.compile(
-            "|".join(sorted({re.escape(token[0]) for token in self._special_ids})) or r"(?!)"
-        )
         self._image_token_id, self._video_token_id = image_token_id, video_token_id
         # A longer text cannot fit `max_tokens`, whatever its tokens: it is refused before tokenization.
         self._max_tokens = max_tokens
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))  # in characters
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
-        environment.globals["raise_exception"] = _raise_refusal
-        self._template = environment.from_string(_read_template(folder))
+        template = ChatTemplate.read(folder)
+        if template is None:
+            raise ValueError(f"model {str(folder)!r} has no chat template")
+        self._template = template
+        self._texts = UserTexts(self._special_ids, template.texts(), template.names())
 
-    def build(
-        self, prompt: Prompt, segments: Sequence[Sequence[Segment]], tools: Sequence[Tool] = ()
-    ) -> TokenizedPrompt:
-        """`segments[i]` take the place of the i-th picture or video of a chat. `tools` are for the template,
-        as OpenAI's clients write them. Raises RequestError, naming the field at fault.
+    def build(self, prompt: Prompt, segments: Sequence[Sequence[Segment]]) -> TokenizedPrompt:
+        """`segments[i]` take the place of the i-th picture or video of a chat.
+
+        Raises RequestError, naming the field at fault.
         """
         match prompt:
-            case Chat(messages):
-                return self._build_chat(messages, segments, tools)
+            case Chat():
+                return self._build_chat(prompt, segments)
             case Text(text):
                 self._check_length(len(text), "prompt")
                 return self._without_media(self._tokenize(self._split(text), 0).token_ids)
@@ -127,21 +101,14 @@ class PromptBuilder:
             info = context_overflow(self._max_tokens, least, None, field, is_least=True)
             raise RequestError.from_info(info)
 
-    def _build_chat(
-        self, messages: Sequence[ChatMessage], segments: Sequence[Sequence[Segment]], tools: Sequence[Tool]
-    ) -> TokenizedPrompt:
-        # Put behind every character with which a special token begins, wherever a user writes it, so that no
-        # special can begin in a user's text, not even spread over several parts; taken out again below.
-        mark = secrets.token_hex(8)
-        media = [part for part in parts_of(messages) if not isinstance(part, TextPart)]
+    def _build_chat(self, chat: Chat, segments: Sequence[Sequence[Segment]]) -> TokenizedPrompt:
+        media = [part for part in parts_of(chat.messages) if not isinstance(part, TextPart)]
         wanted = [
             self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media
         ]
-        self._check_length(sum(len(text) for message in messages for text in texts_of(message)), "messages")
-        rendered = self._render(
-            [self._as_template_message(index, message, mark) for index, message in enumerate(messages)],
-            _marked(tools, partial(self._plain, mark)),
-        )
+        self._check_length(num_characters(chat), "messages")
+        mark = secrets.token_hex(8)
+        rendered = self._render(chat, mark)
         pieces: list[_Piece] = []
         num_placed, start = 0, 0
         left_out = ""  # a mark, where it comes next
@@ -213,56 +180,15 @@ class PromptBuilder:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
-    def _as_template_message(self, index: int, message: ChatMessage, mark: str) -> dict[str, Any]:
-        if message.role not in ROLES:
-            what = f"unknown role {shown(message.role)}; known are {', '.join(ROLES)}"
-            raise RequestError(what, field=f"messages[{index}].role")
-
-        plain = partial(self._plain, mark)
-        if isinstance(content := message.content, str):
-            return {"role": message.role, "content": plain(content)}
-        parts = [_as_template_part(part, plain) for part in content]
-        if all("text" in part for part in parts):
-            # Some templates take lists of parts not for every role; without pictures the parts are one text.
-            return {"role": message.role, "content": "".join(part["text"] for part in parts)}
-        return {"role": message.role, "content": parts}
-
-    def _plain(self, mark: str, text: str) -> str:
-        """A user's text, in which no special token can begin."""
-        return self._first_characters.sub(lambda match: match.group() + mark, text)
-
-    def _render(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
-        try:
-            # Templates ask for `tools` by its truth, or by its being defined.
-            return self._template.render(messages=messages, tools=tools or None, add_generation_prompt=True)
-        except _TemplateRefusal as refusal:
-            raise RequestError(
-                f"the model's chat template refuses the messages: {refusal}", field="messages"
-            ) from None
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ):
-            raise RequestError(
-                "the model's chat template cannot render the messages", field="messages"
-            ) from None
-
-
-def _as_template_part(part: Part, plain: Callable[[str], str]) -> dict[str, str]:
-    match part:
-        case TextPart():
-            return {"type": "text", "text": plain(part.text)}
-        case ImagePart():
-            return {"type": "image"}
-        case VideoPart():
-            return {"type": "video"}
-        case _:
-            assert_never(part)
+    def _render(self, chat: Chat, mark: str) -> str:
+        plain = partial(self._texts.marked, mark=mark)
+        messages = [template_message(index, message) for index, message in enumerate(chat.messages)]
+        marked: list[dict[str, Any]] = _marked(messages, plain)
+        tools = _marked(read_tools(chat.tools), plain)
+        options = _marked(chat.template_options, plain)
+        if chat.continue_final_message:
+            return self._template.render_open(marked, tools, options)
+        return self._template.render(marked, tools, options, chat.add_generation_prompt)
 
 
 def _drop_last(pieces: list[_Piece], special: int | None) -> None:
@@ -284,23 +210,3 @@ def _marked(value: Any, plain: Callable[[str], str]) -> Any:
             return [_marked(inner, plain) for inner in value]
         case _:
             return value
-
-
-def parts_of(messages: Sequence[ChatMessage]) -> list[Part]:
-    return [part for message in messages if not isinstance(message.content, str) for part in message.content]
-
-
-def texts_of(message: ChatMessage) -> list[str]:
-    if isinstance(message.content, str):
-        return [message.content]
-    return [part.text for part in message.content if isinstance(part, TextPart)]
-
-
-def _raise_refusal(reason: str) -> None:
-    raise _TemplateRefusal(reason)
-
-
-def _read_template(folder: Path) -> str:
-    if (template := read_chat_template(folder)) is None:
-        raise ValueError(f"model {str(folder)!r} has no chat template")
-    return template

@@ -8,11 +8,11 @@ from typing import assert_never
 
 from pipeline.families import TextInfo
 from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
-from pipeline.wire.errors import RequestError, context_overflow
-from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
+from pipeline.wire.errors import RequestError, context_overflow, shown
+from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS
 from pipeline.wire.packing import unpack_int32
-from pipeline.wire.prompts import Chat, Prompt, Text, Tokens
-from workers.preprocess.prompt import parts_of, texts_of
+from pipeline.wire.prompts import TEMPLATE_OPTIONS, Chat, Prompt, Text, Tokens
+from workers.preprocess.chats import parts_of, read_tools, texts_of
 
 ALL = "all"  # every tenant may set a priority
 
@@ -45,17 +45,8 @@ def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Seq
 
 def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
     match prompt:
-        case Chat(messages):
-            if not messages:
-                raise RequestError("messages must not be empty", field="messages")
-            if (count := len(messages)) > MAX_MESSAGES:
-                raise RequestError(
-                    f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages"
-                )
-            if (count := len(parts_of(messages))) > MAX_PARTS:
-                raise RequestError(
-                    f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages"
-                )
+        case Chat():
+            _check_chat(prompt)
         case Text(text):
             if not text:
                 raise RequestError("the prompt must not be empty", field="prompt")
@@ -65,6 +56,26 @@ def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
             _check_token_ids(token_ids, info, "token_ids", "prompt")
         case _:
             assert_never(prompt)
+
+
+def _check_chat(chat: Chat) -> None:
+    messages = chat.messages
+    if not messages:
+        raise RequestError("messages must not be empty", field="messages")
+    for count, limit, what in (
+        (len(messages), MAX_MESSAGES, "there are {} messages"),
+        (len(parts_of(messages)), MAX_PARTS, "the messages have {} parts"),
+        (sum(len(message.tool_calls) for message in messages), MAX_TOOL_CALLS, "the messages have {} calls"),
+    ):
+        if count > limit:
+            raise RequestError(f"{what.format(count)}, the limit is {limit}", field="messages")
+    if unknown := [name for name in chat.template_options if name not in TEMPLATE_OPTIONS]:
+        what = f"unknown option {shown(unknown[0])}; known are {', '.join(TEMPLATE_OPTIONS)}"
+        raise RequestError(what, field="template_options")
+    if chat.continue_final_message and chat.add_generation_prompt:
+        what = "continue_final_message needs add_generation_prompt to be false"
+        raise RequestError(what, field="continue_final_message")
+    read_tools(chat.tools)
 
 
 def _check_choices(message: SubmitRequest, info: TextInfo) -> None:
@@ -106,7 +117,8 @@ def num_held_bytes(message: SubmitRequest) -> int:
 def _num_prompt_bytes(prompt: Prompt) -> int:
     match prompt:
         case Chat(messages):
-            return sum(sys.getsizeof(text) for message in messages for text in texts_of(message))
+            texts = sum(sys.getsizeof(text) for message in messages for text in texts_of(message))
+            return texts + len(prompt.tools)
         case Text(text):
             return sys.getsizeof(text)
         case Tokens(token_ids):

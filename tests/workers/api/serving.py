@@ -14,6 +14,7 @@ from aiohttp import web
 
 from pipeline.client.client import Piece
 from pipeline.config import ApiConfig
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.control import WorkerState
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
@@ -44,6 +45,7 @@ class FakeClient:
         self.media: Sequence[bytes | memoryview] = ()
         self.options: dict[str, Any] = {}
         self.sampling: list[Any] = []  # of all
+        self.prompts: list[Any] = []
 
     def generate(
         self,
@@ -55,6 +57,7 @@ class FakeClient:
         self.num_asked += 1
         self.media, self.options = media, options
         self.sampling.append(sampling)
+        self.prompts.append(messages)
         return self.answer() if sampling.n == 1 else self._choices(sampling.n)
 
     async def _choices(self, count: int) -> Pieces:
@@ -69,13 +72,13 @@ class FakeClient:
 def endpoint(
     client: FakeClient | None = None,
     is_ready: bool = True,
-    parser: str = "workers.api.parsers.plain",
+    forms: ChatForms | None = None,
     **options: Any,
 ) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
-    info = SimpleNamespace(default_sampling={}, parser=parser)
+    info = SimpleNamespace(default_sampling={})
     server = ApiServer(
-        ApiConfig(**api), cast(Any, client or FakeClient()), ("m",), cast(Any, info), **options
+        ApiConfig(**api), cast(Any, client or FakeClient()), ("m",), cast(Any, info), forms=forms, **options
     )
     if is_ready:
         server.set_ready()

@@ -7,16 +7,16 @@ import math
 import numpy as np
 
 from pipeline.client.client import Piece
+from pipeline.parsers.base import Content
+from pipeline.parsers.plain import PlainParser
 from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, Usage
-from workers.api.parsers.base import Content
-from workers.api.parsers.plain import PlainParser
 
 
 def made(num_choices: int = 1) -> Answer:
-    return Answer(num_choices, PlainParser, lambda token_id: bytes([token_id]))
+    return Answer(num_choices, lambda prompt: PlainParser(), lambda token_id: bytes([token_id]))
 
 
 def scores(ids: list[int], values: list[float]) -> TokenLogprobs:

@@ -5,29 +5,33 @@ from __future__ import annotations
 import json
 import random
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
-from pipeline.wire.prompts import Chat
-from tests.workers.api.endpoints.test_chat import body
-from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
+from tests.workers.api.endpoints.test_chat import body, decode_request
+from workers.api.endpoints.base import ServedModel
+from workers.api.endpoints.chat import ChatCompletions
 from workers.api.json_bodies import decode_fields
-from workers.api.request_fields import check_request
+
+
+def endpoint() -> ChatCompletions:
+    info = cast(Any, SimpleNamespace(default_sampling={}))
+    return ChatCompletions(ServedModel("m", info, 0, ChatForms(None), is_strict=True))
 
 
 def submitted(data: bytes) -> bytes:
     """What a body becomes on the wire. Raises RequestError, and nothing else."""
-    request = decode_request(data)
-    refuse_unserved(request)
-    check_request(request, ("m",))
+    submission = endpoint().decode(data)
     made = SubmitRequest(
-        client_id=b"c" * 16, request_id="r", attempt=1, prompt=Chat(tuple(to_messages(request))),
-        sampling=to_chat_sampling(request, {}), priority=request.priority or 0,
+        client_id=b"c" * 16, request_id="r", attempt=1, prompt=submission.prompt,
+        sampling=submission.sampling, priority=submission.priority,
     )  # fmt: skip
     return msgspec.msgpack.encode(made)
 

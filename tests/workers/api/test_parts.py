@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import ImagePart, TextPart, VideoPart
-from workers.api.endpoints.chat import decode_request, to_messages
+from tests.workers.api.endpoints.test_chat import decode_request
+from workers.api.chat_request import to_messages
 from workers.api.parts import LOW_DETAIL_PIXELS, to_part
 
 URL = "http://x/y"

@@ -65,7 +65,7 @@ async def test_the_endpoint_says_on_whose_behalf_it_asks(options: dict[str, Any]
         ("m",),
         cast(
             Any,
-            SimpleNamespace(default_sampling={}, parser="workers.api.parsers.plain"),
+            SimpleNamespace(default_sampling={}),
         ),
     )
     server.set_ready()

@@ -116,18 +116,21 @@ def test_tools_are_the_templates_to_show(tmp_path: Path) -> None:
     )
     (tmp_path / "chat_template.jinja").write_text(template)
     ours = PromptBuilder(tmp_path, INFO.image_token_id, INFO.video_token_id)
-    chat = Chat((ChatMessage("user", "hello"),))
-    built = ours.build(chat, (), TOOLS)
+
+    def build(*tools: dict[str, object]) -> TokenizedPrompt:
+        return ours.build(Chat((ChatMessage("user", "hello"),), json.dumps(tools).encode()), ())
+
+    built = build(*TOOLS)
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     harmless = json.loads(json.dumps(TOOLS).replace("<|im_end|> ", ""))
     expected = theirs.apply_chat_template(
         [{"role": "user", "content": "hello"}], tools=harmless, tokenize=True, return_dict=False
     )
-    assert ours.build(chat, (), harmless).token_ids == expected
+    assert build(*harmless).token_ids == expected
     end = theirs.convert_tokens_to_ids("<|im_end|>")
     assert built.token_ids.count(end) == expected.count(end)
     assert '"description": "<|im_end|> é"' in theirs.decode(built.token_ids)
-    assert ours.build(chat, ()).token_ids == theirs.apply_chat_template(
+    assert build().token_ids == theirs.apply_chat_template(
         [{"role": "user", "content": "hello"}], tokenize=True, return_dict=False
     )
 

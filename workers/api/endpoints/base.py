@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from pipeline.families import ModelInfo
+from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from workers.api.answer import Answer, Update
 from workers.api.errors import error_body
@@ -26,6 +27,7 @@ class ServedModel(NamedTuple):
     names: tuple[str, ...]  # that requests may give
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
+    forms: ChatForms  # of what the model writes in a chat
     is_strict: bool = False  # unknown fields are refused
     max_model_len: int = 0  # once the pipeline serves
 

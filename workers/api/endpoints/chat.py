@@ -7,121 +7,28 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, assert_never
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import assert_never
 
 import msgspec
 
-from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.prompts import ChatMessage, Part
-from pipeline.wire.sampling import MAX_LOGPROBS, SamplingParams
-from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, Update
+from pipeline.parsers.base import Content, ParserEvent, Thought, ToolArguments, ToolCallBegun
+from pipeline.wire.errors import RequestError
+from pipeline.wire.sampling import FinishReason
+from workers.api.answer import Answer, Call, ChoiceAnswer, ScoredToken, TokenScores, Update
+from workers.api.chat_request import (
+    ChatCompletionRequest,
+    check_chat,
+    to_chat_sampling,
+    to_messages,
+    to_template_options,
+)
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
-from workers.api.endpoints.openai import usage_object
-from workers.api.json_bodies import decode_json
-from workers.api.parsers.base import Content, ParserEvent, Thought
-from workers.api.parts import check_counts, to_part
-from workers.api.request_fields import check_request
-from workers.api.sampling_fields import SamplingFields, check_max_tokens, to_sampling
+from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
+from workers.api.request_fields import StreamOptions, check_request
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission, without_data_urls
-
-
-class RequestMessage(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str | list[dict[str, Any]] | None = None  # its parts: see parts.py
-    name: str | None = None  # ignored: no chat template of the family uses it
-    # OpenAI's client sends these back from an earlier answer; only empty values are accepted.
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: Any = None
-    function_call: Any = None
-    tool_calls: list[Any] | None = None
-
-
-class ChatCompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
-    messages: list[RequestMessage]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    # Known to OpenAI's or vLLM's API and not served: only values that change nothing are accepted.
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    response_format: Any = None
-    modalities: list[str] | None = None
-
-
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-NEUTRAL_IN_MESSAGE = ("refusal", "annotations", "audio", "function_call", "tool_calls")
-
-
-def decode_request(body: bytes | bytearray) -> ChatCompletionRequest:
-    """Raises RequestError, naming the field, for a body that is no chat completion request."""
-    request = decode_json(body, ChatCompletionRequest)
-    check_counts([message.content for message in request.messages])
-    return request
-
-
-def refuse_unserved(request: ChatCompletionRequest) -> None:
-    for field, neutral in NEUTRAL.items():
-        value = getattr(request, field)
-        if value is not None and value not in neutral:
-            raise RequestError(f"{field} is not served by this server, got {shown(value)}", field=field)
-    for index, message in enumerate(request.messages):
-        for field in NEUTRAL_IN_MESSAGE:
-            if getattr(message, field):
-                raise RequestError(
-                    f"{field} in a message is not served by this server", field=f"messages[{index}].{field}"
-                )
-
-
-def to_messages(request: ChatCompletionRequest) -> list[ChatMessage]:
-    """The pipeline's messages. OpenAI's newer role name `developer` becomes `system`, which models know."""
-    return [
-        ChatMessage(
-            "system" if message.role == "developer" else message.role, _to_content(message.content, index)
-        )
-        for index, message in enumerate(request.messages)
-    ]
-
-
-def _to_content(content: str | list[dict[str, Any]] | None, index: int) -> str | tuple[Part, ...]:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return tuple(to_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
-
-
-def to_chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, float]) -> SamplingParams:
-    """Raises RequestError for a value out of range."""
-    check_max_tokens(request.max_tokens, "max_tokens")
-    check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
-    if request.top_logprobs and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true", field="top_logprobs")
-    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_LOGPROBS:
-        raise RequestError(
-            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {request.top_logprobs}",
-            field="top_logprobs",
-        )
-    return to_sampling(
-        request,
-        defaults,
-        max_tokens=(
-            request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        ),
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
+from workers.api.tool_choice import to_chat_grammar, to_tool_choice
 
 
 class ChatCompletions(Endpoint):
@@ -130,90 +37,144 @@ class ChatCompletions(Endpoint):
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self._has_logprobs = self._includes_usage = False
+        self._options: StreamOptions | None = None
+        self._has_logprobs = self._wants_prompt_logprobs = self._wants_token_ids = False
+        self._includes_reasoning = True
+        self._callers: set[int] = set()  # choices that have called a function
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = decode_request(body)
-        refuse_unserved(request)
+        request = self.read(body, ChatCompletionRequest)
         check_request(request, self.model.names)
-        messages, sampling = to_messages(request), to_chat_sampling(request, self.model.info.default_sampling)
-        conversation = without_data_urls(messages)
-        self._has_logprobs, self._includes_usage = bool(request.logprobs), request.includes_usage
+        check_chat(request)
+        self._options, self._has_logprobs = request.stream_options, bool(request.logprobs)
+        self._wants_prompt_logprobs = request.prompt_logprobs is not None
+        self._wants_token_ids = bool(request.return_token_ids)
+        self._includes_reasoning = request.include_reasoning
+        if request.stream and self._wants_prompt_logprobs:
+            raise RequestError("prompt_logprobs cannot be streamed", field="prompt_logprobs")
+        choice = to_tool_choice(request.tools or (), request.tool_choice, request.parallel_tool_calls)
+        messages, media = without_data_urls(to_messages(request))
+        chat = msgspec.structs.replace(
+            messages,
+            tools=choice.data,
+            template_options=to_template_options(request, self.model.forms),
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+        )
+        sampling = to_chat_sampling(request, self.model.info.default_sampling)
+        grammar = to_chat_grammar(choice, chat, self.model.forms, sampling.grammar)
         return Submission(
             request_id=self._id,
-            prompt=conversation.chat,
-            media=conversation.media,
-            sampling=sampling,
+            prompt=chat,
+            media=media,
+            sampling=msgspec.structs.replace(sampling, grammar=grammar),
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             is_streamed=request.stream,
         )
 
     def render(self, answer: Answer) -> Json:
-        choices = [
-            {
-                "index": index,
-                "message": _message(choice),
-                "logprobs": _logprobs(choice.logprobs) if self._has_logprobs else None,
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(answer.choices)
-        ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage_object(answer.usage)}
+        choices = [self._choice(index, choice) for index, choice in enumerate(answer.choices)]
+        made = {**self._head("chat.completion"), "choices": choices, "usage": usage_object(answer.usage)}
+        (prompt,) = answer.prompts
+        if self._wants_prompt_logprobs:
+            made["prompt_logprobs"] = prompt_logprobs(prompt)
+        if self._wants_token_ids:
+            made["prompt_token_ids"] = list(prompt.token_ids)
+        return made
+
+    def _choice(self, index: int, choice: ChoiceAnswer) -> Json:
+        made: Json = {
+            "index": index,
+            "message": self._message(choice),
+            "logprobs": _logprobs(choice.logprobs) if self._has_logprobs else None,
+            "finish_reason": _finish_reason(choice.finish_reason, bool(choice.calls)),
+            "stop_reason": choice.last_piece.stop_reason if choice.last_piece else None,
+        }
+        if self._wants_token_ids:
+            made["token_ids"] = choice.token_ids
+        return made
+
+    def _message(self, choice: ChoiceAnswer) -> Json:
+        content = "".join(choice.content)
+        has_more = bool(choice.calls or choice.thoughts)
+        message: Json = {
+            "role": "assistant",
+            "content": None if has_more and not content else content,
+            "refusal": None,
+        }
+        if choice.thoughts and self._includes_reasoning:
+            message |= _reasoning("".join(choice.thoughts))
+        if choice.calls:
+            message["tool_calls"] = [_call_object(call) for call in choice.calls]
+        return message
 
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
-        """Each choice's role, its text as it comes and its finish reason; then the usage if requested."""
+        """Each choice's role, its text and calls as they come and its finish reason; then the usage if
+        requested."""
         for index in range(len(answer.choices)):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            yield self._chunk(answer, index, {"role": "assistant", "content": ""})
         async for update in updates:
-            for chunk in self._chunks(update):
+            for chunk in self._chunks(answer, update):
                 yield chunk
-        if self._includes_usage:
+        if self._options is not None and self._options.include_usage:
             usage = usage_object(answer.usage)
             yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
 
-    def _chunks(self, update: Update) -> Iterator[bytes]:
-        logprobs: Sequence[TokenScores] = update.logprobs
-        deltas = [_delta(one) for one in update.events]
-        if logprobs and not deltas:
+    def _chunks(self, answer: Answer, update: Update) -> Iterator[bytes]:
+        logprobs, token_ids = update.logprobs, update.token_ids
+        deltas = [delta for one in update.events if (delta := self._delta(one, update.choice))]
+        if not deltas and (logprobs or (token_ids and self._wants_token_ids)):
             deltas = [{"content": ""}]
         for delta in deltas:
-            yield self._chunk(update.choice, delta, logprobs=logprobs)
-            logprobs = ()  # only the first delta carries them
+            further: Json = {"token_ids": list(token_ids)} if self._wants_token_ids else {}
+            if self._has_logprobs and logprobs:
+                further["logprobs"] = _logprobs(logprobs)
+            yield self._chunk(answer, update.choice, delta, further)
+            logprobs = token_ids = ()  # only the first delta carries them
         if update.finish_reason is not None:
-            yield self._chunk(update.choice, {}, update.finish_reason)
+            finish = _finish_reason(update.finish_reason, update.choice in self._callers)
+            last = {"finish_reason": finish, "stop_reason": update.stop_reason}
+            yield self._chunk(answer, update.choice, {}, last)
+
+    def _delta(self, parsed: ParserEvent, choice: int) -> Json | None:
+        match parsed:
+            case Content(text):
+                return {"content": text}
+            case Thought(text):
+                return _reasoning(text) if self._includes_reasoning else None
+            case ToolCallBegun(index, name):
+                self._callers.add(choice)
+                return {"tool_calls": [{"index": index, **_call_object(Call(name))}]}
+            case ToolArguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case _:
+                assert_never(parsed)
 
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model.name}
 
-    def _chunk(
-        self,
-        index: int,
-        delta: dict[str, str],
-        finish_reason: str | None = None,
-        logprobs: Sequence[TokenScores] = (),
-    ) -> bytes:
-        shown = _logprobs(logprobs) if self._has_logprobs and logprobs else None
-        choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}
-        return event({**self._head("chat.completion.chunk"), "choices": [choice]})
+    def _chunk(self, answer: Answer, index: int, delta: Json, further: Json | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(further or {})}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self._options is not None and self._options.continuous_usage_stats:
+            chunk["usage"] = usage_object(answer.usage)
+        return event(chunk)
 
 
-def _message(choice: ChoiceAnswer) -> Json:
-    message: Json = {"role": "assistant", "content": "".join(choice.content), "refusal": None}
-    if choice.thoughts:
-        message["reasoning_content"] = "".join(choice.thoughts)
-    return message
+def _finish_reason(reason: FinishReason | None, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and reason is FinishReason.STOP else reason
 
 
-def _delta(parsed: ParserEvent) -> dict[str, str]:
-    match parsed:
-        case Content(text):
-            return {"content": text}
-        case Thought(text):
-            return {"reasoning_content": text}
-        case _:
-            assert_never(parsed)
+def _reasoning(text: str) -> Json:
+    """By both of the names that clients read."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call_object(call: Call) -> Json:
+    function = {"name": call.name, "arguments": "".join(call.arguments)}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def _logprobs(tokens: Sequence[TokenScores]) -> Json:
@@ -225,10 +186,9 @@ def _logprobs(tokens: Sequence[TokenScores]) -> Json:
 
 
 def _entry(token: ScoredToken) -> Json:
-    # JSON has no infinity; OpenAI writes the smallest logprob as -9999.
     return {
         "token": token.text.decode(errors="replace"),
-        "logprob": max(token.logprob, -9999.0),
+        "logprob": max(token.logprob, LEAST_LOGPROB),
         "bytes": list(token.text),
     }
 

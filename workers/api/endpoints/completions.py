@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from pipeline.parsers.base import Content
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Prompt, Text, Tokens
@@ -16,7 +17,6 @@ from pipeline.wire.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, Update
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
-from workers.api.parsers.base import Content
 from workers.api.request_fields import StreamOptions, check_request
 from workers.api.sampling_fields import SamplingFields, check_max_tokens, to_sampling
 from workers.api.server_sent_events import DONE, event

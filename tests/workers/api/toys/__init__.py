@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from workers.api import endpoints, parsers
-from workers.api.endpoints import registry
+from pipeline import parsers
+from pipeline.parsers.registry import forms
+from workers.api import endpoints
+from workers.api.endpoints.registry import routes
 
 
 @contextmanager
@@ -19,8 +21,10 @@ def installed() -> Iterator[None]:
         for package in (endpoints, parsers):
             folder = Path(__file__).parent / package.__name__.rpartition(".")[2]
             patch.setattr(package, "__path__", [*package.__path__, str(folder)])
-        registry.routes.cache_clear()
+        routes.cache_clear()
+        forms.cache_clear()
         try:
             yield
         finally:
-            registry.routes.cache_clear()
+            routes.cache_clear()
+            forms.cache_clear()

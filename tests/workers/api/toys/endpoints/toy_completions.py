@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from pipeline.parsers.base import Content
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.prompts import Text
 from workers.api.answer import Answer, Update
 from workers.api.endpoints.base import Endpoint, Json
 from workers.api.json_bodies import decode_json
-from workers.api.parsers.base import Content
 from workers.api.request_fields import check_request
 from workers.api.sampling_fields import SamplingFields, to_sampling
 from workers.api.server_sent_events import event

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.api.parsers.base import Content, Parser, ParserEvent, Thought
+from pipeline.parsers.base import Parser, ParserEvent, Start, Thought, ThoughtForm
 
 TAGS = {False: "<think>", True: "</think>"}  # the next one, by whether the text is a thought
 
 
 class ThoughtParser(Parser):
-    def __init__(self) -> None:
-        self._held, self._is_thought = "", False
+    def __init__(self, inner: Parser) -> None:
+        self._inner, self._held, self._is_thought = inner, "", False
 
     def add(self, text: str) -> Sequence[ParserEvent]:
         events: list[ParserEvent] = []
@@ -27,10 +27,24 @@ class ThoughtParser(Parser):
 
     def finish(self) -> Sequence[ParserEvent]:
         told, self._held = self._held, ""
-        return self._told(told)
+        return [*self._told(told), *self._inner.finish()]
 
     def _told(self, text: str) -> list[ParserEvent]:
-        return [Thought(text) if self._is_thought else Content(text)] if text else []
+        if self._is_thought:
+            return [Thought(text)] if text else []
+        return list(self._inner.add(text))
 
 
-PARSER = ThoughtParser
+class ToyThoughts(ThoughtForm):
+    names = ("toy",)
+    tags = (TAGS[False], TAGS[True])
+    begin, end = tags
+
+    def fits(self, template: str) -> bool:
+        return False
+
+    def parser(self, start: Start, inner: Parser, ends: Sequence[str] = ()) -> Parser:
+        return ThoughtParser(inner)
+
+
+FORM = ToyThoughts()

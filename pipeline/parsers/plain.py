@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.api.parsers.base import Content, Parser, ParserEvent
+from pipeline.parsers.base import Content, Parser, ParserEvent
 
 
 class PlainParser(Parser):
@@ -13,6 +13,3 @@ class PlainParser(Parser):
 
     def finish(self) -> Sequence[ParserEvent]:
         return ()
-
-
-PARSER = PlainParser
