@@ -28,7 +28,7 @@ from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, t
 from pipeline.client.open_request import OpenRequest
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
-from pipeline.wire.clients import RequestOutput, SubmitRequest, TokenLogprobs, Welcome
+from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, TokenLogprobs, Welcome
 from pipeline.wire.control import ReloadState, WorkerState
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
@@ -49,17 +49,21 @@ class Piece:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if requested
     index: int = 0  # of the choice
+    prompt_token_ids: tuple[int, ...] = ()  # of the first piece of a choice, if requested
+    prompt_logprobs: PromptLogprobs | None = None  # of one piece, if requested
+    stop_reason: str | int | None = None  # of the last piece: the stop string, or the one of `stop_token_ids`
 
 
 class _ChoiceText:
     """Detokenizes one choice."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
-        self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(sampling.stop)
-        self._min_tokens = sampling.min_tokens
+        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens)
+        self._stop_strings = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+        self._stop_token_ids, self._min_tokens = sampling.stop_token_ids, sampling.min_tokens
         self.is_over = False
 
-    def add(self, output: RequestOutput, num_prompt_tokens: int) -> Piece:
+    def add(self, output: RequestOutput, opened: OpenRequest) -> Piece:
         token_ids = tuple(unpack_int32(output.new_token_ids).tolist())
         finish = output.finish_reason
         # The first `min_tokens` tokens take no part in a stop string.
@@ -68,18 +72,24 @@ class _ChoiceText:
         text += self._stop_strings.add(
             self._detokenizer.add(token_ids[num_early:], finish is not None), finish is not None
         )
-        if self._stop_strings.is_hit:
+        stop_reason: str | int | None = self._stop_strings.hit
+        if stop_reason is not None:
             finish = FinishReason.STOP
+        elif finish is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_token_ids:
+            stop_reason = token_ids[-1]
         self.is_over = finish is not None
         return Piece(
             text,
             token_ids,
             finish,
-            num_prompt_tokens,
+            opened.num_prompt_tokens,
             output.offset + len(token_ids),
             output.num_cached_tokens,
             output.logprobs,
             output.index,
+            () if output.offset else opened.prompt_token_ids,
+            output.prompt_logprobs,
+            stop_reason,
         )
 
 
@@ -195,7 +205,7 @@ class PipelineClient:
                 choice = choices[event.index]
                 if choice.is_over:  # a stop string ended it here; the LLM had already sampled more
                     continue
-                piece = choice.add(event, opened.num_prompt_tokens)
+                piece = choice.add(event, opened)
                 num_open -= choice.is_over
                 if event.finish_reason is not None:
                     if not num_open:

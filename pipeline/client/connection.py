@@ -54,6 +54,7 @@ from pipeline.wire.clients import (
 )
 from pipeline.wire.control import ControlMessage, PipelineState, ReloadState, WorkerState
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
+from pipeline.wire.packing import unpack_int32
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -384,6 +385,7 @@ class Connection:
             message.num_prompt_tokens,
             None,
         )
+        opened.prompt_token_ids = tuple(unpack_int32(message.prompt_token_ids).tolist())
         opened.hear(time.monotonic())
         opened.request = msgspec.structs.replace(opened.request, lead=message.sender.rank)
         if opened.mm_hashes is not None and opened.mm_hashes != message.mm_hashes:

@@ -50,11 +50,11 @@ _BYTES = _byte_alphabet()
 
 
 class Detokenizer:
-    """One request's text. Special tokens are left out."""
+    """One request's text, without special tokens unless they are asked for."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skips_specials = tokenizer, skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []  # ids that have added no text yet
 
     def add(self, token_ids: Iterable[int], is_last: bool = False) -> str:
@@ -74,29 +74,30 @@ class Detokenizer:
 
     def _flush(self) -> str:
         """The text of the pending ids, an unfinished character as U+FFFD: `DecodeStream` never yields it."""
-        text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._pending, skip_special_tokens=self._skips_specials)
         self._pending.clear()
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._skips_specials)
         return text
 
 
 class StopStrings:
-    """Holds back text that may become a stop string, and cuts the text at the first complete one."""
+    """Holds back text that may become a stop string, and cuts the text at the first complete one, or with
+    `is_included` behind it."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
+    def __init__(self, stop: Sequence[str], is_included: bool = False) -> None:
+        self._stop, self._is_included = stop, is_included
         self._held = ""
-        self.is_hit = False
+        self.hit: str | None = None  # the stop string that was met
 
     def add(self, text: str, is_last: bool = False) -> str:
         """The text that is certain to precede any stop string; empty after a hit."""
-        if self.is_hit:
+        if self.hit is not None:
             return ""
         self._held += text
-        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
-            self.is_hit = True
-            shown, self._held = self._held[: min(found)], ""
+            place, self.hit = min(found)
+            shown, self._held = self._held[: place + len(self.hit) * self._is_included], ""
             return shown
         keep = 0 if is_last else max((self._overlap(stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep

@@ -38,6 +38,7 @@ class OpenRequest:
     heard: float  # time of its submission, or of the last message about it
     asked: float = -math.inf  # time of the last query
     num_prompt_tokens: int = 0
+    prompt_token_ids: tuple[int, ...] = ()  # if requested
     mm_hashes: tuple[bytes, ...] | None = None  # of its pictures, when an attempt was last accepted
     is_accepted: bool = False  # this attempt
     is_asking: bool = False  # a query is unanswered
@@ -122,6 +123,7 @@ class OpenRequest:
                 new_token_ids=token_ids,
                 logprobs=output.logprobs[num_repeated:],
                 num_cached_tokens=choice.num_cached_tokens,
+                prompt_logprobs=None if num_received else output.prompt_logprobs,
             )
             choice.token_ids += unpack_int32(token_ids).tolist()
             choice.is_over = output.finish_reason is not None

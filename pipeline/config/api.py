@@ -74,6 +74,9 @@ class ApiConfig:
     access_log: str = option(
         "off", "a line for each HTTP request, on standard error; json: as an object", choices=ACCESS_LOGS
     )
+    strict_fields: bool = option(
+        False, "refuse fields of a request that the server does not know, instead of ignoring them"
+    )
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     api_memory_mib: int | None = option(
         None,

@@ -109,6 +109,16 @@ class Accepted(WorkerMessage, frozen=True, kw_only=True):
     attempt: int
     num_prompt_tokens: int
     mm_hashes: tuple[bytes, ...]
+    prompt_token_ids: bytes = b""  # if requested
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Log-probabilities of the n prompt tokens behind the first: of each one itself, then of the likeliest
+    ones."""
+
+    token_ids: bytes  # int32 [n, 1 + k]
+    logprobs: bytes  # float32 [n, 1 + k]
+    ranks: bytes  # int32 [n]: of the token itself; the likeliest has rank 1
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -129,6 +139,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each new token, if requested
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     index: int = 0  # of the choice
+    prompt_logprobs: PromptLogprobs | None = None  # if requested: in one output at offset 0
 
 
 class TokenOutputs(WorkerMessage, frozen=True, kw_only=True):

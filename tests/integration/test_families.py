@@ -30,11 +30,11 @@ LONG_CHATS: list[ChatTurns] = [
 ]
 MODEL = ("--dtype", "float32", *LIMITS)
 # What differs from one server to the next, put together so that few servers do.
-# fmt: off
+
 SHARDED = (
     "--max-num-batched-tokens", "23", "--max-num-seqs", "16", "--block-size", "4", "--max-itl-stretch", "0",
     "--overlap", "on", "--vit", "2", "--vit-engine", "onnxruntime",
-)  # fmt: on
+)  # fmt: skip
 NUM_RANKS = {"qwen2_5_vl": "2", "qwen3_vl": "4", "qwen3_vl_moe": "2"}
 REPLICATED = ("--dp", "2", "--kv-cache-gib", "0.001", "--max-model-len", "640")
 

@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from pipeline.client.client import Piece, PipelineClient
 from pipeline.families import ModelInfo
 from pipeline.wire.errors import RequestError
+from pipeline.wire.prompts import Prompt
 from workers.api.answer import Answer, Update
 from workers.api.parsers.registry import parser_of
 from workers.api.submission import Submission
 
 MAX_UNREAD_PIECES = 8192  # of one HTTP request whose client reads too slowly
+MAX_PROMPTS_AT_ONCE = 32  # of one HTTP request
+Pieces = AsyncGenerator[Piece, None]
 
 
-async def read_ahead(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-    """Reads pieces as they come into a queue, and yields them. Leaving early ends the request.
+async def read_ahead(sources: Sequence[Callable[[], Pieces]]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Reads the pieces of all sources as they come into a queue, and yields each with its source's number.
 
-    Raises RequestError when the queue exceeds `MAX_UNREAD_PIECES`.
+    Leaving early ends the requests. Raises RequestError when the queue exceeds `MAX_UNREAD_PIECES`.
     """
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+    waiting = iter(enumerate(sources))
 
     async def read() -> None:
-        async with aclosing(pieces):
-            async for piece in pieces:
-                queue.put_nowait(piece)
-                if queue.qsize() > MAX_UNREAD_PIECES:
-                    raise RequestError("the answer is not read as fast as it comes", status=503)
+        for number, source in waiting:
+            async with aclosing(source()) as pieces:
+                async for piece in pieces:
+                    queue.put_nowait((number, piece))
+                    if queue.qsize() > MAX_UNREAD_PIECES:
+                        raise RequestError("the answer is not read as fast as it comes", status=503)
 
     def on_done(task: asyncio.Task[None]) -> None:
         queue.put_nowait(None if task.cancelled() else task.exception())
 
-    task = asyncio.create_task(read())
-    task.add_done_callback(on_done)
+    tasks = [asyncio.create_task(read()) for _ in range(min(len(sources), MAX_PROMPTS_AT_ONCE))]
+    for task in tasks:
+        task.add_done_callback(on_done)
+    num_reading = len(tasks)
     try:
-        while (item := await queue.get()) is not None:
-            if isinstance(item, BaseException):
+        while num_reading:
+            item = await queue.get()
+            if item is None:
+                num_reading -= 1
+            elif isinstance(item, BaseException):
                 raise item
-            yield item
+            else:
+                yield item
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Generation:
@@ -58,24 +71,29 @@ class Generation:
     ) -> None:
         self._client, self._submission = client, submission
         self._cache_salt, self._tenant = cache_salt, tenant
-        parser = parser_of(info, submission.prompt)
-        self.answer = Answer(submission.sampling.n, parser, client.token_text)
+        parser, num_prompts = parser_of(info, submission.prompt), len(submission.prompts)
+        self.answer = Answer(submission.sampling.n, parser, client.token_text, num_prompts)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Updates as they come. Leaving early aborts the request. Raises RequestError."""
+        sources = [
+            partial(self._pieces, number, prompt) for number, prompt in enumerate(self._submission.prompts)
+        ]
+        async with aclosing(read_ahead(sources)) as ahead:
+            async for number, piece in ahead:
+                yield self.answer.add(piece, number)
+
+    def _pieces(self, number: int, prompt: Prompt) -> Pieces:
         submission = self._submission
-        pieces = self._client.generate(
-            submission.prompt,
+        return self._client.generate(
+            prompt,
             submission.sampling,
             submission.media,
-            request_id=submission.request_id,
+            request_id=submission.id_of(number),
             priority=submission.priority,
             cache_salt=self._cache_salt,
             tenant=self._tenant,
         )
-        async with aclosing(read_ahead(pieces)) as ahead:
-            async for piece in ahead:
-                yield self.answer.add(piece)
 
     async def whole(self) -> Answer:
         """The whole answer. Raises RequestError."""

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pipeline.wire.errors import MODEL_NOT_FOUND, RequestError, shown
+from pipeline.wire.errors import MODEL_NOT_FOUND, ErrorInfo, RequestError, shown
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # the usage so far, in every chunk
 
 
-class RequestFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class RequestFields(msgspec.Struct, kw_only=True):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -38,6 +39,16 @@ def check_request(fields: RequestFields, model_names: Sequence[str]) -> None:
         raise RequestError(f"priority must fit 32 bits, got {shown(fields.priority)}", field="priority")
     if fields.stream_options is not None and not fields.stream:
         raise RequestError("stream_options need stream to be true", field="stream_options")
-    if fields.model and fields.model not in model_names:
-        what = f"the model {shown(fields.model)} is not served here, only {', '.join(map(repr, model_names))}"
-        raise RequestError(what, field="model", status=404, code=MODEL_NOT_FOUND)
+    check_model(fields.model, model_names)
+
+
+def check_model(name: str, model_names: Sequence[str]) -> None:
+    """Raises RequestError for a model other than the served one; without a name it is that one."""
+    if name and name not in model_names:
+        raise RequestError.from_info(unknown_model(name, model_names))
+
+
+def unknown_model(name: str, model_names: Sequence[str]) -> ErrorInfo:
+    served = ", ".join(map(repr, model_names))
+    what = f"the model {shown(name)} is not served here, only {served}"
+    return ErrorInfo(404, what, "model", MODEL_NOT_FOUND)

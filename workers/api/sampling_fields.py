@@ -12,18 +12,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.wire.errors import RequestError, shown
-from pipeline.wire.sampling import MAX_LOGIT_BIASES, SamplingParams
+from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_SEED, SamplingParams
 from workers.api.request_fields import RequestFields
 
-NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs")
+NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "banned_token_ids")
+# Numbers that other servers read as something else than a number.
+LEAST_TOP_P = 1e-9  # for 0: the best token only
+ANY_SEED = -1
+NO_LIMIT = -1  # of `max_tokens`
 
 
-class _WrittenFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
-    """Parameters whose type in JSON differs from the wire's."""
+class _WrittenFields(RequestFields, kw_only=True):
+    """Parameters that are written otherwise in JSON, or that endpoints read."""
 
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    n: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
 
 
 def _taken_over() -> list[tuple[str, Any, None]]:
@@ -36,9 +45,7 @@ def _taken_over() -> list[tuple[str, Any, None]]:
 if TYPE_CHECKING:
     SamplingFields = _WrittenFields
 else:
-    SamplingFields = msgspec.defstruct(
-        "SamplingFields", _taken_over(), bases=(_WrittenFields,), kw_only=True, forbid_unknown_fields=True
-    )
+    SamplingFields = msgspec.defstruct("SamplingFields", _taken_over(), bases=(_WrittenFields,), kw_only=True)
 
 
 def to_sampling(
@@ -53,13 +60,20 @@ def to_sampling(
     Raises RequestError for a value out of range.
     """
     names = set(SamplingParams.__struct_fields__) & set(request.__struct_fields__)
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop
+    # An empty string stops nothing, as at OpenAI.
+    stop = ([request.stop] if request.stop else []) if isinstance(request.stop, str) else request.stop
     values: dict[str, Any] = {name: getattr(request, name) for name in names}
+    if values.get("top_p") == 0:
+        values["top_p"] = LEAST_TOP_P
+    if (seed := values.get("seed")) is not None and -MAX_SEED <= seed < 0:
+        values["seed"] = None if seed == ANY_SEED else seed + MAX_SEED
     values |= {
         "logit_bias": _to_logit_bias(request.logit_bias or {}),
         "stop": tuple(stop or ()),
         "stop_token_ids": tuple(request.stop_token_ids or ()),
-        "max_tokens": max_tokens,
+        "allowed_token_ids": tuple(request.allowed_token_ids) if request.allowed_token_ids else None,
+        "bad_words": tuple(filter(None, request.bad_words or ())),
+        "max_tokens": None if max_tokens == NO_LIMIT else max_tokens,
         "logprobs": logprobs,
     }
     given = {name: value for name, value in values.items() if value is not None}
@@ -69,15 +83,17 @@ def to_sampling(
 def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
     if len(given) > MAX_LOGIT_BIASES:  # before all are converted
         raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries", field="logit_bias")
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise RequestError(
-            "logit_bias maps token ids, written as strings, to numbers", field="logit_bias"
-        ) from None
+    biases: dict[int, float] = {}
+    for token, bias in given.items():
+        try:
+            biases[int(token)] = bias
+        except ValueError:
+            what = f"logit_bias maps token ids, written as strings, to numbers; {shown(token)} is no id"
+            raise RequestError(what, field="logit_bias") from None
+    return biases
 
 
 def check_max_tokens(limit: int | None, field: str) -> None:
     """Raises RequestError, naming the field, for a limit out of range."""
-    if limit is not None and not 1 <= limit < 2**31:
+    if limit is not None and limit != NO_LIMIT and not 1 <= limit < 2**31:
         raise RequestError(f"{field} must be at least 1 and fit 32 bits, got {shown(limit)}", field=field)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -40,6 +40,7 @@ STREAM_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+MAX_SHOWN_NAMES, MAX_SHOWN_NAME = 10, 40  # of ignored fields, in a header
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response to a request, once its head is prepared
 LEASE = web.RequestKey("lease", BudgetLease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -64,7 +65,7 @@ class ApiServer:
         budget: Budget | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
-        self._model = ServedModel(model_names, info, created=int(time.time()))
+        self._model = ServedModel(model_names, info, created=int(time.time()), is_strict=config.strict_fields)
         self._routes = {path: route for route in routes() for path in spellings(route.path)}
         self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
@@ -79,6 +80,7 @@ class ApiServer:
         self.handled_at = 0.0  # when the last request ended
 
     def set_ready(self) -> None:
+        self._model = self._model._replace(max_model_len=self._client.welcome.max_model_len)
         self.is_ready = True
         self._is_settled.set()
 
@@ -195,7 +197,7 @@ class ApiServer:
 
     async def _inquire(self, route: type[Inquiry], request: web.Request) -> web.StreamResponse:
         await self._until_ready()
-        return web.json_response(route(self._model).render())
+        return web.json_response(route(self._model).render(**request.match_info))
 
     async def _ask(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
         """Counts a request to the model while it is unfinished, or refuses it if there are too many."""
@@ -223,7 +225,8 @@ class ApiServer:
         record.answer, record.completion_id = generation.answer, submission.request_id
         if submission.is_streamed:
             return await self._stream(request, endpoint, generation)
-        return web.json_response(endpoint.render(await generation.whole()))
+        answer = endpoint.render(await generation.whole())
+        return web.json_response(answer, headers=_warning(endpoint.ignored_fields))
 
     async def _decode(self, request: web.Request, endpoint: Endpoint) -> Submission:
         """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
@@ -231,6 +234,8 @@ class ApiServer:
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
         submission = endpoint.decode(body)
         lease.keep(submission.media)
+        if endpoint.ignored_fields:
+            logger.info("%s: ignored %s", request.path, _named(endpoint.ignored_fields))
         return submission
 
     async def _stream(
@@ -239,12 +244,25 @@ class ApiServer:
         async with aclosing(generation.updates()) as updates:
             # The status is sent with the first token, so that a broken picture is a 4xx also when streaming.
             first = await anext(updates)
-            response = web.StreamResponse(headers=STREAM_HEADERS)
+            headers = {**STREAM_HEADERS, **_warning(endpoint.ignored_fields)}
+            response = web.StreamResponse(headers=headers)
             request[RECORD].streamed_at = time.monotonic()
             await response.prepare(request)
             async for data in endpoint.stream(generation.answer, _chain(first, updates)):
                 await response.write(data)
             return response
+
+
+def _named(fields: Sequence[str]) -> str:
+    """Some names of fields, in ASCII whatever the client wrote."""
+    return ", ".join(ascii(name[:MAX_SHOWN_NAME]) for name in fields[:MAX_SHOWN_NAMES])
+
+
+def _warning(ignored: Sequence[str]) -> dict[str, str]:
+    """The header that tells a client which fields of its body were ignored: RFC 7234, 5.5."""
+    if not ignored:
+        return {}
+    return {"Warning": f'299 - "ignored fields: {_named(ignored)}"'.replace("\\", "?")}
 
 
 async def _chain(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:

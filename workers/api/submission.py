@@ -13,6 +13,8 @@ from pipeline.wire.sampling import SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
+    """One request to the pipeline, or one for each of several prompts."""
+
     request_id: str
     prompt: Prompt  # names the media by their index
     sampling: SamplingParams
@@ -20,6 +22,15 @@ class Submission:
     priority: int = 0  # lower goes first
     cache_salt: str = ""  # as the client gave it
     is_streamed: bool = False
+    further_prompts: Sequence[Prompt] = ()  # of text: they are answered as `prompt` is
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        return (self.prompt, *self.further_prompts)
+
+    def id_of(self, number: int) -> str:
+        """The id of the request for one of the prompts."""
+        return f"{self.request_id}-{number}" if self.further_prompts else self.request_id
 
 
 class Conversation(NamedTuple):

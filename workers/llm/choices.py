@@ -20,6 +20,7 @@ class Choices:
     num_prompt_tokens: int
     mm_hashes: tuple[bytes, ...]
     all: list[Request]  # by index; without choices that were over before this attempt
+    told_prompt: bytes = b""  # the prompt's token ids, if the client asked for them
 
     @classmethod
     def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Choices:
@@ -32,6 +33,7 @@ class Choices:
             len(first.prompt_token_ids),
             tuple(item.mm_hash for item in message.items),
             [first.fork(index, progress) for index, progress in every if not progress.is_over],
+            message.prompt_token_ids if message.sampling.returns_prompt else b"",
         )
         if (leader := made.leader) is not None:
             leader.chunks = first.chunks  # their embeddings are under way
@@ -94,6 +96,7 @@ class Choices:
             return
         heir.waits_for_prompt = False
         heir.chunks, ended.chunks = ended.chunks, []
+        heir.prompt_scores = ended.prompt_scores
         for chunk in heir.chunks:
             is_here = chunk.embeddings is not None
             chunk.is_lost, chunk.is_read = not is_here and (chunk.is_lost or chunk.is_read), False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, assert_never
 
 import msgspec
+import numpy as np
 
 from pipeline.transport.ends import Subscription
 from pipeline.wire.base import Origin
@@ -17,6 +18,7 @@ from pipeline.wire.clients import (
     Interrupted,
     OutputsMessage,
     Preparing,
+    PromptLogprobs,
     RequestFailed,
     RequestOutput,
     TokenOutputs,
@@ -28,6 +30,7 @@ from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role
 from workers.llm.choices import Choices
 from workers.llm.request import Request
+from workers.llm.sampling.prompt_logprobs import PromptScores
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
@@ -54,6 +57,8 @@ class Ended(NamedTuple):
     time: float
     failure: Failure | None  # None: every choice had its last output
     outputs: tuple[RequestOutput, ...] = ()  # one for each choice, from its first token on
+    # The choice whose first output came with the prompt's logprobs or token ids: these are not remembered.
+    told_prompt: int | None = None
 
 
 class Publish(Protocol):
@@ -137,7 +142,8 @@ class Clients:
     def tell_accepted(self, choices: Choices) -> None:
         accepted = Accepted(
             request_id=choices.request_id, attempt=choices.attempt,
-            num_prompt_tokens=choices.num_prompt_tokens, mm_hashes=choices.mm_hashes, **self._origin,
+            num_prompt_tokens=choices.num_prompt_tokens, mm_hashes=choices.mm_hashes,
+            prompt_token_ids=choices.told_prompt, **self._origin,
         )  # fmt: skip
         self.publish(accepted, choices.client_id)
 
@@ -161,14 +167,22 @@ class Clients:
 
     def remember_choices(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
         # The tokens of a failed or interrupted request are not sent again.
-        outputs = tuple(output_of(request, 0) for request in choices.all if failure is None)
-        ended = Ended(choices.client_id, choices.attempt, now, failure, outputs)
+        ended_well = [request for request in choices.all if failure is None]
+        outputs = tuple(
+            msgspec.structs.replace(output_of(request, 0), prompt_logprobs=None) for request in ended_well
+        )
+        told = (one.index for one in ended_well if one.prompt_scores or one.sampling.max_tokens == 0)
+        ended = Ended(choices.client_id, choices.attempt, now, failure, outputs, next(told, None))
         return self.remember(choices.request_id, ended)
 
     def tell_ended(
         self, request_id: str, ended: Ended, num_received: Callable[[int], int] | None = None
     ) -> None:
         """`num_received` maps a choice's index to the number of tokens that the client has; None: all."""
+        choice = ended.told_prompt
+        if choice is not None and num_received is not None and not num_received(choice):
+            gone = Interruption("what it asked about its prompt is no longer here")
+            ended = ended._replace(failure=gone)
         match ended.failure:
             case ErrorInfo():
                 self.tell_failed(ended.client_id, request_id, ended.attempt, ended.failure)
@@ -200,6 +214,7 @@ def _behind(output: RequestOutput, num_received: int | None) -> RequestOutput:
         offset=offset,
         new_token_ids=output.new_token_ids[4 * offset :],
         logprobs=output.logprobs[offset:],
+        prompt_logprobs=None if offset else output.prompt_logprobs,
     )
 
 
@@ -207,6 +222,7 @@ def output_of(request: Request, offset: int) -> RequestOutput:
     """The tokens of a choice from `offset` on."""
     token_ids = pack_int32(request.output_token_ids[offset:])
     logprobs = tuple(request.logprobs[offset:])
+    has_prompt = offset == 0 and request.output_token_ids and request.prompt_scores
     return RequestOutput(
         request.request_id,
         request.attempt,
@@ -216,4 +232,14 @@ def output_of(request: Request, offset: int) -> RequestOutput:
         logprobs,
         request.num_cached_tokens,
         request.index,
+        _prompt_logprobs(request.prompt_scores) if has_prompt else None,
+    )
+
+
+def _prompt_logprobs(parts: Sequence[PromptScores]) -> PromptLogprobs:
+    token_ids, logprobs, ranks = (
+        np.concatenate([np.asarray(part[column]) for part in parts]) for column in (1, 2, 3)
+    )
+    return PromptLogprobs(
+        token_ids.astype("<i4").tobytes(), logprobs.astype("<f4").tobytes(), ranks.astype("<i4").tobytes()
     )

@@ -19,6 +19,7 @@ from pipeline.wire.generation import (
     RequestNotYours,
     RequestRefused,
 )
+from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.arriving_embeddings import ArrivingEmbeddings
 from workers.llm.choices import Choices
@@ -130,6 +131,9 @@ class Intake:
 
     def _open(self, message: GenerateRequest, now: float) -> None:
         choices = Choices.from_wire(message, self._welcome.max_model_len)
+        if message.sampling.max_tokens == 0:
+            self._tell_prompt(choices, now)
+            return
         self._requests.add(choices)
         if refusal := self._refusal(choices):
             self._requests.fail(choices, refusal, now)
@@ -140,8 +144,29 @@ class Intake:
         for early in self._leases.take_early(choices.request_id):
             self.handle(early, now)
 
+    def _tell_prompt(self, choices: Choices, now: float) -> None:
+        """Ends a request for nothing but its prompt's token ids."""
+        failure = self._refusal_of_client(choices)
+        if failure is None:
+            self._clients.tell_accepted(choices)
+            for request in choices.all:
+                request.finish_reason = FinishReason.LENGTH
+        self._requests.tell_preprocess(choices.client_id, choices.request_id, choices.attempt, failure)
+        ended = self._clients.remember_choices(choices, failure, now)
+        self._clients.tell_ended(choices.request_id, ended)
+
     def _refusal(self, choices: Choices) -> Failure | None:
         """Why the request cannot run; None: it can."""
+        if failure := self._refusal_of_client(choices):
+            return failure
+        if (leader := choices.leader) is None:
+            return ErrorInfo(400, "all choices are over already", "choices")
+        for chunk in leader.chunks:
+            if chunk.wire.vit_epoch < self.epochs.get(vit := WorkerId(Role.VIT, chunk.wire.vit), 0):
+                return Interruption(f"{vit} died")
+        return next(filter(None, map(self._too_long, choices.open)), None)
+
+    def _refusal_of_client(self, choices: Choices) -> Failure | None:
         if choices.client_id not in self._clients:
             return Interruption("its client had left")  # while its media were fetched
         if (protocol := self._clients.protocol_of(choices.client_id)) is None:
@@ -149,12 +174,7 @@ class Intake:
         if protocol != PROTOCOL_VERSION:
             reason = f"the client speaks protocol {protocol}, the pipeline speaks protocol {PROTOCOL_VERSION}"
             return ErrorInfo(400, reason)
-        if (leader := choices.leader) is None:
-            return ErrorInfo(400, "all choices are over already", "choices")
-        for chunk in leader.chunks:
-            if chunk.wire.vit_epoch < self.epochs.get(vit := WorkerId(Role.VIT, chunk.wire.vit), 0):
-                return Interruption(f"{vit} died")
-        return next(filter(None, map(self._too_long, choices.open)), None)
+        return None
 
     def _too_long(self, request: Request) -> ErrorInfo | None:
         limit, capacity = self._welcome.max_model_len, self._stepper.scheduler.cache.capacity

@@ -36,6 +36,13 @@ from workers.llm.models.base import Decoder
 from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
+from workers.llm.sampling.prompt_logprobs import (
+    MAX_ROWS,
+    PromptRange,
+    PromptScores,
+    PromptTable,
+    scores_of,
+)
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.llm.sequences import Int64Array, SequenceTable, StepRows
 from workers.llm.step_result import LaunchedStep
@@ -88,6 +95,7 @@ class ModelRunner:
         self._num_slots = config.llm.max_num_seqs
         setup = Setup(self._num_slots, info.text.vocab_size, info.eos_token_ids, device)
         self.sampler = Sampler(setup, make_processors(setup), backend.sample)
+        self._prompts = PromptTable(self._num_slots)
         # By slot; the last slot is for padding rows of a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
@@ -233,6 +241,7 @@ class ModelRunner:
         """Overwrites all state of the slot's previous sequence."""
         self.sequences.start(start)
         self.sampler.start(start)
+        self._prompts.start(start.slot, start.sampling.prompt_logprobs, start.num_prompt_tokens)
         self.states.start(start.slot)
         if start.token_ids:
             self._last_tokens[start.slot] = int.from_bytes(start.token_ids[-4:], "little", signed=True)
@@ -241,11 +250,26 @@ class ModelRunner:
 
     def _launch_any(self, rows: StepRows, steps: Sequence[SequenceStep]) -> LaunchedStep:
         hidden, ends = self._compute(rows, steps)
-        # All ranks must agree on whether `logits` runs, as it is a collective: they do, by their equal plans.
-        if not rows.are_sampled.any():
-            return LaunchedStep(self.device)
-        logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
-        return self._choose_ready(_Unchosen.of(rows, logits))
+        # All ranks must agree on the calls of `logits`, as it is a collective: they do, by their equal plans.
+        if rows.are_sampled.any():
+            logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
+            launched = self._choose_ready(_Unchosen.of(rows, logits))
+        else:
+            launched = LaunchedStep(self.device)
+        for part in self._prompts.ranges(rows.slots, rows.starts, rows.stops):
+            stop = int(ends[part.sequence] - rows.stops[part.sequence]) + part.stop - 1
+            scores = self._score_prompt(hidden[stop - (part.stop - part.start) : stop], part)
+            launched.add_prompt(part.sequence, scores)
+        return launched
+
+    def _score_prompt(self, hidden: Tensor, part: PromptRange) -> PromptScores:
+        """hidden: [n, hidden], at the rows before the tokens of `part`."""
+        token_ids = self._tensor(self.sequences.token_ids(part.slot, part.start, part.stop))
+        pieces = [
+            scores_of(self.decoder.logits(some), of_some, part.num_best)
+            for some, of_some in zip(hidden.split(MAX_ROWS), token_ids.split(MAX_ROWS), strict=True)
+        ]
+        return PromptScores(part.start, *(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
 
     def _compute(self, rows: StepRows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and the end of each sequence."""

@@ -20,6 +20,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
+from workers.llm.sampling.prompt_logprobs import PromptScores
 
 MAX_OVERTAKEN = 8  # a request overtaken this often by priority goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
@@ -58,6 +59,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     # One an output token, where requested; empty for tokens of earlier attempts.
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_scores: list[PromptScores] = field(default_factory=list)  # so far, if requested
     num_computed_tokens: int = 0  # in the KV cache, or being computed by an in-flight step
     num_pending_tokens: int = 0  # 1 while an in-flight step samples a token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
@@ -99,7 +101,9 @@ class Request:
         again.
         """
         lost = [Chunk(one.item, one.index, one.pieces, one.wire, is_lost=True) for one in self.chunks]
-        made = dataclasses.replace(self, index=index, chunks=lost, block_table=[], _block_hashes=[])
+        made = dataclasses.replace(
+            self, index=index, chunks=lost, block_table=[], _block_hashes=[], prompt_scores=[]
+        )
         made.go_on_behind(progress)
         return made
 
@@ -109,6 +113,19 @@ class Request:
         self.num_earlier_tokens = len(self.output_token_ids)
         has_logprobs = self.sampling.logprobs is not None
         self.logprobs = [TokenLogprobs(b"", b"")] * self.num_earlier_tokens if has_logprobs else []
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether a client waits for them. With a token of an earlier attempt it has got them."""
+        return self.sampling.prompt_logprobs is not None and not self.num_earlier_tokens
+
+    def take_prompt_scores(self, scores: PromptScores) -> None:
+        """Keeps what is new: a preempted request computes its prompt again."""
+        num_known = 1 + sum(len(part.ranks) for part in self.prompt_scores)
+        num_old = num_known - scores.start
+        if 0 <= num_old < len(scores.ranks):
+            start, *tensors = scores
+            self.prompt_scores.append(PromptScores(start + num_old, *(part[num_old:] for part in tensors)))
 
     @property
     def key(self) -> tuple[str, int]:

@@ -76,7 +76,8 @@ class Scheduler:
         self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
 
     def add(self, request: Request) -> None:
-        if not self.has_prefix_cache:  # its choices share the prompt's blocks, no other request does
+        # Its choices share the prompt's blocks, no other request does.
+        if not self.has_prefix_cache or request.sampling.prompt_logprobs is not None:
             request.cache_salt = f"{request.request_id}/{request.attempt}/".encode() + request.client_id
         insort(self.waiting, request, key=_arrival)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from pipeline.process.trace import Tracer
@@ -250,6 +251,8 @@ class Stepper:
             is_in_prompt = item.start < len(request.prompt_token_ids)
             if is_in_prompt and not request.is_over and request.num_computed_tokens >= item.stop:
                 step.leases += request.take_read_leases(item.stop)
+        for sequence, scores in result.prompt_scores.items():
+            step.scheduled[sequence].request.take_prompt_scores(scores)
         self._leases.release(step.leases)
         finished = self.scheduler.update(step.scheduled, new_token_ids)
         for request, _ in yielded:
@@ -280,10 +283,13 @@ class Stepper:
 
 
 def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
+    sampling = with_seed(request.sampling, request.request_id, request.index)
+    if sampling.prompt_logprobs is not None and not request.wants_prompt_logprobs:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
     return SequenceStart(
         slot=request.slot,
         num_prompt_tokens=len(request.prompt_token_ids),
-        sampling=with_seed(request.sampling, request.request_id, request.index),
+        sampling=sampling,
         token_ids=pack_int32([*request.prompt_token_ids, *request.output_token_ids]),
         positions=request.positions.tobytes() if request.items else b"",
         position_delta=request.position_delta,

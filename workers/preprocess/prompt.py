@@ -25,7 +25,7 @@ from pipeline.families import Placeholders, Segment, WithoutMarks
 from pipeline.families.files import read_chat_template
 from pipeline.wire.errors import RequestError, context_overflow, shown
 from pipeline.wire.generation import Span
-from pipeline.wire.packing import unpack_int32
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import (
     Chat,
     ChatMessage,
@@ -107,6 +107,11 @@ class PromptBuilder:
                 return self._without_media(unpack_int32(token_ids).tolist())
             case _:
                 assert_never(prompt)
+
+    def token_sequences(self, words: Sequence[str]) -> tuple[bytes, ...]:
+        """The words as a model writes them, at a text's beginning and behind a space: int32 each."""
+        spellings = (text for word in words for text in (word.lstrip() or word, f" {word.lstrip()}"))
+        return tuple(dict.fromkeys(pack_int32(self._encode(text)) for text in spellings))
 
     def _without_media(self, token_ids: list[int]) -> TokenizedPrompt:
         if not {self._image_token_id, self._video_token_id}.isdisjoint(token_ids):

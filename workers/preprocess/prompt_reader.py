@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
 from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, VideoPart
+from pipeline.wire.sampling import SamplingParams
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
 from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
 from workers.preprocess.threads import FairThreads
+
+MAX_PROMPT_LOGPROBS = 1 << 18  # of one request: 2 MiB
 
 
 class Prepared(NamedTuple):
     items: list[Item]
     prompt: TokenizedPrompt
     positions: Positions
+    sampling: SamplingParams
 
 
 class PromptReader:
@@ -63,9 +69,18 @@ class PromptReader:
         if (total := len(prompt.token_ids)) > limit:
             field = "messages" if isinstance(message.prompt, Chat) else "prompt"
             raise RequestError.from_info(context_overflow(limit, total, message.sampling.max_tokens, field))
+        sampling = message.sampling
+        if sampling.bad_words:
+            banned = await self._threads.run(self.builder.token_sequences, sampling.bad_words)
+            banned = (*sampling.banned_token_ids, *banned)
+            sampling = msgspec.structs.replace(sampling, bad_words=(), banned_token_ids=banned)
+        best = sampling.prompt_logprobs
+        if best is not None and total * (1 + best) > MAX_PROMPT_LOGPROBS:
+            what = f"{1 + best} log-probabilities for each of {total} prompt tokens are more than"
+            raise RequestError(f"{what} the limit of {MAX_PROMPT_LOGPROBS}", field="prompt_logprobs")
         placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
         positions: Positions = await self._threads.run(self._info.family.positions, total, placed, self._info)
-        return Prepared(items, prompt, positions)
+        return Prepared(items, prompt, positions, sampling)
 
     def _check_counts(self, parts: Sequence[ImagePart | VideoPart]) -> None:
         num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part in parts)

@@ -90,7 +90,7 @@ def test_many_tokens_without_text_cost_no_more_than_others(waiting: str, tokeniz
 def test_stop_strings(pieces: list[str], stop: list[str], shown: str, hit: bool) -> None:
     made = StopStrings(stop)
     out = "".join(made.add(piece, number == len(pieces) - 1) for number, piece in enumerate(pieces))
-    assert (out, made.is_hit) == (shown, hit)
+    assert (out, made.hit is not None) == (shown, hit)
     assert made.add("more", True) == ("" if hit else "more")
 
 

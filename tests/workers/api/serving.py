@@ -39,6 +39,7 @@ class FakeClient:
 
     def __init__(self, answer: Callable[[], Pieces] = one_word) -> None:
         self.answer, self.failure, self.is_draining = answer, "", False
+        self.welcome = SimpleNamespace(max_model_len=8192)
         self.workers: tuple[WorkerState, ...] = ()
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()

@@ -40,8 +40,8 @@ def test_an_update_has_what_its_piece_adds_and_only_kept_ones_stay() -> None:
     update = answer.add(piece)
     assert (update.choice, update.events, update.finish_reason) == (0, (Content("hi"),), None)
     first, second = update.logprobs
-    assert (first.chosen, first.best) == ((b"h", -0.5), ((b"H", -1.0),))
-    assert (second.chosen, second.best) == ((b"i", -math.inf), ())
+    assert (first.chosen, first.best) == ((b"h", -0.5, 104), ((b"H", -1.0, 72),))
+    assert (second.chosen, second.best) == ((b"i", -math.inf, 105), ())
     (choice,) = answer.choices
     assert (choice.content, choice.logprobs) == ([], [])
     answer.keep(update)

@@ -16,6 +16,7 @@ from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
 from pipeline.wire.prompts import Chat
 from tests.workers.api.endpoints.test_chat import body
 from workers.api.endpoints.chat import decode_request, refuse_unserved, to_chat_sampling, to_messages
+from workers.api.json_bodies import decode_fields
 from workers.api.request_fields import check_request
 
 
@@ -96,6 +97,44 @@ def test_numbers_beyond_64_bits_are_refused_by_name(field: str, number: str) -> 
     error = refused(f'{{{chat}, {extra}"{field}": {value}}}'.encode())
     if len(number) < 4300:
         assert error.info.field.startswith(field)
+
+
+class Inner(msgspec.Struct, frozen=True):
+    count: int = 0
+
+
+class Outer(msgspec.Struct):
+    inner: Inner = Inner()
+    items: list[Inner] = []
+    ratio: float = 1.0
+    name: str = ""
+
+
+def test_null_is_a_field_left_out_and_whole_floats_are_integers() -> None:
+    data = {"inner": {"count": 3.0}, "items": [{"count": None}, {"count": 2}], "ratio": None, "name": None}
+    request, unknown = decode_fields(msgspec.json.encode(data), Outer)
+    assert request == Outer(inner=Inner(3), items=[Inner(), Inner(2)])
+    assert not unknown
+
+
+def test_unknown_fields_are_told_by_their_path_unless_they_are_unset() -> None:
+    data = {
+        "x": 1,
+        "empty": [],
+        "none": None,
+        "text": "",
+        "inner": {"y": False},
+        "items": [{}, {"z": {"a": 1}}],
+    }
+    request, unknown = decode_fields(msgspec.json.encode(data), Outer)
+    assert request == Outer(items=[Inner(), Inner()])
+    assert unknown == {"x": 1, "inner.y": False, "items[1].z": {"a": 1}}
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"3", b'"x"'])
+def test_a_body_that_is_no_object_is_refused(data: bytes) -> None:
+    with pytest.raises(RequestError, match="must be a JSON object"):
+        decode_fields(data, Outer)
 
 
 def with_part(part: dict[str, Any]) -> dict[str, Any]:

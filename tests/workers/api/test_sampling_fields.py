@@ -46,3 +46,29 @@ def test_stop_token_ids_have_one_limit(count: int) -> None:
     request = decode_json(msgspec.json.encode({"stop_token_ids": list(range(count))}), SamplingFields)
     with pytest.raises(RequestError, match=f"at most {MAX_STOP_TOKEN_IDS} ids, got {count} ids"):
         to_sampling(request, {}, max_tokens=None, logprobs=None)
+
+
+def sampled(fields: dict[str, object], max_tokens: int | None = None) -> SamplingParams:
+    request = decode_json(msgspec.json.encode(fields), SamplingFields)
+    return to_sampling(request, {"temperature": 0.7}, max_tokens=max_tokens, logprobs=None)
+
+
+def test_numbers_mean_what_they_mean_at_other_servers() -> None:
+    usual = sampled({})
+    assert sampled({"top_p": 0}).top_p < 1e-6, "the best token only"
+    assert sampled({"seed": -1}) == sampled({"stop": ""}) == sampled({}, max_tokens=-1) == usual
+    assert sampled({"seed": -7}).seed == 2**63 - 7
+    assert sampled({"top_k": 5.0, "min_tokens": 2.0, "stop_token_ids": [3.0]}) == sampled(
+        {"top_k": 5, "min_tokens": 2, "stop_token_ids": [3]}
+    )
+
+
+def test_half_a_token_is_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        sampled({"top_k": 2.5})
+    assert caught.value.info.field == "top_k"
+
+
+def test_a_bias_for_no_token_is_refused_with_its_key() -> None:
+    with pytest.raises(RequestError, match="'abc' is no id"):
+        sampled({"logit_bias": {"1": 2, "abc": 1}})

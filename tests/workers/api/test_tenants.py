@@ -36,7 +36,7 @@ def test_a_client_without_a_key_is_its_address(remote: str | None, forwarded: li
 
 
 class FakeClient:
-    failure, is_draining = "", False
+    failure, is_draining, welcome = "", False, SimpleNamespace(max_model_len=9)
 
     def __init__(self) -> None:
         self.tenants: list[str] = []

@@ -7,15 +7,17 @@ sends the result of `render` or `stream`. It knows no route by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from pipeline.families import ModelInfo
-from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from workers.api.answer import Answer, Update
 from workers.api.errors import error_body
+from workers.api.json_bodies import Body, decode_fields
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission
+from workers.api.unserved_fields import refuse_unserved
 
 Json = dict[str, Any]
 
@@ -24,6 +26,8 @@ class ServedModel(NamedTuple):
     names: tuple[str, ...]  # that requests may give
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
+    is_strict: bool = False  # unknown fields are refused
+    max_model_len: int = 0  # once the pipeline serves
 
     @property
     def name(self) -> str:
@@ -52,6 +56,20 @@ class Route(ABC):
 class Endpoint(Route):
     """A route that asks the model: POST."""
 
+    def __init__(self, model: ServedModel) -> None:
+        super().__init__(model)
+        self.ignored_fields: Sequence[str] = ()  # of the body, after `decode`
+
+    def read(self, body: bytes | bytearray, kind: type[Body]) -> Body:
+        """The body's fields. Raises RequestError for those that do not fit, and, with `--strict-fields`, for
+        fields that nobody here knows."""
+        request, unknown = decode_fields(body, kind)
+        self.ignored_fields = refuse_unserved(unknown)
+        if self.model.is_strict and self.ignored_fields:
+            name = self.ignored_fields[0]
+            raise RequestError(f"the field {shown(name)} is not known to this server", field=name)
+        return request
+
     @abstractmethod
     def decode(self, body: bytes | bytearray) -> Submission:
         """The body's submission. Raises RequestError for a request that is not served.
@@ -73,4 +91,5 @@ class Inquiry(Route):
     """A route for information on the server, once it serves: GET."""
 
     @abstractmethod
-    def render(self) -> Json: ...
+    def render(self, **places: str) -> Json:
+        """`places`: what stands in the path's `{name}`s. Raises RequestError."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from workers.api.answer import Usage
+from workers.api.answer import PromptAnswer, Usage
 from workers.api.endpoints.base import Json
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 
 
 def usage_object(usage: Usage) -> Json:
@@ -12,3 +14,21 @@ def usage_object(usage: Usage) -> Json:
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
     }  # fmt: skip
+
+
+def prompt_logprobs(prompt: PromptAnswer) -> list[Json | None]:
+    """vLLM's form: for each prompt token an object by token id; null for the first token."""
+    found: list[Json | None] = [None]
+    for token in prompt.scores:
+        ranked = [(token.chosen, token.rank), *((one, rank) for rank, one in enumerate(token.best, 1))]
+        found.append(
+            {
+                str(one.token_id): {
+                    "logprob": max(one.logprob, LEAST_LOGPROB),
+                    "rank": rank,
+                    "decoded_token": one.text.decode(errors="replace"),
+                }
+                for one, rank in ranked
+            }
+        )
+    return found

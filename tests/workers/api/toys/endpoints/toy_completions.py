@@ -16,7 +16,7 @@ from workers.api.server_sent_events import event
 from workers.api.submission import Submission
 
 
-class ToyRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+class ToyRequest(SamplingFields, kw_only=True):
     prompt: str
     budget: int | None = None
 
