@@ -28,9 +28,10 @@ from pipeline.client.connection import Connection
 from pipeline.client.data_urls import move_data_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
 from pipeline.client.open_request import OpenRequest
+from pipeline.client.tags import special_tags
 from pipeline.parsers.base import ParserEvent
 from pipeline.parsers.forms import ChatForms
-from pipeline.parsers.registry import AUTO, check_names, forms
+from pipeline.parsers.registry import AUTO, check_names
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, TokenLogprobs, Welcome
@@ -148,7 +149,7 @@ class PipelineClient:
         welcome = await self._connection.start(timeout_s)
         try:
             self._tokenizer = _read_tokenizer(self.model_folder / "tokenizer.json", welcome.tokenizer_hash)
-            self._tags = _special_tags(self._tokenizer)
+            self._tags = special_tags(self._tokenizer)
         except PipelineError:
             await self.close()
             raise
@@ -286,13 +287,6 @@ class PipelineClient:
             cache_salt=cache_salt, tenant=tenant,
         )  # fmt: skip
         return self._connection.submit(request, frames)
-
-
-def _special_tags(tokenizer: Tokenizer) -> dict[int, str]:
-    """Special tokens that say what the model means, and so must not be left out of a chat's text."""
-    tags = {tag for form in forms() for tag in form.tags}
-    added = tokenizer.get_added_tokens_decoder().items()
-    return {token_id: token.content for token_id, token in added if token.special and token.content in tags}
 
 
 def _read_tokenizer(path: Path, expected_hash: bytes) -> Tokenizer:
