@@ -29,7 +29,7 @@ from pipeline.client.data_urls import move_data_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.tags import special_tags
-from pipeline.parsers.base import ParserEvent
+from pipeline.parsers.base import ParserEvent, Start
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO, check_names
 from pipeline.transport.keys import ClientKeys
@@ -251,6 +251,18 @@ class PipelineClient:
                     events += parser.finish()
                 yield ParsedPiece(piece, events)
 
+    def _with_thinking_end(self, sampling: SamplingParams, chat: Chat) -> SamplingParams:
+        """A budget of thoughts needs the tokens that end one. Where the model does not think, there is no
+        budget."""
+        if sampling.thinking_budget is None or sampling.thinking_end:
+            return sampling
+        thoughts, start = self.forms.thoughts, self.forms.start(chat)
+        if thoughts is None or start not in (Start.THOUGHT, Start.EXPECTED):
+            return msgspec.structs.replace(sampling, thinking_budget=None)
+        assert self._tokenizer is not None
+        end = self._tokenizer.encode(thoughts.end, add_special_tokens=False).ids
+        return msgspec.structs.replace(sampling, thinking_end=tuple(end))
+
     @property
     def forms(self) -> ChatForms:
         """How the model writes in a chat, by its template; to be read after `start`."""
@@ -274,6 +286,7 @@ class PipelineClient:
         if not isinstance(prompt, Text | Tokens):
             chat = prompt if isinstance(prompt, Chat) else Chat(tuple(prompt))
             prompt = msgspec.structs.replace(chat, messages=move_data_urls(chat.messages, frames))
+            sampling = self._with_thinking_end(sampling, prompt)
         elif frames:
             raise RequestError("pictures and videos come in a chat only", field="prompt")
         if len(frames) > MAX_ITEMS:

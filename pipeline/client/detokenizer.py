@@ -63,7 +63,7 @@ class Detokenizer:
 
     def add(self, token_ids: Iterable[int], is_last: bool = False) -> str:
         """The text that these ids add. An unfinished character is held back until complete or `is_last`."""
-        shown = []
+        shown: list[str] = []
         for token_id in token_ids:
             if token_id in self._kept:
                 shown += (self._flush(), self._kept[token_id])

@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**63
 MAX_INT32 = 2**31
 MAX_CHOICES = 16
+MAX_THINKING_END = 16  # tokens of the tag that ends a thought
 
 
 class FinishReason(enum.StrEnum):
@@ -60,6 +61,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     its id gives it a seed: see `with_seed`. The text ends before a stop string, or with
     `include_stop_str_in_output` behind it; it has special tokens with `skip_special_tokens` off.
 
+    After `thinking_budget` output tokens a thought that goes on is ended by the tokens `thinking_end`: the
+    client library fills them in, for chats in which the model thinks.
+
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
 
@@ -84,6 +88,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    thinking_budget: int | None = None
+    thinking_end: tuple[int, ...] = ()
 
     @property
     def returns_prompt(self) -> bool:
@@ -124,11 +130,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("stop", len(self.stop), "strings", MAX_STOP_STRINGS),
             ("stop_token_ids", len(self.stop_token_ids), "ids", MAX_STOP_TOKEN_IDS),
             ("logit_bias", len(self.logit_bias), "entries", MAX_LOGIT_BIASES),
+            ("thinking_end", len(self.thinking_end), "ids", MAX_THINKING_END),
         ):
             _check(count <= limit, name, f"{count} {what}", f"at most {limit} {what}")
 
     def _check_tokens(self) -> None:
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+        budget = self.thinking_budget
+        _check(budget is None or 0 <= budget < MAX_INT32, "thinking_budget", budget, "0 or more")
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", self.logit_bias),
+            ("thinking_end", self.thinking_end),
+        ):
             for token_id in ids:
                 _check(0 <= token_id < MAX_INT32, name, token_id, "made of token ids, which are 0 or more")
         for bias in self.logit_bias.values():

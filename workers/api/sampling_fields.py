@@ -15,7 +15,7 @@ from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_SEED, SamplingParams
 from workers.api.structure_fields import StructureFields, to_grammar
 
-NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "grammar")
+NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "grammar", "thinking_budget", "thinking_end")
 # Numbers that other servers read as something else than a number.
 LEAST_TOP_P = 1e-9  # for 0: the best token only
 ANY_SEED = -1

@@ -374,7 +374,8 @@ async def test_the_older_structural_tag() -> None:
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_json": "{}", "guided_regex": "a"}, "guided_regex"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},
+         "messages[0].tool_calls[0].function"),
     ],
     ids=str,
 )  # fmt: skip
