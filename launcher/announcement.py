@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 def announce(config: Config, model: Model, run_dir: Path, port: int) -> None:
     """`port` is the endpoint's."""
-    url = f"http://{shown_host(config.api.host)}:{port}"
-    logger.info("serving %s at %s (run directory %s)", model.name, url, run_dir)
+    url = f"{'https' if config.api.ssl_certfile else 'http'}://{shown_host(config.api.host)}:{port}"
+    logger.info("serving %s at %s (run directory %s)", model.names[0], url, run_dir)
     if config.has_gateway:
         host = shown_host(config.direct.direct_host)
         logger.info("serving clients with keys at tcp://%s:%s", host, config.direct.direct_port)

@@ -22,7 +22,7 @@ FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")  # weights as safetensor
 @dataclass(frozen=True, slots=True)
 class Model:
     folder: Path
-    name: str  # in the API
+    names: tuple[str, ...]  # in the API; answers show the first
     notice: str = ""
     sample: Path | None = None  # a picture to try it with
 
@@ -32,7 +32,7 @@ def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
     if not config.model:
         return Model(
             EMBEDDED / "model",
-            config.served_model_name or EMBEDDED_NAME,
+            _names(config, EMBEDDED_NAME),
             NOTICE,
             EMBEDDED / "samples" / "red-star.png",
         )
@@ -48,7 +48,11 @@ def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
         folder = _download(config.model, config.download_from)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {str(folder)!r} has no safetensors files")
-    return Model(folder, config.served_model_name or config.model)
+    return Model(folder, _names(config, config.model))
+
+
+def _names(config: ModelConfig, default: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(config.served_model_name)) or (default,)
 
 
 def _download(name: str, source: str) -> Path:

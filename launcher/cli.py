@@ -25,6 +25,7 @@ from launcher.supervisor import Supervisor
 from pipeline.config import Config
 from pipeline.parsers.registry import check_names
 from pipeline.process import faults, log
+from workers.api.tls import ssl_context
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         # Removed from the environment: workers do not need it.
         config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
+        ssl_context(config.api)  # raises for files that cannot be used, before anything starts
         home = home_folder(os.environ)
         if home is None and config.launcher.cache_dir:
             os.environ["HOME"] = config.launcher.cache_dir  # where hubs' clients keep downloads
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))
         with RunDir(config.launcher.run_dir, base) as run_dir:
             cache = cache_folder(config.launcher.cache_dir, os.environ, home, run_dir)
-            named = dataclasses.replace(config.model, served_model_name=model.name)
+            named = dataclasses.replace(config.model, served_model_name=model.names)
             located = dataclasses.replace(config.launcher, cache_dir=str(cache))
             config = dataclasses.replace(config, model=named, launcher=located)
             config = limit_pictures(config, model.folder, os.environ)

@@ -177,7 +177,7 @@ class Rig:
             sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=request_id, arrival=1,
             prompt_token_ids=pack_int32(built.token_ids),
             positions=pack_int32(positions.rows), position_delta=positions.delta,
-            items=tuple(items), **fields,
+            **{"items": tuple(items), **fields},
         )  # fmt: skip
         return message, ready
 

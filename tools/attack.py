@@ -191,7 +191,7 @@ PULLS = ("ingest", "encode", "feedback", "llm", "status")
 async def slow_bodies(target: Target) -> None:
     """Connections that send their head or their body for ever, and bodies whose end never comes."""
     host, port = target.url.split("/")[2].split(":")
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ATTACKER}\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {ATTACKER}\r\n"
     begun = (
         (head + "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n").encode().replace(b"{}", b"%d")
     )

@@ -119,7 +119,7 @@ async def run(args: argparse.Namespace) -> int:
         welcome = client.welcome
         info = read_model_info(client.model_folder)
         forms = ChatForms.read(info.folder, info.tool_call_parser, info.reasoning_parser)
-        model = ServedModel(welcome.model_name, info, int(time.time()), forms)
+        model = ServedModel((welcome.model_name,), info, int(time.time()), forms)
         width = min(args.concurrency, welcome.max_requests)
         with (
             args.output.open("ab") as output,

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tools.mutations import Media, Mutated, make_media, mutated_request
 from tools.processes import num_open_files, resident_bytes, workers_of
@@ -117,6 +117,13 @@ def _is_error(answer: bytes) -> bool:
         return False
 
 
+def _status_of(error: dict[str, Any]) -> int:
+    """What the status would be if the stream had not begun."""
+    if error.get("type") != "server_error":
+        return 400
+    return 503 if error.get("code") == "service_unavailable" else 500
+
+
 def _wrong_stream(body: bytes) -> str:
     """Events that do not parse, an end without its mark, an error that no client may see."""
     *events, rest = body.decode().split("\n\n")
@@ -125,7 +132,7 @@ def _wrong_stream(body: bytes) -> str:
     for event in events[:-1]:
         given = json.loads(event.removeprefix("data: "))
         if "error" in given:
-            return wrong_answer(given["error"].get("code", 500), event.removeprefix("data: ").encode())
+            return wrong_answer(_status_of(given["error"]), event.removeprefix("data: ").encode())
         if given["object"] != "chat.completion.chunk":
             return f"a strange event: {event[:100]}"
     return ""

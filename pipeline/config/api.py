@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 
 from pipeline.config.base import at_least, option
 
 MAX_KEY_BYTES = 48 << 10  # of all API keys: the configuration goes to each worker in one message, of 64 KiB
 KEY_OVERHEAD = 16  # bytes of each one there
+ACCESS_LOGS = ("off", "text", "json")
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,38 @@ class ApiConfig:
     admin_key: str = option(
         "", "key for POST /admin/reload; without it there is no such route", metavar="KEY"
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names by which clients may call the server, * for any, besides localhost and --host (default: no "
+        "others if --host is a loopback address, else any)",
+        metavar="HOST",
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "origins of web pages that may call the server from a browser (CORS), as https://HOST; * for any",
+        metavar="ORIGIN",
+    )
+    ssl_certfile: str = option("", "certificate chain (PEM): the server then speaks https", metavar="FILE")
+    ssl_keyfile: str = option(
+        "", "the certificate's key (PEM, no password), if --ssl-certfile has none", metavar="FILE"
+    )
+    ssl_ca_certs: str = option(
+        "",
+        "authorities (PEM): clients must then show a certificate that one of them has signed",
+        metavar="FILE",
+    )
+    max_queued_requests: int | None = option(
+        None,
+        "further requests get 429 while so many are unfinished, running ones too (default: only "
+        "--max-open-requests limits them)",
+        metavar="N",
+    )
+    access_log: str = option(
+        "off", "a line for each HTTP request, on standard error; json: as an object", choices=ACCESS_LOGS
+    )
+    strict_fields: bool = option(
+        False, "refuse fields of a request that the server does not know, instead of ignoring them"
+    )
     max_request_mib: int = option(64, "largest HTTP body, in MiB", metavar="MIB")
     api_memory_mib: int | None = option(
         None,
@@ -64,9 +99,15 @@ class ApiConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, port=0, max_request_mib=1)
+        at_least(self, port=0, max_request_mib=1, max_queued_requests=1)
         at_least(self, api_memory_mib=2 * self.max_request_mib)
         self._check_keys()
+        for origin in self.allowed_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"allowed_origins: {origin!r} is not like https://host or http://host:port")
+        for name in ("ssl_keyfile", "ssl_ca_certs"):
+            if getattr(self, name) and not self.ssl_certfile:
+                raise ValueError(f"{name} needs ssl_certfile")
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
 

@@ -16,8 +16,11 @@ class ModelConfig:
         "folder or hub name of a Qwen-VL checkpoint (safetensors); without it the embedded model runs",
         metavar="MODEL",
     )
-    served_model_name: str = option(
-        "", "name of the model in the API (default: as given to --model)", metavar="NAME"
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "names of the model in the API: all are taken in requests, the first is shown in answers (default: "
+        "as given to --model)",
+        metavar="NAME",
     )
     download_from: str = option(
         "huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope")
@@ -36,3 +39,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         at_least(self, max_model_len=16)
+        if "" in self.served_model_name:
+            raise ValueError("served_model_name must not be empty")
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers show; of a started pipeline only."""
+        return self.served_model_name[0]

@@ -31,7 +31,7 @@ class _Refusal(Exception):
 class _Generation(Extension):
     """`{% generation %}` blocks tell a trainer which text is the assistant's: here they are their content."""
 
-    tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

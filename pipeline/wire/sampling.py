@@ -15,6 +15,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 300
+MAX_BANS = 128  # words that must not come
+MAX_BAN_LENGTH = 64  # tokens of one
+MAX_ALLOWED = 4096  # token ids
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63
 MAX_INT32 = 2**31
@@ -46,7 +49,7 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling of one request. `temperature` 0 is greedy; `top_k` 0 or -1 means no limit; `max_tokens` None:
-    all the context.
+    all the context, 0: nothing is computed, but the prompt's token ids come with `Accepted`.
 
     Of the tokens at one step: `min_p` keeps those at least that likely in units of the likeliest;
     `presence_penalty` is taken off the logit of each token in the output so far, `frequency_penalty` once for
@@ -56,6 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `logprobs` asks for the log-probability of each output token and of so many best ones, before any of that;
     `prompt_logprobs` for those of the prompt's tokens, which then are all computed, whatever the prefix cache
     has. With it, or with `return_token_ids`, the prompt's token ids come with `Accepted`.
+
+    Only `allowed_token_ids` are chosen, if given. None of `bad_words` comes; preprocess makes
+    `banned_token_ids` of them, int32 each, and a client may give such sequences itself.
 
     `n` choices are drawn behind one prompt. With the same `seed` a request draws the same tokens; without one
     its id gives it a seed: see `with_seed`. The text ends before a stop string, or with
@@ -90,11 +96,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     return_token_ids: bool = False
     thinking_budget: int | None = None
     thinking_end: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    banned_token_ids: tuple[bytes, ...] = ()
 
     @property
     def returns_prompt(self) -> bool:
         """Whether the client gets the prompt's token ids."""
-        return self.return_token_ids or self.prompt_logprobs is not None
+        return self.return_token_ids or self.prompt_logprobs is not None or self.max_tokens == 0
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -116,7 +125,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _check_lengths(self) -> None:
         most, least, logprobs = self.max_tokens, self.min_tokens, self.logprobs
-        _check(most is None or 1 <= most < MAX_INT32, "max_tokens", most, "at least 1")
+        _check(most is None or 0 <= most < MAX_INT32, "max_tokens", most, "at least 0")
         limit = MAX_INT32 if most is None else most + 1
         _check(0 <= least < limit, "min_tokens", least, "at least 0 and at most max_tokens")
         _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
@@ -131,15 +140,28 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("stop_token_ids", len(self.stop_token_ids), "ids", MAX_STOP_TOKEN_IDS),
             ("logit_bias", len(self.logit_bias), "entries", MAX_LOGIT_BIASES),
             ("thinking_end", len(self.thinking_end), "ids", MAX_THINKING_END),
+            ("bad_words", len(self.bad_words), "words", MAX_BANS),
+            ("banned_token_ids", len(self.banned_token_ids), "sequences", 2 * MAX_BANS),
+            ("allowed_token_ids", len(self.allowed_token_ids or ()), "ids", MAX_ALLOWED),
         ):
             _check(count <= limit, name, f"{count} {what}", f"at most {limit} {what}")
 
     def _check_tokens(self) -> None:
+        for word in self.bad_words:
+            limits = f"1 to {MAX_STOP_LENGTH} characters each"
+            _check(0 < len(word) <= MAX_STOP_LENGTH, "bad_words", f"{len(word)} characters", limits)
+        for ids_of_ban in self.banned_token_ids:
+            is_fine = 0 < len(ids_of_ban) <= 4 * MAX_BAN_LENGTH and not len(ids_of_ban) % 4
+            what = f"sequences of 1 to {MAX_BAN_LENGTH} int32"
+            _check(is_fine, "banned_token_ids", f"{len(ids_of_ban)} bytes", what)
+        allowed = self.allowed_token_ids
+        _check(allowed is None or bool(allowed), "allowed_token_ids", "an empty list", "a list of token ids")
         budget = self.thinking_budget
         _check(budget is None or 0 <= budget < MAX_INT32, "thinking_budget", budget, "0 or more")
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", self.logit_bias),
+            ("allowed_token_ids", allowed or ()),
             ("thinking_end", self.thinking_end),
         ):
             for token_id in ids:

@@ -613,7 +613,9 @@ def test_a_client_that_disconnects_frees_its_request_at_once() -> None:
         host, port = server.url.removeprefix("http://").split(":")
         # not a stream: nothing is written that could fail
         with socket.create_connection((host, int(port))) as connection:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            )
             head += f"Content-Length: {len(body)}\r\n\r\n"
             connection.sendall((head + body).encode())
             time.sleep(1)

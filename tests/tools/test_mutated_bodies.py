@@ -30,7 +30,7 @@ CHANGED = Mutated(b"", True, ("retype",))
 UNFRAMED = CHANGED._replace(is_framed=False)
 VALID = CHANGED._replace(what=())
 ERROR = json.dumps(
-    {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": 400}}
+    {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}}
 ).encode()
 EVENT = b'data: {"object": "chat.completion.chunk", "choices": []}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -42,7 +42,9 @@ def answered(status: int, body: bytes, is_stream: bool = False, lost: str = "") 
 
 
 def failed(status: int) -> bytes:
-    return b"data: " + ERROR.replace(b"400", b"%d" % status) + b"\n\n"
+    code = "service_unavailable" if status == 503 else None
+    error = {"message": "no", "type": "server_error", "param": None, "code": code}
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
 
 
 def test_only_openais_error_object_is_right() -> None:
@@ -83,7 +85,7 @@ def test_what_may_be_answered(sent: Mutated, answer: Answer) -> None:
         (CHANGED, answered(200, EVENT + b"data: {\n\n" + DONE, True)),
         (CHANGED, answered(200, b"data: []\n\n" + DONE, True)),
         (CHANGED, answered(200, EVENT + failed(500) + DONE, True)),
-        (CHANGED, answered(200, b'data: {"error": {"code": 503}}\n\n' + DONE, True)),
+        (CHANGED, answered(200, b'data: {"error": {"code": "service_unavailable"}}\n\n' + DONE, True)),
         (CHANGED, answered(0, b"", lost="RemoteDisconnected")),
         (UNFRAMED, answered(200, b"", lost="the answer is cut off")),
         (UNFRAMED, answered(0, b"", lost="TimeoutError: timed out")),

@@ -24,7 +24,13 @@ class Access:
             if not hmac.compare_digest(_given_key(request), self._admin_key.encode()):
                 raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
         elif self._keys and request.path not in OPEN_ROUTES and self._key_of(request) is None:
-            raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
+            what = "Incorrect API key provided" if _given_key(request) else "an API key is needed"
+            raise RequestError(f"{what}: send a valid one, as Authorization: Bearer KEY", status=401)
+
+    def key_name(self, request: web.Request) -> str:
+        """Empty without a valid key."""
+        key = self._key_of(request)
+        return "" if key is None else key.name
 
     def tenant(self, request: web.Request) -> str:
         """The request's tenant: the name of its key, else the address that it comes from."""
@@ -54,6 +60,8 @@ class Access:
 
 
 def _given_key(request: web.Request) -> bytes:
-    """The key of `Authorization: Bearer KEY`, empty if missing. The scheme ignores case (RFC 9110)."""
+    """The key of `Authorization: Bearer KEY`, else of `X-Api-Key`, as Anthropic's clients send it; empty if
+    missing. The scheme ignores case (RFC 9110)."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    return key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
+    given = key.strip() if scheme.lower() == "bearer" else ""
+    return (given or request.headers.get("X-Api-Key", "").strip()).encode("utf-8", "surrogateescape")

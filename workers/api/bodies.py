@@ -15,6 +15,7 @@ from workers.api.budget import BudgetLease
 BASE_BYTES = 256 << 10  # that each request takes from the budget: bytes buffered before it is handled
 STEP_BYTES = 1 << 20  # by which the lease of a body of unknown length grows
 EXPECTATION = web.RequestKey("expectation", str)  # the `Expect` header, which is hidden from aiohttp
+JSON = "application/json"
 CONTINUE_WORD = "100-continue"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -43,6 +44,18 @@ def refuse_body(request: web.Request, max_mib: int) -> None:
         raise too_large(max_mib)
     if request.get(EXPECTATION, CONTINUE_WORD).lower() != CONTINUE_WORD:
         raise RequestError("of what may be expected only 100-continue is served", status=417)
+
+
+def refuse_type(request: web.Request) -> None:
+    """Raises RequestError (415) for a body that is not JSON by its head.
+
+    A web page may send a body of another type, or of none, to any server, without asking it first (CORS).
+    """
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    is_json = kind == JSON or (kind.startswith("application/") and kind.endswith("+json"))
+    if request.body_exists and not is_json:
+        what = f"the Content-Type is {kind[:40]!r}" if kind else "the Content-Type is missing"
+        raise RequestError(f"{what}: send JSON, as {JSON}", status=415)
 
 
 def too_large(max_mib: int) -> RequestError:

@@ -9,21 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http import RawRequestMessage
+from aiohttp.http import HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import BadHttpMethod, InvalidURLError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from pipeline.wire.errors import ErrorInfo
+from workers.api.bodies import CONTINUE
 from workers.api.errors import LAST_WORDS_S, error_response, raw_error_response
 
 logger = logging.getLogger(__name__)
 MAX_LINE_BYTES = 32 << 10  # of the request line and of each header: proxies' cookies and tokens are long
 MAX_HEAD_BYTES = 128 << 10
+FIRST_PROBE_S = 0.02  # by then the request that has come with the end is being handled
+PROBE_INTERVAL_S = 5.0  # between probes of a client that sends no more
+TCP_CLOSE = 7  # the kernel's number of the state
 REFUSED_HEAD_S = 1.0  # to discard what follows bytes that are no HTTP
 
 
@@ -53,6 +58,7 @@ class HttpConnection(web.RequestHandler):
         self._blocked_since: float | None = None  # since when the client reads nothing
         self._closing_since: float | None = None
         self._is_broken = False  # further bytes are discarded
+        self._half_closed_since: float | None = None  # since the client's last probe, once it sends no more
         self._has_left = asyncio.Event()  # the client sends no more
 
     # From the client.
@@ -97,9 +103,41 @@ class HttpConnection(web.RequestHandler):
             self._body.set_exception(web.RequestPayloadError("broken"))
             self._body.feed_eof()
 
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # aiohttp says None, asyncio takes both
+        """True keeps the connection: whoever has only stopped sending still reads its answer."""
         self._has_left.set()
         super().eof_received()
+        if self._tcp is None or not self._tcp.can_write_eof():
+            return None  # TLS has no half-closed connections
+        if self.is_idle or self._is_broken or not self._body.is_eof():
+            return None
+        self._half_closed_since = self._loop.time()
+        self._loop.call_later(FIRST_PROBE_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        """Sends a client that sends no more something to read, or cuts it off where nothing may be sent.
+
+        A client that has gone looks like one that has only stopped sending, until its kernel resets the
+        connection because of what we send. Any client ignores a further 100 Continue before its answer
+        (RFC 9110); where the answer has begun, its next part is the probe.
+        """
+        request, tcp = self._current_request, self._tcp
+        if request is None or tcp is None or tcp.is_closing() or request.writer.output_size > 0:
+            return
+        if request.version >= HttpVersion11:
+            tcp.write(CONTINUE)
+        else:
+            tcp.abort()
+
+    def _watch_half_closed(self, since: float, now: float, tcp: asyncio.Transport) -> None:
+        """Reading has stopped at the end of what the client sent: a reset is not reported."""
+        info = tcp.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        if info[0] == TCP_CLOSE:
+            tcp.abort()
+        elif now - since > PROBE_INTERVAL_S:
+            self._half_closed_since = now
+            self._probe()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._has_left.set()
@@ -140,7 +178,7 @@ class HttpConnection(web.RequestHandler):
         resp: web.StreamResponse,
         start_time: float | None,
     ) -> tuple[web.StreamResponse, bool]:
-        is_last = self._is_broken and not self._messages
+        is_last = (self._is_broken or self._half_closed_since is not None) and not self._messages
         if is_last:
             resp.force_close()
         finished = await super().finish_response(request, resp, start_time)
@@ -153,7 +191,8 @@ class HttpConnection(web.RequestHandler):
         """Waits for the client to stop sending: closing earlier would reset the connection, and lose the
         answer."""
         if self._tcp is not None and not self._tcp.is_closing():
-            self._tcp.write_eof()
+            if self._tcp.can_write_eof():
+                self._tcp.write_eof()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_left.wait(), REFUSED_HEAD_S)
 
@@ -161,7 +200,8 @@ class HttpConnection(web.RequestHandler):
         self._is_broken = True
         if self._tcp is not None and self.is_idle:
             self._tcp.write(raw_error_response(error))
-            self._tcp.write_eof()
+            if self._tcp.can_write_eof():
+                self._tcp.write_eof()
             self._loop.call_later(REFUSED_HEAD_S, self.force_close)
         else:
             self.force_close()
@@ -190,6 +230,8 @@ class HttpConnection(web.RequestHandler):
         elif self._blocked_since is not None and now - self._blocked_since > patience.reading_s:
             logger.debug("a client does not read its answer: cut off")
             tcp.abort()
+        elif self._half_closed_since is not None and not self.is_idle:
+            self._watch_half_closed(self._half_closed_since, now, tcp)
         elif self.is_idle and not self._is_broken:
             if self._head_since is None:
                 if now - self._heard > patience.idle_s:

@@ -10,18 +10,31 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.errors import CONTEXT_LENGTH_EXCEEDED, MODEL_NOT_FOUND, ErrorInfo
 
-ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable"}
+# OpenAI's type for these codes does not follow from their status, and clients look for it.
+INVALID_REQUEST, INVALID_REQUESTS = "invalid_request_error", (CONTEXT_LENGTH_EXCEEDED, MODEL_NOT_FOUND)
 RETRY_AFTER_S = "2"
 LAST_WORDS_S = 1.0  # to write a stream's last event, as the client may not read
 
 
 def error_body(error: ErrorInfo) -> dict[str, Any]:
-    """OpenAI's error object."""
-    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    """OpenAI's error object. Its code is a string or null: the status is that of the response."""
+    kind = ERROR_TYPES.get(error.status, INVALID_REQUEST if error.status < 500 else "server_error")
     return {
-        "error": {"message": error.message, "type": kind, "param": error.field or None, "code": error.status}
+        "error": {
+            "message": error.message,
+            "type": INVALID_REQUEST if error.code in INVALID_REQUESTS else kind,
+            "param": error.field or None,
+            "code": error.code or CODES.get(error.status),
+        }
     }
 
 

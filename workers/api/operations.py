@@ -1,10 +1,12 @@
-"""The operator's routes: health, metrics and reload."""
+"""The operator's routes: health, load, version, metrics and reload."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
+from importlib import metadata
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -13,25 +15,39 @@ from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.errors import RETRY_AFTER_S, error_response
 from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
 
-OPEN_ROUTES = ("/health", "/ready")  # need no key
+OPEN_ROUTES = ("/health", "/ready", "/ping")  # need no key
+PACKAGE = "vlm-pipeline"
 UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # take nothing from the memory budget
 ADMIN_ROUTES = "/admin/"
 ADMIN_ANSWER_S = 5.0
+
+
+class Load(NamedTuple):
+    num_unfinished: int  # requests to the model
+    num_waiting: int  # requests that wait for the pipeline to be ready
 
 
 class Operations:
     """`is_ready`: the client is connected."""
 
     def __init__(
-        self, client: PipelineClient, is_ready: Callable[[], bool], request_reload: Callable[[], None]
+        self,
+        client: PipelineClient,
+        is_ready: Callable[[], bool],
+        load: Callable[[], Load],
+        request_reload: Callable[[], None],
     ) -> None:
         self._client, self._is_ready, self._request_reload = client, is_ready, request_reload
+        self._measure_load = load
         self._collector = WorkerCollector(lambda: client.workers)
 
     def routes(self, has_admin: bool) -> list[web.RouteDef]:
         found = [
             web.get("/health", self._health),
+            web.get("/ping", self._health),
             web.get("/ready", self._ready),
+            web.get("/load", self._load),
+            web.get("/version", self._version),
             web.get("/metrics", self._metrics),
         ]
         return [*found, web.post(f"{ADMIN_ROUTES}reload", self._reload)] if has_admin else found
@@ -59,6 +75,14 @@ class Operations:
             body, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": RETRY_AFTER_S}
         )
 
+    async def _load(self, request: web.Request) -> web.StreamResponse:
+        """`server_load` is vLLM's name for the number of unfinished requests."""
+        load = self._measure_load()
+        return web.json_response({"server_load": load.num_unfinished, "waiting_for_start": load.num_waiting})
+
+    async def _version(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"version": _version()})
+
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=exposition(self._collector), headers={"Content-Type": CONTENT_TYPE})
 
@@ -74,3 +98,11 @@ class Operations:
         if self._client.reload.refusal:
             raise RequestError(self._client.reload.refusal, status=409)
         return web.json_response({"status": "reloading"}, status=202)
+
+
+def _version() -> str:
+    """Of the installed package."""
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
-from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.errors import MODEL_NOT_FOUND, ErrorInfo, RequestError, shown
 
 
 class StreamOptions(msgspec.Struct):
@@ -31,12 +33,22 @@ class RequestFields(msgspec.Struct, kw_only=True):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def check_request(fields: RequestFields, model_name: str) -> None:
+def check_request(fields: RequestFields, model_names: Sequence[str]) -> None:
     """Raises RequestError for a field out of range, or for a model other than the served one."""
     if fields.priority is not None and not -(2**31) <= fields.priority < 2**31:
         raise RequestError(f"priority must fit 32 bits, got {shown(fields.priority)}", field="priority")
     if fields.stream_options is not None and not fields.stream:
         raise RequestError("stream_options need stream to be true", field="stream_options")
-    if fields.model and fields.model != model_name:
-        what = f"the model {shown(fields.model)} is not served here, only {model_name!r}"
-        raise RequestError(what, field="model", status=404)
+    check_model(fields.model, model_names)
+
+
+def check_model(name: str, model_names: Sequence[str]) -> None:
+    """Raises RequestError for a model other than the served one; without a name it is that one."""
+    if name and name not in model_names:
+        raise RequestError.from_info(unknown_model(name, model_names))
+
+
+def unknown_model(name: str, model_names: Sequence[str]) -> ErrorInfo:
+    served = ", ".join(map(repr, model_names))
+    what = f"the model {shown(name)} is not served here, only {served}"
+    return ErrorInfo(404, what, "model", MODEL_NOT_FOUND)

@@ -12,6 +12,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from workers.api.bodies import EXPECTATION
 from workers.api.connections import MAX_LINE_BYTES, HttpConnection, Patience
+from workers.api.paths import with_plain_path
 
 READ_BUFFER_BYTES = 64 << 10  # of unread body; the transport pauses at twice that
 REFUSED_BODY_S = 5.0  # to read the rest: a client that is cut off while it sends does not read the answer
@@ -76,7 +77,7 @@ class HttpRunner(web.AppRunner):
             self._patience,
             self._max_connections,
             handler=made.request_handler,
-            request_factory=_without_expectation(made.request_factory),
+            request_factory=_prepared(made.request_factory),
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
@@ -101,10 +102,12 @@ class HttpRunner(web.AppRunner):
         await super()._cleanup_server()
 
 
-def _without_expectation(make_request: Any) -> Any:
-    """Hides the `Expect` header from aiohttp, which would answer it before any check; `read_body` does."""
+def _prepared(make_request: Any) -> Any:
+    """Gives aiohttp the path without superfluous slashes, and hides the `Expect` header from it, which it
+    would answer before any check; `read_body` does."""
 
     def make(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
+        message = with_plain_path(message)
         expectation = message.headers.get("Expect")
         if expectation is None:
             return cast(web.BaseRequest, make_request(message, *rest))

@@ -15,7 +15,9 @@ from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_SEED, SamplingParams
 from workers.api.structure_fields import StructureFields, to_grammar
 
-NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "grammar", "thinking_budget", "thinking_end")
+NAMED_BY_ENDPOINTS = (
+    "max_tokens", "logprobs", "grammar", "banned_token_ids", "thinking_budget", "thinking_end",
+)  # fmt: skip
 # Numbers that other servers read as something else than a number.
 LEAST_TOP_P = 1e-9  # for 0: the best token only
 ANY_SEED = -1
@@ -28,6 +30,8 @@ class _WrittenFields(StructureFields, kw_only=True):
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     n: int | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
@@ -69,6 +73,8 @@ def to_sampling(
         "logit_bias": _to_logit_bias(request.logit_bias or {}),
         "stop": tuple(stop or ()),
         "stop_token_ids": tuple(request.stop_token_ids or ()),
+        "allowed_token_ids": tuple(request.allowed_token_ids) if request.allowed_token_ids else None,
+        "bad_words": tuple(filter(None, request.bad_words or ())),
         "max_tokens": None if max_tokens == NO_LIMIT else max_tokens,
         "logprobs": logprobs,
         "grammar": to_grammar(request),

@@ -20,14 +20,18 @@ from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
+from workers.api.access_log import HEADER, RECORD, RequestRecord, request_id_of, writer_of
 from workers.api.answer import Update
-from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body
+from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body, refuse_type
 from workers.api.budget import Budget, BudgetLease, memory_mib
+from workers.api.cors import Cors
 from workers.api.endpoints.base import Endpoint, Inquiry, Route, ServedModel
 from workers.api.endpoints.registry import routes
 from workers.api.errors import end_stream, error_response
 from workers.api.generation import Generation
-from workers.api.operations import UNCOUNTED_ROUTES, Operations
+from workers.api.hosts import Hosts
+from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
+from workers.api.paths import explain, spellings
 from workers.api.submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,7 @@ class ApiServer:
         self,
         config: ApiConfig,
         client: PipelineClient,
-        model_name: str,
+        model_names: tuple[str, ...],
         info: ModelInfo,
         request_reload: Callable[[], None] = lambda: None,
         recovery_timeout_s: float = 60.0,
@@ -63,19 +67,24 @@ class ApiServer:
         forms: ChatForms | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
-        self._model = ServedModel(model_name, info, int(time.time()), forms or ChatForms(None))
-        self._routes = {route.path: route for route in routes()}
-        self._access = Access(config)
-        self._operations = Operations(client, lambda: self.is_ready, request_reload)
+        self._model = ServedModel(
+            model_names, info, int(time.time()), forms or ChatForms(None), config.strict_fields
+        )
+        self._routes = {path: route for route in routes() for path in spellings(route.path)}
+        self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
+        self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
+        self._operations = Operations(client, lambda: self.is_ready, self._load, request_reload)
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self.is_ready = False
         self._is_settled = asyncio.Event()  # the pipeline is ready, or never will be
         self.is_retiring = False  # each connection ends with its next answer
         self.num_handled = 0  # requests being handled
         self.num_waiting = 0  # of them: waiting for the pipeline to be ready
+        self.num_unfinished = 0  # of them: questions to the model
         self.handled_at = 0.0  # when the last request ended
 
     def set_ready(self) -> None:
+        self._model = self._model._replace(max_model_len=self._client.welcome.max_model_len)
         self.is_ready = True
         self._is_settled.set()
 
@@ -89,7 +98,7 @@ class ApiServer:
         application.add_routes(self._operations.routes(has_admin=bool(self._config.admin_key)))
         for path, route in self._routes.items():
             if issubclass(route, Endpoint):
-                application.router.add_post(path, partial(self._generate, route))
+                application.router.add_post(path, partial(self._ask, route))
             else:
                 application.router.add_get(path, partial(self._inquire, route))
         return application
@@ -99,21 +108,29 @@ class ApiServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.num_handled += 1
+        name = self._access.key_name(request)
+        request[RECORD] = record = RequestRecord(request_id=request_id_of(request), key_name=name)
         request[LEASE] = lease = BudgetLease(self._budget, self._access.tenant(request))
         try:
-            return await self._answer(request, handler)
+            response = await self._answer(request, handler)
+            record.status = response.status
+            return response
         finally:
+            self._write_access(request, record)
             lease.close()
             self.num_handled -= 1
             self.handled_at = time.monotonic()
 
     async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Notes that an answer has begun. Closes the connection after it when the worker retires, or when a
-        refused body has an unread rest, which would be parsed as the next request.
+        """Notes that an answer has begun, and adds the headers that all answers have. Closes the connection
+        after it when the worker retires, or when a refused body has an unread rest, which would be parsed as
+        the next request.
 
         The head says so, or the client might send its next request on the connection.
         """
         request[BEGUN] = response
+        response.headers.update(self._cors.headers(request))
+        response.headers[HEADER] = request[RECORD].request_id
         if self.is_retiring or not request.content.is_eof():
             response.force_close()
             response.headers["Connection"] = "close"  # the head is made before this hook
@@ -123,8 +140,13 @@ class ApiServer:
         stream, if it has begun."""
         try:
             # Requests that are refused by their head alone come first: nothing of their body is read.
+            self._hosts.check(request)
+            if (preflight := self._cors.preflight(request)) is not None:
+                return preflight
             refuse_body(request, self._config.max_request_mib)
             self._access.admit(request)
+            if request.match_info.http_exception is None:
+                refuse_type(request)
             if request.path not in UNCOUNTED_ROUTES:
                 await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
@@ -136,7 +158,8 @@ class ApiServer:
         except RequestError as error:
             return await self._fail(request, error.info)
         except web.HTTPException as error:
-            what = f"{request.method} {request.path}: {error.reason}"
+            served = (path for path, route in self._routes.items() if path == route.path)
+            what = explain(error, request.method, request.path, served)
             response = await self._fail(request, ErrorInfo(error.status, what))
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
@@ -148,7 +171,8 @@ class ApiServer:
             if isinstance(error, ConnectionError) and _has_left(request):
                 logger.debug("%s %s: the client went away", request.method, request.path)
             else:
-                logger.exception("%s %s failed", request.method, request.path)
+                request_id = request[RECORD].request_id
+                logger.exception("%s %s failed, request_id=%s", request.method, request.path, request_id)
             return await self._fail(request, ErrorInfo(500, "the server made a mistake"))
 
     async def _fail(self, request: web.Request, error: ErrorInfo) -> web.StreamResponse:
@@ -177,7 +201,22 @@ class ApiServer:
 
     async def _inquire(self, route: type[Inquiry], request: web.Request) -> web.StreamResponse:
         await self._until_ready()
-        return web.json_response(route(self._model).render())
+        return web.json_response(route(self._model).render(**request.match_info))
+
+    async def _ask(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
+        """Counts a request to the model while it is unfinished, or refuses it if there are too many."""
+        most = self._config.max_queued_requests
+        if most is not None and self.num_unfinished >= most:
+            what = f"{self.num_unfinished} requests are unfinished, more are not taken now"
+            raise RequestError(what, status=429)
+        self.num_unfinished += 1
+        try:
+            return await self._generate(route, request)
+        finally:
+            self.num_unfinished -= 1
+
+    def _load(self) -> Load:
+        return Load(self.num_unfinished, self.num_waiting)
 
     async def _generate(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
         await self._until_ready()
@@ -186,6 +225,8 @@ class ApiServer:
         salt = self._access.cache_salt(request, submission.cache_salt)
         tenant = self._access.tenant(request)
         generation = Generation(self._client, submission, self._model.forms, salt, tenant)
+        record = request[RECORD]
+        record.answer, record.completion_id = generation.answer, submission.request_id
         if submission.is_streamed:
             return await self._stream(request, endpoint, generation)
         answer = endpoint.render(await generation.whole())
@@ -209,6 +250,7 @@ class ApiServer:
             first = await anext(updates)
             headers = {**STREAM_HEADERS, **_warning(endpoint.ignored_fields)}
             response = web.StreamResponse(headers=headers)
+            request[RECORD].streamed_at = time.monotonic()
             await response.prepare(request)
             async for data in endpoint.stream(generation.answer, _chain(first, updates)):
                 await response.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +32,11 @@ class Submission:
     def id_of(self, number: int) -> str:
         """The id of the request for one of the prompts."""
         return f"{self.request_id}-{number}" if self.further_prompts else self.request_id
+
+
+def for_its_prompt(submission: Submission) -> Submission:
+    """The same prompt, of which only the token ids are asked for."""
+    return dataclasses.replace(submission, sampling=SamplingParams(max_tokens=0), is_streamed=False)
 
 
 class Conversation(NamedTuple):

@@ -29,6 +29,7 @@ from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
+from workers.api.tls import ssl_context
 from workers.model_info import model_info_of
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,10 @@ class _Process:
     async def run(self, control: AsyncReceiver[ControlMessage]) -> None:
         await self._runner.setup()
         # The launcher has the listening sockets, too: connections wait for a successor if this process dies.
+        tls = ssl_context(self._context.config.api)
         self._sites = [
-            web.SockSite(self._runner, socket.socket(fileno=descriptor)) for descriptor in self._context.fds
+            web.SockSite(self._runner, socket.socket(fileno=descriptor), ssl_context=tls)
+            for descriptor in self._context.fds
         ]
         try:
             async with self._tasks:

@@ -30,7 +30,7 @@ from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role
 from workers.llm.choices import Choices
 from workers.llm.request import Request
-from workers.llm.sampling.prompt_logprobs import PromptScores
+from workers.llm.sampling.tokens import PromptScores
 
 logger = logging.getLogger(__name__)
 MEMORY_OF_ENDED_S = 60.0  # a query about an ended request is answered this long
@@ -57,8 +57,8 @@ class Ended(NamedTuple):
     time: float
     failure: Failure | None  # None: every choice had its last output
     outputs: tuple[RequestOutput, ...] = ()  # one for each choice, from its first token on
-    # The choice whose first output had the prompt's logprobs, which are large and not remembered.
-    scored: int | None = None
+    # The choice whose first output came with the prompt's logprobs or token ids: these are not remembered.
+    told_prompt: int | None = None
 
 
 class Publish(Protocol):
@@ -171,16 +171,17 @@ class Clients:
         outputs = tuple(
             msgspec.structs.replace(output_of(request, 0), prompt_logprobs=None) for request in ended_well
         )
-        scored = next((request.index for request in ended_well if request.prompt_scores), None)
-        ended = Ended(choices.client_id, choices.attempt, now, failure, outputs, scored)
+        told = (one.index for one in ended_well if one.prompt_scores or one.sampling.max_tokens == 0)
+        ended = Ended(choices.client_id, choices.attempt, now, failure, outputs, next(told, None))
         return self.remember(choices.request_id, ended)
 
     def tell_ended(
         self, request_id: str, ended: Ended, num_received: Callable[[int], int] | None = None
     ) -> None:
         """`num_received` maps a choice's index to the number of tokens that the client has; None: all."""
-        if ended.scored is not None and num_received is not None and not num_received(ended.scored):
-            gone = Interruption("the log-probabilities of its prompt are no longer here")
+        choice = ended.told_prompt
+        if choice is not None and num_received is not None and not num_received(choice):
+            gone = Interruption("what it asked about its prompt is no longer here")
             ended = ended._replace(failure=gone)
         match ended.failure:
             case ErrorInfo():
@@ -236,9 +237,7 @@ def output_of(request: Request, offset: int) -> RequestOutput:
 
 
 def _prompt_logprobs(parts: Sequence[PromptScores]) -> PromptLogprobs:
-    token_ids, logprobs, ranks = (
-        np.concatenate([np.asarray(part[column]) for part in parts]) for column in (1, 2, 3)
-    )
+    token_ids, logprobs, ranks = (np.concatenate([part[column] for part in parts]) for column in (1, 2, 3))
     return PromptLogprobs(
         token_ids.astype("<i4").tobytes(), logprobs.astype("<f4").tobytes(), ranks.astype("<i4").tobytes()
     )

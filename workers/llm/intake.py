@@ -9,7 +9,7 @@ from pipeline.process.flight_recorder import digest_of
 from pipeline.wire.base import Origin, PoolClosed, PoolOpened, WorkerMessage
 from pipeline.wire.clients import PROTOCOL_VERSION, AbortRequest, Hello, Preparing, QueryRequest, Welcome
 from pipeline.wire.control import WorkerState
-from pipeline.wire.errors import ErrorInfo
+from pipeline.wire.errors import ErrorInfo, context_overflow
 from pipeline.wire.generation import (
     EmbeddingReady,
     EncodeFailed,
@@ -19,6 +19,7 @@ from pipeline.wire.generation import (
     RequestNotYours,
     RequestRefused,
 )
+from pipeline.wire.sampling import FinishReason
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.arriving_embeddings import ArrivingEmbeddings
 from workers.llm.choices import Choices
@@ -130,6 +131,9 @@ class Intake:
 
     def _open(self, message: GenerateRequest, now: float) -> None:
         choices = Choices.from_wire(message, self._welcome.max_model_len)
+        if message.sampling.max_tokens == 0:
+            self._tell_prompt(choices, now)
+            return
         self._requests.add(choices)
         if refusal := self._refusal(choices):
             self._requests.fail(choices, refusal, now)
@@ -140,15 +144,21 @@ class Intake:
         for early in self._leases.take_early(choices.request_id):
             self.handle(early, now)
 
+    def _tell_prompt(self, choices: Choices, now: float) -> None:
+        """Ends a request for nothing but its prompt's token ids."""
+        failure = self._refusal_of_client(choices)
+        if failure is None:
+            self._clients.tell_accepted(choices)
+            for request in choices.all:
+                request.finish_reason = FinishReason.LENGTH
+        self._requests.tell_preprocess(choices.client_id, choices.request_id, choices.attempt, failure)
+        ended = self._clients.remember_choices(choices, failure, now)
+        self._clients.tell_ended(choices.request_id, ended)
+
     def _refusal(self, choices: Choices) -> Failure | None:
         """Why the request cannot run; None: it can."""
-        if choices.client_id not in self._clients:
-            return Interruption("its client had left")  # while its media were fetched
-        if (protocol := self._clients.protocol_of(choices.client_id)) is None:
-            return Interruption("its client has to say hello again")  # it may not have noticed a disconnect
-        if protocol != PROTOCOL_VERSION:
-            reason = f"the client speaks protocol {protocol}, the pipeline speaks protocol {PROTOCOL_VERSION}"
-            return ErrorInfo(400, reason)
+        if failure := self._refusal_of_client(choices):
+            return failure
         if (leader := choices.leader) is None:
             return ErrorInfo(400, "all choices are over already", "choices")
         for chunk in leader.chunks:
@@ -156,15 +166,20 @@ class Intake:
                 return Interruption(f"{vit} died")
         return next(filter(None, map(self._too_long, choices.open)), None)
 
+    def _refusal_of_client(self, choices: Choices) -> Failure | None:
+        if choices.client_id not in self._clients:
+            return Interruption("its client had left")  # while its media were fetched
+        if (protocol := self._clients.protocol_of(choices.client_id)) is None:
+            return Interruption("its client has to say hello again")  # it may not have noticed a disconnect
+        if protocol != PROTOCOL_VERSION:
+            reason = f"the client speaks protocol {protocol}, the pipeline speaks protocol {PROTOCOL_VERSION}"
+            return ErrorInfo(400, reason)
+        return None
+
     def _too_long(self, request: Request) -> ErrorInfo | None:
         limit, capacity = self._welcome.max_model_len, self._stepper.scheduler.cache.capacity
         if request.num_tokens >= limit:
-            length = f"the prompt has {request.num_tokens} tokens"
-            return ErrorInfo(
-                400,
-                f"{length}, which leaves no room in the model's context of {limit}",
-                "messages",
-            )
+            return context_overflow(limit, request.num_tokens, request.sampling.max_tokens, "messages")
         if request.max_num_tokens > capacity:
             length = f"prompt and output of {request.max_num_tokens} tokens"
             return ErrorInfo(400, f"{length} can never fit the KV cache of {capacity} tokens", "max_tokens")

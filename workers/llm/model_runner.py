@@ -39,8 +39,8 @@ from workers.llm.sampling.base import Setup
 from workers.llm.sampling.prompt_logprobs import (
     MAX_ROWS,
     PromptRange,
-    PromptScores,
     PromptTable,
+    PromptTensors,
     scores_of,
 )
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
@@ -262,14 +262,14 @@ class ModelRunner:
             launched.add_prompt(part.sequence, scores)
         return launched
 
-    def _score_prompt(self, hidden: Tensor, part: PromptRange) -> PromptScores:
+    def _score_prompt(self, hidden: Tensor, part: PromptRange) -> PromptTensors:
         """hidden: [n, hidden], at the rows before the tokens of `part`."""
         token_ids = self._tensor(self.sequences.token_ids(part.slot, part.start, part.stop))
         pieces = [
             scores_of(self.decoder.logits(some), of_some, part.num_best)
             for some, of_some in zip(hidden.split(MAX_ROWS), token_ids.split(MAX_ROWS), strict=True)
         ]
-        return PromptScores(part.start, *(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
+        return PromptTensors(part.start, *(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
 
     def _compute(self, rows: StepRows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and the end of each sequence."""

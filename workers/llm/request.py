@@ -20,7 +20,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.steps import EmbeddingSlice
 from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
-from workers.llm.sampling.prompt_logprobs import PromptScores
+from workers.llm.sampling.tokens import PromptScores
 
 MAX_OVERTAKEN = 8  # a request overtaken this often by priority goes before all priorities
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
@@ -124,8 +124,9 @@ class Request:
         num_known = 1 + sum(len(part.ranks) for part in self.prompt_scores)
         num_old = num_known - scores.start
         if 0 <= num_old < len(scores.ranks):
-            start, *tensors = scores
-            self.prompt_scores.append(PromptScores(start + num_old, *(part[num_old:] for part in tensors)))
+            start, ids, logprobs, ranks = scores
+            new = PromptScores(start + num_old, ids[num_old:], logprobs[num_old:], ranks[num_old:])
+            self.prompt_scores.append(new)
 
     @property
     def key(self) -> tuple[str, int]:

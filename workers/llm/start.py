@@ -73,7 +73,7 @@ def make_scheduler(
 def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
     config, folder = context.config, context.model_folder
     return Welcome(
-        protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.served_model_name,
+        protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.model_name,
         max_model_len=max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
         max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
         recovery_timeout=config.launcher.recovery_timeout,

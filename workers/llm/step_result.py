@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.packing import pack_int32
 from workers.llm.sampling.base import Int64Array
-from workers.llm.sampling.prompt_logprobs import PromptScores
+from workers.llm.sampling.prompt_logprobs import PromptTensors
 from workers.llm.sampling.sampler import Sampled
+from workers.llm.sampling.tokens import PromptScores
 
 
 class StepResult(NamedTuple):
@@ -24,7 +25,7 @@ class StepResult(NamedTuple):
     token_ids: Sequence[Sequence[int]]
     logprobs: Sequence[Sequence[TokenLogprobs]]  # one a token; empty where not requested
     # Of prompts, by the index of the sequence in the plan.
-    prompt_scores: Mapping[int, PromptScores] = {}  # on the host
+    prompt_scores: Mapping[int, PromptScores] = {}
 
 
 class LaunchedStep:
@@ -35,7 +36,7 @@ class LaunchedStep:
         self.has_run = device.type == "cpu"
         self._num_sampled, self._parts = num_sampled, list[_Part]()
         self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self._prompt_scores: dict[int, PromptScores] = {}
+        self._prompts: dict[int, PromptTensors] = {}
         if not num_sampled:
             self._record(device)
 
@@ -45,10 +46,10 @@ class LaunchedStep:
         self._parts.append(_Part(places, on_host, num_logprobs))
         self._record(sampled.token_ids.device)
 
-    def add_prompt(self, sequence: int, scores: PromptScores) -> None:
+    def add_prompt(self, sequence: int, scores: PromptTensors) -> None:
         """Adds what a sequence of the plan has computed of its prompt's log-probabilities."""
         start, *tensors = scores
-        self._prompt_scores[sequence] = PromptScores(start, *map(_to_host, tensors))
+        self._prompts[sequence] = PromptTensors(start, *map(_to_host, tensors))
         self._record(scores.token_ids.device)
 
     def result(self) -> StepResult:
@@ -58,14 +59,15 @@ class LaunchedStep:
         num_chosen = sum(len(part.places) for part in self._parts)
         assert num_chosen == self._num_sampled, "not every token has been chosen"
         results = [part.result() for part in self._parts]
+        prompt_scores = {sequence: tensors.to_scores() for sequence, tensors in self._prompts.items()}
         if len(results) == 1:
-            return results[0]._replace(prompt_scores=self._prompt_scores)
+            return results[0]._replace(prompt_scores=prompt_scores)
         token_ids: list[Sequence[int]] = [()] * self._num_sampled
         logprobs: list[Sequence[TokenLogprobs]] = [()] * self._num_sampled
         for part, result in zip(self._parts, results, strict=True):
             for index, place in enumerate(part.places.tolist()):
                 token_ids[place], logprobs[place] = result.token_ids[index], result.logprobs[index]
-        return StepResult(token_ids, logprobs, self._prompt_scores)
+        return StepResult(token_ids, logprobs, prompt_scores)
 
     def _record(self, device: torch.device) -> None:
         if self._event is not None:

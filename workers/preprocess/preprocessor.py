@@ -96,7 +96,10 @@ class Preprocessor:
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
         items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
-        self.prompts = PromptReader(info, config.max_items_per_request, items, self._text_threads)
+        self.prompts = PromptReader(
+            info, config.max_items_per_request, items, self._text_threads,
+            context.config.model.max_model_len,
+        )  # fmt: skip
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,
@@ -281,10 +284,13 @@ class Preprocessor:
     def _announce(self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared) -> None:
         """Sends metadata to the LLM, then every chunk by hash to its ViT. Nothing is awaited in between, so
         all workers see the requests in one order."""
-        media, prompt, positions = prepared
+        media, prompt, positions, sampling = prepared
+        spans_of_items = prompt.spans
+        if message.sampling.max_tokens == 0:  # only the prompt's token ids are asked for
+            media, spans_of_items = [], []
         self._last_arrival += 1
         items: list[MmItem] = []
-        for item, spans in zip(media, prompt.spans, strict=True):
+        for item, spans in zip(media, spans_of_items, strict=True):
             items.append(MmItem(spans, item.mm_hash, item.kv_hash, ()))
         self._choose_group(opened, prompt, items, message.cache_salt)
         assert opened.lead is not None
@@ -307,7 +313,7 @@ class Preprocessor:
             positions=pack_int32(positions.rows),
             position_delta=positions.delta,
             items=tuple(items),
-            sampling=message.sampling,
+            sampling=sampling,
             choices=message.choices,
             priority=message.priority,
             cache_salt=message.cache_salt,

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment, WithoutMarks
 from pipeline.families.chat_template import ChatTemplate
-from pipeline.wire.errors import RequestError
+from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.generation import Span
-from pipeline.wire.packing import unpack_int32
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Chat, Prompt, Text, TextPart, Tokens, VideoPart
 from workers.preprocess.chats import num_characters, parts_of, read_tools, template_message
 from workers.preprocess.user_texts import UserTexts
@@ -58,7 +58,8 @@ class PromptBuilder:
         self._specials = re.compile("|".join(alternatives) or r"(?!)")
         self._image_token_id, self._video_token_id = image_token_id, video_token_id
         # A longer text cannot fit `max_tokens`, whatever its tokens: it is refused before tokenization.
-        self._max_characters = max_tokens * max(map(len, self._tokenizer.get_vocab()))
+        self._max_tokens = max_tokens
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))  # in characters
         template = ChatTemplate.read(folder)
         if template is None:
             raise ValueError(f"model {str(folder)!r} has no chat template")
@@ -81,6 +82,11 @@ class PromptBuilder:
             case _:
                 assert_never(prompt)
 
+    def token_sequences(self, words: Sequence[str]) -> tuple[bytes, ...]:
+        """The words as a model writes them, at a text's beginning and behind a space: int32 each."""
+        spellings = (text for word in words for text in (word.lstrip() or word, f" {word.lstrip()}"))
+        return tuple(dict.fromkeys(pack_int32(self._encode(text)) for text in spellings))
+
     def _without_media(self, token_ids: list[int]) -> TokenizedPrompt:
         if not {self._image_token_id, self._video_token_id}.isdisjoint(token_ids):
             raise RequestError(
@@ -89,10 +95,11 @@ class PromptBuilder:
         return TokenizedPrompt(token_ids, [])
 
     def _check_length(self, num_characters: int, field: str) -> None:
-        if num_characters > self._max_characters:
-            raise RequestError(
-                f"the text of {num_characters} characters is longer than the model's context", field=field
-            )
+        """Raises RequestError for a text that is too long even if all its tokens are the longest one."""
+        least = -(-num_characters // self._longest_token)
+        if least > self._max_tokens:
+            info = context_overflow(self._max_tokens, least, None, field, is_least=True)
+            raise RequestError.from_info(info)
 
     def _build_chat(self, chat: Chat, segments: Sequence[Sequence[Segment]]) -> TokenizedPrompt:
         media = [part for part in parts_of(chat.messages) if not isinstance(part, TextPart)]

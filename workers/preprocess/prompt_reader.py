@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
 from pipeline.wire.clients import SubmitRequest
-from pipeline.wire.errors import RequestError
+from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, VideoPart
+from pipeline.wire.sampling import SamplingParams
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
 from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
@@ -22,16 +25,28 @@ class Prepared(NamedTuple):
     items: list[Item]
     prompt: TokenizedPrompt
     positions: Positions
+    sampling: SamplingParams
 
 
 class PromptReader:
-    """`threads` are for texts only, which so never wait for media."""
+    """`threads` are for texts only, which so never wait for media. `max_model_len`: the option's value."""
 
-    def __init__(self, info: ModelInfo, max_items: int, items: ItemReader, threads: FairThreads) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        max_items: int,
+        items: ItemReader,
+        threads: FairThreads,
+        max_model_len: int | None = None,
+    ) -> None:
         self._info, self._max_items, self._items, self._threads = info, max_items, items, threads
-        self.builder = PromptBuilder(
-            info.folder, info.image_token_id, info.video_token_id, info.text.max_position_embeddings
-        )
+        self._max_model_len = max_model_len
+        self.builder = PromptBuilder(info.folder, info.image_token_id, info.video_token_id, self._limit)
+
+    @property
+    def _limit(self) -> int:
+        most = self._info.text.max_position_embeddings
+        return most if self._max_model_len is None else min(most, self._max_model_len)
 
     async def read(
         self, message: SubmitRequest, frames: list[memoryview], tenant: str, hold: Callable[[int], None]
@@ -44,24 +59,28 @@ class PromptReader:
         self._check_counts([part for part, _ in parts])
         scope = Scope(tenant, message.cache_salt)
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
-        limit = self._info.text.max_position_embeddings
+        limit = self._limit
         if (total := sum(map(_num_placeholders, items))) > limit:
-            raise RequestError(
-                f"the pictures and videos take {total} tokens, the model's context has {limit}",
-                field="messages",
+            raise RequestError.from_info(
+                context_overflow(limit, total, message.sampling.max_tokens, "messages", is_least=True)
             )
         segments = [item.segments for item in items]
         prompt: TokenizedPrompt = await self._threads.run(self.builder.build, message.prompt, segments)
         if (total := len(prompt.token_ids)) > limit:
             field = "messages" if isinstance(message.prompt, Chat) else "prompt"
-            raise RequestError(f"the prompt has {total} tokens, the model's context has {limit}", field=field)
-        best = message.sampling.prompt_logprobs
+            raise RequestError.from_info(context_overflow(limit, total, message.sampling.max_tokens, field))
+        sampling = message.sampling
+        if sampling.bad_words:
+            banned = await self._threads.run(self.builder.token_sequences, sampling.bad_words)
+            banned = (*sampling.banned_token_ids, *banned)
+            sampling = msgspec.structs.replace(sampling, bad_words=(), banned_token_ids=banned)
+        best = sampling.prompt_logprobs
         if best is not None and total * (1 + best) > MAX_PROMPT_LOGPROBS:
             what = f"{1 + best} log-probabilities for each of {total} prompt tokens are more than"
             raise RequestError(f"{what} the limit of {MAX_PROMPT_LOGPROBS}", field="prompt_logprobs")
         placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
         positions: Positions = await self._threads.run(self._info.family.positions, total, placed, self._info)
-        return Prepared(items, prompt, positions)
+        return Prepared(items, prompt, positions, sampling)
 
     def _check_counts(self, parts: Sequence[ImagePart | VideoPart]) -> None:
         num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part in parts)

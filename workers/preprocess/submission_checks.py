@@ -8,7 +8,7 @@ from typing import assert_never
 
 from pipeline.families import TextInfo
 from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
-from pipeline.wire.errors import RequestError, shown
+from pipeline.wire.errors import RequestError, context_overflow, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import TEMPLATE_OPTIONS, Chat, Prompt, Text, Tokens
@@ -36,6 +36,7 @@ def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Seq
         ("stop_token_ids", message.sampling.stop_token_ids),
         ("logit_bias", message.sampling.logit_bias),
         ("thinking_end", message.sampling.thinking_end),
+        ("allowed_token_ids", message.sampling.allowed_token_ids or ()),
     ):
         if wrong := [token_id for token_id in ids if token_id >= vocab_size]:
             raise RequestError(
@@ -89,7 +90,7 @@ def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str) -> None
     if len(data) % 4:
         raise RequestError(f"{name} are not whole numbers", field=field)
     if (count := len(data) // 4) > (limit := info.max_position_embeddings):
-        raise RequestError(f"{count} {name} are more than the model's context of {limit}", field=field)
+        raise RequestError.from_info(context_overflow(limit, count, None, field))
     token_ids = unpack_int32(data)
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < info.vocab_size:
         raise RequestError(f"{name} are outside the vocabulary", field=field)

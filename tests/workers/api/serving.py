@@ -39,6 +39,7 @@ class FakeClient:
 
     def __init__(self, answer: Callable[[], Pieces] = one_word) -> None:
         self.answer, self.failure, self.is_draining = answer, "", False
+        self.welcome = SimpleNamespace(max_model_len=8192)
         self.workers: tuple[WorkerState, ...] = ()
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()
@@ -77,7 +78,7 @@ def endpoint(
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
     info = SimpleNamespace(default_sampling={})
     server = ApiServer(
-        ApiConfig(**api), cast(Any, client or FakeClient()), "m", cast(Any, info), forms=forms, **options
+        ApiConfig(**api), cast(Any, client or FakeClient()), ("m",), cast(Any, info), forms=forms, **options
     )
     if is_ready:
         server.set_ready()
@@ -95,8 +96,8 @@ class Answer(NamedTuple):
         assert self.headers["content-type"] == "application/json; charset=utf-8"
         error = json.loads(self.body)["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        assert error["code"] == self.status
-        return ErrorInfo(error["code"], error["message"], error["param"] or "")
+        assert error["code"] is None or error["code"]
+        return ErrorInfo(self.status, error["message"], error["param"] or "", error["code"] or "")
 
 
 class Wire(NamedTuple):
@@ -144,15 +145,18 @@ class Site(NamedTuple):
 
 
 def post(body: bytes = CHAT, *headers: str, path: str = "/v1/chat/completions") -> bytes:
-    """The bytes of a request. With a Content-Length unless a header has one, or Transfer-Encoding."""
-    lines = [f"POST {path} HTTP/1.1", "Host: x", *headers]
+    """The bytes of a request. With a Content-Length unless a header has one, or Transfer-Encoding; of JSON
+    unless a header has another type."""
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", *headers]
+    if not any(line.lower().startswith("content-type") for line in headers):
+        lines.append("Content-Type: application/json")
     if not any(line.lower().startswith(("content-length:", "transfer-encoding:")) for line in headers):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def get(path: str, *headers: str) -> bytes:
-    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode()
 
 
 @asynccontextmanager

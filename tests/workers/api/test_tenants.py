@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -37,7 +36,7 @@ def test_a_client_without_a_key_is_its_address(remote: str | None, forwarded: li
 
 
 class FakeClient:
-    failure, is_draining = "", False
+    failure, is_draining, welcome = "", False, SimpleNamespace(max_model_len=9)
 
     def __init__(self) -> None:
         self.tenants: list[str] = []
@@ -63,7 +62,7 @@ async def test_the_endpoint_says_on_whose_behalf_it_asks(options: dict[str, Any]
     server = ApiServer(
         ApiConfig(**options),
         cast(Any, client),
-        "m",
+        ("m",),
         cast(
             Any,
             SimpleNamespace(default_sampling={}),
@@ -71,7 +70,7 @@ async def test_the_endpoint_says_on_whose_behalf_it_asks(options: dict[str, Any]
     )
     server.set_ready()
     headers = {"Authorization": "Bearer secret", "X-Forwarded-For": "1.1.1.1, 192.0.2.9"}
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
     async with TestClient(TestServer(server.application())) as http:
-        assert (await http.post("/v1/chat/completions", data=body, headers=headers)).status == 200
+        assert (await http.post("/v1/chat/completions", json=body, headers=headers)).status == 200
     assert client.tenants == [tenant]

@@ -166,3 +166,17 @@ def test_whoever_missed_them_is_told_to_ask_again(folder: Path) -> None:
         query = QueryRequest(client_id=CLIENT, request_id="r", attempt=1, num_received=num_received)
         rig.engine.handle(query, rig.now)
         assert bool(rig.publisher.take(Interrupted)) == is_missed
+
+
+def test_a_request_for_no_tokens_gets_those_of_its_prompt(folder: Path, expected: Expected) -> None:
+    rig = opened(folder, 64)
+    message, _ = rig.request(CHAT, "r", sampling=SamplingParams(max_tokens=0, seed=1), items=())
+    rig.engine.handle(message, rig.now)
+    (accepted,) = rig.publisher.take(Accepted)
+    assert unpack_int32(accepted.prompt_token_ids).tolist() == expected.token_ids
+    (output,) = rig.outputs()
+    assert (output.new_token_ids, output.finish_reason) == (b"", "length")
+    assert not rig.engine.step(rig.now), "nothing is computed"
+    rig.engine.check_integrity()
+    rig.engine.handle(QueryRequest(client_id=CLIENT, request_id="r", attempt=1), rig.now)
+    assert rig.publisher.take(Interrupted), "what was asked for is not remembered"

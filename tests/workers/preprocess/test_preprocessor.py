@@ -24,7 +24,7 @@ from aiohttp.test_utils import TestServer
 from PIL import Image
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.config import PreprocessConfig
+from pipeline.config import Config, PreprocessConfig
 from pipeline.families import ImageSize, read_model_info
 from pipeline.process.flight_recorder import FlightRecorder, digest_of
 from pipeline.process.quarantine import Quarantine
@@ -148,6 +148,7 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
             origin={"sender": PREPROCESS, "epoch": 1},
             sockets=SimpleNamespace(epochs=epochs),
             spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2)),
+            config=Config(),
             is_current=lambda message: message.epoch >= 1,
             tracer=Tracer("", PREPROCESS),
             recorder=FlightRecorder(Path(folder.name), PREPROCESS),
@@ -1235,7 +1236,9 @@ async def test_more_than_the_context_holds_is_refused_before_anything_is_announc
     )
     await rig.settle()
     (refusal,) = rig.llm.take(RequestRefused)
-    assert "take 1500 tokens, the model's context has 1000" in refusal.error.message
+    assert refusal.error.code == "context_length_exceeded"
+    assert refusal.error.message.startswith("This model's maximum context length is 1000 tokens.")
+    assert "at least 1500 in the messages" in refusal.error.message
     assert rig.encodes() == []
     rig.end("r")
     rig.check_nothing_left()

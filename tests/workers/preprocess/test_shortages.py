@@ -148,7 +148,7 @@ def test_a_reader_that_cannot_be_started(run: Callable[..., None]) -> None:
         for spare in range(8):
             with no_descriptors(spare):
                 assert await error_of(readers.inspect_picture(encode(scene(1)), "f")) == (503, NO_ROOM, "f")
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert len(os.listdir("/proc/self/fd")) <= before, "none is leaked"
         assert await readers.inspect_picture(encode(scene(1)), "f") == (112, 112)
         await readers.close()
         assert readers.is_idle

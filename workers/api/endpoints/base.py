@@ -24,11 +24,17 @@ Json = dict[str, Any]
 
 
 class ServedModel(NamedTuple):
-    name: str  # for clients
+    names: tuple[str, ...]  # that requests may give
     info: ModelInfo
     created: int  # the server's start, in seconds of the epoch
     forms: ChatForms  # of what the model writes in a chat
     is_strict: bool = False  # unknown fields are refused
+    max_model_len: int = 0  # once the pipeline serves
+
+    @property
+    def name(self) -> str:
+        """The name that answers show."""
+        return self.names[0]
 
 
 class Route(ABC):
@@ -87,4 +93,5 @@ class Inquiry(Route):
     """A route for information on the server, once it serves: GET."""
 
     @abstractmethod
-    def render(self) -> Json: ...
+    def render(self, **places: str) -> Json:
+        """`places`: what stands in the path's `{name}`s. Raises RequestError."""

@@ -10,25 +10,17 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import assert_never
 
-import msgspec
-
 from pipeline.parsers.base import Content, ParserEvent, Thought, ToolArguments, ToolCallBegun
 from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, Call, ChoiceAnswer, ScoredToken, TokenScores, Update
-from workers.api.chat_request import (
-    ChatCompletionRequest,
-    check_chat,
-    to_chat_sampling,
-    to_messages,
-    to_template_options,
-)
+from workers.api.chat_request import ChatCompletionRequest
+from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
 from workers.api.request_fields import StreamOptions, check_request
 from workers.api.server_sent_events import DONE, event
-from workers.api.submission import Submission, without_data_urls
-from workers.api.tool_choice import to_chat_grammar, to_tool_choice
+from workers.api.submission import Submission
 
 
 class ChatCompletions(Endpoint):
@@ -44,34 +36,14 @@ class ChatCompletions(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request = self.read(body, ChatCompletionRequest)
-        check_request(request, self.model.name)
-        check_chat(request)
+        check_request(request, self.model.names)
         self._options, self._has_logprobs = request.stream_options, bool(request.logprobs)
         self._wants_prompt_logprobs = request.prompt_logprobs is not None
         self._wants_token_ids = bool(request.return_token_ids)
         self._includes_reasoning = request.include_reasoning
         if request.stream and self._wants_prompt_logprobs:
             raise RequestError("prompt_logprobs cannot be streamed", field="prompt_logprobs")
-        choice = to_tool_choice(request.tools or (), request.tool_choice, request.parallel_tool_calls)
-        messages, media = without_data_urls(to_messages(request))
-        chat = msgspec.structs.replace(
-            messages,
-            tools=choice.data,
-            template_options=to_template_options(request, self.model.forms),
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-        )
-        sampling = to_chat_sampling(request, self.model.info.default_sampling)
-        grammar = to_chat_grammar(choice, chat, self.model.forms, sampling.grammar)
-        return Submission(
-            request_id=self._id,
-            prompt=chat,
-            media=media,
-            sampling=msgspec.structs.replace(sampling, grammar=grammar),
-            priority=request.priority or 0,
-            cache_salt=request.cache_salt or "",
-            is_streamed=request.stream,
-        )
+        return to_submission(request, self.model, self._id)
 
     def render(self, answer: Answer) -> Json:
         choices = [self._choice(index, choice) for index, choice in enumerate(answer.choices)]

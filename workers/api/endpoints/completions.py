@@ -71,7 +71,7 @@ class Completions(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request = self.read(body, CompletionRequest)
-        check_request(request, self.model.name)
+        check_request(request, self.model.names)
         prompts = to_prompts(request.prompt)
         self._num_logprobs, self._options = request.logprobs, request.stream_options
         self._echoed = prompts if request.echo else ()

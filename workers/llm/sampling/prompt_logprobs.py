@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workers.llm.sampling.base import Int64Array
 from workers.llm.sampling.logprobs import Wanted, logprobs_of
+from workers.llm.sampling.tokens import PromptScores
 
 MAX_ROWS = 128  # of logits at once: 74 MiB with Qwen's vocabulary
 
@@ -24,13 +25,17 @@ class PromptRange(NamedTuple):
     num_best: int
 
 
-class PromptScores(NamedTuple):
-    """Of tokens from `start` on: each token first, then the likeliest ones."""
+class PromptTensors(NamedTuple):
+    """`PromptScores` on the device."""
 
     start: int
-    token_ids: Tensor  # [n, 1 + num_best] int64
-    logprobs: Tensor  # [n, 1 + num_best] float32
-    ranks: Tensor  # [n] int64: of the token itself; the likeliest has rank 1
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+
+    def to_scores(self) -> PromptScores:
+        """Of tensors on the host."""
+        return PromptScores(self.start, self.token_ids.numpy(), self.logprobs.numpy(), self.ranks.numpy())
 
 
 class PromptTable:
@@ -59,7 +64,7 @@ class PromptTable:
 
 
 def scores_of(logits: Tensor, token_ids: Tensor, num_best: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`PromptScores` without their start. logits: [n, vocab] float32; token_ids: [n] int64."""
+    """`PromptTensors` without their start. logits: [n, vocab] float32; token_ids: [n] int64."""
     every = torch.arange(len(token_ids), device=logits.device)
     values, ids = logprobs_of(Wanted(every, logits, num_best), token_ids)
     ranks = 1 + (logits > logits.gather(-1, token_ids[:, None])).sum(dim=-1)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.steps import SequenceStart
+from workers.llm.sampling.allowed import AllowedTokens
+from workers.llm.sampling.bans import Bans
 from workers.llm.sampling.base import Int64Array, LogitRows, Processor, Setup
 from workers.llm.sampling.bias import Bias
 from workers.llm.sampling.choice import Kernel, TokenChoice
@@ -28,7 +30,7 @@ from workers.llm.sampling.tokens import TokensSoFar
 from workers.nn.loader import to_device
 
 # In the order in which they change logits.
-PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens, ThinkingBudget)
+PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens, AllowedTokens, Bans, ThinkingBudget)
 
 
 def make_processors(setup: Setup) -> tuple[Processor, ...]:

@@ -34,7 +34,7 @@ class ToyCompletions(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request = decode_json(body, ToyRequest)
-        check_request(request, self.model.name)
+        check_request(request, self.model.names)
         defaults = self.model.info.default_sampling
         return Submission(
             request_id="toy",

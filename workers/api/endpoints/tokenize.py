@@ -1,0 +1,90 @@
+"""POST /tokenize and /detokenize: the token ids of a text, and the text of token ids."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from pipeline.wire.errors import RequestError
+from pipeline.wire.packing import pack_int32
+from pipeline.wire.prompts import Prompt, Text, Tokens
+from pipeline.wire.sampling import SamplingParams
+from workers.api.answer import Answer, Update
+from workers.api.endpoints.base import Endpoint, Json
+from workers.api.request_fields import check_model
+from workers.api.submission import Submission
+
+ONLY_THE_PROMPT = SamplingParams(max_tokens=0)
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    model: str = ""
+    prompt: str | None = None
+    content: str | None = None  # llama.cpp's name for it
+    return_token_strs: bool = False
+    with_pieces: bool = False  # llama.cpp's: tokens are objects with their text
+    add_special_tokens: bool = True  # models of these families have none to add
+    add_special: bool = False
+    parse_special: bool = True
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    model: str = ""
+    tokens: list[int]
+
+
+class _Inspection(Endpoint):
+    """Asks for a prompt's tokens."""
+
+    def submission(self, prompt: Prompt) -> Submission:
+        return Submission(request_id=f"tok-{uuid.uuid4().hex}", prompt=prompt, sampling=ONLY_THE_PROMPT)
+
+    def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
+        raise AssertionError("no such request is streamed")
+
+
+class Tokenize(_Inspection):
+    path = "/tokenize"
+
+    def decode(self, body: bytes | bytearray) -> Submission:
+        request = self.read(body, TokenizeRequest)
+        check_model(request.model, self.model.names)
+        given = [text for text in (request.prompt, request.content) if text is not None]
+        if len(given) != 1:
+            raise RequestError("a request has one prompt", field="prompt")
+        self._wants_texts, self._wants_pieces = request.return_token_strs, request.with_pieces
+        return self.submission(Text(given[0]))
+
+    def render(self, answer: Answer) -> Json:
+        token_ids = list(answer.prompts[0].token_ids)
+        texts = [answer.text_of([token]) for token in token_ids]
+        tokens: list[Any] = token_ids
+        if self._wants_pieces:
+            tokens = [{"id": token, "piece": text} for token, text in zip(token_ids, texts, strict=True)]
+        return {
+            "count": len(token_ids),
+            "max_model_len": self.model.max_model_len,
+            "tokens": tokens,
+            "token_strs": texts if self._wants_texts else None,
+        }
+
+
+class Detokenize(_Inspection):
+    path = "/detokenize"
+
+    def decode(self, body: bytes | bytearray) -> Submission:
+        request = self.read(body, DetokenizeRequest)
+        check_model(request.model, self.model.names)
+        if not all(0 <= token < 2**31 for token in request.tokens):
+            raise RequestError("token ids are 0 or more, and fit 32 bits", field="tokens")
+        return self.submission(Tokens(pack_int32(request.tokens)))
+
+    def render(self, answer: Answer) -> Json:
+        text = answer.text_of(answer.prompts[0].token_ids)
+        return {"prompt": text, "content": text}
+
+
+ROUTES = (Tokenize, Detokenize)
