@@ -12,18 +12,19 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from pipeline.client.client import Piece, PipelineClient
+from pipeline.client.client import ParsedPiece, Piece, PipelineClient
 from pipeline.wire.clients import Welcome
-from pipeline.wire.prompts import ChatMessage, Prompt
+from pipeline.wire.prompts import Chat, ChatMessage, Prompt
 from pipeline.wire.sampling import SamplingParams
 
 T = TypeVar("T")
+P = TypeVar("P", Piece, ParsedPiece)
 
 
 class BlockingClient:
@@ -81,8 +82,22 @@ class BlockingClient:
         """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the
         request."""
         assert self._client is not None
-        pieces = self._client.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
-        read: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()  # None: the end
+        return self._read(
+            self._client.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+        )
+
+    def chat(
+        self, prompt: Chat, sampling: SamplingParams, media: Sequence[bytes | memoryview] = (),
+        request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+    ) -> Iterator[ParsedPiece]:  # fmt: skip
+        """As `PipelineClient.chat`; leaving early aborts the request, too."""
+        assert self._client is not None
+        return self._read(
+            self._client.chat(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+        )
+
+    def _read(self, pieces: AsyncGenerator[P, None]) -> Iterator[P]:
+        read: queue.SimpleQueue[P | BaseException | None] = queue.SimpleQueue()  # None: the end
 
         async def pump() -> None:
             try:

@@ -14,18 +14,24 @@ Tokens come over a `Connection`, which resubmits interrupted requests; here they
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+import msgspec
 from tokenizers import Tokenizer
 
 from pipeline.client.connection import Connection
 from pipeline.client.data_urls import move_data_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
 from pipeline.client.open_request import OpenRequest
+from pipeline.client.tags import special_tags
+from pipeline.parsers.base import ParserEvent, Start
+from pipeline.parsers.forms import ChatForms
+from pipeline.parsers.registry import AUTO, check_names
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, TokenLogprobs, Welcome
@@ -54,11 +60,16 @@ class Piece:
     stop_reason: str | int | None = None  # of the last piece: the stop string, or the one of `stop_token_ids`
 
 
+class ParsedPiece(NamedTuple):
+    piece: Piece
+    events: Sequence[ParserEvent]
+
+
 class _ChoiceText:
     """Detokenizes one choice."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
-        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, kept: Mapping[int, str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens, kept)
         self._stop_strings = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._stop_token_ids, self._min_tokens = sampling.stop_token_ids, sampling.min_tokens
         self.is_over = False
@@ -100,12 +111,15 @@ class PipelineClient:
     """
 
     def __init__(
-        self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None
-    ) -> None:
+        self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None,
+        tool_call_parser: str = AUTO, reasoning_parser: str = AUTO,
+    ) -> None:  # fmt: skip
         """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway. `keys`: a folder, needed
-        for a gateway. `model_folder`: a folder with the tokenizer's files, if they are not at the server's
-        path. Raises ValueError for an invalid place or invalid keys.
+        for a gateway. `model_folder`: a folder with the files of tokenizer and chat template, if they are not
+        at the server's path. The parsers are for `chat`: see docs/tools.md. Raises ValueError for an invalid
+        place or invalid keys, and for an unknown parser.
         """
+        check_names(tool_call_parser, reasoning_parser)
         if str(place).startswith("tcp://"):
             if keys is None:
                 raise ValueError(f"{place} takes keys: a folder that tools/keys.py has made for this client")
@@ -114,6 +128,9 @@ class PipelineClient:
             self._connection = Connection(Path(place))
         self._model_folder = None if model_folder is None else Path(model_folder)
         self._tokenizer: Tokenizer | None = None
+        self._tags: Mapping[int, str] = {}  # special tokens that are tags of calls and thoughts
+        self._parsers = tool_call_parser, reasoning_parser
+        self._forms: ChatForms | None = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -132,6 +149,7 @@ class PipelineClient:
         welcome = await self._connection.start(timeout_s)
         try:
             self._tokenizer = _read_tokenizer(self.model_folder / "tokenizer.json", welcome.tokenizer_hash)
+            self._tags = special_tags(self._tokenizer)
         except PipelineError:
             await self.close()
             raise
@@ -194,7 +212,8 @@ class PipelineClient:
         request = request_id or f"req-{uuid.uuid4().hex}"
         opened = self._submit(prompt, sampling, list(media), request, priority, cache_salt, tenant)
         assert self._tokenizer is not None
-        choices = [_ChoiceText(self._tokenizer, sampling) for _ in range(sampling.n)]
+        kept = {} if isinstance(prompt, Text | Tokens) else self._tags
+        choices = [_ChoiceText(self._tokenizer, sampling, kept) for _ in range(sampling.n)]
         num_open = len(choices)
         try:
             while num_open:
@@ -217,6 +236,40 @@ class PipelineClient:
             if self._connection.is_open(request):
                 self._connection.abort(request)
 
+    async def chat(
+        self, prompt: Chat, sampling: SamplingParams, media: Sequence[bytes | memoryview] = (),
+        request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+    ) -> AsyncGenerator[ParsedPiece, None]:  # fmt: skip
+        """As `generate`, with what each piece says: content, thoughts, and calls of the chat's functions."""
+        parsers = [self.forms.parser(prompt) for _ in range(sampling.n)]
+        pieces = self.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                parser = parsers[piece.index]
+                events = list(parser.add(piece.text))
+                if piece.finish_reason is not None:
+                    events += parser.finish()
+                yield ParsedPiece(piece, events)
+
+    def _with_thinking_end(self, sampling: SamplingParams, chat: Chat) -> SamplingParams:
+        """A budget of thoughts needs the tokens that end one. Where the model does not think, there is no
+        budget."""
+        if sampling.thinking_budget is None or sampling.thinking_end:
+            return sampling
+        thoughts, start = self.forms.thoughts, self.forms.start(chat)
+        if thoughts is None or start not in (Start.THOUGHT, Start.EXPECTED):
+            return msgspec.structs.replace(sampling, thinking_budget=None)
+        assert self._tokenizer is not None
+        end = self._tokenizer.encode(thoughts.end, add_special_tokens=False).ids
+        return msgspec.structs.replace(sampling, thinking_end=tuple(end))
+
+    @property
+    def forms(self) -> ChatForms:
+        """How the model writes in a chat, by its template; to be read after `start`."""
+        if self._forms is None:
+            self._forms = ChatForms.read(self.model_folder, *self._parsers)
+        return self._forms
+
     def token_text(self, token_id: int) -> bytes:
         """The bytes of one token, which need not be whole characters."""
         assert self._tokenizer is not None
@@ -231,8 +284,9 @@ class PipelineClient:
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
         if not isinstance(prompt, Text | Tokens):
-            messages = prompt.messages if isinstance(prompt, Chat) else prompt
-            prompt = Chat(move_data_urls(messages, frames))
+            chat = prompt if isinstance(prompt, Chat) else Chat(tuple(prompt))
+            prompt = msgspec.structs.replace(chat, messages=move_data_urls(chat.messages, frames))
+            sampling = self._with_thinking_end(sampling, prompt)
         elif frames:
             raise RequestError("pictures and videos come in a chat only", field="prompt")
         if len(frames) > MAX_ITEMS:

@@ -8,7 +8,7 @@ special tokens in a row would take 3.6 s (0.5 ms each; text takes 2 us a token, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -50,17 +50,24 @@ _BYTES = _byte_alphabet()
 
 
 class Detokenizer:
-    """One request's text, without special tokens unless they are asked for."""
+    """One request's text, without special tokens unless they are asked for; but with those in `kept`, each by
+    its id."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, kept: Mapping[int, str] | None = None
+    ) -> None:
+        self._kept = (kept or {}) if skip_special_tokens else {}
         self._tokenizer, self._skips_specials = tokenizer, skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []  # ids that have added no text yet
 
     def add(self, token_ids: Iterable[int], is_last: bool = False) -> str:
         """The text that these ids add. An unfinished character is held back until complete or `is_last`."""
-        shown = []
+        shown: list[str] = []
         for token_id in token_ids:
+            if token_id in self._kept:
+                shown += (self._flush(), self._kept[token_id])
+                continue
             self._pending.append(token_id)
             text = self._stream.step(self._tokenizer, token_id)
             if text is not None:

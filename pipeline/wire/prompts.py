@@ -73,7 +73,7 @@ class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arguments: str = ""
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     role: str  # system, developer (the same), user, assistant, or tool: the result of a call
     content: str | tuple[Part, ...] = ""
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
@@ -82,7 +82,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning: str | None = None  # of an assistant: the thoughts before the content
 
 
-class Chat(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
+class Chat(msgspec.Struct, frozen=True, tag="chat", omit_defaults=True, forbid_unknown_fields=True):
     """The model's chat template makes a prompt of the messages.
 
     `continue_final_message` leaves the last message open, so that the model goes on writing it: it needs

@@ -22,6 +22,7 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**63
 MAX_INT32 = 2**31
 MAX_CHOICES = 16
+MAX_THINKING_END = 16  # tokens of the tag that ends a thought
 
 
 class FinishReason(enum.StrEnum):
@@ -66,6 +67,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     its id gives it a seed: see `with_seed`. The text ends before a stop string, or with
     `include_stop_str_in_output` behind it; it has special tokens with `skip_special_tokens` off.
 
+    After `thinking_budget` output tokens a thought that goes on is ended by the tokens `thinking_end`: the
+    client library fills them in, for chats in which the model thinks.
+
     Raises RequestError, naming the field, when a value is out of range or not finite.
     """
 
@@ -90,6 +94,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    thinking_budget: int | None = None
+    thinking_end: tuple[int, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     banned_token_ids: tuple[bytes, ...] = ()
@@ -133,6 +139,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("stop", len(self.stop), "strings", MAX_STOP_STRINGS),
             ("stop_token_ids", len(self.stop_token_ids), "ids", MAX_STOP_TOKEN_IDS),
             ("logit_bias", len(self.logit_bias), "entries", MAX_LOGIT_BIASES),
+            ("thinking_end", len(self.thinking_end), "ids", MAX_THINKING_END),
             ("bad_words", len(self.bad_words), "words", MAX_BANS),
             ("banned_token_ids", len(self.banned_token_ids), "sequences", 2 * MAX_BANS),
             ("allowed_token_ids", len(self.allowed_token_ids or ()), "ids", MAX_ALLOWED),
@@ -149,10 +156,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _check(is_fine, "banned_token_ids", f"{len(ids_of_ban)} bytes", what)
         allowed = self.allowed_token_ids
         _check(allowed is None or bool(allowed), "allowed_token_ids", "an empty list", "a list of token ids")
+        budget = self.thinking_budget
+        _check(budget is None or 0 <= budget < MAX_INT32, "thinking_budget", budget, "0 or more")
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", self.logit_bias),
             ("allowed_token_ids", allowed or ()),
+            ("thinking_end", self.thinking_end),
         ):
             for token_id in ids:
                 _check(0 <= token_id < MAX_INT32, name, token_id, "made of token ids, which are 0 or more")

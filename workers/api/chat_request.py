@@ -60,6 +60,8 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     reasoning_effort: Any = None
     reasoning: Any = None  # an object with the effort
     include_reasoning: bool = True
+    thinking_token_budget: int | None = None
+    thinking_budget: int | None = None  # the same, by its other name
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     # What came before tools: only values that change nothing are accepted.
@@ -162,7 +164,7 @@ def to_chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, floa
             f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {request.top_logprobs}",
             field="top_logprobs",
         )
-    return to_sampling(
+    sampling = to_sampling(
         request,
         defaults,
         max_tokens=(
@@ -170,3 +172,13 @@ def to_chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, floa
         ),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+    return msgspec.structs.replace(sampling, thinking_budget=_thinking_budget(request))
+
+
+def _thinking_budget(request: ChatCompletionRequest) -> int | None:
+    budget, field = request.thinking_token_budget, "thinking_token_budget"
+    if budget is None:
+        budget, field = request.thinking_budget, "thinking_budget"
+    if budget is not None and not 0 <= budget < 2**31:
+        raise RequestError(f"{field} must be 0 or more and fit 32 bits, got {shown(budget)}", field=field)
+    return budget

@@ -15,7 +15,9 @@ from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, MAX_SEED, SamplingParams
 from workers.api.structure_fields import StructureFields, to_grammar
 
-NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "grammar", "banned_token_ids")
+NAMED_BY_ENDPOINTS = (
+    "max_tokens", "logprobs", "grammar", "banned_token_ids", "thinking_budget", "thinking_end",
+)  # fmt: skip
 # Numbers that other servers read as something else than a number.
 LEAST_TOP_P = 1e-9  # for 0: the best token only
 ANY_SEED = -1

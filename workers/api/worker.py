@@ -67,16 +67,13 @@ def allowed_mib(config: ApiConfig) -> int:
     return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
 
 
-def _forms(config: ApiConfig, info: ModelInfo) -> ChatForms:
-    """Options win over what the model's family says."""
-    tools, reasoning = (
-        own if given == AUTO else given
-        for given, own in (
-            (config.tool_call_parser, info.tool_call_parser),
-            (config.reasoning_parser, info.reasoning_parser),
-        )
+def _parser_names(config: ApiConfig, info: ModelInfo) -> tuple[str, str]:
+    """Of calls and of thoughts. Options win over what the model's family says."""
+    tools, reasoning = config.tool_call_parser, config.reasoning_parser
+    return (
+        info.tool_call_parser if tools == AUTO else tools,
+        info.reasoning_parser if reasoning == AUTO else reasoning,
     )
-    return ChatForms.read(info.folder, tools, reasoning)
 
 
 class _Process:
@@ -85,7 +82,8 @@ class _Process:
     def __init__(self, context: WorkerContext, info: ModelInfo) -> None:
         self._context = context
         config = context.config
-        self._client = client = PipelineClient(context.spec.run_dir)
+        names = _parser_names(config.api, info)
+        self._client = client = PipelineClient(context.spec.run_dir, None, None, *names)
         context.metrics.counters(COUNTED, lambda: client.counters)
         self._server = ApiServer(
             config.api,
@@ -94,7 +92,7 @@ class _Process:
             info,
             request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
             recovery_timeout_s=config.launcher.recovery_timeout,
-            forms=_forms(config.api, info),
+            forms=ChatForms.read(info.folder, *names),
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
         self._sites: list[web.SockSite] = []

@@ -35,6 +35,7 @@ def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Seq
     for name, ids in (
         ("stop_token_ids", message.sampling.stop_token_ids),
         ("logit_bias", message.sampling.logit_bias),
+        ("thinking_end", message.sampling.thinking_end),
         ("allowed_token_ids", message.sampling.allowed_token_ids or ()),
     ):
         if wrong := [token_id for token_id in ids if token_id >= vocab_size]:

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.client.client import PipelineClient
+from pipeline.client.client import ParsedPiece, PipelineClient
 from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.process.flight_recorder import digest_of
 from pipeline.process.liveness import LOCK
@@ -42,6 +42,8 @@ from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS
+from tests.pipeline.parsers.reading import Read, together
+from tests.tool_chats import BARE, HELLO, to_chat
 
 LLM_1 = WorkerId(Role.LLM, 1)
 CHAT = [ChatMessage("user", "Hello")]
@@ -179,6 +181,28 @@ async def test_text_comes_in_pieces_with_its_counts(client: PipelineClient, pipe
         "stop",
     )
     assert client.num_open == 0
+
+
+async def test_a_chats_calls_are_read(client: PipelineClient, pipeline: Pipeline) -> None:
+    """As by the HTTP endpoint; tools and options travel with the chat."""
+    text = 'So:\n<tool_call>\n{"name": "now", "arguments": {"zone": "é"}}\n</tool_call>'
+    ids = pipeline.tokenizer.encode(text, add_special_tokens=False).ids
+    chat = to_chat([HELLO], [BARE], template_options={"enable_thinking": False})
+
+    async def read() -> list[ParsedPiece]:
+        return [one async for one in client.chat(chat, GREEDY)]
+
+    task = asyncio.create_task(read())
+    request = (await pipeline.next(SubmitRequest)).message
+    assert request.prompt == chat
+    pipeline.say(Accepted, request_id=request.request_id, attempt=1, num_prompt_tokens=9, mm_hashes=())
+    for offset, token in enumerate(ids):
+        pipeline.say_tokens(request, offset, [token], FinishReason.STOP if offset == len(ids) - 1 else None)
+    told = await task
+    events = [event for one in told for event in one.events]
+    assert together(events) == Read("So:", [("now", '{"zone": "é"}')])
+    assert told[-1].piece.finish_reason is FinishReason.STOP
+    assert client.forms is client.forms
 
 
 async def test_a_gap_is_asked_for_and_overlap_is_dropped(client: PipelineClient, pipeline: Pipeline) -> None:

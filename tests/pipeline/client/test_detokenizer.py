@@ -4,10 +4,11 @@ import random
 import time
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.client.detokenizer import Detokenizer, StopStrings
+from pipeline.client.tags import special_tags
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,19 @@ def test_stop_strings(pieces: list[str], stop: list[str], shown: str, hit: bool)
 def test_nothing_that_may_become_a_stop_string_is_shown_early() -> None:
     made = StopStrings(["STOP"])
     assert [made.add(piece) for piece in ("a", "S", "T", "x", "S")] == ["a", "", "", "STx", ""]
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_tags_are_not_left_out(is_special: bool, tokenizer: Tokenizer) -> None:
+    """An added token that is no special one is text; a special one is, if it is among the kept ones."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.add_tokens([AddedToken("<tool_call>", special=is_special, normalized=False)])
+    tag = own.token_to_id("<tool_call>")
+    ids = own.encode("é 🙂<tool_call>{}", add_special_tokens=False).ids
+    assert tag in ids
+    kept = {tag: "<tool_call>"} if is_special else {}
+    made = Detokenizer(own, kept=kept)
+    assert "".join(made.add([one]) for one in ids) == "é 🙂<tool_call>{}"
+    assert special_tags(own) == kept
+    end = own.token_to_id("<|im_end|>")
+    assert made.add([end], is_last=True) == ""

@@ -25,11 +25,12 @@ from workers.llm.sampling.logprobs import LogprobTable, logprobs_of
 from workers.llm.sampling.masks import forbid_masked
 from workers.llm.sampling.min_tokens import MinTokens
 from workers.llm.sampling.penalties import Penalties
+from workers.llm.sampling.thinking import ThinkingBudget
 from workers.llm.sampling.tokens import TokensSoFar
 from workers.nn.loader import to_device
 
 # In the order in which they change logits.
-PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens, AllowedTokens, Bans)
+PROCESSORS: tuple[type[Processor], ...] = (Bias, Penalties, MinTokens, AllowedTokens, Bans, ThinkingBudget)
 
 
 def make_processors(setup: Setup) -> tuple[Processor, ...]:
