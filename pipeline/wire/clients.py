@@ -12,7 +12,7 @@ from pipeline.wire.prompts import Prompt
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 CLIENT_ID_BYTES = 16
 MAX_REQUEST_ID = 256  # characters
 MAX_TENANT = 256  # characters

@@ -212,4 +212,4 @@ def test_a_client_in_another_language_gets_the_same(server: Server, javascript: 
         assert choice["token_ids"] == [token for piece in ours for token in piece.token_ids]
         assert choice["finish_reason"] == ours[-1].finish_reason
     refused = run_javascript(javascript, server, picture, "1", "99")
-    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 4"
+    assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 5"

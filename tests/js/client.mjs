@@ -7,7 +7,7 @@ import { readFileSync } from "node:fs";
 import { decode, encode } from "@msgpack/msgpack";
 import { Push, Subscriber } from "zeromq";
 
-const [runDir, question, picture, n = "1", protocol = "4"] = process.argv.slice(2);
+const [runDir, question, picture, n = "1", protocol = "5"] = process.argv.slice(2);
 const clientId = randomBytes(16);
 const requestId = randomUUID();
 const address = (name) => `ipc://${runDir}/${name}`;

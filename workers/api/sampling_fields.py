@@ -1,7 +1,7 @@
 """The sampling fields of a request, and their conversion to `SamplingParams`.
 
 They are derived from `SamplingParams`: a parameter added there is a field of every endpoint. Only for the
-number of tokens and for log-probabilities endpoints have names of their own.
+number of tokens, log-probabilities and grammars endpoints have names of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.sampling import MAX_LOGIT_BIASES, SamplingParams
 from workers.api.request_fields import RequestFields
 
-NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs")
+NAMED_BY_ENDPOINTS = ("max_tokens", "logprobs", "grammar")
 
 
 class _WrittenFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
