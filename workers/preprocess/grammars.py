@@ -98,7 +98,9 @@ class Grammars:
                     if is_last or (death.status is not None and -death.status in FATAL_SIGNALS):
                         return self._refusal(death)
         except TimeoutError:
-            return Refused(f"the grammar could not be compiled: it stood still for {self._limits.stall_s:g} s")
+            return Refused(
+                f"the grammar could not be compiled: it stood still for {self._limits.stall_s:g} s"
+            )
         except OSError as error:  # no process could be started
             info = no_room(error, "").info
             return Refused(info.message, info.status)

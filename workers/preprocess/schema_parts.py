@@ -1,4 +1,4 @@
-"""Parts of JSON schemas: pointers into them, their types, and two schemas that both must hold merged into one.
+"""Parts of JSON schemas: pointers into them, their types, and the merger of two that must both hold.
 
 Pure. Values are as JSON gives them: a schema is a dict or a bool.
 """
@@ -191,9 +191,7 @@ def _differ_in_a_property(one: Mapping[str, Schema], other: Mapping[str, Schema]
     """Both require a property, with different values: a discriminator."""
     for name in one.get("required") or ():
         if name in (other.get("required") or ()):
-            mine, theirs = (
-                values_of((schema.get("properties") or {}).get(name)) for schema in (one, other)
-            )
+            mine, theirs = (values_of((schema.get("properties") or {}).get(name)) for schema in (one, other))
             if mine is not None and theirs is not None and not any(_is_among(each, theirs) for each in mine):
                 return True
     return False
