@@ -43,11 +43,16 @@ LIST = {
     "maxItems": 60,
 }
 TREE = {
-    "$defs": {"node": {"properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}, "required": ["next"]}},
+    "$defs": {
+        "node": {
+            "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+            "required": ["next"],
+        }
+    },
     "type": "object",
     "properties": {"root": {"$ref": "#/$defs/node"}},
     "required": ["root"],
-}  # fmt: skip
+}
 TAG = {
     "type": "structural_tag",
     "format": {
@@ -182,7 +187,10 @@ async def test_the_death_of_a_compiler_is_survived(server: Server) -> None:
 HOSTILE = {
     "invalid JSON": (of(GrammarKind.JSON_SCHEMA, '{"type":'), "not JSON"),
     "an empty enum": (schema({"enum": []}), "enum"),
-    "bounds": (schema({"properties": {"a": {"type": "integer", "minimum": 3, "maximum": 1}}}), "#/properties/a"),
+    "bounds": (
+        schema({"properties": {"a": {"type": "integer", "minimum": 3, "maximum": 1}}}),
+        "#/properties/a",
+    ),
     "a keyword": (schema({"properties": {"a": {"not": {}}}}), "'not' of the JSON schema at #/properties/a"),
     "nesting": (of(GrammarKind.JSON_SCHEMA, '{"items":' * 9000 + "{}" + "}" * 9000), "deep"),
     "brackets": (of(GrammarKind.EBNF, "root ::= " + "(" * 90_000 + '"a"' + ")" * 90_000), "deep"),
@@ -191,7 +199,7 @@ HOSTILE = {
     "a regular expression": (of(GrammarKind.REGEX, "[a"), "position 3"),
     "EBNF": (of(GrammarKind.EBNF, "root ::= foo"), "line 1, column 10"),
     "a tag": (of(GrammarKind.STRUCTURAL_TAG, {"type": "structural_tag"}), "format"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

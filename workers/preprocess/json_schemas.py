@@ -28,6 +28,7 @@ from workers.preprocess.schema_parts import (
     unserved,
     values_of,
 )
+from workers.preprocess.string_formats import PATTERNS
 
 UNSERVED = (
     "not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired",
@@ -302,9 +303,12 @@ def _string(schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
             raise unserved("minLength" if least else "maxLength", path, " beside pattern")
         return written | {"pattern": pattern}
     if (name := schema.get("format")) is not None and most is None and least <= 1:
-        return written | {"format": name}
-    written |= {"minLength": least} if least else {}
-    return written | ({"maxLength": most} if most is not None else {})
+        pattern = PATTERNS.get(name) if isinstance(name, str) else None
+        return written | ({"format": name} if pattern is None else {"pattern": pattern})
+    if not has_bounds:
+        return written
+    # For lengths xgrammar writes strings in which it allows control characters: not so for patterns.
+    return written | {"pattern": f"^[\\s\\S]{{{least},{'' if most is None else most}}}$"}
 
 
 def _number(kind: str, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:

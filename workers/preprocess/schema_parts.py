@@ -172,19 +172,18 @@ def _are_apart(one: Schema, other: Schema, path: str) -> bool:
     values, others = values_of(one), values_of(other)
     if values is not None and others is not None:
         return not any(_is_among(value, others) for value in values)
-    types, other_types = types_of(one, path) if "type" in one else (), types_of(other, path)
-    if "type" not in other:
-        other_types = ()
+    types, other_types = (types_of(each, path) if "type" in each else () for each in (one, other))
     if values is not None:
         return bool(other_types) and not any(is_of(value, other_types) for value in values)
     if others is not None:
         return bool(types) and not any(is_of(value, types) for value in others)
-    if not types or not other_types:
-        return False
     try:
-        return _common_types(types, other_types, path) == ["object"] and _differ_in_a_property(one, other)
+        common = _common_types(types, other_types, path) if types and other_types else None
     except NothingFits:
         return True
+    # Without a type, values of other types than its keywords' fit too; but only these types are written.
+    are_objects = types_of(one, path) == types_of(other, path) == ("object",)
+    return (common == ["object"] or are_objects) and _differ_in_a_property(one, other)
 
 
 def _differ_in_a_property(one: Mapping[str, Schema], other: Mapping[str, Schema]) -> bool:
