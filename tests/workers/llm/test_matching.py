@@ -123,7 +123,9 @@ class Rig:
         num_blocks: int = 100,
         has_overlap: bool = True,
         attention: str = "torch",
+        starts: MatcherStarts | None = None,
     ) -> None:
+        """Another `starts` than the toy rule's may be given."""
         info = read_model_info(folder)
         self.runner, self.other = (make_runner(folder, num_blocks, attention) for _ in range(2))
         self.log = self.runner.log
@@ -139,7 +141,7 @@ class Rig:
         links = Links(publish=self.publisher, feedback=FakeSink(), vits=[], publish_step=self.publish_step)
         self.engine = Engine(
             {"sender": LLM_0, "epoch": 1}, self.scheduler, self.runner, welcome, links,
-            has_overlap=has_overlap, matcher_starts=MatcherStarts([self.rule]),
+            has_overlap=has_overlap, matcher_starts=starts or MatcherStarts([self.rule]),
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
@@ -152,7 +154,12 @@ class Rig:
         return True
 
     def submit(
-        self, name: str, params: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()
+        self,
+        name: str,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        compiled: bytes = b"",
     ) -> None:
         self.tokens[name] = list(output)
         request = GenerateRequest(
@@ -161,7 +168,7 @@ class Rig:
             positions=pack_int32([*range(len(prompt))] * 3), position_delta=0, items=(), sampling=params,
             choices=(ChoiceProgress(pack_int32(output)),),
         )  # fmt: skip
-        self.engine.handle(request, 0.0)
+        self.engine.handle(request, 0.0, [memoryview(compiled)])
 
     def step(self) -> bool:
         is_busy = self.engine.step(0.0)

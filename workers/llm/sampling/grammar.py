@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import SamplingParams
@@ -75,13 +76,12 @@ class GrammarMatcher:
     ) -> None:
         eos = {token for token in vocabulary.eos_token_ids if token < vocabulary.size}
         ends = eos | set(params.stop_token_ids)
-        # Allowed only where the grammar is complete, even if one is a word of the grammar.
         self._matcher = load_binding().GrammarMatcher(compiled, sorted(ends), False, -1, None)
         self._grammar, self._min_tokens, self._clock = params.grammar, params.min_tokens, clock
+        # Allowed only where the grammar is complete, even if one is a word of the grammar.
         self._ends = np.array(sorted(ends), dtype=np.int64)
-        # Ends that do not end this request.
-        self._never = np.array(sorted(ends - set(params.stop_token_ids)), dtype=np.int64)
-        self._never = self._never if params.ignore_eos else self._never[:0]
+        # The ends that do end this request.
+        self._heeded = np.array(sorted(params.stop_token_ids if params.ignore_eos else ends), dtype=np.int64)
         self._num_tokens = self._num_slow = 0
         self._num_bytes = -(-vocabulary.size // 8)
         self._words = np.zeros((1, -(-vocabulary.size // MASK_BITS)), dtype=np.int32)
@@ -104,8 +104,8 @@ class GrammarMatcher:
     def is_over(self) -> bool:
         if self._matcher.is_terminated():
             return True
-        is_open = self._num_tokens >= self._min_tokens and len(self._never) < len(self._ends)
-        return not is_open and bool(self._matcher.is_completed()) and not self._next().any()
+        may_end = self._num_tokens >= self._min_tokens and len(self._heeded) > 0
+        return not may_end and bool(self._matcher.is_completed()) and not self._next().any()
 
     def allowed(self) -> Mask:
         mask = self._next()
@@ -119,13 +119,11 @@ class GrammarMatcher:
             if not self._matcher.fill_next_token_bitmask(self._words, 0, False):
                 self._words.fill(-1)  # all are allowed
             self._mask = self._words.view(np.uint8)[0, : self._num_bytes].copy()
-            self._clear(self._ends if self._num_tokens < self._min_tokens else self._never)
+            _set(self._mask, self._ends, False)  # xgrammar lets some through that are words of the grammar
+            if self._num_tokens >= self._min_tokens and self._matcher.is_completed():
+                _set(self._mask, self._heeded, True)
             self._watch(self._clock() - started_at)
         return self._mask
-
-    def _clear(self, token_ids: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        assert self._mask is not None
-        np.bitwise_and.at(self._mask, token_ids // 8, ~(1 << (token_ids % 8)).astype(np.uint8))
 
     def _watch(self, seconds: float) -> None:
         self._num_slow += seconds > SLOW_S
@@ -135,3 +133,11 @@ class GrammarMatcher:
     def _error(self, message: str, status: int) -> RequestError:
         assert self._grammar is not None
         return RequestError(message, field=self._grammar.field, status=status)
+
+
+def _set(mask: Mask, token_ids: npt.NDArray[np.int64], value: bool) -> None:
+    bits = (1 << (token_ids % 8)).astype(np.uint8)
+    if value:
+        np.bitwise_or.at(mask, token_ids // 8, bits)
+    else:
+        np.bitwise_and.at(mask, token_ids // 8, ~bits)

@@ -151,7 +151,8 @@ def test_stop_token_ids_end_a_complete_grammar_even_if_eos_is_ignored() -> None:
 def test_a_dead_end_by_stop_token_ids_is_told() -> None:
     every = [token for token in range(NUM_WORDS) if TOKENIZER.decode([token]).startswith("b")][:64]
     assert ids_of("b")[0] in every
-    matcher = start(grammar_of(GrammarKind.REGEX, "ba"), stop_token_ids=tuple(every))
+    matcher = start(grammar_of(GrammarKind.REGEX, "7b"), stop_token_ids=tuple(every))
+    matcher.accept(ids_of("7"))
     with pytest.raises(RequestError, match="stop_token_ids"):
         matcher.allowed()
 
