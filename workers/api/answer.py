@@ -51,6 +51,7 @@ class Usage(NamedTuple):
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int  # of the prompt
+    num_thought_tokens: int = 0  # of the output
 
 
 @dataclass(slots=True)
@@ -72,6 +73,8 @@ class ChoiceAnswer:
     logprobs: list[TokenScores] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     last_piece: Piece | None = None
+    is_thinking: bool = False
+    num_thought_tokens: int = 0
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -81,7 +84,12 @@ class ChoiceAnswer:
     def usage(self) -> Usage:
         if (piece := self.last_piece) is None:
             return Usage(0, 0, 0)
-        return Usage(piece.num_prompt_tokens, piece.num_output_tokens, piece.num_cached_tokens)
+        return Usage(
+            piece.num_prompt_tokens,
+            piece.num_output_tokens,
+            piece.num_cached_tokens,
+            self.num_thought_tokens,
+        )
 
 
 @dataclass(slots=True)
@@ -118,6 +126,7 @@ class Answer:
             sum(usage.num_prompt_tokens for usage in of_prompts),
             sum(usage.num_output_tokens for usage in of_choices),
             sum(usage.num_cached_tokens for usage in of_prompts),
+            sum(usage.num_thought_tokens for usage in of_choices),
         )
 
     def add(self, piece: Piece, prompt: int = 0) -> Update:
@@ -132,6 +141,9 @@ class Answer:
         events = choice.parser.add(piece.text)
         if piece.finish_reason is not None:
             events = (*events, *choice.parser.finish())
+        if events:
+            choice.is_thinking = isinstance(events[0], Thought)
+        choice.num_thought_tokens += len(piece.token_ids) if choice.is_thinking else 0
         logprobs = [self._scores(token) for token in piece.logprobs] if piece.logprobs else ()
         return Update(index, events, logprobs, piece.finish_reason, piece.token_ids, piece.stop_reason)
 

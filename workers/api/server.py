@@ -32,6 +32,7 @@ from workers.api.generation import Generation
 from workers.api.hosts import Hosts
 from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
 from workers.api.paths import explain, spellings
+from workers.api.response_store import ResponseStore
 from workers.api.submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class ApiServer:
         self._model = ServedModel(
             model_names, info, int(time.time()), forms or ChatForms(None), config.strict_fields
         )
-        self._routes = {path: route for route in routes() for path in spellings(route.path)}
+        self._every_route = routes()
+        self._routes = {path: route for route in self._every_route for path in spellings(route.path)}
         self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
         self._operations = Operations(client, lambda: self.is_ready, self._load, request_reload)
@@ -84,7 +86,8 @@ class ApiServer:
         self.handled_at = 0.0  # when the last request ended
 
     def set_ready(self) -> None:
-        self._model = self._model._replace(max_model_len=self._client.welcome.max_model_len)
+        longest = self._client.welcome.max_model_len
+        self._model = self._model._replace(max_model_len=longest, store=ResponseStore())
         self.is_ready = True
         self._is_settled.set()
 
@@ -96,11 +99,12 @@ class ApiServer:
         application = web.Application(middlewares=[self._guard])
         application.on_response_prepare.append(self._on_head)
         application.add_routes(self._operations.routes(has_admin=bool(self._config.admin_key)))
-        for path, route in self._routes.items():
-            if issubclass(route, Endpoint):
-                application.router.add_post(path, partial(self._ask, route))
-            else:
-                application.router.add_get(path, partial(self._inquire, route))
+        for route in self._every_route:
+            for path in spellings(route.path):
+                if issubclass(route, Endpoint):
+                    application.router.add_post(path, partial(self._ask, route))
+                else:
+                    application.router.add_route(route.method, path, partial(self._inquire, route))
         return application
 
     # Around every request.
@@ -201,7 +205,9 @@ class ApiServer:
 
     async def _inquire(self, route: type[Inquiry], request: web.Request) -> web.StreamResponse:
         await self._until_ready()
-        return web.json_response(route(self._model).render(**request.match_info))
+        inquiry = route(self._model)
+        inquiry.tenant = self._access.tenant(request)
+        return web.json_response(inquiry.render(**request.match_info))
 
     async def _ask(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
         """Counts a request to the model while it is unfinished, or refuses it if there are too many."""
@@ -221,9 +227,9 @@ class ApiServer:
     async def _generate(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
         await self._until_ready()
         endpoint = route(self._model)
+        endpoint.tenant = tenant = self._access.tenant(request)
         submission = await self._decode(request, endpoint)
         salt = self._access.cache_salt(request, submission.cache_salt)
-        tenant = self._access.tenant(request)
         generation = Generation(self._client, submission, self._model.forms, salt, tenant)
         record = request[RECORD]
         record.answer, record.completion_id = generation.answer, submission.request_id

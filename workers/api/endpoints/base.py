@@ -16,6 +16,7 @@ from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from workers.api.answer import Answer, Update
 from workers.api.errors import error_body
 from workers.api.json_bodies import Body, decode_fields
+from workers.api.response_store import NO_STORE, ResponseStore
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission
 from workers.api.unserved_fields import refuse_unserved
@@ -30,6 +31,7 @@ class ServedModel(NamedTuple):
     forms: ChatForms  # of what the model writes in a chat
     is_strict: bool = False  # unknown fields are refused
     max_model_len: int = 0  # once the pipeline serves
+    store: ResponseStore = NO_STORE
 
     @property
     def name(self) -> str:
@@ -44,6 +46,7 @@ class Route(ABC):
 
     def __init__(self, model: ServedModel) -> None:
         self.model = model
+        self.tenant = ""  # who asks
 
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
@@ -90,7 +93,9 @@ class Endpoint(Route):
 
 
 class Inquiry(Route):
-    """A route for information on the server, once it serves: GET."""
+    """A route that does not ask the model, once the server serves."""
+
+    method: ClassVar[str] = "GET"
 
     @abstractmethod
     def render(self, **places: str) -> Json:

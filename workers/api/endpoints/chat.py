@@ -13,11 +13,11 @@ from typing import assert_never
 from pipeline.parsers.base import Content, ParserEvent, Thought, ToolArguments, ToolCallBegun
 from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import FinishReason
-from workers.api.answer import Answer, Call, ChoiceAnswer, ScoredToken, TokenScores, Update
+from workers.api.answer import Answer, Call, ChoiceAnswer, TokenScores, Update
 from workers.api.chat_request import ChatCompletionRequest
 from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
-from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
+from workers.api.endpoints.openai import logprob_objects, prompt_logprobs, usage_object
 from workers.api.request_fields import StreamOptions, check_request
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission
@@ -151,18 +151,7 @@ def _call_object(call: Call) -> Json:
 
 def _logprobs(tokens: Sequence[TokenScores]) -> Json:
     """OpenAI's entries, one for each token."""
-    entries = [
-        {**_entry(token.chosen), "top_logprobs": [_entry(one) for one in token.best]} for token in tokens
-    ]
-    return {"content": entries, "refusal": None}
-
-
-def _entry(token: ScoredToken) -> Json:
-    return {
-        "token": token.text.decode(errors="replace"),
-        "logprob": max(token.logprob, LEAST_LOGPROB),
-        "bytes": list(token.text),
-    }
+    return {"content": logprob_objects(tokens), "refusal": None}
 
 
 ROUTES = (ChatCompletions,)

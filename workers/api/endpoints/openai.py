@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from workers.api.answer import PromptAnswer, Usage
+from collections.abc import Sequence
+
+from workers.api.answer import PromptAnswer, ScoredToken, TokenScores, Usage
 from workers.api.endpoints.base import Json
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
@@ -13,6 +15,7 @@ def usage_object(usage: Usage) -> Json:
         "prompt_tokens": usage.num_prompt_tokens, "completion_tokens": usage.num_output_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.num_thought_tokens},
     }  # fmt: skip
 
 
@@ -32,3 +35,16 @@ def prompt_logprobs(prompt: PromptAnswer) -> list[Json | None]:
             }
         )
     return found
+
+
+def logprob_objects(tokens: Sequence[TokenScores]) -> list[Json]:
+    """OpenAI's entries, one for each token."""
+    return [{**_entry(token.chosen), "top_logprobs": [_entry(one) for one in token.best]} for token in tokens]
+
+
+def _entry(token: ScoredToken) -> Json:
+    return {
+        "token": token.text.decode(errors="replace"),
+        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "bytes": list(token.text),
+    }

@@ -1,0 +1,242 @@
+"""OpenAI's Responses API: through OpenAI's own client, over a real socket and a stand-in for the pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+
+from pipeline.parsers.forms import ChatForms
+from pipeline.wire.errors import RequestError
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart, ToolCall
+from pipeline.wire.sampling import FinishReason, GrammarKind
+from tests.workers.api.endpoints.test_messages import FORMS, THINKS_AND_CALLS, Writer
+from tests.workers.api.serving import endpoint, serving
+from workers.api.chat_request import check_chat, to_messages
+from workers.api.json_bodies import decode_json
+from workers.api.response_store import ResponseStore
+from workers.api.responses_request import (
+    ResponsesRequest,
+    check_responses,
+    to_chat_request,
+    to_items,
+)
+
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": True,
+}
+FILE = {"type": "input_image", "file_id": "f"}
+
+
+def messages(given: Any, **fields: Any) -> list[ChatMessage]:
+    request = decode_json(json.dumps({"input": given, **fields}).encode(), ResponsesRequest)
+    check_responses(request)
+    chat = to_chat_request(request, to_items(request.input))
+    check_chat(chat)
+    return to_messages(chat)
+
+
+def test_a_text_and_instructions() -> None:
+    assert messages("Hi", instructions="Be brief.") == [
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "Hi"),
+    ]
+
+
+def test_parts_calls_results_and_thoughts() -> None:
+    picture = {"type": "input_image", "image_url": "http://x/y", "detail": "auto", "file_id": None}
+    thought = {"type": "reasoning_text", "text": "Hm."}
+    found = messages(
+        [
+            {"role": "user", "content": [{"type": "input_text", "text": "See:"}, picture]},
+            {"type": "reasoning", "id": "rs_1", "summary": [], "content": [thought]},
+            {
+                "type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+                "content": [{"type": "output_text", "text": "I ask.", "annotations": [], "logprobs": []}],
+            },
+            {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "a", "arguments": "{}"},
+            {"type": "function_call", "call_id": "c2", "name": "b", "arguments": '{"x": 1}'},
+            {"type": "function_call_output", "call_id": "c1", "output": "one"},
+            {"type": "function_call_output", "call_id": "c2", "output": [picture]},
+            {"type": "message", "role": "developer", "content": "And?"},
+        ]
+    )  # fmt: skip
+    calls = (ToolCall("c1", "a", "{}"), ToolCall("c2", "b", '{"x": 1}'))
+    assert found == [
+        ChatMessage("user", (TextPart("See:"), ImagePart(url="http://x/y"))),
+        ChatMessage("assistant", "I ask.", tool_calls=calls, reasoning="Hm."),
+        ChatMessage("tool", "one", tool_call_id="c1"),
+        ChatMessage("tool", (ImagePart(url="http://x/y"),), tool_call_id="c2"),
+        ChatMessage("system", "And?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        ({"type": "web_search_call"}, "input[0].type"),
+        ({"role": "robot", "content": "a"}, "input[0].role"),
+        ({"role": "user", "content": 3}, "input[0].content"),
+        ({"role": "user", "content": "a", "colour": "red"}, "input[0].colour"),
+        ({"role": "user", "content": [FILE]}, "input[0].content[0].file_id"),
+        ({"type": "function_call", "name": "a", "arguments": "{}"}, "input[0].call_id"),
+    ],
+)  # fmt: skip
+def test_items_that_are_not_served_are_refused_by_name(item: Any, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        messages([item])
+    assert caught.value.info.field == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"background": True},
+        {"conversation": "c"},
+        {"prompt": {"id": "p"}},
+        {"truncation": "auto"},
+        {"n": 2},
+        {"tools": [{"type": "web_search"}]},
+        {"text": {"format": 3}},
+    ],
+)
+def test_fields_that_are_not_served_are_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        messages("a", **fields)
+    assert caught.value.info.field.startswith(next(iter(fields)))
+
+
+@asynccontextmanager
+async def asking(writer: Writer, forms: ChatForms = FORMS, **options: Any) -> AsyncIterator[AsyncOpenAI]:
+    async with serving(endpoint(writer, forms=forms, **options)) as site:
+        key = options.get("api_key", ("none",))[0]
+        async with AsyncOpenAI(
+            base_url=f"http://{site.host}:{site.port}/v1", api_key=key, max_retries=0
+        ) as client:
+            yield client
+
+
+async def test_a_whole_response() -> None:
+    writer = Writer("Hel", "lo")
+    async with asking(writer) as client:
+        found = await client.responses.create(model="m", input="Hi", temperature=0.5, max_output_tokens=7)
+        assert (found.output_text, found.status) == ("Hello", "completed")
+        assert found.usage is not None
+        assert (found.usage.input_tokens, found.usage.output_tokens) == (10, 2)
+        assert (await client.responses.retrieve(found.id)).output_text == "Hello"
+        items = await client.responses.input_items.list(found.id)
+        assert len(items.data) == 1
+        await client.responses.delete(found.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(found.id)
+    (sampling,) = writer.sampling
+    assert (sampling.temperature, sampling.max_tokens) == (0.5, 7)
+
+
+async def test_a_response_that_was_cut() -> None:
+    async with asking(Writer("a", finish=FinishReason.LENGTH)) as client:
+        found = await client.responses.create(model="m", input="Hi")
+        assert found.status == "incomplete"
+        assert found.incomplete_details is not None
+        assert found.incomplete_details.reason == "max_output_tokens"
+
+
+async def test_a_conversation_goes_on() -> None:
+    writer = Writer("Hello")
+    async with asking(writer) as client:
+        first = await client.responses.create(model="m", input="Hi", instructions="Be brief.")
+        second = await client.responses.create(model="m", input="And?", previous_response_id=first.id)
+        await client.responses.create(model="m", input="So?", previous_response_id=second.id)
+        contents = [message.content for message in writer.chats[-1].messages]
+        assert contents == ["Hi", "Hello", "And?", "Hello", "So?"], "instructions are of one response"
+        unstored = await client.responses.create(model="m", input="Hi", store=False)
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.responses.create(model="m", input="x", previous_response_id=unstored.id)
+        assert caught.value.code == "previous_response_not_found"
+
+
+async def test_a_response_belongs_to_its_key() -> None:
+    async with serving(endpoint(Writer("Hello"), api_key=("one", "two"))) as site:
+        url = f"http://{site.host}:{site.port}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="one", max_retries=0) as mine:
+            found = await mine.responses.create(model="m", input="Hi")
+            await mine.responses.retrieve(found.id)
+        async with AsyncOpenAI(base_url=url, api_key="two", max_retries=0) as other:
+            with pytest.raises(openai.NotFoundError):
+                await other.responses.retrieve(found.id)
+            with pytest.raises(openai.NotFoundError):
+                await other.responses.create(model="m", input="x", previous_response_id=found.id)
+
+
+async def test_thoughts_and_calls() -> None:
+    async with asking(Writer(*THINKS_AND_CALLS)) as client:
+        found = await client.responses.create(model="m", input="Hi", tools=[WEATHER])
+        thought, words, call = found.output
+        assert (thought.type, words.type, call.type) == ("reasoning", "message", "function_call")
+        assert json.loads(call.arguments) == {"city": "Köln"}
+        assert found.usage is not None
+        assert found.usage.output_tokens_details.reasoning_tokens > 0
+
+
+async def test_a_stream_of_thoughts_text_and_calls() -> None:
+    async with asking(Writer(*THINKS_AND_CALLS)) as client, client.responses.stream(
+        model="m", input="Hi", tools=[WEATHER]
+    ) as stream:  # fmt: skip
+        events = [one async for one in stream]
+        final = await stream.get_final_response()
+    kinds = [one.type for one in events]
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert kinds[-1] == "response.completed"
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+    added = [one.item.id for one in events if one.type == "response.output_item.added"]
+    done = [one.item.id for one in events if one.type == "response.output_item.done"]
+    assert added == done == [item.id for item in final.output]
+    deltas = [one.delta for one in events if one.type == "response.function_call_arguments.delta"]
+    assert json.loads("".join(deltas)) == {"city": "Köln"}
+    for item in final.output:
+        if item.type == "function_call":
+            assert json.loads(item.arguments) == {"city": "Köln"}
+
+
+async def test_an_answer_by_a_schema() -> None:
+    class Star(BaseModel):
+        colour: str
+
+    writer = Writer('{"colour": ', '"red"}')
+    async with asking(writer, forms=ChatForms(None)) as client:
+        found = await client.responses.parse(model="m", input="Hi", text_format=Star)
+        assert found.output_parsed == Star(colour="red")
+    grammar = writer.sampling[0].grammar
+    assert grammar.kind is GrammarKind.JSON_SCHEMA
+    assert "colour" in grammar.source
+
+
+def test_the_store_forgets_the_oldest_first() -> None:
+    store = ResponseStore(10_000)
+    for number in range(10):
+        store.put(f"r{number}", "t", b"[]", [], {"x": "y" * 1000})
+    kept = [6, 7, 8, 9]
+    for number in range(10):
+        if number in kept:
+            store.get(f"r{number}", "t")
+        else:
+            with pytest.raises(RequestError) as caught:
+                store.get(f"r{number}", "t")
+            assert caught.value.info.status == 404
+    store.put("large", "t", b"[]", [], {"x": "y" * 20_000})
+    with pytest.raises(RequestError):
+        store.get("large", "t")
+    store.get("r9", "t")
+    for number in kept:
+        store.drop(f"r{number}", "t")
+    assert store._nbytes == 0

@@ -1,0 +1,227 @@
+"""The fields of OpenAI's Responses API, and their conversion to a chat request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.wire.errors import RequestError, shown
+from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
+from workers.api.json_bodies import is_unset
+from workers.api.sampling_fields import SamplingFields
+
+Json = dict[str, Any]
+ROLES = ("user", "assistant", "system", "developer")
+# Keys of items that say nothing to the model.
+IGNORED = ("id", "status", "type", "annotations", "logprobs", "phase", "created_by")
+# Fields of the API whose other values would change the answer.
+NEUTRAL: Mapping[str, Sequence[object]] = {
+    "background": (False,),
+    "conversation": (),
+    "prompt": (),
+    "truncation": ("disabled",),
+    "context_management": (),
+    "max_tool_calls": (),
+}
+
+
+class ResponsesRequest(SamplingFields, kw_only=True):
+    input: str | list[Json]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    tools: list[Json] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    text: Json | None = None
+    reasoning: Json | None = None
+    previous_response_id: str | None = None
+    include: list[str] | None = None
+    chat_template_kwargs: Json | None = None
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Json | None = None
+    truncation: str | None = None
+    context_management: list[Any] | None = None
+    max_tool_calls: int | None = None
+
+
+def check_responses(request: ResponsesRequest) -> None:
+    """Raises RequestError, naming the field, for what is not served and would change the answer."""
+    for name, neutral in NEUTRAL.items():
+        value = getattr(request, name)
+        if not is_unset(value) and value not in neutral:
+            raise RequestError(f"{name} is not served by this server, got {shown(value)}", field=name)
+    if (request.n or 1) != 1:
+        raise RequestError("a response has one choice", field="n")
+
+
+def to_items(given: str | list[Json]) -> list[Json]:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def to_chat_request(request: ResponsesRequest, items: Sequence[Json]) -> ChatCompletionRequest:
+    """`items`: the whole conversation. Raises RequestError, naming the field, for what is not served."""
+    messages = [] if request.instructions is None else [RequestMessage("system", request.instructions)]
+    messages += to_messages(items)
+    chat = ChatCompletionRequest(messages=messages)
+    for name in SamplingFields.__struct_fields__:
+        setattr(chat, name, getattr(request, name))
+    chat.max_completion_tokens = request.max_output_tokens
+    if "message.output_text.logprobs" in (request.include or ()) or request.top_logprobs:
+        chat.logprobs, chat.top_logprobs = True, request.top_logprobs
+    chat.tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
+    chat.tool_choice, chat.parallel_tool_calls = (
+        _tool_choice(request.tool_choice),
+        request.parallel_tool_calls,
+    )
+    chat.chat_template_kwargs = request.chat_template_kwargs
+    chat.reasoning_effort = (request.reasoning or {}).get("effort")
+    form = (request.text or {}).get("format")
+    if form is not None:
+        chat.response_format = _response_format(form)
+    return chat
+
+
+def to_messages(items: Sequence[Json]) -> list[RequestMessage]:
+    """Items of an assistant's turn, one after another, are one message."""
+    messages: list[RequestMessage] = []
+    for index, item in enumerate(items):
+        made = _message(item, f"input[{index}]")
+        if made is None:
+            continue
+        last = messages[-1] if messages else None
+        if last is not None and last.role == made.role == "assistant" and _fits(last, made):
+            messages[-1] = _joined(last, made)
+        else:
+            messages.append(made)
+    return messages
+
+
+def _message(item: Any, field: str) -> RequestMessage | None:
+    """None for an item that says nothing to the model."""
+    if not isinstance(item, dict):
+        raise RequestError(f"an item of the input must be an object, got {shown(item)}", field=field)
+    match item.get("type"):
+        case None | "message":
+            return _plain_message(item, field)
+        case "function_call":
+            _refuse_others(item, ("call_id", "name", "arguments"), field)
+            name, arguments = _text(item, "name", field), _text(item, "arguments", field)
+            call = RequestCall(RequestFunction(name, arguments), _text(item, "call_id", field))
+            return RequestMessage("assistant", None, tool_calls=[call])
+        case "function_call_output":
+            _refuse_others(item, ("call_id", "output"), field)
+            output = item.get("output")
+            content = output if isinstance(output, str) else _parts(output, f"{field}.output")
+            return RequestMessage("tool", content, tool_call_id=_text(item, "call_id", field))
+        case "reasoning":
+            thoughts = [part.get("text") or "" for part in item.get("content") or item.get("summary") or ()]
+            return (
+                RequestMessage("assistant", None, reasoning_content="".join(thoughts)) if thoughts else None
+            )
+        case kind:
+            what = f"{shown(kind)} is no type of an item here; served are message, function_call, "
+            raise RequestError(f"{what}function_call_output and reasoning", field=f"{field}.type")
+
+
+def _plain_message(item: Json, field: str) -> RequestMessage:
+    _refuse_others(item, ("role", "content"), field)
+    role, content = item.get("role"), item.get("content")
+    if role not in ROLES:
+        what = f"unknown role {shown(role)}; known are {', '.join(ROLES)}"
+        raise RequestError(what, field=f"{field}.role")
+    if isinstance(content, str):
+        return RequestMessage(role, content)
+    parts = _parts(content, f"{field}.content")
+    if role == "assistant":
+        return RequestMessage(role, "".join(part["text"] for part in parts if part["type"] == "text"))
+    return RequestMessage(role, parts)
+
+
+def _parts(given: Any, field: str) -> list[Json]:
+    if not isinstance(given, list):
+        raise RequestError(f"the content must be a text or a list of parts, got {shown(given)}", field=field)
+    return [_part(part, f"{field}[{index}]") for index, part in enumerate(given)]
+
+
+def _part(part: Any, field: str) -> Json:
+    """A part as the chat's clients write it. What is no part of this API may be one of a chat."""
+    if not isinstance(part, dict):
+        raise RequestError(f"a part must be an object, got {shown(part)}", field=field)
+    match part.get("type"):
+        case "input_text" | "output_text":
+            _refuse_others(part, ("text",), field)
+            return {"type": "text", "text": _text(part, "text", field)}
+        case "refusal":
+            return {"type": "text", "text": _text(part, "refusal", field)}
+        case "input_image":
+            if not is_unset(part.get("file_id")):
+                raise RequestError("files are not stored by this server", field=f"{field}.file_id")
+            rest = {key: value for key, value in part.items() if key not in ("file_id", "image_url")}
+            url = part.get("image_url")
+            source = url if isinstance(url, dict) else {"url": _text(part, "image_url", field)}
+            return {**rest, "type": "image_url", "image_url": source}
+        case _:
+            return part
+
+
+def _fits(last: RequestMessage, new: RequestMessage) -> bool:
+    """Thoughts come before texts, and texts before calls."""
+    return not (last.tool_calls and (new.content or new.reasoning_content)) and not (
+        last.content and (new.content or new.reasoning_content)
+    )
+
+
+def _joined(last: RequestMessage, new: RequestMessage) -> RequestMessage:
+    return RequestMessage(
+        "assistant",
+        last.content or new.content,
+        tool_calls=[*(last.tool_calls or ()), *(new.tool_calls or ())] or None,
+        reasoning_content=(last.reasoning_content or "") + (new.reasoning_content or "") or None,
+    )
+
+
+def _tool(tool: Any, field: str) -> Json:
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        kind = tool.get("type") if isinstance(tool, dict) else tool
+        what = f"of tools only a client's own functions are served, got {shown(kind)}"
+        raise RequestError(what, field=f"{field}.type")
+    if isinstance(tool.get("function"), dict):  # as in a chat
+        return tool
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {key: tool[key] for key in names if tool.get(key) is not None}}
+
+
+def _tool_choice(given: Any) -> Any:
+    match given:
+        case {"type": "function", "name": str(name)}:
+            return {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "tools": list(tools)}:
+            return {**given, "tools": [_tool_choice(tool) for tool in tools]}
+        case _:
+            return given
+
+
+def _response_format(given: Any) -> Json:
+    match given:
+        case {"type": "json_schema"}:
+            named = {key: given[key] for key in ("name", "schema", "strict") if key in given}
+            return {"type": "json_schema", "json_schema": named}
+        case {"type": str()}:
+            return dict(given)
+    raise RequestError(f"text.format must be an object with a type, got {shown(given)}", field="text.format")
+
+
+def _text(given: Mapping[str, Any], name: str, field: str) -> str:
+    text = given.get(name)
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be a text, got {shown(text)}", field=f"{field}.{name}")
+    return text
+
+
+def _refuse_others(given: Mapping[str, Any], served: Sequence[str], field: str) -> None:
+    for name, value in given.items():
+        if name not in served and name not in IGNORED and not is_unset(value):
+            what = f"{shown(name)} in an item is not served by this server"
+            raise RequestError(what, field=f"{field}.{name}")
