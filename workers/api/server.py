@@ -104,7 +104,8 @@ class ApiServer:
                 if issubclass(route, Endpoint):
                     application.router.add_post(path, partial(self._ask, route))
                 else:
-                    application.router.add_route(route.method, path, partial(self._inquire, route))
+                    add = getattr(application.router, f"add_{route.method.lower()}")  # GET brings HEAD
+                    add(path, partial(self._inquire, route))
         return application
 
     # Around every request.
