@@ -227,6 +227,17 @@ async def test_options_of_the_template(name: str, body: dict[str, Any], options:
     assert dict(fake.prompts[0].template_options) == options
 
 
+@pytest.mark.parametrize("field", ["thinking_token_budget", "thinking_budget"])
+async def test_a_budget_of_thoughts(field: str) -> None:
+    fake = writing("x")
+    async with asking(fake) as client:
+        await create(client, extra_body={field: 7})
+        assert fake.sampling[0].thinking_budget == 7
+        with pytest.raises(openai.BadRequestError) as caught:
+            await create(client, extra_body={field: -1})
+    assert caught.value.param == field
+
+
 async def test_how_the_prompt_ends() -> None:
     fake = writing("x")
     last = {"role": "assistant", "content": "One, two,"}
