@@ -33,7 +33,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("thinking") / "m"
     shutil.copytree(EMBEDDED / "model", folder)
     shutil.copy(TEMPLATE, folder / "chat_template.jinja")
-    with Server("--model", str(folder), "--dtype", "float32", *LIMITS) as running:
+    with Server("--model", str(folder), "--served-model-name", "m", "--dtype", "float32", *LIMITS) as running:
         yield running
 
 
@@ -94,6 +94,7 @@ def test_a_thought_ends_with_its_budget_after_a_death_too(thinking: Server) -> N
                 content += delta.content or ""
                 thought += getattr(delta, "reasoning", None) or ""
         assert Read(content, [], thought) == whole
+    thinking.children = workers_of(thinking.process.pid)
 
 
 def test_a_template_refuses_what_it_cannot_show(thinking: Server) -> None:
