@@ -23,9 +23,9 @@ from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
+from pipeline.config.tls import ssl_context
 from pipeline.parsers.registry import check_names
 from pipeline.process import faults, log
-from workers.api.tls import ssl_context
 
 logger = logging.getLogger(__name__)
 

@@ -52,7 +52,10 @@ class MmItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
-    """preprocess → llm: a request's metadata, sent before any of its pixels."""
+    """preprocess → llm: a request's metadata, sent before any of its pixels.
+
+    The compiled grammar, if the sampling has one, is the only frame behind the message.
+    """
 
     client_id: bytes
     request_id: str

@@ -23,6 +23,8 @@ MAX_SEED = 2**63
 MAX_INT32 = 2**31
 MAX_CHOICES = 16
 MAX_THINKING_END = 16  # tokens of the tag that ends a thought
+MAX_GRAMMAR_BYTES = 256 << 10  # of a grammar's source, in UTF-8
+MAX_GRAMMAR_CHOICES = 1024
 
 
 class FinishReason(enum.StrEnum):
@@ -32,19 +34,52 @@ class FinishReason(enum.StrEnum):
 
 
 class GrammarKind(enum.StrEnum):
-    JSON_OBJECT = "json_object"
+    JSON_OBJECT = "json_object"  # any JSON object; the source is empty
     JSON_SCHEMA = "json_schema"
-    REGEX = "regex"
-    CHOICE = "choice"
-    EBNF = "ebnf"
-    STRUCTURAL_TAG = "structural_tag"
+    REGEX = "regex"  # of the whole answer
+    CHOICE = "choice"  # a JSON list of strings: the answer is one of them
+    EBNF = "ebnf"  # in GBNF's notation, with a rule named root
+    STRUCTURAL_TAG = "structural_tag"  # xgrammar's JSON
 
 
 class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the output must follow. `source`: nothing for json_object, a JSON list of strings for choice."""
+    """What an answer must be. See docs/structured-output.md.
+
+    `field` is the name that the client gave to the grammar, for errors. Raises RequestError, naming it, where
+    the source is too long or obviously wrong: preprocess compiles the grammar and says the rest.
+    """
 
     kind: GrammarKind
     source: str = ""
+    field: str = "response_format"
+
+    def __post_init__(self) -> None:
+        num_bytes = len(self.source.encode(errors="surrogatepass"))
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise self.error(f"the grammar has {num_bytes} bytes, the limit is {MAX_GRAMMAR_BYTES}")
+        if self.kind is GrammarKind.JSON_OBJECT and self.source:
+            raise self.error("a grammar of the kind json_object has no source")
+        if self.kind is GrammarKind.CHOICE:
+            self.choices()
+
+    def choices(self) -> list[str]:
+        """The strings of a grammar of the kind choice."""
+        try:
+            found = msgspec.json.decode(self.source, type=list[str])
+        except (msgspec.MsgspecError, UnicodeError):
+            raise self.error("choices must be a JSON list of strings") from None
+        if not 1 <= len(found) <= MAX_GRAMMAR_CHOICES or not all(found):
+            raise self.error(f"choices must be 1 to {MAX_GRAMMAR_CHOICES} strings that are not empty")
+        return found
+
+    @property
+    def digest(self) -> bytes:
+        """Tells one grammar from another, whoever gave it."""
+        source = self.source.encode(errors="surrogatepass")
+        return hashlib.blake2b(f"{self.kind}:".encode() + source, digest_size=16).digest()
+
+    def error(self, message: str) -> RequestError:
+        return RequestError(message, field=self.field)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +101,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `n` choices are drawn behind one prompt. With the same `seed` a request draws the same tokens; without one
     its id gives it a seed: see `with_seed`. The text ends before a stop string, or with
     `include_stop_str_in_output` behind it; it has special tokens with `skip_special_tokens` off.
+    With a `grammar` each choice keeps to it.
 
     After `thinking_budget` output tokens a thought that goes on is ended by the tokens `thinking_end`: the
     client library fills them in, for chats in which the model thinks.

@@ -103,7 +103,7 @@ class HttpConnection(web.RequestHandler):
             self._body.set_exception(web.RequestPayloadError("broken"))
             self._body.feed_eof()
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # aiohttp says None, asyncio takes both
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
         """True keeps the connection: whoever has only stopped sending still reads its answer."""
         self._has_left.set()
         super().eof_received()

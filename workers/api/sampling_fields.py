@@ -1,7 +1,7 @@
 """The sampling fields of a request, and their conversion to `SamplingParams`.
 
 They are derived from `SamplingParams`: a parameter added there is a field of every endpoint. Only for the
-number of tokens and for log-probabilities endpoints have names of their own.
+number of tokens, log-probabilities and grammars endpoints have names of their own.
 """
 
 from __future__ import annotations

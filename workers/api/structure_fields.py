@@ -56,7 +56,7 @@ def _of_response_format(given: Json) -> Grammar | None:
         case "text":
             return None
         case "json_object":
-            return Grammar(GrammarKind.JSON_OBJECT)
+            return Grammar(GrammarKind.JSON_OBJECT, field="response_format")
         case "json_schema":
             named = given.get("json_schema")
             schema = named.get("schema") if isinstance(named, dict) else None
@@ -75,20 +75,20 @@ def _of_response_format(given: Json) -> Grammar | None:
 def _grammar(kind: GrammarKind, value: object, field: str) -> Grammar:
     match kind:
         case GrammarKind.JSON_OBJECT:
-            return Grammar(kind)
+            return Grammar(kind, field=field)
         case GrammarKind.JSON_SCHEMA | GrammarKind.STRUCTURAL_TAG:
             parsed = _parsed(value, field)
             if kind is GrammarKind.STRUCTURAL_TAG:
                 parsed = _structural_tag(parsed, field)
-            return Grammar(kind, json.dumps(parsed, ensure_ascii=False))
+            return Grammar(kind, json.dumps(parsed, ensure_ascii=False), field)
         case GrammarKind.CHOICE:
             if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
                 raise RequestError(f"{field} must be a list of texts, got {shown(value)}", field=field)
-            return Grammar(kind, json.dumps(value, ensure_ascii=False))
+            return Grammar(kind, json.dumps(value, ensure_ascii=False), field)
         case GrammarKind.REGEX | GrammarKind.EBNF:
             if not isinstance(value, str) or not value:
                 raise RequestError(f"{field} must be a text, got {shown(value)}", field=field)
-            return Grammar(kind, value)
+            return Grammar(kind, value, field)
 
 
 def _parsed(value: object, field: str) -> object:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from pipeline.client.client import PipelineClient
 from pipeline.config import ApiConfig
+from pipeline.config.tls import ssl_context
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO
@@ -29,7 +30,6 @@ from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
-from workers.api.tls import ssl_context
 from workers.model_info import model_info_of
 
 logger = logging.getLogger(__name__)

@@ -63,7 +63,7 @@ def _overtaken_too_often(
     Without priorities one request would be next of all, and one of the admitted request's tenant: only these
     two count. If all did, a long queue would soon go before every priority.
     """
-    left = [other for queue in queues.values() for other in queue if not other.waits_for_prompt]
+    left = [other for queue in queues.values() for other in queue if not other.is_held]
     next_of_all = min(left, key=lambda other: (num_running[other.tenant], other.arrival), default=None)
     next_of_tenant = min(queues[request.tenant], key=lambda other: other.arrival, default=None)
     overtaken: list[Request] = []

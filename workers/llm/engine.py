@@ -15,6 +15,7 @@ from pipeline.wire.base import Origin
 from pipeline.wire.clients import Welcome
 from pipeline.wire.control import WorkerState
 from pipeline.wire.encoding import EncodeMessage, FeedbackMessage
+from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.generation import LlmMessage
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepsMessage
 from pipeline.wire.topology import Role, WorkerId
@@ -22,8 +23,9 @@ from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Interruption, Publish
 from workers.llm.intake import Intake
 from workers.llm.leases import Leases
+from workers.llm.matcher_starts import MatcherStarts
+from workers.llm.request import Request
 from workers.llm.requests import Requests
-from workers.llm.sampling.matching import HostRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Runner, Stepper, Watch
 
@@ -41,7 +43,7 @@ class Links:
 
 
 class Engine:
-    """`epochs` are the current epochs of the workers. For `has_overlap` and `rules` see `Stepper`."""
+    """`epochs` are the current epochs of the workers. For `has_overlap` see `Stepper`."""
 
     def __init__(
         self,
@@ -53,9 +55,10 @@ class Engine:
         epochs: Mapping[WorkerId, int] | None = None,
         has_overlap: bool = False,
         watch: Watch | None = None,
-        rules: Sequence[HostRule] = (),
+        matcher_starts: MatcherStarts | None = None,
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
+        self._matcher_starts = matcher_starts or MatcherStarts(())
         self._clients, self._leases = Clients(origin, welcome, links.publish), Leases(origin, links.vits)
         self.stepper = Stepper(
             origin,
@@ -65,7 +68,7 @@ class Engine:
             links.publish_step,
             has_overlap,
             watch or Watch(),
-            rules,
+            lambda: self._matcher_starts.waiting,
         )
         self._requests = Requests(
             origin,
@@ -84,6 +87,7 @@ class Engine:
             self._leases,
             welcome,
             {} if epochs is None else epochs,
+            self._matcher_starts,
         )
 
     @property
@@ -99,8 +103,8 @@ class Engine:
     def counters(self) -> dict[str, int]:
         return {**self.stepper.counters, **self.intake.counters, **self._requests.counters}
 
-    def handle(self, message: LlmMessage, now: float) -> None:
-        self.intake.handle(message, now)
+    def handle(self, message: LlmMessage, now: float, frames: Sequence[memoryview] = ()) -> None:
+        self.intake.handle(message, now, frames)
 
     def on_subscriptions(self, events: Iterable[Subscription], now: float) -> None:
         self._clients.on_subscriptions(events, now)
@@ -116,6 +120,7 @@ class Engine:
 
         Returns False when there is nothing to do.
         """
+        is_preparing = self._take_matchers(now)
         schedule = self.scheduler.schedule()
         for request in schedule.preempted:
             self._requests.on_preempted(request)
@@ -128,11 +133,26 @@ class Engine:
         has_work = self.stepper.num_in_flight > 0
         self._collect_down_to(1 if schedule.scheduled else 0, now)
         self.stepper.choose()
+        self._fail(self.stepper.take_failed(), now)
         if schedule.is_alone or not self.stepper.has_overlap:
             self._collect_down_to(0, now)
-        if has_work:
+            self._fail(self.stepper.take_failed(), now)
+        if has_work or is_preparing:
             self.stepper.record()
         return has_work
+
+    def _take_matchers(self, now: float) -> bool:
+        """Lets requests go on whose matchers have started. Whether any were being started."""
+        if not self._matcher_starts.waiting:
+            return False
+        self._fail(self._matcher_starts.take_done(), now)
+        return True
+
+    def _fail(self, failed: Sequence[tuple[Request, ErrorInfo]], now: float) -> None:
+        for request, error in failed:
+            choices = self.requests.get(request.request_id)
+            if choices is not None and request in choices.all and not request.is_over:
+                self._requests.fail(choices, error, now)
 
     def _collect_down_to(self, num_in_flight: int, now: float) -> None:
         while self.stepper.num_in_flight > num_in_flight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from pipeline.process.flight_recorder import digest_of
@@ -25,6 +25,7 @@ from workers.llm.arriving_embeddings import ArrivingEmbeddings
 from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Ended, Failure, Interruption, aborted_output, output_of
 from workers.llm.leases import Leases
+from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.request import Request
 from workers.llm.requests import Requests
 from workers.llm.stepping import Stepper
@@ -42,15 +43,16 @@ class Intake:
         leases: Leases,
         welcome: Welcome,
         epochs: Mapping[WorkerId, int],
+        matcher_starts: MatcherStarts,
     ) -> None:
         self._origin, self._requests, self._stepper = origin, requests, stepper
         self._clients, self._leases, self._welcome = clients, leases, welcome
         self._pools = stepper.runner.pools
         self._embeddings = ArrivingEmbeddings(requests, clients, leases, self._pools)
-        self.epochs = epochs
+        self.epochs, self._matcher_starts = epochs, matcher_starts
         self.counters = {"stale_messages": 0}
 
-    def handle(self, message: LlmMessage, now: float) -> None:
+    def handle(self, message: LlmMessage, now: float, frames: Sequence[memoryview] = ()) -> None:
         if isinstance(message, WorkerMessage) and message.epoch < self.epochs.get(message.sender, 0):
             self.counters["stale_messages"] += 1
             return
@@ -58,7 +60,7 @@ class Intake:
             case Hello():
                 self._clients.greet(message.client_id, message.protocol)
             case GenerateRequest():
-                self._on_generate(message, now)
+                self._on_generate(message, now, frames)
             case QueryRequest():
                 self._on_query(message, now)
             case AbortRequest():
@@ -109,7 +111,7 @@ class Intake:
 
     # New requests, queries, aborts and refusals.
 
-    def _on_generate(self, message: GenerateRequest, now: float) -> None:
+    def _on_generate(self, message: GenerateRequest, now: float, frames: Sequence[memoryview]) -> None:
         request_id, clients = message.request_id, self._clients
         current, ended = self._requests.open.get(request_id), clients.ended(request_id)
         known = current or ended
@@ -127,9 +129,9 @@ class Intake:
                 self.counters["stale_messages"] += 1
                 return
             self._requests.forget(current)
-        self._open(message, now)
+        self._open(message, now, frames)
 
-    def _open(self, message: GenerateRequest, now: float) -> None:
+    def _open(self, message: GenerateRequest, now: float, frames: Sequence[memoryview]) -> None:
         choices = Choices.from_wire(message, self._welcome.max_model_len)
         if message.sampling.max_tokens == 0:
             self._tell_prompt(choices, now)
@@ -139,6 +141,7 @@ class Intake:
             self._requests.fail(choices, refusal, now)
             self._leases.drop_early(choices.request_id, choices.attempt)
             return
+        self._matcher_starts.begin(choices.open, frames[0] if frames else b"")
         self._requests.counters["prompt_tokens"] += choices.num_prompt_tokens
         self._clients.tell_accepted(choices)
         for early in self._leases.take_early(choices.request_id):

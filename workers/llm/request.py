@@ -51,6 +51,7 @@ class Request:
     max_tokens: int
     index: int = 0  # of the choice
     waits_for_prompt: bool = False  # another choice of the request computes their shared prompt
+    waits_for_matchers: bool = False  # a thread starts them
     are_others_ahead: bool = False  # another choice has yielded a token in this attempt
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same salt share cached prefixes
@@ -132,6 +133,11 @@ class Request:
     def key(self) -> tuple[str, int]:
         """The owner's name of its blocks and its slot."""
         return self.request_id, self.index
+
+    @property
+    def is_held(self) -> bool:
+        """It must not be admitted yet."""
+        return self.waits_for_prompt or self.waits_for_matchers
 
     @property
     def order(self) -> tuple[int, int]:

@@ -184,7 +184,7 @@ class Scheduler:
 
     def _may_start(self, request: Request) -> bool:
         """False for a request that, once admitted, would wait while it holds what other requests need."""
-        if request.waits_for_prompt:
+        if request.is_held:
             return False
         hashes = self._hashes(request)
         num_found = len(self.cache.find(hashes))

@@ -13,25 +13,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import msgspec
-import numpy as np
 
 from pipeline.process.trace import Tracer
 from pipeline.wire.base import Origin
-from pipeline.wire.errors import PipelineError
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.handles import PoolInfo
 from pipeline.wire.packing import pack_int32
-from pipeline.wire.sampling import with_seed
+from pipeline.wire.sampling import FinishReason, SamplingParams, with_seed
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan, StepsMessage, TokenMasks
 from workers.llm.chunk import Lease
 from workers.llm.leases import Leases
 from workers.llm.request import Request
-from workers.llm.sampling.matching import HostRule, mask_of, start_matchers
-from workers.llm.sampling.tokens import TokensSoFar
+from workers.llm.sampling.matching import mask_of
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
 from workers.llm.step_result import StepResult
 
@@ -97,7 +95,7 @@ class Stepper:
     """`publish_step` sends a message to the other ranks; None when there are none.
 
     `has_overlap`: a step is launched while the step before runs, which pays where the device computes
-    asynchronously. `rules` make the matchers of requests.
+    asynchronously. `preparing` returns the requests whose matchers are being started.
     """
 
     def __init__(
@@ -109,9 +107,9 @@ class Stepper:
         publish_step: Callable[[StepsMessage], bool] | None,
         has_overlap: bool,
         watch: Watch,
-        rules: Sequence[HostRule],
+        preparing: Callable[[], Iterable[Request]] = tuple,
     ) -> None:
-        self.scheduler, self.runner, self._rules = scheduler, runner, rules
+        self.scheduler, self.runner, self._preparing = scheduler, runner, preparing
         self._origin, self._leases, self._publish_step, self._watch = origin, leases, publish_step, watch
         self.has_overlap = has_overlap
         self.is_wide = False  # steps run on all cores
@@ -121,6 +119,7 @@ class Stepper:
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
         self._step, self._step_end = 0, 0.0
         self._unchosen: list[Request] = []  # requests of the last launched step that wait for masks
+        self._failed: list[tuple[Request, ErrorInfo]] = []
         self._executing: set[str] = set()  # as last recorded
 
     @property
@@ -149,11 +148,6 @@ class Stepper:
         """A request runs from now on: the next plan brings all of its state that its steps do not repeat."""
         request = admitted.request
         request.num_sent_blocks = len(request.block_table)
-        if self._rules and not request.matchers:  # a preempted request keeps its matchers
-            prompt, output = (
-                np.array(ids, dtype=np.int32) for ids in (request.prompt_token_ids, request.output_token_ids)
-            )
-            request.matchers = start_matchers(self._rules, request.sampling, TokensSoFar(prompt, output))
         self._started.append(_start_of(*admitted))
 
     def launch(self, schedule: Schedule) -> None:
@@ -177,11 +171,23 @@ class Stepper:
         if not self._unchosen:
             return
         assert self.num_in_flight == 1
-        # The token of a request that has ended since is dropped, so it needs no mask.
-        masks = [b"" if request.is_over else mask_of(request.matchers) for request in self._unchosen]
+        masks = [self._mask_of(request) for request in self._unchosen]
         self._unchosen = []
         self.send(TokenMasks(step=self._step, masks=tuple(masks), **self._origin))
         self.runner.choose(masks)
+
+    def _mask_of(self, request: Request) -> bytes:
+        """Empty for a request that has ended, or whose matcher fails: its token is dropped."""
+        try:
+            return b"" if request.is_over else mask_of(request.matchers)
+        except RequestError as error:
+            self._failed.append((request, error.info))
+            return b""
+
+    def take_failed(self) -> list[tuple[Request, ErrorInfo]]:
+        """The requests that a matcher has ended since the last call, and why."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def execute(self, start: SequenceStart, step: SequenceStep) -> float:
         """Runs a step that belongs to no request, on all ranks; returns the seconds it took."""
@@ -225,6 +231,7 @@ class Stepper:
         if self._watch.record is None:
             return
         executing: set[str] = set()
+        executing.update(request.request_id for request in self._preparing())
         for items in (scheduled, *(step.scheduled for step in self._in_flight)):
             executing.update(item.request.request_id for item in items if not item.request.has_progress)
         if executing != self._executing:
@@ -256,14 +263,25 @@ class Stepper:
         self._leases.release(step.leases)
         finished = self.scheduler.update(step.scheduled, new_token_ids)
         for request, _ in yielded:
-            if request.matchers and not request.is_over:
-                for matcher in request.matchers:
-                    matcher.accept(new_token_ids[request.key])
+            if request.matchers and not request.is_over and self._is_ended(request, new_token_ids):
+                request.finish_reason = FinishReason.STOP
+                self.scheduler.remove(request)
+                finished.append(request)
         for request in finished:
             del request.logprobs[len(request.output_token_ids) :]  # of tokens after the last one
         self.counters["steps"] += 1
         self.counters["output_tokens"] += sum(len(one.output_token_ids) - offset for one, offset in yielded)
         return Collected(yielded, finished)
+
+    def _is_ended(self, request: Request, new_token_ids: Mapping[tuple[str, int], Sequence[int]]) -> bool:
+        """Its matchers take its new tokens. Whether one allows no more."""
+        try:
+            for matcher in request.matchers:
+                matcher.accept(new_token_ids[request.key])
+            return any(matcher.is_over for matcher in request.matchers)
+        except RequestError as error:
+            self._failed.append((request, error.info))
+            return False
 
     def _observe(self, step: InFlightStep) -> None:
         """Reports how long the step took, from its launch or, if later, the end of the step before."""
@@ -289,7 +307,7 @@ def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
     return SequenceStart(
         slot=request.slot,
         num_prompt_tokens=len(request.prompt_token_ids),
-        sampling=sampling,
+        sampling=_without_grammar(sampling),
         token_ids=pack_int32([*request.prompt_token_ids, *request.output_token_ids]),
         positions=request.positions.tobytes() if request.items else b"",
         position_delta=request.position_delta,
@@ -297,3 +315,8 @@ def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
         block_table=pack_int32(request.block_table),
         is_masked=bool(request.matchers),
     )
+
+
+def _without_grammar(sampling: SamplingParams) -> SamplingParams:
+    """Ranks need masks only."""
+    return sampling if sampling.grammar is None else msgspec.structs.replace(sampling, grammar=None)

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,20 +23,22 @@ from pipeline.process.process import (
     parse_worker,
 )
 from pipeline.transport.ends import Publisher, Receiver
-from pipeline.transport.poller import Poller
+from pipeline.transport.poller import Poller, Wakeup
 from pipeline.wire.clients import CLIENT_ID_BYTES, OutputsMessage
 from pipeline.wire.control import ControlMessage
 from pipeline.wire.generation import LlmMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
+from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
+from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
-from workers.llm.sampling.matching import TokenVocabulary, make_host_rules
+from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.start import (
     MAX_REQUESTS_PER_CLIENT,
@@ -102,6 +105,7 @@ def main(context: WorkerContext) -> None:
         Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads
     )
     runner: ModelRunner | None = None
+    matchers = _MatcherThread(info) if rank == 0 else None
     try:
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
@@ -109,20 +113,37 @@ def main(context: WorkerContext) -> None:
         gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
         runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
-        if steps is None:
+        if matchers is not None:
             scheduler = make_scheduler(context, info, cache_plan, has_states=bool(states_of(spec)))
-            _lead(context, control, scheduler, runner, info, cache_plan.max_model_len, sharing)
+            _lead(context, control, scheduler, runner, matchers, cache_plan.max_model_len, sharing)
         else:
+            assert steps is not None
             _follow(context, control, steps, runner, sharing)
     finally:
         if runner is not None:
             runner.close()
         parallel.close()
+        if matchers is not None:
+            matchers.executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _MatcherThread:
+    """The thread of rank 0 that starts matchers. It reads the tokens' texts while the weights are loaded."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self.wakeup, self.executor = Wakeup(), ThreadPoolExecutor(1, "matchers")
+        self._rule = GrammarRule(GrammarVocabulary(info.folder, info.text.vocab_size, info.eos_token_ids))
+        self._loading = self.executor.submit(self._rule.load)
+
+    def starts(self) -> MatcherStarts:
+        """Once the texts are read, so that it takes no time of steps."""
+        self._loading.result()
+        return MatcherStarts([self._rule], self.executor, self.wakeup.set)
 
 
 def _lead(
     context: WorkerContext, control: Receiver[ControlMessage], scheduler: Scheduler, runner: ModelRunner,
-    info: ModelInfo, max_model_len: int, sharing: CoreSharing,
+    matchers: _MatcherThread, max_model_len: int, sharing: CoreSharing,
 ) -> None:  # fmt: skip
     sockets, config, lead = context.sockets, context.config, context.worker.rank
     inbox = sockets.receiver(LLM, lead)
@@ -141,7 +162,7 @@ def _lead(
         context.origin, scheduler, runner, make_welcome(context, max_model_len), links, sockets.epochs,
         has_overlap=has_overlap(config.llm.overlap, runner.device),
         watch=Watch(tracer=context.tracer, record=context.recorder.record),
-        rules=make_host_rules(TokenVocabulary(info.text.vocab_size, info.eos_token_ids)),
+        matcher_starts=matchers.starts(),
     )  # fmt: skip
     step_times = measure_steps(context, engine, max_model_len, sharing)
     blocks = scheduler.cache.blocks
@@ -151,14 +172,15 @@ def _lead(
         block_size=blocks.block_size,
         max_model_len=max_model_len,
     )
-    _serve(context, control, engine, inbox, outputs, sharing, step_times)
+    _serve(context, control, engine, inbox, outputs, matchers.wakeup, sharing, step_times)
 
 
 def _serve(
     context: WorkerContext, control: Receiver[ControlMessage], engine: Engine, inbox: Receiver[LlmMessage],
-    outputs: Publisher[OutputsMessage], sharing: CoreSharing, step_times: Mapping[bool, StepTimes],
+    outputs: Publisher[OutputsMessage], wakeup: Wakeup, sharing: CoreSharing,
+    step_times: Mapping[bool, StepTimes],
 ) -> None:  # fmt: skip
-    poller = Poller(inbox, outputs, control)
+    poller = Poller(inbox, outputs, control, wakeup)
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     _declare(context.metrics, engine, inbox)
     while True:
@@ -172,6 +194,7 @@ def _serve(
             if dead.worker.role is Role.VIT:
                 context.pool_closed(dead.worker, dead.epoch - 1)
         engine.on_subscriptions(outputs.subscriptions(), now)
+        wakeup.clear()  # before the matchers are taken that it tells of
         read_inbox(inbox, engine.handle, now)
         if now >= stats_due:
             stats_due = now + stats_interval
@@ -187,12 +210,14 @@ def _serve(
             poller.wait(max(0.0, stats_due - time.monotonic()))
 
 
-def read_inbox(inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float], None], now: float) -> None:
+def read_inbox(
+    inbox: Receiver[LlmMessage], handle: Callable[[LlmMessage, float, list[memoryview]], None], now: float
+) -> None:
     """Handles at most `MAX_MESSAGES_PER_STEP` messages; the rest stays in the socket and wakes the poller."""
     for _ in range(MAX_MESSAGES_PER_STEP):
         if (received := inbox.receive()) is None:
             return
-        handle(received.message, now)
+        handle(received.message, now, received.frames)
 
 
 def _declare(metrics: Metrics, engine: Engine, inbox: Receiver[LlmMessage]) -> None:

@@ -46,9 +46,11 @@ from pipeline.wire.generation import (
 )
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.topology import Role, WorkerId
+from workers.grammars.vocabulary import GrammarVocabulary
 from workers.preprocess.chunks import ChunkFlow
 from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher
+from workers.preprocess.grammars import Grammars
 from workers.preprocess.item_reader import ItemReader
 from workers.preprocess.known_requests import KnownRequest, KnownRequests
 from workers.preprocess.media import Item
@@ -96,6 +98,7 @@ class Preprocessor:
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
         items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
+        self.grammars = Grammars(GrammarVocabulary(info.folder, info.text.vocab_size, info.eos_token_ids))
         self.prompts = PromptReader(
             info, config.max_items_per_request, items, self._text_threads,
             context.config.model.max_model_len,
@@ -248,7 +251,10 @@ class Preprocessor:
         is_alone = self._context.quarantine.runs_alone(opened.request_id)
         on_behalf_of.set(Work(opened.request_id, is_alone, opened.tenant))
         start = time.monotonic()
+        grammar = message.sampling.grammar
         try:
+            # First: it costs little to refuse one before media are fetched.
+            compiled = None if grammar is None else await self.grammars.compile(grammar)
             prepared = await self.prompts.read(
                 message, frames, opened.tenant, functools.partial(self._requests.hold, opened)
             )
@@ -266,7 +272,7 @@ class Preprocessor:
                 ).info,
             )
         else:
-            self._announce(opened, message, prepared)
+            self._announce(opened, message, prepared, compiled)
         self._context.tracer.span("prepare", start, [opened.request_id])
 
     def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
@@ -281,7 +287,9 @@ class Preprocessor:
                 field="messages",
             )
 
-    def _announce(self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared) -> None:
+    def _announce(
+        self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared, grammar: bytes | None
+    ) -> None:
         """Sends metadata to the LLM, then every chunk by hash to its ViT. Nothing is awaited in between, so
         all workers see the requests in one order."""
         media, prompt, positions, sampling = prepared
@@ -321,7 +329,7 @@ class Preprocessor:
             **self._origin,
         )
         opened.was_passed_on = True
-        self._tell(opened, request)
+        self._llms[opened.lead].send(request, () if grammar is None else (grammar,))
         self._chunks.announce(opened.keys)
 
     def _choose_group(
@@ -431,6 +439,7 @@ class Preprocessor:
 
     async def close(self) -> None:
         await self.readers.close()
+        await self.grammars.close()
         await self._fetcher.close()
         for threads in (self._text_threads, self._media_threads):
             threads.close()

@@ -11,15 +11,11 @@ this process when a job exceeds its processor time; the time of other processes 
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-import resource
 import signal
 import struct
 import sys
 import warnings
-from pathlib import Path
 from typing import assert_never
 
 import msgspec
@@ -29,12 +25,11 @@ from pipeline.families import ImageSize
 from pipeline.process.parent import end_with_parent
 from pipeline.transport.memory import HostMemory
 from pipeline.wire.errors import RequestError
+from workers.preprocess.child_limits import has_met_its_limit, limit_memory
 from workers.preprocess.images import decode, read_size
 from workers.preprocess.shortages import NO_ROOM, is_shortage
 from workers.preprocess.video import Video, VideoBroken, VideoMetadata
 from workers.preprocess.video_files import open_video
-
-LIMIT_SLACK_BYTES = 4 << 20  # for mappings of Python itself
 
 
 class PictureJob(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +96,7 @@ class Reader:
                     assert_never(job)
         except MemoryError:
             self._video = None
-            if not _has_met_its_limit():
+            if not has_met_its_limit():
                 return Failed(NO_ROOM, 503)
             limit = f"the {self._memory_mib} MiB of memory that this server gives to one"
             kind = "picture" if isinstance(job, PictureJob) else "video"
@@ -137,33 +132,6 @@ class Reader:
         return Done()
 
 
-def _mapped_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def _limit_memory(mib: int) -> None:
-    """Limits memory to the present size plus `mib`. Beyond, allocations fail or end the process."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # lifts the limit inherited from preprocess
-    limit = _mapped_bytes() + (mib << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("800")  # the kernel kills this process before preprocess
-
-
-def _has_met_its_limit() -> bool:
-    """Whether an allocation failed at this process's limit, not for lack of memory on the machine."""
-    left = resource.getrlimit(resource.RLIMIT_AS)[0] - _mapped_bytes() - LIMIT_SLACK_BYTES
-    if left <= 0:
-        return True
-    try:
-        mmap.mmap(-1, left, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # without touching a page
-    except (OSError, MemoryError):
-        return False
-    return True
-
-
 def main() -> None:
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -173,7 +141,7 @@ def main() -> None:
     jobs, answers = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # output of decoders goes to stderr
     reader = Reader(HostMemory(pool_fd, os.fstat(pool_fd).st_size), inbox, memory_mib, sys.argv[4])
-    _limit_memory(memory_mib)
+    limit_memory(memory_mib)
     while len(head := jobs.read(4)) == 4:
         job = msgspec.msgpack.decode(jobs.read(*struct.unpack("<I", head)), type=Job)
         signal.setitimer(signal.ITIMER_PROF, job.cpu_s)

@@ -112,7 +112,9 @@ def num_held_bytes(message: SubmitRequest) -> int:
     """Bytes of a submission's texts and tokens in memory, where one emoji makes each character of its text
     take four bytes."""
     num_progress_bytes = sum(len(choice.output_token_ids) for choice in message.choices)
-    return num_progress_bytes + _num_prompt_bytes(message.prompt)
+    grammar = message.sampling.grammar
+    num_grammar_bytes = 0 if grammar is None else sys.getsizeof(grammar.source)
+    return num_progress_bytes + num_grammar_bytes + _num_prompt_bytes(message.prompt)
 
 
 def _num_prompt_bytes(prompt: Prompt) -> int:

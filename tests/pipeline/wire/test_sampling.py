@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import hashlib
 
-from pipeline.wire.sampling import SamplingParams, with_seed
+import msgspec
+import pytest
+
+from pipeline.wire.errors import RequestError
+from pipeline.wire.sampling import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, SamplingParams, with_seed
 
 
 def test_without_a_seed_the_id_and_the_index_give_one() -> None:
@@ -20,3 +24,34 @@ def test_an_explicit_seed_is_that_of_the_first_choice_and_the_others_follow() ->
     assert with_seed(params, "r1", 0) is params
     assert [with_seed(params, name, 0).seed for name in ("r1", "r2")] == [2**63 - 2] * 2
     assert [with_seed(params, "r1", index).seed for index in (1, 2, 3)] == [2**63 - 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        (GrammarKind.JSON_SCHEMA, "x" * (MAX_GRAMMAR_BYTES + 1)),
+        (GrammarKind.REGEX, "é" * (MAX_GRAMMAR_BYTES // 2 + 1)),
+        (GrammarKind.JSON_OBJECT, "{}"),
+        (GrammarKind.CHOICE, ""),
+        (GrammarKind.CHOICE, "[]"),
+        (GrammarKind.CHOICE, '["a", ""]'),
+        (GrammarKind.CHOICE, '["a", 1]'),
+        (GrammarKind.CHOICE, msgspec.json.encode(["a"] * 1025).decode()),
+    ],
+)
+def test_a_grammar_that_is_obviously_wrong_is_refused_where_it_is_made(
+    kind: GrammarKind, source: str
+) -> None:
+    with pytest.raises(RequestError) as error:
+        Grammar(kind, source, "guided_choice")
+    assert error.value.info.field == "guided_choice"
+
+
+def test_a_grammars_digest_is_of_its_kind_and_source() -> None:
+    digests = {
+        Grammar(kind, source).digest
+        for kind in (GrammarKind.EBNF, GrammarKind.REGEX)
+        for source in ("a", "b")
+    }
+    assert len(digests) == 4
+    assert Grammar(GrammarKind.REGEX, "a", "guided_regex").digest in digests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -73,12 +74,18 @@ def endpoint(
     client: FakeClient | None = None,
     is_ready: bool = True,
     forms: ChatForms | None = None,
+    model_names: tuple[str, ...] = ("m",),
     **options: Any,
 ) -> ApiServer:
     api = {name: options.pop(name) for name in list(options) if name in ApiConfig.__slots__}
     info = SimpleNamespace(default_sampling={})
     server = ApiServer(
-        ApiConfig(**api), cast(Any, client or FakeClient()), ("m",), cast(Any, info), forms=forms, **options
+        ApiConfig(**api),
+        cast(Any, client or FakeClient()),
+        model_names,
+        cast(Any, info),
+        forms=forms,
+        **options,
     )
     if is_ready:
         server.set_ready()
@@ -160,10 +167,12 @@ def get(path: str, *headers: str) -> bytes:
 
 
 @asynccontextmanager
-async def serving(server: ApiServer, **options: Any) -> AsyncIterator[Site]:
+async def serving(
+    server: ApiServer, tls: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[Site]:
     runner = HttpRunner(server.application(), shutdown_timeout=0.1, **options)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
     try:
         yield Site(*runner.addresses[0][:2])
     finally:

@@ -212,3 +212,80 @@ async def test_who_does_not_wait_for_continue_need_not() -> None:
     async with serving(endpoint()) as site, site.connect() as wire:
         await wire.send(post(CHAT, "Expect: 100-continue"))
         assert (await wire.answer()).status == 200
+
+
+# Clients that stop sending.
+
+
+def waiting() -> tuple[FakeClient, asyncio.Event, asyncio.Event]:
+    """A client of the pipeline that answers once the first event is set; the second one: the answer ended."""
+    go, is_over = asyncio.Event(), asyncio.Event()
+
+    async def answer() -> Pieces:
+        try:
+            yield piece("Hi")
+            await go.wait()
+            yield piece("", FinishReason.STOP)
+        finally:
+            is_over.set()
+
+    return FakeClient(answer), go, is_over
+
+
+async def final(wire: Wire) -> tuple[int, dict[str, str]]:
+    """The head of the next answer; informational ones are skipped, as any client does."""
+    while (head := await wire.head())[0] < 200:
+        pass
+    return head
+
+
+@pytest.mark.parametrize("probe_s", [0.1, 5.0])
+@pytest.mark.parametrize("body", [CHAT, STREAMED_CHAT], ids=["whole", "stream"])
+async def test_who_has_only_stopped_sending_gets_its_answer(
+    body: bytes, probe_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "PROBE_INTERVAL_S", probe_s)
+    client, go, _ = waiting()
+    async with serving(endpoint(client)) as site, site.connect() as wire:
+        await wire.send(get("/v1/models") + post(body))
+        wire.writer.write_eof()
+        models = await wire.answer()
+        assert models.status == 200
+        asyncio.get_running_loop().call_later(1.5, go.set)
+        assert (await final(wire))[0] == 200
+        rest = await wire.rest()
+        assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") or json.loads(rest)["choices"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_who_stops_sending_and_then_leaves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel tells nothing of its own accord: it has told already that no more is sent."""
+    monkeypatch.setattr(connections, "PROBE_INTERVAL_S", 0.2)
+    client, _, is_over = waiting()
+    async with serving(endpoint(client)) as site:
+        async with site.connect() as wire:
+            await wire.send(post(CHAT))
+            wire.writer.write_eof()
+            await asyncio.sleep(1)
+            assert not is_over.is_set()
+        await asyncio.wait_for(is_over.wait(), 5)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_who_leaves_is_noticed_before_anything_is_written(version: str) -> None:
+    client, _, is_over = waiting()
+    async with serving(endpoint(client)) as site:
+        async with site.connect() as wire:
+            await wire.send(post(CHAT).replace(b"HTTP/1.1", f"HTTP/{version}".encode(), 1))
+            while not client.num_asked:
+                await asyncio.sleep(0.01)
+        await asyncio.wait_for(is_over.wait(), 2)
+
+
+async def test_who_stops_amid_its_request_has_left() -> None:
+    client, *_ = waiting()
+    async with serving(endpoint(client)) as site, site.connect() as wire:
+        await wire.send(post(CHAT)[:-5])
+        wire.writer.write_eof()
+        await wire.rest()
+        assert client.num_asked == 0

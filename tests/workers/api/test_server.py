@@ -8,12 +8,14 @@ import json
 import logging
 import time
 import zlib
+from importlib import metadata
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from pipeline.config import ApiKey
 from pipeline.wire.errors import RequestError
+from pipeline.wire.sampling import FinishReason
 from tests.workers.api.serving import (
     CHAT,
     STREAMED_CHAT,
@@ -259,3 +261,63 @@ async def test_keys_of_one_name_are_one_client() -> None:
             assert (await site.ask(post(CHAT, f"Authorization: Bearer {key}"))).status == 200
             salts.append(client.options["cache_salt"])
     assert salts[0] == salts[1] != salts[2]
+
+
+async def test_a_key_may_come_as_anthropics_clients_send_it() -> None:
+    async with serving(endpoint(named_keys=(ApiKey("alice", "secret"),))) as site:
+        for headers, status in (
+            (["X-Api-Key: secret"], 200),
+            (["x-api-key: wrong"], 401),
+            (["X-Api-Key: secret", "Authorization: Basic abc"], 200),
+            (["X-Api-Key: secret", "Authorization: Bearer wrong"], 401),
+        ):
+            assert (await site.ask(get("/v1/models", *headers))).status == status
+
+
+# Load.
+
+
+async def test_requests_beyond_the_limit_are_a_429() -> None:
+    go = asyncio.Event()
+
+    async def answer() -> Pieces:
+        await go.wait()
+        yield piece("Hi", FinishReason.STOP)
+
+    server = endpoint(FakeClient(answer), max_queued_requests=2)
+    async with serving(server) as site:
+        asked = [asyncio.create_task(site.ask(post())) for _ in range(2)]
+        while server.num_unfinished < 2:
+            await asyncio.sleep(0.01)
+        assert json.loads((await site.ask(get("/load"))).body)["server_load"] == 2
+        refused = await site.ask(post(b"this is not even read"))
+        assert (refused.error.status, refused.error.code) == (429, "rate_limit_exceeded")
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await site.ask(get("/v1/models"))).status == 200
+        go.set()
+        assert [(await one).status for one in asked] == [200, 200]
+        assert (await site.ask(post())).status == 200
+        assert json.loads((await site.ask(get("/load"))).body)["server_load"] == 0
+
+
+async def test_the_version_is_the_packages() -> None:
+    async with serving(endpoint(api_key=("secret",))) as site:
+        assert (await site.ask(get("/version"))).status == 401
+        answer = await site.ask(get("/version", "Authorization: Bearer secret"))
+        assert json.loads(answer.body) == {"version": metadata.version("vlm-pipeline")}
+        assert (await site.ask(get("/ping"))).status == 200
+
+
+# Names of the model.
+
+
+async def test_all_names_of_the_model_are_taken_and_the_first_is_shown() -> None:
+    async with serving(endpoint(model_names=("m", "also-m"))) as site:
+        listed = json.loads((await site.ask(get("/v1/models"))).body)["data"]
+        assert [card["id"] for card in listed] == ["m", "also-m"]
+        for name in ("m", "also-m"):
+            body = json.dumps({**json.loads(CHAT), "model": name}).encode()
+            assert json.loads((await site.ask(post(body))).body)["model"] == "m"
+        error = (await site.ask(post(json.dumps({**json.loads(CHAT), "model": "also"}).encode()))).error
+        assert (error.status, error.code, error.field) == (404, "model_not_found", "model")
+        assert "'m', 'also-m'" in error.message

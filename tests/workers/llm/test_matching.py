@@ -29,9 +29,10 @@ from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
+from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
-from workers.llm.sampling.matching import Mask, TokenVocabulary
+from workers.llm.sampling.matching import Mask
 from workers.llm.sampling.tokens import TokensSoFar
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_result import LaunchedStep
@@ -55,6 +56,8 @@ def allowed_after(token: int) -> list[int]:
 
 
 class ToyMatcher:
+    is_over = False
+
     def __init__(self, last: int, vocab_size: int, log: list[str]) -> None:
         self.last, self._vocab_size, self._log = last, vocab_size, log
 
@@ -73,16 +76,17 @@ class ToyMatcher:
 class ToyRule:
     """For whoever asks for this min_p. Notes what it was started with."""
 
-    def __init__(self, vocabulary: TokenVocabulary, log: list[str]) -> None:
-        self._vocabulary, self._log = vocabulary, log
+    def __init__(self, vocab_size: int, log: list[str]) -> None:
+        self._vocab_size, self._log = vocab_size, log
         self.outputs: list[list[int]] = []
 
-    def start(self, params: SamplingParams, tokens: TokensSoFar) -> ToyMatcher | None:
-        if params.min_p != RULED.min_p:
-            return None
+    def is_asked(self, params: SamplingParams) -> bool:
+        return params.min_p == RULED.min_p
+
+    def start(self, params: SamplingParams, tokens: TokensSoFar, compiled: bytes | memoryview) -> ToyMatcher:
         self.outputs.append(tokens.output.tolist())
         last = int([*tokens.prompt, *tokens.output][-1])
-        return ToyMatcher(last, self._vocabulary.size, self._log)
+        return ToyMatcher(last, self._vocab_size, self._log)
 
 
 class LoggedRunner(ModelRunner):
@@ -119,12 +123,14 @@ class Rig:
         num_blocks: int = 100,
         has_overlap: bool = True,
         attention: str = "torch",
+        starts: MatcherStarts | None = None,
     ) -> None:
+        """Another `starts` than the toy rule's may be given."""
         info = read_model_info(folder)
         self.runner, self.other = (make_runner(folder, num_blocks, attention) for _ in range(2))
         self.log = self.runner.log
         self.follower = Follower(self.other, lambda is_wide: None, lambda pool_id, epoch: None)
-        self.rule = ToyRule(TokenVocabulary(info.text.vocab_size, info.eos_token_ids), self.log)
+        self.rule = ToyRule(info.text.vocab_size, self.log)
         self.steps: list[StepsMessage] = []
         cache = CacheManager.of_size(num_blocks, 4, 4)
         self.scheduler, self.publisher = Scheduler(cache, budget, info.eos_token_ids), FakePublisher()
@@ -135,7 +141,7 @@ class Rig:
         links = Links(publish=self.publisher, feedback=FakeSink(), vits=[], publish_step=self.publish_step)
         self.engine = Engine(
             {"sender": LLM_0, "epoch": 1}, self.scheduler, self.runner, welcome, links,
-            has_overlap=has_overlap, rules=[self.rule],
+            has_overlap=has_overlap, matcher_starts=starts or MatcherStarts([self.rule]),
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
@@ -148,7 +154,12 @@ class Rig:
         return True
 
     def submit(
-        self, name: str, params: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()
+        self,
+        name: str,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        compiled: bytes = b"",
     ) -> None:
         self.tokens[name] = list(output)
         request = GenerateRequest(
@@ -157,7 +168,7 @@ class Rig:
             positions=pack_int32([*range(len(prompt))] * 3), position_delta=0, items=(), sampling=params,
             choices=(ChoiceProgress(pack_int32(output)),),
         )  # fmt: skip
-        self.engine.handle(request, 0.0)
+        self.engine.handle(request, 0.0, [memoryview(compiled)])
 
     def step(self) -> bool:
         is_busy = self.engine.step(0.0)

@@ -18,5 +18,5 @@ class Flood:
 
 def test_a_flood_of_messages_does_not_keep_rank_0_from_its_next_step() -> None:
     handled: list[object] = []
-    read_inbox(cast(Any, Flood()), lambda message, now: handled.append(message), 0.0)
+    read_inbox(cast(Any, Flood()), lambda message, now, frames: handled.append(message), 0.0)
     assert len(handled) == MAX_MESSAGES_PER_STEP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 
-from pipeline.config import ApiConfig
+from pipeline.config.api import ApiConfig
 
 
 def ssl_context(config: ApiConfig) -> ssl.SSLContext | None:

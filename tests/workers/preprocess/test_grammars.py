@@ -1,0 +1,115 @@
+"""Compiled grammars: once for each content, in processes with limits that may be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from pipeline.wire.errors import RequestError
+from pipeline.wire.sampling import Grammar, GrammarKind
+from tests.grammars import grammar_of, schema_of, vocabulary
+from workers.grammars.compiled import unpack
+from workers.preprocess import grammars as grammars_module
+from workers.preprocess.grammars import CompileLimits, Grammars
+from workers.preprocess.threads import Work, on_behalf_of
+
+REGEX = grammar_of(GrammarKind.REGEX, "[a-z]{3}")
+MANY = schema_of({"properties": {f"p{number}": {"type": "string"} for number in range(800)}})
+CHAIN = grammar_of(
+    GrammarKind.EBNF,
+    "\n".join(["root ::= r0", *(f"r{n} ::= r{n + 1}" for n in range(8000)), 'r8000 ::= "y"']),
+)
+
+
+@pytest.fixture
+async def grammars() -> AsyncIterator[Grammars]:
+    made = Grammars(vocabulary(), CompileLimits(cpu_s=2.0, memory_mib=256))
+    yield made
+    await made.close()
+    assert not made.all
+
+
+async def refusal(grammars: Grammars, grammar: Grammar) -> RequestError:
+    with pytest.raises(RequestError) as error:
+        await grammars.compile(grammar)
+    return error.value
+
+
+async def test_equal_grammars_are_compiled_once(grammars: Grammars) -> None:
+    first, *others = await asyncio.gather(*(grammars.compile(REGEX) for _ in range(20)))
+    assert {*others} == {first}
+    assert await grammars.compile(Grammar(REGEX.kind, REGEX.source, "another_field")) == first
+    assert grammars.num_compiled == len(grammars.all) == 1
+    assert unpack(first, vocabulary().tokenizer_info()).memory_size_bytes() > 0
+
+
+async def test_who_gives_up_does_not_disturb_who_waits_for_the_same(grammars: Grammars) -> None:
+    one, other = (asyncio.ensure_future(grammars.compile(REGEX)) for _ in range(2))
+    await asyncio.sleep(0.01)
+    one.cancel()
+    assert await other
+
+
+async def test_what_is_kept_has_a_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(await grammars.compile(REGEX))
+    monkeypatch.setattr(grammars_module, "MAX_KEPT_BYTES", 3 * size)
+    for number in range(1, 9):
+        await grammars.compile(grammar_of(GrammarKind.REGEX, f"[a-z]{{{number}}}"))
+        assert grammars.num_kept_bytes <= 3 * size
+
+
+@pytest.mark.parametrize(("grammar", "part"), [(MANY, "of memory"), (CHAIN, "memory")])
+async def test_a_grammar_that_grows_too_much_is_refused(
+    grammars: Grammars, grammar: Grammar, part: str
+) -> None:
+    await grammars.compile(REGEX)
+    error = await refusal(grammars, grammar)
+    assert error.info.status == 400
+    assert part in error.info.message
+    assert error.info.field == "response_format"
+    started_at = time.monotonic()
+    assert (await refusal(grammars, grammar)).info == error.info
+    assert time.monotonic() - started_at < 0.1, "it is remembered"
+    assert await grammars.compile(schema_of({"type": "integer"})), "the next one is served"
+
+
+async def test_a_grammar_that_takes_too_long_is_refused_while_others_go_on(grammars: Grammars) -> None:
+    slow = schema_of({"properties": {"a" * 40 + "!": {}}, "patternProperties": {"^(a+)+$": {"type": "null"}}})
+    on_behalf_of.set(Work("slow", tenant="slow"))
+    asked = asyncio.ensure_future(refusal(grammars, slow))
+    await asyncio.sleep(0.1)
+    on_behalf_of.set(Work("quick", tenant="quick"))
+    assert await grammars.compile(REGEX)
+    assert not asked.done()
+    error = await asked
+    assert (error.info.status, error.info.message) == (
+        400,
+        "the grammar takes more than 2 s of processor time to compile",
+    )
+
+
+async def test_a_killed_process_is_replaced(grammars: Grammars) -> None:
+    await grammars.compile(REGEX)
+    (idle,) = grammars.all
+    os.kill(idle.pid, signal.SIGKILL)
+    assert await grammars.compile(grammar_of(GrammarKind.REGEX, "b"))
+    asked = asyncio.ensure_future(grammars.compile(schema_of({"enum": [f"v{n}" for n in range(9000)]})))
+    await asyncio.sleep(0.03)
+    (busy,) = grammars.all
+    os.kill(busy.pid, signal.SIGKILL)
+    assert await asked
+
+
+async def test_who_kills_each_process_gets_an_error(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars_module, "MODULE", "this")  # prints, and ends
+    error = await refusal(grammars, REGEX)
+    assert error.info.status == 503
+    monkeypatch.undo()
+    assert await grammars.compile(REGEX), "that was no fault of the grammar"
