@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -41,7 +42,7 @@ def create(server: Server, **fields: Any) -> Any:
     with server.client() as client:
         body = {"ignore_eos": True, **fields.pop("extra_body", {})}
         return client.chat.completions.create(
-            model="m", messages=[HELLO], temperature=0, extra_body=body, **fields
+            model="", messages=[HELLO], temperature=0, extra_body=body, **fields
         )
 
 
@@ -101,3 +102,48 @@ def test_a_template_refuses_what_it_cannot_show(thinking: Server) -> None:
     with thinking.client() as client, pytest.raises(Exception, match="No user query") as caught:
         client.chat.completions.create(model="m", messages=[{"role": "system", "content": "x"}])
     assert caught.value.param == "messages"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_a_model_is_made_to_call(thinking: Server, server: Server, choice: str) -> None:
+    """Also behind its thought, and one that was never taught to call."""
+    function = {"type": "function", "function": {"name": "light"}}
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "light",
+            "parameters": {
+                "type": "object",
+                "properties": {"on": {"type": "boolean"}, "level": {"enum": [1, 2, 3]}},
+                "required": ["on", "level"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    fields: dict[str, Any] = {
+        "tools": [tool],
+        "tool_choice": function if choice == "named" else choice,
+        "parallel_tool_calls": False,
+        "max_tokens": 300,
+        "extra_body": {"ignore_eos": False, "thinking_token_budget": BUDGET},
+    }
+    for one in (thinking, server):
+        answered = create(one, **fields).choices[0]
+        (call,) = answered.message.tool_calls
+        assert (call.function.name, answered.finish_reason) == ("light", "tool_calls")
+        arguments = json.loads(call.function.arguments)
+        assert isinstance(arguments["on"], bool)
+        assert arguments["level"] in (1, 2, 3)
+        assert answered.message.content is None
+
+
+def test_a_structured_answer_comes_behind_the_thought(thinking: Server) -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    format_ = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
+    }
+    body = {"ignore_eos": False, "thinking_token_budget": BUDGET}
+    message = create(thinking, response_format=format_, max_tokens=100, extra_body=body).choices[0].message
+    assert message.reasoning
+    assert set(json.loads(message.content)) == {"on"}

@@ -305,7 +305,7 @@ async def test_a_structured_answer_may_be_a_call_instead() -> None:
     assert thought["end"] == "</think>"
     assert [one["type"] for one in inner["elements"]] == ["tags_with_separator", "json_schema"]
     _, _, inner = json.loads(fake.sampling[1].grammar.source)["format"]["elements"]
-    assert inner == {"type": "json_schema", "json_schema": {"type": "object"}}
+    assert inner == {"type": "json_schema", "json_schema": {"type": "object", "additionalProperties": True}}
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
