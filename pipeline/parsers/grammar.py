@@ -65,6 +65,7 @@ def behind_thought(inner: Json, form: ThoughtForm | None, start: Start) -> Json:
     return {"type": "sequence", "elements": [thought, blanks, inner]}
 
 
-def structural_tag(inner: Json) -> Grammar:
+def structural_tag(inner: Json, field: str = "tools") -> Grammar:
+    """`field`: what a client gave it by, for errors."""
     source = json.dumps({"type": "structural_tag", "format": inner}, ensure_ascii=False)
-    return Grammar(GrammarKind.STRUCTURAL_TAG, source)
+    return Grammar(GrammarKind.STRUCTURAL_TAG, source, field)
