@@ -12,6 +12,7 @@ from pipeline.parsers.base import Json, Start, ThoughtForm, Tool, ToolForm
 from pipeline.wire.sampling import Grammar, GrammarKind
 
 ANY_TEXT: Json = {"type": "any_text"}
+ANY_OBJECT: Json = {"type": "object", "additionalProperties": True}
 
 
 def required_calls(form: ToolForm, tools: Sequence[Tool], is_parallel: bool) -> Json:
@@ -26,8 +27,7 @@ def required_calls(form: ToolForm, tools: Sequence[Tool], is_parallel: bool) -> 
 
 def optional_calls(form: ToolForm, tools: Sequence[Tool], is_parallel: bool) -> Json:
     """Text with calls in it. Arguments of functions that are not strict are any object."""
-    free = {"type": "object", "additionalProperties": True}
-    given = [tool if tool.is_strict else Tool(tool.name, free) for tool in tools]
+    given = [tool if tool.is_strict else Tool(tool.name, ANY_OBJECT) for tool in tools]
     return {
         "type": "triggered_tags",
         "triggers": [form.begin],
@@ -41,7 +41,7 @@ def format_of(grammar: Grammar) -> Json:
     source = grammar.source
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return {"type": "json_schema", "json_schema": {"type": "object"}}
+            return {"type": "json_schema", "json_schema": ANY_OBJECT}
         case GrammarKind.JSON_SCHEMA:
             return {"type": "json_schema", "json_schema": json.loads(source)}
         case GrammarKind.REGEX:
@@ -65,6 +65,7 @@ def behind_thought(inner: Json, form: ThoughtForm | None, start: Start) -> Json:
     return {"type": "sequence", "elements": [thought, blanks, inner]}
 
 
-def structural_tag(inner: Json) -> Grammar:
+def structural_tag(inner: Json, field: str = "tools") -> Grammar:
+    """`field`: what a client gave it by, for errors."""
     source = json.dumps({"type": "structural_tag", "format": inner}, ensure_ascii=False)
-    return Grammar(GrammarKind.STRUCTURAL_TAG, source)
+    return Grammar(GrammarKind.STRUCTURAL_TAG, source, field)

@@ -28,6 +28,7 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 # A model that forgets the end of a value goes on in a new line.
 VALUE_ENDS = (PARAMETER_END, f"\n{PARAMETER}", f"\n{FUNCTION_END}", f"\n{END}")
 CUT_ENDS = (*VALUE_ENDS, f"\n{PARAMETER_END}")
+MAX_BLANKS = 2  # between two tags: a model that is made to call could write blanks for ever
 MAX_NAME = 256  # characters; what is longer is no name
 STRING, ANY = frozenset({"string"}), frozenset({"any"})
 
@@ -227,7 +228,12 @@ class XmlForm(ToolForm):
 
     def call_tag(self, tool: Tool) -> Json:
         schema = dict(tool.parameters) or {"type": "object", "properties": {}}
-        content = {"type": "json_schema", "json_schema": schema, "style": "qwen_xml"}
+        content = {
+            "type": "json_schema",
+            "json_schema": schema,
+            "style": "qwen_xml",
+            "max_whitespace_cnt": MAX_BLANKS,
+        }
         end = f"\n{FUNCTION_END}\n{END}"
         return {"type": "tag", "begin": f"{self.begin}{tool.name}>\n", "content": content, "end": end}
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,10 @@ def test_who_computes_alone_may_have_all_cores_unless_a_number_was_given() -> No
     assert place([3], 1, 1, is_elastic=True)[WorkerId(Role.LLM)].wide_cores == (), (
         "one core is everybody's anyway"
     )
+
+
+def test_an_unknown_parser_is_named_before_anything_starts() -> None:
+    command = [sys.executable, "-m", "launcher", "--tool-call-parser", "nobody"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "there is no tool call parser 'nobody'; known are auto, none, hermes" in ended.stderr

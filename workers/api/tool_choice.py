@@ -111,15 +111,15 @@ def to_chat_grammar(
 ) -> Grammar | None:
     """What the answer must follow: calls that are required, strict functions, and the answer's own form, each
     behind the thought. Raises RequestError for calls of a model that makes none."""
-    inner = _calls(choice, forms, structure)
+    inner, field = _calls(choice, forms, structure), "tools"
     start = forms.start(chat)
     if inner is None:
         if structure is None:
             return None
-        inner = format_of(structure)
+        inner, field = format_of(structure), structure.field
         if behind_thought(inner, forms.thoughts, start) is inner:
             return structure
-    return structural_tag(behind_thought(inner, forms.thoughts, start))
+    return structural_tag(behind_thought(inner, forms.thoughts, start), field)
 
 
 def _calls(choice: ToolChoice, forms: ChatForms, structure: Grammar | None) -> Json | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -203,6 +204,26 @@ async def test_a_chats_calls_are_read(client: PipelineClient, pipeline: Pipeline
     assert together(events) == Read("So:", [("now", '{"zone": "é"}')])
     assert told[-1].piece.finish_reason is FinishReason.STOP
     assert client.forms is client.forms
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+async def test_a_budget_of_thoughts_gets_the_tokens_that_end_one(
+    thinks: bool, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """In chats in which the model thinks; the same tokens go with every attempt."""
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copy(Path(__file__).parents[2] / "templates" / "qwen3_5.jinja", folder / "chat_template.jinja")
+    client = PipelineClient(tmp_path, model_folder=folder)
+    await asyncio.gather(client.start(), pipeline.welcome())
+    chat = to_chat([HELLO], template_options={"enable_thinking": thinks})
+    sampling = SamplingParams(thinking_budget=5)
+    task = asyncio.create_task(anext(client.chat(chat, sampling)))
+    sent = (await pipeline.next(SubmitRequest)).message.sampling
+    task.cancel()
+    end = tuple(pipeline.tokenizer.encode("</think>", add_special_tokens=False).ids)
+    assert (sent.thinking_budget, sent.thinking_end) == ((5, end) if thinks else (None, ()))
+    await client.close()
 
 
 async def test_a_gap_is_asked_for_and_overlap_is_dropped(client: PipelineClient, pipeline: Pipeline) -> None:
