@@ -51,14 +51,14 @@ class Compiled(msgspec.Struct, frozen=True, tag=True):
     data: bytes  # see `workers/grammars/compiled.py`
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class GrammarRefused(msgspec.Struct, frozen=True, tag=True):
     """`reason` is for clients."""
 
     reason: str
     status: int = 400
 
 
-GrammarAnswer = Compiled | Refused
+GrammarAnswer = Compiled | GrammarRefused
 
 
 class Compiler:
@@ -73,16 +73,16 @@ class Compiler:
         try:
             return Compiled(self._compile(grammar))
         except RequestError as refusal:
-            return Refused(refusal.info.message)
+            return GrammarRefused(refusal.info.message)
         except RecursionError:
-            return Refused(f"the {_name(grammar)} is nested too deeply")
+            return GrammarRefused(f"the {_name(grammar)} is nested too deeply")
         except Exception as error:  # noqa: BLE001  the compiler raises whatever its library does
             if isinstance(error, MemoryError) or "bad_alloc" in str(error):
                 limit = f"the {self._memory_mib} MiB of memory that this server gives to one"
-                return Refused(f"the {_name(grammar)} takes more than {limit}")
+                return GrammarRefused(f"the {_name(grammar)} takes more than {limit}")
             if is_shortage(error):
-                return Refused(NO_ROOM, 503)
-            return Refused(f"the {_name(grammar)} cannot be compiled: {_sentence(error)}")
+                return GrammarRefused(NO_ROOM, 503)
+            return GrammarRefused(f"the {_name(grammar)} cannot be compiled: {_sentence(error)}")
 
     def _compile(self, grammar: Grammar) -> bytes:
         if _nesting(grammar.source) > MAX_NESTING:
