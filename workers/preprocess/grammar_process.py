@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import signal
 import struct
 import sys
@@ -30,13 +29,13 @@ from pipeline.wire.sampling import Grammar, GrammarKind
 from workers.grammars.binding import load_binding
 from workers.grammars.compiled import pack, unpack
 from workers.grammars.vocabulary import MASK_BITS, GrammarVocabulary
-from workers.preprocess.child_limits import limit_memory
+from workers.preprocess.child_limits import limit_memory, resident_bytes
 from workers.preprocess.json_schemas import served
 from workers.preprocess.shortages import NO_ROOM, is_shortage
 
 MAX_NESTING = 200  # of brackets: parsers of nested things use the stack
 MAX_WHITESPACE = 8  # characters between two tokens of JSON, or a model could write blanks for ever
-LARGEST_KEPT = 1 << 30  # bytes; a process that has been larger ends itself, as it does not shrink
+LARGEST_KEPT = 1 << 29  # bytes; a process that does not shrink to this after a job ends itself
 ANY_OBJECT = {"type": "object"}
 _WARNING = re.compile(r"^\[[^\]]*\] \S+:\d+: Warning: (.*)$", re.MULTILINE)
 _PLACE = re.compile(r"^(\[[^\]]*\] )?(\S+:\d+: )?(Check failed: \(.*?\) is false: )?")
@@ -240,7 +239,7 @@ def main() -> None:
             answers.flush()
         except BrokenPipeError:
             return  # preprocess has died, and the signal of `end_with_parent` is still to come
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > LARGEST_KEPT:
+        if resident_bytes() > LARGEST_KEPT:
             return
 
 
