@@ -17,9 +17,11 @@ class FakeSink:
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.frames: list[Sequence[bytes | memoryview]] = []  # of all messages
 
     def send(self, message: Any, frames: Sequence[bytes | memoryview] = ()) -> None:
         self.sent.append(message)
+        self.frames.append(frames)
 
     def take(self, kind: type | None = None) -> list[Any]:
         taken = [message for message in self.sent if kind is None or isinstance(message, kind)]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import base64
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.client.blocking import BlockingClient
+from pipeline.wire.prompts import ChatMessage
+from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
 from tests.pictures import data_url, scene
 from tests.servers import Server
 from tests.test_layering import FILES, ROOT
@@ -67,7 +71,7 @@ def test_every_module_is_imported_without_transformers(hook: Path) -> None:
     assert importers(hook) == ""
 
 
-def test_a_server_answers_about_pictures_and_videos_without_transformers(hook: Path) -> None:
+def test_a_server_answers_about_pictures_and_videos_and_in_a_grammar_without_transformers(hook: Path) -> None:
     film = "data:video/mp4;base64," + base64.b64encode(encode_video(counting_frames(4))).decode()
     content = [
         {"type": "image_url", "image_url": {"url": data_url(scene(1))}},
@@ -81,6 +85,10 @@ def test_a_server_answers_about_pictures_and_videos_without_transformers(hook: P
             answer = client.chat.completions.create(
                 model="embedded-shapes", max_tokens=4, messages=[{"role": "user", "content": content}]
             )
+            with BlockingClient(server.run_dir) as blocking:
+                grammar = Grammar(GrammarKind.REGEX, "[a-c]{3}")
+                pieces = blocking.generate([ChatMessage("user", "Hello")], SamplingParams(grammar=grammar))
+                assert re.fullmatch("[a-c]{3}", "".join(piece.text for piece in pieces))
         assert answer.usage.completion_tokens >= 1
     assert importers(hook) == ""
 

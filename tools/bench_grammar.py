@@ -66,6 +66,7 @@ async def token_seconds(
             times[number].append(time.perf_counter())
 
     await asyncio.gather(*(stream(number) for number in range(num_streams)))
+    assert min(map(len, times)) > 1, "a stream is over after its first token"
     start, stop = max(each[0] for each in times), min(each[-1] for each in times)
     num_tokens = sum(start < moment <= stop for each in times for moment in each) / num_streams
     return (stop - start) / num_tokens
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--shape", default="0.3b", choices=SHAPES, help="of the random checkpoint")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--lines", type=int, default=200, help="of the schema that is compiled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

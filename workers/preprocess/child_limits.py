@@ -14,6 +14,11 @@ def mapped_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def resident_bytes() -> int:
+    """Of now: the most that a process has had (getrusage) begins with its parent's."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def limit_memory(mib: int) -> None:
     """Limits memory to the present size plus `mib`. Beyond, allocations fail or end the process."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

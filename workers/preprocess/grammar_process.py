@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import signal
 import struct
 import sys
@@ -30,13 +29,13 @@ from pipeline.wire.sampling import Grammar, GrammarKind
 from workers.grammars.binding import load_binding
 from workers.grammars.compiled import pack, unpack
 from workers.grammars.vocabulary import MASK_BITS, GrammarVocabulary
-from workers.preprocess.child_limits import limit_memory
+from workers.preprocess.child_limits import limit_memory, resident_bytes
 from workers.preprocess.json_schemas import served
 from workers.preprocess.shortages import NO_ROOM, is_shortage
 
 MAX_NESTING = 200  # of brackets: parsers of nested things use the stack
 MAX_WHITESPACE = 8  # characters between two tokens of JSON, or a model could write blanks for ever
-LARGEST_KEPT = 1 << 30  # bytes; a process that has been larger ends itself, as it does not shrink
+LARGEST_KEPT = 1 << 29  # bytes; a process that does not shrink to this after a job ends itself
 ANY_OBJECT = {"type": "object"}
 _WARNING = re.compile(r"^\[[^\]]*\] \S+:\d+: Warning: (.*)$", re.MULTILINE)
 _PLACE = re.compile(r"^(\[[^\]]*\] )?(\S+:\d+: )?(Check failed: \(.*?\) is false: )?")
@@ -51,14 +50,14 @@ class Compiled(msgspec.Struct, frozen=True, tag=True):
     data: bytes  # see `workers/grammars/compiled.py`
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class GrammarRefused(msgspec.Struct, frozen=True, tag=True):
     """`reason` is for clients."""
 
     reason: str
     status: int = 400
 
 
-GrammarAnswer = Compiled | Refused
+GrammarAnswer = Compiled | GrammarRefused
 
 
 class Compiler:
@@ -73,16 +72,16 @@ class Compiler:
         try:
             return Compiled(self._compile(grammar))
         except RequestError as refusal:
-            return Refused(refusal.info.message)
+            return GrammarRefused(refusal.info.message)
         except RecursionError:
-            return Refused(f"the {_name(grammar)} is nested too deeply")
+            return GrammarRefused(f"the {_name(grammar)} is nested too deeply")
         except Exception as error:  # noqa: BLE001  the compiler raises whatever its library does
             if isinstance(error, MemoryError) or "bad_alloc" in str(error):
                 limit = f"the {self._memory_mib} MiB of memory that this server gives to one"
-                return Refused(f"the {_name(grammar)} takes more than {limit}")
+                return GrammarRefused(f"the {_name(grammar)} takes more than {limit}")
             if is_shortage(error):
-                return Refused(NO_ROOM, 503)
-            return Refused(f"the {_name(grammar)} cannot be compiled: {_sentence(error)}")
+                return GrammarRefused(NO_ROOM, 503)
+            return GrammarRefused(f"the {_name(grammar)} cannot be compiled: {_sentence(error)}")
 
     def _compile(self, grammar: Grammar) -> bytes:
         if _nesting(grammar.source) > MAX_NESTING:
@@ -240,7 +239,7 @@ def main() -> None:
             answers.flush()
         except BrokenPipeError:
             return  # preprocess has died, and the signal of `end_with_parent` is still to come
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > LARGEST_KEPT:
+        if resident_bytes() > LARGEST_KEPT:
             return
 
 

@@ -17,7 +17,7 @@ import msgspec
 from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import Grammar
 from workers.grammars.vocabulary import GrammarVocabulary
-from workers.preprocess.grammar_process import Compiled, GrammarAnswer, GrammarJob, Refused
+from workers.preprocess.grammar_process import Compiled, GrammarAnswer, GrammarJob, GrammarRefused
 from workers.preprocess.job_child import JobChild, start_process
 from workers.preprocess.places import Places
 from workers.preprocess.shortages import is_shortage, no_room
@@ -73,7 +73,7 @@ class Grammars:
             if task is None:
                 task = self._under_way[digest] = asyncio.create_task(self._compile(digest, grammar))
             answer = await asyncio.shield(task)  # others may wait for it
-        if isinstance(answer, Refused):
+        if isinstance(answer, GrammarRefused):
             raise RequestError(answer.reason, field=grammar.field, status=answer.status)
         return answer.data
 
@@ -84,7 +84,7 @@ class Grammars:
         finally:
             del self._under_way[digest]
         self.num_compiled += 1
-        if not isinstance(answer, Refused) or answer.status == 400:  # a shortage passes
+        if not isinstance(answer, GrammarRefused) or answer.status == 400:  # a shortage passes
             self._keep(digest, answer)
         return answer
 
@@ -98,21 +98,21 @@ class Grammars:
                     if is_last or (death.status is not None and -death.status in FATAL_SIGNALS):
                         return self._refusal(death)
         except TimeoutError:
-            return Refused(
+            return GrammarRefused(
                 f"the grammar could not be compiled: it stood still for {self._limits.stall_s:g} s"
             )
         except OSError as error:  # no process could be started
             info = no_room(error, "").info
-            return Refused(info.message, info.status)
+            return GrammarRefused(info.message, info.status)
         raise AssertionError("the last try returns")
 
-    def _refusal(self, death: _Died) -> Refused:
+    def _refusal(self, death: _Died) -> GrammarRefused:
         if death.status == -signal.SIGPROF:
             limit = f"more than {self._limits.cpu_s:g} s of processor time"
-            return Refused(f"the grammar takes {limit} to compile")
+            return GrammarRefused(f"the grammar takes {limit} to compile")
         if death.status is not None and -death.status in FATAL_SIGNALS:
-            return Refused("the grammar cannot be compiled: it is too large or nested too deeply")
-        return Refused("the grammar could not be compiled: its process was ended", 503)
+            return GrammarRefused("the grammar cannot be compiled: it is too large or nested too deeply")
+        return GrammarRefused("the grammar could not be compiled: its process was ended", 503)
 
     async def _try(self, child: JobChild, job: GrammarJob) -> GrammarAnswer:
         """Raises _Died, and TimeoutError for a hung child. The child is reaped first."""

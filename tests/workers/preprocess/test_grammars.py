@@ -6,13 +6,15 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from pipeline.wire.errors import RequestError
-from pipeline.wire.sampling import Grammar, GrammarKind
+from pipeline.wire.generation import GenerateRequest, RequestRefused
+from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
 from tests.grammars import grammar_of, schema_of, vocabulary
+from tests.workers.preprocess.test_preprocessor import make_rig
 from workers.grammars.compiled import unpack
 from workers.preprocess import grammars as grammars_module
 from workers.preprocess.grammars import CompileLimits, Grammars
@@ -113,3 +115,41 @@ async def test_who_kills_each_process_gets_an_error(
     assert error.info.status == 503
     monkeypatch.undo()
     assert await grammars.compile(REGEX), "that was no fault of the grammar"
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def test_the_llm_gets_the_compiled_grammar_behind_its_request() -> None:
+    async with make_rig(1) as rig:
+        rig.submit("free")
+        await until(lambda: rig.llm.sent)
+        assert rig.llm.frames == [()]
+        assert not rig.core.grammars.all, "without a grammar no process starts"
+        rig.submit("ruled", sampling=SamplingParams(grammar=REGEX))
+        assert rig.core.num_held_bytes > len(REGEX.source)
+        await until(lambda: len(rig.llm.sent) == 2)
+        (data,) = rig.llm.frames[1]
+        assert data == await rig.core.grammars.compile(REGEX)
+        for message in rig.llm.take(GenerateRequest):
+            rig.end(message.request_id)
+        rig.check_nothing_left()
+
+
+async def test_who_has_no_grammar_does_not_wait_for_one() -> None:
+    async with make_rig(1) as rig:
+        rig.submit("slow", sampling=SamplingParams(grammar=MANY))
+        await until(lambda: rig.core.grammars.all)
+        rig.submit("free")
+        await until(lambda: rig.llm.sent)
+        assert rig.llm.sent[0].request_id == "free"
+        refused = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "[a", "guided_regex"))
+        rig.submit("refused", sampling=refused)
+        await until(lambda: len(rig.llm.sent) == 2)
+        refusal = rig.llm.sent[1]
+        assert isinstance(refusal, RequestRefused)
+        assert (refusal.error.status, refusal.error.field) == (400, "guided_regex")
+        assert "position 3" in refusal.error.message

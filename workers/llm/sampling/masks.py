@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +24,12 @@ def forbid_masked(logits: Tensor, masks: Sequence[bytes]) -> None:
     for row, mask in zip(packed, masks, strict=True):
         if mask:
             row[:] = np.frombuffer(mask, dtype=np.uint8)
-    shifts = torch.arange(BITS, dtype=torch.uint8, device=logits.device)
-    bits = to_device(packed, logits.device)[:, :, None] >> shifts & 1
-    logits.masked_fill_(bits.flatten(1)[:, :vocab_size] == 0, -torch.inf)
+    logits.masked_fill_(_bits_of(~packed, logits.device)[:, :vocab_size], -torch.inf)
+
+
+def _bits_of(packed: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
+    """[num_rows, 8 * num_bytes] bool. To a GPU the packed bits are copied."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_))
+    shifts = torch.arange(BITS, dtype=torch.uint8, device=device)
+    return (to_device(packed, device)[:, :, None] >> shifts & 1).flatten(1).bool()
