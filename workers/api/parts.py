@@ -22,9 +22,15 @@ MAX_NUMBER = 2.0**63  # what a wire integer holds
 LOW_DETAIL_PIXELS = 512 * 512  # the size at which OpenAI's models see a picture with `detail: "low"`
 FULL_DETAILS = ("auto", "high", "original")
 # The keys that may hold the URL, by the part's type.
-IMAGE_SOURCES = {"image_url": ("image_url",), "image": ("image", "image_url", "url")}
+IMAGE_SOURCES = {
+    "image_url": ("image_url",),
+    "input_image": ("image_url",),
+    "image": ("image", "image_url", "url"),
+}
 VIDEO_SOURCES = {"video_url": ("video_url",), "video": ("video", "video_url", "url")}
-TYPES = ("text", *IMAGE_SOURCES, *VIDEO_SOURCES)
+TEXTS = ("text", "input_text", "output_text")
+FILE = "file"
+TYPES = (*TEXTS, *IMAGE_SOURCES, *VIDEO_SOURCES, FILE)
 # Settings by the kind of their number: an area may be a float, as clients compute some of them.
 IMAGE_SETTINGS = {
     "min_pixels": "area",
@@ -71,8 +77,10 @@ def check_counts(contents: Sequence[object]) -> None:
 def to_part(given: Fields, field: str) -> Part:
     """Raises RequestError, naming the key at fault below `field`."""
     kind = _type_of(given, field)
-    if kind == "text":
+    if kind in TEXTS:
         return _text(given, field)
+    if kind == FILE:
+        return _file(given, field)
     if kind in IMAGE_SOURCES:
         return _image(given, field, IMAGE_SOURCES[kind])
     return _video(given, field, VIDEO_SOURCES[kind])
@@ -97,6 +105,26 @@ def _text(given: Fields, field: str) -> TextPart:
         raise RequestError(f"the text of a part must be a string, got {shown(text)}", field=f"{field}.text")
     _refuse_unserved(given, ("type", "text"), field)
     return TextPart(text)
+
+
+def _file(given: Fields, field: str) -> Part:
+    """A picture or video, as clients write one that they call a file: its data URL says which it is."""
+    named = given.get(FILE)
+    file = named if isinstance(named, dict) else given
+    place = f"{field}.{FILE}" if file is named else field
+    data = file.get("file_data") or file.get("file_url")
+    if not isinstance(data, str):
+        raise RequestError(
+            "a file comes with its data, as a data URL, in file_data", field=f"{place}.file_data"
+        )
+    _refuse_unserved(file, ("type", "file_data", "file_url"), place)
+    kind = data[5:].partition("/")[0].lower() if data[:5].lower() == "data:" else ""
+    if kind == "image":
+        return ImagePart(url=data)
+    if kind == "video":
+        return VideoPart(url=data)
+    what = "of files only pictures and videos are served, as data:image/… or data:video/…"
+    raise RequestError(f"{what}, got {shown(data[:40])}", field=f"{place}.file_data")
 
 
 def _image(given: Fields, field: str, sources: tuple[str, ...]) -> ImagePart:

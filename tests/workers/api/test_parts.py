@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.wire.errors import RequestError
-from pipeline.wire.prompts import ImagePart, TextPart, VideoPart
+from pipeline.wire.prompts import ImagePart, Part, TextPart, VideoPart
 from tests.workers.api.endpoints.test_chat import decode_request
 from workers.api.chat_request import to_messages
 from workers.api.parts import LOW_DETAIL_PIXELS, to_part
@@ -204,3 +204,34 @@ def test_fields_are_named_from_the_body_on() -> None:
     with pytest.raises(RequestError) as caught:
         to_messages(decode_request(json.dumps(body).encode()))
     assert caught.value.info.field == "messages[0].content[1].nframes"
+
+
+PNG, MP4 = "data:image/png;base64,AA", "data:video/mp4;base64,AA"
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"type": "input_text", "text": "a"}, TextPart("a")),
+        ({"type": "input_image", "image_url": "http://x/y", "detail": "auto"}, ImagePart(url="http://x/y")),
+        ({"type": "file", "file": {"file_data": PNG}}, ImagePart(url=PNG)),
+        ({"type": "file", "file": {"file_data": MP4, "filename": "a", "file_id": None}}, VideoPart(url=MP4)),
+    ],
+)
+def test_forms_of_other_clients(part: dict[str, Any], expected: Part) -> None:
+    assert to_part(part, "p") == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ({"file_id": "f"}, "p.file.file_data"),
+        ({"file_data": "data:application/pdf;base64,AA"}, "p.file.file_data"),
+        ({"file_data": "http://x/y.png"}, "p.file.file_data"),
+        ({"file_data": PNG, "file_id": "f"}, "p.file.file_id"),
+    ],
+)
+def test_files_that_are_not_served_are_refused_by_name(file: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        to_part({"type": "file", "file": file}, "p")
+    assert caught.value.info.field == field

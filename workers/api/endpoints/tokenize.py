@@ -1,4 +1,5 @@
-"""POST /tokenize and /detokenize: the token ids of a text, and the text of token ids."""
+"""POST /tokenize and /detokenize: the token ids of a text or a chat, and the text of token ids; POST
+/v1/chat/completions/render: the prompt of a chat."""
 
 from __future__ import annotations
 
@@ -13,15 +14,19 @@ from pipeline.wire.packing import pack_int32
 from pipeline.wire.prompts import Prompt, Text, Tokens
 from pipeline.wire.sampling import SamplingParams
 from workers.api.answer import Answer, Update
+from workers.api.chat_request import ChatCompletionRequest, RequestMessage
+from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import Endpoint, Json
 from workers.api.request_fields import check_model
-from workers.api.submission import Submission
+from workers.api.submission import Submission, for_its_prompt
 
 ONLY_THE_PROMPT = SamplingParams(max_tokens=0)
 
 
-class TokenizeRequest(msgspec.Struct, kw_only=True):
-    model: str = ""
+class TokenizeRequest(ChatCompletionRequest, kw_only=True):
+    """Of a text, or of a chat."""
+
+    messages: list[RequestMessage] = msgspec.field(default_factory=list)
     prompt: str | None = None
     content: str | None = None  # llama.cpp's name for it
     return_token_strs: bool = False
@@ -42,6 +47,9 @@ class _Inspection(Endpoint):
     def submission(self, prompt: Prompt) -> Submission:
         return Submission(request_id=f"tok-{uuid.uuid4().hex}", prompt=prompt, sampling=ONLY_THE_PROMPT)
 
+    def submission_of(self, chat: ChatCompletionRequest) -> Submission:
+        return for_its_prompt(to_submission(chat, self.model, f"tok-{uuid.uuid4().hex}"))
+
     def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         raise AssertionError("no such request is streamed")
 
@@ -53,10 +61,10 @@ class Tokenize(_Inspection):
         request = self.read(body, TokenizeRequest)
         check_model(request.model, self.model.names)
         given = [text for text in (request.prompt, request.content) if text is not None]
-        if len(given) != 1:
-            raise RequestError("a request has one prompt", field="prompt")
+        if len(given) + bool(request.messages) != 1:
+            raise RequestError("a request has one prompt, or messages", field="prompt")
         self._wants_texts, self._wants_pieces = request.return_token_strs, request.with_pieces
-        return self.submission(Text(given[0]))
+        return self.submission(Text(given[0])) if given else self.submission_of(request)
 
     def render(self, answer: Answer) -> Json:
         token_ids = list(answer.prompts[0].token_ids)
@@ -87,4 +95,20 @@ class Detokenize(_Inspection):
         return {"prompt": text, "content": text}
 
 
-ROUTES = (Tokenize, Detokenize)
+class Render(_Inspection):
+    path = "/v1/chat/completions/render"
+
+    def decode(self, body: bytes | bytearray) -> Submission:
+        request = self.read(body, ChatCompletionRequest)
+        check_model(request.model, self.model.names)
+        return self.submission_of(request)
+
+    def render(self, answer: Answer) -> Json:
+        token_ids = list(answer.prompts[0].token_ids)
+        return {
+            "object": "chat.completion.render", "model": self.model.name,
+            "prompt_token_ids": token_ids, "prompt": answer.text_of(token_ids), "count": len(token_ids),
+        }  # fmt: skip
+
+
+ROUTES = (Tokenize, Detokenize, Render)

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.client.client import Piece
 from pipeline.wire.packing import unpack_int32
-from pipeline.wire.prompts import Prompt, Text, Tokens
+from pipeline.wire.prompts import Chat, Prompt, Text, Tokens
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from tests.workers.api.serving import FakeClient, endpoint, get, piece, post, serving
 
@@ -29,6 +29,8 @@ class LetterClient(FakeClient):
                 ids = [ord(letter) for letter in text]
             case Tokens(token_ids):
                 ids = unpack_int32(token_ids).tolist()
+            case Chat(messages):
+                ids = [ord(letter) for message in messages for letter in str(message.content)]
             case _:
                 raise AssertionError
         last = piece("", FinishReason.LENGTH)
@@ -55,6 +57,16 @@ async def test_the_form_of_llama_cpp() -> None:
     told = await ask("/tokenize", content="hi", with_pieces=True, add_special=False)
     assert told["tokens"] == [{"id": 104, "piece": "h"}, {"id": 105, "piece": "i"}]
     assert (await ask("/detokenize", tokens=[104, 105]))["content"] == "hi"
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+async def test_the_tokens_of_a_chat() -> None:
+    assert (await ask("/tokenize", messages=CHAT))["tokens"] == [104, 105]
+    told = await ask("/v1/chat/completions/render", messages=CHAT)
+    assert (told["prompt_token_ids"], told["prompt"], told["count"]) == ([104, 105], "hi", 2)
+    assert (await ask("/tokenize", status=400, messages=CHAT, prompt="a"))["error"]["param"] == "prompt"
 
 
 async def test_the_text_of_tokens() -> None:
