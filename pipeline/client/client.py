@@ -29,7 +29,7 @@ from pipeline.client.data_urls import move_data_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.tags import special_tags
-from pipeline.parsers.base import ParserEvent, Start
+from pipeline.parsers.base import ParserEvent, ThoughtStart
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO, check_names
 from pipeline.transport.keys import ClientKeys
@@ -257,7 +257,7 @@ class PipelineClient:
         if sampling.thinking_budget is None or sampling.thinking_end:
             return sampling
         thoughts, start = self.forms.thoughts, self.forms.start(chat)
-        if thoughts is None or start not in (Start.THOUGHT, Start.EXPECTED):
+        if thoughts is None or start not in (ThoughtStart.THOUGHT, ThoughtStart.EXPECTED):
             return msgspec.structs.replace(sampling, thinking_budget=None)
         assert self._tokenizer is not None
         end = self._tokenizer.encode(thoughts.end, add_special_tokens=False).ids

@@ -65,7 +65,7 @@ class Tool(msgspec.Struct, frozen=True):
     is_strict: bool = False  # the arguments must follow the schema
 
 
-class Start(enum.Enum):
+class ThoughtStart(enum.Enum):
     """Where the prompt leaves the model."""
 
     THOUGHT = enum.auto()  # in a thought that the prompt has opened
@@ -110,5 +110,5 @@ class ThoughtForm(ABC):
         """Whether a model with this chat template writes thoughts in this form."""
 
     @abstractmethod
-    def parser(self, start: Start, inner: Parser, ends: Sequence[str] = ()) -> Parser:
+    def parser(self, start: ThoughtStart, inner: Parser, ends: Sequence[str] = ()) -> Parser:
         """`inner` reads what is no thought. A thought ends before one of `ends`, too."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.families.chat_template import ChatTemplate
-from pipeline.parsers.base import Parser, Start, ThoughtForm, Tool, ToolForm
+from pipeline.parsers.base import Parser, ThoughtForm, ThoughtStart, Tool, ToolForm
 from pipeline.parsers.plain import PlainParser
 from pipeline.parsers.registry import AUTO, find_thought_form, find_tool_form
 from pipeline.wire.errors import RequestError
@@ -32,7 +32,7 @@ class ChatForms:
         self._template = template
         self.calls: ToolForm | None = find_tool_form(tool_parser, source)
         self.thoughts: ThoughtForm | None = find_thought_form(reasoning_parser, source)
-        self._starts: dict[str, Start] = {}
+        self._starts: dict[str, ThoughtStart] = {}
 
     @classmethod
     def read(cls, folder: Path, tool_parser: str = AUTO, reasoning_parser: str = AUTO) -> ChatForms:
@@ -54,14 +54,14 @@ class ChatForms:
         """Whether the template reads this option."""
         return self._template is not None and option in self._template.variables()
 
-    def start(self, chat: Chat) -> Start:
+    def start(self, chat: Chat) -> ThoughtStart:
         """Where the prompt leaves the model."""
         if self.thoughts is None:
-            return Start.CONTENT
+            return ThoughtStart.CONTENT
         if chat.continue_final_message:
-            return self._start_in(_final_text(chat), Start.CONTENT)
+            return self._start_in(_final_text(chat), ThoughtStart.CONTENT)
         if not chat.add_generation_prompt:
-            return Start.EITHER
+            return ThoughtStart.EITHER
         key = json.dumps(dict(chat.template_options), sort_keys=True)
         if key not in self._starts:
             if len(self._starts) >= MAX_STARTS:
@@ -69,20 +69,20 @@ class ChatForms:
             self._starts[key] = self._probe(chat.template_options)
         return self._starts[key]
 
-    def _probe(self, options: Mapping[str, Any]) -> Start:
-        found = self._start_in(self._generation_prompt(options), Start.EITHER)
-        if found is Start.EITHER and self.knows(THINKING):
+    def _probe(self, options: Mapping[str, Any]) -> ThoughtStart:
+        found = self._start_in(self._generation_prompt(options), ThoughtStart.EITHER)
+        if found is ThoughtStart.EITHER and self.knows(THINKING):
             without = self._generation_prompt({**options, THINKING: False})
-            if self._start_in(without, Start.EITHER) is Start.CONTENT:
-                return Start.EXPECTED
+            if self._start_in(without, ThoughtStart.EITHER) is ThoughtStart.CONTENT:
+                return ThoughtStart.EXPECTED
         return found
 
-    def _start_in(self, text: str, otherwise: Start) -> Start:
+    def _start_in(self, text: str, otherwise: ThoughtStart) -> ThoughtStart:
         assert self.thoughts is not None
         begin, end = text.rfind(self.thoughts.begin), text.rfind(self.thoughts.end)
         if begin == end:
             return otherwise
-        return Start.THOUGHT if begin > end else Start.CONTENT
+        return ThoughtStart.THOUGHT if begin > end else ThoughtStart.CONTENT
 
     def _generation_prompt(self, options: Mapping[str, Any]) -> str:
         """What the template writes for the model to go on with."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from pipeline.parsers.base import Json, Start, ThoughtForm, Tool, ToolForm
+from pipeline.parsers.base import Json, ThoughtForm, ThoughtStart, Tool, ToolForm
 from pipeline.wire.sampling import Grammar, GrammarKind
 
 ANY_TEXT: Json = {"type": "any_text"}
@@ -55,11 +55,11 @@ def format_of(grammar: Grammar) -> Json:
             return dict(json.loads(source)["format"])
 
 
-def behind_thought(inner: Json, form: ThoughtForm | None, start: Start) -> Json:
+def behind_thought(inner: Json, form: ThoughtForm | None, start: ThoughtStart) -> Json:
     """The grammar begins behind the thought, where the model thinks."""
-    if form is None or start in (Start.CONTENT, Start.EITHER):
+    if form is None or start in (ThoughtStart.CONTENT, ThoughtStart.EITHER):
         return inner
-    begin = form.begin if start is Start.EXPECTED else ""
+    begin = form.begin if start is ThoughtStart.EXPECTED else ""
     thought = {"type": "tag", "begin": begin, "content": ANY_TEXT, "end": form.end}
     blanks = {"type": "optional", "content": {"type": "const_string", "value": "\n\n"}}
     return {"type": "sequence", "elements": [thought, blanks, inner]}

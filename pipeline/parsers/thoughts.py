@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.parsers.base import Parser, ParserEvent, Start, Thought, ThoughtForm
+from pipeline.parsers.base import Parser, ParserEvent, Thought, ThoughtForm, ThoughtStart
 from pipeline.parsers.tags import first_of, overlap
 
 BEGIN, END = "<think>", "</think>"
 
 
 class ThoughtParser(Parser):
-    def __init__(self, start: Start, inner: Parser, ends: Sequence[str]) -> None:
+    def __init__(self, start: ThoughtStart, inner: Parser, ends: Sequence[str]) -> None:
         self._inner, self._ends = inner, (END, *ends)
-        self._may_open = start is not Start.CONTENT  # with a tag
-        self._is_thought = start in (Start.THOUGHT, Start.EXPECTED)
+        self._may_open = start is not ThoughtStart.CONTENT  # with a tag
+        self._is_thought = start in (ThoughtStart.THOUGHT, ThoughtStart.EXPECTED)
         self._is_at_start = self._is_thought  # what comes are blanks so far
         self._held = ""
 
@@ -87,7 +87,7 @@ class TaggedThoughts(ThoughtForm):
     def fits(self, template: str) -> bool:
         return END in template
 
-    def parser(self, start: Start, inner: Parser, ends: Sequence[str] = ()) -> Parser:
+    def parser(self, start: ThoughtStart, inner: Parser, ends: Sequence[str] = ()) -> Parser:
         return ThoughtParser(start, inner, ends)
 
 

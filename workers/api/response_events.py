@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
-from workers.api.blocks import Block, BlockEvent, Closed, Grown, Kind, Opened
+from workers.api.blocks import AnswerBlock, BlockEvent, BlockKind, Closed, Grown, Opened
 from workers.api.server_sent_events import event
 
 Json = dict[str, Any]
@@ -20,22 +20,22 @@ class ItemWriter:
     def __init__(self) -> None:
         self._ids: dict[int, tuple[str, str]] = {}  # by the block's index: of the item, of the call
 
-    def item(self, block: Block, status: str = COMPLETED, logprobs: Sequence[Json] = ()) -> Json:
+    def item(self, block: AnswerBlock, status: str = COMPLETED, logprobs: Sequence[Json] = ()) -> Json:
         item_id, call_id = self._ids_of(block)
         is_open = status == IN_PROGRESS
         match block.kind:
-            case Kind.TEXT:
+            case BlockKind.TEXT:
                 content = [] if is_open else [_text_part(block.text, logprobs)]
                 return {
                     "id": item_id, "type": "message", "role": "assistant", "status": status,
                     "content": content,
                 }  # fmt: skip
-            case Kind.THOUGHT:
+            case BlockKind.THOUGHT:
                 content = [] if is_open else [{"type": "reasoning_text", "text": block.text}]
                 return {
                     "id": item_id, "type": "reasoning", "summary": [], "content": content, "status": status,
                 }  # fmt: skip
-            case Kind.CALL:
+            case BlockKind.CALL:
                 return {
                     "id": item_id, "type": "function_call", "call_id": call_id, "name": block.name,
                     "arguments": "" if is_open else block.text, "status": status,
@@ -43,9 +43,9 @@ class ItemWriter:
             case _:
                 assert_never(block.kind)
 
-    def _ids_of(self, block: Block) -> tuple[str, str]:
+    def _ids_of(self, block: AnswerBlock) -> tuple[str, str]:
         if block.index not in self._ids:
-            prefix = {Kind.TEXT: "msg", Kind.THOUGHT: "rs", Kind.CALL: "fc"}[block.kind]
+            prefix = {BlockKind.TEXT: "msg", BlockKind.THOUGHT: "rs", BlockKind.CALL: "fc"}[block.kind]
             self._ids[block.index] = f"{prefix}_{uuid.uuid4().hex}", f"call_{uuid.uuid4().hex}"
         return self._ids[block.index]
 
@@ -72,16 +72,16 @@ class EventWriter:
             case Opened():
                 item = self._items.item(block, IN_PROGRESS)
                 yield self.event("response.output_item.added", output_index=block.index, item=item)
-                if block.kind is not Kind.CALL:
+                if block.kind is not BlockKind.CALL:
                     yield self.event("response.content_part.added", **in_part, part=_part(block.kind, ""))
             case Grown(_, text):
                 match block.kind:
-                    case Kind.TEXT:
+                    case BlockKind.TEXT:
                         further = {"logprobs": list(logprobs)}
                         yield self.event("response.output_text.delta", **in_part, delta=text, **further)
-                    case Kind.THOUGHT:
+                    case BlockKind.THOUGHT:
                         yield self.event("response.reasoning_text.delta", **in_part, delta=text)
-                    case Kind.CALL:
+                    case BlockKind.CALL:
                         yield self.event("response.function_call_arguments.delta", **place, delta=text)
                     case _:
                         assert_never(block.kind)
@@ -92,26 +92,28 @@ class EventWriter:
             case _:
                 assert_never(one)
 
-    def _close(self, block: Block, place: Json, in_part: Json, logprobs: Sequence[Json]) -> Iterator[bytes]:
+    def _close(
+        self, block: AnswerBlock, place: Json, in_part: Json, logprobs: Sequence[Json]
+    ) -> Iterator[bytes]:
         text = block.text
         match block.kind:
-            case Kind.TEXT:
+            case BlockKind.TEXT:
                 yield self.event("response.output_text.done", **in_part, text=text, logprobs=list(logprobs))
-            case Kind.THOUGHT:
+            case BlockKind.THOUGHT:
                 yield self.event("response.reasoning_text.done", **in_part, text=text)
-            case Kind.CALL:
+            case BlockKind.CALL:
                 yield self.event(
                     "response.function_call_arguments.done", **place, name=block.name, arguments=text
                 )
                 return
             case _:
                 assert_never(block.kind)
-        part = _text_part(text, logprobs) if block.kind is Kind.TEXT else _part(block.kind, text)
+        part = _text_part(text, logprobs) if block.kind is BlockKind.TEXT else _part(block.kind, text)
         yield self.event("response.content_part.done", **in_part, part=part)
 
 
-def _part(kind: Kind, text: str) -> Json:
-    return _text_part(text) if kind is Kind.TEXT else {"type": "reasoning_text", "text": text}
+def _part(kind: BlockKind, text: str) -> Json:
+    return _text_part(text) if kind is BlockKind.TEXT else {"type": "reasoning_text", "text": text}
 
 
 def _text_part(text: str, logprobs: Sequence[Json] = ()) -> Json:

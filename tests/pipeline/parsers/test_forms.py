@@ -11,7 +11,7 @@ import xgrammar
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families.chat_template import ChatTemplate
-from pipeline.parsers.base import Json, Start, Tool
+from pipeline.parsers.base import Json, ThoughtStart, Tool
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.grammar import (
     behind_thought,
@@ -66,32 +66,36 @@ def test_a_name_wins_over_the_template() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "start"),
     [
-        ("qwen3_5", {}, Start.THOUGHT),
-        ("qwen3_5", {"enable_thinking": False}, Start.CONTENT),
-        ("qwen3", {}, Start.EXPECTED),
-        ("qwen3", {"enable_thinking": True}, Start.EXPECTED),
-        ("qwen3", {"enable_thinking": False}, Start.CONTENT),
-        ("qwen3_vl", {"enable_thinking": True}, Start.CONTENT),
+        ("qwen3_5", {}, ThoughtStart.THOUGHT),
+        ("qwen3_5", {"enable_thinking": False}, ThoughtStart.CONTENT),
+        ("qwen3", {}, ThoughtStart.EXPECTED),
+        ("qwen3", {"enable_thinking": True}, ThoughtStart.EXPECTED),
+        ("qwen3", {"enable_thinking": False}, ThoughtStart.CONTENT),
+        ("qwen3_vl", {"enable_thinking": True}, ThoughtStart.CONTENT),
     ],
 )
-def test_where_the_prompt_leaves_the_model(name: str, options: dict[str, Any], start: Start) -> None:
+def test_where_the_prompt_leaves_the_model(name: str, options: dict[str, Any], start: ThoughtStart) -> None:
     assert forms(name).start(to_chat([HELLO], None, template_options=options)) is start
 
 
 @pytest.mark.parametrize(
     ("text", "start"),
-    [("Hm", Start.CONTENT), ("<think>\nHm", Start.THOUGHT), ("<think>Hm</think>So", Start.CONTENT)],
+    [
+        ("Hm", ThoughtStart.CONTENT),
+        ("<think>\nHm", ThoughtStart.THOUGHT),
+        ("<think>Hm</think>So", ThoughtStart.CONTENT),
+    ],
 )
-def test_where_a_continued_message_leaves_the_model(text: str, start: Start) -> None:
+def test_where_a_continued_message_leaves_the_model(text: str, start: ThoughtStart) -> None:
     messages = (ChatMessage("user", "x"), ChatMessage("assistant", text))
     chat = Chat(messages, add_generation_prompt=False, continue_final_message=True)
     assert forms("qwen3_5").start(chat) is start
-    assert forms("qwen3_5").start(Chat(messages, add_generation_prompt=False)) is Start.EITHER
+    assert forms("qwen3_5").start(Chat(messages, add_generation_prompt=False)) is ThoughtStart.EITHER
 
 
 def test_a_template_that_mentions_thoughts_only_may_think() -> None:
     found = ChatForms(ChatTemplate("{% if '</think>' in messages[0].content %}{% endif %}x"))
-    assert found.start(to_chat([HELLO])) is Start.EITHER
+    assert found.start(to_chat([HELLO])) is ThoughtStart.EITHER
 
 
 def test_calls_are_read_only_where_there_are_tools() -> None:
@@ -191,14 +195,14 @@ def test_optional_calls(form: Any, calls: list[str], bad: str) -> None:
 def test_a_grammar_begins_behind_the_thought(grammar: Grammar, good: str, bad: str) -> None:
     form = forms("qwen3_5").thoughts
     inner = format_of(grammar)
-    assert behind_thought(inner, form, Start.CONTENT) is inner
-    assert behind_thought(inner, None, Start.THOUGHT) is inner
-    opened = accepts(behind_thought(inner, form, Start.THOUGHT))
+    assert behind_thought(inner, form, ThoughtStart.CONTENT) is inner
+    assert behind_thought(inner, None, ThoughtStart.THOUGHT) is inner
+    opened = accepts(behind_thought(inner, form, ThoughtStart.THOUGHT))
     for prefix in ("Hm, {so}.\n</think>\n\n", "</think>", "Hm</think>\n\n"):
         assert opened(prefix + good)
         assert not opened(prefix + bad)
     assert not opened(good)
-    expected = accepts(behind_thought(inner, form, Start.EXPECTED))
+    expected = accepts(behind_thought(inner, form, ThoughtStart.EXPECTED))
     assert expected(f"<think>\nHm</think>\n\n{good}")
     assert not expected(f"Hm</think>{good}")
 

@@ -10,7 +10,16 @@ from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, ChoiceAnswer, Update, Usage
 from workers.api.anthropic_request import MessagesFields, MessagesRequest, to_chat_request, to_json_text
-from workers.api.blocks import Block, BlockEvent, Blocks, Closed, Grown, Kind, Opened, blocks_of
+from workers.api.blocks import (
+    AnswerBlock,
+    AnswerBlocks,
+    BlockEvent,
+    BlockKind,
+    Closed,
+    Grown,
+    Opened,
+    blocks_of,
+)
 from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.request_fields import check_model
@@ -57,7 +66,7 @@ class Messages(_Anthropic):
         (choice,) = answer.choices
         blocks = blocks_of(choice)
         content = [_whole(block) for block in blocks]
-        has_calls = any(block.kind is Kind.CALL for block in blocks)
+        has_calls = any(block.kind is BlockKind.CALL for block in blocks)
         return self._message(content, answer.usage) | _end(choice, has_calls)
 
     def _message(self, content: list[Json], usage: Usage) -> Json:
@@ -69,7 +78,7 @@ class Messages(_Anthropic):
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         """The message without content, its blocks one after another, and how it ended."""
         (choice,) = answer.choices
-        blocks, has_begun = Blocks(), False
+        blocks, has_begun = AnswerBlocks(), False
         async for update in updates:
             if not has_begun:
                 started = self._message([], answer.usage._replace(num_output_tokens=0))
@@ -82,7 +91,7 @@ class Messages(_Anthropic):
         for one in blocks.finish():
             for data in _block_events(one):
                 yield data
-        has_calls = any(block.kind is Kind.CALL for block in blocks.all)
+        has_calls = any(block.kind is BlockKind.CALL for block in blocks.all)
         usage = _usage(answer.usage)
         yield _event({"type": "message_delta", "delta": _end(choice, has_calls), "usage": usage})
         yield _event({"type": "message_stop"})
@@ -131,19 +140,19 @@ def _end(choice: ChoiceAnswer, has_calls: bool) -> Json:
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def _whole(block: Block) -> Json:
+def _whole(block: AnswerBlock) -> Json:
     match block.kind:
-        case Kind.TEXT:
+        case BlockKind.TEXT:
             return {"type": "text", "text": block.text}
-        case Kind.THOUGHT:
+        case BlockKind.THOUGHT:
             return {"type": "thinking", "thinking": block.text, "signature": ""}
-        case Kind.CALL:
+        case BlockKind.CALL:
             return {**_call(block), "input": to_json_text(block.text)}
         case _:
             assert_never(block.kind)
 
 
-def _call(block: Block) -> Json:
+def _call(block: AnswerBlock) -> Json:
     return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": block.name, "input": {}}
 
 
@@ -151,31 +160,31 @@ def _block_events(one: BlockEvent) -> Iterator[bytes]:
     block = one.block
     match one:
         case Opened():
-            empty = _call(block) if block.kind is Kind.CALL else _whole(block)
+            empty = _call(block) if block.kind is BlockKind.CALL else _whole(block)
             yield _event({"type": "content_block_start", "index": block.index, "content_block": empty})
         case Grown(_, text):
             yield _delta(block, _growth(block.kind, text))
         case Closed():
-            if block.kind is Kind.THOUGHT:
+            if block.kind is BlockKind.THOUGHT:
                 yield _delta(block, {"type": "signature_delta", "signature": ""})
             yield _event({"type": "content_block_stop", "index": block.index})
         case _:
             assert_never(one)
 
 
-def _growth(kind: Kind, text: str) -> Json:
+def _growth(kind: BlockKind, text: str) -> Json:
     match kind:
-        case Kind.TEXT:
+        case BlockKind.TEXT:
             return {"type": "text_delta", "text": text}
-        case Kind.THOUGHT:
+        case BlockKind.THOUGHT:
             return {"type": "thinking_delta", "thinking": text}
-        case Kind.CALL:
+        case BlockKind.CALL:
             return {"type": "input_json_delta", "partial_json": text}
         case _:
             assert_never(kind)
 
 
-def _delta(block: Block, delta: Json) -> bytes:
+def _delta(block: AnswerBlock, delta: Json) -> bytes:
     return _event({"type": "content_block_delta", "index": block.index, "delta": delta})
 
 

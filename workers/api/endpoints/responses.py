@@ -12,7 +12,7 @@ import msgspec
 from pipeline.wire.errors import ErrorInfo, RequestError
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.api.answer import Answer, TokenScores, Update, Usage
-from workers.api.blocks import BlockEvent, Blocks, Grown, Kind, blocks_of
+from workers.api.blocks import AnswerBlocks, BlockEvent, BlockKind, Grown, blocks_of
 from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import Endpoint, Inquiry, Json, ServedModel
 from workers.api.endpoints.openai import logprob_objects
@@ -63,20 +63,20 @@ class Responses(Endpoint):
         status = _status(choice.finish_reason)
         output = []
         for block in blocks_of(choice):
-            scores = choice.logprobs if block.kind is Kind.TEXT and self._has_logprobs else ()
+            scores = choice.logprobs if block.kind is BlockKind.TEXT and self._has_logprobs else ()
             output.append(self._items.item(block, status, logprob_objects(scores)))
         return self._finish(answer, output, status)
 
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         """The response without output, its items one after another, and the whole response."""
         (choice,) = answer.choices
-        events, blocks = EventWriter(self._items), Blocks()
+        events, blocks = EventWriter(self._items), AnswerBlocks()
         for kind in ("response.created", "response.in_progress"):
             yield events.event(kind, response=self._response([], IN_PROGRESS))
         logprobs: list[Json] = []  # of the text so far
 
         def written(one: BlockEvent, new: Sequence[Json], status: str = COMPLETED) -> list[bytes]:
-            of_text = one.block.kind is Kind.TEXT
+            of_text = one.block.kind is BlockKind.TEXT
             told = (new if isinstance(one, Grown) else logprobs) if of_text else ()
             return list(events.of_block(one, told, status))
 
@@ -93,7 +93,7 @@ class Responses(Endpoint):
             for data in written(one, (), status):
                 yield data
         output = [
-            self._items.item(block, COMPLETED, logprobs if block.kind is Kind.TEXT else ())
+            self._items.item(block, COMPLETED, logprobs if block.kind is BlockKind.TEXT else ())
             for block in blocks.all
         ]
         whole = self._finish(answer, output, status)
@@ -154,7 +154,7 @@ def _echo(request: ResponsesRequest, sampling: SamplingParams) -> Json:
     }  # fmt: skip
 
 
-class StoredResponse(Inquiry):
+class FoundResponse(Inquiry):
     path = "/v1/responses/{name}"
 
     def render(self, **places: str) -> Json:
@@ -190,4 +190,4 @@ class CancelledResponse(Inquiry):
         raise RequestError("only a response in the background can be cancelled, and none is served here")
 
 
-ROUTES = (Responses, StoredResponse, DeletedResponse, InputItems, CancelledResponse)
+ROUTES = (Responses, FoundResponse, DeletedResponse, InputItems, CancelledResponse)

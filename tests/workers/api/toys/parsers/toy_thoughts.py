@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.parsers.base import Parser, ParserEvent, Start, Thought, ThoughtForm
+from pipeline.parsers.base import Parser, ParserEvent, Thought, ThoughtForm, ThoughtStart
 
 TAGS = {False: "<think>", True: "</think>"}  # the next one, by whether the text is a thought
 
@@ -43,7 +43,7 @@ class ToyThoughts(ThoughtForm):
     def fits(self, template: str) -> bool:
         return False
 
-    def parser(self, start: Start, inner: Parser, ends: Sequence[str] = ()) -> Parser:
+    def parser(self, start: ThoughtStart, inner: Parser, ends: Sequence[str] = ()) -> Parser:
         return ThoughtParser(inner)
 
 
