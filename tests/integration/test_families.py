@@ -97,9 +97,13 @@ def ask_over_http(server: Server, family: Family, name: str) -> None:
     assert [entry.token for entry in content] == tokens
 
 
-async def num_preemptions(client: PipelineClient) -> int:
-    await asyncio.sleep(2.2)  # counts are told once a second, and passed on once a second
-    return sum(state.counters.get("preemptions", 0) for state in client.workers)
+async def saw_preemptions(client: PipelineClient) -> bool:
+    """Counts are told once a second, and passed on once a second."""
+    for _ in range(20):
+        if any(state.counters.get("preemptions", 0) for state in client.workers):
+            return True
+        await asyncio.sleep(0.5)
+    return False
 
 
 def test_the_reference_sees_what_it_is_asked_about(family: Family) -> None:
@@ -127,7 +131,7 @@ async def test_two_groups_with_little_memory_and_killed_workers(family: Family) 
             together = await asyncio.gather(*(generate(client, *chat, LONG) for chat in long * 2))
             for (tokens, _), answer in zip(together, expected * 2, strict=True):
                 assert_same_tokens(tokens, answer, "preempted")
-            assert await num_preemptions(client) > 0
+            assert await saw_preemptions(client)
             for victim in ("vit.0", "llm.1"):
                 running = asyncio.create_task(generate(client, *to_messages(LONG_CHATS[0]), LONG))
                 await asyncio.sleep(0.3)
