@@ -128,8 +128,8 @@ async def test_two_groups_with_little_memory_and_killed_workers(family: Family) 
         async with PipelineClient(server.run_dir) as client:
             await assert_right(client, family, "replicated")
             long = [to_messages(chat) for chat in LONG_CHATS]
-            together = await asyncio.gather(*(generate(client, *chat, LONG) for chat in long * 2))
-            for (tokens, _), answer in zip(together, expected * 2, strict=True):
+            together = await asyncio.gather(*(generate(client, *chat, LONG) for chat in long * 4))
+            for (tokens, _), answer in zip(together, expected * 4, strict=True):
                 assert_same_tokens(tokens, answer, "preempted")
             assert await saw_preemptions(client)
             for victim in ("vit.0", "llm.1"):
