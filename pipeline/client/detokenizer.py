@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from pipeline.parsers.tags import overlap
+
 MAX_PENDING = 16  # ids without text; no unfinished character has more
 
 
@@ -106,12 +108,7 @@ class StopStrings:
             place, self.hit = min(found)
             shown, self._held = self._held[: place + len(self.hit) * self._is_included], ""
             return shown
-        keep = 0 if is_last else max((self._overlap(stop) for stop in self._stop), default=0)
+        keep = 0 if is_last else overlap(self._held, self._stop)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text with which `stop` begins."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((length for length in range(longest, 0, -1) if self._held.endswith(stop[:length])), 0)

@@ -16,6 +16,8 @@ from typing import Any
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
 from pipeline.wire.prompts import ImagePart, Part, TextPart, VideoPart
+from workers.api.json_bodies import is_unset
+from workers.api.keys import refuse_unserved_keys
 
 Fields = Mapping[str, Any]
 MAX_NUMBER = 2.0**63  # what a wire integer holds
@@ -89,7 +91,7 @@ def to_part(given: Fields, field: str) -> Part:
 def _type_of(given: Fields, field: str) -> str:
     kind = given.get("type")
     if kind is None:  # vLLM's short form: the only source key is the type
-        named = [name for name in TYPES if not _is_empty(given.get(name))]
+        named = [name for name in TYPES if not is_unset(given.get(name))]
         if len(named) != 1:
             raise RequestError(f"a part has a type: {', '.join(TYPES)}", field=f"{field}.type")
         return named[0]
@@ -163,7 +165,7 @@ class _Keys:
 
     def __init__(self, given: Fields, field: str, sources: tuple[str, ...]) -> None:
         self._places = {field: given}
-        named = [name for name in sources if not _is_empty(given.get(name))]
+        named = [name for name in sources if not is_unset(given.get(name))]
         if len(named) > 1:
             raise RequestError(f"{named[0]} and {named[1]} are both given", field=f"{field}.{named[1]}")
         name = named[0] if named else sources[0]
@@ -194,7 +196,7 @@ class _Keys:
         values = []
         for place, given in self._places.items():
             self._taken[place].add(name)
-            if not _is_empty(given.get(name)):
+            if not is_unset(given.get(name)):
                 values.append(read(given[name], f"{place}.{name}"))
         if len(values) == 2 and values[0] != values[1]:
             what = f"beside the URL {shown(values[0])}, in its object {shown(values[1])}"
@@ -205,15 +207,7 @@ class _Keys:
 
 
 def _refuse_unserved(given: Fields, served: Container[str], field: str) -> None:
-    for name, value in given.items():
-        if name not in served and name not in LABELS and not _is_empty(value):
-            what = f"{shown(name)} in a part is not served by this server"
-            raise RequestError(what, field=f"{field}.{name}")
-
-
-def _is_empty(value: object) -> bool:
-    """Whether a field is unset: clients that serialise all their fields send null or empty brackets then."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    refuse_unserved_keys(given, served, LABELS, "a part", field)
 
 
 def _setting(kind: str, value: object, field: str) -> int | float | tuple[float, ...]:

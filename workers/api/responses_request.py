@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.wire.errors import RequestError, shown
 from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
 from workers.api.json_bodies import is_unset
+from workers.api.keys import refuse_unserved_keys, text_of
 from workers.api.sampling_fields import SamplingFields
 
 Json = dict[str, Any]
@@ -107,14 +108,14 @@ def _message(item: Any, field: str) -> RequestMessage | None:
             return _plain_message(item, field)
         case "function_call":
             _refuse_others(item, ("call_id", "name", "arguments"), field)
-            name, arguments = _text(item, "name", field), _text(item, "arguments", field)
-            call = RequestCall(RequestFunction(name, arguments), _text(item, "call_id", field))
+            name, arguments = text_of(item, "name", field), text_of(item, "arguments", field)
+            call = RequestCall(RequestFunction(name, arguments), text_of(item, "call_id", field))
             return RequestMessage("assistant", None, tool_calls=[call])
         case "function_call_output":
             _refuse_others(item, ("call_id", "output"), field)
             output = item.get("output")
             content = output if isinstance(output, str) else _parts(output, f"{field}.output")
-            return RequestMessage("tool", content, tool_call_id=_text(item, "call_id", field))
+            return RequestMessage("tool", content, tool_call_id=text_of(item, "call_id", field))
         case "reasoning":
             thoughts = [part.get("text") or "" for part in item.get("content") or item.get("summary") or ()]
             return (
@@ -152,15 +153,15 @@ def _part(part: Any, field: str) -> Json:
     match part.get("type"):
         case "input_text" | "output_text":
             _refuse_others(part, ("text",), field)
-            return {"type": "text", "text": _text(part, "text", field)}
+            return {"type": "text", "text": text_of(part, "text", field)}
         case "refusal":
-            return {"type": "text", "text": _text(part, "refusal", field)}
+            return {"type": "text", "text": text_of(part, "refusal", field)}
         case "input_image":
             if not is_unset(part.get("file_id")):
                 raise RequestError("files are not stored by this server", field=f"{field}.file_id")
             rest = {key: value for key, value in part.items() if key not in ("file_id", "image_url")}
             url = part.get("image_url")
-            source = url if isinstance(url, dict) else {"url": _text(part, "image_url", field)}
+            source = url if isinstance(url, dict) else {"url": text_of(part, "image_url", field)}
             return {**rest, "type": "image_url", "image_url": source}
         case _:
             return part
@@ -213,15 +214,5 @@ def _response_format(given: Any) -> Json:
     raise RequestError(f"text.format must be an object with a type, got {shown(given)}", field="text.format")
 
 
-def _text(given: Mapping[str, Any], name: str, field: str) -> str:
-    text = given.get(name)
-    if not isinstance(text, str):
-        raise RequestError(f"{name} must be a text, got {shown(text)}", field=f"{field}.{name}")
-    return text
-
-
 def _refuse_others(given: Mapping[str, Any], served: Sequence[str], field: str) -> None:
-    for name, value in given.items():
-        if name not in served and name not in IGNORED and not is_unset(value):
-            what = f"{shown(name)} in an item is not served by this server"
-            raise RequestError(what, field=f"{field}.{name}")
+    refuse_unserved_keys(given, served, IGNORED, "an item", field)
