@@ -12,6 +12,7 @@ from pipeline.parsers.forms import THINKING, ChatForms
 from pipeline.wire.errors import RequestError, shown
 from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
 from workers.api.json_bodies import is_unset
+from workers.api.keys import refuse_unserved_keys, text_of
 
 Json = dict[str, Any]
 IGNORED_IN_BLOCK = ("type", "cache_control", "citations", "signature", "title", "context", "caller")
@@ -92,7 +93,7 @@ def _messages(message: AnthropicMessage, field: str) -> list[RequestMessage]:
             case "tool_use":
                 calls.append(_call(block, place))
             case "thinking":
-                thoughts.append(_text(block, "thinking", place))
+                thoughts.append(text_of(block, "thinking", place))
             case "redacted_thinking":
                 pass  # of another model: it says nothing to this one
             case _:
@@ -100,14 +101,14 @@ def _messages(message: AnthropicMessage, field: str) -> list[RequestMessage]:
     made = list(results)
     if parts or calls or thoughts or not results:
         reasoning = "".join(thoughts) or None
-        content = _as_text(parts) if message.role == "assistant" else parts
+        content = _astext_of(parts) if message.role == "assistant" else parts
         made.append(
             RequestMessage(message.role, content, tool_calls=calls or None, reasoning_content=reasoning)
         )
     return made
 
 
-def _as_text(parts: Sequence[Json]) -> str | list[Json]:
+def _astext_of(parts: Sequence[Json]) -> str | list[Json]:
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return list(parts)
@@ -119,7 +120,7 @@ def _call(block: Json, field: str) -> RequestCall:
         raise RequestError(
             f"the input of a call must be an object, got {shown(arguments)}", field=f"{field}.input"
         )
-    return RequestCall(RequestFunction(_text(block, "name", field), arguments), _text(block, "id", field))
+    return RequestCall(RequestFunction(text_of(block, "name", field), arguments), text_of(block, "id", field))
 
 
 def _result(block: Json, field: str) -> RequestMessage:
@@ -129,7 +130,7 @@ def _result(block: Json, field: str) -> RequestMessage:
     elif content is not None and not isinstance(content, str):
         raise RequestError(f"a result is a text or blocks, got {shown(content)}", field=f"{field}.content")
     _refuse_others(block, ("tool_use_id", "content", "is_error"), field)
-    return RequestMessage("tool", content, tool_call_id=_text(block, "tool_use_id", field))
+    return RequestMessage("tool", content, tool_call_id=text_of(block, "tool_use_id", field))
 
 
 def _part(block: Any, field: str) -> Json:
@@ -137,7 +138,7 @@ def _part(block: Any, field: str) -> Json:
     match block.get("type") if isinstance(block, dict) else None:
         case "text":
             _refuse_others(block, ("text",), field)
-            return {"type": "text", "text": _text(block, "text", field)}
+            return {"type": "text", "text": text_of(block, "text", field)}
         case "image":
             _refuse_others(block, ("source",), field)
             return {"type": "image_url", "image_url": {"url": _url(block.get("source"), f"{field}.source")}}
@@ -168,19 +169,8 @@ def _document(source: Any, field: str) -> str:
     raise RequestError("of documents only plain text is served", field=field)
 
 
-def _text(block: Mapping[str, Any], name: str, field: str) -> str:
-    text = block.get(name)
-    if not isinstance(text, str):
-        raise RequestError(f"{name} must be a text, got {shown(text)}", field=f"{field}.{name}")
-    return text
-
-
-def _refuse_others(block: Mapping[str, Any], served: Sequence[str], field: str) -> None:
-    for name, value in block.items():
-        if name not in served and name not in IGNORED_IN_BLOCK and not is_unset(value):
-            raise RequestError(
-                f"{shown(name)} in a block is not served by this server", field=f"{field}.{name}"
-            )
+def _refuse_others(given: Mapping[str, Any], served: Sequence[str], field: str) -> None:
+    refuse_unserved_keys(given, served, IGNORED_IN_BLOCK, "a block", field)
 
 
 def _tool(tool: Json, field: str) -> Json:
@@ -219,6 +209,12 @@ def _take_thinking(given: Json | None, forms: ChatForms, chat: ChatCompletionReq
         raise RequestError(what, field="thinking.type")
     if forms.knows(THINKING):
         chat.chat_template_kwargs = {THINKING: kind != "disabled"}
+    budget = given.get("budget_tokens")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+        what = f"thinking.budget_tokens must be a number of tokens, got {shown(budget)}"
+        raise RequestError(what, field="thinking.budget_tokens")
+    if kind == "enabled":
+        chat.thinking_token_budget = budget
 
 
 def _take_output(request: MessagesFields, chat: ChatCompletionRequest) -> None:

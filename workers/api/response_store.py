@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline.wire.errors import RequestError, shown
 
-MAX_BYTES = 256 << 20  # of all conversations, their pictures included
+STORED_BYTES = 256 << 20  # of all conversations, their pictures included
 ENTRY_BYTES = 1024  # of one beside its JSON
 
 Json = dict[str, Any]
@@ -30,7 +30,7 @@ class StoredResponse(NamedTuple):
 
 
 class ResponseStore:
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, max_bytes: int = STORED_BYTES) -> None:
         self._max_bytes, self._nbytes = max_bytes, 0
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
 

@@ -163,7 +163,7 @@ class ApiServer:
         except RequestError as error:
             return await self._fail(request, error.info)
         except web.HTTPException as error:
-            served = (path for path, route in self._routes.items() if path == route.path)
+            served = (route.path for route in self._every_route if issubclass(route, Endpoint))
             what = explain(error, request.method, request.path, served)
             response = await self._fail(request, ErrorInfo(error.status, what))
             if "Allow" in error.headers:

@@ -10,7 +10,7 @@ import time
 from aiohttp import web
 
 from pipeline.client.client import PipelineClient
-from pipeline.config import ApiConfig
+from pipeline.config import MIB, ApiConfig
 from pipeline.config.tls import ssl_context
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
@@ -28,6 +28,7 @@ from pipeline.wire.control import ControlMessage, ReloadRequested
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
+from workers.api.response_store import STORED_BYTES
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
 from workers.model_info import model_info_of
@@ -64,7 +65,8 @@ async def _run(context: WorkerContext) -> None:
 
 def allowed_mib(config: ApiConfig) -> int:
     """MiB of memory that this process may use."""
-    return BASE_MIB + COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
+    bodies = COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
+    return BASE_MIB + bodies + STORED_BYTES // MIB
 
 
 def _parser_names(config: ApiConfig, info: ModelInfo) -> tuple[str, str]:

@@ -60,6 +60,9 @@ class Tokenize(_Inspection):
     def decode(self, body: bytes | bytearray) -> Submission:
         request = self.read(body, TokenizeRequest)
         check_model(request.model, self.model.names)
+        if not request.parse_special:
+            what = "parse_special is not served by this server but as true: a special token in a text is one"
+            raise RequestError(what, field="parse_special")
         given = [text for text in (request.prompt, request.content) if text is not None]
         if len(given) + bool(request.messages) != 1:
             raise RequestError("a request has one prompt, or messages", field="prompt")

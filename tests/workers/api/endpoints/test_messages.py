@@ -144,6 +144,7 @@ def test_fields_that_are_not_served_are_refused_by_name() -> None:
     assert refused(chat, tools=[{"type": "web_search_20250305", "name": "x"}]) == "tools[0].type"
     assert refused(chat, tool_choice={"type": "many"}) == "tool_choice"
     assert refused(chat, thinking={"type": "maybe"}) == "thinking.type"
+    assert refused(chat, thinking={"type": "enabled", "budget_tokens": "x"}) == "thinking.budget_tokens"
     assert refused(chat, output_config={"format": {"type": "xml"}}) == "output_config.format"
     assert refused(chat, output_config={"colour": "red"}) == "output_config.colour"
 
@@ -211,6 +212,13 @@ async def test_a_whole_answer() -> None:
     (sampling,) = client.sampling
     assert (sampling.temperature, sampling.top_k, sampling.max_tokens) == (0.5, 7, 9)
     assert sampling.stop == ("x",)
+
+
+async def test_a_budget_of_thoughts() -> None:
+    client = Writer("a")
+    await ask(client, thinking={"type": "enabled", "budget_tokens": 2048})
+    await ask(client, thinking={"type": "disabled"})
+    assert [sampling.thinking_budget for sampling in client.sampling] == [2048, None]
 
 
 async def test_how_an_answer_ended() -> None:

@@ -79,6 +79,7 @@ async def test_the_text_of_tokens() -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "content": "b"}, "prompt"),
         ("/tokenize", {"prompt": ["a"]}, "prompt"),
+        ("/tokenize", {"content": "a", "parse_special": False}, "parse_special"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
