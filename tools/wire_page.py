@@ -158,11 +158,19 @@ def _example() -> str:
 def _schema() -> str:
     structs = [struct for union in CLIENT_UNIONS.values() for struct in _structs(union)]
     _, components = msgspec.json.schema_components(structs, ref_template="#/$defs/{name}")
-    # Python 3.13 strips the indentation of docstrings, the versions before keep it.
     for component in components.values():
-        if "description" in component:
-            component["description"] = inspect.cleandoc(component["description"])
+        _same_everywhere(component)
     return json.dumps({"$defs": components}, indent=1, sort_keys=True)
+
+
+def _same_everywhere(schema: dict[str, Any]) -> None:
+    """Takes out what depends on the installation: the page is the same whoever writes it."""
+    # Python 3.13 strips the indentation of docstrings, the versions before keep it.
+    if "description" in schema:
+        schema["description"] = inspect.cleandoc(schema["description"])
+    for field in schema.get("properties", {}).values():
+        # msgspec says this from 0.23 on.
+        field.pop("propertyNames", None)
 
 
 if __name__ == "__main__":
