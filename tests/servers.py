@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import openai
 
 START_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 30
+STOP_TIMEOUT_S = 60
 SHARED_S = 5  # for which a test beside may have shared memory
 
 
