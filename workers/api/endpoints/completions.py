@@ -15,6 +15,7 @@ from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Prompt, Text, Tokens
 from pipeline.wire.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, Update
+from workers.api.description.answers import Completion
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
 from workers.api.request_fields import StreamOptions, check_request
@@ -57,7 +58,7 @@ def _is_token_id(value: object) -> bool:
 
 
 class Completions(Endpoint):
-    path = "/v1/completions"
+    path, fields, answer = "/v1/completions", CompletionRequest, Completion
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
@@ -70,7 +71,7 @@ class Completions(Endpoint):
         self._wants_prompt_logprobs = self._wants_token_ids = False
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, CompletionRequest)
+        request: CompletionRequest = self.read(body)
         check_request(request, self.model.names)
         prompts = to_prompts(request.prompt)
         self._num_logprobs, self._options = request.logprobs, request.stream_options
