@@ -27,7 +27,7 @@ MAX_GRAMMAR_BYTES = 256 << 10  # of a grammar's source, in UTF-8
 MAX_GRAMMAR_CHOICES = 1024
 
 
-class Range(NamedTuple):
+class NumberRange(NamedTuple):
     least: float
     most: float
     words: str  # for errors
@@ -36,23 +36,23 @@ class Range(NamedTuple):
         return self.least <= value <= self.most  # NaN is in no range
 
 
-RANGES: Mapping[str, Range] = {
-    "temperature": Range(0, 100, "between 0 and 100"),
-    "top_p": Range(0, 1, "above 0 and at most 1"),
-    "top_k": Range(-1, MAX_INT32 - 1, "-1 (no limit) or more"),
-    "seed": Range(0, MAX_SEED - 1, "between 0 and 2**63 - 1"),
-    "min_p": Range(0, 1, "between 0 and 1"),
-    "presence_penalty": Range(-2, 2, "between -2 and 2"),
-    "frequency_penalty": Range(-2, 2, "between -2 and 2"),
-    "repetition_penalty": Range(0.01, 100, "between 0.01 and 100"),
-    "max_tokens": Range(0, MAX_INT32 - 1, "at least 0"),
-    "min_tokens": Range(0, MAX_INT32 - 1, "at least 0 and at most max_tokens"),
-    "n": Range(1, MAX_CHOICES, f"between 1 and {MAX_CHOICES}"),
-    "logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-    "thinking_budget": Range(0, MAX_INT32 - 1, "0 or more"),
+RANGES: Mapping[str, NumberRange] = {
+    "temperature": NumberRange(0, 100, "between 0 and 100"),
+    "top_p": NumberRange(0, 1, "above 0 and at most 1"),
+    "top_k": NumberRange(-1, MAX_INT32 - 1, "-1 (no limit) or more"),
+    "seed": NumberRange(0, MAX_SEED - 1, "between 0 and 2**63 - 1"),
+    "min_p": NumberRange(0, 1, "between 0 and 1"),
+    "presence_penalty": NumberRange(-2, 2, "between -2 and 2"),
+    "frequency_penalty": NumberRange(-2, 2, "between -2 and 2"),
+    "repetition_penalty": NumberRange(0.01, 100, "between 0.01 and 100"),
+    "max_tokens": NumberRange(0, MAX_INT32 - 1, "at least 0"),
+    "min_tokens": NumberRange(0, MAX_INT32 - 1, "at least 0 and at most max_tokens"),
+    "n": NumberRange(1, MAX_CHOICES, f"between 1 and {MAX_CHOICES}"),
+    "logprobs": NumberRange(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "prompt_logprobs": NumberRange(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "thinking_budget": NumberRange(0, MAX_INT32 - 1, "0 or more"),
 }
-BIASES = Range(-100, 100, "between -100 and 100")  # of `logit_bias`
+BIASES = NumberRange(-100, 100, "between -100 and 100")  # of `logit_bias`
 
 
 class FinishReason(enum.StrEnum):

@@ -207,10 +207,10 @@ class ApiServer:
             raise RequestError(self._client.failure or "the server has stopped", status=503)
 
     async def _describe(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=self._description, content_type="application/json")
+        return web.Response(body=self.description, content_type="application/json")
 
     @functools.cached_property
-    def _description(self) -> bytes:
+    def description(self) -> bytes:
         """Of all routes, when it is first asked for."""
         names, config = self._model.names, self._config
         facts = ServerFacts(names, config.strict_fields, bool(config.keys), bool(config.admin_key))

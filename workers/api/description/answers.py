@@ -86,7 +86,7 @@ class CalledFunction(Form):
     arguments: str  # JSON
 
 
-class ToolCall(Form):
+class AnswerCall(Form):
     id: str
     type: Literal["function"]
     function: CalledFunction
@@ -98,7 +98,7 @@ class AnswerMessage(Form):
     refusal: None
     reasoning_content: str | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET  # the same
-    tool_calls: list[ToolCall] | UnsetType = UNSET
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
 
 
 class ChatChoice(Form):
@@ -161,22 +161,22 @@ class ReasoningText(Form, tag_field="type", tag="reasoning_text"):
     text: str
 
 
-class Item(Form):
+class OutputItem(Form):
     id: str
     status: Literal["completed", "incomplete"]
 
 
-class MessageItem(Item, tag_field="type", tag="message"):
+class MessageItem(OutputItem, tag_field="type", tag="message"):
     role: Literal["assistant"]
     content: list[ResponseText]
 
 
-class ReasoningItem(Item, tag_field="type", tag="reasoning"):
+class ReasoningItem(OutputItem, tag_field="type", tag="reasoning"):
     summary: list[Any]
     content: list[ReasoningText]
 
 
-class CallItem(Item, tag_field="type", tag="function_call"):
+class CallItem(OutputItem, tag_field="type", tag="function_call"):
     call_id: str
     name: str
     arguments: str  # JSON
@@ -275,7 +275,7 @@ class ToolUseBlock(Form, tag_field="type", tag="tool_use"):
     input: Json
 
 
-class Message(Form):
+class AnthropicAnswer(Form):
     id: str
     type: Literal["message"]
     role: Literal["assistant"]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from workers.api.description.answers import Error, Readiness, Reloading, ServerLoad, Version
-from workers.api.description.forms import EMPTY, FORMS, LIMITS, NULL, REFERENCE, SHARED, SPOKEN_TO, UNSET
+from workers.api.description.forms import FORMS, LIMITS, SPOKEN_TO
+from workers.api.description.schemas import EMPTY, NULL, REFERENCE, SHARED, UNSET
 from workers.api.endpoints.base import Endpoint, Inquiry
 from workers.api.errors import error_headers
 from workers.api.json_bodies import field_kinds
@@ -26,10 +27,9 @@ DESCRIPTION = """What this server takes and gives. `/v1` may be left out of ever
 
 A body that fits its schema may be refused with 400 all the same: for what fields say together, for the length
 of the context, for media and schemas that cannot be read. Another method than those told here is a 405 with
-`Allow`. Where GET is served, HEAD is."""
+`Allow`. Where GET is served, HEAD is. An answer is `text/event-stream` if the body has `stream: true`."""
 WITH_KEY = (401, 403)
 WITH_BODY = (400, 404, 408, 413, 415, 417, 429, 503)  # 404: the model
-STREAMED = "The events of a stream, where the body has `stream: true`."
 
 
 class ServerFacts(NamedTuple):
@@ -70,9 +70,7 @@ def plain_path(path: str) -> str:
 
 
 def _endpoint(route: type[Endpoint]) -> Json:
-    answer = {JSON: {"schema": _named(route.answer)}}
-    if route.streams:
-        answer[STREAM] = {"schema": {"type": "string", "description": STREAMED}}
+    answer = {JSON: {"schema": _named(route.answer)}, **({STREAM: {}} if route.streams else {})}
     body = {"required": True, "content": {JSON: {"schema": _named(route.fields)}}}
     statuses = _errors((*WITH_KEY, *WITH_BODY), route.error)
     return {**_head(route), "requestBody": body, "responses": {"200": _response(200, answer), **statuses}}
@@ -137,12 +135,15 @@ def _named(kind: type[msgspec.Struct]) -> Json:
 
 
 def _schemas(routes: Sequence[type[Endpoint] | type[Inquiry]], facts: ServerFacts) -> Json:
-    bodies = {route.fields for route in routes if issubclass(route, Endpoint)}
+    of_bodies: dict[type[msgspec.Struct], list[type[Endpoint]]] = {}
+    for route in routes:
+        if issubclass(route, Endpoint):
+            of_bodies.setdefault(route.fields, []).append(route)
     answers = {kind for route in routes for kind in (route.answer, route.error)}
     answers |= {Error, Readiness, Reloading, ServerLoad, Version}
-    _, made = msgspec.json.schema_components([*bodies, *answers], ref_template=REFERENCE)
-    for kind in _structs(bodies):
-        made[kind.__name__] = _taken(made[kind.__name__], kind, kind in bodies, facts)
+    _, made = msgspec.json.schema_components([*of_bodies, *answers], ref_template=REFERENCE)
+    for kind in _structs(of_bodies):
+        made[kind.__name__] = _taken(made[kind.__name__], kind, of_bodies.get(kind, ()), facts)
     return dict(sorted({**made, **SHARED}.items()))
 
 
@@ -156,20 +157,33 @@ def _structs(kinds: Iterable[type[msgspec.Struct]]) -> set[type[msgspec.Struct]]
     return found
 
 
-def _taken(schema: Json, kind: type[msgspec.Struct], is_body: bool, facts: ServerFacts) -> Json:
-    """What decoding takes for a struct beyond its types: see json_bodies.py and unserved_fields.py."""
+def _taken(
+    schema: Json, kind: type[msgspec.Struct], whose: Sequence[type[Endpoint]], facts: ServerFacts
+) -> Json:
+    """What decoding takes for a struct beyond its types: see json_bodies.py and unserved_fields.py.
+
+    `whose`: the routes of which it is the body.
+    """
     forms: dict[str, Json] = {}
     for base in reversed(kind.__mro__):
         forms |= FORMS.get(base, {})
+    for route in whose:
+        forms |= route.forms
     properties = {}
     for name, made in schema["properties"].items():
         told = _limited(forms.get(name, made), LIMITS.get(name, {}))
         properties[name] = told if name in schema["required"] else _or_null(told)
-    if is_body:
+    if whose:
         properties["model"] = {"enum": [None, "", *facts.model_names]}
         for name, neutral in NEUTRAL.items():
             properties.setdefault(name, {"enum": [*EMPTY, *neutral]})
-    return {**schema, "properties": properties, "additionalProperties": UNSET if facts.is_strict else True}
+    others = UNSET if facts.is_strict else True
+    return {
+        **schema,
+        "properties": properties,
+        "additionalProperties": others,
+        **(whose[0].form if whose else {}),
+    }
 
 
 def _limited(schema: Json, limits: Mapping[str, Any]) -> Json:

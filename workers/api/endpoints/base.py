@@ -7,7 +7,7 @@ sends the result of `render` or `stream`. It knows no route by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -69,6 +69,9 @@ class Endpoint(Route):
     method: ClassVar[str] = "POST"
     fields: ClassVar[type[msgspec.Struct]]  # of a body
     streams: ClassVar[bool] = True
+    # For the description: JSON schemas of fields that say more than their types, and of the whole body.
+    forms: ClassVar[Mapping[str, Json]] = {}
+    form: ClassVar[Json] = {}
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)

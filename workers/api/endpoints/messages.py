@@ -21,7 +21,7 @@ from workers.api.blocks import (
     blocks_of,
 )
 from workers.api.chat_submission import to_submission
-from workers.api.description.answers import AnthropicError, Message, TokenCount
+from workers.api.description.answers import AnthropicAnswer, AnthropicError, TokenCount
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.request_fields import check_model
 from workers.api.sampling_fields import check_max_tokens
@@ -53,7 +53,7 @@ class _Anthropic(Endpoint):
 
 
 class Messages(_Anthropic):
-    path, fields, answer = "/v1/messages", MessagesRequest, Message
+    path, fields, answer = "/v1/messages", MessagesRequest, AnthropicAnswer
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -17,10 +17,12 @@ from workers.api.answer import Answer, Update
 from workers.api.chat_request import ChatCompletionRequest, RequestMessage
 from workers.api.chat_submission import to_submission
 from workers.api.description.answers import Detokenized, RenderedChat, Tokenized
+from workers.api.description.schemas import NULL, TEXT, TOKEN_ID, listed, one_of, opened
 from workers.api.endpoints.base import Endpoint, Json
 from workers.api.request_fields import check_model
 from workers.api.submission import Submission, for_its_prompt
 
+NO_MESSAGES = one_of([None, []])
 ONLY_THE_PROMPT = SamplingParams(max_tokens=0)
 
 
@@ -59,6 +61,13 @@ class _Inspection(Endpoint):
 
 class Tokenize(_Inspection):
     path, fields, answer = "/tokenize", TokenizeRequest, Tokenized
+    form: ClassVar = {
+        "oneOf": [
+            opened({"prompt": TEXT}, {"content": NULL, "messages": NO_MESSAGES}),
+            opened({"content": TEXT}, {"prompt": NULL, "messages": NO_MESSAGES}),
+            opened({"messages": listed({}, minItems=1)}, {"prompt": NULL, "content": NULL}),
+        ]
+    }
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: TokenizeRequest = self.read(body)
@@ -88,6 +97,7 @@ class Tokenize(_Inspection):
 
 class Detokenize(_Inspection):
     path, fields, answer = "/detokenize", DetokenizeRequest, Detokenized
+    forms: ClassVar = {"tokens": listed(TOKEN_ID)}
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: DetokenizeRequest = self.read(body)

@@ -28,8 +28,12 @@ class ToyAnswer(msgspec.Struct):
     spent: int
 
 
+class ToyError(msgspec.Struct):
+    oops: str
+
+
 class ToyCompletions(Endpoint):
-    path, fields, answer = "/toy/completions", ToyRequest, ToyAnswer
+    path, fields, answer, error = "/toy/completions", ToyRequest, ToyAnswer, ToyError
 
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
