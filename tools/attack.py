@@ -32,7 +32,7 @@ import aiohttp
 import zmq
 
 from tools import hostile, mutated_bodies, mutations
-from tools.mutated_bodies import wrong_answer
+from tools.answers import wrong_answer
 from tools.soak import pipeline
 
 ATTACKER, VICTIM = "attacker-key", "victim-key"

@@ -1,5 +1,5 @@
-"""Sends a server of our own mutated requests, many connections at once, and judges each answer. Knows nothing
-of how they are made.
+"""Sends a server of our own mutated requests to all routes, many connections at once. Knows nothing of how
+they are made (mutations.py), nor how answers are judged (answers.py).
 
     python -m tools.attack --kinds bodies --bodies 20000 --seed 1 --out /tmp/violations
     python -m tools.attack --replay /tmp/violations/1-4711.http
@@ -18,15 +18,16 @@ import re
 import select
 import socket
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from tools.mutations import Media, Mutated, make_media, mutated_request
+from tools.answers import KEYS, Answer, violation
+from tools.mutations import Mutated, make_media, mutated_request
 from tools.processes import num_open_files, resident_bytes, workers_of
+from tools.valid_requests import INQUIRIES, Media
 
 ROUND = 500  # bodies
 AT_ONCE = 16  # connections
@@ -47,14 +48,6 @@ QUESTION = b'{"messages": [{"role": "user", "content": "Say hello."}], "max_toke
 LEAST_ROUNDS = 8  # before anything is said of growth
 GROWTH_FLOOR, MAX_GROWTH = 32 << 20, 1.1  # from the second quarter of the rounds to the last one
 MORE_FILES = 8
-
-
-class Answer(NamedTuple):
-    status: int  # 0: none
-    body: bytes
-    is_stream: bool
-    seconds: float
-    lost: str = ""  # how the connection ended before the answer did
 
 
 class Connection:
@@ -80,7 +73,8 @@ class Connection:
             self._socket.sendall(request)
             if not is_framed and not select.select([self._socket], [], [], HASTE_S)[0]:
                 self._socket.shutdown(socket.SHUT_WR)  # else the server waits for the rest of the body
-        response = http.client.HTTPResponse(self._socket, method="POST")
+        method = request.partition(b" ")[0].decode()
+        response = http.client.HTTPResponse(self._socket, method=method)
         status, body, lost = 0, b"", ""
         try:
             response.begin()
@@ -100,70 +94,12 @@ class Connection:
         return Answer(status, body, is_stream, time.monotonic() - started, lost)
 
 
-def wrong_answer(status: int, answer: bytes) -> str:
-    """What a status should not have been, or an error's body not have said."""
-    if status < 400:
-        return ""
-    if not _is_error(answer):
-        return f"status {status} without OpenAI's error object ({answer[:100]!r})"
-    return f"status {status}" if status >= 500 and status != 503 else ""
-
-
-def _is_error(answer: bytes) -> bool:
-    try:
-        error = json.loads(answer)["error"]
-        return isinstance(error["message"], str) and {"type", "param", "code"} <= error.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _status_of(error: dict[str, Any]) -> int:
-    """What the status would be if the stream had not begun."""
-    if error.get("type") != "server_error":
-        return 400
-    return 503 if error.get("code") == "service_unavailable" else 500
-
-
-def _wrong_stream(body: bytes) -> str:
-    """Events that do not parse, an end without its mark, an error that no client may see."""
-    *events, rest = body.decode().split("\n\n")
-    if rest or not events or events[-1] != "data: [DONE]":
-        return f"the stream does not end with [DONE] but with {body[-100:]!r}"
-    for event in events[:-1]:
-        given = json.loads(event.removeprefix("data: "))
-        if "error" in given:
-            return wrong_answer(_status_of(given["error"]), event.removeprefix("data: ").encode())
-        if given["object"] != "chat.completion.chunk":
-            return f"a strange event: {event[:100]}"
-    return ""
-
-
-def violation(sent: Mutated, answer: Answer) -> str:
-    """Empty if the answer is one that may be given to what was sent."""
-    if answer.lost:
-        return answer.lost if sent.is_framed or answer.status or "timed out" in answer.lost else ""
-    try:
-        if answer.status == 200:
-            return (
-                _wrong_stream(answer.body)
-                if answer.is_stream
-                else ""
-                if json.loads(answer.body)["choices"]
-                else "no choices"
-            )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"status 200, {type(error).__name__} in {answer.body[:100]!r}"
-    if answer.status < 400:
-        return f"status {answer.status}"
-    if not sent.what and answer.status not in (429, 503):
-        return f"a valid request was refused: {answer.status} {answer.body[:200]!r}"
-    return wrong_answer(answer.status, answer.body)
-
-
 @dataclass
 class Found:
     # By what came of a request: how long it took, and its number.
     seconds: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    # By method and path: how often each came.
+    routes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     changes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     violations: list[str] = field(default_factory=list)
     # by process: resident bytes, open files
@@ -214,6 +150,7 @@ class Sender:
     def _note(self, number: int, sent: Mutated, answer: Answer) -> None:
         kind = "stream" if answer.is_stream else str(answer.status) if answer.status else "closed"
         self.found.seconds[kind].append((answer.seconds, number))
+        self.found.routes[_route_of(sent)][kind] += 1
         for change in sent.what or ("nothing",):
             self.found.changes[change] += 1
         if wrong := violation(sent, answer):
@@ -257,6 +194,12 @@ class Sender:
         return {name: (resident_bytes(pid), num_open_files(pid)) for name, pid in processes.items()}
 
 
+def _route_of(sent: Mutated) -> str:
+    if not sent.path:
+        return "other paths"
+    return "GET" if sent.path in INQUIRIES else sent.path
+
+
 def growth(holdings: Sequence[dict[str, tuple[int, int]]]) -> list[str]:
     """Processes that hold more and more. The first quarter of the rounds fills caches."""
     if len(holdings) < LEAST_ROUNDS:
@@ -287,7 +230,8 @@ def replay(url: str, request: bytes) -> str:
     """The verdict on one request that was written to a file, and what was answered."""
     with contextlib.closing(Connection(url)) as connection:
         answer = connection.send(request)
-    wrong = violation(Mutated(request, True, ("replayed",)), answer)
+    path = request.partition(b" ")[2].partition(b" ")[0].decode(errors="replace")
+    wrong = violation(Mutated(request, True, ("replayed",), path if path in KEYS else ""), answer)
     judged = f"NOT FINE: {wrong}" if wrong else "fine"
     return f"{answer.status} in {answer.seconds:.2f} s {answer.lost}\n{answer.body[:2000]!r}\n{judged}"
 
@@ -303,7 +247,11 @@ def table(found: Found) -> str:
         )
         lines.append(f"| {kind} | {len(seconds)} | {p50} | {p99} | {longest} | {ordered[-1][1]} |")
     lines += [f"| all | {total} | | | {len(found.violations)} violations | |", ""]
+    lines += ["| route | answers |", "| --- | --- |"]
+    for route, kinds in sorted(found.routes.items(), key=lambda one: -one[1].total()):
+        lines.append(f"| {route} | {', '.join(f'{kind}: {n}' for kind, n in sorted(kinds.items()))} |")
     lines += [
+        "",
         "| process | MiB at the start | after a quarter | half | all | open files, start and end |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

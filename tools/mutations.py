@@ -1,22 +1,21 @@
-"""Requests with something wrong: valid bodies of every kind, changed in their media, structure, text and
+"""Requests with something wrong: valid ones to every route, changed in their media, structure, text, path and
 head.
 
 A seed and a number make one request, whoever sends it and when. No URL in them leads off the loopback
 address.
 
-    media bytes -> body -> structure -> text -> head
+    media bytes -> body -> structure -> text -> path -> head
 """
 
 from __future__ import annotations
 
-import base64
 import gzip
 import io
 import json
 import random
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -24,10 +23,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from tools.hostile import text
+from tools.valid_requests import CHAT, INQUIRIES, Media, RequestMaker
 
 Json = dict[str, Any]
-Media = Mapping[str, Sequence[bytes]]  # real files by their media type
 # Written as they are in place of a string "@raw:NUMBER@": values that no Python value becomes.
 ODD_JSON = (
     "NaN",
@@ -88,10 +86,24 @@ CONTENT_TYPES = (
 ENCODINGS = ("gzip", "deflate", "br", "identity", "x, gzip", ",")
 
 
+METHODS = ("GET", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW", "post", "CONNECT")
+PLACES = (
+    "/v1/models/", "/v1/responses/", "/v1/responses/resp_0/", "/v1/chat/", "/v1/", "/admin/", "/",
+)  # fmt: skip
+ODD_PATHS = (
+    "x", "%", "%00", "%2e%2e/%2e%2e/etc/passwd", "..", "../..", "//", "a" * 5000, "%ff%fe", "%E2%80%AE", "?",
+    "#", "{name}", ";", "&=&", "%0d%0aX:%20y", "resp_" + "0" * 32, "input_items", "\\", "é", "[",
+    "%F0%9F%98%80" * 50,
+)  # fmt: skip
+# These may make a request that is no HTTP.
+HEAD_CHANGES = {"content type", "encoding", "length", "chunks", "header", "path", "method"}
+
+
 class Mutated(NamedTuple):
     request: bytes  # head and body, as they go over the wire
     is_framed: bool  # the head tells where the body ends: an answer is due
     what: tuple[str, ...]  # has been changed; nothing: it must be served
+    path: str = CHAT  # of the route; empty: not one that there is for sure
 
 
 def make_media() -> Media:
@@ -139,124 +151,55 @@ def _clip(frames: Sequence[Image.Image]) -> bytes:
 
 def mutated_request(seed: int, number: int, media: Media, key: str = "") -> Mutated:
     rng, what = random.Random(f"{seed}:{number}"), list[str]()
-    return _with_head(mutated_body(rng, media, what), rng, what, key)
+    path, body = _maker(rng, media, what).request()
+    data = None if body is None else _mutated(body, rng, what)
+    shown, method = _changed_path(path, rng, what), "GET" if data is None else "POST"
+    if rng.random() < 0.02:
+        what.append("method")
+        method = rng.choice(METHODS)
+    return _with_head(f"{method} {shown}", path if shown == path else "", data or b"", rng, what, key)
 
 
 def mutated_body(rng: random.Random, media: Media, what: list[str]) -> bytes:
-    """The changes are added to `what`."""
-    body = _BodyMaker(rng, media, what).body()
+    """Of a chat. The changes are added to `what`."""
+    return _mutated(_maker(rng, media, what).chat_body(), rng, what)
+
+
+def _maker(rng: random.Random, media: Media, what: list[str]) -> RequestMaker:
+    damage = rng.choice((0.0, 0.0, 0.7))
+
+    def damaged(data: bytes) -> bytes:
+        if rng.random() >= damage:
+            return data
+        what.append("media bytes")
+        return _damaged(data, rng)
+
+    return RequestMaker(rng, media, damaged)
+
+
+def _mutated(body: Json, rng: random.Random, what: list[str]) -> bytes:
+    body = _copy(body)  # parts of it are others' too
     what += [_change_structure(body, rng) for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3)))]
     data = _written(body)
     return _change_text(data, rng, what) if rng.random() < 0.1 else data
 
 
-class _BodyMaker:
-    """Bodies as clients send them. Their media may be damaged."""
-
-    def __init__(self, rng: random.Random, media: Media, what: list[str]) -> None:
-        self._rng, self._media, self._what = rng, media, what
-        self._damage = rng.choice((0.0, 0.0, 0.7))
-
-    def _url(self, kind: str) -> str:
-        data = self._rng.choice(self._media[kind])
-        if self._rng.random() < self._damage:
-            data = _damaged(data, self._rng)
-            self._what.append("media bytes")
-        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-    def _picture(self, kind: str, **beside: Any) -> Json:
-        return {"type": "image_url", "image_url": {"url": self._url(kind)}, **beside}
-
-    def body(self) -> Json:
-        contents = (
-            self._plain, self._plain, self._small_picture, self._two_pictures, self._qwen_picture,
-            self._frames, self._frames_in_one_url, self._film,
-        )  # fmt: skip
-        turns: list[Json] = [{"role": "user", "content": self._rng.choice(contents)()}]
-        if self._rng.random() < 0.4:
-            system: Json = {"role": self._rng.choice(("system", "developer")), "content": [text("Be brief.")]}
-            answered: Json = {"role": "assistant", "content": "Hello.", "refusal": None, "tool_calls": []}
-            turns = [system, {"role": "user", "content": "Hi", "name": "Ann"}, answered, *turns]
-        made = {"messages": turns, "max_tokens": self._rng.randint(1, 4)}
-        for fields in self._rng.sample(self._fields(), self._rng.randint(0, 3)):
-            made |= fields
-        if made.get("stream") is not True:
-            made.pop("stream_options", None)
-        return made
-
-    def _plain(self) -> Any:
-        words = f"Say {self._rng.randrange(10**6)}."
-        return self._rng.choice((words, [text(words)], [text(words), text("Be quick.")]))
-
-    def _small_picture(self) -> Any:
-        kind = self._rng.choice(("image/png", "image/jpeg", "image/bmp"))
-        return [self._picture(kind, uuid=f"{self._rng.random()}"), text("What is it?")]
-
-    def _two_pictures(self) -> Any:
-        first = self._picture(self._rng.choice(("image/png", "image/jpeg")), detail="low")
-        return [first, text("And"), self._picture(self._rng.choice(("image/gif", "image/webp")))]
-
-    def _qwen_picture(self) -> Any:
-        return [
-            {"type": "image", "image": self._url("image/webp"), "min_pixels": 784, "max_pixels": 28 * 28 * 8},
-            text("What?"),
-        ]
-
-    def _frames(self) -> Any:
-        urls = [
-            self._url(self._rng.choice(("image/png", "image/jpeg"))) for _ in range(self._rng.randint(2, 4))
-        ]
-        return [{"type": "video_url", "video_url": {"url": urls}, "max_frames": 4}, text("What moves?")]
-
-    def _frames_in_one_url(self) -> Any:
-        frames = [self._url("image/jpeg").partition(",")[2] for _ in range(3)]
-        return [
-            {
-                "type": "video_url",
-                "video_url": {"url": "data:video/jpeg;base64," + ",".join(frames)},
-                "max_frames": 8,
-            },
-            text("What moves?"),
-        ]
-
-    def _film(self) -> Any:
-        return [
-            {
-                "type": "video",
-                "video": self._url("video/mp4"),
-                "fps": 2,
-                "max_frames": 4,
-                "uuid": f"{self._rng.random()}",
-            },
-            text("What moves?"),
-        ]
-
-    def _fields(self) -> list[Json]:
-        """Groups of fields that are served together with any others of them."""
-        return [
-            {"stream": True, "stream_options": {"include_usage": True}},
-            {"stream": True},
-            {"n": 2, "seed": 3, "temperature": 0.7, "top_p": 0.5},
-            {
-                "stop": ["a", "b"],
-                "presence_penalty": 0.5,
-                "frequency_penalty": -0.5,
-                "repetition_penalty": 1.1,
-            },
-            {"stop": "end", "logit_bias": {"5": 1, "7": -100}, "stop_token_ids": [4, 5]},
-            {"logprobs": True, "top_logprobs": 3},
-            {"top_k": 5, "min_p": 0.1, "min_tokens": 1, "ignore_eos": True},
-            {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": []},
-            {"response_format": {"type": "text"}, "modalities": ["text"]},
-            {
-                "user": "u",
-                "metadata": {"a": "b"},
-                "store": False,
-                "service_tier": "auto",
-                "cache_salt": "s",
-                "prompt_cache_key": "k",
-            },
-        ]
+def _changed_path(path: str, rng: random.Random, what: list[str]) -> str:
+    """Often those of GET: there is nothing else to change in them."""
+    if rng.random() > (0.5 if path in INQUIRIES else 0.02):
+        return path
+    what.append("path")
+    odd = rng.choice(ODD_PATHS)
+    match rng.randrange(4):
+        case 0:
+            return rng.choice(PLACES) + odd
+        case 1:
+            return f"{path}?{odd}={odd}"
+        case 2:
+            place = rng.randrange(1, len(path) + 1)
+            return path[:place] + odd + path[place:]
+        case _:
+            return rng.choice((path.upper(), path + "/", "/" + path, path.removeprefix("/v1"), path[1:], "*"))
 
 
 def _damaged(data: bytes, rng: random.Random) -> bytes:
@@ -423,7 +366,7 @@ def _broken_chunks(data: bytes, rng: random.Random) -> bytes:
     return data[:place] + wrong + data[place + 1 :]
 
 
-def _with_head(data: bytes, rng: random.Random, what: list[str], key: str) -> Mutated:
+def _with_head(line: str, path: str, data: bytes, rng: random.Random, what: list[str], key: str) -> Mutated:
     headers = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": str(len(data))}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -460,5 +403,5 @@ def _with_head(data: bytes, rng: random.Random, what: list[str], key: str) -> Mu
             is_framed = "Transfer-Encoding" not in headers
         case _:
             pass
-    lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    return Mutated("\r\n".join([*lines, "", ""]).encode() + data, is_framed, tuple(what))
+    lines = [f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return Mutated("\r\n".join([*lines, "", ""]).encode() + data, is_framed, tuple(what), path)

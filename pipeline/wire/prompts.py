@@ -18,6 +18,8 @@ TEMPLATE_OPTIONS = (
     "reasoning_effort",
     "add_vision_id",
 )
+ROLES = ("system", "user", "assistant", "tool")
+SAME_ROLES = {"developer": "system"}  # OpenAI's newer name for the role that models know
 TemplateOption = bool | int | float | str
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +25,34 @@ MAX_CHOICES = 16
 MAX_THINKING_END = 16  # tokens of the tag that ends a thought
 MAX_GRAMMAR_BYTES = 256 << 10  # of a grammar's source, in UTF-8
 MAX_GRAMMAR_CHOICES = 1024
+
+
+class NumberRange(NamedTuple):
+    least: float
+    most: float
+    words: str  # for errors
+
+    def has(self, value: float) -> bool:
+        return self.least <= value <= self.most  # NaN is in no range
+
+
+RANGES: Mapping[str, NumberRange] = {
+    "temperature": NumberRange(0, 100, "between 0 and 100"),
+    "top_p": NumberRange(0, 1, "above 0 and at most 1"),
+    "top_k": NumberRange(-1, MAX_INT32 - 1, "-1 (no limit) or more"),
+    "seed": NumberRange(0, MAX_SEED - 1, "between 0 and 2**63 - 1"),
+    "min_p": NumberRange(0, 1, "between 0 and 1"),
+    "presence_penalty": NumberRange(-2, 2, "between -2 and 2"),
+    "frequency_penalty": NumberRange(-2, 2, "between -2 and 2"),
+    "repetition_penalty": NumberRange(0.01, 100, "between 0.01 and 100"),
+    "max_tokens": NumberRange(0, MAX_INT32 - 1, "at least 0"),
+    "min_tokens": NumberRange(0, MAX_INT32 - 1, "at least 0 and at most max_tokens"),
+    "n": NumberRange(1, MAX_CHOICES, f"between 1 and {MAX_CHOICES}"),
+    "logprobs": NumberRange(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "prompt_logprobs": NumberRange(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "thinking_budget": NumberRange(0, MAX_INT32 - 1, "0 or more"),
+}
+BIASES = NumberRange(-100, 100, "between -100 and 100")  # of `logit_bias`
 
 
 class FinishReason(enum.StrEnum):
@@ -147,27 +175,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._check_tokens()
 
     def _check_numbers(self) -> None:
-        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
-        _check(_is_within(temperature, 0, 100), "temperature", temperature, "between 0 and 100")
-        _check(_is_within(top_p, 0, 1) and top_p > 0, "top_p", top_p, "above 0 and at most 1")
-        _check(-1 <= self.top_k < MAX_INT32, "top_k", self.top_k, "-1 (no limit) or more")
-        _check(self.seed is None or 0 <= self.seed < MAX_SEED, "seed", self.seed, "between 0 and 2**63 - 1")
-        _check(_is_within(min_p, 0, 1), "min_p", min_p, "between 0 and 1")
-        for name in ("presence_penalty", "frequency_penalty"):
+        for name, numbers in RANGES.items():
             value = getattr(self, name)
-            _check(_is_within(value, -2, 2), name, value, "between -2 and 2")
-        penalty = self.repetition_penalty
-        _check(_is_within(penalty, 0.01, 100), "repetition_penalty", penalty, "between 0.01 and 100")
+            _check(value is None or numbers.has(value), name, value, numbers.words)
+        _check(self.top_p > 0, "top_p", self.top_p, RANGES["top_p"].words)
+        is_less = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        _check(is_less, "min_tokens", self.min_tokens, RANGES["min_tokens"].words)
 
     def _check_lengths(self) -> None:
-        most, least, logprobs = self.max_tokens, self.min_tokens, self.logprobs
-        _check(most is None or 0 <= most < MAX_INT32, "max_tokens", most, "at least 0")
-        limit = MAX_INT32 if most is None else most + 1
-        _check(0 <= least < limit, "min_tokens", least, "at least 0 and at most max_tokens")
-        _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
-        for name, count in (("logprobs", logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            is_fine = count is None or 0 <= count <= MAX_LOGPROBS
-            _check(is_fine, name, count, f"between 0 and {MAX_LOGPROBS}")
         for text in self.stop:
             got, limits = f"a string of {len(text)} characters", f"1 to {MAX_STOP_LENGTH} characters each"
             _check(0 < len(text) <= MAX_STOP_LENGTH, "stop", got, limits)
@@ -192,8 +207,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _check(is_fine, "banned_token_ids", f"{len(ids_of_ban)} bytes", what)
         allowed = self.allowed_token_ids
         _check(allowed is None or bool(allowed), "allowed_token_ids", "an empty list", "a list of token ids")
-        budget = self.thinking_budget
-        _check(budget is None or 0 <= budget < MAX_INT32, "thinking_budget", budget, "0 or more")
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", self.logit_bias),
@@ -203,7 +216,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             for token_id in ids:
                 _check(0 <= token_id < MAX_INT32, name, token_id, "made of token ids, which are 0 or more")
         for bias in self.logit_bias.values():
-            _check(_is_within(bias, -100, 100), "logit_bias", bias, "between -100 and 100")
+            _check(BIASES.has(bias), "logit_bias", bias, BIASES.words)
 
 
 def with_seed(sampling: SamplingParams, request_id: str, index: int) -> SamplingParams:
@@ -222,10 +235,6 @@ def with_seed(sampling: SamplingParams, request_id: str, index: int) -> Sampling
     else:
         return sampling
     return msgspec.structs.replace(sampling, seed=seed)
-
-
-def _is_within(value: float, low: float, high: float) -> bool:
-    return math.isfinite(value) and low <= value <= high
 
 
 def _check(holds: bool, field: str, value: object, limit: str) -> None:

@@ -12,18 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutated_bodies import (
-    QUESTION,
-    Answer,
-    Connection,
-    Found,
-    Sender,
-    growth,
-    replay,
-    table,
-    violation,
-    wrong_answer,
-)
+from tools.answers import Answer, violation, wrong_answer
+from tools.mutated_bodies import QUESTION, Connection, Found, Sender, growth, replay, table
 from tools.mutations import Mutated, make_media, mutated_request
 
 CHANGED = Mutated(b"", True, ("retype",))

@@ -12,7 +12,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from tools.mutations import Media, Mutated, _change_text, _damaged, _written, make_media, mutated_request
+from tools.mutations import Mutated, _change_text, _damaged, _written, make_media, mutated_request
+from tools.valid_requests import Media
 
 EVERY_CHANGE = {
     *(
@@ -28,7 +29,7 @@ EVERY_CHANGE = {
         "retype",
     ),
     *("bytes", "cut", "character set", "more text", "no object", "compressed"),
-    *("content type", "encoding", "length", "chunks", "header"),
+    *("content type", "encoding", "length", "chunks", "header", "path", "method"),
 }
 
 

@@ -83,18 +83,18 @@ def _parse(body: bytes | bytearray) -> tuple[Any, bool]:
         return json.loads(body), True
 
 
-class _FieldKind(NamedTuple):
+class FieldKind(NamedTuple):
     is_integer: bool  # and no other number, alone or in a list
     struct: type[msgspec.Struct] | None  # the field's type, or that of its items
     is_optional: bool
 
 
 @functools.cache
-def _field_kinds(kind: type[msgspec.Struct]) -> dict[str, _FieldKind]:
+def field_kinds(kind: type[msgspec.Struct]) -> dict[str, FieldKind]:
     return {field.encode_name: _kind_of(field) for field in msgspec.structs.fields(kind)}
 
 
-def _kind_of(field: msgspec.structs.FieldInfo) -> _FieldKind:
+def _kind_of(field: msgspec.structs.FieldInfo) -> FieldKind:
     types = [field.type]
     found: set[Any] = set()
     while types:
@@ -104,16 +104,14 @@ def _kind_of(field: msgspec.structs.FieldInfo) -> _FieldKind:
         else:
             found.add(one)
     structs = [one for one in found if isinstance(one, type) and issubclass(one, msgspec.Struct)]
-    return _FieldKind(
-        int in found and float not in found, structs[0] if structs else None, not field.required
-    )
+    return FieldKind(int in found and float not in found, structs[0] if structs else None, not field.required)
 
 
 def _simplified(
     given: dict[str, Any], kind: type[msgspec.Struct], path: str, unknown: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
     """The known fields without those that are null; unknown ones that are set go to `unknown`."""
-    kinds, found = _field_kinds(kind), {}
+    kinds, found = field_kinds(kind), {}
     for name, value in given.items():
         known = kinds.get(name)
         if known is None:
@@ -124,7 +122,7 @@ def _simplified(
     return found
 
 
-def _simplified_value(value: Any, kind: _FieldKind, path: str, unknown: dict[str, Any]) -> Any:
+def _simplified_value(value: Any, kind: FieldKind, path: str, unknown: dict[str, Any]) -> Any:
     if isinstance(value, list) and (kind.struct or kind.is_integer):
         return [
             _simplified_value(item, kind, f"{path}[{index}]", unknown) for index, item in enumerate(value)

@@ -81,7 +81,7 @@ class Operations:
         return web.json_response({"server_load": load.num_unfinished, "waiting_for_start": load.num_waiting})
 
     async def _version(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"version": _version()})
+        return web.json_response({"version": version()})
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=exposition(self._collector), headers={"Content-Type": CONTENT_TYPE})
@@ -100,7 +100,7 @@ class Operations:
         return web.json_response({"status": "reloading"}, status=202)
 
 
-def _version() -> str:
+def version() -> str:
     """Of the installed package."""
     try:
         return metadata.version(PACKAGE)

@@ -53,7 +53,7 @@ def check_responses(request: ResponsesRequest) -> None:
         value = getattr(request, name)
         if not is_unset(value) and value not in neutral:
             raise RequestError(f"{name} is not served by this server, got {shown(value)}", field=name)
-    if (request.n or 1) != 1:
+    if request.n not in (None, 1):
         raise RequestError("a response has one choice", field="n")
 
 
@@ -117,13 +117,22 @@ def _message(item: Any, field: str) -> RequestMessage | None:
             content = output if isinstance(output, str) else _parts(output, f"{field}.output")
             return RequestMessage("tool", content, tool_call_id=text_of(item, "call_id", field))
         case "reasoning":
-            thoughts = [part.get("text") or "" for part in item.get("content") or item.get("summary") or ()]
-            return (
-                RequestMessage("assistant", None, reasoning_content="".join(thoughts)) if thoughts else None
-            )
+            thoughts = _thoughts(item, field)
+            return RequestMessage("assistant", None, reasoning_content=thoughts) if thoughts else None
         case kind:
             what = f"{shown(kind)} is no type of an item here; served are message, function_call, "
             raise RequestError(f"{what}function_call_output and reasoning", field=f"{field}.type")
+
+
+def _thoughts(item: Json, field: str) -> str:
+    name = "summary" if is_unset(item.get("content")) else "content"
+    parts = item.get(name)
+    if is_unset(parts):
+        return ""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise RequestError(f"{name} must be a list of parts, got {shown(parts)}", field=f"{field}.{name}")
+    places = ((part, f"{field}.{name}[{index}]") for index, part in enumerate(parts))
+    return "".join(text_of(part, "text", place) for part, place in places if not is_unset(part.get("text")))
 
 
 def _plain_message(item: Json, field: str) -> RequestMessage:
@@ -135,8 +144,10 @@ def _plain_message(item: Json, field: str) -> RequestMessage:
     if isinstance(content, str):
         return RequestMessage(role, content)
     parts = _parts(content, f"{field}.content")
-    if role == "assistant":
-        return RequestMessage(role, "".join(part["text"] for part in parts if part["type"] == "text"))
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    words = [text for text in texts if isinstance(text, str)]
+    if role == "assistant" and len(words) == len(parts):
+        return RequestMessage(role, "".join(words))
     return RequestMessage(role, parts)
 
 
@@ -161,8 +172,9 @@ def _part(part: Any, field: str) -> Json:
                 raise RequestError("files are not stored by this server", field=f"{field}.file_id")
             rest = {key: value for key, value in part.items() if key not in ("file_id", "image_url")}
             url = part.get("image_url")
-            source = url if isinstance(url, dict) else {"url": text_of(part, "image_url", field)}
-            return {**rest, "type": "image_url", "image_url": source}
+            if not is_unset(url) and not isinstance(url, dict):
+                url = {"url": text_of(part, "image_url", field)}
+            return {**rest, "type": "image_url", "image_url": url}
         case _:
             return part
 

@@ -6,6 +6,7 @@ number of tokens, log-probabilities and grammars endpoints have names of their o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ NAMED_BY_ENDPOINTS = (
 # Numbers that other servers read as something else than a number.
 LEAST_TOP_P = 1e-9  # for 0: the best token only
 ANY_SEED = -1
+TOKEN_ID = re.compile("[0-9]{1,10}")  # as a key of `logit_bias`
 NO_LIMIT = -1  # of `max_tokens`
 
 
@@ -88,11 +90,10 @@ def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
         raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries", field="logit_bias")
     biases: dict[int, float] = {}
     for token, bias in given.items():
-        try:
-            biases[int(token)] = bias
-        except ValueError:
+        if not TOKEN_ID.fullmatch(token):
             what = f"logit_bias maps token ids, written as strings, to numbers; {shown(token)} is no id"
-            raise RequestError(what, field="logit_bias") from None
+            raise RequestError(what, field="logit_bias")
+        biases[int(token)] = bias
     return biases
 
 

@@ -6,12 +6,14 @@ It is an ordinary client of the pipeline, through the client library. It knows n
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from pipeline.client.client import PipelineClient
@@ -26,6 +28,7 @@ from workers.api.answer import Update
 from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body, refuse_type
 from workers.api.budget import Budget, BudgetLease, memory_mib
 from workers.api.cors import Cors
+from workers.api.description.document import PATH, ServerFacts, document
 from workers.api.endpoints.base import Endpoint, Inquiry, Route, ServedModel
 from workers.api.endpoints.registry import routes
 from workers.api.errors import end_stream, error_response
@@ -100,6 +103,7 @@ class ApiServer:
     def application(self) -> web.Application:
         application = web.Application(middlewares=[self._guard])
         application.on_response_prepare.append(self._on_head)
+        application.router.add_get(PATH, self._describe)
         application.add_routes(self._operations.routes(has_admin=bool(self._config.admin_key)))
         for route in self._every_route:
             for path in spellings(route.path):
@@ -203,6 +207,16 @@ class ApiServer:
             self.num_waiting -= 1
         if not self.is_ready:
             raise RequestError(self._client.failure or "the server has stopped", status=503)
+
+    async def _describe(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=self.description, content_type="application/json")
+
+    @functools.cached_property
+    def description(self) -> bytes:
+        """Of all routes, when it is first asked for."""
+        names, config = self._model.names, self._config
+        facts = ServerFacts(names, config.strict_fields, bool(config.keys), bool(config.admin_key))
+        return msgspec.json.encode(document(self._every_route, facts))
 
     # The two kinds of routes.
 

@@ -8,10 +8,17 @@ from typing import Any, assert_never
 
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.limits import MAX_TOOLS
-from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, Part, TextPart, ToolCall, VideoPart
-
-ROLES = ("system", "user", "assistant", "tool")
-SAME_ROLES = {"developer": "system"}  # OpenAI's newer name for the role that models know
+from pipeline.wire.prompts import (
+    ROLES,
+    SAME_ROLES,
+    Chat,
+    ChatMessage,
+    ImagePart,
+    Part,
+    TextPart,
+    ToolCall,
+    VideoPart,
+)
 
 
 def template_message(index: int, message: ChatMessage) -> dict[str, Any]:

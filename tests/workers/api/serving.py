@@ -19,6 +19,7 @@ from pipeline.parsers.forms import ChatForms
 from pipeline.wire.control import WorkerState
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
+from tests.workers.api.description.conformance import Conformance
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
 
@@ -170,10 +171,14 @@ def get(path: str, *headers: str) -> bytes:
 async def serving(
     server: ApiServer, tls: ssl.SSLContext | None = None, **options: Any
 ) -> AsyncIterator[Site]:
-    runner = HttpRunner(server.application(), shutdown_timeout=0.1, **options)
+    """Whatever the server answers is held against its description."""
+    application, conformance = server.application(), Conformance(server)
+    application.on_response_prepare.append(conformance.check)
+    runner = HttpRunner(application, shutdown_timeout=0.1, **options)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
     try:
         yield Site(*runner.addresses[0][:2])
     finally:
         await runner.cleanup()
+    assert conformance.violations == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import msgspec
 import pytest
@@ -69,6 +70,7 @@ def test_half_a_token_is_refused() -> None:
     assert caught.value.info.field == "top_k"
 
 
-def test_a_bias_for_no_token_is_refused_with_its_key() -> None:
-    with pytest.raises(RequestError, match="'abc' is no id"):
-        sampled({"logit_bias": {"1": 2, "abc": 1}})
+@pytest.mark.parametrize("key", ["abc", "-1", "+1", "1_0", " 1", "١", ""])
+def test_a_bias_for_no_token_is_refused_with_its_key(key: str) -> None:
+    with pytest.raises(RequestError, match=f"{re.escape(repr(key))} is no id"):
+        sampled({"logit_bias": {"1": 2, key: 1}})

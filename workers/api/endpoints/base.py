@@ -7,15 +7,18 @@ sends the result of `render` or `stream`. It knows no route by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
+
+import msgspec
 
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from workers.api.answer import Answer, Update
+from workers.api.description.answers import Error
 from workers.api.errors import error_body
-from workers.api.json_bodies import Body, decode_fields
+from workers.api.json_bodies import decode_fields
 from workers.api.response_store import NO_STORE, ResponseStore
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission
@@ -43,6 +46,8 @@ class Route(ABC):
     """One request to a path. Errors are OpenAI's objects unless the route overrides them."""
 
     path: ClassVar[str]
+    answer: ClassVar[type[msgspec.Struct]]  # what `render` gives
+    error: ClassVar[type[msgspec.Struct]] = Error
 
     def __init__(self, model: ServedModel) -> None:
         self.model = model
@@ -61,14 +66,21 @@ class Route(ABC):
 class Endpoint(Route):
     """A route that asks the model: POST."""
 
+    method: ClassVar[str] = "POST"
+    fields: ClassVar[type[msgspec.Struct]]  # of a body
+    streams: ClassVar[bool] = True
+    # For the description: JSON schemas of fields that say more than their types, and of the whole body.
+    forms: ClassVar[Mapping[str, Json]] = {}
+    form: ClassVar[Json] = {}
+
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
         self.ignored_fields: Sequence[str] = ()  # of the body, after `decode`
 
-    def read(self, body: bytes | bytearray, kind: type[Body]) -> Body:
-        """The body's fields. Raises RequestError for those that do not fit, and, with `--strict-fields`, for
-        fields that nobody here knows."""
-        request, unknown = decode_fields(body, kind)
+    def read(self, body: bytes | bytearray) -> Any:
+        """A struct of the kind `fields`. Raises RequestError for a body that does not fit and, with
+        `--strict-fields`, for fields that nobody here knows."""
+        request, unknown = decode_fields(body, self.fields)
         self.ignored_fields = refuse_unserved(unknown)
         if self.model.is_strict and self.ignored_fields:
             name = self.ignored_fields[0]

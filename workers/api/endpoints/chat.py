@@ -16,6 +16,7 @@ from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, Call, ChoiceAnswer, TokenScores, Update
 from workers.api.chat_request import ChatCompletionRequest
 from workers.api.chat_submission import to_submission
+from workers.api.description.answers import ChatCompletion
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import logprob_objects, prompt_logprobs, usage_object
 from workers.api.request_fields import StreamOptions, check_request
@@ -24,7 +25,7 @@ from workers.api.submission import Submission
 
 
 class ChatCompletions(Endpoint):
-    path = "/v1/chat/completions"
+    path, fields, answer = "/v1/chat/completions", ChatCompletionRequest, ChatCompletion
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
@@ -36,7 +37,7 @@ class ChatCompletions(Endpoint):
         self._callers: set[int] = set()  # choices that have called a function
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, ChatCompletionRequest)
+        request: ChatCompletionRequest = self.read(body)
         check_request(request, self.model.names)
         self._options, self._has_logprobs = request.stream_options, bool(request.logprobs)
         self._wants_prompt_logprobs = request.prompt_logprobs is not None

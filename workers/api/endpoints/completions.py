@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.parsers.base import Content
 from pipeline.wire.errors import RequestError, shown
@@ -15,6 +15,8 @@ from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Prompt, Text, Tokens
 from pipeline.wire.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from workers.api.answer import Answer, ChoiceAnswer, ScoredToken, TokenScores, Update
+from workers.api.description.answers import Completion
+from workers.api.description.schemas import TEXT, TOKEN_ID, any_of, listed
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import LEAST_LOGPROB, prompt_logprobs, usage_object
 from workers.api.request_fields import StreamOptions, check_request
@@ -57,7 +59,15 @@ def _is_token_id(value: object) -> bool:
 
 
 class Completions(Endpoint):
-    path = "/v1/completions"
+    path, fields, answer = "/v1/completions", CompletionRequest, Completion
+    forms: ClassVar = {
+        "prompt": any_of(
+            TEXT,
+            listed(TOKEN_ID, minItems=1),
+            listed(any_of(TEXT, listed(TOKEN_ID)), minItems=1, maxItems=MAX_PROMPTS),
+        ),
+        "max_tokens": {"type": ["integer", "null"], "minimum": -1, "maximum": 2**31 - 1},
+    }
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
@@ -70,7 +80,7 @@ class Completions(Endpoint):
         self._wants_prompt_logprobs = self._wants_token_ids = False
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, CompletionRequest)
+        request: CompletionRequest = self.read(body)
         check_request(request, self.model.names)
         prompts = to_prompts(request.prompt)
         self._num_logprobs, self._options = request.logprobs, request.stream_options
@@ -96,10 +106,12 @@ class Completions(Endpoint):
         if (count := request.logprobs) is not None and not 0 <= count <= MAX_LOGPROBS:
             what = f"logprobs must be between 0 and {MAX_LOGPROBS}, got {shown(count)}"
             raise RequestError(what, field="logprobs")
-        num_choices, num_drawn = request.n or 1, request.best_of or request.n or 1
-        if not num_choices <= num_drawn <= MAX_CHOICES:
-            what = f"best_of must be between n and {MAX_CHOICES}, got {shown(num_drawn)}"
-            raise RequestError(what, field="best_of")
+        num_choices = 1 if request.n is None else request.n
+        num_drawn = num_choices if request.best_of is None else request.best_of
+        if not 1 <= num_choices <= num_drawn <= MAX_CHOICES:
+            name = "n" if request.best_of is None else "best_of"
+            limits = f"between {'1' if name == 'n' else 'n'} and {MAX_CHOICES}"
+            raise RequestError(f"{name} must be {limits}, got {shown(num_drawn)}", field=name)
         if request.stream and num_drawn > num_choices:
             raise RequestError("best_of beyond n cannot be streamed", field="best_of")
         self._num_choices, self._num_drawn = num_choices, num_drawn

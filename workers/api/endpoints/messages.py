@@ -21,6 +21,7 @@ from workers.api.blocks import (
     blocks_of,
 )
 from workers.api.chat_submission import to_submission
+from workers.api.description.answers import AnthropicAnswer, AnthropicError, TokenCount
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.request_fields import check_model
 from workers.api.sampling_fields import check_max_tokens
@@ -38,6 +39,8 @@ ERROR_TYPES = {
 
 
 class _Anthropic(Endpoint):
+    error = AnthropicError
+
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
         kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
@@ -50,14 +53,14 @@ class _Anthropic(Endpoint):
 
 
 class Messages(_Anthropic):
-    path = "/v1/messages"
+    path, fields, answer = "/v1/messages", MessagesRequest, AnthropicAnswer
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
         self._id = f"msg_{uuid.uuid4().hex}"
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, MessagesRequest)
+        request: MessagesRequest = self.read(body)
         check_model(request.model, self.model.names)
         check_max_tokens(request.max_tokens, "max_tokens")
         return to_submission(to_chat_request(request, self.model.forms), self.model, self._id)
@@ -98,10 +101,11 @@ class Messages(_Anthropic):
 
 
 class CountTokens(_Anthropic):
-    path = "/v1/messages/count_tokens"
+    path, fields, answer = "/v1/messages/count_tokens", MessagesFields, TokenCount
+    streams = False
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, MessagesFields)
+        request: MessagesFields = self.read(body)
         check_model(request.model, self.model.names)
         chat = to_chat_request(request, self.model.forms)
         return for_its_prompt(to_submission(chat, self.model, f"count-{uuid.uuid4().hex}"))

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from pipeline.wire.errors import RequestError
-from workers.api.endpoints.base import Inquiry, Json
+from workers.api.description.answers import ModelCard, ModelList
+from workers.api.endpoints.base import Inquiry, Json, ServedModel
 from workers.api.request_fields import unknown_model
 
 
 class Models(Inquiry):
-    path = "/v1/models"
+    path, answer = "/v1/models", ModelList
 
     def render(self, **places: str) -> Json:
-        return {"object": "list", "data": [self._card(name) for name in self.model.names]}
-
-    def _card(self, name: str) -> Json:
-        """OpenAI's fields, and those of vLLM by which clients set their limits."""
-        return {
-            "id": name, "object": "model", "created": self.model.created, "owned_by": "local",
-            "root": self.model.name, "parent": None, "max_model_len": self.model.max_model_len,
-        }  # fmt: skip
+        return {"object": "list", "data": [_card(name, self.model) for name in self.model.names]}
 
 
-class OneModel(Models):
-    path = "/v1/models/{name:.+}"
+class OneModel(Inquiry):
+    path, answer = "/v1/models/{name:.+}", ModelCard
 
     def render(self, **places: str) -> Json:
         name = places["name"]
         if name not in self.model.names:
             raise RequestError.from_info(unknown_model(name, self.model.names))
-        return self._card(name)
+        return _card(name, self.model)
+
+
+def _card(name: str, model: ServedModel) -> Json:
+    """OpenAI's fields, and those of vLLM by which clients set their limits."""
+    return {
+        "id": name, "object": "model", "created": model.created, "owned_by": "local",
+        "root": model.name, "parent": None, "max_model_len": model.max_model_len,
+    }  # fmt: skip
 
 
 ROUTES = (Models, OneModel)

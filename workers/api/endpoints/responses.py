@@ -14,6 +14,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.api.answer import Answer, TokenScores, Update, Usage
 from workers.api.blocks import AnswerBlocks, BlockEvent, BlockKind, Grown, blocks_of
 from workers.api.chat_submission import to_submission
+from workers.api.description.answers import DeletedObject, Error, ItemList, Response
 from workers.api.endpoints.base import Endpoint, Inquiry, Json, ServedModel
 from workers.api.endpoints.openai import logprob_objects
 from workers.api.errors import error_body
@@ -32,7 +33,7 @@ INCOMPLETE = "incomplete"
 
 
 class Responses(Endpoint):
-    path = "/v1/responses"
+    path, fields, answer = "/v1/responses", ResponsesRequest, Response
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
@@ -43,7 +44,7 @@ class Responses(Endpoint):
         self._items = ItemWriter()
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, ResponsesRequest)
+        request: ResponsesRequest = self.read(body)
         check_request(request, self.model.names)
         check_responses(request)
         items = to_items(request.input)
@@ -155,7 +156,7 @@ def _echo(request: ResponsesRequest, sampling: SamplingParams) -> Json:
 
 
 class FoundResponse(Inquiry):
-    path = "/v1/responses/{name}"
+    path, answer = "/v1/responses/{name}", Response
 
     def render(self, **places: str) -> Json:
         found: Json = msgspec.json.decode(self.model.store.get(places["name"], self.tenant).response)
@@ -163,7 +164,7 @@ class FoundResponse(Inquiry):
 
 
 class DeletedResponse(Inquiry):
-    path, method = "/v1/responses/{name}", "DELETE"
+    path, method, answer = "/v1/responses/{name}", "DELETE", DeletedObject
 
     def render(self, **places: str) -> Json:
         self.model.store.drop(places["name"], self.tenant)
@@ -171,7 +172,7 @@ class DeletedResponse(Inquiry):
 
 
 class InputItems(Inquiry):
-    path = "/v1/responses/{name}/input_items"
+    path, answer = "/v1/responses/{name}/input_items", ItemList
 
     def render(self, **places: str) -> Json:
         items: list[Any] = msgspec.json.decode(self.model.store.get(places["name"], self.tenant).input)
@@ -183,7 +184,7 @@ class InputItems(Inquiry):
 
 
 class CancelledResponse(Inquiry):
-    path, method = "/v1/responses/{name}/cancel", "POST"
+    path, method, answer = "/v1/responses/{name}/cancel", "POST", Error  # always
 
     def render(self, **places: str) -> Json:
         self.model.store.get(places["name"], self.tenant)

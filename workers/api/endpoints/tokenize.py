@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -16,10 +16,13 @@ from pipeline.wire.sampling import SamplingParams
 from workers.api.answer import Answer, Update
 from workers.api.chat_request import ChatCompletionRequest, RequestMessage
 from workers.api.chat_submission import to_submission
+from workers.api.description.answers import Detokenized, RenderedChat, Tokenized
+from workers.api.description.schemas import NULL, TEXT, TOKEN_ID, listed, one_of, opened
 from workers.api.endpoints.base import Endpoint, Json
 from workers.api.request_fields import check_model
 from workers.api.submission import Submission, for_its_prompt
 
+NO_MESSAGES = one_of([None, []])
 ONLY_THE_PROMPT = SamplingParams(max_tokens=0)
 
 
@@ -44,6 +47,8 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 class _Inspection(Endpoint):
     """Asks for a prompt's tokens."""
 
+    streams = False
+
     def submission(self, prompt: Prompt) -> Submission:
         return Submission(request_id=f"tok-{uuid.uuid4().hex}", prompt=prompt, sampling=ONLY_THE_PROMPT)
 
@@ -55,10 +60,17 @@ class _Inspection(Endpoint):
 
 
 class Tokenize(_Inspection):
-    path = "/tokenize"
+    path, fields, answer = "/tokenize", TokenizeRequest, Tokenized
+    form: ClassVar = {
+        "oneOf": [
+            opened({"prompt": TEXT}, {"content": NULL, "messages": NO_MESSAGES}),
+            opened({"content": TEXT}, {"prompt": NULL, "messages": NO_MESSAGES}),
+            opened({"messages": listed({}, minItems=1)}, {"prompt": NULL, "content": NULL}),
+        ]
+    }
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, TokenizeRequest)
+        request: TokenizeRequest = self.read(body)
         check_model(request.model, self.model.names)
         if not request.parse_special:
             what = "parse_special is not served by this server but as true: a special token in a text is one"
@@ -84,10 +96,11 @@ class Tokenize(_Inspection):
 
 
 class Detokenize(_Inspection):
-    path = "/detokenize"
+    path, fields, answer = "/detokenize", DetokenizeRequest, Detokenized
+    forms: ClassVar = {"tokens": listed(TOKEN_ID)}
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, DetokenizeRequest)
+        request: DetokenizeRequest = self.read(body)
         check_model(request.model, self.model.names)
         if not all(0 <= token < 2**31 for token in request.tokens):
             raise RequestError("token ids are 0 or more, and fit 32 bits", field="tokens")
@@ -99,10 +112,10 @@ class Detokenize(_Inspection):
 
 
 class Render(_Inspection):
-    path = "/v1/chat/completions/render"
+    path, fields, answer = "/v1/chat/completions/render", ChatCompletionRequest, RenderedChat
 
     def decode(self, body: bytes | bytearray) -> Submission:
-        request = self.read(body, ChatCompletionRequest)
+        request: ChatCompletionRequest = self.read(body)
         check_model(request.model, self.model.names)
         return self.submission_of(request)
 

@@ -158,8 +158,14 @@ async def test_the_best_of_several() -> None:
     assert texts(answer) == ["A3", "A2", "B3", "B2"], "the likeliest first"
     assert answer["usage"]["completion_tokens"] == 16, "those that are not shown were computed too"
     assert all(choice["logprobs"] is None for choice in answer["choices"])
-    for fields in ({"n": 3, "best_of": 2}, {"best_of": 17}, {"n": 1, "best_of": 2, "stream": True}):
+    for fields in (
+        {"n": 3, "best_of": 2},
+        {"best_of": 17},
+        {"n": 1, "best_of": 2, "stream": True},
+        {"best_of": 0},
+    ):
         assert (await ask(status=400, prompt="a", **fields))["error"]["param"] == "best_of"
+    assert (await ask(status=400, prompt="a", n=0))["error"]["param"] == "n"
 
 
 async def test_an_echo_comes_before_the_continuation() -> None:

@@ -89,12 +89,27 @@ def test_parts_calls_results_and_thoughts() -> None:
         ({"role": "user", "content": "a", "colour": "red"}, "input[0].colour"),
         ({"role": "user", "content": [FILE]}, "input[0].content[0].file_id"),
         ({"type": "function_call", "name": "a", "arguments": "{}"}, "input[0].call_id"),
+        ({"role": "assistant", "content": [{"words": "a"}]}, "messages[0].content[0].type"),
+        ({"role": "assistant", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
+        ({"role": "assistant", "content": [{"type": "text", "text": 3}]}, "messages[0].content[0].text"),
+        ({"type": "reasoning", "content": 3}, "input[0].content"),
+        ({"type": "reasoning", "content": ["a"]}, "input[0].content"),
+        ({"type": "reasoning", "summary": [{"text": 3}]}, "input[0].summary[0].text"),
+        ({"role": "user", "content": [{"type": "input_image"}]}, "messages[0].content[0].image_url"),
     ],
 )  # fmt: skip
 def test_items_that_are_not_served_are_refused_by_name(item: Any, field: str) -> None:
     with pytest.raises(RequestError) as caught:
         messages([item])
     assert caught.value.info.field == field
+
+
+def test_a_thought_without_a_text_and_a_picture_by_its_uuid() -> None:
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": None}], "content": []}
+    picture = {"type": "input_image", "image_url": None, "uuid": "u"}
+    assert messages([thought, {"role": "user", "content": [picture]}]) == [
+        ChatMessage("user", (ImagePart(uuid="u"),))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +120,7 @@ def test_items_that_are_not_served_are_refused_by_name(item: Any, field: str) ->
         {"prompt": {"id": "p"}},
         {"truncation": "auto"},
         {"n": 2},
+        {"n": 0},
         {"tools": [{"type": "web_search"}]},
         {"text": {"format": 3}},
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import msgspec
+
 from pipeline.parsers.base import Content
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.prompts import Text
@@ -21,8 +23,17 @@ class ToyRequest(SamplingFields, kw_only=True):
     budget: int | None = None
 
 
+class ToyAnswer(msgspec.Struct):
+    texts: list[str]
+    spent: int
+
+
+class ToyError(msgspec.Struct):
+    oops: str
+
+
 class ToyCompletions(Endpoint):
-    path = "/toy/completions"
+    path, fields, answer, error = "/toy/completions", ToyRequest, ToyAnswer, ToyError
 
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
