@@ -70,12 +70,12 @@ def check_file_part() -> None:
 
 
 def check_tools() -> None:
+    fields: Any = {"tools": [checks.TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    message = ask(WEATHER, "hosted_vllm", **fields).choices[0].message
+    (call,) = message.tool_calls
+    checks.one_call(call.function.name, call.function.arguments)
+    result = {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "sunny"}
     for provider in ("openai", "hosted_vllm"):
-        fields: Any = {"tools": [checks.TOOL], "tool_choice": "required", "parallel_tool_calls": False}
-        message = ask(WEATHER, provider, **fields).choices[0].message
-        (call,) = message.tool_calls
-        checks.one_call(call.function.name, call.function.arguments)
-        result = {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "sunny"}
         assert ask([*WEATHER, message, result], provider, tools=[checks.TOOL]).choices[0].message.content
     whole = litellm.stream_chunk_builder(list(ask(WEATHER, stream=True, **fields)))
     (call,) = whole.choices[0].message.tool_calls
@@ -83,9 +83,8 @@ def check_tools() -> None:
 
 
 def check_structured() -> None:
-    for provider in ("openai", "hosted_vllm"):
-        content = ask(provider=provider, response_format=checks.Shape).choices[0].message.content
-        checks.Shape.model_validate_json(content)
+    content = ask(response_format=checks.Shape).choices[0].message.content
+    checks.Shape.model_validate_json(content)
     closes = {"response_format": {"type": "json_object"}, "logit_bias": checks.EMPTY_OBJECT}
     assert ask(**closes).choices[0].message.content == "{}"
 

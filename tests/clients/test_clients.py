@@ -26,8 +26,9 @@ PROGRAMS = sorted([*HERE.glob("*_client.py"), *HERE.glob("*_node.mjs"), HERE / "
 CHECKS = [
     (path.name, name) for path in PROGRAMS for name in re.findall(NAMES[path.suffix], path.read_text(), re.M)
 ]
-# Nothing but the server is asked: no prices, no statistics.
+# Nothing but the server is asked: no prices, no statistics. Programs share the bytecode of what they import.
 ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LANGSMITH_TRACING": "false",
     "PYDANTIC_DISABLE_PLUGINS": "__all__",
