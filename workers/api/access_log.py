@@ -18,6 +18,7 @@ from workers.api.answer import Answer
 
 logger = logging.getLogger(__name__)
 HEADER = "X-Request-Id"
+HEADERS = (HEADER, "Request-Id")  # the second is where Anthropic's clients look
 MAX_PATH = 200  # characters
 CLIENT_LEFT = 499  # nginx's status for a client that left before its answer
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable, without spaces

@@ -9,9 +9,9 @@ from aiohttp import web
 
 from pipeline.wire.errors import RequestError, shown
 
-METHODS = "GET, HEAD, POST, OPTIONS"
+METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
 USUAL_HEADERS = "Authorization, Content-Type, X-Api-Key, X-Request-Id"
-EXPOSED_HEADERS = "X-Request-Id, Retry-After"
+EXPOSED_HEADERS = "X-Request-Id, Request-Id, Retry-After, Warning"
 MAX_AGE_S = "600"  # that a browser may remember the answer to a preflight
 HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")
 

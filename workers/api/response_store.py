@@ -23,27 +23,32 @@ class StoredResponse(NamedTuple):
     input: bytes  # JSON: the items of the conversation before the answer, pictures as data URLs
     output: bytes  # JSON: the items of the answer
     response: bytes  # JSON: the answer as the client got it
+    item_ids: tuple[str, ...]  # of the answer's items
 
     @property
     def nbytes(self) -> int:
-        return ENTRY_BYTES + len(self.input) + len(self.output) + len(self.response)
+        num_bytes = len(self.input) + len(self.output) + len(self.response)
+        return ENTRY_BYTES * (1 + len(self.item_ids)) + num_bytes
 
 
 class ResponseStore:
     def __init__(self, max_bytes: int = STORED_BYTES) -> None:
         self._max_bytes, self._nbytes = max_bytes, 0
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._response_of: dict[str, str] = {}  # the id of an item → that of the answer it is in
 
     def put(self, response_id: str, tenant: str, items: bytes, output: list[Json], response: Json) -> None:
         """Keeps a conversation, `items` in JSON and the answer's `output`, unless it is too large alone."""
-        made = StoredResponse(tenant, items, msgspec.json.encode(output), msgspec.json.encode(response))
+        ids = tuple(item["id"] for item in output)
+        encoded = msgspec.json.encode(output), msgspec.json.encode(response)
+        made = StoredResponse(tenant, items, *encoded, ids)
         if made.nbytes > self._max_bytes:
             return
         self._stored[response_id] = made
+        self._response_of |= dict.fromkeys(ids, response_id)
         self._nbytes += made.nbytes
         while self._nbytes > self._max_bytes:
-            _, oldest = self._stored.popitem(last=False)
-            self._nbytes -= oldest.nbytes
+            self._forget(next(iter(self._stored)))
 
     def get(self, response_id: str, tenant: str, field: str = "") -> StoredResponse:
         """Raises RequestError (404) for an id that is unknown, or another tenant's."""
@@ -61,10 +66,25 @@ class ResponseStore:
         items: list[Json] = msgspec.json.decode(found.input)
         return [*items, *msgspec.json.decode(found.output)]
 
+    def item(self, item_id: str, tenant: str, field: str) -> Json:
+        """One item of an answer. Raises RequestError (404), naming the field, as `get` does."""
+        found = self._stored.get(self._response_of.get(item_id, ""))
+        if found is None or found.tenant != tenant:
+            what = f"there is no item {shown(item_id)}: it was not stored, or is forgotten"
+            raise RequestError(what, field=field, status=404, code="not_found")
+        items: list[Json] = msgspec.json.decode(found.output)
+        return items[found.item_ids.index(item_id)]
+
     def drop(self, response_id: str, tenant: str) -> None:
         """Raises RequestError, as `get` does."""
-        self._nbytes -= self.get(response_id, tenant).nbytes
-        del self._stored[response_id]
+        self.get(response_id, tenant)
+        self._forget(response_id)
+
+    def _forget(self, response_id: str) -> None:
+        gone = self._stored.pop(response_id)
+        self._nbytes -= gone.nbytes
+        for item_id in gone.item_ids:
+            del self._response_of[item_id]
 
 
 NO_STORE = ResponseStore(0)

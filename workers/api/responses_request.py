@@ -13,8 +13,8 @@ from workers.api.sampling_fields import SamplingFields
 
 Json = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
-# Keys of items that say nothing to the model.
-IGNORED = ("id", "status", "type", "annotations", "logprobs", "phase", "created_by")
+# Keys of items that say nothing to the model; `parsed` is what OpenAI's client made of the text.
+IGNORED = ("id", "status", "type", "annotations", "logprobs", "phase", "created_by", "parsed")
 # Fields of the API whose other values would change the answer.
 NEUTRAL: Mapping[str, Sequence[object]] = {
     "background": (False,),
@@ -59,6 +59,17 @@ def check_responses(request: ResponsesRequest) -> None:
 
 def to_items(given: str | list[Json]) -> list[Json]:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def reference_of(item: object) -> str | None:
+    """The id of the stored item for which this one stands, or None: it stands for itself."""
+    match item:
+        case {"type": "item_reference", "id": str(item_id)}:
+            return item_id
+        case {"id": str(item_id), **rest} if all(is_unset(value) for value in rest.values()):
+            return item_id
+        case _:
+            return None
 
 
 def to_chat_request(request: ResponsesRequest, items: Sequence[Json]) -> ChatCompletionRequest:
@@ -120,8 +131,9 @@ def _message(item: Any, field: str) -> RequestMessage | None:
             thoughts = _thoughts(item, field)
             return RequestMessage("assistant", None, reasoning_content=thoughts) if thoughts else None
         case kind:
-            what = f"{shown(kind)} is no type of an item here; served are message, function_call, "
-            raise RequestError(f"{what}function_call_output and reasoning", field=f"{field}.type")
+            served = "message, function_call, function_call_output, reasoning and item_reference"
+            what = f"{shown(kind)} is no type of an item here; served are {served}"
+            raise RequestError(what, field=f"{field}.type")
 
 
 def _thoughts(item: Json, field: str) -> str:

@@ -22,7 +22,7 @@ from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
-from workers.api.access_log import HEADER, RECORD, RequestRecord, request_id_of, writer_of
+from workers.api.access_log import HEADERS, RECORD, RequestRecord, request_id_of, writer_of
 from workers.api.admission import Admission
 from workers.api.answer import Update
 from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body, refuse_type
@@ -141,7 +141,8 @@ class ApiServer:
         """
         request[BEGUN] = response
         response.headers.update(self._cors.headers(request))
-        response.headers[HEADER] = request[RECORD].request_id
+        for name in HEADERS:
+            response.headers[name] = request[RECORD].request_id
         if self.is_retiring or not request.content.is_eof():
             response.force_close()
             response.headers["Connection"] = "close"  # the head is made before this hook

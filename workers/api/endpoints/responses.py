@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.wire.errors import ErrorInfo, RequestError
+from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.api.answer import Answer, TokenScores, Update, Usage
 from workers.api.blocks import AnswerBlocks, BlockEvent, BlockKind, Grown, blocks_of
@@ -23,6 +23,7 @@ from workers.api.response_events import COMPLETED, IN_PROGRESS, EventWriter, Ite
 from workers.api.responses_request import (
     ResponsesRequest,
     check_responses,
+    reference_of,
     to_chat_request,
     to_items,
 )
@@ -47,7 +48,7 @@ class Responses(Endpoint):
         request: ResponsesRequest = self.read(body)
         check_request(request, self.model.names)
         check_responses(request)
-        items = to_items(request.input)
+        items = self._resolved(to_items(request.input))
         if request.previous_response_id:
             before = self.model.store.items(request.previous_response_id, self.tenant, "previous_response_id")
             items = [*before, *items]
@@ -58,6 +59,21 @@ class Responses(Endpoint):
         self._has_logprobs = bool(chat.logprobs)
         self._echo = _echo(request, submission.sampling)
         return submission
+
+    def _resolved(self, items: list[Json]) -> list[Json]:
+        """With stored items in place of references to them, each at most once: short references to a long
+        item would make a request of any size."""
+        resolved, known = [], set[str]()
+        for index, item in enumerate(items):
+            if (item_id := reference_of(item)) is None:
+                resolved.append(item)
+                continue
+            field = f"input[{index}].id"
+            if item_id in known:
+                raise RequestError(f"the item {shown(item_id)} is referred to twice", field=field)
+            known.add(item_id)
+            resolved.append(self.model.store.item(item_id, self.tenant, field))
+        return resolved
 
     def render(self, answer: Answer) -> Json:
         (choice,) = answer.choices

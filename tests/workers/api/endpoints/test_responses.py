@@ -55,13 +55,14 @@ def test_a_text_and_instructions() -> None:
 def test_parts_calls_results_and_thoughts() -> None:
     picture = {"type": "input_image", "image_url": "http://x/y", "detail": "auto", "file_id": None}
     thought = {"type": "reasoning_text", "text": "Hm."}
+    asked = {"type": "output_text", "text": "I ask.", "annotations": [], "logprobs": [], "parsed": {"a": 1}}
     found = messages(
         [
             {"role": "user", "content": [{"type": "input_text", "text": "See:"}, picture]},
             {"type": "reasoning", "id": "rs_1", "summary": [], "content": [thought]},
             {
                 "type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
-                "content": [{"type": "output_text", "text": "I ask.", "annotations": [], "logprobs": []}],
+                "content": [asked],
             },
             {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "a", "arguments": "{}"},
             {"type": "function_call", "call_id": "c2", "name": "b", "arguments": '{"x": 1}'},
@@ -180,6 +181,24 @@ async def test_a_conversation_goes_on() -> None:
         assert caught.value.code == "previous_response_not_found"
 
 
+async def test_an_item_of_an_answer_may_be_referred_to() -> None:
+    """As Vercel's AI SDK does in a second turn."""
+    writer = Writer("Hello")
+    async with asking(writer) as client:
+        first = await client.responses.create(model="m", input="Hi")
+        item_id = first.output[0].id
+        for reference in ({"type": "item_reference", "id": item_id}, {"id": item_id, "type": None}):
+            items: Any = [{"role": "user", "content": "Hi"}, reference, {"role": "user", "content": "And?"}]
+            await client.responses.create(model="m", input=items)
+            contents = [message.content for message in writer.chats[-1].messages]
+            assert contents == ["Hi", "Hello", "And?"]
+        with pytest.raises(openai.BadRequestError, match="twice"):
+            await client.responses.create(model="m", input=[*items, reference])
+        await client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError, match="no item"):
+            await client.responses.create(model="m", input=items)
+
+
 async def test_a_response_belongs_to_its_key() -> None:
     async with serving(endpoint(Writer("Hello"), api_key=("one", "two"))) as site:
         url = f"http://{site.host}:{site.port}/v1"
@@ -191,6 +210,9 @@ async def test_a_response_belongs_to_its_key() -> None:
                 await other.responses.retrieve(found.id)
             with pytest.raises(openai.NotFoundError):
                 await other.responses.create(model="m", input="x", previous_response_id=found.id)
+            reference: Any = [{"type": "item_reference", "id": found.output[0].id}]
+            with pytest.raises(openai.NotFoundError):
+                await other.responses.create(model="m", input=reference)
 
 
 async def test_thoughts_and_calls() -> None:
@@ -240,12 +262,15 @@ async def test_an_answer_by_a_schema() -> None:
 def test_the_store_forgets_the_oldest_first() -> None:
     store = ResponseStore(10_000)
     for number in range(10):
-        store.put(f"r{number}", "t", b"[]", [], {"x": "y" * 1000})
+        store.put(f"r{number}", "t", b"[]", [{"id": f"i{number}"}], {"x": "y" * 100})
     kept = [6, 7, 8, 9]
     for number in range(10):
         if number in kept:
             store.get(f"r{number}", "t")
+            store.item(f"i{number}", "t", "")
         else:
+            with pytest.raises(RequestError):
+                store.item(f"i{number}", "t", "")
             with pytest.raises(RequestError) as caught:
                 store.get(f"r{number}", "t")
             assert caught.value.info.status == 404
@@ -255,4 +280,4 @@ def test_the_store_forgets_the_oldest_first() -> None:
     store.get("r9", "t")
     for number in kept:
         store.drop(f"r{number}", "t")
-    assert store._nbytes == 0
+    assert (store._nbytes, store._response_of) == (0, {})
