@@ -22,6 +22,7 @@ from pipeline.client.client import ParsedPiece, Piece, PipelineClient
 from pipeline.wire.clients import Welcome
 from pipeline.wire.prompts import Chat, ChatMessage, Prompt
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.trace_context import TraceContext
 
 T = TypeVar("T")
 P = TypeVar("P", Piece, ParsedPiece)
@@ -78,12 +79,15 @@ class BlockingClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the
         request."""
         assert self._client is not None
         return self._read(
-            self._client.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+            self._client.generate(
+                prompt, sampling, media, request_id, priority, cache_salt, tenant, trace_context
+            )
         )
 
     def chat(

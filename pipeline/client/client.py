@@ -14,7 +14,7 @@ Tokens come over a `Connection`, which resubmits interrupted requests; here they
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import Chat, ChatMessage, Prompt, Text, Tokens
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from pipeline.wire.trace_context import TraceContext
+
+OnInterrupted = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +202,7 @@ class PipelineClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None, on_interrupted: OnInterrupted | None = None,
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one prompt and yields its pieces. The last piece of each choice has a finish reason.
 
@@ -206,11 +210,16 @@ class PipelineClient:
         `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with
         an equal `cache_salt` share cached prefixes, so that no request's timing reveals the prompt of a
         request with another salt. `tenant`: the user, where one client submits for many; a gateway replaces
-        it by the key's owner. Leaving the generator early aborts the request. Raises RequestError when the
-        request is refused or fails.
+        it by the key's owner. `trace_context`: the place in the caller's trace (W3C Trace Context), in which
+        the pipeline's spans are then. `on_interrupted` is called with the attempt and the reason where a
+        worker's death ends one; the next attempt follows. Leaving the generator early aborts the request.
+        Raises RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
-        opened = self._submit(prompt, sampling, list(media), request, priority, cache_salt, tenant)
+        opened = self._submit(
+            prompt, sampling, list(media), request, priority, cache_salt, tenant, trace_context
+        )
+        opened.on_interrupted = on_interrupted
         assert self._tokenizer is not None
         kept = {} if isinstance(prompt, Text | Tokens) else self._tags
         choices = [_ChoiceText(self._tokenizer, sampling, kept) for _ in range(sampling.n)]
@@ -279,7 +288,7 @@ class PipelineClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         frames: list[bytes | memoryview],
         request_id: str,
-        priority: int, cache_salt: bytes, tenant: str,
+        priority: int, cache_salt: bytes, tenant: str, trace_context: TraceContext | None,
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
@@ -298,6 +307,7 @@ class PipelineClient:
             client_id=self._connection.client_id, request_id=request_id, attempt=1, prompt=prompt,
             sampling=sampling, priority=priority,
             cache_salt=cache_salt, tenant=tenant,
+            trace=msgspec.UNSET if trace_context is None else trace_context,
         )  # fmt: skip
         return self._connection.submit(request, frames)
 
