@@ -303,6 +303,9 @@ class PipelineClient:
                 f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}",
                 field="messages",
             )
+        if sampling.truncate_prompt_tokens is not None:  # the pipeline may have less room than the model
+            kept = sampling.num_kept_of_prompt(self.welcome.max_model_len)
+            sampling = msgspec.structs.replace(sampling, truncate_prompt_tokens=kept)
         request = SubmitRequest(
             client_id=self._connection.client_id, request_id=request_id, attempt=1, prompt=prompt,
             sampling=sampling, priority=priority,

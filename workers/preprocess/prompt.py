@@ -191,6 +191,18 @@ class PromptBuilder:
         return self._template.render(marked, tools, options, chat.add_generation_prompt)
 
 
+def truncated(prompt: TokenizedPrompt, kept: int | None) -> TokenizedPrompt:
+    """Its last `kept` tokens. Raises RequestError where that would leave out a part of a picture or video."""
+    cut = 0 if kept is None else len(prompt.token_ids) - kept
+    if cut <= 0:
+        return prompt
+    if any(span.offset < cut for spans in prompt.spans for span in spans):
+        what = f"the last {kept} of the prompt's {len(prompt.token_ids)} tokens leave out a part of a picture"
+        raise RequestError(f"{what} or video", field="truncate_prompt_tokens")
+    spans = [tuple(Span(span.offset - cut, span.length) for span in spans) for spans in prompt.spans]
+    return TokenizedPrompt(prompt.token_ids[cut:], spans)
+
+
 def _drop_last(pieces: list[_Piece], special: int | None) -> None:
     """Takes a special token off the end of a prompt, if it is there; with the empty text behind it."""
     while pieces and pieces[-1] == "":

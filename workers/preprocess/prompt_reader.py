@@ -17,7 +17,7 @@ from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
-from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
+from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt, truncated
 from workers.preprocess.threads import FairThreads
 
 MAX_PROMPT_LOGPROBS = 1 << 18  # of one request: 2 MiB
@@ -74,6 +74,7 @@ class PromptReader:
         start = time.monotonic()
         prompt: TokenizedPrompt = await self._threads.run(self.builder.build, message.prompt, segments)
         self._trace("tokenise", start, message, len(prompt.token_ids))
+        prompt = truncated(prompt, message.sampling.num_kept_of_prompt(limit))
         if (total := len(prompt.token_ids)) > limit:
             field = "messages" if isinstance(message.prompt, Chat) else "prompt"
             raise RequestError.from_info(context_overflow(limit, total, message.sampling.max_tokens, field))

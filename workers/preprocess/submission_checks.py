@@ -20,7 +20,7 @@ ALL = "all"  # every tenant may set a priority
 def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Sequence[str]) -> None:
     """Raises RequestError, naming the field at fault."""
     vocab_size = text.vocab_size
-    _check_prompt(message.prompt, text)
+    _check_prompt(message.prompt, text, message.sampling.truncate_prompt_tokens is not None)
     if message.attempt < 1:
         raise RequestError("attempt counts from 1", field="attempt")
     _check_choices(message, text)
@@ -44,7 +44,7 @@ def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Seq
             )
 
 
-def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
+def _check_prompt(prompt: Prompt, info: TextInfo, is_truncated: bool) -> None:
     match prompt:
         case Chat():
             _check_chat(prompt)
@@ -54,7 +54,7 @@ def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
         case Tokens(token_ids):
             if not token_ids:
                 raise RequestError("the prompt must not be empty", field="prompt")
-            _check_token_ids(token_ids, info, "token_ids", "prompt")
+            _check_token_ids(token_ids, info, "token_ids", "prompt", is_truncated)
         case _:
             assert_never(prompt)
 
@@ -86,10 +86,10 @@ def _check_choices(message: SubmitRequest, info: TextInfo) -> None:
         _check_token_ids(choice.output_token_ids, info, "output_token_ids", "choices")
 
 
-def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str) -> None:
+def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str, is_truncated: bool = False) -> None:
     if len(data) % 4:
         raise RequestError(f"{name} are not whole numbers", field=field)
-    if (count := len(data) // 4) > (limit := info.max_position_embeddings):
+    if (count := len(data) // 4) > (limit := info.max_position_embeddings) and not is_truncated:
         raise RequestError.from_info(context_overflow(limit, count, None, field))
     token_ids = unpack_int32(data)
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < info.vocab_size:

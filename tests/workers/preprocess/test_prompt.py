@@ -18,7 +18,7 @@ from tests.chats import CHATS, to_messages
 from tests.pictures import seen_size
 from tests.reference import Reference
 from workers.preprocess.images import read_size
-from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
+from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt, truncated
 
 MODEL = EMBEDDED / "model"
 INFO = read_model_info(MODEL)
@@ -234,3 +234,14 @@ def test_a_prompt_without_a_chat_has_no_placeholders(as_tokens: bool, prompt: Pr
     with pytest.raises(RequestError, match="placeholder") as caught:
         prompt.build(given, [])
     assert caught.value.info.field == "prompt"
+
+
+def test_the_last_tokens_of_a_prompt_are_kept_with_its_media_where_they_are_then() -> None:
+    whole = TokenizedPrompt([1, 2, 9, 9, 3, 9, 4], [(Span(2, 2), Span(5, 1))])
+    assert truncated(whole, None) is whole
+    assert truncated(whole, 7) is whole
+    assert truncated(whole, 5) == TokenizedPrompt([9, 9, 3, 9, 4], [(Span(0, 2), Span(3, 1))])
+    for kept in (4, 2, 1):
+        with pytest.raises(RequestError, match="leave out a part of a picture") as error:
+            truncated(whole, kept)
+        assert error.value.info.field == "truncate_prompt_tokens"
