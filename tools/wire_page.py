@@ -28,6 +28,34 @@ EXAMPLE = SubmitRequest(
     client_id=bytes(range(16)), request_id="r1", attempt=1, prompt=Chat((ChatMessage("user", "Hello"),)),
     sampling=SamplingParams(temperature=0.0, seed=7, max_tokens=2),
 )  # fmt: skip
+FORMS = r"""## Forms of answers, functions and thoughts
+
+The pipeline forces a form, but neither splits nor parses an answer: its tokens are what the model wrote.
+
+- `sampling.grammar` is the form of each choice: `kind` and `source`, a text. A `json_schema` is the schema's
+  JSON, a `choice` a JSON list of texts, a `structural_tag` xgrammar's JSON; all kinds are in
+  [structured-output.md](structured-output.md). `RequestFailed` names what cannot be served by the grammar's
+  `field`.
+- `tools` of a chat are functions as OpenAI's clients write them: a list in JSON, as bytes. The model's own
+  template shows them, and says how a call is written ([tools.md](tools.md)).
+- A function that must be called is a grammar, too; the tools are then only those that may be called. One call
+  of one function, written as JSON in tags, is this `structural_tag` (for several functions, and for XML:
+  `pipeline/parsers/`):
+
+```json
+{"type": "structural_tag", "format": {"type": "tag",
+  "begin": "<tool_call>\n{\"name\": \"NAME\", \"arguments\": ",
+  "content": {"type": "json_schema", "json_schema": PARAMETERS},
+  "end": "}\n</tool_call>"}}
+```
+
+- Where the model thinks first, a grammar begins behind the thought: a `sequence` of a `tag` whose content is
+  `any_text` and whose end is `</think>`, and of the form. `thinking_budget` needs `thinking_end`, the tokens
+  of `</think>`.
+- Tags of calls and thoughts may be special tokens: do not leave them out of the text.
+- `sampling.truncate_prompt_tokens` keeps only the prompt's last tokens. `trace` is the caller's place in its
+  trace ([tracing.md](tracing.md)); without one the field is left out.
+"""
 INTRODUCTION = f"""# The wire
 
 Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/`: change
@@ -59,6 +87,7 @@ that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`)
 6. `AbortRequest` ends a request, or with an `index` one choice. Repeat it until the terminal message is
    there.
 
+{FORMS}
 ## When workers die
 
 An epoch that grows says that a worker died and was reaped. Close the connection to the old address and

@@ -19,7 +19,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 from tokenizers import Tokenizer
@@ -32,6 +32,7 @@ from pipeline.client.tags import special_tags
 from pipeline.parsers.base import ParserEvent, ThoughtStart
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO, check_names
+from pipeline.parsers.tool_choice import read_tools, to_chat_grammar, to_tool_choice
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, TokenLogprobs, Welcome
@@ -248,10 +249,23 @@ class PipelineClient:
     async def chat(
         self, prompt: Chat, sampling: SamplingParams, media: Sequence[bytes | memoryview] = (),
         request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None, on_interrupted: OnInterrupted | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None, parallel_tool_calls: bool = True,
     ) -> AsyncGenerator[ParsedPiece, None]:  # fmt: skip
-        """As `generate`, with what each piece says: content, thoughts, and calls of the chat's functions."""
-        parsers = [self.forms.parser(prompt) for _ in range(sampling.n)]
-        pieces = self.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+        """As `generate`, with what each piece says: content, thoughts, and calls of the chat's functions.
+
+        `tool_choice` and `parallel_tool_calls` mean what they mean over HTTP (docs/tools.md): auto, none,
+        required, or the object that names a function. The sampling's grammar is the form of the answer: it
+        begins behind the thought, where the model thinks, and a call may come instead.
+        """
+        choice = to_tool_choice(read_tools(prompt.tools), tool_choice, parallel_tool_calls)
+        chat = msgspec.structs.replace(prompt, tools=choice.data)
+        grammar = to_chat_grammar(choice, chat, self.forms, sampling.grammar)
+        sampling = msgspec.structs.replace(sampling, grammar=grammar)
+        parsers = [self.forms.parser(chat) for _ in range(sampling.n)]
+        pieces = self.generate(
+            chat, sampling, media, request_id, priority, cache_salt, tenant, trace_context, on_interrupted
+        )
         async with aclosing(pieces):
             async for piece in pieces:
                 parser = parsers[piece.index]

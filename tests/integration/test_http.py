@@ -727,7 +727,7 @@ def test_settings_of_all_pictures_and_the_last_tokens_of_a_prompt(
     assert "min_pixels" in error.value.message
     assert count("What is it?", truncate_prompt_tokens=5) == 5
     long = client.completions.create(
-        model="any", prompt="word " * 2000, max_tokens=10, extra_body={"truncate_prompt_tokens": -1}
+        model="", prompt="word " * 2000, max_tokens=10, extra_body={"truncate_prompt_tokens": -1}
     )
     assert long.usage is not None
     assert long.usage.prompt_tokens == 1024 - 10

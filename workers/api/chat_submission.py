@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pipeline.parsers.tool_choice import to_chat_grammar, to_tool_choice
 from workers.api.chat_request import (
     ChatCompletionRequest,
     check_chat,
@@ -14,7 +15,6 @@ from workers.api.chat_request import (
 from workers.api.endpoints.base import ServedModel
 from workers.api.media_kwargs import with_media_settings
 from workers.api.submission import Submission, without_data_urls
-from workers.api.tool_choice import to_chat_grammar, to_tool_choice
 
 
 def to_submission(request: ChatCompletionRequest, model: ServedModel, request_id: str) -> Submission:

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment, WithoutMarks
 from pipeline.families.chat_template import ChatTemplate
+from pipeline.parsers.tool_choice import read_tools
 from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.generation import Span
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Chat, Prompt, Text, TextPart, Tokens, VideoPart
-from workers.preprocess.chats import num_characters, parts_of, read_tools, template_message
+from workers.preprocess.chats import num_characters, parts_of, template_message
 from workers.preprocess.user_texts import UserTexts
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from pipeline.families import TextInfo
+from pipeline.parsers.tool_choice import read_tools
 from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
 from pipeline.wire.errors import RequestError, context_overflow, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import TEMPLATE_OPTIONS, Chat, Prompt, Text, Tokens
-from workers.preprocess.chats import parts_of, read_tools, texts_of
+from workers.preprocess.chats import parts_of, texts_of
 
 ALL = "all"  # every tenant may set a priority
 
