@@ -78,6 +78,8 @@ that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`)
    another are refused. It names the folder with the tokenizer's files and the limits.
 4. Send `SubmitRequest` with an id of your own, unique for as long as anybody remembers, and `attempt` 1.
    Media ride as further frames of the message, named by their index (`frame`), at most {MAX_FRAMES - 1}.
+   A prompt of `tokens` may have media, too: its placeholders of pictures and videos must be theirs, one for
+   each item or exactly as many as the item becomes; any other such token id is refused.
    Without a `seed` the request's id gives it one: an id that is used again draws the same tokens again.
 5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `index`
    names the choice, of the `n` that the sampling asks for; `offset` counts the choice's tokens before. Where

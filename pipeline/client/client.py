@@ -25,7 +25,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from pipeline.client.connection import Connection
-from pipeline.client.data_urls import move_data_urls
+from pipeline.client.data_urls import move_data_urls, move_media_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.tags import special_tags
@@ -208,12 +208,13 @@ class PipelineClient:
         """Runs one prompt and yields its pieces. The last piece of each choice has a finish reason.
 
         `prompt`: the messages of a chat, or a `Text` or `Tokens` without a template. `ImagePart(frame=i)` or
-        `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with
-        an equal `cache_salt` share cached prefixes, so that no request's timing reveals the prompt of a
-        request with another salt. `tenant`: the user, where one client submits for many; a gateway replaces
-        it by the key's owner. `trace_context`: the place in the caller's trace (W3C Trace Context), in which
-        the pipeline's spans are then. `on_interrupted` is called with the attempt and the reason where a
-        worker's death ends one; the next attempt follows. Leaving the generator early aborts the request.
+        `VideoPart(frame=i)` in a message, or in the media of `Tokens`, names `media[i]`. A lower `priority`
+        goes first. Only requests with an equal `cache_salt` share cached prefixes, so that no request's
+        timing reveals the prompt of a request with another salt. `tenant`: the user, where one client submits
+        for many; a gateway replaces it by the key's owner. `trace_context`: the place in the caller's trace
+        (W3C Trace Context), in which the pipeline's spans are then. `on_interrupted` is called with the
+        attempt and the reason where a worker's death ends one; the next attempt follows. Leaving the
+        generator early aborts the request.
         Raises RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
@@ -310,8 +311,11 @@ class PipelineClient:
             chat = prompt if isinstance(prompt, Chat) else Chat(tuple(prompt))
             prompt = msgspec.structs.replace(chat, messages=move_data_urls(chat.messages, frames))
             sampling = self._with_thinking_end(sampling, prompt)
+        elif isinstance(prompt, Tokens):
+            prompt = msgspec.structs.replace(prompt, media=move_media_urls(prompt.media, frames))
         elif frames:
-            raise RequestError("pictures and videos come in a chat only", field="prompt")
+            what = "pictures and videos come in a chat, or with a prompt of tokens"
+            raise RequestError(what, field="prompt")
         if len(frames) > MAX_ITEMS:
             raise RequestError(
                 f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}",

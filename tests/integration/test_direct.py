@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from launcher.checkpoints import EMBEDDED
 from pipeline.client.blocking import BlockingClient
 from pipeline.wire.errors import PipelineError, RequestError
-from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, TextPart
+from pipeline.wire.packing import pack_int32
+from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, TextPart, Tokens
 from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
 from tests.pictures import data_url, encode, scene
 from tests.pipeline.parsers.reading import together
@@ -57,6 +58,22 @@ def test_threads_share_a_blocking_client(server: Server) -> None:
         early.close()  # type: ignore[attr-defined]
         with pytest.raises(RequestError, match="temperature"):
             list(client.generate(messages, SamplingParams(temperature=-1), [encode(scene(1))]))
+
+
+def test_a_picture_comes_with_a_prompt_of_ids_as_with_a_chat(server: Server) -> None:
+    """A second time even its KV is there."""
+    messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it, in ids?")))]
+    asked = msgspec.structs.replace(GREEDY, return_token_ids=True)
+    with BlockingClient(server.run_dir) as client:
+        told = list(client.generate(messages, asked, [encode(scene(9))]))
+        prompt = told[0].prompt_token_ids
+        url = ImagePart(url=data_url(scene(9)))
+        by_ids = list(client.generate(Tokens(pack_int32(prompt), (url,)), asked))
+        assert [piece.token_ids for piece in by_ids] == [piece.token_ids for piece in told]
+        assert by_ids[0].prompt_token_ids == prompt
+        assert by_ids[0].num_cached_tokens >= len(prompt) // 16 * 16 - 16
+        with pytest.raises(RequestError, match="no media fill"):
+            list(client.generate(Tokens(pack_int32(prompt)), asked))
 
 
 def test_no_pipeline_is_told_and_leaves_no_thread(tmp_path: Path) -> None:

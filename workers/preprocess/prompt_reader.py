@@ -13,7 +13,7 @@ from pipeline.process.trace import Tracer
 from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, VideoPart
+from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, Tokens, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
@@ -114,7 +114,9 @@ def _num_placeholders(item: Item) -> int:
 
 
 def _located_media(prompt: Prompt) -> Iterable[tuple[ImagePart | VideoPart, str]]:
-    """The pictures and videos of a chat, each with the name of its field."""
+    """The pictures and videos of a prompt, each with the name of its field."""
+    if isinstance(prompt, Tokens):
+        yield from ((part, f"media[{index}]") for index, part in enumerate(prompt.media))
     for number, message in enumerate(prompt.messages if isinstance(prompt, Chat) else ()):
         if not isinstance(message.content, str):
             for index, part in enumerate(message.content):

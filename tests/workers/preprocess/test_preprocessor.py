@@ -425,6 +425,27 @@ async def test_a_cut_that_would_take_a_part_of_a_picture_is_refused(rig: Rig) ->
     rig.end("r")
 
 
+async def test_media_of_a_prompt_of_ids_are_those_of_a_chat(rig: Rig) -> None:
+    """Same picture, same placeholders, same keys; and a picture without a placeholder is refused."""
+    rig.submit("chat", [encode(scene(1))])
+    await rig.settle()
+    (chat,) = rig.llm.take(GenerateRequest)
+    tokens = Tokens(chat.prompt_token_ids, (ImagePart(frame=0),))
+    rig.submit("ids", [encode(scene(1))], prompt=tokens)
+    rig.submit("none", [encode(scene(1))], prompt=Tokens(pack_int32([5]), (ImagePart(frame=0),)))
+    await rig.settle()
+    (ids,) = rig.llm.take(GenerateRequest)
+    assert ids.prompt_token_ids == chat.prompt_token_ids
+    assert ids.positions == chat.positions
+    assert [(item.spans, item.kv_hash) for item in ids.items] == [
+        (item.spans, item.kv_hash) for item in chat.items
+    ]
+    (refusal,) = rig.llm.take(RequestRefused)
+    assert (refusal.request_id, refusal.error.field) == ("none", "prompt")
+    for request_id in ("chat", "ids"):
+        rig.end(request_id)
+
+
 async def test_an_unforeseen_failure_ends_its_request_only(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
