@@ -26,6 +26,7 @@ from pipeline.config import Config
 from pipeline.config.tls import ssl_context
 from pipeline.parsers.registry import check_names
 from pipeline.process import faults, log
+from pipeline.process.otlp import check_available
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
         if home is None and config.launcher.cache_dir:
             os.environ["HOME"] = config.launcher.cache_dir  # where hubs' clients keep downloads
         can_keep = home is not None or any(os.environ.get(name) for name in ("HOME", *PLACES_OF_HUBS))
+        check_available(config.launcher.otlp_traces_endpoint)
         check_names(config.api.tool_call_parser, config.api.reasoning_parser)
         model = find_model(config.model, can_keep)
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))

@@ -32,6 +32,8 @@ from tools.bench_serving import Workload, run_load
 
 COLOURS = {
     "prepare": "#9aa0a6",
+    "fetch": "#bdc1c6",
+    "tokenise": "#e8710a",
     "decode picture": "#c58af9",
     "encode": "#f29900",
     "prefill": "#1a73e8",

@@ -28,6 +28,34 @@ EXAMPLE = SubmitRequest(
     client_id=bytes(range(16)), request_id="r1", attempt=1, prompt=Chat((ChatMessage("user", "Hello"),)),
     sampling=SamplingParams(temperature=0.0, seed=7, max_tokens=2),
 )  # fmt: skip
+FORMS = r"""## Forms of answers, functions and thoughts
+
+The pipeline forces a form, but neither splits nor parses an answer: its tokens are what the model wrote.
+
+- `sampling.grammar` is the form of each choice: `kind` and `source`, a text. A `json_schema` is the schema's
+  JSON, a `choice` a JSON list of texts, a `structural_tag` xgrammar's JSON; all kinds are in
+  [structured-output.md](structured-output.md). `RequestFailed` names what cannot be served by the grammar's
+  `field`.
+- `tools` of a chat are functions as OpenAI's clients write them: a list in JSON, as bytes. The model's own
+  template shows them, and says how a call is written ([tools.md](tools.md)).
+- A function that must be called is a grammar, too; the tools are then only those that may be called. One call
+  of one function, written as JSON in tags, is this `structural_tag` (for several functions, and for XML:
+  `pipeline/parsers/`):
+
+```json
+{"type": "structural_tag", "format": {"type": "tag",
+  "begin": "<tool_call>\n{\"name\": \"NAME\", \"arguments\": ",
+  "content": {"type": "json_schema", "json_schema": PARAMETERS},
+  "end": "}\n</tool_call>"}}
+```
+
+- Where the model thinks first, a grammar begins behind the thought: a `sequence` of a `tag` whose content is
+  `any_text` and whose end is `</think>`, and of the form. `thinking_budget` needs `thinking_end`, the tokens
+  of `</think>`.
+- Tags of calls and thoughts may be special tokens: do not leave them out of the text.
+- `sampling.truncate_prompt_tokens` keeps only the prompt's last tokens. `trace` is the caller's place in its
+  trace ([tracing.md](tracing.md)); without one the field is left out.
+"""
 INTRODUCTION = f"""# The wire
 
 Version {PROTOCOL_VERSION}. Written by `tools/wire_page.py` from the structs in `pipeline/wire/`: change
@@ -50,6 +78,8 @@ that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`)
    another are refused. It names the folder with the tokenizer's files and the limits.
 4. Send `SubmitRequest` with an id of your own, unique for as long as anybody remembers, and `attempt` 1.
    Media ride as further frames of the message, named by their index (`frame`), at most {MAX_FRAMES - 1}.
+   A prompt of `tokens` may have media, too: its placeholders of pictures and videos must be theirs, one for
+   each item or exactly as many as the item becomes; any other such token id is refused.
    Without a `seed` the request's id gives it one: an id that is used again draws the same tokens again.
 5. `Accepted` comes, then `TokenOutputs`, which may hold outputs of several of your requests. `index`
    names the choice, of the `n` that the sampling asks for; `offset` counts the choice's tokens before. Where
@@ -59,6 +89,7 @@ that cannot be decoded is dropped and counted (`refused_messages` in `/metrics`)
 6. `AbortRequest` ends a request, or with an `index` one choice. Repeat it until the terminal message is
    there.
 
+{FORMS}
 ## When workers die
 
 An epoch that grows says that a worker died and was reaped. Close the connection to the old address and

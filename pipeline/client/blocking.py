@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from pipeline.client.client import ParsedPiece, Piece, PipelineClient
 from pipeline.wire.clients import Welcome
 from pipeline.wire.prompts import Chat, ChatMessage, Prompt
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.trace_context import TraceContext
 
 T = TypeVar("T")
 P = TypeVar("P", Piece, ParsedPiece)
@@ -78,22 +79,39 @@ class BlockingClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the
         request."""
         assert self._client is not None
         return self._read(
-            self._client.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+            self._client.generate(
+                prompt, sampling, media, request_id, priority, cache_salt, tenant, trace_context
+            )
         )
 
     def chat(
         self, prompt: Chat, sampling: SamplingParams, media: Sequence[bytes | memoryview] = (),
         request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None, parallel_tool_calls: bool = True,
     ) -> Iterator[ParsedPiece]:  # fmt: skip
         """As `PipelineClient.chat`; leaving early aborts the request, too."""
         assert self._client is not None
         return self._read(
-            self._client.chat(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+            self._client.chat(
+                prompt,
+                sampling,
+                media,
+                request_id,
+                priority,
+                cache_salt,
+                tenant,
+                trace_context,
+                None,
+                tool_choice,
+                parallel_tool_calls,
+            )
         )
 
     def _read(self, pieces: AsyncGenerator[P, None]) -> Iterator[P]:

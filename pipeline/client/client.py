@@ -14,24 +14,25 @@ Tokens come over a `Connection`, which resubmits interrupted requests; here they
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 from tokenizers import Tokenizer
 
 from pipeline.client.connection import Connection
-from pipeline.client.data_urls import move_data_urls
+from pipeline.client.data_urls import move_data_urls, move_media_urls
 from pipeline.client.detokenizer import Detokenizer, StopStrings, token_bytes, tokenizer_hash
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.tags import special_tags
 from pipeline.parsers.base import ParserEvent, ThoughtStart
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO, check_names
+from pipeline.parsers.tool_choice import read_tools, to_chat_grammar, to_tool_choice
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, TokenLogprobs, Welcome
@@ -41,6 +42,9 @@ from pipeline.wire.limits import MAX_ITEMS
 from pipeline.wire.packing import unpack_ids
 from pipeline.wire.prompts import Chat, ChatMessage, Prompt, Text, Tokens
 from pipeline.wire.sampling import FinishReason, SamplingParams
+from pipeline.wire.trace_context import TraceContext
+
+OnInterrupted = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,18 +203,25 @@ class PipelineClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None, on_interrupted: OnInterrupted | None = None,
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one prompt and yields its pieces. The last piece of each choice has a finish reason.
 
         `prompt`: the messages of a chat, or a `Text` or `Tokens` without a template. `ImagePart(frame=i)` or
-        `VideoPart(frame=i)` in a message names `media[i]`. A lower `priority` goes first. Only requests with
-        an equal `cache_salt` share cached prefixes, so that no request's timing reveals the prompt of a
-        request with another salt. `tenant`: the user, where one client submits for many; a gateway replaces
-        it by the key's owner. Leaving the generator early aborts the request. Raises RequestError when the
-        request is refused or fails.
+        `VideoPart(frame=i)` in a message, or in the media of `Tokens`, names `media[i]`. A lower `priority`
+        goes first. Only requests with an equal `cache_salt` share cached prefixes, so that no request's
+        timing reveals the prompt of a request with another salt. `tenant`: the user, where one client submits
+        for many; a gateway replaces it by the key's owner. `trace_context`: the place in the caller's trace
+        (W3C Trace Context), in which the pipeline's spans are then. `on_interrupted` is called with the
+        attempt and the reason where a worker's death ends one; the next attempt follows. Leaving the
+        generator early aborts the request.
+        Raises RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
-        opened = self._submit(prompt, sampling, list(media), request, priority, cache_salt, tenant)
+        opened = self._submit(
+            prompt, sampling, list(media), request, priority, cache_salt, tenant, trace_context
+        )
+        opened.on_interrupted = on_interrupted
         assert self._tokenizer is not None
         kept = {} if isinstance(prompt, Text | Tokens) else self._tags
         choices = [_ChoiceText(self._tokenizer, sampling, kept) for _ in range(sampling.n)]
@@ -239,10 +250,23 @@ class PipelineClient:
     async def chat(
         self, prompt: Chat, sampling: SamplingParams, media: Sequence[bytes | memoryview] = (),
         request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
+        trace_context: TraceContext | None = None, on_interrupted: OnInterrupted | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None, parallel_tool_calls: bool = True,
     ) -> AsyncGenerator[ParsedPiece, None]:  # fmt: skip
-        """As `generate`, with what each piece says: content, thoughts, and calls of the chat's functions."""
-        parsers = [self.forms.parser(prompt) for _ in range(sampling.n)]
-        pieces = self.generate(prompt, sampling, media, request_id, priority, cache_salt, tenant)
+        """As `generate`, with what each piece says: content, thoughts, and calls of the chat's functions.
+
+        `tool_choice` and `parallel_tool_calls` mean what they mean over HTTP (docs/tools.md): auto, none,
+        required, or the object that names a function. The sampling's grammar is the form of the answer: it
+        begins behind the thought, where the model thinks, and a call may come instead.
+        """
+        choice = to_tool_choice(read_tools(prompt.tools), tool_choice, parallel_tool_calls)
+        chat = msgspec.structs.replace(prompt, tools=choice.data)
+        grammar = to_chat_grammar(choice, chat, self.forms, sampling.grammar)
+        sampling = msgspec.structs.replace(sampling, grammar=grammar)
+        parsers = [self.forms.parser(chat) for _ in range(sampling.n)]
+        pieces = self.generate(
+            chat, sampling, media, request_id, priority, cache_salt, tenant, trace_context, on_interrupted
+        )
         async with aclosing(pieces):
             async for piece in pieces:
                 parser = parsers[piece.index]
@@ -279,7 +303,7 @@ class PipelineClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         frames: list[bytes | memoryview],
         request_id: str,
-        priority: int, cache_salt: bytes, tenant: str,
+        priority: int, cache_salt: bytes, tenant: str, trace_context: TraceContext | None,
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
@@ -287,17 +311,24 @@ class PipelineClient:
             chat = prompt if isinstance(prompt, Chat) else Chat(tuple(prompt))
             prompt = msgspec.structs.replace(chat, messages=move_data_urls(chat.messages, frames))
             sampling = self._with_thinking_end(sampling, prompt)
+        elif isinstance(prompt, Tokens):
+            prompt = msgspec.structs.replace(prompt, media=move_media_urls(prompt.media, frames))
         elif frames:
-            raise RequestError("pictures and videos come in a chat only", field="prompt")
+            what = "pictures and videos come in a chat, or with a prompt of tokens"
+            raise RequestError(what, field="prompt")
         if len(frames) > MAX_ITEMS:
             raise RequestError(
                 f"the request has {len(frames)} pictures and frames, the limit is {MAX_ITEMS}",
                 field="messages",
             )
+        if sampling.truncate_prompt_tokens is not None:  # the pipeline may have less room than the model
+            kept = sampling.num_kept_of_prompt(self.welcome.max_model_len)
+            sampling = msgspec.structs.replace(sampling, truncate_prompt_tokens=kept)
         request = SubmitRequest(
             client_id=self._connection.client_id, request_id=request_id, attempt=1, prompt=prompt,
             sampling=sampling, priority=priority,
             cache_salt=cache_salt, tenant=tenant,
+            trace=msgspec.UNSET if trace_context is None else trace_context,
         )  # fmt: skip
         return self._connection.submit(request, frames)
 

@@ -241,6 +241,8 @@ class Connection:
             )
             self._give_up(opened, ErrorInfo(503, what))
             return
+        if opened.on_interrupted is not None:
+            opened.on_interrupted(request.attempt, reason)
         logger.info("%s was interrupted (%s): it is submitted again", request.request_id, reason)
         self.aborts.forget(request.request_id)
         opened.begin_attempt(time.monotonic())

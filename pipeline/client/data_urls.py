@@ -41,6 +41,14 @@ def move_data_urls(
     return tuple(_move_message(message, frames, f"messages[{at}]") for at, message in enumerate(messages))
 
 
+def move_media_urls(
+    media: Sequence[ImagePart | VideoPart], frames: list[bytes | memoryview]
+) -> tuple[ImagePart | VideoPart, ...]:
+    """The same for the media of a prompt of tokens."""
+    moved = (_move_part(part, frames, f"media[{at}]") for at, part in enumerate(media))
+    return tuple(part for part in moved if not isinstance(part, TextPart))
+
+
 def _move_message(message: ChatMessage, frames: list[bytes | memoryview], field: str) -> ChatMessage:
     if isinstance(message.content, str):
         return message

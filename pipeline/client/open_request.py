@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -47,6 +48,7 @@ class OpenRequest:
     generation: int = 0  # of the weights that its tokens come from
     # Deaths of workers that executed it, in a row, by role; a new token resets them.
     deaths: Counter[Role] = field(default_factory=Counter)
+    on_interrupted: Callable[[int, str], None] | None = None  # called with the attempt, and why it ended
     waits_since: float | None = None  # since when it waits for a worker to serve
     events: asyncio.Queue[RequestOutput | ErrorInfo] = field(default_factory=asyncio.Queue)
     choices: list[OpenChoice] = field(init=False)

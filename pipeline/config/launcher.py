@@ -37,6 +37,12 @@ class LauncherConfig:
     trace_dir: str = option(
         "", "folder in which each worker writes what it does when, for tools/trace.py", metavar="FOLDER"
     )
+    otlp_traces_endpoint: str = option(
+        "",
+        "where the stages of requests are sent as OpenTelemetry's spans, over OTLP/HTTP, as "
+        "http://HOST:4318/v1/traces; needs the extra otel, see docs/tracing.md",
+        metavar="URL",
+    )
     log_level: str = option("info", "least important lines to show", choices=LEVELS)
     shutdown_timeout: float = option(
         10.0, "seconds that open requests get to finish after Ctrl-C", metavar="SECONDS"
@@ -67,5 +73,8 @@ class LauncherConfig:
         at_least(self, shutdown_timeout=0, max_attempts=1, recovery_timeout=0, hang_timeout=0)
         for text in self.fault:
             Fault.parse(text)
+        endpoint = self.otlp_traces_endpoint
+        if endpoint and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint {endpoint!r} must be a URL of http or https")
         if self.trace_dir and not Path(self.trace_dir).is_dir():
             raise ValueError(f"trace_dir {self.trace_dir!r} is no folder")

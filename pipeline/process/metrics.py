@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pipeline.wire.metrics import Metric
 
 Counts = Mapping[str, int]
+DROPPED_SPANS = "Spans that OpenTelemetry's collector did not take, dropped"
 REFUSED_MESSAGES = "Messages that could not be read, dropped"  # counted by each worker that others talk to
 
 

@@ -19,9 +19,9 @@ from pipeline.config import MIB, Config
 from pipeline.process import log
 from pipeline.process.faults import Faults
 from pipeline.process.flight_recorder import digest_of
-from pipeline.process.metrics import Metrics
+from pipeline.process.metrics import DROPPED_SPANS, Metrics
 from pipeline.process.quarantine import Quarantine
-from pipeline.process.trace import Tracer
+from pipeline.process.trace import tracer_of
 from pipeline.transport.ends import Receiver, Sender
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.base import Origin, PoolClosed, WorkerMessage
@@ -86,10 +86,12 @@ class WorkerContext:
         self.faults = Faults(spec.config.launcher.fault, spec.worker)
         self.sockets = Sockets(Path(spec.run_dir), epochs, self.faults.encoder())
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
-        self.tracer = Tracer(spec.config.launcher.trace_dir, spec.worker)
+        self.tracer = tracer_of(spec.config.launcher, spec.worker)
         self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
         self.quarantine = Quarantine(spec.worker.role, spec.quarantined)
         self.metrics = Metrics()
+        if (otlp := self.tracer.otlp) is not None:
+            self.metrics.counter("dropped_spans", DROPPED_SPANS, lambda: otlp.num_dropped)
 
     @property
     def origin(self) -> Origin:

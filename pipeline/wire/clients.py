@@ -11,6 +11,7 @@ from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.prompts import Prompt
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role
+from pipeline.wire.trace_context import Trace
 
 PROTOCOL_VERSION = 5
 CLIENT_ID_BYTES = 16
@@ -48,6 +49,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
     leads: tuple[int, ...] = ()  # of the groups that know the client and so may run it; empty: all groups
     tenant: str = ""  # see docs/fairness.md; empty: the client is the tenant
+    trace: Trace = msgspec.UNSET
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from pipeline.wire.base import ChunkKey, GridTHW, PoolOpened, WorkerMessage
 from pipeline.wire.handles import TensorHandle
+from pipeline.wire.trace_context import Trace
 
 
 class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
@@ -20,6 +23,7 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
     will_follow: bool = False  # the pixels are being decoded, and need not be requested
     tenant: str = ""  # whose turn the chunk takes
+    trace: Trace = msgspec.UNSET  # of the request
 
 
 class CancelEncode(WorkerMessage, frozen=True, kw_only=True):

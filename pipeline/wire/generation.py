@@ -11,6 +11,7 @@ from pipeline.wire.clients import AbortRequest, ChoiceProgress, Hello, Preparing
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.handles import TensorHandle
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.trace_context import Trace
 
 
 class MmChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +71,7 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: bytes = b""
     tenant: str = ""  # whose turn the request takes; empty: the client is the tenant
+    trace: Trace = msgspec.UNSET
 
 
 class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):

@@ -104,10 +104,15 @@ class Text(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
     text: str
 
 
-class Tokens(msgspec.Struct, frozen=True, tag="tokens", forbid_unknown_fields=True):
-    """A prompt that is tokenised already."""
+class Tokens(msgspec.Struct, frozen=True, tag="tokens", omit_defaults=True, forbid_unknown_fields=True):
+    """A prompt that is tokenised already.
+
+    The media fill its placeholders, in order and exactly: of each picture or video there is either the one
+    placeholder that chat templates write, or all that it becomes in a prompt. Any other is refused.
+    """
 
     token_ids: bytes  # int32
+    media: tuple[ImagePart | VideoPart, ...] = ()
 
 
 Prompt = Chat | Text | Tokens

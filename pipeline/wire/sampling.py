@@ -123,6 +123,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `prompt_logprobs` for those of the prompt's tokens, which then are all computed, whatever the prefix cache
     has. With it, or with `return_token_ids`, the prompt's token ids come with `Accepted`.
 
+    Only the last `truncate_prompt_tokens` of the prompt are kept, if given; -1: as many as leave room for
+    `max_tokens`.
+
     Only `allowed_token_ids` are chosen, if given. None of `bad_words` comes; preprocess makes
     `banned_token_ids` of them, int32 each, and a client may give such sequences itself.
 
@@ -163,6 +166,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     banned_token_ids: tuple[bytes, ...] = ()
+    truncate_prompt_tokens: int | None = None
+
+    def num_kept_of_prompt(self, max_model_len: int) -> int | None:
+        """The number of the prompt's last tokens that are kept; None: all. Raises RequestError for one that
+        no prompt can have."""
+        kept, name = self.truncate_prompt_tokens, "truncate_prompt_tokens"
+        if kept is None:
+            return None
+        # Without `max_tokens` one token must find room.
+        kept = max_model_len - (1 if self.max_tokens is None else self.max_tokens) if kept == -1 else kept
+        _check(
+            kept >= 1, name, self.truncate_prompt_tokens, "positive: max_tokens leave no room for a prompt"
+        )
+        _check(kept <= max_model_len, name, kept, f"at most the context's {max_model_len} tokens")
+        return kept
 
     @property
     def returns_prompt(self) -> bool:
@@ -198,6 +216,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _check(count <= limit, name, f"{count} {what}", f"at most {limit} {what}")
 
     def _check_tokens(self) -> None:
+        kept = self.truncate_prompt_tokens
+        is_fine = kept is None or kept == -1 or 1 <= kept < MAX_INT32
+        _check(is_fine, "truncate_prompt_tokens", kept, "-1 or at least 1")
         for word in self.bad_words:
             limits = f"1 to {MAX_STOP_LENGTH} characters each"
             _check(0 < len(word) <= MAX_STOP_LENGTH, "bad_words", f"{len(word)} characters", limits)

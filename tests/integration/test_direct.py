@@ -9,17 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from tokenizers import Tokenizer
 
+from launcher.checkpoints import EMBEDDED
 from pipeline.client.blocking import BlockingClient
 from pipeline.wire.errors import PipelineError, RequestError
-from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
-from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.packing import pack_int32
+from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, TextPart, Tokens
+from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
 from tests.pictures import data_url, encode, scene
+from tests.pipeline.parsers.reading import together
 from tests.servers import Server
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -52,6 +58,22 @@ def test_threads_share_a_blocking_client(server: Server) -> None:
         early.close()  # type: ignore[attr-defined]
         with pytest.raises(RequestError, match="temperature"):
             list(client.generate(messages, SamplingParams(temperature=-1), [encode(scene(1))]))
+
+
+def test_a_picture_comes_with_a_prompt_of_ids_as_with_a_chat(server: Server) -> None:
+    """A second time even its KV is there."""
+    messages = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it, in ids?")))]
+    asked = msgspec.structs.replace(GREEDY, return_token_ids=True)
+    with BlockingClient(server.run_dir) as client:
+        told = list(client.generate(messages, asked, [encode(scene(9))]))
+        prompt = told[0].prompt_token_ids
+        url = ImagePart(url=data_url(scene(9)))
+        by_ids = list(client.generate(Tokens(pack_int32(prompt), (url,)), asked))
+        assert [piece.token_ids for piece in by_ids] == [piece.token_ids for piece in told]
+        assert by_ids[0].prompt_token_ids == prompt
+        assert by_ids[0].num_cached_tokens >= len(prompt) // 16 * 16 - 16
+        with pytest.raises(RequestError, match="no media fill"):
+            list(client.generate(Tokens(pack_int32(prompt)), asked))
 
 
 def test_no_pipeline_is_told_and_leaves_no_thread(tmp_path: Path) -> None:
@@ -211,5 +233,32 @@ def test_a_client_in_another_language_gets_the_same(server: Server, javascript: 
         ours = [piece for piece in pieces if piece.index == index]
         assert choice["token_ids"] == [token for piece in ours for token in piece.token_ids]
         assert choice["finish_reason"] == ours[-1].finish_reason
+    for text, expected in _forms_of_answers(server, javascript, picture):
+        assert text == expected
     refused = run_javascript(javascript, server, picture, "1", "99")
     assert refused["error"]["message"] == "the client speaks protocol 99, the pipeline speaks protocol 5"
+
+
+def _forms_of_answers(server: Server, javascript: Path, picture: Path) -> Iterator[tuple[str, str]]:
+    """What both clients get with a schema, and with a function that must be called: each time their texts."""
+    tokenizer = Tokenizer.from_file(str(EMBEDDED / "model" / "tokenizer.json"))
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    messages = (ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?"))),)
+    sampling = SamplingParams(temperature=1, seed=1, max_tokens=200)
+    by_schema = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    named = {"type": "function", "function": {"name": "look"}}
+    for form, chat, grammar, choice in (
+        ({"schema": schema}, Chat(messages), by_schema, None),
+        ({"tool": tool}, Chat(messages, tools=json.dumps([tool]).encode()), None, named),
+    ):
+        (answer,) = run_javascript(javascript, server, picture, "1", "5", json.dumps(form))["choices"]
+        assert answer["finish_reason"] == "stop"
+        with BlockingClient(server.run_dir) as client:
+            asked = msgspec.structs.replace(sampling, grammar=grammar)
+            told = list(client.chat(chat, asked, [picture.read_bytes()], tool_choice=choice))
+        read = together([event for one in told for event in one.events])
+        given = read.content if choice is None else dict(read.calls)["look"]
+        assert json.loads(given)["colour"] in ("red", "blue")
+        text = tokenizer.decode(answer["token_ids"], skip_special_tokens=False)
+        yield text.removesuffix("<|im_end|>"), "".join(one.piece.text for one in told)

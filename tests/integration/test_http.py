@@ -706,3 +706,31 @@ def test_the_printed_curl_works_when_pasted(server: Server) -> None:
     command = next(line for line in server.lines if line.startswith("curl "))
     out = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(out.stdout)["choices"][0]["message"]["content"]
+
+
+def test_settings_of_all_pictures_and_the_last_tokens_of_a_prompt(
+    client: openai.OpenAI, server: Server
+) -> None:
+    parts = picture(data_url(scene(1, (224, 224)))), text("What is it?")
+
+    def count(*parts: dict[str, Any] | str, **body: Any) -> int:
+        tokens = ask(client, *parts, max_tokens=1, extra_body=body).usage.prompt_tokens
+        assert isinstance(tokens, int)
+        return tokens
+
+    whole = count(*parts)
+    small = count(*parts, mm_processor_kwargs={"max_pixels": 112 * 112})
+    assert whole - small == 25 - 16, "the embedded model sees 140 x 140 pixels at most"
+    assert count(*parts, mm_processor_kwargs={"max_pixels": 10**9}) == whole
+    with pytest.raises(openai.BadRequestError) as error:
+        count(*parts, mm_processor_kwargs={"min_pixels": 10**9})
+    assert "min_pixels" in error.value.message
+    assert count("What is it?", truncate_prompt_tokens=5) == 5
+    long = client.completions.create(
+        model="", prompt="word " * 2000, max_tokens=10, extra_body={"truncate_prompt_tokens": -1}
+    )
+    assert long.usage is not None
+    assert long.usage.prompt_tokens == 1024 - 10
+    with pytest.raises(openai.BadRequestError) as error:
+        count(*parts, truncate_prompt_tokens=20)
+    assert error.value.param == "truncate_prompt_tokens"

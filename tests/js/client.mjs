@@ -1,13 +1,15 @@
 // A client of the pipeline, written from docs/wire.md: asks one question about one picture and prints what comes as JSON.
 //
-//     node client.mjs RUN_DIR QUESTION PICTURE [N] [PROTOCOL]
+//     node client.mjs RUN_DIR QUESTION PICTURE [N] [PROTOCOL] [FORM]
+//
+// FORM is JSON: {"schema": a JSON schema that the answer follows} or {"tool": a function that the model must call}.
 
 import { randomBytes, randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { decode, encode } from "@msgpack/msgpack";
 import { Push, Subscriber } from "zeromq";
 
-const [runDir, question, picture, n = "1", protocol = "5"] = process.argv.slice(2);
+const [runDir, question, picture, n = "1", protocol = "5", form = "{}"] = process.argv.slice(2);
 const clientId = randomBytes(16);
 const requestId = randomUUID();
 const address = (name) => `ipc://${runDir}/${name}`;
@@ -24,6 +26,19 @@ for (const lead of state.leads ?? [0]) outputs.connect(address(`outputs.${lead}.
 outputs.subscribe(clientId);
 const ingest = new Push();
 ingest.connect(address(`ingest.${epochOf("preprocess", 0)}`));
+
+// What the answer must be: the sampling's `grammar`.
+const { schema, tool } = JSON.parse(form);
+const callOf = ({ name, parameters }) => ({
+  type: "tag", begin: `<tool_call>\n{"name": ${JSON.stringify(name)}, "arguments": `,
+  content: { type: "json_schema", json_schema: parameters }, end: "}\n</tool_call>",
+});
+const grammarOf = () => {
+  if (schema) return { kind: "json_schema", source: JSON.stringify(schema) };
+  if (!tool) return null;
+  const source = JSON.stringify({ type: "structural_tag", format: callOf(tool.function) });
+  return { kind: "structural_tag", source, field: "tool_choice" };
+};
 
 const hello = () => ingest.send(encode({ type: "Hello", client_id: clientId, protocol: Number(protocol) }));
 const greeting = setInterval(hello, 100);
@@ -45,8 +60,9 @@ await ingest.send([
     prompt: {
       type: "chat",
       messages: [{ role: "user", content: [{ type: "image", frame: 0 }, { type: "text", text: question }] }],
+      tools: tool ? Buffer.from(JSON.stringify([tool])) : Buffer.alloc(0),
     },
-    sampling: { temperature: 1, seed: 1, max_tokens: 16, n: Number(n) },
+    sampling: { temperature: 1, seed: 1, max_tokens: form === "{}" ? 16 : 200, n: Number(n), grammar: grammarOf() },
   }),
   readFileSync(picture),
 ]);

@@ -41,7 +41,12 @@ def test_a_live_run_shows_llm_and_vit_at_the_same_time(
         for worker, pid in names.items()
     }
     assert {event["name"] for event in work["llm.0"]} >= {"decode", "prefill"}
-    assert {event["name"] for event in work["preprocess.0"]} == {"prepare", "decode picture"}
+    assert {event["name"] for event in work["preprocess.0"]} == {
+        "prepare",
+        "fetch",
+        "tokenise",
+        "decode picture",
+    }
     encoded = {request for event in work["vit.0"] for request in event["args"]["requests"]}
     assert len(encoded) == 4, "four chats had pictures"
     assert encoded <= {request for event in work["llm.0"] for request in event["args"]["requests"]}

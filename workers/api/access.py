@@ -9,7 +9,7 @@ from aiohttp import web
 
 from pipeline.config import ApiConfig, ApiKey
 from pipeline.wire.errors import RequestError
-from workers.api.operations import ADMIN_ROUTES, OPEN_ROUTES
+from workers.api.operations import ADMIN_ROUTES, METRICS, OPEN_ROUTES
 from workers.api.tenants import peer_tenant
 
 
@@ -21,11 +21,22 @@ class Access:
     def admit(self, request: web.Request) -> None:
         """Raises RequestError for a request without the key that its path needs."""
         if request.path.startswith(ADMIN_ROUTES):
-            if not hmac.compare_digest(_given_key(request), self._admin_key.encode()):
+            if not self.is_admin(request):
                 raise RequestError("the admin key is needed: Authorization: Bearer KEY", status=401)
-        elif self._keys and request.path not in OPEN_ROUTES and self._key_of(request) is None:
+        elif self._keys and not self._is_open(request) and self._key_of(request) is None:
             what = "Incorrect API key provided" if _given_key(request) else "an API key is needed"
             raise RequestError(f"{what}: send a valid one, as Authorization: Bearer KEY", status=401)
+
+    def _is_open(self, request: web.Request) -> bool:
+        return request.path in OPEN_ROUTES or (request.path == METRICS and self.is_admin(request))
+
+    def is_admin(self, request: web.Request) -> bool:
+        has_key = bool(self._admin_key)
+        return has_key and hmac.compare_digest(_given_key(request), self._admin_key.encode())
+
+    def may_see(self, request: web.Request, name: str) -> bool:
+        """Whether a reader of the metrics sees what the keys of this name have asked for."""
+        return self.is_admin(request) or (bool(name) and name == self.key_name(request))
 
     def key_name(self, request: web.Request) -> str:
         """Empty without a valid key."""

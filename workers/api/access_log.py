@@ -38,6 +38,7 @@ class RequestRecord:
     key_name: str  # empty without a key
     began: float = field(default_factory=time.monotonic)
     status: int = CLIENT_LEFT
+    failed_status: int = 0  # of the error, also of one within a stream whose status was sent
     streamed_at: float | None = None  # when a stream's head was sent, which is with the first token
     completion_id: str = ""  # of the pipeline
     answer: Answer | None = None  # the model's

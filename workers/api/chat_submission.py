@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pipeline.parsers.tool_choice import to_chat_grammar, to_tool_choice
 from workers.api.chat_request import (
     ChatCompletionRequest,
     check_chat,
@@ -12,8 +13,8 @@ from workers.api.chat_request import (
     to_template_options,
 )
 from workers.api.endpoints.base import ServedModel
+from workers.api.media_kwargs import with_media_settings
 from workers.api.submission import Submission, without_data_urls
-from workers.api.tool_choice import to_chat_grammar, to_tool_choice
 
 
 def to_submission(request: ChatCompletionRequest, model: ServedModel, request_id: str) -> Submission:
@@ -22,7 +23,7 @@ def to_submission(request: ChatCompletionRequest, model: ServedModel, request_id
     choice = to_tool_choice(request.tools or (), request.tool_choice, request.parallel_tool_calls)
     messages, media = without_data_urls(to_messages(request))
     chat = msgspec.structs.replace(
-        messages,
+        with_media_settings(messages, request.mm_processor_kwargs, request.media_io_kwargs),
         tools=choice.data,
         template_options=to_template_options(request, model.forms),
         add_generation_prompt=request.add_generation_prompt,

@@ -6,17 +6,28 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
+from typing import Protocol
 
 from pipeline.client.client import Piece, PipelineClient
 from pipeline.client.connection import MAX_UNREAD, TOO_SLOW
 from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import Prompt
+from pipeline.wire.trace_context import TraceContext
 from workers.api.answer import Answer, Update
 from workers.api.submission import Submission
 
 MAX_PROMPTS_AT_ONCE = 32  # of one HTTP request
 Pieces = AsyncGenerator[tuple[int, Piece], None]  # each with the number of its prompt
+
+
+class Trace(Protocol):
+    """Of the HTTP request."""
+
+    @property
+    def context(self) -> TraceContext | None: ...
+
+    def on_interrupted(self, attempt: int, reason: str) -> None: ...
 
 
 async def read_ahead(sources: Sequence[Callable[[], Pieces]]) -> Pieces:
@@ -67,9 +78,10 @@ class Generation:
         forms: ChatForms,
         cache_salt: bytes = b"",
         tenant: str = "",
+        trace: Trace | None = None,
     ) -> None:
         self._client, self._submission = client, submission
-        self._cache_salt, self._tenant = cache_salt, tenant
+        self._cache_salt, self._tenant, self._trace = cache_salt, tenant, trace
         prompts = submission.prompts
         self.answer = Answer(
             submission.sampling.n,
@@ -88,7 +100,7 @@ class Generation:
                 yield self.answer.add(piece, number)
 
     async def _pieces(self, number: int, prompt: Prompt) -> Pieces:
-        submission = self._submission
+        submission, trace = self._submission, self._trace
         pieces = self._client.generate(
             prompt,
             submission.sampling,
@@ -97,6 +109,8 @@ class Generation:
             priority=submission.priority,
             cache_salt=self._cache_salt,
             tenant=self._tenant,
+            trace_context=None if trace is None else trace.context,
+            on_interrupted=None if trace is None else trace.on_interrupted,
         )
         async with aclosing(pieces):
             async for piece in pieces:

@@ -9,15 +9,17 @@ from importlib import metadata
 from typing import NamedTuple
 
 from aiohttp import web
+from prometheus_client.registry import Collector
 
 from pipeline.client.client import PipelineClient
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.errors import RETRY_AFTER_S, error_response
 from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
 
+METRICS = "/metrics"
 OPEN_ROUTES = ("/health", "/ready", "/ping")  # need no key
 PACKAGE = "vlm-pipeline"
-UNCOUNTED_ROUTES = (*OPEN_ROUTES, "/metrics")  # take nothing from the memory budget
+UNCOUNTED_ROUTES = (*OPEN_ROUTES, METRICS)  # take nothing from the memory budget
 ADMIN_ROUTES = "/admin/"
 ADMIN_ANSWER_S = 5.0
 
@@ -28,7 +30,7 @@ class Load(NamedTuple):
 
 
 class Operations:
-    """`is_ready`: the client is connected."""
+    """`is_ready`: the client is connected. `keys`: the metrics of API keys that a reader may see."""
 
     def __init__(
         self,
@@ -36,9 +38,10 @@ class Operations:
         is_ready: Callable[[], bool],
         load: Callable[[], Load],
         request_reload: Callable[[], None],
+        keys: Callable[[web.Request], Collector],
     ) -> None:
         self._client, self._is_ready, self._request_reload = client, is_ready, request_reload
-        self._measure_load = load
+        self._measure_load, self._keys = load, keys
         self._collector = WorkerCollector(lambda: client.workers)
 
     def routes(self, has_admin: bool) -> list[web.RouteDef]:
@@ -48,7 +51,7 @@ class Operations:
             web.get("/ready", self._ready),
             web.get("/load", self._load),
             web.get("/version", self._version),
-            web.get("/metrics", self._metrics),
+            web.get(METRICS, self._metrics),
         ]
         return [*found, web.post(f"{ADMIN_ROUTES}reload", self._reload)] if has_admin else found
 
@@ -84,7 +87,8 @@ class Operations:
         return web.json_response({"version": version()})
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=exposition(self._collector), headers={"Content-Type": CONTENT_TYPE})
+        body = exposition(self._collector) + exposition(self._keys(request))
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _reload(self, request: web.Request) -> web.StreamResponse:
         """202 when the reload has begun, 409 with the reason when the launcher refuses it."""

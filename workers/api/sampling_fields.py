@@ -37,6 +37,7 @@ class _WrittenFields(StructureFields, kw_only=True):
     n: int | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 def _taken_over() -> list[tuple[str, Any, None]]:

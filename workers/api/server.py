@@ -15,11 +15,13 @@ from functools import partial
 
 import msgspec
 from aiohttp import web
+from prometheus_client.registry import Collector
 
 from pipeline.client.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
+from pipeline.process.otlp import OtlpSpans
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
 from workers.api.access_log import HEADERS, RECORD, RequestRecord, request_id_of, writer_of
@@ -34,8 +36,10 @@ from workers.api.endpoints.registry import routes
 from workers.api.errors import end_stream, error_response
 from workers.api.generation import Generation
 from workers.api.hosts import Hosts
+from workers.api.key_metrics import KeyMetrics
 from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
 from workers.api.paths import explain, spellings
+from workers.api.request_trace import RequestTrace
 from workers.api.response_store import ResponseStore
 from workers.api.submission import Submission
 
@@ -48,6 +52,7 @@ STREAM_HEADERS = {
 }
 MAX_SHOWN_NAMES, MAX_SHOWN_NAME = 10, 40  # of ignored fields, in a header
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response to a request, once its head is prepared
+TRACE = web.RequestKey("trace", RequestTrace)  # of a question to the model, if it is traced
 LEASE = web.RequestKey("lease", BudgetLease)  # the memory that a request has taken
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -70,6 +75,7 @@ class ApiServer:
         pace: BodyPace | None = None,
         budget: Budget | None = None,
         forms: ChatForms | None = None,
+        spans: OtlpSpans | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
         self._model = ServedModel(
@@ -79,7 +85,11 @@ class ApiServer:
         self._routes = {path: route for route in self._every_route for path in spellings(route.path)}
         self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
-        self._operations = Operations(client, lambda: self.is_ready, self._load, request_reload)
+        self._key_metrics = KeyMetrics(key.name for key in config.keys)
+        self._operations = Operations(
+            client, lambda: self.is_ready, self._load, request_reload, self._metrics_of_keys
+        )
+        self._spans = spans
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self._admission = Admission()
         self.is_ready = False
@@ -121,6 +131,7 @@ class ApiServer:
         self.num_handled += 1
         name = self._access.key_name(request)
         request[RECORD] = record = RequestRecord(request_id=request_id_of(request), key_name=name)
+        trace = self._begin_trace(request)
         request[LEASE] = lease = BudgetLease(self._budget, self._access.tenant(request))
         try:
             response = await self._answer(request, handler)
@@ -128,9 +139,28 @@ class ApiServer:
             return response
         finally:
             self._write_access(request, record)
+            if self._is_question(request):
+                self._key_metrics.count(record)
+            if trace is not None:
+                trace.end(record)
             lease.close()
             self.num_handled -= 1
             self.handled_at = time.monotonic()
+
+    def _is_question(self, request: web.Request) -> bool:
+        """To the model."""
+        return issubclass(self._routes.get(request.path, Route), Endpoint)
+
+    def _begin_trace(self, request: web.Request) -> RequestTrace | None:
+        """Of a question to the model, if it is to be traced."""
+        if self._spans is None or not self._is_question(request):
+            return None
+        path = self._routes[request.path].path
+        request[TRACE] = trace = RequestTrace(self._spans, request, path, self._model.name)
+        return trace
+
+    def _metrics_of_keys(self, request: web.Request) -> Collector:
+        return self._key_metrics.collector(partial(self._access.may_see, request))
 
     async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
         """Notes that an answer has begun, and adds the headers that all answers have. Closes the connection
@@ -188,6 +218,7 @@ class ApiServer:
             return await self._fail(request, ErrorInfo(500, "the server made a mistake"))
 
     async def _fail(self, request: web.Request, error: ErrorInfo) -> web.StreamResponse:
+        request[RECORD].failed_status = error.status
         route = self._routes.get(request.path, Route)
         begun: web.StreamResponse | None = request.get(BEGUN)
         if begun is None:
@@ -248,7 +279,10 @@ class ApiServer:
         endpoint.tenant = tenant = self._access.tenant(request)
         submission = await self._decode(request, endpoint)
         salt = self._access.cache_salt(request, submission.cache_salt)
-        generation = Generation(self._client, submission, self._model.forms, salt, tenant)
+        trace: RequestTrace | None = request.get(TRACE)
+        if trace is not None:
+            trace.asks(submission.sampling, submission.is_streamed)
+        generation = Generation(self._client, submission, self._model.forms, salt, tenant, trace)
         record = request[RECORD]
         record.answer, record.completion_id = generation.answer, submission.request_id
         if submission.is_streamed:

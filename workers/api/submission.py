@@ -34,9 +34,11 @@ class Submission:
         return f"{self.request_id}-{number}" if self.further_prompts else self.request_id
 
 
-def for_its_prompt(submission: Submission) -> Submission:
+def for_its_prompt(submission: Submission, max_model_len: int) -> Submission:
     """The same prompt, of which only the token ids are asked for."""
-    return dataclasses.replace(submission, sampling=SamplingParams(max_tokens=0), is_streamed=False)
+    kept = submission.sampling.num_kept_of_prompt(max_model_len)
+    sampling = SamplingParams(max_tokens=0, truncate_prompt_tokens=kept)
+    return dataclasses.replace(submission, sampling=sampling, is_streamed=False)
 
 
 class Conversation(NamedTuple):

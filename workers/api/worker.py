@@ -95,6 +95,7 @@ class _Process:
             request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
             recovery_timeout_s=config.launcher.recovery_timeout,
             forms=ChatForms.read(info.folder, *names),
+            spans=context.tracer.otlp,
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
         self._sites: list[web.SockSite] = []

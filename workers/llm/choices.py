@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from pipeline.wire.generation import GenerateRequest
+from pipeline.wire.trace_context import Trace
 from workers.llm.chunk import Lease
 from workers.llm.request import Request, progress_of
 
@@ -21,6 +24,7 @@ class Choices:
     mm_hashes: tuple[bytes, ...]
     all: list[Request]  # by index; without choices that were over before this attempt
     told_prompt: bytes = b""  # the prompt's token ids, if the client asked for them
+    trace: Trace = msgspec.UNSET
 
     @classmethod
     def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Choices:
@@ -34,6 +38,7 @@ class Choices:
             tuple(item.mm_hash for item in message.items),
             [first.fork(index, progress) for index, progress in every if not progress.is_over],
             message.prompt_token_ids if message.sampling.returns_prompt else b"",
+            message.trace,
         )
         if (leader := made.leader) is not None:
             leader.chunks = first.chunks  # their embeddings are under way

@@ -78,6 +78,7 @@ class Engine:
             self._leases,
             links.feedback,
             links.on_first_token,
+            watch.tracer if watch is not None else None,
         )
         self.intake = Intake(
             origin,

@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Sink
 from pipeline.wire.base import Origin
 from pipeline.wire.clients import RequestOutput
@@ -31,15 +32,20 @@ class Requests:
         leases: Leases,
         feedback: Sink[FeedbackMessage],
         on_first_token: Callable[[str], None],
+        tracer: Tracer | None = None,
     ) -> None:
         self._origin, self._scheduler, self._stepper = origin, scheduler, stepper
         self._clients, self._leases, self._feedback = clients, leases, feedback
-        self._on_first_token = on_first_token
+        self._on_first_token, self._tracer = on_first_token, tracer
+        self._spans = None if tracer is None else tracer.requests
         self.open: dict[str, Choices] = {}
         self.counters = {"prompt_tokens": 0, "cached_tokens": 0, "interrupted": 0}
 
     def add(self, choices: Choices) -> None:
         self.open[choices.request_id] = choices
+        if self._tracer is not None and self._spans is not None:
+            self._tracer.follow(choices.request_id, choices.attempt, choices.trace)
+            self._spans.enter(choices.request_id, "queue")
         choices.keep_chunks_behind(self._scheduler.num_shared_tokens(choices.all))
         for request in choices.all:
             self._scheduler.add(request)
@@ -53,6 +59,8 @@ class Requests:
     def on_admitted(self, admitted: Admitted) -> None:
         """Drops embeddings that the prefix cache covers, and requests those again that a preemption lost."""
         request, covered = admitted
+        if self._spans is not None:
+            self._spans.enter(request.request_id, "prefill", behind="queue")
         if self.open[request.request_id].leader is request:  # the prompt counts once
             self.counters["cached_tokens"] += covered
         missing = {chunk.item for chunk in request.chunks if chunk.embeddings is None and not chunk.is_lost}
@@ -92,6 +100,12 @@ class Requests:
                     self._leases.share(lease, num_holders)
                     self._stepper.give_back([lease])
                 self._on_first_token(request.request_id)
+                if self._spans is not None:
+                    told = {
+                        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+                        "gen_ai.usage.cache_read.input_tokens": request.num_cached_tokens,
+                    }
+                    self._spans.enter(request.request_id, "decode", behind="prefill", attributes=told)
             outputs[request.client_id].append(output_of(request, offset))
         for client_id, of_client in outputs.items():
             self._clients.tell_outputs(client_id, of_client)
@@ -140,7 +154,7 @@ class Requests:
     def forget(self, choices: Choices) -> None:
         """A higher attempt replaces this one, so no terminal message is sent."""
         self._remove(choices)
-        self._drop(choices)
+        self._drop(choices, "replaced by a later attempt")
 
     def tell_preprocess(
         self, client_id: bytes, request_id: str, attempt: int, failure: Failure | None = None
@@ -160,13 +174,28 @@ class Requests:
             self._scheduler.remove(request)
 
     def _close(self, choices: Choices, failure: Failure | None, now: float) -> Ended:
-        self._drop(choices)
-        self.tell_preprocess(choices.client_id, choices.request_id, choices.attempt, failure)
         reasons = ", ".join(str(request.finish_reason) for request in choices.all)
+        self._drop(choices, _outcome(failure) or reasons)
+        self.tell_preprocess(choices.client_id, choices.request_id, choices.attempt, failure)
         logger.debug("%s ended: %s", choices.request_id, failure or reasons)
         return self._clients.remember_choices(choices, failure, now)
 
-    def _drop(self, choices: Choices) -> None:
+    def _drop(self, choices: Choices, outcome: str) -> None:
         del self.open[choices.request_id]
+        if self._spans is not None:
+            num_tokens = sum(len(one.output_token_ids) - one.num_earlier_tokens for one in choices.all)
+            told: dict[str, int | str] = {"gen_ai.usage.output_tokens": num_tokens, "vlm.outcome": outcome}
+            self._spans.end(choices.request_id, told)
         for request in choices.all:
             self._stepper.give_back(request.take_all_leases())
+
+
+def _outcome(failure: Failure | None) -> str:
+    """Empty for a request that has ended in order. Never a message: that may echo the client's input."""
+    match failure:
+        case None:
+            return ""
+        case Interruption(reason=reason):
+            return f"interrupted: {reason}"
+        case _:
+            return f"failed: {failure.status}"

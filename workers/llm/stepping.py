@@ -292,7 +292,7 @@ class Stepper:
             prefill = "decode and prefill" if step.num_decodes else "prefill"
             name = "decode" if step.num_decodes == len(step.scheduled) else prefill
             ids = (item.request.request_id for item in step.scheduled)
-            tracer.span(name, started_at, ids, sum(item.num_tokens for item in step.scheduled), end=ended_at)
+            tracer.step(name, started_at, ids, sum(item.num_tokens for item in step.scheduled), ended_at)
         if step_times is not None:
             prefills = step.scheduled[step.num_decodes :]
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)

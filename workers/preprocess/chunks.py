@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from pipeline.config.preprocess import MAX_OPEN_CHUNKS
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Sink
@@ -23,6 +25,7 @@ from pipeline.wire.base import ChunkKey, Origin, PoolOpened
 from pipeline.wire.encoding import CancelEncode, EncodeMessage, EncodeRequest
 from pipeline.wire.errors import ErrorInfo, RequestError
 from pipeline.wire.generation import MmChunk
+from pipeline.wire.trace_context import Trace
 from workers.preprocess.credits import Shares
 from workers.preprocess.media import MediaChunk
 from workers.preprocess.places import decrease
@@ -50,6 +53,7 @@ class ChunkState:
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
     tenant: str = ""
+    trace: Trace = msgspec.UNSET
 
 
 class ChunkFlow:
@@ -87,11 +91,12 @@ class ChunkFlow:
         order: Order,
         num_tokens: int,
         tenant: str = "",
+        trace: Trace = msgspec.UNSET,
     ) -> MmChunk:
         """Adds a chunk and chooses its ViT; `announce` sends it there."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
         state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
-        state.tenant = tenant
+        state.tenant, state.trace = tenant, trace
         assert key not in self._chunks, f"{key} is on its way already"
         self._chunks[key] = state
         self._num_by_request[key.request_id] += 1
@@ -155,7 +160,7 @@ class ChunkFlow:
             key=state.key, arrival=state.order.arrival, position=state.order.position,
             mm_hash=state.chunk.mm_hash,
             grid_thw=state.chunk.grid_thw, pixels=pixels, will_follow=state.is_wanted and pixels is None,
-            tenant=state.tenant, **self._origin,
+            tenant=state.tenant, trace=state.trace, **self._origin,
         )  # fmt: skip
 
     def _load(self, state: ChunkState) -> None:

@@ -101,7 +101,7 @@ class Preprocessor:
         self.grammars = Grammars(GrammarVocabulary(info.folder, info.text.vocab_size, info.eos_token_ids))
         self.prompts = PromptReader(
             info, config.max_items_per_request, items, self._text_threads,
-            context.config.model.max_model_len,
+            context.config.model.max_model_len, context.tracer,
         )  # fmt: skip
         epochs = context.sockets.epochs
         self._chunks = ChunkFlow(
@@ -250,6 +250,7 @@ class Preprocessor:
     async def _prepare(self, opened: KnownRequest, message: SubmitRequest, frames: list[memoryview]) -> None:
         is_alone = self._context.quarantine.runs_alone(opened.request_id)
         on_behalf_of.set(Work(opened.request_id, is_alone, opened.tenant))
+        self._context.tracer.follow(opened.request_id, opened.attempt, message.trace)
         start = time.monotonic()
         grammar = message.sampling.grammar
         try:
@@ -308,7 +309,7 @@ class Preprocessor:
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = self._info.vision.num_tokens(chunk.grid_thw)
                 order = Order(self._last_arrival, len(opened.keys))
-                route = self._chunks.route(key, chunk, order, num_tokens, opened.tenant)
+                route = self._chunks.route(key, chunk, order, num_tokens, opened.tenant, message.trace)
                 routed.append(route)
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
@@ -326,6 +327,7 @@ class Preprocessor:
             priority=message.priority,
             cache_salt=message.cache_salt,
             tenant=opened.tenant,
+            trace=message.trace,
             **self._origin,
         )
         opened.was_passed_on = True

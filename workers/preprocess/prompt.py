@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 
 from pipeline.families import Placeholders, Segment, WithoutMarks
 from pipeline.families.chat_template import ChatTemplate
+from pipeline.parsers.tool_choice import read_tools
 from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.generation import Span
 from pipeline.wire.packing import pack_int32, unpack_int32
-from pipeline.wire.prompts import Chat, Prompt, Text, TextPart, Tokens, VideoPart
-from workers.preprocess.chats import num_characters, parts_of, read_tools, template_message
+from pipeline.wire.prompts import Chat, ImagePart, Prompt, Text, TextPart, Tokens, VideoPart
+from workers.preprocess.chats import num_characters, parts_of, template_message
 from workers.preprocess.user_texts import UserTexts
 
 
@@ -77,8 +78,8 @@ class PromptBuilder:
             case Text(text):
                 self._check_length(len(text), "prompt")
                 return self._without_media(self._tokenize(self._split(text), 0).token_ids)
-            case Tokens(token_ids):
-                return self._without_media(unpack_int32(token_ids).tolist())
+            case Tokens(token_ids, media):
+                return self._build_tokens(unpack_int32(token_ids).tolist(), media, segments)
             case _:
                 assert_never(prompt)
 
@@ -90,9 +91,50 @@ class PromptBuilder:
     def _without_media(self, token_ids: list[int]) -> TokenizedPrompt:
         if not {self._image_token_id, self._video_token_id}.isdisjoint(token_ids):
             raise RequestError(
-                "the prompt has the placeholder of a picture: pictures come in a chat", field="prompt"
+                "the prompt has the placeholder of a picture or video that no media fill", field="prompt"
             )
         return TokenizedPrompt(token_ids, [])
+
+    def _build_tokens(
+        self, token_ids: list[int], media: Sequence[ImagePart | VideoPart],
+        segments: Sequence[Sequence[Segment]],
+    ) -> TokenizedPrompt:  # fmt: skip
+        """Each item stands there as one placeholder, or as all that it becomes."""
+        if not media:
+            return self._without_media(token_ids)
+        pieces: list[_Piece] = []
+        num_placed = at = 0
+        while at < len(token_ids):
+            token_id = token_ids[at]
+            if token_id not in (self._image_token_id, self._video_token_id):
+                pieces.append(token_id)
+                at += 1
+                continue
+            if num_placed == len(media) or token_id != self._wanted(media[num_placed]):
+                raise RequestError(f"no media fill the placeholder at token {at}", field="prompt")
+            whole: list[_Piece] = []
+            self._place(0, segments[num_placed], token_id, whole)
+            become = self._tokenize(whole, 1)
+            start = at - become.spans[0][0].offset
+            stop = start + len(become.token_ids)
+            if start >= 0 and token_ids[start:stop] == become.token_ids:
+                del pieces[len(pieces) - (at - start) :]
+                pieces += _of_item(whole, num_placed)
+                at = stop
+            elif token_ids[at + 1 : at + 2] == [token_id]:
+                what = f"the placeholders from token {at} on are not those of media[{num_placed}], which has"
+                raise RequestError(f"{what} {become.token_ids.count(token_id)}", field="prompt")
+            else:
+                left_out = self._place(num_placed, segments[num_placed], token_id, pieces)
+                at += 1
+                at += token_ids[at : at + 1] == [self._special_ids.get(left_out)]
+            num_placed += 1
+        if num_placed < len(media):
+            raise RequestError(f"the prompt has no placeholder for media[{num_placed}]", field="prompt")
+        return self._tokenize(pieces, num_placed)
+
+    def _wanted(self, part: ImagePart | VideoPart) -> int:
+        return self._video_token_id if isinstance(part, VideoPart) else self._image_token_id
 
     def _check_length(self, num_characters: int, field: str) -> None:
         """Raises RequestError for a text that is too long even if all its tokens are the longest one."""
@@ -103,9 +145,7 @@ class PromptBuilder:
 
     def _build_chat(self, chat: Chat, segments: Sequence[Sequence[Segment]]) -> TokenizedPrompt:
         media = [part for part in parts_of(chat.messages) if not isinstance(part, TextPart)]
-        wanted = [
-            self._video_token_id if isinstance(part, VideoPart) else self._image_token_id for part in media
-        ]
+        wanted = list(map(self._wanted, media))
         self._check_length(num_characters(chat), "messages")
         mark = secrets.token_hex(8)
         rendered = self._render(chat, mark)
@@ -189,6 +229,23 @@ class PromptBuilder:
         if chat.continue_final_message:
             return self._template.render_open(marked, tools, options)
         return self._template.render(marked, tools, options, chat.add_generation_prompt)
+
+
+def truncated(prompt: TokenizedPrompt, kept: int | None) -> TokenizedPrompt:
+    """Its last `kept` tokens. Raises RequestError where that would leave out a part of a picture or video."""
+    cut = 0 if kept is None else len(prompt.token_ids) - kept
+    if cut <= 0:
+        return prompt
+    if any(span.offset < cut for spans in prompt.spans for span in spans):
+        what = f"the last {kept} of the prompt's {len(prompt.token_ids)} tokens leave out a part of a picture"
+        raise RequestError(f"{what} or video", field="truncate_prompt_tokens")
+    spans = [tuple(Span(span.offset - cut, span.length) for span in spans) for spans in prompt.spans]
+    return TokenizedPrompt(prompt.token_ids[cut:], spans)
+
+
+def _of_item(pieces: Sequence[_Piece], item: int) -> list[_Piece]:
+    """The pieces of one item, as those of the item with this number."""
+    return [piece._replace(item=item) if isinstance(piece, _Run) else piece for piece in pieces]
 
 
 def _drop_last(pieces: list[_Piece], special: int | None) -> None:

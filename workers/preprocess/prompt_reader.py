@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from pipeline.families import ModelInfo, PlacedMedia, Placeholders, Positions
+from pipeline.process.trace import Tracer
 from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError, context_overflow
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, VideoPart
+from pipeline.wire.prompts import Chat, ImagePart, Prompt, TextPart, Tokens, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from workers.preprocess.item_reader import ItemReader, Scope
 from workers.preprocess.media import Item, gather
-from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
+from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt, truncated
 from workers.preprocess.threads import FairThreads
 
 MAX_PROMPT_LOGPROBS = 1 << 18  # of one request: 2 MiB
@@ -38,9 +40,10 @@ class PromptReader:
         items: ItemReader,
         threads: FairThreads,
         max_model_len: int | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._info, self._max_items, self._items, self._threads = info, max_items, items, threads
-        self._max_model_len = max_model_len
+        self._max_model_len, self._tracer = max_model_len, tracer
         self.builder = PromptBuilder(info.folder, info.image_token_id, info.video_token_id, self._limit)
 
     @property
@@ -58,14 +61,20 @@ class PromptReader:
         parts = list(_located_media(message.prompt))
         self._check_counts([part for part, _ in parts])
         scope = Scope(tenant, message.cache_salt)
+        start = time.monotonic()
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
+        if parts:
+            self._trace("fetch", start, message)
         limit = self._limit
         if (total := sum(map(_num_placeholders, items))) > limit:
             raise RequestError.from_info(
                 context_overflow(limit, total, message.sampling.max_tokens, "messages", is_least=True)
             )
         segments = [item.segments for item in items]
+        start = time.monotonic()
         prompt: TokenizedPrompt = await self._threads.run(self.builder.build, message.prompt, segments)
+        self._trace("tokenise", start, message, len(prompt.token_ids))
+        prompt = truncated(prompt, message.sampling.num_kept_of_prompt(limit))
         if (total := len(prompt.token_ids)) > limit:
             field = "messages" if isinstance(message.prompt, Chat) else "prompt"
             raise RequestError.from_info(context_overflow(limit, total, message.sampling.max_tokens, field))
@@ -81,6 +90,10 @@ class PromptReader:
         placed = [PlacedMedia(item.media, spans) for item, spans in zip(items, prompt.spans, strict=True)]
         positions: Positions = await self._threads.run(self._info.family.positions, total, placed, self._info)
         return Prepared(items, prompt, positions, sampling)
+
+    def _trace(self, name: str, start: float, message: SubmitRequest, amount: int = 0) -> None:
+        if self._tracer is not None:
+            self._tracer.span(name, start, [message.request_id], amount)
 
     def _check_counts(self, parts: Sequence[ImagePart | VideoPart]) -> None:
         num_pictures = sum(max(1, len(part.frames)) if isinstance(part, VideoPart) else 1 for part in parts)
@@ -101,7 +114,9 @@ def _num_placeholders(item: Item) -> int:
 
 
 def _located_media(prompt: Prompt) -> Iterable[tuple[ImagePart | VideoPart, str]]:
-    """The pictures and videos of a chat, each with the name of its field."""
+    """The pictures and videos of a prompt, each with the name of its field."""
+    if isinstance(prompt, Tokens):
+        yield from ((part, f"media[{index}]") for index, part in enumerate(prompt.media))
     for number, message in enumerate(prompt.messages if isinstance(prompt, Chat) else ()):
         if not isinstance(message.content, str):
             for index, part in enumerate(message.content):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from pipeline.families import TextInfo
+from pipeline.parsers.tool_choice import read_tools
 from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
 from pipeline.wire.errors import RequestError, context_overflow, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import TEMPLATE_OPTIONS, Chat, Prompt, Text, Tokens
-from workers.preprocess.chats import parts_of, read_tools, texts_of
+from workers.preprocess.chats import parts_of, texts_of
 
 ALL = "all"  # every tenant may set a priority
 
@@ -20,7 +21,7 @@ ALL = "all"  # every tenant may set a priority
 def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Sequence[str]) -> None:
     """Raises RequestError, naming the field at fault."""
     vocab_size = text.vocab_size
-    _check_prompt(message.prompt, text)
+    _check_prompt(message.prompt, text, message.sampling.truncate_prompt_tokens is not None)
     if message.attempt < 1:
         raise RequestError("attempt counts from 1", field="attempt")
     _check_choices(message, text)
@@ -44,7 +45,7 @@ def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Seq
             )
 
 
-def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
+def _check_prompt(prompt: Prompt, info: TextInfo, is_truncated: bool) -> None:
     match prompt:
         case Chat():
             _check_chat(prompt)
@@ -54,7 +55,7 @@ def _check_prompt(prompt: Prompt, info: TextInfo) -> None:
         case Tokens(token_ids):
             if not token_ids:
                 raise RequestError("the prompt must not be empty", field="prompt")
-            _check_token_ids(token_ids, info, "token_ids", "prompt")
+            _check_token_ids(token_ids, info, "token_ids", "prompt", is_truncated)
         case _:
             assert_never(prompt)
 
@@ -86,10 +87,10 @@ def _check_choices(message: SubmitRequest, info: TextInfo) -> None:
         _check_token_ids(choice.output_token_ids, info, "output_token_ids", "choices")
 
 
-def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str) -> None:
+def _check_token_ids(data: bytes, info: TextInfo, name: str, field: str, is_truncated: bool = False) -> None:
     if len(data) % 4:
         raise RequestError(f"{name} are not whole numbers", field=field)
-    if (count := len(data) // 4) > (limit := info.max_position_embeddings):
+    if (count := len(data) // 4) > (limit := info.max_position_embeddings) and not is_truncated:
         raise RequestError.from_info(context_overflow(limit, count, None, field))
     token_ids = unpack_int32(data)
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < info.vocab_size:

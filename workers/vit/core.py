@@ -39,7 +39,7 @@ class VitCore:
         llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
     ) -> None:  # fmt: skip
         self._origin = context.origin
-        self._is_current = context.is_current
+        self._is_current, self._follow = context.is_current, context.tracer.follow
         self.batcher, self._pool, self._info = batcher, pool, info
         self._llms, self._feedback = llms, feedback
         self._pools = pools
@@ -58,6 +58,7 @@ class VitCore:
                 with contextlib.suppress(PoolGoneError):  # its successor will announce another
                     self._pools.open(message.pool)
             case EncodeRequest():
+                self._follow(message.key.request_id, message.key.attempt, message.trace)
                 order = Order(message.arrival, message.position)
                 actions = self.batcher.on_request(
                     message.key,

@@ -9,8 +9,10 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 
@@ -41,11 +43,15 @@ from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
-from pipeline.wire.sampling import FinishReason, SamplingParams
+from pipeline.wire.sampling import FinishReason, Grammar, GrammarKind, SamplingParams
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS
 from tests.pipeline.parsers.reading import Read, together
-from tests.tool_chats import BARE, HELLO, to_chat
+from tests.tool_chats import BARE, HELLO, WEATHER, to_chat
+from workers.api.chat_request import ChatCompletionRequest
+from workers.api.chat_submission import to_submission
+from workers.api.endpoints.base import ServedModel
+from workers.api.json_bodies import decode_json
 
 LLM_1 = WorkerId(Role.LLM, 1)
 CHAT = [ChatMessage("user", "Hello")]
@@ -1085,3 +1091,58 @@ async def test_with_every_group_down_requests_wait_and_then_end(groups: Groups, 
     with pytest.raises(RequestError, match="did not recover within 1 s"):
         await asyncio.wait_for(collect(client), 5)
     await client.close()
+
+
+@pytest.mark.parametrize(
+    ("choice", "grammar", "shown", "begins"),
+    [
+        ("auto", None, ["weather", "now"], None),
+        ("none", None, [], None),
+        ("required", None, ["weather", "now"], '{"type": "tags_with_separator"'),
+        ({"type": "function", "function": {"name": "now"}}, None, ["now"], '{"type": "tag", "begin": "<tool'),
+        ("auto", Grammar(GrammarKind.JSON_OBJECT), ["weather", "now"], '{"type": "or", "elements"'),
+    ],
+)
+async def test_a_choice_of_functions_means_what_it_means_over_http(
+    pipeline: Pipeline, tmp_path: Path, choice: Any, grammar: Any, shown: Any, begins: str | None
+) -> None:
+    """What travels is what the HTTP endpoint would have sent."""
+    pipeline.limits = {"max_request_bytes": 10_000}
+    client = PipelineClient(tmp_path)
+    await asyncio.gather(client.start(), pipeline.welcome())
+    sampling = msgspec.structs.replace(GREEDY, grammar=grammar)
+    chat = to_chat([HELLO], [WEATHER, BARE])
+    task = asyncio.create_task(anext(client.chat(chat, sampling, tool_choice=choice)))
+    sent = (await pipeline.next(SubmitRequest)).message
+    task.cancel()
+    body = {"messages": [HELLO], "tools": [WEATHER, BARE], "tool_choice": choice}
+    if grammar is not None:
+        body["response_format"] = {"type": "json_object"}
+    request = decode_json(msgspec.json.encode(body), ChatCompletionRequest)
+    served = ServedModel(("m",), cast(Any, SimpleNamespace(default_sampling={})), 0, client.forms)
+    over_http = to_submission(request, served, "r")
+    assert sent.prompt == over_http.prompt
+    assert sent.sampling.grammar == over_http.sampling.grammar
+    assert [tool["function"]["name"] for tool in msgspec.json.decode(sent.prompt.tools or b"[]")] == shown
+    source = sent.sampling.grammar and sent.sampling.grammar.source
+    start = '{"type": "structural_tag", "format": '
+    assert source is None if begins is None else source.startswith(start + begins)
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "field"),
+    [
+        ([BARE], {"type": "function", "function": {"name": "other"}}, "tool_choice"),
+        ([], "required", "tool_choice"),
+        ([BARE], "perhaps", "tool_choice"),
+        ([{"type": "function"}], None, "tools[0]"),
+    ],
+)
+async def test_a_choice_of_no_function_is_refused_before_anything_is_sent(
+    client: PipelineClient, tools: Any, choice: Any, field: str
+) -> None:
+    with pytest.raises(RequestError) as error:
+        await anext(client.chat(to_chat([HELLO], tools), GREEDY, tool_choice=choice))
+    assert error.value.info.field == field
+    assert client.num_open == 0

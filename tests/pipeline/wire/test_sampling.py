@@ -55,3 +55,21 @@ def test_a_grammars_digest_is_of_its_kind_and_source() -> None:
     }
     assert len(digests) == 4
     assert Grammar(GrammarKind.REGEX, "a", "guided_regex").digest in digests
+
+
+@pytest.mark.parametrize(
+    ("given", "max_tokens", "kept"),
+    [(None, 5, None), (7, 5, 7), (100, 5, 100), (-1, 5, 95), (-1, None, 99), (-1, 0, 100)],
+)
+def test_so_many_of_the_prompts_last_tokens_are_kept(
+    given: int | None, max_tokens: int | None, kept: int | None
+) -> None:
+    sampling = SamplingParams(truncate_prompt_tokens=given, max_tokens=max_tokens)
+    assert sampling.num_kept_of_prompt(100) == kept
+
+
+@pytest.mark.parametrize(("given", "max_tokens"), [(101, 5), (-1, 100), (0, 5), (-2, 5), (2**31, 5)])
+def test_a_number_of_kept_tokens_that_no_prompt_can_have_is_refused(given: int, max_tokens: int) -> None:
+    with pytest.raises(RequestError) as error:
+        SamplingParams(truncate_prompt_tokens=given, max_tokens=max_tokens).num_kept_of_prompt(100)
+    assert error.value.info.field == "truncate_prompt_tokens"

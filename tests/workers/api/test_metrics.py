@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.config import ApiKey
 from pipeline.process.metrics import Metrics
 from pipeline.wire.control import WorkerState
 from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
-from tests.workers.api.serving import FakeClient, endpoint, get, serving
+from tests.workers.api.serving import CHAT, FakeClient, endpoint, get, post, serving
 from workers.api.metrics import WorkerCollector, exposition
 
 WORKERS = (
@@ -82,3 +83,35 @@ def test_what_a_worker_declares_is_shown_as_what_it_is() -> None:
         ("vlm_toy_seconds_sum", None): 12.25, ("vlm_toy_seconds_count", None): 3,
     }  # fmt: skip
     assert len(seconds.samples) == 10, "a worker that has seen none has empty buckets"
+
+
+async def test_what_keys_have_asked_for_is_seen_by_their_owner_and_by_the_operator() -> None:
+    keys = (ApiKey("one", "secret-1"), ApiKey("one", "secret-1b"), ApiKey("two", "secret-2"))
+    server = endpoint(named_keys=keys, admin_key="admin-secret")
+
+    def as_key(key: str) -> str:
+        return f"Authorization: Bearer {key}"
+
+    async with serving(server) as site:
+        for key in ("secret-1", "secret-1b", "secret-2", "wrong"):
+            await site.ask(post(CHAT, as_key(key)))
+        assert (await site.ask(post(b"{}", as_key("secret-2")))).status == 400
+        await site.ask(get("/v1/models", as_key("secret-2")))  # no question to the model
+        assert (await site.ask(get("/metrics"))).status == 401
+        found = {
+            key: _samples((await site.ask(get("/metrics", as_key(key)))).body)
+            for key in ("secret-1", "secret-2", "admin-secret")
+        }
+    one = {("requests", "one"): 2, ("refused_requests", "one"): 0}
+    one |= {("prompt_tokens", "one"): 2, ("output_tokens", "one"): 2}
+    two = {("requests", "two"): 2, ("refused_requests", "two"): 1}
+    two |= {("prompt_tokens", "two"): 1, ("output_tokens", "two"): 1}
+    nobody = {("requests", ""): 1, ("refused_requests", ""): 1}
+    nobody |= {("prompt_tokens", ""): 0, ("output_tokens", ""): 0}
+    assert found == {"secret-1": one, "secret-2": two, "admin-secret": one | two | nobody}
+
+
+def _samples(body: bytes) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(body.decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {(one.name.removeprefix("vlm_key_"), one.labels["key"]): one.value for one in samples}

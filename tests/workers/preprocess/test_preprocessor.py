@@ -386,6 +386,8 @@ async def test_a_late_abort_of_an_older_attempt_is_dropped(rig: Rig) -> None:
         ({"prompt": Tokens(pack_int32([-1]))}, "prompt"),
         ({"prompt": Tokens(pack_int32([2**31 - 1]))}, "prompt"),
         ({"prompt": Tokens(pack_int32([1] * 40_000))}, "prompt"),
+        ({"sampling": SamplingParams(truncate_prompt_tokens=40_000)}, "truncate_prompt_tokens"),
+        ({"sampling": SamplingParams(truncate_prompt_tokens=-1, max_tokens=2**30)}, "truncate_prompt_tokens"),
         ({"cache_salt": b"s" * 257}, "cache_salt"),
         ({"priority": 2**40}, "priority"),
         ({"tenant": "t" * 257}, "tenant"),
@@ -401,6 +403,47 @@ async def test_what_no_client_of_ours_would_send_is_refused(
     assert refusal.error.field == field
     rig.end("r", fields.get("attempt", 1))
     rig.check_nothing_left()
+
+
+async def test_a_prompt_of_any_length_is_cut_to_its_last_tokens(rig: Rig) -> None:
+    cut = SamplingParams(truncate_prompt_tokens=3)
+    rig.submit("ids", prompt=Tokens(pack_int32([1] * 40_000 + [7, 8])), sampling=cut)
+    rig.submit("text", prompt=Text("a " * 40_000 + "b"), sampling=cut)
+    await rig.settle()
+    sent = {message.request_id: message for message in rig.llm.take(GenerateRequest)}
+    assert unpack_int32(sent["ids"].prompt_token_ids).tolist() == [1, 7, 8]
+    assert len(unpack_int32(sent["text"].prompt_token_ids)) == 3
+    assert unpack_int32(sent["ids"].positions).tolist() == [0, 1, 2] * 3
+
+
+async def test_a_cut_that_would_take_a_part_of_a_picture_is_refused(rig: Rig) -> None:
+    rig.submit("r", [encode(scene(1))], sampling=SamplingParams(truncate_prompt_tokens=12))
+    await rig.settle()
+    (refusal,) = rig.llm.take(RequestRefused)
+    assert refusal.error.field == "truncate_prompt_tokens"
+    assert "leave out a part of a picture" in refusal.error.message
+    rig.end("r")
+
+
+async def test_media_of_a_prompt_of_ids_are_those_of_a_chat(rig: Rig) -> None:
+    """Same picture, same placeholders, same keys; and a picture without a placeholder is refused."""
+    rig.submit("chat", [encode(scene(1))])
+    await rig.settle()
+    (chat,) = rig.llm.take(GenerateRequest)
+    tokens = Tokens(chat.prompt_token_ids, (ImagePart(frame=0),))
+    rig.submit("ids", [encode(scene(1))], prompt=tokens)
+    rig.submit("none", [encode(scene(1))], prompt=Tokens(pack_int32([5]), (ImagePart(frame=0),)))
+    await rig.settle()
+    (ids,) = rig.llm.take(GenerateRequest)
+    assert ids.prompt_token_ids == chat.prompt_token_ids
+    assert ids.positions == chat.positions
+    assert [(item.spans, item.kv_hash) for item in ids.items] == [
+        (item.spans, item.kv_hash) for item in chat.items
+    ]
+    (refusal,) = rig.llm.take(RequestRefused)
+    assert (refusal.request_id, refusal.error.field) == ("none", "prompt")
+    for request_id in ("chat", "ids"):
+        rig.end(request_id)
 
 
 async def test_an_unforeseen_failure_ends_its_request_only(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -18,7 +19,7 @@ from tests.chats import CHATS, to_messages
 from tests.pictures import seen_size
 from tests.reference import Reference
 from workers.preprocess.images import read_size
-from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt
+from workers.preprocess.prompt import PromptBuilder, TokenizedPrompt, truncated
 
 MODEL = EMBEDDED / "model"
 INFO = read_model_info(MODEL)
@@ -234,3 +235,75 @@ def test_a_prompt_without_a_chat_has_no_placeholders(as_tokens: bool, prompt: Pr
     with pytest.raises(RequestError, match="placeholder") as caught:
         prompt.build(given, [])
     assert caught.value.info.field == "prompt"
+
+
+def test_the_last_tokens_of_a_prompt_are_kept_with_its_media_where_they_are_then() -> None:
+    whole = TokenizedPrompt([1, 2, 9, 9, 3, 9, 4], [(Span(2, 2), Span(5, 1))])
+    assert truncated(whole, None) is whole
+    assert truncated(whole, 7) is whole
+    assert truncated(whole, 5) == TokenizedPrompt([9, 9, 3, 9, 4], [(Span(0, 2), Span(3, 1))])
+    for kept in (4, 2, 1):
+        with pytest.raises(RequestError, match="leave out a part of a picture") as error:
+            truncated(whole, kept)
+        assert error.value.info.field == "truncate_prompt_tokens"
+
+
+PAD, START, END = INFO.image_token_id, 1000, 1001  # two ordinary tokens around a picture
+VIDEO_PAD = 2
+
+
+def of_tokens(
+    prompt: PromptBuilder, ids: list[int], *media: tuple[ImagePart | VideoPart, object]
+) -> TokenizedPrompt:
+    parts = tuple(part for part, _ in media)
+    segments: list[Any] = [segments for _, segments in media]
+    return prompt.build(Tokens(pack_int32(ids), parts), segments)
+
+
+def test_one_placeholder_or_all_of_a_picture_may_stand_in_a_prompt_of_ids(prompt: PromptBuilder) -> None:
+    picture = ImagePart(frame=0), RUN
+    expected = TokenizedPrompt([START, *[PAD] * 4, END, START, *[PAD] * 4], [(Span(1, 4),), (Span(7, 4),)])
+    single, whole = [PAD], [PAD] * 4
+    for first in (single, whole):
+        for second in (single, whole):
+            assert of_tokens(prompt, [START, *first, END, START, *second], picture, picture) == expected
+    beside = of_tokens(prompt, whole * 2, picture, picture)
+    assert beside.spans == [(Span(0, 4),), (Span(4, 4),)]
+
+
+def test_a_video_of_several_runs_stands_there_as_one_placeholder_or_as_it_is_written(
+    prompt: PromptBuilder,
+) -> None:
+    video_id = prompt._video_token_id
+    start, end = (prompt._special_ids[name] for name in ("<|vision_start|>", "<|vision_end|>"))
+    segments = (
+        WithoutMarks("<|vision_start|>", "<|vision_end|>"),
+        "<0.0 seconds><|vision_start|>", Placeholders(2), "<|vision_end|><0.5 seconds><|vision_start|>",
+        Placeholders(2), "<|vision_end|>",
+    )  # fmt: skip
+    video = VideoPart(frame=0), segments
+    made = of_tokens(prompt, [START, start, video_id, end, END], video)
+    assert [span.length for span in made.spans[0]] == [2, 2]
+    assert (made.token_ids[0], made.token_ids[-1]) == (START, END)
+    assert made.token_ids.count(start) == made.token_ids.count(end) == 2
+    assert of_tokens(prompt, made.token_ids, video) == made
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [START, END],
+        [START, *[PAD] * 3, END],
+        [START, *[PAD] * 5, END],
+        [START, PAD, PAD, END],
+        [START, VIDEO_PAD, END],
+        [START, PAD, END, PAD],
+        [START, PAD, END, VIDEO_PAD],
+    ],
+)
+def test_placeholders_that_the_media_do_not_fill_exactly_are_refused(
+    prompt: PromptBuilder, ids: list[int]
+) -> None:
+    with pytest.raises(RequestError) as error:
+        of_tokens(prompt, ids, (ImagePart(frame=0), RUN))
+    assert error.value.info.field == "prompt"

@@ -77,7 +77,7 @@ class Completions(Endpoint):
         self._echoed: Sequence[Prompt] = ()
         self._num_choices = self._num_drawn = 1  # of each prompt
         self._is_prompt_alone = False  # the one token behind it, which the pipeline needs, is not shown
-        self._wants_prompt_logprobs = self._wants_token_ids = False
+        self._wants_prompt_logprobs = self._wants_token_ids = self._is_truncated = False
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: CompletionRequest = self.read(body)
@@ -88,6 +88,9 @@ class Completions(Endpoint):
         self._is_prompt_alone = request.echo and request.max_tokens == 0
         self._wants_prompt_logprobs = request.prompt_logprobs is not None
         self._wants_token_ids = bool(request.return_token_ids)
+        self._is_truncated = request.truncate_prompt_tokens is not None
+        if request.echo and self._is_truncated:
+            request.return_token_ids = True  # what is left of the prompt is echoed
         sampling = self._sampling(request)
         return Submission(
             request_id=self._id,
@@ -196,6 +199,8 @@ class Completions(Endpoint):
     def _echo(self, answer: Answer, prompt: int) -> str:
         if not self._echoed:
             return ""
+        if self._is_truncated:
+            return answer.text_of(answer.prompts[prompt].token_ids)
         match self._echoed[prompt]:
             case Text(text):
                 return text

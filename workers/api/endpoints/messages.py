@@ -108,7 +108,9 @@ class CountTokens(_Anthropic):
         request: MessagesFields = self.read(body)
         check_model(request.model, self.model.names)
         chat = to_chat_request(request, self.model.forms)
-        return for_its_prompt(to_submission(chat, self.model, f"count-{uuid.uuid4().hex}"))
+        return for_its_prompt(
+            to_submission(chat, self.model, f"count-{uuid.uuid4().hex}"), self.model.max_model_len
+        )
 
     def render(self, answer: Answer) -> Json:
         return {"input_tokens": len(answer.prompts[0].token_ids)}

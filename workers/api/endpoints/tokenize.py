@@ -23,7 +23,6 @@ from workers.api.request_fields import check_model
 from workers.api.submission import Submission, for_its_prompt
 
 NO_MESSAGES = one_of([None, []])
-ONLY_THE_PROMPT = SamplingParams(max_tokens=0)
 
 
 class TokenizeRequest(ChatCompletionRequest, kw_only=True):
@@ -49,11 +48,13 @@ class _Inspection(Endpoint):
 
     streams = False
 
-    def submission(self, prompt: Prompt) -> Submission:
-        return Submission(request_id=f"tok-{uuid.uuid4().hex}", prompt=prompt, sampling=ONLY_THE_PROMPT)
+    def submission(self, prompt: Prompt, truncate: int | None = None) -> Submission:
+        sampling = SamplingParams(max_tokens=0, truncate_prompt_tokens=truncate)
+        return Submission(request_id=f"tok-{uuid.uuid4().hex}", prompt=prompt, sampling=sampling)
 
     def submission_of(self, chat: ChatCompletionRequest) -> Submission:
-        return for_its_prompt(to_submission(chat, self.model, f"tok-{uuid.uuid4().hex}"))
+        submission = to_submission(chat, self.model, f"tok-{uuid.uuid4().hex}")
+        return for_its_prompt(submission, self.model.max_model_len)
 
     def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         raise AssertionError("no such request is streamed")
@@ -79,7 +80,9 @@ class Tokenize(_Inspection):
         if len(given) + bool(request.messages) != 1:
             raise RequestError("a request has one prompt, or messages", field="prompt")
         self._wants_texts, self._wants_pieces = request.return_token_strs, request.with_pieces
-        return self.submission(Text(given[0])) if given else self.submission_of(request)
+        if not given:
+            return self.submission_of(request)
+        return self.submission(Text(given[0]), request.truncate_prompt_tokens)
 
     def render(self, answer: Answer) -> Json:
         token_ids = list(answer.prompts[0].token_ids)

@@ -280,3 +280,13 @@ async def test_unknown_fields_are_ignored_and_told() -> None:
 @pytest.mark.parametrize(("name", "value"), [("suffix", "x"), ("use_beam_search", True), ("mirostat", 2)])
 async def test_what_would_change_the_answer_is_refused_by_name(name: str, value: Any) -> None:
     assert (await ask(status=400, prompt="a", **{name: value}))["error"]["param"] == name
+
+
+async def test_what_is_left_of_a_prompt_is_echoed() -> None:
+    client = EchoingClient()
+    body = {"prompt": "abcd", "truncate_prompt_tokens": 2, "echo": True, "max_tokens": 3}
+    async with serving(endpoint(client)) as site:  # type: ignore[arg-type]
+        answer = json.loads((await site.ask(post(json.dumps(body).encode(), path="/v1/completions"))).body)
+    assert client.sampling[0].truncate_prompt_tokens == 2
+    assert client.sampling[0].return_token_ids
+    assert "prompt_token_ids" not in answer["choices"][0]

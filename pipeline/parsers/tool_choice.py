@@ -39,6 +39,24 @@ class ToolChoice(NamedTuple):
         return json.dumps(self.tools, ensure_ascii=False).encode() if self.tools else b""
 
 
+def read_tools(data: bytes) -> list[dict[str, Any]]:
+    """The functions of a chat. Raises RequestError, naming the field, for what is no list of functions."""
+    try:
+        tools = json.loads(data) if data else []
+    except (ValueError, RecursionError):
+        raise RequestError("tools are not valid JSON, or nested too deep", field="tools") from None
+    if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools must be a list of at most {MAX_TOOLS} functions", field="tools")
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            what = f"a tool must be an object of type function, got {shown(tool)}"
+            raise RequestError(what, field=f"tools[{index}]")
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise RequestError("a function has a name", field=f"tools[{index}].function.name")
+    return tools
+
+
 def to_tool_choice(tools: Sequence[Any], choice: Any, is_parallel: bool) -> ToolChoice:
     """Raises RequestError, naming the field, for no functions, or for a choice of none that is there."""
     if len(tools) > MAX_TOOLS:
