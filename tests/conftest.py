@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; Triton reads it when it is imported
+is_nice = False
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,24 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _needs_real_processes(item: pytest.Item) -> bool:
+    return item.nodeid.startswith(("tests/integration/", "tests/clients/"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Beside tests with real processes, many of which are about time, the others step back."""
+    global is_nice
+    if hasattr(item.config, "workerinput") and not is_nice and not _needs_real_processes(item):
+        is_nice = True
+        os.nice(10)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # pytest-xdist: one worker runs those with real processes, and first
+        items.sort(key=_needs_real_processes, reverse=True)
+        for item in items:
+            if _needs_real_processes(item):
+                item.add_marker(pytest.mark.xdist_group("processes"))
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.get_closest_marker("interpreter"):

@@ -39,7 +39,7 @@ from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, 
 from pipeline.wire.control import ReloadState, WorkerState
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
-from pipeline.wire.packing import unpack_int32
+from pipeline.wire.packing import unpack_ids
 from pipeline.wire.prompts import Chat, ChatMessage, Prompt, Text, Tokens
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.trace_context import TraceContext
@@ -79,11 +79,11 @@ class _ChoiceText:
         self.is_over = False
 
     def add(self, output: RequestOutput, opened: OpenRequest) -> Piece:
-        token_ids = tuple(unpack_int32(output.new_token_ids).tolist())
+        token_ids = tuple(unpack_ids(output.new_token_ids))
         finish = output.finish_reason
         # The first `min_tokens` tokens take no part in a stop string.
         num_early = max(0, self._min_tokens - output.offset)
-        text = self._detokenizer.add(token_ids[:num_early])
+        text = self._detokenizer.add(token_ids[:num_early]) if num_early else ""
         text += self._stop_strings.add(
             self._detokenizer.add(token_ids[num_early:], finish is not None), finish is not None
         )

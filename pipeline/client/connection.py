@@ -62,7 +62,9 @@ HELLO_INTERVAL_S, MAX_HELLO_INTERVAL_S = 0.1, 1.0
 TICK_S = 1.0  # interval at which aborts are repeated and silent requests looked for
 QUERY_AFTER_S = 10.0  # of silence before a request is queried
 HEARTBEAT_TIMEOUT_S = 8.0  # of the launcher's silence (it sends once a second) before its process is checked
+MAX_UNREAD = 8192  # outputs of one request that its caller has not read
 MAX_JITTER_S = 0.05  # so that not all clients resubmit at once
+TOO_SLOW = "the answer is not read as fast as it comes"
 PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 
 
@@ -431,6 +433,8 @@ class Connection:
         if not opened.take(output):
             self.counters["gaps"] += 1
             self._query(opened)
+        elif opened.events.qsize() > MAX_UNREAD and not opened.is_over:
+            self._give_up(opened, ErrorInfo(503, TOO_SLOW))
 
     def _query(self, opened: OpenRequest) -> None:
         """Queries an attempt for its state and missed tokens. The answer says if it is unknown."""

@@ -102,6 +102,8 @@ class StopStrings:
         """The text that is certain to precede any stop string; empty after a hit."""
         if self.hit is not None:
             return ""
+        if not self._stop:
+            return text
         self._held += text
         found = [(place, stop) for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:

@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline.wire.clients import ChoiceProgress, QueryRequest, RequestOutput, SubmitRequest
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.packing import pack_int32, unpack_int32
+from pipeline.wire.packing import pack_int32, unpack_ids
 from pipeline.wire.topology import Role
 
 
@@ -116,20 +116,20 @@ class OpenRequest:
         self.is_asking, self.waits_since, choice.heard = False, None, self.heard
         if choice.num_cached_tokens is None:
             choice.num_cached_tokens = output.num_cached_tokens
-        num_repeated = num_received - output.offset
-        token_ids = output.new_token_ids[4 * num_repeated :]
-        if token_ids or output.finish_reason is not None:
-            new = msgspec.structs.replace(
+        if output.offset < num_received or output.num_cached_tokens != choice.num_cached_tokens:
+            num_repeated = num_received - output.offset
+            output = msgspec.structs.replace(
                 output,
                 offset=num_received,
-                new_token_ids=token_ids,
+                new_token_ids=output.new_token_ids[4 * num_repeated :],
                 logprobs=output.logprobs[num_repeated:],
                 num_cached_tokens=choice.num_cached_tokens,
                 prompt_logprobs=None if num_received else output.prompt_logprobs,
             )
-            choice.token_ids += unpack_int32(token_ids).tolist()
+        if output.new_token_ids or output.finish_reason is not None:
+            choice.token_ids += unpack_ids(output.new_token_ids)
             choice.is_over = output.finish_reason is not None
-            self.events.put_nowait(new)
+            self.events.put_nowait(output)
         return True
 
     def query(self) -> QueryRequest:

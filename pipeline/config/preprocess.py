@@ -12,7 +12,8 @@ from pipeline.wire.limits import MAX_ITEMS
 
 HTTP_URL = re.compile(r"http://([^\s/?#@]+@)?([^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/?")
 CONTACT = re.compile(r"[ !-'*-~]{0,200}")  # stands in round brackets in a header
-# each takes at most four messages on an edge: all together stay below the high-water mark
+# Of all requests together, and of requests: each takes at most four messages on an edge, and all of them stay
+# below the high-water mark.
 MAX_OPEN_CHUNKS = 1 << 16
 
 
@@ -84,7 +85,7 @@ class PreprocessConfig:
         metavar="MIB",
     )
     max_open_requests: int = option(
-        512,
+        2048,
         "requests in the pipeline at once; a tenant that has its share gets 429, then all get 503",
         metavar="N",
     )
@@ -111,10 +112,9 @@ class PreprocessConfig:
             preprocess_memory_mib=1,
         )
         at_least(self, min_pixels=1, max_pixels=1, max_video_frames=2)
-        if (product := self.max_open_requests * self.max_items_per_request) > MAX_OPEN_CHUNKS:
+        if self.max_open_requests > MAX_OPEN_CHUNKS:
             raise ValueError(
-                f"max_open_requests times max_items_per_request must be at most {MAX_OPEN_CHUNKS}, got "
-                f"{product}"
+                f"max_open_requests must be at most {MAX_OPEN_CHUNKS}, got {self.max_open_requests}"
             )
         if self.max_items_per_request > MAX_ITEMS:
             raise ValueError(

@@ -23,3 +23,11 @@ def pack_int32(values: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
 
 def unpack_int32(data: bytes) -> Int32Array:
     return np.frombuffer(data, dtype="<i4")
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """As `unpack_int32`, in a list: several times faster for the few tokens of a step."""
+    values = array.array("i", data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import signal
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tests.integration.conftest import LIMITS
 from tests.pipeline.parsers.reading import Read, together
 from tests.servers import Server
 from tests.tool_chats import BARE, HELLO, to_chat
+from tools.kills_in_calls import kill_in_calls
 from tools.processes import workers_of
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "qwen3_5.jinja"
@@ -135,6 +137,13 @@ def test_a_model_is_made_to_call(thinking: Server, server: Server, choice: str) 
         assert isinstance(arguments["on"], bool)
         assert arguments["level"] in (1, 2, 3)
         assert answered.message.content is None
+
+
+async def test_a_call_under_a_grammar_is_what_it_was_though_the_llm_dies(server: Server) -> None:
+    """A greedy one and a sampled one; `tools.kills_in_calls` kills 30 times."""
+    found = await kill_in_calls(server.process.pid, f"{server.url}/v1", 2, 0.0, random.Random(1))
+    assert found == {"equal": 2, "died": 2}
+    server.children = workers_of(server.process.pid)
 
 
 def test_a_structured_answer_comes_behind_the_thought(thinking: Server) -> None:

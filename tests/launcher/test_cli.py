@@ -68,8 +68,8 @@ def test_every_field_has_an_option_with_help() -> None:
         (["--media-timeout-s", "nan"], "media_timeout_s must be at least 0.1 and finite"),
         (["--kv-cache-gib", "inf"], "kv_cache_gib must be above 0 and finite"),
         (
-            ["--max-items-per-request", "256"],
-            "max_open_requests times max_items_per_request must be at most 65536",
+            ["--max-open-requests", "65537"],
+            "max_open_requests must be at most 65536, got 65537",
         ),
         (
             ["--max-items-per-request", "2000", "--max-open-requests", "8"],

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from pipeline.client.client import Piece, PipelineClient
+from pipeline.client.connection import MAX_UNREAD, TOO_SLOW
 from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import Prompt
@@ -16,9 +17,8 @@ from pipeline.wire.trace_context import TraceContext
 from workers.api.answer import Answer, Update
 from workers.api.submission import Submission
 
-MAX_UNREAD_PIECES = 8192  # of one HTTP request whose client reads too slowly
 MAX_PROMPTS_AT_ONCE = 32  # of one HTTP request
-Pieces = AsyncGenerator[Piece, None]
+Pieces = AsyncGenerator[tuple[int, Piece], None]  # each with the number of its prompt
 
 
 class Trace(Protocol):
@@ -30,21 +30,21 @@ class Trace(Protocol):
     def on_interrupted(self, attempt: int, reason: str) -> None: ...
 
 
-async def read_ahead(sources: Sequence[Callable[[], Pieces]]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Reads the pieces of all sources as they come into a queue, and yields each with its source's number.
+async def read_ahead(sources: Sequence[Callable[[], Pieces]]) -> Pieces:
+    """Reads the pieces of all sources as they come into a queue.
 
-    Leaving early ends the requests. Raises RequestError when the queue exceeds `MAX_UNREAD_PIECES`.
+    Leaving early ends the requests. Raises RequestError when the queue exceeds `MAX_UNREAD`.
     """
     queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-    waiting = iter(enumerate(sources))
+    waiting = iter(sources)
 
     async def read() -> None:
-        for number, source in waiting:
+        for source in waiting:
             async with aclosing(source()) as pieces:
                 async for piece in pieces:
-                    queue.put_nowait((number, piece))
-                    if queue.qsize() > MAX_UNREAD_PIECES:
-                        raise RequestError("the answer is not read as fast as it comes", status=503)
+                    queue.put_nowait(piece)
+                    if queue.qsize() > MAX_UNREAD:
+                        raise RequestError(TOO_SLOW, status=503)
 
     def on_done(task: asyncio.Task[None]) -> None:
         queue.put_nowait(None if task.cancelled() else task.exception())
@@ -92,16 +92,16 @@ class Generation:
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Updates as they come. Leaving early aborts the request. Raises RequestError."""
-        sources = [
+        first, *more = [
             partial(self._pieces, number, prompt) for number, prompt in enumerate(self._submission.prompts)
         ]
-        async with aclosing(read_ahead(sources)) as ahead:
-            async for number, piece in ahead:
+        async with aclosing(read_ahead([first, *more]) if more else first()) as pieces:
+            async for number, piece in pieces:
                 yield self.answer.add(piece, number)
 
-    def _pieces(self, number: int, prompt: Prompt) -> Pieces:
+    async def _pieces(self, number: int, prompt: Prompt) -> Pieces:
         submission, trace = self._submission, self._trace
-        return self._client.generate(
+        pieces = self._client.generate(
             prompt,
             submission.sampling,
             submission.media,
@@ -112,6 +112,9 @@ class Generation:
             trace_context=None if trace is None else trace.context,
             on_interrupted=None if trace is None else trace.on_interrupted,
         )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield number, piece
 
     async def whole(self) -> Answer:
         """The whole answer. Raises RequestError."""

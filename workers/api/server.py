@@ -23,6 +23,7 @@ from pipeline.process.otlp import OtlpSpans
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.access import Access
 from workers.api.access_log import HEADER, RECORD, RequestRecord, request_id_of, writer_of
+from workers.api.admission import Admission
 from workers.api.answer import Update
 from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body, refuse_type
 from workers.api.budget import Budget, BudgetLease, memory_mib
@@ -87,6 +88,7 @@ class ApiServer:
         )
         self._spans = spans
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
+        self._admission = Admission()
         self.is_ready = False
         self._is_settled = asyncio.Event()  # the pipeline is ready, or never will be
         self.is_retiring = False  # each connection ends with its next answer
@@ -277,6 +279,9 @@ class ApiServer:
         """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
         lease = request[LEASE]
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
+        await (
+            self._admission.wait()
+        )  # to decode, render and submit a request is the longest work of this loop
         submission = endpoint.decode(body)
         lease.keep(submission.media)
         if endpoint.ignored_fields:

@@ -29,7 +29,7 @@ CLIENT_HIGH_WATER_MARK = 2  # unread messages of one client
 BASE_MIB = 1024
 # requests of the largest size in memory: a flood from a client ends this process only
 MAX_HELD_REQUESTS = 16
-OUTPUTS_HIGH_WATER_MARK = 1024  # messages: a client that lags behind so far is cut off
+OUTPUTS_HIGH_WATER_MARK = 2048  # messages: a client that lags behind so far is cut off
 RETRY_S = 0.005  # while the queue to preprocess is full
 MAX_RELAYED = 64  # messages of clients in one turn of the loop, dropped ones included
 GREETING_INTERVAL_S = 0.1

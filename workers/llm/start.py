@@ -22,7 +22,7 @@ from workers.llm.engine import Engine
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
 
-MAX_REQUESTS_PER_CLIENT = 1024
+MAX_REQUESTS_PER_CLIENT = 2048
 
 
 def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:

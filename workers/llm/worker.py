@@ -57,7 +57,7 @@ from workers.nn.weights.registry import choose_formats
 
 logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
-OUTPUTS_HIGH_WATER_MARK = 1024  # messages (one a step) by which a client may lag before it is cut off
+OUTPUTS_HIGH_WATER_MARK = 2048  # messages (one a step) by which a client may lag before it is cut off
 MAX_MESSAGES_PER_STEP = 512  # read between two steps: a flood of messages must not stop the streams
 COUNTED = {
     "steps": "Steps computed",

@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from launcher.checkpoints import EMBEDDED
+from pipeline.client import connection
 from pipeline.client.client import ParsedPiece, PipelineClient
 from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.process.flight_recorder import digest_of
@@ -368,6 +369,29 @@ async def test_a_stop_string_in_what_was_not_read_when_the_request_was_given_up(
     assert "circle" not in (await anext(stream)).text
     with pytest.raises(RequestError, match=r"vit\.0 was killed"):
         await anext(stream)
+
+
+async def test_what_a_caller_does_not_read_is_bounded(
+    client: PipelineClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_UNREAD", 3)
+    stream = client.generate(CHAT, GREEDY)
+    first = asyncio.create_task(anext(stream))
+    request = (await pipeline.next(SubmitRequest)).message
+    for offset in range(6):
+        pipeline.say_tokens(request, offset, [20])
+    await first
+    assert (await pipeline.next(AbortRequest)).message.request_id == request.request_id
+    num_read = 0
+
+    async def read_on() -> None:
+        nonlocal num_read
+        async for _ in stream:
+            num_read += 1
+
+    with pytest.raises(RequestError, match="not read as fast"):
+        await read_on()
+    assert num_read in (3, 4), "what came before is there; the first one may have been read meanwhile"
 
 
 async def test_a_choice_that_is_over_is_not_asked_for_again(

@@ -87,7 +87,9 @@ async def test_a_client_that_does_not_read_is_cut_off(body: bytes) -> None:
 
 
 async def test_what_is_not_read_of_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "MAX_UNREAD_PIECES", 100)
+    """Of one prompt the client library bounds it, of several the endpoint."""
+    monkeypatch.setattr(generation, "MAX_UNREAD", 100)
+    body = json.dumps({"prompt": ["a", "b"], "stream": True}).encode()
     num_given = 0
 
     async def answer() -> Pieces:
@@ -98,7 +100,7 @@ async def test_what_is_not_read_of_an_answer_is_bounded(monkeypatch: pytest.Monk
             await asyncio.sleep(0)
 
     async with serving(endpoint(FakeClient(answer))) as site, site.connect() as wire:
-        await wire.send(post(STREAMED_CHAT))
+        await wire.send(post(body, path="/v1/completions"))
         await wire.head()
         before = -1
         while num_given > before:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 from pipeline.parsers.base import Content, ParserEvent, Thought, ToolArguments, ToolCallBegun
 from pipeline.wire.errors import RequestError
@@ -19,7 +19,7 @@ from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
 from workers.api.endpoints.openai import logprob_objects, prompt_logprobs, usage_object
 from workers.api.request_fields import StreamOptions, check_request
-from workers.api.server_sent_events import DONE, event
+from workers.api.server_sent_events import DONE, EventForm, event
 from workers.api.submission import Submission
 
 
@@ -32,6 +32,7 @@ class ChatCompletions(Endpoint):
         self._options: StreamOptions | None = None
         self._has_logprobs = self._wants_prompt_logprobs = self._wants_token_ids = False
         self._includes_reasoning = True
+        self._forms: dict[int, EventForm] = {}  # of chunks with nothing but their delta, by choice
         self._callers: set[int] = set()  # choices that have called a function
 
     def decode(self, body: bytes | bytearray) -> Submission:
@@ -128,11 +129,19 @@ class ChatCompletions(Endpoint):
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model.name}
 
     def _chunk(self, answer: Answer, index: int, delta: Json, further: Json | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(further or {})}
-        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        if self._options is not None and self._options.continuous_usage_stats:
+        has_usage = self._options is not None and self._options.continuous_usage_stats
+        if not further and not has_usage:
+            if (form := self._forms.get(index)) is None:
+                form = self._forms[index] = EventForm(self._chunk_object(index), ("choices", 0, "delta"))
+            return form.event(delta)
+        chunk = self._chunk_object(index, delta=delta, **(further or {}))
+        if has_usage:
             chunk["usage"] = usage_object(answer.usage)
         return event(chunk)
+
+    def _chunk_object(self, index: int, **fields: Any) -> Json:
+        choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None, **fields}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
 
 def _finish_reason(reason: FinishReason | None, has_calls: bool) -> str | None:
