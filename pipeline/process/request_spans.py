@@ -21,6 +21,7 @@ class Send(Protocol):
 
 @dataclass(slots=True)
 class _Followed:
+    request_id: str
     trace: TraceContext
     attempt: int
     stage: str = ""
@@ -39,7 +40,7 @@ class RequestSpans:
         if known is not None and known.attempt >= attempt:
             return
         self._followed.pop(request_id, None)
-        self._followed[request_id] = _Followed(trace, attempt)
+        self._followed[request_id] = _Followed(request_id, trace, attempt)
         if len(self._followed) > MAX_FOLLOWED:
             del self._followed[next(iter(self._followed))]
 
@@ -69,5 +70,9 @@ class RequestSpans:
             self._tell(followed, followed.stage, followed.since, self._clock(), attributes)
 
     def _tell(self, followed: _Followed, name: str, start: float, end: float, attributes: Attributes) -> None:
-        told: Attributes = {"vlm.attempt": followed.attempt, **attributes}
+        told: Attributes = {
+            "vlm.request_id": followed.request_id,
+            "vlm.attempt": followed.attempt,
+            **attributes,
+        }
         self._send(name, followed.trace, start, end, told)

@@ -107,6 +107,7 @@ def test_a_request_with_a_picture_is_one_trace_over_all_stages(traced: Traced) -
         if span is not root:
             assert span.parent_id == root.span_id
             assert span.attributes["vlm.attempt"] == 1
+            assert span.attributes["vlm.request_id"] == asked["gen_ai.response.id"]
             assert root.start - 10**7 <= span.start <= span.end <= root.end + 10**7
     order = ("prepare", "queue", "prefill", "decode")
     starts = [of_name(spans, name).start for name in order]

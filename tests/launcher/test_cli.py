@@ -202,3 +202,18 @@ def test_an_unknown_parser_is_named_before_anything_starts() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "there is no tool call parser 'nobody'; known are auto, none, hermes" in ended.stderr
+
+
+def test_without_its_packages_tracing_is_refused_before_anything_starts() -> None:
+    hide = "import sys; sys.modules['opentelemetry'] = None; from launcher import cli"
+    options = ["--otlp-traces-endpoint", "http://127.0.0.1:1/v1/traces"]
+    out = subprocess.run(
+        [sys.executable, "-c", f"{hide}; sys.exit(cli.main(sys.argv[1:]))", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert out.returncode == 1
+    assert "pip install 'vlm-pipeline[otel]'" in out.stderr + out.stdout
+    assert "Traceback" not in out.stderr

@@ -30,7 +30,7 @@ def test_a_piece_of_work_is_a_span_of_each_request_that_is_followed() -> None:
     sent = Sent()
     followed(sent, "a", "b").add("encode", ["a", "b", "c"], 1.0, 2.0, 5)
     told = {"vlm.attempt": 1, "vlm.amount": 5}
-    assert sent.spans == [("encode", 1.0, 2.0, told), ("encode", 1.0, 2.0, told)]
+    assert sent.spans == [("encode", 1.0, 2.0, {"vlm.request_id": name, **told}) for name in "ab"]
 
 
 def test_stages_follow_one_another_and_a_preempted_request_enters_none_again() -> None:
@@ -49,7 +49,7 @@ def test_stages_follow_one_another_and_a_preempted_request_enters_none_again() -
         ("prefill", 2.0, 3.0),
         ("decode", 3.0, 4.0),
     ]
-    assert sent.spans[-1][3] == {"vlm.attempt": 1, "outcome": "stop"}
+    assert sent.spans[-1][3] == {"vlm.request_id": "a", "vlm.attempt": 1, "outcome": "stop"}
 
 
 def test_a_later_attempt_replaces_an_earlier_one_and_not_the_other_way_round() -> None:
@@ -60,7 +60,7 @@ def test_a_later_attempt_replaces_an_earlier_one_and_not_the_other_way_round() -
     spans.follow("a", 1, TRACE)
     spans.enter("a", "queue")
     spans.end("a", {})
-    assert [one[3] for one in sent.spans] == [{"vlm.attempt": 2}]
+    assert [one[3] for one in sent.spans] == [{"vlm.request_id": "a", "vlm.attempt": 2}]
 
 
 def test_so_many_are_followed_and_the_oldest_is_forgotten() -> None:
