@@ -9,6 +9,7 @@ import pytest
 from tests.servers import Server
 from tools.attack import ATTACKER, KINDS, MOST_RATIO, VICTIM, Size, attack
 from tools.mutated_bodies import OPTIONS, Sender
+from tools.schema_attack import attack as schema_attack
 
 SMALL = Size(seconds=3.0, pictures=2, connections=8)
 QUIET_FLOOR_S = 0.3  # a CI machine's own noise may add so much to a request of some 50 ms
@@ -28,6 +29,12 @@ async def test_an_attack_stops_nobody_else(kind: str, attacked: Server) -> None:
     assert found.restarts == []
     found.quiet = [max(QUIET_FLOOR_S, seconds) for seconds in found.quiet]
     assert found.ratio <= MOST_RATIO, (found.quiet, found.beside)
+
+
+def test_the_server_keeps_to_its_description(attacked: Server) -> None:
+    found = schema_attack(attacked.url, ATTACKER, num_examples=4, seed=1)
+    assert found.violations == {}
+    assert {200, 400} <= {status for _, _, status in found.statuses}
 
 
 def test_mutated_bodies_are_answered_as_they_should_be(attacked: Server) -> None:

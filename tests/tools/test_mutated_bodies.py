@@ -15,6 +15,7 @@ import pytest
 from tools.answers import Answer, violation, wrong_answer
 from tools.mutated_bodies import QUESTION, Connection, Found, Sender, growth, replay, table
 from tools.mutations import Mutated, make_media, mutated_request
+from tools.valid_requests import COUNT, MESSAGES, RESPONSES
 
 CHANGED = Mutated(b"", True, ("retype",))
 UNFRAMED = CHANGED._replace(is_framed=False)
@@ -35,6 +36,57 @@ def failed(status: int) -> bytes:
     code = "service_unavailable" if status == 503 else None
     error = {"message": "no", "type": "server_error", "param": None, "code": code}
     return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+
+
+ANTHROPIC_ERROR = b'{"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}'
+CREATED = b'event: response.created\ndata: {"type": "response.created"}\n\n'
+COMPLETED = b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
+STOPPED = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+BROKEN = b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "no"}}\n\n'
+OVERLOADED = BROKEN.replace(b"api_error", b"overloaded_error")
+
+
+def sent_to(path: str, *what: str) -> Mutated:
+    return Mutated(b"", True, what or ("retype",), path)
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (sent_to(MESSAGES), answered(400, ANTHROPIC_ERROR)),
+        (sent_to(MESSAGES, "length"), answered(400, ERROR)),
+        (sent_to("", "path"), answered(404, ERROR)),
+        (sent_to("", "path"), answered(404, ANTHROPIC_ERROR)),
+        (sent_to("", "path"), answered(200, b"")),
+        (sent_to(COUNT), answered(200, b'{"input_tokens": 0}')),
+        (sent_to(MESSAGES), answered(200, STOPPED, True)),
+        (sent_to(MESSAGES), answered(200, OVERLOADED, True)),
+        (sent_to(RESPONSES), answered(200, CREATED + COMPLETED, True)),
+    ],
+)
+def test_what_each_route_may_answer(sent: Mutated, answer: Answer) -> None:
+    assert violation(sent, answer) == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (sent_to(MESSAGES), answered(400, ERROR)),
+        (sent_to(RESPONSES), answered(400, ANTHROPIC_ERROR)),
+        (sent_to(MESSAGES), answered(500, ANTHROPIC_ERROR)),
+        (sent_to("", "path"), answered(500, ERROR)),
+        (sent_to("", "path"), answered(404, b"404: Not Found")),
+        (sent_to(COUNT), answered(200, b"{}")),
+        (sent_to(RESPONSES), answered(200, b'{"output": []}')),
+        (sent_to(RESPONSES), answered(200, CREATED, True)),
+        (sent_to(RESPONSES), answered(200, CREATED + DONE, True)),
+        (sent_to(RESPONSES), answered(200, b"event: a\n" + CREATED.partition(b"\n")[2] + COMPLETED, True)),
+        (sent_to(MESSAGES), answered(200, BROKEN, True)),
+        (sent_to(MESSAGES), answered(200, COMPLETED, True)),
+    ],
+)
+def test_what_no_route_may_answer(sent: Mutated, answer: Answer) -> None:
+    assert violation(sent, answer)
 
 
 def test_only_openais_error_object_is_right() -> None:

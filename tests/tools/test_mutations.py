@@ -12,8 +12,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from tools.answers import KEYS
 from tools.mutations import Mutated, _change_text, _damaged, _written, make_media, mutated_request
-from tools.valid_requests import Media
+from tools.valid_requests import INQUIRIES, Media
 
 EVERY_CHANGE = {
     *(
@@ -53,6 +54,12 @@ def test_every_change_is_made_and_some_requests_are_valid(media: Media) -> None:
     counts = Counter(change for one in made(media, 2000) for change in one.what or ("none",))
     assert counts.keys() >= EVERY_CHANGE
     assert 200 < counts["none"] < 800
+
+
+def test_every_route_gets_its_share(media: Media) -> None:
+    paths = Counter(one.path for one in made(media, 2000))
+    assert paths.keys() == {"", *KEYS, *INQUIRIES}
+    assert min(paths[path] for path in KEYS) > 50
 
 
 def test_the_head_of_a_framed_request_tells_its_length(media: Media) -> None:

@@ -230,8 +230,11 @@ class HttpConnection(web.RequestHandler):
         elif self._blocked_since is not None and now - self._blocked_since > patience.reading_s:
             logger.debug("a client does not read its answer: cut off")
             tcp.abort()
-        elif self._half_closed_since is not None and not self.is_idle:
-            self._watch_half_closed(self._half_closed_since, now, tcp)
+        elif self._half_closed_since is not None:
+            if self.is_idle:  # the client's end came between the answer's end and the wait for a request
+                self.force_close()
+            else:
+                self._watch_half_closed(self._half_closed_since, now, tcp)
         elif self.is_idle and not self._is_broken:
             if self._head_since is None:
                 if now - self._heard > patience.idle_s:

@@ -17,6 +17,7 @@ from pipeline.wire.errors import RequestError, shown
 MAX_SIGNS = {b"{": 1 << 17, b"[": 1 << 17, b",": 1 << 18}
 # Numbers with an exponent: the decoder takes up to 15 us for each, and blocks the event loop meanwhile.
 MAX_EXPONENTS = 1 << 12
+MAX_DEPTH = 256  # of values within values: what is made of a body, in whichever process, is encoded again
 MAX_QUOTES = 1 << 21  # a valid body has fewer: there is one of `MAX_SIGNS` to every two strings
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -42,6 +43,7 @@ def decode_fields(body: bytes | bytearray, kind: type[Body]) -> Decoded[Body]:
     _refuse_slow(body)
     try:
         value, is_repaired = _parse(body)
+        _refuse_deep(body, value)
         if not isinstance(value, dict):
             raise RequestError(f"the body must be a JSON object, got {shown(value)}")
         unknown: dict[str, Any] = {}
@@ -72,6 +74,18 @@ def _refuse_slow(body: bytes | bytearray) -> None:
     # A comma stands between two numbers: few commas are few numbers.
     if body.count(b",") >= MAX_EXPONENTS and _num_exponents(body) > MAX_EXPONENTS:
         raise RequestError(f"the body has more numbers with an exponent than the limit, {MAX_EXPONENTS}")
+
+
+def _refuse_deep(body: bytes | bytearray, value: Any) -> None:
+    """Raises RequestError for a value that Python's encoders could not write from within a deep stack."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RequestError(f"the body is nested too deep: the limit is {MAX_DEPTH}")
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
 
 
 def _parse(body: bytes | bytearray) -> tuple[Any, bool]:

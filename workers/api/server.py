@@ -165,7 +165,7 @@ class ApiServer:
     async def _on_head(self, request: web.Request, response: web.StreamResponse) -> None:
         """Notes that an answer has begun, and adds the headers that all answers have. Closes the connection
         after it when the worker retires, or when a refused body has an unread rest, which would be parsed as
-        the next request.
+        the next request; also after CONNECT, behind whose head the parser knows no body.
 
         The head says so, or the client might send its next request on the connection.
         """
@@ -173,7 +173,7 @@ class ApiServer:
         response.headers.update(self._cors.headers(request))
         for name in HEADERS:
             response.headers[name] = request[RECORD].request_id
-        if self.is_retiring or not request.content.is_eof():
+        if self.is_retiring or not request.content.is_eof() or request.method == "CONNECT":
             response.force_close()
             response.headers["Connection"] = "close"  # the head is made before this hook
 
@@ -294,10 +294,12 @@ class ApiServer:
         """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
         lease = request[LEASE]
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
-        await (
-            self._admission.wait()
-        )  # to decode, render and submit a request is the longest work of this loop
-        submission = endpoint.decode(body)
+        # To decode, render and submit a request is the longest work of this loop.
+        await self._admission.wait()
+        try:
+            submission = endpoint.decode(body)
+        except RecursionError:  # of JSON in a text, which is parsed and written again
+            raise RequestError("the body, or JSON in it, is nested too deep") from None
         lease.keep(submission.media)
         if endpoint.ignored_fields:
             logger.info("%s: ignored %s", request.path, _named(endpoint.ignored_fields))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from typing import Any
 
 import pytest
 
@@ -193,6 +194,29 @@ async def expecting(site: Site, *headers: str, path: str = "/v1/chat/completions
     async with site.connect() as wire:
         await wire.send(post(b"", *headers, path=path))
         return (await wire.head())[0]
+
+
+async def test_who_leaves_as_its_answer_ends_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = connections.HttpConnection.finish_response
+
+    async def finish_and_hear_the_end(connection: Any, *given: Any) -> Any:
+        finished = await finish(connection, *given)
+        connection.eof_received()
+        return finished
+
+    monkeypatch.setattr(connections.HttpConnection, "finish_response", finish_and_hear_the_end)
+    async with serving(endpoint()) as site, site.connect() as wire:
+        await wire.send(get("/ping"))
+        assert (await wire.answer()).status == 200
+        assert await wire.rest(5) == b""
+
+
+async def test_nothing_is_read_behind_the_head_of_a_connect() -> None:
+    async with serving(endpoint()) as site, site.connect() as wire:
+        await wire.send(post().replace(b"POST", b"CONNECT", 1))
+        status, headers = await wire.head()
+        assert (status, headers["connection"]) == (404, "close")
+        assert (await wire.rest()).count(b"HTTP/1.1") == 0
 
 
 async def test_a_body_is_asked_for_when_it_will_be_taken() -> None:

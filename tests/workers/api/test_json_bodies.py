@@ -16,9 +16,11 @@ from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS
 from tests.workers.api.endpoints.test_chat import body, decode_request
+from tests.workers.api.serving import FakeClient, post, serving
+from tests.workers.api.serving import endpoint as server_with
 from workers.api.endpoints.base import ServedModel
 from workers.api.endpoints.chat import ChatCompletions
-from workers.api.json_bodies import decode_fields
+from workers.api.json_bodies import MAX_DEPTH, decode_fields
 
 
 def endpoint() -> ChatCompletions:
@@ -58,6 +60,42 @@ def nested(depth: int) -> str:
 def test_values_nested_deep_are_a_400(field: str, depth: int) -> None:
     chat = '"messages": [{"role": "user", "content": "hi"}], '
     refused(f'{{{chat if field != "messages" else ""}"{field}": {nested(depth)}}}'.encode())
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 900])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", '"messages": [], "tools": [{"type": "function", "function": {"name": %s}}]'),
+        ("/v1/responses", '"input": "a", "tools": [{"type": "function", "name": "a", "description": %s}]'),
+        ("/v1/responses", '"input": "a", "text": {"verbosity": %s}'),
+        (
+            "/v1/messages",
+            '"max_tokens": 1, "messages": [], "tools": [{"name": "a", "input_schema": {"a": %s}}]',
+        ),
+    ],
+)
+async def test_what_is_written_again_is_not_nested_deep(path: str, body: str, depth: int) -> None:
+    async with serving(server_with(FakeClient())) as site:
+        answer = await site.ask(post(f"{{{body % nested(depth)}}}".encode(), path=path))
+    assert answer.status == 400
+    assert b"nested too deep" in answer.body
+
+
+async def test_signs_in_texts_and_beside_each_other_are_not_deep() -> None:
+    many = json.dumps([{"role": "user", "content": "[{" * 100}] * (MAX_DEPTH + 1))
+    async with serving(server_with(FakeClient())) as site:
+        assert (await site.ask(post(f'{{"messages": {many}}}'.encode()))).status == 200
+
+
+@pytest.mark.parametrize("depth", range(MAX_DEPTH, 1000, 9))
+async def test_json_in_a_text_that_is_nested_deep_is_no_mistake_of_ours(depth: int) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "guided_json": '{"a":' * depth + "1" + "}" * depth,
+    }
+    async with serving(server_with(FakeClient())) as site:
+        assert (await site.ask(post(json.dumps(body).encode()))).status in (200, 400)
 
 
 @pytest.mark.parametrize("place", ["part", "object", "content", "tool_calls"])
