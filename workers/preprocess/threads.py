@@ -119,6 +119,8 @@ class FairThreads:
             except asyncio.CancelledError:
                 # a thread cannot be cancelled: its place is free when it has ended
                 await asyncio.wait([future])
+                if not future.cancelled():
+                    future.exception()  # nobody waits for it: asyncio would log a client's mistake
                 raise
 
     def close(self) -> None:

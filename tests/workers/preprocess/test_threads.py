@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
 import time
 from pathlib import Path
 
 from pipeline.process.flight_recorder import FlightRecorder, digest_of
 from tests.fakes import PREPROCESS
-from workers.preprocess.threads import RecordedThreads, Recording, Work, on_behalf_of
+from workers.preprocess.threads import FairThreads, RecordedThreads, Recording, Work, on_behalf_of
 
 
 async def test_work_is_recorded_while_it_runs_and_not_while_it_waits(tmp_path: Path) -> None:
@@ -64,3 +65,28 @@ async def test_a_suspect_has_all_threads_for_itself(tmp_path: Path) -> None:
             assert not any(other.startswith("suspect") for other in others)
     assert max(len(others) for _, others in seen) > 1, "others run side by side"
     threads.shutdown()
+
+
+async def test_work_that_fails_for_nobody_is_no_error_of_ours(tmp_path: Path) -> None:
+    threads = FairThreads(1, Recording(FlightRecorder(tmp_path, PREPROCESS)), "text")
+    begun, go, told = threading.Event(), threading.Event(), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+
+    def fail() -> None:
+        begun.set()
+        go.wait(5)
+        raise ValueError
+
+    on_behalf_of.set(Work("a"))
+    task = asyncio.create_task(threads.run(fail))
+    await asyncio.to_thread(begun.wait, 5)
+    task.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    del task
+    gc.collect()
+    await asyncio.sleep(0)
+    assert told == []
+    threads.close()
