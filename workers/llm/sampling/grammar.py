@@ -23,7 +23,7 @@ from workers.grammars.vocabulary import MASK_BITS, GrammarVocabulary
 from workers.llm.sampling.matching import Mask
 from workers.llm.sampling.tokens import TokensSoFar
 
-MAX_KEPT_BYTES = 256 << 20  # of grammars, as xgrammar counts them
+MAX_KEPT_BYTES = 96 << 20  # of grammars, as xgrammar counts them: in memory two to three times as much
 SLOW_S = 0.05  # of processor time for one mask
 MAX_SLOW_MASKS = 8  # of one request: it holds up all others
 
