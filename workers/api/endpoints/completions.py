@@ -228,7 +228,7 @@ class Completions(Endpoint):
     def _chunk(self, answer: Answer, choice: Json) -> bytes:
         whole = {"logprobs": None, "finish_reason": None, **choice}
         chunk = {**self._head(), "choices": [whole]}
-        if self._options is not None and self._options.continuous_usage_stats:
+        if self._options is not None and self._options.is_continuous:
             chunk["usage"] = usage_object(answer.usage)
         return event(chunk)
 

@@ -264,6 +264,8 @@ async def test_usage_in_every_chunk() -> None:
         chunk["usage"]["completion_tokens"] for chunk in await stream(prompt="ab", stream_options=options)
     ]
     assert counts == [1, 2, 3, 3]
+    alone = await stream(prompt="ab", stream_options={"continuous_usage_stats": True})
+    assert not any("usage" in chunk for chunk in alone), "as in vLLM"
 
 
 async def test_unknown_fields_are_ignored_and_told() -> None:
@@ -277,7 +279,10 @@ async def test_unknown_fields_are_ignored_and_told() -> None:
         assert "warning" not in plain.headers
 
 
-@pytest.mark.parametrize(("name", "value"), [("suffix", "x"), ("use_beam_search", True), ("mirostat", 2)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("suffix", "x"), ("use_beam_search", True), ("mirostat", 2), ("logprob_token_ids", [3])],
+)
 async def test_what_would_change_the_answer_is_refused_by_name(name: str, value: Any) -> None:
     assert (await ask(status=400, prompt="a", **{name: value}))["error"]["param"] == name
 
