@@ -32,6 +32,7 @@ NEUTRAL: Neutral = {
     "echo": (False,),  # of a chat; a completion's is served
     "return_tokens_as_token_ids": (False,),
     "logprob_token_ids": (),
+    "truncation_side": ("left",),
     # SGLang
     "custom_logit_processor": (),
     "custom_params": (),

@@ -254,7 +254,7 @@ class Completions(Endpoint):
         return {
             "tokens": texts,
             "token_logprobs": [_written(token.chosen) for token in scores],
-            "top_logprobs": tops if num_best else None,
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 
