@@ -46,8 +46,8 @@ def lm_eval(program: str, url: str, folder: Path) -> Iterator[Run]:
         ("written", "generate_until", "exact_match"),
         ("likely", "loglikelihood", "acc"),
     ):
-        text = TASK.format(name=name, data=data, kind=kind, metric=metric)
-        (folder / f"{name}.yaml").write_text(text)
+        task = TASK.format(name=name, data=data, kind=kind, metric=metric)
+        (folder / f"{name}.yaml").write_text(task)
     common = [program, "run", "--include_path", str(folder)]
     args = f"model={MODEL},num_concurrent=2,base_url={url}/v1"
     chat = ["--model", "local-chat-completions", "--apply_chat_template", "--tasks", "written"]
