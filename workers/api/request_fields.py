@@ -13,6 +13,11 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # the usage so far, in every chunk
 
+    @property
+    def is_continuous(self) -> bool:
+        """As in vLLM, where the one option needs the other."""
+        return self.include_usage and self.continuous_usage_stats
+
 
 class RequestFields(msgspec.Struct, kw_only=True):
     model: str = ""

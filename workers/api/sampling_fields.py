@@ -22,6 +22,7 @@ NAMED_BY_ENDPOINTS = (
 # Numbers that other servers read as something else than a number.
 LEAST_TOP_P = 1e-9  # for 0: the best token only
 ANY_SEED = -1
+MAX_NAMED = 8  # wrong keys in an error
 TOKEN_ID = re.compile("[0-9]{1,10}")  # as a key of `logit_bias`
 NO_LIMIT = -1  # of `max_tokens`
 
@@ -89,13 +90,11 @@ def to_sampling(
 def _to_logit_bias(given: dict[str, float]) -> dict[int, float]:
     if len(given) > MAX_LOGIT_BIASES:  # before all are converted
         raise RequestError(f"logit_bias has more than {MAX_LOGIT_BIASES} entries", field="logit_bias")
-    biases: dict[int, float] = {}
-    for token, bias in given.items():
-        if not TOKEN_ID.fullmatch(token):
-            what = f"logit_bias maps token ids, written as strings, to numbers; {shown(token)} is no id"
-            raise RequestError(what, field="logit_bias")
-        biases[int(token)] = bias
-    return biases
+    if wrong := [shown(token) for token in given if not TOKEN_ID.fullmatch(token)]:
+        named = f"{', '.join(wrong[:MAX_NAMED])} {'is no id' if len(wrong) == 1 else 'are no ids'}"
+        what = f"logit_bias maps token ids, written as strings, to numbers; {named}"
+        raise RequestError(what, field="logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def check_max_tokens(limit: int | None, field: str) -> None:

@@ -29,6 +29,10 @@ NEUTRAL: Neutral = {
     "repetition_detection": (),
     "chat_template": (),
     "documents": (),
+    "echo": (False,),  # of a chat; a completion's is served
+    "return_tokens_as_token_ids": (False,),
+    "logprob_token_ids": (),
+    "truncation_side": ("left",),
     # SGLang
     "custom_logit_processor": (),
     "custom_params": (),

@@ -74,3 +74,8 @@ def test_half_a_token_is_refused() -> None:
 def test_a_bias_for_no_token_is_refused_with_its_key(key: str) -> None:
     with pytest.raises(RequestError, match=f"{re.escape(repr(key))} is no id"):
         sampled({"logit_bias": {"1": 2, key: 1}})
+
+
+def test_all_keys_that_are_no_tokens_are_named() -> None:
+    with pytest.raises(RequestError, match="'a', 'b' are no ids"):
+        sampled({"logit_bias": {"a": 1, "5": 1, "b": 1}})

@@ -314,6 +314,7 @@ class RenderedChat(Form):
     object: Literal["chat.completion.render"]
     model: str
     prompt_token_ids: list[int]
+    token_ids: list[int]  # the same, under vLLM's name
     prompt: str
     count: int
 

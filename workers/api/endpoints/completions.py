@@ -228,7 +228,7 @@ class Completions(Endpoint):
     def _chunk(self, answer: Answer, choice: Json) -> bytes:
         whole = {"logprobs": None, "finish_reason": None, **choice}
         chunk = {**self._head(), "choices": [whole]}
-        if self._options is not None and self._options.continuous_usage_stats:
+        if self._options is not None and self._options.is_continuous:
             chunk["usage"] = usage_object(answer.usage)
         return event(chunk)
 
@@ -254,7 +254,7 @@ class Completions(Endpoint):
         return {
             "tokens": texts,
             "token_logprobs": [_written(token.chosen) for token in scores],
-            "top_logprobs": tops if num_best else None,
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 

@@ -126,7 +126,8 @@ class Render(_Inspection):
         token_ids = list(answer.prompts[0].token_ids)
         return {
             "object": "chat.completion.render", "model": self.model.name,
-            "prompt_token_ids": token_ids, "prompt": answer.text_of(token_ids), "count": len(token_ids),
+            "prompt_token_ids": token_ids, "token_ids": token_ids,
+            "prompt": answer.text_of(token_ids), "count": len(token_ids),
         }  # fmt: skip
 
 

@@ -232,7 +232,8 @@ async def test_logprobs_side_by_side() -> None:
         "top_logprobs": [{letter: -1.0, "x": -2.0, "y": -9999.0} for letter in "AB0"],
         "text_offset": [0, 1, 2],
     }
-    assert (await ask(prompt="ab", logprobs=0))["choices"][0]["logprobs"]["top_logprobs"] is None
+    chosen = (await ask(prompt="ab", logprobs=0))["choices"][0]["logprobs"]["top_logprobs"]
+    assert chosen == [{letter: -1.0} for letter in "AB0"], "as in vLLM"
     assert (await ask(status=400, prompt="a", logprobs=21))["error"]["param"] == "logprobs"
     offsets = [
         offset
@@ -264,6 +265,8 @@ async def test_usage_in_every_chunk() -> None:
         chunk["usage"]["completion_tokens"] for chunk in await stream(prompt="ab", stream_options=options)
     ]
     assert counts == [1, 2, 3, 3]
+    alone = await stream(prompt="ab", stream_options={"continuous_usage_stats": True})
+    assert not any("usage" in chunk for chunk in alone), "as in vLLM"
 
 
 async def test_unknown_fields_are_ignored_and_told() -> None:
@@ -277,7 +280,16 @@ async def test_unknown_fields_are_ignored_and_told() -> None:
         assert "warning" not in plain.headers
 
 
-@pytest.mark.parametrize(("name", "value"), [("suffix", "x"), ("use_beam_search", True), ("mirostat", 2)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("suffix", "x"),
+        ("use_beam_search", True),
+        ("mirostat", 2),
+        ("logprob_token_ids", [3]),
+        ("truncation_side", "right"),
+    ],
+)
 async def test_what_would_change_the_answer_is_refused_by_name(name: str, value: Any) -> None:
     assert (await ask(status=400, prompt="a", **{name: value}))["error"]["param"] == name
 

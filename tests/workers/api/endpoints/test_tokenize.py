@@ -66,6 +66,7 @@ async def test_the_tokens_of_a_chat() -> None:
     assert (await ask("/tokenize", messages=CHAT))["tokens"] == [104, 105]
     told = await ask("/v1/chat/completions/render", messages=CHAT)
     assert (told["prompt_token_ids"], told["prompt"], told["count"]) == ([104, 105], "hi", 2)
+    assert told["token_ids"] == told["prompt_token_ids"]
     assert (await ask("/tokenize", status=400, messages=CHAT, prompt="a"))["error"]["param"] == "prompt"
 
 

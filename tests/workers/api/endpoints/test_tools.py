@@ -104,6 +104,15 @@ async def test_calls_are_read_whole_and_in_a_stream(
     assert (made["content"], made["calls"]) == (content or "", [list(call) for call in calls])
 
 
+async def test_the_usage_so_far_begins_without_an_output() -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    async with asking(writing("Hello")) as client:
+        chunks = [chunk async for chunk in await create(client, stream=True, stream_options=options)]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[0].usage.completion_tokens == 0
+    assert chunks[1].usage.completion_tokens > 0
+
+
 async def test_each_choice_has_its_own_calls() -> None:
     async with asking(writing(CALL)) as client:
         answer = await create(client, tools=TOOLS, n=2)
