@@ -64,6 +64,7 @@ QUERY_AFTER_S = 10.0  # of silence before a request is queried
 HEARTBEAT_TIMEOUT_S = 8.0  # of the launcher's silence (it sends once a second) before its process is checked
 MAX_UNREAD = 8192  # outputs of one request that its caller has not read
 MAX_JITTER_S = 0.05  # so that not all clients resubmit at once
+OUTPUTS_IN_A_TURN = 8  # of the event loop: readers of many streams run between, and whatever else waits
 TOO_SLOW = "the answer is not read as fast as it comes"
 PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 
@@ -368,8 +369,10 @@ class Connection:
                     if (opened := self._find(message.request_id, message.attempt)) is not None:
                         self._on_accepted(opened, message)
                 case TokenOutputs():
-                    for output in message.outputs:
+                    for number, output in enumerate(message.outputs, 1):
                         self._take(output)
+                        if number % OUTPUTS_IN_A_TURN == 0:
+                            await asyncio.sleep(0)
                 case RequestFailed():
                     self.aborts.forget(message.request_id)
                     if (opened := self._find(message.request_id, message.attempt)) is not None:

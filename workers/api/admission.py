@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-MAX_IN_A_TURN = 4
+MAX_IN_A_TURN = 1
 
 
 class Admission:

@@ -7,8 +7,6 @@ import logging
 import socket
 import time
 
-from aiohttp import web
-
 from pipeline.client.client import PipelineClient
 from pipeline.config import MIB, ApiConfig
 from pipeline.config.tls import ssl_context
@@ -28,6 +26,7 @@ from pipeline.wire.control import ControlMessage, ReloadRequested
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.topology import CONTROL
 from workers.api.budget import memory_mib
+from workers.api.listener import Listener
 from workers.api.response_store import STORED_BYTES
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
@@ -98,7 +97,7 @@ class _Process:
             spans=context.tracer.otlp,
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
-        self._sites: list[web.SockSite] = []
+        self._sites: list[Listener] = []
         self._tasks = asyncio.TaskGroup()
         self._is_draining = False
 
@@ -107,8 +106,7 @@ class _Process:
         # The launcher has the listening sockets, too: connections wait for a successor if this process dies.
         tls = ssl_context(self._context.config.api)
         self._sites = [
-            web.SockSite(self._runner, socket.socket(fileno=descriptor), ssl_context=tls)
-            for descriptor in self._context.fds
+            Listener(self._runner, socket.socket(fileno=descriptor), tls) for descriptor in self._context.fds
         ]
         try:
             async with self._tasks:

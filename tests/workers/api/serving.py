@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
-
-from aiohttp import web
 
 from pipeline.client.client import Piece
 from pipeline.config import ApiConfig
@@ -20,6 +19,7 @@ from pipeline.wire.control import WorkerState
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
 from tests.workers.api.description.conformance import Conformance
+from workers.api.listener import Listener
 from workers.api.runner import HttpRunner
 from workers.api.server import ApiServer
 
@@ -176,9 +176,10 @@ async def serving(
     application.on_response_prepare.append(conformance.check)
     runner = HttpRunner(application, shutdown_timeout=0.1, **options)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+    listening = socket.create_server(("127.0.0.1", 0))
+    await Listener(runner, listening, tls).start()
     try:
-        yield Site(*runner.addresses[0][:2])
+        yield Site(*listening.getsockname()[:2])
     finally:
         await runner.cleanup()
     assert conformance.violations == []
