@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from workers.api.responses_request import (
     to_chat_request,
     to_items,
 )
+from workers.api.responses_request import to_messages as responses_messages
 
 WEATHER: Any = {
     "type": "function",
@@ -79,6 +81,18 @@ def test_parts_calls_results_and_thoughts() -> None:
         ChatMessage("tool", (ImagePart(url="http://x/y"),), tool_call_id="c2"),
         ChatMessage("system", "And?"),
     ]
+
+
+def test_a_turn_of_many_items_is_joined_in_one_step() -> None:
+    """Joined one by one, 16 MB of thoughts took two minutes of the event loop."""
+    thoughts = [{"type": "reasoning", "content": [{"text": f"{index:0999}."}]} for index in range(4000)]
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    started = time.process_time()
+    made = responses_messages([*thoughts, *[call] * 4000])
+    assert time.process_time() - started < 0.5
+    (message,) = made
+    assert (message.reasoning_content or "").endswith("3999.")
+    assert (len(message.reasoning_content or ""), len(message.tool_calls or ())) == (4_000_000, 4000)
 
 
 @pytest.mark.parametrize(
