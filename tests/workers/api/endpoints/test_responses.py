@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
+from pipeline.client.client import Piece
 from pipeline.parsers.forms import ChatForms
+from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.errors import RequestError
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart, ToolCall
-from pipeline.wire.sampling import FinishReason, GrammarKind
+from pipeline.wire.sampling import FinishReason, GrammarKind, SamplingParams
 from tests.workers.api.endpoints.test_messages import FORMS, THINKS_AND_CALLS, Writer
 from tests.workers.api.serving import endpoint, serving
 from workers.api.chat_request import check_chat, to_messages
@@ -295,3 +300,38 @@ def test_the_store_forgets_the_oldest_first() -> None:
     for number in kept:
         store.drop(f"r{number}", "t")
     assert (store._nbytes, store._response_of) == (0, {})
+
+
+class Scorer(Writer):
+    """Each piece is one token, whose log-probability tells it from the others."""
+
+    async def _write(self, sampling: SamplingParams) -> AsyncGenerator[Piece, None]:
+        async for made in super()._write(sampling):
+            value = np.float32(-made.num_output_tokens).tobytes()
+            yield dataclasses.replace(made, logprobs=(TokenLogprobs(pack_int32([1]), value),))
+
+
+def values_of(logprobs: Any) -> list[float]:
+    return [one.logprob for one in logprobs]
+
+
+async def test_log_probabilities_are_those_of_the_text_whole_and_streamed() -> None:
+    fields: Any = {"model": "m", "input": "Hi", "include": ["message.output_text.logprobs"]}
+    async with asking(Scorer("<think>", "Hm.", "</think>", "So ", "", "be it.")) as client:
+        whole = await client.responses.create(**fields)
+        events = [one async for one in await client.responses.create(**fields, stream=True)]
+    texts = [item.content[0] for item in whole.output if item.type == "message"]
+    assert [values_of(text.logprobs) for text in texts] == [[-4, -5, -6]]
+    deltas = [one.logprobs for one in events if one.type == "response.output_text.delta"]
+    assert [values_of(logprobs) for logprobs in deltas] == [[-4], [-5, -6]]
+    (done,) = [one.logprobs for one in events if one.type == "response.output_text.done"]
+    assert values_of(done) == [-4, -5, -6]
+
+
+async def test_of_an_answer_that_is_cut_only_the_last_item_is_incomplete() -> None:
+    fields: Any = {"model": "m", "input": "Hi"}
+    async with asking(Writer("<think>Hm.</think>", "So", finish=FinishReason.LENGTH)) as client:
+        whole = await client.responses.create(**fields)
+        *_, last = [one async for one in await client.responses.create(**fields, stream=True)]
+    for response in (whole, last.response):
+        assert [item.status for item in response.output] == ["completed", "incomplete"]
