@@ -148,7 +148,9 @@ def to_template_options(request: ChatCompletionRequest, forms: ChatForms) -> dic
 
 
 def _effort(given: Any, field: str) -> str | None:
-    effort = given.get("effort") if isinstance(given, dict) else given
+    if isinstance(given, dict):
+        given, field = given.get("effort"), f"{field}.effort"
+    effort = given
     if effort is None or (isinstance(effort, str) and effort in EFFORTS):
         return effort
     known = ", ".join(EFFORTS)

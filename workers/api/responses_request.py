@@ -9,7 +9,7 @@ from pipeline.wire.errors import RequestError, shown
 from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
 from workers.api.json_bodies import is_unset
 from workers.api.keys import refuse_unserved_keys, text_of
-from workers.api.sampling_fields import SamplingFields
+from workers.api.sampling_fields import SamplingFields, check_max_tokens
 
 Json = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
@@ -23,6 +23,9 @@ NEUTRAL: Mapping[str, Sequence[object]] = {
     "truncation": ("disabled",),
     "context_management": (),
     "max_tool_calls": (),
+    # vLLM's, for which a response has no place
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
 }
 
 
@@ -55,6 +58,9 @@ def check_responses(request: ResponsesRequest) -> None:
             raise RequestError(f"{name} is not served by this server, got {shown(value)}", field=name)
     if request.n not in (None, 1):
         raise RequestError("a response has one choice", field="n")
+    check_max_tokens(request.max_output_tokens, "max_output_tokens")
+    if request.response_format is not None and (request.text or {}).get("format") is not None:
+        raise RequestError("only one of text.format and response_format can be given", field="text.format")
 
 
 def to_items(given: str | list[Json]) -> list[Json]:
@@ -88,7 +94,7 @@ def to_chat_request(request: ResponsesRequest, items: Sequence[Json]) -> ChatCom
         request.parallel_tool_calls,
     )
     chat.chat_template_kwargs = request.chat_template_kwargs
-    chat.reasoning_effort = (request.reasoning or {}).get("effort")
+    chat.reasoning = request.reasoning
     form = (request.text or {}).get("format")
     if form is not None:
         chat.response_format = _response_format(form)

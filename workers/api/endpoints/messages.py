@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
@@ -40,9 +40,16 @@ ERROR_TYPES = {
 
 class _Anthropic(Endpoint):
     error = AnthropicError
+    field_names: ClassVar = {
+        "response_format.json_schema": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "thinking_token_budget": "thinking.budget_tokens",
+        "stop": "stop_sequences",
+    }
 
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
+        error = cls.named(error)
         kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         message = f"{error.field}: {error.message}" if error.field else error.message
         return {"type": "error", "error": {"type": kind, "message": message}}

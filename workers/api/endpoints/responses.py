@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -18,7 +18,6 @@ from workers.api.chat_submission import to_submission
 from workers.api.description.answers import DeletedObject, Error, ItemList, Response
 from workers.api.endpoints.base import Endpoint, Inquiry, Json, ServedModel
 from workers.api.endpoints.openai import logprob_objects
-from workers.api.errors import error_body
 from workers.api.request_fields import check_request
 from workers.api.response_events import COMPLETED, IN_PROGRESS, EventWriter, ItemWriter
 from workers.api.responses_request import (
@@ -36,6 +35,7 @@ INCOMPLETE = "incomplete"
 
 class Responses(Endpoint):
     path, fields, answer = "/v1/responses", ResponsesRequest, Response
+    field_names: ClassVar = {"response_format.json_schema": "text.format", "response_format": "text.format"}
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
@@ -126,7 +126,7 @@ class Responses(Endpoint):
 
     @classmethod
     def last_words(cls, error: ErrorInfo) -> bytes:
-        told = error_body(error)["error"]
+        told = cls.error_body(error)["error"]
         body = {
             "type": "error", "code": told["code"] or told["type"], "message": told["message"],
             "param": told["param"], "sequence_number": 0,

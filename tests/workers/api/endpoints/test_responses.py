@@ -335,3 +335,26 @@ async def test_of_an_answer_that_is_cut_only_the_last_item_is_incomplete() -> No
         *_, last = [one async for one in await client.responses.create(**fields, stream=True)]
     for response in (whole, last.response):
         assert [item.status for item in response.output] == ["completed", "incomplete"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        (
+            {"text": {"format": {"type": "text"}}, "extra_body": {"response_format": {"type": "text"}}},
+            "text.format",
+        ),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+        ({"extra_body": {"return_token_ids": True}}, "return_token_ids"),
+        ({"extra_body": {"regex": "a+"}}, "regex"),
+    ],
+)
+async def test_errors_name_the_field_as_the_client_wrote_it(fields: Any, field: str) -> None:
+    async with asking(Writer("a")) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.responses.create(model="m", input="Hi", **fields)
+    assert caught.value.param == field
