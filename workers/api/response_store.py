@@ -6,6 +6,7 @@ They live in this process, up to a number of bytes: the oldest are forgotten fir
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -60,9 +61,12 @@ class ResponseStore:
         self._stored.move_to_end(response_id)
         return found
 
-    def items(self, response_id: str, tenant: str, field: str = "") -> list[Json]:
-        """The conversation. Raises RequestError, as `get` does."""
+    def items(
+        self, response_id: str, tenant: str, field: str = "", reserve: Callable[[int], None] = lambda _: None
+    ) -> list[Json]:
+        """The conversation, for which memory is reserved. Raises RequestError, as `get` does."""
         found = self.get(response_id, tenant, field)
+        reserve(len(found.input) + len(found.output))
         items: list[Json] = msgspec.json.decode(found.input)
         return [*items, *msgspec.json.decode(found.output)]
 

@@ -296,6 +296,7 @@ class ApiServer:
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
         # To decode, render and submit a request is the longest work of this loop.
         await self._admission.wait()
+        endpoint.reserve = lease.add
         try:
             submission = endpoint.decode(body)
         except RecursionError:  # of JSON in a text, which is parsed and written again

@@ -7,7 +7,7 @@ sends the result of `render` or `stream`. It knows no route by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -88,6 +88,7 @@ class Endpoint(Route):
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
         self.ignored_fields: Sequence[str] = ()  # of the body, after `decode`
+        self.reserve: Callable[[int], None] = lambda num_bytes: None  # takes memory beyond the body's
 
     def read(self, body: bytes | bytearray) -> Any:
         """A struct of the kind `fields`. Raises RequestError for a body that does not fit and, with

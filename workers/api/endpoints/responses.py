@@ -51,7 +51,9 @@ class Responses(Endpoint):
         check_responses(request)
         items = self._resolved(to_items(request.input))
         if request.previous_response_id:
-            before = self.model.store.items(request.previous_response_id, self.tenant, "previous_response_id")
+            before = self.model.store.items(
+                request.previous_response_id, self.tenant, "previous_response_id", self.reserve
+            )
             items = [*before, *items]
         chat = to_chat_request(request, items)
         submission = to_submission(chat, self.model, self._id)

@@ -24,6 +24,7 @@ from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart, ToolCall
 from pipeline.wire.sampling import FinishReason, GrammarKind, SamplingParams
 from tests.workers.api.endpoints.test_messages import FORMS, THINKS_AND_CALLS, Writer
 from tests.workers.api.serving import endpoint, serving
+from workers.api.budget import Budget
 from workers.api.chat_request import check_chat, to_messages
 from workers.api.json_bodies import decode_json
 from workers.api.response_store import ResponseStore
@@ -358,3 +359,34 @@ async def test_errors_name_the_field_as_the_client_wrote_it(fields: Any, field: 
         with pytest.raises(openai.BadRequestError) as caught:
             await client.responses.create(model="m", input="Hi", **fields)
     assert caught.value.param == field
+
+
+async def test_a_stored_conversation_is_memory_of_each_request_that_goes_on_from_it() -> None:
+    """Its bytes were not counted: a hundred bytes that name it made a request of megabytes."""
+    budget = Budget(8 << 20)
+    taken: list[int] = []
+
+    class Watcher(Writer):
+        def generate(self, *given: Any, **options: Any) -> AsyncGenerator[Piece, None]:
+            taken.append(budget.num_bytes)
+            return super().generate(*given, **options)
+
+    async with asking(Watcher("a"), budget=budget) as client:
+        first = await client.responses.create(model="m", input="x" * (3 << 20))
+        second = await client.responses.create(
+            model="m", input="x" * (2 << 20), previous_response_id=first.id
+        )
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.responses.create(model="m", input="x" * (2 << 20), previous_response_id=second.id)
+    assert caught.value.status_code == 503
+    assert taken[1] > 5 << 20
+    assert budget.num_bytes == 0
+
+
+async def test_an_option_of_the_template_is_short() -> None:
+    """Where a prompt leaves the model is kept by its options: 256 texts of 60 MB each."""
+    async with asking(Writer("a")) as client:
+        fields: Any = {"chat_template_kwargs": {"reasoning_effort": "x" * 257}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.responses.create(model="m", input="Hi", extra_body=fields)
+    assert caught.value.param == "chat_template_kwargs.reasoning_effort"
