@@ -86,15 +86,28 @@ class ChatCompletions(Endpoint):
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         """Each choice's role, its text and calls as they come and its finish reason; then the usage if
         requested."""
-        for index in range(len(answer.choices)):
-            yield self._chunk(answer, index, {"role": "assistant", "content": ""})
+        has_begun = False
         async for update in updates:
+            if not has_begun:
+                has_begun = True
+                for chunk in self._roles(answer):
+                    yield chunk
             for chunk in self._chunks(answer, update):
                 yield chunk
         if self._options is not None and self._options.include_usage:
             usage = usage_object(answer.usage)
             yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
+
+    def _roles(self, answer: Answer) -> Iterator[bytes]:
+        """The first chunk has the prompt's token ids if requested, as vLLM's has."""
+        for index in range(len(answer.choices)):
+            delta = {"role": "assistant", "content": ""}
+            if index == 0 and self._wants_token_ids:
+                chunk = self._chunk_object(index, delta=delta)
+                yield event({**chunk, "prompt_token_ids": list(answer.prompts[0].token_ids)})
+            else:
+                yield self._chunk(answer, index, delta)
 
     def _chunks(self, answer: Answer, update: Update) -> Iterator[bytes]:
         logprobs, token_ids = update.logprobs, update.token_ids
