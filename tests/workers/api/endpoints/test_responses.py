@@ -390,3 +390,14 @@ async def test_an_option_of_the_template_is_short() -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.responses.create(model="m", input="Hi", extra_body=fields)
     assert caught.value.param == "chat_template_kwargs.reasoning_effort"
+
+
+def test_each_reference_reads_its_own_item_only() -> None:
+    """References to 2000 items of one answer read the whole answer 2000 times."""
+    store = ResponseStore()
+    items = [{"id": f"fc_{index}", "arguments": "x" * 100} for index in range(2000)]
+    store.put("resp_1", "t", b"[]", items, {})
+    started = time.process_time()
+    assert [store.item(item["id"], "t", "input") for item in items] == items
+    assert time.process_time() - started < 0.3
+    assert store.items("resp_1", "t") == items
