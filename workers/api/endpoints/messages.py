@@ -9,7 +9,7 @@ from typing import ClassVar, assert_never
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, ChoiceAnswer, Update, Usage
-from workers.api.anthropic_request import MessagesFields, MessagesRequest, to_chat_request, to_json_text
+from workers.api.anthropic_request import MessagesFields, MessagesRequest, to_call_input, to_chat_request
 from workers.api.blocks import (
     AnswerBlock,
     AnswerBlocks,
@@ -160,7 +160,7 @@ def _whole(block: AnswerBlock) -> Json:
         case BlockKind.THOUGHT:
             return {"type": "thinking", "thinking": block.text, "signature": ""}
         case BlockKind.CALL:
-            return {**_call(block), "input": to_json_text(block.text)}
+            return {**_call(block), "input": to_call_input(block.text)}
         case _:
             assert_never(block.kind)
 
