@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 from pipeline.parsers.base import Content, Parser, ParserEvent, ToolArguments, ToolCallBegun
+from pipeline.parsers.tags import TrailingBlanks
 
 
 class CallParser(Parser):
@@ -15,7 +16,7 @@ class CallParser(Parser):
     def __init__(self) -> None:
         self._held = ""
         self._events: list[ParserEvent] = []
-        self._blanks = ""  # of the content, told when more of it comes
+        self._blanks = TrailingBlanks()  # of the content
         self._is_behind_call = False
         self._state: Callable[[], bool] = self._content
         self._num_calls = 0
@@ -28,9 +29,8 @@ class CallParser(Parser):
 
     def finish(self) -> Sequence[ParserEvent]:
         self._end()
-        if self._blanks and not self._is_behind_call:
-            self._events.append(Content(self._blanks))
-        self._blanks = ""
+        if (blanks := self._blanks.take()) and not self._is_behind_call:
+            self._events.append(Content(blanks))
         return self._take_events()
 
     @abstractmethod
@@ -47,9 +47,7 @@ class CallParser(Parser):
 
     def _tell(self, text: str) -> None:
         """Content, whose blanks at the end are held back, and whose blanks behind a call are dropped."""
-        text = self._blanks + text
-        told = text.rstrip()
-        self._blanks = text[len(told) :]
+        told = self._blanks.add(text)
         if self._is_behind_call:
             told = told.lstrip()
         if told:
@@ -57,7 +55,8 @@ class CallParser(Parser):
             self._events.append(Content(told))
 
     def _begin_call(self, name: str) -> None:
-        self._blanks, self._is_behind_call = "", True
+        self._blanks.take()
+        self._is_behind_call = True
         self._events.append(ToolCallBegun(self._num_calls, name))
         self._num_calls += 1
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,21 @@ class ChatForms:
         return cls(ChatTemplate.read(folder), tool_parser, reasoning_parser)
 
     def parser(self, prompt: Prompt) -> Parser:
-        """A prompt without a chat's template is continued, not answered: nothing in it is more than text."""
+        return self.parser_maker(prompt)()
+
+    def parser_maker(self, prompt: Prompt) -> Callable[[], Parser]:
+        """Makes the parsers of all choices: the functions are read once, as there may be megabytes of them.
+
+        A prompt without a chat's template is continued, not answered: nothing in it is more than text.
+        """
         if not isinstance(prompt, Chat):
-            return PlainParser()
-        calls = self.calls if prompt.tools else None
-        inner = calls.parser(tools_of(prompt)) if calls else PlainParser()
-        if self.thoughts is None:
-            return inner
-        ends = (calls.tags[0],) if calls else ()
-        return self.thoughts.parser(self.start(prompt), inner, ends)
+            return PlainParser
+        calls, thoughts = self.calls if prompt.tools else None, self.thoughts
+        make_inner = partial(calls.parser, tools_of(prompt)) if calls else PlainParser
+        if thoughts is None:
+            return make_inner
+        start, ends = self.start(prompt), (calls.tags[0],) if calls else ()
+        return lambda: thoughts.parser(start, make_inner(), ends)
 
     def knows(self, option: str) -> bool:
         """Whether the template reads this option."""

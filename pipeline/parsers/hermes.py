@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from pipeline.parsers.base import Json, Parser, Tool, ToolForm
 from pipeline.parsers.calls import CallParser
 from pipeline.parsers.json_call import JsonCall
-from pipeline.parsers.tags import first_of, may_begin, overlap
+from pipeline.parsers.tags import MAX_BLANKS, first_of, may_begin, overlap
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 # A model that lost count of its brackets closes some too many.
-BEHIND_OBJECT = re.compile(r"[\s}\]]*")
+BEHIND_OBJECT = re.compile(rf"[\s}}\]]{{0,{MAX_BLANKS}}}")
 
 
 class HermesParser(CallParser):

@@ -1,4 +1,4 @@
-"""Finds tags that may be cut anywhere between two pieces of a text."""
+"""Finds tags that may be cut anywhere between two pieces of a text, and holds back blanks next to them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,32 @@ class Found(NamedTuple):
         return self.start + len(self.tag)
 
 
-def first_of(text: str, tags: Iterable[str]) -> Found | None:
-    """The tag that comes first; of two at one place the longer one."""
-    found = [Found(place, tag) for tag in tags if (place := text.find(tag)) >= 0]
+MAX_BLANKS = 256  # held in front of a tag: more would be read again with each piece
+
+
+class TrailingBlanks:
+    """Holds back the blanks at the end of a text until more of it comes."""
+
+    def __init__(self) -> None:
+        self._held: list[str] = []
+
+    def add(self, text: str) -> str:
+        told = text.rstrip()
+        shown = self.take() + told if told else ""
+        if len(told) < len(text):
+            self._held.append(text[len(told) :])
+        return shown
+
+    def take(self) -> str:
+        """What is held, and no longer is."""
+        taken = "".join(self._held)
+        self._held.clear()
+        return taken
+
+
+def first_of(text: str, tags: Iterable[str], start: int = 0) -> Found | None:
+    """The tag that comes first from `start` on; of two at one place the longer one."""
+    found = [Found(place, tag) for tag in tags if (place := text.find(tag, start)) >= 0]
     return min(found, key=lambda one: (one.start, -len(one.tag)), default=None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.parsers.base import Parser, ParserEvent, Thought, ThoughtForm, ThoughtStart
-from pipeline.parsers.tags import first_of, overlap
+from pipeline.parsers.tags import MAX_BLANKS, TrailingBlanks, first_of, may_begin, overlap
 
 BEGIN, END = "<think>", "</think>"
 
@@ -20,7 +20,7 @@ class ThoughtParser(Parser):
         self._may_open = start is not ThoughtStart.CONTENT  # with a tag
         self._is_thought = start in (ThoughtStart.THOUGHT, ThoughtStart.EXPECTED)
         self._is_at_start = self._is_thought  # what comes are blanks so far
-        self._held = ""
+        self._held, self._blanks = "", TrailingBlanks()  # of the thought
 
     def add(self, text: str) -> Sequence[ParserEvent]:
         events: list[ParserEvent] = []
@@ -36,7 +36,7 @@ class ThoughtParser(Parser):
     def finish(self) -> Sequence[ParserEvent]:
         events: list[ParserEvent] = []
         if self._is_thought:
-            self._tell(self._held.rstrip(), events)
+            self._tell(self._held, events)
         elif self._held:
             events += self._inner.add(self._held)
         self._held = ""
@@ -45,7 +45,7 @@ class ThoughtParser(Parser):
     def _open(self) -> bool:
         """Takes the opening tag, if it is there. Says whether that is known."""
         begun = self._held.lstrip()
-        if len(begun) < len(BEGIN) and BEGIN.startswith(begun):
+        if may_begin(begun, (BEGIN,)) and len(self._held) - len(begun) <= MAX_BLANKS:
             return False
         self._may_open = False
         if begun.startswith(BEGIN):
@@ -56,15 +56,16 @@ class ThoughtParser(Parser):
     def _think(self, events: list[ParserEvent]) -> None:
         found = first_of(self._held, self._ends)
         if found is None:
-            certain = self._held[: len(self._held) - overlap(self._held, self._ends)].rstrip()
-            self._tell(certain, events)
-            self._held = self._held[len(certain) :]
+            certain = len(self._held) - overlap(self._held, self._ends)
+            self._tell(self._held[:certain], events)
+            self._held = self._held[certain:]
             return
-        self._tell(self._held[: found.start].rstrip(), events)
+        self._tell(self._held[: found.start], events)
         self._held = self._held[found.stop if found.tag == END else found.start :]
         self._is_thought, self._is_at_start = False, True
 
     def _tell(self, text: str, events: list[ParserEvent]) -> None:
+        text = self._blanks.add(text)
         if self._is_at_start:
             text = text.lstrip()
         if text:

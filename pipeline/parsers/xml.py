@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.parsers.base import Json, Parser, Tool, ToolForm
 from pipeline.parsers.calls import CallParser
-from pipeline.parsers.tags import first_of, may_begin, overlap
+from pipeline.parsers.tags import MAX_BLANKS, first_of, may_begin, overlap
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
@@ -28,7 +28,7 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 # A model that forgets the end of a value goes on in a new line.
 VALUE_ENDS = (PARAMETER_END, f"\n{PARAMETER}", f"\n{FUNCTION_END}", f"\n{END}")
 CUT_ENDS = (*VALUE_ENDS, f"\n{PARAMETER_END}")
-MAX_BLANKS = 2  # between two tags: a model that is made to call could write blanks for ever
+MAX_BLANKS_BETWEEN = 2  # between two tags: a model that is made to call could write blanks for ever
 MAX_NAME = 256  # characters; what is longer is no name
 STRING, ANY = frozenset({"string"}), frozenset({"any"})
 
@@ -42,6 +42,7 @@ class XmlParser(CallParser):
         self._types = STRING  # of the parameter
         self._num_parameters = 0
         self._is_at_start = False  # of a value
+        self._num_searched = 0  # characters of it: no tag begins in them
 
     def _content(self) -> bool:
         found = first_of(self._held, (BEGIN, FUNCTION))
@@ -63,7 +64,7 @@ class XmlParser(CallParser):
             self._held = rest[len(FUNCTION) :]
             self._state = self._function
             return True
-        if may_begin(rest, (FUNCTION,)):
+        if may_begin(rest, (FUNCTION,)) and len(self._held) - len(rest) <= MAX_BLANKS:
             return False
         return self._give_up()
 
@@ -115,14 +116,14 @@ class XmlParser(CallParser):
         if self._types == STRING:
             self._tell_arguments('"')
         self._num_parameters += 1
-        self._is_at_start = True
+        self._is_at_start, self._num_searched = True, 0
         self._state = self._value
 
     def _value(self) -> bool:
         if self._is_at_start and self._held:
             self._held = self._held.removeprefix("\n")
             self._is_at_start = False
-        found = first_of(self._held, VALUE_ENDS)
+        found = first_of(self._held, VALUE_ENDS, self._num_searched)
         if found is not None:
             value, is_ended = self._held[: found.start], found.tag == PARAMETER_END
             self._held = self._held[found.stop if is_ended else found.start :]
@@ -133,6 +134,8 @@ class XmlParser(CallParser):
             kept = len(self._held) - overlap(self._held, CUT_ENDS)
             self._tell_arguments(_in_string(self._held[:kept]))
             self._held = self._held[kept:]
+        else:
+            self._num_searched = max(0, len(self._held) - max(map(len, VALUE_ENDS)) + 1)
         return False
 
     def _end_value(self, value: str) -> None:
@@ -142,7 +145,7 @@ class XmlParser(CallParser):
             self._tell_arguments(_to_json(value, self._types))
 
     def _behind_function(self) -> bool:
-        rest = self._held.lstrip()
+        self._held = rest = self._held.lstrip()  # blanks behind a call are dropped, whatever follows them
         if rest.startswith(END):
             self._held = rest[len(END) :]
         elif may_begin(rest, (END,)):
@@ -170,16 +173,22 @@ def _types_of(schema: Any) -> frozenset[str]:
     if not isinstance(schema, Mapping):
         return STRING
     given = schema.get("type")
-    types = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
+    types = {one for one in (given if isinstance(given, list) else [given]) if isinstance(one, str)}
     for name in ("anyOf", "oneOf", "allOf"):
-        for one in schema.get(name) or ():
+        for one in _list_of(schema, name):
             types |= _types_of(one)
-    listed = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
+    listed = [*_list_of(schema, "enum"), *([schema["const"]] if "const" in schema else ())]
     if not types and listed:
         types |= {"string" if isinstance(value, str) else "any" for value in listed}
     if "$ref" in schema:
         types |= ANY
-    return frozenset(str(one) for one in types) or STRING
+    return frozenset(types) or STRING
+
+
+def _list_of(schema: Mapping[str, Any], name: str) -> list[Any]:
+    """Nobody has checked the schema of a function that is not forced."""
+    found = schema.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _to_json(text: str, types: frozenset[str]) -> str:
@@ -232,7 +241,7 @@ class XmlForm(ToolForm):
             "type": "json_schema",
             "json_schema": schema,
             "style": "qwen_xml",
-            "max_whitespace_cnt": MAX_BLANKS,
+            "max_whitespace_cnt": MAX_BLANKS_BETWEEN,
         }
         end = f"\n{FUNCTION_END}\n{END}"
         return {"type": "tag", "begin": f"{self.begin}{tool.name}>\n", "content": content, "end": end}

@@ -18,6 +18,7 @@ TEMPLATE_OPTIONS = (
     "reasoning_effort",
     "add_vision_id",
 )
+MAX_TEMPLATE_OPTION = 256  # characters of a text
 ROLES = ("system", "user", "assistant", "tool")
 SAME_ROLES = {"developer": "system"}  # OpenAI's newer name for the role that models know
 TemplateOption = bool | int | float | str

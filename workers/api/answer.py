@@ -45,6 +45,7 @@ class Update(NamedTuple):
     finish_reason: FinishReason | None  # of a choice's last update
     token_ids: Sequence[int] = ()
     stop_reason: str | int | None = None  # of a choice's last update: the stop string or token id it has met
+    text_logprobs: Sequence[TokenScores] = ()  # of the content that this adds, its held back tokens included
 
 
 class Usage(NamedTuple):
@@ -71,9 +72,12 @@ class ChoiceAnswer:
     thoughts: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenScores] = field(default_factory=list)
+    text_logprobs: list[TokenScores] = field(default_factory=list)  # of the content alone
     token_ids: list[int] = field(default_factory=list)
     last_piece: Piece | None = None
     is_thinking: bool = False
+    is_text: bool = True  # not a thought or a call, as far as is known
+    unplaced: list[TokenScores] = field(default_factory=list)  # of tokens that have no event yet
     num_thought_tokens: int = 0
 
     @property
@@ -143,9 +147,29 @@ class Answer:
             events = (*events, *choice.parser.finish())
         if events:
             choice.is_thinking = isinstance(events[0], Thought)
+            choice.is_text = any(isinstance(event, Content) for event in events)
         choice.num_thought_tokens += len(piece.token_ids) if choice.is_thinking else 0
         logprobs = [self._scores(token) for token in piece.logprobs] if piece.logprobs else ()
-        return Update(index, events, logprobs, piece.finish_reason, piece.token_ids, piece.stop_reason)
+        return Update(
+            index,
+            events,
+            logprobs,
+            piece.finish_reason,
+            piece.token_ids,
+            piece.stop_reason,
+            self._of_text(choice, logprobs, bool(events) or piece.finish_reason is not None),
+        )
+
+    def _of_text(
+        self, choice: ChoiceAnswer, logprobs: Sequence[TokenScores], is_told: bool
+    ) -> Sequence[TokenScores]:
+        if not logprobs and not choice.unplaced:
+            return ()
+        choice.unplaced += logprobs
+        if not is_told and choice.is_text:
+            return ()
+        found, choice.unplaced = choice.unplaced, []
+        return found if choice.is_text else ()
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         return b"".join(map(self._token_text, token_ids)).decode(errors="replace")
@@ -154,6 +178,7 @@ class Answer:
         """Keeps an update for `render`: only answers that are not streamed need it."""
         choice = self.choices[update.choice]
         choice.logprobs += update.logprobs
+        choice.text_logprobs += update.text_logprobs
         choice.token_ids += update.token_ids
         for event in update.events:
             match event:

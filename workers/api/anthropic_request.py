@@ -101,14 +101,14 @@ def _messages(message: AnthropicMessage, field: str) -> list[RequestMessage]:
     made = list(results)
     if parts or calls or thoughts or not results:
         reasoning = "".join(thoughts) or None
-        content = _astext_of(parts) if message.role == "assistant" else parts
+        content = _text_or_parts(parts) if message.role == "assistant" else parts
         made.append(
             RequestMessage(message.role, content, tool_calls=calls or None, reasoning_content=reasoning)
         )
     return made
 
 
-def _astext_of(parts: Sequence[Json]) -> str | list[Json]:
+def _text_or_parts(parts: Sequence[Json]) -> str | list[Json]:
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return list(parts)
@@ -236,7 +236,7 @@ def _take_output(request: MessagesFields, chat: ChatCompletionRequest) -> None:
     }
 
 
-def to_json_text(arguments: str) -> Json:
+def to_call_input(arguments: str) -> Json:
     """A call's arguments as an object; a model's text that is none stands under one key."""
     try:
         value = json.loads(arguments or "{}")

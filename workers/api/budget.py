@@ -21,6 +21,7 @@ from pipeline.wire.errors import RequestError
 
 PATIENCE_S = 2.0  # that a request waits for memory
 SHARE = 3.0  # a client alone can have three quarters of the budget
+NO_ROOM = "the server has no memory left for this request"
 MIN_BODIES, MAX_BODIES = 4, 16  # bodies of the largest size that fit the default budget
 MACHINE_SHARE = 16  # the default is one part in so many of the machine's memory
 
@@ -45,6 +46,14 @@ class Budget:
         free = self._limit - self.num_bytes - num_bytes
         return free >= 0 and self._taken[owner] + num_bytes <= SHARE * free
 
+    def take_at_once(self, lease: BudgetLease, num_bytes: int) -> None:
+        """Raises RequestError (503) if there is no room for `num_bytes` more now."""
+        if not self._has_room(lease.owner, num_bytes):
+            raise RequestError(NO_ROOM, status=503)
+        self.num_bytes += num_bytes
+        self._taken[lease.owner] += num_bytes
+        lease.num_bytes += num_bytes
+
     async def take(self, lease: BudgetLease, num_bytes: int) -> None:
         """Raises RequestError (503) if there is no room for `num_bytes` more within the patience."""
         waiting = _Waiting(lease, num_bytes, asyncio.get_running_loop().create_future())
@@ -59,7 +68,7 @@ class Budget:
                 self._waiting.remove(waiting)
                 self._grant()
         if not waiting.turn.done():
-            raise RequestError("the server has no memory left for this request", status=503)
+            raise RequestError(NO_ROOM, status=503)
 
     def give(self, owner: str, num_bytes: int) -> None:
         self.num_bytes -= num_bytes
@@ -77,9 +86,7 @@ class Budget:
                 blocked.add(owner)
                 continue
             self._waiting.remove(waiting)
-            self.num_bytes += waiting.num_bytes
-            self._taken[owner] += waiting.num_bytes
-            waiting.lease.num_bytes += waiting.num_bytes
+            self.take_at_once(waiting.lease, waiting.num_bytes)
             waiting.turn.set_result(None)
 
 
@@ -96,6 +103,10 @@ class BudgetLease:
         """Grows to at least `num_bytes`. Raises RequestError (503) if there is no room."""
         if (more := num_bytes - self.num_bytes) > 0:
             await self._budget.take(self, more)
+
+    def add(self, num_bytes: int) -> None:
+        """For what a body refers to, which is known while it is decoded. Raises RequestError (503)."""
+        self._budget.take_at_once(self, num_bytes)
 
     def keep(self, views: Sequence[memoryview]) -> None:
         """Delays giving back until these views are freed: a socket may hold them after the request's end."""

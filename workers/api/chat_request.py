@@ -11,7 +11,14 @@ import msgspec
 from pipeline.parsers.forms import THINKING, ChatForms
 from pipeline.wire.errors import RequestError, shown
 from pipeline.wire.limits import MAX_TOOL_CALLS
-from pipeline.wire.prompts import TEMPLATE_OPTIONS, ChatMessage, Part, TemplateOption, ToolCall
+from pipeline.wire.prompts import (
+    MAX_TEMPLATE_OPTION,
+    TEMPLATE_OPTIONS,
+    ChatMessage,
+    Part,
+    TemplateOption,
+    ToolCall,
+)
 from pipeline.wire.sampling import MAX_LOGPROBS, SamplingParams
 from workers.api.parts import check_counts, to_part
 from workers.api.sampling_fields import SamplingFields, check_max_tokens, to_sampling
@@ -136,6 +143,9 @@ def to_template_options(request: ChatCompletionRequest, forms: ChatForms) -> dic
             raise RequestError(what, field=field)
         if value is not None and not isinstance(value, TemplateOption):
             raise RequestError(f"{name} must be a scalar, got {shown(value)}", field=field)
+        if isinstance(value, str) and len(value) > MAX_TEMPLATE_OPTION:
+            what = f"{name} has {len(value)} characters, the limit is {MAX_TEMPLATE_OPTION}"
+            raise RequestError(what, field=field)
         if value is not None:
             options[name] = value
     for field in ("reasoning_effort", "reasoning"):
@@ -148,7 +158,9 @@ def to_template_options(request: ChatCompletionRequest, forms: ChatForms) -> dic
 
 
 def _effort(given: Any, field: str) -> str | None:
-    effort = given.get("effort") if isinstance(given, dict) else given
+    if isinstance(given, dict):
+        given, field = given.get("effort"), f"{field}.effort"
+    effort = given
     if effort is None or (isinstance(effort, str) and effort in EFFORTS):
         return effort
     known = ", ".join(EFFORTS)

@@ -82,12 +82,12 @@ class Generation:
     ) -> None:
         self._client, self._submission = client, submission
         self._cache_salt, self._tenant, self._trace = cache_salt, tenant, trace
-        prompts = submission.prompts
+        makers = [forms.parser_maker(prompt) for prompt in submission.prompts]
         self.answer = Answer(
             submission.sampling.n,
-            lambda number: forms.parser(prompts[number]),
+            lambda number: makers[number](),
             client.token_text,
-            len(prompts),
+            len(makers),
         )
 
     async def updates(self) -> AsyncGenerator[Update, None]:

@@ -6,6 +6,7 @@ They live in this process, up to a number of bytes: the oldest are forgotten fir
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,14 +22,18 @@ Json = dict[str, Any]
 class StoredResponse(NamedTuple):
     tenant: str
     input: bytes  # JSON: the items of the conversation before the answer, pictures as data URLs
-    output: bytes  # JSON: the items of the answer
+    output: tuple[bytes, ...]  # JSON of each item of the answer
     response: bytes  # JSON: the answer as the client got it
     item_ids: tuple[str, ...]  # of the answer's items
 
     @property
     def nbytes(self) -> int:
-        num_bytes = len(self.input) + len(self.output) + len(self.response)
+        num_bytes = self.num_conversation_bytes + len(self.response)
         return ENTRY_BYTES * (1 + len(self.item_ids)) + num_bytes
+
+    @property
+    def num_conversation_bytes(self) -> int:
+        return len(self.input) + sum(map(len, self.output))
 
 
 class ResponseStore:
@@ -40,8 +45,9 @@ class ResponseStore:
     def put(self, response_id: str, tenant: str, items: bytes, output: list[Json], response: Json) -> None:
         """Keeps a conversation, `items` in JSON and the answer's `output`, unless it is too large alone."""
         ids = tuple(item["id"] for item in output)
-        encoded = msgspec.json.encode(output), msgspec.json.encode(response)
-        made = StoredResponse(tenant, items, *encoded, ids)
+        made = StoredResponse(
+            tenant, items, tuple(map(msgspec.json.encode, output)), msgspec.json.encode(response), ids
+        )
         if made.nbytes > self._max_bytes:
             return
         self._stored[response_id] = made
@@ -60,11 +66,14 @@ class ResponseStore:
         self._stored.move_to_end(response_id)
         return found
 
-    def items(self, response_id: str, tenant: str, field: str = "") -> list[Json]:
-        """The conversation. Raises RequestError, as `get` does."""
+    def items(
+        self, response_id: str, tenant: str, field: str = "", reserve: Callable[[int], None] = lambda _: None
+    ) -> list[Json]:
+        """The conversation, for which memory is reserved. Raises RequestError, as `get` does."""
         found = self.get(response_id, tenant, field)
+        reserve(found.num_conversation_bytes)
         items: list[Json] = msgspec.json.decode(found.input)
-        return [*items, *msgspec.json.decode(found.output)]
+        return [*items, *map(msgspec.json.decode, found.output)]
 
     def item(self, item_id: str, tenant: str, field: str) -> Json:
         """One item of an answer. Raises RequestError (404), naming the field, as `get` does."""
@@ -72,8 +81,8 @@ class ResponseStore:
         if found is None or found.tenant != tenant:
             what = f"there is no item {shown(item_id)}: it was not stored, or is forgotten"
             raise RequestError(what, field=field, status=404, code="not_found")
-        items: list[Json] = msgspec.json.decode(found.output)
-        return items[found.item_ids.index(item_id)]
+        item: Json = msgspec.json.decode(found.output[found.item_ids.index(item_id)])
+        return item
 
     def drop(self, response_id: str, tenant: str) -> None:
         """Raises RequestError, as `get` does."""

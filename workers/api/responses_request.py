@@ -9,7 +9,7 @@ from pipeline.wire.errors import RequestError, shown
 from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
 from workers.api.json_bodies import is_unset
 from workers.api.keys import refuse_unserved_keys, text_of
-from workers.api.sampling_fields import SamplingFields
+from workers.api.sampling_fields import SamplingFields, check_max_tokens
 
 Json = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
@@ -23,6 +23,9 @@ NEUTRAL: Mapping[str, Sequence[object]] = {
     "truncation": ("disabled",),
     "context_management": (),
     "max_tool_calls": (),
+    # vLLM's, for which a response has no place
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
 }
 
 
@@ -55,6 +58,9 @@ def check_responses(request: ResponsesRequest) -> None:
             raise RequestError(f"{name} is not served by this server, got {shown(value)}", field=name)
     if request.n not in (None, 1):
         raise RequestError("a response has one choice", field="n")
+    check_max_tokens(request.max_output_tokens, "max_output_tokens")
+    if request.response_format is not None and (request.text or {}).get("format") is not None:
+        raise RequestError("only one of text.format and response_format can be given", field="text.format")
 
 
 def to_items(given: str | list[Json]) -> list[Json]:
@@ -88,7 +94,7 @@ def to_chat_request(request: ResponsesRequest, items: Sequence[Json]) -> ChatCom
         request.parallel_tool_calls,
     )
     chat.chat_template_kwargs = request.chat_template_kwargs
-    chat.reasoning_effort = (request.reasoning or {}).get("effort")
+    chat.reasoning = request.reasoning
     form = (request.text or {}).get("format")
     if form is not None:
         chat.response_format = _response_format(form)
@@ -97,17 +103,37 @@ def to_chat_request(request: ResponsesRequest, items: Sequence[Json]) -> ChatCom
 
 def to_messages(items: Sequence[Json]) -> list[RequestMessage]:
     """Items of an assistant's turn, one after another, are one message."""
-    messages: list[RequestMessage] = []
+    turns: list[list[RequestMessage]] = []
+    turn = Turn()
     for index, item in enumerate(items):
         made = _message(item, f"input[{index}]")
         if made is None:
             continue
-        last = messages[-1] if messages else None
-        if last is not None and last.role == made.role == "assistant" and _fits(last, made):
-            messages[-1] = _joined(last, made)
-        else:
-            messages.append(made)
-    return messages
+        if not turns or not turn.takes(made):
+            turn = Turn()
+            turns.append([])
+        turn.add(made)
+        turns[-1].append(made)
+    return [one[0] if len(one) == 1 else _joined(one) for one in turns]
+
+
+class Turn:
+    """What the message has so far that further items may join. Thoughts come before texts, and texts before
+    calls."""
+
+    def __init__(self) -> None:
+        self._is_assistant = self._has_content = self._has_calls = False
+
+    def takes(self, new: RequestMessage) -> bool:
+        if not self._is_assistant or new.role != "assistant":
+            return False
+        is_only_calls = not new.content and not new.reasoning_content
+        return is_only_calls or not (self._has_content or self._has_calls)
+
+    def add(self, new: RequestMessage) -> None:
+        self._is_assistant = new.role == "assistant"
+        self._has_content |= bool(new.content)
+        self._has_calls |= bool(new.tool_calls)
 
 
 def _message(item: Any, field: str) -> RequestMessage | None:
@@ -191,19 +217,13 @@ def _part(part: Any, field: str) -> Json:
             return part
 
 
-def _fits(last: RequestMessage, new: RequestMessage) -> bool:
-    """Thoughts come before texts, and texts before calls."""
-    return not (last.tool_calls and (new.content or new.reasoning_content)) and not (
-        last.content and (new.content or new.reasoning_content)
-    )
-
-
-def _joined(last: RequestMessage, new: RequestMessage) -> RequestMessage:
+def _joined(turn: Sequence[RequestMessage]) -> RequestMessage:
+    """In one step: a turn may have as many items as a body has room for."""
     return RequestMessage(
         "assistant",
-        last.content or new.content,
-        tool_calls=[*(last.tool_calls or ()), *(new.tool_calls or ())] or None,
-        reasoning_content=(last.reasoning_content or "") + (new.reasoning_content or "") or None,
+        next((one.content for one in turn if one.content), turn[0].content),
+        tool_calls=[call for one in turn for call in one.tool_calls or ()] or None,
+        reasoning_content="".join(one.reasoning_content or "" for one in turn) or None,
     )
 
 

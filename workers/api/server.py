@@ -9,7 +9,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -31,7 +31,7 @@ from workers.api.bodies import BASE_BYTES, BodyPace, read_body, refuse_body, ref
 from workers.api.budget import Budget, BudgetLease, memory_mib
 from workers.api.cors import Cors
 from workers.api.description.document import PATH, ServerFacts, document
-from workers.api.endpoints.base import Endpoint, Inquiry, Route, ServedModel
+from workers.api.endpoints.base import Endpoint, Inquiry, Json, Route, ServedModel
 from workers.api.endpoints.registry import routes
 from workers.api.errors import end_stream, error_response
 from workers.api.generation import Generation
@@ -256,7 +256,7 @@ class ApiServer:
         await self._until_ready()
         inquiry = route(self._model)
         inquiry.tenant = self._access.tenant(request)
-        return web.json_response(inquiry.render(**request.match_info))
+        return _json_response(inquiry.render(**request.match_info))
 
     async def _ask(self, route: type[Endpoint], request: web.Request) -> web.StreamResponse:
         """Counts a request to the model while it is unfinished, or refuses it if there are too many."""
@@ -288,7 +288,7 @@ class ApiServer:
         if submission.is_streamed:
             return await self._stream(request, endpoint, generation)
         answer = endpoint.render(await generation.whole())
-        return web.json_response(answer, headers=_warning(endpoint.ignored_fields))
+        return _json_response(answer, _warning(endpoint.ignored_fields))
 
     async def _decode(self, request: web.Request, endpoint: Endpoint) -> Submission:
         """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
@@ -296,6 +296,7 @@ class ApiServer:
         body = await read_body(request, lease, self._pace, self._config.max_request_mib)
         # To decode, render and submit a request is the longest work of this loop.
         await self._admission.wait()
+        endpoint.reserve = lease.add
         try:
             submission = endpoint.decode(body)
         except RecursionError:  # of JSON in a text, which is parsed and written again
@@ -318,6 +319,12 @@ class ApiServer:
             async for data in endpoint.stream(generation.answer, _chain(first, updates)):
                 await response.write(data)
             return response
+
+
+def _json_response(answer: Json, headers: Mapping[str, str] | None = None) -> web.Response:
+    """msgspec writes the log-probabilities of a long answer five times as fast as Python's encoder."""
+    body = msgspec.json.encode(answer)
+    return web.Response(body=body, content_type="application/json", charset="utf-8", headers=headers)
 
 
 def _named(fields: Sequence[str]) -> str:

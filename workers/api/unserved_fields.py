@@ -33,16 +33,21 @@ NEUTRAL: Neutral = {
     "return_tokens_as_token_ids": (False,),
     "logprob_token_ids": (),
     "truncation_side": ("left",),
+    "guided_whitespace_pattern": (),
     # SGLang
     "custom_logit_processor": (),
     "custom_params": (),
     "lora_path": (),
     "session_params": (),
     "stop_regex": (),
+    "regex": (),
+    "ebnf": (),
     "no_stop_trim": (False,),
     "return_hidden_states": (False,),
     "input_ids": (),
     # llama.cpp
+    "grammar": (),
+    "json_schema": (),
     "typical_p": (1,),
     "tfs_z": (1,),
     "top_n_sigma": (-1, 0),
@@ -54,6 +59,9 @@ NEUTRAL: Neutral = {
     "grammar_triggers": (),
     "n_indent": (0,),
     "t_max_predict_ms": (0, -1),
+    # Anthropic
+    "mcp_servers": (),
+    "container": (),
 }
 
 

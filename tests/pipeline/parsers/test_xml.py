@@ -118,3 +118,12 @@ def test_a_string_comes_as_it_is_written() -> None:
     parser = make()
     told = [event for sign in call("f", s="word " * 50) for event in parser.add(sign)]
     assert sum(isinstance(event, ToolArguments) for event in told) > 200
+
+
+@pytest.mark.parametrize(
+    "schema", [{"anyOf": 5}, {"enum": 5}, {"type": [["a"]]}, {"type": 5}, {"allOf": "x"}]
+)
+def test_a_schema_that_is_none_breaks_no_answer(schema: dict[str, Any]) -> None:
+    """A function's schema is compiled, and so checked, only where calls are forced."""
+    parser = XmlParser([Tool("f", {"properties": {"x": schema}})])
+    assert read(parser, [call("f", x="1")]).calls[0][0] == "f"

@@ -7,7 +7,7 @@ sends the result of `render` or `stream`. It knows no route by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -48,6 +48,7 @@ class Route(ABC):
     path: ClassVar[str]
     answer: ClassVar[type[msgspec.Struct]]  # what `render` gives
     error: ClassVar[type[msgspec.Struct]] = Error
+    field_names: ClassVar[Mapping[str, str]] = {}  # of this API, by those of a chat that it is converted to
 
     def __init__(self, model: ServedModel) -> None:
         self.model = model
@@ -55,7 +56,18 @@ class Route(ABC):
 
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
-        return error_body(error)
+        return error_body(cls.named(error))
+
+    @classmethod
+    def named(cls, error: ErrorInfo) -> ErrorInfo:
+        """The error with the field as the client has written it."""
+        for ours, theirs in cls.field_names.items():
+            if error.field == ours or error.field.startswith((f"{ours}.", f"{ours}[")):
+                field, message = theirs + error.field.removeprefix(ours), error.message
+                if message.startswith(ours):
+                    message = theirs + message.removeprefix(ours)
+                return msgspec.structs.replace(error, field=field, message=message)
+        return error
 
     @classmethod
     def last_words(cls, error: ErrorInfo) -> bytes:
@@ -76,6 +88,7 @@ class Endpoint(Route):
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
         self.ignored_fields: Sequence[str] = ()  # of the body, after `decode`
+        self.reserve: Callable[[int], None] = lambda num_bytes: None  # takes memory beyond the body's
 
     def read(self, body: bytes | bytearray) -> Any:
         """A struct of the kind `fields`. Raises RequestError for a body that does not fit and, with

@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from pipeline.parsers.base import Content, ParserEvent, Thought, ToolArguments, ToolCallBegun
 from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import FinishReason
-from workers.api.answer import Answer, Call, ChoiceAnswer, TokenScores, Update, Usage
+from workers.api.answer import Answer, Call, ChoiceAnswer, TokenScores, Update
 from workers.api.chat_request import ChatCompletionRequest
 from workers.api.chat_submission import to_submission
 from workers.api.description.answers import ChatCompletion
@@ -86,16 +86,29 @@ class ChatCompletions(Endpoint):
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         """Each choice's role, its text and calls as they come and its finish reason; then the usage if
         requested."""
-        before = answer.usage._replace(num_output_tokens=0, num_thought_tokens=0)
-        for index in range(len(answer.choices)):
-            yield self._chunk(before, index, {"role": "assistant", "content": ""})
+        has_begun = False
         async for update in updates:
+            if not has_begun:
+                has_begun = True
+                for chunk in self._roles(answer):
+                    yield chunk
             for chunk in self._chunks(answer, update):
                 yield chunk
         if self._options is not None and self._options.include_usage:
             usage = usage_object(answer.usage)
             yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
         yield DONE
+
+    def _roles(self, answer: Answer) -> Iterator[bytes]:
+        """The first chunk has the prompt's token ids if requested, as vLLM's has."""
+        before = usage_object(answer.usage._replace(num_output_tokens=0, num_thought_tokens=0))
+        for index in range(len(answer.choices)):
+            chunk = self._chunk_object(index, delta={"role": "assistant", "content": ""})
+            if index == 0 and self._wants_token_ids:
+                chunk["prompt_token_ids"] = list(answer.prompts[0].token_ids)
+            if self._has_usage:
+                chunk["usage"] = before
+            yield event(chunk)
 
     def _chunks(self, answer: Answer, update: Update) -> Iterator[bytes]:
         logprobs, token_ids = update.logprobs, update.token_ids
@@ -106,12 +119,12 @@ class ChatCompletions(Endpoint):
             further: Json = {"token_ids": list(token_ids)} if self._wants_token_ids else {}
             if self._has_logprobs and logprobs:
                 further["logprobs"] = _logprobs(logprobs)
-            yield self._chunk(answer.usage, update.choice, delta, further)
+            yield self._chunk(answer, update.choice, delta, further)
             logprobs = token_ids = ()  # only the first delta carries them
         if update.finish_reason is not None:
             finish = _finish_reason(update.finish_reason, update.choice in self._callers)
             last = {"finish_reason": finish, "stop_reason": update.stop_reason}
-            yield self._chunk(answer.usage, update.choice, {}, last)
+            yield self._chunk(answer, update.choice, {}, last)
 
     def _delta(self, parsed: ParserEvent, choice: int) -> Json | None:
         match parsed:
@@ -130,15 +143,19 @@ class ChatCompletions(Endpoint):
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model.name}
 
-    def _chunk(self, usage: Usage, index: int, delta: Json, further: Json | None = None) -> bytes:
-        has_usage = self._options is not None and self._options.is_continuous
-        if not further and not has_usage:
+    @property
+    def _has_usage(self) -> bool:
+        """Whether each chunk has the usage so far."""
+        return self._options is not None and self._options.is_continuous
+
+    def _chunk(self, answer: Answer, index: int, delta: Json, further: Json | None = None) -> bytes:
+        if not further and not self._has_usage:
             if (form := self._forms.get(index)) is None:
                 form = self._forms[index] = EventForm(self._chunk_object(index), ("choices", 0, "delta"))
             return form.event(delta)
         chunk = self._chunk_object(index, delta=delta, **(further or {}))
-        if has_usage:
-            chunk["usage"] = usage_object(usage)
+        if self._has_usage:
+            chunk["usage"] = usage_object(answer.usage)
         return event(chunk)
 
     def _chunk_object(self, index: int, **fields: Any) -> Json:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
 from workers.api.answer import Answer, ChoiceAnswer, Update, Usage
-from workers.api.anthropic_request import MessagesFields, MessagesRequest, to_chat_request, to_json_text
+from workers.api.anthropic_request import MessagesFields, MessagesRequest, to_call_input, to_chat_request
 from workers.api.blocks import (
     AnswerBlock,
     AnswerBlocks,
@@ -40,9 +40,16 @@ ERROR_TYPES = {
 
 class _Anthropic(Endpoint):
     error = AnthropicError
+    field_names: ClassVar = {
+        "response_format.json_schema": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "thinking_token_budget": "thinking.budget_tokens",
+        "stop": "stop_sequences",
+    }
 
     @classmethod
     def error_body(cls, error: ErrorInfo) -> Json:
+        error = cls.named(error)
         kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         message = f"{error.field}: {error.message}" if error.field else error.message
         return {"type": "error", "error": {"type": kind, "message": message}}
@@ -153,7 +160,7 @@ def _whole(block: AnswerBlock) -> Json:
         case BlockKind.THOUGHT:
             return {"type": "thinking", "thinking": block.text, "signature": ""}
         case BlockKind.CALL:
-            return {**_call(block), "input": to_json_text(block.text)}
+            return {**_call(block), "input": to_call_input(block.text)}
         case _:
             assert_never(block.kind)
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, ClassVar
 
 import msgspec
 
 from pipeline.wire.errors import ErrorInfo, RequestError, shown
 from pipeline.wire.sampling import FinishReason, SamplingParams
-from workers.api.answer import Answer, TokenScores, Update, Usage
-from workers.api.blocks import AnswerBlocks, BlockEvent, BlockKind, Grown, blocks_of
+from workers.api.answer import Answer, Update, Usage
+from workers.api.blocks import AnswerBlock, AnswerBlocks, BlockEvent, BlockKind, Grown, Opened, blocks_of
 from workers.api.chat_submission import to_submission
 from workers.api.description.answers import DeletedObject, Error, ItemList, Response
 from workers.api.endpoints.base import Endpoint, Inquiry, Json, ServedModel
 from workers.api.endpoints.openai import logprob_objects
-from workers.api.errors import error_body
 from workers.api.request_fields import check_request
 from workers.api.response_events import COMPLETED, IN_PROGRESS, EventWriter, ItemWriter
 from workers.api.responses_request import (
@@ -35,6 +35,7 @@ INCOMPLETE = "incomplete"
 
 class Responses(Endpoint):
     path, fields, answer = "/v1/responses", ResponsesRequest, Response
+    field_names: ClassVar = {"response_format.json_schema": "text.format", "response_format": "text.format"}
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
@@ -50,7 +51,9 @@ class Responses(Endpoint):
         check_responses(request)
         items = self._resolved(to_items(request.input))
         if request.previous_response_id:
-            before = self.model.store.items(request.previous_response_id, self.tenant, "previous_response_id")
+            before = self.model.store.items(
+                request.previous_response_id, self.tenant, "previous_response_id", self.reserve
+            )
             items = [*before, *items]
         chat = to_chat_request(request, items)
         submission = to_submission(chat, self.model, self._id)
@@ -78,11 +81,19 @@ class Responses(Endpoint):
     def render(self, answer: Answer) -> Json:
         (choice,) = answer.choices
         status = _status(choice.finish_reason)
-        output = []
-        for block in blocks_of(choice):
-            scores = choice.logprobs if block.kind is BlockKind.TEXT and self._has_logprobs else ()
-            output.append(self._items.item(block, status, logprob_objects(scores)))
-        return self._finish(answer, output, status)
+        logprobs = logprob_objects(choice.text_logprobs) if self._has_logprobs else []
+        blocks = blocks_of(choice)
+        return self._finish(answer, self._output(blocks, status, lambda _: logprobs), status)
+
+    def _output(
+        self, blocks: Sequence[AnswerBlock], status: str, logprobs_of: Callable[[int], Sequence[Json]]
+    ) -> list[Json]:
+        """The status is that of the last item: those before it are complete."""
+        statuses = [*[COMPLETED] * (len(blocks) - 1), status]
+        return [
+            self._items.item(block, one, logprobs_of(block.index) if block.kind is BlockKind.TEXT else ())
+            for block, one in zip(blocks, statuses, strict=False)
+        ]
 
     async def stream(self, answer: Answer, updates: AsyncIterator[Update]) -> AsyncIterator[bytes]:
         """The response without output, its items one after another, and the whole response."""
@@ -90,35 +101,34 @@ class Responses(Endpoint):
         events, blocks = EventWriter(self._items), AnswerBlocks()
         for kind in ("response.created", "response.in_progress"):
             yield events.event(kind, response=self._response([], IN_PROGRESS))
-        logprobs: list[Json] = []  # of the text so far
+        logprobs: defaultdict[int, list[Json]] = defaultdict(list)  # of each text so far, by its block
+        new: list[Json] = []  # that no event has told yet
 
-        def written(one: BlockEvent, new: Sequence[Json], status: str = COMPLETED) -> list[bytes]:
-            of_text = one.block.kind is BlockKind.TEXT
-            told = (new if isinstance(one, Grown) else logprobs) if of_text else ()
+        def written(one: BlockEvent, status: str = COMPLETED) -> list[bytes]:
+            told = logprobs[one.block.index]
+            if one.block.kind is BlockKind.TEXT and not isinstance(one, Opened):
+                told += new
+                told = new.copy() if isinstance(one, Grown) else told
+                new.clear()
             return list(events.of_block(one, told, status))
 
         async for update in updates:
-            scores: Sequence[TokenScores] = update.logprobs if self._has_logprobs else ()
-            new = logprob_objects(scores)
-            logprobs += new
+            if self._has_logprobs:
+                new += logprob_objects(update.text_logprobs)
             for one in blocks.add(update.events):
-                for data in written(one, new):
+                for data in written(one):
                     yield data
-                new = []
         status = _status(choice.finish_reason)
         for one in blocks.finish():
-            for data in written(one, (), status):
+            for data in written(one, status):
                 yield data
-        output = [
-            self._items.item(block, COMPLETED, logprobs if block.kind is BlockKind.TEXT else ())
-            for block in blocks.all
-        ]
+        output = self._output(blocks.all, status, logprobs.__getitem__)
         whole = self._finish(answer, output, status)
         yield events.event(f"response.{status}", response=whole)
 
     @classmethod
     def last_words(cls, error: ErrorInfo) -> bytes:
-        told = error_body(error)["error"]
+        told = cls.error_body(error)["error"]
         body = {
             "type": "error", "code": told["code"] or told["type"], "message": told["message"],
             "param": told["param"], "sequence_number": 0,

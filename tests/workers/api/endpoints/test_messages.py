@@ -289,3 +289,18 @@ async def test_errors_are_anthropics() -> None:
     assert "max_tokens" in told["error"]["message"]
     told = await ask(Writer(), status=404, model="another")
     assert told["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
+        ({"output_config": {"effort": "much"}}, "output_config.effort"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"mcp_servers": [{"type": "url", "url": "http://x", "name": "x"}]}, "mcp_servers"),
+    ],
+)
+async def test_errors_name_the_field_as_the_client_wrote_it(fields: Any, field: str) -> None:
+    answer = await ask(Writer("a"), 400, **fields)
+    assert answer["error"]["message"].startswith(f"{field}: ")

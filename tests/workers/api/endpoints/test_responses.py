@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
+from pipeline.client.client import Piece
 from pipeline.parsers.forms import ChatForms
+from pipeline.wire.clients import TokenLogprobs
 from pipeline.wire.errors import RequestError
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart, ToolCall
-from pipeline.wire.sampling import FinishReason, GrammarKind
+from pipeline.wire.sampling import FinishReason, GrammarKind, SamplingParams
 from tests.workers.api.endpoints.test_messages import FORMS, THINKS_AND_CALLS, Writer
 from tests.workers.api.serving import endpoint, serving
+from workers.api.budget import Budget
 from workers.api.chat_request import check_chat, to_messages
 from workers.api.json_bodies import decode_json
 from workers.api.response_store import ResponseStore
@@ -27,6 +34,7 @@ from workers.api.responses_request import (
     to_chat_request,
     to_items,
 )
+from workers.api.responses_request import to_messages as responses_messages
 
 WEATHER: Any = {
     "type": "function",
@@ -79,6 +87,18 @@ def test_parts_calls_results_and_thoughts() -> None:
         ChatMessage("tool", (ImagePart(url="http://x/y"),), tool_call_id="c2"),
         ChatMessage("system", "And?"),
     ]
+
+
+def test_a_turn_of_many_items_is_joined_in_one_step() -> None:
+    """Joined one by one, 16 MB of thoughts took two minutes of the event loop."""
+    thoughts = [{"type": "reasoning", "content": [{"text": f"{index:0999}."}]} for index in range(4000)]
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    started = time.process_time()
+    made = responses_messages([*thoughts, *[call] * 4000])
+    assert time.process_time() - started < 0.5
+    (message,) = made
+    assert (message.reasoning_content or "").endswith("3999.")
+    assert (len(message.reasoning_content or ""), len(message.tool_calls or ())) == (4_000_000, 4000)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +301,103 @@ def test_the_store_forgets_the_oldest_first() -> None:
     for number in kept:
         store.drop(f"r{number}", "t")
     assert (store._nbytes, store._response_of) == (0, {})
+
+
+class Scorer(Writer):
+    """Each piece is one token, whose log-probability tells it from the others."""
+
+    async def _write(self, sampling: SamplingParams) -> AsyncGenerator[Piece, None]:
+        async for made in super()._write(sampling):
+            value = np.float32(-made.num_output_tokens).tobytes()
+            yield dataclasses.replace(made, logprobs=(TokenLogprobs(pack_int32([1]), value),))
+
+
+def values_of(logprobs: Any) -> list[float]:
+    return [one.logprob for one in logprobs]
+
+
+async def test_log_probabilities_are_those_of_the_text_whole_and_streamed() -> None:
+    fields: Any = {"model": "m", "input": "Hi", "include": ["message.output_text.logprobs"]}
+    async with asking(Scorer("<think>", "Hm.", "</think>", "So ", "", "be it.")) as client:
+        whole = await client.responses.create(**fields)
+        events = [one async for one in await client.responses.create(**fields, stream=True)]
+    texts = [item.content[0] for item in whole.output if item.type == "message"]
+    assert [values_of(text.logprobs) for text in texts] == [[-4, -5, -6]]
+    deltas = [one.logprobs for one in events if one.type == "response.output_text.delta"]
+    assert [values_of(logprobs) for logprobs in deltas] == [[-4], [-5, -6]]
+    (done,) = [one.logprobs for one in events if one.type == "response.output_text.done"]
+    assert values_of(done) == [-4, -5, -6]
+
+
+async def test_of_an_answer_that_is_cut_only_the_last_item_is_incomplete() -> None:
+    fields: Any = {"model": "m", "input": "Hi"}
+    async with asking(Writer("<think>Hm.</think>", "So", finish=FinishReason.LENGTH)) as client:
+        whole = await client.responses.create(**fields)
+        *_, last = [one async for one in await client.responses.create(**fields, stream=True)]
+    for response in (whole, last.response):
+        assert [item.status for item in response.output] == ["completed", "incomplete"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        (
+            {"text": {"format": {"type": "text"}}, "extra_body": {"response_format": {"type": "text"}}},
+            "text.format",
+        ),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+        ({"extra_body": {"return_token_ids": True}}, "return_token_ids"),
+        ({"extra_body": {"regex": "a+"}}, "regex"),
+    ],
+)
+async def test_errors_name_the_field_as_the_client_wrote_it(fields: Any, field: str) -> None:
+    async with asking(Writer("a")) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.responses.create(model="m", input="Hi", **fields)
+    assert caught.value.param == field
+
+
+async def test_a_stored_conversation_is_memory_of_each_request_that_goes_on_from_it() -> None:
+    """Its bytes were not counted: a hundred bytes that name it made a request of megabytes."""
+    budget = Budget(8 << 20)
+    taken: list[int] = []
+
+    class Watcher(Writer):
+        def generate(self, *given: Any, **options: Any) -> AsyncGenerator[Piece, None]:
+            taken.append(budget.num_bytes)
+            return super().generate(*given, **options)
+
+    async with asking(Watcher("a"), budget=budget) as client:
+        first = await client.responses.create(model="m", input="x" * (3 << 20))
+        second = await client.responses.create(
+            model="m", input="x" * (2 << 20), previous_response_id=first.id
+        )
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.responses.create(model="m", input="x" * (2 << 20), previous_response_id=second.id)
+    assert caught.value.status_code == 503
+    assert taken[1] > 5 << 20
+    assert budget.num_bytes == 0
+
+
+async def test_an_option_of_the_template_is_short() -> None:
+    """Where a prompt leaves the model is kept by its options: 256 texts of 60 MB each."""
+    async with asking(Writer("a")) as client:
+        fields: Any = {"chat_template_kwargs": {"reasoning_effort": "x" * 257}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.responses.create(model="m", input="Hi", extra_body=fields)
+    assert caught.value.param == "chat_template_kwargs.reasoning_effort"
+
+
+def test_each_reference_reads_its_own_item_only() -> None:
+    """References to 2000 items of one answer read the whole answer 2000 times."""
+    store = ResponseStore()
+    items = [{"id": f"fc_{index}", "arguments": "x" * 100} for index in range(2000)]
+    store.put("resp_1", "t", b"[]", items, {})
+    started = time.process_time()
+    assert [store.item(item["id"], "t", "input") for item in items] == items
+    assert time.process_time() - started < 0.3
+    assert store.items("resp_1", "t") == items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import AsyncIterator
@@ -418,3 +419,16 @@ async def test_a_model_without_calls_cannot_be_made_to_call() -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await create(client, tools=TOOLS, tool_choice="required")
     assert caught.value.param == "tool_choice"
+
+
+async def test_a_stream_has_the_token_ids_of_the_prompt_once() -> None:
+    async def answer() -> Pieces:
+        yield dataclasses.replace(piece("Hi"), prompt_token_ids=(7, 8))
+        yield piece("", FinishReason.STOP)
+
+    async with asking(FakeClient(answer)) as client:
+        fields: dict[str, Any] = {"stream": True, "n": 2, "extra_body": {"return_token_ids": True}}
+        chunks = [chunk async for chunk in await create(client, **fields)]
+    told = [getattr(chunk, "prompt_token_ids", None) for chunk in chunks]
+    assert told == [[7, 8], *[None] * (len(chunks) - 1)]
+    assert [chunk.choices[0].delta.role for chunk in chunks[:3]] == ["assistant", "assistant", None]
