@@ -20,8 +20,10 @@ from workers.preprocess.schema_parts import (
     Schema,
     are_disjoint,
     at,
+    closed_by_itself,
     constraints_of,
     find,
+    is_among,
     is_of,
     merge,
     types_of,
@@ -107,7 +109,9 @@ class _Writer:
         parts += every
         merged: dict[str, Schema] = {}
         for part in parts:
-            flat = self._flat(part, path, depth + 1) if part is not parts[0] else part
+            flat = part
+            if part is not parts[0]:
+                flat = closed_by_itself(self._flat(part, path, depth + 1))
             if flat is False:
                 raise NothingFits(f"the JSON schema at {path} allows nothing")
             merged = merge(merged, flat, path) if isinstance(flat, dict) else merged
@@ -121,7 +125,7 @@ class _Writer:
             if name not in ("type", *VALUES):
                 raise unserved(name, path, " beside enum or const")
         if "const" in schema and "enum" in schema:
-            values = [value for value in values if value in schema["enum"]]
+            values = [value for value in values if is_among(value, schema["enum"])]
         fitting = [value for value in values if is_of(value, types)]
         if not fitting:
             raise NothingFits(f"no value of enum or const in the JSON schema at {path} fits")
@@ -142,7 +146,7 @@ class _Writer:
         for index, branch in enumerate(branches):
             place = at(path, keyword, index)
             try:
-                whole = {"allOf": [beside, branch]} if beside else branch
+                whole = {**beside, "allOf": [branch]} if beside else branch
                 written.append(self._write(whole, place))
             except NothingFits as error:
                 nothing = error

@@ -56,6 +56,20 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "additionalProperties",
         "#",
     ),
+    "further first items": ({"allOf": [{"prefixItems": [{}]}, {"items": INT}]}, "items", "#"),
+    "no further items": ({"prefixItems": [INT], "allOf": [{"items": False}]}, "items", "#"),
+    "what a part alone does not evaluate": (
+        {"allOf": [{"properties": {"a": INT}}, {"properties": {"b": INT}, "unevaluatedProperties": False}]},
+        "additionalProperties",
+        "#",
+    ),
+    "items that a part alone does not evaluate": (
+        {"allOf": [{"prefixItems": [INT]}, {"unevaluatedItems": False}]},
+        "items",
+        "#",
+    ),
+    "true for 1": ({"const": True, "enum": [1]}, "enum", "#"),
+    "true for 1 in a list": ({"allOf": [{"enum": [[True]]}, {"enum": [[1]]}]}, "fits", "#"),
     "itself": ({"allOf": [{"$ref": "#"}]}, "itself", "#"),
     "nothing": ({"properties": {"a": False}, "required": ["a"]}, "properties/a", "#"),
     "false": (False, "allows nothing", "#"),
@@ -112,6 +126,22 @@ SERVED: dict[str, tuple[Any, Any, list[Any]]] = {
         {"a": 1, "c": 2},
         [{"a": 1}, {"b": 1}],
     ),
+    "what is unevaluated sees branches": (
+        {"properties": {"a": INT}, "anyOf": [{"properties": {"b": INT}}], "unevaluatedProperties": False},
+        {"a": 1, "b": 2},
+        [{"c": 1}],
+    ),
+    "what is unevaluated sees parts": (
+        {"allOf": [{"properties": {"a": INT}}, {"properties": {"b": INT}}], "unevaluatedProperties": False},
+        {"a": 1, "b": 2},
+        [{"c": 1}],
+    ),
+    "a closed part that names all": (
+        {"allOf": [{"properties": {"a": INT}}, {"properties": {"a": {}}, "unevaluatedProperties": False}]},
+        {"a": 1},
+        [{"a": "x"}, {"c": 1}],
+    ),
+    "items of parts": ({"allOf": [{"items": INT}, {"items": {"minimum": 5}}]}, [6], [[4]]),
     "a type beside anyOf": (
         {"type": "string", "anyOf": [{"minLength": 3}, INT, {"const": "x"}]},
         "x",
