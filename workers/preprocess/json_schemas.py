@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.wire.errors import RequestError
+from workers.preprocess.json_patterns import in_json
 from workers.preprocess.schema_parts import (
     GROUPS,
     VALUES,
@@ -41,14 +42,17 @@ MAX_SCHEMAS = 20_000  # after merging
 MAX_MULTIPLES = 1000  # of `multipleOf` within bounds: they are listed
 
 
-def served(schema: Schema) -> Schema:
-    """The schema in xgrammar's terms. Raises RequestError without a field."""
-    return _Writer(schema).document()
+def served(schema: Schema, is_json: bool = True) -> Schema:
+    """The schema in xgrammar's terms. Raises RequestError without a field.
+
+    Not `is_json`: strings stand there as they are, without JSON's escapes.
+    """
+    return _Writer(schema, in_json if is_json else str).document()
 
 
 class _Writer:
-    def __init__(self, root: Schema) -> None:
-        self._root = root
+    def __init__(self, root: Schema, pattern_of: Callable[[str], str]) -> None:
+        self._root, self._pattern_of = root, pattern_of
         self._numbers: dict[str, str] = {}  # of the pointers that are referred to
         self._depth = self._num_schemas = 0
 
@@ -161,11 +165,15 @@ class _Writer:
             case "array":
                 return self._write_array(schema, path)
             case "string":
-                return _string(schema, path)
+                return self._write_string(schema, path)
             case "number" | "integer":
                 return _number(kind, schema, path)
             case _:
                 return {"type": kind}
+
+    def _write_string(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
+        written = _string(schema, path)
+        return written | ({"pattern": self._pattern_of(written["pattern"])} if "pattern" in schema else {})
 
     def _write_array(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
         items, prefix = schema.get("items"), schema.get("prefixItems", [])
@@ -259,7 +267,7 @@ class _Writer:
         for name in properties:
             if matching.search(name) and properties[name] != value:
                 raise unserved("patternProperties", path, f" where it matches the property '{name}'")
-        return {pattern: self._write(value, at(place, pattern))}
+        return {self._pattern_of(pattern): self._write(value, at(place, pattern))}
 
 
 def _check_keywords(schema: Mapping[str, Schema], path: str) -> None:

@@ -94,6 +94,13 @@ SERVED: dict[str, tuple[Any, Any, list[Any]]] = {
     "times": ({"type": "string", "format": "date-time"}, "2024-12-31T23:59:59Z", ["2024-12-31T24:00:00Z"]),
     "addresses": ({"type": "string", "format": "ipv4"}, "10.0.255.1", ["10.0.256.1", "10.01.2.3"]),
     "a part of a pattern": ({"type": "string", "pattern": "a"}, "a", ["b"]),
+    "an escape in a pattern": ({"type": "string", "pattern": r"^C:\\\S+\n[^a-]$"}, "C:\\x\nb", ["C:x\nb"]),
+    "quotes in a pattern": ({"type": "string", "pattern": '^"[^-]\\W?"$'}, '"x"', ["x"]),
+    "an escape in a name": (
+        {"type": "object", "patternProperties": {'^a"b$': INT}},
+        {'a"b': 1},
+        [{'a"b': "x"}],
+    ),
     "a type by its keyword": ({"minimum": 5}, 6, [4]),
     "properties without type": ({"properties": {"a": INT}, "required": ["a"]}, {"a": 1}, [{"a": "x"}, {}]),
     "required without properties": ({"required": ["z"]}, {"z": 1}, [{"a": 1}]),
