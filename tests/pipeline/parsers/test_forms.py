@@ -24,6 +24,7 @@ from pipeline.parsers.hermes import HermesForm
 from pipeline.parsers.plain import PlainParser
 from pipeline.parsers.registry import find_tool_form
 from pipeline.parsers.xml import XmlForm
+from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import Chat, ChatMessage, Text
 from pipeline.wire.sampling import Grammar, GrammarKind
 from tests.pipeline.parsers.reading import read
@@ -211,3 +212,17 @@ def test_the_embedded_model_calls_under_a_grammar() -> None:
     found = ChatForms.read(EMBEDDED / "model")
     assert isinstance(found.calls, HermesForm)
     assert found.calls is find_tool_form("auto", "")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(GrammarKind.JSON_SCHEMA, "{bad", "guided_json"),
+        Grammar(GrammarKind.STRUCTURAL_TAG, '{"structures": []}', "guided_json"),
+        Grammar(GrammarKind.STRUCTURAL_TAG, "[1]", "guided_json"),
+    ],
+)
+def test_a_grammar_that_is_not_what_it_says_is_refused_by_the_clients_name(grammar: Grammar) -> None:
+    with pytest.raises(RequestError) as caught:
+        format_of(grammar)
+    assert caught.value.info.field == "guided_json"
