@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.wire.errors import RequestError
@@ -47,13 +47,15 @@ def served(schema: Schema, is_json: bool = True) -> Schema:
 
     Not `is_json`: strings stand there as they are, without JSON's escapes.
     """
-    return _Writer(schema, in_json if is_json else str).document()
+    return _Writer(schema, is_json).document()
 
 
 class _Writer:
-    def __init__(self, root: Schema, pattern_of: Callable[[str], str]) -> None:
-        self._root, self._pattern_of = root, pattern_of
+    def __init__(self, root: Schema, is_json: bool) -> None:
+        self._root, self._is_json = root, is_json
         self._numbers: dict[str, str] = {}  # of the pointers that are referred to
+        # Equal strings are one definition: to compile a pattern again in each place takes 50 times as long.
+        self._strings: dict[tuple[tuple[str, Schema], ...], str] = {}
         self._depth = self._num_schemas = 0
 
     def document(self) -> Schema:
@@ -61,6 +63,7 @@ class _Writer:
         while len(definitions) < len(self._numbers):  # writing one may refer to more
             for reference, number in list(self._numbers.items())[len(definitions) :]:
                 definitions[number] = self._write(find(self._root, reference, "#"), reference)
+        definitions |= {name: dict(items) for items, name in self._strings.items()}
         return {**written, "$defs": definitions} if definitions else written
 
     def _write(self, schema: Schema, path: str) -> dict[str, Schema]:
@@ -173,7 +176,15 @@ class _Writer:
 
     def _write_string(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
         written = _string(schema, path)
-        return written | ({"pattern": self._pattern_of(written["pattern"])} if "pattern" in schema else {})
+        if "pattern" in schema:
+            written["pattern"] = self._pattern_of(schema["pattern"])
+        if len(written) == 1 or not self._is_json:
+            return written
+        name = self._strings.setdefault(tuple(sorted(written.items())), f"s{len(self._strings)}")
+        return {"$ref": f"#/$defs/{name}"}
+
+    def _pattern_of(self, pattern: str) -> str:
+        return in_json(pattern) if self._is_json else pattern
 
     def _write_array(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
         items, prefix = schema.get("items"), schema.get("prefixItems", [])

@@ -277,3 +277,16 @@ def test_a_model_cannot_write_blanks_for_ever() -> None:
     )
     assert matcher.accept_string('{\n      "a": ', False)
     assert not matcher.accept_string(" " * 8, False)
+
+
+def test_equal_bounded_strings_are_compiled_once() -> None:
+    """Twenty had 3.7 MB and took 4 s."""
+    names = [f"p{number}" for number in range(20)]
+    bounded = {"type": "string", "maxLength": 50}
+    sizes = []
+    for count in (1, 20):
+        source = {"properties": dict.fromkeys(names[:count], bounded), "required": names[:count]}
+        answer = compiler().handle(schema_of(source))
+        assert isinstance(answer, Compiled)
+        sizes.append(len(answer.data))
+    assert sizes[1] < 4 * sizes[0]
