@@ -37,7 +37,17 @@ def optional_calls(form: ToolForm, tools: Sequence[Tool], is_parallel: bool) -> 
 
 
 def format_of(grammar: Grammar) -> Json:
-    """A grammar as a part of a structural tag."""
+    """A grammar as a part of a structural tag. Raises RequestError for a source that is not what its kind
+    says."""
+    try:
+        return _format_of(grammar)
+    except (ValueError, RecursionError):
+        raise grammar.error(f"the grammar of the kind {grammar.kind} is not JSON") from None
+    except (KeyError, TypeError):
+        raise grammar.error("a structural tag must be an object with a format") from None
+
+
+def _format_of(grammar: Grammar) -> Json:
     source = grammar.source
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:

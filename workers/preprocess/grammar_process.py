@@ -193,8 +193,9 @@ def _with_served_schemas(part: Any) -> Any:
         return part
     written = {name: _with_served_schemas(value) for name, value in part.items() if name != "json_schema"}
     if "json_schema" in part:
-        written["json_schema"] = served(part["json_schema"])
-        if part.get("type") == "json_schema" and part.get("style", "json") == "json":
+        is_json = part.get("style", "json") == "json"
+        written["json_schema"] = served(part["json_schema"], is_json)
+        if part.get("type") == "json_schema" and is_json:
             written.setdefault("max_whitespace_cnt", MAX_WHITESPACE)
     return written
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
@@ -46,13 +47,20 @@ class _Died(Exception):
         self.status = status
 
 
+@dataclass(slots=True, eq=False)
+class _Compilation:
+    task: asyncio.Task[GrammarAnswer]
+    num_waiting: int = 0  # requests
+    has_begun: bool = False  # in a process: it ends, and is kept, even if nobody waits any more
+
+
 class Grammars:
     """Use within one event loop. No process runs before the first grammar."""
 
     def __init__(self, vocabulary: GrammarVocabulary, limits: CompileLimits | None = None) -> None:
         self._vocabulary, self._limits = vocabulary, limits or CompileLimits()
         self._kept: OrderedDict[bytes, GrammarAnswer] = OrderedDict()  # the least recently used first
-        self._under_way: dict[bytes, asyncio.Task[GrammarAnswer]] = {}
+        self._under_way: dict[bytes, _Compilation] = {}
         self._idle: list[JobChild] = []
         self.all: set[JobChild] = set()
         self._places = Places(NUM_PROCESSES)
@@ -62,27 +70,47 @@ class Grammars:
         """The compiled grammar, see `workers/grammars/compiled.py`.
 
         Raises RequestError for one that cannot be served. Whoever asks for the same grammar meanwhile waits
-        for the same process.
+        for the same process. One that has not begun is dropped when the last who waits for it is cancelled.
         """
         digest = grammar.digest
         answer = self._kept.get(digest)
         if answer is not None:
             self._kept.move_to_end(digest)
         else:
-            task = self._under_way.get(digest)
-            if task is None:
-                task = self._under_way[digest] = asyncio.create_task(self._compile(digest, grammar))
-            answer = await asyncio.shield(task)  # others may wait for it
+            answer = await self._wait_for(digest, grammar)
         if isinstance(answer, GrammarRefused):
             raise RequestError(answer.reason, field=grammar.field, status=answer.status)
         return answer.data
 
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
+    async def _wait_for(self, digest: bytes, grammar: Grammar) -> GrammarAnswer:
+        compilation = self._under_way.get(digest)
+        if compilation is None:
+            task = asyncio.create_task(self._compile(digest, grammar))
+            compilation = self._under_way[digest] = _Compilation(task)
+        compilation.num_waiting += 1
+        try:
+            return await asyncio.shield(compilation.task)  # others may wait for it
+        finally:
+            compilation.num_waiting -= 1
+            # Else who submits and aborts without end fills the memory with what waits for a place.
+            if not compilation.num_waiting and not compilation.has_begun and not compilation.task.done():
+                compilation.task.cancel()
+                if self._under_way.get(digest) is compilation:  # who asks from now on begins anew
+                    del self._under_way[digest]
+
     async def _compile(self, digest: bytes, grammar: Grammar) -> GrammarAnswer:
+        compilation = self._under_way[digest]
         try:
             async with self._places.take(on_behalf_of.get().asker):
+                compilation.has_begun = True
                 answer = await self._answer(GrammarJob(grammar, self._limits.cpu_s))
         finally:
-            del self._under_way[digest]
+            if self._under_way.get(digest) is compilation:
+                del self._under_way[digest]
         self.num_compiled += 1
         if not isinstance(answer, GrammarRefused) or answer.status == 400:  # a shortage passes
             self._keep(digest, answer)
@@ -154,7 +182,7 @@ class Grammars:
             self.num_kept_bytes -= _size(self._kept.popitem(last=False)[1])
 
     async def close(self) -> None:
-        tasks = list(self._under_way.values())
+        tasks = [compilation.task for compilation in self._under_way.values()]
         for task in tasks:
             task.cancel()
         if tasks:

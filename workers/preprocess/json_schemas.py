@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.wire.errors import RequestError
+from workers.preprocess.json_patterns import in_json
 from workers.preprocess.schema_parts import (
     GROUPS,
     VALUES,
@@ -20,8 +21,10 @@ from workers.preprocess.schema_parts import (
     Schema,
     are_disjoint,
     at,
+    closed_by_itself,
     constraints_of,
     find,
+    is_among,
     is_of,
     merge,
     types_of,
@@ -39,15 +42,20 @@ MAX_SCHEMAS = 20_000  # after merging
 MAX_MULTIPLES = 1000  # of `multipleOf` within bounds: they are listed
 
 
-def served(schema: Schema) -> Schema:
-    """The schema in xgrammar's terms. Raises RequestError without a field."""
-    return _Writer(schema).document()
+def served(schema: Schema, is_json: bool = True) -> Schema:
+    """The schema in xgrammar's terms. Raises RequestError without a field.
+
+    Not `is_json`: strings stand there as they are, without JSON's escapes.
+    """
+    return _Writer(schema, is_json).document()
 
 
 class _Writer:
-    def __init__(self, root: Schema) -> None:
-        self._root = root
+    def __init__(self, root: Schema, is_json: bool) -> None:
+        self._root, self._is_json = root, is_json
         self._numbers: dict[str, str] = {}  # of the pointers that are referred to
+        # Equal strings are one definition: to compile a pattern again in each place takes 50 times as long.
+        self._strings: dict[tuple[tuple[str, Schema], ...], str] = {}
         self._depth = self._num_schemas = 0
 
     def document(self) -> Schema:
@@ -55,6 +63,7 @@ class _Writer:
         while len(definitions) < len(self._numbers):  # writing one may refer to more
             for reference, number in list(self._numbers.items())[len(definitions) :]:
                 definitions[number] = self._write(find(self._root, reference, "#"), reference)
+        definitions |= {name: dict(items) for items, name in self._strings.items()}
         return {**written, "$defs": definitions} if definitions else written
 
     def _write(self, schema: Schema, path: str) -> dict[str, Schema]:
@@ -107,7 +116,9 @@ class _Writer:
         parts += every
         merged: dict[str, Schema] = {}
         for part in parts:
-            flat = self._flat(part, path, depth + 1) if part is not parts[0] else part
+            flat = part
+            if part is not parts[0]:
+                flat = closed_by_itself(self._flat(part, path, depth + 1))
             if flat is False:
                 raise NothingFits(f"the JSON schema at {path} allows nothing")
             merged = merge(merged, flat, path) if isinstance(flat, dict) else merged
@@ -121,7 +132,7 @@ class _Writer:
             if name not in ("type", *VALUES):
                 raise unserved(name, path, " beside enum or const")
         if "const" in schema and "enum" in schema:
-            values = [value for value in values if value in schema["enum"]]
+            values = [value for value in values if is_among(value, schema["enum"])]
         fitting = [value for value in values if is_of(value, types)]
         if not fitting:
             raise NothingFits(f"no value of enum or const in the JSON schema at {path} fits")
@@ -142,7 +153,7 @@ class _Writer:
         for index, branch in enumerate(branches):
             place = at(path, keyword, index)
             try:
-                whole = {"allOf": [beside, branch]} if beside else branch
+                whole = {**beside, "allOf": [branch]} if beside else branch
                 written.append(self._write(whole, place))
             except NothingFits as error:
                 nothing = error
@@ -157,11 +168,23 @@ class _Writer:
             case "array":
                 return self._write_array(schema, path)
             case "string":
-                return _string(schema, path)
+                return self._write_string(schema, path)
             case "number" | "integer":
                 return _number(kind, schema, path)
             case _:
                 return {"type": kind}
+
+    def _write_string(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
+        written = _string(schema, path)
+        if "pattern" in schema:
+            written["pattern"] = self._pattern_of(schema["pattern"])
+        if len(written) == 1 or not self._is_json:
+            return written
+        name = self._strings.setdefault(tuple(sorted(written.items())), f"s{len(self._strings)}")
+        return {"$ref": f"#/$defs/{name}"}
+
+    def _pattern_of(self, pattern: str) -> str:
+        return in_json(pattern) if self._is_json else pattern
 
     def _write_array(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
         items, prefix = schema.get("items"), schema.get("prefixItems", [])
@@ -255,7 +278,7 @@ class _Writer:
         for name in properties:
             if matching.search(name) and properties[name] != value:
                 raise unserved("patternProperties", path, f" where it matches the property '{name}'")
-        return {pattern: self._write(value, at(place, pattern))}
+        return {self._pattern_of(pattern): self._write(value, at(place, pattern))}
 
 
 def _check_keywords(schema: Mapping[str, Schema], path: str) -> None:

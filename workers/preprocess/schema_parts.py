@@ -133,7 +133,7 @@ def _merge_values(name: str, one: Schema, other: Schema, path: str) -> Schema:
     if name == "type":
         return _common_types(types_of({"type": one}, path), types_of({"type": other}, path), path)
     if name == "const" or (name == "enum" and isinstance(one, list) and isinstance(other, list)):
-        common = [value for value in one if _is_among(value, other)] if name == "enum" else []
+        common = [value for value in one if is_among(value, other)] if name == "enum" else []
         if not common:
             raise NothingFits(f"no value fits all of the JSON schema at {path}")
         return common
@@ -151,12 +151,38 @@ def _common_types(one: Sequence[str], other: Sequence[str], path: str) -> list[s
 
 
 def _check_closed(one: Mapping[str, Schema], other: Mapping[str, Schema], path: str) -> None:
-    """What one schema says of properties that it does not name holds for those that only the other names."""
+    """What one schema says of properties and items that it does not name holds for those that only the other
+    names."""
+    (prefix, further), (other_prefix, _) = _items_of(one), _items_of(other)
+    if further not in (None, True, {}) and len(prefix) < len(other_prefix):
+        raise unserved("items", path, " where a further prefixItems is added")
     names, others = one.get("properties") or {}, other.get("properties") or {}
     for keyword in ("additionalProperties", "patternProperties", "propertyNames"):
         is_free = one.get(keyword, True) in (True, {})
         if not is_free and any(name not in names for name in others):
             raise unserved(keyword, path, " where further properties are added")
+
+
+def _items_of(schema: Mapping[str, Schema]) -> tuple[Sequence[Schema], Schema]:
+    """The schemas of the first items, and that of all further ones."""
+    items, prefix = schema.get("items"), schema.get("prefixItems")
+    if isinstance(items, list):  # as before 2020-12
+        return items, schema.get("additionalItems")
+    return prefix if isinstance(prefix, list) else (), items
+
+
+def closed_by_itself(part: Schema) -> Schema:
+    """A part of `allOf`, or what a `$ref` means, with what is unevaluated in it said in words that count
+    beside other parts: it does not see what these name."""
+    if not isinstance(part, dict):
+        return part
+    closed = {name: part[name] for name in part if not name.startswith("unevaluated")}
+    if "unevaluatedProperties" in part:
+        closed.setdefault("additionalProperties", part["unevaluatedProperties"])
+    if "unevaluatedItems" in part:
+        further = "additionalItems" if isinstance(part.get("items"), list) else "items"
+        closed.setdefault(further, part["unevaluatedItems"])
+    return closed
 
 
 def are_disjoint(branches: Sequence[Schema], path: str) -> bool:
@@ -171,7 +197,7 @@ def _are_apart(one: Schema, other: Schema, path: str) -> bool:
         return False
     values, others = values_of(one), values_of(other)
     if values is not None and others is not None:
-        return not any(_is_among(value, others) for value in values)
+        return not any(is_among(value, others) for value in values)
     types, other_types = (types_of(each, path) if "type" in each else () for each in (one, other))
     if values is not None:
         return bool(other_types) and not any(is_of(value, other_types) for value in values)
@@ -191,7 +217,7 @@ def _differ_in_a_property(one: Mapping[str, Schema], other: Mapping[str, Schema]
     for name in one.get("required") or ():
         if name in (other.get("required") or ()):
             mine, theirs = (values_of((schema.get("properties") or {}).get(name)) for schema in (one, other))
-            if mine is not None and theirs is not None and not any(_is_among(each, theirs) for each in mine):
+            if mine is not None and theirs is not None and not any(is_among(each, theirs) for each in mine):
                 return True
     return False
 
@@ -208,8 +234,12 @@ def values_of(schema: Schema) -> list[Any] | None:
 
 def _same(one: object, other: object) -> bool:
     """As JSON has it: true is not 1."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
-def _is_among(value: object, values: Sequence[object]) -> bool:
+def is_among(value: object, values: Sequence[object]) -> bool:
     return any(_same(value, other) for other in values)

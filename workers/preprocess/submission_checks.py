@@ -25,6 +25,8 @@ def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Seq
     if message.attempt < 1:
         raise RequestError("attempt counts from 1", field="attempt")
     _check_choices(message, text)
+    for banned in message.sampling.banned_token_ids:
+        _check_token_ids(banned, text, "banned_token_ids", "banned_token_ids")
     if not -(2**31) <= message.priority < 2**31:
         raise RequestError(f"priority must fit 32 bits, got {message.priority}", field="priority")
     if message.priority and not may_have_priority(message.tenant, allow_priority):

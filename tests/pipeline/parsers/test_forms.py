@@ -24,6 +24,7 @@ from pipeline.parsers.hermes import HermesForm
 from pipeline.parsers.plain import PlainParser
 from pipeline.parsers.registry import find_tool_form
 from pipeline.parsers.xml import XmlForm
+from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import Chat, ChatMessage, Text
 from pipeline.wire.sampling import Grammar, GrammarKind
 from tests.pipeline.parsers.reading import read
@@ -220,3 +221,17 @@ def test_functions_are_read_once_for_all_choices(monkeypatch: pytest.MonkeyPatch
     make = ChatForms(None).parser_maker(Chat((ChatMessage("user", "Hi"),), tools=b"[]"))
     assert make() is not make()
     assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(GrammarKind.JSON_SCHEMA, "{bad", "guided_json"),
+        Grammar(GrammarKind.STRUCTURAL_TAG, '{"structures": []}', "guided_json"),
+        Grammar(GrammarKind.STRUCTURAL_TAG, "[1]", "guided_json"),
+    ],
+)
+def test_a_grammar_that_is_not_what_it_says_is_refused_by_the_clients_name(grammar: Grammar) -> None:
+    with pytest.raises(RequestError) as caught:
+        format_of(grammar)
+    assert caught.value.info.field == "guided_json"

@@ -57,6 +57,23 @@ async def test_who_gives_up_does_not_disturb_who_waits_for_the_same(grammars: Gr
     assert await other
 
 
+async def test_what_nobody_waits_for_is_not_compiled(grammars: Grammars) -> None:
+    on_behalf_of.set(Work("asked", tenant="asker"))
+    slow = [schema_of({"enum": [f"v{number}" for number in range(9000)], "title": title}) for title in "ab"]
+    waiting = [grammar_of(GrammarKind.REGEX, f"[a-z]{{{number}}}") for number in range(1, 50)]
+    begun, *asked = (asyncio.ensure_future(grammars.compile(grammar)) for grammar in (*slow, *waiting))
+    twice = asyncio.ensure_future(grammars.compile(waiting[-1]))
+    await until(lambda: grammars.all)
+    for one in (begun, *asked):
+        one.cancel()
+    await asyncio.wait([begun, *asked])
+    assert grammars.num_under_way <= 3, "what has begun, and what another one waits for"
+    again = grammars.compile(waiting[0])
+    assert all(await asyncio.gather(twice, again))
+    assert grammars.num_compiled <= 4
+    await until(lambda: not grammars.num_under_way)
+
+
 async def test_what_is_kept_has_a_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(await grammars.compile(REGEX))
     monkeypatch.setattr(grammars_module, "MAX_KEPT_BYTES", 3 * size)

@@ -12,6 +12,7 @@ from pipeline.families import read_model_info
 from pipeline.wire.clients import SubmitRequest
 from pipeline.wire.errors import RequestError
 from pipeline.wire.limits import MAX_TOOL_CALLS, MAX_TOOLS
+from pipeline.wire.packing import pack_int32
 from pipeline.wire.prompts import Chat, ChatMessage, ToolCall
 from pipeline.wire.sampling import SamplingParams
 from tests.tool_chats import BARE, TOOL_CHATS, TOOLS, to_chat
@@ -54,6 +55,15 @@ def test_what_is_no_chat_is_refused_by_name(chat: Chat, field: str) -> None:
     with pytest.raises(RequestError) as caught:
         check_submission(submission(chat), TEXT, ())
     assert caught.value.info.field == field
+
+
+@pytest.mark.parametrize("token_id", [-1, TEXT.vocab_size])
+def test_tokens_outside_the_vocabulary_are_not_banned(token_id: int) -> None:
+    """The LLM takes them as indices: a negative one ended its process."""
+    with pytest.raises(RequestError) as caught:
+        check_submission(submission(Chat(HELLO), banned_token_ids=(pack_int32([1, token_id]),)), TEXT, ())
+    assert caught.value.info.field == "banned_token_ids"
+    check_submission(submission(Chat(HELLO), banned_token_ids=(pack_int32([0, 1]),)), TEXT, ())
 
 
 def test_tokens_outside_the_vocabulary_end_no_thought() -> None:

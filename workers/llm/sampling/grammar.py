@@ -24,8 +24,8 @@ from workers.llm.sampling.matching import Mask
 from workers.llm.sampling.tokens import TokensSoFar
 
 MAX_KEPT_BYTES = 96 << 20  # of grammars, as xgrammar counts them: in memory two to three times as much
-SLOW_S = 0.05  # of processor time for one mask
-MAX_SLOW_MASKS = 8  # of one request: it holds up all others
+SLOW_S = 0.05  # of processor time to follow a token, or to make a mask
+MAX_SLOW = 8  # times of one request: it holds up all others
 
 
 class GrammarRule:
@@ -78,6 +78,13 @@ class GrammarMatcher:
         ends = eos | set(params.stop_token_ids)
         self._matcher = load_binding().GrammarMatcher(compiled, sorted(ends), False, -1, None)
         self._grammar, self._min_tokens, self._clock = params.grammar, params.min_tokens, clock
+        # What else forbids tokens: together they may leave none, and then any is chosen.
+        forbidding = {
+            "allowed_token_ids": params.allowed_token_ids is not None,
+            "bad_words": bool(params.banned_token_ids),
+            "thinking_budget": params.thinking_budget is not None,
+        }
+        self._others = [name for name, is_given in forbidding.items() if is_given]
         # Allowed only where the grammar is complete, even if one is a word of the grammar.
         self._ends = np.array(sorted(ends), dtype=np.int64)
         # The ends that do end this request.
@@ -91,13 +98,18 @@ class GrammarMatcher:
         """Whether the grammar allows these tokens next."""
         self._mask = None
         for token_id in token_ids:
+            started_at = self._clock()
             if not self._matcher.accept_token(token_id, False):
                 return False
             self._num_tokens += 1
+            # In an ambiguous grammar each token may take longer than the one before.
+            self._watch(self._clock() - started_at)
         return True
 
     def accept(self, token_ids: Sequence[int]) -> None:
         if not self.follow(token_ids):
+            if self._others:
+                raise self._error(f"no token keeps to the grammar and to {' and '.join(self._others)}", 400)
             raise self._error("a token was chosen that the grammar does not allow", 500)
 
     @property
@@ -127,7 +139,7 @@ class GrammarMatcher:
 
     def _watch(self, seconds: float) -> None:
         self._num_slow += seconds > SLOW_S
-        if self._num_slow >= MAX_SLOW_MASKS:
+        if self._num_slow >= MAX_SLOW:
             raise self._error(f"the grammar takes more than {SLOW_S * 1000:g} ms for a token", 400)
 
     def _error(self, message: str, status: int) -> RequestError:

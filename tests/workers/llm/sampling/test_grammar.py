@@ -17,7 +17,7 @@ from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
 from tests.grammars import MODEL, RandomSchemas, compiled, grammar_of, schema_of, vocabulary
 from workers.grammars.compiled import unpack
-from workers.llm.sampling.grammar import MAX_SLOW_MASKS, GrammarMatcher, GrammarRule
+from workers.llm.sampling.grammar import MAX_SLOW, GrammarMatcher, GrammarRule
 from workers.llm.sampling.tokens import TokensSoFar
 
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -163,21 +163,51 @@ def test_a_wrong_token_is_an_error_of_the_server() -> None:
     assert error.value.info.status == 500
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"allowed_token_ids": (5,)}, "allowed_token_ids"),
+        ({"banned_token_ids": (b"\5\0\0\0",)}, "bad_words"),
+        ({"thinking_budget": 1}, "thinking_budget"),
+    ],
+)
+def test_where_other_parameters_leave_no_token_the_error_names_them(
+    fields: dict[str, object], name: str
+) -> None:
+    with pytest.raises(RequestError, match=name) as error:
+        start(REGEX, **fields).accept(ids_of("x"))
+    assert error.value.info.status == 400
+
+
 def test_a_grammar_whose_masks_are_slow_again_and_again_is_given_up() -> None:
     ticks = itertools.count()
     params = SamplingParams(grammar=REGEX)
     info = vocabulary().tokenizer_info()
     grammar = grammar_of(GrammarKind.REGEX, "a*")
     matcher = GrammarMatcher(
-        unpack(compiled(grammar), info), params, vocabulary(), lambda: next(ticks) * 0.06
+        unpack(compiled(grammar), info), params, vocabulary(), lambda: (next(ticks) % 4 > 0) * 0.06
     )
-    for _ in range(MAX_SLOW_MASKS - 1):
+    for _ in range(MAX_SLOW - 1):
         matcher.allowed()
         matcher.allowed()  # kept until the next token
         matcher.accept(ids_of("a"))
     with pytest.raises(RequestError, match="50 ms") as error:
         matcher.allowed()
     assert error.value.info.field == "response_format"
+
+
+def test_a_grammar_that_follows_tokens_slowly_is_given_up() -> None:
+    """Its masks are quick, and each token takes longer than the one before."""
+    ambiguous = grammar_of(GrammarKind.EBNF, 'root ::= "a" | root root root | root root')
+    ticks = itertools.count()
+    info, params = vocabulary().tokenizer_info(), SamplingParams(grammar=ambiguous)
+    matcher = GrammarMatcher(
+        unpack(compiled(ambiguous), info), params, vocabulary(), lambda: next(ticks) * 0.06
+    )
+    matcher.accept(ids_of("a") * (MAX_SLOW - 1))
+    with pytest.raises(RequestError, match="50 ms") as error:
+        matcher.accept(ids_of("a"))
+    assert (error.value.info.status, error.value.info.field) == (400, "response_format")
 
 
 @pytest.mark.parametrize(
