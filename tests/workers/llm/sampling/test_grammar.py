@@ -120,7 +120,7 @@ def test_tokens_of_an_earlier_attempt_that_do_not_fit_are_refused(output: str) -
 
 @pytest.mark.parametrize("fields", [{"ignore_eos": True}, {"min_tokens": 9}])
 def test_where_no_end_may_come_a_complete_grammar_is_over_by_itself(fields: dict[str, object]) -> None:
-    matcher = start(REGEX, **fields)
+    matcher = start(REGEX, (), **fields)
     matcher.accept(ids_of("a") + ids_of("b"))
     assert not matcher.is_over
     assert not set(allowed(matcher)) & set(EOS), "it could end, but goes on"
@@ -175,7 +175,7 @@ def test_where_other_parameters_leave_no_token_the_error_names_them(
     fields: dict[str, object], name: str
 ) -> None:
     with pytest.raises(RequestError, match=name) as error:
-        start(REGEX, **fields).accept(ids_of("x"))
+        start(REGEX, (), **fields).accept(ids_of("x"))
     assert error.value.info.status == 400
 
 
