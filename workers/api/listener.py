@@ -72,7 +72,8 @@ class Listener(web.BaseSite):
 
     async def _connect(self, connection: socket.socket) -> None:
         timeout = None if self._ssl_context is None else HANDSHAKE_S
-        assert (make_protocol := self._runner.server) is not None, "the site has started"
+        make_protocol = self._runner.server
+        assert make_protocol is not None, "the site has started"
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 make_protocol, connection, ssl=self._ssl_context, ssl_handshake_timeout=timeout
