@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pipeline.wire.prompts import MAX_TEMPLATE_OPTION
 from pipeline.wire.sampling import MAX_GRAMMAR_CHOICES
 from workers.api import anthropic_request, chat_request, parts, responses_request
 from workers.api.description.schemas import (
@@ -83,7 +84,10 @@ MODE = one_of(["auto", "required"])
 ALLOWED = opened({"tools": listed(opened({"function": opened({"name": NAME})}))}, {"mode": MODE})
 EFFORT = one_of([*chat_request.EFFORTS, None])
 EFFORTS = any_of(EFFORT, opened({}, {"effort": EFFORT}))
-TEMPLATE_OPTION: Json = {"type": ["boolean", "number", "string", "null"]}
+TEMPLATE_OPTION: Json = {
+    "type": ["boolean", "number", "string", "null"],
+    "maxLength": MAX_TEMPLATE_OPTION,
+}
 CHOICES = listed(NAME, minItems=1, maxItems=MAX_GRAMMAR_CHOICES)
 STRUCTURES = any_of(
     opened({"format": OBJECT}), opened({"structures": listed(opened({"begin": {}, "end": {}}))})
