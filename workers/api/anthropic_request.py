@@ -201,8 +201,8 @@ def _take_tool_choice(given: Json | None, chat: ChatCompletionRequest) -> None:
 
 
 def _take_thinking(given: Json | None, forms: ChatForms, chat: ChatCompletionRequest) -> None:
-    if given is None:
-        return
+    """As Anthropic's models, none thinks unasked, where its template has the choice."""
+    given = {"type": "disabled"} if given is None else given
     kind = given.get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         what = f"thinking.type must be enabled, disabled or adaptive, got {shown(kind)}"

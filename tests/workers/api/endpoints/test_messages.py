@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.client.client import Piece
+from pipeline.families.chat_template import ChatTemplate
 from pipeline.parsers.forms import ChatForms
 from pipeline.wire.errors import RequestError
 from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, TextPart, ToolCall
@@ -47,6 +48,19 @@ def user(*blocks: Any) -> dict[str, Any]:
 
 def text(words: str, **more: Any) -> dict[str, Any]:
     return {"type": "text", "text": words, **more}
+
+
+@pytest.mark.parametrize(
+    ("thinking", "thinks"),
+    [({}, False), ({"thinking": {"type": "disabled"}}, False), ({"thinking": {"type": "adaptive"}}, True)],
+)
+def test_no_model_thinks_unasked_where_its_template_has_the_choice(
+    thinking: dict[str, Any], thinks: bool
+) -> None:
+    forms = ChatForms(ChatTemplate("{% if enable_thinking %}<think>{% endif %}</think>"))
+    body = {"max_tokens": 9, "messages": [user(text("a"))], **thinking}
+    request = to_chat_request(decode_json(json.dumps(body).encode(), MessagesRequest), forms)
+    assert request.chat_template_kwargs == {"enable_thinking": thinks}
 
 
 def test_a_system_prompt_pictures_and_texts() -> None:
