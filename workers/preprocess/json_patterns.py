@@ -18,6 +18,7 @@ from typing import NamedTuple
 QUOTE, BACKSLASH, FIRST_PLAIN = ord('"'), ord("\\"), ord(" ")
 _LETTERS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "0": 0}
 _SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", QUOTE: '"', BACKSLASH: "\\\\"}
+_ANYTHING = r"[\s\S]*"
 _CODE = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,6})\}")
 _CONTROL = re.compile(r"c([A-Za-z])")
 _ESCAPED = r'"\\\x00-\x1f'  # within a class
@@ -51,6 +52,36 @@ def in_json(pattern: str) -> str:
         else:
             written.append(_WIDE.get(piece.text, piece.text))
     return "".join(written)
+
+
+def with_open_side(pattern: str) -> str:
+    """The pattern for a whole string. Where one side alone is anchored, anything may stand at the other."""
+    pieces = list(_pieces(pattern))
+    if not pieces or _has_alternatives(pieces):
+        return pattern
+    is_anchored = pieces[0].text == "^", pieces[-1].text == "$"
+    match is_anchored:
+        case True, False:
+            return f"{pattern}{_ANYTHING}"
+        case False, True:
+            return f"{_ANYTHING}{pattern}"
+        case _:
+            return pattern
+
+
+def _has_alternatives(pieces: Iterable[_Piece]) -> bool:
+    """Outside groups and classes."""
+    depth, is_in_class = 0, False
+    for piece in pieces:
+        if is_in_class:
+            is_in_class = piece.text != "]"
+        elif piece.text == "[":
+            is_in_class = True
+        elif piece.text in "()":
+            depth += 1 if piece.text == "(" else -1
+        elif piece.text == "|" and depth == 0:
+            return True
+    return False
 
 
 def _pieces(pattern: str) -> Iterator[_Piece]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.wire.errors import RequestError
-from workers.preprocess.json_patterns import in_json
+from workers.preprocess.json_patterns import in_json, with_open_side
 from workers.preprocess.schema_parts import (
     GROUPS,
     VALUES,
@@ -184,7 +184,8 @@ class _Writer:
         return {"$ref": f"#/$defs/{name}"}
 
     def _pattern_of(self, pattern: str) -> str:
-        return in_json(pattern) if self._is_json else pattern
+        # Outside JSON a tag ends the string: what may be anything would take it in.
+        return in_json(with_open_side(pattern)) if self._is_json else pattern
 
     def _write_array(self, schema: Mapping[str, Schema], path: str) -> dict[str, Schema]:
         items, prefix = schema.get("items"), schema.get("prefixItems", [])

@@ -14,7 +14,7 @@ from pipeline.wire.sampling import SamplingParams
 from tests.grammars import MODEL, compiled, schema_of, vocabulary
 from workers.grammars.compiled import unpack
 from workers.llm.sampling.grammar import GrammarMatcher
-from workers.preprocess.json_patterns import in_json
+from workers.preprocess.json_patterns import in_json, with_open_side
 
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 ANY = schema_of({"type": "string"})
@@ -41,6 +41,41 @@ PIECES = (
 )
 def test_what_must_be_escaped_is_an_escape(pattern: str, written: str) -> None:
     assert in_json(pattern) == written
+
+
+@pytest.mark.parametrize(
+    ("pattern", "written"),
+    [
+        ("^https://", r"^https://[\s\S]*"),
+        ("[.]png$", r"[\s\S]*[.]png$"),
+        (r"^\$", r"^\$[\s\S]*"),
+        (r"^a(b|c)[|]", r"^a(b|c)[|][\s\S]*"),
+        ("^a$", "^a$"),
+        ("[0-9]{5}", "[0-9]{5}"),
+        ("^a|b$", "^a|b$"),
+        ("^a|b", "^a|b"),
+        ("", ""),
+    ],
+)
+def test_where_one_side_alone_is_anchored_the_other_is_open(pattern: str, written: str) -> None:
+    assert with_open_side(pattern) == written
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ('"https://red.example/a b"', True),
+        ('"http://"', True),
+        ('"ftp://red"', False),
+        ('"a https://"', False),
+    ],
+)
+def test_an_open_side_takes_further_characters(answer: str, fits: bool) -> None:
+    data = compiled(schema_of({"type": "string", "pattern": "^https?://"}))
+    matcher = GrammarMatcher(
+        unpack(data, vocabulary().tokenizer_info()), SamplingParams(grammar=ANY), vocabulary()
+    )
+    assert matcher.follow(TOKENIZER.encode(answer, add_special_tokens=False).ids) is fits
 
 
 def test_answers_are_json_whatever_the_pattern() -> None:
