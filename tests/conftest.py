@@ -30,24 +30,35 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             )
 
 
-def _needs_real_processes(item: pytest.Item) -> bool:
-    return item.nodeid.startswith(("tests/integration/", "tests/clients/"))
+def _needs_real_processes(nodeid: str) -> bool:
+    return nodeid.startswith(("tests/integration/", "tests/clients/"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker of pytest-xdist runs all tests with real processes, which look for what is left of them on the
+    machine; else a file is run by one worker. (Its groups by marker do nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "real processes" if _needs_real_processes(nodeid) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Beside tests with real processes, many of which are about time, the others step back."""
-    global is_nice
-    if hasattr(item.config, "workerinput") and not is_nice and not _needs_real_processes(item):
+    global is_nice  # noqa: PLW0603
+    if hasattr(item.config, "workerinput") and not is_nice and not _needs_real_processes(item.nodeid):
         is_nice = True
         os.nice(10)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # pytest-xdist: one worker runs those with real processes, and first
-        items.sort(key=_needs_real_processes, reverse=True)
-        for item in items:
-            if _needs_real_processes(item):
-                item.add_marker(pytest.mark.xdist_group("processes"))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _needs_real_processes(item.nodeid), reverse=True)  # they take longest
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.get_closest_marker("interpreter"):
