@@ -36,8 +36,8 @@ def _needs_real_processes(nodeid: str) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker of pytest-xdist runs all tests with real processes, which look for what is left of them on the
-    machine; else a file is run by one worker. (Its groups by marker do nothing with pytest 9.2.)"""
+    """One worker of pytest-xdist runs all tests with real processes, which look for what is left of them on
+    the machine; else a file is run by one worker. (Its groups by marker do nothing with pytest 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -50,7 +50,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Beside tests with real processes, many of which are about time, the others step back."""
-    global is_nice  # noqa: PLW0603
+    global is_nice
     if hasattr(item.config, "workerinput") and not is_nice and not _needs_real_processes(item.nodeid):
         is_nice = True
         os.nice(10)
