@@ -336,7 +336,8 @@ def _warning(ignored: Sequence[str]) -> dict[str, str]:
     """The header that tells a client which fields of its body were ignored: RFC 7234, 5.5."""
     if not ignored:
         return {}
-    return {"Warning": f'299 - "ignored fields: {_named(ignored)}"'.replace("\\", "?")}
+    quotable = _named(ignored).replace("\\", "?").replace('"', "?")
+    return {"Warning": f'299 - "ignored fields: {quotable}"'}
 
 
 async def _chain(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:

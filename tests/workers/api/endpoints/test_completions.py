@@ -276,6 +276,7 @@ async def test_unknown_fields_are_ignored_and_told() -> None:
         assert answer.status == 200
         assert answer.headers["warning"].startswith("299 - \"ignored fields: 'top_secret', '")
         assert answer.headers["warning"].isascii()
+        assert answer.headers["warning"].count('"') == 2, "the text's own would end it"
         plain = await site.ask(post(b'{"prompt": "a"}', JSON, path="/v1/completions"))
         assert "warning" not in plain.headers
 
