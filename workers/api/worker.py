@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -159,6 +160,8 @@ class _Process:
             return  # the launcher ends the pipeline, and `_follow` receives that, too
         finally:
             waiting.cancel()
+        gc.collect()
+        gc.freeze()  # a full collection would walk all of this again, while streams wait
         self._server.set_ready()
         self._context.ready()
         await self._report(STATS_INTERVAL_S)
