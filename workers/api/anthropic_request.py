@@ -16,6 +16,7 @@ from workers.api.keys import refuse_unserved_keys, text_of
 
 Json = dict[str, Any]
 IGNORED_IN_BLOCK = ("type", "cache_control", "citations", "signature", "title", "context", "caller")
+IGNORED_IN_TOOL = ("type", "cache_control", "eager_input_streaming")  # how it is billed and sent
 
 
 class AnthropicMessage(msgspec.Struct):
@@ -177,6 +178,8 @@ def _tool(tool: Json, field: str) -> Json:
     if tool.get("type") not in (None, "custom"):
         what = f"of tools only a client's own are served, got the type {shown(tool['type'])}"
         raise RequestError(what, field=f"{field}.type")
+    served = ("name", "description", "input_schema", "strict")
+    refuse_unserved_keys(tool, served, IGNORED_IN_TOOL, "a tool", field)
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {"type": "object"}}
     for name in ("description", "strict"):
         if tool.get(name) is not None:

@@ -235,6 +235,7 @@ def _tool(tool: Any, field: str) -> Json:
     if isinstance(tool.get("function"), dict):  # as in a chat
         return tool
     names = ("name", "description", "parameters", "strict")
+    refuse_unserved_keys(tool, names, ("type",), "a tool", field)
     return {"type": "function", "function": {key: tool[key] for key in names if tool.get(key) is not None}}
 
 

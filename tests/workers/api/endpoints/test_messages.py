@@ -156,6 +156,9 @@ def test_fields_that_are_not_served_are_refused_by_name() -> None:
     chat = user(text("a"))
     assert refused({"role": "robot", "content": "a"}) == "messages[0].role"
     assert refused(chat, tools=[{"type": "web_search_20250305", "name": "x"}]) == "tools[0].type"
+    assert refused(chat, tools=[WEATHER | {"cache_control": {}, "input_examples": [1]}]) == (
+        "tools[0].input_examples"
+    )
     assert refused(chat, tool_choice={"type": "many"}) == "tool_choice"
     assert refused(chat, thinking={"type": "maybe"}) == "thinking.type"
     assert refused(chat, thinking={"type": "enabled", "budget_tokens": "x"}) == "thinking.budget_tokens"

@@ -143,6 +143,7 @@ def test_a_thought_without_a_text_and_a_picture_by_its_uuid() -> None:
         {"n": 2},
         {"n": 0},
         {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "function", "name": "f", "defer_loading": True}]},
         {"text": {"format": 3}},
     ],
 )
