@@ -6,6 +6,7 @@ Answers are held against it in all tests of the api (`conformance.py`); requests
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -38,14 +39,20 @@ LEAST: dict[str, dict[str, Any]] = {  # a body without anything that may be left
 }
 
 
+@functools.cache
 def described(facts: ServerFacts = FACTS) -> Any:
     return msgspec.json.decode(msgspec.json.encode(document(routes(), facts)))
 
 
 def fits(path: str, body: dict[str, Any], facts: ServerFacts = FACTS) -> bool:
+    return bool(validator(path, facts).is_valid(body))
+
+
+@functools.cache
+def validator(path: str, facts: ServerFacts) -> Any:
     found = described(facts)
     schema = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    return jsonschema.Draft202012Validator({**schema, "components": found["components"]}).is_valid(body)
+    return jsonschema.Draft202012Validator({**schema, "components": found["components"]})
 
 
 def takes(path: str, body: dict[str, Any]) -> bool:
