@@ -174,10 +174,10 @@ def test_hosts_as_urls_show_them(host: str, shown: str) -> None:
     assert shown_host(host) == shown
 
 
-def test_a_run_directory_of_its_own_vanishes(tmp_path: Path) -> None:
-    with RunDir("", tmp_path) as folder:
-        assert folder.parent == tmp_path
-    assert os.listdir(tmp_path) == []
+def test_a_run_directory_of_its_own_vanishes(short_path: Path) -> None:
+    with RunDir("", short_path) as folder:
+        assert folder.parent == short_path
+    assert os.listdir(short_path) == []
 
 
 def test_who_computes_alone_may_have_all_cores_unless_a_number_was_given() -> None:

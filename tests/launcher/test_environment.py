@@ -94,8 +94,8 @@ def long_folder(parent: Path, num_bytes: int) -> Path:
     return folder
 
 
-def test_a_long_folder_for_temporary_files_is_not_taken(tmp_path: Path) -> None:
-    too_long, longest = long_folder(tmp_path, MAX_BASE + 1), long_folder(tmp_path, MAX_BASE)
+def test_a_long_folder_for_temporary_files_is_not_taken(short_path: Path) -> None:
+    too_long, longest = long_folder(short_path, MAX_BASE + 1), long_folder(short_path, MAX_BASE)
     assert run_dir_base({}, longest) == longest
     assert run_dir_base({}, too_long) == Path("/tmp")
     assert run_dir_base({"XDG_RUNTIME_DIR": str(longest)}, Path("/var/tmp")) == longest
