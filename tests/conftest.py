@@ -39,8 +39,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             )
 
 
-def _needs_real_processes(nodeid: str) -> bool:
-    return nodeid.startswith(("tests/integration/", "tests/clients/"))
+def _steps_back(nodeid: str) -> bool:
+    """Whether it has no real processes, and demands nothing of how long the event loop stands still."""
+    return not nodeid.startswith(("tests/integration/", "tests/clients/", "tests/workers/api/test_server.py"))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "real processes" if _needs_real_processes(nodeid) else nodeid.partition("::")[0]
+            return nodeid.partition("::")[0] if _steps_back(nodeid) else "real processes"
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
@@ -60,14 +61,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Beside tests with real processes, many of which are about time, the others step back."""
     global is_nice
-    if hasattr(item.config, "workerinput") and not is_nice and not _needs_real_processes(item.nodeid):
+    if hasattr(item.config, "workerinput") and not is_nice and _steps_back(item.nodeid):
         is_nice = True
         os.nice(10)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _needs_real_processes(item.nodeid), reverse=True)  # they take longest
+        items.sort(key=lambda item: _steps_back(item.nodeid))  # they take longest
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.get_closest_marker("interpreter"):

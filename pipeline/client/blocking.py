@@ -108,9 +108,8 @@ class BlockingClient:
                 cache_salt,
                 tenant,
                 trace_context,
-                None,
-                tool_choice,
-                parallel_tool_calls,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
             )
         )
 

@@ -263,7 +263,8 @@ class PipelineClient:
         chat = msgspec.structs.replace(prompt, tools=choice.data)
         grammar = to_chat_grammar(choice, chat, self.forms, sampling.grammar)
         sampling = msgspec.structs.replace(sampling, grammar=grammar)
-        parsers = [self.forms.parser(chat) for _ in range(sampling.n)]
+        make_parser = self.forms.parser_maker(chat)
+        parsers = [make_parser() for _ in range(sampling.n)]
         pieces = self.generate(
             chat, sampling, media, request_id, priority, cache_salt, tenant, trace_context, on_interrupted
         )

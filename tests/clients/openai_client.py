@@ -127,15 +127,18 @@ def check_tools() -> None:
         assert ask(WEATHER, tools=[checks.TOOL], tool_choice=choice).choices[0].message.content
 
 
+SHAPE_CALL: Any = {
+    "model": checks.MODEL,
+    "messages": WEATHER,
+    "tools": [openai.pydantic_function_tool(checks.Shape)],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "max_tokens": 200,
+}
+
+
 def check_tools_streamed() -> None:
-    with client.chat.completions.stream(
-        model=checks.MODEL,
-        messages=WEATHER,
-        tools=[openai.pydantic_function_tool(checks.Shape)],
-        tool_choice="required",
-        parallel_tool_calls=False,
-        max_tokens=200,
-    ) as stream:
+    with client.chat.completions.stream(**SHAPE_CALL) as stream:
         events = list(stream)
         (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, checks.Shape)
@@ -153,14 +156,7 @@ def check_parse() -> None:
 
 
 def check_parse_tools() -> None:
-    answer = client.chat.completions.parse(
-        model=checks.MODEL,
-        messages=WEATHER,
-        tools=[openai.pydantic_function_tool(checks.Shape)],
-        tool_choice="required",
-        parallel_tool_calls=False,
-        max_tokens=200,
-    )
+    answer = client.chat.completions.parse(**SHAPE_CALL)
     (call,) = answer.choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, checks.Shape)
 
