@@ -19,6 +19,7 @@ from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
 from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
+from launcher.memory import warn_of_memory
 from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.supervisor import Supervisor
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
             located = dataclasses.replace(config.launcher, cache_dir=str(cache))
             config = dataclasses.replace(config, model=named, launcher=located)
             config = limit_pictures(config, model.folder, os.environ)
+            warn_of_memory(config, model.folder)
             with gpu_sharing(config, run_dir, workers_environment(os.environ, home, cache)) as environment:
                 return Supervisor(config, model, run_dir, environment).run()
     except (ValueError, OSError) as error:

@@ -159,6 +159,8 @@ class Unit:
         ]
         code, child = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL and self.phase is Phase.STARTING:
+            how += " while it started, most likely for lack of memory"
         return Death(code, f"{child.worker} {how}{': ' if child.error else ''}{child.error}")
 
     def on_death(self, now: float, code: int = -signal.SIGKILL, has_worked: bool = False) -> bool:

@@ -91,6 +91,11 @@ def test_the_first_death_is_a_killed_rank_or_else_the_first_that_reported_an_err
     assert unit.first_death() == (1, "llm.1 exited with code 1: out of memory")
     second.process.exit_code, second.error = -signal.SIGSEGV, ""
     assert unit.first_death() == (-signal.SIGSEGV, "llm.1 was killed by SIGSEGV")
+    second.process.exit_code = -signal.SIGKILL
+    assert unit.first_death()[1] == "llm.1 was killed by SIGKILL"
+    unit.phase = Phase.STARTING
+    assert unit.first_death()[1].endswith("SIGKILL while it started, most likely for lack of memory")
+    unit.phase = Phase.SERVING
     unit.on_death(3.0)
     assert not unit.has_dead_member, "the death is known"
 

@@ -14,9 +14,9 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 from pipeline.config import MIB, ApiConfig
+from pipeline.process.machine import machine_memory
 from pipeline.wire.errors import RequestError
 
 PATIENCE_S = 2.0  # that a request waits for memory
@@ -140,23 +140,3 @@ def memory_mib(config: ApiConfig) -> int:
         return config.api_memory_mib
     affordable = machine_memory() // MACHINE_SHARE // MIB
     return max(MIN_BODIES * config.max_request_mib, min(MAX_BODIES * config.max_request_mib, affordable))
-
-
-def machine_memory(
-    meminfo: Path = Path("/proc/meminfo"),
-    own: Path = Path("/proc/self/cgroup"),
-    root: Path = Path("/sys/fs/cgroup"),
-) -> int:
-    """Bytes of memory of the machine or of the container, whichever is less."""
-    lines = meminfo.read_text().splitlines()
-    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
-    limits = [total]
-    with contextlib.suppress(OSError):
-        lines = own.read_text().splitlines()
-        groups = [PurePosixPath(line.split(":", 2)[2]).relative_to("/") for line in lines]
-        folders = {root / part for group in groups for part in (group, *group.parents)}
-        for folder in folders | {root / "memory"}:
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                    limits.append(int((folder / name).read_text()))
-    return min(limits)

@@ -19,7 +19,7 @@ from pipeline.wire.errors import RequestError
 from pipeline.wire.sampling import FinishReason
 from tests.workers.api.serving import CHAT, FakeClient, Pieces, Wire, endpoint, piece, post, serving
 from workers.api.bodies import BodyPace
-from workers.api.budget import Budget, BudgetLease, machine_memory, memory_mib
+from workers.api.budget import Budget, BudgetLease, memory_mib
 from workers.api.server import ApiServer
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -255,21 +255,6 @@ async def test_turns_are_by_owner_and_a_waiter_that_leaves_takes_nothing() -> No
     await asyncio.wait_for(small, 1)
     first.close()
     assert budget.num_bytes == 10
-
-
-def test_memory_is_that_of_the_machine_or_the_container(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:       16384000 kB\nMemFree: 1 kB\n")
-    (tmp_path / "own").write_text("0::/pod/box\n")
-    (tmp_path / "pod" / "box").mkdir(parents=True)
-
-    def found() -> int:
-        return machine_memory(tmp_path / "meminfo", tmp_path / "own", tmp_path)
-
-    assert found() == 16384000 * 1024
-    (tmp_path / "pod" / "box" / "memory.max").write_text("max\n")
-    assert found() == 16384000 * 1024
-    (tmp_path / "pod" / "memory.max").write_text(f"{2 << 30}\n")
-    assert found() == 2 << 30
 
 
 def test_the_default_budget_has_room_for_some_of_the_largest_bodies() -> None:

@@ -19,6 +19,7 @@ from workers.nn.weights.dense import Dense
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
 from workers.nn.weights.shard import ExpertsShard
 
+ROWS = 4096  # that are quantised at a time
 _ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 to round
 
 
@@ -33,10 +34,16 @@ class Int8Linear(Linear):
         super().__init__(*weight.shape)
         self._bias, self._dtype = bias, weight.dtype
         largest = 127 if is_int8_exact() else 63
-        wide = weight.float()
-        self._scales = wide.abs().amax(dim=1).clamp(min=1e-8) / largest
+        self._scales = torch.empty(self.out_features)
         self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
-        self._pack((wide / self._scales[:, None]).round().to(torch.int8))
+        packed = torch.empty(weight.shape, dtype=torch.int8)
+        # An output layer in float32, whole and several times, would be more than all other weights.
+        parts = zip(weight.split(ROWS), self._scales.split(ROWS), packed.split(ROWS), strict=True)
+        for part, scales, out in parts:
+            wide = part.float()
+            torch.div(wide.abs().amax(dim=1).clamp_(min=1e-8), largest, out=scales)
+            out.copy_(wide.div_(scales[:, None]).round_())
+        self._pack(packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()  # in bfloat16 the sum below could round the largest activation up, beyond 255
