@@ -60,7 +60,7 @@ class LlmConfig:
         "auto",
         "what computes attention; auto: triton on GPUs, torch on the CPU; flash3: FlashAttention-3, where "
         "it is installed",
-        choices=("auto", "torch", "triton", "flash3"),
+        choices=("auto", "torch", "native", "triton", "flash3"),
     )
     all_reduce: str = option(
         "nccl",

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 
 from workers.llm.attention.base import AttentionBackend
+from workers.llm.attention.native import NativeAttention
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.sampling.choice import Kernel
 from workers.nn.fused import Kernels
+from workers.nn.native import operators
 
 
 class Backend(NamedTuple):
@@ -30,12 +32,27 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     and only when needed: an installation for the CPU has neither.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
+        name = "triton" if device.type == "cuda" else "native" if operators.kernels else "torch"
     return BACKENDS[name](name, device)
 
 
 def _torch(name: str, device: torch.device) -> Backend:
     return Backend(name, PagedAttention, None, None)
+
+
+def _native(name: str, device: torch.device) -> Backend:
+    if device.type != "cpu":
+        raise ValueError(f"attention {name!r} is for the CPU, but this rank computes on {device}")
+    if operators.kernels is None:
+        raise ValueError(
+            f"attention {name!r} needs the compiled kernels: install the package where there is a C++ "
+            "compiler"
+        )
+    return Backend(name, _native_or_torch, None, None)
+
+
+def _native_or_torch(cache: PagedTensors) -> AttentionBackend:
+    return NativeAttention(cache) if NativeAttention.takes(cache) else PagedAttention(cache)
 
 
 def _triton(name: str, device: torch.device) -> Backend:
@@ -61,6 +78,7 @@ def _flash3(name: str, device: torch.device) -> Backend:
 # By the option `--attention`.
 BACKENDS: Mapping[str, Callable[[str, torch.device], Backend]] = {
     "torch": _torch,
+    "native": _native,
     "triton": _triton,
     "flash3": _flash3,
 }

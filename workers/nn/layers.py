@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.native import operators
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of […, 2 · size], gate first."""
+    if operators.takes(gate_up):
+        return operators.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -28,6 +32,8 @@ class RMSNorm:
         self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        if operators.takes(x, self.weight):
+            return operators.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -33,7 +33,7 @@ class _History(NamedTuple):
     rest: Tensor | None  # [n] int64
 
 
-class _Chunk(NamedTuple):
+class PromptPart(NamedTuple):
     """New tokens that attend to one another and to a history, in order."""
 
     history: slice | Tensor | None  # slots, the new tokens' included; None: there is no history
@@ -51,7 +51,7 @@ class _Layout(NamedTuple):
     counts: Sequence[int]  # new tokens of each sequence
     new_slots: Tensor  # [num_tokens] int64: of the step's keys and values
     together: _Together | None  # the leading decodes
-    others: Sequence[_History | _Chunk]  # all other sequences: one token, or several
+    others: Sequence[_History | PromptPart]  # all other sequences: one token, or several
 
 
 class PagedAttention(AttentionBackend):
@@ -60,7 +60,7 @@ class PagedAttention(AttentionBackend):
         self._is_cpu = cache.device.type == "cpu"
 
     def plan(self, spans: Sequence[SequencePart]) -> AttentionStep:
-        slots = [self._slots(span) for span in spans]
+        slots = [self.slots(span) for span in spans]
         new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
         num_decodes = sum(1 for _ in itertools.takewhile(lambda span: span.num_tokens == 1, spans))
         longest = max((span.length for span in spans[:num_decodes]), default=0)
@@ -82,7 +82,7 @@ class PagedAttention(AttentionBackend):
     def warm_up(self, layers: Sequence[AttentionLayer]) -> None:
         """Nothing is compiled."""
 
-    def _slots(self, span: SequencePart) -> Tensor:
+    def slots(self, span: SequencePart) -> Tensor:
         size = self.cache.block_size
         table = np.asarray(span.block_table)[: -(-span.length // size)].astype(np.int64)
         slots = (table[:, None] * size + np.arange(size)).ravel()[: span.length]
@@ -101,15 +101,18 @@ class PagedAttention(AttentionBackend):
         mask = torch.zeros(is_outside.shape, dtype=self.cache.dtype, device=is_outside.device)
         return mask.masked_fill_(is_outside, -torch.inf)[:, None, None]
 
-    def _other(self, slots: Tensor, span: SequencePart) -> _History | _Chunk:
+    def _other(self, slots: Tensor, span: SequencePart) -> _History | PromptPart:
+        if span.num_computed and span.num_tokens == 1 and self._is_cpu:
+            return self._history(slots, span)
+        return self.prompt_part(slots, span)
+
+    def prompt_part(self, slots: Tensor, span: SequencePart) -> PromptPart:
         if not span.num_computed:
-            return _Chunk(None, None)
+            return PromptPart(None, None)
         history = self._history(slots, span)
-        if span.num_tokens == 1 and self._is_cpu:
-            return history
         # Causal, aligned to the bottom right.
         mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device)
-        return _Chunk(history.run if history.rest is None else slots, mask.tril(span.num_computed))
+        return PromptPart(history.run if history.rest is None else slots, mask.tril(span.num_computed))
 
     def _history(self, slots: Tensor, span: SequencePart) -> _History:
         size = self.cache.block_size
@@ -154,7 +157,7 @@ class _TorchStep(AttentionStep):
             if isinstance(other, _History):
                 parts.append(_decode(layer, cache, other, q[part]))
             else:
-                parts.append(_prefill(layer, cache, other, q[part], kv[part]))
+                parts.append(prefill(layer, cache, other, q[part], kv[part]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -189,7 +192,7 @@ def _attend_to(layer: AttentionLayer, q: Tensor, rows: Tensor) -> tuple[Tensor, 
     return out, log_sum
 
 
-def _prefill(layer: AttentionLayer, cache: Tensor, chunk: _Chunk, q: Tensor, kv: Tensor) -> Tensor:
+def prefill(layer: AttentionLayer, cache: Tensor, chunk: PromptPart, q: Tensor, kv: Tensor) -> Tensor:
     if chunk.history is not None:
         kv = cache[chunk.history]
     keys, values = kv.transpose(0, 1)[None].split(

@@ -42,7 +42,7 @@ class Int8Linear(Linear):
         for part, scales, out in parts:
             wide = part.float()
             torch.div(wide.abs().amax(dim=1).clamp_(min=1e-8), largest, out=scales)
-            out.copy_(wide.div_(scales[:, None]).round_())
+            out.copy_((wide / scales[:, None]).round_())
         self._pack(packed)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.families import VisionInfo
 from workers.nn.layers import LayerNorm, RMSNorm, rotate, silu_mul
+from workers.nn.native import operators
 from workers.nn.weights.base import Linear
 from workers.nn.weights.shard import WHOLE
 from workers.nn.weights.weights import Weights
@@ -91,7 +92,10 @@ class Block:
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values: each […, num_patches, heads, head_dim]."""
-        q, k, v = self._qkv(self._norm1(x)).unflatten(-1, (3, self._num_heads, -1)).unbind(-3)
+        qkv = self._qkv(self._norm1(x))
+        if qkv.ndim == 2 and operators.takes(qkv) and operators.takes(cos, sin):
+            return operators.split_rotated(qkv, cos, sin, self._num_heads)
+        q, k, v = qkv.unflatten(-1, (3, self._num_heads, -1)).unbind(-3)
         return rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype), v
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.families import VisionInfo
+from workers.nn.native import operators
 from workers.nn.weights.weights import Weights
 from workers.vit.models.base import Encoder, Inputs, Tower
 from workers.vit.models.layers import PREFIX, Block, Merger, PlainMlp, layer_norm, patch_embed
@@ -44,5 +45,7 @@ def _block(info: VisionInfo, weights: Weights) -> Block:
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
+    if operators.takes(x):
+        return operators.quick_gelu_(x)
     gate = (1.702 * x).sigmoid_()
     return x.mul_(gate)

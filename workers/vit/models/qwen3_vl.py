@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.families import VisionInfo
 from pipeline.families.qwen3_vl import Qwen3VisionInfo
 from pipeline.wire.base import GridTHW
+from workers.nn.native import operators
 from workers.nn.weights.weights import Weights
 from workers.vit.models.base import EncodeJob, Encoder, Inputs, InputSpec, Tower
 from workers.vit.models.layers import PREFIX, Block, Merger, PlainMlp, layer_norm, patch_embed
@@ -136,7 +137,7 @@ def _block(info: Qwen3VisionInfo, weights: Weights) -> Block:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    return operators.gelu_tanh_(x) if operators.takes(x) else F.gelu(x, approximate="tanh")
 
 
 def _merger(info: Qwen3VisionInfo, weights: Weights, is_norm_of_token: bool) -> Merger:

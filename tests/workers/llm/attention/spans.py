@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from workers.llm.attention.base import AttentionLayer, HeadNorm, SequencePart
+from workers.llm.cache.paged_tensors import PagedTensors
+from workers.llm.cache.spec import Paged
+
+CPU = torch.device("cpu")
 
 
 def reference(cache: Tensor, block_size: int, spans: list[SequencePart], q: Tensor) -> Tensor:
@@ -65,3 +69,18 @@ def make_layer(
         bias=bias,
         norm=norm,
     )
+
+
+def make_cache(
+    layers: list[Paged], num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
+) -> PagedTensors:
+    """What was never written must not be read."""
+    cache = PagedTensors(layers, num_blocks, block_size, dtype, CPU)
+    for tensor in cache.tensors:
+        tensor.fill_(float("nan"))
+    return cache
+
+
+def slots_of(span: SequencePart, block_size: int) -> list[int]:
+    slots = [block * block_size + place for block in span.block_table for place in range(block_size)]
+    return slots[: span.num_computed]

@@ -9,27 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.workers.llm.attention.spans import make_layer, make_spans, reference
+from tests.workers.llm.attention.spans import make_cache, make_layer, make_spans, reference, slots_of
 from workers.llm.attention.base import HeadNorm, SequencePart
 from workers.llm.attention.torch import PagedAttention
-from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
 from workers.nn.layers import rotary_tables, rotate
-
-CPU = torch.device("cpu")
-
-
-def make_cache(layers: list[Paged], num_blocks: int, block_size: int) -> PagedTensors:
-    """What was never written must not be read."""
-    cache = PagedTensors(layers, num_blocks, block_size, torch.float32, CPU)
-    for tensor in cache.tensors:
-        tensor.fill_(float("nan"))
-    return cache
-
-
-def slots_of(span: SequencePart, block_size: int) -> list[int]:
-    slots = [block * block_size + place for block in span.block_table for place in range(block_size)]
-    return slots[: span.num_computed]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,84 @@
+// Products of a few rows with a weight in bfloat16, at the rate at which memory is read. For processors with
+// AVX512-BF16.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace avx512_bf16 {
+
+constexpr int WIDTH = 16;       // outputs of a vector
+constexpr long AHEAD = 2048;    // bytes that are asked for before they are used
+
+static inline __m512 widen(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+// ROWS rows of x times VECTORS · 16 outputs of one panel. The weight is read once, in the order of its addresses.
+template <int ROWS, int VECTORS>
+static inline void panel(const FewRows& job, long first, long row) {
+    const char* weight = (const char*)job.weight + first * job.panel_bytes;
+    __m512 sums[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
+    const bf16* x = (const bf16*)job.x + row * job.in_features;
+    for (long pair = 0; pair < job.in_features / 2; pair++) {
+        __m512i w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            _mm_prefetch(weight + AHEAD + 64 * v, _MM_HINT_T0);
+            w[v] = _mm512_loadu_si512(weight + 64 * v);
+        }
+        weight += 64 * VECTORS;
+        for (int r = 0; r < ROWS; r++) {
+            const __m512i both = _mm512_set1_epi32(*(const int*)(x + r * job.in_features + 2 * pair));
+            for (int v = 0; v < VECTORS; v++)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)w[v], (__m512bh)both);
+        }
+    }
+    for (int v = 0; v < VECTORS; v++) {
+        const long output = (first * VECTORS + v) * WIDTH, left = job.out_features - output;
+        if (left <= 0) break;
+        const __mmask16 mask = left >= WIDTH ? 0xffff : (__mmask16)((1u << left) - 1);
+        for (int r = 0; r < ROWS; r++) {
+            __m512 y = sums[r][v];
+            const long at = (row + r) * job.out_features + output;
+            auto add = [&](const void* p, long place) {
+                const __m256i half = _mm256_maskz_loadu_epi16(mask, (const bf16*)p + place);
+                y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+            };
+            if (job.bias) add(job.bias, output);
+            if (job.residual) add(job.residual, at);
+            _mm256_mask_storeu_epi16((bf16*)job.out + at, mask, (__m256i)_mm512_cvtneps_pbh(y));
+        }
+    }
+}
+
+template <int VECTORS>
+static void panels(const FewRows& job) {
+    const long count = (job.out_features + WIDTH * VECTORS - 1) / (WIDTH * VECTORS);
+    const long share = count / (8 * omp_get_max_threads()), chunk = share ? share : 1;
+    #pragma omp parallel for schedule(dynamic, chunk)
+    for (long first = 0; first < count; first++) {
+        long row = 0;
+        for (; row + 4 <= job.rows; row += 4) panel<4, VECTORS>(job, first, row);
+        switch (job.rows - row) {
+            case 1: panel<1, VECTORS>(job, first, row); break;
+            case 2: panel<2, VECTORS>(job, first, row); break;
+            case 3: panel<3, VECTORS>(job, first, row); break;
+        }
+    }
+}
+
+void few_rows(const FewRows& job) {
+    switch (job.vectors) {
+        case 1: panels<1>(job); break;
+        case 2: panels<2>(job); break;
+        case 3: panels<3>(job); break;
+        case 4: panels<4>(job); break;
+    }
+}
+
+}  // namespace avx512_bf16
+#endif
