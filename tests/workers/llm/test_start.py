@@ -19,7 +19,6 @@ from pipeline.process.quarantine import Quarantine
 from pipeline.transport.ends import HIGH_WATER_MARK
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.control import PipelineState, WorkerState
-from pipeline.wire.errors import RequestError
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 from workers.llm.start import make_welcome, wait_for_vits
@@ -76,9 +75,6 @@ def test_what_one_tenant_sends_leaves_the_endpoint_room_for_all_others(tmp_path:
     """The endpoint is one client. Before, 256 requests of a tenant that were not refused yet were enough."""
     for limit in (1, 2048, 20_000):
         credits = Credits(limit, 1)
-        with pytest.raises(RequestError, match="requests of yours are open"):
-            while True:
-                credits.open("flood")
         assert welcomed(tmp_path, limit) >= limit + MAX_CONNECTIONS  # which are not refused yet
         while credits.num_requests < 2 * limit:  # after a death they may be twice as many
             credits.open(f"resubmitted {credits.num_requests}", was_begun=True)

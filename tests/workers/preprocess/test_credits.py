@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import MIB
-from pipeline.wire.errors import RequestError
 from pipeline.config.preprocess import MAX_OVERLOAD
+from pipeline.wire.errors import RequestError
 from workers.preprocess.credits import Credits, Shares
 
 
