@@ -183,9 +183,12 @@ def test_percent_encoded_data_has_a_limit_for_each_request() -> None:
     frames: list[bytes | memoryview] = []
     move_data_urls([ChatMessage("user", tuple(parts[:2]))], frames)
     assert frames == [b"A" * (1 << 18)] * 2
-    for given, place in ((parts, "[2].image_url"), ([VideoPart(url=f"data:,{megabyte * 3}")], "[0].video_url")):
+    for given, place in (
+        (parts, "[2].image_url"),
+        ([VideoPart(url=f"data:,{megabyte * 3}")], "[0].video_url"),
+    ):
         start = time.process_time()
-        with pytest.raises(RequestError, match="percent-encoded data.*: send base64") as caught:
+        with pytest.raises(RequestError, match=r"percent-encoded data.*: send base64") as caught:
             move_data_urls([ChatMessage("user", tuple(given))], [])
         assert caught.value.info.field == f"messages[0].content{place}"
         assert time.process_time() - start < 0.5
