@@ -20,6 +20,7 @@ from workers.api.json_bodies import is_unset
 from workers.api.keys import refuse_unserved_keys
 
 Fields = Mapping[str, Any]
+MAX_PIECES = 1 << 14  # more than the limits of messages, parts and calls together leave room for
 MAX_NUMBER = 2.0**63  # what a wire integer holds
 LOW_DETAIL_PIXELS = 512 * 512  # the size at which OpenAI's models see a picture with `detail: "low"`
 FULL_DETAILS = ("auto", "high", "original")
@@ -77,6 +78,15 @@ def check_counts(contents: Sequence[object]) -> None:
         raise RequestError(f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages")
     if (count := sum(len(content) for content in contents if isinstance(content, list))) > MAX_PARTS:
         raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
+
+
+def check_pieces(contents: Sequence[object], field: str) -> None:
+    """The same where a client's items and blocks are yet to become messages, parts and calls, so that their
+    exact limits come later."""
+    count = len(contents) + sum(len(content) for content in contents if isinstance(content, list))
+    if count > MAX_PIECES:
+        what = f"there are {count} items, blocks and parts in {field}, the limit is {MAX_PIECES}"
+        raise RequestError(what, field=field)
 
 
 def to_part(given: Fields, field: str) -> Part:
