@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
+from launcher.config_size import check_size
 from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
 from launcher.memory import warn_of_memory
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         # Removed from the environment: workers do not need it.
         config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
+        check_size(config)
         ssl_context(config.api)  # raises for files that cannot be used, before anything starts
         home = home_folder(os.environ)
         if home is None and config.launcher.cache_dir:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.wire.errors import PipelineError
 from pipeline.wire.topology import Role, WorkerId
 
 LLM_0 = WorkerId(Role.LLM)
@@ -13,13 +14,18 @@ PREPROCESS = WorkerId(Role.PREPROCESS)
 
 
 class FakeSink:
-    """Keeps what is sent."""
+    """Keeps what is sent. `room`: for so many messages more."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
         self.frames: list[Sequence[bytes | memoryview]] = []  # of all messages
+        self.room: int | None = None  # None: no end of it
 
     def send(self, message: Any, frames: Sequence[bytes | memoryview] = ()) -> None:
+        if self.room is not None:
+            if not self.room:
+                raise PipelineError("the queue is full")
+            self.room -= 1
         self.sent.append(message)
         self.frames.append(frames)
 

@@ -36,6 +36,7 @@ from workers.api.generation import Generation
 
 RETRIES = 5  # of a request that an overloaded or recovering server refused
 FIRST_PAUSE_S = 0.5
+MOST_UNDER_WAY = 1024  # a lone tenant may have 1792 open (by default): what is beyond would be refused
 MOST_AHEAD = 16  # times the requests under way: answers that wait for one before them
 
 
@@ -120,7 +121,7 @@ async def run(args: argparse.Namespace) -> int:
         info = read_model_info(client.model_folder)
         forms = ChatForms.read(info.folder, info.tool_call_parser, info.reasoning_parser)
         model = ServedModel((welcome.model_name,), info, int(time.time()), forms)
-        width = min(args.concurrency, welcome.max_requests)
+        width = min(args.concurrency, welcome.max_requests, MOST_UNDER_WAY)
         with (
             args.output.open("ab") as output,
             tqdm(total=total, initial=done, unit="request", disable=None) as bar,

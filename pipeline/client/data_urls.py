@@ -21,6 +21,7 @@ from pipeline.wire.prompts import ChatMessage, ImagePart, Part, TextPart, VideoP
 
 M = TypeVar("M", ImagePart, VideoPart)
 MAX_HEADER = 1024  # characters of a media type with its parameters
+MAX_PERCENT_BYTES = 2 << 20  # of a request's data that is not base64: 32 ms of the event loop (AVX2)
 UNQUOTE_BYTES = 1 << 20  # decoded at once: decoding needs several arrays of that size
 BLANKS = b"\t\n\f\r "
 TO_STANDARD = bytes.maketrans(b"-_", b"+/")
@@ -38,51 +39,68 @@ def move_data_urls(
 
     Raises RequestError for an invalid URL.
     """
-    return tuple(_move_message(message, frames, f"messages[{at}]") for at, message in enumerate(messages))
+    mover = _Mover(frames)
+    return tuple(mover.message(message, f"messages[{at}]") for at, message in enumerate(messages))
 
 
 def move_media_urls(
     media: Sequence[ImagePart | VideoPart], frames: list[bytes | memoryview]
 ) -> tuple[ImagePart | VideoPart, ...]:
     """The same for the media of a prompt of tokens."""
-    moved = (_move_part(part, frames, f"media[{at}]") for at, part in enumerate(media))
+    mover = _Mover(frames)
+    moved = (mover.part(part, f"media[{at}]") for at, part in enumerate(media))
     return tuple(part for part in moved if not isinstance(part, TextPart))
 
 
-def _move_message(message: ChatMessage, frames: list[bytes | memoryview], field: str) -> ChatMessage:
-    if isinstance(message.content, str):
-        return message
-    parts = (_move_part(part, frames, f"{field}.content[{at}]") for at, part in enumerate(message.content))
-    return msgspec.structs.replace(message, content=tuple(parts))
+class _Mover:
+    """Of one request."""
 
+    def __init__(self, frames: list[bytes | memoryview]) -> None:
+        self._frames = frames
+        self._num_percent_bytes = 0
 
-def _move_part(part: Part, frames: list[bytes | memoryview], field: str) -> Part:
-    if isinstance(part, TextPart):
-        return part
-    if isinstance(part, ImagePart):
-        return _move_data_url(part, frames, f"{field}.image_url")
-    if part.frames:
-        place = f"{field}.video_url"
-        moved = (_move_data_url(frame, frames, f"{place}[{at}]") for at, frame in enumerate(part.frames))
-        return msgspec.structs.replace(part, frames=tuple(moved))
-    if pictures := _pictures(part.url, f"{field}.video_url"):
-        if part.uuid:
-            raise RequestError("a list of frames has no uuid", field=f"{field}.uuid")
-        first = len(frames)
-        frames.extend(pictures)
-        numbers = range(first, len(frames))
-        moved = (ImagePart(frame=number, is_base64=True) for number in numbers)
-        return msgspec.structs.replace(part, url="", frames=tuple(moved))
-    return _move_data_url(part, frames, f"{field}.video_url")
+    def message(self, message: ChatMessage, field: str) -> ChatMessage:
+        if isinstance(message.content, str):
+            return message
+        parts = (self.part(part, f"{field}.content[{at}]") for at, part in enumerate(message.content))
+        return msgspec.structs.replace(message, content=tuple(parts))
 
+    def part(self, part: Part, field: str) -> Part:
+        if isinstance(part, TextPart):
+            return part
+        if isinstance(part, ImagePart):
+            return self._url(part, f"{field}.image_url")
+        if part.frames:
+            place = f"{field}.video_url"
+            moved = (self._url(frame, f"{place}[{at}]") for at, frame in enumerate(part.frames))
+            return msgspec.structs.replace(part, frames=tuple(moved))
+        if pictures := _pictures(part.url, f"{field}.video_url"):
+            if part.uuid:
+                raise RequestError("a list of frames has no uuid", field=f"{field}.uuid")
+            first = len(self._frames)
+            self._frames.extend(pictures)
+            numbers = range(first, len(self._frames))
+            moved = (ImagePart(frame=number, is_base64=True) for number in numbers)
+            return msgspec.structs.replace(part, url="", frames=tuple(moved))
+        return self._url(part, f"{field}.video_url")
 
-def _move_data_url(part: M, frames: list[bytes | memoryview], field: str) -> M:
-    if not _is_data_url(part.url):
-        return part
-    _, is_base64, payload = _split(part.url, field)
-    data = _encoded(payload, field)
-    frames.append(data if is_base64 else percent_decoded(data))
-    return msgspec.structs.replace(part, url="", frame=len(frames) - 1, is_base64=is_base64)
+    def _url(self, part: M, field: str) -> M:
+        if not _is_data_url(part.url):
+            return part
+        _, is_base64, payload = _split(part.url, field)
+        data = _encoded(payload, field)
+        self._frames.append(data if is_base64 else self._percent_decoded(data, field))
+        return msgspec.structs.replace(part, url="", frame=len(self._frames) - 1, is_base64=is_base64)
+
+    def _percent_decoded(self, data: bytes, field: str) -> bytes:
+        """Data that is not base64 is decoded here and now, so there may be only a little of it."""
+        if b"%" not in data:
+            return data
+        self._num_percent_bytes += len(data)
+        if self._num_percent_bytes > MAX_PERCENT_BYTES:
+            limit = f"a request may have {MAX_PERCENT_BYTES} bytes of percent-encoded data"
+            raise RequestError(f"{limit}, and this makes {self._num_percent_bytes}: send base64", field=field)
+        return percent_decoded(data)
 
 
 def _pictures(url: str, field: str) -> list[bytes]:
@@ -93,16 +111,30 @@ def _pictures(url: str, field: str) -> list[bytes]:
     if not is_base64 or not PICTURES.fullmatch(kind):
         return []
     data = _encoded(payload, field)
-    if b"%" in data:
-        data = percent_decoded(data)  # the commas may be encoded, too
-    if (count := data.count(b",") + 1) > MAX_ITEMS:
-        raise RequestError(f"the video has {count} frames, the limit is {MAX_ITEMS}", field=field)
+    escaped = _escaped_commas(data) if b"%" in data else []
+    if (count := data.count(b",") + len(escaped) + 1) > MAX_ITEMS:
+        raise RequestError(f"the video has {count} frames or more, the limit is {MAX_ITEMS}", field=field)
     if count == 1 and ANIMATIONS.fullmatch(kind):
         return []
-    pictures = data.split(b",")
+    starts, ends = [0, *(at + len("%2C") for at in escaped)], [*escaped, len(data)]
+    pieces = (data[start:end] for start, end in zip(starts, ends, strict=True))
+    pictures = [picture for piece in pieces for picture in piece.split(b",")]
     if not all(picture.strip(BLANKS) for picture in pictures):
         raise RequestError("a frame of the video is empty: single commas separate frames", field=field)
     return pictures
+
+
+def _escaped_commas(data: bytes) -> list[int]:
+    """Where %2C is, or the first of too many. Other escapes stay: who reads the frames decodes them, in
+    threads."""
+    values, found = np.frombuffer(data, np.uint8), list[int]()
+    for start in range(0, len(data), UNQUOTE_BYTES):
+        piece = values[start : start + UNQUOTE_BYTES + 2]
+        is_comma = (piece[:-2] == ord("%")) & (piece[1:-1] == ord("2")) & (piece[2:] | 0x20 == ord("c"))
+        found += (start + np.flatnonzero(is_comma)).tolist()
+        if len(found) > MAX_ITEMS:
+            break
+    return found
 
 
 def _is_data_url(url: str) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.config.api import ApiConfig, ApiKey
+from pipeline.config.api import MAX_CONNECTIONS, ApiConfig, ApiKey
 from pipeline.config.base import MIB
 from pipeline.config.direct import DirectConfig
 from pipeline.config.launcher import LauncherConfig
 from pipeline.config.llm import LlmConfig
 from pipeline.config.model import DTYPES, ModelConfig
-from pipeline.config.preprocess import PreprocessConfig
+from pipeline.config.preprocess import MAX_OPEN_CHUNKS, MAX_OVERLOAD, PreprocessConfig
 from pipeline.config.vit import VitConfig
 
 __all__ = [
@@ -61,3 +61,11 @@ class Config:
     @property
     def leads(self) -> tuple[int, ...]:
         return tuple(range(0, self.num_ranks, self.llm.tp))
+
+    @property
+    def max_requests_per_client(self) -> int:
+        """Open at once. The endpoint is one client for all its tenants, so the credits of each tenant have to
+        decide, not this: there is room for all that preprocess ever admits, and on each connection for one
+        that it has not refused yet."""
+        admitted = MAX_OVERLOAD * self.preprocess.max_open_requests
+        return min(admitted + MAX_CONNECTIONS, MAX_OPEN_CHUNKS)  # more would not fit an edge

@@ -10,6 +10,7 @@ from pipeline.config.base import at_least, option
 
 MAX_KEY_BYTES = 48 << 10  # of all API keys: the configuration goes to each worker in one message, of 64 KiB
 KEY_OVERHEAD = 16  # bytes of each one there
+MAX_CONNECTIONS = 8192
 ACCESS_LOGS = ("off", "text", "json")
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 

@@ -15,6 +15,8 @@ CONTACT = re.compile(r"[ !-'*-~]{0,200}")  # stands in round brackets in a heade
 # Of all requests together, and of requests: each takes at most four messages on an edge, and all of them stay
 # below the high-water mark.
 MAX_OPEN_CHUNKS = 1 << 16
+# Times `max_open_requests`, for resubmitted requests whose credits were taken meanwhile.
+MAX_OVERLOAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from pipeline.wire.errors import RequestError, shown
 from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
 from workers.api.json_bodies import is_unset
 from workers.api.keys import refuse_unserved_keys, text_of
+from workers.api.parts import check_pieces
 
 Json = dict[str, Any]
 IGNORED_IN_BLOCK = ("type", "cache_control", "citations", "signature", "title", "context", "caller")
@@ -52,6 +53,7 @@ class MessagesRequest(MessagesFields, kw_only=True):
 
 def to_chat_request(request: MessagesFields, forms: ChatForms) -> ChatCompletionRequest:
     """Raises RequestError, naming the field, for what is not served."""
+    _check_blocks(request)
     messages = [] if request.system is None else [_system(request.system)]
     for index, message in enumerate(request.messages):
         messages += _messages(message, f"messages[{index}]")
@@ -66,6 +68,15 @@ def to_chat_request(request: MessagesFields, forms: ChatForms) -> ChatCompletion
         chat.max_tokens, chat.stream, chat.stop = request.max_tokens, request.stream, request.stop_sequences
         chat.temperature, chat.top_k, chat.top_p = request.temperature, request.top_k, request.top_p  # type: ignore[attr-defined]
     return chat
+
+
+def _check_blocks(request: MessagesFields) -> None:
+    """Counts blocks, and those of results, before anything walks over them. Raises RequestError."""
+    check_pieces([request.system], "system")
+    contents = [message.content for message in request.messages]
+    check_pieces(contents, "messages")
+    blocks = [block for content in contents if not isinstance(content, str) for block in content]
+    check_pieces([block.get("content") for block in blocks], "messages")
 
 
 def _system(given: str | list[Json]) -> RequestMessage:

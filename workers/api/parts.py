@@ -20,6 +20,7 @@ from workers.api.json_bodies import is_unset
 from workers.api.keys import refuse_unserved_keys
 
 Fields = Mapping[str, Any]
+MAX_PIECES = 1 << 14  # more than the limits of messages, parts and calls together leave room for
 MAX_NUMBER = 2.0**63  # what a wire integer holds
 LOW_DETAIL_PIXELS = 512 * 512  # the size at which OpenAI's models see a picture with `detail: "low"`
 FULL_DETAILS = ("auto", "high", "original")
@@ -51,6 +52,9 @@ VIDEO_SETTINGS = {
     "video_end": "real",
     "timestamps": "reals",  # seconds
 }
+# Qwen's own tools say so of a list of frames when they were taken: the former is our `fps`.
+SAMPLE_RATE, RAW_RATE = "sample_fps", "raw_fps"
+RATES_OF_FRAMES = {SAMPLE_RATE: "real", RAW_RATE: "real"}
 SIZES = {*IMAGE_SETTINGS, "total_pixels"}  # these override `detail`
 # Keys that never change the answer: they are ignored.
 LABELS = {
@@ -74,6 +78,15 @@ def check_counts(contents: Sequence[object]) -> None:
         raise RequestError(f"there are {count} messages, the limit is {MAX_MESSAGES}", field="messages")
     if (count := sum(len(content) for content in contents if isinstance(content, list))) > MAX_PARTS:
         raise RequestError(f"the messages have {count} parts, the limit is {MAX_PARTS}", field="messages")
+
+
+def check_pieces(contents: Sequence[object], field: str) -> None:
+    """The same where a client's items and blocks are yet to become messages, parts and calls, so that their
+    exact limits come later."""
+    count = len(contents) + sum(len(content) for content in contents if isinstance(content, list))
+    if count > MAX_PIECES:
+        what = f"there are {count} items, blocks and parts in {field}, the limit is {MAX_PIECES}"
+        raise RequestError(what, field=field)
 
 
 def to_part(given: Fields, field: str) -> Part:
@@ -149,6 +162,8 @@ def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
         what = f"the URL of a video must be a string, or a list of them: its frames; got {shown(keys.source)}"
         raise RequestError(what, field=keys.source_field)
     settings, uuid = keys.settings(VIDEO_SETTINGS), keys.uuid()
+    if isinstance(keys.source, list):
+        settings |= _rate_of_frames(keys, settings.get("fps"))
     keys.refuse_others()
     if not all(urls) and not (urls == [""] and uuid):
         what = "the URL of a video, and of each frame in a list of them"
@@ -158,6 +173,22 @@ def _video(given: Fields, field: str, sources: tuple[str, ...]) -> VideoPart:
     if uuid:
         raise RequestError("a list of frames has no uuid", field=f"{field}.uuid")
     return VideoPart(frames=tuple(ImagePart(url=url) for url in urls), **settings)
+
+
+def _rate_of_frames(keys: _Keys, fps: float | None) -> dict[str, Any]:
+    """The `fps` that a list of frames has by the names of Qwen's tools. For a `raw_fps` of their own frames
+    would get times that are not theirs, so that it can only repeat the rate."""
+    given = keys.numbers(RATES_OF_FRAMES)
+    rate = given.get(SAMPLE_RATE, fps)
+    if fps is not None and fps != rate:
+        what = (
+            f"fps and {SAMPLE_RATE} of a list of frames mean the same: {shown(fps)} and {shown(rate)} differ"
+        )
+        raise RequestError(what, field=keys.field_of(SAMPLE_RATE))
+    if (raw := given.get(RAW_RATE)) is not None and raw != rate:
+        what = f"{RAW_RATE} of a list of frames must equal its {SAMPLE_RATE}, got {shown(raw)}"
+        raise RequestError(what, field=keys.field_of(RAW_RATE))
+    return {} if rate is None else {"fps": rate}
 
 
 class _Keys:
@@ -178,11 +209,20 @@ class _Keys:
 
     def settings(self, kinds: Mapping[str, str]) -> dict[str, Any]:
         """The settings given in the part or in its URL's object."""
-        found = {name: self._take(name, partial(_setting, kind)) for name, kind in kinds.items()}
-        found = {name: value for name, value in found.items() if value is not None}
+        found = self.numbers(kinds)
         if self._take("detail", _detail) == "low" and not found.keys() & SIZES:
             found["max_pixels"] = LOW_DETAIL_PIXELS
         return found
+
+    def numbers(self, kinds: Mapping[str, str]) -> dict[str, Any]:
+        found = {name: self._take(name, partial(_setting, kind)) for name, kind in kinds.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def field_of(self, name: str) -> str:
+        """Where a key is given."""
+        return next(
+            f"{place}.{name}" for place, given in self._places.items() if not is_unset(given.get(name))
+        )
 
     def uuid(self) -> str:
         return str(self._take("uuid", _string) or "")

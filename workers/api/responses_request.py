@@ -9,6 +9,7 @@ from pipeline.wire.errors import RequestError, shown
 from workers.api.chat_request import ChatCompletionRequest, RequestCall, RequestFunction, RequestMessage
 from workers.api.json_bodies import is_unset
 from workers.api.keys import refuse_unserved_keys, text_of
+from workers.api.parts import check_pieces
 from workers.api.sampling_fields import SamplingFields, check_max_tokens
 
 Json = dict[str, Any]
@@ -65,6 +66,14 @@ def check_responses(request: ResponsesRequest) -> None:
 
 def to_items(given: str | list[Json]) -> list[Json]:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def check_items(items: Sequence[Any]) -> None:
+    """Counts items and their parts, before anything walks over them. Raises RequestError."""
+    objects = [item for item in items if isinstance(item, dict)]
+    check_pieces(items, "input")
+    for name in ("content", "output", "summary"):
+        check_pieces([item.get(name) for item in objects], "input")
 
 
 def reference_of(item: object) -> str | None:

@@ -10,13 +10,13 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11, RawRequestMessage
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from pipeline.config.api import MAX_CONNECTIONS
 from workers.api.bodies import EXPECTATION
 from workers.api.connections import MAX_LINE_BYTES, HttpConnection, Patience
 from workers.api.paths import with_plain_path
 
 READ_BUFFER_BYTES = 64 << 10  # of unread body; the transport pauses at twice that
 REFUSED_BODY_S = 5.0  # to read the rest: a client that is cut off while it sends does not read the answer
-MAX_CONNECTIONS = 8192
 OTHER_FILES = 128  # descriptors left for other files of this process
 WATCH_INTERVAL_S = 0.5
 NEVER_S = 7 * 24 * 3600.0  # aiohttp's own keep-alive timeout would end a head that is just coming in

@@ -17,7 +17,7 @@ from pipeline.wire.clients import CLIENT_ID_BYTES, MAX_SALT_BYTES, Hello, Ingest
 logger = logging.getLogger(__name__)
 MAX_CLIENTS_PER_KEY = 256
 MESSAGES_PER_S = 500.0  # of one key
-MAX_BURST = 4096.0  # messages: the `max_requests` of two clients
+MAX_BURST = 4096.0  # messages: a submission and an abort for each request that may be open by default
 COUNTED = {
     "relayed_messages": "Messages of clients that were passed on",
     "refused_client_ids": "Messages under a client id that the key does not own, dropped",

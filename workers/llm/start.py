@@ -22,8 +22,6 @@ from workers.llm.engine import Engine
 from workers.llm.scheduler import Scheduler
 from workers.llm.step_times import StepTimes
 
-MAX_REQUESTS_PER_CLIENT = 2048
-
 
 def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
     """A ViT on the same GPU takes its memory first; the KV cache gets the rest.
@@ -74,7 +72,7 @@ def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
     config, folder = context.config, context.model_folder
     return Welcome(
         protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.model_name,
-        max_model_len=max_model_len, max_requests=MAX_REQUESTS_PER_CLIENT,
+        max_model_len=max_model_len, max_requests=config.max_requests_per_client,
         max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
         recovery_timeout=config.launcher.recovery_timeout,
         tokenizer_hash=tokenizer_hash((folder / "tokenizer.json").read_bytes()), **context.origin,

@@ -41,7 +41,6 @@ from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.start import (
-    MAX_REQUESTS_PER_CLIENT,
     has_overlap,
     make_scheduler,
     make_welcome,
@@ -167,7 +166,7 @@ def _lead(
     step_times = measure_steps(context, engine, max_model_len, sharing)
     blocks = scheduler.cache.blocks
     context.ready(
-        MAX_REQUESTS_PER_CLIENT,
+        config.max_requests_per_client,
         kv_blocks=blocks.num_blocks,
         block_size=blocks.block_size,
         max_model_len=max_model_len,

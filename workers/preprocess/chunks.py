@@ -6,6 +6,7 @@ Knows no prompts and no states of requests; runs in the event loop of preprocess
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
@@ -23,7 +24,7 @@ from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.base import ChunkKey, Origin, PoolOpened
 from pipeline.wire.encoding import CancelEncode, EncodeMessage, EncodeRequest
-from pipeline.wire.errors import ErrorInfo, RequestError
+from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.generation import MmChunk
 from pipeline.wire.trace_context import Trace
 from workers.preprocess.credits import Shares
@@ -35,6 +36,7 @@ from workers.preprocess.threads import Work, on_behalf_of
 
 logger = logging.getLogger(__name__)
 UNREADABLE = RequestError("the server cannot read the media of this request", field="messages", status=500)
+QUEUE_IS_FULL = ErrorInfo(503, "the server is overloaded: a worker does not read its messages")
 ORDER_PATIENCE_S = 0.25  # limits the wait of decoded pixels, which hold a slot, for earlier ones
 
 
@@ -82,6 +84,8 @@ class ChunkFlow:
         self._chunks: dict[ChunkKey, ChunkState] = {}
         self._num_by_request: Counter[str] = Counter()
         self.shares = Shares(MAX_OPEN_CHUNKS)
+        # By ViT: what its queue had no room for. Without it the ViT would wait for pixels that never come.
+        self._unsent_cancels: dict[int, list[ChunkKey]] = defaultdict(list)
         self.num_decoded = 0
 
     def route(
@@ -104,7 +108,10 @@ class ChunkFlow:
         return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
-        """Requests chunks from the ViTs by hash, in order; starts to load those that no ViT has been sent."""
+        """Requests chunks from the ViTs by hash, in order; starts to load those that no ViT has been sent.
+
+        Raises PipelineError where a ViT's queue is full, as one's that loads may be: then all are to be
+        cancelled."""
         for key in keys:
             state = self._chunks[key]
             self._vits[state.vit].send(self._encode_request(state))
@@ -122,7 +129,7 @@ class ChunkFlow:
             state.is_wanted = True
             self._load(state)
         elif state.slot is not None and not state.is_waiting and not state.is_decoding:
-            self._vits[state.vit].send(self._encode_request(state))
+            self._send_or_break(state, self._encode_request(state))
 
     def on_released(self, key: ChunkKey) -> None:
         if (state := self._chunks.get(key)) is not None:
@@ -140,7 +147,20 @@ class ChunkFlow:
             if state.slot is None or state.is_waiting or state.is_decoding:
                 self._finish(state)
         for vit, of_vit in by_vit.items():
-            self._vits[vit].send(CancelEncode(keys=tuple(of_vit), **self._origin))
+            self._tell_cancelled(vit, of_vit)
+
+    def _tell_cancelled(self, vit: int, keys: Iterable[ChunkKey]) -> None:
+        """At once, or with a later call: see `tick`."""
+        unsent = self._unsent_cancels[vit]
+        unsent += keys
+        with contextlib.suppress(PipelineError):
+            self._vits[vit].send(CancelEncode(keys=tuple(unsent), **self._origin))
+            unsent.clear()
+
+    def tick(self) -> None:
+        for vit, keys in self._unsent_cancels.items():
+            if keys:
+                self._tell_cancelled(vit, ())
 
     def on_vit_death(self, vit: int) -> None:
         """Drops the ViT's chunks. The LLM interrupts their requests, which clients resubmit."""
@@ -150,6 +170,7 @@ class ChunkFlow:
             self._slots.forget(state.key)
         for state in states:
             self._finish(state)
+        self._unsent_cancels.pop(vit, None)
         self._vits[vit].send(PoolOpened(pool=self._pool.info, **self._origin))
 
     def _encode_request(self, state: ChunkState) -> EncodeRequest:
@@ -242,14 +263,21 @@ class ChunkFlow:
         if state.is_over:
             self._drop(state)
         elif error is None:
-            self._vits[state.vit].send(request)
+            self._send_or_break(state, request)
             self._grant()
         else:
             self._break(state, error)
 
+    def _send_or_break(self, state: ChunkState, request: EncodeRequest) -> None:
+        try:
+            self._vits[state.vit].send(request)
+        except PipelineError as error:
+            logger.warning("%s cannot be passed on: %s", state.key, error)
+            self._break(state, QUEUE_IS_FULL)
+
     def _break(self, state: ChunkState, error: ErrorInfo) -> None:
-        """The media of this chunk cannot be fetched or decoded."""
-        self._vits[state.vit].send(CancelEncode(keys=(state.key,), **self._origin))
+        """The chunk cannot be fetched, decoded or sent."""
+        self._tell_cancelled(state.vit, (state.key,))
         self._drop(state)
         self._on_broken(state.key, error)
 

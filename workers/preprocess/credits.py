@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import Counter
 
 from pipeline.config import MIB
+from pipeline.config.preprocess import MAX_OVERLOAD
 from pipeline.wire.errors import RequestError
 
 SHARE = 7  # a lone tenant has 7/8; n tenants have 7 / (7 n + 1) each
-MAX_OVERLOAD = 2  # times the limit, for resubmitted requests whose credits were taken meanwhile
 
 
 class Shares:

@@ -47,7 +47,7 @@ from pipeline.wire.generation import (
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.topology import Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
-from workers.preprocess.chunks import ChunkFlow
+from workers.preprocess.chunks import QUEUE_IS_FULL, ChunkFlow
 from workers.preprocess.credits import Credits
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.grammars import Grammars
@@ -120,10 +120,8 @@ class Preprocessor:
     def on_ingest(self, message: IngestMessage, frames: list[memoryview]) -> None:
         match message:
             case Hello():
-                for llm in self._llms.values():
-                    # the client repeats it; an LLM that loads does not read it
-                    with contextlib.suppress(PipelineError):
-                        llm.send(message)
+                for lead in self._llms:
+                    self._send(lead, message)
             case SubmitRequest():
                 self._on_submit(message, frames)
             case QueryRequest():
@@ -192,15 +190,16 @@ class Preprocessor:
         if known is None:
             # The predecessor passed it on, and its group knows it; or it was lost, and any group says so.
             lead = message.lead if message.lead in self._llms else None
-            self._llms[self._speaker(None) if lead is None else lead].send(message)
+            self._send(self._speaker(None) if lead is None else lead, message)
         elif known.client_id != message.client_id:
             self._refuse_foreign(known, message)
         elif known.attempt > message.attempt:
             self.counters["stale_messages"] += 1
+        elif known.attempt == message.attempt and known.refusal is not None:
+            # Also one that was passed on: if the refusal did not reach its group, it runs there without end.
+            self._tell(known, known.refusal)
         elif known.attempt < message.attempt or known.was_passed_on:
             self._tell(known, message)
-        elif known.refusal is not None:
-            self._tell(known, known.refusal)
         elif known.ended_at is None:
             preparing = Preparing(
                 client_id=known.client_id, request_id=known.request_id, attempt=known.attempt, **self._origin
@@ -214,7 +213,7 @@ class Preprocessor:
         before = AbortRequest(
             client_id=message.client_id, request_id=message.request_id, attempt=max(0, message.attempt - 1)
         )  # fmt: skip
-        self._llms[lead].send(before)
+        self._send(lead, before)
 
     def _may_have_begun(self, message: SubmitRequest) -> bool:
         """Whether the predecessor may have begun this unknown request: only for a time after its death."""
@@ -234,12 +233,18 @@ class Preprocessor:
         lead = known.lead if known is not None else message.lead
         if lead is None or lead not in self._llms:
             lead = self._speaker(known)
-        self._llms[lead].send(message)
+        self._send(lead, message)
+
+    def _send(self, lead: int, message: LlmMessage) -> None:
+        """Sends a message about a request. An LLM that loads reads none for minutes: what its queue has no
+        room for is lost, and the client asks again."""
+        with contextlib.suppress(PipelineError):
+            self._llms[lead].send(message)
 
     def _tell(self, opened: KnownRequest | None, message: LlmMessage) -> None:
         """Sends a message to a request's group; for a request without one, or unknown, to `_speaker`."""
         lead = opened.lead if opened is not None else None
-        self._llms[self._speaker(opened) if lead is None else lead].send(message)
+        self._send(self._speaker(opened) if lead is None else lead, message)
 
     def _speaker(self, opened: KnownRequest | None) -> int:
         """A group to answer the client: one that serves and knows the client, if there is one."""
@@ -259,10 +264,14 @@ class Preprocessor:
             prepared = await self.prompts.read(
                 message, frames, opened.tenant, functools.partial(self._requests.hold, opened)
             )
-            # From here on nothing is awaited until the chunks are announced.
+            # From here on nothing is awaited.
             self._check_chunks(opened.tenant, prepared.items)
+            self._announce(opened, message, prepared, compiled)
         except RequestError as error:
             self._refuse(opened, error.info)
+        except PipelineError as error:
+            logger.warning("%s cannot be passed on: %s", opened.request_id, error)
+            self._refuse(opened, QUEUE_IS_FULL)
         except Exception as error:  # a failure on strange input ends this request only
             logger.exception("%s cannot be prepared", opened.request_id)
             self._refuse(
@@ -272,8 +281,6 @@ class Preprocessor:
                     RequestError("the server cannot prepare this request", field="messages", status=500),
                 ).info,
             )
-        else:
-            self._announce(opened, message, prepared, compiled)
         self._context.tracer.span("prepare", start, [opened.request_id])
 
     def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
@@ -292,7 +299,8 @@ class Preprocessor:
         self, opened: KnownRequest, message: SubmitRequest, prepared: Prepared, grammar: bytes | None
     ) -> None:
         """Sends metadata to the LLM, then every chunk by hash to its ViT. Nothing is awaited in between, so
-        all workers see the requests in one order."""
+        all workers see the requests in one order. Raises PipelineError where a queue is full: then the
+        request is to be refused."""
         media, prompt, positions, sampling = prepared
         spans_of_items = prompt.spans
         if message.sampling.max_tokens == 0:  # only the prompt's token ids are asked for
@@ -330,8 +338,8 @@ class Preprocessor:
             trace=message.trace,
             **self._origin,
         )
-        opened.was_passed_on = True
         self._llms[opened.lead].send(request, () if grammar is None else (grammar,))
+        opened.was_passed_on = True
         self._chunks.announce(opened.keys)
 
     def _choose_group(
@@ -361,7 +369,8 @@ class Preprocessor:
     def _on_broken_chunk(self, key: ChunkKey, error: ErrorInfo) -> None:
         """Media of a running request turned out broken."""
         opened = self._requests.of(key.request_id)
-        self._tell(opened, self._refusal(opened, error))
+        opened.refusal = self._refusal(opened, error)
+        self._tell(opened, opened.refusal)
 
     # From the launcher, ViTs and the LLM.
 
@@ -421,6 +430,7 @@ class Preprocessor:
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks integrity when nothing is open."""
         self._requests.forget(now, self._chunks.has_chunks_of)
+        self._chunks.tick()
         if not self.num_open:
             self._chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"

@@ -107,7 +107,9 @@ class Reader:
             return Failed(str(broken))
         except Exception as error:  # noqa: BLE001  decoders raise anything on broken data
             sys.stderr.write(f"{type(error).__name__}: {error}"[:300] + "\n")
-            return Failed(NO_ROOM, 503) if is_shortage(error) else Failed()
+            # EAGAIN says here that a demultiplexer wants to be called again: that is the file's.
+            lacks = is_shortage(error) and not isinstance(error, BlockingIOError)
+            return Failed(NO_ROOM, 503) if lacks else Failed()
 
     def _read_picture(self, job: PictureJob) -> Answer:
         self._video = None  # two at once would take twice the memory

@@ -1,7 +1,8 @@
 """The processes that read pictures and videos: bounded in number, started when needed, requests in turn.
 
 A job is whole: any process can do it. A job that takes too much processor time or memory, hangs, or
-kills its process ends in a RequestError for its request, and the next job gets a fresh process.
+kills its process ends in a RequestError for its request, and the next job gets a fresh process. Whose process
+the kernel kills for lack of memory, readers first, is told that there is no room now.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class ReadLimits(NamedTuple):
 
 
 class _Died(Exception):
-    """The process has ended, and is reaped."""
+    """The process has ended by itself, or by a signal from outside, and is reaped. Its own limits and faults
+    never are SIGKILL."""
 
     def __init__(self, status: int | None) -> None:
         super().__init__(f"status {status}")
@@ -142,6 +144,8 @@ class MediaReaders:
             if death.status == -signal.SIGPROF:
                 limit = f"more than {job.cpu_s:g} s of processor time"
                 raise RequestError(f"the {_kind(job)} takes {limit} to read", field=field) from None
+            if death.status == -signal.SIGKILL:  # of the kernel, for lack of memory, or of an operator
+                raise no_room(death, field) from None
             raise RequestError(_broken(job), field=field) from None
         except TimeoutError:
             stalled = f"could not be read: its decoder stood still for {self.limits.stall_s:g} s"

@@ -13,14 +13,26 @@ from collections.abc import Iterator
 from pipeline.wire.errors import RequestError
 
 logger = logging.getLogger(__name__)
-# Descriptors of this process and of the machine; memory, also for sockets; a disk's space and quota.
-SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT))
+# Descriptors of this process and of the machine; memory, also for sockets; a disk's space and quota; and the
+# number of processes and threads.
+SHORTAGES = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
+)
+NO_THREAD = "can't start new thread"  # as Python says it, in a RuntimeError
 NO_ROOM = "the server has no room for this request now"
 
 
 def is_shortage(error: BaseException) -> bool:
     """True also for aiohttp's OSErrors, which have the errno of their cause."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGES)
+    match error:
+        case MemoryError():
+            return True
+        case OSError():
+            return error.errno in SHORTAGES
+        case RuntimeError():
+            return str(error) == NO_THREAD
+        case _:
+            return False
 
 
 def no_room(error: BaseException, field: str) -> RequestError:

@@ -60,6 +60,52 @@ def test_times_of_frames_are_a_list_of_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    "rates",
+    [
+        {"sample_fps": 4},
+        {"sample_fps": 4.0, "raw_fps": 4},
+        {"sample_fps": 4.0, "fps": 4},
+        {"fps": 4.0, "raw_fps": 4.0, "sample_fps": None},
+    ],
+    ids=str,
+)
+def test_a_list_of_frames_has_its_rate_by_the_names_of_qwens_tools(rates: dict[str, Any]) -> None:
+    part = VideoPart(frames=(ImagePart(url=URL),) * 2, fps=4.0)
+    assert to_part({"type": "video", "video": [URL, URL], **rates}, "f") == part
+    assert to_part({"type": "video_url", "video_url": {"url": [URL, URL], **rates}}, "f") == part
+
+
+@pytest.mark.parametrize(
+    ("rates", "field"),
+    [
+        ({"sample_fps": 4, "fps": 2}, "sample_fps"),
+        ({"sample_fps": 4, "raw_fps": 24}, "raw_fps"),
+        ({"fps": 4, "raw_fps": 24}, "raw_fps"),
+        ({"raw_fps": 2.0}, "raw_fps"),
+        ({"sample_fps": "4"}, "sample_fps"),
+        ({"sample_fps": float("nan")}, "sample_fps"),
+    ],
+    ids=str,
+)
+def test_rates_of_frames_that_differ_are_refused_by_name(rates: dict[str, Any], field: str) -> None:
+    for part, place in (
+        ({"type": "video", "video": [URL, URL], **rates}, f"f.{field}"),
+        ({"type": "video_url", "video_url": {"url": [URL], **rates}}, f"f.video_url.{field}"),
+    ):
+        with pytest.raises(RequestError, match=field) as caught:
+            to_part(part, "f")
+        assert (caught.value.info.status, caught.value.info.field) == (400, place)
+
+
+@pytest.mark.parametrize("name", ["sample_fps", "raw_fps"])
+def test_one_file_has_no_rate_of_frames(name: str) -> None:
+    for part in (video(**{name: 2.0, "fps": 2.0}), image(**{name: 2.0})):
+        with pytest.raises(RequestError, match=name) as caught:
+            to_part(part, "f")
+        assert caught.value.info.field == f"f.{name}"
+
+
+@pytest.mark.parametrize(
     ("part", "expected"),
     [
         ({"type": "image_url", "image_url": URL}, ImagePart(url=URL)),

@@ -8,8 +8,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from pipeline.config.api import MAX_CONNECTIONS
 from tests.workers.api.serving import FakeClient, Pieces, endpoint, get, piece, post, serving
-from workers.api.runner import MAX_CONNECTIONS, connections_allowed
+from workers.api.runner import connections_allowed
 
 
 async def test_a_connection_that_is_idle_gives_its_place_to_a_new_one() -> None:

@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import Config, ModelConfig, PreprocessConfig
+from pipeline.config.api import MAX_CONNECTIONS
+from pipeline.config.preprocess import MAX_OPEN_CHUNKS
 from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
 from pipeline.process.quarantine import Quarantine
+from pipeline.transport.ends import HIGH_WATER_MARK
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
-from workers.llm.start import wait_for_vits
+from workers.llm.start import make_welcome, wait_for_vits
+from workers.preprocess.credits import Credits
 
 VIT_1 = WorkerId(Role.VIT, 1)
 
@@ -54,3 +59,27 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     with pytest.raises(ShutdownRequested):
         wait_for_vits(context, control)
     sockets.close()
+
+
+def welcomed(tmp_path: Path, max_open_requests: int) -> int:
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    config = Config(
+        model=ModelConfig(served_model_name=("m",)),
+        preprocess=PreprocessConfig(max_open_requests=max_open_requests),
+    )
+    context: Any = SimpleNamespace(config=config, model_folder=tmp_path, origin={"sender": LLM_0, "epoch": 1})
+    return make_welcome(context, 100).max_requests
+
+
+def test_what_one_tenant_sends_leaves_the_endpoint_room_for_all_others(tmp_path: Path) -> None:
+    """The endpoint is one client. Before, 256 requests of a tenant that were not refused yet were enough."""
+    for limit in (1, 2048, 20_000):
+        credits = Credits(limit, 1)
+        assert welcomed(tmp_path, limit) >= limit + MAX_CONNECTIONS  # which are not refused yet
+        while credits.num_requests < 2 * limit:  # after a death they may be twice as many
+            credits.open(f"resubmitted {credits.num_requests % 4}", was_begun=True)
+        assert welcomed(tmp_path, limit) >= credits.num_requests + MAX_CONNECTIONS
+
+
+def test_a_client_never_fills_an_edge(tmp_path: Path) -> None:
+    assert 4 * welcomed(tmp_path, MAX_OPEN_CHUNKS) <= HIGH_WATER_MARK

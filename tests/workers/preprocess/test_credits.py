@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import MIB
+from pipeline.config.preprocess import MAX_OVERLOAD
 from pipeline.wire.errors import RequestError
-from workers.preprocess.credits import MAX_OVERLOAD, Credits, Shares
+from workers.preprocess.credits import Credits, Shares
 
 
 def open_all(credits: Credits, tenant: str, was_begun: bool = False) -> tuple[int, int]:

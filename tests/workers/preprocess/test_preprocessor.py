@@ -1457,6 +1457,88 @@ async def test_no_word_of_a_client_takes_what_is_over_past_the_load_check(end: s
         rig.check_nothing_left()
 
 
+async def test_a_group_that_reads_nothing_ends_requests_and_not_preprocess(rig: Rig) -> None:
+    """It loads for minutes, and somebody submits and aborts all the while."""
+    rig.submit("running")
+    await rig.settle()
+    rig.llm.take()
+    rig.llm.room = 0
+    rig.submit("r")
+    rig.submit("aborted")
+    rig.submit("wrong", priority=1)
+    rig.submit("running", client_id=OTHER)
+    rig.core.on_ingest(AbortRequest(client_id=CLIENT, request_id="aborted", attempt=1), [])
+    rig.core.on_ingest(Hello(client_id=CLIENT, protocol=1), [])
+    rig.query("r")  # is being prepared
+    await rig.settle()
+    for name in ("running", "wrong", "gone"):
+        rig.query(name)
+    assert rig.llm.sent == []
+    rig.llm.room = None
+    rig.query("r")
+    rig.query("wrong")
+    assert [(m.request_id, m.error.status) for m in rig.llm.take(RequestRefused)] == [
+        ("r", 503),
+        ("wrong", 400),
+    ]
+    rig.end("running")
+    rig.check_nothing_left()
+
+
+async def test_a_refusal_that_was_lost_is_repeated_for_a_running_request(rig: Rig) -> None:
+    """Else it would wait for its picture for ever."""
+    rig.llm.room = 1
+    rig.submit("r", [encode(noise(1, (140, 140)))[:20_000]])
+    await rig.settle()
+    assert [type(message) for message in rig.llm.take()] == [GenerateRequest]
+    rig.llm.room = None
+    rig.query("r")
+    (refusal,) = rig.llm.take()
+    assert (type(refusal), refusal.error.status) == (RequestRefused, 400)
+    rig.end("r")
+    rig.query("r", attempt=2)
+    assert [type(message) for message in rig.llm.take()] == [QueryRequest]
+    rig.check_nothing_left()
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3], ids="room for {} messages".format)
+async def test_a_vit_that_reads_nothing_ends_requests_and_not_preprocess(room: int) -> None:
+    """What it has read of them by then, it is to forget: it would wait for pixels that never come."""
+    async with make_rig(1) as rig:
+        (vit,) = rig.vits
+        vit.room = room
+        rig.submit("r", [encode(scene(1)), encode(scene(2))])
+        await rig.settle()
+        assert len(rig.llm.take(GenerateRequest)) == 1
+        refusals = rig.llm.take(RequestRefused)
+        assert {(m.request_id, m.error.status) for m in refusals} == {("r", 503)}
+        rig.end("r")
+        asked = rig.encodes()
+        assert vit.take(CancelEncode) == []
+        vit.room = None
+        rig.core.tick(0.0)
+        cancelled = {key for message in vit.take(CancelEncode) for key in message.keys}
+        assert cancelled >= {message.key for message in asked}
+        for message in asked:
+            if message.pixels is not None:
+                rig.feedback(PixelsReleased, key=message.key)
+        rig.check_nothing_left()
+
+
+async def test_pixels_that_find_no_room_after_a_miss_end_their_request() -> None:
+    async with make_rig(1) as rig:
+        rig.submit("r", [encode(scene(1))])
+        await rig.settle()
+        (key,) = {message.key for message in rig.encodes()}
+        rig.llm.take()
+        rig.vits[0].room = 0
+        rig.feedback(EncodeMiss, key=key)
+        (refusal,) = rig.llm.take()
+        assert refusal.error.status == 503
+        rig.end("r")
+        rig.check_nothing_left()
+
+
 async def test_a_suspect_is_alone_with_its_texts_and_pictures(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

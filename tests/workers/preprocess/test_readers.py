@@ -21,6 +21,7 @@ from tests.videos import counting_frames, encode_video
 from tests.workers.preprocess.test_videos import video_file
 from workers.preprocess.images import decode
 from workers.preprocess.readers import MediaReaders, ReadLimits
+from workers.preprocess.shortages import NO_ROOM
 from workers.preprocess.threads import Work, on_behalf_of
 
 SIZE = ImageSize(84, 112)
@@ -184,9 +185,19 @@ async def test_too_much_memory_ends_in_a_refusal(pool: TensorPool) -> None:
     await readers.close()
 
 
-async def test_a_death_is_tried_again_once_and_is_then_the_requests(readers: MediaReaders) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (signal.SIGSEGV, 400, "the picture cannot be decoded"),  # as a decoder ends by itself
+        (signal.SIGABRT, 400, "the picture cannot be decoded"),
+        (signal.SIGKILL, 503, NO_ROOM),  # by the kernel, for lack of memory: before, a 400, too
+    ],
+)
+async def test_a_death_is_tried_again_once_and_is_then_the_requests(
+    number: int, status: int, message: str, readers: MediaReaders
+) -> None:
     (pid,) = await started(readers)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     await readers.read_picture(encode(scene(1)), SIZE, 0, "")  # whoever comes next is not to blame
     (second,) = pids(readers)
     assert second != pid
@@ -197,14 +208,15 @@ async def test_a_death_is_tried_again_once_and_is_then_the_requests(readers: Med
         while True:
             for process in list(readers._all):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
+                    os.kill(process.pid, number)
                     killed += 1
             await asyncio.sleep(0.01)
 
     killer = asyncio.create_task(kill_all())
-    with pytest.raises(RequestError, match="the picture cannot be decoded"):
-        await readers.read_picture(SLOW, SIZE, 0, "")
+    with pytest.raises(RequestError, match=message) as refusal:
+        await readers.read_picture(SLOW, SIZE, 0, "f")
     killer.cancel()
+    assert (refusal.value.info.status, refusal.value.info.field) == (status, "f")
     assert killed >= 2
 
 

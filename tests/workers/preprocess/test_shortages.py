@@ -8,9 +8,10 @@ import errno
 import os
 import resource
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pytest
 import uvloop
@@ -19,7 +20,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.errors import RequestError
-from pipeline.wire.generation import RequestRefused
+from pipeline.wire.generation import GenerateRequest, RequestRefused
 from pipeline.wire.prompts import ChatMessage, VideoPart
 from tests.pictures import encode, scene
 from tests.videos import CLIP
@@ -28,8 +29,10 @@ from tests.workers.preprocess.name_servers import name_server
 from tests.workers.preprocess.test_preprocessor import Rig, make_rig
 from tests.workers.preprocess.test_readers import LIMITS, SIZE
 from tests.workers.preprocess.test_videos import video_file
+from workers.preprocess import reader_process
 from workers.preprocess.fetch import Fetcher
 from workers.preprocess.media import PictureSource
+from workers.preprocess.reader_process import Failed, Reader, VideoJob
 from workers.preprocess.readers import MediaReaders
 from workers.preprocess.shortages import NO_ROOM, refusal_of
 
@@ -76,12 +79,15 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[None
 
 
 @pytest.mark.parametrize(
-    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT]
+    "number",
+    [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN],
 )
 def test_which_errors_are_this_machines(number: int) -> None:
     theirs = RequestError("theirs", field="f")
     assert refusal_of(OSError(number, ""), theirs).info == RequestError(NO_ROOM, field="f", status=503).info
     assert refusal_of(MemoryError(), theirs).info.status == 503
+    assert refusal_of(RuntimeError("can't start new thread"), theirs).info.status == 503
+    assert refusal_of(RuntimeError("the transport is closed"), theirs) is theirs
     for other in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ETIMEDOUT, None):
         assert refusal_of(OSError(other, ""), theirs) is theirs
 
@@ -236,3 +242,33 @@ async def test_no_memory_ends_its_request_with_a_503(monkeypatch: pytest.MonkeyP
         rig.submit("decode", [encode(scene(1))])
         await rig.settle()
         assert refusal(rig, "decode") == (503, NO_ROOM, "messages")
+
+
+async def test_no_thread_ends_its_request_with_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the processes and threads of a user or container are limited."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with make_rig(1) as rig:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            rig.submit("r")
+            await rig.settle()
+        assert refusal(rig, "r") == (503, NO_ROOM, "messages")
+        rig.submit("s")
+        await rig.settle()
+        assert len(rig.llm.take(GenerateRequest)) == 1
+        rig.end("s")
+        rig.check_nothing_left()
+
+
+async def test_a_file_that_is_to_be_read_again_later_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg says so of broken files; a client that is told to come again would, for ever."""
+
+    def open_video(*args: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(reader_process, "open_video", open_video)
+    reader = Reader(cast(Any, None), -1, 1, "pyav")
+    assert reader.handle(VideoJob("x", True, 1.0, 1)) == Failed()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,31 @@ def test_processes_that_start_together_export_once(
     other = exported(info, random_checkpoint, torch.float16, tmp_path, no_progress)
     assert len(exports) == 2, "a file for each type"
     assert other.read_text() == "a file"
+
+
+def test_a_long_export_is_reported_as_long_as_it_computes(
+    info: ModelInfo, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Else one of more than ten minutes counts as a start that failed."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(export_module, "REPORT_S", 0.05)
+
+    def export(encoder: Encoder, file: Path) -> None:
+        told.clear()  # of the weights
+        deadline = time.monotonic() + 20
+        while len(told) < 3 and time.monotonic() < deadline:
+            sum(range(1000))
+        num_told = len(told)
+        time.sleep(0.5)
+        assert len(told) <= num_told + 1, "one that stands still is not reported"
+        file.write_text("a file")
+
+    monkeypatch.setattr(export_module, "export", export)
+    exported(info, random_checkpoint, torch.float32, tmp_path, lambda done, total: told.append((done, total)))
+    assert told[:3] == [(0, 1)] * 3
+    num_told = len(told)
+    assert "report" not in {thread.name for thread in threading.enumerate()}
+    assert len(told) == num_told
 
 
 def test_an_export_that_breaks_leaves_nothing(tmp_path: Path) -> None:

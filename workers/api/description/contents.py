@@ -39,6 +39,8 @@ def _media_parts(name: str, kinds: Mapping[str, tuple[str, ...]], settings: Mapp
     url = ref(f"{name}Url")
     details = any_of(*({"pattern": _any_case(one)} for one in ("low", *parts.FULL_DETAILS)))
     SHARED["Detail"] = optional({"type": "string", **details})
+    if settings is parts.VIDEO_SETTINGS:
+        settings = {**settings, **parts.RATES_OF_FRAMES}
     numbers = {name: SETTINGS[kind] for name, kind in settings.items()}
     beside = {**numbers, "detail": ref("Detail"), "uuid": TEXT}
     SHARED[f"{name}Source"] = any_of(url, closed({"url": url}, beside, parts.LABELS))

@@ -22,6 +22,7 @@ from workers.api.request_fields import check_request
 from workers.api.response_events import COMPLETED, IN_PROGRESS, EventWriter, ItemWriter
 from workers.api.responses_request import (
     ResponsesRequest,
+    check_items,
     check_responses,
     reference_of,
     to_chat_request,
@@ -49,12 +50,15 @@ class Responses(Endpoint):
         request: ResponsesRequest = self.read(body)
         check_request(request, self.model.names)
         check_responses(request)
-        items = self._resolved(to_items(request.input))
+        given = to_items(request.input)
+        check_items(given)
+        items = self._resolved(given)
         if request.previous_response_id:
             before = self.model.store.items(
                 request.previous_response_id, self.tenant, "previous_response_id", self.reserve
             )
             items = [*before, *items]
+            check_items(items)
         chat = to_chat_request(request, items)
         submission = to_submission(chat, self.model, self._id)
         self._is_stored = request.store is not False

@@ -18,6 +18,7 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ LIMITS = ("min_pixels", "max_pixels")  # of what is encoded: no encoder depends 
 OPSET = 23  # the first with an Attention operator
 OUTPUT = "embeddings"
 FILE = "encoder.onnx"
+REPORT_S = 1.0  # between two reports of an export
+WORKING_S = 0.01  # of processor time: less is a process that stands still
 WAIT_S = 1.0  # between two looks whether another process has made what is wanted
 
 
@@ -117,9 +120,36 @@ def exported(info: ModelInfo, folder: Path, dtype: torch.dtype, cache: Path, pro
                     folder, dtype, torch.device("cpu"), progress=progress, dense=Dense(TorchLinear)
                 )
                 weights.expect(tower.prefix)
-                export(tower.encoder(info.vision, weights), draft / FILE)
+                encoder = tower.encoder(info.vision, weights)  # which reports by itself
+                with reported(progress):
+                    export(encoder, draft / FILE)
                 weights.close()
     return place / FILE
+
+
+@contextmanager
+def reported(progress: Progress) -> Iterator[None]:
+    """Reports from a thread that the work within goes on, since `torch.onnx` says nothing for minutes; not
+    while it takes no processor time, so that the launcher's start timeout ends one that hangs.
+
+    Nobody else may report meanwhile: `progress` sends on a socket.
+    """
+    is_over = threading.Event()
+
+    def report() -> None:
+        before = time.process_time()
+        while not is_over.wait(REPORT_S):
+            if (now := time.process_time()) - before >= WORKING_S:
+                before = now
+                progress(0, 1)
+
+    thread = threading.Thread(target=report, name="report")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 @contextmanager

@@ -321,3 +321,16 @@ async def test_errors_are_anthropics() -> None:
 async def test_errors_name_the_field_as_the_client_wrote_it(fields: Any, field: str) -> None:
     answer = await ask(Writer("a"), 400, **fields)
     assert answer["error"]["message"].startswith(f"{field}: ")
+
+
+def test_blocks_are_counted_before_anything_walks_over_them() -> None:
+    """What is wrong with the first is not looked at."""
+    text, result = {"type": "text", "text": "a"}, {"type": "tool_result", "tool_use_id": "1"}
+    robot = {"type": "robot"}
+    assert refused(user(robot, *[text] * 20_000)) == "messages"
+    assert refused(user(robot), *[user(*[text] * 100)] * 200) == "messages"
+    assert refused(user(robot, *[{**result, "content": [text] * 1000}] * 17)) == "messages"
+    assert refused(user(text), system=[robot, *[text] * 20_000]) == "system"
+    assert (
+        refused({"role": "robot", "content": "a"}, *[{"role": "user", "content": "a"}] * 20_000) == "messages"
+    )

@@ -402,3 +402,21 @@ def test_each_reference_reads_its_own_item_only() -> None:
     assert [store.item(item["id"], "t", "input") for item in items] == items
     assert time.process_time() - started < 0.3
     assert store.items("resp_1", "t") == items
+
+
+async def test_items_are_counted_before_anything_walks_over_them() -> None:
+    """Also those of the conversation before. What is wrong with the first is not looked at."""
+    turn, robot = {"role": "user", "content": "a"}, {"role": "robot", "content": [{"type": "x"}] * 20_000}
+    async with asking(Writer("a")) as client:
+        stored = await client.responses.create(model="m", input="", extra_body={"input": [turn] * 1000})
+        for given, before in (
+            ([{"role": "robot"}, *[turn] * 20_000], None),
+            ([robot], None),
+            ([*[turn] * 15_500, {"role": "robot"}], stored.id),
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.responses.create(
+                    model="m", input="", previous_response_id=before, extra_body={"input": given}
+                )
+            assert caught.value.param == "input"
+            assert "the limit is 16384" in caught.value.message
