@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from workers.nn.native.panels import panels_of, use_huge_pages
+from workers.nn.native.panels import panels_of
 from workers.nn.weights.dense import OneDnnLinear
 from workers.nn.weights.processor import can_pack
 
@@ -57,10 +57,3 @@ def test_one_row_and_many_are_alike() -> None:
          linear.add_to(residual, x)),
     ):  # fmt: skip
         torch.testing.assert_close(found.float(), many.float(), atol=0.15, rtol=2**-6)
-
-
-def test_pages_of_any_memory_may_be_asked_for() -> None:
-    x = torch.arange(1 << 20)
-    use_huge_pages(x.data_ptr() + 8, x.nbytes - 16)
-    use_huge_pages(x.data_ptr(), 10)
-    assert torch.equal(x, torch.arange(1 << 20))

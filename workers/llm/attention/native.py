@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.llm.attention.base import AttentionLayer, AttentionStep, Rotary, SequencePart
-from workers.llm.attention.torch import PromptPart, PagedAttention, prefill
+from workers.llm.attention.torch import PagedAttention, PromptPart, prefill
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.nn.native import operators
 

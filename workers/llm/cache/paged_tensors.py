@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.llm.cache.spec import Paged
+from workers.nn.native import huge_pages
 
 
 class PagedTensors:
@@ -29,7 +30,10 @@ class PagedTensors:
         self.tensors: list[Tensor] = []
         for layer in layers:
             shape = (num_slots, 2 * layer.num_kv_heads, layer.head_dim)
-            self.tensors.append(torch.empty(shape, dtype=dtype, device=device))
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if device.type == "cpu":
+                huge_pages.advise(tensor.data_ptr(), tensor.nbytes)
+            self.tensors.append(tensor)
 
     @property
     def max_slot_bytes(self) -> int:

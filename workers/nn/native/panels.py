@@ -5,7 +5,6 @@ oneDNN computes large products best, and this kernel small ones: both read the s
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from typing import NamedTuple
@@ -14,17 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.native.huge_pages import collapse
 from workers.nn.native.operators import kernels
 
 FEW = 1  # rows; for more oneDNN is faster, with AMX at least
 BF16, BLOCKED = 2, 2  # in oneDNN's descriptions of memory
 # Places in oneDNN's `dnnl_memory_desc` as 32-bit numbers; sizes, strides and blocks have 64 bits.
 NDIMS, DIMS, DTYPE, KIND, STRIDES, NUM_BLOCKS, BLOCKS, BLOCK_DIMS = 1, 2, 26, 78, 80, 104, 106, 130
-PAGE = 4096
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux; the second one since 6.1
 OUT, IN = 0, 1  # dimensions of a weight
-
-_libc = ctypes.CDLL(None)
 
 
 class Panels(NamedTuple):
@@ -56,7 +52,7 @@ def panels_of(packed: Tensor) -> Panels | None:
         return None
     panels = _read(packed)
     if panels is not None:
-        use_huge_pages(panels.address, torch.ops.mkldnn._nbytes(packed))
+        collapse(panels.address, torch.ops.mkldnn._nbytes(packed))
     return panels
 
 
@@ -105,12 +101,3 @@ def _is_readable() -> bool:
     return torch.allclose(
         panels.multiply(x, None, None).float(), F.linear(x.float(), weight.float()), atol=0.1, rtol=0.02
     )
-
-
-def use_huge_pages(address: int, num_bytes: int) -> None:
-    """Lets the system keep this memory in pages of 2 MiB, which a tenth more of it is read from in a second.
-    Where it cannot, nothing happens."""
-    start, stop = -(-address // PAGE) * PAGE, (address + num_bytes) // PAGE * PAGE
-    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
-        if start < stop and _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice):
-            return
