@@ -20,6 +20,7 @@ with contextlib.suppress(ImportError):
     kernels = importlib.import_module("workers.nn.native._kernels")
 
 LANES = 16  # floats of a vector
+TILE = 64  # tokens whose scores a thread has at once
 PART = 256  # tokens of a context that one thread attends to at a time
 MAX_PARTS = 1024
 IS_HALF = {torch.float32: 0, torch.bfloat16: 1}
@@ -129,7 +130,7 @@ def attend(
     rows, heads, dim = q.shape
     part = max(PART, -(-longest // MAX_PARTS))
     num_parts = -(-longest // part)
-    size = rows * num_parts * heads * (dim + 2) + torch.get_num_threads() * heads * dim
+    size = rows * num_parts * heads * (dim + 2) + torch.get_num_threads() * heads * (dim + TILE + 2)
     scratch, out = torch.empty(size, dtype=torch.float32), q.new_empty((rows, heads, dim))
     kernels.attend(
         IS_HALF[q.dtype], out.data_ptr(), q.data_ptr(), cache.data_ptr(), tables.data_ptr(),
