@@ -30,6 +30,7 @@ from pipeline.wire.generation import LlmMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
+from workers.llm.backends import choose_backend
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
@@ -106,6 +107,9 @@ def main(context: WorkerContext) -> None:
     runner: ModelRunner | None = None
     matchers = _MatcherThread(info) if rank == 0 else None
     try:
+        if rank == 0:
+            logger.info("%s computes in %s, attention by %s", device, str(dtype).removeprefix("torch."),
+                        choose_backend(config.llm.attention, device).name)  # fmt: skip
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
         spec = runner.decoder.cache_spec()
