@@ -20,8 +20,10 @@ class Turn:
     figures: dict[str, Figure]
     memory_rate: float  # bytes/s, just before
     error: str = ""
+    answers: tuple[str, ...] = ()  # the first token about each of some pictures, the same for all servers
 
     @classmethod
     def of_json(cls, given: dict[str, Any]) -> Turn:
         figures = {name: Figure(*figure) for name, figure in given["figures"].items()}
-        return cls(**{**given, "figures": figures})
+        answers = tuple(given.get("answers", ()))
+        return cls(**{**given, "figures": figures, "answers": answers})

@@ -27,6 +27,7 @@ SIDE = 448  # of a picture, in pixels
 NUM_STREAMS = 8
 PROMPT_TOKENS = 512
 SHORT = 8  # words of a chat that is asked for its answer only
+NUM_CHECKED = 4  # pictures whose first token is compared between servers
 MAX_DIFFERENCE = 4  # tokens: templates differ in marks and line ends
 Content = list[dict[str, Any]]
 
@@ -129,6 +130,11 @@ class Load:
         bodies = [self._client.body(self._texts.picture(), SHORT) for _ in range(NUM_STREAMS)]
         self._client.ask(bodies, SHORT)
         self._client.ask([self._client.body(self._texts.text(PROMPT_TOKENS), SHORT)], SHORT)
+
+    def first_tokens(self) -> tuple[str, ...]:
+        """About pictures that no other part has taken from the texts before."""
+        bodies = [self._client.body(self._texts.picture(), 1) for _ in range(NUM_CHECKED)]
+        return tuple(self._client.ask([body], 1)[0].text for body in bodies)
 
     def prefill(self) -> float:
         """Tokens/s of a prompt until its first token; the median of some."""

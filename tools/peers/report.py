@@ -136,6 +136,17 @@ def plot(turns: Sequence[Turn], columns: Sequence[Column], title: str) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+def agreement(turns: Sequence[Turn]) -> dict[str, tuple[int, int]]:
+    """By the peer: how many first tokens about a picture are ours of the same round, and of how many."""
+    ours = {turn.round: turn.answers for turn in turns if turn.peer == "ours"}
+    found: dict[str, tuple[int, int]] = {}
+    for turn in turns:
+        if turn.peer != "ours" and (pairs := list(zip(turn.answers, ours.get(turn.round, ()), strict=False))):
+            same, total = found.get(turn.peer, (0, 0))
+            found[turn.peer] = (same + sum(left == right for left, right in pairs), total + len(pairs))
+    return found
+
+
 def notes(turns: Sequence[Turn], versions: Mapping[str, str], num_weight_bytes: int) -> list[str]:
     """What stands under the table."""
     rates = [turn.memory_rate / 1e9 for turn in turns]
@@ -154,6 +165,9 @@ def notes(turns: Sequence[Turn], versions: Mapping[str, str], num_weight_bytes: 
             f"A token of one stream reads {num_weight_bytes / 1e6:.0f} MB of weights in 16 bits: ours reads "
             f"at {share:.2f} of the memory's rate."
         )
+    if same := agreement(turns):
+        told = "; ".join(f"{peer} {count} of {total}" for peer, (count, total) in same.items())
+        lines.append(f"First tokens about pictures of noise that are ours: {told}.")
     lines.append("Versions: " + "; ".join(f"{name}: {version}" for name, version in versions.items()) + ".")
     lines += [f"{turn.peer} failed in round {turn.round}." for turn in turns if turn.error]
     return lines

@@ -72,39 +72,50 @@ def locked(path: Path | None) -> Iterator[None]:
         yield
 
 
+class Measurement:
+    """Of a turn, as far as it has come."""
+
+    def __init__(self, peer: Peer, model: Path, plan: Plan, number: int) -> None:
+        self._peer, self._model, self._plan, self._number = peer, model, plan, number
+        self.figures: dict[str, Figure] = {}
+        self.answers: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        plan, peak = self._plan, PeakMemory()
+        texts = Texts(plan.checkpoint, random.Random(self._number))
+        started, before = time.perf_counter(), look(None)
+        with running(self._peer, self._model, plan.limits, plan.folder / f"{self._peer.key}.log") as server:
+            root = server.process.pid
+            load = Load(Client(self._peer, self._model, server.url), texts, plan.num_output, plan.num_repeats)
+            with peak.watch(root):
+                server.wait_until_healthy()
+                load.first_answer()
+            seconds = time.perf_counter() - started
+            use = use_between(before, look(root), plan.limits.num_cores)
+            is_good = not use.is_refused(plan.max_others)
+            self.figures["start"] = Figure(seconds if is_good else None, use.others_share)
+            with peak.watch(root):
+                load.warm_up()
+            self.answers = load.first_tokens()
+            meter = Meter(plan.max_others, root)
+            for name in plan.parts:
+                self.figures[name] = meter.figure(load.parts[name])
+            held = held_bytes(root)
+            self.figures["memory"] = Figure(float(held), 0.0)
+            self.figures["peak"] = Figure(float(max(held, peak.nbytes)), 0.0)
+
+
 def take_turn(peer: Peer, model: Path, plan: Plan, number: int) -> Turn:
     """A server that fails ends its turn with an error, not the run."""
     with locked(plan.lock):
         wait_for_quiet(plan.max_others, QUIET_TIMEOUT_S)
-        rate = memory_rate().bytes_per_s
-        figures: dict[str, Figure] = {}
+        rate, error = memory_rate().bytes_per_s, ""
+        found = Measurement(peer, model, plan, number)
         try:
-            measure(peer, model, plan, number, figures)
-        except (RuntimeError, OSError) as error:
-            return Turn(peer=peer.key, round=number, figures=figures, memory_rate=rate, error=str(error))
-        return Turn(peer=peer.key, round=number, figures=figures, memory_rate=rate)
-
-
-def measure(peer: Peer, model: Path, plan: Plan, number: int, figures: dict[str, Figure]) -> None:
-    """Fills `figures`."""
-    log = plan.folder / f"{peer.key}.log"
-    texts, peak = Texts(plan.checkpoint, random.Random(number)), PeakMemory()
-    started, before = time.perf_counter(), look(None)
-    with running(peer, model, plan.limits, log) as server:
-        root = server.process.pid
-        load = Load(Client(peer, model, server.url), texts, plan.num_output, plan.num_repeats)
-        with peak.watch(root):
-            server.wait_until_healthy()
-            load.first_answer()
-        seconds = time.perf_counter() - started
-        use = use_between(before, look(root), plan.limits.num_cores)
-        is_good = not use.is_refused(plan.max_others)
-        figures["start"] = Figure(seconds if is_good else None, use.others_share)
-        with peak.watch(root):
-            load.warm_up()
-        meter = Meter(plan.max_others, root)
-        for name in plan.parts:
-            figures[name] = meter.figure(load.parts[name])
-        held = held_bytes(root)
-        figures["memory"] = Figure(float(held), 0.0)
-        figures["peak"] = Figure(float(max(held, peak.nbytes)), 0.0)
+            found.run()
+        except (RuntimeError, OSError) as failure:
+            error = str(failure) or type(failure).__name__
+    return Turn(
+        peer=peer.key, round=number, figures=found.figures, memory_rate=rate, error=error,
+        answers=found.answers,
+    )  # fmt: skip
