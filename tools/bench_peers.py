@@ -179,7 +179,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         args.folder = (args.folder or Path(scratch)).resolve()
         args.folder.mkdir(parents=True, exist_ok=True)
-        peers = choose(all_peers(args, options), args.servers)
+        try:
+            peers = choose(all_peers(args, options), args.servers)
+        except ValueError as error:
+            sys.exit(str(error))
         checkpoint = args.folder / args.shape
         models = prepare(peers, checkpoint, args)
         peers = [peer for peer in peers if peer.key in models]
