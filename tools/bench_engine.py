@@ -41,6 +41,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from pipeline.families import read_model_info
 from tools.bench_serving import Body, Result, Workload, converse, open_session, run_load, send
+from tools.memory_rate import memory_rate
 from tools.processes import resident_bytes, workers_of
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.runners import num_layer_weights, num_weights, weight_size
@@ -167,12 +168,6 @@ def best_of(call: Callable[[], object], count: int = 4) -> float:
     return min(times)
 
 
-def read_rate() -> float:
-    """Bytes/s that all cores read from memory together."""
-    block = torch.ones(1 << 28)
-    return block.nbytes / best_of(block.sum)
-
-
 def matmul_rate(dtype: torch.dtype) -> float:
     """Floating-point operations/s of all cores."""
     left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
@@ -220,7 +215,7 @@ class Bench:
                 {
                     "decode 1": lambda: decode_rate(served, 1, self.num_output, self.rng),
                     "hf decode 1": lambda: generate_decode_rate(model, 1, self.num_output),
-                    "read": read_rate,
+                    "read": lambda: memory_rate().bytes_per_s,
                     "decode 8": lambda: decode_rate(served, 8, 2 * self.num_output, self.rng),
                     "hf decode 8": lambda: generate_decode_rate(model, 8, self.num_output),
                     "prefill 512": lambda: prefill_rate(served, 500, self.rng),
@@ -465,8 +460,8 @@ def main() -> None:
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
             f"{args.model or args.shape}, {dtype}; memory "
-            f"{read_rate() / 1e9:.0f} GB/s, matrix products {matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median "
-            f"of {args.rounds} rounds\n",
+            f"{memory_rate().bytes_per_s / 1e9:.0f} GB/s, matrix products "
+            f"{matmul_rate(dtype) / 1e9:.0f} GFLOP/s; median of {args.rounds} rounds\n",
             flush=True,
         )
         measure(bench, args.parts, args.json)
