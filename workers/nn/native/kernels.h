@@ -24,6 +24,14 @@ struct FewRows {
     long rows, in_features, out_features, vectors, panel_bytes;
 };
 
+// The same with a weight in int8 and activations that are quantised by rows: panels of 64 outputs, within a panel by
+// four inputs. `sums` of each output's weights. scratch: a row of bytes for each row.
+constexpr long MAX_FEW_ROWS = 16;
+struct FewRowsInt8 {
+    void* out; const void *x, *weight, *bias, *residual; const int* sums; const float* scales; unsigned char* scratch;
+    long rows, in_features, out_features, panel_bytes; bool is_half;
+};
+
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
     void (*silu_mul)(const Activation&);
@@ -38,5 +46,6 @@ namespace base { Kernels table(bool is_half); }
 #if defined(__x86_64__)
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
+namespace avx512_vnni { void few_rows(const FewRowsInt8&); }
 namespace avx512_bf16 { void few_rows(const FewRows&); }
 #endif

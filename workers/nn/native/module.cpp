@@ -128,6 +128,27 @@ PyObject* few_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
 #endif
 }
 
+PyObject* has_few_rows_int8(PyObject*, PyObject*) {
+#if defined(__x86_64__)
+    return PyBool_FromLong(has_avx512() && __builtin_cpu_supports("avx512vnni"));
+#else
+    Py_RETURN_FALSE;
+#endif
+}
+
+PyObject* few_rows_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 13)) return nullptr;
+    Arguments a{values};
+    FewRowsInt8 job{a.address(), a.address(), a.address(), a.address(), a.address(), (const int*)a.address(), (const float*)a.address(),
+                    (unsigned char*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
+#if defined(__x86_64__)
+    return run(avx512_vnni::few_rows, job);
+#else
+    PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
+    return nullptr;
+#endif
+}
+
 PyObject* versions(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (const Version& version : VERSIONS) {
@@ -156,9 +177,10 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(few_rows_int8),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
+    {"has_few_rows_int8", has_few_rows_int8, METH_NOARGS, nullptr},
     {"use", use, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from workers.nn.native.huge_pages import collapse
 from workers.nn.native.operators import kernels
+from workers.nn.native.packed import can_read_layouts, read_layout
 
 FEW = 1  # rows; for more oneDNN is faster, with AMX at least
-BF16, BLOCKED = 2, 2  # in oneDNN's descriptions of memory
-# Places in oneDNN's `dnnl_memory_desc` as 32-bit numbers; sizes, strides and blocks have 64 bits.
-NDIMS, DIMS, DTYPE, KIND, STRIDES, NUM_BLOCKS, BLOCKS, BLOCK_DIMS = 1, 2, 26, 78, 80, 104, 106, 130
 OUT, IN = 0, 1  # dimensions of a weight
 
 
@@ -36,6 +34,7 @@ class Panels(NamedTuple):
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x [rows, in] · Wᵀ + bias + residual: [rows, out] in bfloat16."""
         assert kernels is not None
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         out = x.new_empty((len(x), self.out_features))
         kernels.few_rows(
             out.data_ptr(), x.data_ptr(), self.address, 0 if bias is None else bias.data_ptr(),
@@ -57,37 +56,28 @@ def panels_of(packed: Tensor) -> Panels | None:
 
 
 def _read(packed: Tensor) -> Panels | None:
-    description = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
-
-    def short(place: int) -> int:
-        return int(struct.unpack_from("<i", description, 4 * place)[0])
-
-    def long(place: int, count: int) -> tuple[int, ...]:
-        return struct.unpack_from(f"<{count}q", description, 4 * place)
-
-    if (short(NDIMS), short(DTYPE), short(KIND)) != (2, BF16, BLOCKED):
+    found = read_layout(packed)
+    if found is None or found.dtype is not torch.bfloat16:
         return None
-    out_features, in_features = long(DIMS, 2)
-    (count,) = long(NUM_BLOCKS, 1)
-    blocks, dims, strides = long(BLOCKS, 3)[:count], long(BLOCK_DIMS, 3)[:count], long(STRIDES, 2)
-    if (count, dims) == (3, (IN, OUT, IN)):
+    blocks, strides = found.blocks, found.strides
+    if found.block_dims == (IN, OUT, IN) and len(blocks) == 3:
         pairs, outputs, two = blocks
-    elif (count, dims) == (2, (OUT, IN)):
+    elif found.block_dims == (OUT, IN) and len(blocks) == 2:
         pairs, (outputs, two) = 1, blocks
     else:
         return None
+    out_features, in_features = found.dims
     is_in_order = two == 2 and strides[IN] == pairs * outputs * two and strides[OUT] >= strides[IN]
     if not is_in_order or outputs % 16 or in_features % 2:
         return None
-    address = torch.ops.mkldnn.data_ptr(packed)
-    return Panels(address, out_features, in_features, outputs // 16, 2 * strides[OUT])
+    return Panels(found.address, out_features, in_features, outputs // 16, 2 * strides[OUT])
 
 
 @functools.cache
 def _is_readable() -> bool:
     """Whether a product with a packed weight is right: a later oneDNN may describe its memory in another
     way."""
-    if kernels is None or not hasattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md"):
+    if kernels is None or not can_read_layouts():
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 130), (203, 130)))

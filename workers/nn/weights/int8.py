@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
+from workers.nn.native.int8_panels import FEW, Int8Panels, int8_panels_of
 from workers.nn.weights.base import Experts, Linear
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
@@ -43,9 +44,17 @@ class Int8Linear(Linear):
             wide = part.float()
             torch.div(wide.abs().amax(dim=1).clamp_(min=1e-8), largest, out=scales)
             out.copy_((wide / scales[:, None]).round_())
+        self._panels: Int8Panels | None = None
         self._pack(packed)
 
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self._panels is not None and x.ndim == 2 and len(x) <= FEW:
+            return self._panels.multiply(x, self._bias, residual)
+        return super().add_to(residual, x)
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self._panels is not None and x.ndim == 2 and len(x) <= FEW:
+            return self._panels.multiply(x, self._bias, None)
         x = x.float()  # in bfloat16 the sum below could round the largest activation up, beyond 255
         largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_(min=1e-8)
         y = self._multiply(x, largest).mul_(largest)
@@ -55,6 +64,7 @@ class Int8Linear(Linear):
 
     def _pack(self, weight: Tensor) -> None:
         self._weight: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._panels = int8_panels_of(self._weight, weight, self._scales)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
         """(x / largest) Wᵀ in 8 bits. `largest` [num_tokens, 1] is the largest value of each token."""

@@ -1,0 +1,63 @@
+"""A few rows, quantised, times a weight in int8 that oneDNN has packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.nn.native.int8_panels import Int8Panels, int8_panels_of
+
+
+def panels_of(weight: Tensor, scales: Tensor) -> tuple[Int8Panels, Tensor]:
+    """And the packed weight, which must live as long."""
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    panels = int8_panels_of(packed, weight, scales)
+    if panels is None:
+        pytest.skip("no kernel reads what oneDNN packs on this processor")
+    return panels, packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 16])
+@pytest.mark.parametrize("shape", [(64, 64), (100, 60), (7, 2), (513, 1031), (1024, 768)])
+def test_products_of_a_few_rows(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, scales = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0]) + 0.1
+    panels, _packed = panels_of(weight, scales)
+    x = torch.randn(rows, shape[1]).to(dtype)
+    bias, residual = 100 * torch.randn(shape[0]).to(dtype), 100 * torch.randn(rows, shape[0]).to(dtype)
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    quantized = (x.double() * 127 / largest).round() * largest / 127
+    plain = F.linear(quantized, weight.double() * scales.double()[:, None])
+    loose = {"atol": 0.2 * shape[1] ** 0.5, "rtol": 0.02}  # a number between two may be rounded to either
+    for found, expected in (
+        (panels.multiply(x, None, None), plain),
+        (panels.multiply(x, bias, None), plain + bias.double()),
+        (panels.multiply(x, bias, residual), plain + bias.double() + residual.double()),
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, **loose)
+        assert float((found.double() - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_row_of_zeros_and_an_outlier() -> None:
+    torch.manual_seed(0)
+    weight = torch.randint(-127, 128, (70, 100), dtype=torch.int8)
+    panels, _packed = panels_of(weight, torch.ones(70))
+    x = torch.zeros(3, 100)
+    x[1, 5] = 1e6
+    x[2] = torch.randint(-127, 128, (100,)).float()
+    x[2, 0] = 127
+    found = panels.multiply(x, None, None)
+    assert not found[0].any()
+    torch.testing.assert_close(found[1:], x[1:] @ weight.float().t())
+
+
+def test_rows_that_do_not_lie_side_by_side() -> None:
+    torch.manual_seed(0)
+    panels, _packed = panels_of(torch.randint(-127, 128, (70, 64), dtype=torch.int8), torch.ones(70))
+    wide, residual = torch.randn(4, 128), torch.randn(70, 4).t()
+    found = panels.multiply(wide[:, ::2], None, residual)
+    torch.testing.assert_close(found, panels.multiply(wide[:, ::2].contiguous(), None, residual.contiguous()))
