@@ -31,7 +31,7 @@ def test_products_of_a_few_rows(shape: tuple[int, int], rows: int, dtype: torch.
     largest = x.double().abs().amax(dim=1, keepdim=True)
     quantized = (x.double() * 127 / largest).round() * largest / 127
     plain = F.linear(quantized, weight.double() * scales.double()[:, None])
-    loose = {"atol": 0.2 * shape[1] ** 0.5, "rtol": 0.02}  # a number between two may be rounded to either
+    loose = {"atol": 0.5 * shape[1] ** 0.5, "rtol": 0.02}  # a number between two may be rounded to either
     for found, expected in (
         (panels.multiply(x, None, None), plain),
         (panels.multiply(x, bias, None), plain + bias.double()),

@@ -21,7 +21,7 @@ INT8_KINDS = [
 
 @pytest.mark.parametrize("kind", INT8_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 8, 32])
 def test_int8_is_close_and_no_row_depends_on_another(
     rows: int,
     dtype: torch.dtype,
