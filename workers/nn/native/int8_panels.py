@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workers.nn.native import operators
 from workers.nn.native.huge_pages import collapse
-from workers.nn.native.operators import IS_HALF, kernels
 from workers.nn.native.packed import can_read_layouts, read_layout
 
 FEW = 16  # rows; for more oneDNN is faster, with AMX at least
@@ -32,15 +32,15 @@ class Int8Panels(NamedTuple):
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x [rows, in] · W + bias + residual: [rows, out], all in the type of x. Each row
         is quantised with a scale of its own."""
-        assert kernels is not None
+        assert operators.kernels is not None
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         out = x.new_empty((len(x), self.out_features))
         scratch = torch.empty(len(x) * (self.in_features + 3), dtype=torch.uint8)
-        kernels.few_rows_int8(
+        operators.kernels.few_rows_int8(
             out.data_ptr(), x.data_ptr(), self.address, 0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(), self.sums.data_ptr(), self.scales.data_ptr(),
             scratch.data_ptr(), len(x), self.in_features, self.out_features, self.panel_bytes,
-            IS_HALF[x.dtype],
+            operators.IS_HALF[x.dtype],
         )  # fmt: skip
         return out
 
@@ -48,7 +48,7 @@ class Int8Panels(NamedTuple):
 def int8_panels_of(packed: Tensor, weight: Tensor, scales: Tensor) -> Int8Panels | None:
     """Of a weight [out, in] int8 packed by `onednn.qlinear_prepack`, valid as long as that lives, with the
     scales of its outputs. None where this processor has no kernel for the layout."""
-    if not _is_readable():
+    if operators.kernels is None or not _is_readable():
         return None
     panels = _read(packed, weight, scales)
     if panels is not None:
@@ -63,14 +63,16 @@ def _read(packed: Tensor, weight: Tensor, scales: Tensor) -> Int8Panels | None:
     if found.strides[IN] != 16 * 64 * 4 or found.strides[OUT] < found.strides[IN]:
         return None
     sums = weight.sum(dim=1, dtype=torch.int32)
-    return Int8Panels(found.address, *found.dims, found.strides[OUT], sums, scales)
+    in_features, out_features = found.dims
+    return Int8Panels(found.address, in_features, out_features, found.strides[OUT], sums, scales)
 
 
 @functools.cache
 def _is_readable() -> bool:
     """Whether a product with a packed weight is right: a later oneDNN may describe its memory in another
     way."""
-    if kernels is None or not kernels.has_few_rows_int8() or not can_read_layouts():
+    kernels = operators.kernels
+    if not kernels.has_few_rows_int8() or not can_read_layouts():
         return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (203, 130), generator=generator, dtype=torch.int8)

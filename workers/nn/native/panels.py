@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.native import operators
 from workers.nn.native.huge_pages import collapse
-from workers.nn.native.operators import kernels
 from workers.nn.native.packed import can_read_layouts, read_layout
 
 FEW = 1  # rows; for more oneDNN is faster, with AMX at least
@@ -33,10 +33,10 @@ class Panels(NamedTuple):
 
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x [rows, in] · Wᵀ + bias + residual: [rows, out] in bfloat16."""
-        assert kernels is not None
+        assert operators.kernels is not None
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         out = x.new_empty((len(x), self.out_features))
-        kernels.few_rows(
+        operators.kernels.few_rows(
             out.data_ptr(), x.data_ptr(), self.address, 0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(), len(x), self.in_features, self.out_features,
             self.vectors, self.panel_bytes,
@@ -47,7 +47,7 @@ class Panels(NamedTuple):
 def panels_of(packed: Tensor) -> Panels | None:
     """Of a weight in bfloat16 packed by `mkldnn._reorder_linear_weight`, valid as long as it lives. None
     where this processor has no kernel for the layout."""
-    if packed.dtype is not torch.bfloat16 or not _is_readable():
+    if operators.kernels is None or packed.dtype is not torch.bfloat16 or not _is_readable():
         return None
     panels = _read(packed)
     if panels is not None:
@@ -77,7 +77,8 @@ def _read(packed: Tensor) -> Panels | None:
 def _is_readable() -> bool:
     """Whether a product with a packed weight is right: a later oneDNN may describe its memory in another
     way."""
-    if kernels is None or not can_read_layouts():
+    kernels = operators.kernels
+    if not can_read_layouts():
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 130), (203, 130)))

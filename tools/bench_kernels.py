@@ -1,0 +1,104 @@
+"""A decoder's steps on the CPU: with the compiled kernels, with torch's operators, and with weights in int8.
+
+    python -m tools.bench_kernels                   # 0.31 B parameters
+    python -m tools.bench_kernels --shape 2b --layers 8
+
+In process, without scheduler and sockets; a context of 1024 tokens. Weights are random: speed does not depend
+on their values. Rounds are interleaved and medians are told, since shared machines drift. A step of one
+request reads all weights once: the last line says at which share of the memory's rate
+(`tools/memory_rate.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from pipeline.families import read_model_info
+from tools.memory_rate import memory_rate
+from tools.random_checkpoint import SHAPES, make_checkpoint
+from tools.runners import (
+    CONTEXT,
+    decode_seconds,
+    kv_bytes,
+    num_weights,
+    open_runner,
+    prefill_seconds,
+    weight_size,
+)
+from workers.llm.model_runner import ModelRunner
+from workers.nn.loader import choose_dtype
+from workers.nn.native import operators
+
+CPU = torch.device("cpu")
+WORK: dict[str, Callable[[ModelRunner], float]] = {
+    "decode, 1 request": lambda runner: decode_seconds(runner, 1, 16),
+    "decode, 8 requests": lambda runner: decode_seconds(runner, 8, 12),
+    "prefill, 512 tokens": lambda runner: prefill_seconds(runner, 512),
+    "prefill, 2048 tokens": lambda runner: prefill_seconds(runner, 2048),
+}
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """As in an installation without a C++ compiler."""
+    kernels = operators.kernels
+    operators.kernels = None
+    try:
+        yield
+    finally:
+        operators.kernels = kernels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="0.3b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, help="all if not given")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, CPU)
+    name = str(dtype).removeprefix("torch.")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {name}")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        make_checkpoint(folder, options.shape, num_layers=options.layers)
+        with without_kernels():
+            plain = stack.enter_context(open_runner(folder, CPU, name, 8))
+        runners = {
+            "with kernels": stack.enter_context(open_runner(folder, CPU, name, 8)),
+            "without": plain,
+            "int8": stack.enter_context(open_runner(folder, CPU, name, 8, quantization="int8")),
+        }
+        found: dict[tuple[str, str], list[float]] = {}
+        for number in range(options.rounds + 1):
+            for kind, runner in runners.items():
+                with without_kernels() if kind == "without" else contextlib.nullcontext():
+                    for work, seconds in ((work, measure(runner)) for work, measure in WORK.items()):
+                        if number:  # the first round warms up
+                            found.setdefault((work, kind), []).append(seconds)
+        info = read_model_info(folder).text
+        nbytes = num_weights(info) * weight_size(folder, dtype) + CONTEXT * kv_bytes(info, dtype.itemsize)
+    print("\n| ms | " + " | ".join(runners) + " | without / with | with / int8 |\n" + "| --- " * 6 + "|")
+    medians = {key: 1e3 * statistics.median(times) for key, times in found.items()}
+    for work in WORK:
+        row = [medians[work, kind] for kind in runners]
+        print(f"| {work} | " + " | ".join(f"{ms:.1f}" for ms in (*row,)), end=" | ")
+        print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} |")
+    rate = memory_rate()
+    share = nbytes / medians["decode, 1 request", "with kernels"] * 1e3 / rate.bytes_per_s
+    print(f"\ndecode, 1 request reads {nbytes / 1e6:.0f} MB at {share:.2f} of the memory's rate, "
+          f"{rate.bytes_per_s / 1e9:.1f} GB/s ({rate.kernel})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
