@@ -155,8 +155,8 @@ def notes(turns: Sequence[Turn], versions: Mapping[str, str], num_weight_bytes: 
     most, middle = max(counts.values(), default=0), statistics.median(rates)
     fewer = ", ".join(f"{peer} {count}" for peer, count in counts.items() if count < most)
     lines = [
-        f"Medians of {most} interleaved rounds{f' ({fewer})' if fewer else ''}; {count_refused(turns)} "
-        "figures refused since others used the cores.",
+        f"Medians of {most} interleaved rounds{f' ({fewer})' if fewer else ''}; "
+        f"{count_refused(turns)} figures refused since others used the cores.",
         f"Memory's rate before each turn (tools/memory_rate.py): {middle:.1f} GB/s ({min(rates):.1f} to "
         f"{max(rates):.1f}).",
     ]
