@@ -1,4 +1,4 @@
-"""The native kernels for CPUs. Where there is no C++ compiler the package is complete without them: torch's
+"""The native kernels for CPUs. Without GCC 10 or later the package is complete without them: torch's
 operators take their place."""
 
 from pathlib import Path

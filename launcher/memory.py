@@ -24,7 +24,8 @@ def warn_of_memory(
     may_have_gpu = config.model.device != "cpu" and any(driver.exists() for driver in drivers)
     if is_quantized or may_have_gpu:
         return
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / GIB
+    # With several groups of ranks each has the decoder's weights.
+    weights = config.llm.dp * sum(file.stat().st_size for file in folder.glob("*.safetensors")) / GIB
     total = (machine_memory() if memory is None else memory) / GIB
     if weights + PROCESSES_GIB > total:
         logger.warning(

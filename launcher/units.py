@@ -72,6 +72,7 @@ class Unit:
     is_closed: bool = False  # it finishes its open requests, and is published as not ready
     num_failed_starts: int = 0  # in a row: ended before READY, or by itself before its first request
     has_proven: bool = False  # it once served for `STABLE_S`, or a request: it never ends the pipeline
+    is_killed: bool = False  # by the launcher, since it began
     begun_at: float = 0.0
     report_due: float = 0.0
     news_at: float = 0.0  # of the last message from a member
@@ -124,6 +125,7 @@ class Unit:
     def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
         self.phase, self.begun_at, self.news_at, self.report_due = Phase.STARTING, now, now, now + REPORT_S
+        self.is_killed = False
 
     def is_late(self, now: float, patience_s: float) -> bool:
         """Whether a start has sent no message for `patience_s`. A long load reports its progress."""
@@ -159,7 +161,7 @@ class Unit:
         ]
         code, child = min(dead, key=lambda end: (end[0] >= 0, end[1].error_time))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        if code == -signal.SIGKILL and self.phase is Phase.STARTING:
+        if code == -signal.SIGKILL and self.phase is Phase.STARTING and not self.is_killed:
             how += " while it started, most likely for lack of memory"
         return Death(code, f"{child.worker} {how}{': ' if child.error else ''}{child.error}")
 
@@ -189,6 +191,7 @@ class Unit:
         self.kill()
 
     def kill(self) -> None:
+        self.is_killed = True
         for child in self.children.values():
             child.process.kill()
 

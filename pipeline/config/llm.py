@@ -58,8 +58,8 @@ class LlmConfig:
     )
     attention: str = option(
         "auto",
-        "what computes attention; auto: triton on GPUs, torch on the CPU; flash3: FlashAttention-3, where "
-        "it is installed",
+        "what computes attention; auto: triton on GPUs, on the CPU native, the compiled kernels, or torch "
+        "where there are none; flash3: FlashAttention-3, where it is installed",
         choices=("auto", "torch", "native", "triton", "flash3"),
     )
     all_reduce: str = option(

@@ -95,6 +95,8 @@ def test_the_first_death_is_a_killed_rank_or_else_the_first_that_reported_an_err
     assert unit.first_death()[1] == "llm.1 was killed by SIGKILL"
     unit.phase = Phase.STARTING
     assert unit.first_death()[1].endswith("SIGKILL while it started, most likely for lack of memory")
+    unit.is_killed = True
+    assert unit.first_death()[1] == "llm.1 was killed by SIGKILL", "not of the launcher's own kill"
     unit.phase = Phase.SERVING
     unit.on_death(3.0)
     assert not unit.has_dead_member, "the death is known"

@@ -25,8 +25,8 @@ class Backend(NamedTuple):
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """`auto` is Triton on a GPU, torch on the CPU; there Triton runs only in its interpreter, which is for
-    tests.
+    """`auto` is Triton on a GPU; on the CPU the compiled kernels, or torch where there are none. On the CPU
+    Triton runs only in its interpreter, which is for tests.
 
     Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here
     and only when needed: an installation for the CPU has neither.
@@ -45,8 +45,8 @@ def _native(name: str, device: torch.device) -> Backend:
         raise ValueError(f"attention {name!r} is for the CPU, but this rank computes on {device}")
     if operators.kernels is None:
         raise ValueError(
-            f"attention {name!r} needs the compiled kernels: install the package where there is a C++ "
-            "compiler"
+            f"attention {name!r} needs the compiled kernels: install the package where there is GCC 10 "
+            "or later"
         )
     return Backend(name, _native_or_torch, None, None)
 

@@ -30,7 +30,6 @@ from pipeline.wire.generation import LlmMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
-from workers.llm.backends import choose_backend
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
@@ -107,15 +106,15 @@ def main(context: WorkerContext) -> None:
     runner: ModelRunner | None = None
     matchers = _MatcherThread(info) if rank == 0 else None
     try:
-        if rank == 0:
-            logger.info("%s computes in %s, attention by %s", device, str(dtype).removeprefix("torch."),
-                        choose_backend(config.llm.attention, device).name)  # fmt: skip
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
         spec = runner.decoder.cache_spec()
         gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
         runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
+        if rank == 0:
+            kind, attention = str(dtype).removeprefix("torch."), type(runner.attention).__name__
+            logger.info("the LLM computes in %s on %s, attention by %s", kind, device, attention)
         if matchers is not None:
             scheduler = make_scheduler(context, info, cache_plan, has_states=bool(states_of(spec)))
             _lead(context, control, scheduler, runner, matchers, cache_plan.max_model_len, sharing)

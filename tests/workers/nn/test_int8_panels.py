@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.nn.native.int8_panels import Int8Panels, int8_panels_of
+from workers.nn.weights.int8 import Int8Linear
 
 
 def panels_of(weight: Tensor, scales: Tensor) -> tuple[Int8Panels, Tensor]:
@@ -61,3 +62,17 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
     wide, residual = torch.randn(4, 128), torch.randn(70, 4).t()
     found = panels.multiply(wide[:, ::2], None, residual)
     torch.testing.assert_close(found, panels.multiply(wide[:, ::2].contiguous(), None, residual.contiguous()))
+
+
+def test_a_row_with_what_is_no_number_has_no_other_numbers() -> None:
+    panels, _packed = panels_of(torch.ones(70, 100, dtype=torch.int8), torch.ones(70))
+    x = torch.ones(2, 100)
+    x[0, 37] = float("nan")
+    found = panels.multiply(x, None, None)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1], torch.full((70,), 100.0))
+
+
+def test_float16_is_left_to_onednn() -> None:
+    x = torch.ones(1, 64, dtype=torch.float16)
+    torch.testing.assert_close(Int8Linear(torch.ones(8, 64, dtype=torch.float16))(x), x.sum().expand(1, 8))

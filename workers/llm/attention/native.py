@@ -26,7 +26,7 @@ class _Tokens(NamedTuple):
 
     tables: Tensor  # [num_tokens, max_blocks] int32
     lengths: Tensor  # [num_tokens] int32: of each token's context, itself included
-    longest: int
+    starts: Tensor  # of `operators.part_starts`
 
 
 class NativeAttention(PagedAttention):
@@ -67,7 +67,8 @@ class NativeAttention(PagedAttention):
             tables[start:stop, :num_blocks] = span.block_table[:num_blocks]
             lengths[start:stop] = np.arange(span.num_computed + 1, span.length + 1)
             start = stop
-        return start, _Tokens(torch.from_numpy(tables), torch.from_numpy(lengths), longest)
+        rows, contexts = torch.from_numpy(tables), torch.from_numpy(lengths)
+        return start, _Tokens(rows, contexts, operators.part_starts(contexts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 // For processors with AVX2 and FMA.
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,bmi2")
+#pragma GCC target("avx2,fma")
 #include <immintrin.h>
 
 #include "kernels.h"

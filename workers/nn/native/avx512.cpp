@@ -1,6 +1,6 @@
 // For processors with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -1,7 +1,7 @@
 // Products of a few rows with a weight in bfloat16, at the rate at which memory is read. For processors with
 // AVX512-BF16.
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -32,7 +32,9 @@ static inline void panel(const FewRows& job, long first, long row) {
         }
         weight += 64 * VECTORS;
         for (int r = 0; r < ROWS; r++) {
-            const __m512i both = _mm512_set1_epi32(*(const int*)(x + r * job.in_features + 2 * pair));
+            int two;
+            __builtin_memcpy(&two, x + r * job.in_features + 2 * pair, sizeof two);
+            const __m512i both = _mm512_set1_epi32(two);
             for (int v = 0; v < VECTORS; v++)
                 sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)w[v], (__m512bh)both);
         }

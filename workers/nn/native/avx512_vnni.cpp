@@ -1,7 +1,7 @@
 // Products of a few rows, quantised here to 8 bits, with a weight in int8, at the rate at which memory is read. For
 // processors with AVX512-VNNI.
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -13,7 +13,7 @@ constexpr int WIDTH = 16;     // outputs of a vector
 constexpr long AHEAD = 2048;  // bytes that are asked for before they are used
 constexpr int ZERO = 128;     // activations are unsigned: dpbusd takes them so
 
-static inline __mmask16 first(long count) { return count >= WIDTH ? 0xffff : (__mmask16)((1u << count) - 1); }
+static inline __mmask16 mask_of(long count) { return count >= WIDTH ? 0xffff : (__mmask16)((1u << count) - 1); }
 
 static inline __m512 load(const void* p, long place, __mmask16 mask, bool is_half) {
     if (!is_half) return _mm512_maskz_loadu_ps(mask, (const float*)p + place);
@@ -34,12 +34,16 @@ static inline void store(void* p, long place, __mmask16 mask, bool is_half, __m5
 static float quantize(const FewRowsInt8& job, long row, unsigned char* out) {
     const long size = job.in_features, start = row * size;
     __m512 most = _mm512_set1_ps(1e-8f);
-    for (long i = 0; i < size; i += WIDTH)
-        most = _mm512_max_ps(most, _mm512_abs_ps(load(job.x, start + i, first(size - i), job.is_half)));
-    const float largest = _mm512_reduce_max_ps(most);
+    __mmask16 is_nan = 0;
+    for (long i = 0; i < size; i += WIDTH) {
+        const __m512 v = load(job.x, start + i, mask_of(size - i), job.is_half);
+        is_nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    }
+    const float largest = is_nan ? __builtin_nanf("") : _mm512_reduce_max_ps(most);
     const __m512 scale = _mm512_set1_ps(127.0f / largest);
     for (long i = 0; i < size; i += WIDTH) {
-        const __mmask16 mask = first(size - i);
+        const __mmask16 mask = mask_of(size - i);
         const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load(job.x, start + i, mask, job.is_half), scale));
         _mm_mask_storeu_epi8(out + i, mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(ZERO))));
     }
@@ -71,7 +75,7 @@ static inline void panel(const FewRowsInt8& job, long number, long row, const fl
     for (int v = 0; v < VECTORS; v++) {
         const long output = (number * VECTORS + v) * WIDTH;
         if (output >= job.out_features) break;
-        const __mmask16 mask = first(job.out_features - output);
+        const __mmask16 mask = mask_of(job.out_features - output);
         const __m512i offset = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, job.sums + output), 7);
         const __m512 scales = _mm512_maskz_loadu_ps(mask, job.scales + output);
         for (int r = 0; r < ROWS; r++) {

@@ -4,7 +4,6 @@
 struct bf16 { unsigned short bits; };
 
 constexpr long SERIAL = 1 << 14;  // numbers; below, a second thread costs more than it saves
-constexpr long MAX_PARTS = 1024;  // of a context
 
 struct RmsNorm { void* out; const void *x, *weight; long rows, size; float eps; };
 struct Activation { void* out; const void* x; long rows, size; };
@@ -15,7 +14,7 @@ struct CacheWrite {
 struct SplitRotated { void *q, *k, *v; const void* qkv; const float *cos, *sin; long stride, rows, num_heads, head_dim; };
 struct Attend {
     void* out; const void *q, *cache; const int *tables, *lengths; float* scratch; float scale;
-    long rows, q_stride, table_stride, block_size, num_heads, num_kv_heads, head_dim, part, num_parts;
+    const long* starts; long rows, q_stride, table_stride, block_size, num_heads, num_kv_heads, head_dim, part, num_threads;
 };
 
 // A few rows times a weight that lies in panels: of `vectors` · 16 outputs, and within a panel by pairs of inputs.

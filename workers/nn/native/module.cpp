@@ -1,4 +1,5 @@
-// The Python module: addresses and sizes in, nothing out. `workers/nn/native/__init__.py` checks what it passes.
+// The Python module: addresses and sizes in, nothing out. Its callers (operators.py, panels.py, int8_panels.py) ask
+// `takes` or read a layout before they pass an address.
 #define PY_SSIZE_T_CLEAN
 
 #include <Python.h>
@@ -8,6 +9,8 @@
 #include "kernels.h"
 
 namespace {
+
+constexpr long INTERFACE = 1;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -94,11 +97,11 @@ PyObject* split_rotated(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 17)) return nullptr;
+    if (!has_count(count, 18)) return nullptr;
     Arguments a{values};
     const bool is_half = a.number();
     Attend job{a.address(), a.address(), a.address(), (const int*)a.address(), (const int*)a.address(), (float*)a.address(),
-               a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
+               a.real(), (const long*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
     return run(chosen[is_half].attend, job);
 }
 
@@ -196,5 +199,7 @@ PyMODINIT_FUNC PyInit__kernels() {
         chosen[1] = version.table(true);
         break;
     }
-    return PyModule_Create(&MODULE);
+    PyObject* module = PyModule_Create(&MODULE);
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) Py_CLEAR(module);
+    return module;
 }

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+INTERFACE = 1  # of module.cpp
 kernels: Any = None
 with contextlib.suppress(ImportError):
     kernels = importlib.import_module("workers.nn.native._kernels")
+    if getattr(kernels, "INTERFACE", 0) != INTERFACE:
+        logger.warning("the compiled kernels are of another version: run python setup.py build_ext --inplace")
+        kernels = None
 
 LANES = 16  # floats of a vector
 TILE = 64  # tokens whose scores a thread has at once
 PART = 256  # tokens of a context that one thread attends to at a time
-MAX_PARTS = 1024
 IS_HALF = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -118,23 +123,29 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tupl
     return q, k, v
 
 
+def part_starts(lengths: Tensor) -> Tensor:
+    """[rows + 1] int64: the first part of each row, of all rows' parts of `PART` tokens, and their number."""
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(-(-lengths // PART), 0, out=starts[1:])
+    return starts
+
+
 def attend(
-    q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, longest: int, block_size: int, scale: float
+    q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, block_size: int, scale: float
 ) -> Tensor:
     """Attention of single tokens, each over its own context in the cache: [rows, heads, head_dim].
 
     q: [rows, heads, head_dim], the heads of a row side by side; head_dim a multiple of 16. tables: [rows,
-    max_blocks] int32, the blocks of each context. lengths: [rows] int32, at least 1 and at most `longest`.
+    max_blocks] int32, the blocks of each context. lengths: [rows] int32, at least 1. starts: what
+    `part_starts` makes of them.
     """
     assert kernels is not None
     rows, heads, dim = q.shape
-    part = max(PART, -(-longest // MAX_PARTS))
-    num_parts = -(-longest // part)
-    size = rows * num_parts * heads * (dim + 2) + torch.get_num_threads() * heads * (dim + TILE + 2)
+    size = int(starts[-1]) * heads * (dim + 2) + torch.get_num_threads() * heads * (dim + TILE + 2)
     scratch, out = torch.empty(size, dtype=torch.float32), q.new_empty((rows, heads, dim))
     kernels.attend(
         IS_HALF[q.dtype], out.data_ptr(), q.data_ptr(), cache.data_ptr(), tables.data_ptr(),
-        lengths.data_ptr(), scratch.data_ptr(), scale, rows, q.stride(0), tables.shape[1], block_size, heads,
-        cache.shape[1] // 2, dim, part, num_parts,
+        lengths.data_ptr(), scratch.data_ptr(), scale, starts.data_ptr(), rows, q.stride(0), tables.shape[1],
+        block_size, heads, cache.shape[1] // 2, dim, PART, torch.get_num_threads(),
     )  # fmt: skip
     return out

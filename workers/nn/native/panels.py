@@ -68,7 +68,7 @@ def _read(packed: Tensor) -> Panels | None:
         return None
     out_features, in_features = found.dims
     is_in_order = two == 2 and strides[IN] == pairs * outputs * two and strides[OUT] >= strides[IN]
-    if not is_in_order or outputs % 16 or in_features % 2:
+    if not is_in_order or outputs not in (16, 32, 48, 64) or in_features % 2:
         return None
     return Panels(found.address, out_features, in_features, outputs // 16, 2 * strides[OUT])
 

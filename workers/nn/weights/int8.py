@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
+from workers.nn.native import operators
 from workers.nn.native.int8_panels import FEW, Int8Panels, int8_panels_of
 from workers.nn.weights.base import Experts, Linear
 from workers.nn.weights.dense import Dense
@@ -27,8 +28,9 @@ _ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 to round
 class Int8Linear(Linear):
     """W in int8, one scale per output channel, and x in uint8, one scale per token (oneDNN).
 
-    With one scale per token an outlier affects no other token, and no result depends on the batch. Unsigned
-    with a zero point of 128, since signed activations take oneDNN's reference path, hundreds of times slower.
+    With one scale per token an outlier affects no other token. Unsigned with a zero point of 128, since
+    signed activations take oneDNN's reference path, hundreds of times slower. A few rows have a kernel of
+    ours, whose last bits differ.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -64,7 +66,8 @@ class Int8Linear(Linear):
 
     def _pack(self, weight: Tensor) -> None:
         self._weight: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._panels = int8_panels_of(self._weight, weight, self._scales)
+        if self._dtype in operators.IS_HALF:
+            self._panels = int8_panels_of(self._weight, weight, self._scales)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
         """(x / largest) Wᵀ in 8 bits. `largest` [num_tokens, 1] is the largest value of each token."""

@@ -64,6 +64,16 @@ def test_scores_of_any_size_have_a_softmax() -> None:
     torch.testing.assert_close(step.attend(layer, qkv).double(), expected, atol=0.01, rtol=1e-3)
 
 
+def test_a_poisoned_key_is_not_ignored() -> None:
+    cache = make_cache([Paged(1, 16)], 4, 16)
+    cache.tensors[0][:40] = torch.randn(40, 2, 16)
+    cache.tensors[0][7, 0, 3] = float("nan")
+    layer, qkv = make_layer(0, 1, 1, 16), torch.randn(1, 3, 16)
+    step = NativeAttention(cache).plan([SequencePart(1, 40, [0, 1, 2])])
+    step.write(layer, qkv, step.rotary(torch.zeros(1, 8), torch.float32))
+    assert step.attend(layer, qkv).isnan().all()
+
+
 def test_a_result_does_not_depend_on_the_batch() -> None:
     rng = random.Random(2)
     torch.manual_seed(2)
