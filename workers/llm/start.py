@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
-from pipeline.config import MIB
+from pipeline.config import MIB, LlmConfig
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import CoreSharing
 from pipeline.process.process import WAITING, WorkerContext
@@ -17,9 +17,12 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import CachePlan
+from workers.llm.cache.spec import CacheSpec, states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
 from workers.llm.scheduler import Scheduler
+from workers.llm.speculation.drafter import Drafter
+from workers.llm.speculation.ngram import NgramProposer
 from workers.llm.step_times import StepTimes
 
 MAX_REQUESTS_PER_CLIENT = 2048
@@ -67,6 +70,7 @@ def make_scheduler(
         info.eos_token_ids,
         has_prefix_cache=config.llm.prefix_caching,
         runs_alone=context.quarantine.runs_alone,
+        drafter=make_drafter(config.llm),
     )
 
 
@@ -81,9 +85,26 @@ def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
     )  # fmt: skip
 
 
-def has_overlap(option: str, device: torch.device) -> bool:
-    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens."""
-    return option == "on" or (option == "auto" and device.type == "cuda")
+def has_overlap(config: LlmConfig, device: torch.device) -> bool:
+    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens. A guess
+    needs the tokens of the step before."""
+    is_useful = device.type == "cuda" and config.speculative == "none"
+    return config.overlap == "on" or (config.overlap == "auto" and is_useful)
+
+
+def check_speculation(config: LlmConfig, spec: CacheSpec) -> None:
+    """Raises ValueError where the decoder cannot go back behind a wrong guess."""
+    if config.speculative != "none" and states_of(spec):
+        raise ValueError(
+            f"speculative {config.speculative!r} is not for this model: its layers keep a state of all tokens, "
+            "which cannot go back behind a wrong guess"
+        )
+
+
+def make_drafter(config: LlmConfig) -> Drafter | None:
+    if config.speculative == "none":
+        return None
+    return Drafter(NgramProposer, config.speculative_tokens)
 
 
 def measure_steps(

@@ -218,10 +218,10 @@ class Stepper:
         if len(table) > request.num_sent_blocks:
             new_blocks = pack_int32(table[request.num_sent_blocks :])
             request.num_sent_blocks = len(table)
-        elif item.is_sampled and item.stop - item.start == 1 and item.start >= len(request.prompt_token_ids):
+        elif item.is_sampled and item.num_tokens == 1 and item.start >= len(request.prompt_token_ids):
             return self._decodes[request.slot]
-        embeddings = request.embedding_slices(item.start, item.stop)
-        return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings)
+        embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
+        return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts)
 
     def record(self) -> None:
         """Records the ids of executing requests without a token, if they have changed."""
@@ -294,10 +294,11 @@ class Stepper:
             ids = (item.request.request_id for item in step.scheduled)
             tracer.step(name, started_at, ids, sum(item.num_tokens for item in step.scheduled), ended_at)
         if step_times is not None:
-            prefills = step.scheduled[step.num_decodes :]
+            decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
+            num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
             num_prefill = sum(item.num_tokens for item in prefills)
-            step_times.observe(step.num_decodes, num_prefill, num_pairs, ended_at - started_at)
+            step_times.observe(num_decodes, num_prefill, num_pairs, ended_at - started_at)
 
 
 def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
