@@ -118,7 +118,7 @@ class Stepper:
         self._started: list[SequenceStart] = []  # to go into the next plan
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
         self._step, self._step_end = 0, 0.0
-        self._unchosen: list[Request] = []  # requests of the last launched step that wait for masks
+        self._unchosen: list[Scheduled] = []  # requests of the last launched step that wait for masks
         self._failed: list[tuple[Request, ErrorInfo]] = []
         self._executing: set[str] = set()  # as last recorded
 
@@ -155,7 +155,7 @@ class Stepper:
         self.send(plan)
         self._record(schedule.scheduled)
         sampled = [item.request for item in schedule.scheduled if item.is_sampled]
-        self._unchosen = [request for request in sampled if request.matchers]
+        self._unchosen = [item for item in schedule.scheduled if item.is_sampled and item.request.matchers]
         started_at = self._watch.clock()
         launched = self.runner.launch(plan)
         ended_at = self._watch.clock() if launched.has_run else None
@@ -171,18 +171,21 @@ class Stepper:
         if not self._unchosen:
             return
         assert self.num_in_flight == 1
-        masks = [self._mask_of(request) for request in self._unchosen]
+        masks = [mask for item in self._unchosen for mask in self._masks_of(item)]
         self._unchosen = []
         self.send(TokenMasks(step=self._step, masks=tuple(masks), **self._origin))
         self.runner.choose(masks)
 
-    def _mask_of(self, request: Request) -> bytes:
-        """Empty for a request that has ended, or whose matcher fails: its token is dropped."""
+    def _masks_of(self, item: Scheduled) -> Sequence[bytes]:
+        """Of its next token and of those behind its drafts. Empty for a request that has ended, or whose matcher
+        fails: its tokens are dropped."""
+        request = item.request
         try:
-            return b"" if request.is_over else mask_of(request.matchers)
+            if not request.is_over:
+                return mask_of(request.matchers), *request.draft_masks[: len(item.drafts)]
         except RequestError as error:
             self._failed.append((request, error.info))
-            return b""
+        return (b"",) * (1 + len(item.drafts))
 
     def take_failed(self) -> list[tuple[Request, ErrorInfo]]:
         """The requests that a matcher has ended since the last call, and why."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
+from workers.llm.sampling.matching import masks_behind
 from workers.llm.speculation.proposer import Proposer
 
 MAX_ROWS = 16  # of a step: decodes and drafts
@@ -76,7 +77,11 @@ class Drafter:
         shared: dict[tuple[str, int], Sequence[int]] = {}
         for place, (request, drafts) in enumerate(found):
             share = drafts[: room // (len(found) - place)]
-            if share := share[: _find_room(request, len(share), cache, num_spare)]:
+            share = share[: _find_room(request, len(share), cache, num_spare)]
+            if share and request.matchers:
+                request.draft_masks = masks_behind(request.matchers, share)
+                share = share[: len(request.draft_masks)]
+            if share:
                 shared[request.key] = share
                 room -= len(share)
         return shared
@@ -84,7 +89,7 @@ class Drafter:
     def _guess(self, request: Request) -> Sequence[int]:
         # The step yields one token more than it has drafts.
         num_wanted = min(self._num_tokens, request.max_tokens - len(request.output_token_ids) - 1)
-        if num_wanted <= 0 or request.matchers or not request.output_token_ids:
+        if num_wanted <= 0 or not request.output_token_ids:
             return ()
         drafted = self._drafted.get(request.key)
         if drafted is None:
@@ -104,9 +109,11 @@ class Drafter:
 
 
 def _find_room(request: Request, num_drafts: int, cache: CacheManager, num_spare: int) -> int:
-    """How many drafts the request's blocks can hold, with further blocks for them if these are free."""
-    num_wanted = request.num_tokens + num_drafts
-    num_missing = num_wanted - len(request.block_table) * cache.block_size
-    if num_missing > 0 and cache.has_room([], num_missing, num_spare):
-        cache.extend(request.key, num_wanted)
+    """How many drafts the request's blocks can hold, with as many further blocks as they need and are free."""
+    num_held = len(request.block_table) * cache.block_size
+    num_missing = request.num_tokens + num_drafts - num_held
+    while num_missing > 0 and not cache.has_room([], num_missing, num_spare):
+        num_missing -= cache.block_size
+    if num_missing > 0:
+        cache.extend(request.key, num_held + num_missing)
     return len(request.block_table) * cache.block_size - request.num_tokens

@@ -16,10 +16,12 @@ import numpy as np
 # and `num_trusted`, a file written again with some changes takes a fifth of the steps, and any other text no
 # more than without.
 LENGTHS = (8, 5, 3, 2)
-# Of a token, by its distance from the end of the n-gram. Odd, so that no bit of a token is lost.
+# Of a token, by its distance from the end of the n-gram: odd, and any. The highest bits of the sum are the key.
 FACTORS = (
-    0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09,
+    0xF2A74DE452E6B439, 0x6513270E269E0D37, 0x0C5C7FD0A6A3A451, 0xD23F0824128B2F33,
+    0x1818E811892F902B, 0x9531985D5D9DC9F9, 0xE8E25D940ED90475, 0x36F675CC81E74EF5,
 )  # fmt: skip
+BITS, MASK = 64, (1 << 64) - 1  # of a sum
 MIN_PLACES = 1024  # of a table
 FEW = 16  # tokens, for which numpy's calls would take longer than a loop
 
@@ -39,8 +41,11 @@ class NgramProposer:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self._text += token_ids
-        if len(self._text) > len(self._tables[0]) // 2:
-            self._make_tables(1 << (2 * len(self._text)).bit_length())
+        num_places = len(self._tables[0])
+        while num_places < 2 * len(self._text):
+            num_places *= 2
+        if num_places > len(self._tables[0]):
+            self._make_tables(num_places)
         # What ends with the last token is not indexed: nothing has followed it.
         start, self._num_indexed = self._num_indexed, len(self._text)
         if self._num_indexed - start > FEW:
@@ -69,12 +74,13 @@ class NgramProposer:
         """Empty ones; a power of two of places. The whole text is to be indexed."""
         # By the n-gram's key: the place behind its last occurrence; 0: none.
         self._tables = [array("i", bytes(4 * num_places)) for _ in self._lengths]
+        self._shift = BITS - (num_places.bit_length() - 1)
         self._num_indexed = 0
 
     def _key(self, length: int, place: int) -> int:
         """Of the n-gram that ends before `place`."""
         last = zip(reversed(self._text[place - length : place]), FACTORS, strict=False)
-        return sum(token_id * factor for token_id, factor in last) & len(self._tables[0]) - 1
+        return (sum(token_id * factor for token_id, factor in last) & MASK) >> self._shift
 
     def _index(self, start: int, stop: int) -> None:
         """The n-grams that end before each of these places, in order: the last one of its kind stays."""
@@ -82,9 +88,9 @@ class NgramProposer:
             places = np.arange(max(start, length), stop)
             if not len(places):
                 continue
-            text = np.array(self._text[places[0] - length : stop], dtype=np.int64)
-            keys = np.zeros(len(places), dtype=np.int64)  # overflows do not change the lowest bits
+            text = np.array(self._text[places[0] - length : stop], dtype=np.uint64)
+            keys = np.zeros(len(places), dtype=np.uint64)
             for distance in range(length):
                 first = length - 1 - distance
-                keys += text[first : first + len(places)] * FACTORS[distance]
-            np.frombuffer(table, dtype=np.int32)[keys & len(table) - 1] = places
+                keys += text[first : first + len(places)] * np.uint64(FACTORS[distance])
+            np.frombuffer(table, dtype=np.int32)[keys >> np.uint64(self._shift)] = places
