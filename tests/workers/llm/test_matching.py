@@ -22,6 +22,7 @@ from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.steps import StepPlan, StepsMessage, TokenMasks
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
+from tests.workers.llm.speculation.guesses import drafter_of
 from workers.llm.attention.base import SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.manager import CacheManager
@@ -247,6 +248,22 @@ def test_chunks_and_company_do_not_change_it(
     rig = Rig(random_checkpoint, budget, has_overlap=has_overlap)
     assert rig.answer(PARAMS) == expected
     assert rig.rule.outputs == [[], []]
+
+
+@pytest.mark.parametrize("num_blocks", [100, 22])
+def test_guesses_change_nothing(
+    num_blocks: int, random_checkpoint: Path, expected: dict[str, list[int]]
+) -> None:
+    """Some of them the rule does not allow. The other rank gets a mask for each one that it does."""
+    texts = [[*PROMPTS[name], *tokens] for name, tokens in expected.items()]
+    drafter = drafter_of(texts)
+    rig = Rig(random_checkpoint, 30, num_blocks, has_overlap=False, drafter=drafter)
+    assert rig.answer(PARAMS) == expected
+    assert max(len(message.masks) for message in rig.masks()) > 4
+    counts = drafter.counters
+    assert counts["spec_decode_num_accepted_tokens"] > 10
+    assert counts["spec_decode_num_draft_tokens"] > counts["spec_decode_num_accepted_tokens"]
+    assert bool(rig.scheduler.num_preemptions) == (num_blocks < 100)
 
 
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])

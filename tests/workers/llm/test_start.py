@@ -10,14 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from pipeline.config import LlmConfig
 from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
 from pipeline.process.quarantine import Quarantine
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
-from workers.llm.start import wait_for_vits
+from workers.llm.cache.spec import Paged, State
+from workers.llm.speculation.ngram import NgramProposer
+from workers.llm.start import check_speculation, has_overlap, make_drafter, wait_for_vits
 
 VIT_1 = WorkerId(Role.VIT, 1)
 
@@ -54,3 +58,29 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     with pytest.raises(ShutdownRequested):
         wait_for_vits(context, control)
     sockets.close()
+
+
+def test_steps_that_follow_guesses_do_not_overlap() -> None:
+    gpu, cpu, guesses = torch.device("cuda"), torch.device("cpu"), LlmConfig(speculative="ngram")
+    assert has_overlap(LlmConfig(), gpu)
+    assert not has_overlap(LlmConfig(), cpu)
+    assert has_overlap(LlmConfig(overlap="on"), cpu)
+    assert not has_overlap(guesses, gpu)
+    with pytest.raises(ValueError, match="overlap 'on'"):
+        LlmConfig(speculative="ngram", overlap="on")
+
+
+def test_a_model_with_states_takes_no_guesses() -> None:
+    paged, state = Paged(2, 64), State((8,), torch.float32)
+    guesses = LlmConfig(speculative="ngram")
+    check_speculation(LlmConfig(), [paged, state])
+    check_speculation(guesses, [paged])
+    with pytest.raises(ValueError, match="speculative 'ngram' is not for this model: its layers keep a state"):
+        check_speculation(guesses, [paged, state])
+
+
+def test_guesses_are_made_when_they_are_asked_for() -> None:
+    assert make_drafter(LlmConfig()) is None
+    drafter = make_drafter(LlmConfig(speculative="ngram", speculative_tokens=3))
+    assert drafter is not None
+    assert isinstance(drafter._make_proposer(), NgramProposer)
