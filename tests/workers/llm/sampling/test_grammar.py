@@ -152,13 +152,13 @@ def test_the_masks_behind_guesses_are_those_of_taken_tokens() -> None:
     """Whatever is guessed, the matcher stays where it is."""
     schemas, rng = RandomSchemas(5), np.random.default_rng(5)
     num_masks = 0
-    for seed in range(8):
+    for seed in range(4):
         grammar = schema_of(schemas.document())
         answer = draw(start(grammar, min_tokens=4), seed)
         if answer is None:
             continue
         matcher = start(grammar, min_tokens=4)
-        for place, token in enumerate(answer[:30]):
+        for place, token in enumerate(answer[:20]):
             guesses = [*answer[place : place + int(rng.integers(6))], int(rng.choice(NUM_WORDS)), EOS[0], 5]
             masks = matcher.allowed_behind(guesses)
             num_masks += len(masks)
@@ -173,7 +173,7 @@ def test_the_masks_behind_guesses_are_those_of_taken_tokens() -> None:
                 assert guess in EOS or guess not in allowed(beside) or ends_with(beside, guess)
             assert np.array_equal(matcher.allowed(), start(grammar, answer[:place], min_tokens=4).allowed())
             matcher.accept([token])
-    assert num_masks > 100
+    assert num_masks > 60
 
 
 def ends_with(matcher: GrammarMatcher, token: int) -> bool:
