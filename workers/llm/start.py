@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
@@ -23,9 +25,12 @@ from workers.llm.engine import Engine
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import Drafter
 from workers.llm.speculation.ngram import NgramProposer
+from workers.llm.speculation.proposer import Proposer
 from workers.llm.step_times import StepTimes
 
 MAX_REQUESTS_PER_CLIENT = 2048
+# By the option `--speculative`.
+PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer}
 
 
 def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
@@ -102,9 +107,8 @@ def check_speculation(config: LlmConfig, spec: CacheSpec) -> None:
 
 
 def make_drafter(config: LlmConfig) -> Drafter | None:
-    if config.speculative == "none":
-        return None
-    return Drafter(NgramProposer, config.speculative_tokens)
+    make_proposer = PROPOSERS.get(config.speculative)
+    return None if make_proposer is None else Drafter(make_proposer, config.speculative_tokens)
 
 
 def measure_steps(

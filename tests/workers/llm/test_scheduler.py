@@ -405,7 +405,9 @@ def test_invariants_hold_whatever_happens(
         num_done = 0
         while len(under_way) > (1 if has_overlap and scheduled else 0):
             done = under_way.pop(0)
-            finished = made.update(done, {item.request.key: yielded(item) for item in done if item.is_sampled})
+            finished = made.update(
+                done, {item.request.key: yielded(item) for item in done if item.is_sampled}
+            )
             for request in finished:
                 assert len(request.output_token_ids) == request.max_tokens
             ended.extend(request.request_id for request in finished)

@@ -126,7 +126,9 @@ def test_every_kind_of_sampling_gives_the_same(
     drafter = drafted(rig, expected, max_rows)
     assert_same(finish(rig), expected)
     assert drafter.counters["spec_decode_num_accepted_tokens"] > 40
-    assert drafter.counters["spec_decode_num_draft_tokens"] > drafter.counters["spec_decode_num_accepted_tokens"]
+    assert (
+        drafter.counters["spec_decode_num_draft_tokens"] > drafter.counters["spec_decode_num_accepted_tokens"]
+    )
     assert bool(rig.scheduler.num_preemptions) == (num_blocks < 100)
     assert not drafter._drafted
 

@@ -75,7 +75,9 @@ def test_a_model_with_states_takes_no_guesses() -> None:
     guesses = LlmConfig(speculative="ngram")
     check_speculation(LlmConfig(), [paged, state])
     check_speculation(guesses, [paged])
-    with pytest.raises(ValueError, match="speculative 'ngram' is not for this model: its layers keep a state"):
+    with pytest.raises(
+        ValueError, match="speculative 'ngram' is not for this model: its layers keep a state"
+    ):
         check_speculation(guesses, [paged, state])
 
 
