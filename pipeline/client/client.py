@@ -49,7 +49,7 @@ OnInterrupted = Callable[[int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One token of one choice of a request. The last piece of a choice has a finish reason, and may be empty."""
+    """One token of one choice of a request, or none. The last piece of a choice has a finish reason."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -339,7 +339,7 @@ class PipelineClient:
 
 
 def _token_by_token(output: RequestOutput) -> Iterator[RequestOutput]:
-    """One output for each token: a step may yield several, and one of them may end a stop string or a thought."""
+    """One output for each token: a step may yield several, with the end of a stop string among them."""
     num_tokens = len(output.new_token_ids) // 4
     if num_tokens < 2:
         yield output

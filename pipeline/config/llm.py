@@ -86,7 +86,7 @@ class LlmConfig:
         at_least(self, speculative_tokens=1)
         if self.speculative != "none" and self.overlap == "on":
             raise ValueError(
-                f"speculative is {self.speculative!r} and overlap 'on', but a guess needs all tokens before it"
+                f"overlap is 'on' and speculative {self.speculative!r}: a guess needs the tokens before it"
             )
         if self.expert_parallel and self.tp == 1:
             raise ValueError("expert_parallel needs several ranks, but tp is 1")

@@ -63,8 +63,8 @@ class TokenMasks(WorkerMessage, frozen=True, kw_only=True):
     behind it."""
 
     step: int
-    # For each masked and sampled sequence, in the plan's order, and behind it for each of its drafts: a bit for
-    # each token of the vocabulary, the lowest bit of a byte first; empty: all tokens are allowed.
+    # For each masked and sampled sequence, in the plan's order, and behind it for each of its drafts: a bit
+    # for each token of the vocabulary, the lowest bit of a byte first; empty: all tokens are allowed.
     masks: tuple[bytes, ...]
 
 

@@ -62,8 +62,8 @@ class Scheduler:
     """Runs as many requests at once as the cache has slots.
 
     `runs_alone` says whether a request is quarantined because a rank died while executing it: no other
-    request is in its steps until it has yielded a token. With a `drafter` steps must not overlap: a guess needs
-    all tokens before it.
+    request is in its steps until it has yielded a token. With a `drafter` steps must not overlap: a guess
+    needs all tokens before it.
     """
 
     def __init__(
@@ -294,8 +294,8 @@ class Scheduler:
         return finished
 
     def _accept(self, item: Scheduled, token_ids: Sequence[int]) -> int:
-        """Counts the drafts that were right, whose keys and values are in the cache. Those of wrong ones will be
-        overwritten."""
+        """Counts the drafts that were right, whose keys and values are in the cache. Those of wrong ones will
+        be overwritten."""
         num_accepted = len(token_ids) - 1
         item.request.num_computed_tokens += num_accepted
         assert self.drafter is not None

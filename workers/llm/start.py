@@ -91,8 +91,8 @@ def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
 
 
 def has_overlap(config: LlmConfig, device: torch.device) -> bool:
-    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens. A guess
-    needs the tokens of the step before."""
+    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens. A
+    guess needs the tokens of the step before."""
     is_useful = device.type == "cuda" and config.speculative == "none"
     return config.overlap == "on" or (config.overlap == "auto" and is_useful)
 
@@ -101,8 +101,8 @@ def check_speculation(config: LlmConfig, spec: CacheSpec) -> None:
     """Raises ValueError where the decoder cannot go back behind a wrong guess."""
     if config.speculative != "none" and states_of(spec):
         raise ValueError(
-            f"speculative {config.speculative!r} is not for this model: its layers keep a state of all tokens, "
-            "which cannot go back behind a wrong guess"
+            f"speculative {config.speculative!r} is not for this model: its layers keep a state of all "
+            "tokens, which cannot go back behind a wrong guess"
         )
 
 

@@ -41,8 +41,8 @@ class LaunchedStep:
             self._record(device)
 
     def add(self, places: Int64Array, sampled: Sampled, num_logprobs: Sequence[int]) -> None:
-        """Adds a chosen token of some sampled sequences, behind those that they have; `places` are their indexes
-        among these."""
+        """Adds a chosen token of some sampled sequences, behind those that they have; `places` are their
+        indexes among these."""
         on_host = [_to_host(part) for part in sampled if part is not None]
         self._parts.append(_Part(places, on_host, num_logprobs))
         self._record(sampled.token_ids.device)

@@ -177,8 +177,8 @@ class Stepper:
         self.runner.choose(masks)
 
     def _masks_of(self, item: Scheduled) -> Sequence[bytes]:
-        """Of its next token and of those behind its drafts. Empty for a request that has ended, or whose matcher
-        fails: its tokens are dropped."""
+        """Of its next token and of those behind its drafts. Empty for a request that has ended, or whose
+        matcher fails: its tokens are dropped."""
         request = item.request
         try:
             if not request.is_over:

@@ -1,8 +1,8 @@
 """The sequences of a step whose tokens are to be chosen, and the logits for it.
 
-A decode with drafts has one more row of logits for each of them. Its tokens are chosen one after another, as a
-decode without drafts would have chosen them, up to the first that differs from its draft: so every rule about
-the next token sees the tokens before it.
+A decode with drafts has one more row of logits for each of them. Its tokens are chosen one after another, as
+a decode without drafts would have chosen them, up to the first that differs from its draft: so every rule
+about the next token sees the tokens before it.
 
     unchosen → token_ids are chosen for its `next_logits` → unchosen.behind(token_ids) → … until it is empty
 """
@@ -51,7 +51,7 @@ class Unchosen(NamedTuple):
         return self.logits[to_device(self.rows, self.logits.device)]
 
     def at(self, which: Int64Array) -> Unchosen:
-        """Some of the sequences, with a copy of their logits: the next step overwrites the logits of a graph."""
+        """Some of the sequences, with a copy of their logits: the next step overwrites those of a graph."""
         places = self.places[which]
         counts = np.array([1 + len(self.drafts.get(place, ())) for place in places.tolist()])
         rows = np.cumsum(counts) - counts
@@ -72,8 +72,8 @@ class Unchosen(NamedTuple):
 
 
 def logit_rows(step: StepRows, ends: Int64Array) -> Int64Array:
-    """The tokens of a step behind which one is chosen: the last of each sampled sequence, and those before its
-    drafts. `ends`: of the sequences, among the step's tokens."""
+    """The tokens of a step behind which one is chosen: the last of each sampled sequence, and those before
+    its drafts. `ends`: of the sequences, among the step's tokens."""
     if not step.drafts:
         return ends[step.are_sampled] - 1
     counts = _counts(step)[step.are_sampled]

@@ -323,8 +323,8 @@ async def test_a_stop_string_ends_the_request_upstream(client: PipelineClient, p
 
 
 async def test_each_token_of_a_step_is_a_piece(client: PipelineClient, pipeline: Pipeline) -> None:
-    """A step may yield several tokens: a stop string ends the text, its counts and its logprobs where it would
-    have ended them otherwise."""
+    """A step may yield several tokens: a stop string ends the text, its counts and its logprobs where it
+    would have ended them otherwise."""
     ids = pipeline.tokenizer.encode("A red circle at the top", add_special_tokens=False).ids
     entries = tuple(TokenLogprobs(pack_int32([token]), bytes(4)) for token in ids)
     for stop, finish in (

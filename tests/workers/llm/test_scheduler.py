@@ -366,9 +366,9 @@ def test_invariants_hold_whatever_happens(
     has_states: bool,
     has_guesses: bool,
 ) -> None:
-    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap, guesses: no block is
-    lost or held twice, the budget holds, every request ends once with as many tokens as it asked for, and blocks
-    that two requests share hold equal tokens.
+    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap, guesses: no block
+    is lost or held twice, the budget holds, every request ends once with as many tokens as it asked for, and
+    blocks that two requests share hold equal tokens.
     """
     has_guesses = has_guesses and not has_overlap and not has_states
     cache = CacheManager.of_size(num_blocks, 4, max_seqs, has_states)

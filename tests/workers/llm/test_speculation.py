@@ -57,8 +57,9 @@ def submit(
     prompt = [5 + (7 * number + step * step) % 83 for step in range(9 + 4 * number + context)]
     request = GenerateRequest(
         sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1 + bool(choices),
-        arrival=number + 1, prompt_token_ids=pack_int32(prompt), positions=pack_int32([*range(len(prompt))] * 3),
-        position_delta=0, items=(), sampling=params, choices=tuple(choices),
+        arrival=number + 1, prompt_token_ids=pack_int32(prompt),
+        positions=pack_int32([*range(len(prompt))] * 3), position_delta=0, items=(), sampling=params,
+        choices=tuple(choices),
     )  # fmt: skip
     rig.engine.handle(request, 0.0)
 
@@ -214,11 +215,11 @@ def test_the_next_attempt_goes_on_with_guesses(
 
 
 def test_n_grams_of_a_text_that_repeats_itself(random_checkpoint: Path) -> None:
-    """With what a server has: a long prompt that repeats, greedy and drawn with a bias that makes it repeat."""
+    """As a server proposes: a prompt that repeats, and answers that repeat, by a bias."""
     found = []
     for drafter in (None, Drafter(NgramProposer, 15)):
         rig = Rig(random_checkpoint, 200, drafter=drafter)
-        likely = {token: 30.0 for token in (31, 32, 33)}
+        likely = dict.fromkeys((31, 32, 33), 30.0)
         submit(rig, "greedy", with_(GREEDY, logit_bias=likely, max_tokens=60), context=400)
         submit(rig, "drawn", with_(DRAWN, logit_bias=likely, max_tokens=60), context=400)
         found.append(finish(rig))

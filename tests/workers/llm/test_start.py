@@ -66,7 +66,7 @@ def test_steps_that_follow_guesses_do_not_overlap() -> None:
     assert not has_overlap(LlmConfig(), cpu)
     assert has_overlap(LlmConfig(overlap="on"), cpu)
     assert not has_overlap(guesses, gpu)
-    with pytest.raises(ValueError, match="overlap 'on'"):
+    with pytest.raises(ValueError, match="overlap is 'on'"):
         LlmConfig(speculative="ngram", overlap="on")
 
 

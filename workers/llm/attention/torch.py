@@ -1,8 +1,9 @@
 """Attention in plain torch: the CPU's backend, and the reference for every other.
 
 Decode folds the query heads of a group into the rows of one query: on a CPU torch's fused attention is many
-times slower with one row and `enable_gqa`, and up to four times with the few rows of a decode with drafts. A decode reads adjacent blocks of a long history in place; short
-histories are gathered and padded, since many small operations would cost more than the copy.
+times slower with one row and `enable_gqa`, and up to four times with the few rows of a decode with drafts. A
+decode reads adjacent blocks of a long history in place; short histories are gathered and padded, since many
+small operations would cost more than the copy.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def mask_of(matchers: Sequence[Matcher]) -> bytes:
 
 
 def masks_behind(matchers: Sequence[Matcher], drafts: Sequence[int]) -> list[bytes]:
-    """The tokens that all of them allow behind each of these guesses, up to the first that one does not allow."""
+    """The tokens that all of them allow behind each of these guesses; up to the first that is not allowed."""
     found = [matcher.allowed_behind(drafts) for matcher in matchers]
     return [_join(masks) for masks in zip(*found, strict=False)]
 

@@ -64,10 +64,10 @@ class Drafter:
     def propose(
         self, decodes: Sequence[Request], num_free_tokens: int, cache: CacheManager, num_spare: int
     ) -> dict[tuple[str, int], Sequence[int]]:
-        """Drafts by a request's key, for some of the requests that decode in the next step, with blocks for them.
+        """Drafts by a request's key, for some of the requests that decode next, with blocks for them.
 
-        There are at most `num_free_tokens`, as the step has no more room, and at least `num_spare` blocks stay
-        free: nobody is preempted for a guess.
+        There are at most `num_free_tokens`, as the step has no more room, and at least `num_spare` blocks
+        stay free: nobody is preempted for a guess.
         """
         room = min(self._max_rows - len(decodes), num_free_tokens)
         if room <= 0:
@@ -109,7 +109,7 @@ class Drafter:
 
 
 def _find_room(request: Request, num_drafts: int, cache: CacheManager, num_spare: int) -> int:
-    """How many drafts the request's blocks can hold, with as many further blocks as they need and are free."""
+    """How many drafts the request's blocks can hold, with further blocks for them as far as any are free."""
     num_held = len(request.block_table) * cache.block_size
     num_missing = request.num_tokens + num_drafts - num_held
     while num_missing > 0 and not cache.has_room([], num_missing, num_spare):

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# The longest n-gram that is found decides, as it is the least likely to stand there by chance. With these four
-# and `num_trusted`, a file written again with some changes takes a fifth of the steps, and any other text no
-# more than without.
+# The longest n-gram that is found decides, as it is the least likely to stand there by chance. With these
+# four and `num_trusted`, a file written again with some changes takes a fifth of the steps, and any other
+# text no more than without.
 LENGTHS = (8, 5, 3, 2)
-# Of a token, by its distance from the end of the n-gram: odd, and any. The highest bits of the sum are the key.
+# Of a token, by its distance from the end of the n-gram: any odd ones. A sum's highest bits are the key.
 FACTORS = (
     0xF2A74DE452E6B439, 0x6513270E269E0D37, 0x0C5C7FD0A6A3A451, 0xD23F0824128B2F33,
     0x1818E811892F902B, 0x9531985D5D9DC9F9, 0xE8E25D940ED90475, 0x36F675CC81E74EF5,
@@ -37,6 +37,7 @@ class NgramProposer:
         assert max(lengths) <= len(FACTORS)
         self._lengths = lengths
         self._text: list[int] = []
+        self._num_indexed = 0
         self._make_tables(MIN_PLACES)
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -56,7 +57,7 @@ class NgramProposer:
                 table[self._key(length, place)] = place
 
     def propose(self, num_tokens: int) -> list[int]:
-        """Goes on behind the end of the text with the guess itself, as in a text that repeats a short part."""
+        """Where the text ends, the guess goes on with itself: a text may repeat a short part."""
         text = self._text
         for table, length in zip(self._tables, self._lengths, strict=True):
             if len(text) <= length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from tests.workers.llm.test_scheduler import make, scheduler, step
@@ -25,7 +26,7 @@ class Ones:
 
 
 def decoding(drafter: Drafter, *max_tokens: int, num_blocks: int = 100) -> tuple[Scheduler, list[Request]]:
-    """Requests whose next step is a decode, with 5 tokens of their prompts and one of output: 2 places are free."""
+    """Requests that decode, with 5 tokens of prompt and one of output: their blocks have room for 2 more."""
     made = scheduler(num_blocks, budget=64)
     made.drafter = drafter
     requests = [make(f"r{number}", 5, most, ignore_eos=True) for number, most in enumerate(max_tokens)]
@@ -45,7 +46,7 @@ def scheduled(made: Scheduler) -> dict[str, int]:
 def test_a_request_that_is_never_right_is_left_alone_ever_longer() -> None:
     made, _ = decoding(Drafter(Ones, 3), 200)
     tries = [number for number in range(150) if scheduled(made)["r0"]]
-    pauses = [after - before - 1 for before, after in zip(tries, tries[1:], strict=False)]
+    pauses = [after - before - 1 for before, after in itertools.pairwise(tries)]
     assert pauses == [*[0] * MAX_MISSES, 2, 4, 8, 16, 32, 32, 32][: len(pauses)]
     assert max(pauses) == MAX_TO_WAIT
     made.update(made.schedule().scheduled, {("r0", 0): [2]})
@@ -88,7 +89,7 @@ def test_the_budget_of_a_step_holds() -> None:
 
 
 def test_drafts_take_only_blocks_that_nobody_needs() -> None:
-    """Each request has 2 blocks of 4 tokens, and 6 of these. A spare block for each that runs must stay free."""
+    """Each request has 6 tokens in 2 blocks of 4. A spare block for each that runs must stay free."""
     for num_free, wanted in ((2, 2), (3, 6), (4, 8)):
         made, requests = decoding(Drafter(Ones, 8), 100, 2, num_blocks=4 + num_free)
         assert requests[1].max_tokens - len(requests[1].output_token_ids) == 1, "it gets no drafts"
