@@ -23,7 +23,7 @@ LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
 WANTED = {
     "greedy": LONG,
     "drawn": SamplingParams(temperature=0.8, seed=4, n=2, max_tokens=80, ignore_eos=True, logprobs=1),
-    "stopped": SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, stop=("picture. Pl", "a red c")),
+    "stopped": SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, stop=("......",)),
     "punished": SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.2),
 }
 
