@@ -33,6 +33,7 @@ from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
+from workers.llm.speculation.drafter import Drafter
 from workers.llm.stepping import Watch
 from workers.nn.weights.registry import open_weights
 from workers.preprocess.geometry import chosen_frames, video_frame_size
@@ -91,6 +92,7 @@ class Rig:
         has_overlap: bool = False,
         attention: str = "torch",
         num_vits: int = 1,
+        drafter: Drafter | None = None,
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         self.num_vits = num_vits  # over which chunks of a video are spread
@@ -100,7 +102,7 @@ class Rig:
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000)
         self.scheduler = Scheduler(
-            CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids
+            CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids, drafter=drafter
         )
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         self.ranks_keep_up = True

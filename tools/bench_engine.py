@@ -11,6 +11,8 @@ starts servers of its own, with all cores for the LLM (nothing else runs in thes
 rates   prefill and decode tokens/s beside `generate()` in the same type (or in `--hf-dtype`); a decode step
         beside the read rate of memory, prefill beside the rate of matrix products
 int8    decode tokens/s with `--quantization int8` beside without
+repeats decode tokens/s with `--speculative ngram` beside without, of an answer that repeats its prompt, and
+        of one that does not
 turns   TTFT of the second turn of a chat with three pictures beside its first
 memory  resident memory of the LLM process beside its weights and KV cache
 itl     P99 ITL of four streams while 512-token prompts arrive without pause, beside the streams alone; and
@@ -33,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +50,7 @@ from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.runners import num_layer_weights, num_weights, weight_size
 from workers.nn.loader import choose_dtype
 
-PARTS = ("rates", "int8", "turns", "memory", "itl")
+PARTS = ("rates", "int8", "repeats", "turns", "memory", "itl")
 NUM_STREAMS = 4
 
 
@@ -135,6 +138,23 @@ def decode_rate(served: Served, batch: int, num_output: int, rng: random.Random)
     if start >= end:
         raise RuntimeError("the streams were too short to run side by side: ask for more --output-tokens")
     return sum(sum(start < at <= end for at in result.arrivals) for result in results) / (end - start)
+
+
+def repeat_rate(served: Served, batch: int, num_output: int, temperature: float, rng: random.Random) -> float:
+    """Tokens/s of `batch` chats together, in their second turn: the question of the first turn again, behind
+    its answer. Without a temperature the second answer is much like the first."""
+    workload = Workload(num_words=48, num_output=num_output, temperature=temperature)
+
+    async def ask_twice() -> list[Result]:
+        async with open_session() as session:
+            chats = [(turn, turn) for (turn,) in workload.chats(batch, rng)]
+            asked = await asyncio.gather(*(converse(session, served.url, workload, chat) for chat in chats))
+        raise_failed([result for results in asked for result in results])
+        return [results[1] for results in asked]
+
+    results = asyncio.run(ask_twice())
+    seconds = max(r.sent + r.e2el for r in results) - min(r.arrivals[0] for r in results)
+    return sum(result.num_output_tokens for result in results) / seconds
 
 
 def generate_seconds(model: Any, batch: int, length: int, num_output: int) -> float:
@@ -276,6 +296,27 @@ class Bench:
         }
         return [
             Row(what, found[f"int8 {kind}"], name, found[f"plain {kind}"], "tokens/s")
+            for kind, what in kinds.items()
+        ]
+
+    def repeats(self) -> list[Row]:
+        hot = 2.0  # what is drawn then repeats nothing
+        with self.serve(*ALL_CORES) as plain, self.serve(*ALL_CORES, "--speculative", "ngram") as guessing:
+            calls: dict[str, Callable[[], float]] = {}
+            for name, served in (("plain", plain), ("guessing", guessing)):
+                calls |= {
+                    f"{name} 1": partial(repeat_rate, served, 1, 2 * self.num_output, 0.0, self.rng),
+                    f"{name} 4": partial(repeat_rate, served, 4, 2 * self.num_output, 0.0, self.rng),
+                    f"{name} hot": partial(repeat_rate, served, 1, self.num_output, hot, self.rng),
+                }
+            found = self.medians(calls)
+        kinds = {
+            "1": "decode with guesses, 1 answer that repeats",
+            "4": "decode with guesses, 4 answers that repeat",
+            "hot": "decode with guesses, 1 answer that does not repeat",
+        }
+        return [
+            Row(what, found[f"guessing {kind}"], "without", found[f"plain {kind}"], "tokens/s")
             for kind, what in kinds.items()
         ]
 

@@ -107,6 +107,7 @@ class Workload:
     sizes: tuple[tuple[int, int], ...] = ((448, 448),)
     num_shared_images: int = 0
     num_turns: int = 1
+    temperature: float = 0.0
 
     def chats(self, count: int, rng: random.Random) -> list[list[list[dict[str, Any]]]]:
         """For each chat the content of the user's turns; the pictures stand in the first."""
@@ -133,8 +134,8 @@ class Workload:
 
     def body(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "messages": list(messages), "max_tokens": self.num_output, "ignore_eos": True, "temperature": 0,
-            "stream": True,
+            "messages": list(messages), "max_tokens": self.num_output, "ignore_eos": True,
+            "temperature": self.temperature, "stream": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
 

@@ -14,7 +14,7 @@ Tokens come over a `Connection`, which resubmits interrupted requests; here they
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ OnInterrupted = Callable[[int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One step's tokens of one choice of a request. The last piece of a choice has a finish reason."""
+    """One token of one choice of a request, or none. The last piece of a choice has a finish reason."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -235,14 +235,18 @@ class PipelineClient:
                 choice = choices[event.index]
                 if choice.is_over:  # a stop string ended it here; the LLM had already sampled more
                     continue
-                piece = choice.add(event, opened)
-                num_open -= choice.is_over
-                if event.finish_reason is not None:
-                    if not num_open:
-                        self._connection.finish(request)
-                elif choice.is_over and num_open:
-                    self._connection.abort_choice(request, event.index)
-                yield piece
+                for output in _token_by_token(event):
+                    piece = choice.add(output, opened)
+                    if choice.is_over:
+                        num_open -= 1
+                        if event.finish_reason is not None:
+                            if not num_open:
+                                self._connection.finish(request)
+                        elif num_open:
+                            self._connection.abort_choice(request, event.index)
+                    yield piece
+                    if choice.is_over:
+                        break
         finally:
             if self._connection.is_open(request):
                 self._connection.abort(request)
@@ -332,6 +336,23 @@ class PipelineClient:
             trace=msgspec.UNSET if trace_context is None else trace_context,
         )  # fmt: skip
         return self._connection.submit(request, frames)
+
+
+def _token_by_token(output: RequestOutput) -> Iterator[RequestOutput]:
+    """One output for each token: a step may yield several, with the end of a stop string among them."""
+    num_tokens = len(output.new_token_ids) // 4
+    if num_tokens < 2:
+        yield output
+        return
+    for number in range(num_tokens):
+        yield msgspec.structs.replace(
+            output,
+            offset=output.offset + number,
+            new_token_ids=output.new_token_ids[4 * number : 4 * number + 4],
+            finish_reason=output.finish_reason if number == num_tokens - 1 else None,
+            logprobs=output.logprobs[number : number + 1],
+            prompt_logprobs=None if number else output.prompt_logprobs,
+        )
 
 
 def _read_tokenizer(path: Path, expected_hash: bytes) -> Tokenizer:

@@ -69,11 +69,25 @@ class LlmConfig:
     )
     cuda_graphs: bool = option(True, "run decode steps as CUDA graphs, where attention is not torch's")
     overlap: str = option(
-        "auto", "prepare the next step while one runs; auto: on GPUs", choices=("auto", "on", "off")
+        "auto",
+        "prepare the next step while one runs; auto: on GPUs, without --speculative",
+        choices=("auto", "on", "off"),
     )
+    speculative: str = option(
+        "none",
+        "guess the next tokens and compute several in one step; ngram: as the text went on before "
+        "(prompt lookup)",
+        choices=("none", "ngram"),
+    )
+    speculative_tokens: int = option(15, "guesses for a request in one step", metavar="N")
 
     def __post_init__(self) -> None:
         at_least(self, tp=1, dp=1, llm_cores=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)
+        at_least(self, speculative_tokens=1)
+        if self.speculative != "none" and self.overlap == "on":
+            raise ValueError(
+                f"overlap is 'on' and speculative {self.speculative!r}: a guess needs the tokens before it"
+            )
         if self.expert_parallel and self.tp == 1:
             raise ValueError("expert_parallel needs several ranks, but tp is 1")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -45,6 +45,8 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     is_sampled: bool = True  # the step yields the token behind its last one
     new_blocks: bytes = b""  # int32: appended to its block table
     embeddings: tuple[EmbeddingSlice, ...] = ()  # of this part
+    # int32: its last tokens are guesses. The step yields tokens up to the first that differs from its guess.
+    drafts: bytes = b""
 
 
 class StepPlan(WorkerMessage, frozen=True, kw_only=True):
@@ -61,8 +63,8 @@ class TokenMasks(WorkerMessage, frozen=True, kw_only=True):
     behind it."""
 
     step: int
-    # For each masked and sampled sequence, in the plan's order: a bit for each token of the vocabulary, the
-    # lowest bit of a byte first; empty: all tokens are allowed.
+    # For each masked and sampled sequence, in the plan's order, and behind it for each of its drafts: a bit
+    # for each token of the vocabulary, the lowest bit of a byte first; empty: all tokens are allowed.
     masks: tuple[bytes, ...]
 
 

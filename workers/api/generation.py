@@ -17,6 +17,7 @@ from pipeline.wire.trace_context import TraceContext
 from workers.api.answer import Answer, Update
 from workers.api.submission import Submission
 
+SOME_UNREAD = 64  # pieces, which may have come faster than they can be read
 MAX_PROMPTS_AT_ONCE = 32  # of one HTTP request
 Pieces = AsyncGenerator[tuple[int, Piece], None]  # each with the number of its prompt
 
@@ -43,6 +44,8 @@ async def read_ahead(sources: Sequence[Callable[[], Pieces]]) -> Pieces:
             async with aclosing(source()) as pieces:
                 async for piece in pieces:
                     queue.put_nowait(piece)
+                    if queue.qsize() > SOME_UNREAD:
+                        await asyncio.sleep(0)  # a repeated answer comes in one piece after the other
                     if queue.qsize() > MAX_UNREAD:
                         raise RequestError(TOO_SLOW, status=503)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,30 +45,11 @@ from workers.llm.sampling.prompt_logprobs import (
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.llm.sequences import Int64Array, SequenceTable, StepRows
 from workers.llm.step_result import LaunchedStep
+from workers.llm.unchosen import Unchosen, logit_rows
 from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
 LARGEST_GRAPH = 512  # requests; in a larger batch launches cost little beside the step
-
-
-class _Unchosen(NamedTuple):
-    """Rows of a step whose tokens are to be chosen."""
-
-    places: Int64Array  # of the rows among the step's sampled sequences
-    slots: Int64Array
-    num_tokens: Int64Array  # of each sequence so far
-    logits: Tensor  # [n, vocab] float32
-
-    @classmethod
-    def of(cls, rows: StepRows, logits: Tensor) -> _Unchosen:
-        """All sampled rows; `logits` has one row for each of them."""
-        slots, stops = rows.slots[rows.are_sampled], rows.stops[rows.are_sampled]
-        return cls(np.arange(len(slots)), slots, stops, logits)
-
-    def at(self, which: Int64Array, device: torch.device) -> _Unchosen:
-        """Some of the rows, with a copy of their logits: the next step overwrites the logits of a graph."""
-        logits = self.logits[to_device(which, device)]
-        return _Unchosen(self.places[which], self.slots[which], self.num_tokens[which], logits)
 
 
 class ModelRunner:
@@ -100,7 +80,7 @@ class ModelRunner:
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
         # The rows of the step launched last that wait for `choose`.
-        self._open: tuple[LaunchedStep, _Unchosen] | None = None
+        self._open: tuple[LaunchedStep, Unchosen] | None = None
 
     @classmethod
     def load(
@@ -193,12 +173,12 @@ class ModelRunner:
         if not plan.sequences:
             return LaunchedStep(self.device)
         rows = self.sequences.rows(plan.sequences)
+        self.sequences.advance(rows)
         if self._graphs is not None and self._graphs.can_run(rows):
             outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
-            launched = self._choose_ready(_Unchosen.of(rows, outputs.logits), outputs.token_ids)
+            launched = self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
         else:
             launched = self._launch_any(rows, plan.sequences)
-        self.sequences.advance(rows)
         return launched
 
     @torch.inference_mode()
@@ -212,17 +192,17 @@ class ModelRunner:
         self._open = None
         self._choose(launched, unchosen, masks)
 
-    def _choose_ready(self, unchosen: _Unchosen, of_graph: Tensor | None = None) -> LaunchedStep:
+    def _choose_ready(self, unchosen: Unchosen, of_graph: Tensor | None = None) -> LaunchedStep:
         """Chooses the tokens of rows that need no mask. `of_graph`: the tokens that a graph sampled, valid if
         all these rows are plain."""
         launched = LaunchedStep(self.device, len(unchosen.slots))
         waits = self.sampler.waits_for_masks(unchosen.slots)
         if waits.any():
             waiting, ready = np.flatnonzero(waits), np.flatnonzero(~waits)
-            self._open = launched, unchosen.at(waiting, self.device)
+            self._open = launched, unchosen.at(waiting)
             if not len(ready):
                 return launched
-            unchosen = unchosen.at(ready, self.device)
+            unchosen = unchosen.at(ready)
             of_graph = None if of_graph is None else of_graph[self._tensor(ready)]
         if of_graph is not None and self.sampler.is_plain(unchosen.slots):
             num_logprobs = self.sampler.num_logprobs(unchosen.slots)
@@ -231,11 +211,17 @@ class ModelRunner:
             self._choose(launched, unchosen)
         return launched
 
-    def _choose(self, launched: LaunchedStep, unchosen: _Unchosen, masks: Sequence[bytes] = ()) -> None:
-        slots = unchosen.slots
-        sampled = self.sampler.sample(unchosen.logits, slots, unchosen.num_tokens, masks)
-        self._last_tokens[self._tensor(slots)] = sampled.token_ids
-        launched.add(unchosen.places, sampled, self.sampler.num_logprobs(slots))
+    def _choose(self, launched: LaunchedStep, unchosen: Unchosen, masks: Sequence[bytes] = ()) -> None:
+        """`masks`: none, or one for each row of logits."""
+        while unchosen:
+            slots, of_rows = unchosen.slots, [masks[row] for row in unchosen.rows.tolist()] if masks else ()
+            sampled = self.sampler.sample(unchosen.next_logits, slots, unchosen.num_tokens, of_rows)
+            self._last_tokens[self._tensor(slots)] = sampled.token_ids
+            launched.add(unchosen.places, sampled, self.sampler.num_logprobs(slots))
+            if not unchosen.drafts:
+                return
+            unchosen = unchosen.behind(sampled.token_ids.cpu().numpy())
+            self.sequences.accept(unchosen.slots)
 
     def _start(self, start: SequenceStart) -> None:
         """Overwrites all state of the slot's previous sequence."""
@@ -252,8 +238,8 @@ class ModelRunner:
         hidden, ends = self._compute(rows, steps)
         # All ranks must agree on the calls of `logits`, as it is a collective: they do, by their equal plans.
         if rows.are_sampled.any():
-            logits = self.decoder.logits(hidden[self._tensor(ends[rows.are_sampled] - 1)])
-            launched = self._choose_ready(_Unchosen.of(rows, logits))
+            logits = self.decoder.logits(hidden[self._tensor(logit_rows(rows, ends))])
+            launched = self._choose_ready(Unchosen.of(rows, logits))
         else:
             launched = LaunchedStep(self.device)
         for part in self._prompts.ranges(rows.slots, rows.starts, rows.stops):
@@ -297,13 +283,18 @@ class ModelRunner:
     def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
         """[num_tokens] int64: token ids that the host knows; for a decode, the last token on the device."""
         token_ids = np.zeros(ends[-1], dtype=np.int64)
-        for row in np.flatnonzero(~rows.are_decodes):
-            slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
-            token_ids[ends[row] - count : ends[row]] = self.sequences.token_ids(slot, start, start + count)
+        stops, begins_on_device = rows.stops, rows.are_decodes.copy()
+        for row in np.flatnonzero(~rows.are_decodes).tolist():
+            slot, start, stop, end = rows.slots[row], rows.starts[row], stops[row], ends[row]
+            if (drafts := rows.drafts.get(row)) is not None:
+                begins_on_device[row] = True
+                token_ids[end - len(drafts) : end] = drafts
+            else:
+                token_ids[end - rows.counts[row] : end] = self.sequences.token_ids(slot, start, stop)
         on_device = self._tensor(token_ids)
-        if rows.are_decodes.any():
-            last = self._last_tokens[self._tensor(rows.slots[rows.are_decodes])]
-            on_device[self._tensor(ends[rows.are_decodes] - 1)] = last
+        if begins_on_device.any():
+            last = self._last_tokens[self._tensor(rows.slots[begins_on_device])]
+            on_device[self._tensor((ends - rows.counts)[begins_on_device])] = last
         return on_device
 
     def _positions(self, rows: StepRows, ends: Int64Array) -> Tensor:

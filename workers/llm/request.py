@@ -69,6 +69,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     num_sent_blocks: int = 0  # blocks of its table that the runner has
     matchers: tuple[Matcher, ...] = ()  # restrict its next token
+    draft_masks: Sequence[bytes] = ()  # with matchers: of the tokens behind each draft of the next step
     finish_reason: FinishReason | None = None
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority

@@ -8,6 +8,9 @@ output are allocated as it grows. When none are left, the youngest request of th
 and recomputed later (as in vLLM): by then its published blocks often are still cached.
 
     schedule() → the step runs → schedule() of the next, if they overlap → update() → …
+
+With a drafter a decode may carry guesses of its next tokens (`speculation/`). They take only what nobody else
+needs: free blocks, and free tokens of the step.
 """
 
 from __future__ import annotations
@@ -21,21 +24,23 @@ from pipeline.wire.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
+from workers.llm.speculation.drafter import Drafter
 from workers.llm.step_budget import Part, StepBudget
 from workers.llm.step_times import StepTimes
 
 
 class Scheduled(NamedTuple):
-    """Tokens [start, stop) of a request."""
+    """Tokens [start, stop) of a request, and guesses of the tokens behind them."""
 
     request: Request
     start: int
     stop: int
     is_sampled: bool  # the step computes the request's newest token, and so yields the next one
+    drafts: Sequence[int] = ()
 
     @property
     def num_tokens(self) -> int:
-        return self.stop - self.start
+        return self.stop - self.start + len(self.drafts)
 
 
 class Admitted(NamedTuple):
@@ -57,19 +62,20 @@ class Scheduler:
     """Runs as many requests at once as the cache has slots.
 
     `runs_alone` says whether a request is quarantined because a rank died while executing it: no other
-    request is in its steps until it has yielded a token.
+    request is in its steps until it has yielded a token. With a `drafter` steps must not overlap: a guess
+    needs all tokens before it.
     """
 
     def __init__(
         self, cache: CacheManager, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
         step_times: StepTimes | None = None, has_prefix_cache: bool = True,
-        runs_alone: Callable[[str], bool] = nobody,
+        runs_alone: Callable[[str], bool] = nobody, drafter: Drafter | None = None,
     ) -> None:  # fmt: skip
         self.cache = cache
         self.max_num_seqs, self.budget = cache.slots.num_slots, StepBudget(max_num_batched_tokens, step_times)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.has_prefix_cache = has_prefix_cache
-        self._runs_alone = runs_alone
+        self._runs_alone, self.drafter = runs_alone, drafter
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # in order
         self.num_preemptions = 0
@@ -88,6 +94,8 @@ class Scheduler:
             self._stop(request)
         else:
             self.waiting.remove(request)
+        if self.drafter is not None:
+            self.drafter.forget(request)
 
     def _stop(self, request: Request) -> None:
         self.running.remove(request)
@@ -113,19 +121,26 @@ class Scheduler:
                 return Schedule([alone], admitted, preempted, 0, is_alone=True)
             ready.append((request, num_ready))
         parts, num_decodes = self.budget.divide(ready)
-        return Schedule(
-            [self._take(request, num_tokens) for request, num_tokens in parts],
-            admitted,
-            preempted,
-            num_decodes,
-        )
+        drafts = self._draft(parts, num_decodes)
+        scheduled = [self._take(*part, drafts.get(part[0].key, ())) for part in parts]
+        if drafts:  # decodes without drafts stay the first
+            scheduled[:num_decodes] = sorted(scheduled[:num_decodes], key=lambda item: bool(item.drafts))
+        return Schedule(scheduled, admitted, preempted, num_decodes)
 
-    def _take(self, request: Request, num_tokens: int) -> Scheduled:
+    def _take(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> Scheduled:
         start = request.num_computed_tokens
         stop = request.num_computed_tokens = start + num_tokens
         is_sampled = stop == request.num_tokens
         request.num_pending_tokens += is_sampled
-        return Scheduled(request, start, stop, is_sampled)
+        return Scheduled(request, start, stop, is_sampled, drafts)
+
+    def _draft(self, parts: Sequence[Part], num_decodes: int) -> dict[tuple[str, int], Sequence[int]]:
+        """Guesses for the decodes, which are the first of `parts`, by a request's key."""
+        if self.drafter is None:
+            return {}
+        num_free_tokens = self.budget.max_num_batched_tokens - sum(num_tokens for _, num_tokens in parts)
+        decodes = [request for request, _ in parts[:num_decodes]]
+        return self.drafter.propose(decodes, num_free_tokens, self.cache, num_spare=len(self.running))
 
     def _make_room(self) -> list[Request]:
         """Extends block tables to hold every running request's newest token. Returns preempted requests."""
@@ -263,18 +278,29 @@ class Scheduler:
             request = item.request
             if request.is_over:
                 continue
-            if item.is_sampled:
-                request.num_pending_tokens -= 1
-                self._append(request, new_token_ids[request.key])
-            num_full = item.stop // self.cache.block_size
             # A preempted request has lost the blocks that the step wrote.
             is_kept = request.num_computed_tokens >= item.stop
+            num_known = item.stop
+            if item.is_sampled:
+                request.num_pending_tokens -= 1
+                num_known += self._accept(item, new_token_ids[request.key]) if item.drafts else 0
+                self._append(request, new_token_ids[request.key])
+            num_full = min(num_known, request.num_tokens - 1) // self.cache.block_size
             if is_kept and num_full > request.num_published_blocks and self._publishes(request):
                 self._publish(request, num_full)
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)
         return finished
+
+    def _accept(self, item: Scheduled, token_ids: Sequence[int]) -> int:
+        """Counts the drafts that were right, whose keys and values are in the cache. Those of wrong ones will
+        be overwritten."""
+        num_accepted = len(token_ids) - 1
+        item.request.num_computed_tokens += num_accepted
+        assert self.drafter is not None
+        self.drafter.observe(item.request, len(item.drafts), num_accepted)
+        return num_accepted
 
     def _append(self, request: Request, token_ids: Sequence[int]) -> None:
         """Appends tokens up to the one that ends the request, and drops the rest."""

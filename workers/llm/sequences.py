@@ -1,14 +1,14 @@
 """A rank's state of the running sequences, by slot, so that a step brings only what is new. No torch.
 
-    start(…) → rows(steps) → the step is computed → advance(rows) → rows(steps) → …
+    start(…) → rows(steps) → advance(rows) → the step is computed → rows(steps) → …
 
-A step reads tokens that the host knows (of the prompt, or of an earlier attempt) or the token that was
-sampled last, which may be on the device only.
+A step reads tokens that the host knows (of the prompt, or of an earlier attempt, or drafts) or the token that
+was sampled last, which may be on the device only. A draft counts as computed once it has proved right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +26,19 @@ class StepRows(NamedTuple):
 
     slots: Int64Array
     starts: Int64Array  # tokens before this step
-    counts: Int64Array  # tokens of this step
+    counts: Int64Array  # tokens of this step, drafts included
     are_sampled: BoolArray
     are_decodes: BoolArray  # one text token, sampled; the device has it as the slot's last token
+    # By row, of decodes with drafts: these are behind a token that the device has as the slot's last one.
+    drafts: Mapping[int, Int32Array]
 
     @property
     def stops(self) -> Int64Array:
-        return self.starts + self.counts
+        """Tokens with this step, without drafts."""
+        stops = self.starts + self.counts
+        for row, drafts in self.drafts.items():
+            stops[row] -= len(drafts)
+        return stops
 
 
 class SequenceTable:
@@ -80,14 +86,21 @@ class SequenceTable:
                 self.extend(step.slot, unpack_int32(step.new_blocks))
         starts = self.lengths[slots]
         are_decodes = are_sampled & (counts == 1) & (starts >= self._decodes_from[slots])
+        drafts: dict[int, Int32Array] = {}
         for row, step in enumerate(steps):
             if step.embeddings:
                 are_decodes[row] = False
-        return StepRows(slots, starts, counts, are_sampled, are_decodes)
+            if step.drafts:
+                drafts[row] = unpack_int32(step.drafts)
+        return StepRows(slots, starts, counts, are_sampled, are_decodes, drafts)
 
     def advance(self, rows: StepRows) -> None:
-        """Counts the step's tokens as computed: the step is in flight."""
+        """Counts the step's tokens as computed: the step is in flight. Its drafts follow by `accept`."""
         self.lengths[rows.slots] = rows.stops
+
+    def accept(self, slots: Int64Array) -> None:
+        """Counts one more draft of each of these slots as computed."""
+        self.lengths[slots] += 1
 
     def token_ids(self, slot: int, start: int, stop: int) -> Int32Array:
         """Tokens [start, stop), which the host knew when the sequence started."""

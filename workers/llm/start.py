@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from pipeline.client.detokenizer import tokenizer_hash
-from pipeline.config import MIB
+from pipeline.config import MIB, LlmConfig
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import CoreSharing
 from pipeline.process.process import WAITING, WorkerContext
@@ -17,10 +19,17 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import CachePlan
+from workers.llm.cache.spec import CacheSpec, states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
 from workers.llm.scheduler import Scheduler
+from workers.llm.speculation.drafter import Drafter
+from workers.llm.speculation.ngram import NgramProposer
+from workers.llm.speculation.proposer import Proposer
 from workers.llm.step_times import StepTimes
+
+# By the option `--speculative`.
+PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer}
 
 
 def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
@@ -65,6 +74,7 @@ def make_scheduler(
         info.eos_token_ids,
         has_prefix_cache=config.llm.prefix_caching,
         runs_alone=context.quarantine.runs_alone,
+        drafter=make_drafter(config.llm),
     )
 
 
@@ -79,9 +89,25 @@ def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
     )  # fmt: skip
 
 
-def has_overlap(option: str, device: torch.device) -> bool:
-    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens."""
-    return option == "on" or (option == "auto" and device.type == "cuda")
+def has_overlap(config: LlmConfig, device: torch.device) -> bool:
+    """Whether steps overlap. On the CPU the same cores plan and compute: overlap would only delay tokens. A
+    guess needs the tokens of the step before."""
+    is_useful = device.type == "cuda" and config.speculative == "none"
+    return config.overlap == "on" or (config.overlap == "auto" and is_useful)
+
+
+def check_speculation(config: LlmConfig, spec: CacheSpec) -> None:
+    """Raises ValueError where the decoder cannot go back behind a wrong guess."""
+    if config.speculative != "none" and states_of(spec):
+        raise ValueError(
+            f"speculative {config.speculative!r} is not for this model: its layers keep a state of all "
+            "tokens, which cannot go back behind a wrong guess"
+        )
+
+
+def make_drafter(config: LlmConfig) -> Drafter | None:
+    make_proposer = PROPOSERS.get(config.speculative)
+    return None if make_proposer is None else Drafter(make_proposer, config.speculative_tokens)
 
 
 def measure_steps(

@@ -32,7 +32,7 @@ class LaunchedStep:
     """An in-flight step. On CUDA its results are copied to the host while the next step is prepared."""
 
     def __init__(self, device: torch.device, num_sampled: int = 0) -> None:
-        """`num_sampled` sequences yield tokens, chosen all at once or in two parts."""
+        """`num_sampled` sequences yield tokens, chosen all at once or in several parts."""
         self.has_run = device.type == "cpu"
         self._num_sampled, self._parts = num_sampled, list[_Part]()
         self._event = torch.cuda.Event() if device.type == "cuda" else None
@@ -41,7 +41,8 @@ class LaunchedStep:
             self._record(device)
 
     def add(self, places: Int64Array, sampled: Sampled, num_logprobs: Sequence[int]) -> None:
-        """Adds the chosen tokens of some sampled sequences; `places` are their indexes among these."""
+        """Adds a chosen token of some sampled sequences, behind those that they have; `places` are their
+        indexes among these."""
         on_host = [_to_host(part) for part in sampled if part is not None]
         self._parts.append(_Part(places, on_host, num_logprobs))
         self._record(sampled.token_ids.device)
@@ -56,17 +57,18 @@ class LaunchedStep:
         """Waits for the step. After that, every embedding that the step reads has been gathered."""
         if self._event is not None:
             self._event.synchronize()
-        num_chosen = sum(len(part.places) for part in self._parts)
-        assert num_chosen == self._num_sampled, "not every token has been chosen"
+        chosen = {place for part in self._parts for place in part.places.tolist()}
+        assert len(chosen) == self._num_sampled, "not every token has been chosen"
         results = [part.result() for part in self._parts]
         prompt_scores = {sequence: tensors.to_scores() for sequence, tensors in self._prompts.items()}
         if len(results) == 1:
             return results[0]._replace(prompt_scores=prompt_scores)
-        token_ids: list[Sequence[int]] = [()] * self._num_sampled
-        logprobs: list[Sequence[TokenLogprobs]] = [()] * self._num_sampled
+        token_ids: list[list[int]] = [[] for _ in range(self._num_sampled)]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self._num_sampled)]
         for part, result in zip(self._parts, results, strict=True):
             for index, place in enumerate(part.places.tolist()):
-                token_ids[place], logprobs[place] = result.token_ids[index], result.logprobs[index]
+                token_ids[place] += result.token_ids[index]
+                logprobs[place] += result.logprobs[index]
         return StepResult(token_ids, logprobs, prompt_scores)
 
     def _record(self, device: torch.device) -> None:

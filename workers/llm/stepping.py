@@ -118,7 +118,7 @@ class Stepper:
         self._started: list[SequenceStart] = []  # to go into the next plan
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
         self._step, self._step_end = 0, 0.0
-        self._unchosen: list[Request] = []  # requests of the last launched step that wait for masks
+        self._unchosen: list[Scheduled] = []  # requests of the last launched step that wait for masks
         self._failed: list[tuple[Request, ErrorInfo]] = []
         self._executing: set[str] = set()  # as last recorded
 
@@ -155,7 +155,7 @@ class Stepper:
         self.send(plan)
         self._record(schedule.scheduled)
         sampled = [item.request for item in schedule.scheduled if item.is_sampled]
-        self._unchosen = [request for request in sampled if request.matchers]
+        self._unchosen = [item for item in schedule.scheduled if item.is_sampled and item.request.matchers]
         started_at = self._watch.clock()
         launched = self.runner.launch(plan)
         ended_at = self._watch.clock() if launched.has_run else None
@@ -171,18 +171,21 @@ class Stepper:
         if not self._unchosen:
             return
         assert self.num_in_flight == 1
-        masks = [self._mask_of(request) for request in self._unchosen]
+        masks = [mask for item in self._unchosen for mask in self._masks_of(item)]
         self._unchosen = []
         self.send(TokenMasks(step=self._step, masks=tuple(masks), **self._origin))
         self.runner.choose(masks)
 
-    def _mask_of(self, request: Request) -> bytes:
-        """Empty for a request that has ended, or whose matcher fails: its token is dropped."""
+    def _masks_of(self, item: Scheduled) -> Sequence[bytes]:
+        """Of its next token and of those behind its drafts. Empty for a request that has ended, or whose
+        matcher fails: its tokens are dropped."""
+        request = item.request
         try:
-            return b"" if request.is_over else mask_of(request.matchers)
+            if not request.is_over:
+                return mask_of(request.matchers), *request.draft_masks[: len(item.drafts)]
         except RequestError as error:
             self._failed.append((request, error.info))
-            return b""
+        return (b"",) * (1 + len(item.drafts))
 
     def take_failed(self) -> list[tuple[Request, ErrorInfo]]:
         """The requests that a matcher has ended since the last call, and why."""
@@ -218,10 +221,10 @@ class Stepper:
         if len(table) > request.num_sent_blocks:
             new_blocks = pack_int32(table[request.num_sent_blocks :])
             request.num_sent_blocks = len(table)
-        elif item.is_sampled and item.stop - item.start == 1 and item.start >= len(request.prompt_token_ids):
+        elif item.is_sampled and item.num_tokens == 1 and item.start >= len(request.prompt_token_ids):
             return self._decodes[request.slot]
-        embeddings = request.embedding_slices(item.start, item.stop)
-        return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings)
+        embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
+        return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts)
 
     def record(self) -> None:
         """Records the ids of executing requests without a token, if they have changed."""
@@ -294,10 +297,11 @@ class Stepper:
             ids = (item.request.request_id for item in step.scheduled)
             tracer.step(name, started_at, ids, sum(item.num_tokens for item in step.scheduled), ended_at)
         if step_times is not None:
-            prefills = step.scheduled[step.num_decodes :]
+            decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
+            num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
             num_prefill = sum(item.num_tokens for item in prefills)
-            step_times.observe(step.num_decodes, num_prefill, num_pairs, ended_at - started_at)
+            step_times.observe(num_decodes, num_prefill, num_pairs, ended_at - started_at)
 
 
 def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:

@@ -40,7 +40,9 @@ from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
+from workers.llm.speculation.drafter import COUNTED as GUESSES
 from workers.llm.start import (
+    check_speculation,
     has_overlap,
     make_scheduler,
     make_welcome,
@@ -79,11 +81,12 @@ def main(context: WorkerContext) -> None:
     # What is not served fails before any waiting.
     choose_formats(context.model_folder, device, config.llm.quantization)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
+    spec = decoder_of(info).spec_of(info.text, tp_size)
+    check_speculation(config.llm, spec)
     if device.type == "cuda":
         wait_for_vits(context, control)
     else:
         # A cache that cannot fit fails before the weights are loaded.
-        spec = decoder_of(info).spec_of(info.text, tp_size)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
     rendezvous = (
         Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
@@ -162,7 +165,7 @@ def _lead(
     )  # fmt: skip
     engine = Engine(
         context.origin, scheduler, runner, make_welcome(context, max_model_len), links, sockets.epochs,
-        has_overlap=has_overlap(config.llm.overlap, runner.device),
+        has_overlap=has_overlap(config.llm, runner.device),
         watch=Watch(tracer=context.tracer, record=context.recorder.record),
         matcher_starts=matchers.starts(),
     )  # fmt: skip
@@ -225,6 +228,8 @@ def read_inbox(
 def _declare(metrics: Metrics, engine: Engine, inbox: Receiver[LlmMessage]) -> None:
     scheduler, blocks = engine.scheduler, engine.scheduler.cache.blocks
     metrics.counters(COUNTED, lambda: engine.counters)
+    if (drafter := scheduler.drafter) is not None:
+        metrics.counters(GUESSES, lambda: drafter.counters)
     metrics.gauge(
         "free_blocks", "Blocks of the KV cache that are free or may be evicted", lambda: blocks.num_free
     )

@@ -322,6 +322,36 @@ async def test_a_stop_string_ends_the_request_upstream(client: PipelineClient, p
     assert (await pipeline.next(AbortRequest)).message.request_id == request.request_id
 
 
+async def test_each_token_of_a_step_is_a_piece(client: PipelineClient, pipeline: Pipeline) -> None:
+    """A step may yield several tokens: a stop string ends the text, its counts and its logprobs where it
+    would have ended them otherwise."""
+    ids = pipeline.tokenizer.encode("A red circle at the top", add_special_tokens=False).ids
+    entries = tuple(TokenLogprobs(pack_int32([token]), bytes(4)) for token in ids)
+    for stop, finish in (
+        ((), FinishReason.LENGTH),
+        (("at",), FinishReason.STOP),
+        (("top",), FinishReason.STOP),
+    ):
+        sampling = SamplingParams(stop=stop, logprobs=0)
+        task = asyncio.create_task(collect(client, sampling=sampling))
+        request = (await pipeline.next(SubmitRequest)).message
+        for offset, end in ((0, 1), (1, len(ids))):
+            output = RequestOutput(
+                request.request_id, 1, offset, pack_int32(ids[offset:end]),
+                FinishReason.LENGTH if end == len(ids) else None, entries[offset:end], 8,
+            )  # fmt: skip
+            pipeline.say(TokenOutputs, outputs=(output,))
+        text, pieces = await task
+        wanted = "A red circle at the top".partition(stop[0])[0] if stop else "A red circle at the top"
+        assert text == wanted
+        assert [piece.token_ids for piece in pieces] == [(token,) for token in ids[: len(pieces)]]
+        assert [piece.num_output_tokens for piece in pieces] == [*range(1, len(pieces) + 1)]
+        assert [piece.logprobs for piece in pieces] == [(entry,) for entry in entries[: len(pieces)]]
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [finish]
+        assert (len(pieces) == len(ids)) == (stop != ("at",))
+        assert client.num_open == 0
+
+
 # Several choices.
 
 
@@ -366,7 +396,10 @@ async def test_a_stop_string_in_what_was_not_read_when_the_request_was_given_up(
         await asyncio.sleep(0.01)
     pipeline.control.publish(PipelineState(workers=(), end="vit.0 was killed"))
     await asyncio.sleep(0.1)
-    assert "circle" not in (await anext(stream)).text
+    text = ""
+    while (piece := await anext(stream)).finish_reason is None:
+        text += piece.text
+    assert "circle" not in text + piece.text
     with pytest.raises(RequestError, match=r"vit\.0 was killed"):
         await anext(stream)
 

@@ -22,6 +22,7 @@ from pipeline.wire.sampling import FinishReason, Grammar, GrammarKind, SamplingP
 from pipeline.wire.steps import StepPlan
 from tests.fakes import PREPROCESS
 from tests.grammars import grammar_of, schema_of
+from tests.workers.llm.speculation.guesses import drafter_of
 from tests.workers.llm.test_matching import CLIENT, FREE, PROMPTS, Rig
 from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.matcher_starts import MatcherStarts
@@ -150,6 +151,31 @@ def test_chunks_preemption_and_overlap_change_nothing(
         runs.submit(rig, name, msgspec.structs.replace(params, max_tokens=min(params.max_tokens or 0, 80)))
     assert runs.finish(rig) == expected
     assert bool(rig.scheduler.num_preemptions) == (num_blocks < 100 and budget > 7)
+
+
+@pytest.mark.parametrize(("num_blocks", "max_rows"), [(100, 64), (100, 7), (30, 64)])
+def test_guesses_change_nothing(
+    runs: Runs, expected: dict[tuple[str, int], End], num_blocks: int, max_rows: int
+) -> None:
+    """Right ones, and wrong ones that the grammar may or may not allow."""
+    drafter = drafter_of([[*PROMPTS[name], *end.tokens] for (name, _), end in expected.items()], 9, max_rows)
+    short = {
+        name: msgspec.structs.replace(params, max_tokens=min(params.max_tokens or 0, 80))
+        for name, params in WANTED.items()
+    }
+    assert runs.answers(short, 40, num_blocks, has_overlap=False, drafter=drafter) == expected
+    assert drafter.counters["spec_decode_num_accepted_tokens"] > 40
+
+
+def test_a_grammar_that_ends_without_a_token_ends_with_guesses_too(runs: Runs) -> None:
+    """Nothing is drafted behind its end."""
+    for changes in ({"ignore_eos": True}, {"min_tokens": 30}, {"min_tokens": 9, "stop_token_ids": (40,)}):
+        params = msgspec.structs.replace(WANTED["ruled too"], **changes)
+        plain = runs.answers({"ruled too": params})
+        text = [*PROMPTS["ruled too"], *plain["ruled too", 0].tokens]
+        drafter = drafter_of([[*text, *range(40, 50)]])
+        assert runs.answers({"ruled too": params}, has_overlap=False, drafter=drafter) == plain
+        assert drafter.counters["spec_decode_num_accepted_tokens"] > 5
 
 
 def test_choices_have_matchers_of_their_own_and_logprobs(runs: Runs) -> None:

@@ -22,6 +22,7 @@ from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.steps import StepPlan, StepsMessage, TokenMasks
 from tests.fakes import LLM_0, PREPROCESS, FakePublisher, FakeSink
+from tests.workers.llm.speculation.guesses import drafter_of
 from workers.llm.attention.base import SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.manager import CacheManager
@@ -35,6 +36,7 @@ from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.matching import Mask
 from workers.llm.sampling.tokens import TokensSoFar
 from workers.llm.scheduler import Scheduler
+from workers.llm.speculation.drafter import Drafter
 from workers.llm.step_result import LaunchedStep
 
 CLIENT = b"c" * 16
@@ -68,8 +70,16 @@ class ToyMatcher:
         self._log.append("accept")
 
     def allowed(self) -> Mask:
+        return self._mask(self.last)
+
+    def allowed_behind(self, drafts: Sequence[int]) -> list[Mask]:
+        places = enumerate(zip([self.last, *drafts], drafts, strict=False))
+        stop = next((place for place, (last, one) in places if one not in allowed_after(last)), len(drafts))
+        return [self._mask(draft) for draft in drafts[:stop]]
+
+    def _mask(self, last: int) -> Mask:
         bits = np.zeros(self._vocab_size, dtype=np.bool_)
-        bits[allowed_after(self.last)] = True
+        bits[allowed_after(last)] = True
         return np.packbits(bits, bitorder="little")
 
 
@@ -124,6 +134,7 @@ class Rig:
         has_overlap: bool = True,
         attention: str = "torch",
         starts: MatcherStarts | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """Another `starts` than the toy rule's may be given."""
         info = read_model_info(folder)
@@ -133,7 +144,8 @@ class Rig:
         self.rule = ToyRule(info.text.vocab_size, self.log)
         self.steps: list[StepsMessage] = []
         cache = CacheManager.of_size(num_blocks, 4, 4)
-        self.scheduler, self.publisher = Scheduler(cache, budget, info.eos_token_ids), FakePublisher()
+        self.scheduler = Scheduler(cache, budget, info.eos_token_ids, drafter=drafter)
+        self.publisher = FakePublisher()
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
             model_name="m", max_model_len=200, max_requests=9, max_request_bytes=9,
@@ -174,6 +186,8 @@ class Rig:
         is_busy = self.engine.step(0.0)
         self.engine.check_integrity()
         assert torch.equal(self.runner._last_tokens, self.other._last_tokens), "ranks choose the same"
+        lengths = self.runner.sequences.lengths.tolist()
+        assert lengths == self.other.sequences.lengths.tolist(), "ranks keep the same drafts"
         for message in self.publisher.take(TokenOutputs):
             for output in message.outputs:
                 self.tokens[output.request_id] += unpack_int32(output.new_token_ids).tolist()
@@ -234,6 +248,22 @@ def test_chunks_and_company_do_not_change_it(
     rig = Rig(random_checkpoint, budget, has_overlap=has_overlap)
     assert rig.answer(PARAMS) == expected
     assert rig.rule.outputs == [[], []]
+
+
+@pytest.mark.parametrize("num_blocks", [100, 22])
+def test_guesses_change_nothing(
+    num_blocks: int, random_checkpoint: Path, expected: dict[str, list[int]]
+) -> None:
+    """Some of them the rule does not allow. The other rank gets a mask for each one that it does."""
+    texts = [[*PROMPTS[name], *tokens] for name, tokens in expected.items()]
+    drafter = drafter_of(texts)
+    rig = Rig(random_checkpoint, 30, num_blocks, has_overlap=False, drafter=drafter)
+    assert rig.answer(PARAMS) == expected
+    assert max(len(message.masks) for message in rig.masks()) > 4
+    counts = drafter.counters
+    assert counts["spec_decode_num_accepted_tokens"] > 10
+    assert counts["spec_decode_num_draft_tokens"] > counts["spec_decode_num_accepted_tokens"]
+    assert bool(rig.scheduler.num_preemptions) == (num_blocks < 100)
 
 
 @pytest.mark.parametrize("has_overlap", [False, True], ids=["alone", "overlap"])

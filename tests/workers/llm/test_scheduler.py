@@ -4,6 +4,7 @@ embeddings."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from workers.llm.cache.manager import CacheManager
 from workers.llm.chunk import Chunk, ChunkRun, chunks_of
 from workers.llm.request import Request
 from workers.llm.scheduler import Scheduled, Scheduler
+from workers.llm.speculation.drafter import Drafter
 from workers.llm.step_times import Measured, StepTimes
 
 EOS = 7
@@ -352,6 +354,7 @@ TIMES = StepTimes([Measured(1, 1.0), Measured(64, 2.0)], per_pair=1e-4, max_stre
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_invariants_hold_whatever_happens(
     actions: list[tuple[object, ...]],
@@ -361,13 +364,17 @@ def test_invariants_hold_whatever_happens(
     has_overlap: bool,
     is_protected: bool,
     has_states: bool,
+    has_guesses: bool,
 ) -> None:
-    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap: no block is lost
-    or held twice, the budget holds, every request ends once with as many tokens as it asked for, and blocks
-    that two requests share hold equal tokens.
+    """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap, guesses: no block
+    is lost or held twice, the budget holds, every request ends once with as many tokens as it asked for, and
+    blocks that two requests share hold equal tokens.
     """
+    has_guesses = has_guesses and not has_overlap and not has_states
     cache = CacheManager.of_size(num_blocks, 4, max_seqs, has_states)
-    made = Scheduler(cache, max(budget, max_seqs), (EOS,), TIMES if is_protected else None)
+    drafter = Drafter(SomeOnes, 6, max_rows=8) if has_guesses else None
+    times = TIMES if is_protected else None
+    made = Scheduler(cache, max(budget, max_seqs), (EOS,), times, drafter=drafter)
     everyone: list[Request] = []
     ended: list[str] = []
     under_way: list[list[Scheduled]] = []
@@ -378,7 +385,8 @@ def test_invariants_hold_whatever_happens(
         there."""
         request = item.request
         tokens = [*request.prompt_token_ids, *request.output_token_ids, *([1] * request.num_pending_tokens)]
-        for position in range(item.start, item.stop):
+        tokens[item.stop :] = item.drafts
+        for position in range(item.start, item.stop + len(item.drafts)):
             contents.setdefault(request.block_table[position // 4], [-1] * 4)[position % 4] = tokens[position]
         for position in range(item.stop):
             assert contents[request.block_table[position // 4]][position % 4] == tokens[position], (
@@ -390,14 +398,16 @@ def test_invariants_hold_whatever_happens(
         assert sum(item.num_tokens for item in scheduled) <= made.budget.max_num_batched_tokens
         assert len(made.running) <= max_seqs
         for item in scheduled:
-            assert item.stop <= len(item.request.block_table) * 4
+            assert item.stop + len(item.drafts) <= len(item.request.block_table) * 4
             write(item)
         if scheduled:
             under_way.append(scheduled)
         num_done = 0
         while len(under_way) > (1 if has_overlap and scheduled else 0):
             done = under_way.pop(0)
-            finished = made.update(done, {item.request.key: [1] for item in done if item.is_sampled})
+            finished = made.update(
+                done, {item.request.key: yielded(item) for item in done if item.is_sampled}
+            )
             for request in finished:
                 assert len(request.output_token_ids) == request.max_tokens
             ended.extend(request.request_id for request in finished)
@@ -427,6 +437,25 @@ def test_invariants_hold_whatever_happens(
             break
     assert sorted(ended) == sorted(request.request_id for request in everyone)
     assert made.cache.blocks.num_free == num_blocks
+
+
+class SomeOnes:
+    """Guesses some ones, which every text has, and then a two."""
+
+    def __init__(self) -> None:
+        self._num_taken = 0
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        self._num_taken += len(token_ids)
+
+    def propose(self, num_tokens: int) -> list[int]:
+        return [*[1] * (self._num_taken * 7 % 5), 2, 1, 1][:num_tokens]
+
+
+def yielded(item: Scheduled) -> list[int]:
+    """The output tokens of a step: nothing but ones."""
+    drafts = [*item.drafts, 2]
+    return [1] * (1 + drafts.index(2))
 
 
 def arrive(request: Request) -> None:

@@ -63,6 +63,22 @@ def test_steps_add_up() -> None:
     assert made.rows([SequenceStep(2, 3)]).starts.tolist() == [0]
 
 
+def test_a_draft_counts_once_it_is_accepted() -> None:
+    made = SequenceTable(3, 8)
+    for slot in range(3):
+        made.start(start(slot, 4, blocks=(1,)))
+        made.lengths[slot] = 5
+    rows = made.rows([SequenceStep(1), SequenceStep(2, 3, drafts=pack_int32([8, 9])), SequenceStep(0, 3)])
+    assert rows.counts.tolist() == [1, 3, 3]
+    assert rows.stops.tolist() == [6, 6, 8], "without drafts"
+    assert rows.are_decodes.tolist() == [True, False, False]
+    assert {row: drafts.tolist() for row, drafts in rows.drafts.items()} == {1: [8, 9]}
+    made.advance(rows)
+    made.accept(np.array([2]))
+    assert made.lengths[:3].tolist() == [8, 6, 7]
+    assert made.rows([SequenceStep(2)]).starts.tolist() == [7], "the other draft is forgotten"
+
+
 def test_positions_behind_the_prompt_go_on_with_the_delta() -> None:
     made = SequenceTable(1, 8)
     made.start(with_picture(0, 11, num_output=2))

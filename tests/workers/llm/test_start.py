@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline.config import Config, ModelConfig, PreprocessConfig
+from pipeline.config import Config, LlmConfig, ModelConfig, PreprocessConfig
 from pipeline.config.api import MAX_CONNECTIONS
 from pipeline.config.preprocess import MAX_OPEN_CHUNKS
 from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
@@ -21,7 +22,9 @@ from pipeline.transport.sockets import Sockets
 from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
-from workers.llm.start import make_welcome, wait_for_vits
+from workers.llm.cache.spec import Paged, State
+from workers.llm.speculation.ngram import NgramProposer
+from workers.llm.start import check_speculation, has_overlap, make_drafter, make_welcome, wait_for_vits
 from workers.preprocess.credits import Credits
 
 VIT_1 = WorkerId(Role.VIT, 1)
@@ -83,3 +86,31 @@ def test_what_one_tenant_sends_leaves_the_endpoint_room_for_all_others(tmp_path:
 
 def test_a_client_never_fills_an_edge(tmp_path: Path) -> None:
     assert 4 * welcomed(tmp_path, MAX_OPEN_CHUNKS) <= HIGH_WATER_MARK
+
+
+def test_steps_that_follow_guesses_do_not_overlap() -> None:
+    gpu, cpu, guesses = torch.device("cuda"), torch.device("cpu"), LlmConfig(speculative="ngram")
+    assert has_overlap(LlmConfig(), gpu)
+    assert not has_overlap(LlmConfig(), cpu)
+    assert has_overlap(LlmConfig(overlap="on"), cpu)
+    assert not has_overlap(guesses, gpu)
+    with pytest.raises(ValueError, match="overlap is 'on'"):
+        LlmConfig(speculative="ngram", overlap="on")
+
+
+def test_a_model_with_states_takes_no_guesses() -> None:
+    paged, state = Paged(2, 64), State((8,), torch.float32)
+    guesses = LlmConfig(speculative="ngram")
+    check_speculation(LlmConfig(), [paged, state])
+    check_speculation(guesses, [paged])
+    with pytest.raises(
+        ValueError, match="speculative 'ngram' is not for this model: its layers keep a state"
+    ):
+        check_speculation(guesses, [paged, state])
+
+
+def test_guesses_are_made_when_they_are_asked_for() -> None:
+    assert make_drafter(LlmConfig()) is None
+    drafter = make_drafter(LlmConfig(speculative="ngram", speculative_tokens=3))
+    assert drafter is not None
+    assert isinstance(drafter._make_proposer(), NgramProposer)

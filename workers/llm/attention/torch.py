@@ -1,8 +1,9 @@
 """Attention in plain torch: the CPU's backend, and the reference for every other.
 
 Decode folds the query heads of a group into the rows of one query: on a CPU torch's fused attention is many
-times slower with one row and `enable_gqa`. A decode reads adjacent blocks of a long history in place; short
-histories are gathered and padded, since many small operations would cost more than the copy.
+times slower with one row and `enable_gqa`, and up to four times with the few rows of a decode with drafts. A
+decode reads adjacent blocks of a long history in place; short histories are gathered and padded, since many
+small operations would cost more than the copy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from workers.nn.loader import to_device
 
 # Of one sequence in one layer: copying so much costs about as much as a separate attention call.
 SMALL_HISTORY_BYTES = 256 << 10
+FEW_TOKENS = 16  # of a chunk behind a history: with more, folding gains nothing
 
 
 class _History(NamedTuple):
@@ -37,7 +39,8 @@ class PromptPart(NamedTuple):
     """New tokens that attend to one another and to a history, in order."""
 
     history: slice | Tensor | None  # slots, the new tokens' included; None: there is no history
-    mask: Tensor | None  # [num_tokens, context] bool
+    mask: Tensor | None  # [num_tokens, context] bool; of a folded chunk 0 or -inf
+    is_folded: bool = False
 
 
 class _Together(NamedTuple):
@@ -112,7 +115,12 @@ class PagedAttention(AttentionBackend):
         history = self._history(slots, span)
         # Causal, aligned to the bottom right.
         mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device)
-        return PromptPart(history.run if history.rest is None else slots, mask.tril(span.num_computed))
+        mask = mask.tril_(span.num_computed)
+        is_long = span.length * self.cache.max_slot_bytes > SMALL_HISTORY_BYTES
+        is_folded = self._is_cpu and is_long and span.num_tokens <= FEW_TOKENS
+        if is_folded:
+            mask = self._mask(~mask)[:, 0, 0]
+        return PromptPart(history.run if history.rest is None else slots, mask, is_folded)
 
     def _history(self, slots: Tensor, span: SequencePart) -> _History:
         size = self.cache.block_size
@@ -199,8 +207,22 @@ def prefill(layer: AttentionLayer, cache: Tensor, chunk: PromptPart, q: Tensor, 
         layer.num_kv_heads,
         dim=1,
     )  # [1, kv_heads, context, head_dim]
+    if chunk.is_folded:
+        return _attend_folded(layer, chunk, q, keys, values)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], keys, values, chunk.mask,
         is_causal=chunk.mask is None, scale=layer.scale, enable_gqa=True,
     )  # fmt: skip
     return out[0].transpose(0, 1)
+
+
+def _attend_folded(
+    layer: AttentionLayer, chunk: PromptPart, q: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    assert chunk.mask is not None
+    count, group = len(q), layer.num_heads // layer.num_kv_heads
+    of_heads = q.view(count, layer.num_kv_heads, group, layer.head_dim).transpose(0, 1)
+    folded = of_heads.reshape(1, layer.num_kv_heads, count * group, layer.head_dim)
+    mask = chunk.mask[None, :, None].expand(1, count, group, -1).reshape(1, 1, count * group, -1)
+    out = F.scaled_dot_product_attention(folded, keys, values, mask, scale=layer.scale)
+    return out.view(layer.num_kv_heads, count, group, -1).transpose(0, 1).reshape(q.shape)

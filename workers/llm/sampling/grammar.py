@@ -125,17 +125,40 @@ class GrammarMatcher:
             raise self._error("no token that may come next keeps to the grammar: see stop_token_ids", 400)
         return mask
 
+    def allowed_behind(self, drafts: Sequence[int]) -> list[Mask]:
+        masks: list[Mask] = []
+        num_taken = 0
+        # Where tokens take long, guesses are not worth their time.
+        for token_id in drafts if not self._num_slow else ():
+            if token_id in self._ends or not self._matcher.accept_token(token_id, False):
+                break
+            num_taken += 1
+            if self._matcher.is_terminated():
+                break
+            mask = self._mask_behind(self._num_tokens + num_taken)
+            if not mask.any():
+                break
+            masks.append(mask)
+        if num_taken:
+            self._matcher.rollback(num_taken)
+        return masks
+
     def _next(self) -> Mask:
         if self._mask is None:
             started_at = self._clock()
-            if not self._matcher.fill_next_token_bitmask(self._words, 0, False):
-                self._words.fill(-1)  # all are allowed
-            self._mask = self._words.view(np.uint8)[0, : self._num_bytes].copy()
-            _set(self._mask, self._ends, False)  # xgrammar lets some through that are words of the grammar
-            if self._num_tokens >= self._min_tokens and self._matcher.is_completed():
-                _set(self._mask, self._heeded, True)
+            self._mask = self._mask_behind(self._num_tokens)
             self._watch(self._clock() - started_at)
         return self._mask
+
+    def _mask_behind(self, num_tokens: int) -> Mask:
+        """The tokens that may come behind the first `num_tokens`, which the matcher has accepted."""
+        if not self._matcher.fill_next_token_bitmask(self._words, 0, False):
+            self._words.fill(-1)  # all are allowed
+        mask: Mask = self._words.view(np.uint8)[0, : self._num_bytes].copy()
+        _set(mask, self._ends, False)  # xgrammar lets some through that are words of the grammar
+        if num_tokens >= self._min_tokens and self._matcher.is_completed():
+            _set(mask, self._heeded, True)
+        return mask
 
     def _watch(self, seconds: float) -> None:
         self._num_slow += seconds > SLOW_S

@@ -39,6 +39,14 @@ class Matcher(Protocol):
         """The tokens that may come next; at least one, unless `is_over`."""
         ...
 
+    def allowed_behind(self, drafts: Sequence[int]) -> list[Mask]:
+        """The tokens that may come behind each of these, which are only guesses: they are not taken.
+
+        The list is shorter where one of them may not come, and where the request would end with it or fail
+        behind it.
+        """
+        ...
+
 
 class HostRule(Protocol):
     def is_asked(self, params: SamplingParams) -> bool:
@@ -55,5 +63,15 @@ class HostRule(Protocol):
 
 def mask_of(matchers: Sequence[Matcher]) -> bytes:
     """The tokens that all of them allow."""
-    mask: Mask = functools.reduce(np.bitwise_and, [matcher.allowed() for matcher in matchers])
-    return mask.tobytes()
+    return _join([matcher.allowed() for matcher in matchers])
+
+
+def masks_behind(matchers: Sequence[Matcher], drafts: Sequence[int]) -> list[bytes]:
+    """The tokens that all of them allow behind each of these guesses; up to the first that is not allowed."""
+    found = [matcher.allowed_behind(drafts) for matcher in matchers]
+    return [_join(masks) for masks in zip(*found, strict=False)]
+
+
+def _join(masks: Sequence[Mask]) -> bytes:
+    joined: Mask = functools.reduce(np.bitwise_and, masks)
+    return joined.tobytes()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.workers.llm.attention.spans import make_cache, make_layer, make_spans, reference, slots_of
 from workers.llm.attention.base import HeadNorm, SequencePart
-from workers.llm.attention.torch import PagedAttention
+from workers.llm.attention.torch import FEW_TOKENS, PagedAttention, PromptPart, _TorchStep
 from workers.llm.cache.spec import Paged
 from workers.nn.layers import rotary_tables, rotate
 
@@ -40,6 +40,28 @@ def test_random_steps(num_heads: int, num_kv_heads: int, seed: int) -> None:
     expected = reference(cache.tensors[1], block_size, spans, qkv[:, :num_heads])
     torch.testing.assert_close(step.attend(layer, qkv).double(), expected, atol=2e-5, rtol=2e-5)
     assert bool(cache.tensors[0].isnan().all()), "another layer's cache is left alone"
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+@pytest.mark.parametrize("num_tokens", [2, FEW_TOKENS, FEW_TOKENS + 1])
+def test_a_few_tokens_behind_a_long_history(num_tokens: int, num_runs: int) -> None:
+    """Decodes with drafts, whose heads are folded."""
+    torch.manual_seed(num_tokens)
+    cache = make_cache([Paged(2, 64)], 80, 16)
+    table = [*range(40, 80), *range(40)] if num_runs == 1 else [*range(1, 80, 2), *range(0, 80, 2)]
+    spans = [SequencePart(num_tokens, 900, table[:60]), SequencePart(3, 280, table[60:])]
+    for span in spans:
+        slots = slots_of(span, 16)
+        cache.tensors[0][slots] = torch.randn(len(slots), 4, 64)
+    attention, layer = PagedAttention(cache), make_layer(0, 6, 2, 64)
+    qkv, angles = torch.randn(num_tokens + 3, 10, 64), torch.randn(num_tokens + 3, 32)
+    step = attention.plan(spans)
+    assert isinstance(step, _TorchStep)
+    folded = [isinstance(other, PromptPart) and other.is_folded for other in step.layout.others]
+    assert folded == [num_tokens <= FEW_TOKENS, True]
+    step.write(layer, qkv, step.rotary(angles, torch.float32))
+    expected = reference(cache.tensors[0], 16, spans, qkv[:, :6])
+    torch.testing.assert_close(step.attend(layer, qkv).double(), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_decodes_planned_on_the_device_are_those_of_the_host() -> None:

@@ -148,6 +148,46 @@ def test_stop_token_ids_end_a_complete_grammar_even_if_eos_is_ignored() -> None:
     assert not matcher.is_over
 
 
+def test_the_masks_behind_guesses_are_those_of_taken_tokens() -> None:
+    """Whatever is guessed, the matcher stays where it is."""
+    schemas, rng = RandomSchemas(5), np.random.default_rng(5)
+    num_masks = 0
+    for seed in range(4):
+        grammar = schema_of(schemas.document())
+        answer = draw(start(grammar, min_tokens=4), seed)
+        if answer is None:
+            continue
+        matcher = start(grammar, min_tokens=4)
+        for place, token in enumerate(answer[:20]):
+            guesses = [*answer[place : place + int(rng.integers(6))], int(rng.choice(NUM_WORDS)), EOS[0], 5]
+            masks = matcher.allowed_behind(guesses)
+            num_masks += len(masks)
+            beside = start(grammar, answer[:place], min_tokens=4)
+            for guess, mask in zip(guesses, masks, strict=False):
+                assert guess in allowed(beside)
+                beside.accept([guess])
+                assert not beside.is_over
+                assert np.array_equal(beside.allowed(), mask)
+            if len(masks) < len(guesses):
+                guess = guesses[len(masks)]
+                assert guess in EOS or guess not in allowed(beside) or ends_with(beside, guess)
+            assert np.array_equal(matcher.allowed(), start(grammar, answer[:place], min_tokens=4).allowed())
+            matcher.accept([token])
+    assert num_masks > 60
+
+
+def ends_with(matcher: GrammarMatcher, token: int) -> bool:
+    matcher.accept([token])
+    return matcher.is_over
+
+
+def test_no_guess_is_followed_where_that_takes_long() -> None:
+    matcher = start(schema_of({"type": "array"}))
+    assert matcher.allowed_behind(ids_of("[1,")) != []
+    matcher._num_slow = 1
+    assert matcher.allowed_behind(ids_of("[1,")) == []
+
+
 def test_a_dead_end_by_stop_token_ids_is_told() -> None:
     every = [token for token in range(NUM_WORDS) if TOKENIZER.decode([token]).startswith("b")][:64]
     assert ids_of("b")[0] in every

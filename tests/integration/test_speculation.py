@@ -1,0 +1,94 @@
+"""Guesses in a real pipeline: every answer is the one of a server without them, also when ranks die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+import aiohttp
+
+from pipeline.client.client import Piece, PipelineClient
+from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
+from pipeline.wire.sampling import SamplingParams
+from tests.integration.conftest import LIMITS
+from tests.pictures import encode, scene
+from tests.servers import Server
+from tools.processes import workers_of
+
+# Without an end the embedded model's answers repeat themselves, and each other.
+LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+WANTED = {
+    "greedy": LONG,
+    "drawn": SamplingParams(temperature=0.8, seed=4, n=2, max_tokens=80, ignore_eos=True, logprobs=1),
+    "stopped": SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, stop=("......",)),
+    "punished": SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.2),
+}
+
+
+class Told(NamedTuple):
+    """What a client is told of one choice."""
+
+    tokens: list[int]
+    text: str
+    num_output_tokens: int
+    ends: list[tuple[str | None, str | int | None]]
+    num_logprobs: int
+
+
+async def ask(
+    client: PipelineClient, name: str, sampling: SamplingParams, kill: Callable[[], None] | None = None
+) -> list[Told]:
+    """`kill` is called in the middle of the first choice."""
+    text = TextPart("What is in it? Say it again and again: what is in it?")
+    messages = [ChatMessage("user", (ImagePart(frame=0), text))]
+    pieces: list[list[Piece]] = [[] for _ in range(sampling.n)]
+    async for piece in client.generate(messages, sampling, [encode(scene(3))], name):
+        pieces[piece.index].append(piece)
+        if kill is not None and piece.index == 0 and piece.num_output_tokens == 50:
+            kill()
+    return [
+        Told(
+            [token for piece in of_choice for token in piece.token_ids],
+            "".join(piece.text for piece in of_choice),
+            of_choice[-1].num_output_tokens,
+            [(str(one.finish_reason), one.stop_reason) for one in of_choice if one.finish_reason],
+            sum(len(piece.logprobs) for piece in of_choice),
+        )
+        for of_choice in pieces
+    ]
+
+
+async def all_answers(client: PipelineClient) -> dict[str, list[Told]]:
+    told = await asyncio.gather(*(ask(client, name, sampling) for name, sampling in WANTED.items()))
+    return dict(zip(WANTED, told, strict=True))
+
+
+async def accepted(server: Server) -> int:
+    """By `/metrics`; workers tell their counts once a second."""
+    await asyncio.sleep(2.2)
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    name = "vlm_spec_decode_num_accepted_tokens{"
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
+
+
+async def test_every_answer_is_the_same_on_two_ranks_also_after_a_death(server: Server) -> None:
+    async with PipelineClient(server.run_dir) as client:
+        expected = await all_answers(client)
+    assert expected["stopped"][0].num_output_tokens < LONG.max_tokens
+    options = ("--tp", "2", "--vit", "1", "--dtype", "float32", "--speculative", "ngram", *LIMITS)
+    with Server(*options) as guessing:
+        async with PipelineClient(guessing.run_dir) as client:
+            assert await all_answers(client) == expected
+            assert await accepted(guessing) > 100
+            for victim in ("llm.0", "llm.1"):
+
+                def kill(victim: str = victim) -> None:
+                    os.kill(workers_of(guessing.process.pid)[victim], signal.SIGKILL)
+
+                assert await ask(client, victim, WANTED["drawn"], kill) == expected["drawn"]
+            assert client.counters["resubmitted"] == 2
+        guessing.children = workers_of(guessing.process.pid)
