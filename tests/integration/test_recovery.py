@@ -429,7 +429,7 @@ def test_who_does_not_read_costs_others_nothing_and_is_cut_off() -> None:
         "--requests",
         "1",
         "--tokens",
-        "2600",
+        "3000",
         "--neighbours",
         "1",
     ]
