@@ -69,10 +69,10 @@ class Scheduler:
     def __init__(
         self, cache: CacheManager, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
         step_times: StepTimes | None = None, has_prefix_cache: bool = True,
-        runs_alone: Callable[[str], bool] = nobody, drafter: Drafter | None = None,
+        runs_alone: Callable[[str], bool] = nobody, drafter: Drafter | None = None, prefill_multiple: int = 1,
     ) -> None:  # fmt: skip
-        self.cache = cache
-        self.max_num_seqs, self.budget = cache.slots.num_slots, StepBudget(max_num_batched_tokens, step_times)
+        self.cache, self.max_num_seqs = cache, cache.slots.num_slots
+        self.budget = StepBudget(max_num_batched_tokens, step_times, prefill_multiple)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.has_prefix_cache = has_prefix_cache
         self._runs_alone, self.drafter = runs_alone, drafter

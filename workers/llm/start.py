@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,12 +23,14 @@ from workers.llm.cache.plan import CachePlan
 from workers.llm.cache.spec import CacheSpec, states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
+from workers.llm.models.base import Decoder
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import Drafter
 from workers.llm.speculation.ngram import NgramProposer
 from workers.llm.speculation.proposer import Proposer
 from workers.llm.step_times import StepTimes
 
+logger = logging.getLogger(__name__)
 # By the option `--speculative`.
 PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer}
 
@@ -62,19 +65,27 @@ def wait_for_ranks(
 
 
 def make_scheduler(
-    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, has_states: bool
+    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, decoder: Decoder
 ) -> Scheduler:
-    config = context.config
+    config = context.config.llm
     cache = CacheManager.of_size(
-        cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=has_states
+        cache_plan.num_blocks,
+        config.block_size,
+        cache_plan.num_slots,
+        has_states=bool(states_of(decoder.cache_spec())),
     )
+    if config.prefix_caching and not cache.has_prefixes:
+        logger.info(
+            "prefix caching is off: some layers of this model keep a state, and no states of prefixes are kept"
+        )
     return Scheduler(
         cache,
-        config.llm.max_num_batched_tokens,
+        config.max_num_batched_tokens,
         info.eos_token_ids,
-        has_prefix_cache=config.llm.prefix_caching,
+        has_prefix_cache=config.prefix_caching,
         runs_alone=context.quarantine.runs_alone,
-        drafter=make_drafter(config.llm),
+        drafter=make_drafter(config),
+        prefill_multiple=decoder.prefill_multiple,
     )
 
 
