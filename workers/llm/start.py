@@ -76,7 +76,7 @@ def make_scheduler(
     )
     if config.prefix_caching and not cache.has_prefixes:
         logger.info(
-            "prefix caching is off: some layers of this model keep a state, and no states of prefixes are kept"
+            "prefix caching is off: this model has layers with a state, and no states of prefixes are kept"
         )
     return Scheduler(
         cache,

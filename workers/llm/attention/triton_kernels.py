@@ -153,7 +153,8 @@ def prefill_kernel(
 def norm_rotate_and_write_kernel(
     qkv, bias, q_norm, k_norm, cos, sin, new_slots, cache, eps, qkv_stride, slot_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
-    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, TURNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Program (token): adds the bias, norms and rotates queries and keys.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from workers.llm.cache.spec import State
 from workers.nn.native import huge_pages
 
-
 ALIGNMENT = 64  # bytes: a vector of the widest instructions
 
 

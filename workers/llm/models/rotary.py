@@ -17,8 +17,9 @@ def mrope_constants(
     """The row of positions (time, height, width) that each frequency turns with, and the frequencies in
     float32. Both [rotary_dim / 2].
 
-    `rotary_dim`: the numbers of a head that are turned, from its first; None: all of them. A row's frequencies lie side by side; interleaved, the rows take turns. `mrope_section` says how many
-    frequencies each row has.
+    `rotary_dim`: the numbers of a head that are turned, from its first; None: all of them. A row's
+    frequencies lie side by side; interleaved, the rows take turns. `mrope_section` says how many frequencies
+    each row has.
     """
     section, dim = info.mrope_section, rotary_dim or info.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim

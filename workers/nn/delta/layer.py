@@ -1,0 +1,132 @@
+"""A layer of Gated DeltaNet between its projections: a short convolution over time, the delta rule, and a
+norm with a gate. Two states: the last inputs of the convolution, and the memory of each head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan
+from workers.nn.delta.rule import Chunks, Tokens, advance, compute_chunk, prepare_chunks, unit_heads
+
+
+class DeltaStates(NamedTuple):
+    """By slot."""
+
+    inputs: Tensor  # [num_slots, num_taps - 1, channels], in the model's type
+    memory: Tensor  # [num_slots, value_heads, key_dim, value_dim] float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedDeltaNet:
+    """Weights are in float32. Channels are those of all queries, then of all keys, then of all values."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: Tensor  # [num_taps, channels], the current token's last
+    decay: Tensor  # [value_heads]: how fast the memory fades
+    bias: Tensor  # [value_heads], of the fading
+    gain: Tensor  # [value_dim], of the norm
+    eps: float
+
+    def __call__(
+        self, x: Tensor, z: Tensor, b: Tensor, a: Tensor, states: DeltaStates, plan: DeltaPlan
+    ) -> Tensor:
+        """[num_tokens, value_heads · value_dim] in the type of x; updates the states of the step's sequences.
+
+        x: [num_tokens, channels], z: [num_tokens, value_heads · value_dim], gates of the output. b and a:
+        [num_tokens, value_heads], how far the memory is moved, and how far it fades.
+        """
+        share, fade = b.float().sigmoid(), F.softplus(a.float() + self.bias).mul_(-self.decay)
+        out = torch.empty_like(z)
+        if (count := plan.num_decodes) > 0:
+            found = self._decode(x[:count], fade[:count], share[:count], states, plan)
+            out[:count] = self._gated(found, z[:count])
+        if plan.chunks is not None:
+            rest = (part[count:] for part in (x, z, fade, share, out))
+            self._prefill(*rest, states, plan.chunks)
+        return out
+
+    def _decode(self, x: Tensor, fade: Tensor, share: Tensor, states: DeltaStates, plan: DeltaPlan) -> Tensor:
+        """[num_decodes, value_heads, value_dim]"""
+        slots = plan.decode_slots
+        seen = torch.cat((states.inputs[slots], x[:, None].to(states.inputs.dtype)), dim=1)
+        states.inputs[slots] = seen[:, 1:]
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), fade, share)
+        if plan.host_slots is None:
+            memory = states.memory[slots]
+            found = advance(memory, tokens)
+            states.memory[slots] = memory
+            return found
+        # One by one and in place: the memory of a sequence fits the processor's cache.
+        parts = [
+            advance(states.memory[slot : slot + 1], Tokens(*(part[row : row + 1] for part in tokens)))
+            for row, slot in enumerate(plan.host_slots)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _prefill(
+        self,
+        x: Tensor,
+        z: Tensor,
+        fade: Tensor,
+        share: Tensor,
+        out: Tensor,
+        states: DeltaStates,
+        layout: ChunkLayout,
+    ) -> None:
+        """Fills `out`."""
+        kept = states.inputs[layout.slots]
+        num_kept = kept.shape[1]
+        edges = layout.edges.pick(x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
+        tails = layout.tails.pick(x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
+        memory = states.memory[layout.slots]
+        for group in layout.groups:
+            tokens = self._chunk_tokens(x, fade, share, edges, group, layout.size)
+            chunks, parts, first = prepare_chunks(tokens, layout.size), [], 0
+            for count in group.rounds:
+                of_round = Chunks(*(part[first : first + count] for part in chunks))
+                parts.append(compute_chunk(memory[:count], of_round))
+                first += count
+            found = torch.cat(parts) if len(parts) > 1 else parts[0]  # [chunks, heads, size, value_dim]
+            found = found.transpose(1, 2).flatten(0, 1)[group.places]
+            out[group.tokens] = self._gated(found, z[group.tokens])
+        states.inputs[layout.slots] = tails.to(states.inputs.dtype)
+        states.memory[layout.slots] = memory
+
+    def _chunk_tokens(
+        self, x: Tensor, fade: Tensor, share: Tensor, edges: Tensor, group: ChunkGroup, size: int
+    ) -> Tokens:
+        """The tokens of a group of chunks, with padding."""
+        of_group = x[group.rows].unflatten(0, (-1, size))
+        seen = torch.cat(
+            (edges[group.chunks], of_group), dim=1
+        ).float()  # [chunks, num_kept + size, channels]
+        num_taps = len(self.taps)
+        convolved = seen[:, num_taps - 1 :] * self.taps[-1]
+        for tap in range(num_taps - 1):
+            convolved.addcmul_(seen[:, tap : tap + size], self.taps[tap])
+        gates = fade.new_zeros(2, len(group.rows), fade.shape[1])
+        gates[0, group.places] = fade[group.tokens]
+        gates[1, group.places] = share[group.tokens]
+        return self._tokens(convolved.flatten(0, 1), *gates)
+
+    def _tokens(self, convolved: Tensor, fade: Tensor, share: Tensor) -> Tokens:
+        """convolved: [n, channels] float32, which is overwritten."""
+        size = self.num_key_heads * self.key_dim
+        q, k, v = F.silu(convolved, inplace=True).split((size, size, convolved.shape[1] - 2 * size), dim=1)
+        q, k = (part.unflatten(1, (self.num_key_heads, self.key_dim)) for part in (q, k))
+        v = v.unflatten(1, (self.num_value_heads, self.value_dim))
+        return Tokens(unit_heads(q, self.key_dim**-0.5), unit_heads(k), v, fade, share)
+
+    def _gated(self, found: Tensor, z: Tensor) -> Tensor:
+        """[n, value_heads · value_dim] of found [n, value_heads, value_dim]."""
+        normed = F.rms_norm(found, self.gain.shape, self.gain, self.eps).flatten(1)
+        return normed.mul_(F.silu(z.float())).to(z.dtype)

@@ -1,0 +1,122 @@
+"""The gated delta rule (Yang et al. 2024, "Gated Delta Networks"), in float32. The state S [key_dim,
+value_dim] of a head is a memory that answers a key k with kᵀS. A token lets it fade by e^g, and moves what it
+answers to the token's key towards the token's value by a share β:
+
+    S ← e^g S;  S ← S + k ⊗ β (v − kᵀS);  output qᵀS
+
+`advance` does this for one token. `compute_chunk` does it for a chunk of tokens at once. Its products between
+tokens need no state, so `prepare_chunks` makes them for many chunks together: what the tokens of a chunk
+write into the state solves a triangular system, since each of them sees what those before it have written.
+
+Consecutive value heads share a key head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """Of some tokens, all float32. Keys have length 1, queries that of the attention's scale."""
+
+    q: Tensor  # [n, key_heads, key_dim]
+    k: Tensor  # [n, key_heads, key_dim]
+    v: Tensor  # [n, value_heads, value_dim]
+    fade: Tensor  # [n, value_heads]: g, at most 0
+    share: Tensor  # [n, value_heads]: β
+
+
+class Chunks(NamedTuple):
+    """Of chunks of `size` tokens, by value head."""
+
+    reads: Tensor  # [chunks, heads, 2 · size, key_dim]: what the state is asked for, by writes and by queries
+    writes: Tensor  # [chunks, heads, size, value_dim]: what is written into an empty state
+    scores: Tensor  # [chunks, heads, size, size]: how far each token's output takes each token's write
+    keys: Tensor  # [chunks, heads, key_dim, size]: faded up to the end of the chunk
+    fades: Tensor  # [chunks, heads, 1, 1]: of the state, from the start of the chunk to its end
+
+
+def unit_heads(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Each head [..., dim] divided by its length, times `scale`."""
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6).mul_(scale)
+
+
+def advance(state: Tensor, one: Tokens) -> Tensor:
+    """One token each of n sequences; updates their states [n, value_heads, key_dim, value_dim] in place.
+
+    Returns their outputs [n, value_heads, value_dim].
+    """
+    num_heads = one.v.shape[1]
+    asked = torch.stack((_for_values(one.k, num_heads), _for_values(one.q, num_heads)), dim=2)
+    fade = one.fade.exp()[..., None]
+    answers = asked.flatten(0, 1).bmm(state.flatten(0, 1)).view(*asked.shape[:3], -1).mul_(fade[..., None])
+    write = (one.v - answers[:, :, 0]).mul_(one.share[..., None])
+    state.mul_(fade[..., None])
+    state.flatten(0, 1).baddbmm_(asked.flatten(0, 1)[:, :1].mT, write.flatten(0, 1)[:, None])
+    overlap = (one.q * one.k).sum(dim=-1)  # a token's output takes its own write, too
+    return answers[:, :, 1].addcmul_(write, _for_values(overlap[..., None], num_heads))
+
+
+def prepare_chunks(tokens: Tokens, size: int) -> Chunks:
+    """Of n = chunks · size tokens. Padding has share 0 and fade 0: it writes nothing and changes nothing."""
+    num_heads, dim = tokens.v.shape[1], tokens.k.shape[2]
+    q, k, v = (_by_head(part, size) for part in tokens[:3])  # [chunks, heads, size, dim]
+    fade, share = (part.view(-1, size, num_heads).mT for part in tokens[3:])  # [chunks, heads, size]
+    faded = fade.cumsum(dim=-1)
+    between = (faded[..., :, None] - faded[..., None, :]).masked_fill_(_later(size, v.device), -torch.inf)
+    between.exp_()  # how far the writes of each token have faded for each token
+    group = num_heads // k.shape[1]
+    products = torch.cat((k, q), dim=2) @ k.mT  # [chunks, key_heads, 2 · size, size]
+    of_keys, of_queries = _repeat(products, group).split(size, dim=2)
+    system = of_keys * between * share[..., None]
+    since = faded.exp()[..., None]
+    k, q = _repeat(k, group), _repeat(q, group)
+    wanted = torch.cat((v, k * since), dim=-1).mul_(share[..., None])
+    solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    writes, reads = solved.split((solved.shape[-1] - dim, dim), dim=-1)
+    to_end = (faded[..., -1:] - faded).exp_()[..., None]
+    return Chunks(
+        torch.cat((reads, q * since), dim=2),
+        writes,
+        of_queries * between,
+        (k * to_end).mT,
+        since[:, :, -1:],
+    )
+
+
+def compute_chunk(state: Tensor, chunk: Chunks) -> Tensor:
+    """One chunk each of n sequences; updates their states [n, value_heads, key_dim, value_dim] in place.
+
+    Returns their outputs [n, value_heads, size, value_dim].
+    """
+    size = chunk.writes.shape[2]
+    answers = (chunk.reads @ state).flatten(0, 1)
+    writes = (chunk.writes.flatten(0, 1) - answers[:, :size]).contiguous()
+    state.mul_(chunk.fades)
+    state.flatten(0, 1).baddbmm_(chunk.keys.flatten(0, 1), writes)
+    return answers[:, size:].baddbmm(chunk.scores.flatten(0, 1), writes).view_as(chunk.writes)
+
+
+def _by_head(x: Tensor, size: int) -> Tensor:
+    """[chunks, heads, size, dim], contiguous, of [chunks · size, heads, dim]."""
+    return x.unflatten(0, (-1, size)).transpose(1, 2).contiguous()
+
+
+def _for_values(x: Tensor, num_heads: int) -> Tensor:
+    """Of each value head's key head, for x [n, key_heads, …]."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def _repeat(x: Tensor, group: int) -> Tensor:
+    """[chunks, value_heads, …] of [chunks, key_heads, …]"""
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+@functools.lru_cache(64)
+def _later(size: int, device: torch.device) -> Tensor:
+    """[size, size] bool: whether the token of the column is behind the token of the row."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu_(1)
