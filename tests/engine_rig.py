@@ -29,6 +29,7 @@ from tests.chats import ChatTurns, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import seen_size
 from workers.llm.cache.manager import CacheManager
+from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
@@ -101,8 +102,13 @@ class Rig:
         )
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000)
+        decoder = runner.decoder
         self.scheduler = Scheduler(
-            CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids, drafter=drafter
+            CacheManager.of_size(num_blocks, block_size, 8, bool(states_of(decoder.cache_spec()))),
+            budget,
+            self.info.eos_token_ids,
+            drafter=drafter,
+            prefill_multiple=decoder.prefill_multiple,
         )
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         self.ranks_keep_up = True

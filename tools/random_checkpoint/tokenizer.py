@@ -34,6 +34,8 @@ TEMPLATES = {
     "qwen2_5_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5",
 }
 
 

@@ -22,6 +22,19 @@ class DeltaStates(NamedTuple):
     memory: Tensor  # [num_slots, value_heads, key_dim, value_dim] float32
 
 
+class _Rows(NamedTuple):
+    """Of some of the step's tokens."""
+
+    x: Tensor  # [n, channels]
+    z: Tensor  # [n, value_heads · value_dim]
+    fade: Tensor  # [n, value_heads] float32
+    share: Tensor  # [n, value_heads] float32
+    out: Tensor  # [n, value_heads · value_dim], to be filled
+
+    def part(self, part: slice) -> _Rows:
+        return _Rows(*(tensor[part] for tensor in self))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedDeltaNet:
     """Weights are in float32. Channels are those of all queries, then of all keys, then of all values."""
@@ -45,51 +58,39 @@ class GatedDeltaNet:
         [num_tokens, value_heads], how far the memory is moved, and how far it fades.
         """
         share, fade = b.float().sigmoid(), F.softplus(a.float() + self.bias).mul_(-self.decay)
-        out = torch.empty_like(z)
-        if (count := plan.num_decodes) > 0:
-            found = self._decode(x[:count], fade[:count], share[:count], states, plan)
-            out[:count] = self._gated(found, z[:count])
+        rows = _Rows(x, z, fade, share, torch.empty_like(z))
+        if plan.num_decodes:
+            self._decode(rows.part(slice(plan.num_decodes)), states, plan)
         if plan.chunks is not None:
-            rest = (part[count:] for part in (x, z, fade, share, out))
-            self._prefill(*rest, states, plan.chunks)
-        return out
+            self._prefill(rows.part(slice(plan.num_decodes, None)), states, plan.chunks)
+        return rows.out
 
-    def _decode(self, x: Tensor, fade: Tensor, share: Tensor, states: DeltaStates, plan: DeltaPlan) -> Tensor:
-        """[num_decodes, value_heads, value_dim]"""
+    def _decode(self, rows: _Rows, states: DeltaStates, plan: DeltaPlan) -> None:
         slots = plan.decode_slots
-        seen = torch.cat((states.inputs[slots], x[:, None].to(states.inputs.dtype)), dim=1)
+        seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
-        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), fade, share)
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
         if plan.host_slots is None:
             memory = states.memory[slots]
             found = advance(memory, tokens)
             states.memory[slots] = memory
-            return found
-        # One by one and in place: the memory of a sequence fits the processor's cache.
-        parts = [
-            advance(states.memory[slot : slot + 1], Tokens(*(part[row : row + 1] for part in tokens)))
-            for row, slot in enumerate(plan.host_slots)
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        else:
+            # One by one and in place: the memory of a sequence fits the processor's cache.
+            parts = [
+                advance(states.memory[slot : slot + 1], Tokens(*(part[row : row + 1] for part in tokens)))
+                for row, slot in enumerate(plan.host_slots)
+            ]
+            found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        rows.out.copy_(self._gated(found, rows.z))
 
-    def _prefill(
-        self,
-        x: Tensor,
-        z: Tensor,
-        fade: Tensor,
-        share: Tensor,
-        out: Tensor,
-        states: DeltaStates,
-        layout: ChunkLayout,
-    ) -> None:
-        """Fills `out`."""
+    def _prefill(self, rows: _Rows, states: DeltaStates, layout: ChunkLayout) -> None:
         kept = states.inputs[layout.slots]
         num_kept = kept.shape[1]
-        edges = layout.edges.pick(x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
-        tails = layout.tails.pick(x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
+        edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
+        tails = layout.tails.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
         memory = states.memory[layout.slots]
         for group in layout.groups:
-            tokens = self._chunk_tokens(x, fade, share, edges, group, layout.size)
+            tokens = self._chunk_tokens(rows, edges[group.chunks], group, layout.size)
             chunks, parts, first = prepare_chunks(tokens, layout.size), [], 0
             for count in group.rounds:
                 of_round = Chunks(*(part[first : first + count] for part in chunks))
@@ -97,25 +98,21 @@ class GatedDeltaNet:
                 first += count
             found = torch.cat(parts) if len(parts) > 1 else parts[0]  # [chunks, heads, size, value_dim]
             found = found.transpose(1, 2).flatten(0, 1)[group.places]
-            out[group.tokens] = self._gated(found, z[group.tokens])
+            rows.out[group.tokens] = self._gated(found, rows.z[group.tokens])
         states.inputs[layout.slots] = tails.to(states.inputs.dtype)
         states.memory[layout.slots] = memory
 
-    def _chunk_tokens(
-        self, x: Tensor, fade: Tensor, share: Tensor, edges: Tensor, group: ChunkGroup, size: int
-    ) -> Tokens:
-        """The tokens of a group of chunks, with padding."""
-        of_group = x[group.rows].unflatten(0, (-1, size))
-        seen = torch.cat(
-            (edges[group.chunks], of_group), dim=1
-        ).float()  # [chunks, num_kept + size, channels]
+    def _chunk_tokens(self, rows: _Rows, edges: Tensor, group: ChunkGroup, size: int) -> Tokens:
+        """The tokens of a group of chunks, with padding. edges: the inputs before each chunk."""
+        of_group = rows.x[group.rows].unflatten(0, (-1, size))
+        seen = torch.cat((edges, of_group), dim=1).float()  # [chunks, num_kept + size, channels]
         num_taps = len(self.taps)
         convolved = seen[:, num_taps - 1 :] * self.taps[-1]
         for tap in range(num_taps - 1):
             convolved.addcmul_(seen[:, tap : tap + size], self.taps[tap])
-        gates = fade.new_zeros(2, len(group.rows), fade.shape[1])
-        gates[0, group.places] = fade[group.tokens]
-        gates[1, group.places] = share[group.tokens]
+        gates = rows.fade.new_zeros(2, len(group.rows), self.num_value_heads)
+        gates[0, group.places] = rows.fade[group.tokens]
+        gates[1, group.places] = rows.share[group.tokens]
         return self._tokens(convolved.flatten(0, 1), *gates)
 
     def _tokens(self, convolved: Tensor, fade: Tensor, share: Tensor) -> Tokens:

@@ -98,7 +98,8 @@ def compute_chunk(state: Tensor, chunk: Chunks) -> Tensor:
     writes = (chunk.writes.flatten(0, 1) - answers[:, :size]).contiguous()
     state.mul_(chunk.fades)
     state.flatten(0, 1).baddbmm_(chunk.keys.flatten(0, 1), writes)
-    return answers[:, size:].baddbmm(chunk.scores.flatten(0, 1), writes).view_as(chunk.writes)
+    found = torch.baddbmm(answers[:, size:], chunk.scores.flatten(0, 1), writes)
+    return found.view(chunk.writes.shape)
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:
