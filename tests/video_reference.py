@@ -30,11 +30,6 @@ MODULES = {  # of families that have another one's
     "qwen3_5": "qwen3_vl",
     "qwen3_5_moe": "qwen3_vl",
 }
-    "qwen2_5_vl": "qwen2_vl",
-    "qwen3_vl_moe": "qwen3_vl",
-    "qwen3_5": "qwen3_vl",
-    "qwen3_5_moe": "qwen3_vl",
-}  # of families that have another one's
 
 
 class SeenVideo(NamedTuple):
