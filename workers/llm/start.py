@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,7 @@ from workers.llm.speculation.ngram import NgramProposer
 from workers.llm.speculation.proposer import Proposer
 from workers.llm.step_times import StepTimes
 
+TURN_START = "<|im_start|>"
 logger = logging.getLogger(__name__)
 # By the option `--speculative`.
 PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer}
@@ -73,11 +76,10 @@ def make_scheduler(
         config.block_size,
         cache_plan.num_slots,
         has_states=bool(states_of(decoder.cache_spec())),
+        num_snapshots=cache_plan.num_snapshots,
     )
     if config.prefix_caching and not cache.has_prefixes:
-        logger.info(
-            "prefix caching is off: this model has layers with a state, and no states of prefixes are kept"
-        )
+        logger.warning("prefix caching is off: the memory holds no states of prefixes: raise kv_cache_gib")
     return Scheduler(
         cache,
         config.max_num_batched_tokens,
@@ -86,7 +88,14 @@ def make_scheduler(
         runs_alone=context.quarantine.runs_alone,
         drafter=make_drafter(config),
         prefill_multiple=decoder.prefill_multiple,
+        turn_start_id=turn_start_id(context.model_folder) if cache.snapshots is not None else None,
     )
+
+
+def turn_start_id(folder: Path) -> int | None:
+    """The token that begins a turn in the chat templates of all Qwen models; None: the tokenizer has none."""
+    added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", ())
+    return next((entry["id"] for entry in added if entry["content"] == TURN_START), None)
 
 
 def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:

@@ -11,6 +11,7 @@ from workers.llm.cache.spec import CacheSpec, paged_of, state_bytes
 
 GIB = 1 << 30
 CPU_CACHE_GIB = 1.0
+MAX_SNAPSHOTS_A_SLOT = 16  # of a chat of several turns with pictures
 ACTIVATIONS_GIB = 1.5  # of the largest step, the graphs, and what the libraries take
 
 
@@ -18,6 +19,7 @@ class CachePlan(NamedTuple):
     num_blocks: int
     max_model_len: int
     num_slots: int  # sequences at once
+    num_snapshots: int = 0  # states of prefixes that are kept
 
 
 def available_gib(config: Config, device: torch.device) -> float:
@@ -61,9 +63,12 @@ def plan_cache(
     block_bytes = block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
     context_bytes = -(-(asked or max_position_embeddings) // block_size) * block_bytes
     slot_bytes, total = state_bytes(spec, dtype), int(gib * GIB)
-    num_slots = _num_slots(slot_bytes, context_bytes, num_seqs, total, is_asked=asked is not None)
+    num_slots, num_snapshots = num_seqs, 0
+    if slot_bytes:
+        num_states = _num_states(slot_bytes, context_bytes, num_seqs, total, is_asked=asked is not None)
+        num_slots, num_snapshots = _divide(num_states, num_seqs, config.llm.prefix_caching)
     # One more than sequences: the padding rows of a batch have a slot, too.
-    left = total - (num_slots + 1) * slot_bytes if slot_bytes else total
+    left = total - (num_slots + 1 + num_snapshots) * slot_bytes if slot_bytes else total
     max_blocks = -(-max_position_embeddings // block_size) * num_slots
     fitting = left // block_bytes if block_bytes else max_blocks
     length = min(max_position_embeddings, fitting * block_size) if asked is None else asked
@@ -74,16 +79,23 @@ def plan_cache(
         needed = f"a context of {longest} tokens takes {needed_gib:.3f} GiB of KV cache"
         remedy = "raise kv_cache_gib or lower max_model_len"
         raise ValueError(f"{needed}, but there is room for {left / GIB:.3f}: {remedy}")
-    return CachePlan(min(fitting, context * num_slots), length, num_slots)
+    return CachePlan(min(fitting, context * num_slots), length, num_slots, num_snapshots)
 
 
-def _num_slots(slot_bytes: int, context_bytes: int, num_seqs: int, total: int, is_asked: bool) -> int:
-    """At most `num_seqs`. `context_bytes`: of the KV cache of the longest context.
+def _divide(num_states: int, num_seqs: int, has_prefix_cache: bool) -> tuple[int, int]:
+    """Slots and snapshots among so many states. Slots have half of them."""
+    if not has_prefix_cache:
+        return min(num_seqs, num_states), 0
+    num_slots = min(num_seqs, -(-num_states // 2))
+    return num_slots, min(num_states - num_slots, MAX_SNAPSHOTS_A_SLOT * num_slots)
+
+
+def _num_states(slot_bytes: int, context_bytes: int, num_seqs: int, total: int, is_asked: bool) -> int:
+    """States for which there is room, without the spare slot. `context_bytes`: of the KV cache of the longest
+    context.
 
     Raises ValueError, with the numbers, where there is no room for the states of one sequence.
     """
-    if not slot_bytes:
-        return num_seqs
     share = max(total // 2, total - num_seqs * context_bytes)
     if is_asked:  # one such context has to fit
         share = min(share, total - context_bytes)
@@ -91,7 +103,7 @@ def _num_slots(slot_bytes: int, context_bytes: int, num_seqs: int, total: int, i
     if fitting < 1:
         needed = f"the states of one sequence, and of the padding of a batch, take {2 * slot_bytes / GIB:.3f}"
         raise ValueError(f"{needed} GiB, but there is room for {max(0, share) / GIB:.3f}: raise kv_cache_gib")
-    return min(num_seqs, fitting)
+    return fitting
 
 
 def describe(plan: CachePlan, spec: CacheSpec, block_size: int, dtype: torch.dtype) -> str:
@@ -100,5 +112,6 @@ def describe(plan: CachePlan, spec: CacheSpec, block_size: int, dtype: torch.dty
     said = f"the KV cache has {kv_bytes / GIB:.2f} GiB for {plan.num_blocks * block_size} tokens"
     if (slot_bytes := state_bytes(spec, dtype)) == 0:
         return said
-    states = f"{(plan.num_slots + 1) * slot_bytes / GIB:.2f} GiB for {plan.num_slots} sequences at once"
-    return f"{said}; layers with a state have {states}, {slot_bytes / (1 << 20):.1f} MiB each"
+    states_gib = (plan.num_slots + 1 + plan.num_snapshots) * slot_bytes / GIB
+    kept = f"{plan.num_slots} sequences at once and {plan.num_snapshots} prefixes"
+    return f"{said}; states have {states_gib:.2f} GiB for {kept}, {slot_bytes / (1 << 20):.1f} MiB each"

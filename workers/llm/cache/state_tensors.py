@@ -30,11 +30,18 @@ class StateTensors:
     """
 
     def __init__(
-        self, states: Sequence[State], num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        states: Sequence[State],
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_snapshots: int = 0,
     ) -> None:
         """`dtype`: the model's."""
         sizes = [-(-state.nbytes(dtype) // ALIGNMENT) * ALIGNMENT for state in states]
         self._slots = torch.zeros(num_slots + 1, sum(sizes), dtype=torch.uint8, device=device)
+        # Not zeroed: a place is written before it is read.
+        self._snapshots = torch.empty(num_snapshots, sum(sizes), dtype=torch.uint8, device=device)
         if sizes and device.type == "cpu":
             huge_pages.advise(self._slots.data_ptr(), self._slots.nbytes)
         self.tensors: list[Tensor] = []
@@ -45,6 +52,14 @@ class StateTensors:
     def start(self, slot: int) -> None:
         """Zeroes the slot for a new sequence."""
         self._slots[slot].zero_()
+
+    def save(self, slot: int, place: int) -> None:
+        """Copies the slot to a place of the snapshots."""
+        self._snapshots[place].copy_(self._slots[slot])
+
+    def restore(self, slot: int, place: int) -> None:
+        """Copies a snapshot to the slot, for a new sequence."""
+        self._slots[slot].copy_(self._snapshots[place])
 
     def of_step(
         self, slots: Tensor, counts: Sequence[int] | None, starts: Sequence[int] | None
