@@ -58,9 +58,7 @@ def test_a_context_that_is_asked_for_comes_before_further_sequences() -> None:
     plan = plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, gib)
     assert plan == (6 * SLOT // BLOCK, long, 1)
     less = gib - SLOT / GIB
-    with pytest.raises(
-        ValueError, match=r"states of one sequence, .* take 0\.006 GiB, but there is room"
-    ):
+    with pytest.raises(ValueError, match=r"states of one sequence, .* take 0\.006 GiB, but there is room"):
         plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, less)
 
 
