@@ -21,7 +21,7 @@ from pipeline.wire.control import ControlMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
-from workers.llm.cache.plan import CachePlan
+from workers.llm.cache.plan import CachePlan, describe
 from workers.llm.cache.spec import CacheSpec, states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
@@ -70,14 +70,13 @@ def wait_for_ranks(
 def make_scheduler(
     context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, decoder: Decoder
 ) -> Scheduler:
-    config = context.config.llm
+    """Tells in the log how the memory of the cache is divided."""
+    config, spec = context.config.llm, decoder.cache_spec()
+    logger.info("%s", describe(cache_plan, spec, config.block_size, decoder.dtype))
     cache = CacheManager.of_size(
-        cache_plan.num_blocks,
-        config.block_size,
-        cache_plan.num_slots,
-        has_states=bool(states_of(decoder.cache_spec())),
+        cache_plan.num_blocks, config.block_size, cache_plan.num_slots, has_states=bool(states_of(spec)),
         num_snapshots=cache_plan.num_snapshots,
-    )
+    )  # fmt: skip
     if config.prefix_caching and not cache.has_prefixes:
         logger.warning("prefix caching is off: the memory holds no states of prefixes: raise kv_cache_gib")
     return Scheduler(

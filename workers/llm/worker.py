@@ -30,7 +30,7 @@ from pipeline.wire.generation import LlmMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
-from workers.llm.cache.plan import GIB, available_gib, describe, plan_cache
+from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.matcher_starts import MatcherStarts
@@ -117,7 +117,6 @@ def main(context: WorkerContext) -> None:
         if rank == 0:
             kind, attention = str(dtype).removeprefix("torch."), type(runner.attention).__name__
             logger.info("the LLM computes in %s on %s, attention by %s", kind, device, attention)
-            logger.info("%s", describe(cache_plan, spec, config.llm.block_size, dtype))
         if matchers is not None:
             scheduler = make_scheduler(context, info, cache_plan, runner.decoder)
             _lead(context, control, scheduler, runner, matchers, cache_plan.max_model_len, sharing)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan
-from workers.nn.delta.rule import Chunks, Tokens, advance, compute_chunk, prepare_chunks, unit_heads
+from workers.nn.delta.rule import Chunks, DeltaTokens, advance, compute_chunk, prepare_chunks, unit_heads
 
 
 class DeltaStates(NamedTuple):
@@ -77,7 +77,9 @@ class GatedDeltaNet:
         else:
             # One by one and in place: the memory of a sequence fits the processor's cache.
             parts = [
-                advance(states.memory[slot : slot + 1], Tokens(*(part[row : row + 1] for part in tokens)))
+                advance(
+                    states.memory[slot : slot + 1], DeltaTokens(*(part[row : row + 1] for part in tokens))
+                )
                 for row, slot in enumerate(plan.host_slots)
             ]
             found = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -102,7 +104,7 @@ class GatedDeltaNet:
         states.inputs[layout.slots] = tails.to(states.inputs.dtype)
         states.memory[layout.slots] = memory
 
-    def _chunk_tokens(self, rows: _Rows, edges: Tensor, group: ChunkGroup, size: int) -> Tokens:
+    def _chunk_tokens(self, rows: _Rows, edges: Tensor, group: ChunkGroup, size: int) -> DeltaTokens:
         """The tokens of a group of chunks, with padding. edges: the inputs before each chunk."""
         of_group = rows.x[group.rows].unflatten(0, (-1, size))
         seen = torch.cat((edges, of_group), dim=1).float()  # [chunks, num_kept + size, channels]
@@ -115,13 +117,13 @@ class GatedDeltaNet:
         gates[1, group.places] = rows.share[group.tokens]
         return self._tokens(convolved.flatten(0, 1), *gates)
 
-    def _tokens(self, convolved: Tensor, fade: Tensor, share: Tensor) -> Tokens:
+    def _tokens(self, convolved: Tensor, fade: Tensor, share: Tensor) -> DeltaTokens:
         """convolved: [n, channels] float32, which is overwritten."""
         size = self.num_key_heads * self.key_dim
         q, k, v = F.silu(convolved, inplace=True).split((size, size, convolved.shape[1] - 2 * size), dim=1)
         q, k = (part.unflatten(1, (self.num_key_heads, self.key_dim)) for part in (q, k))
         v = v.unflatten(1, (self.num_value_heads, self.value_dim))
-        return Tokens(unit_heads(q, self.key_dim**-0.5), unit_heads(k), v, fade, share)
+        return DeltaTokens(unit_heads(q, self.key_dim**-0.5), unit_heads(k), v, fade, share)
 
     def _gated(self, found: Tensor, z: Tensor) -> Tensor:
         """[n, value_heads · value_dim] of found [n, value_heads, value_dim]."""

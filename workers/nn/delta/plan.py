@@ -24,7 +24,7 @@ CHUNK = 64
 MAX_GROUP = 4
 
 
-class Inputs(NamedTuple):
+class InputSources(NamedTuple):
     """Rows that come from the step's tokens or, before a sequence's first token of the step, from what is
     kept of the tokens before it. All int64."""
 
@@ -56,12 +56,12 @@ class ChunkLayout(NamedTuple):
     size: int  # tokens of a padded chunk
     slots: Tensor  # [num_sequences] int64, in the order of a round
     groups: Sequence[ChunkGroup]
-    edges: Inputs  # the inputs before each chunk [num_chunks · num_kept]
-    tails: Inputs  # the last inputs of each sequence [num_sequences · num_kept]
+    edges: InputSources  # the inputs before each chunk [num_chunks · num_kept]
+    tails: InputSources  # the last inputs of each sequence [num_sequences · num_kept]
 
 
 class DeltaPlan(NamedTuple):
-    """Tokens of decodes come first, then those in chunks."""
+    """DeltaTokens of decodes come first, then those in chunks."""
 
     num_decodes: int
     decode_slots: Tensor  # [num_decodes] int64
@@ -152,7 +152,7 @@ def _inputs_before(
     ranks: dict[int, int],
     num_kept: int,
     device: torch.device,
-) -> Inputs:
+) -> InputSources:
     """The `num_kept` inputs before each position (sequence, token of this step)."""
     found: tuple[list[int], ...] = ([], [], [], [])
     for number, (sequence, position) in enumerate(positions):
@@ -164,4 +164,4 @@ def _inputs_before(
             else:
                 found[2].append(place)
                 found[3].append(ranks[sequence] * num_kept + num_kept + token)
-    return Inputs(*(to_device(np.array(part, dtype=np.int64), device) for part in found))
+    return InputSources(*(to_device(np.array(part, dtype=np.int64), device) for part in found))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 
-class Tokens(NamedTuple):
+class DeltaTokens(NamedTuple):
     """Of some tokens, all float32. Keys have length 1, queries that of the attention's scale."""
 
     q: Tensor  # [n, key_heads, key_dim]
@@ -45,7 +45,7 @@ def unit_heads(x: Tensor, scale: float = 1.0) -> Tensor:
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6).mul_(scale)
 
 
-def advance(state: Tensor, one: Tokens) -> Tensor:
+def advance(state: Tensor, one: DeltaTokens) -> Tensor:
     """One token each of n sequences; updates their states [n, value_heads, key_dim, value_dim] in place.
 
     Returns their outputs [n, value_heads, value_dim].
@@ -61,7 +61,7 @@ def advance(state: Tensor, one: Tokens) -> Tensor:
     return answers[:, :, 1].addcmul_(write, _for_values(overlap[..., None], num_heads))
 
 
-def prepare_chunks(tokens: Tokens, size: int) -> Chunks:
+def prepare_chunks(tokens: DeltaTokens, size: int) -> Chunks:
     """Of n = chunks · size tokens. Padding has share 0 and fade 0: it writes nothing and changes nothing."""
     num_heads, dim = tokens.v.shape[1], tokens.k.shape[2]
     q, k, v = (_by_head(part, size) for part in tokens[:3])  # [chunks, heads, size, dim]
@@ -98,8 +98,8 @@ def compute_chunk(state: Tensor, chunk: Chunks) -> Tensor:
     writes = (chunk.writes.flatten(0, 1) - answers[:, :size]).contiguous()
     state.mul_(chunk.fades)
     state.flatten(0, 1).baddbmm_(chunk.keys.flatten(0, 1), writes)
-    found = torch.baddbmm(answers[:, size:], chunk.scores.flatten(0, 1), writes)
-    return found.view(chunk.writes.shape)
+    out: Tensor = torch.baddbmm(answers[:, size:], chunk.scores.flatten(0, 1), writes)
+    return out.view_as(chunk.writes)
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:

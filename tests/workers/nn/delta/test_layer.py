@@ -16,7 +16,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 
 from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
 from workers.nn.delta.plan import CHUNK, DeltaPlan, plan_step
-from workers.nn.delta.rule import Tokens, advance, compute_chunk, prepare_chunks, unit_heads
+from workers.nn.delta.rule import DeltaTokens, advance, compute_chunk, prepare_chunks, unit_heads
 
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, TAPS = 2, 4, 16, 24, 4
 CHANNELS = 2 * KEY_HEADS * KEY_DIM + VALUE_HEADS * VALUE_DIM
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Tokens [start, stop) of the sequence, in a slot."""
+    """DeltaTokens [start, stop) of the sequence, in a slot."""
 
     slot: int
     start: int
@@ -158,7 +158,7 @@ def test_cuts_are_at_multiples_of_the_whole_sequence(net: GatedDeltaNet) -> None
     assert [group.rounds for group in chunks.groups] == [[1, 1, 1]], "14, 64 and 22 tokens"
 
 
-def random_tokens(length: int) -> Tokens:
+def random_tokens(length: int) -> DeltaTokens:
     generator = torch.Generator().manual_seed(3)
 
     def randn(*shape: int) -> Tensor:
@@ -166,7 +166,7 @@ def random_tokens(length: int) -> Tokens:
 
     q, k = (unit_heads(randn(KEY_HEADS, 32)) for _ in range(2))
     fade = -F.softplus(randn(VALUE_HEADS)) * 0.2
-    return Tokens(q * 32**-0.5, k, randn(VALUE_HEADS, 32), fade, randn(VALUE_HEADS).sigmoid())
+    return DeltaTokens(q * 32**-0.5, k, randn(VALUE_HEADS, 32), fade, randn(VALUE_HEADS).sigmoid())
 
 
 def test_both_forms_agree_over_4000_tokens() -> None:
@@ -179,7 +179,7 @@ def test_both_forms_agree_over_4000_tokens() -> None:
         for number in range(length // CHUNK)
     ]
     one_by_one = [
-        advance(states[1], Tokens(*(part[number : number + 1] for part in tokens)))
+        advance(states[1], DeltaTokens(*(part[number : number + 1] for part in tokens)))
         for number in range(length)
     ]
     found = torch.cat([part.permute(2, 0, 1) for part in in_chunks])
@@ -195,7 +195,7 @@ def test_equal_keys_do_no_harm() -> None:
     states = torch.zeros(2, 1, VALUE_HEADS, 32, 32)
     found = compute_chunk(states[0], prepare_chunks(tokens, CHUNK))[0].transpose(0, 1)
     one_by_one = [
-        advance(states[1], Tokens(*(part[row : row + 1] for part in tokens))) for row in range(CHUNK)
+        advance(states[1], DeltaTokens(*(part[row : row + 1] for part in tokens))) for row in range(CHUNK)
     ]
     torch.testing.assert_close(found, torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
 
