@@ -112,15 +112,22 @@ class Scheduler:
             preempted = self._share_out()
             admitted = self._admit(preempted)
         ready: list[Part] = []
+        short: list[Part] = []  # computed beside others only
         for request in self.running:
-            num_ready = request.num_ready_tokens() - request.num_computed_tokens
+            stop = request.num_ready_tokens()
+            num_ready = stop - request.num_computed_tokens
             if num_ready <= 0 or request.is_last_token_pending:
                 continue
-            if not request.has_progress and self._runs_alone(request.request_id):
+            is_alone = not request.has_progress and self._runs_alone(request.request_id)
+            if request.is_short_text(stop):
+                if not is_alone:
+                    short.append((request, num_ready))
+            elif is_alone:
                 alone = self._take(request, min(self.budget.max_num_batched_tokens, num_ready))
                 return Schedule([alone], admitted, preempted, 0, is_alone=True)
-            ready.append((request, num_ready))
-        parts, num_decodes = self.budget.divide(ready)
+            else:
+                ready.append((request, num_ready))
+        parts, num_decodes = self.budget.divide([*ready, *short] if ready else ())
         drafts = self._draft(parts, num_decodes)
         scheduled = [self._take(*part, drafts.get(part[0].key, ())) for part in parts]
         if drafts:  # decodes without drafts stay the first
