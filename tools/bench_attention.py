@@ -25,7 +25,7 @@ from workers.nn.native import operators, row_attention
 BLOCK = 16  # tokens
 
 
-class Shape(NamedTuple):
+class RowShape(NamedTuple):
     segments: int
     rows: int
     heads: int
@@ -45,23 +45,23 @@ class Shape(NamedTuple):
 
 
 PROMPTS = [
-    Shape(1, rows, *heads, True)
+    RowShape(1, rows, *heads, True)
     for heads in ((14, 2, 64), (12, 2, 128), (16, 8, 128))
     for rows in (64, 512, 2048, 8192)
 ]
-TOWERS = [Shape(1, rows, 16, 16, dim, False) for rows in (1024, 4096) for dim in (64, 72, 80)]
-WINDOWS = [Shape(segments, 64, 16, 16, 80, False) for segments in (1, 16, 64)]
+TOWERS = [RowShape(1, rows, 16, 16, dim, False) for rows in (1024, 4096) for dim in (64, 72, 80)]
+WINDOWS = [RowShape(segments, 64, 16, 16, 80, False) for segments in (1, 16, 64)]
 
 
-def works(shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
+def works(shape: RowShape) -> tuple[Callable[[], object], Callable[[], object]]:
     """torch's attention and the kernel's, as a worker calls them."""
     num_rows, dim = shape.segments * shape.rows, shape.head_dim
     q = torch.randn(num_rows, shape.heads, dim).bfloat16()
     if shape.is_causal:
         cache = torch.randn(num_rows, 2 * shape.kv_heads, dim).bfloat16()
         keys, values = cache.split(shape.kv_heads, dim=1)
-        blocks = row_attention.Blocks(torch.arange(-(-num_rows // BLOCK), dtype=torch.int32), BLOCK)
-        segments = row_attention.Segments.of([row_attention.Segment(0, 0, num_rows, num_rows)])
+        blocks = row_attention.KeyBlocks(torch.arange(-(-num_rows // BLOCK), dtype=torch.int32), BLOCK)
+        segments = row_attention.RowSegments.of([row_attention.RowSegment(0, 0, num_rows, num_rows)])
 
         def ours() -> None:
             out = torch.empty_like(q)
@@ -80,7 +80,7 @@ def works(shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
     )
 
 
-def rates(shape: Shape, seconds: float) -> list[float]:
+def rates(shape: RowShape, seconds: float) -> list[float]:
     """GFLOP/s of torch and of the kernel, medians of rounds."""
     both = works(shape)
     found: list[list[float]] = [[], []]

@@ -18,7 +18,7 @@ PACKED_BYTES = 24 << 20  # at most, for packed keys and values: if one head need
 UNITS = 4  # heads for each thread, with which each thread can have heads of its own
 
 
-class Segment(NamedTuple):
+class RowSegment(NamedTuple):
     """Rows that attend to keys of their own."""
 
     first_row: int  # in q and in the result
@@ -27,7 +27,7 @@ class Segment(NamedTuple):
     num_keys: int
 
 
-class Segments(NamedTuple):
+class RowSegments(NamedTuple):
     """One after the other, for one call of the kernel at a time: it writes into the table."""
 
     table: Tensor  # [segments + 1, 7] int64, as in kernels.h
@@ -35,14 +35,14 @@ class Segments(NamedTuple):
     longest: int  # the most of one of them
 
     @staticmethod
-    def of(segments: Sequence[Segment]) -> Segments:
+    def of(segments: Sequence[RowSegment]) -> RowSegments:
         table = torch.zeros(len(segments) + 1, 7, dtype=torch.int64)
         table[:-1, :5] = torch.tensor([(one.first_row, *one) for one in segments])
         packed = [-(-one.num_keys // KEYS) * KEYS for one in segments]
-        return Segments(table, sum(packed), max(packed))
+        return RowSegments(table, sum(packed), max(packed))
 
 
-class Blocks(NamedTuple):
+class KeyBlocks(NamedTuple):
     """Where keys lie that are not in the order of their rows."""
 
     table: Tensor  # int32: of all segments
@@ -61,13 +61,13 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, segments: Segments, scale: float,
-    *, blocks: Blocks | None = None, is_causal: bool = False,
+    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, segments: RowSegments, scale: float,
+    *, blocks: KeyBlocks | None = None, is_causal: bool = False,
 ) -> None:  # fmt: skip
     """Writes what rows of q attend to into out, both [rows, heads, head_dim].
 
-    keys, values: [rows, kv_heads, head_dim], with the same strides. With `is_causal` the last row of a segment
-    sees all its keys, each row before it one key less.
+    keys, values: [rows, kv_heads, head_dim], with the same strides. With `is_causal` the last row of a
+    segment sees all its keys, each row before it one key less.
     """
     kernels = operators.kernels
     num_threads, dim, num_kv_heads = torch.get_num_threads(), q.shape[2], keys.shape[1]
@@ -108,5 +108,5 @@ def attend_within(q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> bool:
     table[:-1, 3], table[:-1, 4] = num_rows, keys.shape[2]
     packed = -(-keys.shape[2] // KEYS) * KEYS
     by_rows = [x[0].transpose(0, 1) for x in (q, keys, values, out)]
-    attend(*by_rows, Segments(table, num_segments * packed, packed), q.shape[-1] ** -0.5)
+    attend(*by_rows, RowSegments(table, num_segments * packed, packed), q.shape[-1] ** -0.5)
     return True
