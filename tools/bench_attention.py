@@ -32,22 +32,24 @@ class RowShape(NamedTuple):
     kv_heads: int
     head_dim: int
     is_causal: bool
+    history: int = 0  # tokens before a prompt's rows
 
     @property
     def flop(self) -> float:
-        seen = (self.rows + 1) / 2 if self.is_causal else self.rows
+        seen = self.history + (self.rows + 1) / 2 if self.is_causal else self.rows
         return 4.0 * self.segments * self.rows * seen * self.heads * self.head_dim
 
     def __str__(self) -> str:
         if self.is_causal:
-            return f"prompt of {self.rows}, {self.heads} / {self.kv_heads} heads × {self.head_dim}"
+            behind = f" behind {self.history}" if self.history else ""
+            return f"prompt of {self.rows}{behind}, {self.heads} / {self.kv_heads} heads × {self.head_dim}"
         return f"{self.segments} × {self.rows} patches, {self.heads} heads × {self.head_dim}"
 
 
 PROMPTS = [
-    RowShape(1, rows, *heads, True)
+    RowShape(1, rows, *heads, True, history)
     for heads in ((14, 2, 64), (12, 2, 128), (16, 8, 128))
-    for rows in (64, 512, 2048, 8192)
+    for rows, history in ((64, 0), (512, 0), (2048, 0), (8192, 0), (24, 4096), (512, 4096))
 ]
 TOWERS = [RowShape(1, rows, 16, 16, dim, False) for rows in (1024, 4096) for dim in (64, 72, 80)]
 WINDOWS = [RowShape(segments, 64, 16, 16, 80, False) for segments in (1, 16, 64)]
@@ -58,17 +60,22 @@ def works(shape: RowShape) -> tuple[Callable[[], object], Callable[[], object]]:
     num_rows, dim = shape.segments * shape.rows, shape.head_dim
     q = torch.randn(num_rows, shape.heads, dim).bfloat16()
     if shape.is_causal:
-        cache = torch.randn(num_rows, 2 * shape.kv_heads, dim).bfloat16()
-        keys, values = cache.split(shape.kv_heads, dim=1)
-        blocks = row_attention.KeyBlocks(torch.arange(-(-num_rows // BLOCK), dtype=torch.int32), BLOCK)
-        segments = row_attention.RowSegments.of([row_attention.RowSegment(0, 0, num_rows, num_rows)])
+        length = shape.history + num_rows
+        cache = torch.randn(-(-length // BLOCK) * BLOCK, 2 * shape.kv_heads, dim).bfloat16()
+        keys, values = cache[:length].split(shape.kv_heads, dim=1)
+        blocks = row_attention.KeyBlocks(torch.arange(-(-length // BLOCK), dtype=torch.int32), BLOCK)
+        segments = row_attention.RowSegments.of([row_attention.RowSegment(0, 0, num_rows, length)])
 
         def ours() -> None:
             out = torch.empty_like(q)
             row_attention.attend(q, keys, values, out, segments, dim**-0.5, blocks=blocks, is_causal=True)
 
         heads = [x.transpose(0, 1)[None] for x in (q, keys, values)]
-        return lambda: F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True), ours
+        mask = torch.ones(num_rows, length, dtype=torch.bool).tril(shape.history) if shape.history else None
+        return (
+            lambda: F.scaled_dot_product_attention(*heads, mask, is_causal=mask is None, enable_gqa=True),
+            ours,
+        )
     run = shape.segments, shape.rows
     of_segments = [
         x.unflatten(0, run).transpose(1, 2) for x in (q, *torch.randn(2, *q.shape).bfloat16().unbind())

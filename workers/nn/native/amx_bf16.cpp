@@ -12,6 +12,7 @@ static inline void begin() {
     struct alignas(64) { unsigned char palette, start, reserved[14]; unsigned short bytes[16]; unsigned char rows[16]; } sizes = {};
     sizes.palette = 1;
     for (int tile = 0; tile < 8; tile++) sizes.bytes[tile] = 64, sizes.rows[tile] = 16;
+    __asm__ volatile("" ::"r"(&sizes) : "memory");  // GCC 12 takes what is loaded here for unused
     _tile_loadconfig(&sizes);
 }
 static inline void end() { _tile_release(); }
