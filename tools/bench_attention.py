@@ -70,20 +70,21 @@ def works(shape: RowShape) -> tuple[Callable[[], object], Callable[[], object]]:
             out = torch.empty_like(q)
             row_attention.attend(q, keys, values, out, segments, dim**-0.5, blocks=blocks, is_causal=True)
 
-        heads = [x.transpose(0, 1)[None] for x in (q, keys, values)]
         mask = torch.ones(num_rows, length, dtype=torch.bool).tril(shape.history) if shape.history else None
+        heads, k, v = (x.transpose(0, 1)[None] for x in (q, keys, values))
         return (
-            lambda: F.scaled_dot_product_attention(*heads, mask, is_causal=mask is None, enable_gqa=True),
+            lambda: F.scaled_dot_product_attention(
+                heads, k, v, mask, is_causal=mask is None, enable_gqa=True
+            ),
             ours,
         )
     run = shape.segments, shape.rows
-    of_segments = [
-        x.unflatten(0, run).transpose(1, 2) for x in (q, *torch.randn(2, *q.shape).bfloat16().unbind())
-    ]
-    out = torch.empty_like(of_segments[0])
+    all_rows = (q, *torch.randn(2, *q.shape).bfloat16().unbind())
+    heads, k, v = (x.unflatten(0, run).transpose(1, 2) for x in all_rows)
+    out = torch.empty_like(heads)
     return (
-        lambda: F.scaled_dot_product_attention(*of_segments),
-        lambda: row_attention.attend_within(*of_segments, out),
+        lambda: F.scaled_dot_product_attention(heads, k, v),
+        lambda: row_attention.attend_within(heads, k, v, out),
     )
 
 

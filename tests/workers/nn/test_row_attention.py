@@ -178,7 +178,7 @@ def test_what_is_no_number_stays_none() -> None:
     assert not bool(found[4:, 1].isnan().any())
 
 
-def test_other_tensors_are_left_to_torch() -> None:
+def test_other_tensors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     q = random_rows(1, 2, 40, 64)
     assert row_attention.takes(q)
     assert not row_attention.takes(q.float())
@@ -186,6 +186,8 @@ def test_other_tensors_are_left_to_torch() -> None:
     assert not row_attention.takes(q.to("meta"))
     out = torch.empty_like(q)
     assert not row_attention.attend_within(q, q, q.transpose(1, 2).contiguous().transpose(1, 2), out)
+    monkeypatch.setattr(operators, "kernels", None)
+    assert not row_attention.attend_within(q, q, q, out)
 
 
 def test_an_unknown_kernel_is_refused() -> None:

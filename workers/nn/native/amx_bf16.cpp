@@ -17,10 +17,11 @@ static inline void begin() {
 }
 static inline void end() { _tile_release(); }
 
-// out = a · b, or out += a · b: A by 2 tiles, over `steps` of A · 2 tiles each; those of a are two a step in any case.
+// out = a · b, or out += a · b: A by 2 tiles, over `steps`. Each step has two tiles of a, of which A are used, and two of b.
 constexpr long PARTS = 8;
 
-// `beside` does its parts while tiles are multiplied.
+// `beside` does its parts while tiles are multiplied, before the products are stored: behind a store that waits for its
+// tile nothing gets ahead. It gains some percent; beside tiles a Xeon has half as many vectors of floats per clock.
 template <int A, class Beside>
 static inline void multiply(float* out, const bf16* a, const bf16* b, long steps, bool adds, Beside&& beside) {
     const long share = PARTS / steps;

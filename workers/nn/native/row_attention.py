@@ -107,6 +107,7 @@ def attend_within(q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> bool:
     table[:, :3] = torch.arange(num_segments + 1)[:, None] * torch.tensor(places)
     table[:-1, 3], table[:-1, 4] = num_rows, keys.shape[2]
     packed = -(-keys.shape[2] // KEYS) * KEYS
-    by_rows = [x[0].transpose(0, 1) for x in (q, keys, values, out)]
-    attend(*by_rows, RowSegments(table, num_segments * packed, packed), q.shape[-1] ** -0.5)
+    segments = RowSegments(table, num_segments * packed, packed)
+    q, keys, values, out = (x[0].transpose(0, 1) for x in (q, keys, values, out))
+    attend(q, keys, values, out, segments, q.shape[-1] ** -0.5)
     return True
