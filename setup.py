@@ -4,15 +4,17 @@ operators take their place."""
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 FOLDER = Path("workers/nn/native")
 kernels = Extension(
     "workers.nn.native._kernels",
     sources=[
         str(FOLDER / f"{name}.cpp")
-        for name in ("module", "base", "avx2", "avx512", "avx512_bf16", "avx512_vnni")
+        for name in ("module", "base", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx_bf16")
     ],
-    depends=[str(FOLDER / name) for name in ("kernels.inc", "kernels.h", "threads.h")],
+    depends=[str(FOLDER / name) for name in ("kernels.inc", "attend_rows.inc", "kernels.h", "threads.h")],
     # Not linked with OpenMP: its functions are those that torch has loaded, so that both share their threads.
     extra_compile_args=[
         "-O3",
@@ -27,4 +29,19 @@ kernels = Extension(
     py_limited_api=True,
     optional=True,
 )
-setup(ext_modules=[kernels])
+
+
+class BuildKernels(build_ext):
+    """AMX needs GCC 11: an older compiler builds the rest."""
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            super().build_extension(extension)
+        except CCompilerError:
+            extension.sources = [path for path in extension.sources if "amx" not in path]
+            extension.define_macros.append(("NO_AMX", "1"))
+            self.force = True  # sources that were compiled for the whole
+            super().build_extension(extension)
+
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})

@@ -1,4 +1,5 @@
-"""A decoder's steps on the CPU: with the compiled kernels, with torch's operators, and with weights in int8.
+"""A decoder's steps and a tower's pictures on the CPU: with the compiled kernels, with torch's operators, and
+with weights of the decoder in int8.
 
     python -m tools.bench_kernels                   # 0.31 B parameters
     python -m tools.bench_kernels --shape 2b --layers 8
@@ -16,12 +17,15 @@ import contextlib
 import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.families import read_model_info
+from pipeline.wire.base import GridTHW
 from tools.memory_rate import memory_rate
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.runners import (
@@ -36,14 +40,49 @@ from tools.runners import (
 from workers.llm.model_runner import ModelRunner
 from workers.nn.loader import choose_dtype
 from workers.nn.native import operators
+from workers.nn.weights.registry import open_weights
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
+from workers.vit.models.registry import tower_of
 
 CPU = torch.device("cpu")
-WORK: dict[str, Callable[[ModelRunner], float]] = {
-    "decode, 1 request": lambda runner: decode_seconds(runner, 1, 16),
-    "decode, 8 requests": lambda runner: decode_seconds(runner, 8, 12),
-    "prefill, 512 tokens": lambda runner: prefill_seconds(runner, 512),
-    "prefill, 2048 tokens": lambda runner: prefill_seconds(runner, 2048),
+
+
+class Subject(NamedTuple):
+    """One way to compute."""
+
+    runner: ModelRunner
+    tower: TorchEngine
+
+
+WORK: dict[str, Callable[[Subject], float]] = {
+    "decode, 1 request": lambda subject: decode_seconds(subject.runner, 1, 16),
+    "decode, 8 requests": lambda subject: decode_seconds(subject.runner, 8, 12),
+    "prefill, 512 tokens": lambda subject: prefill_seconds(subject.runner, 512),
+    "prefill, 2048 tokens": lambda subject: prefill_seconds(subject.runner, 2048),
+    "picture, 1024 patches": lambda subject: tower_seconds(subject.tower, 32),
+    "picture, 4096 patches": lambda subject: tower_seconds(subject.tower, 64),
 }
+
+
+@contextlib.contextmanager
+def open_subject(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Subject]:
+    info = read_model_info(folder)
+    encoder = tower_of(info).encoder(info.vision, open_weights(folder, dtype, CPU))
+    name = str(dtype).removeprefix("torch.")
+    with open_runner(folder, CPU, name, 8, **options) as runner:
+        # In blocks, as a worker computes.
+        yield Subject(runner, TorchEngine(encoder, after_work=lambda: None))
+
+
+def tower_seconds(tower: TorchEngine, side: int) -> float:
+    """Of one picture of side · side patches."""
+    info, grid = tower.encoder.preparation.info, GridTHW(1, side, side)
+    pixels = torch.zeros(1, side * info.patch_size, side * info.patch_size, 3, dtype=torch.uint8)
+    output = torch.empty(info.num_tokens(grid), info.embedding_width, dtype=tower.encoder.dtype)
+    start = time.perf_counter()
+    tower.encode([EncodeJob(pixels, grid, output)])
+    return time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -73,25 +112,25 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         make_checkpoint(folder, options.shape, num_layers=options.layers)
         with without_kernels():
-            plain = stack.enter_context(open_runner(folder, CPU, name, 8))
-        runners = {
-            "with kernels": stack.enter_context(open_runner(folder, CPU, name, 8)),
+            plain = stack.enter_context(open_subject(folder, dtype))
+        subjects = {
+            "with kernels": stack.enter_context(open_subject(folder, dtype)),
             "without": plain,
-            "int8": stack.enter_context(open_runner(folder, CPU, name, 8, quantization="int8")),
+            "int8": stack.enter_context(open_subject(folder, dtype, quantization="int8")),
         }
         found: dict[tuple[str, str], list[float]] = {}
         for number in range(options.rounds + 1):
-            for kind, runner in runners.items():
+            for kind, subject in subjects.items():
                 with without_kernels() if kind == "without" else contextlib.nullcontext():
-                    for work, seconds in ((work, measure(runner)) for work, measure in WORK.items()):
+                    for work, seconds in ((work, measure(subject)) for work, measure in WORK.items()):
                         if number:  # the first round warms up
                             found.setdefault((work, kind), []).append(seconds)
         info = read_model_info(folder).text
         nbytes = num_weights(info) * weight_size(folder, dtype) + CONTEXT * kv_bytes(info, dtype.itemsize)
-    print("\n| ms | " + " | ".join(runners) + " | without / with | with / int8 |\n" + "| --- " * 6 + "|")
+    print("\n| ms | " + " | ".join(subjects) + " | without / with | with / int8 |\n" + "| --- " * 6 + "|")
     medians = {key: 1e3 * statistics.median(times) for key, times in found.items()}
     for work in WORK:
-        row = [medians[work, kind] for kind in runners]
+        row = [medians[work, kind] for kind in subjects]
         print(f"| {work} | " + " | ".join(f"{ms:.1f}" for ms in (*row,)), end=" | ")
         print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} |")
     rate = memory_rate()

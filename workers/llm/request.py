@@ -24,6 +24,9 @@ from workers.llm.sampling.matching import Matcher
 from workers.llm.sampling.tokens import PromptScores
 
 MAX_OVERTAKEN = 8  # a request overtaken this often by priority goes before all priorities
+# Tokens of a text before an embedding that is under way: less is not worth a step of its own, which reads all
+# weights and takes the cores from the encoder.
+MIN_TEXT_PART = 64
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
 
 
@@ -206,6 +209,17 @@ class Request:
         index = bisect_left(self.boundaries, position, key=_position_of)
         found = self.boundaries[index] if index < len(self.boundaries) else None
         return found if found is not None and found.position == position else None
+
+    def is_short_text(self, stop: int) -> bool:
+        """Whether the uncomputed tokens before `stop`, the first that must wait for an embedding, are a short
+        text. Embeddings that are here are no text: they are computed, so that their leases are released."""
+        start = self.num_computed_tokens
+        if stop == self.num_tokens or stop - start >= MIN_TEXT_PART:
+            return False
+        return not any(
+            chunk.embeddings is not None and chunk.stop > start and chunk.pieces[0].offset < stop
+            for chunk in self.chunks
+        )
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of the first blocks: sha256 over the hash of the block before, the token ids, and the items

@@ -129,15 +129,22 @@ class Scheduler:
             preempted = self._share_out()
             admitted = self._admit(preempted)
         ready: list[Part] = []
+        short: list[Part] = []  # computed beside others only
         for request in self.running:
-            num_ready = self._next_stop(request) - request.num_computed_tokens
+            num_ready_tokens = request.num_ready_tokens()
+            num_ready = self._next_stop(request, num_ready_tokens) - request.num_computed_tokens
             if num_ready <= 0 or request.is_last_token_pending:
                 continue
-            if not request.has_progress and self._runs_alone(request.request_id):
+            is_alone = not request.has_progress and self._runs_alone(request.request_id)
+            if request.is_short_text(num_ready_tokens):
+                if not is_alone:
+                    short.append((request, num_ready))
+            elif is_alone:
                 alone = self._take(request, min(self.budget.max_num_batched_tokens, num_ready))
                 return Schedule([alone], admitted, preempted, 0, is_alone=True)
-            ready.append((request, num_ready))
-        parts, num_decodes = self.budget.divide(ready)
+            else:
+                ready.append((request, num_ready))
+        parts, num_decodes = self.budget.divide([*ready, *short] if ready else ())
         drafts = self._draft(parts, num_decodes)
         scheduled = [self._take(*part, drafts.get(part[0].key, ())) for part in parts]
         if drafts:  # decodes without drafts stay the first
@@ -151,10 +158,10 @@ class Scheduler:
         request.num_pending_tokens += is_sampled
         return Scheduled(request, start, stop, is_sampled, drafts, self._reserve_snapshot(request, stop))
 
-    def _next_stop(self, request: Request) -> int:
+    def _next_stop(self, request: Request, num_ready_tokens: int) -> int:
         """Where its next part ends at the latest."""
-        stop, boundary = request.num_ready_tokens(), request.next_boundary()
-        return stop if boundary is None else min(stop, boundary.position)
+        boundary = request.next_boundary()
+        return num_ready_tokens if boundary is None else min(num_ready_tokens, boundary.position)
 
     def _reserve_snapshot(self, request: Request, stop: int) -> int:
         """A place for the state behind `stop`; -1 where none is kept."""

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.native import row_attention
+
 BLOCK_FLOP = 2e10  # for each thread: seconds at most, even on a slow and shared core
+
+
+def attend_to(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Attention [segments, heads, num_rows, head_dim] of rows of q within each segment, into out."""
+    if not row_attention.attend_within(q, k, v, out):
+        out.copy_(F.scaled_dot_product_attention(q, k, v))
 
 
 class Blocks:
@@ -42,8 +50,7 @@ class Blocks:
             for heads in self._pieces(num_heads, of_head * num_rows):
                 queries, keys, values = q[segments, heads], k[segments, heads], v[segments, heads]
                 for rows in self._pieces(num_rows, of_head * queries.shape[1]):
-                    part = F.scaled_dot_product_attention(queries[:, :, rows], keys, values)
-                    out[segments, heads, rows] = part
+                    attend_to(queries[:, :, rows], keys, values, out[segments, heads, rows])
                     self._after_block()
         return out
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.native import row_attention
 from workers.vit.blocks import Blocks
 
 
@@ -33,9 +35,13 @@ class Pace:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention [segments, heads, num_rows, head_dim] within each segment."""
-        if self._blocks is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        return self._blocks.attend(q, k, v)
+        if self._blocks is not None:
+            return self._blocks.attend(q, k, v)
+        if row_attention.takes(q, k, v):
+            out = torch.empty_like(q)
+            if row_attention.attend_within(q, k, v, out):
+                return out
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 UNPACED = Pace()

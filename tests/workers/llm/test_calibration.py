@@ -25,8 +25,8 @@ def test_it_measures_what_the_machine_does_and_leaves_no_trace() -> None:
     times = measure_step_times(
         execute, cache, max_num_batched_tokens=2048, max_model_len=3000, max_stretch=1.25
     )
-    assert [num_tokens for num_tokens, _ in steps if num_tokens <= 16][:28:4] == [1, 2, 4, 6, 8, 12, 16], (
-        "each four times"
+    assert [num_tokens for num_tokens, _ in steps if num_tokens <= 16][:14:2] == [1, 2, 4, 6, 8, 12, 16], (
+        "each twice"
     )
     assert times.predict(4) == pytest.approx(0.010)
     assert times.predict(40) == pytest.approx(0.034)
@@ -36,6 +36,19 @@ def test_it_measures_what_the_machine_does_and_leaves_no_trace() -> None:
     )
     cache.check_empty()
     cache.check_integrity()
+
+
+def test_a_size_that_was_disturbed_is_measured_again() -> None:
+    num_left = {4: 3, 6: 2}
+
+    def execute(start: SequenceStart, step: SequenceStep) -> float:
+        num_left[step.num_tokens] = num_left.get(step.num_tokens, 0) - 1
+        return 0.010 + 0.001 * step.num_tokens + (0.03 if num_left[step.num_tokens] >= 0 else 0.0)
+
+    cache = CacheManager.of_size(200, 16, 4)
+    times = measure_step_times(execute, cache, 2048, 3000, 1.25)
+    for num_tokens in (1, 2, 4, 6, 8):
+        assert times.predict(num_tokens) == pytest.approx(0.010 + 0.001 * num_tokens)
 
 
 def test_a_tiny_cache_is_enough() -> None:

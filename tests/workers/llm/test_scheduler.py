@@ -82,6 +82,27 @@ def test_prefill_stops_at_a_missing_embedding_and_others_go_on() -> None:
     assert step(made) == [("b", 1), ("a", 7)]
 
 
+def test_a_short_text_before_a_missing_embedding_gets_no_step_of_its_own() -> None:
+    made = scheduler(budget=128)
+    gated = make("a", 70, gate=63)
+    made.add(gated)
+    assert step(made) == []
+    made.add(make("b", 70, gate=64))
+    assert step(made) == [("a", 63), ("b", 64)], "beside others it may go along"
+    gated.chunks[0].embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (7, 8), "float32")
+    assert step(made) == [("a", 7)]
+
+
+def test_a_short_text_of_a_request_that_runs_alone_waits_too() -> None:
+    made = scheduler(budget=64, alone=frozenset({"a"}))
+    gated = make("a", 12, gate=5)
+    made.add(gated)
+    made.add(make("b", 6))
+    assert step(made) == [("b", 6)]
+    arrive(gated)
+    assert step(made) == [("a", 12)]
+
+
 def test_admission_reserves_the_prompt_and_a_spare_block_for_each_that_runs() -> None:
     made = scheduler(num_blocks=10)  # 40 tokens
     made.add(make("a", 20, max_tokens=8))
@@ -107,7 +128,8 @@ def test_who_waits_for_a_picture_overtakes_nobody() -> None:
     made.add(urgent)
     assert step(made) == [("old", 3)]
     made.add(make("next", 3, max_tokens=1))
-    assert step(made) == [("urgent", 4)], "now it is the oldest"
+    assert step(made) == []
+    assert made.running == [urgent], "now it is the oldest"
     made.remove(urgent)
     made.add(make("last", 3, max_tokens=1))
     complete = make("complete", 8, max_tokens=1, gate=4, priority=-1)
@@ -257,9 +279,9 @@ def test_prefill_stops_at_the_first_run_whose_embedding_is_not_there() -> None:
     made = scheduler(budget=64)
     request = two_runs("a")
     made.add(request)
-    assert step(made) == [("a", 3)]
+    assert step(made) == []
     request.chunks[0].embeddings = TensorHandle("vit.0", 1, 0, 1, 0, (7, 8), "float32")
-    assert step(made) == [("a", 9)], "the text between, and what the first chunk fills of the second run"
+    assert step(made) == [("a", 12)], "the text between, and what the first chunk fills of the second run"
     assert step(made) == []
     request.chunks[1].embeddings = TensorHandle("vit.0", 1, 0, 2, 0, (3, 8), "float32")
     assert step(made) == [("a", 8)]

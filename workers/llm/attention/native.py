@@ -1,21 +1,24 @@
 """The CPU's backend where there are compiled kernels: each token of a short part attends to its own context
-in the blocks, in place. Long parts of prompts are computed by torch.
+in the blocks, in place. Long parts of prompts are products of matrices, by a kernel where there is one for
+the processor and the type of the cache, else by torch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from workers.llm.attention.base import AttentionLayer, AttentionStep, Rotary, SequencePart
 from workers.llm.attention.torch import PagedAttention, PromptPart, prefill
 from workers.llm.cache.paged_tensors import PagedTensors
-from workers.nn.native import operators
+from workers.nn.native import operators, row_attention
 
 # Tokens of a sequence's part that are computed one by one. Each reads the whole context.
 FEW = 16
@@ -27,6 +30,13 @@ class _Tokens(NamedTuple):
     tables: Tensor  # [num_tokens, max_blocks] int32
     lengths: Tensor  # [num_tokens] int32: of each token's context, itself included
     starts: Tensor  # of `operators.part_starts`
+
+
+class _Prompts(NamedTuple):
+    """Consecutive long parts of a step."""
+
+    segments: row_attention.RowSegments
+    blocks: row_attention.KeyBlocks
 
 
 class NativeAttention(PagedAttention):
@@ -41,19 +51,30 @@ class NativeAttention(PagedAttention):
     def plan(self, spans: Sequence[SequencePart]) -> AttentionStep:
         slots = [self.slots(span) for span in spans]
         new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
-        parts: list[tuple[int, _Tokens | PromptPart]] = []
-        few: list[SequencePart] = []
-        for span, of_span in zip(spans, slots, strict=True):
-            if span.num_tokens <= FEW:
-                few.append(span)
-                continue
-            if few:
-                parts.append(self._tokens(few))
-                few = []
-            parts.append((span.num_tokens, self.prompt_part(of_span, span)))
-        if few:
-            parts.append(self._tokens(few))
+        has_kernel = row_attention.takes(*self.cache.tensors)
+        parts: list[tuple[int, _Tokens | _Prompts | PromptPart]] = []
+        pairs = zip(spans, slots, strict=True)
+        for are_few, group in itertools.groupby(pairs, lambda pair: pair[0].num_tokens <= FEW):
+            together = list(group)
+            if are_few:
+                parts.append(self._tokens([span for span, _ in together]))
+            elif has_kernel:
+                parts.append(self._prompts([span for span, _ in together]))
+            else:
+                parts += [(span.num_tokens, self.prompt_part(of_span, span)) for span, of_span in together]
         return _NativeStep(self.cache, new, parts)
+
+    def _prompts(self, spans: Sequence[SequencePart]) -> tuple[int, _Prompts]:
+        segments: list[row_attention.RowSegment] = []
+        tables: list[npt.NDArray[np.int32]] = []
+        num_tokens = num_blocks = 0
+        for span in spans:
+            segments.append(row_attention.RowSegment(num_tokens, num_blocks, span.num_tokens, span.length))
+            table = np.asarray(span.block_table, np.int32)[: -(-span.length // self.cache.block_size)]
+            num_tokens, num_blocks = num_tokens + span.num_tokens, num_blocks + len(table)
+            tables.append(table)
+        blocks = row_attention.KeyBlocks(torch.from_numpy(np.concatenate(tables)), self.cache.block_size)
+        return num_tokens, _Prompts(row_attention.RowSegments.of(segments), blocks)
 
     def _tokens(self, spans: Sequence[SequencePart]) -> tuple[int, _Tokens]:
         counts = [span.num_tokens for span in spans]
@@ -75,7 +96,7 @@ class NativeAttention(PagedAttention):
 class _NativeStep(AttentionStep):
     cache: PagedTensors
     new_slots: Tensor  # [num_tokens] int64
-    parts: Sequence[tuple[int, _Tokens | PromptPart]]  # with their numbers of tokens
+    parts: Sequence[tuple[int, _Tokens | _Prompts | PromptPart]]  # with their numbers of tokens
 
     def rotary(self, angles: Tensor, dtype: torch.dtype) -> Rotary:
         return angles.cos().contiguous(), angles.sin().contiguous()
@@ -94,7 +115,16 @@ class _NativeStep(AttentionStep):
             of_part, start = slice(start, start + count), start + count
             if isinstance(part, PromptPart):
                 attended.append(prefill(layer, cache, part, q[of_part], kv[of_part]))
+            elif isinstance(part, _Prompts):
+                attended.append(_attend_prompts(layer, cache, part, q[of_part]))
             else:
                 size = self.cache.block_size
                 attended.append(operators.attend(q[of_part], cache, *part, size, layer.scale))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+def _attend_prompts(layer: AttentionLayer, cache: Tensor, part: _Prompts, q: Tensor) -> Tensor:
+    keys, values = cache.split(layer.num_kv_heads, dim=1)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    row_attention.attend(q, keys, values, out, part.segments, layer.scale, blocks=part.blocks, is_causal=True)
+    return out

@@ -1,5 +1,5 @@
-// Products of a few rows with a weight in bfloat16, at the rate at which memory is read. For processors with
-// AVX512-BF16.
+// Products of a few rows with a weight in bfloat16, at the rate at which memory is read, and attention of many rows.
+// For processors with AVX512-BF16.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #include <immintrin.h>
@@ -81,6 +81,43 @@ void few_rows(const FewRows& job) {
         case 4: panels<4>(job); break;
     }
 }
+
+constexpr long PARTS = 8;
+
+static inline void begin() {}
+static inline void end() {}
+
+// Eight rows of a tile of a, and two tiles of b: what instructions on tiles do in amx_bf16.cpp.
+static inline void eight_rows(float* out, const bf16* a, const bf16* b, long steps, bool adds) {
+    __m512 sums[8][2];
+    for (int row = 0; row < 8; row++)
+        for (int half = 0; half < 2; half++)
+            sums[row][half] = adds ? _mm512_loadu_ps(out + half * 256 + row * 16) : _mm512_setzero_ps();
+    for (long step = 0; step < steps; step++, a += 1024, b += 1024) {
+        for (int pair = 0; pair < 16; pair++) {
+            const __m512bh first = (__m512bh)_mm512_loadu_si512(b + pair * 32), second = (__m512bh)_mm512_loadu_si512(b + 512 + pair * 32);
+            for (int row = 0; row < 8; row++) {
+                int two;
+                __builtin_memcpy(&two, a + row * 32 + 2 * pair, sizeof two);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+                sums[row][0] = _mm512_dpbf16_ps(sums[row][0], first, both);
+                sums[row][1] = _mm512_dpbf16_ps(sums[row][1], second, both);
+            }
+        }
+    }
+    for (int row = 0; row < 8; row++)
+        for (int half = 0; half < 2; half++) _mm512_storeu_ps(out + half * 256 + row * 16, sums[row][half]);
+}
+
+template <int A, class Beside>
+static inline void multiply(float* out, const bf16* a, const bf16* b, long steps, bool adds, Beside&& beside) {
+    for (int tile = 0; tile < A; tile++)
+        for (int row = 0; row < 16; row += 8)
+            eight_rows(out + tile * 512 + row * 16, a + tile * 512 + row * 32, b, steps, adds);
+    beside(0, PARTS);
+}
+
+#include "attend_rows.inc"
 
 }  // namespace avx512_bf16
 #endif

@@ -31,6 +31,18 @@ struct FewRowsInt8 {
     long rows, in_features, out_features, panel_bytes; bool is_half;
 };
 
+// Attention of many rows in bfloat16. A segment's places are rows of q, of out and of the keys; with `blocks`, the
+// first of its blocks. The last segment is only the end of the others. The last two numbers are the kernel's own.
+// `packed` has room for so many heads of keys of all segments at once, or with `heads_at_once` 0 for one head of the
+// longest segment for each thread, `packed_each` numbers.
+struct RowsSegment { long q_at, out_at, keys_at, rows, keys, first_chunk, first_task; };
+struct RowsAttend {
+    void* out; const void *q, *keys, *values; const int* blocks; RowsSegment* segments; char* scratch; bf16* packed; float scale;
+    long num_segments, q_stride, q_head, out_stride, out_head, key_stride, key_head, block_size, num_heads, num_kv_heads,
+        head_dim, heads_at_once, packed_each, num_threads;
+    bool is_causal;
+};
+
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
     void (*silu_mul)(const Activation&);
@@ -46,5 +58,16 @@ namespace base { Kernels table(bool is_half); }
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
 namespace avx512_vnni { void few_rows(const FewRowsInt8&); }
-namespace avx512_bf16 { void few_rows(const FewRows&); }
+namespace avx512_bf16 {
+void few_rows(const FewRows&);
+void attend_rows(const RowsAttend&);
+long attend_rows_scratch(long head_dim);
+}
+#if !defined(NO_AMX)
+#define HAS_AMX
+namespace amx_bf16 {
+void attend_rows(const RowsAttend&);
+long attend_rows_scratch(long head_dim);
+}
+#endif
 #endif

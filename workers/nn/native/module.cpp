@@ -7,10 +7,15 @@
 #include <cstring>
 
 #include "kernels.h"
+#if defined(HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
-constexpr long INTERFACE = 1;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 2;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -152,15 +157,86 @@ PyObject* few_rows_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
 #endif
 }
 
-PyObject* versions(PyObject*, PyObject*) {
+// Tiles are a state that a process asks Linux for.
+bool has_amx() {
+#if defined(HAS_AMX)
+    constexpr long ASK_FOR_STATE = 0x1023, TILES = 18;
+    static const bool has = [] {
+        unsigned a, b, c, d;
+        if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+        const bool has_tiles = d >> 22 & 1 && d >> 24 & 1;  // AMX-BF16, AMX-TILE
+        return has_tiles && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILES) == 0;
+    }();
+    return has;
+#else
+    return false;
+#endif
+}
+
+struct RowsVersion {
+    const char* name;
+    bool (*is_supported)();
+    void (*attend)(const RowsAttend&);
+    long (*scratch)(long head_dim);
+};
+
+bool none() { return false; }
+const RowsVersion ROWS_VERSIONS[] = {  // the best one first
+#if defined(HAS_AMX)
+    {"amx_bf16", has_amx, amx_bf16::attend_rows, amx_bf16::attend_rows_scratch},
+#endif
+#if defined(__x86_64__)
+    {"avx512_bf16", has_bf16, avx512_bf16::attend_rows, avx512_bf16::attend_rows_scratch},
+#endif
+    {"none", none, nullptr, nullptr},
+};
+const RowsVersion* chosen_rows = nullptr;
+
+// The bytes that each thread needs; 0 if there is no kernel.
+PyObject* attend_rows_scratch(PyObject*, PyObject* head_dim) {
+    const long dim = PyLong_AsLong(head_dim);
+    if (PyErr_Occurred()) return nullptr;
+    return PyLong_FromLong(chosen_rows ? chosen_rows->scratch(dim) : 0);
+}
+
+PyObject* attend_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 24)) return nullptr;
+    if (!chosen_rows) {
+        PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
+        return nullptr;
+    }
+    Arguments a{values};
+    RowsAttend job{a.address(), a.address(), a.address(), a.address(), (const int*)a.address(), (RowsSegment*)a.address(),
+                   (char*)a.address(), (bf16*)a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(),
+                   a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
+    return run(chosen_rows->attend, job);
+}
+
+template <class Any, size_t N>
+PyObject* names_of(const Any (&all)[N]) {
     PyObject* names = PyList_New(0);
-    for (const Version& version : VERSIONS) {
+    for (const Any& version : all) {
         if (!names || !version.is_supported()) continue;
         PyObject* name = PyUnicode_FromString(version.name);
         if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
         Py_XDECREF(name);
     }
     return names;
+}
+
+PyObject* versions(PyObject*, PyObject*) { return names_of(VERSIONS); }
+PyObject* rows_versions(PyObject*, PyObject*) { return names_of(ROWS_VERSIONS); }
+
+PyObject* use_rows(PyObject*, PyObject* name) {
+    PyObject* bytes = PyUnicode_AsUTF8String(name);
+    if (!bytes) return nullptr;
+    const RowsVersion* found = nullptr;
+    for (const RowsVersion& version : ROWS_VERSIONS)
+        if (!std::strcmp(PyBytes_AsString(bytes), version.name) && version.is_supported()) found = &version;
+    Py_DECREF(bytes);
+    if (!found) return PyErr_Format(PyExc_ValueError, "this processor has no %R", name);
+    chosen_rows = found;
+    Py_RETURN_NONE;
 }
 
 PyObject* use(PyObject*, PyObject* name) {
@@ -180,11 +256,14 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(few_rows_int8),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(few_rows_int8), FAST(attend_rows),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"has_few_rows_int8", has_few_rows_int8, METH_NOARGS, nullptr},
     {"use", use, METH_O, nullptr},
+    {"attend_rows_scratch", attend_rows_scratch, METH_O, nullptr},
+    {"rows_versions", rows_versions, METH_NOARGS, nullptr},
+    {"use_rows", use_rows, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -199,6 +278,8 @@ PyMODINIT_FUNC PyInit__kernels() {
         chosen[1] = version.table(true);
         break;
     }
+    for (const RowsVersion& version : ROWS_VERSIONS)
+        if (!chosen_rows && version.is_supported()) chosen_rows = &version;
     PyObject* module = PyModule_Create(&MODULE);
     if (module && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) Py_CLEAR(module);
     return module;

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.workers.llm.attention.spans import make_cache, make_layer, make_spans, reference, slots_of
-from tests.workers.nn.native_versions import each_version
+from tests.workers.nn.native_versions import each_rows_version, each_version
 from workers.llm.attention.base import HeadNorm, SequencePart
 from workers.llm.attention.native import FEW, NativeAttention
 from workers.llm.cache.spec import Paged
 from workers.nn.layers import rotary_tables, rotate
 
-__all__ = ["each_version"]
+__all__ = ["each_rows_version", "each_version"]
 pytestmark = pytest.mark.usefixtures("each_version")
 
 
@@ -49,6 +49,43 @@ def test_random_steps(num_heads: int, num_kv_heads: int, seed: int, dtype: torch
     tolerance = 2e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(step.attend(layer, qkv).double(), expected, atol=tolerance, rtol=tolerance)
     assert bool(cache.tensors[0].isnan().all()), "another layer's cache is left alone"
+
+
+@pytest.mark.usefixtures("each_rows_version")
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), [(14, 2, 64), (4, 4, 80), (6, 3, 128)])
+def test_a_prompt_in_chunks_is_as_the_whole(num_heads: int, num_kv_heads: int, dim: int) -> None:
+    """Two prompts of one step, the second behind a history of its own; cut anywhere. A cut of few tokens is
+    computed by another kernel."""
+    torch.manual_seed(dim)
+    rng = random.Random(dim)
+    whole = make_spans(rng, 16, 100, [(330, 0), (300, 50)])
+    cache = make_cache([Paged(num_kv_heads, dim)], 100, 16, torch.bfloat16)
+    cache.tensors[0][slots_of(whole[1], 16)] = torch.randn(50, 2 * num_kv_heads, dim).bfloat16()
+    layer, attention = make_layer(0, num_heads, num_kv_heads, dim), NativeAttention(cache)
+    qkv = torch.randn(630, num_heads + 2 * num_kv_heads, dim).bfloat16()
+    angles = torch.randn(630, dim // 2)
+
+    def attend(chunk: int) -> torch.Tensor:
+        copy, found = qkv.clone(), torch.empty(630, num_heads, dim, dtype=torch.bfloat16)
+        for start in range(0, 330, chunk):
+            spans, rows = [], []
+            for first, span in zip((0, 330), whole, strict=True):
+                count = min(chunk, span.num_tokens - start)
+                if count > 0:
+                    spans.append(SequencePart(count, span.num_computed + start, span.block_table))
+                    rows += range(first + start, first + start + count)
+            of_chunk = copy[rows]
+            step = attention.plan(spans)
+            step.write(layer, of_chunk, step.rotary(angles[rows], torch.bfloat16))
+            found[rows], copy[rows] = step.attend(layer, of_chunk), of_chunk
+        expected = reference(cache.tensors[0], 16, whole, copy[:, :num_heads])
+        torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
+        return found
+
+    at_once = attend(330)
+    assert torch.equal(attend(64)[:320], at_once[:320])
+    for chunk in (1, 7, 16, 17):
+        torch.testing.assert_close(attend(chunk), at_once, atol=0.02, rtol=0.02)
 
 
 def test_scores_of_any_size_have_a_softmax() -> None:
