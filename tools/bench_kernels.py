@@ -1,4 +1,4 @@
-"""A decoder's steps on the CPU: with the compiled kernels, with torch's operators, and with weights in int8.
+"""A decoder's steps on the CPU: with the compiled kernels, with torch's operators, with weights of fewer bits.
 
     python -m tools.bench_kernels                   # 0.31 B parameters
     python -m tools.bench_kernels --shape 2b --layers 8
@@ -78,6 +78,7 @@ def main() -> None:
             "with kernels": stack.enter_context(open_runner(folder, CPU, name, 8)),
             "without": plain,
             "int8": stack.enter_context(open_runner(folder, CPU, name, 8, quantization="int8")),
+            "int4": stack.enter_context(open_runner(folder, CPU, name, 8, quantization="int4")),
         }
         found: dict[tuple[str, str], list[float]] = {}
         for number in range(options.rounds + 1):
@@ -88,12 +89,18 @@ def main() -> None:
                             found.setdefault((work, kind), []).append(seconds)
         info = read_model_info(folder).text
         nbytes = num_weights(info) * weight_size(folder, dtype) + CONTEXT * kv_bytes(info, dtype.itemsize)
-    print("\n| ms | " + " | ".join(runners) + " | without / with | with / int8 |\n" + "| --- " * 6 + "|")
+    print(
+        "\n| ms | "
+        + " | ".join(runners)
+        + " | without / with | with / int8 | with / int4 |\n"
+        + "| --- " * 8
+        + "|"
+    )
     medians = {key: 1e3 * statistics.median(times) for key, times in found.items()}
     for work in WORK:
         row = [medians[work, kind] for kind in runners]
         print(f"| {work} | " + " | ".join(f"{ms:.1f}" for ms in (*row,)), end=" | ")
-        print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} |")
+        print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} | {row[0] / row[3]:.2f} |")
     rate = memory_rate()
     share = nbytes / medians["decode, 1 request", "with kernels"] * 1e3 / rate.bytes_per_s
     print(f"\ndecode, 1 request reads {nbytes / 1e6:.0f} MB at {share:.2f} of the memory's rate, "

@@ -32,7 +32,7 @@ def logits(folder: Path, dtype: torch.dtype, quantization: str = "none") -> Tens
     return decoder.logits(hidden).double()
 
 
-@pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.1), ("int8", 0.25)])
+@pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.1), ("int8", 0.25), ("int4", 0.6)])
 def test_relative_error_of_the_logits(
     name: str, bound: float, random_checkpoint: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -42,7 +42,7 @@ def test_relative_error_of_the_logits(
     lossy = (
         logits(random_checkpoint, torch.bfloat16)
         if is_bfloat16
-        else logits(random_checkpoint, torch.float32, "int8")
+        else logits(random_checkpoint, torch.float32, name)
     )
     error = float((lossy - exact).norm() / exact.norm())
     record_property(f"relative error of the logits in {name}, against float32", error)

@@ -23,12 +23,15 @@ struct FewRows {
     long rows, in_features, out_features, vectors, panel_bytes;
 };
 
-// The same with a weight in int8 and activations that are quantised by rows: panels of 64 outputs, within a panel by
-// four inputs. `sums` of each output's weights. scratch: a row of bytes for each row.
-constexpr long MAX_FEW_ROWS = 16;
-struct FewRowsInt8 {
-    void* out; const void *x, *weight, *bias, *residual; const int* sums; const float* scales; unsigned char* scratch;
-    long rows, in_features, out_features, panel_bytes; bool is_half;
+// Rows that are quantised to 8 bits, each with a scale of its own, times a weight of 8 or 4 bits with a scale for each
+// output, plus bias and residual. The weight lies in panels of 64 outputs; within a panel by four inputs, padded to a
+// multiple of BLOCK. Of 4 bits each group of inputs begins with 64 bytes, its steps in whole numbers of the scale.
+constexpr long BLOCK = 64, GROUP = 32;  // inputs
+struct QuantizedRows {
+    void* out; const void *x, *weight, *bias, *residual;  // bias and residual may be null
+    const int* sums; const float* scales;  // of each output: its weights' sum, and its scale
+    char* scratch; float* row_scales; char* panels;  // x in 8 bits; of 4 bits a panel in 8 for each thread
+    long rows, in_features, out_features, panel_bytes, bits; bool is_half;
 };
 
 struct Kernels {
@@ -45,6 +48,7 @@ namespace base { Kernels table(bool is_half); }
 #if defined(__x86_64__)
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
-namespace avx512_vnni { void few_rows(const FewRowsInt8&); }
+namespace avx512_vnni { void rows(const QuantizedRows&); }
+namespace amx_int8 { bool is_supported(); void rows(const QuantizedRows&); }
 namespace avx512_bf16 { void few_rows(const FewRows&); }
 #endif
