@@ -1,4 +1,4 @@
-"""A decoder's steps on the CPU: with the compiled kernels, with torch's operators, with weights of fewer bits.
+"""A decoder's steps on the CPU: with the compiled kernels, with torch's operators, and with fewer bits.
 
     python -m tools.bench_kernels                   # 0.31 B parameters
     python -m tools.bench_kernels --shape 2b --layers 8

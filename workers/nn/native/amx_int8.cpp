@@ -22,6 +22,12 @@ struct alignas(64) Shapes {
     unsigned char rows[16];
 };
 
+// A constant, since gcc 12 drops stores of which only `_tile_loadconfig` reads.
+constexpr Shapes SHAPES{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// Numbers that were written before are in memory: gcc does not know that tiles are loaded from there.
+static inline void settle() { asm volatile("" ::: "memory"); }
+
 bool is_supported() {
     static const bool found = [] {
         unsigned a, b, c, d;
@@ -47,6 +53,7 @@ static void quantize(const QuantizedRows& job, long row) {
 // sums[32][32] of 32 rows and 32 outputs. Meanwhile `lines` of each block of the `next` weight are fetched.
 static void two_by_two(const char* x, const char* weight, long blocks, const char* next, long lines, int* sums) {
     const char* below = x + blocks * TILE;
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -70,6 +77,7 @@ static void two_by_two(const char* x, const char* weight, long blocks, const cha
 
 // 16 rows and one block of inputs, times a panel.
 static inline void step_of_four(const char* x, const char* weight) {
+    settle();
     _tile_loadd(4, x, BLOCK);
     _tile_loadd(5, weight, 4 * OUTPUTS);
     _tile_dpbssd(0, 4, 5);
@@ -146,22 +154,16 @@ static void panel(const QuantizedRows& job, char* wide, long number, long row, l
 }
 
 void rows(const QuantizedRows& job) {
-    Shapes shapes{};
-    shapes.palette = 1;
-    for (int tile = 0; tile < 8; tile++) {
-        shapes.rows[tile] = TILE_ROWS;
-        shapes.columns[tile] = BLOCK;
-    }
     #pragma omp parallel for if (job.rows > 6)
     for (long row = 0; row < job.rows; row++) quantize(job, row);
     const long size = padded(job), count = (job.out_features + OUTPUTS - 1) / OUTPUTS;
     // Parts of one size, of whole pairs of tiles.
     const long most = NEAR / size > 2 * TILE_ROWS ? NEAR / size : 2 * TILE_ROWS, parts = (job.rows + most - 1) / most;
     const long part = (job.rows + 2 * TILE_ROWS * parts - 1) / (2 * TILE_ROWS * parts) * 2 * TILE_ROWS;
-    const long share = count / (8 * omp_get_max_threads()), chunk = share ? share : 1;
+    const long share = count / (4 * omp_get_max_threads()), chunk = share ? share : 1;
     #pragma omp parallel
     {
-        _tile_loadconfig(&shapes);
+        _tile_loadconfig(&SHAPES);
         for (long row = 0; row < job.rows; row += part) {
             const long stop = row + part < job.rows ? row + part : job.rows;
             #pragma omp for schedule(dynamic, chunk)

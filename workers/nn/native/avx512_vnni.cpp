@@ -104,7 +104,7 @@ void rows(const QuantizedRows& job) {
     #pragma omp parallel for if (job.rows > MOST)
     for (long row = 0; row < job.rows; row++) quantize(job, row);
     const long count = (job.out_features + OUTPUTS - 1) / OUTPUTS;
-    const long share = count / (8 * omp_get_max_threads()), chunk = share ? share : 1;
+    const long share = count / (4 * omp_get_max_threads()), chunk = share ? share : 1;
     #pragma omp parallel for schedule(dynamic, chunk)
     for (long number = 0; number < count; number++) {
         const char* weight = (const char*)job.weight + number * job.panel_bytes;

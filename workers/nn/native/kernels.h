@@ -34,6 +34,9 @@ struct QuantizedRows {
     long rows, in_features, out_features, panel_bytes, bits; bool is_half;
 };
 
+// A weight to be quantised to such panels of 4 bits.
+struct Int4Weight { void* numbers; int* sums; float* scales; const void* weight; long out_features, in_features, panel_bytes; bool is_half; };
+
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
     void (*silu_mul)(const Activation&);
@@ -49,6 +52,7 @@ namespace base { Kernels table(bool is_half); }
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
 namespace avx512_vnni { void rows(const QuantizedRows&); }
+namespace avx512_int4 { void quantize(const Int4Weight&); }
 namespace amx_int8 { bool is_supported(); void rows(const QuantizedRows&); }
 namespace avx512_bf16 { void few_rows(const FewRows&); }
 #endif

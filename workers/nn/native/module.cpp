@@ -163,6 +163,18 @@ PyObject* quantized_rows(bool has_tiles, PyObject* const* values, Py_ssize_t cou
 PyObject* rows_vnni(PyObject*, PyObject* const* values, Py_ssize_t count) { return quantized_rows(false, values, count); }
 PyObject* rows_amx(PyObject*, PyObject* const* values, Py_ssize_t count) { return quantized_rows(true, values, count); }
 
+PyObject* quantize_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 8)) return nullptr;
+    Arguments a{values};
+    Int4Weight job{a.address(), (int*)a.address(), (float*)a.address(), a.address(), a.number(), a.number(), a.number(), a.number() != 0};
+#if defined(__x86_64__)
+    return run(avx512_int4::quantize, job);
+#else
+    PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
+    return nullptr;
+#endif
+}
+
 PyObject* versions(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (const Version& version : VERSIONS) {
@@ -191,7 +203,7 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"quantized_kernels", quantized_kernels, METH_NOARGS, nullptr},
