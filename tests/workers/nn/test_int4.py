@@ -38,7 +38,7 @@ def test_weights_of_one_sign(sign: int) -> None:
 def test_zeros_pay_where_one_side_is_wider() -> None:
     torch.manual_seed(0)
     weight = torch.rand(64, 256) - 0.2
-    assert error(dequantized(weight), weight) < 0.04, "with steps from -0.8 to 0.8 it were 0.06"
+    assert error(dequantized(weight), weight) < 0.05, "with steps from -0.8 to 0.8 it were 0.07"
 
 
 def test_numbers_are_within_their_bits() -> None:
