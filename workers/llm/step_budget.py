@@ -24,6 +24,8 @@ class StepBudget:
 
     def __init__(self, max_num_batched_tokens: int, step_times: StepTimes | None) -> None:
         self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
+        # The next step is for decodes alone: what it leaves of the streams' stretch is for the ViTs.
+        self.is_prefill_deferred = False
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
         self._shares = TimeShares()
 
@@ -43,7 +45,8 @@ class StepBudget:
         prefills = self._in_turn(prefills)
         if decodes and prefills and self.step_times is not None:
             shares = [(num_tokens, request.num_computed_tokens) for request, num_tokens in prefills]
-            budget = min(budget, self.step_times.num_free_tokens(len(decodes), shares))
+            free = 0 if self.is_prefill_deferred else self.step_times.num_free_tokens(len(decodes), shares)
+            budget = min(budget, free)
         for request, num_tokens in prefills:
             if budget <= 0:
                 break

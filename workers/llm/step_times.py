@@ -29,6 +29,18 @@ class Measured(NamedTuple):
     seconds: float
 
 
+class StepSeconds(NamedTuple):
+    """A step that has run."""
+
+    num_decodes: int  # tokens, drafts among them
+    num_prefill: int  # tokens
+    seconds: float
+
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.num_decodes and self.num_prefill)
+
+
 class StepTimes:
     """`per_pair` is the cost in seconds of one new token attending to one earlier token.
 
@@ -92,6 +104,11 @@ class StepTimes:
             middle = (low + high) // 2
             low, high = (middle, high) if cost(middle) <= allowed else (low, middle)
         return low
+
+    def spare_s(self, step: StepSeconds) -> float:
+        """Seconds that the stretch of the step's decodes leaves, of which its prefill has had some."""
+        alone = self._alone * self.predict(step.num_decodes)
+        return max(0.0, self._max_stretch * alone - step.seconds)
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
         """Corrects the predictions by a step that has run.

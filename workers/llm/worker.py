@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pipeline.families import ModelInfo
+from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import (
@@ -34,6 +35,7 @@ from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
+from workers.llm.lending import lending_s
 from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
@@ -104,8 +106,10 @@ def main(context: WorkerContext) -> None:
         else dataclasses.replace(context.spec.placement, wide_cores=())
     )
     sharing = CoreSharing(
-        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads
-    )
+        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads,
+        spread=spread_threads if device.type == "cpu" else lambda cores: None,
+    )  # fmt: skip
+    sharing.bind()
     runner: ModelRunner | None = None
     matchers = _MatcherThread(info) if rank == 0 else None
     try:
@@ -207,11 +211,16 @@ def _serve(
             context.stats(len(engine.requests))
             if not engine.requests:
                 engine.check_integrity()
-        engine.stepper.is_wide = sharing.enter()
-        engine.scheduler.budget.step_times = step_times.get(engine.stepper.is_wide)
+        engine.stepper.is_wide = sharing.enter() if engine.has_work else sharing.adapt()
+        budget = engine.scheduler.budget
+        budget.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
+        sharing.leave()
         sharing.announce(is_busy)
-        if not is_busy:
+        if is_busy:
+            budget.is_prefill_deferred = sharing.is_awaited and engine.stepper.last_step.is_mixed
+            sharing.lend(lending_s(engine.stepper.last_step, budget.step_times))
+        else:
             poller.wait(max(0.0, stats_due - time.monotonic()))
 
 
