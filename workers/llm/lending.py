@@ -1,14 +1,43 @@
-"""How long the ViTs have all cores after a step, where the two roles take turns. Pure."""
+"""How long the ViTs have all cores before the next step, where the two roles take turns. Pure: no clock.
+
+A gap of a stream is the time that was lent and the step behind it. So either the ViTs have what the stretch
+of the streams leaves, or the prompts in the step have it: one after the other, while both have work.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from workers.llm.step_times import StepSeconds, StepTimes
 
 LONGEST_S = 0.2  # a request that arrives meanwhile waits for the end
 
 
-def lending_s(step: StepSeconds, step_times: StepTimes | None) -> float:
-    """Seconds. Beside running streams, what their stretch leaves behind the step; else half of the time."""
-    if step.num_decodes and step_times is not None:
-        return min(step_times.spare_s(step), LONGEST_S)
-    return min(step.seconds, LONGEST_S)
+class Loan(NamedTuple):
+    seconds: float
+    defers_prefill: bool  # the next step is for decodes alone
+
+
+class Lending:
+    """Remembers whose turn it is beside the streams."""
+
+    def __init__(self) -> None:
+        self._has_lent = False
+
+    def behind(
+        self, step: StepSeconds, step_times: StepTimes | None, has_prefill: bool, num_waiting: int
+    ) -> Loan:
+        """After `step`, while a ViT has work. `has_prefill`: prompts could be computed; `num_waiting`:
+        requests wait for embeddings.
+
+        Half of the time is lent while no stream runs, and while more requests wait for a picture than
+        streams run: they could not decode together for long.
+        """
+        if step_times is None or num_waiting > step.num_streams or not step.num_streams:
+            self._has_lent = False
+            return Loan(min(step.seconds, LONGEST_S), False)
+        if has_prefill and self._has_lent:
+            self._has_lent = False
+            return Loan(0.0, False)
+        self._has_lent = True
+        return Loan(min(step_times.spare_s(step.num_decodes), LONGEST_S), True)

@@ -103,6 +103,14 @@ class Scheduler:
         for digest in [digest for digest, owner in self._computing.items() if owner is request]:
             del self._computing[digest]
 
+    @property
+    def num_waiting_for_embeddings(self) -> int:
+        return sum(
+            request.is_waiting_for_embeddings(request.num_computed_tokens)
+            for queue in (self.waiting, self.running)
+            for request in queue
+        )
+
     # What the next step computes.
 
     def schedule(self) -> Schedule:

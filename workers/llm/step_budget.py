@@ -26,6 +26,7 @@ class StepBudget:
         self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
         # The next step is for decodes alone: what it leaves of the streams' stretch is for the ViTs.
         self.is_prefill_deferred = False
+        self.has_prefill = False  # as of the last step: prompts were ready, deferred or not
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
         self._shares = TimeShares()
 
@@ -39,6 +40,7 @@ class StepBudget:
                 decodes.append(part)
             else:
                 prefills.append(part)
+        self.has_prefill = bool(prefills)
         chosen = decodes[: self.max_num_batched_tokens]
         num_decodes = len(chosen)
         budget = self.max_num_batched_tokens - num_decodes

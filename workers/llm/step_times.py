@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SMOOTHING = 0.1  # weight of the newest step in the corrections
-LARGEST_SMOOTHING = 0.5  # weight of a decode step after many mixed ones
+# Weight of a mixed step that was longer than expected, and of a decode step after many mixed ones.
+LARGEST_SMOOTHING = 0.5
 # A single step may have been interrupted: it counts as at most so many times slower than expected.
 LARGEST_JUMP = 2.0
 FIXED_COST_SLACK = 1.1  # prompt tokens that raise the cost of a mixed step no further are included
@@ -32,13 +33,9 @@ class Measured(NamedTuple):
 class StepSeconds(NamedTuple):
     """A step that has run."""
 
+    num_streams: int  # that decode
     num_decodes: int  # tokens, drafts among them
-    num_prefill: int  # tokens
     seconds: float
-
-    @property
-    def is_mixed(self) -> bool:
-        return bool(self.num_decodes and self.num_prefill)
 
 
 class StepTimes:
@@ -105,10 +102,9 @@ class StepTimes:
             low, high = (middle, high) if cost(middle) <= allowed else (low, middle)
         return low
 
-    def spare_s(self, step: StepSeconds) -> float:
-        """Seconds that the stretch of the step's decodes leaves, of which its prefill has had some."""
-        alone = self._alone * self.predict(step.num_decodes)
-        return max(0.0, self._max_stretch * alone - step.seconds)
+    def spare_s(self, num_decodes: int) -> float:
+        """Seconds that the stretch allows beside a step of so many decodes alone."""
+        return (self._max_stretch - 1) * self._alone * self.predict(num_decodes)
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
         """Corrects the predictions by a step that has run.
@@ -119,7 +115,9 @@ class StepTimes:
             return
         ratio = seconds / self.predict(num_decodes + num_prefill, num_pairs)
         if num_prefill:
-            self._mixed += SMOOTHING * (min(ratio, LARGEST_JUMP * self._mixed) - self._mixed)
+            # What was too long is not repeated; what was too short may have been an exception.
+            weight = SMOOTHING if ratio < self._mixed else LARGEST_SMOOTHING
+            self._mixed += weight * (min(ratio, LARGEST_JUMP * self._mixed) - self._mixed)
             self._num_mixed_in_a_row += 1
         else:
             weight = min(SMOOTHING * (1 + self._num_mixed_in_a_row), LARGEST_SMOOTHING)

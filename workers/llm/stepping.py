@@ -301,7 +301,7 @@ class Stepper:
         decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
         num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
         num_prefill = sum(item.num_tokens for item in prefills)
-        self.last_step = StepSeconds(num_decodes, num_prefill, ended_at - started_at)
+        self.last_step = StepSeconds(len(decodes), num_decodes, ended_at - started_at)
         if step_times is not None:
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
             step_times.observe(num_decodes, num_prefill, num_pairs, ended_at - started_at)

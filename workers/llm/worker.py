@@ -35,7 +35,7 @@ from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
-from workers.llm.lending import lending_s
+from workers.llm.lending import Lending
 from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
@@ -189,7 +189,7 @@ def _serve(
     outputs: Publisher[OutputsMessage], wakeup: Wakeup, sharing: CoreSharing,
     step_times: Mapping[bool, StepTimes],
 ) -> None:  # fmt: skip
-    poller = Poller(inbox, outputs, control, wakeup)
+    poller, lending = Poller(inbox, outputs, control, wakeup), Lending()
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     _declare(context.metrics, engine, inbox)
     while True:
@@ -217,10 +217,13 @@ def _serve(
         is_busy = engine.step(now)
         sharing.leave()
         sharing.announce(is_busy)
-        if is_busy:
-            budget.is_prefill_deferred = sharing.is_awaited and engine.stepper.last_step.is_mixed
-            sharing.lend(lending_s(engine.stepper.last_step, budget.step_times))
-        else:
+        budget.is_prefill_deferred = False
+        if is_busy and sharing.is_awaited:
+            step, num_waiting = engine.stepper.last_step, engine.scheduler.num_waiting_for_embeddings
+            loan = lending.behind(step, budget.step_times, budget.has_prefill, num_waiting)
+            budget.is_prefill_deferred = loan.defers_prefill
+            sharing.lend(loan.seconds)
+        elif not is_busy:
             poller.wait(max(0.0, stats_due - time.monotonic()))
 
 
