@@ -11,11 +11,15 @@ from typing import NamedTuple
 from workers.llm.step_times import StepSeconds, StepTimes
 
 LONGEST_S = 0.2  # a request that arrives meanwhile waits for the end
+# Of the streams' gaps, while more requests wait for their first token than streams run: the sooner they
+# decode together, the fewer steps there are.
+CROWDED_STRETCH = 2.0
 
 
 class Loan(NamedTuple):
     seconds: float
-    defers_prefill: bool  # the next step is for decodes alone
+    defers_prefill: bool = False  # the next step is for decodes alone
+    stretch: float | None = None  # of the next step by its prompts, beyond what they may otherwise
 
 
 class Lending:
@@ -28,16 +32,18 @@ class Lending:
         self, step: StepSeconds, step_times: StepTimes | None, has_prefill: bool, num_waiting: int
     ) -> Loan:
         """After `step`, while a ViT has work. `has_prefill`: prompts could be computed; `num_waiting`:
-        requests wait for embeddings.
+        requests wait for their first token.
 
-        Half of the time is lent while no stream runs, and while more requests wait for a picture than
-        streams run: they could not decode together for long.
+        Half of the time is lent while no stream runs.
         """
-        if step_times is None or num_waiting > step.num_streams or not step.num_streams:
+        if step_times is None or not step.num_streams:
             self._has_lent = False
-            return Loan(min(step.seconds, LONGEST_S), False)
+            return Loan(min(step.seconds, LONGEST_S))
+        stretch = None
+        if num_waiting > step.num_streams:
+            stretch = max(CROWDED_STRETCH, step_times.max_stretch)
         if has_prefill and self._has_lent:
             self._has_lent = False
-            return Loan(0.0, False)
+            return Loan(0.0, stretch=stretch)
         self._has_lent = True
-        return Loan(min(step_times.spare_s(step.num_decodes), LONGEST_S), True)
+        return Loan(min(step_times.spare_s(step.num_decodes, stretch), LONGEST_S), defers_prefill=True)

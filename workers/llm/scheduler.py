@@ -104,12 +104,9 @@ class Scheduler:
             del self._computing[digest]
 
     @property
-    def num_waiting_for_embeddings(self) -> int:
-        return sum(
-            request.is_waiting_for_embeddings(request.num_computed_tokens)
-            for queue in (self.waiting, self.running)
-            for request in queue
-        )
+    def num_without_token(self) -> int:
+        """Requests whose first new token has not come."""
+        return sum(not request.has_progress for queue in (self.waiting, self.running) for request in queue)
 
     # What the next step computes.
 

@@ -26,6 +26,7 @@ class StepBudget:
         self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
         # The next step is for decodes alone: what it leaves of the streams' stretch is for the ViTs.
         self.is_prefill_deferred = False
+        self.stretch: float | None = None  # of the next step by its prefills; None: that of `step_times`
         self.has_prefill = False  # as of the last step: prompts were ready, deferred or not
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
         self._shares = TimeShares()
@@ -47,7 +48,9 @@ class StepBudget:
         prefills = self._in_turn(prefills)
         if decodes and prefills and self.step_times is not None:
             shares = [(num_tokens, request.num_computed_tokens) for request, num_tokens in prefills]
-            free = 0 if self.is_prefill_deferred else self.step_times.num_free_tokens(len(decodes), shares)
+            free = 0
+            if not self.is_prefill_deferred:
+                free = self.step_times.num_free_tokens(len(decodes), shares, self.stretch)
             budget = min(budget, free)
         for request, num_tokens in prefills:
             if budget <= 0:

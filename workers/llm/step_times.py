@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SMOOTHING = 0.1  # weight of the newest step in the corrections
-# Weight of a mixed step that was longer than expected, and of a decode step after many mixed ones.
-LARGEST_SMOOTHING = 0.5
+LARGEST_SMOOTHING = 0.5  # weight of a decode step after many mixed ones
 # A single step may have been interrupted: it counts as at most so many times slower than expected.
 LARGEST_JUMP = 2.0
 FIXED_COST_SLACK = 1.1  # prompt tokens that raise the cost of a mixed step no further are included
@@ -52,7 +51,7 @@ class StepTimes:
         self._seconds: list[float] = []
         for point in measured:  # noise must not make a larger step look shorter
             self._seconds.append(max(point.seconds, *self._seconds[-1:], 1e-9))
-        self._per_pair, self._max_stretch = per_pair, max_stretch
+        self._per_pair, self.max_stretch = per_pair, max_stretch
         self._alone, self._mixed = 1.0, 1.0  # measured over predicted, of steps without and with prefill
         self._num_mixed_in_a_row = 0
         self._num_to_wait = 0  # decode steps before the next mixed step
@@ -67,8 +66,11 @@ class StepTimes:
         inside = max(num_tokens, sizes[0]) - sizes[right - 1]
         return seconds[right - 1] + slope * inside + num_pairs * self._per_pair
 
-    def num_free_tokens(self, num_decodes: int, prefills: Sequence[tuple[int, int]]) -> int:
-        """The largest number of prompt tokens in a step with `num_decodes` decodes.
+    def num_free_tokens(
+        self, num_decodes: int, prefills: Sequence[tuple[int, int]], stretch: float | None = None
+    ) -> int:
+        """The largest number of prompt tokens in a step with `num_decodes` decodes, which they make at most
+        `stretch` times longer, by default `max_stretch`.
 
         `prefills`: for each, in turn, its offered tokens and its computed tokens. The result is at least 1,
         so that prompts progress. It is 0 for some steps after an overlong mixed step, and after
@@ -86,25 +88,23 @@ class StepTimes:
                 num_pairs, left = num_pairs + taken * (num_computed + taken // 2), left - taken
             return self._mixed * self.predict(num_decodes + num_tokens, num_pairs)
 
-        alone = self._alone * self.predict(num_decodes)
-        allowed, cheapest = self._max_stretch * alone, cost(1)
+        alone, stretch = self._alone * self.predict(num_decodes), stretch or self.max_stretch
+        allowed, cheapest = stretch * alone, cost(1)
         if cheapest > allowed:
             # Every mixed step costs more than allowed, as on a GPU, where decodes alone are one graph. So a
             # mixed step may exceed the bound, and is followed by so many decode steps that the average
             # stretch stays within it.
             allowed = FIXED_COST_SLACK * cheapest
-            self._num_to_wait = min(
-                math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MAX_STEPS_TO_WAIT
-            )
+            self._num_to_wait = min(math.ceil((cheapest / alone - 1) / (stretch - 1)) - 1, MAX_STEPS_TO_WAIT)
         low, high = 1, 1 + max(1, sum(num_offered for num_offered, _ in prefills))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if cost(middle) <= allowed else (low, middle)
         return low
 
-    def spare_s(self, num_decodes: int) -> float:
-        """Seconds that the stretch allows beside a step of so many decodes alone."""
-        return (self._max_stretch - 1) * self._alone * self.predict(num_decodes)
+    def spare_s(self, num_decodes: int, stretch: float | None = None) -> float:
+        """Seconds that a stretch, by default `max_stretch`, allows beside a step of so many decodes alone."""
+        return ((stretch or self.max_stretch) - 1) * self._alone * self.predict(num_decodes)
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
         """Corrects the predictions by a step that has run.
@@ -115,9 +115,7 @@ class StepTimes:
             return
         ratio = seconds / self.predict(num_decodes + num_prefill, num_pairs)
         if num_prefill:
-            # What was too long is not repeated; what was too short may have been an exception.
-            weight = SMOOTHING if ratio < self._mixed else LARGEST_SMOOTHING
-            self._mixed += weight * (min(ratio, LARGEST_JUMP * self._mixed) - self._mixed)
+            self._mixed += SMOOTHING * (min(ratio, LARGEST_JUMP * self._mixed) - self._mixed)
             self._num_mixed_in_a_row += 1
         else:
             weight = min(SMOOTHING * (1 + self._num_mixed_in_a_row), LARGEST_SMOOTHING)

@@ -100,16 +100,7 @@ def main(context: WorkerContext) -> None:
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)
 
-    placement = (
-        context.spec.placement
-        if device.type == "cpu"
-        else dataclasses.replace(context.spec.placement, wide_cores=())
-    )
-    sharing = CoreSharing(
-        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads,
-        spread=spread_threads if device.type == "cpu" else lambda cores: None,
-    )  # fmt: skip
-    sharing.bind()
+    sharing = _sharing(context, device)
     runner: ModelRunner | None = None
     matchers = _MatcherThread(info) if rank == 0 else None
     try:
@@ -134,6 +125,17 @@ def main(context: WorkerContext) -> None:
         parallel.close()
         if matchers is not None:
             matchers.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _sharing(context: WorkerContext, device: torch.device) -> CoreSharing:
+    is_on_cpu, placement = device.type == "cpu", context.spec.placement
+    sharing = CoreSharing(
+        Activity(Path(context.spec.run_dir)), context.worker,
+        placement if is_on_cpu else dataclasses.replace(placement, wide_cores=()), torch.set_num_threads,
+        spread=spread_threads if is_on_cpu else lambda cores: None,
+    )  # fmt: skip
+    sharing.bind()
+    return sharing
 
 
 class _MatcherThread:
@@ -217,11 +219,11 @@ def _serve(
         is_busy = engine.step(now)
         sharing.leave()
         sharing.announce(is_busy)
-        budget.is_prefill_deferred = False
+        budget.is_prefill_deferred, budget.stretch = False, None
         if is_busy and sharing.is_awaited:
-            step, num_waiting = engine.stepper.last_step, engine.scheduler.num_waiting_for_embeddings
+            step, num_waiting = engine.stepper.last_step, engine.scheduler.num_without_token
             loan = lending.behind(step, budget.step_times, budget.has_prefill, num_waiting)
-            budget.is_prefill_deferred = loan.defers_prefill
+            budget.is_prefill_deferred, budget.stretch = loan.defers_prefill, loan.stretch
             sharing.lend(loan.seconds)
         elif not is_busy:
             poller.wait(max(0.0, stats_due - time.monotonic()))
