@@ -8,13 +8,24 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 FOLDER = Path("workers/nn/native")
+SOURCES = (
+    "module",
+    "base",
+    "avx2",
+    "avx512",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_int4",
+    "amx_bf16",
+    "amx_int8",
+)
 kernels = Extension(
     "workers.nn.native._kernels",
-    sources=[
-        str(FOLDER / f"{name}.cpp")
-        for name in ("module", "base", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx_bf16")
+    sources=[str(FOLDER / f"{name}.cpp") for name in SOURCES],
+    depends=[
+        str(FOLDER / name)
+        for name in ("kernels.inc", "attend_rows.inc", "kernels.h", "threads.h", "avx512_rows.h")
     ],
-    depends=[str(FOLDER / name) for name in ("kernels.inc", "attend_rows.inc", "kernels.h", "threads.h")],
     # Not linked with OpenMP: its functions are those that torch has loaded, so that both share their threads.
     extra_compile_args=[
         "-O3",

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pipeline.process.process import Placement
 from pipeline.wire.topology import Role, WorkerId
 
+# Of the cores, for a decode step: it is bound by the memory's rate, which fewer cores do not reach. With two
+# cores one reads at 0.6 of the rate of both.
+ENOUGH = 0.75
+
 
 def workers(num_vits: int, num_ranks: int, has_gateway: bool = False) -> list[WorkerId]:
     """All workers of a pipeline, in the order in which they are started."""
@@ -23,7 +27,7 @@ def workers(num_vits: int, num_ranks: int, has_gateway: bool = False) -> list[Wo
 def place(
     cores: Sequence[int], num_vits: int, num_ranks: int, num_llm_cores: int | None = None,
     num_vit_cores: int | None = None,
-    is_elastic: bool = False,
+    is_elastic: bool = False, can_take_turns: bool = False,
 ) -> dict[WorkerId, Placement]:  # fmt: skip
     """A quarter of the cores, at least one, for the ViTs, the rest for the LLM ranks; other roles use any
     core.
@@ -31,8 +35,9 @@ def place(
     ViTs and ranks share no core unless there are more of them than cores: two that wait for each other's
     threads have ten times the tail latency. `num_llm_cores` gives the ranks the first so many cores,
     `num_vit_cores` the ViTs the last; these two may overlap. `is_elastic`: a role that computes alone gets
-    all cores, if no number was given. Rank i goes to GPU i, and so does ViT i, modulo the number of GPUs
-    (which `choose_device` knows).
+    all cores, if no number was given; with `can_take_turns` also while the other role has work, in turn,
+    where the LLM's share would be less than `ENOUGH` of the cores. Rank i goes to GPU i, and so does ViT i,
+    modulo the number of GPUs (which `choose_device` knows).
     """
     vit_cores, llm_cores = cores, cores
     if len(cores) > 1:
@@ -42,6 +47,8 @@ def place(
         llm_cores = cores[:num_llm_cores]
     if num_vit_cores is not None:
         vit_cores = cores[-num_vit_cores:]
+    has_shares = num_llm_cores is None and num_vit_cores is None
+    takes_turns = can_take_turns and has_shares and len(llm_cores) < ENOUGH * len(cores)
     placement: dict[WorkerId, Placement] = {}
     for role, own, number, count in (
         (Role.VIT, vit_cores, num_vit_cores, num_vits),
@@ -50,7 +57,8 @@ def place(
         for index in range(count):
             share = _share(own, index, count)
             if is_elastic and number is None and len(own) < len(cores):
-                share = dataclasses.replace(share, wide_cores=_share(cores, index, count).cores)
+                wide = _share(cores, index, count).cores
+                share = dataclasses.replace(share, wide_cores=wide, takes_turns=takes_turns)
             placement[WorkerId(role, index)] = share
     for role in (Role.PREPROCESS, Role.API, Role.GATEWAY):
         placement[WorkerId(role)] = Placement(cores=tuple(cores), num_threads=len(cores))

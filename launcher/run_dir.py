@@ -24,9 +24,10 @@ from pipeline.wire.topology import EDGES, MAX_IPC_PATH
 
 LOCK_TRIES, LOCK_PAUSE_S = 5, 0.02
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
-# Sockets by edge, rank and epoch; rendezvous files of ranks; core sharing; flight recorders.
+# Sockets by edge, rank and epoch; rendezvous files of ranks; core sharing and its bells; flight recorders.
 OURS = re.compile(
-    rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}|{re.escape(FLIGHT)}[a-z]+\.\d+"
+    rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}(?:\.[a-z]+\.\d+)?"
+    rf"|{re.escape(FLIGHT)}[a-z]+\.\d+"
 )
 
 

@@ -354,7 +354,7 @@ class Bench:
         ]
 
     def itl(self) -> list[Row]:
-        streams = Workload(num_words=16, num_output=12 * self.num_output)
+        streams = Workload(num_words=16, num_output=12 * self.num_output, wants_token_ids=True)
         prompts = Workload(num_words=500, num_output=1)
 
         def run(served: Served, has_prompts: bool) -> tuple[list[float], float]:

@@ -1,5 +1,5 @@
 """A decoder's steps and a tower's pictures on the CPU: with the compiled kernels, with torch's operators, and
-with weights of the decoder in int8.
+with fewer bits.
 
     python -m tools.bench_kernels                   # 0.31 B parameters
     python -m tools.bench_kernels --shape 2b --layers 8
@@ -117,6 +117,7 @@ def main() -> None:
             "with kernels": stack.enter_context(open_subject(folder, dtype)),
             "without": plain,
             "int8": stack.enter_context(open_subject(folder, dtype, quantization="int8")),
+            "int4": stack.enter_context(open_subject(folder, dtype, quantization="int4")),
         }
         found: dict[tuple[str, str], list[float]] = {}
         for number in range(options.rounds + 1):
@@ -127,12 +128,13 @@ def main() -> None:
                             found.setdefault((work, kind), []).append(seconds)
         info = read_model_info(folder).text
         nbytes = num_weights(info) * weight_size(folder, dtype) + CONTEXT * kv_bytes(info, dtype.itemsize)
-    print("\n| ms | " + " | ".join(subjects) + " | without / with | with / int8 |\n" + "| --- " * 6 + "|")
+    titles = [*subjects, "without / with", "with / int8", "with / int4"]
+    print("\n| ms | " + " | ".join(titles) + " |\n" + "| --- " * (1 + len(titles)) + "|")
     medians = {key: 1e3 * statistics.median(times) for key, times in found.items()}
     for work in WORK:
         row = [medians[work, kind] for kind in subjects]
         print(f"| {work} | " + " | ".join(f"{ms:.1f}" for ms in (*row,)), end=" | ")
-        print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} |")
+        print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} | {row[0] / row[3]:.2f} |")
     rate = memory_rate()
     share = nbytes / medians["decode, 1 request", "with kernels"] * 1e3 / rate.bytes_per_s
     print(f"\ndecode, 1 request reads {nbytes / 1e6:.0f} MB at {share:.2f} of the memory's rate, "

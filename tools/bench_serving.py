@@ -108,6 +108,8 @@ class Workload:
     num_shared_images: int = 0
     num_turns: int = 1
     temperature: float = 0.0
+    # Each token then is an event, also one without text: the bytes of a character come in several tokens.
+    wants_token_ids: bool = False
 
     def chats(self, count: int, rng: random.Random) -> list[list[list[dict[str, Any]]]]:
         """For each chat the content of the user's turns; the pictures stand in the first."""
@@ -137,6 +139,7 @@ class Workload:
             "messages": list(messages), "max_tokens": self.num_output, "ignore_eos": True,
             "temperature": self.temperature, "stream": True,
             "stream_options": {"include_usage": True},
+            **({"return_token_ids": True} if self.wants_token_ids else {}),
         }  # fmt: skip
 
 
@@ -178,8 +181,10 @@ async def _receive(session: aiohttp.ClientSession, url: str, body: Body, result:
                 result.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
                     "cached_tokens"
                 ) or 0
-            if event["choices"] and (text := event["choices"][0]["delta"].get("content")):
-                result.arrivals.append(time.perf_counter())
+            for choice in event["choices"][:1]:
+                text = choice["delta"].get("content") or ""
+                if text or choice.get("token_ids"):
+                    result.arrivals.append(time.perf_counter())
                 result.text += text
     result.e2el = time.perf_counter() - result.sent
     if not result.num_prompt_tokens:

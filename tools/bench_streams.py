@@ -152,6 +152,7 @@ class HttpStream(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self.parts: list[bytes] = []
+        self.arrivals: list[float] = []
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -160,6 +161,7 @@ class HttpStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.parts.append(data)
+        self.arrivals.append(time.perf_counter())
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.over.done():
@@ -260,6 +262,19 @@ def check(stream: HttpStream, num_output: int) -> str:
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
+def put_load(url: str, num_streams: int, num_output: int) -> None:
+    """A process of its own, whose CPU time is nothing but the load's. Prints the seconds of a step, from the
+    first token of the last stream to its end, and its own CPU seconds in each."""
+    cpu = time.process_time()
+    streams = asyncio.run(HttpLoad(url).streams(range(num_streams), num_output))
+    cpu = time.process_time() - cpu
+    for stream in streams:
+        check(stream, num_output)
+    last = max((stream.arrivals for stream in streams), key=lambda arrivals: arrivals[0])
+    # By number, not by events: a token may bring no text.
+    print(json.dumps({"seconds": (last[-1] - last[0]) / (num_output - 1), "cpu": cpu / num_output}))
+
+
 def poll_health(url: str) -> None:
     """A process of its own: its figures must not wait for the load's own work. Ends with its input."""
 
@@ -327,9 +342,13 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--poll-health", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--put-load", metavar="URL", help=argparse.SUPPRESS)
     args, options = parser.parse_known_args()
     if args.poll_health:
         poll_health(args.poll_health)
+        return 0
+    if args.put_load:
+        put_load(args.put_load, args.streams, args.output_tokens)
         return 0
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -154,7 +154,7 @@ class Bench:
     def _streams(self, url: str, size: tuple[int, int] | None) -> list[float]:
         """Gaps of four streams while all of them run; two requests with an image of `size` each are always
         under way beside them."""
-        streams = Workload(num_words=16, num_output=self.num_output)
+        streams = Workload(num_words=16, num_output=self.num_output, wants_token_ids=True)
         # What the round before has left under way is encoded to its end, though nobody waits for it: a small
         # image comes behind it.
         small = Workload(num_words=8, num_output=1, num_images=1)

@@ -66,12 +66,12 @@ def decode_seconds(runner: ModelRunner, batch: int, num_steps: int = 40, **wishe
         for slot in range(batch)
     ]  # fmt: skip
     sequences = [SequenceStep(slot) for slot in range(batch)]
-    runner.launch(_plan(0, sequences, starts)).result()
+    runner.launch(plan_of(0, sequences, starts)).result()
     times = []
-    before = runner.launch(_plan(1, sequences))
+    before = runner.launch(plan_of(1, sequences))
     for step in range(num_steps):
         start = time.perf_counter()
-        after = runner.launch(_plan(step + 2, sequences))
+        after = runner.launch(plan_of(step + 2, sequences))
         before.result()
         times.append(time.perf_counter() - start)
         before = after
@@ -85,11 +85,11 @@ def prefill_seconds(runner: ModelRunner, length: int) -> float:
     sampling = SamplingParams(temperature=0, seed=1)
     first = SequenceStart(0, length, sampling, pack_int32([7] * length), block_table=table)
     start = time.perf_counter()
-    runner.launch(_plan(0, [SequenceStep(0, length)], [first])).result()
+    runner.launch(plan_of(0, [SequenceStep(0, length)], [first])).result()
     return time.perf_counter() - start
 
 
-def _plan(step: int, sequences: Sequence[SequenceStep], started: Sequence[SequenceStart] = ()) -> StepPlan:
+def plan_of(step: int, sequences: Sequence[SequenceStep], started: Sequence[SequenceStart] = ()) -> StepPlan:
     return StepPlan(
         sender=WorkerId(Role.LLM), epoch=1, step=step, started=tuple(started), sequences=tuple(sequences)
     )

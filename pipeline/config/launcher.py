@@ -26,7 +26,8 @@ class LauncherConfig:
     )
     cpu_sharing: str = option(
         "elastic",
-        "elastic: on the CPU, LLM and ViTs have all cores while the others idle; fixed: each only its own",
+        "elastic: on the CPU, LLM and ViTs have all cores while the others idle, and take turns on less than "
+        "four; fixed: each only its own",
         choices=("elastic", "fixed"),
     )
     cache_dir: str = option(

@@ -45,8 +45,9 @@ class LlmConfig:
     )
     quantization: str = option(
         "none",
-        "int8: weights in 8 bits, activations too, token by token; on the CPU only",
-        choices=("none", "int8"),
+        "int8: the decoder's weights in 8 bits, activations too, token by token; int4: weights in 4 bits, "
+        "activations in 8; on the CPU only",
+        choices=("none", "int8", "int4"),
     )
     prefix_caching: bool = option(
         True, "keep computed prompts, text and pictures, for requests that begin alike"

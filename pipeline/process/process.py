@@ -50,9 +50,9 @@ class Placement:
     cores: tuple[int, ...]
     num_threads: int
     device: int = 0
-    wide_cores: tuple[
-        int, ...
-    ] = ()  # while the other role is idle, one thread on each; empty: always `cores`
+    # While the other role is idle, one thread on each; empty: always `cores`.
+    wide_cores: tuple[int, ...] = ()
+    takes_turns: bool = False  # on `wide_cores`, with the other role, while both have work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ SETUPS = {
     "float32": (("--dtype", "float32"), 0.0),
     "ViT on onnxruntime": (("--dtype", "float32", "--vit-engine", "onnxruntime"), 0.01),
     "bfloat16": (("--dtype", "bfloat16"), 0.04),
+    "int8": (("--quantization", "int8"), 0.04),
+    "int4": (("--quantization", "int4"), 0.1),
 }
 
 SAMPLES = {

@@ -47,7 +47,12 @@ SETUPS = {
 }
 
 
-LOSSY = {"bfloat16": ("--dtype", "bfloat16"), "int8": ("--dtype", "float32", "--quantization", "int8")}
+LOSSY = {
+    "bfloat16": ("--dtype", "bfloat16"),
+    "int8": ("--dtype", "float32", "--quantization", "int8"),
+    "int4": ("--dtype", "float32", "--quantization", "int4"),
+    "int4, tp 2": ("--dtype", "bfloat16", "--quantization", "int4", "--tp", "2"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,22 @@ def test_who_computes_alone_may_have_all_cores_unless_a_number_was_given() -> No
     )
 
 
+@pytest.mark.parametrize("num_cores", [2, 3, 4])
+def test_turns_are_taken_where_the_llm_s_own_cores_would_be_too_few(num_cores: int) -> None:
+    placement = place(range(num_cores), 1, 1, is_elastic=True, can_take_turns=True)
+    both = [placement[WorkerId(role)] for role in (Role.LLM, Role.VIT)]
+    assert [one.takes_turns for one in both] == [num_cores < 4] * 2
+    assert [one.wide_cores for one in both] == [tuple(range(num_cores))] * 2
+
+
+def test_no_turns_are_taken_where_cores_were_given_or_one_side_cannot() -> None:
+    cannot = place(range(2), 1, 1, is_elastic=True)
+    given = place(range(2), 1, 1, num_vit_cores=1, is_elastic=True, can_take_turns=True)
+    fixed = place(range(2), 1, 1, can_take_turns=True)
+    for placement in (cannot, given, fixed):
+        assert not any(one.takes_turns for one in placement.values())
+
+
 def test_an_unknown_parser_is_named_before_anything_starts() -> None:
     command = [sys.executable, "-m", "launcher", "--tool-call-parser", "nobody"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiohttp import test_utils, web
 
 from tests.servers import Server
-from tools.bench_serving import Result, Workload, parse_limits, parse_sizes, plot_itl, print_ratios, summarize
+from tools.bench_serving import (
+    Result,
+    Workload,
+    open_session,
+    parse_limits,
+    parse_sizes,
+    plot_itl,
+    print_ratios,
+    send,
+    summarize,
+)
 
 TWO = [
     Result(
@@ -107,3 +120,30 @@ def test_a_run_against_a_server(tmp_path: Path) -> None:
         assert summary["goodput"] > 0
     assert figures["rounds"][server.url][0]["ttft_ms_by_turn"][1]["median"] > 0
     assert (tmp_path / "itl.svg").is_file()
+
+
+@pytest.mark.parametrize(("asks", "num_arrivals"), [(False, 2), (True, 3)])
+def test_a_token_without_text_is_no_gap_where_token_ids_are_asked_for(asks: bool, num_arrivals: int) -> None:
+    """The bytes of a character come in several tokens: its text comes with the last of them."""
+
+    async def answer(request: web.Request) -> web.Response:
+        tells = bool((await request.json()).get("return_token_ids"))
+        chunks: list[dict[str, Any]] = []
+        for number, text in enumerate(("a", "", "é")):
+            choice: dict[str, Any] = {"delta": {"content": text} if text or tells else {}}
+            if tells:
+                choice["token_ids"] = [number]
+            if text or tells:
+                chunks.append({"choices": [choice]})
+        chunks.append({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 3}})
+        return web.Response(text="".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks))
+
+    async def ask() -> Result:
+        application = web.Application()
+        application.router.add_post("/v1/chat/completions", answer)
+        workload = Workload(num_words=1, wants_token_ids=asks)
+        async with test_utils.TestServer(application) as server, open_session() as session:
+            return await send(session, str(server.make_url("")), workload.body([]))
+
+    result = asyncio.run(ask())
+    assert (result.error, result.text, len(result.arrivals)) == ("", "aé", num_arrivals)

@@ -97,6 +97,11 @@ class Engine:
         return self._requests.open
 
     @property
+    def has_work(self) -> bool:
+        """Whether `step` may have something to compute."""
+        return bool(self.requests) or self.stepper.num_in_flight > 0
+
+    @property
     def num_clients_cut_off(self) -> int:
         return self._clients.num_cut_off
 

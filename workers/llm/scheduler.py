@@ -120,6 +120,11 @@ class Scheduler:
         for digest in [digest for digest, owner in self._computing.items() if owner is request]:
             del self._computing[digest]
 
+    @property
+    def num_without_token(self) -> int:
+        """Requests whose first new token has not come."""
+        return sum(not request.has_progress for queue in (self.waiting, self.running) for request in queue)
+
     # What the next step computes.
 
     def schedule(self) -> Schedule:

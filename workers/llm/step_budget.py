@@ -31,6 +31,10 @@ class StepBudget:
     ) -> None:
         self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
         self._prefill_multiple = prefill_multiple
+        # The next step is for decodes alone: what it leaves of the streams' stretch is for the ViTs.
+        self.is_prefill_deferred = False
+        self.stretch: float | None = None  # of the next step by its prefills; None: that of `step_times`
+        self.has_prefill = False  # as of the last step: prompts were ready, deferred or not
         self._turns: Turns[str] = Turns()  # of tenants, by tokens of their prompts
         self._shares = TimeShares()
 
@@ -44,13 +48,17 @@ class StepBudget:
                 decodes.append(part)
             else:
                 prefills.append(part)
+        self.has_prefill = bool(prefills)
         chosen = decodes[: self.max_num_batched_tokens]
         num_decodes = len(chosen)
         budget = self.max_num_batched_tokens - num_decodes
         prefills = self._in_turn(prefills)
         if decodes and prefills and self.step_times is not None:
             shares = [(num_tokens, request.num_computed_tokens) for request, num_tokens in prefills]
-            budget = min(budget, self.step_times.num_free_tokens(len(decodes), shares))
+            free = 0
+            if not self.is_prefill_deferred:
+                free = self.step_times.num_free_tokens(len(decodes), shares, self.stretch)
+            budget = min(budget, free)
         for request, num_tokens in prefills:
             if budget <= 0:
                 break

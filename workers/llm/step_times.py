@@ -29,6 +29,14 @@ class Measured(NamedTuple):
     seconds: float
 
 
+class StepSeconds(NamedTuple):
+    """A step that has run."""
+
+    num_streams: int  # that decode
+    num_decodes: int  # tokens, drafts among them
+    seconds: float
+
+
 class StepTimes:
     """`per_pair` is the cost in seconds of one new token attending to one earlier token.
 
@@ -43,7 +51,7 @@ class StepTimes:
         self._seconds: list[float] = []
         for point in measured:  # noise must not make a larger step look shorter
             self._seconds.append(max(point.seconds, *self._seconds[-1:], 1e-9))
-        self._per_pair, self._max_stretch = per_pair, max_stretch
+        self._per_pair, self.max_stretch = per_pair, max_stretch
         self._alone, self._mixed = 1.0, 1.0  # measured over predicted, of steps without and with prefill
         self._num_mixed_in_a_row = 0
         self._num_to_wait = 0  # decode steps before the next mixed step
@@ -58,8 +66,11 @@ class StepTimes:
         inside = max(num_tokens, sizes[0]) - sizes[right - 1]
         return seconds[right - 1] + slope * inside + num_pairs * self._per_pair
 
-    def num_free_tokens(self, num_decodes: int, prefills: Sequence[tuple[int, int]]) -> int:
-        """The largest number of prompt tokens in a step with `num_decodes` decodes.
+    def num_free_tokens(
+        self, num_decodes: int, prefills: Sequence[tuple[int, int]], stretch: float | None = None
+    ) -> int:
+        """The largest number of prompt tokens in a step with `num_decodes` decodes, which they make at most
+        `stretch` times longer, by default `max_stretch`.
 
         `prefills`: for each, in turn, its offered tokens and its computed tokens. The result is at least 1,
         so that prompts progress. It is 0 for some steps after an overlong mixed step, and after
@@ -77,21 +88,23 @@ class StepTimes:
                 num_pairs, left = num_pairs + taken * (num_computed + taken // 2), left - taken
             return self._mixed * self.predict(num_decodes + num_tokens, num_pairs)
 
-        alone = self._alone * self.predict(num_decodes)
-        allowed, cheapest = self._max_stretch * alone, cost(1)
+        alone, stretch = self._alone * self.predict(num_decodes), stretch or self.max_stretch
+        allowed, cheapest = stretch * alone, cost(1)
         if cheapest > allowed:
             # Every mixed step costs more than allowed, as on a GPU, where decodes alone are one graph. So a
             # mixed step may exceed the bound, and is followed by so many decode steps that the average
             # stretch stays within it.
             allowed = FIXED_COST_SLACK * cheapest
-            self._num_to_wait = min(
-                math.ceil((cheapest / alone - 1) / (self._max_stretch - 1)) - 1, MAX_STEPS_TO_WAIT
-            )
+            self._num_to_wait = min(math.ceil((cheapest / alone - 1) / (stretch - 1)) - 1, MAX_STEPS_TO_WAIT)
         low, high = 1, 1 + max(1, sum(num_offered for num_offered, _ in prefills))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if cost(middle) <= allowed else (low, middle)
         return low
+
+    def spare_s(self, num_decodes: int, stretch: float | None = None) -> float:
+        """Seconds that a stretch, by default `max_stretch`, allows beside a step of so many decodes alone."""
+        return ((stretch or self.max_stretch) - 1) * self._alone * self.predict(num_decodes)
 
     def observe(self, num_decodes: int, num_prefill: int, num_pairs: int, seconds: float) -> None:
         """Corrects the predictions by a step that has run.

@@ -32,6 +32,7 @@ from workers.llm.request import Request
 from workers.llm.sampling.matching import mask_of
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
 from workers.llm.step_result import StepResult
+from workers.llm.step_times import StepSeconds
 
 
 class StepHandle(Protocol):
@@ -118,6 +119,7 @@ class Stepper:
         self._started: list[SequenceStart] = []  # to go into the next plan
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
         self._step, self._step_end = 0, 0.0
+        self.last_step = StepSeconds(0, 0, 0.0)  # that has been collected
         self._unchosen: list[Scheduled] = []  # requests of the last launched step that wait for masks
         self._failed: list[tuple[Request, ErrorInfo]] = []
         self._executing: set[str] = set()  # as last recorded
@@ -298,11 +300,12 @@ class Stepper:
             name = "decode" if step.num_decodes == len(step.scheduled) else prefill
             ids = (item.request.request_id for item in step.scheduled)
             tracer.step(name, started_at, ids, sum(item.num_tokens for item in step.scheduled), ended_at)
+        decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
+        num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
+        num_prefill = sum(item.num_tokens for item in prefills)
+        self.last_step = StepSeconds(len(decodes), num_decodes, ended_at - started_at)
         if step_times is not None:
-            decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
-            num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
-            num_prefill = sum(item.num_tokens for item in prefills)
             step_times.observe(num_decodes, num_prefill, num_pairs, ended_at - started_at)
 
 

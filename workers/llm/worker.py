@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pipeline.families import ModelInfo
+from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import (
@@ -33,6 +34,7 @@ from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
+from workers.llm.lending import Lending
 from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
@@ -97,14 +99,7 @@ def main(context: WorkerContext) -> None:
     def progress(done: int, total: int) -> None:
         context.progress("loading weights", done, total)
 
-    placement = (
-        context.spec.placement
-        if device.type == "cpu"
-        else dataclasses.replace(context.spec.placement, wide_cores=())
-    )
-    sharing = CoreSharing(
-        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads
-    )
+    sharing = _sharing(context, device)
     runner: ModelRunner | None = None
     matchers = _MatcherThread(info) if rank == 0 else None
     try:
@@ -129,6 +124,17 @@ def main(context: WorkerContext) -> None:
         parallel.close()
         if matchers is not None:
             matchers.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _sharing(context: WorkerContext, device: torch.device) -> CoreSharing:
+    is_on_cpu, placement = device.type == "cpu", context.spec.placement
+    sharing = CoreSharing(
+        Activity(Path(context.spec.run_dir)), context.worker,
+        placement if is_on_cpu else dataclasses.replace(placement, wide_cores=()), torch.set_num_threads,
+        spread=spread_threads if is_on_cpu else lambda cores: None,
+    )  # fmt: skip
+    sharing.bind()
+    return sharing
 
 
 class _MatcherThread:
@@ -184,7 +190,7 @@ def _serve(
     outputs: Publisher[OutputsMessage], wakeup: Wakeup, sharing: CoreSharing,
     step_times: Mapping[bool, StepTimes],
 ) -> None:  # fmt: skip
-    poller = Poller(inbox, outputs, control, wakeup)
+    poller, lending = Poller(inbox, outputs, control, wakeup), Lending()
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
     _declare(context.metrics, engine, inbox)
     while True:
@@ -206,11 +212,19 @@ def _serve(
             context.stats(len(engine.requests))
             if not engine.requests:
                 engine.check_integrity()
-        engine.stepper.is_wide = sharing.enter()
-        engine.scheduler.budget.step_times = step_times.get(engine.stepper.is_wide)
+        engine.stepper.is_wide = sharing.enter() if engine.has_work else sharing.adapt()
+        budget = engine.scheduler.budget
+        budget.step_times = step_times.get(engine.stepper.is_wide)
         is_busy = engine.step(now)
+        sharing.leave()
         sharing.announce(is_busy)
-        if not is_busy:
+        budget.is_prefill_deferred, budget.stretch = False, None
+        if is_busy and sharing.is_awaited:
+            step, num_waiting = engine.stepper.last_step, engine.scheduler.num_without_token
+            loan = lending.behind(step, budget.step_times, budget.has_prefill, num_waiting)
+            budget.is_prefill_deferred, budget.stretch = loan.defers_prefill, loan.stretch
+            sharing.lend(loan.seconds)
+        elif not is_busy:
             poller.wait(max(0.0, stats_due - time.monotonic()))
 
 

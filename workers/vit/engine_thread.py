@@ -30,6 +30,7 @@ class EngineThread:
     def _run(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is a thread's own
+        self._sharing.bind()
         while True:
             jobs = self._jobs.get()
             self._sharing.enter()
@@ -40,6 +41,7 @@ class EngineThread:
                 self._done.put(error)
             else:
                 self._done.put(time.monotonic() - start)
+            self._sharing.leave()
             self._wakeup.set()
 
     def encode(self, jobs: Sequence[EncodeJob]) -> None:

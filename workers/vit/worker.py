@@ -15,6 +15,7 @@ import torch
 
 from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
+from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
 from pipeline.process.metrics import REFUSED_MESSAGES
 from pipeline.process.process import WorkerContext
@@ -95,8 +96,10 @@ def main(context: WorkerContext) -> None:
     if device.type != "cpu" or config.vit.vit_engine == "onnxruntime":
         placement = dataclasses.replace(placement, wide_cores=())
     sharing = CoreSharing(
-        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads
-    )
+        Activity(Path(context.spec.run_dir)), context.worker, placement, torch.set_num_threads,
+        spread=spread_threads if device.type == "cpu" else lambda cores: None,
+        on_pause=context.recorder.move,
+    )  # fmt: skip
 
     def after_work() -> None:
         context.recorder.move()
@@ -105,7 +108,8 @@ def main(context: WorkerContext) -> None:
 
     spec = EngineSpec(
         info=info, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
-        after_work=after_work, deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
+        after_work=after_work, is_hurried=lambda: sharing.is_hurried,
+        deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit,
         progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 from pipeline.process.core_sharing import (
     HOLD_S,
     MAX_WAIT_S,
+    PAUSED,
     POLL_S,
+    TURN_POLL_S,
+    WIDE,
     Activity,
     CoreSharing,
     pin_all_threads,
@@ -29,8 +33,12 @@ class Machine:
         self.told: list[object] = []
         self.meanwhile: list[Callable[[], object]] = []  # what others do while one sleeps
 
-    def sharing(self, worker: WorkerId, wide: Sequence[int] = (0, 1, 2, 3)) -> CoreSharing:
-        place = Placement(cores=(0, 1, 2), num_threads=3, wide_cores=tuple(wide))
+    def sharing(
+        self, worker: WorkerId, wide: Sequence[int] = (0, 1, 2, 3), takes_turns: bool = False
+    ) -> CoreSharing:
+        place = Placement(
+            cores=(0, 1, 2), num_threads=3, wide_cores=tuple(wide), takes_turns=takes_turns
+        )  # fmt: skip
         return CoreSharing(
             Activity(self.run_dir),
             worker,
@@ -39,6 +47,8 @@ class Machine:
             lambda: self.now,
             self.told.append,
             self.sleep,
+            self.sleep if takes_turns else None,
+            (lambda cores: self.told.append("a core each")) if takes_turns else lambda cores: None,
         )
 
     def sleep(self, seconds: float) -> None:
@@ -163,3 +173,154 @@ def test_threads_that_are_there_already_move_too() -> None:
         assert seen == [set(cores[:1])]
     finally:
         pin_all_threads(cores)
+
+
+# Turns.
+
+
+def turns(machine: Machine) -> tuple[CoreSharing, CoreSharing]:
+    llm, vit = (machine.sharing(worker, takes_turns=True) for worker in (LLM, VIT))
+    return llm, vit
+
+
+def state_of(machine: Machine, role: Role) -> int:
+    return Activity(machine.run_dir).busiest(role)
+
+
+def test_a_vit_has_all_cores_at_once_while_the_llm_is_idle(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    _, vit = turns(machine)
+    assert vit.enter()
+    assert machine.told == [(0, 1, 2, 3), 4, "a core each"]
+    assert machine.now == 0
+    machine.now = 9.0
+    assert vit.adapt()
+    assert machine.now == 9.0, "nobody waits for the cores, however long it computes"
+    assert not vit.is_hurried
+
+
+def test_a_vit_pauses_until_the_llm_lends_the_cores(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    llm, vit = turns(machine)
+    assert llm.enter()
+    assert not llm.is_awaited
+    seen: list[tuple[int, bool]] = []
+
+    def end_step() -> None:
+        seen.append((state_of(machine, Role.VIT), llm.is_awaited))
+        llm.leave()
+
+    def lend() -> None:
+        llm.announce(True)
+        Activity(tmp_path).lent_until = machine.now + 0.010
+
+    machine.meanwhile = [end_step, lend]
+    assert vit.enter()
+    assert seen == [(PAUSED, True)], "it waits for the LLM, which then asks whether it does"
+    assert machine.meanwhile == []
+    assert state_of(machine, Role.VIT) == WIDE
+    assert vit.is_hurried
+    machine.now += 0.004
+    before = machine.now
+    vit.adapt()
+    assert machine.now == before, "the next block of 4 ms ends in time"
+    machine.now += 0.005
+    machine.meanwhile = [lambda: seen.append((state_of(machine, Role.VIT), llm.is_awaited)), lend]
+    vit.adapt()
+    assert seen[1:] == [(PAUSED, True)]
+    assert state_of(machine, Role.VIT) == WIDE
+    machine.now += 1.0
+    machine.meanwhile = [lambda: llm.announce(False)]
+    vit.adapt()
+    assert machine.meanwhile == [], "an idle LLM lends its cores without an end"
+
+
+def test_a_block_longer_than_a_turn_has_one_turn_all_the_same(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    llm, vit = turns(machine)
+    llm.enter()
+    llm.leave()
+
+    def lend() -> None:
+        Activity(tmp_path).lent_until = machine.now + 0.010
+
+    machine.meanwhile = [lend]
+    vit.enter()
+    for _ in range(3):
+        machine.now += 0.1
+        machine.meanwhile = [lambda: None, lend]
+        vit.adapt()
+        assert machine.meanwhile == []
+        assert state_of(machine, Role.VIT) == WIDE
+
+
+def test_the_llm_waits_for_the_end_of_a_block_and_not_for_ever(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    llm, vit = turns(machine)
+    vit.enter()
+    machine.meanwhile = [lambda: None, vit.leave]
+    assert llm.enter()
+    assert machine.now == pytest.approx(2 * TURN_POLL_S)
+    llm.announce(False)
+    vit.enter()
+    start = machine.now
+    assert llm.enter()
+    assert machine.now - start == pytest.approx(MAX_WAIT_S, rel=0.1)
+
+
+def test_cores_are_lent_for_as_long_as_somebody_has_work(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    llm, vit = turns(machine)
+    llm.enter()
+    llm.leave()
+    llm.lend(5.0)
+    assert machine.now == 0, "to nobody"
+    vit.announce(True)
+    llm.lend(0.0)
+    assert machine.now == 0, "there is no time left"
+    llm.lend(0.05)
+    assert machine.now == pytest.approx(0.05)
+    machine.meanwhile = [lambda: None, lambda: vit.announce(False)]
+    llm.lend(5.0)
+    assert machine.now == pytest.approx(0.05 + 2 * POLL_S)
+
+
+def test_two_processes_take_turns(tmp_path: Path) -> None:
+    """With real clocks and bells: neither computes while the other does, and both get on."""
+    place = Placement(cores=(0,), num_threads=1, wide_cores=(0, 1), takes_turns=True)
+
+    def sharing(worker: WorkerId) -> CoreSharing:
+        return CoreSharing(Activity(tmp_path), worker, place, lambda n: None, set_cores=lambda cores: None)
+
+    llm, vit = sharing(LLM), sharing(VIT)
+    computing: set[str] = set()
+    both, blocks, is_over = [], [], threading.Event()
+
+    def compute(name: str, seconds: float) -> None:
+        computing.add(name)
+        time.sleep(seconds)
+        both.append(len(computing) > 1)
+        computing.discard(name)
+
+    def encode() -> None:
+        vit.announce(True)
+        vit.enter()
+        while not is_over.is_set():
+            compute("vit", 0.001)
+            blocks.append(1)
+            vit.adapt()
+        vit.announce(False)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    for _ in range(30):
+        llm.enter()
+        compute("llm", 0.004)
+        llm.leave()
+        llm.announce(True)
+        llm.lend(0.004)
+    is_over.set()
+    llm.announce(False)
+    thread.join()
+    assert len(blocks) >= 30
+    assert not any(both)

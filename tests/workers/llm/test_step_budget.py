@@ -55,3 +55,23 @@ def test_a_step_without_room_for_a_multiple_is_filled() -> None:
         taken.append(parts[0][1])
         long.num_computed_tokens += taken[-1]
     assert taken == [30, 30, 4, 30, 30]
+
+
+def test_a_step_may_be_kept_for_decodes_but_prefill_alone_is_never_deferred() -> None:
+    times = StepTimes([Measured(1, 1.0), Measured(64, 60.0)], 0.0, 1.5)
+    budget, long = StepBudget(64, times), make("long", 60)
+    budget.is_prefill_deferred = True
+    stream = decoding("stream")
+    assert budget.divide([(stream, 1), (long, 60)]) == ([(stream, 1)], 1)
+    assert budget.divide([(long, 60)]) == ([(long, 60)], 0)
+    budget.is_prefill_deferred = False
+    assert len(budget.divide([(stream, 1), (long, 60)])[0]) == 2
+
+
+def test_a_step_may_be_stretched_further() -> None:
+    times = StepTimes([Measured(1, 1.0), Measured(64, 64.0)], 0.0, 2.0)
+    budget, ready = StepBudget(64, times), [(decoding("stream"), 1), (make("long", 60), 60)]
+    ((_, usual),) = budget.divide(ready)[0][1:]
+    budget.stretch = 9.0
+    ((_, more),) = budget.divide(ready)[0][1:]
+    assert (usual, more) == (1, 8)

@@ -12,7 +12,7 @@ from pipeline.families import read_model_info
 from pipeline.wire.base import GridTHW
 from tests.workers.vit.tiny_towers import TOWERS, make_jobs
 from workers.nn.weights.registry import open_weights
-from workers.vit.blocks import Blocks
+from workers.vit.blocks import FIRST_RATE, HURRIED_S, Blocks, Hurry
 from workers.vit.engines import torch as module
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import EncodeJob
@@ -72,3 +72,46 @@ def test_no_block_has_more_work_than_it_may(dtype: torch.dtype) -> None:
         found = Blocks(most, lambda: signs.append(1)).attend(q, k, v)  # noqa: B023
         torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
         assert len(signs) == num_blocks
+
+
+class Machine:
+    """Computes a fixed number of floating point operations in a second."""
+
+    def __init__(self, rate: float) -> None:
+        self.now, self.rate, self.is_hurried = 0.0, rate, False
+        self.flop: list[float] = []
+
+    def run(self, blocks: Blocks, num_rows: int, flop_per_row: float) -> None:
+        def compute(x: torch.Tensor) -> tuple[torch.Tensor]:
+            self.flop.append(len(x) * flop_per_row)
+            self.now += self.flop[-1] / self.rate
+            return (x + 1,)
+
+        x = torch.arange(num_rows)
+        (found,) = blocks.rows(compute, flop_per_row, x)
+        torch.testing.assert_close(found, x + 1)
+
+
+def test_in_a_hurry_blocks_are_as_short_as_was_asked_for() -> None:
+    machine, signs = Machine(rate=4 * FIRST_RATE), list[int]()
+    hurry = Hurry(lambda: machine.is_hurried, lambda: machine.now)
+    blocks = Blocks(1e12, lambda: signs.append(1), hurry)
+    machine.run(blocks, 1000, 1e6)
+    assert len(signs) == 1, "nobody waits"
+    machine.is_hurried = True
+    machine.run(blocks, 1000, 1e6)
+    lasted = [flop / machine.rate for flop in machine.flop[1:]]
+    assert HURRIED_S / 2 < max(lasted) <= HURRIED_S
+    assert len(set(machine.flop[1:])) == 2, "of one size, but for the last"
+
+
+def test_a_hurry_that_begins_within_a_layer_shortens_what_is_left_of_it() -> None:
+    machine = Machine(FIRST_RATE)
+
+    def hurry_now() -> None:
+        machine.is_hurried = True
+
+    blocks = Blocks(1e9, hurry_now, Hurry(lambda: machine.is_hurried, lambda: machine.now))
+    machine.run(blocks, 4000, 1e6)
+    assert machine.flop[0] == 1e9
+    assert max(machine.flop[1:]) <= FIRST_RATE * HURRIED_S

@@ -23,12 +23,15 @@ struct FewRows {
     long rows, in_features, out_features, vectors, panel_bytes;
 };
 
-// The same with a weight in int8 and activations that are quantised by rows: panels of 64 outputs, within a panel by
-// four inputs. `sums` of each output's weights. scratch: a row of bytes for each row.
-constexpr long MAX_FEW_ROWS = 16;
-struct FewRowsInt8 {
-    void* out; const void *x, *weight, *bias, *residual; const int* sums; const float* scales; unsigned char* scratch;
-    long rows, in_features, out_features, panel_bytes; bool is_half;
+// Rows that are quantised to 8 bits, each with a scale of its own, times a weight of 8 or 4 bits with a scale for each
+// output, plus bias and residual. The weight lies in panels of 64 outputs; within a panel by four inputs, padded to a
+// multiple of BLOCK. Of 4 bits each group of inputs begins with 64 bytes, its steps in whole numbers of the scale.
+constexpr long BLOCK = 64, GROUP = 32;  // inputs
+struct QuantizedRows {
+    void* out; const void *x, *weight, *bias, *residual;  // bias and residual may be null
+    const int* sums; const float* scales;  // of each output: its weights' sum, and its scale
+    char* scratch; float* row_scales; char* panels;  // x in 8 bits; of 4 bits a panel in 8 for each thread
+    long rows, in_features, out_features, panel_bytes, bits; bool is_half;
 };
 
 // Attention of many rows in bfloat16. A segment's places are rows of q, of out and of the keys; with `blocks`, the
@@ -42,6 +45,9 @@ struct RowsAttend {
         head_dim, heads_at_once, packed_each, num_threads;
     bool is_causal;
 };
+
+// A weight to be quantised to such panels of 4 bits.
+struct Int4Weight { void* numbers; int* sums; float* scales; const void* weight; long out_features, in_features, panel_bytes; bool is_half; };
 
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
@@ -57,7 +63,8 @@ namespace base { Kernels table(bool is_half); }
 #if defined(__x86_64__)
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
-namespace avx512_vnni { void few_rows(const FewRowsInt8&); }
+namespace avx512_vnni { void rows(const QuantizedRows&); }
+namespace avx512_int4 { void quantize(const Int4Weight&); }
 namespace avx512_bf16 {
 void few_rows(const FewRows&);
 void attend_rows(const RowsAttend&);
@@ -65,6 +72,7 @@ long attend_rows_scratch(long head_dim);
 }
 #if !defined(NO_AMX)
 #define HAS_AMX
+namespace amx_int8 { bool is_supported(); void rows(const QuantizedRows&); }
 namespace amx_bf16 {
 void attend_rows(const RowsAttend&);
 long attend_rows_scratch(long head_dim);

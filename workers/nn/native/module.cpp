@@ -1,4 +1,4 @@
-// The Python module: addresses and sizes in, nothing out. Its callers (operators.py, panels.py, int8_panels.py) ask
+// The Python module: addresses and sizes in, nothing out. Its callers (operators.py, panels.py, quantized_panels.py) ask
 // `takes` or read a layout before they pass an address.
 #define PY_SSIZE_T_CLEAN
 
@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 2;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 3;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -136,21 +136,47 @@ PyObject* few_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
 #endif
 }
 
-PyObject* has_few_rows_int8(PyObject*, PyObject*) {
+bool has_vnni() {
 #if defined(__x86_64__)
-    return PyBool_FromLong(has_avx512() && __builtin_cpu_supports("avx512vnni"));
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
 #else
-    Py_RETURN_FALSE;
+    return false;
 #endif
 }
 
-PyObject* few_rows_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 13)) return nullptr;
+// Which kernels of quantised products this processor has.
+PyObject* quantized_kernels(PyObject*, PyObject*) {
+#if defined(HAS_AMX)
+    if (has_vnni() && amx_int8::is_supported()) return Py_BuildValue("(ss)", "vnni", "amx");
+#endif
+    if (has_vnni()) return Py_BuildValue("(s)", "vnni");
+    return PyTuple_New(0);
+}
+
+PyObject* quantized_rows(bool has_tiles, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 16)) return nullptr;
     Arguments a{values};
-    FewRowsInt8 job{a.address(), a.address(), a.address(), a.address(), a.address(), (const int*)a.address(), (const float*)a.address(),
-                    (unsigned char*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
+    QuantizedRows job{a.address(), a.address(), a.address(), a.address(), a.address(), (const int*)a.address(), (const float*)a.address(),
+                      (char*)a.address(), (float*)a.address(), (char*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
+#if defined(HAS_AMX)
+    if (has_tiles) return run(amx_int8::rows, job);
+#endif
 #if defined(__x86_64__)
-    return run(avx512_vnni::few_rows, job);
+    if (!has_tiles) return run(avx512_vnni::rows, job);
+#endif
+    PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
+    return nullptr;
+}
+
+PyObject* rows_vnni(PyObject*, PyObject* const* values, Py_ssize_t count) { return quantized_rows(false, values, count); }
+PyObject* rows_amx(PyObject*, PyObject* const* values, Py_ssize_t count) { return quantized_rows(true, values, count); }
+
+PyObject* quantize_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 8)) return nullptr;
+    Arguments a{values};
+    Int4Weight job{a.address(), (int*)a.address(), (float*)a.address(), a.address(), a.number(), a.number(), a.number(), a.number() != 0};
+#if defined(__x86_64__)
+    return run(avx512_int4::quantize, job);
 #else
     PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
     return nullptr;
@@ -256,10 +282,10 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(few_rows_int8), FAST(attend_rows),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4), FAST(attend_rows),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
-    {"has_few_rows_int8", has_few_rows_int8, METH_NOARGS, nullptr},
+    {"quantized_kernels", quantized_kernels, METH_NOARGS, nullptr},
     {"use", use, METH_O, nullptr},
     {"attend_rows_scratch", attend_rows_scratch, METH_O, nullptr},
     {"rows_versions", rows_versions, METH_NOARGS, nullptr},

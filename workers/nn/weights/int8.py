@@ -15,9 +15,9 @@ from torch import Tensor
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.native import operators
-from workers.nn.native.int8_panels import FEW, Int8Panels, int8_panels_of
+from workers.nn.native.quantized_panels import QuantizedPanels, int8_panels_of
 from workers.nn.weights.base import Experts, Linear
-from workers.nn.weights.dense import Dense
+from workers.nn.weights.dense import Dense, MakeLinear
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
 from workers.nn.weights.shard import ExpertsShard
 
@@ -29,8 +29,8 @@ class Int8Linear(Linear):
     """W in int8, one scale per output channel, and x in uint8, one scale per token (oneDNN).
 
     With one scale per token an outlier affects no other token. Unsigned with a zero point of 128, since
-    signed activations take oneDNN's reference path, hundreds of times slower. A few rows have a kernel of
-    ours, whose last bits differ.
+    signed activations take oneDNN's reference path, hundreds of times slower. With AVX512-VNNI kernels of
+    ours multiply by the same weight.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -46,16 +46,16 @@ class Int8Linear(Linear):
             wide = part.float()
             torch.div(wide.abs().amax(dim=1).clamp_(min=1e-8), largest, out=scales)
             out.copy_((wide / scales[:, None]).round_())
-        self._panels: Int8Panels | None = None
+        self._panels: QuantizedPanels | None = None
         self._pack(packed)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self._panels is not None and x.ndim == 2 and len(x) <= FEW:
+        if self._panels is not None:
             return self._panels.multiply(x, self._bias, residual)
         return super().add_to(residual, x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._panels is not None and x.ndim == 2 and len(x) <= FEW:
+        if self._panels is not None:
             return self._panels.multiply(x, self._bias, None)
         x = x.float()  # in bfloat16 the sum below could round the largest activation up, beyond 255
         largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_(min=1e-8)
@@ -118,8 +118,8 @@ class Int8(Dense):
 
     name: ClassVar[str] = "int8"
 
-    def __init__(self) -> None:
-        super().__init__(make_int8_linear)
+    def __init__(self, make: MakeLinear = make_int8_linear) -> None:
+        super().__init__(make)
 
     def experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
@@ -129,4 +129,4 @@ class Int8(Dense):
 
     def check_device(self, device: torch.device) -> None:
         if device.type != "cpu":
-            raise ValueError(f"quantization 'int8' is for the CPU, but this rank computes on {device}")
+            raise ValueError(f"quantization {self.name!r} is for the CPU, but this rank computes on {device}")

@@ -11,6 +11,7 @@ import torch
 from workers.nn.loader import Checkpoint, Progress, no_progress
 from workers.nn.weights.base import Format
 from workers.nn.weights.dense import Dense
+from workers.nn.weights.int4 import Int4
 from workers.nn.weights.int8 import Int8
 from workers.nn.weights.weights import Weights
 
@@ -20,7 +21,7 @@ ReadFormat = Callable[[Mapping[str, object]], Format]
 # By `quant_method`: formats of checkpoints.
 STORED_FORMATS: Mapping[str, ReadFormat] = {}
 # By the option `--quantization`: formats that are made from dense weights at load.
-MADE_FORMATS: Mapping[str, Callable[[], Format]] = {"int8": Int8}
+MADE_FORMATS: Mapping[str, Callable[[], Format]] = {"int8": Int8, "int4": Int4}
 
 
 def choose_formats(

@@ -42,6 +42,7 @@ class EngineSpec:
     progress: Progress
     limit: SliceLimit
     after_work: Callable[[], object] | None = None  # for the engine that can report progress (torch)
+    is_hurried: Callable[[], bool] = lambda: False  # for the same: to report it after short blocks
     deadlines: Deadlines | None = None  # for engines that cannot
 
 
@@ -87,7 +88,7 @@ def _torch(spec: EngineSpec) -> VitEngine:
     weights = open_weights(spec.folder, spec.dtype, spec.device, progress=spec.progress)
     weights.expect(tower.prefix)
     encoder = tower.encoder(spec.info.vision, weights)
-    engine = TorchEngine(encoder, spec.limit, spec.after_work)
+    engine = TorchEngine(encoder, spec.limit, spec.after_work, spec.is_hurried)
     weights.close()
     return engine
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from workers.vit.blocks import BLOCK_FLOP, Blocks
+from workers.vit.blocks import BLOCK_FLOP, Blocks, Hurry
 from workers.vit.models.base import EncodeJob, Encoder
 from workers.vit.pace import UNPACED, Pace
 from workers.vit.slices import SliceLimit
@@ -16,20 +16,25 @@ class TorchEngine:
     """`limit` gives the number of parts in which a large picture is encoded; between two parts the device is
     free for other processes.
 
-    `after_work` is called after each layer, and on a CPU, which may take minutes for one, within layers.
+    `after_work` is called after each layer, and on a CPU, which may take minutes for one, within layers: the
+    more often while `is_hurried`.
     """
 
     def __init__(
         self, encoder: Encoder, limit: SliceLimit | None = None,
-        after_work: Callable[[], object] | None = None,
+        after_work: Callable[[], object] | None = None, is_hurried: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.encoder, self._limit, self._after_work = encoder, limit, after_work
+        self._hurry = Hurry(is_hurried)
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fills every job's output. On return the device is done, so that handles may be sent."""
         num_patches = sum(job.grid_thw.num_patches for job in jobs)
-        embeddings = self.encoder.forward(self.encoder.prepare(jobs), self._pace(num_patches))
+        inputs = self.encoder.prepare(jobs)
+        if self._after_work is not None:
+            self._after_work()
+        embeddings = self.encoder.forward(inputs, self._pace(num_patches))
         for job, part in zip(jobs, embeddings.split([len(job.output) for job in jobs]), strict=True):
             job.output.copy_(part)
         self._wait()
@@ -55,7 +60,7 @@ class TorchEngine:
     def _blocks(self) -> Blocks | None:
         if self._after_work is None or self.encoder.device.type != "cpu":
             return None
-        return Blocks(BLOCK_FLOP * torch.get_num_threads(), self._after_work)
+        return Blocks(BLOCK_FLOP * torch.get_num_threads(), self._after_work, self._hurry)
 
     def _wait(self) -> None:
         if self.encoder.device.type == "cuda":

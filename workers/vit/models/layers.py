@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,12 @@ def patch_embed(tower: Weights, bias: Tensor | None = None) -> Linear:
     """The patches of a picture come as rows: the convolution is a matrix product."""
     weight = tower.tensor("patch_embed.proj.weight").flatten(1)
     return tower.packed("patch_embed.proj", weight, bias)
+
+
+def embed_patches(layer: Linear, patches: Tensor, dtype: torch.dtype, pace: Pace) -> Tensor:
+    """[…, num_patches, embed_dim] of patches in float32"""
+    (x,) = pace.rows(lambda some: (layer(some.to(dtype)),), flop_of(layer), patches)
+    return x
 
 
 class TowerMlp(ABC):

@@ -28,7 +28,7 @@ from pipeline.families.qwen2_5_vl import WindowedVisionInfo
 from pipeline.wire.base import GridTHW
 from workers.nn.weights.weights import Weights
 from workers.vit.models.base import Axis, EncodeJob, Encoder, Inputs, InputSpec, Range, Tower
-from workers.vit.models.layers import PREFIX, Block, GatedMlp, Merger, patch_embed, rms_norm
+from workers.vit.models.layers import PREFIX, Block, GatedMlp, Merger, embed_patches, patch_embed, rms_norm
 from workers.vit.models.patches import PatchPreparation, frames_of
 from workers.vit.models.segments import Attend, attention
 from workers.vit.pace import UNPACED, Pace
@@ -157,7 +157,7 @@ class WindowedEncoder(Encoder):
 
     def forward(self, inputs: Inputs, pace: Pace = UNPACED) -> Tensor:
         tensors = inputs.tensors
-        x = self.patch_embed(tensors["patches"].to(self.dtype))  # […, num_patches, embed_dim]
+        x = embed_patches(self.patch_embed, tensors["patches"], self.dtype, pace)
         in_frames = attention(inputs.lengths.get("frames"), x, pace)
         if inputs.lengths:
             in_windows = attention(inputs.lengths["windows"], x, pace)

@@ -8,7 +8,7 @@ from pipeline.families import VisionInfo
 from workers.nn.native import operators
 from workers.nn.weights.weights import Weights
 from workers.vit.models.base import Encoder, Inputs, Tower
-from workers.vit.models.layers import PREFIX, Block, Merger, PlainMlp, layer_norm, patch_embed
+from workers.vit.models.layers import PREFIX, Block, Merger, PlainMlp, embed_patches, layer_norm, patch_embed
 from workers.vit.models.patches import PatchPreparation
 from workers.vit.models.segments import attention
 from workers.vit.pace import UNPACED, Pace
@@ -28,7 +28,7 @@ class VisionEncoder(Encoder):
 
     def forward(self, inputs: Inputs, pace: Pace = UNPACED) -> Tensor:
         tensors = inputs.tensors
-        x = self.patch_embed(tensors["patches"].to(self.dtype))  # […, num_patches, embed_dim]
+        x = embed_patches(self.patch_embed, tensors["patches"], self.dtype, pace)
         attend = attention(inputs.lengths.get("frames"), x, pace)
         for block in self.blocks:
             x = block(x, tensors["cos"], tensors["sin"], attend, pace)

@@ -23,7 +23,7 @@ from pipeline.wire.base import GridTHW
 from workers.nn.native import operators
 from workers.nn.weights.weights import Weights
 from workers.vit.models.base import EncodeJob, Encoder, Inputs, InputSpec, Tower
-from workers.vit.models.layers import PREFIX, Block, Merger, PlainMlp, layer_norm, patch_embed
+from workers.vit.models.layers import PREFIX, Block, Merger, PlainMlp, embed_patches, layer_norm, patch_embed
 from workers.vit.models.patches import PatchPreparation, frames_of, patch_places
 from workers.vit.models.segments import attention
 from workers.vit.pace import UNPACED, Pace
@@ -104,7 +104,7 @@ class PositionedEncoder(Encoder):
 
     def forward(self, inputs: Inputs, pace: Pace = UNPACED) -> Tensor:
         tensors = inputs.tensors
-        x = self.patch_embed(tensors["patches"].to(self.dtype))  # […, num_patches, embed_dim]
+        x = embed_patches(self.patch_embed, tensors["patches"], self.dtype, pace)
         flop = 2.0 * NUM_TAPS * x.shape[-1]
         taps = tensors["position_taps"], tensors["position_weights"]
         (positions,) = pace.rows(self._interpolate, flop, *taps)

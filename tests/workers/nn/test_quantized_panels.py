@@ -1,4 +1,4 @@
-"""A few rows, quantised, times a weight in int8 that oneDNN has packed."""
+"""Rows, quantised, times a weight in int8 that oneDNN has packed, by each kernel."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.native.int8_panels import Int8Panels, int8_panels_of
+from workers.nn.native.quantized_panels import (
+    ANY,
+    QuantizedPanels,
+    int8_panels_of,
+    quantized_kernels,
+)
 from workers.nn.weights.int8 import Int8Linear
 
+# Rows that the kernel for VNNI takes: all, or none, which is left to AMX.
+FEW = [
+    ANY,
+    pytest.param(0, marks=pytest.mark.skipif("amx" not in quantized_kernels(), reason="has no AMX-INT8")),
+]
 
-def panels_of(weight: Tensor, scales: Tensor) -> tuple[Int8Panels, Tensor]:
+
+def panels_of(weight: Tensor, scales: Tensor, few: int) -> tuple[QuantizedPanels, Tensor]:
     """And the packed weight, which must live as long."""
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     panels = int8_panels_of(packed, weight, scales)
     if panels is None:
         pytest.skip("no kernel reads what oneDNN packs on this processor")
-    return panels, packed
+    return panels._replace(few=few), packed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 16, 17, 33, 100])
+@pytest.mark.parametrize("few", FEW)
 @pytest.mark.parametrize("shape", [(64, 64), (100, 60), (7, 2), (513, 1031), (1024, 768)])
-def test_products_of_a_few_rows(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+def test_products(shape: tuple[int, int], few: int, rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, scales = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0]) + 0.1
-    panels, _packed = panels_of(weight, scales)
+    panels, _packed = panels_of(weight, scales, few)
     x = torch.randn(rows, shape[1]).to(dtype)
     bias, residual = 100 * torch.randn(shape[0]).to(dtype), 100 * torch.randn(rows, shape[0]).to(dtype)
     largest = x.double().abs().amax(dim=1, keepdim=True)
@@ -43,10 +55,11 @@ def test_products_of_a_few_rows(shape: tuple[int, int], rows: int, dtype: torch.
         assert float((found.double() - expected).norm() / expected.norm()) < 0.01
 
 
-def test_a_row_of_zeros_and_an_outlier() -> None:
+@pytest.mark.parametrize("few", FEW)
+def test_a_row_of_zeros_and_an_outlier(few: int) -> None:
     torch.manual_seed(0)
     weight = torch.randint(-127, 128, (70, 100), dtype=torch.int8)
-    panels, _packed = panels_of(weight, torch.ones(70))
+    panels, _packed = panels_of(weight, torch.ones(70), few)
     x = torch.zeros(3, 100)
     x[1, 5] = 1e6
     x[2] = torch.randint(-127, 128, (100,)).float()
@@ -56,16 +69,18 @@ def test_a_row_of_zeros_and_an_outlier() -> None:
     torch.testing.assert_close(found[1:], x[1:] @ weight.float().t())
 
 
-def test_rows_that_do_not_lie_side_by_side() -> None:
+@pytest.mark.parametrize("few", FEW)
+def test_rows_that_do_not_lie_side_by_side(few: int) -> None:
     torch.manual_seed(0)
-    panels, _packed = panels_of(torch.randint(-127, 128, (70, 64), dtype=torch.int8), torch.ones(70))
+    panels, _packed = panels_of(torch.randint(-127, 128, (70, 64), dtype=torch.int8), torch.ones(70), few)
     wide, residual = torch.randn(4, 128), torch.randn(70, 4).t()
     found = panels.multiply(wide[:, ::2], None, residual)
     torch.testing.assert_close(found, panels.multiply(wide[:, ::2].contiguous(), None, residual.contiguous()))
 
 
-def test_a_row_with_what_is_no_number_has_no_other_numbers() -> None:
-    panels, _packed = panels_of(torch.ones(70, 100, dtype=torch.int8), torch.ones(70))
+@pytest.mark.parametrize("few", FEW)
+def test_a_row_with_what_is_no_number_has_no_other_numbers(few: int) -> None:
+    panels, _packed = panels_of(torch.ones(70, 100, dtype=torch.int8), torch.ones(70), few)
     x = torch.ones(2, 100)
     x[0, 37] = float("nan")
     found = panels.multiply(x, None, None)
@@ -76,3 +91,9 @@ def test_a_row_with_what_is_no_number_has_no_other_numbers() -> None:
 def test_float16_is_left_to_onednn() -> None:
     x = torch.ones(1, 64, dtype=torch.float16)
     torch.testing.assert_close(Int8Linear(torch.ones(8, 64, dtype=torch.float16))(x), x.sum().expand(1, 8))
+
+
+@pytest.mark.parametrize("few", FEW)
+def test_no_rows(few: int) -> None:
+    panels, _packed = panels_of(torch.ones(70, 100, dtype=torch.int8), torch.ones(70), few)
+    assert panels.multiply(torch.ones(0, 100), None, None).shape == (0, 70)

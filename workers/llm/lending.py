@@ -1,0 +1,49 @@
+"""How long the ViTs have all cores before the next step, where the two roles take turns. Pure: no clock.
+
+A gap of a stream is the time that was lent and the step behind it. So either the ViTs have what the stretch
+of the streams leaves, or the prompts in the step have it: one after the other, while both have work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from workers.llm.step_times import StepSeconds, StepTimes
+
+LONGEST_S = 0.2  # a request that arrives meanwhile waits for the end
+# Of the streams' gaps, while more requests wait for their first token than streams run: the sooner they
+# decode together, the fewer steps there are.
+CROWDED_STRETCH = 2.0
+
+
+class Loan(NamedTuple):
+    seconds: float
+    defers_prefill: bool = False  # the next step is for decodes alone
+    stretch: float | None = None  # of the next step by its prompts, beyond what they may otherwise
+
+
+class Lending:
+    """Remembers whose turn it is beside the streams."""
+
+    def __init__(self) -> None:
+        self._has_lent = False
+
+    def behind(
+        self, step: StepSeconds, step_times: StepTimes | None, has_prefill: bool, num_waiting: int
+    ) -> Loan:
+        """After `step`, while a ViT has work. `has_prefill`: prompts could be computed; `num_waiting`:
+        requests wait for their first token.
+
+        Half of the time is lent while no stream runs.
+        """
+        if step_times is None or not step.num_streams:
+            self._has_lent = False
+            return Loan(min(step.seconds, LONGEST_S))
+        stretch = None
+        if num_waiting > step.num_streams:
+            stretch = max(CROWDED_STRETCH, step_times.max_stretch)
+        if has_prefill and self._has_lent:
+            self._has_lent = False
+            return Loan(0.0, stretch=stretch)
+        self._has_lent = True
+        return Loan(min(step_times.spare_s(step.num_decodes, stretch), LONGEST_S), defers_prefill=True)
