@@ -12,7 +12,7 @@ kernels = Extension(
         str(FOLDER / f"{name}.cpp")
         for name in ("module", "base", "avx2", "avx512", "avx512_bf16", "avx512_vnni")
     ],
-    depends=[str(FOLDER / name) for name in ("kernels.inc", "kernels.h", "threads.h")],
+    depends=[str(FOLDER / name) for name in ("kernels.inc", "delta.inc", "kernels.h", "threads.h")],
     # Not linked with OpenMP: its functions are those that torch has loaded, so that both share their threads.
     extra_compile_args=[
         "-O3",

@@ -31,6 +31,12 @@ struct FewRowsInt8 {
     long rows, in_features, out_features, panel_bytes; bool is_half;
 };
 
+// The next token of each of `rows` sequences, whose states lie in slots of `slot_stride` floats.
+struct DeltaStep {
+    float *out, *memory; const long* slots; const float *q, *k, *v, *fade, *share;
+    long rows, slot_stride, num_heads, num_key_heads, key_dim, value_dim;
+};
+
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
     void (*silu_mul)(const Activation&);
@@ -39,6 +45,7 @@ struct Kernels {
     void (*write_cache)(const CacheWrite&);
     void (*split_rotated)(const SplitRotated&);
     void (*attend)(const Attend&);
+    void (*delta_step)(const DeltaStep&);
 };
 
 namespace base { Kernels table(bool is_half); }

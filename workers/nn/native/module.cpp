@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 1;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 2;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -105,6 +105,15 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return run(chosen[is_half].attend, job);
 }
 
+PyObject* delta_step(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 14)) return nullptr;
+    Arguments a{values};
+    DeltaStep job{(float*)a.address(), (float*)a.address(), (const long*)a.address(), (const float*)a.address(), (const float*)a.address(),
+                  (const float*)a.address(), (const float*)a.address(), (const float*)a.address(),
+                  a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
+    return run(chosen[0].delta_step, job);
+}
+
 bool has_bf16() {
 #if defined(__x86_64__)
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
@@ -180,7 +189,7 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(few_rows_int8),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(few_rows_int8),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"has_few_rows_int8", has_few_rows_int8, METH_NOARGS, nullptr},
