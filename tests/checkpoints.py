@@ -75,7 +75,7 @@ QWEN3_5_TEXT = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
+    "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
     "rope_parameters": {
         "rope_type": "default",

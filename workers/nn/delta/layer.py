@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan
-from workers.nn.delta.rule import Chunks, DeltaTokens, advance, compute_chunk, prepare_chunks, unit_heads
+from workers.nn.delta.rule import (
+    Chunks,
+    DeltaTokens,
+    advance,
+    advance_slots,
+    compute_chunk,
+    prepare_chunks,
+    unit_heads,
+)
 
 
 class DeltaStates(NamedTuple):
@@ -70,19 +78,12 @@ class GatedDeltaNet:
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
         tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
-        if plan.host_slots is None:
+        if plan.are_distinct:
+            found = advance_slots(states.memory, slots, tokens)
+        else:
             memory = states.memory[slots]
             found = advance(memory, tokens)
             states.memory[slots] = memory
-        else:
-            # One by one and in place: the memory of a sequence fits the processor's cache.
-            parts = [
-                advance(
-                    states.memory[slot : slot + 1], DeltaTokens(*(part[row : row + 1] for part in tokens))
-                )
-                for row, slot in enumerate(plan.host_slots)
-            ]
-            found = torch.cat(parts) if len(parts) > 1 else parts[0]
         rows.out.copy_(self._gated(found, rows.z))
 
     def _prefill(self, rows: _Rows, states: DeltaStates, layout: ChunkLayout) -> None:
@@ -112,7 +113,7 @@ class GatedDeltaNet:
         convolved = seen[:, num_taps - 1 :] * self.taps[-1]
         for tap in range(num_taps - 1):
             convolved.addcmul_(seen[:, tap : tap + size], self.taps[tap])
-        gates = rows.fade.new_zeros(2, len(group.rows), self.num_value_heads)
+        gates = rows.fade.new_zeros(2, seen.shape[0] * size, self.num_value_heads)
         gates[0, group.places] = rows.fade[group.tokens]
         gates[1, group.places] = rows.share[group.tokens]
         return self._tokens(convolved.flatten(0, 1), *gates)

@@ -24,6 +24,10 @@ CHUNK = 64
 MAX_GROUP = 4
 
 
+# Numbers of rows: a slice where they lie side by side, so that they are not copied.
+Rows = slice | Tensor
+
+
 class InputSources(NamedTuple):
     """Rows that come from the step's tokens or, before a sequence's first token of the step, from what is
     kept of the tokens before it. All int64."""
@@ -43,13 +47,13 @@ class InputSources(NamedTuple):
 
 
 class ChunkGroup(NamedTuple):
-    """Some rounds of chunks, each padded to `size` tokens. All tensors int64."""
+    """Some rounds of chunks, each padded to `size` tokens."""
 
     chunks: slice  # among those of the step
     rounds: Sequence[int]  # chunks of each round, never more than those of the round before
-    rows: Tensor  # [chunks · size]: the token at each place; any at places that are padding
-    tokens: Tensor  # [n]: the tokens of the group
-    places: Tensor  # [n]: their places among the group's
+    rows: Rows  # [chunks · size]: the token at each place; any at places that are padding
+    tokens: Rows  # [n]: the tokens of the group
+    places: Rows  # [n]: their places among the group's
 
 
 class ChunkLayout(NamedTuple):
@@ -65,7 +69,7 @@ class DeltaPlan(NamedTuple):
 
     num_decodes: int
     decode_slots: Tensor  # [num_decodes] int64
-    host_slots: Sequence[int] | None  # the same where the host may ask for them without waiting
+    are_distinct: bool  # these slots, and on the CPU: no padding
     chunks: ChunkLayout | None
 
 
@@ -83,13 +87,11 @@ def plan_step(
     num_kept: inputs before a token that its convolution sees.
     """
     if counts is None or starts is None:
-        return DeltaPlan(len(slots), slots, None, None)
+        return DeltaPlan(len(slots), slots, False, None)
     num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
-    of_decodes = slots[:num_decodes]
-    on_host = of_decodes.tolist() if slots.device.type == "cpu" else None
     rest = counts[num_decodes:]
     layout = _lay_out(slots[num_decodes:], rest, starts[num_decodes:], num_kept) if rest else None
-    return DeltaPlan(num_decodes, of_decodes, on_host, layout)
+    return DeltaPlan(num_decodes, slots[:num_decodes], slots.device.type == "cpu", layout)
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:
@@ -139,11 +141,18 @@ def _groups(
         yield ChunkGroup(
             slice(num_chunks, num_chunks + count),
             [len(chunks) for chunks in rounds[first:last]],
-            to_device(rows.ravel(), device),
-            to_device(rows[is_token], device),
-            to_device(np.flatnonzero(is_token), device),
+            _as_rows(rows.ravel(), device),
+            _as_rows(rows[is_token], device),
+            _as_rows(np.flatnonzero(is_token), device),
         )
         first, num_chunks = last, num_chunks + count
+
+
+def _as_rows(numbers: np.ndarray, device: torch.device) -> Rows:
+    first, count = int(numbers[0]), len(numbers)
+    if np.array_equal(numbers, np.arange(first, first + count)):
+        return slice(first, first + count)
+    return to_device(numbers, device)
 
 
 def _inputs_before(
