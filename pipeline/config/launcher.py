@@ -26,9 +26,9 @@ class LauncherConfig:
     )
     cpu_sharing: str = option(
         "elastic",
-        "LLM and ViTs on a CPU; elastic: each has all cores while the other idles, and they take turns on fewer "
-        "than four; split: without turns, for more pictures a second and slower streams; fixed: each only its "
-        "own",
+        "LLM and ViTs on a CPU; elastic: each has all cores while the other idles, and they take turns on "
+        "fewer than four; split: without turns, for more pictures a second and slower streams; fixed: each "
+        "only its own",
         choices=("elastic", "split", "fixed"),
     )
     cache_dir: str = option(
