@@ -38,9 +38,11 @@ class Spawner:
         self._placement = place(
             usable_cores(list(os.sched_getaffinity(0))), config.num_vits, config.num_ranks,
             config.llm.llm_cores, config.vit.vit_cores,
-            is_elastic=config.launcher.cpu_sharing == "elastic",
+            is_elastic=config.launcher.cpu_sharing != "fixed",
             # One group has one rhythm of steps; an encoder of onnxruntime cannot pause.
-            can_take_turns=len(config.leads) == 1 and config.vit.vit_engine != "onnxruntime",
+            can_take_turns=config.launcher.cpu_sharing == "elastic"
+            and len(config.leads) == 1
+            and config.vit.vit_engine != "onnxruntime",
         )  # fmt: skip
         self._recorders = {worker: FlightRecorder(run_dir, worker) for worker in workers}
         self._activity = Activity(run_dir)

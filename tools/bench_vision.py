@@ -7,7 +7,7 @@ Needs transformers (`pip install -e '.[test]'`). Weights are random. Servers are
 interleaved and medians are told, since shared machines drift.
 
 isolation   ITL of four streams while images arrive without pause, beside the same streams alone:
-            `--cpu-sharing fixed` and `elastic`
+            each `--cpu-sharing`
 loop        the same of an in-process loop of the same code that encodes between its steps, as servers without
             a process for the ViT do
 ttft        of a request with four images: two ViTs beside one
@@ -78,6 +78,7 @@ from workers.vit.models.registry import tower_of
 
 PARTS = ("isolation", "loop", "ttft", "gate", "repeat", "forward", "together", "decode")
 SIZES = ((448, 448), (1792, 1344))
+SHARINGS = ("fixed", "split", "elastic")
 MOST_IMAGES = {SIZES[0]: 60, SIZES[1]: 8}  # that can be answered while the streams run
 CPU = torch.device("cpu")
 
@@ -90,22 +91,28 @@ class Bench:
         self.rng = random.Random(0)
         # P99 and longest gap under images
         self._worst: dict[tuple[str, tuple[int, int]], tuple[float, float]] = {}
+        self._rates: list[float] = []  # images a second, of each round of `_streams` with images
 
     # Isolation.
 
     def isolation(self) -> list[Row]:
         rows: list[Row] = []
-        for sharing in ("fixed", "elastic"):
+        rates: dict[tuple[str, tuple[int, int]], float] = {}
+        for sharing in SHARINGS:
             with serve(self.folder, "--cpu-sharing", sharing) as served:
                 for size in self.sizes:
+                    self._rates.clear()
                     alone, beside = self._medians(partial(self._streams, served.url), size)
                     self._worst[sharing, size] = beside
+                    rates[sharing, size] = statistics.median(self._rates[1:])
                     rows += self._isolation_rows(f"--cpu-sharing {sharing}", size, alone, beside)
         for size in self.sizes:
-            fixed, elastic = self._worst["fixed", size], self._worst["elastic", size]
-            rows.append(
-                _row(f"P99 ITL under images, {size[0]}x{size[1]}: elastic", elastic[0], "fixed", fixed[0])
-            )
+            for other in SHARINGS[:-1]:
+                what = f"{size[0]}x{size[1]}: elastic"
+                theirs, ours = self._worst[other, size][0], self._worst["elastic", size][0]
+                rows.append(_row(f"P99 ITL under images, {what}", ours, other, theirs))
+                rate, against = rates["elastic", size], rates[other, size]
+                rows.append(Row(f"images beside streams, {what}", rate, other, against or 1e-9, "images/s"))
         return rows
 
     def loop(self) -> list[Row]:
@@ -177,6 +184,7 @@ class Bench:
             return bodies.pop()
 
         beside = asyncio.run(streams_beside(url, streams, self.rng, other))
+        self._rates.append(len(beside.others) / (time.perf_counter() - beside.start))
         if size == SIZES[0] and not beside.others:  # a large one may take longer than the streams
             raise RuntimeError("no image was answered while the streams ran: ask for more --output-tokens")
         return beside.gaps

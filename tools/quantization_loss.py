@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -42,30 +41,31 @@ MIB = 1 << 20
 
 class Loaded(NamedTuple):
     logits: Tensor  # [num_tokens, vocab_size] float32
-    before: int  # bytes of memory, before the decoder is loaded
-    after: int
-    peak: int
+    weights: int  # bytes of memory that the decoder takes
+    peak: int  # and at most while it is loaded, with the pages of its file
 
 
 def logits_of(folder: Path, dtype: torch.dtype, quantization: str, token_ids: Tensor) -> Loaded:
     """Of the decoder alone."""
-    before = resident()
+    before = _memory()
     info = read_model_info(folder)
     weights = open_weights(folder, dtype, CPU, quantization)
     decoder = decoder_of(info)(info.text, weights, TensorParallel())
     weights.close()
-    after, peak = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = _memory()
+    weights_size, peak = after["RssAnon"] - before["RssAnon"], after["VmHWM"] - before["VmRSS"]
     num_tokens, num_blocks = len(token_ids), -(-len(token_ids) // 16)
     cache = PagedTensors(paged_of(decoder.cache_spec()), num_blocks, 16, dtype, CPU)
     step = PagedAttention(cache).plan([SequencePart(num_tokens, 0, tuple(range(num_blocks)))])
     hidden = decoder(decoder.embed(token_ids), torch.arange(num_tokens).expand(3, -1), step)
-    return Loaded(decoder.logits(hidden).float(), before, after, peak)
+    return Loaded(decoder.logits(hidden).float(), weights_size, peak)
 
 
-def resident() -> int:
-    """Of this process, without the checkpoint's file, which the system may drop."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(fields["RssAnon"].split()[0])
+def _memory() -> dict[str, int]:
+    """Of this process, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    fields = (words for words in lines if words[-1:] == ["kB"])
+    return {name.rstrip(":"): 1024 * int(size) for name, size, _ in fields}
 
 
 def in_process_of_its_own(
@@ -90,7 +90,7 @@ def print_logits(folder: Path, dtype: torch.dtype, formats: list[str], token_ids
         error = float((logits - exact).norm() / exact.norm())
         others = float((logits.argmax(dim=1) != best).double().mean())
         kl = float((likely.exp() * (likely - logits.log_softmax(dim=1))).sum(dim=1).mean())
-        size, peak = (found.after - found.before) / MIB, (found.peak - found.before) / MIB
+        size, peak = found.weights / MIB, found.peak / MIB
         print(f"| {_label(name, dtype)} | {error:.2%} | {others:.2%} | {kl:.5f} | {size:.0f} | {peak:.0f} |")
 
 

@@ -26,9 +26,10 @@ class LauncherConfig:
     )
     cpu_sharing: str = option(
         "elastic",
-        "elastic: on the CPU, LLM and ViTs have all cores while the others idle, and take turns on less than "
-        "four; fixed: each only its own",
-        choices=("elastic", "fixed"),
+        "LLM and ViTs on a CPU; elastic: each has all cores while the other idles, and they take turns on "
+        "fewer than four; split: without turns, for more pictures a second and slower streams; fixed: each "
+        "only its own",
+        choices=("elastic", "split", "fixed"),
     )
     cache_dir: str = option(
         "",
