@@ -23,7 +23,7 @@ from tools.random_checkpoint.settings import PATCHES_14, PATCHES_16
 from tools.random_checkpoint.tokenizer import chat_template
 from tools.random_checkpoint.weights import FUSED_EXPERTS
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEXT = {
     "hidden_size": 192,
@@ -66,6 +66,32 @@ QWEN3_VISION = {
     "num_position_embeddings": 36,
     "deepstack_visual_indexes": [0, 2],
 }
+# Layers of both kinds, two value heads for each key head, and a quarter of each head turned.
+QWEN3_5_TEXT = {
+    **QWEN3_TEXT,
+    "num_hidden_layers": 5,
+    "head_dim": 32,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 50_000.0,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+    },
+}
+SHARED_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 80,
+    "shared_expert_intermediate_size": 112,
+}
+PLAIN_VISION = {name: value for name, value in QWEN3_VISION.items() if not name.startswith("deepstack")}
 NUMBERS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2_vl": (TEXT, {"depth": 3, "embed_dim": 96, "num_heads": 3, "hidden_size": 192, "mlp_ratio": 3}),
     "qwen2_5_vl": (
@@ -84,6 +110,8 @@ NUMBERS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen3_vl": (QWEN3_TEXT, QWEN3_VISION),
     "qwen3_vl_moe": ({**QWEN3_TEXT, **EXPERTS}, QWEN3_VISION),
+    "qwen3_5": (QWEN3_5_TEXT, PLAIN_VISION),
+    "qwen3_5_moe": ({**QWEN3_5_TEXT, **SHARED_EXPERTS}, PLAIN_VISION),
 }
 
 
@@ -105,6 +133,9 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             if "pos_embed" in name:
                 parameter.normal_(0, 2)  # beside patches of that size
+            elif _is_zero_centred(family, name):
+                low, high = (0, 2) if name.endswith(("q_norm.weight", "k_norm.weight")) else (-0.5, 0.5)
+                parameter.uniform_(low, high)
             elif parameter.ndim > 1:
                 parameter.mul_(scale)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -114,7 +145,10 @@ def make_checkpoint(
             else:
                 parameter.normal_(0, 0.5)
     model.to(dtype).save_pretrained(folder)
-    _transpose_experts(folder / "model.safetensors")
+    if family == "qwen3_vl_moe":
+        _transpose_experts(folder / "model.safetensors")
+    if family.startswith("qwen3_5"):
+        _add_mtp(folder / "model.safetensors", model.config.text_config.hidden_size)
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / "model" / name, folder / name)
     (folder / "chat_template.jinja").write_text(_chat_template(family))
@@ -123,13 +157,26 @@ def make_checkpoint(
     return folder
 
 
+def _is_zero_centred(family: str, name: str) -> bool:
+    """Whether one is added to the weight of this norm."""
+    is_of_text = family.startswith("qwen3_5") and "language_model" in name
+    return is_of_text and name.endswith("norm.weight") and "linear_attn" not in name
+
+
+def _add_mtp(path: Path, hidden_size: int) -> None:
+    """A part of the head that predicts a further token, as the hub's files have it: nobody reads it."""
+    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    tensors = {f"mtp.{name}.weight": torch.full((hidden_size,), torch.nan) for name in norms}
+    tensors["mtp.fc.weight"] = torch.full((hidden_size, 2 * hidden_size), torch.nan)
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+
+
 def _transpose_experts(path: Path) -> None:
     """The hub has them as [experts, inputs, outputs]. transformers 5 reads both, and saves the other."""
     tensors = load_file(path)
     fused = [name for name in tensors if name.endswith(FUSED_EXPERTS)]
-    if fused:
-        tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in fused}
-        save_file(tensors, path, metadata={"format": "pt"})
+    tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in fused}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _chat_template(family: str) -> str:

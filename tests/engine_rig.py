@@ -29,11 +29,13 @@ from tests.chats import ChatTurns, to_messages
 from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import seen_size
 from workers.llm.cache.manager import CacheManager
+from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import Drafter
+from workers.llm.start import turn_start_id
 from workers.llm.stepping import Watch
 from workers.nn.weights.registry import open_weights
 from workers.preprocess.geometry import chosen_frames, video_frame_size
@@ -93,6 +95,7 @@ class Rig:
         attention: str = "torch",
         num_vits: int = 1,
         drafter: Drafter | None = None,
+        num_snapshots: int = 0,
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         self.num_vits = num_vits  # over which chunks of a video are spread
@@ -100,9 +103,17 @@ class Rig:
             model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention)
         )
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
-        runner.open_cache(num_blocks, 1000)
+        runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots)
+        decoder = runner.decoder
         self.scheduler = Scheduler(
-            CacheManager.of_size(num_blocks, block_size, 8), budget, self.info.eos_token_ids, drafter=drafter
+            CacheManager.of_size(
+                num_blocks, block_size, 8, bool(states_of(decoder.cache_spec())), num_snapshots
+            ),
+            budget,
+            self.info.eos_token_ids,
+            drafter=drafter,
+            prefill_multiple=decoder.prefill_multiple,
+            turn_start_id=turn_start_id(folder),
         )
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         self.ranks_keep_up = True

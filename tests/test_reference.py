@@ -141,6 +141,15 @@ OF_QWEN3 = {
     "no weights in norms of keys": spoilt("k_norm", 1),
     "no bias of patches": spoilt("patch_embed.proj.bias", 0),
 }
+OF_QWEN3_5 = {
+    "no positions in the tower": spoilt("pos_embed", 0),
+    "weights in norms of queries are not stored minus one": spoilt("q_norm", 0),
+    "heads of linear attention fade alike": spoilt("A_log", 0),
+    "no biases of fading": spoilt("dt_bias", 0),
+    "all tokens fade alike": spoilt("in_proj_a", 0),
+    "all tokens are written alike": spoilt("in_proj_b", 0),
+    "no weights in norms of linear attention": spoilt("linear_attn.norm", 1),
+}
 ERRORS: dict[str, dict[str, Callable[[Any], None]]] = {
     "qwen2_vl": {"no biases of keys": spoilt("k_proj.bias", 0)},
     "qwen2_5_vl": {
@@ -150,6 +159,11 @@ ERRORS: dict[str, dict[str, Callable[[Any], None]]] = {
     },
     "qwen3_vl": OF_QWEN3,
     "qwen3_vl_moe": {**OF_QWEN3, "all experts alike to the router": spoilt("mlp.gate.weight", 0)},
+    "qwen3_5": OF_QWEN3_5,
+    "qwen3_5_moe": {
+        "no gates of shared experts": spoilt("shared_expert_gate", 0),
+        "no shared experts": spoilt("shared_expert.down_proj", 0),
+    },
 }
 
 
@@ -163,7 +177,7 @@ def test_an_answer_shows_an_error(family: str, error: str, references: Reference
     assert wrong.answer(chat, 24).token_ids != right
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
 def test_a_video_is_written_frame_by_frame_inside_the_templates_marks(
     family: str, references: References
 ) -> None:

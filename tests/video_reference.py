@@ -24,7 +24,12 @@ from tests.chats import Clip, FrameList, Video
 from workers.preprocess.video_files import open_video
 
 CLASSES = {"qwen2_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
-MODULES = {"qwen2_5_vl": "qwen2_vl", "qwen3_vl_moe": "qwen3_vl"}  # of families that have another one's
+MODULES = {  # of families that have another one's
+    "qwen2_5_vl": "qwen2_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_vl",
+}
 
 
 class SeenVideo(NamedTuple):

@@ -40,14 +40,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from pipeline.families import read_model_info
 from tools.bench_serving import Body, Result, Workload, converse, open_session, run_load, send
 from tools.memory_rate import memory_rate
 from tools.processes import resident_bytes, workers_of
 from tools.random_checkpoint import SHAPES, make_checkpoint
-from tools.runners import num_layer_weights, num_weights, weight_size
+from tools.runners import kv_bytes, num_layer_weights, num_weights, weight_size
 from workers.nn.loader import choose_dtype
 
 PARTS = ("rates", "int8", "repeats", "turns", "memory", "itl")
@@ -229,7 +229,7 @@ class Bench:
         return serve(self.folder, "--dtype", name_of(self.dtype), "--device", "cpu", *options)
 
     def rates(self) -> list[Row]:
-        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(self.folder, dtype=self.hf_dtype).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=self.hf_dtype).eval()
         with self.serve(*ALL_CORES) as served:
             found = self.medians(
                 {
@@ -340,9 +340,7 @@ class Bench:
             load(served, Workload(num_words=2000, num_output=2), 12, self.rng)
             load(served, Workload(num_words=24, num_output=4, num_images=1), 2, self.rng)
             resident = served.memory_of("llm")
-        kv_token = (
-            2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.dtype.itemsize
-        )
+        kv_token = kv_bytes(self.info, self.dtype.itemsize)
         kv = min(kv_gib * (1 << 30), 12 * 2048 * kv_token)
         needed = self.weight_bytes + kv
         return [

@@ -114,7 +114,12 @@ def variants(capability: int) -> Iterator[Variant]:
         yield Variant(
             f"prefill, {name}", triton_kernels.prefill_kernel, attended | tile, pointer, num_warps, pointer
         )
-        padded = {"HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads), "HALF": 64, "HALF_PADDED": 64}
+        padded = {
+            "HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads),
+            "HALF": 64,
+            "HALF_PADDED": 64,
+            "TURNED": 64,
+        }
         turned = {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded}
         for what, has_bias, has_norm in (("rotate", True, False), ("norm, rotate", False, True)):
             constants = {**turned, "HAS_BIAS": has_bias, "HAS_NORM": has_norm}

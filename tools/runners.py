@@ -16,6 +16,7 @@ import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import TextInfo, read_model_info
+from pipeline.families.qwen3_5 import Qwen3_5TextInfo
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
@@ -96,14 +97,23 @@ def plan_of(step: int, sequences: Sequence[SequenceStep], started: Sequence[Sequ
 
 def num_layer_weights(info: TextInfo) -> int:
     """Numbers of the layers that one token is multiplied by: of experts, the chosen ones."""
-    heads = 2 * (info.num_heads + info.num_kv_heads) * info.head_dim
-    total = info.num_layers * info.hidden_size * heads
-    experts = getattr(info, "experts", None)
+    is_hybrid, experts = isinstance(info, Qwen3_5TextInfo), getattr(info, "experts", None)
+    heads = (2 + is_hybrid) * info.num_heads + 2 * info.num_kv_heads  # a hybrid's have gates
+    total = num_paged_layers(info) * heads * info.head_dim
+    if isinstance(info, Qwen3_5TextInfo):
+        net = info.delta_net
+        keys, values = net.num_key_heads * net.key_dim, net.num_value_heads * net.value_dim
+        of_states = 2 * keys + 3 * values + 2 * net.num_value_heads
+        total += (info.num_layers - num_paged_layers(info)) * of_states
     num_sparse = len(experts.layers) if experts else 0
     if experts:
-        chosen = 3 * experts.num_chosen * experts.intermediate_size + experts.num_experts
-        total += num_sparse * info.hidden_size * chosen
-    return total + (info.num_layers - num_sparse) * 3 * info.hidden_size * info.intermediate_size
+        total += num_sparse * (3 * experts.num_chosen * experts.intermediate_size + experts.num_experts)
+    num_dense = info.num_layers if is_hybrid else info.num_layers - num_sparse  # with one that all share
+    return (total + num_dense * 3 * info.intermediate_size) * info.hidden_size
+
+
+def num_paged_layers(info: TextInfo) -> int:
+    return len(info.full_layers) if isinstance(info, Qwen3_5TextInfo) else info.num_layers
 
 
 def num_weights(info: TextInfo) -> int:
@@ -113,13 +123,15 @@ def num_weights(info: TextInfo) -> int:
 
 def prefill_flops(info: TextInfo, length: int) -> int:
     """Of the layers; the output layer runs for one token only."""
-    attention = 2 * length * length * info.num_layers * info.num_heads * info.head_dim  # half of it is masked
+    attention = (
+        2 * length * length * num_paged_layers(info) * info.num_heads * info.head_dim
+    )  # half of it is masked
     return 2 * length * num_layer_weights(info) + attention
 
 
 def kv_bytes(info: TextInfo, size: int = 2) -> int:
     """Of one token, with numbers of `size` bytes."""
-    return 2 * size * info.num_layers * info.num_kv_heads * info.head_dim
+    return 2 * size * num_paged_layers(info) * info.num_kv_heads * info.head_dim
 
 
 def weight_size(folder: Path, dtype: torch.dtype) -> int:

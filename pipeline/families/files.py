@@ -84,6 +84,15 @@ class CheckpointFiles:
                 return (value,) if isinstance(value, int) else tuple(value)
         return ()
 
+    def all_eos_token_ids(self) -> tuple[int, ...]:
+        """Those of generation and those of the text model: files exist in which each lacks some."""
+        found: dict[int, None] = {}  # in order
+        for section in (self.generation, self.text, self.config):
+            value: int | list[int] | None = section.get("eos_token_id")
+            if value is not None:
+                found |= dict.fromkeys([value] if isinstance(value, int) else value)
+        return tuple(found)
+
     def default_sampling(self) -> dict[str, float]:
         """The model's own: greedy where it says that nothing is to be sampled."""
         samples = self.generation.get("do_sample") is not False

@@ -84,7 +84,7 @@ class Qwen3VL(Family):
         files = CheckpointFiles(folder)
         vision = with_server_limits(files, _read_vision(files), min_pixels, max_pixels)
         text = _read_text(files, vision, self.read_experts(files))
-        return model_info(self, files, text, vision, _read_video(files, vision))
+        return model_info(self, files, text, vision, read_video(files, vision))
 
     def read_experts(self, files: CheckpointFiles) -> ExpertsInfo | None:
         return None
@@ -151,18 +151,26 @@ class Qwen3VLMoe(Qwen3VL):
         numbers = range(files.integer(text, "num_hidden_layers"))
         key = "num_experts" if text.get("num_experts") is not None else "num_local_experts"
         num_experts, num_chosen = files.integer(text, key), files.integer(text, "num_experts_per_tok")
-        if not 1 <= num_chosen <= num_experts:
-            what = f"has num_experts_per_tok = {num_chosen} of {num_experts} experts"
-            raise ValueError(f"model {str(files.folder)!r} {what}")
-        return ExpertsInfo(
-            num_experts=num_experts,
-            num_chosen=num_chosen,
-            intermediate_size=files.integer(text, "moe_intermediate_size"),
-            layers=tuple(number for number in numbers if number not in dense and (number + 1) % step == 0),
-        )
+        layers = tuple(number for number in numbers if number not in dense and (number + 1) % step == 0)
+        return make_experts(files, num_experts, num_chosen, layers)
 
 
 FAMILIES = (Qwen3VL(), Qwen3VLMoe())
+
+
+def make_experts(
+    files: CheckpointFiles, num_experts: int, num_chosen: int, layers: tuple[int, ...]
+) -> ExpertsInfo:  # fmt: skip
+    """Raises ValueError where a token cannot choose so many experts."""
+    if not 1 <= num_chosen <= num_experts:
+        what = f"has num_experts_per_tok = {num_chosen} of {num_experts} experts"
+        raise ValueError(f"model {str(files.folder)!r} {what}")
+    return ExpertsInfo(
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        intermediate_size=files.integer(files.text, "moe_intermediate_size"),
+        layers=layers,
+    )
 
 
 def resize_video(size: ImageSize, num_frames: int, vision: VisionInfo, limits: AreaLimits) -> ImageSize:
@@ -211,11 +219,17 @@ def _read_text(files: CheckpointFiles, vision: Qwen3VisionInfo, experts: Experts
 
 def _read_vision(files: CheckpointFiles) -> Qwen3VisionInfo:
     vision = files.vision
-    files.expect(vision, "hidden_act", "gelu_pytorch_tanh")
     layers = tuple(map(int, files.need(vision, "deepstack_visual_indexes")))
     if len(set(layers)) < len(layers) or not set(layers) <= set(range(files.integer(vision, "depth"))):
         what = f"has deepstack_visual_indexes = {list(layers)}, which are not layers of the tower"
         raise ValueError(f"model {str(files.folder)!r} {what}")
+    return read_tower(files, layers)
+
+
+def read_tower(files: CheckpointFiles, layers: tuple[int, ...]) -> Qwen3VisionInfo:
+    """`layers`: those with deepstack."""
+    vision = files.vision
+    files.expect(vision, "hidden_act", "gelu_pytorch_tanh")
     sizes = TowerSizes(
         embed_dim=files.integer(vision, "hidden_size"),
         intermediate_size=files.integer(vision, "intermediate_size"),
@@ -231,7 +245,7 @@ def _read_vision(files: CheckpointFiles) -> Qwen3VisionInfo:
     return read_vision(files, make, sizes, None)
 
 
-def _read_video(files: CheckpointFiles, vision: Qwen3VisionInfo) -> Qwen3VideoInfo:
+def read_video(files: CheckpointFiles, vision: Qwen3VisionInfo) -> Qwen3VideoInfo:
     """As transformers reads it: a file of its own, else the pictures' limits."""
     processor = files.video_processor
     # `min_pixels` and `max_pixels` in the file of videos mean nothing to transformers' class.

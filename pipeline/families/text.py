@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pipeline.families.base import TextInfo
@@ -12,10 +12,16 @@ ROPE_THETA = 1_000_000.0
 Info = TypeVar("Info", bound=TextInfo)
 
 
-def read_text(files: CheckpointFiles, make: Callable[..., Info]) -> Info:
+def read_text(
+    files: CheckpointFiles,
+    make: Callable[..., Info],
+    served_layers: Sequence[str] = ("full_attention",),
+    mlp_size: str = "intermediate_size",
+) -> Info:
     """`make` is a family's class of `TextInfo`, which may have been given the family's own numbers.
 
-    Raises ValueError for a missing key, and for what no decoder computes.
+    `served_layers`: the kinds of layers that the family's decoder computes. `mlp_size`: the key of the
+    dense MLPs' size. Raises ValueError for a missing key, and for what no decoder computes.
     """
     text, config, rope = files.text, files.config, files.rope
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -24,8 +30,8 @@ def read_text(files: CheckpointFiles, make: Callable[..., Info]) -> Info:
         raise ValueError(f"model {str(files.folder)!r} {what}")
     if text.get("use_sliding_window") or config.get("use_sliding_window"):
         raise ValueError(f"model {str(files.folder)!r} uses a sliding attention window, which is not served")
-    if odd := set(text.get("layer_types") or ()) - {"full_attention"}:
-        what = f"has layers of the kinds {sorted(odd)}; served is full attention only"
+    if odd := set(text.get("layer_types") or ()) - set(served_layers):
+        what = f"has layers of the kinds {sorted(odd)}; served is {' and '.join(served_layers)} only"
         raise ValueError(f"model {str(files.folder)!r} {what}")
     files.expect(text, "hidden_act", "silu")
     hidden_size = files.integer(text, "hidden_size")
@@ -34,7 +40,7 @@ def read_text(files: CheckpointFiles, make: Callable[..., Info]) -> Info:
     theta = rope.get("rope_theta") or text.get("rope_theta") or config.get("rope_theta")
     return make(
         hidden_size=hidden_size,
-        intermediate_size=files.integer(text, "intermediate_size"),
+        intermediate_size=files.integer(text, mlp_size),
         num_layers=files.integer(text, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=int(text.get("num_key_value_heads") or num_heads),

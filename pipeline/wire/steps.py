@@ -35,6 +35,8 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     num_computed_tokens: int = 0  # already in the KV cache
     block_table: bytes = b""  # int32, so far
     is_masked: bool = False  # its tokens are chosen when `TokenMasks` has arrived
+    # Of the snapshots of layers' states: what it goes on from, before the plan saves any; -1: no state.
+    snapshot: int = -1
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -47,6 +49,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     embeddings: tuple[EmbeddingSlice, ...] = ()  # of this part
     # int32: its last tokens are guesses. The step yields tokens up to the first that differs from its guess.
     drafts: bytes = b""
+    snapshot: int = -1  # of the snapshots: where its state is saved behind the step; -1: nowhere
 
 
 class StepPlan(WorkerMessage, frozen=True, kw_only=True):

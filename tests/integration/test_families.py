@@ -24,7 +24,7 @@ from tools.processes import workers_of
 NUM_TOKENS, FEW = 48, 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 LONG_CHATS: list[ChatTurns] = [
     [("user", [scene(number, (112, 84)), "Tell more."])] for number in range(60, 64)
 ]
@@ -35,8 +35,10 @@ SHARDED = (
     "--max-num-batched-tokens", "23", "--max-num-seqs", "16", "--block-size", "4", "--max-itl-stretch", "0",
     "--overlap", "on", "--vit", "2", "--vit-engine", "onnxruntime",
 )  # fmt: skip
-NUM_RANKS = {"qwen2_5_vl": "2", "qwen3_vl": "4", "qwen3_vl_moe": "2"}
-REPLICATED = ("--dp", "2", "--kv-cache-gib", "0.001", "--max-model-len", "640")
+NUM_RANKS = {"qwen2_5_vl": "2", "qwen3_vl": "4", "qwen3_vl_moe": "2", "qwen3_5": "2", "qwen3_5_moe": "2"}
+REPLICATED = ("--dp", "2", "--max-model-len", "640")
+# With states of sequences beside the blocks of one such context.
+KV_GIB = {"qwen3_5": "0.004", "qwen3_5_moe": "0.004"}
 
 
 class Family(NamedTuple):
@@ -124,7 +126,8 @@ async def test_small_chunks_several_ranks_and_two_vits_on_onnxruntime(family: Fa
 async def test_two_groups_with_little_memory_and_killed_workers(family: Family) -> None:
     """Requests are preempted; then whoever works for one is killed, and the request goes on."""
     expected = [family.reference.answer(chat, LONG.max_tokens) for chat in LONG_CHATS]
-    with Server("--model", str(family.folder), *MODEL, *REPLICATED) as server:
+    options = (*MODEL, *REPLICATED, "--kv-cache-gib", KV_GIB.get(family.name, "0.001"))
+    with Server("--model", str(family.folder), *options) as server:
         async with PipelineClient(server.run_dir) as client:
             await assert_right(client, family, "replicated")
             long = [to_messages(chat) for chat in LONG_CHATS]

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +23,8 @@ from tests.servers import Server
 from tests.tool_chats import BARE, HELLO, to_chat
 from tools.kills_in_calls import kill_in_calls
 from tools.processes import workers_of
+from tools.random_checkpoint.tokenizer import chat_template
 
-TEMPLATE = Path(__file__).parents[1] / "templates" / "qwen3_5.jinja"
 TOKENIZER = Tokenizer.from_file(str(EMBEDDED / "model" / "tokenizer.json"))
 BUDGET = 6
 
@@ -35,7 +34,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model, told that it thinks: without a budget it would never stop to."""
     folder = tmp_path_factory.mktemp("thinking") / "m"
     shutil.copytree(EMBEDDED / "model", folder)
-    shutil.copy(TEMPLATE, folder / "chat_template.jinja")
+    (folder / "chat_template.jinja").write_text(chat_template("qwen3_5"))
     with Server("--model", str(folder), "--served-model-name", "m", "--dtype", "float32", *LIMITS) as running:
         yield running
 

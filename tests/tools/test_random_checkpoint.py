@@ -47,7 +47,7 @@ def test_settings_are_read_by_our_family_and_by_transformers(name: str, tmp_path
     assert info.text.head_dim == shape.head_dim
     assert info.text.num_layers == text.num_hidden_layers
     assert info.text.mrope_section == tuple(text.rope_parameters["mrope_section"])
-    assert sum(info.text.mrope_section) == info.text.head_dim // 2
+    assert sum(info.text.mrope_section) == getattr(info.text, "rotary_dim", info.text.head_dim) // 2
     assert info.text.rope_theta == text.rope_parameters["rope_theta"]
     assert info.text.rms_norm_eps == text.rms_norm_eps
     assert info.text.tie_word_embeddings == config.tie_word_embeddings == shape.is_tied
@@ -118,21 +118,24 @@ CHAT = [
 ]
 SHOWN = (
     "<|im_start|>user\n{}<|vision_start|><|image_pad|><|vision_end|>Who?{}<|vision_start|><|video_pad|>"
-    "<|vision_end|><|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
+    "<|vision_end|><|im_end|>\n<|im_start|>assistant\n{}Me.<|im_end|>\n"
 )
 DEFAULT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 def test_a_chat_is_rendered_as_by_the_familys_template(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    default = "" if "qwen3" in json.loads((tiny / "config.json").read_text())["model_type"] else DEFAULT
-    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == default + SHOWN.format("", "")
+    family = json.loads((tiny / "config.json").read_text())["model_type"]
+    default = "" if "qwen3" in family else DEFAULT
+    thought, begin = ("<think>\n\n</think>\n\n", "<think>\n") if "qwen3_5" in family else ("", "")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == default + SHOWN.format("", "", thought)
     with_ids = tokenizer.apply_chat_template(
         CHAT, tokenize=False, add_vision_id=True, add_generation_prompt=True
     )
-    assert with_ids == default + SHOWN.format("Picture 1: ", "Video 1: ") + "<|im_start|>assistant\n"
+    shown = SHOWN.format("Picture 1: ", "Video 1: ", thought)
+    assert with_ids == default + shown + "<|im_start|>assistant\n" + begin
     system = [{"role": "system", "content": "Be brief."}, *CHAT]
-    expected = "<|im_start|>system\nBe brief.<|im_end|>\n" + SHOWN.format("", "")
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n" + SHOWN.format("", "", thought)
     assert tokenizer.apply_chat_template(system, tokenize=False) == expected
     stored = json.loads((tiny / "chat_template.json").read_text())["chat_template"]
     assert stored == tokenizer.chat_template

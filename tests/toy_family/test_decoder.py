@@ -50,7 +50,7 @@ def test_every_backend_computes_what_the_reference_does(name: str, info: ModelIn
     )
 
     spec = decoder.cache_spec()
-    states = StateTensors(states_of(spec), 1, CPU).of_step(torch.tensor([0]), [LENGTH])
+    states = StateTensors(states_of(spec), 1, torch.float32, CPU).of_step(torch.tensor([0]), [LENGTH], [0])
     step = backend.attention(PagedTensors(paged_of(spec), 4, 16, torch.float32, CPU)).plan(
         [SequencePart(LENGTH, 0, [2, 0])]
     )

@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
 PATCHES_14 = {
     "patch_size": 14,
@@ -41,6 +43,8 @@ SAMPLING: Mapping[str, Mapping[str, float]] = {
     "qwen2_5_vl": {"temperature": 1e-6, "repetition_penalty": 1.05},
     "qwen3_vl": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0},
     "qwen3_vl_moe": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0},
+    "qwen3_5": {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
+    "qwen3_5_moe": {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
 }
 
 
@@ -120,25 +124,21 @@ def _flat(shape: Shape) -> dict[str, Any]:
 
 
 def _nested(shape: Shape) -> dict[str, Any]:
-    first = first_special_id(shape)
+    first, is_hybrid = first_special_id(shape), shape.family.startswith("qwen3_5")
     has_experts = shape.family == "qwen3_vl_moe"
     text = {
         "model_type": f"{shape.family}_text",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": first,
-        "eos_token_id": first + 2,
+        # The text of Qwen3.5 knows one end only; the end of a turn is in the settings of generation.
+        "eos_token_id": first if is_hybrid else first + 2,
         "dtype": "bfloat16",
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "max_position_embeddings": 262_144,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 5_000_000,
-        "rope_scaling": {
-            "mrope_interleaved": True,
-            "mrope_section": _interleaved_section(shape.head_dim),
-            "rope_type": "default",
-        },
+        **(_partial_rotation(shape.head_dim) if is_hybrid else _rotation(shape.head_dim)),
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         # The published file of the models with experts says it at the top only.
@@ -164,6 +164,34 @@ def _nested(shape: Shape) -> dict[str, Any]:
         "vision_config": vision,
         "tie_word_embeddings": shape.is_tied,
         "transformers_version": "4.57.0.dev0",
+    }
+
+
+def _rotation(head_dim: int) -> dict[str, Any]:
+    rope = {
+        "mrope_interleaved": True,
+        "mrope_section": _interleaved_section(head_dim),
+        "rope_type": "default",
+    }
+    return {"rope_theta": 5_000_000, "rope_scaling": rope}
+
+
+def _partial_rotation(head_dim: int) -> dict[str, Any]:
+    """And what else Qwen3.5's files have."""
+    half = head_dim // 8  # of the quarter of a head that is turned
+    rope = {
+        "mrope_interleaved": True,
+        "mrope_section": [half - half // 3 - (half + 1) // 3, (half + 1) // 3, half // 3],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10_000_000,
+        "rope_type": "default",
+    }
+    return {
+        "rope_parameters": rope,
+        "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
     }
 
 

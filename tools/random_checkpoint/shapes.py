@@ -10,6 +10,7 @@ from typing import Any
 Numbers = Mapping[str, Any]
 # Ids of the tokenizer that a small shape has in common with the embedded model.
 SMALL_VOCABULARY, LARGE_VOCABULARY, LARGEST_VOCABULARY = 4224, 151_936, 152_064
+NEW_VOCABULARY = 248_320  # of Qwen3.5, with other ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
+        """Of layers that attend to all tokens."""
         found = self.text.get("head_dim") or self.text["hidden_size"] // self.text["num_attention_heads"]
         return int(found)
 
@@ -35,7 +37,10 @@ class Shape:
         if not least <= num_layers <= self.text["num_hidden_layers"]:
             most = self.text["num_hidden_layers"]
             raise ValueError(f"this shape has from {least} to {most} layers, not {num_layers}")
-        return dataclasses.replace(self, text={**self.text, "num_hidden_layers": num_layers})
+        text = {**self.text, "num_hidden_layers": num_layers}
+        if "layer_types" in text:
+            text["layer_types"] = text["layer_types"][:num_layers]
+        return dataclasses.replace(self, text=text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,56 @@ def _qwen3_vl_moe(
     return Shape(family="qwen3_vl_moe", text=numbers, vision=vision, **options)
 
 
+def _qwen3_5(
+    text: _Text,
+    num_value_heads: int,
+    tower: Numbers,
+    of_states: Numbers | None = None,
+    experts: Numbers | None = None,
+    **options: Any,
+) -> Shape:
+    """Every fourth layer attends to all tokens. `of_states`: of the other layers, where not as published."""
+    kinds = [
+        "full_attention" if number % 4 == 3 else "linear_attention"
+        for number in range(text.num_hidden_layers)
+    ]
+    numbers = {
+        "head_dim": 256,
+        **text.numbers(),
+        "full_attention_interval": 4,
+        "layer_types": kinds,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": num_value_heads,
+        "linear_value_head_dim": 128,
+        **(of_states or {}),
+        **(experts or {}),
+    }
+    if experts is not None:
+        del numbers["intermediate_size"]
+    vision = {**tower, "deepstack_visual_indexes": [], "out_hidden_size": text.hidden_size}
+    family = "qwen3_5" if experts is None else "qwen3_5_moe"
+    return Shape(family=family, text=numbers, vision=vision, **{"vocab_size": NEW_VOCABULARY, **options})
+
+
+def _shared_experts(num_experts: int, num_chosen: int, size: int) -> Numbers:
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_chosen,
+        "moe_intermediate_size": size,
+        "shared_expert_intermediate_size": size,
+    }
+
+
+SMALLEST_TOWER = {
+    "depth": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_heads": 12,
+    "num_position_embeddings": 2304,
+}
+_TINY_STATES = {"linear_key_head_dim": 32, "linear_num_key_heads": 2, "linear_value_head_dim": 32}
 _TINY = _Text(3, 256, 4, 2, 512)
 _NARROW = _Text(3, 256, 6, 2, 512, {"head_dim": 64})  # 6 · 64 is not 256
 _SMALL: dict[str, Any] = {"is_tied": True, "vocab_size": SMALL_VOCABULARY}
@@ -168,5 +223,22 @@ SHAPES: Mapping[str, Shape] = {
     # For benchmarks on a small machine: one sixteenth of the experts for a token, in less than 6 GB.
     "moe-64": _qwen3_vl_moe(_Text(20, 1024, 16, 4, 3072), 64, 4, 512, SMALL_TOWER),
     "qwen3-vl-30b-a3b": _qwen3_vl_moe(_Text(48, 2048, 32, 4, 6144), 128, 8, 768),
+    "qwen3.5-tiny": _qwen3_5(
+        _Text(4, 256, 6, 2, 512, {"head_dim": 64}), 4, TINY_TOWER, _TINY_STATES, **_SMALL
+    ),
+    "qwen3.5-moe-tiny": _qwen3_5(
+        _Text(4, 256, 6, 2, 0, {"head_dim": 64}),
+        4,
+        TINY_TOWER,
+        _TINY_STATES,
+        _shared_experts(4, 2, 192),
+        **_SMALL,
+    ),
+    "qwen3.5-0.8b": _qwen3_5(_Text(24, 1024, 8, 2, 3584), 16, SMALLEST_TOWER, is_tied=True),
+    "qwen3.5-9b": _qwen3_5(_Text(32, 4096, 16, 4, 12_288), 32, LARGE_TOWER),
+    "qwen3.5-27b": _qwen3_5(_Text(64, 5120, 24, 4, 17_408), 48, LARGE_TOWER),
+    "qwen3.5-35b-a3b": _qwen3_5(
+        _Text(40, 2048, 16, 2, 0), 32, LARGE_TOWER, experts=_shared_experts(256, 8, 512)
+    ),
     "qwen3-vl-235b-a22b": _qwen3_vl_moe(_Text(94, 4096, 64, 4, 12_288), 128, 8, 1536),
 }

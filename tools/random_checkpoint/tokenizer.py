@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoints import EMBEDDED
-from tools.random_checkpoint.shapes import Shape
+from tools.random_checkpoint.shapes import NEW_VOCABULARY, Shape
 
 NUM_WORDS = 4082  # of the embedded model's tokenizer
-FIRST_SPECIAL_ID = 151_643
+FIRST_SPECIAL_ID, NEW_FIRST_SPECIAL_ID = 151_643, 248_044
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -27,18 +27,23 @@ FURTHER_TOKENS = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
-NUM_FURTHER = {"qwen2_vl": 0, "qwen2_5_vl": 8, "qwen3_vl": 12, "qwen3_vl_moe": 12}
-MAX_LENGTHS = {"qwen2_vl": 32_768, "qwen2_5_vl": 131_072, "qwen3_vl": 262_144, "qwen3_vl_moe": 262_144}
+# Twelve, and a length of 262144 tokens, where nothing is said.
+NUM_FURTHER = {"qwen2_vl": 0, "qwen2_5_vl": 8}
+MAX_LENGTHS = {"qwen2_vl": 32_768, "qwen2_5_vl": 131_072}
 TEMPLATES = {
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5",
 }
 
 
 def first_special_id(shape: Shape) -> int:
-    return NUM_WORDS if shape.has_small_vocabulary else FIRST_SPECIAL_ID
+    if shape.has_small_vocabulary:
+        return NUM_WORDS
+    return NEW_FIRST_SPECIAL_ID if shape.vocab_size == NEW_VOCABULARY else FIRST_SPECIAL_ID
 
 
 def chat_template(family: str) -> str:
@@ -64,7 +69,7 @@ def write_tokenizer(folder: Path, shape: Shape) -> None:
 
 
 def _added_tokens(shape: Shape) -> list[dict[str, Any]]:
-    names = SPECIAL_TOKENS + FURTHER_TOKENS[: NUM_FURTHER[shape.family]]
+    names = SPECIAL_TOKENS + FURTHER_TOKENS[: NUM_FURTHER.get(shape.family, len(FURTHER_TOKENS))]
     return [
         {
             "id": first_special_id(shape) + number,
@@ -92,7 +97,7 @@ def _settings(shape: Shape, added: list[dict[str, Any]], template: str) -> dict[
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "errors": "replace",
-        "model_max_length": MAX_LENGTHS[shape.family],
+        "model_max_length": MAX_LENGTHS.get(shape.family, 262_144),
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",

@@ -108,13 +108,21 @@ class ModelRunner:
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
         return cls(info, config, decoder, backend, device, parallel)
 
-    def open_cache(self, num_blocks: int, max_model_len: int) -> None:
-        """Allocates KV cache and layer states, and captures decode graphs where the backend allows it."""
+    def open_cache(
+        self, num_blocks: int, max_model_len: int, num_slots: int | None = None, num_snapshots: int = 0
+    ) -> None:
+        """Allocates KV cache and layer states, and captures decode graphs where the backend allows it.
+
+        `num_slots`: sequences at once; None: as many as `max_num_seqs`.
+        """
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
+        if num_slots is not None:
+            self._num_slots = num_slots
         cache = PagedTensors(paged_of(spec), num_blocks, size, self._dtype, self.device)
         self.attention = self._backend.attention(cache)
         self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
-        self.states = StateTensors(states_of(spec), self._num_slots, self.device)
+        states = states_of(spec)
+        self.states = StateTensors(states, self._num_slots, self._dtype, self.device, num_snapshots)
         if self._backend.sample is None:
             return
         with torch.inference_mode():
@@ -142,7 +150,7 @@ class ModelRunner:
         tables = self._tables.tables[slots]
         attention = self.attention.plan_decode(inputs.new_slots, tables, inputs.lengths, longest)
         x = self.decoder.embed(self._last_tokens[slots])
-        states = self.states.of_step(slots, None)
+        states = self.states.of_step(slots, None, None)
         hidden = self.decoder(x, inputs.positions.expand(3, -1), attention, states=states)
         logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
@@ -179,6 +187,9 @@ class ModelRunner:
             launched = self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
         else:
             launched = self._launch_any(rows, plan.sequences)
+        for sequence in plan.sequences:
+            if sequence.snapshot >= 0:
+                self.states.save(sequence.slot, sequence.snapshot)
         return launched
 
     @torch.inference_mode()
@@ -228,7 +239,10 @@ class ModelRunner:
         self.sequences.start(start)
         self.sampler.start(start)
         self._prompts.start(start.slot, start.sampling.prompt_logprobs, start.num_prompt_tokens)
-        self.states.start(start.slot)
+        if start.snapshot >= 0:
+            self.states.restore(start.slot, start.snapshot)
+        else:
+            self.states.start(start.slot)
         if start.token_ids:
             self._last_tokens[start.slot] = int.from_bytes(start.token_ids[-4:], "little", signed=True)
         if self._graphs is not None:
@@ -277,7 +291,7 @@ class ModelRunner:
                 strict=True,
             )
         ]
-        states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist())
+        states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist())
         return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
 
     def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from pipeline.wire.generation import GenerateRequest, MmItem, Span
 from pipeline.wire.packing import Int32Array, pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.steps import EmbeddingSlice
+from workers.llm.cache.boundaries import Boundary
 from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
 from workers.llm.sampling.tokens import PromptScores
@@ -70,6 +71,8 @@ class Request:
     num_published_blocks: int = 0
     slot: int = -1  # its place in the runner's tables while it runs
     block_table: list[int] = field(default_factory=list)
+    boundaries: Sequence[Boundary] = ()  # of its prompt, at which its state is saved
+    answer_snapshot: bytes = b""  # the prefix of the newest snapshot behind its prompt
     num_sent_blocks: int = 0  # blocks of its table that the runner has
     matchers: tuple[Matcher, ...] = ()  # restrict its next token
     draft_masks: Sequence[bytes] = ()  # with matchers: of the tokens behind each draft of the next step
@@ -197,6 +200,16 @@ class Request:
                             return piece.offset
         return self.num_tokens
 
+    def next_boundary(self) -> Boundary | None:
+        """The first one behind what is computed."""
+        index = bisect_right(self.boundaries, self.num_computed_tokens, key=_position_of)
+        return self.boundaries[index] if index < len(self.boundaries) else None
+
+    def boundary_at(self, position: int) -> Boundary | None:
+        index = bisect_left(self.boundaries, position, key=_position_of)
+        found = self.boundaries[index] if index < len(self.boundaries) else None
+        return found if found is not None and found.position == position else None
+
     def is_short_text(self, stop: int) -> bool:
         """Whether the uncomputed tokens before `stop`, the first that must wait for an embedding, are a short
         text. Embeddings that are here are no text: they are computed, so that their leases are released."""
@@ -309,6 +322,10 @@ def _runs_of(items: Sequence[MmItem]) -> list[_KvRun]:
             runs.append(_KvRun(span, row, item.kv_hash))
             row += span.length
     return runs
+
+
+def _position_of(boundary: Boundary) -> int:
+    return boundary.position
 
 
 def _stop_of(run: _KvRun) -> int:

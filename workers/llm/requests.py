@@ -58,7 +58,7 @@ class Requests:
 
     def on_admitted(self, admitted: Admitted) -> None:
         """Drops embeddings that the prefix cache covers, and requests those again that a preemption lost."""
-        request, covered = admitted
+        request, covered = admitted.request, admitted.num_cached_tokens
         if self._spans is not None:
             self._spans.enter(request.request_id, "prefill", behind="queue")
         if self.open[request.request_id].leader is request:  # the prompt counts once

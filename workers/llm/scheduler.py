@@ -15,6 +15,7 @@ needs: free blocks, and free tokens of the step.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from typing import NamedTuple
 from pipeline.process.quarantine import nobody
 from pipeline.wire.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
+from workers.llm.cache.boundaries import boundaries_of
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
 from workers.llm.speculation.drafter import Drafter
@@ -37,10 +39,16 @@ class Scheduled(NamedTuple):
     stop: int
     is_sampled: bool  # the step computes the request's newest token, and so yields the next one
     drafts: Sequence[int] = ()
+    snapshot: int = -1  # where the state behind `stop` is saved
 
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start + len(self.drafts)
+
+    @property
+    def is_plain_decode(self) -> bool:
+        is_behind_prompt = self.start >= len(self.request.prompt_token_ids)
+        return self.is_sampled and self.num_tokens == 1 and is_behind_prompt and self.snapshot < 0
 
 
 class Admitted(NamedTuple):
@@ -48,6 +56,7 @@ class Admitted(NamedTuple):
 
     request: Request
     num_cached_tokens: int
+    snapshot: int = -1  # of the states behind them
 
 
 class Schedule(NamedTuple):
@@ -69,22 +78,30 @@ class Scheduler:
     def __init__(
         self, cache: CacheManager, max_num_batched_tokens: int, eos_token_ids: tuple[int, ...],
         step_times: StepTimes | None = None, has_prefix_cache: bool = True,
-        runs_alone: Callable[[str], bool] = nobody, drafter: Drafter | None = None,
+        runs_alone: Callable[[str], bool] = nobody, drafter: Drafter | None = None, prefill_multiple: int = 1,
+        turn_start_id: int | None = None,
     ) -> None:  # fmt: skip
-        self.cache = cache
-        self.max_num_seqs, self.budget = cache.slots.num_slots, StepBudget(max_num_batched_tokens, step_times)
+        self.cache, self.max_num_seqs = cache, cache.slots.num_slots
+        self.budget = StepBudget(max_num_batched_tokens, step_times, prefill_multiple)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.has_prefix_cache = has_prefix_cache
         self._runs_alone, self.drafter = runs_alone, drafter
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # in order
         self.num_preemptions = 0
-        self._computing: dict[bytes, Request] = {}  # hashes of blocks on their way into the cache
+        # Hashes of blocks on their way into the cache; of layers with a state, those with a snapshot.
+        self._computing: dict[bytes, Request] = {}
+        self._turn_start_id = turn_start_id
+        self._snapshot_multiple = math.lcm(prefill_multiple, cache.block_size)
 
     def add(self, request: Request) -> None:
         # Its choices share the prompt's blocks, no other request does.
         if not self.has_prefix_cache or request.sampling.prompt_logprobs is not None:
             request.cache_salt = f"{request.request_id}/{request.attempt}/".encode() + request.client_id
+        if self.cache.snapshots is not None and self._publishes(request):
+            request.boundaries = boundaries_of(
+                request.prompt_token_ids, request.items, self._turn_start_id, self._snapshot_multiple
+            )
         insort(self.waiting, request, key=_arrival)
 
     def remove(self, request: Request) -> None:
@@ -119,12 +136,12 @@ class Scheduler:
         ready: list[Part] = []
         short: list[Part] = []  # computed beside others only
         for request in self.running:
-            stop = request.num_ready_tokens()
-            num_ready = stop - request.num_computed_tokens
+            num_ready_tokens = request.num_ready_tokens()
+            num_ready = self._next_stop(request, num_ready_tokens) - request.num_computed_tokens
             if num_ready <= 0 or request.is_last_token_pending:
                 continue
             is_alone = not request.has_progress and self._runs_alone(request.request_id)
-            if request.is_short_text(stop):
+            if request.is_short_text(num_ready_tokens):
                 if not is_alone:
                     short.append((request, num_ready))
             elif is_alone:
@@ -144,7 +161,30 @@ class Scheduler:
         stop = request.num_computed_tokens = start + num_tokens
         is_sampled = stop == request.num_tokens
         request.num_pending_tokens += is_sampled
-        return Scheduled(request, start, stop, is_sampled, drafts)
+        return Scheduled(request, start, stop, is_sampled, drafts, self._reserve_snapshot(request, stop))
+
+    def _next_stop(self, request: Request, num_ready_tokens: int) -> int:
+        """Where its next part ends at the latest."""
+        boundary = request.next_boundary()
+        return num_ready_tokens if boundary is None else min(num_ready_tokens, boundary.position)
+
+    def _reserve_snapshot(self, request: Request, stop: int) -> int:
+        """A place for the state behind `stop`; -1 where none is kept."""
+        snapshots = self.cache.snapshots
+        if snapshots is None or stop % self._snapshot_multiple or not self._publishes(request):
+            return -1
+        if stop <= len(request.prompt_token_ids):
+            if request.boundary_at(stop) is None:
+                return -1
+            digest = self._hash_at(request, stop)
+            if digest in snapshots:
+                snapshots.use(digest)
+                return -1
+        place = snapshots.reserve()
+        return -1 if place is None else place
+
+    def _hash_at(self, request: Request, stop: int) -> bytes:
+        return request.block_hashes(stop // self.cache.block_size, self.cache.block_size)[-1]
 
     def _draft(self, parts: Sequence[Part], num_decodes: int) -> dict[tuple[str, int], Sequence[int]]:
         """Guesses for the decodes, which are the first of `parts`, by a request's key."""
@@ -221,8 +261,10 @@ class Scheduler:
         num_cached_tokens = num_found * self.cache.block_size
         if request.arrival > self.waiting[0].arrival and request.is_waiting_for_embeddings(num_cached_tokens):
             return False
-        # Another request computes the next block of its prefix: it starts once that block is in the cache.
-        return not any(digest in self._computing for digest in hashes[num_found : num_found + 1])
+        # Another request computes the next block of its prefix: it starts once that block is in the cache. A
+        # state cannot go on from the next block, but from the next snapshot.
+        stop = num_found + 1 if self.cache.snapshots is None else len(hashes)
+        return not any(digest in self._computing for digest in hashes[num_found:stop])
 
     def _admit(self, barred: Sequence[Request]) -> list[Admitted]:
         """`barred`: requests that were just preempted to make room, and so are not admitted."""
@@ -240,6 +282,8 @@ class Scheduler:
             if not self.cache.has_room(found, request.num_tokens, num_spare=len(self.running)):
                 break  # no later request overtakes this one
             assert not request.num_pending_tokens, "a token of the request is still in flight"
+            snapshots = self.cache.snapshots
+            snapshot = snapshots.use(hashes[len(found) - 1]) if snapshots is not None and found else -1
             self.waiting.remove(request)
             request.slot, request.block_table = self.cache.allocate(
                 request.key,
@@ -251,9 +295,9 @@ class Scheduler:
             if not request.was_admitted:
                 request.was_admitted = True
                 request.num_cached_tokens = min(request.num_computed_tokens, len(request.prompt_token_ids))
-            self._computing.update(dict.fromkeys(hashes[len(found) :], request))
+            self._computing.update(dict.fromkeys(self._hashes_to_come(request, hashes, len(found)), request))
             insort(self.running, request, key=_order)
-            admitted.append(Admitted(request, request.num_computed_tokens))
+            admitted.append(Admitted(request, request.num_computed_tokens, snapshot))
         return admitted
 
     def _hashes(self, request: Request) -> list[bytes]:
@@ -262,12 +306,19 @@ class Scheduler:
             return []
         return request.block_hashes((request.num_tokens - 1) // self.cache.block_size, self.cache.block_size)
 
+    def _hashes_to_come(self, request: Request, hashes: Sequence[bytes], num_found: int) -> Sequence[bytes]:
+        """Those that other requests may wait for."""
+        if self.cache.snapshots is None:
+            return hashes[num_found:]
+        counts = [boundary.position // self.cache.block_size for boundary in request.boundaries]
+        return [hashes[count - 1] for count in counts if count > num_found]
+
     def num_shared_tokens(self, choices: Sequence[Request]) -> int:
         """Prompt tokens that a request's choices share: those in full blocks, which one choice computes."""
         if not choices or not self._publishes(choices[0]):
             return 0
-        block_size = self.cache.block_size
-        return (len(choices[0].prompt_token_ids) - 1) // block_size * block_size
+        multiple = self.cache.block_size if self.cache.snapshots is None else self._snapshot_multiple
+        return (len(choices[0].prompt_token_ids) - 1) // multiple * multiple
 
     def _publishes(self, request: Request) -> bool:
         """Whether its blocks are published: for all requests, or for the other choices of its request."""
@@ -289,6 +340,7 @@ class Scheduler:
         for item in scheduled:
             request = item.request
             if request.is_over:
+                self._release_snapshot(item)
                 continue
             # A preempted request has lost the blocks that the step wrote.
             is_kept = request.num_computed_tokens >= item.stop
@@ -300,10 +352,29 @@ class Scheduler:
             num_full = min(num_known, request.num_tokens - 1) // self.cache.block_size
             if is_kept and num_full > request.num_published_blocks and self._publishes(request):
                 self._publish(request, num_full)
+            if item.snapshot >= 0:
+                self._publish_snapshot(request, item)
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)
         return finished
+
+    def _release_snapshot(self, item: Scheduled) -> None:
+        if item.snapshot >= 0:
+            assert self.cache.snapshots is not None
+            self.cache.snapshots.release(item.snapshot)
+
+    def _publish_snapshot(self, request: Request, item: Scheduled) -> None:
+        """Also that of a request that was preempted meanwhile: the copy was made. Behind its prompt a request
+        has one snapshot, which moves along."""
+        snapshots, digest = self.cache.snapshots, self._hash_at(request, item.stop)
+        assert snapshots is not None
+        boundary = request.boundary_at(item.stop)
+        snapshots.publish(item.snapshot, digest, is_frame=boundary is not None and boundary.is_frame)
+        if item.stop > len(request.prompt_token_ids):
+            if request.answer_snapshot != digest:
+                snapshots.forget(request.answer_snapshot)
+            request.answer_snapshot = digest
 
     def _accept(self, item: Scheduled, token_ids: Sequence[int]) -> int:
         """Counts the drafts that were right, whose keys and values are in the cache. Those of wrong ones will

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -18,16 +21,19 @@ from pipeline.wire.control import ControlMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
-from workers.llm.cache.plan import CachePlan
+from workers.llm.cache.plan import CachePlan, describe
 from workers.llm.cache.spec import CacheSpec, states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
+from workers.llm.models.base import Decoder
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import Drafter
 from workers.llm.speculation.ngram import NgramProposer
 from workers.llm.speculation.proposer import Proposer
 from workers.llm.step_times import StepTimes
 
+TURN_START = "<|im_start|>"
+logger = logging.getLogger(__name__)
 # By the option `--speculative`.
 PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer}
 
@@ -62,20 +68,33 @@ def wait_for_ranks(
 
 
 def make_scheduler(
-    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, has_states: bool
+    context: WorkerContext, info: ModelInfo, cache_plan: CachePlan, decoder: Decoder
 ) -> Scheduler:
-    config = context.config
+    """Tells in the log how the memory of the cache is divided."""
+    config, spec = context.config.llm, decoder.cache_spec()
+    logger.info("%s", describe(cache_plan, spec, config.block_size, decoder.dtype))
     cache = CacheManager.of_size(
-        cache_plan.num_blocks, config.llm.block_size, config.llm.max_num_seqs, has_states=has_states
-    )
+        cache_plan.num_blocks, config.block_size, cache_plan.num_slots, has_states=bool(states_of(spec)),
+        num_snapshots=cache_plan.num_snapshots,
+    )  # fmt: skip
+    if config.prefix_caching and not cache.has_prefixes:
+        logger.warning("prefix caching is off: the memory holds no states of prefixes: raise kv_cache_gib")
     return Scheduler(
         cache,
-        config.llm.max_num_batched_tokens,
+        config.max_num_batched_tokens,
         info.eos_token_ids,
-        has_prefix_cache=config.llm.prefix_caching,
+        has_prefix_cache=config.prefix_caching,
         runs_alone=context.quarantine.runs_alone,
-        drafter=make_drafter(config.llm),
+        drafter=make_drafter(config),
+        prefill_multiple=decoder.prefill_multiple,
+        turn_start_id=turn_start_id(context.model_folder) if cache.snapshots is not None else None,
     )
+
+
+def turn_start_id(folder: Path) -> int | None:
+    """The token that begins a turn in the chat templates of all Qwen models; None: the tokenizer has none."""
+    added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", ())
+    return next((entry["id"] for entry in added if entry["content"] == TURN_START), None)
 
 
 def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:

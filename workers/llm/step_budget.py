@@ -20,10 +20,17 @@ Part = tuple[Request, int]
 
 
 class StepBudget:
-    """Remembers the tokens and the time that each tenant has had; no time without `step_times`."""
+    """Remembers the tokens and the time that each tenant has had; no time without `step_times`.
 
-    def __init__(self, max_num_batched_tokens: int, step_times: StepTimes | None) -> None:
+    A part of a prefill ends at a multiple of `prefill_multiple` tokens of its sequence, or where nothing more
+    is ready, or where the step is full before the next multiple.
+    """
+
+    def __init__(
+        self, max_num_batched_tokens: int, step_times: StepTimes | None, prefill_multiple: int = 1
+    ) -> None:
         self.max_num_batched_tokens, self.step_times = max_num_batched_tokens, step_times
+        self._prefill_multiple = prefill_multiple
         # The next step is for decodes alone: what it leaves of the streams' stretch is for the ViTs.
         self.is_prefill_deferred = False
         self.stretch: float | None = None  # of the next step by its prefills; None: that of `step_times`
@@ -55,12 +62,16 @@ class StepBudget:
         for request, num_tokens in prefills:
             if budget <= 0:
                 break
-            num_taken = min(budget, num_tokens)
+            num_taken = self._cut(request, min(budget, num_tokens), num_tokens)
             chosen.append((request, num_taken))
             budget -= num_taken
             self._turns.charge(request.tenant, num_taken)
         self._charge(chosen)
         return chosen, num_decodes
+
+    def _cut(self, request: Request, num_taken: int, num_ready: int) -> int:
+        over = (request.num_computed_tokens + num_taken) % self._prefill_multiple
+        return num_taken - over if num_taken < num_ready and over < num_taken else num_taken
 
     def _of_tenants_behind(self, ready: Sequence[Part]) -> Sequence[Part]:
         """The parts of all tenants, or only of those that have had less time than others."""

@@ -223,10 +223,12 @@ class Stepper:
         if len(table) > request.num_sent_blocks:
             new_blocks = pack_int32(table[request.num_sent_blocks :])
             request.num_sent_blocks = len(table)
-        elif item.is_sampled and item.num_tokens == 1 and item.start >= len(request.prompt_token_ids):
+        elif item.is_plain_decode:
             return self._decodes[request.slot]
         embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
-        return SequenceStep(request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts)
+        return SequenceStep(
+            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, item.snapshot
+        )
 
     def record(self) -> None:
         """Records the ids of executing requests without a token, if they have changed."""
@@ -307,7 +309,7 @@ class Stepper:
             step_times.observe(num_decodes, num_prefill, num_pairs, ended_at - started_at)
 
 
-def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
+def _start_of(request: Request, num_cached_tokens: int, snapshot: int) -> SequenceStart:
     sampling = with_seed(request.sampling, request.request_id, request.index)
     if sampling.prompt_logprobs is not None and not request.wants_prompt_logprobs:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
@@ -321,6 +323,7 @@ def _start_of(request: Request, num_cached_tokens: int) -> SequenceStart:
         num_computed_tokens=num_cached_tokens,
         block_table=pack_int32(request.block_table),
         is_masked=bool(request.matchers),
+        snapshot=snapshot,
     )
 
 

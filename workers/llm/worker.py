@@ -32,7 +32,6 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
-from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.lending import Lending
@@ -109,12 +108,12 @@ def main(context: WorkerContext) -> None:
         spec = runner.decoder.cache_spec()
         gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
-        runner.open_cache(cache_plan.num_blocks, cache_plan.max_model_len)
+        runner.open_cache(*cache_plan)
         if rank == 0:
             kind, attention = str(dtype).removeprefix("torch."), type(runner.attention).__name__
             logger.info("the LLM computes in %s on %s, attention by %s", kind, device, attention)
         if matchers is not None:
-            scheduler = make_scheduler(context, info, cache_plan, has_states=bool(states_of(spec)))
+            scheduler = make_scheduler(context, info, cache_plan, runner.decoder)
             _lead(context, control, scheduler, runner, matchers, cache_plan.max_model_len, sharing)
         else:
             assert steps is not None

@@ -26,12 +26,17 @@ class LayerNorm:
 
 
 class RMSNorm:
-    """Root-mean-square norm, computed in float32 whatever the type of the activations."""
+    """Root-mean-square norm, computed in float32 whatever the type of the activations.
+
+    The weight is of their type, or in float32 where its rounding would count.
+    """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            return self(x.to(self.weight.dtype)).to(x.dtype)
         if operators.takes(x, self.weight):
             return operators.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -48,6 +48,7 @@ from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS, Role, WorkerId
 from tests.fakes import LLM_0, PREPROCESS
 from tests.pipeline.parsers.reading import Read, together
 from tests.tool_chats import BARE, HELLO, WEATHER, to_chat
+from tools.random_checkpoint.tokenizer import chat_template
 from workers.api.chat_request import ChatCompletionRequest
 from workers.api.chat_submission import to_submission
 from workers.api.endpoints.base import ServedModel
@@ -220,7 +221,7 @@ async def test_a_budget_of_thoughts_gets_the_tokens_that_end_one(
     """In chats in which the model thinks; the same tokens go with every attempt."""
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copy(Path(__file__).parents[2] / "templates" / "qwen3_5.jinja", folder / "chat_template.jinja")
+    (folder / "chat_template.jinja").write_text(chat_template("qwen3_5"))
     client = PipelineClient(tmp_path, model_folder=folder)
     await asyncio.gather(client.start(), pipeline.welcome())
     chat = to_chat([HELLO], template_options={"enable_thinking": thinks})

@@ -124,6 +124,70 @@ QWEN3_VL: dict[str, Json] = {
     "generation_config.json": {"eos_token_id": [151645, 151643]},
 }
 
+QWEN3_5: dict[str, Json] = {
+    "config.json": {
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
+        "model_type": "qwen3_5",
+        "tie_word_embeddings": True,
+        "text_config": {
+            "attention_bias": False,
+            "attn_output_gate": True,
+            "eos_token_id": 248044,
+            "full_attention_interval": 4,
+            "head_dim": 256,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "intermediate_size": 3584,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16,
+            "linear_value_head_dim": 128,
+            "mamba_ssm_dtype": "float32",
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_5_text",
+            "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+            "tie_word_embeddings": True,
+            "vocab_size": 248320,
+        },
+        "vision_config": {
+            **QWEN3_VL["config.json"]["vision_config"],
+            "deepstack_visual_indexes": [],
+            "depth": 12,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "model_type": "qwen3_5",
+            "num_heads": 12,
+            "out_hidden_size": 1024,
+        },
+    },
+    "preprocessor_config.json": QWEN3_VL["preprocessor_config.json"],
+    "video_preprocessor_config.json": QWEN3_VL["video_preprocessor_config.json"],
+    "generation_config.json": {
+        "do_sample": True,
+        "eos_token_id": [248046, 248044],
+        "temperature": 1.0,
+        "top_k": 20,
+        "top_p": 0.95,
+    },
+}
+
 
 def changed(files: Mapping[str, Json], changes: Mapping[str, object]) -> dict[str, Json]:
     """A copy in which values are replaced; a value of None removes its key.

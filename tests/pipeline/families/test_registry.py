@@ -14,7 +14,7 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info, registry
 from pipeline.families.registry import GROUP
 
-SERVED = "qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe"
+SERVED = "qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe"
 TOY = """
 from pipeline.families.qwen2_vl import Qwen2VL
 

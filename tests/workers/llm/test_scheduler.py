@@ -17,7 +17,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from workers.llm.cache.manager import CacheManager
 from workers.llm.chunk import Chunk, ChunkRun, chunks_of
 from workers.llm.request import Request
-from workers.llm.scheduler import Scheduled, Scheduler
+from workers.llm.scheduler import Admitted, Scheduled, Scheduler
 from workers.llm.speculation.drafter import Drafter
 from workers.llm.step_times import Measured, StepTimes
 
@@ -375,7 +375,7 @@ TIMES = StepTimes([Measured(1, 1.0), Measured(64, 2.0)], per_pair=1e-4, max_stre
     st.integers(1, 5),
     st.booleans(),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from([None, 0, 1, 5]),
     st.booleans(),
 )
 def test_invariants_hold_whatever_happens(
@@ -385,15 +385,17 @@ def test_invariants_hold_whatever_happens(
     max_seqs: int,
     has_overlap: bool,
     is_protected: bool,
-    has_states: bool,
+    num_snapshots: int | None,
     has_guesses: bool,
 ) -> None:
     """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap, guesses: no block
-    is lost or held twice, the budget holds, every request ends once with as many tokens as it asked for, and
-    blocks that two requests share hold equal tokens.
+    is lost or held twice, the budget holds, every request ends once with as many tokens as it asked for,
+    blocks that two requests share hold equal tokens, and a state is that of its tokens.
+
+    num_snapshots: None: no layer keeps a state.
     """
-    has_guesses = has_guesses and not has_overlap and not has_states
-    cache = CacheManager.of_size(num_blocks, 4, max_seqs, has_states)
+    has_guesses = has_guesses and not has_overlap and num_snapshots is None
+    cache = CacheManager.of_size(num_blocks, 4, max_seqs, num_snapshots is not None, num_snapshots or 0)
     drafter = Drafter(SomeOnes, 6, max_rows=8) if has_guesses else None
     times = TIMES if is_protected else None
     made = Scheduler(cache, max(budget, max_seqs), (EOS,), times, drafter=drafter)
@@ -401,6 +403,8 @@ def test_invariants_hold_whatever_happens(
     ended: list[str] = []
     under_way: list[list[Scheduled]] = []
     contents: dict[int, list[int]] = {}  # of blocks: what is written there
+    states: dict[int, list[int]] = {}  # of slots: the tokens that the state has seen
+    snapshots: dict[int, list[int]] = {}  # of places: the same
 
     def write(item: Scheduled) -> None:
         """Stands for the runner: tokens go to their blocks, and what is read there must be what belongs
@@ -414,14 +418,29 @@ def test_invariants_hold_whatever_happens(
             assert contents[request.block_table[position // 4]][position % 4] == tokens[position], (
                 "a foreign prefix"
             )
+        if num_snapshots is not None:
+            state = states[request.slot]
+            assert len(state) == item.start, "the state is of another place"
+            state += tokens[item.start : item.stop]
+            assert state == tokens[: item.stop], "a foreign state"
+
+    def restore(admitted: Sequence[Admitted]) -> None:
+        for request, num_cached_tokens, place in admitted:
+            states[request.slot] = list(snapshots[place]) if place >= 0 else []
+            if num_snapshots is not None:
+                assert len(states[request.slot]) == num_cached_tokens
 
     def run() -> int:
-        scheduled, *_ = made.schedule()
+        scheduled, admitted, *_ = made.schedule()
+        restore(admitted)
         assert sum(item.num_tokens for item in scheduled) <= made.budget.max_num_batched_tokens
         assert len(made.running) <= max_seqs
         for item in scheduled:
             assert item.stop + len(item.drafts) <= len(item.request.block_table) * 4
             write(item)
+        for item in scheduled:
+            if item.snapshot >= 0:
+                snapshots[item.snapshot] = list(states[item.request.slot])
         if scheduled:
             under_way.append(scheduled)
         num_done = 0

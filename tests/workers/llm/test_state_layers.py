@@ -82,7 +82,7 @@ def reference(decoder: ToyDecoder, prompt: Sequence[int]) -> list[int]:
     for _ in range(NUM_TOKENS):
         length = len(tokens)
         attention = PagedAttention(PagedTensors(layers, 8, 16, torch.float32, CPU))
-        states = StepStates([torch.zeros(1, decoder.info.hidden_size)], torch.tensor([0]), [length])
+        states = StepStates([torch.zeros(1, decoder.info.hidden_size)], torch.tensor([0]), [length], [0])
         step = attention.plan([SequencePart(length, 0, range(8))])
         x, positions = decoder.embed(torch.tensor(tokens)), torch.arange(length).expand(3, -1)
         hidden = decoder(x, positions, step, states=states)

@@ -34,6 +34,29 @@ def test_beside_a_stream_prefill_gets_what_is_nearly_free() -> None:
     assert 0 < parts[1][1] < 10
 
 
+def test_prefills_are_cut_at_multiples_where_there_is_room() -> None:
+    budget, long = StepBudget(100, None, 64), make("long", 300)
+    taken = []
+    while (left := 300 - long.num_computed_tokens) > 0:
+        parts, _ = budget.divide([(long, left)])
+        taken.append(parts[0][1])
+        long.num_computed_tokens += taken[-1]
+    assert taken == [64, 64, 64, 64, 44], "and the rest at once"
+    short, stream = make("short", 30), decoding("stream")
+    parts, _ = budget.divide([(stream, 1), (short, 30), (make("other", 300), 300)])
+    assert [num_tokens for _, num_tokens in parts] == [1, 30, 64]
+
+
+def test_a_step_without_room_for_a_multiple_is_filled() -> None:
+    budget, long = StepBudget(30, None, 64), make("long", 300)
+    taken = []
+    for _ in range(5):
+        parts, _ = budget.divide([(long, 300 - long.num_computed_tokens)])
+        taken.append(parts[0][1])
+        long.num_computed_tokens += taken[-1]
+    assert taken == [30, 30, 4, 30, 30]
+
+
 def test_a_step_may_be_kept_for_decodes_but_prefill_alone_is_never_deferred() -> None:
     times = StepTimes([Measured(1, 1.0), Measured(64, 60.0)], 0.0, 1.5)
     budget, long = StepBudget(64, times), make("long", 60)

@@ -18,8 +18,8 @@ from tests.workers.vit.tiny_towers import (
     MERGE,
     TOWERS,
     TinyTower,
-    deepstack_tower,
     make_jobs,
+    plain_tower,
     windowed_tower,
 )
 from workers.nn.weights.dense import Dense, TorchLinear
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 MAKE = {
     **TOWERS,
     **{f"windows of {size}": partial(windowed_tower, window_size=size) for size in (1, 2, 4, 5)},
-    "no deepstack": partial(deepstack_tower, layers=()),
+    "no deepstack": plain_tower,
 }
 BFLOAT16_TOLERANCE = 2e-2  # of the norm
 

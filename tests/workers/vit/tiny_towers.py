@@ -14,6 +14,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -94,6 +96,13 @@ def deepstack_tower(folder: Path, layers: tuple[int, ...] = (0, 2)) -> TinyTower
         **SIZES, embedding_width=WIDTH * (1 + len(layers)), position_side=5, deepstack_layers=layers
     )
     return _saved(qwen3_vl.TOWER, info, reference, folder)
+
+
+def plain_tower(folder: Path) -> TinyTower:
+    """Of Qwen3.5, without deepstack."""
+    config = Qwen3_5VisionConfig(**CONFIG, num_position_embeddings=25)
+    info = Qwen3VisionInfo(**SIZES, embedding_width=WIDTH, position_side=5, deepstack_layers=())
+    return _saved(qwen3_vl.TOWER, info, Qwen3_5VisionModel(config), folder)
 
 
 TOWERS: dict[str, Callable[[Path], TinyTower]] = {

@@ -77,7 +77,10 @@ class AttentionStep(ABC):
 
     @abstractmethod
     def rotary(self, angles: Tensor, dtype: torch.dtype) -> Rotary:
-        """For `write`, of angles [num_tokens, head_dim / 2] float32; the activations are of type `dtype`."""
+        """For `write`, of angles [num_tokens, n] float32; the activations are of type `dtype`.
+
+        n is head_dim / 2, or less: then only the first 2 n numbers of each head are turned.
+        """
 
     @abstractmethod
     def write(self, layer: AttentionLayer, qkv: Tensor, rotary: Rotary) -> None:

@@ -149,6 +149,7 @@ class _TorchStep(AttentionStep):
             q, k = turned[:, : layer.num_heads], turned[:, layer.num_heads :]
             q.copy_(F.rms_norm(q, layer.norm.query.shape, layer.norm.query, layer.norm.eps))
             k.copy_(F.rms_norm(k, layer.norm.key.shape, layer.norm.key, layer.norm.eps))
+        turned = turned[..., : rotary[0].shape[-1]]  # or the first numbers of each head
         turned.copy_(rotate(turned, *rotary))
         self.cache.tensors[layer.index].index_copy_(0, self.layout.new_slots, qkv[:, layer.num_heads :])
 

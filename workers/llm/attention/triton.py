@@ -43,7 +43,7 @@ def norm_rotate_and_write(
 ) -> None:
     """`AttentionStep.write`: queries are left in `qkv`, keys and values in the cache.
 
-    qkv: [num_tokens, heads + 2 · kv_heads, head_dim]. rotary: [num_tokens, head_dim / 2] float32 each.
+    qkv: [num_tokens, heads + 2 · kv_heads, head_dim]. rotary: [num_tokens, n] float32 each.
     new_slots: [num_tokens] int. cache: [num_slots, 2 · kv_heads, head_dim].
     """
     bias, norm, half = layer.bias, layer.norm, layer.head_dim // 2
@@ -55,7 +55,7 @@ def norm_rotate_and_write(
         qkv if norm is None else norm.key,
         *rotary, new_slots, cache, 0.0 if norm is None else norm.eps, qkv.stride(0), cache.stride(0),
         layer.num_heads, layer.num_kv_heads, triton.next_power_of_2(qkv.shape[1]),
-        half, triton.next_power_of_2(half), bias is not None, norm is not None,
+        half, triton.next_power_of_2(half), rotary[0].shape[1], bias is not None, norm is not None,
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ class TritonStep(AttentionStep):
     tile: PrefillTile
 
     def rotary(self, angles: Tensor, dtype: torch.dtype) -> Rotary:
-        """Cosines and sines [num_tokens, head_dim / 2] float32, whatever the type of the activations."""
+        """Cosines and sines [num_tokens, n] float32, whatever the type of the activations."""
         angles = angles.contiguous()
         return angles.cos(), angles.sin()
 

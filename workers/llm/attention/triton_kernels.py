@@ -153,11 +153,13 @@ def prefill_kernel(
 def norm_rotate_and_write_kernel(
     qkv, bias, q_norm, k_norm, cos, sin, new_slots, cache, eps, qkv_stride, slot_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
-    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, TURNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Program (token): adds the bias, norms and rotates queries and keys.
 
-    Writes queries back in place, and keys and values to the cache.
+    Writes queries back in place, and keys and values to the cache. A head's numbers are taken in pairs: the
+    first TURNED pairs, of its first 2 · TURNED numbers, are rotated; the others are paired in any way.
     """
     token = tl.program_id(0).to(tl.int64)
     heads, halves = tl.arange(0, HEADS_PADDED), tl.arange(0, HALF_PADDED)
@@ -165,30 +167,33 @@ def norm_rotate_and_write_kernel(
     is_there = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & is_half[None, :]
     is_query_head = (heads < NUM_HEADS)[:, None]
     is_turned = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
-    inside = heads[:, None] * (2 * HALF) + halves[None, :]
+    ones = tl.where(halves < TURNED, halves, halves + TURNED)
+    others = tl.where(halves < TURNED, halves + TURNED, halves + HALF)
+    inside = heads[:, None] * (2 * HALF) + ones[None, :]
+    opposite = heads[:, None] * (2 * HALF) + others[None, :]
     first = tl.load(qkv + token * qkv_stride + inside, mask=is_there, other=0.0).to(tl.float32)
-    second = tl.load(qkv + token * qkv_stride + inside + HALF, mask=is_there, other=0.0).to(tl.float32)
+    second = tl.load(qkv + token * qkv_stride + opposite, mask=is_there, other=0.0).to(tl.float32)
     if HAS_BIAS:
         first += tl.load(bias + inside, mask=is_there, other=0.0).to(tl.float32)
-        second += tl.load(bias + inside + HALF, mask=is_there, other=0.0).to(tl.float32)
+        second += tl.load(bias + opposite, mask=is_there, other=0.0).to(tl.float32)
     if HAS_NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         scales = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
-        q_first = tl.load(q_norm + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
-        q_second = tl.load(q_norm + HALF + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
-        k_first = tl.load(k_norm + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
-        k_second = tl.load(k_norm + HALF + halves, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        q_first = tl.load(q_norm + ones, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        q_second = tl.load(q_norm + others, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        k_first = tl.load(k_norm + ones, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        k_second = tl.load(k_norm + others, mask=is_half, other=0.0).to(tl.float32)[None, :]
         first = tl.where(is_turned, first * scales * tl.where(is_query_head, q_first, k_first), first)
         second = tl.where(is_turned, second * scales * tl.where(is_query_head, q_second, k_second), second)
-    c = tl.load(cos + token * HALF + halves, mask=is_half, other=1.0)[None, :]
-    s = tl.load(sin + token * HALF + halves, mask=is_half, other=0.0)[None, :]
+    c = tl.load(cos + token * TURNED + halves, mask=halves < TURNED, other=1.0)[None, :]
+    s = tl.load(sin + token * TURNED + halves, mask=halves < TURNED, other=0.0)[None, :]
     low = tl.where(is_turned, first * c - second * s, first)
     high = tl.where(is_turned, second * c + first * s, second)
     is_query = is_there & is_query_head
     tl.store(qkv + token * qkv_stride + inside, low.to(qkv.dtype.element_ty), mask=is_query)
-    tl.store(qkv + token * qkv_stride + inside + HALF, high.to(qkv.dtype.element_ty), mask=is_query)
+    tl.store(qkv + token * qkv_stride + opposite, high.to(qkv.dtype.element_ty), mask=is_query)
     slot = tl.load(new_slots + token).to(tl.int64)
     is_cached = is_there & (heads >= NUM_HEADS)[:, None]
-    place = slot * slot_stride + inside - NUM_HEADS * 2 * HALF
-    tl.store(cache + place, low.to(cache.dtype.element_ty), mask=is_cached)
-    tl.store(cache + place + HALF, high.to(cache.dtype.element_ty), mask=is_cached)
+    place = slot * slot_stride - NUM_HEADS * 2 * HALF
+    tl.store(cache + place + inside, low.to(cache.dtype.element_ty), mask=is_cached)
+    tl.store(cache + place + opposite, high.to(cache.dtype.element_ty), mask=is_cached)

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from workers.llm.cache.blocks import BlockManager
+from workers.llm.cache.snapshots import Snapshots
 from workers.llm.cache.states import StateSlots
 
 
@@ -29,8 +30,10 @@ class CacheManager:
         block_size: int,
         num_slots: int,
         has_states: bool = False,
+        num_snapshots: int = 0,
     ) -> CacheManager:
-        return cls(BlockManager(num_blocks, block_size), StateSlots(num_slots, has_states))
+        snapshots = Snapshots(num_snapshots) if num_snapshots else None
+        return cls(BlockManager(num_blocks, block_size), StateSlots(num_slots, has_states, snapshots))
 
     @property
     def block_size(self) -> int:
@@ -40,6 +43,11 @@ class CacheManager:
     def capacity(self) -> int:
         """The number of tokens in all blocks."""
         return self.blocks.num_blocks * self.blocks.block_size
+
+    @property
+    def snapshots(self) -> Snapshots | None:
+        """None: no layer keeps a state, or no states of prefixes are kept."""
+        return self.slots.snapshots
 
     @property
     def has_prefixes(self) -> bool:
@@ -80,8 +88,12 @@ class CacheManager:
     def check_integrity(self) -> None:
         self.blocks.check_integrity()
         self.slots.check_integrity()
+        if self.snapshots is not None:
+            self.snapshots.check_integrity()
 
     def check_empty(self) -> None:
         """No request runs: no block and no slot may be held."""
         assert self.blocks.num_free == self.blocks.num_blocks, "blocks are held by no request"
         assert self.slots.num_free == self.slots.num_slots, "slots are held by no request"
+        if self.snapshots is not None:
+            self.snapshots.check_idle()

@@ -7,16 +7,19 @@ from typing import NamedTuple
 import torch
 
 from pipeline.config import Config
-from workers.llm.cache.spec import CacheSpec, paged_of, states_of
+from workers.llm.cache.spec import CacheSpec, paged_of, state_bytes
 
 GIB = 1 << 30
 CPU_CACHE_GIB = 1.0
+MAX_SNAPSHOTS_A_SLOT = 16  # of a chat of several turns with pictures
 ACTIVATIONS_GIB = 1.5  # of the largest step, the graphs, and what the libraries take
 
 
 class CachePlan(NamedTuple):
     num_blocks: int
     max_model_len: int
+    num_slots: int  # sequences at once
+    num_snapshots: int = 0  # states of prefixes that are kept
 
 
 def available_gib(config: Config, device: torch.device) -> float:
@@ -46,25 +49,28 @@ def plan_cache(
     dtype: torch.dtype,
     gib: float,
 ) -> CachePlan:
-    """Blocks that fit `gib` on one rank beside the states, at most what `max_num_seqs` full contexts need.
+    """Blocks and slots that fit `gib` on one rank, at most what `max_num_seqs` full contexts need.
 
-    Without the option `max_model_len` the context is cut to what fits. Raises ValueError, with the numbers,
-    for a `max_model_len` that the model or the cache cannot hold.
+    States have half of it, or more where blocks do not need the other half: if they need more than that, the
+    cache has fewer slots than `max_num_seqs`. Without the option `max_model_len` the context is cut to what
+    fits. Raises ValueError, with the numbers, for a `max_model_len` that the model or the cache cannot hold.
     """
     num_seqs, block_size, asked = config.llm.max_num_seqs, config.llm.block_size, config.model.max_model_len
     if asked is not None and asked > max_position_embeddings:
         raise ValueError(
             f"max_model_len {asked} is more than the model's {max_position_embeddings} positions",
         )
-    # One more than sequences: the padding rows of a batch have a slot, too.
-    states_gib = (num_seqs + 1) * sum(state.nbytes for state in states_of(spec)) / GIB
-    if states_gib >= gib:
-        needed = f"the states of {num_seqs} sequences take {states_gib:.3f} GiB"
-        remedy = "raise kv_cache_gib or lower max_num_seqs"
-        raise ValueError(f"{needed}, but there is room for {gib:.3f}: {remedy}")
     block_bytes = block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
-    max_blocks = -(-max_position_embeddings // block_size) * num_seqs
-    fitting = int((gib - states_gib) * GIB / block_bytes) if block_bytes else max_blocks
+    context_bytes = -(-(asked or max_position_embeddings) // block_size) * block_bytes
+    slot_bytes, total = state_bytes(spec, dtype), int(gib * GIB)
+    num_slots, num_snapshots = num_seqs, 0
+    if slot_bytes:
+        num_states = _num_states(slot_bytes, context_bytes, num_seqs, total, is_asked=asked is not None)
+        num_slots, num_snapshots = _divide(num_states, num_seqs, config.llm.prefix_caching)
+    # One more than sequences: the padding rows of a batch have a slot, too.
+    left = total - (num_slots + 1 + num_snapshots) * slot_bytes if slot_bytes else total
+    max_blocks = -(-max_position_embeddings // block_size) * num_slots
+    fitting = left // block_bytes if block_bytes else max_blocks
     length = min(max_position_embeddings, fitting * block_size) if asked is None else asked
     context = -(-length // block_size)
     if context > fitting or length < 1:
@@ -72,5 +78,40 @@ def plan_cache(
         longest = length or max_position_embeddings
         needed = f"a context of {longest} tokens takes {needed_gib:.3f} GiB of KV cache"
         remedy = "raise kv_cache_gib or lower max_model_len"
-        raise ValueError(f"{needed}, but there is room for {gib - states_gib:.3f}: {remedy}")
-    return CachePlan(min(fitting, context * num_seqs), length)
+        raise ValueError(f"{needed}, but there is room for {left / GIB:.3f}: {remedy}")
+    return CachePlan(min(fitting, context * num_slots), length, num_slots, num_snapshots)
+
+
+def _divide(num_states: int, num_seqs: int, has_prefix_cache: bool) -> tuple[int, int]:
+    """Slots and snapshots among so many states. Slots have half of them."""
+    if not has_prefix_cache:
+        return min(num_seqs, num_states), 0
+    num_slots = min(num_seqs, -(-num_states // 2))
+    return num_slots, min(num_states - num_slots, MAX_SNAPSHOTS_A_SLOT * num_slots)
+
+
+def _num_states(slot_bytes: int, context_bytes: int, num_seqs: int, total: int, is_asked: bool) -> int:
+    """States for which there is room, without the spare slot. `context_bytes`: of the KV cache of the longest
+    context.
+
+    Raises ValueError, with the numbers, where there is no room for the states of one sequence.
+    """
+    share = max(total // 2, total - num_seqs * context_bytes)
+    if is_asked:  # one such context has to fit
+        share = min(share, total - context_bytes)
+    fitting = share // slot_bytes - 1  # the spare slot
+    if fitting < 1:
+        needed = f"the states of one sequence, and of the padding of a batch, take {2 * slot_bytes / GIB:.3f}"
+        raise ValueError(f"{needed} GiB, but there is room for {max(0, share) / GIB:.3f}: raise kv_cache_gib")
+    return fitting
+
+
+def describe(plan: CachePlan, spec: CacheSpec, block_size: int, dtype: torch.dtype) -> str:
+    """How the memory is divided, in a sentence for the log."""
+    kv_bytes = plan.num_blocks * block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
+    said = f"the KV cache has {kv_bytes / GIB:.2f} GiB for {plan.num_blocks * block_size} tokens"
+    if (slot_bytes := state_bytes(spec, dtype)) == 0:
+        return said
+    states_gib = (plan.num_slots + 1 + plan.num_snapshots) * slot_bytes / GIB
+    kept = f"{plan.num_slots} sequences at once and {plan.num_snapshots} prefixes"
+    return f"{said}; states have {states_gib:.2f} GiB for {kept}, {slot_bytes / (1 << 20):.1f} MiB each"

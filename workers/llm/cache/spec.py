@@ -24,11 +24,11 @@ class State(NamedTuple):
     """A tensor of constant size for each sequence, zero at its start."""
 
     shape: tuple[int, ...]  # of one sequence, on one rank
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: the model's
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Of one sequence, in a model of this type."""
+        return math.prod(self.shape) * (self.dtype or dtype).itemsize
 
 
 # In the order of the layers; a layer with two states has two entries. Paged entries and states are numbered
@@ -38,6 +38,11 @@ CacheSpec = Sequence[Paged | State]
 
 def paged_of(spec: CacheSpec) -> list[Paged]:
     return [entry for entry in spec if isinstance(entry, Paged)]
+
+
+def state_bytes(spec: CacheSpec, dtype: torch.dtype) -> int:
+    """Of all states of one sequence."""
+    return sum(state.nbytes(dtype) for state in states_of(spec))
 
 
 def states_of(spec: CacheSpec) -> list[State]:

@@ -7,15 +7,8 @@ earlier one. So a cached prefix can be reused only up to a position with a snaps
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
 
-
-class Snapshots(Protocol):
-    """Copies of states at block boundaries, by a policy of their own. No implementation exists so far."""
-
-    def longest_boundary(self, hashes: Sequence[bytes]) -> int:
-        """The number of leading blocks up to the last boundary with a snapshot; 0 without any."""
-        ...
+from workers.llm.cache.snapshots import Snapshots
 
 
 class StateSlots:
@@ -23,7 +16,7 @@ class StateSlots:
 
     def __init__(self, num_slots: int, has_states: bool, snapshots: Snapshots | None = None) -> None:
         self.num_slots = num_slots
-        self._has_states, self._snapshots = has_states, snapshots
+        self._has_states, self.snapshots = has_states, snapshots
         self._free = list(range(num_slots - 1, -1, -1))
         self._taken: dict[Hashable, int] = {}
 
@@ -34,13 +27,13 @@ class StateSlots:
     @property
     def can_resume(self) -> bool:
         """Whether a sequence can reuse a cached prefix at all."""
-        return not self._has_states or self._snapshots is not None
+        return not self._has_states or self.snapshots is not None
 
     def longest_boundary(self, hashes: Sequence[bytes]) -> int:
         """The number of leading blocks up to the last boundary at which all layers can resume."""
         if not self._has_states:
             return len(hashes)
-        return 0 if self._snapshots is None else self._snapshots.longest_boundary(hashes)
+        return 0 if self.snapshots is None else self.snapshots.longest_boundary(hashes)
 
     def allocate(self, owner: Hashable) -> int:
         """Raises ValueError if the request has a slot already or none is free."""

@@ -36,6 +36,9 @@ class Decoder(ABC):
     # in this number sets it in its constructor.
     num_features: int = 0
     prefix: ClassVar[str] = "model."  # of its tensors' names in a checkpoint
+    # Prefills are cut at multiples of so many tokens, counted from the start of the sequence, where the step
+    # has room for that: results of another cut differ by rounding.
+    prefill_multiple: ClassVar[int] = 1
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""An MLP of experts: a router chooses a few of them for each token."""
+"""An MLP of experts: a router chooses a few of them for each token; beside them there may be one for all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.llm.models.mlp import Mlp
 from workers.llm.models.stream import ResidualStream
 from workers.nn.fused import Kernels
 from workers.nn.layers import RMSNorm
-from workers.nn.weights.shard import ExpertsShard
+from workers.nn.weights.shard import ExpertsShard, Shard
 from workers.nn.weights.weights import Weights
 
 
@@ -26,12 +27,38 @@ class ExpertsMlp:
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
         """Adds the experts' output to the stream."""
-        x = stream.normed(norm)
-        stream.add_part(self.experts(x, *self.route(x)))
+        stream.add_part(self.part(stream.normed(norm)))
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's part of the output of x; the ranks' parts are summed."""
+        return self.experts(x, *self.route(x))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each token, and their shares. Both [num_tokens, k]."""
         return self._choose(F.linear(x, self._router), self._num_chosen)
+
+
+class SharedExpertMlp:
+    """Beside the experts that a token chooses, one that all tokens share, times the sigmoid of a gate."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        shard: ExpertsShard,
+        num_chosen: int,
+        of_shared: Shard,
+        kernels: Kernels | None,
+    ) -> None:
+        """`of_shared`: the part of the shared expert's intermediate size."""
+        self._chosen = ExpertsMlp(weights, shard, num_chosen, kernels)
+        self._shared = Mlp(weights.under("shared_expert"), of_shared, kernels)
+        self._gate = weights.tensor("shared_expert_gate.weight")  # [1, hidden], whole as the router
+
+    def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
+        """Adds the experts' output to the stream."""
+        x = stream.normed(norm)
+        shared = self._shared.part(x) * F.linear(x, self._gate).sigmoid_()
+        stream.add_part(self._chosen.part(x).add_(shared))
 
 
 def choose_experts(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:

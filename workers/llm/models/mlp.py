@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from workers.llm.models.stream import ResidualStream
 from workers.nn.fused import Kernels
 from workers.nn.layers import RMSNorm, silu_mul
@@ -14,6 +16,10 @@ class Mlp:
         self._gate_up = weights.column(("gate_proj", "up_proj"), (shard, shard))
         self._down = weights.row("down_proj", shard)
         self._silu_mul = silu_mul if kernels is None else kernels.silu_mul
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's part of the output of x; the ranks' parts are summed."""
+        return self._down(self._silu_mul(self._gate_up(x)))
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
         """Adds the MLP's output to the stream."""

@@ -9,20 +9,24 @@ from pipeline.families import TextInfo
 
 
 def mrope_constants(
-    info: TextInfo, device: torch.device, has_interleaved_axes: bool = False
+    info: TextInfo,
+    device: torch.device,
+    has_interleaved_axes: bool = False,
+    rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The row of positions (time, height, width) that each frequency turns with, and the frequencies in
-    float32. Both [head_dim / 2].
+    float32. Both [rotary_dim / 2].
 
-    A row's frequencies lie side by side; interleaved, the rows take turns. `mrope_section` says how many
-    frequencies each row has.
+    `rotary_dim`: the numbers of a head that are turned, from its first; None: all of them. A row's
+    frequencies lie side by side; interleaved, the rows take turns. `mrope_section` says how many frequencies
+    each row has.
     """
-    section, dim = info.mrope_section, info.head_dim
+    section, dim = info.mrope_section, rotary_dim or info.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     frequencies = 1.0 / (info.rope_theta**exponents)
     if sum(section) != len(frequencies):
         raise ValueError(
-            f"mrope_section {section} adds up to {sum(section)}, the head has {len(frequencies)} frequencies",
+            f"mrope_section {section} adds up to {sum(section)}, a head has {len(frequencies)} frequencies",
         )
     if has_interleaved_axes:
         axes = [_interleaved_axis(number, section) for number in range(len(frequencies))]

@@ -49,6 +49,12 @@ struct RowsAttend {
 // A weight to be quantised to such panels of 4 bits.
 struct Int4Weight { void* numbers; int* sums; float* scales; const void* weight; long out_features, in_features, panel_bytes; bool is_half; };
 
+// The next token of each of `rows` sequences, whose states lie in slots of `slot_stride` floats.
+struct DeltaStep {
+    float *out, *memory; const long* slots; const float *q, *k, *v, *fade, *share;
+    long rows, slot_stride, num_heads, num_key_heads, key_dim, value_dim;
+};
+
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
     void (*silu_mul)(const Activation&);
@@ -57,6 +63,7 @@ struct Kernels {
     void (*write_cache)(const CacheWrite&);
     void (*split_rotated)(const SplitRotated&);
     void (*attend)(const Attend&);
+    void (*delta_step)(const DeltaStep&);
 };
 
 namespace base { Kernels table(bool is_half); }

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 3;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 4;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -108,6 +108,15 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
     Attend job{a.address(), a.address(), a.address(), (const int*)a.address(), (const int*)a.address(), (float*)a.address(),
                a.real(), (const long*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
     return run(chosen[is_half].attend, job);
+}
+
+PyObject* delta_step(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 14)) return nullptr;
+    Arguments a{values};
+    DeltaStep job{(float*)a.address(), (float*)a.address(), (const long*)a.address(), (const float*)a.address(), (const float*)a.address(),
+                  (const float*)a.address(), (const float*)a.address(), (const float*)a.address(),
+                  a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
+    return run(chosen[0].delta_step, job);
 }
 
 bool has_bf16() {
@@ -282,7 +291,7 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4), FAST(attend_rows),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4), FAST(attend_rows),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"quantized_kernels", quantized_kernels, METH_NOARGS, nullptr},

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-INTERFACE = 3  # of module.cpp
+INTERFACE = 4  # of module.cpp
 kernels: Any = None
 with contextlib.suppress(ImportError):
     kernels = importlib.import_module("workers.nn.native._kernels")
@@ -147,5 +147,28 @@ def attend(
         IS_HALF[q.dtype], out.data_ptr(), q.data_ptr(), cache.data_ptr(), tables.data_ptr(),
         lengths.data_ptr(), scratch.data_ptr(), scale, starts.data_ptr(), rows, q.stride(0), tables.shape[1],
         block_size, heads, cache.shape[1] // 2, dim, PART, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def takes_delta(memory: Tensor) -> bool:
+    """Whether there is a kernel for states like these [num_slots, heads, key_dim, value_dim]."""
+    return takes(memory[0]) and memory.dtype is torch.float32 and memory.shape[3] % LANES == 0
+
+
+def delta_step(
+    memory: Tensor, slots: Tensor, q: Tensor, k: Tensor, v: Tensor, fade: Tensor, share: Tensor
+) -> Tensor:
+    """One step of the gated delta rule; updates memory[slots] in place, of distinct slots [rows] int64.
+
+    Returns the outputs [rows, heads, value_dim]. q, k: [rows, key_heads, key_dim]. v: [rows, heads,
+    value_dim]. fade: [rows, heads], factors of the states. share: [rows, heads]. All float32.
+    """
+    assert kernels is not None
+    out = torch.empty(v.shape)
+    parts = [part.contiguous() for part in (q, k, v, fade, share)]
+    kernels.delta_step(
+        out.data_ptr(), memory.data_ptr(), slots.data_ptr(), *(part.data_ptr() for part in parts), len(slots),
+        memory.stride(0), v.shape[1], k.shape[1], k.shape[2], v.shape[2],
     )  # fmt: skip
     return out

@@ -47,6 +47,12 @@ class Weights:
         """A tensor that is no linear layer (a norm, an embedding table, a bias), in the model's type."""
         return load_part(self._checkpoint, self._prefix + name, rows)
 
+    def wide_tensor(self, name: str, rows: Shard = WHOLE) -> Tensor:
+        """As `tensor`, but in float32, with all digits that the checkpoint has."""
+        assert not rows.padding, "nothing pads these"
+        parts = [self._checkpoint.read(self._prefix + name, part) for part in rows.slices]
+        return torch.cat(parts).to(device=self.device, dtype=torch.float32)
+
     def rows_in_file(self, name: str) -> StoredRows:
         """A matrix that stays in its file."""
         return self._checkpoint.rows(self._prefix + name)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from workers.llm.cache.blocks import BlockManager
 from workers.llm.cache.manager import CacheManager
+from workers.llm.cache.snapshots import Snapshots
 from workers.llm.cache.states import StateSlots
 
 HASHES = [b"1", b"2", b"3", b"4"]
 
 
-class KeptStates:
+def kept_states(*digests: bytes) -> Snapshots:
     """A state is kept behind these blocks."""
-
-    def __init__(self, *kept: bytes) -> None:
-        self._kept = kept
-
-    def longest_boundary(self, hashes: Sequence[bytes]) -> int:
-        return max((number + 1 for number, digest in enumerate(hashes) if digest in self._kept), default=0)
+    snapshots = Snapshots(8)
+    for digest in digests:
+        place = snapshots.reserve()
+        assert place is not None
+        snapshots.publish(place, digest, is_frame=False)
+    return snapshots
 
 
 def filled(slots: StateSlots) -> CacheManager:
@@ -70,7 +69,7 @@ def test_a_prefix_is_used_up_to_the_last_boundary_that_every_layer_has(
     kept: tuple[bytes, ...],
     usable: int,
 ) -> None:
-    cache = filled(StateSlots(2, has_states=True, snapshots=KeptStates(*kept)))
+    cache = filled(StateSlots(2, has_states=True, snapshots=kept_states(*kept)))
     assert cache.has_prefixes
     # A state behind a block that is gone is of no use.
     assert cache.find(HASHES) == cache.blocks.find(HASHES)[:usable]

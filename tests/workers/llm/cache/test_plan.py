@@ -4,43 +4,92 @@ import pytest
 import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
-from workers.llm.cache.plan import GIB, plan_cache
+from workers.llm.cache.plan import GIB, CachePlan, describe, plan_cache
 from workers.llm.cache.spec import Paged, State
 
 PAGED = Paged(2, 64)  # 256 numbers a token
 STATE = State((16, 128, 128), torch.float32)  # 1 MiB
 
 
-def config(max_num_seqs: int = 8, max_model_len: int | None = None) -> Config:
-    llm = LlmConfig(max_num_seqs=max_num_seqs, block_size=16)
+def config(max_num_seqs: int = 8, max_model_len: int | None = None, prefix_caching: bool = False) -> Config:
+    llm = LlmConfig(max_num_seqs=max_num_seqs, block_size=16, prefix_caching=prefix_caching)
     return Config(model=ModelConfig(max_model_len=max_model_len), llm=llm)
 
 
 def test_the_context_is_cut_to_what_fits() -> None:
     block_bytes = 4 * 256 * 4 * 16
     plan = plan_cache([PAGED] * 4, 100_000, config(), torch.float32, 10.5 * block_bytes / GIB)
-    assert plan == (10, 160)
+    assert plan == (10, 160, 8, 0)
 
 
 def test_there_is_never_more_than_all_contexts_need() -> None:
-    assert plan_cache([PAGED], 1000, config(max_num_seqs=3), torch.bfloat16, 1.0) == (3 * 63, 1000)
+    assert plan_cache([PAGED], 1000, config(max_num_seqs=3), torch.bfloat16, 1.0) == (3 * 63, 1000, 3, 0)
 
 
-def test_states_take_their_part_first() -> None:
+HYBRID = [STATE, STATE, STATE, PAGED]
+SLOT = 3 * STATE.nbytes(torch.bfloat16)
+BLOCK = 256 * 2 * 16
+
+
+def test_states_have_what_all_sequences_need_where_it_is_less_than_half() -> None:
     """A slot for each sequence, and one for the rows that fill up a batch."""
-    hybrid = [STATE, STATE, STATE, PAGED]
-    block_bytes = 256 * 2 * 16
-    gib = (9 * 3 * STATE.nbytes + 7 * block_bytes) / GIB
-    assert plan_cache(hybrid, 100_000, config(max_num_seqs=8), torch.bfloat16, gib) == (7, 112)
-    with pytest.raises(
-        ValueError,
-        match=r"the states of 16 sequences take 0\.050 GiB, but there is room for 0\.026",
-    ):
-        plan_cache(hybrid, 100_000, config(max_num_seqs=16), torch.bfloat16, gib)
+    gib = (18 * SLOT + 7 * BLOCK) / GIB
+    plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=8), torch.bfloat16, gib)
+    num_blocks = 9 * SLOT // BLOCK + 7
+    assert plan == (num_blocks, num_blocks * 16, 8, 0)
+
+
+def test_where_states_need_more_than_half_there_are_fewer_sequences() -> None:
+    gib = (2 * 5 * SLOT + 2 * BLOCK) / GIB
+    plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=64), torch.bfloat16, gib)
+    num_blocks = 5 * SLOT // BLOCK + 2
+    assert plan == (num_blocks, num_blocks * 16, 4, 0)
+
+
+def test_states_have_what_short_contexts_leave() -> None:
+    gib = (9 * SLOT + 8 * 10 * BLOCK) / GIB
+    plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=8, max_model_len=160), torch.bfloat16, gib)
+    assert plan == (80, 160, 8, 0)
+
+
+def test_prefixes_have_what_the_states_of_sequences_leave() -> None:
+    gib = (18 * SLOT + 7 * BLOCK) / GIB
+    plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=3, prefix_caching=True), torch.bfloat16, gib)
+    assert (plan.num_slots, plan.num_snapshots) == (3, 9 - 1 - 3)
+    plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=64, prefix_caching=True), torch.bfloat16, gib)
+    assert (plan.num_slots, plan.num_snapshots) == (4, 4), "half of them each"
+    assert plan.num_blocks == 9 * SLOT // BLOCK + 7
+
+
+def test_a_cache_for_one_state_has_no_prefixes() -> None:
+    gib = (4 * SLOT + 7 * BLOCK) / GIB
+    plan = plan_cache(HYBRID, 100_000, config(prefix_caching=True), torch.bfloat16, gib)
+    assert (plan.num_slots, plan.num_snapshots) == (1, 0)
+
+
+def test_a_context_that_is_asked_for_comes_before_further_sequences() -> None:
+    long = 6 * SLOT // BLOCK * 16
+    gib = (8 * SLOT + 2 * BLOCK) / GIB
+    plan = plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, gib)
+    assert plan == (6 * SLOT // BLOCK, long, 1, 0)
+    less = gib - SLOT / GIB
+    with pytest.raises(ValueError, match=r"states of one sequence, .* take 0\.006 GiB, but there is room"):
+        plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, less)
 
 
 def test_a_model_of_states_alone_has_room_for_all_its_contexts() -> None:
-    assert plan_cache([STATE], 100, config(max_num_seqs=2), torch.float32, 1.0) == (14, 100)
+    assert plan_cache([STATE], 100, config(max_num_seqs=2), torch.float32, 1.0) == (14, 100, 2, 0)
+
+
+def test_the_division_is_told() -> None:
+    plan = plan_cache(HYBRID, 10_000, config(max_num_seqs=8), torch.bfloat16, 0.5)
+    told = describe(plan, HYBRID, 16, torch.bfloat16)
+    assert told == (
+        "the KV cache has 0.04 GiB for 80000 tokens; states have 0.03 GiB for 8 sequences at once and "
+        "0 prefixes, 3.0 MiB each"
+    )
+    told = describe(CachePlan(4, 64, 8), [PAGED], 16, torch.bfloat16)
+    assert told == "the KV cache has 0.00 GiB for 64 tokens"
 
 
 @pytest.mark.parametrize(

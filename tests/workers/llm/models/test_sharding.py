@@ -13,14 +13,18 @@ from torch import Tensor
 from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
 
 from pipeline.families import TextInfo
+from pipeline.families.qwen3_5 import DeltaNetInfo, Qwen3_5TextInfo
 from pipeline.families.qwen3_vl import ExpertsInfo, Qwen3TextInfo
 from workers.llm.models.qwen2 import Qwen2Decoder
 from workers.llm.models.qwen3 import Qwen3Decoder
+from workers.llm.models.qwen3_5 import Qwen3_5Decoder
 from workers.llm.parallel import TensorParallel
 from workers.nn.loader import _usual_name
 from workers.nn.weights.dense import Dense
@@ -84,6 +88,11 @@ class MetaCheckpoint:
         self.loaded.append((name, Part(picked_rows, picked_columns, at)))
         sizes = [picked_rows[1] - picked_rows[0], picked_columns[1] - picked_columns[0]][: len(shape)]
         return torch.empty(sizes, dtype=self.dtype, device=self.device)
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        start, stop = rows.indices(self.shapes[name][0])[:2]
+        self.loaded.append((name, Part((start, stop), (0, (*self.shapes[name], 1)[1]))))
+        return torch.empty(stop - start, *self.shapes[name][1:], device=self.device)
 
 
 @functools.cache
@@ -208,6 +217,47 @@ def test_experts_are_loaded_exactly_once(size: int, has_whole_experts: bool) -> 
         for expert in range(128):
             parts = [part for other, part in loaded if other == name and part.at == expert]
             assert covered(parts, shapes[name][1:]), (name, expert, parts)
+
+
+HYBRID = Qwen3_5TextInfo(
+    hidden_size=2560, intermediate_size=9216, num_layers=4, num_heads=16, num_kv_heads=4, head_dim=256,
+    vocab_size=248_320, rms_norm_eps=1e-6, rope_theta=1e7, mrope_section=(11, 11, 10),
+    max_position_embeddings=262_144, tie_word_embeddings=False, full_layers=(3,), rotary_dim=64,
+    delta_net=DeltaNetInfo(num_key_heads=16, num_value_heads=32, key_dim=128, value_dim=128, num_taps=4),
+    experts=None, num_mtp_layers=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_parts_of_a_hybrid_are_loaded_exactly_once(size: int) -> None:
+    """Queries, keys and values of one tensor each in parts of its own, and so are queries and their gates."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 4, "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    }  # fmt: skip
+    with torch.device("meta"):
+        made = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config={"depth": 1}))
+    shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
+    loaded: list[tuple[str, Part]] = []
+    for rank in range(size):
+        checkpoint = MetaCheckpoint(shapes)
+        weights = Weights(checkpoint, [Dense()])  # type: ignore[arg-type]
+        Qwen3_5Decoder(HYBRID, weights, TensorParallel(rank, size))
+        assert {name for name, _ in checkpoint.loaded} == set(shapes), "each tensor, and no other"
+        loaded += checkpoint.loaded
+    for name, shape in shapes.items():
+        parts = Counter(part for other, part in loaded if other == name)
+        is_whole = "norm" in name or "embed_tokens" in name
+        num_copies = (
+            size
+            if is_whole
+            else max(1, size // 4)
+            if name.endswith(("k_proj.weight", "v_proj.weight"))
+            else 1
+        )
+        assert set(parts.values()) == {num_copies}, name
+        assert covered(list(parts), shape), f"{name}: {list(parts)}"
 
 
 @pytest.mark.parametrize(
