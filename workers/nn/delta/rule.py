@@ -122,7 +122,8 @@ def compute_chunk(state: Tensor, chunk: Chunks) -> Tensor:
 
 
 def _faded(logarithm: Tensor) -> Tensor:
-    return logarithm.masked_fill(logarithm < FADED, -torch.inf).exp_()
+    faded: Tensor = logarithm.masked_fill(logarithm < FADED, -torch.inf).exp_()
+    return faded
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:
