@@ -122,13 +122,13 @@ def compute_chunk(state: Tensor, chunk: Chunks) -> Tensor:
 
 
 def _faded(logarithm: Tensor) -> Tensor:
-    faded: Tensor = logarithm.masked_fill(logarithm < FADED, -torch.inf).exp_()
-    return faded
+    return logarithm.masked_fill(logarithm < FADED, -torch.inf).exp_()
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:
     """[chunks, heads, size, dim], contiguous, of [chunks · size, heads, dim]."""
-    return x.unflatten(0, (-1, size)).transpose(1, 2).contiguous()
+    by_head: Tensor = x.unflatten(0, (-1, size)).transpose(1, 2).contiguous()
+    return by_head
 
 
 def _for_values(x: Tensor, num_heads: int) -> Tensor:
