@@ -24,7 +24,7 @@ from workers.llm.request import Request
 from workers.llm.scheduler import Admitted
 
 BLOCK, WINDOW = 16, 64
-SYSTEM = "You answer in few words, and never guess. " * 8
+SYSTEM = "You answer in few words, and never guess. " * 14
 ANSWER = "It shows a shape of some colour, as far as one can see it here. " * 3
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, seed=1)
 
