@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; Triton reads it when it is imported
 is_nice = False
+MANY_FILES = 300
 
 
 @pytest.fixture
@@ -21,6 +23,14 @@ def short_path() -> Iterator[Path]:
     """An empty folder whose path leaves room for a socket's name, which pytest's own need not."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_are_closed() -> Iterator[None]:
+    """Engines of a module hold memory by descriptors, and references to themselves."""
+    yield
+    if len(os.listdir("/proc/self/fd")) > MANY_FILES:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,9 @@ class WorkerProcess:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 return False
-            select.select([self._server], [], [], left)
+            poll = select.poll()  # `select` takes no descriptors from 1024 on
+            poll.register(self._server, select.POLLIN)
+            poll.poll(None if left is None else 1000 * left)
             self._server.read()
         return True
 

@@ -17,7 +17,7 @@ from tests.checkpoints import make_checkpoint
 from tests.family_chats import FAMILY_CHATS
 from tests.integration.conftest import LIMITS
 from tests.pictures import data_url, scene
-from tests.reference import Answer, Reference, assert_same_tokens
+from tests.reference import ROUTER_TIE, Answer, Reference, assert_same_tokens
 from tests.servers import Server
 from tools.processes import workers_of
 
@@ -54,6 +54,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
     reference = Reference(folder)
     answers = {name: reference.answer(chat, NUM_TOKENS) for name, chat in FAMILY_CHATS.items()}
+    assert sum(answer.router_gap < ROUTER_TIE for answer in answers.values()) <= 3, "too few are compared"
     return Family(request.param, folder, reference, FAMILY_CHATS, answers)
 
 

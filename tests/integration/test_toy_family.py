@@ -189,7 +189,8 @@ async def test_a_layer_with_a_state_and_killed_workers(with_memory: Toy, package
             for _ in range(2):
                 together = await ask_all(client)
                 assert_right(together, with_memory)
-                assert not any(told.num_cached_tokens for told in together), "nobody keeps states"
+                has_cached = any(told.num_cached_tokens for told in together)
+            assert has_cached, "the second time states of prefixes are kept"
             for number, victim in enumerate(("vit.0", "llm.0")):
                 started = asyncio.Event()
                 running = asyncio.create_task(ask(client, long, LONG, started))

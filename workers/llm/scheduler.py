@@ -23,7 +23,7 @@ from typing import NamedTuple
 from pipeline.process.quarantine import nobody
 from pipeline.wire.sampling import FinishReason
 from workers.llm.admission import in_line, who_gives_blocks, who_makes_room, whom_to_preempt
-from workers.llm.cache.boundaries import boundaries_of
+from workers.llm.cache.boundaries import boundaries_of, last_place
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
 from workers.llm.speculation.drafter import Drafter
@@ -98,10 +98,11 @@ class Scheduler:
         # Its choices share the prompt's blocks, no other request does.
         if not self.has_prefix_cache or request.sampling.prompt_logprobs is not None:
             request.cache_salt = f"{request.request_id}/{request.attempt}/".encode() + request.client_id
-        if self.cache.snapshots is not None and self._publishes(request):
+        if self.cache.snapshots is not None and self._keeps_states(request):
             request.boundaries = boundaries_of(
-                request.prompt_token_ids, request.items, self._turn_start_id, self._snapshot_multiple
-            )
+                request.prompt_token_ids, request.items, self._turn_start_id, self._snapshot_multiple,
+                max_count=-(-self.cache.snapshots.num_places // 2),
+            )  # fmt: skip
         insort(self.waiting, request, key=_arrival)
 
     def remove(self, request: Request) -> None:
@@ -171,7 +172,7 @@ class Scheduler:
     def _reserve_snapshot(self, request: Request, stop: int) -> int:
         """A place for the state behind `stop`; -1 where none is kept."""
         snapshots = self.cache.snapshots
-        if snapshots is None or stop % self._snapshot_multiple or not self._publishes(request):
+        if snapshots is None or stop % self._snapshot_multiple or not self._keeps_states(request):
             return -1
         if stop <= len(request.prompt_token_ids):
             if request.boundary_at(stop) is None:
@@ -180,6 +181,8 @@ class Scheduler:
             if digest in snapshots:
                 snapshots.use(digest)
                 return -1
+        elif not snapshots.has_free_place:  # rather its own than another's
+            snapshots.forget(request.answer_snapshot)
         place = snapshots.reserve()
         return -1 if place is None else place
 
@@ -282,8 +285,7 @@ class Scheduler:
             if not self.cache.has_room(found, request.num_tokens, num_spare=len(self.running)):
                 break  # no later request overtakes this one
             assert not request.num_pending_tokens, "a token of the request is still in flight"
-            snapshots = self.cache.snapshots
-            snapshot = snapshots.use(hashes[len(found) - 1]) if snapshots is not None and found else -1
+            snapshot = self._use_snapshots(hashes[: len(found)])
             self.waiting.remove(request)
             request.slot, request.block_table = self.cache.allocate(
                 request.key,
@@ -306,6 +308,15 @@ class Scheduler:
             return []
         return request.block_hashes((request.num_tokens - 1) // self.cache.block_size, self.cache.block_size)
 
+    def _use_snapshots(self, found: Sequence[bytes]) -> int:
+        """The place of the snapshot behind the blocks that were found; -1: none. Those before it are in use,
+        too: the shorter a prefix is, the more requests share it."""
+        snapshots = self.cache.snapshots
+        if snapshots is None:
+            return -1
+        places = [snapshots.use(digest) for digest in reversed(found) if digest in snapshots]
+        return places[0] if places else -1
+
     def _hashes_to_come(self, request: Request, hashes: Sequence[bytes], num_found: int) -> Sequence[bytes]:
         """Those that other requests may wait for."""
         if self.cache.snapshots is None:
@@ -317,8 +328,16 @@ class Scheduler:
         """Prompt tokens that a request's choices share: those in full blocks, which one choice computes."""
         if not choices or not self._publishes(choices[0]):
             return 0
-        multiple = self.cache.block_size if self.cache.snapshots is None else self._snapshot_multiple
-        return (len(choices[0].prompt_token_ids) - 1) // multiple * multiple
+        num_tokens, block_size = len(choices[0].prompt_token_ids), self.cache.block_size
+        if self.cache.snapshots is None:
+            return (num_tokens - 1) // block_size * block_size
+        return last_place(num_tokens, self._snapshot_multiple)
+
+    def _keeps_states(self, request: Request) -> bool:
+        """Whether anybody can find them: a request for its prompt's log-probabilities shares with none but
+        its own choices."""
+        is_shared = request.sampling.prompt_logprobs is None or request.sampling.n > 1
+        return is_shared and self._publishes(request)
 
     def _publishes(self, request: Request) -> bool:
         """Whether its blocks are published: for all requests, or for the other choices of its request."""
@@ -370,11 +389,10 @@ class Scheduler:
         snapshots, digest = self.cache.snapshots, self._hash_at(request, item.stop)
         assert snapshots is not None
         boundary = request.boundary_at(item.stop)
-        snapshots.publish(item.snapshot, digest, is_frame=boundary is not None and boundary.is_frame)
-        if item.stop > len(request.prompt_token_ids):
-            if request.answer_snapshot != digest:
-                snapshots.forget(request.answer_snapshot)
-            request.answer_snapshot = digest
+        is_new = snapshots.publish(item.snapshot, digest, is_frame=boundary is not None and boundary.is_frame)
+        if item.stop > len(request.prompt_token_ids) and request.answer_snapshot != digest:
+            snapshots.forget(request.answer_snapshot)
+            request.answer_snapshot = digest if is_new else b""  # else it is another's
 
     def _accept(self, item: Scheduled, token_ids: Sequence[int]) -> int:
         """Counts the drafts that were right, whose keys and values are in the cache. Those of wrong ones will
@@ -404,7 +422,8 @@ class Scheduler:
         hashes = request.block_hashes(num_blocks, self.cache.block_size)
         for index in range(request.num_published_blocks, num_blocks):
             self.cache.publish(request.block_table[index], hashes[index])
-            self._computing.pop(hashes[index], None)
+            if self._computing.get(hashes[index]) is request:
+                del self._computing[hashes[index]]
         request.num_published_blocks = num_blocks
 
     def check_integrity(self) -> None:

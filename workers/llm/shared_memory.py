@@ -105,7 +105,7 @@ class SharedMemory:
             end = end or time.monotonic() + TIMEOUT_S
             if time.monotonic() > end:
                 raise TimeoutError(f"rank {other} did not take part in a collective for {TIMEOUT_S:.0f} s")
-            if select.select([process], [], [], SLEEP_S)[0] and counters[index] < count:
+            if _is_readable(process, SLEEP_S) and counters[index] < count:
                 raise ConnectionError(f"rank {other} has ended")
 
     def close(self) -> None:
@@ -114,3 +114,10 @@ class SharedMemory:
         self._counters.release()
         del self._parts
         self._memory.close()
+
+
+def _is_readable(fd: int, timeout_s: float) -> bool:
+    """Not by `select`, which takes no descriptors from 1024 on."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))

@@ -126,7 +126,7 @@ def test_choices_compute_the_prompt_each_for_itself(folder: Path, answers: dict[
         assert_same_tokens(tokens, answers["text"], f"choice {index}")
 
 
-def test_the_log_says_how_memory_is_divided_and_that_no_prefix_is_kept(
+def test_the_log_says_how_memory_is_divided_and_whether_prefixes_are_kept(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = Rig(folder, 100)
@@ -137,5 +137,9 @@ def test_the_log_says_how_memory_is_divided_and_that_no_prefix_is_kept(
         runner: Any = rig.engine.stepper.runner
         scheduler = make_scheduler(context, rig.info, CachePlan(10, 160, 3), runner.decoder)
     assert (scheduler.max_num_seqs, scheduler.cache.has_prefixes) == (3, False)
-    assert "for 160 tokens; layers with a state have 0.00 GiB for 3 sequences at once" in caplog.text
-    assert "prefix caching is off: this model has layers with a state" in caplog.text
+    assert "for 160 tokens; states have 0.00 GiB for 3 sequences at once and 0 prefixes" in caplog.text
+    assert "prefix caching is off: the memory holds no states of prefixes" in caplog.text
+    caplog.clear()
+    scheduler = make_scheduler(context, rig.info, CachePlan(10, 160, 3, 2), runner.decoder)
+    assert scheduler.cache.has_prefixes
+    assert "prefix caching is off" not in caplog.text

@@ -24,7 +24,7 @@ from workers.llm.request import Request
 from workers.llm.scheduler import Admitted
 
 BLOCK, WINDOW = 16, 64
-SYSTEM = "You answer in few words, and never guess. " * 8
+SYSTEM = "You answer in few words, and never guess. " * 14
 ANSWER = "It shows a shape of some colour, as far as one can see it here. " * 3
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, seed=1)
 
@@ -160,23 +160,28 @@ def test_what_differs_before_a_boundary_shares_no_state(folder: Path) -> None:
     assert other_system == 0
 
 
-def test_choices_go_on_from_the_prompt_that_one_has_computed(folder: Path, plain: Rig) -> None:
+def test_choices_go_on_from_the_prompt_that_one_has_computed(
+    folder: Path, plain: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig = make_rig(folder)
     chat = list(turns_of_a_chat(5))[1]
     sampling = SamplingParams(temperature=1, max_tokens=20, ignore_eos=True, seed=3, n=3)
     texts: list[dict[int, list[int]]] = []
+    seen: list[Admitted] = []
+    admit = rig.scheduler._admit
+    monkeypatch.setattr(rig.scheduler, "_admit", lambda barred: _noted(admit(barred), seen))
     for one, name in ((rig, "r"), (plain, "choices")):
         request, ready = one.request(chat, name, sampling=sampling)
         one.engine.handle(request, one.now)
         for embedding in ready:
             one.engine.handle(embedding, one.now)
-        num_computed = 0
-        while one.engine.step(one.now):
-            num_computed += 1
+        one.run()
         found: dict[int, list[int]] = {}
         for output in one.outputs():
             found.setdefault(output.index, []).extend(unpack_int32(output.new_token_ids).tolist())
         texts.append(found)
+    boundary = (len(unpack_int32(request.prompt_token_ids)) - 1) // WINDOW * WINDOW
+    assert [admitted.num_cached_tokens for admitted in seen] == [0, boundary, boundary]
     assert len(texts[0]) == 3
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]

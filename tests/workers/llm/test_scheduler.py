@@ -376,6 +376,7 @@ TIMES = StepTimes([Measured(1, 1.0), Measured(64, 2.0)], per_pair=1e-4, max_stre
     st.booleans(),
     st.booleans(),
     st.sampled_from([None, 0, 1, 5]),
+    st.sampled_from([1, 6, 8]),
     st.booleans(),
 )
 def test_invariants_hold_whatever_happens(
@@ -386,6 +387,7 @@ def test_invariants_hold_whatever_happens(
     has_overlap: bool,
     is_protected: bool,
     num_snapshots: int | None,
+    window: int,
     has_guesses: bool,
 ) -> None:
     """Arrivals, aborts, late embeddings, preemptions, shared prefixes, steps that overlap, guesses: no block
@@ -398,7 +400,10 @@ def test_invariants_hold_whatever_happens(
     cache = CacheManager.of_size(num_blocks, 4, max_seqs, num_snapshots is not None, num_snapshots or 0)
     drafter = Drafter(SomeOnes, 6, max_rows=8) if has_guesses else None
     times = TIMES if is_protected else None
-    made = Scheduler(cache, max(budget, max_seqs), (EOS,), times, drafter=drafter)
+    made = Scheduler(
+        cache, max(budget, max_seqs), (EOS,), times, drafter=drafter, turn_start_id=5,
+        prefill_multiple=1 if num_snapshots is None else window,
+    )  # fmt: skip
     everyone: list[Request] = []
     ended: list[str] = []
     under_way: list[list[Scheduled]] = []

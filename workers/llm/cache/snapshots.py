@@ -41,6 +41,10 @@ class Snapshots:
         kind.move_to_end(digest)
         return kind[digest]
 
+    @property
+    def has_free_place(self) -> bool:
+        return bool(self._free)
+
     def reserve(self) -> int | None:
         """A place to save a state to; another snapshot may lose it. None if all places are reserved."""
         if not self._free:
@@ -52,14 +56,17 @@ class Snapshots:
         self._reserved.add(place)
         return place
 
-    def publish(self, place: int, digest: bytes, is_frame: bool) -> None:
-        """The step that saves to a reserved place has run. A prefix that has a snapshot already keeps it."""
+    def publish(self, place: int, digest: bytes, is_frame: bool) -> bool:
+        """The step that saves to a reserved place has run. Returns whether the place was taken: a prefix that
+        has a snapshot already keeps it.
+        """
         if digest in self:
             self.release(place)
             self.use(digest)
-            return
+            return False
         self._reserved.remove(place)
         (self._frames if is_frame else self._others)[digest] = place
+        return True
 
     def release(self, place: int) -> None:
         """A reserved place is not needed."""

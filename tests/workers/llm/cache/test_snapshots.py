@@ -47,7 +47,9 @@ def test_a_reserved_place_is_nobodys() -> None:
 def test_a_prefix_has_one_place() -> None:
     snapshots = Snapshots(3)
     first = saved(snapshots, b"a")
-    saved(snapshots, b"a", is_frame=True)
+    place = snapshots.reserve()
+    assert place is not None
+    assert not snapshots.publish(place, b"a", is_frame=True)
     assert (len(snapshots), snapshots.use(b"a")) == (1, first)
     snapshots.check_integrity()
     snapshots.forget(b"a")
