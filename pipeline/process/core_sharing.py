@@ -31,7 +31,6 @@ MAX_WORKERS = 256  # of a role
 IDLE, PAUSED, OWN, WIDE = 0, 1, 2, 3
 POLL_S = 0.001
 TURN_POLL_S = 0.0001  # between two looks whether the ViTs have ended their blocks
-LATE_SMOOTHING = 0.1  # weight of the newest loan in how much later than planned it ends
 PAUSE_S = 0.1  # between two looks whether a turn has begun, of which a bell tells
 MAX_WAIT_S = 0.3  # for cores; during a longer step or layer both roles compute on them
 # the other role must be idle for so long before its cores are taken: pauses between steps are shorter
@@ -110,8 +109,6 @@ class CoreSharing:
         self._lock = threading.Lock()  # of the state: two threads of a ViT tell it
         self.is_wide = self._is_busy = self._computes = False
         self._block_from, self._used_lending = 0.0, 0.0
-        # Of the LLM: when the last loan ended, and how much later its steps begin.
-        self._lent_until, self._late_s = 0.0, 0.0
         self.announce(False)  # the predecessor may have died while busy
 
     @property
@@ -208,11 +205,10 @@ class CoreSharing:
         """The LLM lets the ViTs compute on all cores for so long, or until they have nothing to compute."""
         if seconds <= 0 or not self.is_awaited:
             return
-        end = self._activity.lent_until = self._clock() + max(seconds - self._late_s, seconds / 2)
+        end = self._activity.lent_until = self._clock() + seconds
         self._tell(computes=False)
         while (left := end - self._clock()) > 0 and self._activity.busiest(self._other) != IDLE:
             self._sleep(min(left, POLL_S))
-        self._lent_until = end
 
     def _take_turn(self) -> None:
         """An LLM begins at once, when the ViTs have ended their blocks; a ViT when the cores are lent."""
@@ -225,10 +221,6 @@ class CoreSharing:
         deadline = self._clock() + MAX_WAIT_S
         while self._activity.busiest(self._other) == WIDE and self._clock() < deadline:
             self._sleep(TURN_POLL_S)
-        if self._lent_until:
-            late_s = max(0.0, self._clock() - self._lent_until)
-            self._late_s += LATE_SMOOTHING * (late_s - self._late_s)
-            self._lent_until = 0.0
 
     def _go_on(self) -> None:
         """After a block: computes the next one, which may take as long, or waits for the next turn."""

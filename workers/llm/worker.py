@@ -219,9 +219,10 @@ def _serve(
         sharing.leave()
         sharing.announce(is_busy)
         budget.is_prefill_deferred, budget.stretch = False, None
-        if is_busy and sharing.is_awaited:
+        if is_busy and sharing.takes_turns:
             step, num_waiting = engine.stepper.last_step, engine.scheduler.num_without_token
-            loan = lending.behind(step, budget.step_times, budget.has_prefill, num_waiting)
+            lending.observe(step, num_waiting)
+            loan = lending.behind(step, budget.step_times, budget.has_prefill, sharing.is_awaited)
             budget.is_prefill_deferred, budget.stretch = loan.defers_prefill, loan.stretch
             sharing.lend(loan.seconds)
         elif not is_busy:

@@ -31,9 +31,6 @@ from workers.preprocess.shortages import NO_ROOM, is_shortage
 from workers.preprocess.video import Video, VideoBroken, VideoMetadata
 from workers.preprocess.video_files import open_video
 
-# Niceness beyond that of preprocess: a picture is in less of a hurry than its tokens, and than all streams.
-BEHIND_PREPROCESS = 5
-
 
 class PictureJob(msgspec.Struct, frozen=True, tag=True):
     """The picture in the first `nbytes` of the inbox: without a size, asks for that, else for its pixels."""
@@ -139,7 +136,6 @@ class Reader:
 
 def main() -> None:
     end_with_parent()
-    os.nice(BEHIND_PREPROCESS)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group; preprocess ends this process
     warnings.simplefilter("ignore")  # of Pillow, about metadata

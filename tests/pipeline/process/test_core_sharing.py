@@ -285,24 +285,6 @@ def test_cores_are_lent_for_as_long_as_somebody_has_work(tmp_path: Path) -> None
     assert machine.now == pytest.approx(0.05 + 2 * POLL_S)
 
 
-def test_what_ends_late_is_lent_shorter(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
-    llm, vit = turns(machine)
-    llm.enter()
-    vit.announce(True)
-    lent: list[float] = []
-    for _ in range(40):
-        llm.leave()
-        start = machine.now
-        llm.lend(0.010)
-        lent.append(machine.now - start)
-        machine.now += 0.002  # the last block
-        llm.enter()
-        machine.now += 0.05  # a step
-    assert lent[0] == pytest.approx(0.010)
-    assert lent[-1] == pytest.approx(0.008, abs=2e-4)
-
-
 def test_two_processes_take_turns(tmp_path: Path) -> None:
     """With real clocks and bells: neither computes while the other does, and both get on."""
     place = Placement(cores=(0,), num_threads=1, wide_cores=(0, 1), takes_turns=True)

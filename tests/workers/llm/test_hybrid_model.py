@@ -131,7 +131,9 @@ def test_the_log_says_how_memory_is_divided_and_whether_prefixes_are_kept(
 ) -> None:
     rig = Rig(folder, 100)
     context: Any = SimpleNamespace(
-        config=Config(llm=LlmConfig(prefix_caching=True)), quarantine=SimpleNamespace(runs_alone=None)
+        config=Config(llm=LlmConfig(prefix_caching=True)),
+        quarantine=SimpleNamespace(runs_alone=None),
+        model_folder=folder,
     )
     with caplog.at_level("INFO"):
         runner: Any = rig.engine.stepper.runner
