@@ -80,10 +80,11 @@ class Served(NamedTuple):
 
 @contextmanager
 def serve(model: Path, *options: str) -> Iterator[Served]:
-    """A server of our own, for as long as it is needed. Raises RuntimeError when it does not start."""
+    """A server of our own, for as long as it is needed. It tells each token as text of an answer, whatever
+    the model's thoughts and calls look like. Raises RuntimeError when it does not start."""
     command = [
         sys.executable, "-m", "launcher", "--model", str(model), "--port", "0", "--max-model-len", "8192",
-        "--log-level", "warning", *options,
+        "--log-level", "warning", "--reasoning-parser", "none", "--tool-call-parser", "none", *options,
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
