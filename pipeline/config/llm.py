@@ -54,7 +54,8 @@ class LlmConfig:
     )
     max_itl_stretch: float = option(
         1.25,
-        "prompts may make the steps of running streams so many times longer; 0: as they like",
+        "prompts may make the steps of running streams so many times longer; 0: as they like; where LLM and "
+        "ViTs take turns on cores, 4 while more requests wait for a first token than streams run",
         metavar="RATIO",
     )
     attention: str = option(

@@ -1,5 +1,5 @@
 // Quantises weights to the 4 bits that the kernels of quantised products read, as `quantize_int4` in int4.py does with
-// torch, twenty times as fast. For processors with AVX-512.
+// torch. For processors with AVX-512.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #include <cmath>

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +22,7 @@ from transformers import (
 
 from pipeline.families.qwen3_5 import DeltaNetInfo, Qwen3_5TextInfo
 from pipeline.families.qwen3_vl import ExpertsInfo
-from pipeline.transport.memory import HostMemory, create_memory_file
+from tests.workers.llm.models.conftest import OnRanks
 from workers.llm.attention.base import SequencePart
 from workers.llm.backends import choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
@@ -32,7 +30,6 @@ from workers.llm.cache.spec import Paged, State, paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
 from workers.llm.models.qwen3_5 import DECODER, Qwen3_5Decoder
 from workers.llm.parallel import TensorParallel
-from workers.llm.shared_memory import LINE, PART_BYTES, SharedMemory
 from workers.nn.weights.registry import open_weights
 
 CPU = torch.device("cpu")
@@ -223,26 +220,6 @@ def test_each_part_of_a_head_matters(make_case: Callable[[str], Case]) -> None:
     assert float((logits(decoder, NUM_TOKENS) - case.expected).abs().max()) > 0.1
 
 
-@pytest.fixture
-def make_ranks() -> Iterator[Callable[[int, bool], Sequence[TensorParallel]]]:
-    """Ranks in threads of this process."""
-    made: list[TensorParallel] = []
-
-    def make(size: int, has_whole_experts: bool) -> Sequence[TensorParallel]:
-        nbytes = size * LINE + 2 * size * PART_BYTES
-        fd = create_memory_file("ranks", nbytes)
-        for rank in range(size):
-            one = TensorParallel(rank, size, CPU, has_whole_experts)
-            one._shared = SharedMemory(rank, [os.getpid()] * size, HostMemory(fd, nbytes))
-            made.append(one)
-        os.close(fd)
-        return made
-
-    yield make
-    for one in made:
-        one.close()
-
-
 @pytest.mark.parametrize(
     ("kind", "has_whole_experts"), [("dense", False), *itertools.product(KINDS[1:], (False, True))]
 )
@@ -252,16 +229,14 @@ def test_ranks_together_compute_what_one_does(
     kind: str,
     has_whole_experts: bool,
     make_case: Callable[[str], Case],
-    make_ranks: Callable[[int, bool], Sequence[TensorParallel]],
+    on_ranks: OnRanks,
 ) -> None:
     case = make_case(kind)
 
     def run(parallel: TensorParallel) -> Tensor:
         return logits(case.decoder(parallel), 65)
 
-    with ThreadPoolExecutor(size) as threads:
-        found = list(threads.map(run, make_ranks(size, has_whole_experts)))
-    for of_rank in found:
+    for of_rank in on_ranks(size, has_whole_experts, run):
         torch.testing.assert_close(of_rank, case.expected, rtol=1e-4, atol=1e-4)
 
 
