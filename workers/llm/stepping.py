@@ -226,8 +226,18 @@ class Stepper:
         elif item.is_plain_decode:
             return self._decodes[request.slot]
         embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
+        snapshot, num_saved = (
+            (-1, 0) if item.save is None else (item.save.place, item.save.position - item.stop)
+        )
         return SequenceStep(
-            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, item.snapshot
+            request.slot,
+            item.num_tokens,
+            item.is_sampled,
+            new_blocks,
+            embeddings,
+            drafts,
+            snapshot,
+            num_saved,
         )
 
     def record(self) -> None:
