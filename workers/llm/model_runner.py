@@ -34,6 +34,7 @@ from workers.llm.embedding_pools import EmbeddingPools
 from workers.llm.item_embeddings import PlacedSlice, place_embeddings
 from workers.llm.models.base import Decoder
 from workers.llm.models.registry import decoder_of
+from workers.llm.mtp_runner import KeptStep, MtpRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
 from workers.llm.sampling.prompt_logprobs import (
@@ -50,6 +51,7 @@ from workers.llm.unchosen import Unchosen, logit_rows
 from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
+MTP_MODULE = "mtp.fc"  # in all checkpoints with such a head
 LARGEST_GRAPH = 512  # requests; in a larger batch launches cost little beside the step
 
 
@@ -80,6 +82,7 @@ class ModelRunner:
         # By slot; the last slot is for padding rows of a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
+        self._mtp: MtpRunner | None = None
         # The rows of the step launched last that wait for `choose`.
         self._open: tuple[LaunchedStep, Unchosen] | None = None
 
@@ -98,9 +101,15 @@ class ModelRunner:
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
-        kind = decoder_of(info)
+        kind, has_mtp = decoder_of(info), config.llm.speculative == "mtp"
+        if has_mtp and not weights.has_module(MTP_MODULE):
+            raise ValueError(
+                f"speculative 'mtp' needs the head that the checkpoint lacks: it has no {MTP_MODULE}"
+            )
         weights.expect(kind.prefix)
         decoder = kind(info.text, weights, parallel, backend.kernels)
+        if has_mtp:
+            decoder.load_mtp(weights)
         weights.close()
         width, wanted = info.vision.embedding_width, (1 + decoder.num_features) * info.text.hidden_size
         if width != wanted:
@@ -132,6 +141,8 @@ class ModelRunner:
         self.states = StateTensors(
             states, self._num_slots, self._dtype, self.device, num_snapshots, num_drafts
         )
+        if self.decoder.mtp is not None:
+            self._mtp = MtpRunner(self.decoder, self.sequences, self.attention)
         if self._backend.sample is None:
             return
         with torch.inference_mode():
@@ -142,6 +153,8 @@ class ModelRunner:
         # One buffer serves all graphs. As graph outputs, the logits would take memory once for each size.
         vocab_size = self._info.text.vocab_size
         self._logits = torch.empty(sizes[-1], vocab_size, dtype=torch.float32, device=self.device)
+        shape = sizes[-1], self._info.text.hidden_size
+        self._hidden = torch.empty(shape, dtype=self._dtype, device=self.device)
         buffers = DecodeBuffers(sizes[-1], self.sequences, size, cache.spare_slot, self.device)
         self._tables = buffers.device_tables
 
@@ -164,7 +177,8 @@ class ModelRunner:
         logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
         self._last_tokens[slots] = chosen
-        return Outputs(chosen, logits)
+        kept = self._hidden[: len(hidden)]
+        return Outputs(chosen, logits, kept if self._mtp is None else kept.copy_(hidden))
 
     def close(self) -> None:
         """Drops the graphs: NCCL cannot shut down while a graph holds its communicator."""
@@ -191,11 +205,16 @@ class ModelRunner:
             return LaunchedStep(self.device)
         rows = self.sequences.rows(plan.sequences)
         self.sequences.advance(rows)
-        if self._graphs is not None and self._graphs.can_run(rows):
+        if self._graphs is not None and self._graphs.can_run(rows) and not self._has_waiting_pairs(rows):
             outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
             self._save_states(plan.sequences)
-            return self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
-        return self._launch_any(rows, plan.sequences)
+            self._keep(rows, plan.sequences, np.arange(1, len(rows.slots) + 1), None, outputs.hidden)
+            launched = self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
+        else:
+            launched = self._launch_any(rows, plan.sequences)
+        if self._open is None and self._mtp is not None:
+            self._mtp.guess(launched, self._last_tokens)
+        return launched
 
     @torch.inference_mode()
     def choose(self, masks: Sequence[bytes]) -> None:
@@ -207,6 +226,23 @@ class ModelRunner:
         launched, unchosen = self._open
         self._open = None
         self._choose(launched, unchosen, masks)
+        if self._mtp is not None:
+            self._mtp.guess(launched, self._last_tokens)
+
+    def _has_waiting_pairs(self, rows: StepRows) -> bool:
+        return self._mtp is not None and self._mtp.has_waiting(rows.slots)
+
+    def _keep(
+        self,
+        rows: StepRows,
+        steps: Sequence[SequenceStep],
+        ends: Int64Array,
+        x: Tensor | None,
+        hidden: Tensor,
+    ) -> None:
+        """For guesses, once the tokens are chosen. Arguments as in `KeptStep`."""
+        if self._mtp is not None:
+            self._mtp.keep(KeptStep(rows, ends, [step.num_guesses for step in steps], x, hidden))
 
     def _choose_ready(self, unchosen: Unchosen, of_graph: Tensor | None = None) -> LaunchedStep:
         """Chooses the tokens of rows that need no mask. `of_graph`: the tokens that a graph sampled, valid if
@@ -253,6 +289,8 @@ class ModelRunner:
         """Overwrites all state of the slot's previous sequence."""
         self.sequences.start(start)
         self.sampler.start(start)
+        if self._mtp is not None:
+            self._mtp.start(start.slot)
         self._prompts.start(start.slot, start.sampling.prompt_logprobs, start.num_prompt_tokens)
         if start.snapshot >= 0:
             self.states.restore(start.slot, start.snapshot)
@@ -314,7 +352,10 @@ class ModelRunner:
         states = self.states.of_step(
             self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist(), drafts
         )
-        return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
+        kept = x if self._mtp is None else x.clone()  # the decoder may overwrite it
+        hidden = self.decoder(x, positions, self.attention.plan(spans), features, states)
+        self._keep(rows, steps, ends, kept, hidden)
+        return hidden, ends
 
     def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
         """[num_tokens] int64: token ids that the host knows; for a decode, the last token on the device."""

@@ -83,6 +83,8 @@ def main(context: WorkerContext) -> None:
     choose_formats(context.model_folder, device, config.llm.quantization)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
+    if config.llm.speculative == "mtp":
+        spec = [*spec, *decoder_of(info).mtp_spec_of(info.text, tp_size)]
     num_drafts = most_drafts(config.llm)
     if device.type == "cuda":
         wait_for_vits(context, control)
