@@ -28,7 +28,9 @@ def make_agree(folder: Path, share: float) -> Path:
     tensors["mtp.norm.weight"] = tensors["model.language_model.norm.weight"].clone()
     tensors["mtp.pre_fc_norm_embedding.weight"] = torch.zeros(size)
     tensors["mtp.fc.weight"] = torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
     return folder
 
 

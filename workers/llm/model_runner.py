@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
-from workers.llm.attention.base import AttentionBackend, SequencePart
+from workers.llm.attention.base import AttentionBackend
 from workers.llm.backends import Backend, choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
@@ -46,6 +46,7 @@ from workers.llm.sampling.prompt_logprobs import (
 )
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.llm.sequences import Int64Array, SequenceTable, StepRows
+from workers.llm.step_inputs import positions_of, spans_of, token_ids_of
 from workers.llm.step_result import LaunchedStep
 from workers.llm.unchosen import Unchosen, logit_rows
 from workers.nn.loader import Progress, choose_dtype, to_device
@@ -328,23 +329,14 @@ class ModelRunner:
     def _compute(self, rows: StepRows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and the end of each sequence."""
         ends = np.cumsum(rows.counts)
-        x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
-        positions = self._positions(rows, ends)
+        token_ids = token_ids_of(rows, ends, self.sequences, self._last_tokens)
+        x = self.decoder.embed(token_ids)  # [num_tokens, hidden]
         slices = [
             PlacedSlice(end - step.num_tokens + part.offset, part)
             for step, end in zip(steps, ends.tolist(), strict=True)
             for part in step.embeddings
         ]
         features = place_embeddings(x, slices, self.pools.gather, self.decoder.num_features)
-        spans = [
-            SequencePart(count, start, self.sequences.block_table(slot))
-            for slot, start, count in zip(
-                rows.slots.tolist(),
-                rows.starts.tolist(),
-                rows.counts.tolist(),
-                strict=True,
-            )
-        ]
         drafts = None
         if rows.drafts:
             num_drafts = [len(rows.drafts.get(row, ())) for row in range(len(rows.slots))]
@@ -353,37 +345,11 @@ class ModelRunner:
             self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist(), drafts
         )
         kept = x if self._mtp is None else x.clone()  # the decoder may overwrite it
-        hidden = self.decoder(x, positions, self.attention.plan(spans), features, states)
+        positions = positions_of(rows, ends, self.sequences, self.device)
+        planned = self.attention.plan(spans_of(rows, self.sequences))
+        hidden = self.decoder(x, positions, planned, features, states)
         self._keep(rows, steps, ends, kept, hidden)
         return hidden, ends
-
-    def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
-        """[num_tokens] int64: token ids that the host knows; for a decode, the last token on the device."""
-        token_ids = np.zeros(ends[-1], dtype=np.int64)
-        stops, begins_on_device = rows.stops, rows.are_decodes.copy()
-        for row in np.flatnonzero(~rows.are_decodes).tolist():
-            slot, start, stop, end = rows.slots[row], rows.starts[row], stops[row], ends[row]
-            if (drafts := rows.drafts.get(row)) is not None:
-                begins_on_device[row] = True
-                token_ids[end - len(drafts) : end] = drafts
-            else:
-                token_ids[end - rows.counts[row] : end] = self.sequences.token_ids(slot, start, stop)
-        on_device = self._tensor(token_ids)
-        if begins_on_device.any():
-            last = self._last_tokens[self._tensor(rows.slots[begins_on_device])]
-            on_device[self._tensor((ends - rows.counts)[begins_on_device])] = last
-        return on_device
-
-    def _positions(self, rows: StepRows, ends: Int64Array) -> Tensor:
-        """[3, num_tokens] int64"""
-        positions = np.empty((3, ends[-1]), dtype=np.int64)
-        # For a decode all three rows are equal.
-        of_decodes = rows.starts + self.sequences.position_deltas[rows.slots]
-        positions[:, ends[rows.are_decodes] - 1] = of_decodes[rows.are_decodes]
-        for row in np.flatnonzero(~rows.are_decodes):
-            slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
-            positions[:, ends[row] - count : ends[row]] = self.sequences.positions(slot, start, start + count)
-        return self._tensor(positions)
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values.astype(np.int64, copy=False), self.device)
