@@ -123,7 +123,9 @@ class Drafter:
             num_wanted = min(self._num_tokens, -(-room // len(sampled)), num_left)
             if num_wanted > 0 and not self._drafted_of(request).num_to_wait:
                 asked[request.key] = num_wanted
-                _find_room(request, len(drafts.get(request.key, ())) + num_wanted - 1, cache, num_spare)
+                num_behind = len(drafts.get(request.key, ())) + num_wanted - 1
+                num_behind = min(num_behind, request.max_num_tokens - request.num_tokens)
+                _find_room(request, num_behind, cache, num_spare)
         return asked
 
     def tell(self, request: Request, guesses: Sequence[int]) -> None:

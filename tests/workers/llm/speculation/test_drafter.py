@@ -190,6 +190,14 @@ def test_nothing_is_asked_for_behind_the_last_token() -> None:
     assert told(made, [1, 1, 1]) == {"r0": (0, 0)}
 
 
+def test_blocks_are_not_taken_behind_the_last_token_of_a_request() -> None:
+    """There is no room in the runner's tables for more than the longest context has."""
+    made, (request,) = decoding(asking(8), 9)
+    assert told(made, [1] * 8) == {"r0": (0, 6)}
+    assert told(made, [1] * 8) == {"r0": (6, 5)}, "which may be 11 tokens more, but there are only 7"
+    assert len(request.block_table) == 4, "of 4 tokens each, for 14"
+
+
 def test_guesses_count_only_for_the_place_for_which_they_were_made() -> None:
     proposer = ToldProposer()
     proposer.tell(4, [7, 8, 9])
@@ -202,7 +210,7 @@ def test_guesses_count_only_for_the_place_for_which_they_were_made() -> None:
 
 
 def test_guesses_have_blocks_for_what_they_are_made_from_where_any_are_free() -> None:
-    """Two blocks of 4 for 6 tokens: the step computes the 6th, and 3 guesses behind it need two more places."""
+    """Two blocks of 4 for 6 tokens. The step computes the 6th: 3 guesses behind it need two more places."""
     for num_free, num_blocks in ((4, 2), (0, 2)):
         made, (request,) = decoding(asking(3), 200, num_blocks=2 + num_free)
         told(made, [1, 1, 1])
