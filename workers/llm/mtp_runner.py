@@ -44,8 +44,8 @@ class _Part(NamedTuple):
     row: int
     slot: int
     place: int  # of the first pair's first token in the sequence
-    hidden: Sequence[int]  # rows of the first tokens, of the step's and behind these of the slots' states
-    following: Sequence[int]  # rows of the second tokens, of the step's and behind these of the last ones
+    firsts: Sequence[int]  # rows of the hidden states: of the step's tokens, then of those that have waited
+    seconds: Sequence[int]  # rows of the embedded tokens: of the step's, then of those that it has yielded
 
 
 class MtpRunner:
@@ -77,9 +77,9 @@ class MtpRunner:
         results. `last_tokens`: by slot."""
         assert self._step is not None
         step, self._step = self._step, None
-        parts = [part for part in self._parts(step) if part.hidden]
+        parts = [part for part in self._parts(step) if part.firsts]
         # As backends want it: those with one token first.
-        parts.sort(key=lambda part: len(part.hidden) > 1)
+        parts.sort(key=lambda part: len(part.firsts) > 1)
         hidden = self._compute(step, parts, last_tokens) if parts else step.hidden
         unsampled = np.flatnonzero(~step.rows.are_sampled)
         if len(unsampled):
@@ -89,7 +89,7 @@ class MtpRunner:
         asking = [index for index, part in enumerate(parts) if step.num_guesses[part.row]]
         if not asking:
             return
-        stops = np.cumsum([len(part.hidden) for part in parts])
+        stops = np.cumsum([len(part.firsts) for part in parts])
         places = {row: place for place, row in enumerate(np.flatnonzero(step.rows.are_sampled).tolist())}
         those = [parts[index] for index in asking]
         self._go_on(
@@ -111,18 +111,16 @@ class MtpRunner:
             # Tokens of the step, accepted drafts included, that another token of the step follows.
             num_inner = int(lengths[row] - rows.starts[row]) - 1
             assert lengths[row] >= stops[row], "drafts are accepted behind the step's own tokens"
-            hidden, following = (
-                list(range(first, first + num_inner)),
-                list(range(first + 1, first + num_inner + 1)),
-            )
+            firsts = list(range(first, first + num_inner))
+            seconds = [one + 1 for one in firsts]
             waits = bool(self._waits[slot])
             if waits:
-                hidden, following = [num_computed + row, *hidden], [first, *following]
+                firsts, seconds = [num_computed + row, *firsts], [first, *seconds]
             if rows.are_sampled[row]:
-                hidden.append(first + num_inner)
-                following.append(num_known + num_sampled)
+                firsts.append(first + num_inner)
+                seconds.append(num_known + num_sampled)
                 num_sampled += 1
-            found.append(_Part(row, slot, int(rows.starts[row]) - waits, hidden, following))
+            found.append(_Part(row, slot, int(rows.starts[row]) - waits, firsts, seconds))
         return found
 
     def _compute(self, step: KeptStep, parts: Sequence[_Part], last_tokens: Tensor) -> Tensor:
@@ -134,9 +132,9 @@ class MtpRunner:
         hidden = step.hidden
         if self.has_waiting(slots):
             hidden = torch.cat((hidden, self._hidden[self._tensor(slots)]))
-        firsts = self._tensor(np.concatenate([part.hidden for part in parts]))
-        seconds = self._tensor(np.concatenate([part.following for part in parts]))
-        spans = [(part.slot, part.place, len(part.hidden)) for part in parts]
+        firsts = self._tensor(np.concatenate([part.firsts for part in parts]))
+        seconds = self._tensor(np.concatenate([part.seconds for part in parts]))
+        spans = [(part.slot, part.place, len(part.firsts)) for part in parts]
         return self._run(torch.cat(known)[seconds], hidden[firsts], spans)
 
     def _run(self, x: Tensor, hidden: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
