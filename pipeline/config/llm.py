@@ -82,7 +82,7 @@ class LlmConfig:
     speculative: str = option(
         "none",
         "guess the next tokens and compute several in one step; ngram: as the text went on before "
-        "(prompt lookup); mtp: by the checkpoint's own head, of Qwen3.5",
+        "(prompt lookup); mtp: by the head that some checkpoints have for it",
         choices=("none", "ngram", "mtp"),
     )
     speculative_tokens: int | None = option(

@@ -24,7 +24,7 @@ from tests.grammars import grammar_of
 from tests.mtp import MtpReference, make_agree
 from tests.pictures import noise
 from tests.reference import Reference
-from tests.workers.llm.test_grammars import FREE, GREEDY, Runs
+from tests.workers.llm.test_grammars import FREE, Runs
 from tests.workers.llm.test_speculation import WANTED, Told, assert_same, finish, submit, with_
 from tools.random_checkpoint.make import make_checkpoint as make_hub_checkpoint
 from workers.llm.model_runner import ModelRunner
@@ -169,7 +169,7 @@ def test_each_guess_is_made_from_the_one_before(random_head: Path) -> None:
 
 @pytest.mark.parametrize(
     ("budget", "num_blocks", "num_snapshots"),
-    [(512, 600, 0), (512, 600, 9), (11, 600, 0), (512, 85, 9), (20, 60, 0)],
+    [(512, 600, 0), (512, 600, 9), (11, 600, 0), (512, 70, 9), (20, 60, 0)],
     ids=["free", "prefixes", "chunks", "little memory, prefixes", "chunks in less memory"],
 )
 def test_every_kind_of_sampling_gives_the_same(
@@ -183,7 +183,8 @@ def test_every_kind_of_sampling_gives_the_same(
         submit(rig, name, params)
     assert_same(finish(rig), expected)
     counters = drafter.counters
-    assert counters["spec_decode_num_accepted_tokens"] > 40
+    # What is drawn is rarely what is most likely; and small steps have little room for guesses.
+    assert counters["spec_decode_num_accepted_tokens"] > (30 if budget > 100 else 8)
     assert counters["spec_decode_num_draft_tokens"] > counters["spec_decode_num_accepted_tokens"]
     assert bool(rig.scheduler.num_preemptions) == (num_blocks < 100)
     assert not drafter._drafted
@@ -221,8 +222,8 @@ def test_a_prefix_from_the_cache_gives_the_same(folder: Path) -> None:
     answers = []
     for speculative, num_snapshots in (("none", 0), ("mtp", 6)):
         rig = Rig(folder, 512, speculative=speculative, num_snapshots=num_snapshots)
-        for _ in range(2):
-            submit(rig, "greedy", WANTED["greedy"], context=200)
+        for name in ("first", "second"):
+            submit(rig, name, WANTED["greedy"], context=200)
             told = finish(rig)
         answers.append(told)
     assert_same(answers[1], answers[0])
@@ -231,7 +232,7 @@ def test_a_prefix_from_the_cache_gives_the_same(folder: Path) -> None:
     assert rig.scheduler.drafter.counters["spec_decode_num_accepted_tokens"] > 30
 
 
-@pytest.mark.parametrize("num_blocks", [100, 30])
+@pytest.mark.parametrize("num_blocks", [100, 16])
 def test_grammars_on_two_ranks(num_blocks: int, folder: Path) -> None:
     """Both make the same guesses, of which those are verified that the grammar allows."""
     runs = Runs(folder)
@@ -239,9 +240,10 @@ def test_grammars_on_two_ranks(num_blocks: int, folder: Path) -> None:
         "ruled": msgspec.structs.replace(FREE, grammar=grammar_of(GrammarKind.REGEX, r"[^\n]*")),
         "free": FREE,
         "ruled too": msgspec.structs.replace(
-            GREEDY, temperature=1.0, grammar=grammar_of(GrammarKind.REGEX, "[ab]{5}(-[0-9]{3}){4}")
+            FREE, temperature=1.0, ignore_eos=False, max_tokens=60,
+            grammar=grammar_of(GrammarKind.REGEX, "[ab]{5}(-[0-9]{3}){4}"),
         ),
-    }
+    }  # fmt: skip
     plain = runs.answers(wanted, has_overlap=False)
     drafter = Drafter(ToldProposer, 3, max_rows=40, asks_runner=True)
     rig = runs.rig(512, num_blocks, has_overlap=False, speculative="mtp", drafter=drafter)
