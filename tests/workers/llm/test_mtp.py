@@ -240,7 +240,7 @@ def test_grammars_on_two_ranks(num_blocks: int, folder: Path) -> None:
         "ruled": msgspec.structs.replace(FREE, grammar=grammar_of(GrammarKind.REGEX, r"[^\n]*")),
         "free": FREE,
         "ruled too": msgspec.structs.replace(
-            FREE, temperature=1.0, ignore_eos=False, max_tokens=60,
+            FREE, temperature=1.0, ignore_eos=False, max_tokens=30,
             grammar=grammar_of(GrammarKind.REGEX, "[ab]{5}(-[0-9]{3}){4}"),
         ),
     }  # fmt: skip
@@ -250,7 +250,7 @@ def test_grammars_on_two_ranks(num_blocks: int, folder: Path) -> None:
     for name, params in wanted.items():
         runs.submit(rig, name, params)
     assert runs.finish(rig) == plain
-    assert drafter.counters["spec_decode_num_accepted_tokens"] > 10
+    assert drafter.counters["spec_decode_num_accepted_tokens"] > 5
     assert torch.equal(rig.runner._last_tokens, rig.other._last_tokens)
     assert bool(rig.scheduler.num_preemptions) == (num_blocks < 100)
 
