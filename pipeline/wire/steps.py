@@ -50,6 +50,8 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     # int32: its last tokens are guesses. The step yields tokens up to the first that differs from its guess.
     drafts: bytes = b""
     snapshot: int = -1  # of the snapshots: where its state is saved behind the step; -1: nowhere
+    num_drafts_saved: int = 0  # drafts before the state that is saved, be they right or wrong
+    num_guesses: int = 0  # of the tokens behind the step: to be made at its end, by a head of the model
 
 
 class StepPlan(WorkerMessage, frozen=True, kw_only=True):

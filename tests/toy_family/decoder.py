@@ -147,8 +147,14 @@ class _Memory:
             memory[states.slots] = seen = memory[states.slots] * self._decay + write
             return seen
         parts: list[Tensor] = []
-        for slot, rows in zip(states.slots.tolist(), write.split(list(states.counts)), strict=True):
-            for row in rows:
-                memory[slot] = memory[slot] * self._decay + row
-                parts.append(memory[slot].clone())
+        drafts = states.drafts or [range(0)] * len(states.slots)
+        slots, of_slots = states.slots.tolist(), write.split(list(states.counts))
+        for slot, of_slot, behind_drafts in zip(slots, of_slots, drafts, strict=True):
+            place = slot
+            for row, target in zip(
+                of_slot, [*[slot] * (len(of_slot) - len(behind_drafts)), *behind_drafts], strict=True
+            ):
+                memory[target] = memory[place] * self._decay + row
+                parts.append(memory[target].clone())
+                place = target
         return torch.stack(parts)

@@ -226,9 +226,13 @@ class Stepper:
         elif item.is_plain_decode:
             return self._decodes[request.slot]
         embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
+        snapshot, num_saved = -1, 0
+        if item.save is not None:
+            snapshot, num_saved = item.save.place, item.save.position - item.stop
         return SequenceStep(
-            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, item.snapshot
-        )
+            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, snapshot,
+            num_saved, item.num_guesses,
+        )  # fmt: skip
 
     def record(self) -> None:
         """Records the ids of executing requests without a token, if they have changed."""
@@ -268,7 +272,8 @@ class Stepper:
         for sequence, scores in result.prompt_scores.items():
             step.scheduled[sequence].request.take_prompt_scores(scores)
         self._leases.release(step.leases)
-        finished = self.scheduler.update(step.scheduled, new_token_ids)
+        guesses = {step.sampled[place].key: guessed for place, guessed in result.guesses.items()}
+        finished = self.scheduler.update(step.scheduled, new_token_ids, guesses)
         for request, _ in yielded:
             if request.matchers and not request.is_over and self._is_ended(request, new_token_ids):
                 request.finish_reason = FinishReason.STOP

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from pipeline.wire.generation import MmChunk, MmItem, Span
 from pipeline.wire.handles import TensorHandle
@@ -13,9 +15,18 @@ from workers.llm.cache.manager import CacheManager
 from workers.llm.chunk import chunks_of
 from workers.llm.request import Request
 from workers.llm.scheduler import Scheduler
+from workers.llm.speculation.drafter import Drafter
 
 TURN, WORD = 3, 5
 ARRIVALS = itertools.count(1)
+
+
+class Eights:
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Whatever the text is."""
+
+    def propose(self, num_tokens: int) -> list[int]:
+        return [8] * num_tokens
 
 
 def make(
@@ -108,3 +119,37 @@ def test_a_prompt_of_many_pictures_leaves_its_system_prompt() -> None:
     request.items = tuple(MmItem((span,), b"%d" % span.offset, b"h", ()) for span in spans)
     run(made, request)
     assert run(made, make("other", [*system, TURN, *[9] * 300]))["other"] == 192
+
+
+def decode(made: Scheduler, drafts: list[int], accepted: int, request: Request) -> None:
+    """A step of a lone request that decodes, with these drafts."""
+    (item,) = made.schedule().scheduled
+    assert list(item.drafts) == drafts
+    made.update([item], {request.key: [*drafts[:accepted], 1]})
+    made.check_integrity()
+
+
+@pytest.mark.parametrize(("accepted", "is_kept"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_state_behind_a_draft_is_kept_if_the_draft_is_right(accepted: int, is_kept: bool) -> None:
+    made, drafts = scheduler(4), [8, 8, 8]
+    made.drafter = Drafter(lambda: Eights(), 3)
+    request = make("a", [WORD] * 188, max_tokens=50)
+    made.add(request)
+    made.update(made.schedule().scheduled, {request.key: [1]})  # up to the boundary at 128
+    made.update(made.schedule().scheduled, {request.key: [1]})
+    decode(made, drafts, 0, request)
+    (item,) = made.schedule().scheduled
+    assert (item.stop, item.save and item.save.position) == (190, 192)
+    made.update([item], {request.key: [*drafts[:accepted], 1]})
+    assert made.cache.snapshots is not None
+    digest = request.block_hashes(12, 16)[-1] if request.num_tokens >= 192 else b""
+    assert (digest in made.cache.snapshots) == is_kept
+    assert made.cache.snapshots.has_free_place
+    made.check_integrity()
+    while digest not in made.cache.snapshots:  # a step reaches it
+        decode(made, drafts, 0, request)
+        digest = request.block_hashes(12, 16)[-1] if request.num_tokens >= 192 else b""
+    assert request.num_computed_tokens - 3 <= 192 <= request.num_computed_tokens
+    made.remove(request)
+    made.cache.check_empty()
+    assert run(made, make("b", [WORD] * 188 + request.output_token_ids[:4] + [1] * 9))["b"] == 192

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan
+from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan, DraftLayout
 from workers.nn.delta.rule import (
     Chunks,
     DeltaTokens,
@@ -67,10 +67,14 @@ class GatedDeltaNet:
         """
         share, fade = b.float().sigmoid(), F.softplus(a.float() + self.bias).mul_(-self.decay)
         rows = _Rows(x, z, fade, share, torch.empty_like(z))
+        first = plan.num_decodes
         if plan.num_decodes:
-            self._decode(rows.part(slice(plan.num_decodes)), states, plan)
+            self._decode(rows.part(slice(first)), states, plan)
+        if plan.drafts is not None:
+            start, first = first, first + plan.drafts.num_tokens
+            self._draft(rows.part(slice(start, first)), states, plan.drafts, plan.are_distinct)
         if plan.chunks is not None:
-            self._prefill(rows.part(slice(plan.num_decodes, None)), states, plan.chunks)
+            self._prefill(rows.part(slice(first, None)), states, plan.chunks)
         return rows.out
 
     def _decode(self, rows: _Rows, states: DeltaStates, plan: DeltaPlan) -> None:
@@ -78,12 +82,22 @@ class GatedDeltaNet:
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
         tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
-        if plan.are_distinct:
-            found = advance_slots(states.memory, slots, tokens)
-        else:
-            memory = states.memory[slots]
-            found = advance(memory, tokens)
-            states.memory[slots] = memory
+        found = _advance(states.memory, slots, tokens, plan.are_distinct)
+        rows.out.copy_(self._gated(found, rows.z))
+
+    def _draft(self, rows: _Rows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
+        """As `_decode` for one token after another: only the memory's steps have to wait for each other."""
+        kept = states.inputs[layout.slots]
+        edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, kept.shape[1]))
+        seen = torch.cat((edges, rows.x[:, None]), dim=1).to(states.inputs.dtype)
+        states.inputs[layout.targets] = seen[:, 1:]
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
+        found = torch.empty_like(tokens.v)
+        for of_round in layout.rounds:
+            if of_round.sources is not None:
+                _copy_rows(states.memory, of_round.sources, of_round.targets)
+            taken = DeltaTokens(*(part[of_round.tokens] for part in tokens))
+            found[of_round.tokens] = _advance(states.memory, of_round.targets, taken, are_distinct)
         rows.out.copy_(self._gated(found, rows.z))
 
     def _prefill(self, rows: _Rows, states: DeltaStates, layout: ChunkLayout) -> None:
@@ -130,3 +144,22 @@ class GatedDeltaNet:
         """[n, value_heads · value_dim] of found [n, value_heads, value_dim]."""
         normed = F.rms_norm(found, self.gain.shape, self.gain, self.eps).flatten(1)
         return normed.mul_(F.silu(z.float())).to(z.dtype)
+
+
+def _advance(memory: Tensor, slots: Tensor, tokens: DeltaTokens, are_distinct: bool) -> Tensor:
+    """One token each of the sequences in `slots`; updates their memory."""
+    if are_distinct:
+        return advance_slots(memory, slots, tokens)
+    of_slots = memory[slots]
+    found = advance(of_slots, tokens)
+    memory[slots] = of_slots
+    return found
+
+
+def _copy_rows(memory: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """memory[targets] = memory[sources]"""
+    if memory.device.type != "cpu":
+        memory[targets] = memory[sources]
+        return
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):  # at once, in place
+        memory[target].copy_(memory[source])

@@ -1,6 +1,7 @@
 """How the tokens of a step are laid out for layers with a delta rule: once a step, for all such layers.
 
-Leading sequences with one token are computed step by step. All others are cut into chunks of at most `CHUNK`
+Leading sequences with one token are computed step by step, and so are those with drafts, which follow them:
+each of their tokens leaves its states in a row of its own. All others are cut into chunks of at most `CHUNK`
 tokens, at multiples of `CHUNK` from the start of the sequence, so that the same tokens are cut alike however
 the steps were. The i-th chunks of all sequences are computed together (a round), those of the longest
 sequences first: the chunks of a round, and its sequences, lie side by side.
@@ -64,13 +65,32 @@ class ChunkLayout(NamedTuple):
     tails: InputSources  # the last inputs of each sequence [num_sequences · num_kept]
 
 
+class DraftRound(NamedTuple):
+    """The i-th tokens of all sequences that have so many. All [n] int64."""
+
+    tokens: Tensor  # among the layout's
+    sources: Tensor | None  # rows of the states before these tokens; None: those of the targets
+    targets: Tensor  # rows of the states behind them
+
+
+class DraftLayout(NamedTuple):
+    """Sequences with drafts. Their first token's states stay in their slot."""
+
+    num_tokens: int
+    slots: Tensor  # [num_sequences] int64
+    targets: Tensor  # [num_tokens] int64: rows of the states behind each token
+    rounds: Sequence[DraftRound]
+    edges: InputSources  # the inputs before each token [num_tokens · num_kept]
+
+
 class DeltaPlan(NamedTuple):
-    """DeltaTokens of decodes come first, then those in chunks."""
+    """DeltaTokens of decodes come first, then those of sequences with drafts, then those in chunks."""
 
     num_decodes: int
     decode_slots: Tensor  # [num_decodes] int64
     are_distinct: bool  # these slots, and on the CPU: no padding
     chunks: ChunkLayout | None
+    drafts: DraftLayout | None = None
 
 
 class _Chunk(NamedTuple):
@@ -80,18 +100,47 @@ class _Chunk(NamedTuple):
 
 
 def plan_step(
-    slots: Tensor, counts: Sequence[int] | None, starts: Sequence[int] | None, num_kept: int
+    slots: Tensor,
+    counts: Sequence[int] | None,
+    starts: Sequence[int] | None,
+    num_kept: int,
+    drafts: Sequence[range] | None = None,
 ) -> DeltaPlan:
     """Of sequences with `counts` tokens behind `starts` ones; None: one each, and all stays on the device.
 
-    num_kept: inputs before a token that its convolution sees.
+    num_kept: inputs before a token that its convolution sees. drafts: by sequence, the rows of the states
+    behind its last tokens; a sequence that has any has one token more.
     """
     if counts is None or starts is None:
         return DeltaPlan(len(slots), slots, False, None)
     num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
-    rest = counts[num_decodes:]
-    layout = _lay_out(slots[num_decodes:], rest, starts[num_decodes:], num_kept) if rest else None
-    return DeltaPlan(num_decodes, slots[:num_decodes], slots.device.type == "cpu", layout)
+    of_drafts = list(itertools.takewhile(len, (drafts or ())[num_decodes:]))
+    first = num_decodes + len(of_drafts)
+    drafted = _lay_out_drafts(slots[num_decodes:first], of_drafts, num_kept) if of_drafts else None
+    rest = counts[first:]
+    layout = _lay_out(slots[first:], rest, starts[first:], num_kept) if rest else None
+    assert not any((drafts or ())[first:]), "sequences with drafts follow those with one token"
+    return DeltaPlan(num_decodes, slots[:num_decodes], slots.device.type == "cpu", layout, drafted)
+
+
+def _lay_out_drafts(slots: Tensor, drafts: Sequence[range], num_kept: int) -> DraftLayout:
+    rows = [[slot, *of_sequence] for slot, of_sequence in zip(slots.tolist(), drafts, strict=True)]
+    offsets, device = np.cumsum([0, *map(len, rows[:-1])]), slots.device
+    rounds: list[DraftRound] = []
+    for number in range(max(map(len, rows))):
+        those = [index for index, of_sequence in enumerate(rows) if number < len(of_sequence)]
+        before = [rows[index][number - 1] for index in those] if number else None
+        behind = [rows[index][number] for index in those]
+        sources = None if before is None else to_device(np.array(before), device)
+        tokens, targets = to_device(offsets[those] + number, device), to_device(np.array(behind), device)
+        rounds.append(DraftRound(tokens, sources, targets))
+    positions = [
+        (index, token) for index, of_sequence in enumerate(rows) for token in range(len(of_sequence))
+    ]
+    ranks = {index: index for index in range(len(rows))}
+    edges = _inputs_before(positions, offsets, ranks, num_kept, device)
+    targets = to_device(np.concatenate(rows), device)
+    return DraftLayout(len(positions), slots, targets, rounds, edges)
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:
