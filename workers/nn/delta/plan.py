@@ -71,6 +71,10 @@ class DeltaPlan(NamedTuple):
     decode_slots: Tensor  # [num_decodes] int64
     are_distinct: bool  # these slots, and on the CPU: no padding
     chunks: ChunkLayout | None
+    # For kernels, on the CPU: of each sequence its slot, its first row, its tokens, and the tokens before
+    # them. [n, 4] int64; rows are counted from the first decode, and from the first token in chunks.
+    decode_table: Tensor | None = None
+    chunk_table: Tensor | None = None
 
 
 class _Chunk(NamedTuple):
@@ -90,8 +94,22 @@ def plan_step(
         return DeltaPlan(len(slots), slots, False, None)
     num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
     rest = counts[num_decodes:]
-    layout = _lay_out(slots[num_decodes:], rest, starts[num_decodes:], num_kept) if rest else None
-    return DeltaPlan(num_decodes, slots[:num_decodes], slots.device.type == "cpu", layout)
+    is_on_cpu = slots.device.type == "cpu"
+    plan = DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, None)
+    if rest:
+        of_rest = slots[num_decodes:], rest, starts[num_decodes:]
+        plan = plan._replace(chunks=_lay_out(*of_rest, num_kept))
+    if is_on_cpu:
+        of_decodes = slots[:num_decodes], counts[:num_decodes], starts[:num_decodes]
+        plan = plan._replace(decode_table=_table_of(*of_decodes))
+        if rest:
+            plan = plan._replace(chunk_table=_table_of(*of_rest))
+    return plan
+
+
+def _table_of(slots: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
+    firsts = itertools.accumulate(counts[:-1], initial=0)
+    return torch.tensor([*zip(slots.tolist(), firsts, counts, starts, strict=False)], dtype=torch.int64)
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:
