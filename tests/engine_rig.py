@@ -51,6 +51,7 @@ CLIENT = b"c" * 16
 NUM_TOKENS = 24
 CPU = torch.device("cpu")
 MAX_PIXELS = 10**9  # of a file
+MAX_DRAFTS = 63  # of a step
 
 
 class NoSource:
@@ -103,7 +104,7 @@ class Rig:
             model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention)
         )
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
-        runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots)
+        runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots, num_drafts=MAX_DRAFTS)
         decoder = runner.decoder
         self.scheduler = Scheduler(
             CacheManager.of_size(

@@ -11,6 +11,7 @@ A sequence's state is kept by slot from its start on (`sequences.py`); a step br
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from workers.llm.unchosen import Unchosen, logit_rows
 from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
+INT32_BYTES = 4
 LARGEST_GRAPH = 512  # requests; in a larger batch launches cost little beside the step
 
 
@@ -109,11 +111,17 @@ class ModelRunner:
         return cls(info, config, decoder, backend, device, parallel)
 
     def open_cache(
-        self, num_blocks: int, max_model_len: int, num_slots: int | None = None, num_snapshots: int = 0
+        self,
+        num_blocks: int,
+        max_model_len: int,
+        num_slots: int | None = None,
+        num_snapshots: int = 0,
+        num_drafts: int = 0,
     ) -> None:
         """Allocates KV cache and layer states, and captures decode graphs where the backend allows it.
 
-        `num_slots`: sequences at once; None: as many as `max_num_seqs`.
+        `num_slots`: sequences at once; None: as many as `max_num_seqs`. `num_drafts`: of a step, at most,
+        where layers keep a state.
         """
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
         if num_slots is not None:
@@ -122,7 +130,9 @@ class ModelRunner:
         self.attention = self._backend.attention(cache)
         self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
         states = states_of(spec)
-        self.states = StateTensors(states, self._num_slots, self._dtype, self.device, num_snapshots)
+        self.states = StateTensors(
+            states, self._num_slots, self._dtype, self.device, num_snapshots, num_drafts
+        )
         if self._backend.sample is None:
             return
         with torch.inference_mode():
@@ -184,13 +194,9 @@ class ModelRunner:
         self.sequences.advance(rows)
         if self._graphs is not None and self._graphs.can_run(rows):
             outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
-            launched = self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
-        else:
-            launched = self._launch_any(rows, plan.sequences)
-        for sequence in plan.sequences:
-            if sequence.snapshot >= 0:
-                self.states.save(sequence.slot, sequence.snapshot)
-        return launched
+            self._save_states(plan.sequences)
+            return self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
+        return self._launch_any(rows, plan.sequences)
 
     @torch.inference_mode()
     def choose(self, masks: Sequence[bytes]) -> None:
@@ -224,15 +230,26 @@ class ModelRunner:
 
     def _choose(self, launched: LaunchedStep, unchosen: Unchosen, masks: Sequence[bytes] = ()) -> None:
         """`masks`: none, or one for each row of logits."""
+        num_accepted: Counter[int] = Counter()  # drafts, by slot
         while unchosen:
             slots, of_rows = unchosen.slots, [masks[row] for row in unchosen.rows.tolist()] if masks else ()
             sampled = self.sampler.sample(unchosen.next_logits, slots, unchosen.num_tokens, of_rows)
             self._last_tokens[self._tensor(slots)] = sampled.token_ids
             launched.add(unchosen.places, sampled, self.sampler.num_logprobs(slots))
             if not unchosen.drafts:
-                return
+                break
             unchosen = unchosen.behind(sampled.token_ids.cpu().numpy())
             self.sequences.accept(unchosen.slots)
+            num_accepted.update(unchosen.slots.tolist())
+        for slot, count in num_accepted.items():
+            self.states.accept(slot, count)
+
+    def _save_states(self, steps: Sequence[SequenceStep]) -> None:
+        """Those behind the sequences' parts, before any draft is accepted."""
+        for step in steps:
+            for save in step.saves:
+                if (num_drafts := save.num_tokens - _num_given(step)) >= 0:
+                    self.states.save(step.slot, save.snapshot, num_drafts)
 
     def _start(self, start: SequenceStart) -> None:
         """Overwrites all state of the slot's previous sequence."""
@@ -250,6 +267,7 @@ class ModelRunner:
 
     def _launch_any(self, rows: StepRows, steps: Sequence[SequenceStep]) -> LaunchedStep:
         hidden, ends = self._compute(rows, steps)
+        self._save_states(steps)
         # All ranks must agree on the calls of `logits`, as it is a collective: they do, by their equal plans.
         if rows.are_sampled.any():
             logits = self.decoder.logits(hidden[self._tensor(logit_rows(rows, ends))])
@@ -291,7 +309,17 @@ class ModelRunner:
                 strict=True,
             )
         ]
-        states = self.states.of_step(self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist())
+        drafts = None
+        if rows.drafts:
+            num_drafts = [len(rows.drafts.get(row, ())) for row in range(len(rows.slots))]
+            drafts = self.states.place_drafts(rows.slots.tolist(), num_drafts)
+        saves = [
+            [(save.num_tokens, save.snapshot) for save in step.saves if save.num_tokens < _num_given(step)]
+            for step in steps
+        ]
+        states = self.states.of_step(
+            self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist(), drafts, saves
+        )
         return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
 
     def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
@@ -324,3 +352,8 @@ class ModelRunner:
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values.astype(np.int64, copy=False), self.device)
+
+
+def _num_given(step: SequenceStep) -> int:
+    """Tokens of its part that are no drafts."""
+    return step.num_tokens - len(step.drafts) // INT32_BYTES

@@ -46,7 +46,7 @@ class Requests:
         if self._tracer is not None and self._spans is not None:
             self._tracer.follow(choices.request_id, choices.attempt, choices.trace)
             self._spans.enter(choices.request_id, "queue")
-        choices.keep_chunks_behind(self._scheduler.num_shared_tokens(choices.all))
+        choices.keep_chunks_behind(self._scheduler.prefixes.num_shared_tokens(choices.all))
         for request in choices.all:
             self._scheduler.add(request)
 

@@ -22,12 +22,12 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import CachePlan, describe
-from workers.llm.cache.spec import CacheSpec, states_of
+from workers.llm.cache.spec import states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
 from workers.llm.models.base import Decoder
 from workers.llm.scheduler import Scheduler
-from workers.llm.speculation.drafter import Drafter
+from workers.llm.speculation.drafter import MAX_ROWS, Drafter
 from workers.llm.speculation.ngram import NgramProposer
 from workers.llm.speculation.proposer import Proposer
 from workers.llm.step_times import StepTimes
@@ -115,13 +115,11 @@ def has_overlap(config: LlmConfig, device: torch.device) -> bool:
     return config.overlap == "on" or (config.overlap == "auto" and is_useful)
 
 
-def check_speculation(config: LlmConfig, spec: CacheSpec) -> None:
-    """Raises ValueError where the decoder cannot go back behind a wrong guess."""
-    if config.speculative != "none" and states_of(spec):
-        raise ValueError(
-            f"speculative {config.speculative!r} is not for this model: its layers keep a state of all "
-            "tokens, which cannot go back behind a wrong guess"
-        )
+def most_drafts(config: LlmConfig) -> int:
+    """In one step, over all its sequences."""
+    if config.speculative == "none":
+        return 0
+    return min(MAX_ROWS - 1, config.max_num_seqs * config.speculative_tokens)
 
 
 def make_drafter(config: LlmConfig) -> Drafter | None:

@@ -43,11 +43,11 @@ from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import COUNTED as GUESSES
 from workers.llm.start import (
-    check_speculation,
     has_overlap,
     make_scheduler,
     make_welcome,
     measure_steps,
+    most_drafts,
     wait_for_ranks,
     wait_for_vits,
 )
@@ -83,12 +83,13 @@ def main(context: WorkerContext) -> None:
     choose_formats(context.model_folder, device, config.llm.quantization)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
-    check_speculation(config.llm, spec)
+    num_drafts = most_drafts(config.llm)
     if device.type == "cuda":
         wait_for_vits(context, control)
     else:
         # A cache that cannot fit fails before the weights are loaded.
-        plan_cache(spec, info.text.max_position_embeddings, config, dtype, available_gib(config, device))
+        gib = available_gib(config, device)
+        plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
     rendezvous = (
         Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
     )
@@ -107,7 +108,7 @@ def main(context: WorkerContext) -> None:
         runner.decoder.on_layer = context.recorder.move
         spec = runner.decoder.cache_spec()
         gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
-        cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib)
+        cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
         runner.open_cache(*cache_plan)
         if rank == 0:
             kind, attention = str(dtype).removeprefix("torch."), type(runner.attention).__name__

@@ -85,7 +85,7 @@ def test_each_choice_says_what_its_seed_says(
     expected: dict[int, list[int]],
 ) -> None:
     rig = Rig(random_checkpoint, 64, block_size=4, has_overlap=has_overlap)
-    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.scheduler.prefixes.has_cache = has_prefix_cache
     rig.open_pool()
     start(rig, n)
     run(rig)
@@ -98,7 +98,7 @@ def test_each_choice_says_what_its_seed_says(
 @pytest.mark.parametrize("has_prefix_cache", [True, False])
 def test_the_prompt_is_computed_once_and_shared(has_prefix_cache: bool, random_checkpoint: Path) -> None:
     rig = Rig(random_checkpoint, 512, block_size=4)
-    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.scheduler.prefixes.has_cache = has_prefix_cache
     rig.open_pool()
     start(rig, 4)
     first = rig.scheduler.schedule()
@@ -126,7 +126,7 @@ def test_no_choice_is_suspected_once_the_request_has_yielded_a_token(random_chec
 
 def test_without_a_prefix_cache_only_choices_share(random_checkpoint: Path) -> None:
     rig = Rig(random_checkpoint, 64, block_size=4)
-    rig.scheduler.has_prefix_cache = False
+    rig.scheduler.prefixes.has_cache = False
     rig.open_pool()
     start(rig, 2)
     run(rig)
@@ -233,7 +233,7 @@ def test_a_picture_in_the_last_block_stays_leased_until_all_choices_have_read_it
 ) -> None:
     """The block size leaves some of the picture to each choice, and nobody keeps unleased pictures."""
     rig = Rig(random_checkpoint, 512, block_size=64)
-    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.scheduler.prefixes.has_cache = has_prefix_cache
     rig.open_pool()
     start(rig, n)
     released: list[int] = []

@@ -80,7 +80,7 @@ def test_late_and_unordered_embeddings_give_the_same_tokens(
 ) -> None:
     rig = Rig(random_checkpoint, budget, block_size, has_overlap=has_overlap)
     rig.open_pool()
-    rig.scheduler.has_prefix_cache = False
+    rig.scheduler.prefixes.has_cache = False
     for number, order in enumerate(("in order", "reversed")):
         request, ready = rig.request(CHATS[name], f"r{number}")
         rig.engine.handle(request, rig.now)
@@ -250,7 +250,7 @@ def test_preempted_requests_go_on_with_the_same_tokens(
     """The cache holds the prompts and little more. Pictures that are needed again are leased again."""
     num_blocks = sum(-(-len(references[name].prompt_token_ids) // 4) for name in CHATS) + len(CHATS) + 6
     rig = Rig(random_checkpoint, 400, block_size=4, num_blocks=num_blocks, has_overlap=has_overlap)
-    rig.scheduler.has_prefix_cache = has_prefix_cache
+    rig.scheduler.prefixes.has_cache = has_prefix_cache
     rig.open_pool()
     handles = {}
     for name, chat in CHATS.items():
@@ -286,7 +286,7 @@ def test_a_picture_that_no_vit_has_any_more_interrupts_its_request(random_checkp
     name = "one picture"
     rig = Rig(random_checkpoint, 64)
     rig.open_pool()
-    rig.scheduler.has_prefix_cache = False
+    rig.scheduler.prefixes.has_cache = False
     request, ready = rig.request(CHATS[name], "r")
     rig.engine.handle(request, rig.now)
     rig.engine.handle(ready[0], rig.now)

@@ -81,7 +81,7 @@ def test_the_reference_text_is_lively(family: Family) -> None:
 def test_any_chunks_and_any_order_give_the_same_tokens(family: Family, budget: int, order: str) -> None:
     rig = Rig(family.folder, budget, BLOCK, num_vits=3)
     rig.open_pool()
-    rig.scheduler.has_prefix_cache = False
+    rig.scheduler.prefixes.has_cache = False
     request, ready = rig.request(family.chats.mixed, "r", sampling=GREEDY)
     assert unpack_int32(request.prompt_token_ids).tolist() == family.mixed.prompt_token_ids
     assert len(ready) > len(request.items), "a video comes in several chunks"

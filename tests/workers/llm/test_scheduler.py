@@ -396,7 +396,7 @@ def test_invariants_hold_whatever_happens(
 
     num_snapshots: None: no layer keeps a state.
     """
-    has_guesses = has_guesses and not has_overlap and num_snapshots is None
+    has_guesses = has_guesses and not has_overlap
     cache = CacheManager.of_size(num_blocks, 4, max_seqs, num_snapshots is not None, num_snapshots or 0)
     drafter = Drafter(SomeOnes, 6, max_rows=8) if has_guesses else None
     times = TIMES if is_protected else None
@@ -444,16 +444,19 @@ def test_invariants_hold_whatever_happens(
             assert item.stop + len(item.drafts) <= len(item.request.block_table) * 4
             write(item)
         for item in scheduled:
-            if item.snapshot >= 0:
-                snapshots[item.snapshot] = list(states[item.request.slot])
+            for save in item.saves:
+                assert item.start < save.position <= item.stop + len(item.drafts)
+                snapshots[save.place] = [*states[item.request.slot], *item.drafts][: save.position]
         if scheduled:
             under_way.append(scheduled)
         num_done = 0
         while len(under_way) > (1 if has_overlap and scheduled else 0):
             done = under_way.pop(0)
-            finished = made.update(
-                done, {item.request.key: yielded(item) for item in done if item.is_sampled}
-            )
+            tokens = {item.request.key: yielded(item) for item in done if item.is_sampled}
+            for item in done:
+                if item.drafts and num_snapshots is not None:
+                    states[item.request.slot] += item.drafts[: len(tokens[item.request.key]) - 1]
+            finished = made.update(done, tokens)
             for request in finished:
                 assert len(request.output_token_ids) == request.max_tokens
             ended.extend(request.request_id for request in finished)

@@ -22,9 +22,8 @@ from pipeline.transport.sockets import Sockets
 from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
-from workers.llm.cache.spec import Paged, State
 from workers.llm.speculation.ngram import NgramProposer
-from workers.llm.start import check_speculation, has_overlap, make_drafter, make_welcome, wait_for_vits
+from workers.llm.start import has_overlap, make_drafter, make_welcome, most_drafts, wait_for_vits
 from workers.preprocess.credits import Credits
 
 VIT_1 = WorkerId(Role.VIT, 1)
@@ -98,15 +97,10 @@ def test_steps_that_follow_guesses_do_not_overlap() -> None:
         LlmConfig(speculative="ngram", overlap="on")
 
 
-def test_a_model_with_states_takes_no_guesses() -> None:
-    paged, state = Paged(2, 64), State((8,), torch.float32)
-    guesses = LlmConfig(speculative="ngram")
-    check_speculation(LlmConfig(), [paged, state])
-    check_speculation(guesses, [paged])
-    with pytest.raises(
-        ValueError, match="speculative 'ngram' is not for this model: its layers keep a state"
-    ):
-        check_speculation(guesses, [paged, state])
+def test_a_step_has_so_many_drafts_at_most() -> None:
+    assert most_drafts(LlmConfig()) == 0
+    assert most_drafts(LlmConfig(speculative="ngram")) == 15
+    assert most_drafts(LlmConfig(speculative="ngram", speculative_tokens=3, max_num_seqs=2)) == 6
 
 
 def test_guesses_are_made_when_they_are_asked_for() -> None:

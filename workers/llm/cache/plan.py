@@ -20,6 +20,7 @@ class CachePlan(NamedTuple):
     max_model_len: int
     num_slots: int  # sequences at once
     num_snapshots: int = 0  # states of prefixes that are kept
+    num_drafts: int = 0  # states behind the drafts of a step
 
 
 def available_gib(config: Config, device: torch.device) -> float:
@@ -48,10 +49,12 @@ def plan_cache(
     config: Config,
     dtype: torch.dtype,
     gib: float,
+    num_drafts: int = 0,
 ) -> CachePlan:
     """Blocks and slots that fit `gib` on one rank, at most what `max_num_seqs` full contexts need.
 
-    States have half of it, or more where blocks do not need the other half: if they need more than that, the
+    `num_drafts`: of a step, at most. If layers keep a state, each has one: these are taken off first. Of the
+    rest, states have half, or more where blocks do not need the other half: if they need more than that, the
     cache has fewer slots than `max_num_seqs`. Without the option `max_model_len` the context is cut to what
     fits. Raises ValueError, with the numbers, for a `max_model_len` that the model or the cache cannot hold.
     """
@@ -63,6 +66,8 @@ def plan_cache(
     block_bytes = block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
     context_bytes = -(-(asked or max_position_embeddings) // block_size) * block_bytes
     slot_bytes, total = state_bytes(spec, dtype), int(gib * GIB)
+    num_drafts = num_drafts if slot_bytes else 0
+    total -= num_drafts * slot_bytes
     num_slots, num_snapshots = num_seqs, 0
     if slot_bytes:
         num_states = _num_states(slot_bytes, context_bytes, num_seqs, total, is_asked=asked is not None)
@@ -79,7 +84,7 @@ def plan_cache(
         needed = f"a context of {longest} tokens takes {needed_gib:.3f} GiB of KV cache"
         remedy = "raise kv_cache_gib or lower max_model_len"
         raise ValueError(f"{needed}, but there is room for {left / GIB:.3f}: {remedy}")
-    return CachePlan(min(fitting, context * num_slots), length, num_slots, num_snapshots)
+    return CachePlan(min(fitting, context * num_slots), length, num_slots, num_snapshots, num_drafts)
 
 
 def _divide(num_states: int, num_seqs: int, has_prefix_cache: bool) -> tuple[int, int]:
@@ -112,6 +117,10 @@ def describe(plan: CachePlan, spec: CacheSpec, block_size: int, dtype: torch.dty
     said = f"the KV cache has {kv_bytes / GIB:.2f} GiB for {plan.num_blocks * block_size} tokens"
     if (slot_bytes := state_bytes(spec, dtype)) == 0:
         return said
-    states_gib = (plan.num_slots + 1 + plan.num_snapshots) * slot_bytes / GIB
+    states_gib = (plan.num_slots + 1 + plan.num_snapshots + plan.num_drafts) * slot_bytes / GIB
     kept = f"{plan.num_slots} sequences at once and {plan.num_snapshots} prefixes"
+    if plan.num_drafts:
+        kept = (
+            f"{plan.num_slots} sequences at once, {plan.num_snapshots} prefixes and {plan.num_drafts} drafts"
+        )
     return f"{said}; states have {states_gib:.2f} GiB for {kept}, {slot_bytes / (1 << 20):.1f} MiB each"

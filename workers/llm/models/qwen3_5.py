@@ -103,7 +103,8 @@ class Qwen3_5Decoder(Decoder):
         plan = None
         if states is not None:
             num_kept = self._info.delta_net.num_taps - 1
-            plan = plan_step(states.slots, states.counts, states.starts, num_kept)
+            of_step = states.slots, states.counts, states.starts
+            plan = plan_step(*of_step, num_kept, states.drafts, states.saves)
         step = _Step(attention, rotary, states, plan)
         stream = make_stream(x, self.parallel, self.kernels)
         for layer in self.layers:

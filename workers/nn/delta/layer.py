@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan
+from workers.nn.delta.plan import ChunkGroup, DeltaPlan, DraftLayout, Prefill
 from workers.nn.delta.rule import (
     Chunks,
     DeltaTokens,
@@ -55,10 +55,17 @@ class GatedDeltaNet:
         [num_tokens, value_heads], how far the memory is moved, and how far it fades.
         """
         rows = DeltaRows(x, z, b, a, z.new_empty(z.shape))
+        first = plan.num_decodes
         if plan.num_decodes:
-            self._decode(rows.part(slice(plan.num_decodes)), states, plan)
-        if plan.chunks is not None:
-            self._prefill(rows.part(slice(plan.num_decodes, None)), states, plan.chunks, plan.chunk_table)
+            self._decode(rows.part(slice(first)), states, plan)
+        if plan.drafts is not None:
+            of_drafts = rows.part(slice(first, first + plan.drafts.num_tokens))
+            self._draft(of_drafts, states, plan.drafts, plan.are_distinct)
+        for prefill in plan.prefills:
+            self._prefill(rows.part(prefill.tokens), states, prefill)
+            if prefill.targets is not None:
+                for state in states:
+                    state[prefill.targets] = state[prefill.sources]
         return rows.out
 
     def _runs(self, rows: DeltaRows, states: DeltaStates, table: Tensor | None) -> bool:
@@ -70,26 +77,34 @@ class GatedDeltaNet:
         return True
 
     def _decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
-        if self._runs(rows, states, plan.decode_table):
+        if self._runs(rows, states, plan.table):
             return
         slots, (fade, share) = plan.decode_slots, self._gates(rows)
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
         tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), fade, share)
-        if plan.are_distinct:
-            found = advance_slots(states.memory, slots, tokens)
-        else:
-            memory = states.memory[slots]
-            found = advance(memory, tokens)
-            states.memory[slots] = memory
+        found = _advance(states.memory, slots, tokens, plan.are_distinct)
         rows.out.copy_(self._gated(found, rows.z))
 
-    def _prefill(
-        self, rows: DeltaRows, states: DeltaStates, layout: ChunkLayout, table: Tensor | None
-    ) -> None:
-        if self._runs(rows, states, table):
+    def _draft(self, rows: DeltaRows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
+        """As `_decode` for one token after another: only the memory's steps have to wait for each other."""
+        kept = states.inputs[layout.slots]
+        edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, kept.shape[1]))
+        seen = torch.cat((edges, rows.x[:, None]), dim=1).to(states.inputs.dtype)
+        states.inputs[layout.targets] = seen[:, 1:]
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), *self._gates(rows))
+        found = torch.empty_like(tokens.v)
+        for of_round in layout.rounds:
+            if of_round.sources is not None:
+                states.memory[of_round.targets] = states.memory[of_round.sources]
+            taken = DeltaTokens(*(part[of_round.tokens] for part in tokens))
+            found[of_round.tokens] = _advance(states.memory, of_round.targets, taken, are_distinct)
+        rows.out.copy_(self._gated(found, rows.z))
+
+    def _prefill(self, rows: DeltaRows, states: DeltaStates, prefill: Prefill) -> None:
+        if self._runs(rows, states, prefill.table):
             return
-        gates = self._gates(rows)
+        layout, gates = prefill.chunks, self._gates(rows)
         kept = states.inputs[layout.slots]
         num_kept = kept.shape[1]
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
@@ -139,3 +154,13 @@ class GatedDeltaNet:
         """[n, value_heads · value_dim] of found [n, value_heads, value_dim]."""
         normed = F.rms_norm(found, self.gain.shape, self.gain, self.eps).flatten(1)
         return normed.mul_(F.silu(z.float())).to(z.dtype)
+
+
+def _advance(memory: Tensor, slots: Tensor, tokens: DeltaTokens, are_distinct: bool) -> Tensor:
+    """One token each of the sequences in `slots`; updates their memory."""
+    if are_distinct:
+        return advance_slots(memory, slots, tokens)
+    of_slots = memory[slots]
+    found = advance(of_slots, tokens)
+    memory[slots] = of_slots
+    return found

@@ -1,9 +1,13 @@
 """How the tokens of a step are laid out for layers with a delta rule: once a step, for all such layers.
 
-Leading sequences with one token are computed step by step. All others are cut into chunks of at most `CHUNK`
+Leading sequences with one token are computed step by step, and so are those with drafts, which follow them:
+each of their tokens leaves its states in a row of its own. All others are cut into chunks of at most `CHUNK`
 tokens, at multiples of `CHUNK` from the start of the sequence, so that the same tokens are cut alike however
 the steps were. The i-th chunks of all sequences are computed together (a round), those of the longest
 sequences first: the chunks of a round, and its sequences, lie side by side.
+
+A sequence whose state is to be copied behind some of its tokens is cut there: each piece is computed by a
+call of its own, together with the pieces of other sequences that lie beside it.
 """
 
 from __future__ import annotations
@@ -64,17 +68,55 @@ class ChunkLayout(NamedTuple):
     tails: InputSources  # the last inputs of each sequence [num_sequences · num_kept]
 
 
+class DraftRound(NamedTuple):
+    """The i-th tokens of all sequences that have so many. All [n] int64."""
+
+    tokens: Tensor  # among the layout's
+    sources: Tensor | None  # rows of the states before these tokens; None: those of the targets
+    targets: Tensor  # rows of the states behind them
+
+
+class DraftLayout(NamedTuple):
+    """Sequences with drafts. Their first token's states stay in their slot."""
+
+    num_tokens: int
+    slots: Tensor  # [num_sequences] int64
+    targets: Tensor  # [num_tokens] int64: rows of the states behind each token
+    rounds: Sequence[DraftRound]
+    edges: InputSources  # the inputs before each token [num_tokens · num_kept]
+
+
+class Prefill(NamedTuple):
+    """Sequences in chunks that are computed together. They lie side by side, and behind them some of their
+    states are copied."""
+
+    tokens: slice  # of the step
+    chunks: ChunkLayout
+    # For kernels, on the CPU: of each sequence its slot, its first row among these tokens, its tokens, and
+    # the tokens before them. [num_sequences, 4] int64
+    table: Tensor | None
+    sources: Tensor | None  # [n] int64: slots of the states to be copied
+    targets: Tensor | None  # [n] int64: where they are copied to
+
+
 class DeltaPlan(NamedTuple):
-    """DeltaTokens of decodes come first, then those in chunks."""
+    """DeltaTokens of decodes come first, then those of sequences with drafts, then those in chunks."""
 
     num_decodes: int
     decode_slots: Tensor  # [num_decodes] int64
     are_distinct: bool  # these slots, and on the CPU: no padding
-    chunks: ChunkLayout | None
-    # For kernels, on the CPU: of each sequence its slot, its first row, its tokens, and the tokens before
-    # them. [n, 4] int64; rows are counted from the first decode, and from the first token in chunks.
-    decode_table: Tensor | None = None
-    chunk_table: Tensor | None = None
+    prefills: Sequence[Prefill] = ()  # one behind the other
+    drafts: DraftLayout | None = None
+    table: Tensor | None = None  # of the decodes, as in `Prefill`
+
+
+class _Piece(NamedTuple):
+    """Tokens of a sequence."""
+
+    sequence: int
+    first: int
+    count: int
+    target: int  # where the state behind them is copied to; -1: nowhere
 
 
 class _Chunk(NamedTuple):
@@ -84,32 +126,92 @@ class _Chunk(NamedTuple):
 
 
 def plan_step(
-    slots: Tensor, counts: Sequence[int] | None, starts: Sequence[int] | None, num_kept: int
+    slots: Tensor,
+    counts: Sequence[int] | None,
+    starts: Sequence[int] | None,
+    num_kept: int,
+    drafts: Sequence[range] | None = None,
+    saves: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> DeltaPlan:
     """Of sequences with `counts` tokens behind `starts` ones; None: one each, and all stays on the device.
 
-    num_kept: inputs before a token that its convolution sees.
+    num_kept: inputs before a token that its convolution sees. drafts: by sequence, the rows of the states
+    behind its last tokens; a sequence that has any has one token more. saves: by sequence, tokens behind
+    which its state is copied, and the row to which it is copied; fewer tokens than all, ascending.
     """
     if counts is None or starts is None:
-        return DeltaPlan(len(slots), slots, False, None)
+        return DeltaPlan(len(slots), slots, False)
     num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
-    rest = counts[num_decodes:]
+    of_drafts = list(itertools.takewhile(len, (drafts or ())[num_decodes:]))
+    first = num_decodes + len(of_drafts)
+    drafted = _lay_out_drafts(slots[num_decodes:first], of_drafts, num_kept) if of_drafts else None
+    assert not any((drafts or ())[first:]), "sequences with drafts follow those with one token"
     is_on_cpu = slots.device.type == "cpu"
-    plan = DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, None)
-    if rest:
-        of_rest = slots[num_decodes:], rest, starts[num_decodes:]
-        plan = plan._replace(chunks=_lay_out(*of_rest, num_kept))
-    if is_on_cpu:
-        of_decodes = slots[:num_decodes], counts[:num_decodes], starts[:num_decodes]
-        plan = plan._replace(decode_table=_table_of(*of_decodes))
-        if rest:
-            plan = plan._replace(chunk_table=_table_of(*of_rest))
-    return plan
+    table = _table_of(slots[:num_decodes], counts[:num_decodes], starts) if is_on_cpu else None
+    calls = _calls(counts, saves or [()] * len(counts), first)
+    offsets = [0, *itertools.accumulate(counts)]
+    prefills = [_prefill(slots, offsets, starts, pieces, num_kept) for pieces in calls]
+    return DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, prefills, drafted, table)
+
+
+def _calls(
+    counts: Sequence[int], saves: Sequence[Sequence[tuple[int, int]]], first: int
+) -> Iterator[list[_Piece]]:
+    """Of the sequences from `first` on: pieces side by side, no sequence twice in a call."""
+    call: list[_Piece] = []
+    for number in range(first, len(counts)):
+        start = 0
+        for stop, target in [*saves[number], (counts[number], -1)]:
+            if call and call[-1].sequence == number:
+                yield call
+                call = []
+            call.append(_Piece(number, start, stop - start, target))
+            start = stop
+    if call:
+        yield call
+
+
+def _prefill(
+    slots: Tensor, offsets: Sequence[int], starts: Sequence[int], pieces: Sequence[_Piece], num_kept: int
+) -> Prefill:
+    """`offsets`: of the sequences' tokens in the step."""
+    numbers, firsts, counts, targets = (list(column) for column in zip(*pieces, strict=True))
+    of_pieces = slots[numbers[0] : numbers[-1] + 1]
+    before = [starts[number] + first for number, first in zip(numbers, firsts, strict=True)]
+    first = offsets[numbers[0]] + firsts[0]
+    table = _table_of(of_pieces, counts, before) if slots.device.type == "cpu" else None
+    layout = _lay_out(of_pieces, counts, before, num_kept)
+    found = Prefill(slice(first, first + sum(counts)), layout, table, None, None)
+    saved = np.flatnonzero(np.array(targets) >= 0)
+    if not len(saved):
+        return found
+    rows = to_device(np.array(targets)[saved], slots.device)
+    return found._replace(sources=of_pieces[to_device(saved, slots.device)], targets=rows)
 
 
 def _table_of(slots: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
-    firsts = itertools.accumulate(counts[:-1], initial=0)
+    firsts = itertools.accumulate(counts, initial=0)
     return torch.tensor([*zip(slots.tolist(), firsts, counts, starts, strict=False)], dtype=torch.int64)
+
+
+def _lay_out_drafts(slots: Tensor, drafts: Sequence[range], num_kept: int) -> DraftLayout:
+    rows = [[slot, *of_sequence] for slot, of_sequence in zip(slots.tolist(), drafts, strict=True)]
+    offsets, device = np.cumsum([0, *map(len, rows[:-1])]), slots.device
+    rounds: list[DraftRound] = []
+    for number in range(max(map(len, rows))):
+        those = [index for index, of_sequence in enumerate(rows) if number < len(of_sequence)]
+        before = [rows[index][number - 1] for index in those] if number else None
+        behind = [rows[index][number] for index in those]
+        sources = None if before is None else to_device(np.array(before), device)
+        tokens, targets = to_device(offsets[those] + number, device), to_device(np.array(behind), device)
+        rounds.append(DraftRound(tokens, sources, targets))
+    positions = [
+        (index, token) for index, of_sequence in enumerate(rows) for token in range(len(of_sequence))
+    ]
+    ranks = {index: index for index in range(len(rows))}
+    edges = _inputs_before(positions, offsets, ranks, num_kept, device)
+    targets = to_device(np.concatenate(rows), device)
+    return DraftLayout(len(positions), slots, targets, rounds, edges)
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:

@@ -19,11 +19,11 @@ def config(max_num_seqs: int = 8, max_model_len: int | None = None, prefix_cachi
 def test_the_context_is_cut_to_what_fits() -> None:
     block_bytes = 4 * 256 * 4 * 16
     plan = plan_cache([PAGED] * 4, 100_000, config(), torch.float32, 10.5 * block_bytes / GIB)
-    assert plan == (10, 160, 8, 0)
+    assert plan == (10, 160, 8, 0, 0)
 
 
 def test_there_is_never_more_than_all_contexts_need() -> None:
-    assert plan_cache([PAGED], 1000, config(max_num_seqs=3), torch.bfloat16, 1.0) == (3 * 63, 1000, 3, 0)
+    assert plan_cache([PAGED], 1000, config(max_num_seqs=3), torch.bfloat16, 1.0) == (3 * 63, 1000, 3, 0, 0)
 
 
 HYBRID = [STATE, STATE, STATE, PAGED]
@@ -36,20 +36,20 @@ def test_states_have_what_all_sequences_need_where_it_is_less_than_half() -> Non
     gib = (18 * SLOT + 7 * BLOCK) / GIB
     plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=8), torch.bfloat16, gib)
     num_blocks = 9 * SLOT // BLOCK + 7
-    assert plan == (num_blocks, num_blocks * 16, 8, 0)
+    assert plan == (num_blocks, num_blocks * 16, 8, 0, 0)
 
 
 def test_where_states_need_more_than_half_there_are_fewer_sequences() -> None:
     gib = (2 * 5 * SLOT + 2 * BLOCK) / GIB
     plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=64), torch.bfloat16, gib)
     num_blocks = 5 * SLOT // BLOCK + 2
-    assert plan == (num_blocks, num_blocks * 16, 4, 0)
+    assert plan == (num_blocks, num_blocks * 16, 4, 0, 0)
 
 
 def test_states_have_what_short_contexts_leave() -> None:
     gib = (9 * SLOT + 8 * 10 * BLOCK) / GIB
     plan = plan_cache(HYBRID, 100_000, config(max_num_seqs=8, max_model_len=160), torch.bfloat16, gib)
-    assert plan == (80, 160, 8, 0)
+    assert plan == (80, 160, 8, 0, 0)
 
 
 def test_prefixes_have_what_the_states_of_sequences_leave() -> None:
@@ -71,14 +71,14 @@ def test_a_context_that_is_asked_for_comes_before_further_sequences() -> None:
     long = 6 * SLOT // BLOCK * 16
     gib = (8 * SLOT + 2 * BLOCK) / GIB
     plan = plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, gib)
-    assert plan == (6 * SLOT // BLOCK, long, 1, 0)
+    assert plan == (6 * SLOT // BLOCK, long, 1, 0, 0)
     less = gib - SLOT / GIB
     with pytest.raises(ValueError, match=r"states of one sequence, .* take 0\.006 GiB, but there is room"):
         plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, less)
 
 
 def test_a_model_of_states_alone_has_room_for_all_its_contexts() -> None:
-    assert plan_cache([STATE], 100, config(max_num_seqs=2), torch.float32, 1.0) == (14, 100, 2, 0)
+    assert plan_cache([STATE], 100, config(max_num_seqs=2), torch.float32, 1.0) == (14, 100, 2, 0, 0)
 
 
 def test_the_division_is_told() -> None:

@@ -152,10 +152,64 @@ def test_cuts_are_at_multiples_of_the_whole_sequence(net: GatedDeltaNet) -> None
     for start in (0, 64):
         run(net, rows, again, [Part(0, start, start + 64)])
     assert torch.equal(first.memory, again.memory)
-    chunks = plan_of([Part(0, 50, 150)]).chunks
-    assert chunks is not None
+    (prefill,) = plan_of([Part(0, 50, 150)]).prefills
+    chunks = prefill.chunks
     assert [group.tokens for group in chunks.groups] == [slice(0, 100)]
     assert [group.rounds for group in chunks.groups] == [[1, 1, 1]], "14, 64 and 22 tokens"
+
+
+def test_drafts_leave_each_state_as_a_step_of_its_own_would(net: GatedDeltaNet) -> None:
+    """Whichever of them are right. Others decode and prefill beside them. Not to the last bit: softplus
+    of another number of rows rounds otherwise."""
+    rows = make_rows()
+    plain = [make_states() for _ in range(2)]
+    for states in plain:
+        run(net, rows, states, [Part(slot, 0, 20 + slot) for slot in range(4)])
+    one_by_one, together = plain
+    wanted, states_behind = [], []
+    for token in range(5):
+        found = run(
+            net, rows, one_by_one, [Part(slot, 20 + slot + token, 21 + slot + token) for slot in (1, 2)]
+        )
+        wanted.append(found)
+        states_behind.append(DeltaStates(*(part.clone() for part in one_by_one)))
+    parts = [Part(0, 20, 21), Part(1, 21, 26), Part(2, 22, 24), Part(3, 23, 60)]
+    drafts = [range(0), range(5, 9), range(9, 10), range(0)]
+    spare = DeltaStates(*(torch.cat((part, torch.full_like(part, 9.0))) for part in together))
+    taken = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+    counts = [part.stop - part.start for part in parts]
+    slots, starts = torch.tensor([part.slot for part in parts]), [part.start for part in parts]
+    out = net(*rows.at(taken), spare, plan_step(slots, counts, starts, 3, drafts)).split(counts)
+    for slot, of_drafts in ((1, drafts[1]), (2, drafts[2])):
+        for number, place in enumerate([slot, *of_drafts]):
+            torch.testing.assert_close(out[slot][number], wanted[number][slot - 1][0], rtol=1e-5, atol=1e-6)
+            for part, expected_part in zip(spare, states_behind[number], strict=True):
+                torch.testing.assert_close(part[place], expected_part[slot], rtol=1e-5, atol=1e-6)
+    alone = run(net, rows, together, [Part(0, 20, 21)]), run(net, rows, together, [Part(3, 23, 60)])
+    for place, (found,) in zip((0, 3), alone, strict=True):
+        torch.testing.assert_close(out[place], found)
+        torch.testing.assert_close(spare.memory[place], together.memory[place])
+
+
+def test_states_inside_a_step_are_copied(net: GatedDeltaNet) -> None:
+    """To the last bit those of steps that end there; other sequences are in the same calls."""
+    rows, (whole, cut) = make_rows(), (make_states(), make_states())
+    parts = [Part(0, 0, 1), Part(1, 0, 150), Part(2, 0, 70), Part(3, 0, 140)]
+    taken = rows.at(torch.cat([torch.arange(part.start, part.stop) for part in parts]))
+    slots, counts = torch.tensor([part.slot for part in parts]), [part.stop for part in parts]
+    spare = torch.zeros_like(whole.memory[:3]), torch.zeros_like(whole.inputs[:3])
+    whole = DeltaStates(torch.cat((whole.inputs, spare[1])), torch.cat((whole.memory, spare[0])))
+    saves = [[], [(64, 5), (128, 7)], [], [(64, 6)]]
+    plan = plan_step(slots, counts, [0] * 4, 3, None, saves)
+    assert len(plan.prefills) == 4
+    found = net(*taken, whole, plan)
+    wanted = expected(net, rows).out
+    for of_part, part in zip(found.split(counts), parts, strict=True):
+        torch.testing.assert_close(of_part, wanted[: part.stop], rtol=1e-4, atol=1e-4)
+    for slot, stop, row in ((1, 64, 5), (3, 64, 6), (1, 128, 7)):
+        run(net, rows, cut, [Part(slot, stop - 64, stop)])
+        assert torch.equal(whole.memory[row], cut.memory[slot])
+        assert torch.equal(whole.inputs[row], cut.inputs[slot])
 
 
 def random_tokens(length: int) -> DeltaTokens:
