@@ -14,7 +14,7 @@ int8    decode tokens/s with `--quantization int8` beside without
 context decode tokens/s of one request behind 8,000 tokens beside behind 100
 repeats decode tokens/s with `--speculative ngram` beside without, of an answer that repeats its prompt, and
         of one that does not
-turns   TTFT of the second turn of a chat with three pictures beside its first
+turns   TTFT of the second and the sixth turn of a chat with three pictures beside its first
 memory  resident memory of the LLM process beside its weights and KV cache
 itl     P99 ITL of four streams while 512-token prompts arrive without pause, beside the streams alone; and
         the prompts' rate
@@ -335,17 +335,20 @@ class Bench:
         ]
 
     def turns(self) -> list[Row]:
-        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=2)
+        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=6)
 
-        async def chat(served: Served) -> tuple[float, float]:
+        async def chat(served: Served) -> list[float]:
             async with open_session() as session:
-                first, second = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
-            return first.ttft, second.ttft
+                results = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
+            return [result.ttft for result in results]
 
         with self.serve() as served:
             times = [asyncio.run(chat(served)) for _ in range(self.rounds + 1)][1:]
-        first, second = (statistics.median(values) * 1000 for values in zip(*times, strict=True))
-        return [Row("TTFT of the second turn, 3 pictures", second, "first turn", first, "ms")]
+        medians = [statistics.median(values) * 1000 for values in zip(*times, strict=True)]
+        return [
+            Row(f"TTFT of the {name} turn, 3 pictures", medians[turn], "first turn", medians[0], "ms")
+            for name, turn in (("second", 1), ("sixth", 5))
+        ]
 
     def memory(self) -> list[Row]:
         kv_gib = 0.5
