@@ -22,7 +22,7 @@ from workers.nn.delta.rule import (
     unit_heads,
 )
 from workers.nn.native import operators
-from workers.nn.native.operators import DeltaRows, DeltaWeights
+from workers.nn.native.operators import DeltaRows, DeltaSequences, DeltaWeights
 
 
 class DeltaStates(NamedTuple):
@@ -68,16 +68,16 @@ class GatedDeltaNet:
                     state[prefill.targets] = state[prefill.sources]
         return rows.out
 
-    def _runs(self, rows: DeltaRows, states: DeltaStates, table: Tensor | None) -> bool:
-        """Computes the sequences of a table by a kernel. False: there is none for such tensors."""
-        if table is None or not operators.takes_delta_net(rows, *states, len(self.taps)):
+    def _runs(self, rows: DeltaRows, states: DeltaStates, sequences: DeltaSequences | None) -> bool:
+        """Computes these sequences by a kernel. False: there is none for such tensors."""
+        if sequences is None or not operators.takes_delta_net(rows, *states, len(self.taps)):
             return False
         weights = DeltaWeights(self.taps, self.decay, self.bias, self.gain, self.eps, self.num_key_heads)
-        operators.delta_net(rows, *states, table, weights)
+        operators.delta_net(rows, *states, sequences, weights)
         return True
 
     def _decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
-        if self._runs(rows, states, plan.table):
+        if self._runs(rows, states, plan.sequences):
             return
         slots, (fade, share) = plan.decode_slots, self._gates(rows)
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
@@ -88,6 +88,8 @@ class GatedDeltaNet:
 
     def _draft(self, rows: DeltaRows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
         """As `_decode` for one token after another: only the memory's steps have to wait for each other."""
+        if self._runs(rows, states, layout.sequences):
+            return
         kept = states.inputs[layout.slots]
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, kept.shape[1]))
         seen = torch.cat((edges, rows.x[:, None]), dim=1).to(states.inputs.dtype)
@@ -102,7 +104,7 @@ class GatedDeltaNet:
         rows.out.copy_(self._gated(found, rows.z))
 
     def _prefill(self, rows: DeltaRows, states: DeltaStates, prefill: Prefill) -> None:
-        if self._runs(rows, states, prefill.table):
+        if self._runs(rows, states, prefill.sequences):
             return
         layout, gates = prefill.chunks, self._gates(rows)
         kept = states.inputs[layout.slots]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from workers.nn.loader import to_device
+from workers.nn.native.operators import DeltaSequences
 
 CHUNK = 64
 # Chunks that are prepared together: so many that operators have enough to do, and so few that their results
@@ -84,6 +85,7 @@ class DraftLayout(NamedTuple):
     targets: Tensor  # [num_tokens] int64: rows of the states behind each token
     rounds: Sequence[DraftRound]
     edges: InputSources  # the inputs before each token [num_tokens · num_kept]
+    sequences: DeltaSequences | None  # as in `Prefill`
 
 
 class Prefill(NamedTuple):
@@ -92,9 +94,7 @@ class Prefill(NamedTuple):
 
     tokens: slice  # of the step
     chunks: ChunkLayout
-    # For kernels, on the CPU: of each sequence its slot, its first row among these tokens, its tokens, and
-    # the tokens before them. [num_sequences, 4] int64
-    table: Tensor | None
+    sequences: DeltaSequences | None  # for kernels, on the CPU; rows are counted from these tokens
     sources: Tensor | None  # [n] int64: slots of the states to be copied
     targets: Tensor | None  # [n] int64: where they are copied to
 
@@ -107,7 +107,7 @@ class DeltaPlan(NamedTuple):
     are_distinct: bool  # these slots, and on the CPU: no padding
     prefills: Sequence[Prefill] = ()  # one behind the other
     drafts: DraftLayout | None = None
-    table: Tensor | None = None  # of the decodes, as in `Prefill`
+    sequences: DeltaSequences | None = None  # of the decodes, as in `Prefill`
 
 
 class _Piece(NamedTuple):
@@ -144,14 +144,17 @@ def plan_step(
     num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
     of_drafts = list(itertools.takewhile(len, (drafts or ())[num_decodes:]))
     first = num_decodes + len(of_drafts)
-    drafted = _lay_out_drafts(slots[num_decodes:first], of_drafts, num_kept) if of_drafts else None
+    drafted = None
+    if of_drafts:
+        of_sequences = slots[num_decodes:first], starts[num_decodes:first]
+        drafted = _lay_out_drafts(*of_sequences, of_drafts, num_kept)
     assert not any((drafts or ())[first:]), "sequences with drafts follow those with one token"
     is_on_cpu = slots.device.type == "cpu"
-    table = _table_of(slots[:num_decodes], counts[:num_decodes], starts) if is_on_cpu else None
+    decodes = _sequences(slots[:num_decodes], counts[:num_decodes], starts) if is_on_cpu else None
     calls = _calls(counts, saves or [()] * len(counts), first)
     offsets = [0, *itertools.accumulate(counts)]
     prefills = [_prefill(slots, offsets, starts, pieces, num_kept) for pieces in calls]
-    return DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, prefills, drafted, table)
+    return DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, prefills, drafted, decodes)
 
 
 def _calls(
@@ -179,9 +182,9 @@ def _prefill(
     of_pieces = slots[numbers[0] : numbers[-1] + 1]
     before = [starts[number] + first for number, first in zip(numbers, firsts, strict=True)]
     first = offsets[numbers[0]] + firsts[0]
-    table = _table_of(of_pieces, counts, before) if slots.device.type == "cpu" else None
+    sequences = _sequences(of_pieces, counts, before) if slots.device.type == "cpu" else None
     layout = _lay_out(of_pieces, counts, before, num_kept)
-    found = Prefill(slice(first, first + sum(counts)), layout, table, None, None)
+    found = Prefill(slice(first, first + sum(counts)), layout, sequences, None, None)
     saved = np.flatnonzero(np.array(targets) >= 0)
     if not len(saved):
         return found
@@ -189,12 +192,19 @@ def _prefill(
     return found._replace(sources=of_pieces[to_device(saved, slots.device)], targets=rows)
 
 
-def _table_of(slots: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
-    firsts = itertools.accumulate(counts, initial=0)
-    return torch.tensor([*zip(slots.tolist(), firsts, counts, starts, strict=False)], dtype=torch.int64)
+def _sequences(
+    slots: Tensor, counts: Sequence[int], starts: Sequence[int], targets: Tensor | None = None
+) -> DeltaSequences:
+    """targets: of all tokens."""
+    firsts = [*itertools.accumulate(counts[:-1], initial=0)]
+    of_targets = [-1] * len(firsts) if targets is None else firsts
+    columns = zip(slots.tolist(), firsts, counts, starts, of_targets, strict=False)
+    return DeltaSequences(torch.tensor([*columns], dtype=torch.int64), targets)
 
 
-def _lay_out_drafts(slots: Tensor, drafts: Sequence[range], num_kept: int) -> DraftLayout:
+def _lay_out_drafts(
+    slots: Tensor, starts: Sequence[int], drafts: Sequence[range], num_kept: int
+) -> DraftLayout:
     rows = [[slot, *of_sequence] for slot, of_sequence in zip(slots.tolist(), drafts, strict=True)]
     offsets, device = np.cumsum([0, *map(len, rows[:-1])]), slots.device
     rounds: list[DraftRound] = []
@@ -211,7 +221,10 @@ def _lay_out_drafts(slots: Tensor, drafts: Sequence[range], num_kept: int) -> Dr
     ranks = {index: index for index in range(len(rows))}
     edges = _inputs_before(positions, offsets, ranks, num_kept, device)
     targets = to_device(np.concatenate(rows), device)
-    return DraftLayout(len(positions), slots, targets, rounds, edges)
+    sequences = None
+    if device.type == "cpu":
+        sequences = _sequences(slots, [len(of_sequence) for of_sequence in rows], starts, targets)
+    return DraftLayout(len(positions), slots, targets, rounds, edges, sequences)
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:

@@ -57,12 +57,13 @@ struct DeltaStep {
 };
 
 // Sequences through what stands between the projections of a layer of Gated DeltaNet. A sequence: its slot, its first row
-// of x, z, b, a and out, its tokens, and the tokens before them. Rows of x have the channels of all queries, of all keys
+// of x, z, b, a and out, its tokens, the tokens before them, and where in `targets` the rows are to which the state behind
+// each of its tokens goes; -1: all goes to the slot. Rows of x have the channels of all queries, of all keys
 // and of all values. `scratch` has `delta_net_bytes` for each thread.
-struct DeltaSequence { long slot, first, count, start; };
+struct DeltaSequence { long slot, first, count, start, targets; };
 struct DeltaNet {
     void* out; const void *x, *z, *b, *a; const float *taps, *decay, *bias, *gain; void* inputs; float* memory;
-    const DeltaSequence* sequences; char* scratch; float eps;
+    const DeltaSequence* sequences; const long* targets; char* scratch; float eps;
     long num_sequences, x_stride, z_stride, gate_stride, inputs_stride, memory_stride, channels, num_heads, num_key_heads, key_dim,
         value_dim, num_threads;
 };

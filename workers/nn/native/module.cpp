@@ -259,12 +259,12 @@ PyObject* delta_net_scratch(PyObject*, PyObject* const* values, Py_ssize_t count
 
 // With products in bfloat16 where the model is in bfloat16 and its heads fit tiles, else in float.
 PyObject* delta_net(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 27)) return nullptr;
+    if (!has_count(count, 28)) return nullptr;
     Arguments a{values};
     const bool is_half = a.number();
     DeltaNet job{a.address(), a.address(), a.address(), a.address(), a.address(), (const float*)a.address(), (const float*)a.address(),
                  (const float*)a.address(), (const float*)a.address(), a.address(), (float*)a.address(), (const DeltaSequence*)a.address(),
-                 (char*)a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
+                 (const long*)a.address(), (char*)a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
     const bool has_tiles = is_half && chosen_rows && job.key_dim % 32 == 0;
     return run(has_tiles ? chosen_rows->delta_net : chosen[is_half].delta_net, job);
 }

@@ -214,14 +214,22 @@ def takes_delta_net(rows: DeltaRows, inputs: Tensor, memory: Tensor, num_taps: i
     )
 
 
+class DeltaSequences(NamedTuple):
+    """Which tokens a layer of Gated DeltaNet gets, and where their states are. All int64, on the CPU."""
+
+    # [num_sequences, 5]: of each sequence its slot, its first row, its tokens, the tokens before them, and
+    # the first of its `targets`; -1: the state behind its tokens goes to the slot.
+    table: Tensor
+    targets: Tensor | None = None  # [n]: rows of the states behind each token
+
+
 def delta_net(
-    rows: DeltaRows, inputs: Tensor, memory: Tensor, sequences: Tensor, weights: DeltaWeights
+    rows: DeltaRows, inputs: Tensor, memory: Tensor, sequences: DeltaSequences, weights: DeltaWeights
 ) -> None:
     """Sequences through what stands between the projections of a layer of Gated DeltaNet, for tensors that
     `takes_delta_net` takes. Updates the states of the sequences, and fills `rows.out`, which is contiguous.
 
-    inputs: [num_slots, num_taps - 1, channels]. memory: [num_slots, heads, key_dim, value_dim]. sequences:
-    [num_sequences, 4] int64, of each its slot, its first row, its tokens, and the tokens before them.
+    inputs: [num_rows, num_taps - 1, channels]. memory: [num_rows, heads, key_dim, value_dim].
     """
     assert kernels is not None
     x, z, b, a, out = rows
@@ -231,8 +239,9 @@ def delta_net(
     kernels.delta_net(
         IS_HALF[x.dtype], out.data_ptr(), x.data_ptr(), z.data_ptr(), b.data_ptr(), a.data_ptr(),
         weights.taps.data_ptr(), weights.decay.data_ptr(), weights.bias.data_ptr(), weights.gain.data_ptr(),
-        inputs.data_ptr(), memory.data_ptr(), sequences.data_ptr(),
-        scratch.data_ptr() + -scratch.data_ptr() % 64, weights.eps, len(sequences), x.stride(0), z.stride(0),
-        b.stride(0), inputs.stride(0), memory.stride(0), x.shape[1], num_heads, weights.num_key_heads,
-        key_dim, value_dim, num_threads,
+        inputs.data_ptr(), memory.data_ptr(), sequences.table.data_ptr(),
+        0 if sequences.targets is None else sequences.targets.data_ptr(),
+        scratch.data_ptr() + -scratch.data_ptr() % 64, weights.eps, len(sequences.table), x.stride(0),
+        z.stride(0), b.stride(0), inputs.stride(0), memory.stride(0), x.shape[1], num_heads,
+        weights.num_key_heads, key_dim, value_dim, num_threads,
     )  # fmt: skip

@@ -133,6 +133,25 @@ def test_keys_that_no_tile_holds_are_multiplied_in_float32() -> None:
     torch.testing.assert_close(states.memory, wanted_states.memory, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("each_version")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_draft_leaves_its_state_in_a_row_of_its_own(dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    shape = Shape(2, 4, 32, 48)
+    net, inputs = make_net(shape), Inputs.random(shape, 82, dtype)
+    states = DeltaStates(*(torch.cat((part, part)) for part in make_states(shape, dtype)))
+    wanted_states = copy_of(states)
+    counts, drafts = [1, 3, 3, 2, 73], [range(0), range(5, 7), range(8, 10), range(7, 8), range(0)]
+    plan = plan_step(torch.tensor([3, 0, 4, 1, 2]), counts, [9, 70, 5, 64, 0], TAPS - 1, drafts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "takes_delta_net", lambda *_: False)
+        wanted = net(*inputs, wanted_states, plan)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2**-6, "atol": 1e-2}
+    torch.testing.assert_close(net(*inputs, states, plan), wanted, **tolerance)
+    assert torch.equal(states.inputs, wanted_states.inputs)
+    torch.testing.assert_close(states.memory, wanted_states.memory, **tolerance)
+
+
 def stepwise(net: GatedDeltaNet, inputs: Inputs, memory: Tensor) -> Tensor:
     """A sequence that begins, token by token in float64; memory [heads, key_dim, value_dim] float64 is
     updated. Without the norm's gate."""
