@@ -118,7 +118,7 @@ def test_a_prompt_of_many_pictures_leaves_its_system_prompt() -> None:
 
 
 def make_pictures(name: str, count: int) -> Request:
-    """A system prompt, and then so many pictures. Boundaries are at 192 and behind each picture."""
+    """A system prompt, and then so many pictures. Boundaries are at 192, behind each picture, and at the end."""
     spans = [Span(210 + 140 * number, 130) for number in range(count)]
     request = make(name, [TURN, *[WORD] * 199, TURN, *[WORD] * (count * 140 + 20)])
     request.items = tuple(MmItem((span,), b"%d" % span.offset, b"h", ()) for span in spans)
@@ -128,14 +128,14 @@ def make_pictures(name: str, count: int) -> Request:
 def test_a_prompt_of_many_pictures_is_one_step() -> None:
     made, request = scheduler(16), make_pictures("a", 3)
     made.add(request)
-    assert [boundary.position for boundary in request.boundaries] == [192, 320, 448, 576]
+    assert [boundary.position for boundary in request.boundaries] == [192, 320, 448, 576, 640]
     (item,) = made.schedule().scheduled
     assert (item.start, item.stop, item.is_sampled) == (0, len(request.prompt_token_ids), True)
-    assert [save.position for save in item.saves] == [192, 320, 448, 576]
+    assert [save.position for save in item.saves] == [192, 320, 448, 576, 640]
     assert made.cache.snapshots is not None
     assert not len(made.cache.snapshots), "the step has not run"
     made.update([item], {request.key: [1]})
-    assert len(made.cache.snapshots) == 4
+    assert len(made.cache.snapshots) == 5
     made.remove(request)
     assert run(made, make_pictures("b", 2)) == {"b": 448}
 
@@ -148,7 +148,7 @@ def test_parts_of_a_prompt_save_at_the_boundaries_within_them() -> None:
         (item,) = made.schedule().scheduled
         parts.append((item.stop, [save.position for save in item.saves]))
         made.update([item], {request.key: [1]})
-    assert parts == [(256, [192]), (512, [320, 448]), (641, [576])]
+    assert parts == [(256, [192]), (512, [320, 448]), (641, [576, 640])]
     made.remove(request)
     made.cache.check_empty()
 
@@ -159,17 +159,17 @@ def test_states_inside_a_step_are_kept_of_who_is_preempted_and_dropped_of_who_en
     schedule = made.schedule()
     made._preempt(request)
     made.update(schedule.scheduled, {request.key: [1]})
-    assert made.schedule().admitted[0].num_cached_tokens == 576
+    assert made.cache.snapshots is not None
+    assert len(made.cache.snapshots) == 5
+    made.remove(request)
     ended = make_pictures("b", 3)
     ended.prompt_token_ids[0] = WORD + 1
     made.add(ended)
-    schedule = made.schedule()
-    assert [len(item.saves) for item in schedule.scheduled if item.request is ended] == [4]
+    (item,) = made.schedule().scheduled
+    assert len(item.saves) == 5
     made.remove(ended)
-    made.update(schedule.scheduled, {item.request.key: [1] for item in schedule.scheduled})
-    assert made.cache.snapshots is not None
-    assert len(made.cache.snapshots) == 4
-    made.remove(request)
+    made.update([item], {ended.key: [1]})
+    assert len(made.cache.snapshots) == 5
     made.cache.check_empty()
 
 

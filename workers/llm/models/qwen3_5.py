@@ -182,13 +182,13 @@ class GatedAttention:
         index: int,
     ) -> None:
         """`index`: among the layers with a paged cache."""
-        gains = (weights.wide_tensor(f"{name}_norm.weight") + 1 for name in ("q", "k"))
+        q_gain, k_gain = (weights.wide_tensor(f"{name}_norm.weight") + 1 for name in ("q", "k"))
         self.layer = AttentionLayer(
             index=index,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
-            norm=HeadNorm(*gains, info.rms_norm_eps),
+            norm=HeadNorm(q_gain, k_gain, info.rms_norm_eps),
         )
         queries, gates = _queries_and_gates(info, parallel)
         self._qkv = weights.column(("q_proj", "k_proj", "v_proj"), (queries, heads.kv, heads.kv))

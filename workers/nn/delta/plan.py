@@ -115,7 +115,7 @@ class _Piece(NamedTuple):
 
     sequence: int
     first: int
-    count: int
+    num_tokens: int
     target: int  # where the state behind them is copied to; -1: nowhere
 
 
