@@ -118,7 +118,7 @@ def test_a_prompt_of_many_pictures_leaves_its_system_prompt() -> None:
 
 
 def make_pictures(name: str, count: int) -> Request:
-    """A system prompt, and then so many pictures. Boundaries are at 192, behind each picture, and at the end."""
+    """A system prompt, and so many pictures. Boundaries: at 192, behind each picture, and before the end."""
     spans = [Span(210 + 140 * number, 130) for number in range(count)]
     request = make(name, [TURN, *[WORD] * 199, TURN, *[WORD] * (count * 140 + 20)])
     request.items = tuple(MmItem((span,), b"%d" % span.offset, b"h", ()) for span in spans)
