@@ -163,7 +163,7 @@ def test_states_inside_a_step_are_kept_of_who_is_preempted_and_dropped_of_who_en
     assert len(made.cache.snapshots) == 5
     made.remove(request)
     ended = make_pictures("b", 3)
-    ended.prompt_token_ids[0] = WORD + 1
+    ended.prompt_token_ids[1] = WORD + 1
     made.add(ended)
     (item,) = made.schedule().scheduled
     assert len(item.saves) == 5

@@ -193,8 +193,8 @@ def test_products_in_bfloat16_do_not_drift(decay: float) -> None:
     for start in range(0, length, step):
         now = Inputs(*(part[start : start + step] for part in inputs))
         found = run(net, now, states, [Part(2, start, step)])
-        assert error(found, wanted[start : start + step]) < 1e-2
-    assert error(states.memory[2], memory) < 1e-2
+        assert error(found, wanted[start : start + step]) < 5e-3  # the outputs' rounding alone: 1.7e-3
+    assert error(states.memory[2], memory) < 5e-3
     assert torch.equal(states.inputs[2], inputs.x[-3:])
 
 
