@@ -24,7 +24,17 @@ kernels = Extension(
     sources=[str(FOLDER / f"{name}.cpp") for name in SOURCES],
     depends=[
         str(FOLDER / name)
-        for name in ("kernels.inc", "attend_rows.inc", "delta.inc", "kernels.h", "threads.h", "avx512_rows.h")
+        for name in (
+            "kernels.inc",
+            "vectors.inc",
+            "attend_rows.inc",
+            "delta.inc",
+            "delta_net.inc",
+            "half_products.inc",
+            "kernels.h",
+            "threads.h",
+            "avx512_rows.h",
+        )
     ],
     # Not linked with OpenMP: its functions are those that torch has loaded, so that both share their threads.
     extra_compile_args=[

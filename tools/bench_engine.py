@@ -11,9 +11,10 @@ starts servers of its own, with all cores for the LLM (nothing else runs in thes
 rates   prefill and decode tokens/s beside `generate()` in the same type (or in `--hf-dtype`); a decode step
         beside the read rate of memory, prefill beside the rate of matrix products
 int8    decode tokens/s with `--quantization int8` beside without
+context decode tokens/s of one request behind 8,000 tokens beside behind 100
 repeats decode tokens/s with `--speculative ngram` beside without, of an answer that repeats its prompt, and
         of one that does not
-turns   TTFT of the second turn of a chat with three pictures beside its first
+turns   TTFT of the second and the sixth turn of a chat with three pictures beside its first
 memory  resident memory of the LLM process beside its weights and KV cache
 itl     P99 ITL of four streams while 512-token prompts arrive without pause, beside the streams alone; and
         the prompts' rate
@@ -50,7 +51,7 @@ from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.runners import kv_bytes, num_layer_weights, num_weights, weight_size
 from workers.nn.loader import choose_dtype
 
-PARTS = ("rates", "int8", "repeats", "turns", "memory", "itl")
+PARTS = ("rates", "int8", "context", "repeats", "turns", "memory", "itl")
 NUM_STREAMS = 4
 
 
@@ -131,10 +132,10 @@ def prefill_rate(served: Served, num_words: int, rng: random.Random) -> float:
     return result.num_prompt_tokens / result.ttft
 
 
-def decode_rate(served: Served, batch: int, num_output: int, rng: random.Random) -> float:
+def decode_rate(served: Served, batch: int, num_output: int, rng: random.Random, num_words: int = 8) -> float:
     """Tokens/s of `batch` streams together, between the first token of the last stream and the last of the
     first."""
-    results, _ = load(served, Workload(num_words=8, num_output=num_output), batch, rng)
+    results, _ = load(served, Workload(num_words=num_words, num_output=num_output), batch, rng)
     start, end = max(r.arrivals[0] for r in results), min(r.arrivals[-1] for r in results)
     if start >= end:
         raise RuntimeError("the streams were too short to run side by side: ask for more --output-tokens")
@@ -300,6 +301,18 @@ class Bench:
             for kind, what in kinds.items()
         ]
 
+    def context(self) -> list[Row]:
+        with self.serve(*ALL_CORES) as served:
+            found = self.medians(
+                {
+                    length: partial(decode_rate, served, 1, self.num_output, self.rng, num_words)
+                    for length, num_words in (("100", 88), ("8,000", 7988))
+                }
+            )
+        return [
+            Row("decode behind 8,000 tokens", found["8,000"], "behind 100", found["100"], "tokens/s"),
+        ]
+
     def repeats(self) -> list[Row]:
         hot = 2.0  # what is drawn then repeats nothing
         with self.serve(*ALL_CORES) as plain, self.serve(*ALL_CORES, "--speculative", "ngram") as guessing:
@@ -322,17 +335,20 @@ class Bench:
         ]
 
     def turns(self) -> list[Row]:
-        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=2)
+        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=6)
 
-        async def chat(served: Served) -> tuple[float, float]:
+        async def chat(served: Served) -> list[float]:
             async with open_session() as session:
-                first, second = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
-            return first.ttft, second.ttft
+                results = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
+            return [result.ttft for result in results]
 
         with self.serve() as served:
             times = [asyncio.run(chat(served)) for _ in range(self.rounds + 1)][1:]
-        first, second = (statistics.median(values) * 1000 for values in zip(*times, strict=True))
-        return [Row("TTFT of the second turn, 3 pictures", second, "first turn", first, "ms")]
+        medians = [statistics.median(values) * 1000 for values in zip(*times, strict=True)]
+        return [
+            Row(f"TTFT of the {name} turn, 3 pictures", medians[turn], "first turn", medians[0], "ms")
+            for name, turn in (("second", 1), ("sixth", 5))
+        ]
 
     def memory(self) -> list[Row]:
         kv_gib = 0.5

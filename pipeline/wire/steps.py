@@ -39,6 +39,13 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     snapshot: int = -1
 
 
+class StateSave(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A copy of a sequence's state inside its part of the step, or behind it, is kept."""
+
+    num_tokens: int  # of this part before the state; drafts count, be they right or wrong
+    snapshot: int  # of the snapshots: where the copy is kept
+
+
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A sequence's share of a step: only what is new. With nothing but its slot it decodes one token."""
 
@@ -49,8 +56,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     embeddings: tuple[EmbeddingSlice, ...] = ()  # of this part
     # int32: its last tokens are guesses. The step yields tokens up to the first that differs from its guess.
     drafts: bytes = b""
-    snapshot: int = -1  # of the snapshots: where its state is saved behind the step; -1: nowhere
-    num_drafts_saved: int = 0  # drafts before the state that is saved, be they right or wrong
+    saves: tuple[StateSave, ...] = ()  # ascending
     num_guesses: int = 0  # of the tokens behind the step: to be made at its end, by a head of the model
 
 

@@ -148,13 +148,15 @@ class _Memory:
             return seen
         parts: list[Tensor] = []
         drafts = states.drafts or [range(0)] * len(states.slots)
+        saves = states.saves or [()] * len(states.slots)
         slots, of_slots = states.slots.tolist(), write.split(list(states.counts))
-        for slot, of_slot, behind_drafts in zip(slots, of_slots, drafts, strict=True):
-            place = slot
-            for row, target in zip(
-                of_slot, [*[slot] * (len(of_slot) - len(behind_drafts)), *behind_drafts], strict=True
-            ):
+        for slot, of_slot, behind_drafts, copies in zip(slots, of_slots, drafts, saves, strict=True):
+            place, copied = slot, dict(copies)
+            targets = [*[slot] * (len(of_slot) - len(behind_drafts)), *behind_drafts]
+            for number, (row, target) in enumerate(zip(of_slot, targets, strict=True), start=1):
                 memory[target] = memory[place] * self._decay + row
                 parts.append(memory[target].clone())
+                if number in copied:
+                    memory[copied[number]] = memory[target]
                 place = target
         return torch.stack(parts)

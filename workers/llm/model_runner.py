@@ -53,6 +53,7 @@ from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
 MTP_MODULE = "mtp.fc"  # in all checkpoints with such a head
+INT32_BYTES = 4
 LARGEST_GRAPH = 512  # requests; in a larger batch launches cost little beside the step
 
 
@@ -281,10 +282,11 @@ class ModelRunner:
             self.states.accept(slot, count)
 
     def _save_states(self, steps: Sequence[SequenceStep]) -> None:
-        """Before any draft is accepted."""
+        """Those behind the sequences' parts, before any draft is accepted."""
         for step in steps:
-            if step.snapshot >= 0:
-                self.states.save(step.slot, step.snapshot, step.num_drafts_saved)
+            for save in step.saves:
+                if (num_drafts := save.num_tokens - _num_given(step)) >= 0:
+                    self.states.save(step.slot, save.snapshot, num_drafts)
 
     def _start(self, start: SequenceStart) -> None:
         """Overwrites all state of the slot's previous sequence."""
@@ -341,8 +343,12 @@ class ModelRunner:
         if rows.drafts:
             num_drafts = [len(rows.drafts.get(row, ())) for row in range(len(rows.slots))]
             drafts = self.states.place_drafts(rows.slots.tolist(), num_drafts)
+        saves = [
+            [(save.num_tokens, save.snapshot) for save in step.saves if save.num_tokens < _num_given(step)]
+            for step in steps
+        ]
         states = self.states.of_step(
-            self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist(), drafts
+            self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist(), drafts, saves
         )
         kept = x if self._mtp is None else x.clone()  # the decoder may overwrite it
         positions = positions_of(rows, ends, self.sequences, self.device)
@@ -353,3 +359,8 @@ class ModelRunner:
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values.astype(np.int64, copy=False), self.device)
+
+
+def _num_given(step: SequenceStep) -> int:
+    """Tokens of its part that are no drafts."""
+    return step.num_tokens - len(step.drafts) // INT32_BYTES

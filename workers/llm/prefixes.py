@@ -91,28 +91,26 @@ class Prefixes:
 
     # In a step.
 
-    def next_stop(self, request: Request, num_ready_tokens: int) -> int:
-        """Where its next part ends at the latest."""
-        boundary = request.next_boundary()
-        return num_ready_tokens if boundary is None else min(num_ready_tokens, boundary.position)
-
-    def reserve(self, request: Request, stop: int, num_drafts: int) -> Save | None:
-        """A place for the state behind `stop`, or behind one of the drafts there. None: none is kept."""
+    def reserve(self, request: Request, start: int, stop: int, num_drafts: int) -> Sequence[Save]:
+        """Places for the states at the prompt's boundaries in a part of it, tokens [start, stop); behind the
+        prompt, for that behind `stop` or behind one of the drafts there."""
         snapshots, multiple = self._cache.snapshots, self._snapshot_multiple
-        position = -(-stop // multiple) * multiple
-        if snapshots is None or position > stop + num_drafts or not self._keeps_states(request):
-            return None
-        if position <= len(request.prompt_token_ids):
-            if request.boundary_at(position) is None:
-                return None
+        if snapshots is None or not self._keeps_states(request):
+            return ()
+        saves: list[Save] = []
+        for position in request.boundaries_within(start, stop):
             digest = self._hash_at(request, position)
             if digest in snapshots:
                 snapshots.use(digest)
-                return None
-        elif not snapshots.has_free_place:  # rather its own than another's
-            snapshots.forget(request.answer_snapshot)
-        place = snapshots.reserve()
-        return None if place is None else Save(place, position)
+            elif (place := snapshots.reserve()) is not None:
+                saves.append(Save(place, position))
+        position = -(-stop // multiple) * multiple
+        if len(request.prompt_token_ids) < position <= stop + num_drafts:
+            if not snapshots.has_free_place:  # rather its own than another's
+                snapshots.forget(request.answer_snapshot)
+            if (place := snapshots.reserve()) is not None:
+                saves.append(Save(place, position))
+        return saves
 
     # Behind a step.
 
@@ -128,12 +126,16 @@ class Prefixes:
                 del self._computing[hashes[index]]
         request.num_published_blocks = num_full
 
-    def publish_snapshot(self, request: Request, save: Save, num_known_tokens: int) -> None:
-        """Also that of a request that was preempted meanwhile: the copy was made. Behind its prompt a request
-        has one snapshot, which moves along. That of a wrong draft is dropped."""
-        if save.position > min(num_known_tokens, request.num_tokens - 1):
-            self.release(save)
-            return
+    def publish_snapshots(self, request: Request, saves: Sequence[Save], num_known_tokens: int) -> None:
+        """Also those of a request that was preempted meanwhile: the copies were made. Behind its prompt a
+        request has one snapshot, which moves along. That of a wrong draft is dropped."""
+        for save in saves:
+            if save.position > min(num_known_tokens, request.num_tokens - 1):
+                self.release([save])
+            else:
+                self._publish_snapshot(request, save)
+
+    def _publish_snapshot(self, request: Request, save: Save) -> None:
         snapshots, digest = self._cache.snapshots, self._hash_at(request, save.position)
         assert snapshots is not None
         boundary = request.boundary_at(save.position)
@@ -142,10 +144,11 @@ class Prefixes:
             snapshots.forget(request.answer_snapshot)
             request.answer_snapshot = digest if is_new else b""  # else it is another's
 
-    def release(self, save: Save) -> None:
-        """The place is not needed."""
-        assert self._cache.snapshots is not None
-        self._cache.snapshots.release(save.place)
+    def release(self, saves: Sequence[Save]) -> None:
+        """These places are not needed."""
+        for save in saves:
+            assert self._cache.snapshots is not None
+            self._cache.snapshots.release(save.place)
 
     def check_integrity(self, running: Sequence[Request]) -> None:
         is_awaited_from_nobody = any(request not in running for request in self._computing.values())

@@ -200,10 +200,10 @@ class Request:
                             return piece.offset
         return self.num_tokens
 
-    def next_boundary(self) -> Boundary | None:
-        """The first one behind what is computed."""
-        index = bisect_right(self.boundaries, self.num_computed_tokens, key=_position_of)
-        return self.boundaries[index] if index < len(self.boundaries) else None
+    def boundaries_within(self, start: int, stop: int) -> list[int]:
+        """Positions of those behind the tokens [start, stop), one or more of them."""
+        first, last = (bisect_right(self.boundaries, place, key=_position_of) for place in (start, stop))
+        return [boundary.position for boundary in self.boundaries[first:last]]
 
     def boundary_at(self, position: int) -> Boundary | None:
         index = bisect_left(self.boundaries, position, key=_position_of)

@@ -39,7 +39,7 @@ class Scheduled(NamedTuple):
     stop: int
     is_sampled: bool  # the step computes the request's newest token, and so yields the next one
     drafts: Sequence[int] = ()
-    save: Save | None = None  # of a state behind this part, or behind one of its drafts
+    saves: Sequence[Save] = ()  # of states inside this part, behind it, or behind one of its drafts
     num_guesses: int = 0  # of the tokens behind the step, to be made by the runner
 
     @property
@@ -49,7 +49,7 @@ class Scheduled(NamedTuple):
     @property
     def is_plain_decode(self) -> bool:
         is_behind_prompt = self.start >= len(self.request.prompt_token_ids)
-        is_plain = self.num_tokens == 1 and self.save is None and not self.num_guesses
+        is_plain = self.num_tokens == 1 and not self.saves and not self.num_guesses
         return self.is_sampled and is_plain and is_behind_prompt
 
 
@@ -128,7 +128,7 @@ class Scheduler:
         short: list[Part] = []  # computed beside others only
         for request in self.running:
             num_ready_tokens = request.num_ready_tokens()
-            num_ready = self.prefixes.next_stop(request, num_ready_tokens) - request.num_computed_tokens
+            num_ready = num_ready_tokens - request.num_computed_tokens
             if num_ready <= 0 or request.is_last_token_pending:
                 continue
             is_alone = not request.has_progress and self._runs_alone(request.request_id)
@@ -157,8 +157,8 @@ class Scheduler:
         stop = request.num_computed_tokens = start + num_tokens
         is_sampled = stop == request.num_tokens
         request.num_pending_tokens += is_sampled
-        save = self.prefixes.reserve(request, stop, len(drafts))
-        return Scheduled(request, start, stop, is_sampled, drafts, save, num_guesses)
+        saves = self.prefixes.reserve(request, start, stop, len(drafts))
+        return Scheduled(request, start, stop, is_sampled, drafts, saves, num_guesses)
 
     def _draft(self, parts: Sequence[Part], num_decodes: int) -> dict[tuple[str, int], Sequence[int]]:
         """Guesses for the decodes, which are the first of `parts`, by a request's key."""
@@ -297,8 +297,7 @@ class Scheduler:
         for item in scheduled:
             request = item.request
             if request.is_over:
-                if item.save is not None:
-                    self.prefixes.release(item.save)
+                self.prefixes.release(item.saves)
                 continue
             # A preempted request has lost the blocks that the step wrote.
             is_kept = request.num_computed_tokens >= item.stop
@@ -309,8 +308,7 @@ class Scheduler:
                 self._append(request, new_token_ids[request.key])
             if is_kept:
                 self.prefixes.publish_blocks(request, num_known)
-            if item.save is not None:
-                self.prefixes.publish_snapshot(request, item.save, num_known)
+            self.prefixes.publish_snapshots(request, item.saves, num_known)
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)

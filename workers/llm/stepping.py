@@ -25,7 +25,7 @@ from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.handles import PoolInfo
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams, with_seed
-from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan, StepsMessage, TokenMasks
+from pipeline.wire.steps import SequenceStart, SequenceStep, StateSave, StepPlan, StepsMessage, TokenMasks
 from workers.llm.chunk import Lease
 from workers.llm.leases import Leases
 from workers.llm.request import Request
@@ -226,12 +226,10 @@ class Stepper:
         elif item.is_plain_decode:
             return self._decodes[request.slot]
         embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
-        snapshot, num_saved = -1, 0
-        if item.save is not None:
-            snapshot, num_saved = item.save.place, item.save.position - item.stop
+        saves = tuple(StateSave(save.position - item.start, save.place) for save in item.saves)
         return SequenceStep(
-            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, snapshot,
-            num_saved, item.num_guesses,
+            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, saves,
+            item.num_guesses,
         )  # fmt: skip
 
     def record(self) -> None:

@@ -113,12 +113,64 @@ def test_the_system_prompt_of_a_chat_that_goes_on_stays() -> None:
 
 def test_a_prompt_of_many_pictures_leaves_its_system_prompt() -> None:
     made, system = scheduler(8), [TURN, *[WORD] * 199]
-    spans = [Span(210 + 140 * number, 130) for number in range(8)]
-    prompt = [*system, TURN, *[WORD] * (8 * 140 + 20)]
-    request = make("pictures", prompt)
-    request.items = tuple(MmItem((span,), b"%d" % span.offset, b"h", ()) for span in spans)
-    run(made, request)
+    run(made, make_pictures("pictures", 8))
     assert run(made, make("other", [*system, TURN, *[9] * 300]))["other"] == 192
+
+
+def make_pictures(name: str, count: int) -> Request:
+    """A system prompt, and so many pictures. Boundaries: at 192, behind each picture, and before the end."""
+    spans = [Span(210 + 140 * number, 130) for number in range(count)]
+    request = make(name, [TURN, *[WORD] * 199, TURN, *[WORD] * (count * 140 + 20)])
+    request.items = tuple(MmItem((span,), b"%d" % span.offset, b"h", ()) for span in spans)
+    return request
+
+
+def test_a_prompt_of_many_pictures_is_one_step() -> None:
+    made, request = scheduler(16), make_pictures("a", 3)
+    made.add(request)
+    assert [boundary.position for boundary in request.boundaries] == [192, 320, 448, 576, 640]
+    (item,) = made.schedule().scheduled
+    assert (item.start, item.stop, item.is_sampled) == (0, len(request.prompt_token_ids), True)
+    assert [save.position for save in item.saves] == [192, 320, 448, 576, 640]
+    assert made.cache.snapshots is not None
+    assert not len(made.cache.snapshots), "the step has not run"
+    made.update([item], {request.key: [1]})
+    assert len(made.cache.snapshots) == 5
+    made.remove(request)
+    assert run(made, make_pictures("b", 2)) == {"b": 448}
+
+
+def test_parts_of_a_prompt_save_at_the_boundaries_within_them() -> None:
+    made, request = scheduler(16, budget=256), make_pictures("a", 3)
+    made.add(request)
+    parts: list[tuple[int, list[int]]] = []
+    while not request.output_token_ids:
+        (item,) = made.schedule().scheduled
+        parts.append((item.stop, [save.position for save in item.saves]))
+        made.update([item], {request.key: [1]})
+    assert parts == [(256, [192]), (512, [320, 448]), (641, [576, 640])]
+    made.remove(request)
+    made.cache.check_empty()
+
+
+def test_states_inside_a_step_are_kept_of_who_is_preempted_and_dropped_of_who_ends() -> None:
+    made, request = scheduler(16), make_pictures("a", 3)
+    made.add(request)
+    schedule = made.schedule()
+    made._preempt(request)
+    made.update(schedule.scheduled, {request.key: [1]})
+    assert made.cache.snapshots is not None
+    assert len(made.cache.snapshots) == 5
+    made.remove(request)
+    ended = make_pictures("b", 3)
+    ended.prompt_token_ids[1] = WORD + 1
+    made.add(ended)
+    (item,) = made.schedule().scheduled
+    assert len(item.saves) == 5
+    made.remove(ended)
+    made.update([item], {ended.key: [1]})
+    assert len(made.cache.snapshots) == 5
+    made.cache.check_empty()
 
 
 def decode(made: Scheduler, drafts: list[int], accepted: int, request: Request) -> None:
@@ -135,11 +187,10 @@ def test_a_state_behind_a_draft_is_kept_if_the_draft_is_right(accepted: int, is_
     made.drafter = Drafter(lambda: Eights(), 3)
     request = make("a", [WORD] * 188, max_tokens=50)
     made.add(request)
-    made.update(made.schedule().scheduled, {request.key: [1]})  # up to the boundary at 128
     made.update(made.schedule().scheduled, {request.key: [1]})
     decode(made, drafts, 0, request)
     (item,) = made.schedule().scheduled
-    assert (item.stop, item.save and item.save.position) == (190, 192)
+    assert (item.stop, [save.position for save in item.saves]) == (190, [192])
     made.update([item], {request.key: [*drafts[:accepted], 1]})
     assert made.cache.snapshots is not None
     digest = request.block_hashes(12, 16)[-1] if request.num_tokens >= 192 else b""

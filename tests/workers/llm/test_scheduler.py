@@ -444,10 +444,9 @@ def test_invariants_hold_whatever_happens(
             assert item.stop + len(item.drafts) <= len(item.request.block_table) * 4
             write(item)
         for item in scheduled:
-            if item.save is not None:
-                guessed = item.drafts[: item.save.position - item.stop]
-                snapshots[item.save.place] = [*states[item.request.slot], *guessed]
-                assert len(snapshots[item.save.place]) == item.save.position
+            for save in item.saves:
+                assert item.start < save.position <= item.stop + len(item.drafts)
+                snapshots[save.place] = [*states[item.request.slot], *item.drafts][: save.position]
         if scheduled:
             under_way.append(scheduled)
         num_done = 0

@@ -18,6 +18,18 @@ def test_the_norm_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(RMSNorm(weight, 1e-6)(x).double(), expected, **tolerance)
 
 
+def test_a_weight_may_have_more_digits_than_what_is_normed() -> None:
+    """To the nearest number of bfloat16: it is rounded once."""
+    torch.manual_seed(0)
+    x, weight = (100 * torch.randn(50, 70)).bfloat16(), 1 + 1e-3 * torch.randn(70)
+    wide = x.double()
+    expected = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    found = RMSNorm(weight, 1e-6)(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=1e-30, rtol=2**-8)
+    assert (found == expected.bfloat16()).double().mean() > 0.99
+
+
 def test_rotation_turns_pairs_of_halves() -> None:
     torch.manual_seed(0)
     x, angles = torch.randn(7, 3, 16), torch.randn(7, 8)

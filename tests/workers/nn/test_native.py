@@ -36,6 +36,15 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(5, 64), (300, 100)])
+def test_rms_norm_with_a_weight_in_float32(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, weight = (100 * torch.randn(shape)).bfloat16(), torch.randn(shape[-1])
+    wide = x.double()
+    expected = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    check(operators.rms_norm(x, weight, 1e-6), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 3072), (40, 1000), (3, 14)])
 def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -39,7 +39,8 @@ class SequencePart(NamedTuple):
 
 
 class HeadNorm(NamedTuple):
-    """Root-mean-square norms over each query head and each key head, before the rotation."""
+    """Root-mean-square norms over each query head and each key head, before the rotation. The weights are of
+    the activations' type, or in float32 where their rounding would count."""
 
     query: Tensor  # [head_dim], the norm's weight
     key: Tensor  # [head_dim]

@@ -146,9 +146,9 @@ class _TorchStep(AttentionStep):
             qkv += layer.bias.view(qkv.shape[1:])
         turned = qkv[:, : layer.num_heads + layer.num_kv_heads]  # queries and keys
         if layer.norm is not None:
-            q, k = turned[:, : layer.num_heads], turned[:, layer.num_heads :]
-            q.copy_(F.rms_norm(q, layer.norm.query.shape, layer.norm.query, layer.norm.eps))
-            k.copy_(F.rms_norm(k, layer.norm.key.shape, layer.norm.key, layer.norm.eps))
+            both = turned[:, : layer.num_heads], turned[:, layer.num_heads :]
+            for of_kind, weight in zip(both, layer.norm[:2], strict=True):
+                of_kind.copy_(F.rms_norm(of_kind.to(weight.dtype), weight.shape, weight, layer.norm.eps))
         turned = turned[..., : rotary[0].shape[-1]]  # or the first numbers of each head
         turned.copy_(rotate(turned, *rotary))
         self.cache.tensors[layer.index].index_copy_(0, self.layout.new_slots, qkv[:, layer.num_heads :])

@@ -3,7 +3,7 @@
 By importance: the last place of the prompt at all, for other choices and for another attempt; the end of the
 system prompt with its tools; the last turns, among them the end before the generation prompt (the next turn
 does not repeat that one's opening of a thought); pictures; some frames of videos. Each is the last multiple
-of the window of states before it. A part of a prefill ends at each, so short prompts have none.
+of the window of states before it. Each takes a place of the snapshots, so short prompts have none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pipeline.wire.generation import MmItem
 
-MIN_WINDOWS = 2  # before the first one: fewer are computed in less time than a step of their own costs
+MIN_WINDOWS = 2  # before the first one: fewer are computed in little time
 MAX_LAST_TURNS = 3
 MAX_PICTURES = 8  # the last ones
 MAX_FRAMES = 4  # of all videos of a prompt

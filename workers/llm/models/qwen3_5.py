@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.families import TextInfo
 from pipeline.families.qwen3_5 import DeltaNetInfo, Qwen3_5TextInfo
 from pipeline.families.qwen3_vl import ExpertsInfo
-from workers.llm.attention.base import AttentionLayer, AttentionStep, Rotary
+from workers.llm.attention.base import AttentionLayer, AttentionStep, HeadNorm, Rotary
 from workers.llm.cache.spec import CacheSpec, Paged, State
 from workers.llm.cache.state_tensors import StepStates
 from workers.llm.models.base import Decoder, Features
@@ -34,6 +33,7 @@ from workers.nn.delta.plan import CHUNK, DeltaPlan, plan_step
 from workers.nn.fused import Kernels
 from workers.nn.layers import RMSNorm
 from workers.nn.weights.base import Linear
+from workers.nn.weights.dense import Dense
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.weights import Weights
 
@@ -134,7 +134,8 @@ class Qwen3_5Decoder(Decoder):
         plan = None
         if states is not None:
             num_kept = self._info.delta_net.num_taps - 1
-            plan = plan_step(states.slots, states.counts, states.starts, num_kept, states.drafts)
+            of_step = states.slots, states.counts, states.starts
+            plan = plan_step(*of_step, num_kept, states.drafts, states.saves)
         step = _Step(attention, self._rotary(positions, attention), states, plan)
         stream = make_stream(x, self.parallel, self.kernels)
         for layer in self.layers:
@@ -222,28 +223,23 @@ class GatedAttention:
         index: int,
     ) -> None:
         """`index`: among the layers with a paged cache."""
+        q_gain, k_gain = (weights.wide_tensor(f"{name}_norm.weight") + 1 for name in ("q", "k"))
         self.layer = AttentionLayer(
             index=index,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
+            norm=HeadNorm(q_gain, k_gain, info.rms_norm_eps),
         )
         queries, gates = _queries_and_gates(info, parallel)
         self._qkv = weights.column(("q_proj", "k_proj", "v_proj"), (queries, heads.kv, heads.kv))
         self._gate = weights.column(("q_proj",), (gates,))
         self._out = weights.row("o_proj", heads.query)
-        gains = (weights.wide_tensor(f"{name}_norm.weight") + 1 for name in ("q", "k"))
-        counts = heads.num_heads, heads.num_kv_heads
-        # Of each query head and then of each key head: [heads + kv_heads, head_dim] float32.
-        self._gains = torch.cat([gain.expand(count, -1) for gain, count in zip(gains, counts, strict=True)])
-        self._eps = info.rms_norm_eps
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm, step: _Step) -> None:
         """Adds its output, of the normed stream, to the stream."""
         x = stream.normed(norm)
         qkv, gate = self._qkv(x).view(len(x), -1, self.layer.head_dim), self._gate(x)
-        turned = qkv[:, : len(self._gains)]
-        turned.copy_(F.rms_norm(turned.float(), turned.shape[-1:], eps=self._eps).mul_(self._gains))
         step.attention.write(self.layer, qkv, step.rotary)
         attended = step.attention.attend(self.layer, qkv).flatten(1)
         stream.project(self._out, attended * gate.sigmoid_())
@@ -298,7 +294,8 @@ class DeltaMixer:
         self._in_proj: Linear = weights.column(modules, shards)
         # Few rows, in no format: an error in them would add up over all tokens behind.
         names = (f"in_proj_{name}.weight" for name in "ba")
-        self._gates = torch.cat([weights.tensor(name, layout.value_heads) for name in names])
+        gates = torch.cat([weights.tensor(name, layout.value_heads) for name in names])
+        self._gates = Dense().pack(gates, None)
         self._out_proj = weights.row("out_proj", layout.values)
         self._net = GatedDeltaNet(
             num_key_heads=layout.num_key_heads,
@@ -319,6 +316,6 @@ class DeltaMixer:
         x = stream.normed(norm)
         projected = self._in_proj(x)
         mixed, z = projected[:, : self._num_channels], projected[:, self._num_channels :]
-        b, a = F.linear(x, self._gates).chunk(2, dim=1)
+        b, a = self._gates(x).chunk(2, dim=1)
         tensors = step.states.tensors[self._first_state : self._first_state + STATES_PER_LAYER]
         stream.project(self._out_proj, self._net(mixed, z, b, a, DeltaStates(*tensors), step.plan))

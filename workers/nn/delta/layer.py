@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan, DraftLayout
+from workers.nn.delta.plan import ChunkGroup, DeltaPlan, DraftLayout, Prefill
 from workers.nn.delta.rule import (
     Chunks,
     DeltaTokens,
@@ -21,6 +21,8 @@ from workers.nn.delta.rule import (
     prepare_chunks,
     unit_heads,
 )
+from workers.nn.native import operators
+from workers.nn.native.operators import DeltaRows, DeltaSequences, DeltaWeights
 
 
 class DeltaStates(NamedTuple):
@@ -28,19 +30,6 @@ class DeltaStates(NamedTuple):
 
     inputs: Tensor  # [num_slots, num_taps - 1, channels], in the model's type
     memory: Tensor  # [num_slots, value_heads, key_dim, value_dim] float32
-
-
-class _Rows(NamedTuple):
-    """Of some of the step's tokens."""
-
-    x: Tensor  # [n, channels]
-    z: Tensor  # [n, value_heads · value_dim]
-    fade: Tensor  # [n, value_heads] float32
-    share: Tensor  # [n, value_heads] float32
-    out: Tensor  # [n, value_heads · value_dim], to be filled
-
-    def part(self, part: slice) -> _Rows:
-        return _Rows(*(tensor[part] for tensor in self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,33 +54,47 @@ class GatedDeltaNet:
         x: [num_tokens, channels], z: [num_tokens, value_heads · value_dim], gates of the output. b and a:
         [num_tokens, value_heads], how far the memory is moved, and how far it fades.
         """
-        share, fade = b.float().sigmoid(), F.softplus(a.float() + self.bias).mul_(-self.decay)
-        rows = _Rows(x, z, fade, share, torch.empty_like(z))
+        rows = DeltaRows(x, z, b, a, z.new_empty(z.shape))
         first = plan.num_decodes
         if plan.num_decodes:
             self._decode(rows.part(slice(first)), states, plan)
         if plan.drafts is not None:
-            start, first = first, first + plan.drafts.num_tokens
-            self._draft(rows.part(slice(start, first)), states, plan.drafts, plan.are_distinct)
-        if plan.chunks is not None:
-            self._prefill(rows.part(slice(first, None)), states, plan.chunks)
+            of_drafts = rows.part(slice(first, first + plan.drafts.num_tokens))
+            self._draft(of_drafts, states, plan.drafts, plan.are_distinct)
+        for prefill in plan.prefills:
+            self._prefill(rows.part(prefill.tokens), states, prefill)
+            if prefill.targets is not None:
+                for state in states:
+                    state[prefill.targets] = state[prefill.sources]
         return rows.out
 
-    def _decode(self, rows: _Rows, states: DeltaStates, plan: DeltaPlan) -> None:
-        slots = plan.decode_slots
+    def _runs(self, rows: DeltaRows, states: DeltaStates, sequences: DeltaSequences | None) -> bool:
+        """Computes these sequences by a kernel. False: there is none for such tensors."""
+        if sequences is None or not operators.takes_delta_net(rows, *states, len(self.taps)):
+            return False
+        weights = DeltaWeights(self.taps, self.decay, self.bias, self.gain, self.eps, self.num_key_heads)
+        operators.delta_net(rows, *states, sequences, weights)
+        return True
+
+    def _decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+        if self._runs(rows, states, plan.sequences):
+            return
+        slots, (fade, share) = plan.decode_slots, self._gates(rows)
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
-        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), fade, share)
         found = _advance(states.memory, slots, tokens, plan.are_distinct)
         rows.out.copy_(self._gated(found, rows.z))
 
-    def _draft(self, rows: _Rows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
+    def _draft(self, rows: DeltaRows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
         """As `_decode` for one token after another: only the memory's steps have to wait for each other."""
+        if self._runs(rows, states, layout.sequences):
+            return
         kept = states.inputs[layout.slots]
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, kept.shape[1]))
         seen = torch.cat((edges, rows.x[:, None]), dim=1).to(states.inputs.dtype)
         states.inputs[layout.targets] = seen[:, 1:]
-        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), *self._gates(rows))
         found = torch.empty_like(tokens.v)
         for of_round in layout.rounds:
             if of_round.sources is not None:
@@ -100,14 +103,17 @@ class GatedDeltaNet:
             found[of_round.tokens] = _advance(states.memory, of_round.targets, taken, are_distinct)
         rows.out.copy_(self._gated(found, rows.z))
 
-    def _prefill(self, rows: _Rows, states: DeltaStates, layout: ChunkLayout) -> None:
+    def _prefill(self, rows: DeltaRows, states: DeltaStates, prefill: Prefill) -> None:
+        if self._runs(rows, states, prefill.sequences):
+            return
+        layout, gates = prefill.chunks, self._gates(rows)
         kept = states.inputs[layout.slots]
         num_kept = kept.shape[1]
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
         tails = layout.tails.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
         memory = states.memory[layout.slots]
         for group in layout.groups:
-            tokens = self._chunk_tokens(rows, edges[group.chunks], group, layout.size)
+            tokens = self._chunk_tokens(rows, gates, edges[group.chunks], group, layout.size)
             chunks, parts, first = prepare_chunks(tokens, layout.size), [], 0
             for count in group.rounds:
                 of_round = Chunks(*(part[first : first + count] for part in chunks))
@@ -119,7 +125,13 @@ class GatedDeltaNet:
         states.inputs[layout.slots] = tails.to(states.inputs.dtype)
         states.memory[layout.slots] = memory
 
-    def _chunk_tokens(self, rows: _Rows, edges: Tensor, group: ChunkGroup, size: int) -> DeltaTokens:
+    def _gates(self, rows: DeltaRows) -> tuple[Tensor, Tensor]:
+        """`DeltaTokens.fade` and `share` [n, value_heads] float32."""
+        return F.softplus(rows.a.float() + self.bias).mul_(-self.decay), rows.b.float().sigmoid()
+
+    def _chunk_tokens(
+        self, rows: DeltaRows, of_tokens: tuple[Tensor, Tensor], edges: Tensor, group: ChunkGroup, size: int
+    ) -> DeltaTokens:
         """The tokens of a group of chunks, with padding. edges: the inputs before each chunk."""
         of_group = rows.x[group.rows].unflatten(0, (-1, size))
         seen = torch.cat((edges, of_group), dim=1).float()  # [chunks, num_kept + size, channels]
@@ -127,9 +139,9 @@ class GatedDeltaNet:
         convolved = seen[:, num_taps - 1 :] * self.taps[-1]
         for tap in range(num_taps - 1):
             convolved.addcmul_(seen[:, tap : tap + size], self.taps[tap])
-        gates = rows.fade.new_zeros(2, seen.shape[0] * size, self.num_value_heads)
-        gates[0, group.places] = rows.fade[group.tokens]
-        gates[1, group.places] = rows.share[group.tokens]
+        gates = seen.new_zeros(2, seen.shape[0] * size, self.num_value_heads)
+        for padded, gate in zip(gates, of_tokens, strict=True):
+            padded[group.places] = gate[group.tokens]
         return self._tokens(convolved.flatten(0, 1), *gates)
 
     def _tokens(self, convolved: Tensor, fade: Tensor, share: Tensor) -> DeltaTokens:

@@ -5,6 +5,9 @@ each of their tokens leaves its states in a row of its own. All others are cut i
 tokens, at multiples of `CHUNK` from the start of the sequence, so that the same tokens are cut alike however
 the steps were. The i-th chunks of all sequences are computed together (a round), those of the longest
 sequences first: the chunks of a round, and its sequences, lie side by side.
+
+A sequence whose state is to be copied behind some of its tokens is cut there: each piece is computed by a
+call of its own, together with the pieces of other sequences that lie beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from workers.nn.loader import to_device
+from workers.nn.native.operators import DeltaSequences
 
 CHUNK = 64
 # Chunks that are prepared together: so many that operators have enough to do, and so few that their results
@@ -81,6 +85,18 @@ class DraftLayout(NamedTuple):
     targets: Tensor  # [num_tokens] int64: rows of the states behind each token
     rounds: Sequence[DraftRound]
     edges: InputSources  # the inputs before each token [num_tokens · num_kept]
+    sequences: DeltaSequences | None  # as in `Prefill`
+
+
+class Prefill(NamedTuple):
+    """Sequences in chunks that are computed together. They lie side by side, and behind them some of their
+    states are copied."""
+
+    tokens: slice  # of the step
+    chunks: ChunkLayout
+    sequences: DeltaSequences | None  # for kernels, on the CPU; rows are counted from these tokens
+    sources: Tensor | None  # [n] int64: slots of the states to be copied
+    targets: Tensor | None  # [n] int64: where they are copied to
 
 
 class DeltaPlan(NamedTuple):
@@ -89,8 +105,18 @@ class DeltaPlan(NamedTuple):
     num_decodes: int
     decode_slots: Tensor  # [num_decodes] int64
     are_distinct: bool  # these slots, and on the CPU: no padding
-    chunks: ChunkLayout | None
+    prefills: Sequence[Prefill] = ()  # one behind the other
     drafts: DraftLayout | None = None
+    sequences: DeltaSequences | None = None  # of the decodes, as in `Prefill`
+
+
+class _Piece(NamedTuple):
+    """Tokens of a sequence."""
+
+    sequence: int
+    first: int
+    num_tokens: int
+    target: int  # where the state behind them is copied to; -1: nowhere
 
 
 class _Chunk(NamedTuple):
@@ -105,25 +131,80 @@ def plan_step(
     starts: Sequence[int] | None,
     num_kept: int,
     drafts: Sequence[range] | None = None,
+    saves: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> DeltaPlan:
     """Of sequences with `counts` tokens behind `starts` ones; None: one each, and all stays on the device.
 
     num_kept: inputs before a token that its convolution sees. drafts: by sequence, the rows of the states
-    behind its last tokens; a sequence that has any has one token more.
+    behind its last tokens; a sequence that has any has one token more. saves: by sequence, tokens behind
+    which its state is copied, and the row to which it is copied; fewer tokens than all, ascending.
     """
     if counts is None or starts is None:
-        return DeltaPlan(len(slots), slots, False, None)
+        return DeltaPlan(len(slots), slots, False)
     num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
     of_drafts = list(itertools.takewhile(len, (drafts or ())[num_decodes:]))
     first = num_decodes + len(of_drafts)
-    drafted = _lay_out_drafts(slots[num_decodes:first], of_drafts, num_kept) if of_drafts else None
-    rest = counts[first:]
-    layout = _lay_out(slots[first:], rest, starts[first:], num_kept) if rest else None
+    drafted = None
+    if of_drafts:
+        of_sequences = slots[num_decodes:first], starts[num_decodes:first]
+        drafted = _lay_out_drafts(*of_sequences, of_drafts, num_kept)
     assert not any((drafts or ())[first:]), "sequences with drafts follow those with one token"
-    return DeltaPlan(num_decodes, slots[:num_decodes], slots.device.type == "cpu", layout, drafted)
+    is_on_cpu = slots.device.type == "cpu"
+    decodes = _sequences(slots[:num_decodes], counts[:num_decodes], starts) if is_on_cpu else None
+    calls = _calls(counts, saves or [()] * len(counts), first)
+    offsets = [0, *itertools.accumulate(counts)]
+    prefills = [_prefill(slots, offsets, starts, pieces, num_kept) for pieces in calls]
+    return DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, prefills, drafted, decodes)
 
 
-def _lay_out_drafts(slots: Tensor, drafts: Sequence[range], num_kept: int) -> DraftLayout:
+def _calls(
+    counts: Sequence[int], saves: Sequence[Sequence[tuple[int, int]]], first: int
+) -> Iterator[list[_Piece]]:
+    """Of the sequences from `first` on: pieces side by side, no sequence twice in a call."""
+    call: list[_Piece] = []
+    for number in range(first, len(counts)):
+        start = 0
+        for stop, target in [*saves[number], (counts[number], -1)]:
+            if call and call[-1].sequence == number:
+                yield call
+                call = []
+            call.append(_Piece(number, start, stop - start, target))
+            start = stop
+    if call:
+        yield call
+
+
+def _prefill(
+    slots: Tensor, offsets: Sequence[int], starts: Sequence[int], pieces: Sequence[_Piece], num_kept: int
+) -> Prefill:
+    """`offsets`: of the sequences' tokens in the step."""
+    numbers, firsts, counts, targets = (list(column) for column in zip(*pieces, strict=True))
+    of_pieces = slots[numbers[0] : numbers[-1] + 1]
+    before = [starts[number] + first for number, first in zip(numbers, firsts, strict=True)]
+    first = offsets[numbers[0]] + firsts[0]
+    sequences = _sequences(of_pieces, counts, before) if slots.device.type == "cpu" else None
+    layout = _lay_out(of_pieces, counts, before, num_kept)
+    found = Prefill(slice(first, first + sum(counts)), layout, sequences, None, None)
+    saved = np.flatnonzero(np.array(targets) >= 0)
+    if not len(saved):
+        return found
+    rows = to_device(np.array(targets)[saved], slots.device)
+    return found._replace(sources=of_pieces[to_device(saved, slots.device)], targets=rows)
+
+
+def _sequences(
+    slots: Tensor, counts: Sequence[int], starts: Sequence[int], targets: Tensor | None = None
+) -> DeltaSequences:
+    """targets: of all tokens."""
+    firsts = [*itertools.accumulate(counts[:-1], initial=0)]
+    of_targets = [-1] * len(firsts) if targets is None else firsts
+    columns = zip(slots.tolist(), firsts, counts, starts, of_targets, strict=False)
+    return DeltaSequences(torch.tensor([*columns], dtype=torch.int64), targets)
+
+
+def _lay_out_drafts(
+    slots: Tensor, starts: Sequence[int], drafts: Sequence[range], num_kept: int
+) -> DraftLayout:
     rows = [[slot, *of_sequence] for slot, of_sequence in zip(slots.tolist(), drafts, strict=True)]
     offsets, device = np.cumsum([0, *map(len, rows[:-1])]), slots.device
     rounds: list[DraftRound] = []
@@ -140,7 +221,10 @@ def _lay_out_drafts(slots: Tensor, drafts: Sequence[range], num_kept: int) -> Dr
     ranks = {index: index for index in range(len(rows))}
     edges = _inputs_before(positions, offsets, ranks, num_kept, device)
     targets = to_device(np.concatenate(rows), device)
-    return DraftLayout(len(positions), slots, targets, rounds, edges)
+    sequences = None
+    if device.type == "cpu":
+        sequences = _sequences(slots, [len(of_sequence) for of_sequence in rows], starts, targets)
+    return DraftLayout(len(positions), slots, targets, rounds, edges, sequences)
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:

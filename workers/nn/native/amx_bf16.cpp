@@ -5,8 +5,12 @@
 #include <immintrin.h>
 
 #include "threads.h"
+#define ISA amx_bf16
+#define LANES 16
 
 namespace amx_bf16 {
+
+#include "vectors.inc"
 
 static inline void begin() {
     struct alignas(64) { unsigned char palette, start, reserved[14]; unsigned short bytes[16]; unsigned char rows[16]; } sizes = {};
@@ -57,6 +61,60 @@ static inline void multiply(float* out, const bf16* a, const bf16* b, long steps
 }
 
 #include "attend_rows.inc"
+#include "delta.inc"
+#include "delta_net.inc"
+#include "half_products.inc"
+
+// Two by two tiles of c, or two by one.
+template <int B>
+static inline void product_tiles(const DeltaProduct<bf16>& job, float* c, const bf16* a, const bf16* b) {
+    const long c_bytes = 4 * job.c_stride, a_bytes = 2 * job.a_stride, b_bytes = 4 * job.b_stride;
+    float* lower = c + 16 * job.c_stride;
+    __asm__ volatile("" ::: "memory");  // the compiler does not see what tiles read and write
+    if (job.factor == 0) {
+        _tile_zero(0);
+        _tile_zero(2);
+        if (B == 2) _tile_zero(1);
+        if (B == 2) _tile_zero(3);
+    } else {
+        _tile_loadd(0, c, c_bytes);
+        _tile_loadd(2, lower, c_bytes);
+        if (B == 2) _tile_loadd(1, c + 16, c_bytes);
+        if (B == 2) _tile_loadd(3, lower + 16, c_bytes);
+    }
+    for (long k = 0; k < job.depth; k += 32) {
+        const bf16* right = b + k * job.b_stride;
+        _tile_loadd(6, right, b_bytes);
+        _tile_loadd(4, a + k, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a + 16 * job.a_stride + k, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if (B == 2) _tile_loadd(7, right + 32, b_bytes);
+        if (B == 2) _tile_dpbf16ps(1, 4, 7);
+        if (B == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(2, lower, c_bytes);
+    if (B == 2) _tile_stored(1, c + 16, c_bytes);
+    if (B == 2) _tile_stored(3, lower + 16, c_bytes);
+    __asm__ volatile("" ::: "memory");
+}
+
+void HalfProducts::multiply(const DeltaProduct<bf16>& job) {
+    if (job.factor != 0 && job.factor != 1)
+        for (long row = 0; row < job.rows; row++)
+            for (long i = 0; i < job.columns; i += LANES)
+                store(job.c + row * job.c_stride + i, job.factor * load(job.c + row * job.c_stride + i));
+    for (long row = 0; row < job.rows; row += 32) {
+        float* c = job.c + row * job.c_stride;
+        const bf16* a = job.a + row * job.a_stride;
+        long column = 0;
+        for (; column + 32 <= job.columns; column += 32) product_tiles<2>(job, c + column, a, job.b + 2 * column);
+        if (column < job.columns) product_tiles<1>(job, c + column, a, job.b + 2 * column);
+    }
+}
+
+void delta_net_half(const DeltaNet& job) { delta_net<bf16, HalfProducts>(job); }
 
 }  // namespace amx_bf16
 #endif

@@ -6,8 +6,12 @@
 
 #include "kernels.h"
 #include "threads.h"
+#define ISA avx512_bf16
+#define LANES 16
 
 namespace avx512_bf16 {
+
+#include "vectors.inc"
 
 constexpr int WIDTH = 16;       // outputs of a vector
 constexpr long AHEAD = 2048;    // bytes that are asked for before they are used
@@ -142,6 +146,41 @@ static inline void multiply(float* out, const bf16* a, const bf16* b, long steps
 }
 
 #include "attend_rows.inc"
+#include "delta.inc"
+#include "delta_net.inc"
+#include "half_products.inc"
+
+template <int ROWS, int VECTORS>
+static inline void product_part(const DeltaProduct<bf16>& job, long row, long column) {
+    vf sums[ROWS][VECTORS];
+    float* c = job.c + row * job.c_stride + column;
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            sums[r][v] = job.factor == 0 ? splat(0) : job.factor * load(c + r * job.c_stride + v * LANES);
+    const bf16 *a = job.a + row * job.a_stride, *b = job.b + 2 * column;
+    for (long k = 0; k < job.depth; k += 2, b += 2 * job.b_stride) {
+        __m512bh right[VECTORS];
+        for (int v = 0; v < VECTORS; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * LANES);
+        for (int r = 0; r < ROWS; r++) {
+            int two;
+            __builtin_memcpy(&two, a + r * job.a_stride + k, sizeof two);
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(two);
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = (vf)_mm512_dpbf16_ps((__m512)sums[r][v], right[v], left);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) store(c + r * job.c_stride + v * LANES, sums[r][v]);
+}
+
+void HalfProducts::multiply(const DeltaProduct<bf16>& job) {
+    long column = 0;
+    for (; column + 4 * LANES <= job.columns; column += 4 * LANES)
+        for (long row = 0; row < job.rows; row += 4) product_part<4, 4>(job, row, column);
+    for (; column < job.columns; column += LANES)
+        for (long row = 0; row < job.rows; row += 16) product_part<16, 1>(job, row, column);
+}
+
+void delta_net_half(const DeltaNet& job) { delta_net<bf16, HalfProducts>(job); }
 
 }  // namespace avx512_bf16
 #endif

@@ -5,11 +5,12 @@ struct bf16 { unsigned short bits; };
 
 constexpr long SERIAL = 1 << 14;  // numbers; below, a second thread costs more than it saves
 
-struct RmsNorm { void* out; const void *x, *weight; long rows, size; float eps; };
+// `is_wide`: the weights of norms are in float.
+struct RmsNorm { void* out; const void *x, *weight; long rows, size; float eps; bool is_wide; };
 struct Activation { void* out; const void* x; long rows, size; };
 struct CacheWrite {
     void *qkv, *cache; const long* slots; const float *cos, *sin; const void *query_norm, *key_norm; float eps;
-    long rows, num_heads, num_kv_heads, head_dim, turned;
+    long rows, num_heads, num_kv_heads, head_dim, turned; bool is_wide;
 };
 struct SplitRotated { void *q, *k, *v; const void* qkv; const float *cos, *sin; long stride, rows, num_heads, head_dim; };
 struct Attend {
@@ -55,6 +56,21 @@ struct DeltaStep {
     long rows, slot_stride, num_heads, num_key_heads, key_dim, value_dim;
 };
 
+// Sequences through what stands between the projections of a layer of Gated DeltaNet. A sequence: its slot, its first row
+// of x, z, b, a and out, its tokens, the tokens before them, and where in `targets` the rows are to which the state behind
+// each of its tokens goes; -1: all goes to the slot. Rows of x have the channels of all queries, of all keys
+// and of all values. `scratch` has `delta_net_bytes` for each thread.
+struct DeltaSequence { long slot, first, count, start, targets; };
+struct DeltaNet {
+    void* out; const void *x, *z, *b, *a; const float *taps, *decay, *bias, *gain; void* inputs; float* memory;
+    const DeltaSequence* sequences; const long* targets; char* scratch; float eps;
+    long num_sequences, x_stride, z_stride, gate_stride, inputs_stride, memory_stride, channels, num_heads, num_key_heads, key_dim,
+        value_dim, num_threads;
+};
+static inline long delta_net_bytes(long key_dim, long value_dim) {
+    return 4 * (4 * 64 + 3 * 64 * 64 + 5 * 64 * key_dim + 7 * 64 * value_dim + key_dim * value_dim);
+}
+
 struct Kernels {
     void (*rms_norm)(const RmsNorm&);
     void (*silu_mul)(const Activation&);
@@ -64,6 +80,7 @@ struct Kernels {
     void (*split_rotated)(const SplitRotated&);
     void (*attend)(const Attend&);
     void (*delta_step)(const DeltaStep&);
+    void (*delta_net)(const DeltaNet&);
 };
 
 namespace base { Kernels table(bool is_half); }
@@ -76,6 +93,7 @@ namespace avx512_bf16 {
 void few_rows(const FewRows&);
 void attend_rows(const RowsAttend&);
 long attend_rows_scratch(long head_dim);
+void delta_net_half(const DeltaNet&);
 }
 #if !defined(NO_AMX)
 #define HAS_AMX
@@ -83,6 +101,7 @@ namespace amx_int8 { bool is_supported(); void rows(const QuantizedRows&); }
 namespace amx_bf16 {
 void attend_rows(const RowsAttend&);
 long attend_rows_scratch(long head_dim);
+void delta_net_half(const DeltaNet&);
 }
 #endif
 #endif

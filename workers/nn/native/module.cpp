@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 4;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 5;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -64,10 +64,10 @@ bool has_count(Py_ssize_t given, Py_ssize_t wanted) {
 }
 
 PyObject* rms_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 7)) return nullptr;
+    if (!has_count(count, 8)) return nullptr;
     Arguments a{values};
     const bool is_half = a.number();
-    RmsNorm job{a.address(), a.address(), a.address(), a.number(), a.number(), a.real()};
+    RmsNorm job{a.address(), a.address(), a.address(), a.number(), a.number(), a.real(), a.number() != 0};
     return run(chosen[is_half].rms_norm, job);
 }
 
@@ -84,11 +84,11 @@ PyObject* quick_gelu(PyObject*, PyObject* const* values, Py_ssize_t count) { ret
 PyObject* gelu_tanh(PyObject*, PyObject* const* values, Py_ssize_t count) { return activation(&Kernels::gelu_tanh, values, count); }
 
 PyObject* write_cache(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 14)) return nullptr;
+    if (!has_count(count, 15)) return nullptr;
     Arguments a{values};
     const bool is_half = a.number();
     CacheWrite job{a.address(), a.address(), (const long*)a.address(), (const float*)a.address(), (const float*)a.address(),
-                   a.address(), a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number()};
+                   a.address(), a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
     return run(chosen[is_half].write_cache, job);
 }
 
@@ -213,17 +213,18 @@ struct RowsVersion {
     bool (*is_supported)();
     void (*attend)(const RowsAttend&);
     long (*scratch)(long head_dim);
+    void (*delta_net)(const DeltaNet&);
 };
 
 bool none() { return false; }
 const RowsVersion ROWS_VERSIONS[] = {  // the best one first
 #if defined(HAS_AMX)
-    {"amx_bf16", has_amx, amx_bf16::attend_rows, amx_bf16::attend_rows_scratch},
+    {"amx_bf16", has_amx, amx_bf16::attend_rows, amx_bf16::attend_rows_scratch, amx_bf16::delta_net_half},
 #endif
 #if defined(__x86_64__)
-    {"avx512_bf16", has_bf16, avx512_bf16::attend_rows, avx512_bf16::attend_rows_scratch},
+    {"avx512_bf16", has_bf16, avx512_bf16::attend_rows, avx512_bf16::attend_rows_scratch, avx512_bf16::delta_net_half},
 #endif
-    {"none", none, nullptr, nullptr},
+    {"none", none, nullptr, nullptr, nullptr},
 };
 const RowsVersion* chosen_rows = nullptr;
 
@@ -245,6 +246,27 @@ PyObject* attend_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
                    (char*)a.address(), (bf16*)a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(),
                    a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
     return run(chosen_rows->attend, job);
+}
+
+// The bytes that each thread needs.
+PyObject* delta_net_scratch(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 2)) return nullptr;
+    Arguments a{values};
+    const long key_dim = a.number(), value_dim = a.number();
+    if (PyErr_Occurred()) return nullptr;
+    return PyLong_FromLong(delta_net_bytes(key_dim, value_dim));
+}
+
+// With products in bfloat16 where the model is in bfloat16 and its heads fit tiles, else in float.
+PyObject* delta_net(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 28)) return nullptr;
+    Arguments a{values};
+    const bool is_half = a.number();
+    DeltaNet job{a.address(), a.address(), a.address(), a.address(), a.address(), (const float*)a.address(), (const float*)a.address(),
+                 (const float*)a.address(), (const float*)a.address(), a.address(), (float*)a.address(), (const DeltaSequence*)a.address(),
+                 (const long*)a.address(), (char*)a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
+    const bool has_tiles = is_half && chosen_rows && job.key_dim % 32 == 0;
+    return run(has_tiles ? chosen_rows->delta_net : chosen[is_half].delta_net, job);
 }
 
 template <class Any, size_t N>
@@ -291,7 +313,7 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4), FAST(attend_rows),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"quantized_kernels", quantized_kernels, METH_NOARGS, nullptr},

@@ -11,13 +11,13 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-INTERFACE = 4  # of module.cpp
+INTERFACE = 5  # of module.cpp
 kernels: Any = None
 with contextlib.suppress(ImportError):
     kernels = importlib.import_module("workers.nn.native._kernels")
@@ -27,6 +27,7 @@ with contextlib.suppress(ImportError):
 
 LANES = 16  # floats of a vector
 TILE = 64  # tokens whose scores a thread has at once
+DELTA_TAPS = 4  # of a convolution before the delta rule
 PART = 256  # tokens of a context that one thread attends to at a time
 IS_HALF = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -47,12 +48,14 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension. x must not be empty."""
+    """x / rms(x) · weight over the last dimension. x must not be empty. The weight is of its type, or in
+    float32."""
     assert kernels is not None
     out, size = torch.empty_like(x), x.shape[-1]
     kernels.rms_norm(
-        IS_HALF[x.dtype], out.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // size, size, eps
-    )
+        IS_HALF[x.dtype], out.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // size, size, eps,
+        int(weight.dtype is torch.float32),
+    )  # fmt: skip
     return out
 
 
@@ -97,15 +100,16 @@ def write_cache(
     keys and values to `slots` [rows] int64 of the cache [num_slots, 2 · kv_heads, head_dim].
 
     rotary: cosines and sines [rows, n] float32, for the first 2 n numbers of a head. norm: weights of queries
-    and of keys [head_dim], and epsilon.
+    and of keys [head_dim], both of the type of qkv or in float32, and epsilon.
     """
     assert kernels is not None
     cos, sin = rotary
     query, key, eps = (norm[0].data_ptr(), norm[1].data_ptr(), norm[2]) if norm else (0, 0, 0.0)
+    is_wide = norm is not None and norm[0].dtype is torch.float32
     kernels.write_cache(
         IS_HALF[qkv.dtype], qkv.data_ptr(), cache.data_ptr(), slots.data_ptr(), cos.data_ptr(),
         sin.data_ptr(), query, key, eps, len(qkv), num_heads, cache.shape[1] // 2, qkv.shape[2],
-        2 * cos.shape[1],
+        2 * cos.shape[1], int(is_wide),
     )  # fmt: skip
 
 
@@ -172,3 +176,72 @@ def delta_step(
         memory.stride(0), v.shape[1], k.shape[1], k.shape[2], v.shape[2],
     )  # fmt: skip
     return out
+
+
+class DeltaWeights(NamedTuple):
+    """What a layer of Gated DeltaNet is told once (`workers/nn/delta/layer.py`). All float32."""
+
+    taps: Tensor  # [num_taps, channels]
+    decay: Tensor  # [heads]
+    bias: Tensor  # [heads]
+    gain: Tensor  # [value_dim]
+    eps: float
+    num_key_heads: int
+
+
+class DeltaRows(NamedTuple):
+    """Of some tokens, as such a layer gets them."""
+
+    x: Tensor  # [n, channels]
+    z: Tensor  # [n, heads · value_dim]
+    b: Tensor  # [n, heads]
+    a: Tensor  # [n, heads]
+    out: Tensor  # [n, heads · value_dim], to be filled
+
+    def part(self, part: slice) -> DeltaRows:
+        return DeltaRows(*(tensor[part] for tensor in self))
+
+
+def takes_delta_net(rows: DeltaRows, inputs: Tensor, memory: Tensor, num_taps: int) -> bool:
+    """Whether there is a kernel for tensors of such types, and for such states."""
+    return (
+        takes_delta(memory)
+        and inputs.dtype in IS_HALF
+        and all(type(x) is Tensor and x.dtype is inputs.dtype and x.stride(1) == 1 for x in rows)
+        and rows.b.stride() == rows.a.stride()
+        and memory.shape[2] % LANES == 0
+        and num_taps == DELTA_TAPS
+    )
+
+
+class DeltaSequences(NamedTuple):
+    """Which tokens a layer of Gated DeltaNet gets, and where their states are. All int64, on the CPU."""
+
+    # [num_sequences, 5]: of each sequence its slot, its first row, its tokens, the tokens before them, and
+    # the first of its `targets`; -1: the state behind its tokens goes to the slot.
+    table: Tensor
+    targets: Tensor | None = None  # [n]: rows of the states behind each token
+
+
+def delta_net(
+    rows: DeltaRows, inputs: Tensor, memory: Tensor, sequences: DeltaSequences, weights: DeltaWeights
+) -> None:
+    """Sequences through what stands between the projections of a layer of Gated DeltaNet, for tensors that
+    `takes_delta_net` takes. Updates the states of the sequences, and fills `rows.out`, which is contiguous.
+
+    inputs: [num_rows, num_taps - 1, channels]. memory: [num_rows, heads, key_dim, value_dim].
+    """
+    assert kernels is not None
+    x, z, b, a, out = rows
+    _, num_heads, key_dim, value_dim = memory.shape
+    num_threads, size = torch.get_num_threads(), kernels.delta_net_scratch(key_dim, value_dim)
+    scratch = torch.empty(num_threads * size + 64, dtype=torch.uint8)
+    kernels.delta_net(
+        IS_HALF[x.dtype], out.data_ptr(), x.data_ptr(), z.data_ptr(), b.data_ptr(), a.data_ptr(),
+        weights.taps.data_ptr(), weights.decay.data_ptr(), weights.bias.data_ptr(), weights.gain.data_ptr(),
+        inputs.data_ptr(), memory.data_ptr(), sequences.table.data_ptr(),
+        0 if sequences.targets is None else sequences.targets.data_ptr(),
+        scratch.data_ptr() + -scratch.data_ptr() % 64, weights.eps, len(sequences.table), x.stride(0),
+        z.stride(0), b.stride(0), inputs.stride(0), memory.stride(0), x.shape[1], num_heads,
+        weights.num_key_heads, key_dim, value_dim, num_threads,
+    )  # fmt: skip

@@ -133,6 +133,19 @@ def test_a_result_does_not_depend_on_the_batch() -> None:
     assert torch.equal(step.attend(layer, qkv), torch.cat(alone))
 
 
+def test_norms_of_heads_may_have_weights_in_float32() -> None:
+    torch.manual_seed(0)
+    cache, dim = make_cache([Paged(2, 16)], 4, 4, torch.bfloat16), 16
+    norm = HeadNorm(1 + 0.01 * torch.randn(dim), 1 + 0.01 * torch.randn(dim), 1e-6)
+    layer, qkv = make_layer(0, 4, 2, dim, None, norm), torch.randn(3, 8, dim).bfloat16()
+    q, k = qkv[:, :4].double(), qkv[:, 4:6].double()
+    step = NativeAttention(cache).plan([SequencePart(3, 0, [1])])
+    step.write(layer, qkv, step.rotary(torch.zeros(3, dim // 2), torch.bfloat16))
+    for found, heads, weight in ((qkv[:, :4], q, norm.query), (cache.tensors[0][4:7, :2], k, norm.key)):
+        expected = F.rms_norm(heads, (dim,), weight.double(), norm.eps)
+        torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=2**-8)
+
+
 @pytest.mark.parametrize("has_norm", [True, False])
 @pytest.mark.parametrize("num_turned", [16, 4])
 def test_heads_are_normed_and_turned_and_written(has_norm: bool, num_turned: int) -> None:

@@ -152,8 +152,8 @@ def test_cuts_are_at_multiples_of_the_whole_sequence(net: GatedDeltaNet) -> None
     for start in (0, 64):
         run(net, rows, again, [Part(0, start, start + 64)])
     assert torch.equal(first.memory, again.memory)
-    chunks = plan_of([Part(0, 50, 150)]).chunks
-    assert chunks is not None
+    (prefill,) = plan_of([Part(0, 50, 150)]).prefills
+    chunks = prefill.chunks
     assert [group.tokens for group in chunks.groups] == [slice(0, 100)]
     assert [group.rounds for group in chunks.groups] == [[1, 1, 1]], "14, 64 and 22 tokens"
 
@@ -189,6 +189,27 @@ def test_drafts_leave_each_state_as_a_step_of_its_own_would(net: GatedDeltaNet) 
     for place, (found,) in zip((0, 3), alone, strict=True):
         torch.testing.assert_close(out[place], found)
         torch.testing.assert_close(spare.memory[place], together.memory[place])
+
+
+def test_states_inside_a_step_are_copied(net: GatedDeltaNet) -> None:
+    """Those of steps that end there; other sequences are in the same calls."""
+    rows, (whole, cut) = make_rows(), (make_states(), make_states())
+    parts = [Part(0, 0, 1), Part(1, 0, 150), Part(2, 0, 70), Part(3, 0, 140)]
+    taken = rows.at(torch.cat([torch.arange(part.start, part.stop) for part in parts]))
+    slots, counts = torch.tensor([part.slot for part in parts]), [part.stop for part in parts]
+    spare = torch.zeros_like(whole.memory[:3]), torch.zeros_like(whole.inputs[:3])
+    whole = DeltaStates(torch.cat((whole.inputs, spare[1])), torch.cat((whole.memory, spare[0])))
+    saves = [[], [(64, 5), (128, 7)], [], [(64, 6)]]
+    plan = plan_step(slots, counts, [0] * 4, 3, None, saves)
+    assert len(plan.prefills) == 4
+    found = net(*taken, whole, plan)
+    wanted = expected(net, rows).out
+    for of_part, part in zip(found.split(counts), parts, strict=True):
+        torch.testing.assert_close(of_part, wanted[: part.stop], rtol=1e-4, atol=1e-4)
+    for slot, stop, row in ((1, 64, 5), (3, 64, 6), (1, 128, 7)):
+        run(net, rows, cut, [Part(slot, stop - 64, stop)])
+        torch.testing.assert_close(whole.memory[row], cut.memory[slot], rtol=1e-5, atol=1e-5)
+        assert torch.equal(whole.inputs[row], cut.inputs[slot])
 
 
 def random_tokens(length: int) -> DeltaTokens:
