@@ -95,7 +95,7 @@ class ModelRunner:
         """Loads a checkpoint's weights. Raises ValueError where the width of the tower's embeddings does not
         match the decoder."""
         dtype = choose_dtype(config.model.dtype, device)
-        backend = choose_backend(config.llm.attention, device)
+        backend = choose_backend(config.llm.attention, device, config.llm.linear_attention)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
         kind = decoder_of(info)
         weights.expect(kind.prefix)
@@ -127,6 +127,7 @@ class ModelRunner:
             return
         with torch.inference_mode():
             self.attention.warm_up(self.decoder.attention_layers)
+            self._warm_up_states(cache.spare_slot // size)
         if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
@@ -141,6 +142,17 @@ class ModelRunner:
 
         with torch.inference_mode():
             self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
+
+    def _warm_up_states(self, spare_block: int) -> None:
+        """Compiles the kernels of layers with a state, where there are any, by a decode and a prefill of two
+        tokens. Writes only to the spare slot and the spare block."""
+        slots = torch.full((2,), self._num_slots, device=self.device)
+        states = self.states.of_step(slots, [1, 2], [0, 0])
+        if states is not None:
+            spans = [SequencePart(count, 0, 2 * [spare_block]) for count in (1, 2)]
+            zeros = torch.zeros(4, 3, dtype=torch.int64, device=self.device)
+            x = self.decoder.embed(zeros[0])
+            self.decoder(x, zeros[1:], self.attention.plan(spans), states=states)
 
     def _decode(self, inputs: GraphInputs, longest: int) -> Outputs:
         """One decode step. It reads and writes fixed addresses on the device, so a CUDA graph can capture

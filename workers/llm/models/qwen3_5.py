@@ -28,8 +28,9 @@ from workers.llm.models.rotary import mrope_constants
 from workers.llm.models.stream import ResidualStream, make_stream
 from workers.llm.models.vocabulary import Vocabulary
 from workers.llm.parallel import HeadLayout, TensorParallel, share_experts
-from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
-from workers.nn.delta.plan import CHUNK, DeltaPlan, plan_step
+from workers.nn.delta.backends import BY_TORCH, DeltaBackend
+from workers.nn.delta.layer import DeltaStates
+from workers.nn.delta.plan import CHUNK, DeltaPlan
 from workers.nn.fused import Kernels
 from workers.nn.layers import RMSNorm
 from workers.nn.weights.base import Linear
@@ -52,6 +53,7 @@ class Qwen3_5Decoder(Decoder):
         super().__init__(info, weights, parallel, kernels)
         assert isinstance(info, Qwen3_5TextInfo)
         self._info = info
+        self._linear_attention = BY_TORCH if kernels is None else kernels.linear_attention
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self.layers = [
             self._make_layer(weights.under(f"model.layers.{number}"), number)
@@ -103,7 +105,7 @@ class Qwen3_5Decoder(Decoder):
         plan = None
         if states is not None:
             num_kept = self._info.delta_net.num_taps - 1
-            plan = plan_step(states.slots, states.counts, states.starts, num_kept)
+            plan = self._linear_attention.plan(states.slots, states.counts, states.starts, num_kept)
         step = _Step(attention, rotary, states, plan)
         stream = make_stream(x, self.parallel, self.kernels)
         for layer in self.layers:
@@ -126,7 +128,8 @@ class Qwen3_5Decoder(Decoder):
         else:
             layout = DeltaLayout(info.delta_net, self.parallel.rank, self.parallel.size)
             first = STATES_PER_LAYER * (number - full_before)
-            mixer = DeltaMixer(layout, weights.under("linear_attn"), first, info.rms_norm_eps)
+            backend, of_layer = self._linear_attention, weights.under("linear_attn")
+            mixer = DeltaMixer(layout, of_layer, first, info.rms_norm_eps, backend)
         return _HybridLayer(
             mixer,
             self._make_mlp(weights.under("mlp")),
@@ -250,7 +253,14 @@ class DeltaLayout:
 
 
 class DeltaMixer:
-    def __init__(self, layout: DeltaLayout, weights: Weights, first_state: int, eps: float) -> None:
+    def __init__(
+        self,
+        layout: DeltaLayout,
+        weights: Weights,
+        first_state: int,
+        eps: float,
+        backend: DeltaBackend = BY_TORCH,
+    ) -> None:
         """`first_state`: the number of its first state among all layers'."""
         self._first_state, self._num_channels = first_state, layout.num_channels
         modules, shards = ("in_proj_qkv", "in_proj_z"), (layout.channels, layout.values)
@@ -259,7 +269,7 @@ class DeltaMixer:
         names = (f"in_proj_{name}.weight" for name in "ba")
         self._gates = torch.cat([weights.tensor(name, layout.value_heads) for name in names])
         self._out_proj = weights.row("out_proj", layout.values)
-        self._net = GatedDeltaNet(
+        self._net = backend.net(
             num_key_heads=layout.num_key_heads,
             num_value_heads=layout.num_value_heads,
             key_dim=layout.info.key_dim,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.delta.plan import ChunkGroup, ChunkLayout, DeltaPlan
+from workers.nn.delta.plan import ChunkGroup, DeltaPlan
 from workers.nn.delta.rule import (
     Chunks,
     DeltaTokens,
@@ -30,22 +30,25 @@ class DeltaStates(NamedTuple):
     memory: Tensor  # [num_slots, value_heads, key_dim, value_dim] float32
 
 
-class _Rows(NamedTuple):
-    """Of some of the step's tokens."""
+class DeltaRows(NamedTuple):
+    """Of some of the step's tokens, as `GatedDeltaNet` is called with them."""
 
     x: Tensor  # [n, channels]
     z: Tensor  # [n, value_heads · value_dim]
-    fade: Tensor  # [n, value_heads] float32
-    share: Tensor  # [n, value_heads] float32
+    b: Tensor  # [n, value_heads]
+    a: Tensor  # [n, value_heads]
     out: Tensor  # [n, value_heads · value_dim], to be filled
 
-    def part(self, part: slice) -> _Rows:
-        return _Rows(*(tensor[part] for tensor in self))
+    def part(self, part: slice) -> DeltaRows:
+        return DeltaRows(*(tensor[part] for tensor in self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedDeltaNet:
-    """Weights are in float32. Channels are those of all queries, then of all keys, then of all values."""
+    """Weights are in float32. Channels are those of all queries, then of all keys, then of all values.
+
+    Computes by torch's operators; subclasses have other ways of `decode` and `prefill` (`backends.py`).
+    """
 
     num_key_heads: int
     num_value_heads: int
@@ -65,35 +68,38 @@ class GatedDeltaNet:
         x: [num_tokens, channels], z: [num_tokens, value_heads · value_dim], gates of the output. b and a:
         [num_tokens, value_heads], how far the memory is moved, and how far it fades.
         """
-        share, fade = b.float().sigmoid(), F.softplus(a.float() + self.bias).mul_(-self.decay)
-        rows = _Rows(x, z, fade, share, torch.empty_like(z))
+        rows = DeltaRows(x, z, b, a, torch.empty_like(z))
         if plan.num_decodes:
-            self._decode(rows.part(slice(plan.num_decodes)), states, plan)
-        if plan.chunks is not None:
-            self._prefill(rows.part(slice(plan.num_decodes, None)), states, plan.chunks)
+            self.decode(rows.part(slice(plan.num_decodes)), states, plan)
+        if plan.num_decodes < len(x):
+            self.prefill(rows.part(slice(plan.num_decodes, None)), states, plan)
         return rows.out
 
-    def _decode(self, rows: _Rows, states: DeltaStates, plan: DeltaPlan) -> None:
-        slots = plan.decode_slots
+    def decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+        """One token each of the sequences in `plan.decode_slots`; fills `rows.out`."""
+        slots, (fade, share) = plan.decode_slots, self.gates(rows)
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
-        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), rows.fade, rows.share)
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), fade, share)
         if plan.are_distinct:
             found = advance_slots(states.memory, slots, tokens)
         else:
             memory = states.memory[slots]
             found = advance(memory, tokens)
             states.memory[slots] = memory
-        rows.out.copy_(self._gated(found, rows.z))
+        rows.out.copy_(self.gated(found, rows.z))
 
-    def _prefill(self, rows: _Rows, states: DeltaStates, layout: ChunkLayout) -> None:
+    def prefill(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+        """The sequences behind the decodes; fills `rows.out`."""
+        assert plan.chunks is not None
+        layout, gates = plan.chunks, self.gates(rows)
         kept = states.inputs[layout.slots]
         num_kept = kept.shape[1]
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
         tails = layout.tails.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
         memory = states.memory[layout.slots]
         for group in layout.groups:
-            tokens = self._chunk_tokens(rows, edges[group.chunks], group, layout.size)
+            tokens = self._chunk_tokens(rows, gates, edges[group.chunks], group, layout.size)
             chunks, parts, first = prepare_chunks(tokens, layout.size), [], 0
             for count in group.rounds:
                 of_round = Chunks(*(part[first : first + count] for part in chunks))
@@ -101,11 +107,17 @@ class GatedDeltaNet:
                 first += count
             found = torch.cat(parts) if len(parts) > 1 else parts[0]  # [chunks, heads, size, value_dim]
             found = found.transpose(1, 2).flatten(0, 1)[group.places]
-            rows.out[group.tokens] = self._gated(found, rows.z[group.tokens])
+            rows.out[group.tokens] = self.gated(found, rows.z[group.tokens])
         states.inputs[layout.slots] = tails.to(states.inputs.dtype)
         states.memory[layout.slots] = memory
 
-    def _chunk_tokens(self, rows: _Rows, edges: Tensor, group: ChunkGroup, size: int) -> DeltaTokens:
+    def gates(self, rows: DeltaRows) -> tuple[Tensor, Tensor]:
+        """`DeltaTokens.fade` and `share` [n, value_heads] float32."""
+        return F.softplus(rows.a.float() + self.bias).mul_(-self.decay), rows.b.float().sigmoid()
+
+    def _chunk_tokens(
+        self, rows: DeltaRows, of_tokens: tuple[Tensor, Tensor], edges: Tensor, group: ChunkGroup, size: int
+    ) -> DeltaTokens:
         """The tokens of a group of chunks, with padding. edges: the inputs before each chunk."""
         of_group = rows.x[group.rows].unflatten(0, (-1, size))
         seen = torch.cat((edges, of_group), dim=1).float()  # [chunks, num_kept + size, channels]
@@ -113,9 +125,9 @@ class GatedDeltaNet:
         convolved = seen[:, num_taps - 1 :] * self.taps[-1]
         for tap in range(num_taps - 1):
             convolved.addcmul_(seen[:, tap : tap + size], self.taps[tap])
-        gates = rows.fade.new_zeros(2, seen.shape[0] * size, self.num_value_heads)
-        gates[0, group.places] = rows.fade[group.tokens]
-        gates[1, group.places] = rows.share[group.tokens]
+        gates = seen.new_zeros(2, seen.shape[0] * size, self.num_value_heads)
+        for padded, gate in zip(gates, of_tokens, strict=True):
+            padded[group.places] = gate[group.tokens]
         return self._tokens(convolved.flatten(0, 1), *gates)
 
     def _tokens(self, convolved: Tensor, fade: Tensor, share: Tensor) -> DeltaTokens:
@@ -126,7 +138,7 @@ class GatedDeltaNet:
         v = v.unflatten(1, (self.num_value_heads, self.value_dim))
         return DeltaTokens(unit_heads(q, self.key_dim**-0.5), unit_heads(k), v, fade, share)
 
-    def _gated(self, found: Tensor, z: Tensor) -> Tensor:
+    def gated(self, found: Tensor, z: Tensor) -> Tensor:
         """[n, value_heads · value_dim] of found [n, value_heads, value_dim]."""
         normed = F.rms_norm(found, self.gain.shape, self.gain, self.eps).flatten(1)
         return normed.mul_(F.silu(z.float())).to(z.dtype)

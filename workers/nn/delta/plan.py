@@ -64,6 +64,21 @@ class ChunkLayout(NamedTuple):
     tails: InputSources  # the last inputs of each sequence [num_sequences · num_kept]
 
 
+class Spans(NamedTuple):
+    """Sequences behind the decodes, as kernels take them, and their chunks. All int64.
+
+    A chunk's rows are counted from a multiple of `CHUNK` of the whole sequence, so that rows of the first
+    chunk may lie before the step's tokens.
+    """
+
+    slots: Tensor  # [num_sequences]
+    starts: Tensor  # [num_sequences + 1], among the tokens behind the decodes
+    shifts: Tensor  # [num_sequences]: tokens before the step, in the sequence's first chunk
+    sequences: Tensor  # [num_chunks]
+    numbers: Tensor  # [num_chunks]: which chunk of its sequence
+    starts_on_host: Tensor  # `starts` in the host's memory
+
+
 class DeltaPlan(NamedTuple):
     """DeltaTokens of decodes come first, then those in chunks."""
 
@@ -71,6 +86,7 @@ class DeltaPlan(NamedTuple):
     decode_slots: Tensor  # [num_decodes] int64
     are_distinct: bool  # these slots, and on the CPU: no padding
     chunks: ChunkLayout | None
+    spans: Spans | None = None  # in place of `chunks`, for kernels
 
 
 class _Chunk(NamedTuple):
@@ -88,10 +104,36 @@ def plan_step(
     """
     if counts is None or starts is None:
         return DeltaPlan(len(slots), slots, False, None)
-    num_decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
+    num_decodes = _num_decodes(counts)
     rest = counts[num_decodes:]
     layout = _lay_out(slots[num_decodes:], rest, starts[num_decodes:], num_kept) if rest else None
     return DeltaPlan(num_decodes, slots[:num_decodes], slots.device.type == "cpu", layout)
+
+
+def plan_spans(
+    slots: Tensor, counts: Sequence[int] | None, starts: Sequence[int] | None, num_kept: int
+) -> DeltaPlan:
+    """`plan_step` for kernels."""
+    if counts is None or starts is None:
+        return DeltaPlan(len(slots), slots, False, None)
+    num_decodes = _num_decodes(counts)
+    rest, before = np.array(counts[num_decodes:], np.int64), np.array(starts[num_decodes:], np.int64)
+    if not len(rest):
+        return DeltaPlan(num_decodes, slots, False, None)
+    shifts = before % CHUNK
+    num_chunks = -(-(shifts + rest) // CHUNK)
+    sequences = np.repeat(np.arange(len(rest)), num_chunks)
+    numbers = np.arange(len(sequences)) - np.repeat(num_chunks.cumsum() - num_chunks, num_chunks)
+    first_tokens = np.concatenate(([0], rest.cumsum()))
+    # In one piece: each copy to a device costs time.
+    parts = (first_tokens, shifts, sequences, numbers)
+    tables = to_device(np.concatenate(parts), slots.device).split([len(part) for part in parts])
+    spans = Spans(slots[num_decodes:], *tables, torch.from_numpy(first_tokens))
+    return DeltaPlan(num_decodes, slots[:num_decodes], False, None, spans)
+
+
+def _num_decodes(counts: Sequence[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda count: count == 1, counts))
 
 
 def _lay_out(slots: Tensor, counts: Sequence[int], starts: Sequence[int], num_kept: int) -> ChunkLayout:

@@ -1,0 +1,129 @@
+"""Gated DeltaNet in Triton: the GPU's way. Runs on the CPU, for tests, under Triton's interpreter.
+
+A step of one token each is one kernel, which reads and writes fixed addresses only. Longer parts are computed
+in chunks, by the chunked form of the rule (`rule.py`): what needs no state for all chunks at once, then the
+state through the chunks of each sequence, then the outputs of all chunks. Never run on a GPU so far.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from workers.nn.delta.layer import DeltaRows, DeltaStates, GatedDeltaNet
+from workers.nn.delta.plan import CHUNK, DeltaPlan, Spans
+from workers.nn.delta.rule import LENGTH_EPS
+from workers.nn.delta.triton_kernels import (
+    delta_convolve_kernel,
+    delta_decode_kernel,
+    delta_keep_kernel,
+    delta_output_kernel,
+    delta_prepare_kernel,
+    delta_recur_kernel,
+)
+
+MIN_DOT = 16  # numbers along each side of a product
+KEEP_BLOCK = 1024  # channels of one program
+DECODE_WARPS, CONVOLVE_WARPS = 8, 8
+
+
+class DeltaTile(NamedTuple):
+    values: int  # columns of the state in one program
+    prepare_warps: int
+    recur_warps: int
+    output_warps: int
+
+
+def choose_delta_tile(dtype: torch.dtype) -> DeltaTile:
+    """Without spilled registers, as `tools/compile_kernels.py` shows."""
+    return DeltaTile(16, 8, 8, 8) if dtype == torch.float32 else DeltaTile(32, 8, 4, 4)
+
+
+def choose_precision(dtype: torch.dtype) -> str:
+    """Of products of float32 numbers: in the system of a chunk, whatever the type of the model is."""
+    return "ieee" if dtype == torch.float32 else "tf32x3"
+
+
+class TritonDeltaNet(GatedDeltaNet):
+    __slots__ = ()
+
+    def decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+        delta_decode_kernel[(len(rows.x), self.num_key_heads)](
+            rows.x, rows.z, rows.b, rows.a, plan.decode_slots, states.inputs, states.memory,
+            self.taps, self.decay, self.bias, self.gain, rows.out, self.eps, LENGTH_EPS,
+            rows.x.stride(0), rows.z.stride(0), rows.b.stride(0),
+            states.inputs.stride(0), states.memory.stride(0), rows.out.stride(0),
+            **self._key_shape, **self._value_shape, NUM_TAPS=len(self.taps), num_warps=DECODE_WARPS,
+        )  # fmt: skip
+
+    def prefill(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+        assert plan.spans is not None
+        mixed = self._convolve(rows, states.inputs, plan.spans)
+        self.apply_rule(mixed, rows, states.memory, plan.spans)
+
+    def apply_rule(self, mixed: Tensor, rows: DeltaRows, memory: Tensor, spans: Spans) -> None:
+        """Fills `rows.out`. mixed: [num_tokens, channels] in the model's type: keys have length 1, queries
+        that of the attention's scale."""
+        num_tokens, dtype, device = len(mixed), mixed.dtype, mixed.device
+        num_chunks, num_heads = len(spans.numbers), self.num_value_heads
+        tile, precision = choose_delta_tile(dtype), choose_precision(dtype)
+        totals = torch.empty(num_tokens, num_heads, device=device)
+        writes = torch.empty(num_tokens, num_heads, self.value_dim, dtype=dtype, device=device)
+        answers = torch.empty(writes.shape, device=device)
+        asks = torch.empty(num_tokens, num_heads, self.key_dim, dtype=dtype, device=device)
+        chunks = spans.starts, spans.shifts, spans.sequences, spans.numbers
+        options = {**self._key_shape, "SIZE": CHUNK, "PRECISION": precision}
+        delta_prepare_kernel[(num_chunks, num_heads)](
+            mixed, rows.b, rows.a, *chunks, self.decay, self.bias, totals, writes, asks, rows.b.stride(0),
+            **options, **self._value_shape, num_warps=tile.prepare_warps,
+        )  # fmt: skip
+        blocks = triton.cdiv(self.value_dim, tile.values)
+        delta_recur_kernel[(len(spans.slots), num_heads, blocks)](
+            mixed, spans.slots, spans.starts, spans.shifts, memory, totals, writes, asks, answers,
+            memory.stride(0),
+            **options, VALUE_DIM=self.value_dim, BLOCK=tile.values, num_warps=tile.recur_warps,
+        )  # fmt: skip
+        delta_output_kernel[(num_chunks, num_heads)](
+            mixed, rows.z, *chunks, totals, writes, answers, self.gain, rows.out, self.eps,
+            rows.z.stride(0), rows.out.stride(0),
+            **options, **self._value_shape, num_warps=tile.output_warps,
+        )  # fmt: skip
+
+    def _convolve(self, rows: DeltaRows, inputs: Tensor, spans: Spans) -> Tensor:
+        """`mixed` of `apply_rule`; then `inputs` keeps the last inputs of each sequence."""
+        num_channels, num_taps = rows.x.shape[1], len(self.taps)
+        mixed = torch.empty(len(rows.x), num_channels, dtype=rows.x.dtype, device=rows.x.device)
+        num_heads = 2 * self.num_key_heads + self.num_value_heads
+        delta_convolve_kernel[(len(spans.numbers), num_heads)](
+            rows.x, *spans[:5], inputs, self.taps, mixed, LENGTH_EPS, rows.x.stride(0), inputs.stride(0),
+            KEY_HEADS=self.num_key_heads, GROUP=self.num_value_heads // self.num_key_heads,
+            KEY_DIM=self.key_dim, VALUE_DIM=self.value_dim,
+            DIM_PADDED=triton.next_power_of_2(max(self.key_dim, self.value_dim)),
+            NUM_TAPS=num_taps, SIZE=CHUNK, num_warps=CONVOLVE_WARPS,
+        )  # fmt: skip
+        delta_keep_kernel[(len(spans.slots), triton.cdiv(num_channels, KEEP_BLOCK))](
+            rows.x, spans.slots, spans.starts, inputs, rows.x.stride(0), inputs.stride(0),
+            num_channels, num_taps - 1, KEEP_BLOCK,
+        )  # fmt: skip
+        return mixed
+
+    @property
+    def _key_shape(self) -> dict[str, int]:
+        """Of the kernels' constants."""
+        return {
+            "KEY_HEADS": self.num_key_heads,
+            "GROUP": self.num_value_heads // self.num_key_heads,
+            "KEY_DIM": self.key_dim,
+            "KEY_PADDED": _padded(self.key_dim),
+        }
+
+    @property
+    def _value_shape(self) -> dict[str, int]:
+        return {"VALUE_DIM": self.value_dim, "VALUE_PADDED": _padded(self.value_dim)}
+
+
+def _padded(dim: int) -> int:
+    return max(MIN_DOT, int(triton.next_power_of_2(dim)))

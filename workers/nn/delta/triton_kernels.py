@@ -1,0 +1,329 @@
+"""The Triton kernels of `triton.py`: a layer of Gated DeltaNet between its projections.
+
+A key head is shared by GROUP value heads. Sums are in float32. Products between tokens take numbers in the
+model's type, as tensor cores do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# No specialisation on values that differ between steps: a compilation would stop the streams. Tables and
+# gates begin anywhere in their tensors.
+TABLES = ["slots", "span_starts", "shifts", "sequences", "numbers"]
+UNALIGNED = [*TABLES, "b", "a"]
+
+
+@triton.jit
+def _log_fade(a, fade_bias, decay, head):
+    """g, of the numbers `a`: -decay · softplus(a + fade_bias)."""
+    x = a.to(tl.float32) + tl.load(fade_bias + head)
+    return -tl.load(decay + head) * (tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x))))
+
+
+@triton.jit
+def _gated(found, z, gain, eps, SIZE: tl.constexpr):
+    """The norm of found [rows, values], times the weight gain [values] and SiLU of z [rows, values]."""
+    scale = tl.rsqrt(tl.sum(found * found, 1) / SIZE + eps)
+    wide = z.to(tl.float32)
+    return found * scale[:, None] * gain[None, :] * (wide * tl.sigmoid(wide))
+
+
+@triton.jit
+def _step_inputs(x, inputs, taps, channels, is_channel, NUM_CHANNELS: tl.constexpr, NUM_TAPS: tl.constexpr):
+    """One token's convolution of some channels, and SiLU. Its input becomes the last one that is kept."""
+    new = tl.load(x + channels, mask=is_channel, other=0.0)
+    weight = tl.load(taps + (NUM_TAPS - 1) * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
+    total = new.to(tl.float32) * weight
+    for tap in tl.static_range(NUM_TAPS - 1):
+        kept = tl.load(inputs + tap * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
+        weight = tl.load(taps + tap * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
+        total += kept.to(tl.float32) * weight
+        if tap > 0:
+            tl.store(inputs + (tap - 1) * NUM_CHANNELS + channels, kept, mask=is_channel)
+    if NUM_TAPS > 1:
+        new = new.to(inputs.dtype.element_ty)
+        tl.store(inputs + (NUM_TAPS - 2) * NUM_CHANNELS + channels, new, mask=is_channel)
+    return total * tl.sigmoid(total)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_decode_kernel(
+    x, z, b, a, slots, inputs, memory, taps, decay, fade_bias, gain, out, eps, length_eps,
+    x_stride, z_stride, gate_stride, inputs_stride, memory_stride, out_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, NUM_TAPS: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, key head): one token through the whole layer.
+
+    All that it changes of the states is its own: the inputs of its channels, and its heads' memory.
+    """
+    row, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    NUM_CHANNELS: tl.constexpr = KEY_HEADS * (2 * KEY_DIM + GROUP * VALUE_DIM)
+    slot = tl.load(slots + row).to(tl.int64)
+    x += row * x_stride
+    inputs += slot * inputs_stride
+    keys, values = tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    channels = key_head * KEY_DIM + keys
+    q = _step_inputs(x, inputs, taps, channels, is_key, NUM_CHANNELS, NUM_TAPS)
+    k = _step_inputs(x, inputs, taps, KEY_HEADS * KEY_DIM + channels, is_key, NUM_CHANNELS, NUM_TAPS)
+    q = (q * tl.rsqrt((tl.sum(q * q, 0) + length_eps) * KEY_DIM))[:, None]
+    k = (k * tl.rsqrt(tl.sum(k * k, 0) + length_eps))[:, None]
+    weight = tl.load(gain + values, mask=is_value, other=0.0)
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        channels = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + values
+        v = _step_inputs(x, inputs, taps, channels, is_value, NUM_CHANNELS, NUM_TAPS)
+        fade = tl.exp(_log_fade(tl.load(a + row * gate_stride + head), fade_bias, decay, head))
+        share = tl.sigmoid(tl.load(b + row * gate_stride + head).to(tl.float32))
+        places = memory + slot * memory_stride + head * KEY_DIM * VALUE_DIM
+        places = places + keys[:, None] * VALUE_DIM + values[None, :]
+        is_there = is_key[:, None] & is_value[None, :]
+        state = tl.load(places, mask=is_there, other=0.0) * fade
+        write = (v - tl.sum(state * k, 0)) * share
+        state += k * write[None, :]
+        tl.store(places, state, mask=is_there)
+        found = tl.sum(state * q, 0)[None, :]
+        gates = tl.load(z + row * z_stride + head * VALUE_DIM + values, mask=is_value, other=0.0)
+        gated = _gated(found, gates[None, :], weight, eps, VALUE_DIM)
+        place = out + row * out_stride + head * VALUE_DIM + values
+        tl.store(place[None, :], gated.to(out.dtype.element_ty), mask=is_value[None, :])
+
+
+@triton.jit
+def _span_of(sequence, span_starts):
+    """The sequence's first token of the step, and the number of its tokens."""
+    start = tl.load(span_starts + sequence).to(tl.int32)
+    return start, tl.load(span_starts + sequence + 1).to(tl.int32) - start
+
+
+@triton.jit
+def _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE: tl.constexpr):
+    """A chunk's first row among the tokens of the step, int64, and which of its rows are tokens [SIZE].
+
+    Rows before the first token and behind the last one belong to other sequences, or to none.
+    """
+    sequence = tl.load(sequences + chunk)
+    start, count = _span_of(sequence, span_starts)
+    first = tl.load(numbers + chunk).to(tl.int32) * SIZE - tl.load(shifts + sequence).to(tl.int32)
+    rows = first + tl.arange(0, SIZE)
+    return (start + first).to(tl.int64), (rows >= 0) & (rows < count)
+
+
+@triton.jit
+def _load_rows(x, is_row, stride, columns, is_column, SIZE: tl.constexpr):
+    """[SIZE, columns] of a matrix from `x` on."""
+    places = tl.arange(0, SIZE)[:, None] * stride + columns[None, :]
+    return tl.load(x + places, mask=is_row[:, None] & is_column[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(x, found, is_row, stride, columns, is_column, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)[:, None] * stride + columns[None, :]
+    tl.store(x + places, found.to(x.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_convolve_kernel(
+    x, slots, span_starts, shifts, sequences, numbers, inputs, taps, out, length_eps,
+    x_stride, inputs_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr, NUM_TAPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, head, of queries, then keys, then values): convolution, SiLU, and the length of queries
+    and keys."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    NUM_CHANNELS: tl.constexpr = KEY_HEADS * (2 * KEY_DIM + GROUP * VALUE_DIM)
+    first_token, is_row = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
+    sequence = tl.load(sequences + chunk)
+    start, _ = _span_of(sequence, span_starts)
+    rows = (first_token - start).to(tl.int32) + tl.arange(0, SIZE)
+    inputs += tl.load(slots + sequence).to(tl.int64) * inputs_stride
+    is_value, dims = head >= 2 * KEY_HEADS, tl.arange(0, DIM_PADDED)
+    values_before = tl.maximum(head - 2 * KEY_HEADS, 0)
+    channels = tl.minimum(head, 2 * KEY_HEADS) * KEY_DIM + values_before * VALUE_DIM + dims
+    is_dim = dims < tl.where(is_value, VALUE_DIM, KEY_DIM)
+    total = tl.zeros([SIZE, DIM_PADDED], tl.float32)
+    for tap in tl.static_range(NUM_TAPS):
+        taken = rows - (NUM_TAPS - 1) + tap
+        of_step = x + (first_token - (NUM_TAPS - 1) + tap) * x_stride
+        new = _load_rows(of_step, is_row & (taken >= 0), x_stride, channels, is_dim, SIZE)
+        places = (taken + NUM_TAPS - 1)[:, None] * NUM_CHANNELS + channels[None, :]
+        kept = tl.load(inputs + places, mask=(is_row & (taken < 0))[:, None] & is_dim[None, :], other=0.0)
+        weight = tl.load(taps + tap * NUM_CHANNELS + channels, mask=is_dim, other=0.0)
+        total += (new.to(tl.float32) + kept.to(tl.float32)) * weight[None, :]  # one of them is 0
+    total = total * tl.sigmoid(total)
+    squares = tl.sum(total * total, 1) + length_eps
+    scales = tl.rsqrt(tl.where(head < KEY_HEADS, squares * KEY_DIM, squares))
+    total = total * tl.where(is_value, 1.0, scales)[:, None]
+    _store_rows(out + first_token * NUM_CHANNELS, total, is_row, NUM_CHANNELS, channels, is_dim, SIZE)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_keep_kernel(
+    x, slots, span_starts, inputs, x_stride, inputs_stride,
+    NUM_CHANNELS: tl.constexpr, NUM_KEPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, block of channels): keeps the last inputs, once all convolutions have read them.
+
+    A channel's inputs are one thread's: each is read before another is written over it.
+    """
+    sequence, channels = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_channel = channels < NUM_CHANNELS
+    start, count = _span_of(sequence, span_starts)
+    inputs += tl.load(slots + sequence).to(tl.int64) * inputs_stride
+    for number in tl.static_range(NUM_KEPT):
+        taken = count - NUM_KEPT + number + tl.zeros([BLOCK], tl.int32)
+        place = (start + taken).to(tl.int64) * x_stride
+        new = tl.load(x + place + channels, mask=is_channel & (taken >= 0), other=0.0)
+        place = (taken + NUM_KEPT) * NUM_CHANNELS
+        kept = tl.load(inputs + place + channels, mask=is_channel & (taken < 0), other=0.0)
+        last = tl.where(taken >= 0, new.to(inputs.dtype.element_ty), kept)
+        tl.store(inputs + number * NUM_CHANNELS + channels, last, mask=is_channel)
+
+
+@triton.jit
+def _invert(system, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(1 + system)⁻¹ [SIZE, SIZE], for numbers below the diagonal only.
+
+    Blockwise: the inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]. Each round makes blocks of
+    twice the size, all of them in two products.
+    """
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    is_pair = (rows // 2 == columns // 2) & (rows > columns)
+    inverse = tl.where(rows == columns, 1.0, 0.0) - tl.where(is_pair, system, 0.0)
+    ROUNDS: tl.constexpr = 5
+    tl.static_assert(SIZE == 2 << ROUNDS)
+    for number in tl.static_range(ROUNDS):
+        half = 2 << number
+        is_corner = (rows // (2 * half) == columns // (2 * half)) & (rows // half > columns // half)
+        corner = tl.where(is_corner, system, 0.0)
+        product = tl.dot(corner, inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, product, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def _fading(totals, is_seen):
+    """exp of [rows, columns] differences, 0 where not seen: masked before exp, which would overflow."""
+    return tl.exp(tl.where(is_seen, totals[:, None] - totals[None, :], float("-inf")))
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_prepare_kernel(
+    mixed, b, a, span_starts, shifts, sequences, numbers, decay, fade_bias, totals, writes, asks, gate_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, value head): what needs no state.
+
+    totals: g, added up from the start of the chunk. writes: what tokens would write if the state were empty.
+    asks: what the state is asked by writes.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
+    NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
+    first, is_row = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
+    order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    gates = first * gate_stride + head + order * gate_stride
+    fade = _log_fade(tl.load(a + gates, mask=is_row, other=0.0), fade_bias, decay, head)
+    share = tl.sigmoid(tl.load(b + gates, mask=is_row, other=0.0).to(tl.float32))[:, None]
+    total = tl.cumsum(tl.where(is_row, fade, 0.0), 0)
+    of_head = first * NUM_HEADS + head
+    tl.store(totals + of_head + order * NUM_HEADS, total, mask=is_row)
+    of_keys = mixed + first * NUM_CHANNELS + (KEY_HEADS + head // GROUP) * KEY_DIM
+    k = _load_rows(of_keys, is_row, NUM_CHANNELS, keys, is_key, SIZE)
+    system = tl.dot(k, tl.trans(k), input_precision=PRECISION) * share
+    system = system * _fading(total, order[:, None] > order[None, :])
+    solver = _invert(system, SIZE, PRECISION).to(k.dtype)
+    wide = k.to(tl.float32) * share * tl.exp(total)[:, None]
+    found = tl.dot(solver, wide.to(k.dtype), input_precision=PRECISION)
+    _store_rows(asks + of_head * KEY_DIM, found, is_row, NUM_HEADS * KEY_DIM, keys, is_key, SIZE)
+    of_values = mixed + first * NUM_CHANNELS + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM
+    v = _load_rows(of_values, is_row, NUM_CHANNELS, values, is_value, SIZE)
+    wide = v.to(tl.float32) * share
+    found = tl.dot(solver, wide.to(v.dtype), input_precision=PRECISION)
+    _store_rows(writes + of_head * VALUE_DIM, found, is_row, NUM_HEADS * VALUE_DIM, values, is_value, SIZE)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_recur_kernel(
+    mixed, slots, span_starts, shifts, memory, totals, writes, asks, answers, memory_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, value head, block of values): the chunks one after the other, with that part of the
+    state on the chip.
+
+    `writes` become what tokens write into the state; `answers` are the state's to the queries.
+    """
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
+    NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
+    keys, values = tl.arange(0, KEY_PADDED), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    memory += tl.load(slots + sequence).to(tl.int64) * memory_stride + head * KEY_DIM * VALUE_DIM
+    state = _load_rows(memory, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
+    start, count = _span_of(sequence, span_starts)
+    shift = tl.load(shifts + sequence).to(tl.int32)
+    order = tl.arange(0, SIZE)
+    of_queries = mixed + head // GROUP * KEY_DIM
+    for number in range(tl.cdiv(shift + count, SIZE)):
+        first_row = number * SIZE - shift
+        is_row = (first_row + order >= 0) & (first_row + order < count)
+        first = (start + first_row).to(tl.int64)
+        of_head = first * NUM_HEADS + head
+        ask = _load_rows(asks + of_head * KEY_DIM, is_row, NUM_HEADS * KEY_DIM, keys, is_key, SIZE)
+        q = _load_rows(of_queries + first * NUM_CHANNELS, is_row, NUM_CHANNELS, keys, is_key, SIZE)
+        of_keys = of_queries + KEY_HEADS * KEY_DIM + first * NUM_CHANNELS
+        k = _load_rows(of_keys, is_row, NUM_CHANNELS, keys, is_key, SIZE)
+        total = tl.load(totals + of_head + order * NUM_HEADS, mask=is_row, other=0.0)
+        last_row = tl.minimum(count - first_row, SIZE) - 1
+        last = tl.load(totals + of_head + last_row * NUM_HEADS)
+        of_writes, stride = of_head * VALUE_DIM, NUM_HEADS * VALUE_DIM
+        write = _load_rows(writes + of_writes, is_row, stride, values, is_value, SIZE)
+        narrow = state.to(write.dtype)
+        answer = tl.dot(q, narrow, input_precision=PRECISION) * tl.exp(total)[:, None]
+        _store_rows(answers + of_writes, answer, is_row, stride, values, is_value, SIZE)
+        wide = write.to(tl.float32) - tl.dot(ask, narrow, input_precision=PRECISION)
+        _store_rows(writes + of_writes, wide, is_row, stride, values, is_value, SIZE)
+        # Rows that are no tokens write 0; their total of 0 makes a factor of at most 1.
+        wide = wide * tl.exp(last - total)[:, None]
+        state = state * tl.exp(last)
+        state += tl.dot(tl.trans(k), wide.to(write.dtype), input_precision=PRECISION)
+    _store_rows(memory, state, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_output_kernel(
+    mixed, z, span_starts, shifts, sequences, numbers, totals, writes, answers, gain, out, eps,
+    z_stride, out_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, value head): the state's answers with the chunk's own writes; the norm with a gate."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
+    NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
+    first, is_row = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
+    order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    of_queries = mixed + first * NUM_CHANNELS + head // GROUP * KEY_DIM
+    q = _load_rows(of_queries, is_row, NUM_CHANNELS, keys, is_key, SIZE)
+    k = _load_rows(of_queries + KEY_HEADS * KEY_DIM, is_row, NUM_CHANNELS, keys, is_key, SIZE)
+    of_head = first * NUM_HEADS + head
+    total = tl.load(totals + of_head + order * NUM_HEADS, mask=is_row, other=0.0)
+    is_seen = (order[:, None] >= order[None, :]) & is_row[None, :]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * _fading(total, is_seen)
+    of_writes, stride = of_head * VALUE_DIM, NUM_HEADS * VALUE_DIM
+    write = _load_rows(writes + of_writes, is_row, stride, values, is_value, SIZE)
+    found = tl.dot(scores.to(write.dtype), write, input_precision=PRECISION)
+    found += _load_rows(answers + of_writes, is_row, stride, values, is_value, SIZE)
+    z += first * z_stride + head * VALUE_DIM
+    gates = _load_rows(z, is_row, z_stride, values, is_value, SIZE)
+    gated = _gated(found, gates, tl.load(gain + values, mask=is_value, other=0.0), eps, VALUE_DIM)
+    out += first * out_stride + head * VALUE_DIM
+    _store_rows(out, gated, is_row, out_stride, values, is_value, SIZE)
