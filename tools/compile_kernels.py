@@ -70,6 +70,7 @@ class Variant(NamedTuple):
     out: str = "*bf16"  # type of the argument `out`
     num_warps: int = 4
     dtype: str = "*bf16"  # of whatever is in the model's type
+    num_stages: int = 3
 
 
 class Usage(NamedTuple):
@@ -190,8 +191,9 @@ def _of_delta() -> Iterator[Variant]:
         name = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}"
         heads: Mapping[str, object] = {"KEY_HEADS": 16, "GROUP": group, "KEY_DIM": 128, "VALUE_DIM": 128}
         keys = {**heads, "KEY_PADDED": 128}
-        chunk = {"SIZE": CHUNK, "PRECISION": delta.choose_precision(dtype)}
+        part = {"SIZE": tile.rows, "PRECISION": delta.choose_precision(dtype)}
         whole = {**keys, "VALUE_PADDED": 128}
+        chunk = {**whole, **part, "CHUNK": CHUNK}
         kept = {"NUM_CHANNELS": 128 * 16 * (2 + group), "NUM_KEPT": 3, "BLOCK": delta.KEEP_BLOCK}
         for what, kernel, constants, num_warps in (
             ("decode", delta_kernels.delta_decode_kernel, {**whole, "NUM_TAPS": 4}, delta.DECODE_WARPS),
@@ -202,16 +204,17 @@ def _of_delta() -> Iterator[Variant]:
                 delta.CONVOLVE_WARPS,
             ),
             ("kept inputs", delta_kernels.delta_keep_kernel, kept, 4),
-            ("chunks", delta_kernels.delta_prepare_kernel, {**whole, **chunk}, tile.prepare_warps),
+            ("chunks", delta_kernels.delta_prepare_kernel, chunk, tile.prepare_warps),
             (
                 "recurrence",
                 delta_kernels.delta_recur_kernel,
-                {**keys, **chunk, "BLOCK": tile.values},
+                {**keys, **part, "BLOCK": tile.values},
                 tile.recur_warps,
             ),
-            ("outputs", delta_kernels.delta_output_kernel, {**whole, **chunk}, tile.output_warps),
+            ("outputs", delta_kernels.delta_output_kernel, chunk, tile.output_warps),
         ):
-            yield Variant(f"delta {what}, {name}", kernel, constants, pointer, num_warps, pointer)
+            stages = delta.RECUR_STAGES if what == "recurrence" else 3
+            yield Variant(f"delta {what}, {name}", kernel, constants, pointer, num_warps, pointer, stages)
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:
@@ -233,7 +236,9 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.num_warps}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
     registers, spilled = _resources(compiled.asm["cubin"])
     return Usage(variant.name, capability, registers, spilled, compiled.metadata.shared)

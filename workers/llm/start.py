@@ -124,6 +124,15 @@ def check_speculation(config: LlmConfig, spec: CacheSpec) -> None:
         )
 
 
+def check_linear_attention(config: LlmConfig, spec: CacheSpec) -> None:
+    """Raises ValueError where a way is asked for and there is nothing to compute."""
+    if config.linear_attention != "auto" and not states_of(spec):
+        raise ValueError(
+            f"linear_attention {config.linear_attention!r} is for models with layers of linear attention, "
+            "and this model has none"
+        )
+
+
 def make_drafter(config: LlmConfig) -> Drafter | None:
     make_proposer = PROPOSERS.get(config.speculative)
     return None if make_proposer is None else Drafter(make_proposer, config.speculative_tokens)

@@ -25,3 +25,7 @@ class Kernels(NamedTuple):
     # stacked weights gate_up [num_held, 2 · intermediate, hidden] and down [num_held, hidden, intermediate].
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     linear_attention: DeltaBackend = BY_TORCH
+
+
+def linear_attention_of(kernels: Kernels | None) -> DeltaBackend:
+    return BY_TORCH if kernels is None else kernels.linear_attention

@@ -24,7 +24,14 @@ from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 from workers.llm.cache.spec import Paged, State
 from workers.llm.speculation.ngram import NgramProposer
-from workers.llm.start import check_speculation, has_overlap, make_drafter, make_welcome, wait_for_vits
+from workers.llm.start import (
+    check_linear_attention,
+    check_speculation,
+    has_overlap,
+    make_drafter,
+    make_welcome,
+    wait_for_vits,
+)
 from workers.preprocess.credits import Credits
 
 VIT_1 = WorkerId(Role.VIT, 1)
@@ -107,6 +114,14 @@ def test_a_model_with_states_takes_no_guesses() -> None:
         ValueError, match="speculative 'ngram' is not for this model: its layers keep a state"
     ):
         check_speculation(guesses, [paged, state])
+
+
+def test_linear_attention_is_for_models_that_have_it() -> None:
+    paged, state = Paged(2, 64), State((8,), torch.float32)
+    check_linear_attention(LlmConfig(), [paged])
+    check_linear_attention(LlmConfig(linear_attention="triton"), [paged, state])
+    with pytest.raises(ValueError, match="linear_attention 'triton' is for models with layers of linear"):
+        check_linear_attention(LlmConfig(linear_attention="triton"), [paged])
 
 
 def test_guesses_are_made_when_they_are_asked_for() -> None:

@@ -31,7 +31,7 @@ from workers.llm.parallel import HeadLayout, TensorParallel, share_experts
 from workers.nn.delta.backends import BY_TORCH, DeltaBackend
 from workers.nn.delta.layer import DeltaStates
 from workers.nn.delta.plan import CHUNK, DeltaPlan
-from workers.nn.fused import Kernels
+from workers.nn.fused import Kernels, linear_attention_of
 from workers.nn.layers import RMSNorm
 from workers.nn.weights.base import Linear
 from workers.nn.weights.shard import ExpertsShard, Shard
@@ -53,7 +53,7 @@ class Qwen3_5Decoder(Decoder):
         super().__init__(info, weights, parallel, kernels)
         assert isinstance(info, Qwen3_5TextInfo)
         self._info = info
-        self._linear_attention = BY_TORCH if kernels is None else kernels.linear_attention
+        self._linear_attention = linear_attention_of(kernels)
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self.layers = [
             self._make_layer(weights.under(f"model.layers.{number}"), number)

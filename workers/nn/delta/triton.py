@@ -28,9 +28,11 @@ from workers.nn.delta.triton_kernels import (
 MIN_DOT = 16  # numbers along each side of a product
 KEEP_BLOCK = 1024  # channels of one program
 DECODE_WARPS, CONVOLVE_WARPS = 8, 8
+RECUR_STAGES = 2  # more would leave no room for a second program
 
 
 class DeltaTile(NamedTuple):
+    rows: int  # tokens of one program, or of one iteration
     values: int  # columns of the state in one program
     prepare_warps: int
     recur_warps: int
@@ -39,7 +41,7 @@ class DeltaTile(NamedTuple):
 
 def choose_delta_tile(dtype: torch.dtype) -> DeltaTile:
     """Without spilled registers, as `tools/compile_kernels.py` shows."""
-    return DeltaTile(16, 8, 8, 8) if dtype == torch.float32 else DeltaTile(32, 8, 4, 4)
+    return DeltaTile(32, 16, 8, 8, 8) if dtype == torch.float32 else DeltaTile(64, 32, 4, 4, 4)
 
 
 def choose_precision(dtype: torch.dtype) -> str:
@@ -54,7 +56,7 @@ class TritonDeltaNet(GatedDeltaNet):
         delta_decode_kernel[(len(rows.x), self.num_key_heads)](
             rows.x, rows.z, rows.b, rows.a, plan.decode_slots, states.inputs, states.memory,
             self.taps, self.decay, self.bias, self.gain, rows.out, self.eps, LENGTH_EPS,
-            rows.x.stride(0), rows.z.stride(0), rows.b.stride(0),
+            rows.x.stride(0), rows.z.stride(0), rows.b.stride(0), rows.a.stride(0),
             states.inputs.stride(0), states.memory.stride(0), rows.out.stride(0),
             **self._key_shape, **self._value_shape, NUM_TAPS=len(self.taps), num_warps=DECODE_WARPS,
         )  # fmt: skip
@@ -75,21 +77,23 @@ class TritonDeltaNet(GatedDeltaNet):
         answers = torch.empty(writes.shape, device=device)
         asks = torch.empty(num_tokens, num_heads, self.key_dim, dtype=dtype, device=device)
         chunks = spans.starts, spans.shifts, spans.sequences, spans.numbers
-        options = {**self._key_shape, "SIZE": CHUNK, "PRECISION": precision}
-        delta_prepare_kernel[(num_chunks, num_heads)](
-            mixed, rows.b, rows.a, *chunks, self.decay, self.bias, totals, writes, asks, rows.b.stride(0),
-            **options, **self._value_shape, num_warps=tile.prepare_warps,
+        options = {**self._key_shape, "SIZE": tile.rows, "PRECISION": precision}
+        delta_prepare_kernel[(num_chunks, num_heads, CHUNK // tile.rows)](
+            mixed, rows.b, rows.a, *chunks, self.decay, self.bias, totals, writes, asks,
+            rows.b.stride(0), rows.a.stride(0), **options, **self._value_shape, CHUNK=CHUNK,
+            num_warps=tile.prepare_warps,
         )  # fmt: skip
         blocks = triton.cdiv(self.value_dim, tile.values)
         delta_recur_kernel[(len(spans.slots), num_heads, blocks)](
             mixed, spans.slots, spans.starts, spans.shifts, memory, totals, writes, asks, answers,
             memory.stride(0),
             **options, VALUE_DIM=self.value_dim, BLOCK=tile.values, num_warps=tile.recur_warps,
+            num_stages=RECUR_STAGES,
         )  # fmt: skip
-        delta_output_kernel[(num_chunks, num_heads)](
+        delta_output_kernel[(num_chunks, num_heads, CHUNK // tile.rows)](
             mixed, rows.z, *chunks, totals, writes, answers, self.gain, rows.out, self.eps,
             rows.z.stride(0), rows.out.stride(0),
-            **options, **self._value_shape, num_warps=tile.output_warps,
+            **options, **self._value_shape, CHUNK=CHUNK, num_warps=tile.output_warps,
         )  # fmt: skip
 
     def _convolve(self, rows: DeltaRows, inputs: Tensor, spans: Spans) -> Tensor:

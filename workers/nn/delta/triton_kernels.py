@@ -51,7 +51,7 @@ def _step_inputs(x, inputs, taps, channels, is_channel, NUM_CHANNELS: tl.constex
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def delta_decode_kernel(
     x, z, b, a, slots, inputs, memory, taps, decay, fade_bias, gain, out, eps, length_eps,
-    x_stride, z_stride, gate_stride, inputs_stride, memory_stride, out_stride,
+    x_stride, z_stride, b_stride, a_stride, inputs_stride, memory_stride, out_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, NUM_TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -76,8 +76,8 @@ def delta_decode_kernel(
         head = key_head * GROUP + member
         channels = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + values
         v = _step_inputs(x, inputs, taps, channels, is_value, NUM_CHANNELS, NUM_TAPS)
-        fade = tl.exp(_log_fade(tl.load(a + row * gate_stride + head), fade_bias, decay, head))
-        share = tl.sigmoid(tl.load(b + row * gate_stride + head).to(tl.float32))
+        fade = tl.exp(_log_fade(tl.load(a + row * a_stride + head), fade_bias, decay, head))
+        share = tl.sigmoid(tl.load(b + row * b_stride + head).to(tl.float32))
         places = memory + slot * memory_stride + head * KEY_DIM * VALUE_DIM
         places = places + keys[:, None] * VALUE_DIM + values[None, :]
         is_there = is_key[:, None] & is_value[None, :]
@@ -100,16 +100,22 @@ def _span_of(sequence, span_starts):
 
 
 @triton.jit
-def _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE: tl.constexpr):
-    """A chunk's first row among the tokens of the step, int64, and which of its rows are tokens [SIZE].
+def _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK: tl.constexpr):
+    """A chunk's first row among the tokens of the step, int64, and the sequence's first and last one.
 
-    Rows before the first token and behind the last one belong to other sequences, or to none.
+    The chunk's rows before the first token and behind the last one belong to other sequences, or to none.
     """
     sequence = tl.load(sequences + chunk)
     start, count = _span_of(sequence, span_starts)
-    first = tl.load(numbers + chunk).to(tl.int32) * SIZE - tl.load(shifts + sequence).to(tl.int32)
-    rows = first + tl.arange(0, SIZE)
-    return (start + first).to(tl.int64), (rows >= 0) & (rows < count)
+    first = tl.load(numbers + chunk).to(tl.int32) * CHUNK - tl.load(shifts + sequence).to(tl.int32)
+    return (start + first).to(tl.int64), start, start + count - 1
+
+
+@triton.jit
+def _are_rows(first, first_token, last_token, SIZE: tl.constexpr):
+    """Which of SIZE rows from `first` on are tokens of the sequence."""
+    rows = first.to(tl.int32) + tl.arange(0, SIZE)
+    return (rows >= first_token) & (rows <= last_token)
 
 
 @triton.jit
@@ -136,11 +142,10 @@ def delta_convolve_kernel(
     and keys."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_CHANNELS: tl.constexpr = KEY_HEADS * (2 * KEY_DIM + GROUP * VALUE_DIM)
-    first_token, is_row = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
-    sequence = tl.load(sequences + chunk)
-    start, _ = _span_of(sequence, span_starts)
-    rows = (first_token - start).to(tl.int32) + tl.arange(0, SIZE)
-    inputs += tl.load(slots + sequence).to(tl.int64) * inputs_stride
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
+    is_row = _are_rows(first, first_token, last_token, SIZE)
+    rows = first.to(tl.int32) - first_token + tl.arange(0, SIZE)
+    inputs += tl.load(slots + tl.load(sequences + chunk)).to(tl.int64) * inputs_stride
     is_value, dims = head >= 2 * KEY_HEADS, tl.arange(0, DIM_PADDED)
     values_before = tl.maximum(head - 2 * KEY_HEADS, 0)
     channels = tl.minimum(head, 2 * KEY_HEADS) * KEY_DIM + values_before * VALUE_DIM + dims
@@ -148,7 +153,7 @@ def delta_convolve_kernel(
     total = tl.zeros([SIZE, DIM_PADDED], tl.float32)
     for tap in tl.static_range(NUM_TAPS):
         taken = rows - (NUM_TAPS - 1) + tap
-        of_step = x + (first_token - (NUM_TAPS - 1) + tap) * x_stride
+        of_step = x + (first - (NUM_TAPS - 1) + tap) * x_stride
         new = _load_rows(of_step, is_row & (taken >= 0), x_stride, channels, is_dim, SIZE)
         places = (taken + NUM_TAPS - 1)[:, None] * NUM_CHANNELS + channels[None, :]
         kept = tl.load(inputs + places, mask=(is_row & (taken < 0))[:, None] & is_dim[None, :], other=0.0)
@@ -158,7 +163,7 @@ def delta_convolve_kernel(
     squares = tl.sum(total * total, 1) + length_eps
     scales = tl.rsqrt(tl.where(head < KEY_HEADS, squares * KEY_DIM, squares))
     total = total * tl.where(is_value, 1.0, scales)[:, None]
-    _store_rows(out + first_token * NUM_CHANNELS, total, is_row, NUM_CHANNELS, channels, is_dim, SIZE)
+    _store_rows(out + first * NUM_CHANNELS, total, is_row, NUM_CHANNELS, channels, is_dim, SIZE)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -191,14 +196,14 @@ def _invert(system, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     Blockwise: the inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]. Each round makes blocks of
     twice the size, all of them in two products.
     """
+    tl.static_assert(SIZE == 16 or SIZE == 32)
+    ROUNDS: tl.constexpr = 3 if SIZE == 16 else 4
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    is_pair = (rows // 2 == columns // 2) & (rows > columns)
+    is_pair = (rows >> 1 == columns >> 1) & (rows > columns)
     inverse = tl.where(rows == columns, 1.0, 0.0) - tl.where(is_pair, system, 0.0)
-    ROUNDS: tl.constexpr = 5
-    tl.static_assert(SIZE == 2 << ROUNDS)
-    for number in tl.static_range(ROUNDS):
-        half = 2 << number
-        is_corner = (rows // (2 * half) == columns // (2 * half)) & (rows // half > columns // half)
+    # Not unrolled: all rounds at once would take more registers.
+    for number in range(1, ROUNDS + 1):
+        is_corner = (rows >> (number + 1) == columns >> (number + 1)) & (rows >> number > columns >> number)
         corner = tl.where(is_corner, system, 0.0)
         product = tl.dot(corner, inverse, input_precision=PRECISION)
         inverse -= tl.dot(inverse, product, input_precision=PRECISION)
@@ -206,47 +211,91 @@ def _invert(system, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _fading(totals, is_seen):
-    """exp of [rows, columns] differences, 0 where not seen: masked before exp, which would overflow."""
-    return tl.exp(tl.where(is_seen, totals[:, None] - totals[None, :], float("-inf")))
+def _fading(totals, earlier, is_seen):
+    """exp of differences [rows, columns], 0 where not seen: masked before exp, which would overflow."""
+    return tl.exp(tl.where(is_seen, totals[:, None] - earlier[None, :], float("-inf")))
+
+
+@triton.jit
+def _solve_halves(upper, corner, lower, low, high, PRECISION: tl.constexpr):
+    """[[upper, 0], [corner, lower]] times numbers of the rows of both halves."""
+    low, high = low.to(upper.dtype), high.to(upper.dtype)
+    found = tl.dot(corner, low, input_precision=PRECISION)
+    return (
+        tl.dot(upper, low, input_precision=PRECISION),
+        tl.dot(lower, high, acc=found, input_precision=PRECISION),
+    )
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def delta_prepare_kernel(
-    mixed, b, a, span_starts, shifts, sequences, numbers, decay, fade_bias, totals, writes, asks, gate_stride,
+    mixed, b, a, span_starts, shifts, sequences, numbers, decay, fade_bias, totals, writes, asks,
+    b_stride, a_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head): what needs no state.
+    """Program (chunk, value head, part of SIZE rows): what needs no state.
 
-    totals: g, added up from the start of the chunk. writes: what tokens would write if the state were empty.
-    asks: what the state is asked by writes.
+    totals: g, added up from the start of the part. writes: what tokens would write if the state were empty.
+    asks: what the state is asked by writes. Both solve a triangular system, half of the rows at a time.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
     NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
-    first, is_row = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
-    order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+    HALF: tl.constexpr = SIZE // 2
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK)
+    first += tl.program_id(2) * SIZE
+    is_low = _are_rows(first, first_token, last_token, HALF)
+    is_high = _are_rows(first + HALF, first_token, last_token, HALF)
+    order, keys, values = tl.arange(0, HALF), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
     is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
-    gates = first * gate_stride + head + order * gate_stride
-    fade = _log_fade(tl.load(a + gates, mask=is_row, other=0.0), fade_bias, decay, head)
-    share = tl.sigmoid(tl.load(b + gates, mask=is_row, other=0.0).to(tl.float32))[:, None]
-    total = tl.cumsum(tl.where(is_row, fade, 0.0), 0)
-    of_head = first * NUM_HEADS + head
-    tl.store(totals + of_head + order * NUM_HEADS, total, mask=is_row)
-    of_keys = mixed + first * NUM_CHANNELS + (KEY_HEADS + head // GROUP) * KEY_DIM
-    k = _load_rows(of_keys, is_row, NUM_CHANNELS, keys, is_key, SIZE)
-    system = tl.dot(k, tl.trans(k), input_precision=PRECISION) * share
-    system = system * _fading(total, order[:, None] > order[None, :])
-    solver = _invert(system, SIZE, PRECISION).to(k.dtype)
-    wide = k.to(tl.float32) * share * tl.exp(total)[:, None]
-    found = tl.dot(solver, wide.to(k.dtype), input_precision=PRECISION)
-    _store_rows(asks + of_head * KEY_DIM, found, is_row, NUM_HEADS * KEY_DIM, keys, is_key, SIZE)
-    of_values = mixed + first * NUM_CHANNELS + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM
-    v = _load_rows(of_values, is_row, NUM_CHANNELS, values, is_value, SIZE)
-    wide = v.to(tl.float32) * share
-    found = tl.dot(solver, wide.to(v.dtype), input_precision=PRECISION)
-    _store_rows(writes + of_head * VALUE_DIM, found, is_row, NUM_HEADS * VALUE_DIM, values, is_value, SIZE)
+    a += first * a_stride + head
+    low_fade = _log_fade(tl.load(a + order * a_stride, mask=is_low, other=0.0), fade_bias, decay, head)
+    a += HALF * a_stride
+    high_fade = _log_fade(tl.load(a + order * a_stride, mask=is_high, other=0.0), fade_bias, decay, head)
+    low_total = tl.cumsum(tl.where(is_low, low_fade, 0.0), 0)
+    half_total = tl.sum(tl.where(is_low, low_fade, 0.0), 0)
+    high_total = half_total + tl.cumsum(tl.where(is_high, high_fade, 0.0), 0)
+    b += first * b_stride + head
+    low_share = tl.sigmoid(tl.load(b + order * b_stride, mask=is_low, other=0.0).to(tl.float32))[:, None]
+    b += HALF * b_stride
+    high_share = tl.sigmoid(tl.load(b + order * b_stride, mask=is_high, other=0.0).to(tl.float32))[:, None]
+    totals += first * NUM_HEADS + head
+    tl.store(totals + order * NUM_HEADS, low_total, mask=is_low)
+    tl.store(totals + (HALF + order) * NUM_HEADS, high_total, mask=is_high)
+
+    k = mixed + first * NUM_CHANNELS + (KEY_HEADS + head // GROUP) * KEY_DIM
+    low = _load_rows(k, is_low, NUM_CHANNELS, keys, is_key, HALF)
+    high = _load_rows(k + HALF * NUM_CHANNELS, is_high, NUM_CHANNELS, keys, is_key, HALF)
+    is_earlier = order[:, None] > order[None, :]
+    system = tl.dot(low, tl.trans(low), input_precision=PRECISION) * low_share
+    upper = _invert(system * _fading(low_total, low_total, is_earlier), HALF, PRECISION)
+    system = tl.dot(high, tl.trans(high), input_precision=PRECISION) * high_share
+    lower = _invert(system * _fading(high_total, high_total, is_earlier), HALF, PRECISION)
+    system = tl.dot(high, tl.trans(low), input_precision=PRECISION) * high_share
+    system *= _fading(high_total, low_total, is_high[:, None] & is_low[None, :])
+    corner = tl.dot(system, upper, input_precision=PRECISION)
+    corner = -tl.dot(lower, corner, input_precision=PRECISION)
+    upper, corner, lower = upper.to(low.dtype), corner.to(low.dtype), lower.to(low.dtype)
+
+    low_wide = low.to(tl.float32) * low_share * tl.exp(low_total)[:, None]
+    high_wide = high.to(tl.float32) * high_share * tl.exp(high_total)[:, None]
+    low_found, high_found = _solve_halves(upper, corner, lower, low_wide, high_wide, PRECISION)
+    asks += (first * NUM_HEADS + head) * KEY_DIM
+    stride = NUM_HEADS * KEY_DIM
+    _store_rows(asks, low_found, is_low, stride, keys, is_key, HALF)
+    _store_rows(asks + HALF * stride, high_found, is_high, stride, keys, is_key, HALF)
+
+    v = mixed + first * NUM_CHANNELS + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM
+    low = _load_rows(v, is_low, NUM_CHANNELS, values, is_value, HALF)
+    high = _load_rows(v + HALF * NUM_CHANNELS, is_high, NUM_CHANNELS, values, is_value, HALF)
+    low_wide, high_wide = low.to(tl.float32) * low_share, high.to(tl.float32) * high_share
+    low_found, high_found = _solve_halves(upper, corner, lower, low_wide, high_wide, PRECISION)
+    writes += (first * NUM_HEADS + head) * VALUE_DIM
+    stride = NUM_HEADS * VALUE_DIM
+    _store_rows(writes, low_found, is_low, stride, values, is_value, HALF)
+    _store_rows(writes + HALF * stride, high_found, is_high, stride, values, is_value, HALF)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -255,8 +304,8 @@ def delta_recur_kernel(
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, value head, block of values): the chunks one after the other, with that part of the
-    state on the chip.
+    """Program (sequence, value head, block of values): parts of SIZE rows one after the other, with the
+    block's part of the state on the chip.
 
     `writes` become what tokens write into the state; `answers` are the state's to the queries.
     """
@@ -268,7 +317,7 @@ def delta_recur_kernel(
     memory += tl.load(slots + sequence).to(tl.int64) * memory_stride + head * KEY_DIM * VALUE_DIM
     state = _load_rows(memory, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
     start, count = _span_of(sequence, span_starts)
-    shift = tl.load(shifts + sequence).to(tl.int32)
+    shift = tl.load(shifts + sequence).to(tl.int32) % SIZE
     order = tl.arange(0, SIZE)
     of_queries = mixed + head // GROUP * KEY_DIM
     for number in range(tl.cdiv(shift + count, SIZE)):
@@ -302,13 +351,17 @@ def delta_output_kernel(
     mixed, z, span_starts, shifts, sequences, numbers, totals, writes, answers, gain, out, eps,
     z_stride, out_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head): the state's answers with the chunk's own writes; the norm with a gate."""
+    """Program (chunk, value head, part of SIZE rows): the state's answers with the part's own writes, and the
+    norm with a gate."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
     NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
-    first, is_row = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK)
+    first += tl.program_id(2) * SIZE
+    is_row = _are_rows(first, first_token, last_token, SIZE)
     order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
     is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
     of_queries = mixed + first * NUM_CHANNELS + head // GROUP * KEY_DIM
@@ -316,8 +369,8 @@ def delta_output_kernel(
     k = _load_rows(of_queries + KEY_HEADS * KEY_DIM, is_row, NUM_CHANNELS, keys, is_key, SIZE)
     of_head = first * NUM_HEADS + head
     total = tl.load(totals + of_head + order * NUM_HEADS, mask=is_row, other=0.0)
-    is_seen = (order[:, None] >= order[None, :]) & is_row[None, :]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * _fading(total, is_seen)
+    is_seen = (order[:, None] >= order[None, :]) & is_row[:, None] & is_row[None, :]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * _fading(total, total, is_seen)
     of_writes, stride = of_head * VALUE_DIM, NUM_HEADS * VALUE_DIM
     write = _load_rows(writes + of_writes, is_row, stride, values, is_value, SIZE)
     found = tl.dot(scores.to(write.dtype), write, input_precision=PRECISION)
