@@ -32,7 +32,10 @@ def _gated(found, z, gain, eps, SIZE: tl.constexpr):
 
 @triton.jit
 def _step_inputs(x, inputs, taps, channels, is_channel, NUM_CHANNELS: tl.constexpr, NUM_TAPS: tl.constexpr):
-    """One token's convolution of some channels, and SiLU. Its input becomes the last one that is kept."""
+    """One token's convolution of some channels, and SiLU. Its input becomes the last one that is kept.
+
+    Several threads may read the same input: none is overwritten before all have read it.
+    """
     new = tl.load(x + channels, mask=is_channel, other=0.0)
     weight = tl.load(taps + (NUM_TAPS - 1) * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
     total = new.to(tl.float32) * weight
@@ -40,8 +43,10 @@ def _step_inputs(x, inputs, taps, channels, is_channel, NUM_CHANNELS: tl.constex
         kept = tl.load(inputs + tap * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
         weight = tl.load(taps + tap * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
         total += kept.to(tl.float32) * weight
-        if tap > 0:
-            tl.store(inputs + (tap - 1) * NUM_CHANNELS + channels, kept, mask=is_channel)
+    tl.debug_barrier()
+    for tap in tl.static_range(1, NUM_TAPS - 1):
+        kept = tl.load(inputs + tap * NUM_CHANNELS + channels, mask=is_channel, other=0.0)
+        tl.store(inputs + (tap - 1) * NUM_CHANNELS + channels, kept, mask=is_channel)
     if NUM_TAPS > 1:
         new = new.to(inputs.dtype.element_ty)
         tl.store(inputs + (NUM_TAPS - 2) * NUM_CHANNELS + channels, new, mask=is_channel)
