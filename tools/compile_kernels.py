@@ -52,7 +52,8 @@ POINTERS = {
     "chosen": "*i64", "order": "*i32", "blocks": "*i32", "inner": "*bf16", "outputs": "*bf16",
     "scores": "*bf16", "shares": "*bf16",
     "z": "*bf16", "a": "*bf16", "b": "*bf16", "inputs": "*bf16", "mixed": "*bf16", "writes": "*bf16",
-    "asks": "*bf16", "memory": "*fp32", "taps": "*fp32", "decay": "*fp32", "fade_bias": "*fp32",
+    "asks": "*bf16", "solvers": "*bf16", "memory": "*fp32", "taps": "*fp32", "decay": "*fp32",
+    "fade_bias": "*fp32",
     "gain": "*fp32", "totals": "*fp32", "answers": "*fp32", "slots": "*i64", "span_starts": "*i64",
     "shifts": "*i64", "sequences": "*i64", "numbers": "*i64",
 }  # fmt: skip
@@ -191,7 +192,7 @@ def _of_delta() -> Iterator[Variant]:
         name = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}"
         heads: Mapping[str, object] = {"KEY_HEADS": 16, "GROUP": group, "KEY_DIM": 128, "VALUE_DIM": 128}
         keys = {**heads, "KEY_PADDED": 128}
-        part = {"SIZE": tile.rows, "PRECISION": delta.choose_precision(dtype)}
+        part = {"SIZE": tile.rows}
         whole = {**keys, "VALUE_PADDED": 128}
         chunk = {**whole, **part, "CHUNK": CHUNK}
         kept = {"NUM_CHANNELS": 128 * 16 * (2 + group), "NUM_KEPT": 3, "BLOCK": delta.KEEP_BLOCK}
@@ -204,7 +205,13 @@ def _of_delta() -> Iterator[Variant]:
                 delta.CONVOLVE_WARPS,
             ),
             ("kept inputs", delta_kernels.delta_keep_kernel, kept, 4),
-            ("chunks", delta_kernels.delta_prepare_kernel, chunk, tile.prepare_warps),
+            (
+                "system",
+                delta_kernels.delta_solve_kernel,
+                {**keys, **part, "CHUNK": CHUNK},
+                tile.solve_warps,
+            ),
+            ("writes", delta_kernels.delta_write_kernel, chunk, tile.write_warps),
             (
                 "recurrence",
                 delta_kernels.delta_recur_kernel,

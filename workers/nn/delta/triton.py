@@ -17,15 +17,16 @@ from workers.nn.delta.layer import DeltaRows, DeltaStates, GatedDeltaNet
 from workers.nn.delta.plan import CHUNK, DeltaPlan, Spans
 from workers.nn.delta.rule import LENGTH_EPS
 from workers.nn.delta.triton_kernels import (
+    MIN_DOT,
     delta_convolve_kernel,
     delta_decode_kernel,
     delta_keep_kernel,
     delta_output_kernel,
-    delta_prepare_kernel,
     delta_recur_kernel,
+    delta_solve_kernel,
+    delta_write_kernel,
 )
 
-MIN_DOT = 16  # numbers along each side of a product
 KEEP_BLOCK = 1024  # channels of one program
 DECODE_WARPS, CONVOLVE_WARPS = 8, 8
 RECUR_STAGES = 2  # more would leave no room for a second program
@@ -34,19 +35,15 @@ RECUR_STAGES = 2  # more would leave no room for a second program
 class DeltaTile(NamedTuple):
     rows: int  # tokens of one program, or of one iteration
     values: int  # columns of the state in one program
-    prepare_warps: int
+    solve_warps: int
+    write_warps: int
     recur_warps: int
     output_warps: int
 
 
 def choose_delta_tile(dtype: torch.dtype) -> DeltaTile:
     """Without spilled registers, as `tools/compile_kernels.py` shows."""
-    return DeltaTile(32, 16, 8, 8, 8) if dtype == torch.float32 else DeltaTile(64, 32, 4, 4, 4)
-
-
-def choose_precision(dtype: torch.dtype) -> str:
-    """Of products of float32 numbers: in the system of a chunk, whatever the type of the model is."""
-    return "ieee" if dtype == torch.float32 else "tf32x3"
+    return DeltaTile(32, 16, 4, 8, 8, 8) if dtype == torch.float32 else DeltaTile(64, 32, 4, 4, 4, 4)
 
 
 class TritonDeltaNet(GatedDeltaNet):
@@ -71,17 +68,23 @@ class TritonDeltaNet(GatedDeltaNet):
         that of the attention's scale."""
         num_tokens, dtype, device = len(mixed), mixed.dtype, mixed.device
         num_chunks, num_heads = len(spans.numbers), self.num_value_heads
-        tile, precision = choose_delta_tile(dtype), choose_precision(dtype)
+        tile = choose_delta_tile(dtype)
         totals = torch.empty(num_tokens, num_heads, device=device)
         writes = torch.empty(num_tokens, num_heads, self.value_dim, dtype=dtype, device=device)
         answers = torch.empty(writes.shape, device=device)
+        solvers = torch.empty(num_tokens, num_heads, tile.rows, dtype=dtype, device=device)
         asks = torch.empty(num_tokens, num_heads, self.key_dim, dtype=dtype, device=device)
         chunks = spans.starts, spans.shifts, spans.sequences, spans.numbers
-        options = {**self._key_shape, "SIZE": tile.rows, "PRECISION": precision}
-        delta_prepare_kernel[(num_chunks, num_heads, CHUNK // tile.rows)](
-            mixed, rows.b, rows.a, *chunks, self.decay, self.bias, totals, writes, asks,
-            rows.b.stride(0), rows.a.stride(0), **options, **self._value_shape, CHUNK=CHUNK,
-            num_warps=tile.prepare_warps,
+        options = {**self._key_shape, "SIZE": tile.rows}
+        grid = (num_chunks, num_heads, CHUNK // tile.rows)
+        delta_solve_kernel[grid](
+            mixed, rows.b, rows.a, *chunks, self.decay, self.bias, totals, solvers,
+            rows.b.stride(0), rows.a.stride(0),
+            **options, VALUE_DIM=self.value_dim, CHUNK=CHUNK, num_warps=tile.solve_warps,
+        )  # fmt: skip
+        delta_write_kernel[grid](
+            mixed, rows.b, *chunks, totals, solvers, writes, asks, rows.b.stride(0),
+            **options, **self._value_shape, CHUNK=CHUNK, num_warps=tile.write_warps,
         )  # fmt: skip
         blocks = triton.cdiv(self.value_dim, tile.values)
         delta_recur_kernel[(len(spans.slots), num_heads, blocks)](
@@ -90,7 +93,7 @@ class TritonDeltaNet(GatedDeltaNet):
             **options, VALUE_DIM=self.value_dim, BLOCK=tile.values, num_warps=tile.recur_warps,
             num_stages=RECUR_STAGES,
         )  # fmt: skip
-        delta_output_kernel[(num_chunks, num_heads, CHUNK // tile.rows)](
+        delta_output_kernel[grid](
             mixed, rows.z, *chunks, totals, writes, answers, self.gain, rows.out, self.eps,
             rows.z.stride(0), rows.out.stride(0),
             **options, **self._value_shape, CHUNK=CHUNK, num_warps=tile.output_warps,
@@ -130,4 +133,4 @@ class TritonDeltaNet(GatedDeltaNet):
 
 
 def _padded(dim: int) -> int:
-    return max(MIN_DOT, int(triton.next_power_of_2(dim)))
+    return max(MIN_DOT.value, int(triton.next_power_of_2(dim)))

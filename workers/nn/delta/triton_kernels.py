@@ -1,7 +1,7 @@
 """The Triton kernels of `triton.py`: a layer of Gated DeltaNet between its projections.
 
 A key head is shared by GROUP value heads. Sums are in float32. Products between tokens take numbers in the
-model's type, as tensor cores do.
+model's type, as tensor cores do; the system that tokens of a chunk make is solved in float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 # gates begin anywhere in their tensors.
 TABLES = ["slots", "span_starts", "shifts", "sequences", "numbers"]
 UNALIGNED = [*TABLES, "b", "a"]
+MIN_DOT = tl.constexpr(16)  # numbers along each side of a product, at least
 
 
 @triton.jit
@@ -195,7 +196,7 @@ def delta_keep_kernel(
 
 
 @triton.jit
-def _invert(system, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def _invert(system, SIZE: tl.constexpr):
     """(1 + system)⁻¹ [SIZE, SIZE], for numbers below the diagonal only.
 
     Blockwise: the inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]. Each round makes blocks of
@@ -210,8 +211,8 @@ def _invert(system, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     for number in range(1, ROUNDS + 1):
         is_corner = (rows >> (number + 1) == columns >> (number + 1)) & (rows >> number > columns >> number)
         corner = tl.where(is_corner, system, 0.0)
-        product = tl.dot(corner, inverse, input_precision=PRECISION)
-        inverse -= tl.dot(inverse, product, input_precision=PRECISION)
+        product = tl.dot(corner, inverse, input_precision="ieee")
+        inverse -= tl.dot(inverse, product, input_precision="ieee")
     return inverse
 
 
@@ -222,28 +223,24 @@ def _fading(totals, earlier, is_seen):
 
 
 @triton.jit
-def _solve_halves(upper, corner, lower, low, high, PRECISION: tl.constexpr):
-    """[[upper, 0], [corner, lower]] times numbers of the rows of both halves."""
-    low, high = low.to(upper.dtype), high.to(upper.dtype)
-    found = tl.dot(corner, low, input_precision=PRECISION)
-    return (
-        tl.dot(upper, low, input_precision=PRECISION),
-        tl.dot(lower, high, acc=found, input_precision=PRECISION),
-    )
+def _load_share(b, is_row, stride, SIZE: tl.constexpr):
+    """β [SIZE, 1]."""
+    return tl.sigmoid(tl.load(b + tl.arange(0, SIZE) * stride, mask=is_row, other=0.0).to(tl.float32))[
+        :, None
+    ]
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
-def delta_prepare_kernel(
-    mixed, b, a, span_starts, shifts, sequences, numbers, decay, fade_bias, totals, writes, asks,
+def delta_solve_kernel(
+    mixed, b, a, span_starts, shifts, sequences, numbers, decay, fade_bias, totals, solvers,
     b_stride, a_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head, part of SIZE rows): what needs no state.
+    """Program (chunk, value head, part of SIZE rows): the triangular system of what tokens write.
 
-    totals: g, added up from the start of the part. writes: what tokens would write if the state were empty.
-    asks: what the state is asked by writes. Both solve a triangular system, half of the rows at a time.
+    totals: g, added up from the start of the part. solvers: the rows of the system's inverse [SIZE], of which
+    nothing is written beside the diagonal's upper right. Half of the rows are solved at a time.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
@@ -253,61 +250,90 @@ def delta_prepare_kernel(
     first += tl.program_id(2) * SIZE
     is_low = _are_rows(first, first_token, last_token, HALF)
     is_high = _are_rows(first + HALF, first_token, last_token, HALF)
-    order, keys, values = tl.arange(0, HALF), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
-    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    order = tl.arange(0, HALF)
     a += first * a_stride + head
     low_fade = _log_fade(tl.load(a + order * a_stride, mask=is_low, other=0.0), fade_bias, decay, head)
+    low_fade = tl.where(is_low, low_fade, 0.0)
     a += HALF * a_stride
     high_fade = _log_fade(tl.load(a + order * a_stride, mask=is_high, other=0.0), fade_bias, decay, head)
-    low_total = tl.cumsum(tl.where(is_low, low_fade, 0.0), 0)
-    half_total = tl.sum(tl.where(is_low, low_fade, 0.0), 0)
-    high_total = half_total + tl.cumsum(tl.where(is_high, high_fade, 0.0), 0)
-    b += first * b_stride + head
-    low_share = tl.sigmoid(tl.load(b + order * b_stride, mask=is_low, other=0.0).to(tl.float32))[:, None]
-    b += HALF * b_stride
-    high_share = tl.sigmoid(tl.load(b + order * b_stride, mask=is_high, other=0.0).to(tl.float32))[:, None]
+    low_total = tl.cumsum(low_fade, 0)
+    high_total = tl.sum(low_fade, 0) + tl.cumsum(tl.where(is_high, high_fade, 0.0), 0)
     totals += first * NUM_HEADS + head
     tl.store(totals + order * NUM_HEADS, low_total, mask=is_low)
     tl.store(totals + (HALF + order) * NUM_HEADS, high_total, mask=is_high)
-
+    b += first * b_stride + head
+    low_share = _load_share(b, is_low, b_stride, HALF)
+    high_share = _load_share(b + HALF * b_stride, is_high, b_stride, HALF)
     k = mixed + first * NUM_CHANNELS + (KEY_HEADS + head // GROUP) * KEY_DIM
-    low = _load_rows(k, is_low, NUM_CHANNELS, keys, is_key, HALF)
-    high = _load_rows(k + HALF * NUM_CHANNELS, is_high, NUM_CHANNELS, keys, is_key, HALF)
+    upper = tl.zeros([HALF, HALF], tl.float32)
+    corner = tl.zeros([HALF, HALF], tl.float32)
+    lower = tl.zeros([HALF, HALF], tl.float32)
+    # A few keys at a time: all of them would take too many registers.
+    for start in range(0, KEY_PADDED, MIN_DOT):
+        keys = start + tl.arange(0, MIN_DOT)
+        low = _load_rows(k, is_low, NUM_CHANNELS, keys, keys < KEY_DIM, HALF)
+        high = _load_rows(k + HALF * NUM_CHANNELS, is_high, NUM_CHANNELS, keys, keys < KEY_DIM, HALF)
+        upper = tl.dot(low, tl.trans(low), acc=upper, input_precision="ieee")
+        corner = tl.dot(high, tl.trans(low), acc=corner, input_precision="ieee")
+        lower = tl.dot(high, tl.trans(high), acc=lower, input_precision="ieee")
     is_earlier = order[:, None] > order[None, :]
-    system = tl.dot(low, tl.trans(low), input_precision=PRECISION) * low_share
-    upper = _invert(system * _fading(low_total, low_total, is_earlier), HALF, PRECISION)
-    system = tl.dot(high, tl.trans(high), input_precision=PRECISION) * high_share
-    lower = _invert(system * _fading(high_total, high_total, is_earlier), HALF, PRECISION)
-    system = tl.dot(high, tl.trans(low), input_precision=PRECISION) * high_share
-    system *= _fading(high_total, low_total, is_high[:, None] & is_low[None, :])
-    corner = tl.dot(system, upper, input_precision=PRECISION)
-    corner = -tl.dot(lower, corner, input_precision=PRECISION)
-    upper, corner, lower = upper.to(low.dtype), corner.to(low.dtype), lower.to(low.dtype)
+    upper = upper * low_share * _fading(low_total, low_total, is_earlier)
+    lower = lower * high_share * _fading(high_total, high_total, is_earlier)
+    corner = corner * high_share * _fading(high_total, low_total, is_high[:, None] & is_low[None, :])
+    upper = _invert(upper, HALF)
+    lower = _invert(lower, HALF)
+    corner = tl.dot(corner, upper, input_precision="ieee")
+    corner = -tl.dot(lower, corner, input_precision="ieee")
+    solvers += (first * NUM_HEADS + head) * SIZE
+    stride, is_column = NUM_HEADS * SIZE, order < HALF
+    _store_rows(solvers, upper, is_low, stride, order, is_column, HALF)
+    solvers += HALF * stride
+    _store_rows(solvers, corner, is_high, stride, order, is_column, HALF)
+    _store_rows(solvers + HALF, lower, is_high, stride, order, is_column, HALF)
 
-    low_wide = low.to(tl.float32) * low_share * tl.exp(low_total)[:, None]
-    high_wide = high.to(tl.float32) * high_share * tl.exp(high_total)[:, None]
-    low_found, high_found = _solve_halves(upper, corner, lower, low_wide, high_wide, PRECISION)
-    asks += (first * NUM_HEADS + head) * KEY_DIM
-    stride = NUM_HEADS * KEY_DIM
-    _store_rows(asks, low_found, is_low, stride, keys, is_key, HALF)
-    _store_rows(asks + HALF * stride, high_found, is_high, stride, keys, is_key, HALF)
 
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_write_kernel(
+    mixed, b, span_starts, shifts, sequences, numbers, totals, solvers, writes, asks, b_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, value head, part of SIZE rows): the solution of the system.
+
+    writes: what tokens would write if the state were empty. asks: what the state is asked by writes.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
+    NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK)
+    first += tl.program_id(2) * SIZE
+    is_row = _are_rows(first, first_token, last_token, SIZE)
+    order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    of_head = first * NUM_HEADS + head
+    places = of_head * SIZE + order[:, None] * NUM_HEADS * SIZE + order[None, :]
+    is_there = is_row[:, None] & (order[:, None] >= order[None, :])
+    solver = tl.load(solvers + places, mask=is_there, other=0.0)
+    share = _load_share(b + first * b_stride + head, is_row, b_stride, SIZE)
     v = mixed + first * NUM_CHANNELS + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM
-    low = _load_rows(v, is_low, NUM_CHANNELS, values, is_value, HALF)
-    high = _load_rows(v + HALF * NUM_CHANNELS, is_high, NUM_CHANNELS, values, is_value, HALF)
-    low_wide, high_wide = low.to(tl.float32) * low_share, high.to(tl.float32) * high_share
-    low_found, high_found = _solve_halves(upper, corner, lower, low_wide, high_wide, PRECISION)
-    writes += (first * NUM_HEADS + head) * VALUE_DIM
+    v = _load_rows(v, is_row, NUM_CHANNELS, values, is_value, SIZE)
+    found = tl.dot(solver, (v.to(tl.float32) * share).to(v.dtype), input_precision="ieee")
     stride = NUM_HEADS * VALUE_DIM
-    _store_rows(writes, low_found, is_low, stride, values, is_value, HALF)
-    _store_rows(writes + HALF * stride, high_found, is_high, stride, values, is_value, HALF)
+    _store_rows(writes + of_head * VALUE_DIM, found, is_row, stride, values, is_value, SIZE)
+    total = tl.load(totals + of_head + order * NUM_HEADS, mask=is_row, other=0.0)
+    k = mixed + first * NUM_CHANNELS + (KEY_HEADS + head // GROUP) * KEY_DIM
+    k = _load_rows(k, is_row, NUM_CHANNELS, keys, is_key, SIZE)
+    wide = k.to(tl.float32) * share * tl.exp(total)[:, None]
+    found = tl.dot(solver, wide.to(k.dtype), input_precision="ieee")
+    _store_rows(asks + of_head * KEY_DIM, found, is_row, NUM_HEADS * KEY_DIM, keys, is_key, SIZE)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def delta_recur_kernel(
     mixed, slots, span_starts, shifts, memory, totals, writes, asks, answers, memory_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, value head, block of values): parts of SIZE rows one after the other, with the
     block's part of the state on the chip.
@@ -340,14 +366,14 @@ def delta_recur_kernel(
         of_writes, stride = of_head * VALUE_DIM, NUM_HEADS * VALUE_DIM
         write = _load_rows(writes + of_writes, is_row, stride, values, is_value, SIZE)
         narrow = state.to(write.dtype)
-        answer = tl.dot(q, narrow, input_precision=PRECISION) * tl.exp(total)[:, None]
+        answer = tl.dot(q, narrow, input_precision="ieee") * tl.exp(total)[:, None]
         _store_rows(answers + of_writes, answer, is_row, stride, values, is_value, SIZE)
-        wide = write.to(tl.float32) - tl.dot(ask, narrow, input_precision=PRECISION)
+        wide = write.to(tl.float32) - tl.dot(ask, narrow, input_precision="ieee")
         _store_rows(writes + of_writes, wide, is_row, stride, values, is_value, SIZE)
         # Rows that are no tokens write 0; their total of 0 makes a factor of at most 1.
         wide = wide * tl.exp(last - total)[:, None]
         state = state * tl.exp(last)
-        state += tl.dot(tl.trans(k), wide.to(write.dtype), input_precision=PRECISION)
+        state += tl.dot(tl.trans(k), wide.to(write.dtype), input_precision="ieee")
     _store_rows(memory, state, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
 
 
@@ -357,7 +383,7 @@ def delta_output_kernel(
     z_stride, out_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, value head, part of SIZE rows): the state's answers with the part's own writes, and the
     norm with a gate."""
@@ -375,10 +401,10 @@ def delta_output_kernel(
     of_head = first * NUM_HEADS + head
     total = tl.load(totals + of_head + order * NUM_HEADS, mask=is_row, other=0.0)
     is_seen = (order[:, None] >= order[None, :]) & is_row[:, None] & is_row[None, :]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * _fading(total, total, is_seen)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * _fading(total, total, is_seen)
     of_writes, stride = of_head * VALUE_DIM, NUM_HEADS * VALUE_DIM
     write = _load_rows(writes + of_writes, is_row, stride, values, is_value, SIZE)
-    found = tl.dot(scores.to(write.dtype), write, input_precision=PRECISION)
+    found = tl.dot(scores.to(write.dtype), write, input_precision="ieee")
     found += _load_rows(answers + of_writes, is_row, stride, values, is_value, SIZE)
     z += first * z_stride + head * VALUE_DIM
     gates = _load_rows(z, is_row, z_stride, values, is_value, SIZE)
