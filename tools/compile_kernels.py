@@ -188,40 +188,31 @@ def _of_experts() -> Iterator[Variant]:
 def _of_delta() -> Iterator[Variant]:
     """Of layers with linear attention: in bfloat16 of Qwen3.5's 27B, in float32 of its 0.8B."""
     for group, dtype in ((3, torch.bfloat16), (1, torch.float32)):
-        tile, pointer = delta.choose_delta_tile(dtype), TYPES[dtype]
-        name = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}"
+        name, pointer = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
         heads: Mapping[str, object] = {"KEY_HEADS": 16, "GROUP": group, "KEY_DIM": 128, "VALUE_DIM": 128}
-        keys = {**heads, "KEY_PADDED": 128}
-        part = {"SIZE": tile.rows}
+        keys, chunk = {**heads, "KEY_PADDED": 128}, {"SIZE": CHUNK}
         whole = {**keys, "VALUE_PADDED": 128}
-        chunk = {**whole, **part, "CHUNK": CHUNK}
+        convolved = {**heads, **chunk, "DIM_PADDED": 128, "NUM_TAPS": 4, "ROWS": delta.CONVOLVED_ROWS}
         kept = {"NUM_CHANNELS": 128 * 16 * (2 + group), "NUM_KEPT": 3, "BLOCK": delta.KEEP_BLOCK}
-        for what, kernel, constants, num_warps in (
-            ("decode", delta_kernels.delta_decode_kernel, {**whole, "NUM_TAPS": 4}, delta.DECODE_WARPS),
-            (
-                "convolution",
-                delta_kernels.delta_convolve_kernel,
-                {**heads, "DIM_PADDED": 128, "NUM_TAPS": 4, "SIZE": CHUNK},
-                delta.CONVOLVE_WARPS,
-            ),
-            ("kept inputs", delta_kernels.delta_keep_kernel, kept, 4),
-            (
-                "system",
-                delta_kernels.delta_solve_kernel,
-                {**keys, **part, "CHUNK": CHUNK},
-                tile.solve_warps,
-            ),
-            ("writes", delta_kernels.delta_write_kernel, chunk, tile.write_warps),
-            (
-                "recurrence",
-                delta_kernels.delta_recur_kernel,
-                {**keys, **part, "BLOCK": tile.values},
-                tile.recur_warps,
-            ),
-            ("outputs", delta_kernels.delta_output_kernel, chunk, tile.output_warps),
+        step = {"num_warps": delta.STEP_WARPS}
+        for what, kernel, constants, options in (
+            ("step", delta_kernels.delta_decode_kernel, {**whole, "NUM_TAPS": 4}, step),
+            ("convolution", delta_kernels.delta_convolve_kernel, convolved, {}),
+            ("kept inputs", delta_kernels.delta_keep_kernel, kept, {}),
+            *(_of_chunks(keys, whole, chunk) if dtype not in delta.WALKED else ()),
+            *((("walk", delta_kernels.delta_walk_kernel, whole, step),) if dtype in delta.WALKED else ()),
         ):
-            stages = delta.RECUR_STAGES if what == "recurrence" else 3
-            yield Variant(f"delta {what}, {name}", kernel, constants, pointer, num_warps, pointer, stages)
+            yield Variant(f"delta {what}, {name}", kernel, constants, pointer, dtype=pointer, **options)
+
+
+def _of_chunks(
+    keys: Mapping[str, object], whole: Mapping[str, object], chunk: Mapping[str, object]
+) -> Iterator[tuple[str, Any, Mapping[str, object], Mapping[str, int]]]:
+    yield "system", delta_kernels.delta_solve_kernel, {**keys, **chunk}, {}
+    yield "writes", delta_kernels.delta_write_kernel, {**whole, **chunk}, {}
+    recurrence = {**keys, **chunk, "BLOCK": delta.VALUE_BLOCK}
+    yield "recurrence", delta_kernels.delta_recur_kernel, recurrence, {"num_stages": delta.RECUR_STAGES}
+    yield "outputs", delta_kernels.delta_output_kernel, {**whole, **chunk}, {}
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:

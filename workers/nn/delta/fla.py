@@ -18,7 +18,7 @@ from workers.nn.delta.triton import TritonDeltaNet
 class FlaDeltaNet(TritonDeltaNet):
     __slots__ = ()
 
-    def apply_rule(self, mixed: Tensor, rows: DeltaRows, memory: Tensor, spans: Spans) -> None:
+    def compute_chunks(self, mixed: Tensor, rows: DeltaRows, memory: Tensor, spans: Spans) -> None:
         """Chunks begin at the step's first token of each sequence, not at multiples of the whole sequence."""
         size = self.num_key_heads * self.key_dim
         q, k, v = mixed.split((size, size, mixed.shape[1] - 2 * size), dim=1)

@@ -54,6 +54,18 @@ def _step_inputs(x, inputs, taps, channels, is_channel, NUM_CHANNELS: tl.constex
     return total * tl.sigmoid(total)
 
 
+@triton.jit
+def _advance(state, q, k, v, fade, share):
+    """The rule for one token: the state [keys, values] behind it, and its output [1, values].
+
+    q, k [keys, 1], v [values], fade: a factor.
+    """
+    state = state * fade
+    write = (v - tl.sum(state * k, 0)) * share
+    state += k * write[None, :]
+    return state, tl.sum(state * q, 0)[None, :]
+
+
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def delta_decode_kernel(
     x, z, b, a, slots, inputs, memory, taps, decay, fade_bias, gain, out, eps, length_eps,
@@ -87,11 +99,9 @@ def delta_decode_kernel(
         places = memory + slot * memory_stride + head * KEY_DIM * VALUE_DIM
         places = places + keys[:, None] * VALUE_DIM + values[None, :]
         is_there = is_key[:, None] & is_value[None, :]
-        state = tl.load(places, mask=is_there, other=0.0) * fade
-        write = (v - tl.sum(state * k, 0)) * share
-        state += k * write[None, :]
+        state = tl.load(places, mask=is_there, other=0.0)
+        state, found = _advance(state, q, k, v, fade, share)
         tl.store(places, state, mask=is_there)
-        found = tl.sum(state * q, 0)[None, :]
         gates = tl.load(z + row * z_stride + head * VALUE_DIM + values, mask=is_value, other=0.0)
         gated = _gated(found, gates[None, :], weight, eps, VALUE_DIM)
         place = out + row * out_stride + head * VALUE_DIM + values
@@ -106,14 +116,14 @@ def _span_of(sequence, span_starts):
 
 
 @triton.jit
-def _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK: tl.constexpr):
+def _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE: tl.constexpr):
     """A chunk's first row among the tokens of the step, int64, and the sequence's first and last one.
 
     The chunk's rows before the first token and behind the last one belong to other sequences, or to none.
     """
     sequence = tl.load(sequences + chunk)
     start, count = _span_of(sequence, span_starts)
-    first = tl.load(numbers + chunk).to(tl.int32) * CHUNK - tl.load(shifts + sequence).to(tl.int32)
+    first = tl.load(numbers + chunk).to(tl.int32) * SIZE - tl.load(shifts + sequence).to(tl.int32)
     return (start + first).to(tl.int64), start, start + count - 1
 
 
@@ -142,25 +152,28 @@ def delta_convolve_kernel(
     x, slots, span_starts, shifts, sequences, numbers, inputs, taps, out, length_eps,
     x_stride, inputs_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr, NUM_TAPS: tl.constexpr, SIZE: tl.constexpr,
+    DIM_PADDED: tl.constexpr, NUM_TAPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, head, of queries, then keys, then values): convolution, SiLU, and the length of queries
-    and keys."""
+    """Program (chunk, head, part of the chunk): convolution, SiLU, and the length of queries and keys.
+
+    Heads are those of queries, then of keys, then of values.
+    """
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_CHANNELS: tl.constexpr = KEY_HEADS * (2 * KEY_DIM + GROUP * VALUE_DIM)
     first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
-    is_row = _are_rows(first, first_token, last_token, SIZE)
-    rows = first.to(tl.int32) - first_token + tl.arange(0, SIZE)
+    first += tl.program_id(2) * ROWS
+    is_row = _are_rows(first, first_token, last_token, ROWS)
+    rows = first.to(tl.int32) - first_token + tl.arange(0, ROWS)
     inputs += tl.load(slots + tl.load(sequences + chunk)).to(tl.int64) * inputs_stride
     is_value, dims = head >= 2 * KEY_HEADS, tl.arange(0, DIM_PADDED)
     values_before = tl.maximum(head - 2 * KEY_HEADS, 0)
     channels = tl.minimum(head, 2 * KEY_HEADS) * KEY_DIM + values_before * VALUE_DIM + dims
     is_dim = dims < tl.where(is_value, VALUE_DIM, KEY_DIM)
-    total = tl.zeros([SIZE, DIM_PADDED], tl.float32)
+    total = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     for tap in tl.static_range(NUM_TAPS):
         taken = rows - (NUM_TAPS - 1) + tap
         of_step = x + (first - (NUM_TAPS - 1) + tap) * x_stride
-        new = _load_rows(of_step, is_row & (taken >= 0), x_stride, channels, is_dim, SIZE)
+        new = _load_rows(of_step, is_row & (taken >= 0), x_stride, channels, is_dim, ROWS)
         places = (taken + NUM_TAPS - 1)[:, None] * NUM_CHANNELS + channels[None, :]
         kept = tl.load(inputs + places, mask=(is_row & (taken < 0))[:, None] & is_dim[None, :], other=0.0)
         weight = tl.load(taps + tap * NUM_CHANNELS + channels, mask=is_dim, other=0.0)
@@ -169,7 +182,7 @@ def delta_convolve_kernel(
     squares = tl.sum(total * total, 1) + length_eps
     scales = tl.rsqrt(tl.where(head < KEY_HEADS, squares * KEY_DIM, squares))
     total = total * tl.where(is_value, 1.0, scales)[:, None]
-    _store_rows(out + first * NUM_CHANNELS, total, is_row, NUM_CHANNELS, channels, is_dim, SIZE)
+    _store_rows(out + first * NUM_CHANNELS, total, is_row, NUM_CHANNELS, channels, is_dim, ROWS)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -195,24 +208,48 @@ def delta_keep_kernel(
         tl.store(inputs + number * NUM_CHANNELS + channels, last, mask=is_channel)
 
 
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def delta_walk_kernel(
+    mixed, z, b, a, slots, span_starts, memory, decay, fade_bias, gain, out, eps,
+    z_stride, b_stride, a_stride, memory_stride, out_stride,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, value head): the rule token by token, and the norm with a gate."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    NUM_CHANNELS: tl.constexpr = KEY_HEADS * (2 * KEY_DIM + GROUP * VALUE_DIM)
+    keys, values = tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
+    is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
+    memory += tl.load(slots + sequence).to(tl.int64) * memory_stride + head * KEY_DIM * VALUE_DIM
+    state = _load_rows(memory, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
+    weight = tl.load(gain + values, mask=is_value, other=0.0)
+    start, count = _span_of(sequence, span_starts)
+    for number in range(count):
+        token = (start + number).to(tl.int64)
+        q = mixed + token * NUM_CHANNELS + head // GROUP * KEY_DIM + keys
+        k = tl.load(q + KEY_HEADS * KEY_DIM, mask=is_key, other=0.0).to(tl.float32)[:, None]
+        q = tl.load(q, mask=is_key, other=0.0).to(tl.float32)[:, None]
+        v = mixed + token * NUM_CHANNELS + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + values
+        v = tl.load(v, mask=is_value, other=0.0).to(tl.float32)
+        fade = tl.exp(_log_fade(tl.load(a + token * a_stride + head), fade_bias, decay, head))
+        share = tl.sigmoid(tl.load(b + token * b_stride + head).to(tl.float32))
+        state, found = _advance(state, q, k, v, fade, share)
+        gates = tl.load(z + token * z_stride + head * VALUE_DIM + values, mask=is_value, other=0.0)
+        gated = _gated(found, gates[None, :], weight, eps, VALUE_DIM)
+        place = out + token * out_stride + head * VALUE_DIM + values
+        tl.store(place[None, :], gated.to(out.dtype.element_ty), mask=is_value[None, :])
+    _store_rows(memory, state, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
+
+
 @triton.jit
 def _invert(system, SIZE: tl.constexpr):
-    """(1 + system)⁻¹ [SIZE, SIZE], for numbers below the diagonal only.
-
-    Blockwise: the inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]. Each round makes blocks of
-    twice the size, all of them in two products.
-    """
-    tl.static_assert(SIZE == 16 or SIZE == 32)
-    ROUNDS: tl.constexpr = 3 if SIZE == 16 else 4
+    """(1 + system)⁻¹ [SIZE, SIZE], for numbers below the diagonal only: row by row, from those above."""
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    is_pair = (rows >> 1 == columns >> 1) & (rows > columns)
-    inverse = tl.where(rows == columns, 1.0, 0.0) - tl.where(is_pair, system, 0.0)
-    # Not unrolled: all rounds at once would take more registers.
-    for number in range(1, ROUNDS + 1):
-        is_corner = (rows >> (number + 1) == columns >> (number + 1)) & (rows >> number > columns >> number)
-        corner = tl.where(is_corner, system, 0.0)
-        product = tl.dot(corner, inverse, input_precision="ieee")
-        inverse -= tl.dot(inverse, product, input_precision="ieee")
+    inverse = tl.where(rows == columns, 1.0, 0.0)
+    for number in range(1, SIZE):
+        of_row = tl.sum(tl.where(rows == number, system, 0.0), 0)
+        change = tl.sum(of_row[:, None] * inverse, 0)
+        inverse = tl.where(rows == number, inverse - change[None, :], inverse)
     return inverse
 
 
@@ -235,19 +272,19 @@ def delta_solve_kernel(
     mixed, b, a, span_starts, shifts, sequences, numbers, decay, fade_bias, totals, solvers,
     b_stride, a_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    VALUE_DIM: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head, part of SIZE rows): the triangular system of what tokens write.
+    """Program (chunk, value head): the triangular system of what tokens write.
 
-    totals: g, added up from the start of the part. solvers: the rows of the system's inverse [SIZE], of which
-    nothing is written beside the diagonal's upper right. Half of the rows are solved at a time.
+    totals: g, added up from the start of the chunk. solvers: the rows of the system's inverse [SIZE], which
+    is 0 above the diagonal: of that half, not all is written. Half of the rows are solved at a time: the
+    inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]].
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
     NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
     HALF: tl.constexpr = SIZE // 2
-    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK)
-    first += tl.program_id(2) * SIZE
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
     is_low = _are_rows(first, first_token, last_token, HALF)
     is_high = _are_rows(first + HALF, first_token, last_token, HALF)
     order = tl.arange(0, HALF)
@@ -296,18 +333,16 @@ def delta_solve_kernel(
 def delta_write_kernel(
     mixed, b, span_starts, shifts, sequences, numbers, totals, solvers, writes, asks, b_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head, part of SIZE rows): the solution of the system.
+    """Program (chunk, value head): the solution of the system.
 
     writes: what tokens would write if the state were empty. asks: what the state is asked by writes.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
     NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
-    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK)
-    first += tl.program_id(2) * SIZE
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
     is_row = _are_rows(first, first_token, last_token, SIZE)
     order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
     is_key, is_value = keys < KEY_DIM, values < VALUE_DIM
@@ -335,7 +370,7 @@ def delta_recur_kernel(
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, value head, block of values): parts of SIZE rows one after the other, with the
+    """Program (sequence, value head, block of values): the chunks one after the other, with the
     block's part of the state on the chip.
 
     `writes` become what tokens write into the state; `answers` are the state's to the queries.
@@ -348,7 +383,7 @@ def delta_recur_kernel(
     memory += tl.load(slots + sequence).to(tl.int64) * memory_stride + head * KEY_DIM * VALUE_DIM
     state = _load_rows(memory, is_key, VALUE_DIM, values, is_value, KEY_PADDED)
     start, count = _span_of(sequence, span_starts)
-    shift = tl.load(shifts + sequence).to(tl.int32) % SIZE
+    shift = tl.load(shifts + sequence).to(tl.int32)
     order = tl.arange(0, SIZE)
     of_queries = mixed + head // GROUP * KEY_DIM
     for number in range(tl.cdiv(shift + count, SIZE)):
@@ -382,16 +417,14 @@ def delta_output_kernel(
     mixed, z, span_starts, shifts, sequences, numbers, totals, writes, answers, gain, out, eps,
     z_stride, out_stride,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, value head, part of SIZE rows): the state's answers with the part's own writes, and the
+    """Program (chunk, value head): the state's answers with the chunk's own writes, and the
     norm with a gate."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     NUM_HEADS: tl.constexpr = KEY_HEADS * GROUP
     NUM_CHANNELS: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + NUM_HEADS * VALUE_DIM
-    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, CHUNK)
-    first += tl.program_id(2) * SIZE
+    first, first_token, last_token = _chunk_of(chunk, sequences, numbers, span_starts, shifts, SIZE)
     is_row = _are_rows(first, first_token, last_token, SIZE)
     order, keys, values = tl.arange(0, SIZE), tl.arange(0, KEY_PADDED), tl.arange(0, VALUE_PADDED)
     is_key, is_value = keys < KEY_DIM, values < VALUE_DIM

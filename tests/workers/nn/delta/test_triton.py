@@ -20,6 +20,7 @@ from tests.workers.nn.delta.token_by_token import (
     make_layer_states,
     token_by_token,
 )
+from workers.nn.delta import triton as delta_triton
 from workers.nn.delta.backends import choose_delta_backend
 from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
 from workers.nn.delta.plan import plan_spans, plan_step
@@ -54,6 +55,12 @@ def _widened(tensor: object) -> object:
         return tensor
     bits = tensor.data.astype(np.uint32) << 16  # type: ignore[attr-defined]
     return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, too, where errors of the form would show that bfloat16 hides."""
+    monkeypatch.setattr(delta_triton, "WALKED", ())
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -101,6 +108,13 @@ def test_steps_of_all_lengths(count: int, dtype: torch.dtype) -> None:
     check(Case(SHAPES[0], [1, count, 5], [9, 64, 61], dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("count", [1, 7, 63, 64, 65, 130])
+def test_chunks_in_float32(count: int) -> None:
+    check(Case(SHAPES[0], [1, count, 5], [9, 64, 61], torch.float32), TOLERANCE[torch.float32])
+
+
+@pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("counts", [(1, 1, 1), (66, 2)])
 def test_heads_of_any_size(counts: tuple[int, ...]) -> None:
     check(Case(SHAPES[1], counts, [3] * len(counts), torch.float32), TOLERANCE[torch.float32])
@@ -148,6 +162,7 @@ def test_steps_of_another_size_give_the_same_bits() -> None:
     assert torch.equal(again.memory[3], once.memory[3])
 
 
+@pytest.mark.usefixtures("chunked")
 def test_equal_keys_do_no_harm() -> None:
     """All tokens of a chunk write to one place, and nothing fades: powers of that system are past 10¹⁸."""
     case = Case(SHAPES[0], [64], [0], torch.float32)
@@ -157,6 +172,7 @@ def test_equal_keys_do_no_harm() -> None:
     check(case, 2e-5)
 
 
+@pytest.mark.usefixtures("chunked")
 def test_what_fades_at_once_is_no_nan() -> None:
     case = Case(SHAPES[0], [70], [0], torch.float32)
     case.rows = case.rows._replace(a=torch.full_like(case.rows.a, 200.0))
@@ -213,7 +229,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.usefixtures("fla")
+@pytest.mark.usefixtures("fla", "chunked")
 def test_flash_linear_attention_gets_what_it_documents(dtype: torch.dtype) -> None:
     backend = choose_delta_backend("fla", torch.device("cpu"))
     assert backend.plan is plan_spans
