@@ -105,8 +105,9 @@ class _Bench:
             states.memory.zero_()
             slots = torch.zeros(1, dtype=torch.int64, device=self._machine.device)
             for stop in (length // 3, length - 1, length):
-                of_step = (part[start:stop] for part in inputs)
-                parts.append(net(*of_step, states, plan(slots, [stop - start], [start], NUM_KEPT)))
+                x, z, b, a = (part[start:stop] for part in inputs)
+                of_step = plan(slots, [stop - start], [start], NUM_KEPT)
+                parts.append(net(x, z, b, a, states, of_step))
                 start = stop
             found.append(torch.cat([*parts, states.memory.flatten()[None, : parts[0].shape[1]]]).double())
         error = float((found[0] - found[1]).norm() / found[1].norm())

@@ -127,8 +127,11 @@ def plan_spans(
     first_tokens = np.concatenate(([0], rest.cumsum()))
     # In one piece: each copy to a device costs time.
     parts = (first_tokens, shifts, sequences, numbers)
-    tables = to_device(np.concatenate(parts), slots.device).split([len(part) for part in parts])
-    spans = Spans(slots[num_decodes:], *tables, torch.from_numpy(first_tokens))
+    on_device = to_device(np.concatenate(parts), slots.device)
+    tables = on_device.split([len(part) for part in parts])
+    spans = Spans(
+        slots[num_decodes:], tables[0], tables[1], tables[2], tables[3], torch.from_numpy(first_tokens)
+    )
     return DeltaPlan(num_decodes, slots[:num_decodes], False, None, spans)
 
 

@@ -133,4 +133,4 @@ class TritonDeltaNet(GatedDeltaNet):
 
 
 def _padded(dim: int) -> int:
-    return max(MIN_DOT.value, int(triton.next_power_of_2(dim)))
+    return int(max(MIN_DOT.value, triton.next_power_of_2(dim)))
