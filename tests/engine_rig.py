@@ -94,6 +94,7 @@ class Rig:
         num_blocks: int = 600,
         has_overlap: bool = False,
         attention: str = "torch",
+        linear_attention: str = "auto",
         num_vits: int = 1,
         drafter: Drafter | None = None,
         num_snapshots: int = 0,
@@ -101,10 +102,11 @@ class Rig:
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         self.num_vits = num_vits  # over which chunks of a video are spread
-        config = Config(
-            model=ModelConfig(dtype="float32"),
-            llm=LlmConfig(block_size=block_size, attention=attention, speculative=speculative),
-        )
+        llm = LlmConfig(
+            block_size=block_size, attention=attention, linear_attention=linear_attention,
+            speculative=speculative,
+        )  # fmt: skip
+        config = Config(model=ModelConfig(dtype="float32"), llm=llm)
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots, num_drafts=MAX_DRAFTS)
         decoder = runner.decoder

@@ -36,7 +36,7 @@ sys.meta_path.insert(0, Refusal())
 open(f"{os.environ['HOOK_FOLDER']}/{os.getpid()}", "w").close()
 """
 # They name a package of the machine that they are for.
-ONLY_ON_GPUS = {"workers.llm.attention.flash3"}
+ONLY_ON_GPUS = {"workers.llm.attention.flash3", "workers.nn.delta.fla"}
 IMPORT_ALL = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
 
 

@@ -4,7 +4,7 @@
     python -m tools.compile_kernels --json
 
 By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B take, and the experts of
-Qwen3-VL's 30B-A3B. Registers are of one
+Qwen3-VL's 30B-A3B, and layers with linear attention. Registers are of one
 thread; a spilled register lies in memory, so none should be; shared memory is of one program. Fails when a
 kernel takes more than there is, or spills.
 """
@@ -31,12 +31,15 @@ from workers.llm.attention import triton as attention
 from workers.llm.attention import triton_kernels
 from workers.llm.sampling import kernel as sampling_kernel
 from workers.nn import expert_kernels, kernels
+from workers.nn.delta import triton as delta
+from workers.nn.delta import triton_kernels as delta_kernels
+from workers.nn.delta.plan import CHUNK
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability
 # By a name's first word.
 MAX_REGISTERS = {
     "decode": 160, "prefill": 255, "rotate": 128, "norm": 128, "merge": 96, "add": 160, "silu": 64,
-    "sample": 160, "choose": 64, "plan": 64, "gate": 255, "down": 160, "sum": 64,
+    "sample": 160, "choose": 64, "plan": 64, "gate": 255, "down": 160, "sum": 64, "delta": 255,
 }  # fmt: skip
 # By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers,
 # or constants.
@@ -48,8 +51,15 @@ POINTERS = {
     "tile_offsets": "*i32",
     "chosen": "*i64", "order": "*i32", "blocks": "*i32", "inner": "*bf16", "outputs": "*bf16",
     "scores": "*bf16", "shares": "*bf16",
+    "z": "*bf16", "a": "*bf16", "b": "*bf16", "inputs": "*bf16", "mixed": "*bf16", "writes": "*bf16",
+    "asks": "*bf16", "solvers": "*bf16", "memory": "*fp32", "taps": "*fp32", "decay": "*fp32",
+    "fade_bias": "*fp32",
+    "gain": "*fp32", "totals": "*fp32", "answers": "*fp32", "slots": "*i64", "span_starts": "*i64",
+    "shifts": "*i64", "sequences": "*i64", "numbers": "*i64",
 }  # fmt: skip
-FLOATS = ("scale", "eps")
+# Tables of a step, and numbers of which only a part is handed on: aligned or not, from step to step.
+UNALIGNED = ("tables", "lengths", "table_stride", "params_stride", *delta_kernels.UNALIGNED)
+FLOATS = ("scale", "eps", "length_eps")
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 VOCAB = 151_936
 
@@ -61,6 +71,7 @@ class Variant(NamedTuple):
     out: str = "*bf16"  # type of the argument `out`
     num_warps: int = 4
     dtype: str = "*bf16"  # of whatever is in the model's type
+    num_stages: int = 3
 
 
 class Usage(NamedTuple):
@@ -136,6 +147,7 @@ def variants(capability: int) -> Iterator[Variant]:
         yield Variant(f"add and norm, {size}", kernels.add_rms_norm_kernel, padded)
     yield Variant("silu and mul", kernels.silu_mul_kernel, {"SIZE": 18_944, "BLOCK": 1024})
     yield from _of_experts()
+    yield from _of_delta()
     tile = {"VOCAB": VOCAB, "TILE": sampling_kernel.TILE, "SMALL_TILE": sampling_kernel.TILE // 4}
     yield Variant("sample", sampling_kernel.sample_kernel, tile, "*i64", sampling_kernel.NUM_WARPS)
 
@@ -173,6 +185,36 @@ def _of_experts() -> Iterator[Variant]:
     yield Variant("sum of experts", expert_kernels.sum_experts_kernel, constants)
 
 
+def _of_delta() -> Iterator[Variant]:
+    """Of layers with linear attention: in bfloat16 of Qwen3.5's 27B, in float32 of its 0.8B."""
+    for group, dtype in ((3, torch.bfloat16), (1, torch.float32)):
+        name, pointer = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+        heads: Mapping[str, object] = {"KEY_HEADS": 16, "GROUP": group, "KEY_DIM": 128, "VALUE_DIM": 128}
+        keys, chunk = {**heads, "KEY_PADDED": 128}, {"SIZE": CHUNK}
+        whole = {**keys, "VALUE_PADDED": 128}
+        convolved = {**heads, **chunk, "DIM_PADDED": 128, "NUM_TAPS": 4, "ROWS": delta.CONVOLVED_ROWS}
+        kept = {"NUM_CHANNELS": 128 * 16 * (2 + group), "NUM_KEPT": 3, "BLOCK": delta.KEEP_BLOCK}
+        step = {"num_warps": delta.STEP_WARPS}
+        for what, kernel, constants, options in (
+            ("step", delta_kernels.delta_decode_kernel, {**whole, "NUM_TAPS": 4}, step),
+            ("convolution", delta_kernels.delta_convolve_kernel, convolved, {}),
+            ("kept inputs", delta_kernels.delta_keep_kernel, kept, {}),
+            *(_of_chunks(keys, whole, chunk) if dtype not in delta.WALKED else ()),
+            *((("walk", delta_kernels.delta_walk_kernel, whole, step),) if dtype in delta.WALKED else ()),
+        ):
+            yield Variant(f"delta {what}, {name}", kernel, constants, pointer, dtype=pointer, **options)
+
+
+def _of_chunks(
+    keys: Mapping[str, object], whole: Mapping[str, object], chunk: Mapping[str, object]
+) -> Iterator[tuple[str, Any, Mapping[str, object], Mapping[str, int]]]:
+    yield "system", delta_kernels.delta_solve_kernel, {**keys, **chunk}, {}
+    yield "writes", delta_kernels.delta_write_kernel, {**whole, **chunk}, {}
+    recurrence = {**keys, **chunk, "BLOCK": delta.VALUE_BLOCK}
+    yield "recurrence", delta_kernels.delta_recur_kernel, recurrence, {"num_stages": delta.RECUR_STAGES}
+    yield "outputs", delta_kernels.delta_output_kernel, {**whole, **chunk}, {}
+
+
 def compile_variant(variant: Variant, capability: int) -> Usage:
     names = variant.kernel.arg_names
     types = {name: "fp32" if name in FLOATS else POINTERS.get(name, "i32") for name in names} | {
@@ -184,15 +226,17 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     signature = {name: "constexpr" if name in variant.constants else types[name] for name in names}
     # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16, but
     # for those of the step.
-    steps = ("tables", "lengths", "table_stride", "params_stride")
     is_aligned = [
-        name not in steps and (signature[name].startswith("*") or name.endswith("stride")) for name in names
+        name not in UNALIGNED and (signature[name].startswith("*") or name.endswith("stride"))
+        for name in names
     ]
     aligned = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(is_aligned) if is_one}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.num_warps}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
     registers, spilled = _resources(compiled.asm["cubin"])
     return Usage(variant.name, capability, registers, spilled, compiled.metadata.shared)

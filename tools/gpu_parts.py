@@ -255,7 +255,7 @@ def _attention_row(machine: Machine, name: str, batch: int, context: int) -> Row
             step.write(layer, qkv, rotary)
             step.attend(layer, qkv)
 
-    seconds = machine.seconds(_captured(run) if machine.device.type == "cuda" else run) / num_layers
+    seconds = machine.seconds(captured(run) if machine.device.type == "cuda" else run) / num_layers
     what, told = f"{name} decode attention, batch {batch}, context {context}", f"{seconds * 1e6:.1f} µs"
     against = "KV bytes over the copy rate" + (
         " (too few bytes for it: two kernels' start)" if nbytes < 64 << 20 else ""
@@ -293,7 +293,7 @@ def _experts_row(machine: Machine, batch: int) -> Row:
         for compute, chosen in layers:
             compute(x, chosen, shares)
 
-    seconds = machine.seconds(_captured(run) if machine.device.type == "cuda" else run)
+    seconds = machine.seconds(captured(run) if machine.device.type == "cuda" else run)
     num_read = sum(len(chosen.unique()) for _, chosen in layers)
     nbytes = num_read * 3 * hidden * size * 2
     what = f"experts of a layer, batch {batch}, {num_chosen} of {count}"
@@ -309,7 +309,7 @@ def _stack_or_list(machine: Machine, gate_up: torch.Tensor, down: torch.Tensor) 
     return ListedExperts([(TorchLinear(a), TorchLinear(b)) for a, b in zip(gate_up, down, strict=True)], 0)
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
+def captured(run: Callable[[], object]) -> Callable[[], object]:
     """As a CUDA graph: launches cost more than small kernels."""
     run()
     torch.cuda.synchronize()

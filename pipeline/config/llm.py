@@ -68,6 +68,12 @@ class LlmConfig:
         "where there are none; flash3: FlashAttention-3, where it is installed",
         choices=("auto", "torch", "native", "triton", "flash3"),
     )
+    linear_attention: str = option(
+        "auto",
+        "what computes layers with linear attention (Gated DeltaNet); auto: on GPUs fla "
+        "(flash-linear-attention) where it is installed, else triton; torch on the CPU",
+        choices=("auto", "torch", "triton", "fla"),
+    )
     all_reduce: str = option(
         "nccl",
         "how ranks add up; symmetric: small sums through memory that all GPUs have mapped (NVLink)",

@@ -13,6 +13,7 @@ from workers.llm.attention.native import NativeAttention
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.sampling.choice import Kernel
+from workers.nn.delta.backends import choose_delta_backend
 from workers.nn.fused import Kernels
 from workers.nn.native import operators
 
@@ -24,16 +25,23 @@ class Backend(NamedTuple):
     sample: Kernel | None  # None: torch's operators choose tokens, and the host decides row by row
 
 
-def choose_backend(name: str, device: torch.device) -> Backend:
+def choose_backend(name: str, device: torch.device, linear_attention: str = "auto") -> Backend:
     """`auto` is Triton on a GPU; on the CPU the compiled kernels, or torch where there are none. On the CPU
-    Triton runs only in its interpreter, which is for tests.
+    Triton runs only in its interpreter, which is for tests. linear_attention: see `choose_delta_backend`.
 
     Raises ValueError when what is asked for is not installed. Triton and FlashAttention are imported here
     and only when needed: an installation for the CPU has neither.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "native" if operators.kernels else "torch"
-    return BACKENDS[name](name, device)
+    backend, of_states = BACKENDS[name](name, device), choose_delta_backend(linear_attention, device)
+    if backend.kernels is not None:
+        return backend._replace(kernels=backend.kernels._replace(linear_attention=of_states))
+    if linear_attention not in ("auto", "torch"):
+        raise ValueError(
+            f"linear_attention {linear_attention!r} goes with attention 'triton' or 'flash3', not {name!r}"
+        )
+    return backend
 
 
 def _torch(name: str, device: torch.device) -> Backend:

@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
-from workers.llm.attention.base import AttentionBackend
+from workers.llm.attention.base import AttentionBackend, SequencePart
 from workers.llm.backends import Backend, choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
@@ -101,7 +101,7 @@ class ModelRunner:
         """Loads a checkpoint's weights. Raises ValueError where the width of the tower's embeddings does not
         match the decoder."""
         dtype = choose_dtype(config.model.dtype, device)
-        backend = choose_backend(config.llm.attention, device)
+        backend = choose_backend(config.llm.attention, device, config.llm.linear_attention)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
         kind, has_mtp = decoder_of(info), config.llm.speculative == "mtp"
         if has_mtp and not weights.has_module(MTP_MODULE):
@@ -149,6 +149,7 @@ class ModelRunner:
             return
         with torch.inference_mode():
             self.attention.warm_up(self.decoder.attention_layers)
+            self._warm_up_states(cache.spare_slot // size)
         if not self._config.llm.cuda_graphs:
             return
         sizes = graph_sizes(min(self._num_slots, LARGEST_GRAPH))
@@ -165,6 +166,17 @@ class ModelRunner:
 
         with torch.inference_mode():
             self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
+
+    def _warm_up_states(self, spare_block: int) -> None:
+        """Compiles the kernels of layers with a state, where there are any, by a decode and a prefill of two
+        tokens. Writes only to the spare slot and the spare block."""
+        slots = torch.full((2,), self._num_slots, device=self.device)
+        states = self.states.of_step(slots, [1, 2], [0, 0])
+        if states is not None:
+            spans = [SequencePart(count, 0, 2 * [spare_block]) for count in (1, 2)]
+            zeros = torch.zeros(4, 3, dtype=torch.int64, device=self.device)
+            x = self.decoder.embed(zeros[0])
+            self.decoder(x, zeros[1:], self.attention.plan(spans), states=states)
 
     def _decode(self, inputs: GraphInputs, longest: int) -> Outputs:
         """One decode step. It reads and writes fixed addresses on the device, so a CUDA graph can capture

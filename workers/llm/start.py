@@ -22,7 +22,7 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import CachePlan, describe
-from workers.llm.cache.spec import states_of
+from workers.llm.cache.spec import CacheSpec, states_of
 from workers.llm.calibration import measure_step_times
 from workers.llm.engine import Engine
 from workers.llm.models.base import Decoder
@@ -121,6 +121,15 @@ def most_drafts(config: LlmConfig) -> int:
     if config.speculative == "none":
         return 0
     return min(MAX_ROWS - 1, config.max_num_seqs * config.max_guesses)
+
+
+def check_linear_attention(config: LlmConfig, spec: CacheSpec) -> None:
+    """Raises ValueError where a way is asked for and there is nothing to compute."""
+    if config.linear_attention != "auto" and not states_of(spec):
+        raise ValueError(
+            f"linear_attention {config.linear_attention!r} is for models with layers of linear attention, "
+            "and this model has none"
+        )
 
 
 def make_drafter(config: LlmConfig) -> Drafter | None:

@@ -32,6 +32,7 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
+from workers.llm.cache.spec import states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.lending import Lending
@@ -43,6 +44,7 @@ from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import COUNTED as GUESSES
 from workers.llm.start import (
+    check_linear_attention,
     has_overlap,
     make_scheduler,
     make_welcome,
@@ -54,6 +56,7 @@ from workers.llm.start import (
 from workers.llm.step_times import StepTimes
 from workers.llm.stepping import Watch
 from workers.model_info import model_info_of
+from workers.nn.fused import linear_attention_of
 from workers.nn.loader import choose_device, choose_dtype
 from workers.nn.weights.registry import choose_formats
 
@@ -83,6 +86,7 @@ def main(context: WorkerContext) -> None:
     choose_formats(context.model_folder, device, config.llm.quantization)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
+    check_linear_attention(config.llm, spec)
     if config.llm.speculative == "mtp":
         spec = [*spec, *decoder_of(info).mtp_spec_of(info.text, tp_size)]
     num_drafts = most_drafts(config.llm)
@@ -115,6 +119,8 @@ def main(context: WorkerContext) -> None:
         if rank == 0:
             kind, attention = str(dtype).removeprefix("torch."), type(runner.attention).__name__
             logger.info("the LLM computes in %s on %s, attention by %s", kind, device, attention)
+            if states_of(spec):
+                logger.info("linear attention by %s", linear_attention_of(runner.decoder.kernels).name)
         if matchers is not None:
             scheduler = make_scheduler(context, info, cache_plan, runner.decoder)
             _lead(context, control, scheduler, runner, matchers, cache_plan.max_model_len, sharing)

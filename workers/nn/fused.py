@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from workers.nn.delta.backends import BY_TORCH, DeltaBackend
+
 
 class Kernels(NamedTuple):
     # (x, delta, weight, eps): x += delta, then the norm of x.
@@ -22,3 +24,8 @@ class Kernels(NamedTuple):
     # (x, gate_up, down, chosen, shares, first): as `Experts`, with experts `first`, `first` + 1, … in the
     # stacked weights gate_up [num_held, 2 · intermediate, hidden] and down [num_held, hidden, intermediate].
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    linear_attention: DeltaBackend = BY_TORCH
+
+
+def linear_attention_of(kernels: Kernels | None) -> DeltaBackend:
+    return BY_TORCH if kernels is None else kernels.linear_attention

@@ -126,6 +126,28 @@ def test_choices_compute_the_prompt_each_for_itself(folder: Path, answers: dict[
         assert_same_tokens(tokens, answers["text"], f"choice {index}")
 
 
+@pytest.mark.interpreter
+def test_the_way_of_a_gpu_gives_the_same_tokens(folder: Path, answers: dict[str, Answer]) -> None:
+    """Triton's kernels in the interpreter, padded decode batches and all."""
+    count = 5
+    rig = Rig(folder, 100, block_size=4, has_overlap=True, attention="triton", linear_attention="triton")
+    rig.open_pool()
+    sampling = msgspec.structs.replace(GREEDY, max_tokens=count)
+    for name in ("text", "picture"):
+        request, ready = rig.request(CHATS[name], name, sampling=sampling)
+        rig.engine.handle(request, rig.now)
+        for embedding in ready:
+            rig.engine.handle(embedding, rig.now)
+    rig.run()
+    outputs = rig.outputs()
+    for name in ("text", "picture"):
+        mine = [output for output in outputs if output.request_id == name]
+        tokens = [token for output in mine for token in unpack_int32(output.new_token_ids).tolist()]
+        answer = answers[name]
+        wanted = answer._replace(token_ids=answer.token_ids[:count], gaps=answer.gaps[:count])
+        assert_same_tokens(tokens, wanted, name)
+
+
 def test_the_log_says_how_memory_is_divided_and_whether_prefixes_are_kept(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

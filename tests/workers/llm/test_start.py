@@ -22,8 +22,16 @@ from pipeline.transport.sockets import Sockets
 from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.topology import CONTROL, Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
+from workers.llm.cache.spec import Paged, State
 from workers.llm.speculation.ngram import NgramProposer
-from workers.llm.start import has_overlap, make_drafter, make_welcome, most_drafts, wait_for_vits
+from workers.llm.start import (
+    check_linear_attention,
+    has_overlap,
+    make_drafter,
+    make_welcome,
+    most_drafts,
+    wait_for_vits,
+)
 from workers.preprocess.credits import Credits
 
 VIT_1 = WorkerId(Role.VIT, 1)
@@ -101,6 +109,14 @@ def test_a_step_has_so_many_drafts_at_most() -> None:
     assert most_drafts(LlmConfig()) == 0
     assert most_drafts(LlmConfig(speculative="ngram")) == 15
     assert most_drafts(LlmConfig(speculative="ngram", speculative_tokens=3, max_num_seqs=2)) == 6
+
+
+def test_linear_attention_is_for_models_that_have_it() -> None:
+    paged, state = Paged(2, 64), State((8,), torch.float32)
+    check_linear_attention(LlmConfig(), [paged])
+    check_linear_attention(LlmConfig(linear_attention="triton"), [paged, state])
+    with pytest.raises(ValueError, match="linear_attention 'triton' is for models with layers of linear"):
+        check_linear_attention(LlmConfig(linear_attention="triton"), [paged])
 
 
 def test_guesses_are_made_when_they_are_asked_for() -> None:

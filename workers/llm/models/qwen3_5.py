@@ -28,9 +28,10 @@ from workers.llm.models.rotary import mrope_constants
 from workers.llm.models.stream import ResidualStream, make_stream
 from workers.llm.models.vocabulary import Vocabulary
 from workers.llm.parallel import HeadLayout, TensorParallel, share_experts
-from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
+from workers.nn.delta.backends import BY_TORCH, DeltaBackend
+from workers.nn.delta.layer import DeltaStates
 from workers.nn.delta.plan import CHUNK, DeltaPlan, plan_step
-from workers.nn.fused import Kernels
+from workers.nn.fused import Kernels, linear_attention_of
 from workers.nn.layers import RMSNorm
 from workers.nn.weights.base import Linear
 from workers.nn.weights.dense import Dense
@@ -54,6 +55,7 @@ class Qwen3_5Decoder(Decoder):
         assert isinstance(info, Qwen3_5TextInfo)
         self._info = info
         self._mtp_layers: Sequence[AttentionLayer] = ()
+        self._linear_attention = linear_attention_of(kernels)
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self.layers = [
             self._make_layer(weights.under(f"model.layers.{number}"), number)
@@ -135,7 +137,8 @@ class Qwen3_5Decoder(Decoder):
         if states is not None:
             num_kept = self._info.delta_net.num_taps - 1
             of_step = states.slots, states.counts, states.starts
-            plan = plan_step(*of_step, num_kept, states.drafts, states.saves)
+            has_spans = self._linear_attention.has_spans
+            plan = plan_step(*of_step, num_kept, states.drafts, states.saves, has_spans)
         step = _Step(attention, self._rotary(positions, attention), states, plan)
         stream = make_stream(x, self.parallel, self.kernels)
         for layer in self.layers:
@@ -160,7 +163,8 @@ class Qwen3_5Decoder(Decoder):
         else:
             layout = DeltaLayout(info.delta_net, self.parallel.rank, self.parallel.size)
             first = STATES_PER_LAYER * (number - full_before)
-            mixer = DeltaMixer(layout, weights.under("linear_attn"), first, info.rms_norm_eps)
+            of_layer, backend = weights.under("linear_attn"), self._linear_attention
+            mixer = DeltaMixer(layout, of_layer, first, info.rms_norm_eps, backend)
         return self._assemble(mixer, weights)
 
     def _assemble(self, mixer: GatedAttention | DeltaMixer, weights: Weights) -> _HybridLayer:
@@ -287,7 +291,14 @@ class DeltaLayout:
 
 
 class DeltaMixer:
-    def __init__(self, layout: DeltaLayout, weights: Weights, first_state: int, eps: float) -> None:
+    def __init__(
+        self,
+        layout: DeltaLayout,
+        weights: Weights,
+        first_state: int,
+        eps: float,
+        backend: DeltaBackend = BY_TORCH,
+    ) -> None:
         """`first_state`: the number of its first state among all layers'."""
         self._first_state, self._num_channels = first_state, layout.num_channels
         modules, shards = ("in_proj_qkv", "in_proj_z"), (layout.channels, layout.values)
@@ -297,7 +308,7 @@ class DeltaMixer:
         gates = torch.cat([weights.tensor(name, layout.value_heads) for name in names])
         self._gates = Dense().pack(gates, None)
         self._out_proj = weights.row("out_proj", layout.values)
-        self._net = GatedDeltaNet(
+        self._net = backend.net(
             num_key_heads=layout.num_key_heads,
             num_value_heads=layout.num_value_heads,
             key_dim=layout.info.key_dim,

@@ -34,7 +34,11 @@ class DeltaStates(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedDeltaNet:
-    """Weights are in float32. Channels are those of all queries, then of all keys, then of all values."""
+    """Weights are in float32. Channels are those of all queries, then of all keys, then of all values.
+
+    Computes by torch's operators and, on the CPU, by the compiled kernel. Subclasses have other ways of
+    `decode`, `draft` and `prefill`, which fill `rows.out` and update the states (`backends.py`).
+    """
 
     num_key_heads: int
     num_value_heads: int
@@ -57,12 +61,12 @@ class GatedDeltaNet:
         rows = DeltaRows(x, z, b, a, z.new_empty(z.shape))
         first = plan.num_decodes
         if plan.num_decodes:
-            self._decode(rows.part(slice(first)), states, plan)
+            self.decode(rows.part(slice(first)), states, plan)
         if plan.drafts is not None:
             of_drafts = rows.part(slice(first, first + plan.drafts.num_tokens))
-            self._draft(of_drafts, states, plan.drafts, plan.are_distinct)
+            self.draft(of_drafts, states, plan.drafts, plan.are_distinct)
         for prefill in plan.prefills:
-            self._prefill(rows.part(prefill.tokens), states, prefill)
+            self.prefill(rows.part(prefill.tokens), states, prefill)
             if prefill.targets is not None:
                 for state in states:
                     state[prefill.targets] = state[prefill.sources]
@@ -76,17 +80,18 @@ class GatedDeltaNet:
         operators.delta_net(rows, *states, sequences, weights)
         return True
 
-    def _decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+    def decode(self, rows: DeltaRows, states: DeltaStates, plan: DeltaPlan) -> None:
+        """One token each of the sequences in `plan.decode_slots`."""
         if self._runs(rows, states, plan.sequences):
             return
-        slots, (fade, share) = plan.decode_slots, self._gates(rows)
+        slots, (fade, share) = plan.decode_slots, self.gates(rows)
         seen = torch.cat((states.inputs[slots], rows.x[:, None].to(states.inputs.dtype)), dim=1)
         states.inputs[slots] = seen[:, 1:]
         tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), fade, share)
         found = _advance(states.memory, slots, tokens, plan.are_distinct)
-        rows.out.copy_(self._gated(found, rows.z))
+        rows.out.copy_(self.gated(found, rows.z))
 
-    def _draft(self, rows: DeltaRows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
+    def draft(self, rows: DeltaRows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
         """As `_decode` for one token after another: only the memory's steps have to wait for each other."""
         if self._runs(rows, states, layout.sequences):
             return
@@ -94,19 +99,20 @@ class GatedDeltaNet:
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, kept.shape[1]))
         seen = torch.cat((edges, rows.x[:, None]), dim=1).to(states.inputs.dtype)
         states.inputs[layout.targets] = seen[:, 1:]
-        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), *self._gates(rows))
+        tokens = self._tokens(seen.float().mul_(self.taps).sum(dim=1), *self.gates(rows))
         found = torch.empty_like(tokens.v)
         for of_round in layout.rounds:
             if of_round.sources is not None:
                 _copy_rows(states.memory, of_round.sources, of_round.targets)
             taken = DeltaTokens(*(part[of_round.tokens] for part in tokens))
             found[of_round.tokens] = _advance(states.memory, of_round.targets, taken, are_distinct)
-        rows.out.copy_(self._gated(found, rows.z))
+        rows.out.copy_(self.gated(found, rows.z))
 
-    def _prefill(self, rows: DeltaRows, states: DeltaStates, prefill: Prefill) -> None:
+    def prefill(self, rows: DeltaRows, states: DeltaStates, prefill: Prefill) -> None:
         if self._runs(rows, states, prefill.sequences):
             return
-        layout, gates = prefill.chunks, self._gates(rows)
+        layout, gates = prefill.chunks, self.gates(rows)
+        assert layout is not None
         kept = states.inputs[layout.slots]
         num_kept = kept.shape[1]
         edges = layout.edges.pick(rows.x, kept.flatten(0, 1)).unflatten(0, (-1, num_kept))
@@ -121,11 +127,11 @@ class GatedDeltaNet:
                 first += count
             found = torch.cat(parts) if len(parts) > 1 else parts[0]  # [chunks, heads, size, value_dim]
             found = found.transpose(1, 2).flatten(0, 1)[group.places]
-            rows.out[group.tokens] = self._gated(found, rows.z[group.tokens])
+            rows.out[group.tokens] = self.gated(found, rows.z[group.tokens])
         states.inputs[layout.slots] = tails.to(states.inputs.dtype)
         states.memory[layout.slots] = memory
 
-    def _gates(self, rows: DeltaRows) -> tuple[Tensor, Tensor]:
+    def gates(self, rows: DeltaRows) -> tuple[Tensor, Tensor]:
         """`DeltaTokens.fade` and `share` [n, value_heads] float32."""
         return F.softplus(rows.a.float() + self.bias).mul_(-self.decay), rows.b.float().sigmoid()
 
@@ -152,7 +158,7 @@ class GatedDeltaNet:
         v = v.unflatten(1, (self.num_value_heads, self.value_dim))
         return DeltaTokens(unit_heads(q, self.key_dim**-0.5), unit_heads(k), v, fade, share)
 
-    def _gated(self, found: Tensor, z: Tensor) -> Tensor:
+    def gated(self, found: Tensor, z: Tensor) -> Tensor:
         """[n, value_heads · value_dim] of found [n, value_heads, value_dim]."""
         normed = F.rms_norm(found, self.gain.shape, self.gain, self.eps).flatten(1)
         return normed.mul_(F.silu(z.float())).to(z.dtype)

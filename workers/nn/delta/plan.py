@@ -88,15 +88,31 @@ class DraftLayout(NamedTuple):
     sequences: DeltaSequences | None  # as in `Prefill`
 
 
+class Spans(NamedTuple):
+    """Sequences and their chunks, as Triton's kernels take them. All int64.
+
+    A chunk's rows are counted from a multiple of `CHUNK` of the whole sequence, so that rows of the first
+    chunk may lie before the step's tokens.
+    """
+
+    slots: Tensor  # [num_sequences]
+    starts: Tensor  # [num_sequences + 1], among these tokens
+    shifts: Tensor  # [num_sequences]: tokens before the step, in the sequence's first chunk
+    sequences: Tensor  # [num_chunks]
+    numbers: Tensor  # [num_chunks]: which chunk of its sequence
+    starts_on_host: Tensor  # `starts` in the host's memory
+
+
 class Prefill(NamedTuple):
     """Sequences in chunks that are computed together. They lie side by side, and behind them some of their
     states are copied."""
 
     tokens: slice  # of the step
-    chunks: ChunkLayout
-    sequences: DeltaSequences | None  # for kernels, on the CPU; rows are counted from these tokens
-    sources: Tensor | None  # [n] int64: slots of the states to be copied
-    targets: Tensor | None  # [n] int64: where they are copied to
+    chunks: ChunkLayout | None = None
+    spans: Spans | None = None  # in place of `chunks`
+    sequences: DeltaSequences | None = None  # for kernels, on the CPU; rows are counted from these tokens
+    sources: Tensor | None = None  # [n] int64: slots of the states to be copied
+    targets: Tensor | None = None  # [n] int64: where they are copied to
 
 
 class DeltaPlan(NamedTuple):
@@ -132,12 +148,14 @@ def plan_step(
     num_kept: int,
     drafts: Sequence[range] | None = None,
     saves: Sequence[Sequence[tuple[int, int]]] | None = None,
+    has_spans: bool = False,
 ) -> DeltaPlan:
     """Of sequences with `counts` tokens behind `starts` ones; None: one each, and all stays on the device.
 
     num_kept: inputs before a token that its convolution sees. drafts: by sequence, the rows of the states
     behind its last tokens; a sequence that has any has one token more. saves: by sequence, tokens behind
     which its state is copied, and the row to which it is copied; fewer tokens than all, ascending.
+    has_spans: prefills have spans in place of chunks.
     """
     if counts is None or starts is None:
         return DeltaPlan(len(slots), slots, False)
@@ -153,7 +171,7 @@ def plan_step(
     decodes = _sequences(slots[:num_decodes], counts[:num_decodes], starts) if is_on_cpu else None
     calls = _calls(counts, saves or [()] * len(counts), first)
     offsets = [0, *itertools.accumulate(counts)]
-    prefills = [_prefill(slots, offsets, starts, pieces, num_kept) for pieces in calls]
+    prefills = [_prefill(slots, offsets, starts, pieces, num_kept, has_spans) for pieces in calls]
     return DeltaPlan(num_decodes, slots[:num_decodes], is_on_cpu, prefills, drafted, decodes)
 
 
@@ -175,21 +193,42 @@ def _calls(
 
 
 def _prefill(
-    slots: Tensor, offsets: Sequence[int], starts: Sequence[int], pieces: Sequence[_Piece], num_kept: int
+    slots: Tensor,
+    offsets: Sequence[int],
+    starts: Sequence[int],
+    pieces: Sequence[_Piece],
+    num_kept: int,
+    has_spans: bool,
 ) -> Prefill:
     """`offsets`: of the sequences' tokens in the step."""
     numbers, firsts, counts, targets = (list(column) for column in zip(*pieces, strict=True))
     of_pieces = slots[numbers[0] : numbers[-1] + 1]
     before = [starts[number] + first for number, first in zip(numbers, firsts, strict=True)]
     first = offsets[numbers[0]] + firsts[0]
-    sequences = _sequences(of_pieces, counts, before) if slots.device.type == "cpu" else None
-    layout = _lay_out(of_pieces, counts, before, num_kept)
-    found = Prefill(slice(first, first + sum(counts)), layout, sequences, None, None)
+    tokens = slice(first, first + sum(counts))
+    if has_spans:
+        found = Prefill(tokens, spans=_spans(of_pieces, counts, before))
+    else:
+        sequences = _sequences(of_pieces, counts, before) if slots.device.type == "cpu" else None
+        found = Prefill(tokens, _lay_out(of_pieces, counts, before, num_kept), sequences=sequences)
     saved = np.flatnonzero(np.array(targets) >= 0)
     if not len(saved):
         return found
     rows = to_device(np.array(targets)[saved], slots.device)
     return found._replace(sources=of_pieces[to_device(saved, slots.device)], targets=rows)
+
+
+def _spans(slots: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Spans:
+    """Of sequences with `counts` tokens behind `starts` ones."""
+    lengths, shifts = np.array(counts, np.int64), np.array(starts, np.int64) % CHUNK
+    num_chunks = -(-(shifts + lengths) // CHUNK)
+    sequences = np.repeat(np.arange(len(lengths)), num_chunks)
+    numbers = np.arange(len(sequences)) - np.repeat(num_chunks.cumsum() - num_chunks, num_chunks)
+    first_tokens = np.concatenate(([0], lengths.cumsum()))
+    # In one piece: each copy to a device costs time.
+    parts = (first_tokens, shifts, sequences, numbers)
+    tables = to_device(np.concatenate(parts), slots.device).split([len(part) for part in parts])
+    return Spans(slots, tables[0], tables[1], tables[2], tables[3], torch.from_numpy(first_tokens))
 
 
 def _sequences(

@@ -1,0 +1,94 @@
+"""What computes layers with linear attention."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from workers.nn.delta.layer import GatedDeltaNet
+
+FLA_CAPABILITY = (8, 0)  # of GPUs, the least that the package is made for
+
+
+class DeltaBackend(NamedTuple):
+    name: str
+    net: type[GatedDeltaNet]
+    has_spans: bool  # of its plans, see `plan_step`
+
+
+BY_TORCH = DeltaBackend("torch", GatedDeltaNet, has_spans=False)
+
+
+def choose_delta_backend(name: str, device: torch.device) -> DeltaBackend:
+    """By the option `--linear-attention`. `auto` is flash-linear-attention on a GPU that it is made for,
+    where it is installed; else Triton on a GPU; torch on the CPU.
+
+    On the CPU Triton runs only in its interpreter, which is for tests. Raises ValueError when what is asked
+    for is not installed or not for the device.
+    """
+    if name == "auto":
+        name = _best_for(device)
+    return BACKENDS[name](name, device)
+
+
+def _best_for(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "torch"
+    return "fla" if _has_fla() and _is_for_fla(device) else "triton"
+
+
+def _torch(name: str, device: torch.device) -> DeltaBackend:
+    return BY_TORCH
+
+
+def _triton(name: str, device: torch.device) -> DeltaBackend:
+    _need_triton(name, device)
+    from workers.nn.delta.triton import TritonDeltaNet
+
+    return DeltaBackend(name, TritonDeltaNet, has_spans=True)
+
+
+def _fla(name: str, device: torch.device) -> DeltaBackend:
+    _need_triton(name, device)
+    if not _has_fla():
+        raise ValueError(
+            "linear_attention 'fla' needs the package flash-linear-attention, which has the module fla"
+        )
+    if device.type == "cuda" and not _is_for_fla(device):
+        raise ValueError("linear_attention 'fla' is for GPUs of compute capability 8.0 or above")
+    from workers.nn.delta.fla import FlaDeltaNet
+
+    return DeltaBackend(name, FlaDeltaNet, has_spans=True)
+
+
+BACKENDS: Mapping[str, Callable[[str, torch.device], DeltaBackend]] = {
+    "torch": _torch,
+    "triton": _triton,
+    "fla": _fla,
+}
+
+
+def _has_fla() -> bool:
+    return importlib.util.find_spec("fla") is not None
+
+
+def _is_for_fla(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= FLA_CAPABILITY
+
+
+def _need_triton(name: str, device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"linear_attention {name!r} needs the package triton, which comes with CUDA builds of torch"
+        )
+    if device.type != "cuda" and not _is_interpreted():
+        raise ValueError(f"linear_attention {name!r} needs a GPU, but this rank computes on {device}")
+
+
+def _is_interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
