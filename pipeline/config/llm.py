@@ -49,8 +49,8 @@ class LlmConfig:
     )
     quantization: str = option(
         "none",
-        "int8: the decoder's weights in 8 bits, activations too, token by token; int4: weights in 4 bits, "
-        "activations in 8; on the CPU only",
+        "int8: weights in 8 bits, activations too, token by token; int4: weights in 4 bits, activations in "
+        "8; of the decoder and, without --vit-quantization, of the ViT; on the CPU only",
         choices=("none", "int8", "int4"),
     )
     prefix_caching: bool = option(

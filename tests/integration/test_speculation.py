@@ -94,6 +94,20 @@ async def assert_deaths_change_nothing(
     assert client.counters["resubmitted"] == 2
 
 
+@pytest.mark.parametrize(("quantization", "tp"), [("int8", "2"), ("int4", "1")])
+async def test_every_answer_is_the_same_in_fewer_bits(quantization: str, tp: str) -> None:
+    """Steps of several tokens take other kernels than those of one, or other sizes of the same."""
+    options = ("--quantization", quantization, "--tp", tp, "--vit", "1", "--dtype", "float32", *LIMITS)
+    answers = []
+    for guesses in ((), ("--speculative", "ngram")):
+        with Server(*options, *guesses) as server:
+            async with PipelineClient(server.run_dir) as client:
+                answers.append(await all_answers(client))
+            if guesses:
+                assert await accepted(server) > 100
+    assert answers[0] == answers[1]
+
+
 async def test_every_answer_is_the_same_on_two_ranks_also_after_a_death(server: Server) -> None:
     async with PipelineClient(server.run_dir) as client:
         expected = await all_answers(client)
