@@ -77,6 +77,7 @@ QWEN3_5_TEXT = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
+    "mtp_num_hidden_layers": 1,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 50_000.0,
@@ -148,7 +149,7 @@ def make_checkpoint(
     if family == "qwen3_vl_moe":
         _transpose_experts(folder / "model.safetensors")
     if family.startswith("qwen3_5"):
-        _add_mtp(folder / "model.safetensors", model.config.text_config.hidden_size)
+        _add_mtp(folder / "model.safetensors", scale)
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / "model" / name, folder / name)
     (folder / "chat_template.jinja").write_text(_chat_template(family))
@@ -163,12 +164,24 @@ def _is_zero_centred(family: str, name: str) -> bool:
     return is_of_text and name.endswith("norm.weight") and "linear_attn" not in name
 
 
-def _add_mtp(path: Path, hidden_size: int) -> None:
-    """A part of the head that predicts a further token, as the hub's files have it: nobody reads it."""
+def _add_mtp(path: Path, scale: float) -> None:
+    """The head that predicts a further token, as the hub's files have it: transformers leaves it out. Random,
+    so that it is never right."""
+    tensors = load_file(path)
+    layer = next(name for name in tensors if name.endswith("self_attn.q_proj.weight"))
+    prefix = layer.removesuffix("self_attn.q_proj.weight")
+    size = tensors[f"{prefix}input_layernorm.weight"].shape[0]
+    made = {
+        f"mtp.layers.0.{name.removeprefix(prefix)}": torch.randn_like(tensor) * 0.02 * scale
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
     norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-    tensors = {f"mtp.{name}.weight": torch.full((hidden_size,), torch.nan) for name in norms}
-    tensors["mtp.fc.weight"] = torch.full((hidden_size, 2 * hidden_size), torch.nan)
-    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+    made |= {f"mtp.{name}.weight": torch.rand(size) - 0.5 for name in norms}
+    made["mtp.fc.weight"] = torch.randn(size, 2 * size) * 0.02 * scale
+    dtype = tensors[layer].dtype
+    made = {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
+    save_file({**tensors, **made}, path, metadata={"format": "pt"})
 
 
 def _transpose_experts(path: Path) -> None:

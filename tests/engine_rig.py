@@ -35,7 +35,7 @@ from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import Drafter
-from workers.llm.start import turn_start_id
+from workers.llm.start import make_drafter, turn_start_id
 from workers.llm.stepping import Watch
 from workers.nn.weights.registry import open_weights
 from workers.preprocess.geometry import chosen_frames, video_frame_size
@@ -97,11 +97,13 @@ class Rig:
         num_vits: int = 1,
         drafter: Drafter | None = None,
         num_snapshots: int = 0,
+        speculative: str = "none",
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         self.num_vits = num_vits  # over which chunks of a video are spread
         config = Config(
-            model=ModelConfig(dtype="float32"), llm=LlmConfig(block_size=block_size, attention=attention)
+            model=ModelConfig(dtype="float32"),
+            llm=LlmConfig(block_size=block_size, attention=attention, speculative=speculative),
         )
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots, num_drafts=MAX_DRAFTS)
@@ -112,7 +114,7 @@ class Rig:
             ),
             budget,
             self.info.eos_token_ids,
-            drafter=drafter,
+            drafter=drafter or make_drafter(config.llm),
             prefill_multiple=decoder.prefill_multiple,
             turn_start_id=turn_start_id(folder),
         )

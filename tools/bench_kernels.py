@@ -3,6 +3,7 @@ with fewer bits.
 
     python -m tools.bench_kernels                   # 0.31 B parameters
     python -m tools.bench_kernels --shape 2b --layers 8
+    python -m tools.bench_kernels --work picture    # towers alone
 
 In process, without scheduler and sockets; a context of 1024 tokens. Weights are random: speed does not depend
 on their values. Rounds are interleaved and medians are told, since shared machines drift. A step of one
@@ -68,7 +69,8 @@ WORK: dict[str, Callable[[Subject], float]] = {
 @contextlib.contextmanager
 def open_subject(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Subject]:
     info = read_model_info(folder)
-    encoder = tower_of(info).encoder(info.vision, open_weights(folder, dtype, CPU))
+    weights = open_weights(folder, dtype, CPU, options.get("quantization", "none"))
+    encoder = tower_of(info).encoder(info.vision, weights)
     name = str(dtype).removeprefix("torch.")
     with open_runner(folder, CPU, name, 8, **options) as runner:
         # In blocks, as a worker computes.
@@ -104,7 +106,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="all if not given")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--work", default="", help="only lines that begin so: decode, prefill, picture")
     options = parser.parse_args()
+    works = {work: measure for work, measure in WORK.items() if work.startswith(options.work)}
     dtype = choose_dtype(options.dtype, CPU)
     name = str(dtype).removeprefix("torch.")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {name}")
@@ -123,7 +127,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for kind, subject in subjects.items():
                 with without_kernels() if kind == "without" else contextlib.nullcontext():
-                    for work, seconds in ((work, measure(subject)) for work, measure in WORK.items()):
+                    for work, seconds in ((work, measure(subject)) for work, measure in works.items()):
                         if number:  # the first round warms up
                             found.setdefault((work, kind), []).append(seconds)
         info = read_model_info(folder).text
@@ -131,12 +135,14 @@ def main() -> None:
     titles = [*subjects, "without / with", "with / int8", "with / int4"]
     print("\n| ms | " + " | ".join(titles) + " |\n" + "| --- " * (1 + len(titles)) + "|")
     medians = {key: 1e3 * statistics.median(times) for key, times in found.items()}
-    for work in WORK:
+    for work in works:
         row = [medians[work, kind] for kind in subjects]
         print(f"| {work} | " + " | ".join(f"{ms:.1f}" for ms in (*row,)), end=" | ")
         print(f"{row[1] / row[0]:.2f} | {row[0] / row[2]:.2f} | {row[0] / row[3]:.2f} |")
+    if (decode := medians.get(("decode, 1 request", "with kernels"))) is None:
+        return
     rate = memory_rate()
-    share = nbytes / medians["decode, 1 request", "with kernels"] * 1e3 / rate.bytes_per_s
+    share = nbytes / decode * 1e3 / rate.bytes_per_s
     print(f"\ndecode, 1 request reads {nbytes / 1e6:.0f} MB at {share:.2f} of the memory's rate, "
           f"{rate.bytes_per_s / 1e9:.1f} GB/s ({rate.kernel})")  # fmt: skip
 

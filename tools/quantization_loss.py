@@ -1,11 +1,14 @@
-"""What weights of fewer bits cost: error of the logits, memory at load, and the embedded model's exam.
+"""What weights of fewer bits cost: errors of logits and of pictures' features, memory at load, and the
+embedded model's exam.
 
     python -m tools.quantization_loss                         # the embedded model
     python -m tools.quantization_loss --model FOLDER          # any checkpoint, without the exam
     python -m tools.quantization_loss --count 20 --formats none int8 int4
 
-Logits are those of a text's first tokens, beside float32. Each format is loaded in a process of its own, for
-the memory that it takes. The exam's questions are those of `tools.tiny_model.evaluate`, through the server.
+Logits are those of a text's first tokens, features the tower's of pictures in a folder, both beside float32.
+Each format is loaded in a process of its own, for the memory that it takes. The exam's questions are those of
+`tools.tiny_model.evaluate`, through the server: for each format with decoder and tower in it, and with the
+decoder alone.
 """
 
 from __future__ import annotations
@@ -13,16 +16,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.families import read_model_info
+from pipeline.wire.base import GridTHW
 from tools.bench_engine import serve
 from tools.tiny_model.evaluate import ask_server
 from tools.tiny_model.exams import SKILLS, Exam, exams
@@ -34,15 +42,22 @@ from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.nn.loader import choose_dtype
 from workers.nn.weights.registry import MADE_FORMATS, open_weights
+from workers.vit.engines.torch import TorchEngine
+from workers.vit.models.base import EncodeJob
+from workers.vit.models.registry import tower_of
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
+SIDE = 448  # of pictures, in pixels
 
 
 class Loaded(NamedTuple):
-    logits: Tensor  # [num_tokens, vocab_size] float32
-    weights: int  # bytes of memory that the decoder takes
+    found: Tensor  # logits [num_tokens, vocab_size], or features [num_tokens, embedding_width], in float32
+    weights: int  # bytes of memory that the decoder or the tower takes
     peak: int  # and at most while it is loaded, with the pages of its file
+
+
+Compute = Callable[[Path, torch.dtype, str, Any], Loaded]
 
 
 def logits_of(folder: Path, dtype: torch.dtype, quantization: str, token_ids: Tensor) -> Loaded:
@@ -52,13 +67,44 @@ def logits_of(folder: Path, dtype: torch.dtype, quantization: str, token_ids: Te
     weights = open_weights(folder, dtype, CPU, quantization)
     decoder = decoder_of(info)(info.text, weights, TensorParallel())
     weights.close()
-    after = _memory()
-    weights_size, peak = after["RssAnon"] - before["RssAnon"], after["VmHWM"] - before["VmRSS"]
+    weights_size, peak = _since(before)
     num_tokens, num_blocks = len(token_ids), -(-len(token_ids) // 16)
     cache = PagedTensors(paged_of(decoder.cache_spec()), num_blocks, 16, dtype, CPU)
     step = PagedAttention(cache).plan([SequencePart(num_tokens, 0, tuple(range(num_blocks)))])
     hidden = decoder(decoder.embed(token_ids), torch.arange(num_tokens).expand(3, -1), step)
     return Loaded(decoder.logits(hidden).float(), weights_size, peak)
+
+
+def features_of(
+    folder: Path, dtype: torch.dtype, quantization: str, pictures: Sequence[npt.NDArray[np.uint8]]
+) -> Loaded:
+    """Of the tower alone. `pictures`: [height, width, 3], of whole tokens."""
+    before = _memory()
+    info = read_model_info(folder)
+    weights = open_weights(folder, dtype, CPU, quantization)
+    encoder = tower_of(info).encoder(info.vision, weights)
+    weights.close()
+    weights_size, peak = _since(before)
+    jobs: list[EncodeJob] = []
+    for picture in pictures:
+        grid = GridTHW(1, *(side // info.vision.patch_size for side in picture.shape[:2]))
+        shape = info.vision.num_tokens(grid), info.vision.embedding_width
+        jobs.append(EncodeJob(torch.from_numpy(picture)[None], grid, torch.empty(shape, dtype=dtype)))
+    TorchEngine(encoder).encode(jobs)
+    return Loaded(torch.cat([job.output for job in jobs]).float(), weights_size, peak)
+
+
+def read_pictures(folder: Path, factor: int) -> list[npt.NDArray[np.uint8]]:
+    """Of `SIDE` pixels, or a little less: sides are multiples of `factor`."""
+    side = SIDE // factor * factor
+    files = sorted(folder.glob("*.png")) + sorted(folder.glob("*.jpg"))
+    return [np.array(Image.open(file).convert("RGB").resize((side, side))) for file in files]
+
+
+def _since(before: dict[str, int]) -> tuple[int, int]:
+    """The bytes that have been taken since, and the most of them."""
+    after = _memory()
+    return after["RssAnon"] - before["RssAnon"], after["VmHWM"] - before["VmRSS"]
 
 
 def _memory() -> dict[str, int]:
@@ -69,29 +115,45 @@ def _memory() -> dict[str, int]:
 
 
 def in_process_of_its_own(
-    folder: Path, dtype: torch.dtype, quantization: str, token_ids: Tensor, num_threads: int
+    compute: Compute, folder: Path, dtype: torch.dtype, quantization: str, given: object
 ) -> Loaded:
+    threads = torch.get_num_threads()
     with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (num_threads,)
+        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
     ) as executor:
-        return executor.submit(logits_of, folder, dtype, quantization, token_ids).result()
+        return executor.submit(compute, folder, dtype, quantization, given).result()
 
 
 def print_logits(folder: Path, dtype: torch.dtype, formats: list[str], token_ids: Tensor) -> None:
-    threads = torch.get_num_threads()
-    exact = in_process_of_its_own(folder, torch.float32, "none", token_ids, threads).logits.double()
+    exact = in_process_of_its_own(logits_of, folder, torch.float32, "none", token_ids).found.double()
     likely, best = exact.log_softmax(dim=1), exact.argmax(dim=1)
     print(f"{len(token_ids)} tokens of text, beside float32; memory of the weights, MiB\n")
     print("| | error of the logits | another best token | KL, nats | weights | peak at load |")
     print("| --- " * 6 + "|")
     for name in formats:
-        found = in_process_of_its_own(folder, dtype, name, token_ids, threads)
-        logits = found.logits.double()
+        loaded = in_process_of_its_own(logits_of, folder, dtype, name, token_ids)
+        logits = loaded.found.double()
         error = float((logits - exact).norm() / exact.norm())
         others = float((logits.argmax(dim=1) != best).double().mean())
         kl = float((likely.exp() * (likely - logits.log_softmax(dim=1))).sum(dim=1).mean())
-        size, peak = found.weights / MIB, found.peak / MIB
+        size, peak = loaded.weights / MIB, loaded.peak / MIB
         print(f"| {_label(name, dtype)} | {error:.2%} | {others:.2%} | {kl:.5f} | {size:.0f} | {peak:.0f} |")
+
+
+def print_features(
+    folder: Path, dtype: torch.dtype, formats: list[str], pictures: list[npt.NDArray[np.uint8]]
+) -> None:
+    exact = in_process_of_its_own(features_of, folder, torch.float32, "none", pictures).found.double()
+    print(f"\n{len(pictures)} pictures, {len(exact)} tokens, beside float32; memory of the weights, MiB\n")
+    print("| | error of the features | of a token, median | the worst | weights | peak at load |")
+    print("| --- " * 6 + "|")
+    for name in formats:
+        loaded = in_process_of_its_own(features_of, folder, dtype, name, pictures)
+        difference = loaded.found.double() - exact
+        error = float(difference.norm() / exact.norm())
+        of_tokens = difference.norm(dim=1) / exact.norm(dim=1)
+        errors = f"{error:.2%} | {float(of_tokens.median()):.2%} | {float(of_tokens.max()):.2%}"
+        print(f"| {_label(name, dtype)} | {errors} | {loaded.weights / MIB:.0f} | {loaded.peak / MIB:.0f} |")
 
 
 def print_exam(dtype: torch.dtype, formats: list[str], count: int) -> None:
@@ -100,16 +162,19 @@ def print_exam(dtype: torch.dtype, formats: list[str], count: int) -> None:
     print("| --- " * 4 + "|")
     first: list[bool] = []
     for name in formats:
-        right = right_answers(dtype, name, asked)
-        first = first or right
-        worse = sum(one and not other for one, other in zip(first, right, strict=True))
-        better = sum(other and not one for one, other in zip(first, right, strict=True))
-        print(f"| {_label(name, dtype)} | {sum(right) / len(right):.2%} | {worse} | {better} |", flush=True)
+        for tower in dict.fromkeys((name, "none")):
+            right = right_answers(dtype, name, tower, asked)
+            first = first or right
+            worse = sum(one and not other for one, other in zip(first, right, strict=True))
+            better = sum(other and not one for one, other in zip(first, right, strict=True))
+            label = _label(name, dtype) + ("" if tower == name else f", tower in {_label(tower, dtype)}")
+            print(f"| {label} | {sum(right) / len(right):.2%} | {worse} | {better} |", flush=True)
 
 
-def right_answers(dtype: torch.dtype, quantization: str, asked: list[Exam]) -> list[bool]:
-    options = ("--dtype", str(dtype).removeprefix("torch."), "--device", "cpu", "--quantization")
-    with serve(EMBEDDED / "model", *options, quantization) as served:
+def right_answers(dtype: torch.dtype, quantization: str, tower: str, asked: list[Exam]) -> list[bool]:
+    options = "--dtype", str(dtype).removeprefix("torch."), "--device", "cpu"
+    formats = "--quantization", quantization, "--vit-quantization", tower
+    with serve(EMBEDDED / "model", *options, *formats) as served:
         answers = asyncio.run(ask_server(served.url, asked))
     return [answer.text == exam.lesson.turns[-1].answer for exam, answer in zip(asked, answers, strict=True)]
 
@@ -125,6 +190,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint (default: the embedded one)")
     parser.add_argument("--text", type=Path, default=Path("README.md"))
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--pictures", type=Path, default=EMBEDDED / "samples", help="folder of png and jpg")
     parser.add_argument("--count", type=int, default=10, help="questions of each skill and split")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--formats", nargs="+", default=["none", *MADE_FORMATS])
@@ -133,6 +199,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     token_ids = torch.tensor(tokenizer.encode(options.text.read_text()).ids[: options.tokens])
     print_logits(folder, dtype, options.formats, token_ids)
+    factor = read_model_info(folder).vision.factor
+    print_features(folder, dtype, options.formats, read_pictures(options.pictures, factor))
     if options.model is None and options.count:
         print_exam(dtype, options.formats, options.count)
 

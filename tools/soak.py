@@ -46,6 +46,7 @@ from tools.processes import free_port, num_open_files, resident_bytes, workers_o
 from tools.tiny_model.scenes import draw, make_scene
 
 TIE = 1e-3
+HELD = ("leases", "free_blocks", "free_slots", "free_snapshots")  # counters of workers
 SETTLE_S = 3.0  # until what is over is given back and told: statistics and lease sets go once a second
 MAX_GROWTH = 1.25  # of a worker's resident memory
 READER_FILES = 6  # of two reading processes, which start when they are needed: two pipes and an inbox each
@@ -304,10 +305,8 @@ class Soak:
         held: dict[str, dict[str, int]] = {}
         for state in client.workers:
             name = str(state.worker)
-            counters: dict[str, int] = {
-                key: state.counters[key] for key in ("leases", "free_blocks") if key in state.counters
-            }
-            held[name] = counters | {"open": state.num_open_requests}
+            held[name] = {key: state.counters[key] for key in HELD if key in state.counters}
+            held[name] |= {"open": state.num_open_requests}
             if name in pids:
                 held[name] |= {"rss": resident_bytes(pids[name]), "files": num_open_files(pids[name])}
         return held

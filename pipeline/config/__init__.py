@@ -49,6 +49,11 @@ class Config:
         return self.num_ranks if self.vit.vit is None else self.vit.vit
 
     @property
+    def vit_quantization(self) -> str:
+        chosen = self.vit.vit_quantization
+        return self.llm.quantization if chosen is None else chosen
+
+    @property
     def num_ranks(self) -> int:
         """LLM ranks of all groups; group g has the ranks g · tp to (g + 1) · tp - 1, and the first of them
         leads it."""

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from pipeline.config.base import at_least, option
 
+# By `speculative`: for a request in one step, without the option. An n-gram's guess costs nothing and is
+# mostly right or wrong as a whole. Each of a head's takes a pass of its own, and is less sure than the last.
+GUESSES = {"none": 0, "ngram": 15, "mtp": 3}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlmConfig:
@@ -45,8 +49,8 @@ class LlmConfig:
     )
     quantization: str = option(
         "none",
-        "int8: the decoder's weights in 8 bits, activations too, token by token; int4: weights in 4 bits, "
-        "activations in 8; on the CPU only",
+        "int8: weights in 8 bits, activations too, token by token; int4: weights in 4 bits, activations in "
+        "8; of the decoder and, without --vit-quantization, of the ViT; on the CPU only",
         choices=("none", "int8", "int4"),
     )
     prefix_caching: bool = option(
@@ -78,10 +82,17 @@ class LlmConfig:
     speculative: str = option(
         "none",
         "guess the next tokens and compute several in one step; ngram: as the text went on before "
-        "(prompt lookup)",
-        choices=("none", "ngram"),
+        "(prompt lookup); mtp: by the head that some checkpoints have for it",
+        choices=("none", "ngram", "mtp"),
     )
-    speculative_tokens: int = option(15, "guesses for a request in one step", metavar="N")
+    speculative_tokens: int | None = option(
+        None, "guesses for a request in one step; default 15 with ngram, 3 with mtp", metavar="N"
+    )
+
+    @property
+    def max_guesses(self) -> int:
+        """For a request in one step."""
+        return self.speculative_tokens or GUESSES[self.speculative]
 
     def __post_init__(self) -> None:
         at_least(self, tp=1, dp=1, llm_cores=1, max_num_seqs=1, max_num_batched_tokens=1, block_size=1)

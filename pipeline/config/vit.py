@@ -19,6 +19,12 @@ class VitConfig:
         "these on GPUs where they load",
         choices=("auto", "torch", "onnxruntime", "tensorrt"),
     )
+    vit_quantization: str | None = option(
+        None,
+        "the ViT's weights in 8 or 4 bits, as --quantization has the decoder's; on the CPU and with engine "
+        "torch only (default: as --quantization)",
+        choices=("none", "int8", "int4"),
+    )
     vit_max_batch_patches: int | None = option(
         None,
         "most patches in one forward of a ViT (default: 4096 on GPUs, 1024 on the CPU, which gains nothing "

@@ -44,7 +44,7 @@ class Qwen3_5TextInfo(TextInfo):
     rotary_dim: int  # numbers of a head, from its first, that positions turn
     delta_net: DeltaNetInfo
     experts: ExpertsInfo | None  # None: each layer has one dense MLP
-    num_mtp_layers: int  # of the head that predicts a further token, which is not loaded
+    num_mtp_layers: int  # of the head that predicts a further token; 0: there is none
 
 
 class Qwen3_5(Qwen3VL):

@@ -57,6 +57,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     # int32: its last tokens are guesses. The step yields tokens up to the first that differs from its guess.
     drafts: bytes = b""
     saves: tuple[StateSave, ...] = ()  # ascending
+    num_guesses: int = 0  # of the tokens behind the step: to be made at its end, by a head of the model
 
 
 class StepPlan(WorkerMessage, frozen=True, kw_only=True):

@@ -76,6 +76,12 @@ def test_a_model_that_does_not_divide_is_refused_with_the_numbers() -> None:
         assert "tp 3 does not divide the model's 4 attention heads" in server.output
 
 
+def test_an_engine_that_has_only_dense_weights_is_refused_for_others() -> None:
+    with Server("--quantization", "int8", "--vit-engine", "onnxruntime", expects_failure=True) as server:
+        assert server.wait() == 1
+        assert "vit_engine 'onnxruntime' computes dense weights, not int8" in server.output
+
+
 def test_a_context_that_does_not_fit_is_refused_with_the_numbers() -> None:
     with Server("--max-model-len", "8000", "--kv-cache-gib", "0.001", expects_failure=True) as server:
         assert server.wait() == 1

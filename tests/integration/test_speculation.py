@@ -6,14 +6,18 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
+import pytest
 
 from pipeline.client.client import Piece, PipelineClient
 from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
-from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
+from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
+from tests.mtp import make_agree
 from tests.pictures import encode, scene
 from tests.servers import Server
 from tools.processes import workers_of
@@ -25,6 +29,9 @@ WANTED = {
     "drawn": SamplingParams(temperature=0.8, seed=4, n=2, max_tokens=80, ignore_eos=True, logprobs=1),
     "stopped": SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, stop=("......",)),
     "punished": SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.2),
+    "ruled": SamplingParams(
+        temperature=0.5, seed=9, max_tokens=60, grammar=Grammar(GrammarKind.REGEX, "([a-z]+ ){9}[.]")
+    ),
 }
 
 
@@ -75,6 +82,32 @@ async def accepted(server: Server) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 
+async def assert_deaths_change_nothing(
+    guessing: Server, client: PipelineClient, expected: dict[str, list[Told]]
+) -> None:
+    for victim in ("llm.0", "llm.1"):
+
+        def kill(victim: str = victim) -> None:
+            os.kill(workers_of(guessing.process.pid)[victim], signal.SIGKILL)
+
+        assert await ask(client, victim, WANTED["drawn"], kill) == expected["drawn"]
+    assert client.counters["resubmitted"] == 2
+
+
+@pytest.mark.parametrize(("quantization", "tp"), [("int8", "2"), ("int4", "1")])
+async def test_every_answer_is_the_same_in_fewer_bits(quantization: str, tp: str) -> None:
+    """Steps of several tokens take other kernels than those of one, or other sizes of the same."""
+    options = ("--quantization", quantization, "--tp", tp, "--vit", "1", "--dtype", "float32", *LIMITS)
+    answers = []
+    for guesses in ((), ("--speculative", "ngram")):
+        with Server(*options, *guesses) as server:
+            async with PipelineClient(server.run_dir) as client:
+                answers.append(await all_answers(client))
+            if guesses:
+                assert await accepted(server) > 100
+    assert answers[0] == answers[1]
+
+
 async def test_every_answer_is_the_same_on_two_ranks_also_after_a_death(server: Server) -> None:
     async with PipelineClient(server.run_dir) as client:
         expected = await all_answers(client)
@@ -84,11 +117,29 @@ async def test_every_answer_is_the_same_on_two_ranks_also_after_a_death(server: 
         async with PipelineClient(guessing.run_dir) as client:
             assert await all_answers(client) == expected
             assert await accepted(guessing) > 100
-            for victim in ("llm.0", "llm.1"):
-
-                def kill(victim: str = victim) -> None:
-                    os.kill(workers_of(guessing.process.pid)[victim], signal.SIGKILL)
-
-                assert await ask(client, victim, WANTED["drawn"], kill) == expected["drawn"]
-            assert client.counters["resubmitted"] == 2
+            await assert_deaths_change_nothing(guessing, client, expected)
         guessing.children = workers_of(guessing.process.pid)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+async def test_a_models_own_head_changes_no_answer(family: str, tmp_path: Path) -> None:
+    """On two ranks, with prefixes of states, also after a death."""
+    folder = make_agree(make_checkpoint(tmp_path, family), 0.02)
+    options = ("--model", str(folder), "--vit", "1", "--dtype", "float32", *LIMITS)
+    with Server(*options) as plain:
+        async with PipelineClient(plain.run_dir) as client:
+            expected = await all_answers(client)
+        plain.children = workers_of(plain.process.pid)
+    with Server(*options, "--tp", "2", "--speculative", "mtp") as guessing:
+        async with PipelineClient(guessing.run_dir) as client:
+            for _ in range(2):
+                assert await all_answers(client) == expected
+            assert await accepted(guessing) > 100
+            await assert_deaths_change_nothing(guessing, client, expected)
+        guessing.children = workers_of(guessing.process.pid)
+
+
+def test_a_model_without_such_a_head_does_not_start() -> None:
+    with Server("--speculative", "mtp", *LIMITS, expects_failure=True) as server:
+        assert server.wait() == 1
+        assert "speculative 'mtp' is not for this model: its family has no head" in server.output

@@ -17,6 +17,7 @@ from workers.vit.engines.choice import ENGINES
     [
         (LlmConfig, "attention", "auto", BACKENDS),
         (LlmConfig, "quantization", "none", MADE_FORMATS),
+        (VitConfig, "vit_quantization", "none", MADE_FORMATS),
         (VitConfig, "vit_engine", "auto", ENGINES),
     ],
 )

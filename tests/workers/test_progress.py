@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -43,8 +43,11 @@ from workers.llm.step_result import StepResult
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Ready
 
 CLIENT = b"c" * 16
-GRID = GridTHW(1, 4, 4)  # 4 tokens
 PIXELS = TensorHandle("preprocess.0", 1, 0, 1, 0, (1, 56, 56, 3), "uint8")
+
+
+def grid_of(item: MmItem) -> GridTHW:
+    return GridTHW(1, 2, 2 * item.chunks[0].num_tokens)
 
 
 class Runner:
@@ -61,12 +64,32 @@ class Runner:
         raise AssertionError("no token waits for a mask")
 
 
+class Size(NamedTuple):
+    """Of the caches, of a step, and of pictures."""
+
+    num_blocks: int
+    block_size: int
+    num_slots: int
+    step_tokens: int
+    pool_tokens: int
+    picture_tokens: tuple[int, int] = (4, 4)  # least and most
+    # Of layers with states:
+    prefill_multiple: int = 1
+    num_snapshots: int = 0
+
+
+def tiny(rng: random.Random) -> Size:
+    return Size(rng.randint(14, 40), 4, rng.randint(1, 4), step_tokens=16, pool_tokens=4 * rng.randint(2, 5))
+
+
 class World:
     """Preprocess and the clients are played: pixels come at once, an interrupted request is submitted
     again."""
 
-    def __init__(self, rng: random.Random, has_overlap: bool) -> None:
+    def __init__(self, rng: random.Random, has_overlap: bool, size: Size | None = None) -> None:
         self.rng = rng
+        size = tiny(rng) if size is None else size
+        self.picture_tokens = size.picture_tokens
         self.publisher, self.feedback, self.vit, self.runner = (
             FakePublisher(),
             FakeSink(),
@@ -74,15 +97,17 @@ class World:
             Runner(),
         )
         scheduler = Scheduler(
-            CacheManager.of_size(rng.randint(14, 40), 4, rng.randint(1, 4)),
-            16,
-            (7,),
-            has_prefix_cache=rng.random() < 0.7,
-        )
+            CacheManager.of_size(
+                size.num_blocks, size.block_size, size.num_slots, has_states=size.prefill_multiple > 1,
+                num_snapshots=size.num_snapshots,
+            ),
+            size.step_tokens, (7,), has_prefix_cache=rng.random() < 0.7,
+            prefill_multiple=size.prefill_multiple,
+        )  # fmt: skip
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
             model_name="m",
-            max_model_len=56, max_requests=9, max_request_bytes=9,
+            max_model_len=size.num_blocks * size.block_size, max_requests=9, max_request_bytes=9,
         )  # fmt: skip
         self.engine = Engine(
             {"sender": LLM_0, "epoch": 1}, scheduler, self.runner, welcome,
@@ -90,8 +115,8 @@ class World:
         )  # fmt: skip
         self.engine.on_subscriptions([Subscription(CLIENT, True)], 0.0)
         self.engine.handle(Hello(client_id=CLIENT, protocol=PROTOCOL_VERSION), 0.0)
-        allocator = SlotAllocator(rng.randint(2, 5) * ALIGNMENT, ALIGNMENT, 64)
         width = ALIGNMENT // 4
+        allocator = SlotAllocator(size.pool_tokens * width, size.picture_tokens[1] * width, 64)
         self.batcher = Batcher(allocator, lambda grid: EmbeddingSpec(grid.num_patches // 4, width, "uint8"))
         self.arrivals = itertools.count(1)
         self.open: dict[str, GenerateRequest] = {}
@@ -111,9 +136,12 @@ class World:
             items: list[MmItem] = []
             offset = len(shared) + 2
             for _ in range(self.rng.randint(0, 4) if num_pictures is None else num_pictures):
-                mm_hash = b"shared" if self.rng.random() < shared_rate else f"{name}.{offset}".encode()
-                items.append(MmItem((Span(offset, 4),), mm_hash, mm_hash, (MmChunk(mm_hash, 4, 0, 1),)))
-                offset += 5
+                count = self.rng.randint(*self.picture_tokens)
+                is_shared = self.rng.random() < shared_rate
+                mm_hash = f"shared.{count}".encode() if is_shared else f"{name}.{offset}".encode()
+                chunks = (MmChunk(mm_hash, count, 0, 1),)
+                items.append(MmItem((Span(offset, count),), mm_hash, mm_hash, chunks))
+                offset += count + 1
             tokens = [*shared, *(self.rng.randint(10, 99) for _ in range(offset + 1 - len(shared)))]
             sampling = SamplingParams(
                 temperature=0, seed=1, max_tokens=self.rng.randint(1, 16), ignore_eos=True
@@ -130,7 +158,9 @@ class World:
         for number, item in enumerate(request.items):
             key = ChunkKey(name, request.attempt, number, 0)
             order = Order(request.arrival, number)
-            self.act(self.batcher.on_request(key, order, item.mm_hash, GRID, None, tenant=request.tenant))
+            self.act(
+                self.batcher.on_request(key, order, item.mm_hash, grid_of(item), None, tenant=request.tenant)
+            )
 
     def act(self, actions: list[Action]) -> None:
         for action in actions:
@@ -147,7 +177,7 @@ class World:
                         item = request.items[key.item]
                         self.act(
                             self.batcher.on_request(
-                                key, Order(request.arrival, key.item), item.mm_hash, GRID, PIXELS
+                                key, Order(request.arrival, key.item), item.mm_hash, grid_of(item), PIXELS
                             )
                         )
                 case LeaseGone(key):
@@ -245,6 +275,22 @@ def test_everything_ends_whatever_holds_what(has_overlap: bool) -> None:
         num_interrupted += world.num_interrupted
     assert num_preempted > 20, "else this shows little"
     assert num_interrupted > 5
+
+
+@pytest.mark.parametrize("step_tokens", [1, 64, 200])
+def test_a_lease_waits_for_no_later_picture_where_prefills_are_cut_at_windows(step_tokens: int) -> None:
+    """Windows of 64 tokens may hold several pictures, of which the pool holds two."""
+    size = Size(
+        num_blocks=60, block_size=16, num_slots=3, step_tokens=step_tokens, pool_tokens=2 * 132,
+        picture_tokens=(1, 130), prefill_multiple=64, num_snapshots=3,
+    )  # fmt: skip
+    for seed in range(6 if step_tokens == 1 else 20):
+        world = World(random.Random(seed), has_overlap=seed % 2 == 1, size=size)
+        for number in range(8):
+            world.submit(f"r{number}")
+            for _ in range(world.rng.choice((0, 1, 20))):
+                world.turn()
+        world.finish(20_000, seed)
 
 
 @pytest.mark.parametrize(("llm_each", "vit_each"), [(1, 25), (25, 1)], ids=["slow ViT", "slow LLM"])

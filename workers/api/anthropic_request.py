@@ -36,6 +36,7 @@ class MessagesFields(msgspec.Struct, kw_only=True):
     thinking: Json | None = None
     output_config: Json | None = None  # effort, and the form of the answer
     output_format: Json | None = None  # the same, by its older name
+    chat_template_kwargs: Json | None = None  # no field of Anthropic's: as in a chat
 
 
 class MessagesRequest(MessagesFields, kw_only=True):
@@ -61,6 +62,7 @@ def to_chat_request(request: MessagesFields, forms: ChatForms) -> ChatCompletion
     if request.messages and request.messages[-1].role == "assistant":  # the model goes on writing it
         chat.continue_final_message, chat.add_generation_prompt = True, False
     chat.tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
+    chat.chat_template_kwargs = request.chat_template_kwargs
     _take_tool_choice(request.tool_choice, chat)
     _take_thinking(request.thinking, forms, chat)
     _take_output(request, chat)
@@ -215,14 +217,15 @@ def _take_tool_choice(given: Json | None, chat: ChatCompletionRequest) -> None:
 
 
 def _take_thinking(given: Json | None, forms: ChatForms, chat: ChatCompletionRequest) -> None:
-    """As Anthropic's models, none thinks unasked, where its template has the choice."""
+    """As Anthropic's models, none thinks unasked, where its template has the choice. The template's own
+    option wins."""
     given = {"type": "disabled"} if given is None else given
     kind = given.get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         what = f"thinking.type must be enabled, disabled or adaptive, got {shown(kind)}"
         raise RequestError(what, field="thinking.type")
     if forms.knows(THINKING):
-        chat.chat_template_kwargs = {THINKING: kind != "disabled"}
+        chat.chat_template_kwargs = {THINKING: kind != "disabled", **(chat.chat_template_kwargs or {})}
     budget = given.get("budget_tokens")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
         what = f"thinking.budget_tokens must be a number of tokens, got {shown(budget)}"

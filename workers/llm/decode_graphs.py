@@ -50,6 +50,7 @@ class GraphInputs(NamedTuple):
 class Outputs(NamedTuple):
     token_ids: Tensor  # [n] int64
     logits: Tensor  # [n, vocab] float32
+    hidden: Tensor  # [n, hidden], in the model's type, where the decoder has a head that reads it
 
 
 class DeviceTables:
@@ -176,4 +177,4 @@ class DecodeGraphs:
             graph.replay()
         else:
             outputs = self._compute(self.buffers.inputs(size))
-        return Outputs(outputs.token_ids[:count], outputs.logits[:count])
+        return Outputs(*(part[:count] for part in outputs))

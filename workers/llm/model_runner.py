@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
-from workers.llm.attention.base import AttentionBackend, SequencePart
+from workers.llm.attention.base import AttentionBackend
 from workers.llm.backends import Backend, choose_backend
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
@@ -34,6 +34,7 @@ from workers.llm.embedding_pools import EmbeddingPools
 from workers.llm.item_embeddings import PlacedSlice, place_embeddings
 from workers.llm.models.base import Decoder
 from workers.llm.models.registry import decoder_of
+from workers.llm.mtp_runner import KeptStep, MtpRunner
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.base import Setup
 from workers.llm.sampling.prompt_logprobs import (
@@ -45,12 +46,14 @@ from workers.llm.sampling.prompt_logprobs import (
 )
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
 from workers.llm.sequences import Int64Array, SequenceTable, StepRows
+from workers.llm.step_inputs import positions_of, spans_of, token_ids_of
 from workers.llm.step_result import LaunchedStep
 from workers.llm.unchosen import Unchosen, logit_rows
 from workers.nn.loader import Progress, choose_dtype, to_device
 from workers.nn.weights.registry import open_weights
 
 INT32_BYTES = 4
+MTP_MODULE = "mtp.fc"  # in all checkpoints with such a head
 LARGEST_GRAPH = 512  # requests; in a larger batch launches cost little beside the step
 
 
@@ -81,6 +84,7 @@ class ModelRunner:
         # By slot; the last slot is for padding rows of a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
         self._graphs: DecodeGraphs | None = None
+        self._mtp: MtpRunner | None = None
         # The rows of the step launched last that wait for `choose`.
         self._open: tuple[LaunchedStep, Unchosen] | None = None
 
@@ -99,9 +103,15 @@ class ModelRunner:
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device)
         weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
-        kind = decoder_of(info)
+        kind, has_mtp = decoder_of(info), config.llm.speculative == "mtp"
+        if has_mtp and not weights.has_module(MTP_MODULE):
+            raise ValueError(
+                f"speculative 'mtp' needs the head that the checkpoint lacks: it has no {MTP_MODULE}"
+            )
         weights.expect(kind.prefix)
         decoder = kind(info.text, weights, parallel, backend.kernels)
+        if has_mtp:
+            decoder.load_mtp(weights)
         weights.close()
         width, wanted = info.vision.embedding_width, (1 + decoder.num_features) * info.text.hidden_size
         if width != wanted:
@@ -133,6 +143,8 @@ class ModelRunner:
         self.states = StateTensors(
             states, self._num_slots, self._dtype, self.device, num_snapshots, num_drafts
         )
+        if self.decoder.mtp is not None:
+            self._mtp = MtpRunner(self.decoder, self.sequences, self.attention)
         if self._backend.sample is None:
             return
         with torch.inference_mode():
@@ -143,6 +155,8 @@ class ModelRunner:
         # One buffer serves all graphs. As graph outputs, the logits would take memory once for each size.
         vocab_size = self._info.text.vocab_size
         self._logits = torch.empty(sizes[-1], vocab_size, dtype=torch.float32, device=self.device)
+        shape = sizes[-1], self._info.text.hidden_size
+        self._hidden = torch.empty(shape, dtype=self._dtype, device=self.device)
         buffers = DecodeBuffers(sizes[-1], self.sequences, size, cache.spare_slot, self.device)
         self._tables = buffers.device_tables
 
@@ -165,7 +179,8 @@ class ModelRunner:
         logits = self.decoder.logits(hidden, self._logits[: len(hidden)])
         chosen = self._backend.sample(logits, inputs.params)
         self._last_tokens[slots] = chosen
-        return Outputs(chosen, logits)
+        kept = self._hidden[: len(hidden)]
+        return Outputs(chosen, logits, kept if self._mtp is None else kept.copy_(hidden))
 
     def close(self) -> None:
         """Drops the graphs: NCCL cannot shut down while a graph holds its communicator."""
@@ -192,11 +207,16 @@ class ModelRunner:
             return LaunchedStep(self.device)
         rows = self.sequences.rows(plan.sequences)
         self.sequences.advance(rows)
-        if self._graphs is not None and self._graphs.can_run(rows):
+        if self._graphs is not None and self._graphs.can_run(rows) and not self._has_waiting_pairs(rows):
             outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
             self._save_states(plan.sequences)
-            return self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
-        return self._launch_any(rows, plan.sequences)
+            self._keep(rows, plan.sequences, np.arange(1, len(rows.slots) + 1), None, outputs.hidden)
+            launched = self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
+        else:
+            launched = self._launch_any(rows, plan.sequences)
+        if self._open is None and self._mtp is not None:
+            self._mtp.guess(launched, self._last_tokens)
+        return launched
 
     @torch.inference_mode()
     def choose(self, masks: Sequence[bytes]) -> None:
@@ -208,6 +228,23 @@ class ModelRunner:
         launched, unchosen = self._open
         self._open = None
         self._choose(launched, unchosen, masks)
+        if self._mtp is not None:
+            self._mtp.guess(launched, self._last_tokens)
+
+    def _has_waiting_pairs(self, rows: StepRows) -> bool:
+        return self._mtp is not None and self._mtp.has_waiting(rows.slots)
+
+    def _keep(
+        self,
+        rows: StepRows,
+        steps: Sequence[SequenceStep],
+        ends: Int64Array,
+        x: Tensor | None,
+        hidden: Tensor,
+    ) -> None:
+        """For guesses, once the tokens are chosen. Arguments as in `KeptStep`."""
+        if self._mtp is not None:
+            self._mtp.keep(KeptStep(rows, ends, [step.num_guesses for step in steps], x, hidden))
 
     def _choose_ready(self, unchosen: Unchosen, of_graph: Tensor | None = None) -> LaunchedStep:
         """Chooses the tokens of rows that need no mask. `of_graph`: the tokens that a graph sampled, valid if
@@ -255,6 +292,8 @@ class ModelRunner:
         """Overwrites all state of the slot's previous sequence."""
         self.sequences.start(start)
         self.sampler.start(start)
+        if self._mtp is not None:
+            self._mtp.start(start.slot)
         self._prompts.start(start.slot, start.sampling.prompt_logprobs, start.num_prompt_tokens)
         if start.snapshot >= 0:
             self.states.restore(start.slot, start.snapshot)
@@ -292,23 +331,14 @@ class ModelRunner:
     def _compute(self, rows: StepRows, steps: Sequence[SequenceStep]) -> tuple[Tensor, Int64Array]:
         """Hidden states [num_tokens, hidden] of all sequences side by side, and the end of each sequence."""
         ends = np.cumsum(rows.counts)
-        x = self.decoder.embed(self._token_ids(rows, ends))  # [num_tokens, hidden]
-        positions = self._positions(rows, ends)
+        token_ids = token_ids_of(rows, ends, self.sequences, self._last_tokens)
+        x = self.decoder.embed(token_ids)  # [num_tokens, hidden]
         slices = [
             PlacedSlice(end - step.num_tokens + part.offset, part)
             for step, end in zip(steps, ends.tolist(), strict=True)
             for part in step.embeddings
         ]
         features = place_embeddings(x, slices, self.pools.gather, self.decoder.num_features)
-        spans = [
-            SequencePart(count, start, self.sequences.block_table(slot))
-            for slot, start, count in zip(
-                rows.slots.tolist(),
-                rows.starts.tolist(),
-                rows.counts.tolist(),
-                strict=True,
-            )
-        ]
         drafts = None
         if rows.drafts:
             num_drafts = [len(rows.drafts.get(row, ())) for row in range(len(rows.slots))]
@@ -320,35 +350,12 @@ class ModelRunner:
         states = self.states.of_step(
             self._tensor(rows.slots), rows.counts.tolist(), rows.starts.tolist(), drafts, saves
         )
-        return self.decoder(x, positions, self.attention.plan(spans), features, states), ends
-
-    def _token_ids(self, rows: StepRows, ends: Int64Array) -> Tensor:
-        """[num_tokens] int64: token ids that the host knows; for a decode, the last token on the device."""
-        token_ids = np.zeros(ends[-1], dtype=np.int64)
-        stops, begins_on_device = rows.stops, rows.are_decodes.copy()
-        for row in np.flatnonzero(~rows.are_decodes).tolist():
-            slot, start, stop, end = rows.slots[row], rows.starts[row], stops[row], ends[row]
-            if (drafts := rows.drafts.get(row)) is not None:
-                begins_on_device[row] = True
-                token_ids[end - len(drafts) : end] = drafts
-            else:
-                token_ids[end - rows.counts[row] : end] = self.sequences.token_ids(slot, start, stop)
-        on_device = self._tensor(token_ids)
-        if begins_on_device.any():
-            last = self._last_tokens[self._tensor(rows.slots[begins_on_device])]
-            on_device[self._tensor((ends - rows.counts)[begins_on_device])] = last
-        return on_device
-
-    def _positions(self, rows: StepRows, ends: Int64Array) -> Tensor:
-        """[3, num_tokens] int64"""
-        positions = np.empty((3, ends[-1]), dtype=np.int64)
-        # For a decode all three rows are equal.
-        of_decodes = rows.starts + self.sequences.position_deltas[rows.slots]
-        positions[:, ends[rows.are_decodes] - 1] = of_decodes[rows.are_decodes]
-        for row in np.flatnonzero(~rows.are_decodes):
-            slot, start, count = rows.slots[row], rows.starts[row], rows.counts[row]
-            positions[:, ends[row] - count : ends[row]] = self.sequences.positions(slot, start, start + count)
-        return self._tensor(positions)
+        kept = x if self._mtp is None else x.clone()  # the decoder may overwrite it
+        positions = positions_of(rows, ends, self.sequences, self.device)
+        planned = self.attention.plan(spans_of(rows, self.sequences))
+        hidden = self.decoder(x, positions, planned, features, states)
+        self._keep(rows, steps, ends, kept, hidden)
+        return hidden, ends
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values.astype(np.int64, copy=False), self.device)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from pipeline.process.quarantine import nobody
@@ -39,6 +40,7 @@ class Scheduled(NamedTuple):
     is_sampled: bool  # the step computes the request's newest token, and so yields the next one
     drafts: Sequence[int] = ()
     saves: Sequence[Save] = ()  # of states inside this part, behind it, or behind one of its drafts
+    num_guesses: int = 0  # of the tokens behind the step, to be made by the runner
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +49,8 @@ class Scheduled(NamedTuple):
     @property
     def is_plain_decode(self) -> bool:
         is_behind_prompt = self.start >= len(self.request.prompt_token_ids)
-        return self.is_sampled and self.num_tokens == 1 and is_behind_prompt and not self.saves
+        is_plain = self.num_tokens == 1 and not self.saves and not self.num_guesses
+        return self.is_sampled and is_plain and is_behind_prompt
 
 
 class Admitted(NamedTuple):
@@ -139,18 +142,23 @@ class Scheduler:
                 ready.append((request, num_ready))
         parts, num_decodes = self.budget.divide([*ready, *short] if ready else ())
         drafts = self._draft(parts, num_decodes)
-        scheduled = [self._take(*part, drafts.get(part[0].key, ())) for part in parts]
+        asked = self._ask(parts, drafts)
+        scheduled = [
+            self._take(*part, drafts.get(part[0].key, ()), asked.get(part[0].key, 0)) for part in parts
+        ]
         if drafts:  # decodes without drafts stay the first
             scheduled[:num_decodes] = sorted(scheduled[:num_decodes], key=lambda item: bool(item.drafts))
         return Schedule(scheduled, admitted, preempted, num_decodes)
 
-    def _take(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> Scheduled:
+    def _take(
+        self, request: Request, num_tokens: int, drafts: Sequence[int] = (), num_guesses: int = 0
+    ) -> Scheduled:
         start = request.num_computed_tokens
         stop = request.num_computed_tokens = start + num_tokens
         is_sampled = stop == request.num_tokens
         request.num_pending_tokens += is_sampled
         saves = self.prefixes.reserve(request, start, stop, len(drafts))
-        return Scheduled(request, start, stop, is_sampled, drafts, saves)
+        return Scheduled(request, start, stop, is_sampled, drafts, saves, num_guesses)
 
     def _draft(self, parts: Sequence[Part], num_decodes: int) -> dict[tuple[str, int], Sequence[int]]:
         """Guesses for the decodes, which are the first of `parts`, by a request's key."""
@@ -159,6 +167,15 @@ class Scheduler:
         num_free_tokens = self.budget.max_num_batched_tokens - sum(num_tokens for _, num_tokens in parts)
         decodes = [request for request, _ in parts[:num_decodes]]
         return self.drafter.propose(decodes, num_free_tokens, self.cache, num_spare=len(self.running))
+
+    def _ask(
+        self, parts: Sequence[Part], drafts: Mapping[tuple[str, int], Sequence[int]]
+    ) -> dict[tuple[str, int], int]:
+        """How many tokens the runner is to guess behind the step, by a request's key."""
+        if self.drafter is None:
+            return {}
+        sampled = [each for each, num_tokens in parts if num_tokens == each.num_remaining_tokens]
+        return self.drafter.ask(sampled, drafts, self.cache, num_spare=len(self.running))
 
     def _make_room(self) -> list[Request]:
         """Extends block tables to hold every running request's newest token. Returns preempted requests."""
@@ -268,8 +285,10 @@ class Scheduler:
         self,
         scheduled: Sequence[Scheduled],
         new_token_ids: Mapping[tuple[str, int], Sequence[int]],
+        guesses: Mapping[tuple[str, int], Sequence[int]] = MappingProxyType({}),
     ) -> list[Request]:
-        """Takes a step's results: the new tokens of each sampled request, in order, by its key.
+        """Takes a step's results: the new tokens of each sampled request, in order, by its key. `guesses`:
+        those of the tokens behind, where the runner was asked for any.
 
         Returns the finished requests, with their finish reason set and their blocks freed. Tokens of a
         request that ended while the step ran are dropped. A request preempted meanwhile gets its tokens.
@@ -293,6 +312,8 @@ class Scheduler:
             if request.finish_reason is not None:
                 self.remove(request)
                 finished.append(request)
+            elif self.drafter is not None and request.key in guesses:
+                self.drafter.tell(request, guesses[request.key])
         return finished
 
     def _accept(self, item: Scheduled, token_ids: Sequence[int]) -> int:

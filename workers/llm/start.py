@@ -30,12 +30,13 @@ from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import MAX_ROWS, Drafter
 from workers.llm.speculation.ngram import NgramProposer
 from workers.llm.speculation.proposer import Proposer
+from workers.llm.speculation.told import ToldProposer
 from workers.llm.step_times import StepTimes
 
 TURN_START = "<|im_start|>"
 logger = logging.getLogger(__name__)
 # By the option `--speculative`.
-PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer}
+PROPOSERS: Mapping[str, Callable[[], Proposer]] = {"ngram": NgramProposer, "mtp": ToldProposer}
 
 
 def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> None:
@@ -119,12 +120,14 @@ def most_drafts(config: LlmConfig) -> int:
     """In one step, over all its sequences."""
     if config.speculative == "none":
         return 0
-    return min(MAX_ROWS - 1, config.max_num_seqs * config.speculative_tokens)
+    return min(MAX_ROWS - 1, config.max_num_seqs * config.max_guesses)
 
 
 def make_drafter(config: LlmConfig) -> Drafter | None:
     make_proposer = PROPOSERS.get(config.speculative)
-    return None if make_proposer is None else Drafter(make_proposer, config.speculative_tokens)
+    if make_proposer is None:
+        return None
+    return Drafter(make_proposer, config.max_guesses, asks_runner=config.speculative == "mtp")
 
 
 def measure_steps(

@@ -26,6 +26,8 @@ class StepResult(NamedTuple):
     logprobs: Sequence[Sequence[TokenLogprobs]]  # one a token; empty where not requested
     # Of prompts, by the index of the sequence in the plan.
     prompt_scores: Mapping[int, PromptScores] = {}
+    # Of the tokens behind, where the plan asks for any, by the index of the sampled sequence.
+    guesses: Mapping[int, Sequence[int]] = {}
 
 
 class LaunchedStep:
@@ -37,6 +39,7 @@ class LaunchedStep:
         self._num_sampled, self._parts = num_sampled, list[_Part]()
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._prompts: dict[int, PromptTensors] = {}
+        self._guesses = list[tuple[Sequence[int], Tensor]]()
         if not num_sampled:
             self._record(device)
 
@@ -53,6 +56,12 @@ class LaunchedStep:
         self._prompts[sequence] = PromptTensors(start, *map(_to_host, tensors))
         self._record(scores.token_ids.device)
 
+    def add_guesses(self, places: Sequence[int], token_ids: Tensor) -> None:
+        """Adds a guess of the next token of some sampled sequences, behind those that they have; `places` are
+        their indexes among these."""
+        self._guesses.append((places, _to_host(token_ids)))
+        self._record(token_ids.device)
+
     def result(self) -> StepResult:
         """Waits for the step. After that, every embedding that the step reads has been gathered."""
         if self._event is not None:
@@ -61,15 +70,19 @@ class LaunchedStep:
         assert len(chosen) == self._num_sampled, "not every token has been chosen"
         results = [part.result() for part in self._parts]
         prompt_scores = {sequence: tensors.to_scores() for sequence, tensors in self._prompts.items()}
+        guesses: dict[int, list[int]] = {}
+        for places, guessed in self._guesses:
+            for place, token_id in zip(places, guessed.tolist(), strict=True):
+                guesses.setdefault(place, []).append(token_id)
         if len(results) == 1:
-            return results[0]._replace(prompt_scores=prompt_scores)
+            return results[0]._replace(prompt_scores=prompt_scores, guesses=guesses)
         token_ids: list[list[int]] = [[] for _ in range(self._num_sampled)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self._num_sampled)]
         for part, result in zip(self._parts, results, strict=True):
             for index, place in enumerate(part.places.tolist()):
                 token_ids[place] += result.token_ids[index]
                 logprobs[place] += result.logprobs[index]
-        return StepResult(token_ids, logprobs, prompt_scores)
+        return StepResult(token_ids, logprobs, prompt_scores, guesses)
 
     def _record(self, device: torch.device) -> None:
         if self._event is not None:

@@ -228,8 +228,9 @@ class Stepper:
         embeddings, drafts = request.embedding_slices(item.start, item.stop), pack_int32(item.drafts)
         saves = tuple(StateSave(save.position - item.start, save.place) for save in item.saves)
         return SequenceStep(
-            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, saves
-        )
+            request.slot, item.num_tokens, item.is_sampled, new_blocks, embeddings, drafts, saves,
+            item.num_guesses,
+        )  # fmt: skip
 
     def record(self) -> None:
         """Records the ids of executing requests without a token, if they have changed."""
@@ -269,7 +270,8 @@ class Stepper:
         for sequence, scores in result.prompt_scores.items():
             step.scheduled[sequence].request.take_prompt_scores(scores)
         self._leases.release(step.leases)
-        finished = self.scheduler.update(step.scheduled, new_token_ids)
+        guesses = {step.sampled[place].key: guessed for place, guessed in result.guesses.items()}
+        finished = self.scheduler.update(step.scheduled, new_token_ids, guesses)
         for request, _ in yielded:
             if request.matchers and not request.is_over and self._is_ended(request, new_token_ids):
                 request.finish_reason = FinishReason.STOP

@@ -83,6 +83,8 @@ def main(context: WorkerContext) -> None:
     choose_formats(context.model_folder, device, config.llm.quantization)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
+    if config.llm.speculative == "mtp":
+        spec = [*spec, *decoder_of(info).mtp_spec_of(info.text, tp_size)]
     num_drafts = most_drafts(config.llm)
     if device.type == "cuda":
         wait_for_vits(context, control)
@@ -241,7 +243,8 @@ def read_inbox(
 
 
 def _declare(metrics: Metrics, engine: Engine, inbox: Receiver[LlmMessage]) -> None:
-    scheduler, blocks = engine.scheduler, engine.scheduler.cache.blocks
+    scheduler, cache = engine.scheduler, engine.scheduler.cache
+    blocks, slots, snapshots = cache.blocks, cache.slots, cache.snapshots
     metrics.counters(COUNTED, lambda: engine.counters)
     if (drafter := scheduler.drafter) is not None:
         metrics.counters(GUESSES, lambda: drafter.counters)
@@ -249,6 +252,15 @@ def _declare(metrics: Metrics, engine: Engine, inbox: Receiver[LlmMessage]) -> N
         "free_blocks", "Blocks of the KV cache that are free or may be evicted", lambda: blocks.num_free
     )
     metrics.gauge("cached_blocks", "Blocks of the KV cache that hold a prefix", lambda: blocks.num_cached)
+    metrics.gauge("free_slots", "Sequences that may still start", lambda: slots.num_free)
+    if snapshots is not None:
+        metrics.gauge(
+            "free_snapshots", "Places for layers' states that are free or may be evicted",
+            lambda: snapshots.num_free,
+        )  # fmt: skip
+        metrics.gauge(
+            "cached_snapshots", "Places that hold the layers' states behind a prefix", lambda: len(snapshots)
+        )
     metrics.counter("preemptions", "Requests preempted for their blocks", lambda: scheduler.num_preemptions)
     metrics.counter(
         "clients_cut_off", "Clients that lagged too far behind", lambda: engine.num_clients_cut_off

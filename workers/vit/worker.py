@@ -110,7 +110,7 @@ def main(context: WorkerContext) -> None:
         info=info, folder=context.model_folder, dtype=dtype, device=device, num_threads=placement.num_threads,
         after_work=after_work, is_hurried=lambda: sharing.is_hurried,
         deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
-        cache=Path(config.launcher.cache_dir), limit=limit,
+        cache=Path(config.launcher.cache_dir), limit=limit, quantization=config.vit_quantization,
         progress=lambda done, total: context.progress("loading weights", done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)

@@ -62,7 +62,9 @@ def test_steps_are_filled_up_with_rows_that_harm_nobody() -> None:
     def compute(inputs: GraphInputs) -> Outputs:
         copies = GraphInputs(*(part.clone() for part in inputs))
         seen.append((len(inputs.slots), copies, buffers.device_tables.tables[inputs.slots.long()]))
-        return Outputs(inputs.slots.long() + 1, torch.zeros(len(inputs.slots), 3))
+        return Outputs(
+            inputs.slots.long() + 1, torch.zeros(len(inputs.slots), 3), torch.zeros(len(inputs.slots), 2)
+        )
 
     sequences = table((3, 41, 9, [7, 2, 8, 1]), (0, 0, 4, [5, 6]), (6, 0, 0, [9]), (1, 0, 8, [4, 3, 2]))
     buffers = DecodeBuffers(8, sequences, BLOCK, spare_kv_slot=400, device=CPU)

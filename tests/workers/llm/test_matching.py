@@ -27,7 +27,7 @@ from workers.llm.attention.base import SequencePart
 from workers.llm.attention.torch import PagedAttention
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.paged_tensors import PagedTensors
-from workers.llm.cache.spec import paged_of
+from workers.llm.cache.spec import paged_of, states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.matcher_starts import MatcherStarts
@@ -112,13 +112,13 @@ class LoggedRunner(ModelRunner):
         super().choose(masks)
 
 
-def make_runner(folder: Path, num_blocks: int, attention: str) -> LoggedRunner:
-    llm = LlmConfig(block_size=4, attention=attention, max_num_seqs=4)
+def make_runner(folder: Path, num_blocks: int, attention: str, speculative: str = "none") -> LoggedRunner:
+    llm = LlmConfig(block_size=4, attention=attention, max_num_seqs=4, speculative=speculative)
     config = Config(model=ModelConfig(dtype="float32"), llm=llm)
     info = read_model_info(folder)
     runner = LoggedRunner.load(info, config, folder, CPU, TensorParallel(), lambda done, total: None)
     assert isinstance(runner, LoggedRunner)
-    runner.open_cache(num_blocks, 200)
+    runner.open_cache(num_blocks, 200, num_drafts=16)
     runner.log = []
     return runner
 
@@ -135,16 +135,20 @@ class Rig:
         attention: str = "torch",
         starts: MatcherStarts | None = None,
         drafter: Drafter | None = None,
+        speculative: str = "none",
     ) -> None:
         """Another `starts` than the toy rule's may be given."""
         info = read_model_info(folder)
-        self.runner, self.other = (make_runner(folder, num_blocks, attention) for _ in range(2))
+        self.runner, self.other = (make_runner(folder, num_blocks, attention, speculative) for _ in range(2))
         self.log = self.runner.log
         self.follower = Follower(self.other, lambda is_wide: None, lambda pool_id, epoch: None)
         self.rule = ToyRule(info.text.vocab_size, self.log)
         self.steps: list[StepsMessage] = []
-        cache = CacheManager.of_size(num_blocks, 4, 4)
-        self.scheduler = Scheduler(cache, budget, info.eos_token_ids, drafter=drafter)
+        decoder = self.runner.decoder
+        cache = CacheManager.of_size(num_blocks, 4, 4, bool(states_of(decoder.cache_spec())))
+        self.scheduler = Scheduler(
+            cache, budget, info.eos_token_ids, drafter=drafter, prefill_multiple=decoder.prefill_multiple
+        )
         self.publisher = FakePublisher()
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",

@@ -16,7 +16,7 @@ NUM_TOKENS = 40
 
 def logits(folder: Path, dtype: torch.dtype, quantization: str = "none") -> Tensor:
     token_ids = torch.arange(300, 300 + NUM_TOKENS)
-    return logits_of(folder, dtype, quantization, token_ids).logits.double()
+    return logits_of(folder, dtype, quantization, token_ids).found.double()
 
 
 @pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.1), ("int8", 0.25), ("int4", 0.6)])

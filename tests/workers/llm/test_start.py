@@ -108,3 +108,7 @@ def test_guesses_are_made_when_they_are_asked_for() -> None:
     drafter = make_drafter(LlmConfig(speculative="ngram", speculative_tokens=3))
     assert drafter is not None
     assert isinstance(drafter._make_proposer(), NgramProposer)
+    drafter = make_drafter(LlmConfig(speculative="mtp"))
+    assert drafter is not None
+    assert (drafter._num_tokens, drafter._asks_runner) == (3, True)
+    assert not has_overlap(LlmConfig(speculative="mtp"), torch.device("cuda"))

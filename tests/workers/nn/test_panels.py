@@ -1,4 +1,4 @@
-"""A row times a weight that oneDNN has packed."""
+"""A few rows times a weight that oneDNN has packed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def has_panels() -> None:
         pytest.skip("no kernel reads what oneDNN packs on this processor")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 12, 16, 37])
 @pytest.mark.parametrize("shape", [(32, 32), (100, 60), (7, 2), (513, 1030), (2048, 768)])
 def test_products_of_a_few_rows(shape: tuple[int, int], rows: int) -> None:
     torch.manual_seed(0)
@@ -37,6 +37,19 @@ def test_products_of_a_few_rows(shape: tuple[int, int], rows: int) -> None:
         (panels.multiply(x, bias, residual), plain + bias.double() + residual.double()),
     ):
         torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=2**-8)
+
+
+def test_rows_do_not_change_each_other() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(200, 770).bfloat16(), torch.randn(12, 770).bfloat16()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    panels = panels_of(packed)
+    assert panels is not None
+    together = panels.multiply(x, None, None)
+    assert all(
+        torch.equal(panels.multiply(row[None], None, None), y[None])
+        for row, y in zip(x, together, strict=True)
+    )
 
 
 def test_an_odd_number_of_inputs_is_left_to_onednn() -> None:

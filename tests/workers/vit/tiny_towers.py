@@ -58,8 +58,11 @@ class TinyTower(NamedTuple):
     reference: nn.Module  # of transformers, in float32
     folder: Path  # with its weights
 
-    def encoder(self, dtype: torch.dtype = torch.float32, dense: Dense | None = None) -> Encoder:
-        return self.tower.encoder(self.info, open_weights(self.folder, dtype, CPU, dense=dense))
+    def encoder(
+        self, dtype: torch.dtype = torch.float32, dense: Dense | None = None, quantization: str = "none"
+    ) -> Encoder:
+        weights = open_weights(self.folder, dtype, CPU, quantization, dense=dense)
+        return self.tower.encoder(self.info, weights)
 
     def expected(self, jobs: Sequence[EncodeJob]) -> Tensor:
         """What transformers' tower makes of these: [num_tokens, width]."""

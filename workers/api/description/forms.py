@@ -69,6 +69,10 @@ def _unserved(neutral: Mapping[str, Iterable[object]], empty: Iterable[object]) 
     return {name: one_of([*empty, *values]) for name, values in neutral.items()}
 
 
+TEMPLATE_KWARGS = any_of(
+    {**opened({}, dict.fromkeys(TEMPLATE_OPTIONS, TEMPLATE_OPTION)), "additionalProperties": False}, NULL
+)
+
 FORMS: Mapping[type[msgspec.Struct], Mapping[str, Json]] = {
     StructureFields: {
         "response_format": any_of(RESPONSE_FORMATS, NULL),
@@ -87,10 +91,7 @@ FORMS: Mapping[type[msgspec.Struct], Mapping[str, Json]] = {
                 ]
             },
         ),
-        "chat_template_kwargs": any_of(
-            {**opened({}, dict.fromkeys(TEMPLATE_OPTIONS, TEMPLATE_OPTION)), "additionalProperties": False},
-            NULL,
-        ),
+        "chat_template_kwargs": TEMPLATE_KWARGS,
         "reasoning_effort": EFFORTS,
         "reasoning": EFFORTS,
         **_unserved(chat_request.NEUTRAL, (None,)),
@@ -114,6 +115,7 @@ FORMS: Mapping[type[msgspec.Struct], Mapping[str, Json]] = {
         ),
         "text": any_of(opened({}, {"format": any_of(TEXT_FORMATS, NULL)}), NULL),
         "reasoning": any_of(opened({}, {"effort": EFFORTS}), NULL),
+        "chat_template_kwargs": TEMPLATE_KWARGS,
         "n": one_of([None, 1]),
         **_unserved(
             {**responses_request.NEUTRAL, "max_tool_calls": (), "truncation": ("disabled", "")}, (None,)
@@ -142,6 +144,7 @@ FORMS: Mapping[type[msgspec.Struct], Mapping[str, Json]] = {
         "thinking": any_of(THINKING, NULL),
         "output_config": any_of({**OUTPUT, "additionalProperties": UNSET}, NULL),
         "output_format": any_of(JSON_SCHEMA, NULL),
+        "chat_template_kwargs": TEMPLATE_KWARGS,
     },
 }
 

@@ -31,6 +31,11 @@ class Snapshots:
     def __len__(self) -> int:
         return len(self._others) + len(self._frames)
 
+    @property
+    def num_free(self) -> int:
+        """Places that can be reserved."""
+        return self.num_places - len(self._reserved)
+
     def longest_boundary(self, hashes: Sequence[bytes]) -> int:
         """The number of leading blocks up to the last one with a snapshot behind it; 0 without any."""
         return next((count for count in range(len(hashes), 0, -1) if hashes[count - 1] in self), 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,18 @@ class Features(NamedTuple):
     values: Tensor  # [n, num_features, hidden], in the model's type
 
 
+class MtpHead(Protocol):
+    """Predicts a further token (multi-token prediction). It has a paged cache of its own, behind those of the
+    decoder's layers, with an entry for each pair of a token and the one behind it, at the former's place."""
+
+    def __call__(self, x: Tensor, hidden: Tensor, positions: Tensor, attention: AttentionStep) -> Tensor:
+        """Hidden states [num_pairs, hidden], whose logits are of the token behind the pair's second one.
+
+        x: the second tokens, embedded. hidden: the decoder's hidden states of the first tokens, or the head's
+        own where they are guesses. Both [num_pairs, hidden]. positions: [3, num_pairs], of the first tokens.
+        """
+
+
 class Decoder(ABC):
     """`kernels`: fused operators; None: torch's own."""
 
@@ -39,6 +51,7 @@ class Decoder(ABC):
     # Prefills are cut at multiples of so many tokens, counted from the start of the sequence, where the step
     # has room for that: results of another cut differ by rounding.
     prefill_multiple: ClassVar[int] = 1
+    mtp: MtpHead | None = None  # once it is loaded
 
     def __init__(
         self,
@@ -68,8 +81,23 @@ class Decoder(ABC):
         if has_whole_experts:
             raise ValueError("expert_parallel is for models with experts, and this model has none")
 
+    @classmethod
+    def mtp_spec_of(cls, info: TextInfo, tp_size: int) -> CacheSpec:
+        """The cache entries of the head that predicts a further token, as `spec_of`.
+
+        Raises ValueError where the model has none.
+        """
+        raise ValueError(
+            "speculative 'mtp' is not for this model: its family has no head that predicts a further token"
+        )
+
+    def load_mtp(self, weights: Weights) -> None:
+        """Loads that head. To be called where `mtp_spec_of` returns, and before the cache is allocated."""
+        raise AssertionError("this decoder has no such head")
+
     def cache_spec(self) -> CacheSpec:
-        return self.spec_of(self.info, self.parallel.size)
+        spec = self.spec_of(self.info, self.parallel.size)
+        return spec if self.mtp is None else [*spec, *self.mtp_spec_of(self.info, self.parallel.size)]
 
     @property
     @abstractmethod

@@ -23,6 +23,7 @@ from workers.llm.models.base import Decoder, Features
 from workers.llm.models.experts import SharedExpertMlp
 from workers.llm.models.layered import LayerMlp
 from workers.llm.models.mlp import Mlp
+from workers.llm.models.qwen3_5_mtp import Qwen3_5MtpHead
 from workers.llm.models.rotary import mrope_constants
 from workers.llm.models.stream import ResidualStream, make_stream
 from workers.llm.models.vocabulary import Vocabulary
@@ -33,7 +34,7 @@ from workers.nn.fused import Kernels
 from workers.nn.layers import RMSNorm
 from workers.nn.weights.base import Linear
 from workers.nn.weights.dense import Dense
-from workers.nn.weights.shard import ExpertsShard, Shard
+from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.weights import Weights
 
 STATES_PER_LAYER = 2
@@ -52,6 +53,7 @@ class Qwen3_5Decoder(Decoder):
         super().__init__(info, weights, parallel, kernels)
         assert isinstance(info, Qwen3_5TextInfo)
         self._info = info
+        self._mtp_layers: Sequence[AttentionLayer] = ()
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
         self.layers = [
             self._make_layer(weights.under(f"model.layers.{number}"), number)
@@ -81,10 +83,40 @@ class Qwen3_5Decoder(Decoder):
         else:
             _share(info.experts, info, TensorParallel(0, tp_size, has_whole_experts=has_whole_experts))
 
+    @classmethod
+    def mtp_spec_of(cls, info: TextInfo, tp_size: int) -> CacheSpec:
+        assert isinstance(info, Qwen3_5TextInfo)
+        if info.num_mtp_layers != 1:
+            raise ValueError(
+                "speculative 'mtp' needs a head of one layer that predicts a further token: this checkpoint "
+                f"has mtp_num_hidden_layers = {info.num_mtp_layers}"
+            )
+        heads = HeadLayout(info, 0, tp_size)
+        return [Paged(heads.num_kv_heads, heads.head_dim)]
+
+    def load_mtp(self, weights: Weights) -> None:
+        of_mtp, eps = weights.under("mtp"), self._info.rms_norm_eps
+        of_layer, index = of_mtp.under("layers.0"), len(self._info.full_layers)
+        mixer = GatedAttention(self._info, of_layer.under("self_attn"), self.heads, self.parallel, index)
+        layer = self._assemble(mixer, of_layer)
+        self._mtp_layers = [mixer.layer]
+
+        def compute(stream: ResidualStream, positions: Tensor, attention: AttentionStep) -> None:
+            layer(stream, _Step(attention, self._rotary(positions, attention), None, None))
+
+        self.mtp = Qwen3_5MtpHead(
+            of_embedding=_norm(of_mtp, "pre_fc_norm_embedding", eps),
+            of_hidden=_norm(of_mtp, "pre_fc_norm_hidden", eps),
+            fc=of_mtp.column(("fc",), (WHOLE,)),
+            make_stream=lambda x: make_stream(x, self.parallel, self.kernels),
+            layer=compute,
+            norm=_norm(of_mtp, "norm", eps),
+        )
+
     @property
     def attention_layers(self) -> Sequence[AttentionLayer]:
         mixers = [layer.mixer for layer in self.layers]
-        return [mixer.layer for mixer in mixers if isinstance(mixer, GatedAttention)]
+        return [*(mixer.layer for mixer in mixers if isinstance(mixer, GatedAttention)), *self._mtp_layers]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self.vocabulary.embed(token_ids)
@@ -99,17 +131,15 @@ class Qwen3_5Decoder(Decoder):
         states: StepStates | None = None,
     ) -> Tensor:
         assert features is None, "this family has no deepstack"
-        rotary = attention.rotary(positions[self._axes].float().T * self._frequencies, x.dtype)
         plan = None
         if states is not None:
             num_kept = self._info.delta_net.num_taps - 1
             of_step = states.slots, states.counts, states.starts
             plan = plan_step(*of_step, num_kept, states.drafts, states.saves)
-        step = _Step(attention, rotary, states, plan)
+        step = _Step(attention, self._rotary(positions, attention), states, plan)
         stream = make_stream(x, self.parallel, self.kernels)
         for layer in self.layers:
-            layer.mixer(stream, layer.input_norm, step)
-            layer.mlp(stream, layer.post_norm)
+            layer(stream, step)
             if self.kernels is None:
                 self.on_layer()
         return stream.normed(self.norm)
@@ -117,6 +147,9 @@ class Qwen3_5Decoder(Decoder):
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return self.vocabulary.logits(hidden, out, self.parallel)
+
+    def _rotary(self, positions: Tensor, attention: AttentionStep) -> Rotary:
+        return attention.rotary(positions[self._axes].float().T * self._frequencies, self.dtype)
 
     def _make_layer(self, weights: Weights, number: int) -> _HybridLayer:
         info = self._info
@@ -128,6 +161,10 @@ class Qwen3_5Decoder(Decoder):
             layout = DeltaLayout(info.delta_net, self.parallel.rank, self.parallel.size)
             first = STATES_PER_LAYER * (number - full_before)
             mixer = DeltaMixer(layout, weights.under("linear_attn"), first, info.rms_norm_eps)
+        return self._assemble(mixer, weights)
+
+    def _assemble(self, mixer: GatedAttention | DeltaMixer, weights: Weights) -> _HybridLayer:
+        info = self._info
         return _HybridLayer(
             mixer,
             self._make_mlp(weights.under("mlp")),
@@ -168,6 +205,10 @@ class _HybridLayer:
     mlp: LayerMlp
     input_norm: RMSNorm
     post_norm: RMSNorm
+
+    def __call__(self, stream: ResidualStream, step: _Step) -> None:
+        self.mixer(stream, self.input_norm, step)
+        self.mlp(stream, self.post_norm)
 
 
 class GatedAttention:

@@ -1,21 +1,23 @@
 """Which decodes of a step get drafts, and how many. Pure: no torch, no clock, and no idea of how a draft is
-made.
+made: a proposer guesses from the tokens alone, or tells what the runner has guessed behind the step before.
 
 A step of few rows is bound by reading the weights, so that some more rows are nearly free. These are shared
 among the requests that have a guess. A request whose guesses are wrong is left alone for ever longer.
 
-    propose(decodes, …) → the step runs → observe(request, …) → propose(…) → … → forget(request)
+    propose(decodes, …), ask(sampled, …) → the step runs → observe(request, …), tell(request, …)
+    → propose(…) → … → forget(request)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
 from workers.llm.sampling.matching import masks_behind
 from workers.llm.speculation.proposer import Proposer
+from workers.llm.speculation.told import ToldProposer
 
 MAX_ROWS = 16  # of a step: decodes and drafts
 MAX_MISSES = 3  # in a row; a request with more has to wait
@@ -52,12 +54,18 @@ class _Drafted:
 
 
 class Drafter:
-    """`num_tokens`: the most drafts of one request in a step."""
+    """`num_tokens`: the most drafts of one request in a step. `asks_runner`: who guesses is the runner, and
+    the proposers are `ToldProposer`s."""
 
     def __init__(
-        self, make_proposer: Callable[[], Proposer], num_tokens: int, max_rows: int = MAX_ROWS
+        self,
+        make_proposer: Callable[[], Proposer],
+        num_tokens: int,
+        max_rows: int = MAX_ROWS,
+        asks_runner: bool = False,
     ) -> None:
         self._make_proposer, self._num_tokens, self._max_rows = make_proposer, num_tokens, max_rows
+        self._asks_runner = asks_runner
         self._drafted: dict[tuple[str, int], _Drafted] = {}  # by the request's key
         self.counters = dict.fromkeys(COUNTED, 0)
 
@@ -91,10 +99,45 @@ class Drafter:
         num_wanted = min(self._num_tokens, request.max_tokens - len(request.output_token_ids) - 1)
         if num_wanted <= 0 or not request.output_token_ids:
             return ()
-        drafted = self._drafted.get(request.key)
-        if drafted is None:
-            drafted = self._drafted[request.key] = _Drafted(self._make_proposer())
-        return drafted.propose(request, num_wanted)
+        return self._drafted_of(request).propose(request, num_wanted)
+
+    def ask(
+        self,
+        sampled: Sequence[Request],
+        drafts: Mapping[tuple[str, int], Sequence[int]],
+        cache: CacheManager,
+        num_spare: int,
+    ) -> dict[tuple[str, int], int]:
+        """How many tokens the runner is to guess behind the next step, by the key of the request: for those
+        that this step samples, which have such drafts in it. So many as the step behind it can compute.
+
+        To be called behind `propose`. A guess is made from the keys and values of those before it, so these
+        get blocks, too, as far as any are free.
+        """
+        room = self._max_rows - len(sampled)
+        if not self._asks_runner or room <= 0 or not sampled:
+            return {}
+        asked: dict[tuple[str, int], int] = {}
+        for request in sampled:
+            num_left = request.max_tokens - len(request.output_token_ids) - 2  # behind this step and the next
+            num_wanted = min(self._num_tokens, -(-room // len(sampled)), num_left)
+            if num_wanted > 0 and not self._drafted_of(request).num_to_wait:
+                asked[request.key] = num_wanted
+                num_behind = len(drafts.get(request.key, ())) + num_wanted - 1
+                num_behind = min(num_behind, request.max_num_tokens - request.num_tokens)
+                _find_room(request, num_behind, cache, num_spare)
+        return asked
+
+    def tell(self, request: Request, guesses: Sequence[int]) -> None:
+        """The runner has guessed what comes behind the request's last token."""
+        proposer = self._drafted_of(request).proposer
+        assert isinstance(proposer, ToldProposer)
+        proposer.tell(request.num_tokens, guesses)
+
+    def _drafted_of(self, request: Request) -> _Drafted:
+        if request.key not in self._drafted:
+            self._drafted[request.key] = _Drafted(self._make_proposer())
+        return self._drafted[request.key]
 
     def observe(self, request: Request, num_drafts: int, num_accepted: int) -> None:
         """A step has computed `num_drafts` of the request's drafts: so many of them were right."""

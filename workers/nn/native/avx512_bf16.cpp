@@ -20,36 +20,66 @@ static inline __m512 widen(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
-// ROWS rows of x times VECTORS · 16 outputs of one panel. The weight is read once, in the order of its addresses.
-template <int ROWS, int VECTORS>
-static inline void panel(const FewRows& job, long first, long row) {
-    const char* weight = (const char*)job.weight + first * job.panel_bytes;
-    __m512 sums[ROWS][VECTORS];
+constexpr long MAX_ROWS = 16;   // that share one reading of the weight from memory
+constexpr int GROUP = 4;        // rows whose sums are in registers
+constexpr long NEAR = 64;       // pairs of inputs whose weights stay in the first cache until all rows have met them
+
+// Adds `pairs` pairs of inputs, of ROWS rows, to their sums [ROWS][VECTORS · 16]. Only the first rows wait for memory.
+template <int ROWS, int VECTORS, bool IS_FIRST>
+static inline void add_pairs(float* sums, const bf16* x, const char* weight, long pairs, long in_features) {
+    __m512 y[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
-    const bf16* x = (const bf16*)job.x + row * job.in_features;
-    for (long pair = 0; pair < job.in_features / 2; pair++) {
+        for (int v = 0; v < VECTORS; v++) y[r][v] = _mm512_load_ps(sums + (r * VECTORS + v) * WIDTH);
+    for (long pair = 0; pair < pairs; pair++) {
         __m512i w[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
-            _mm_prefetch(weight + AHEAD + 64 * v, _MM_HINT_T0);
+            if (IS_FIRST) _mm_prefetch(weight + AHEAD + 64 * v, _MM_HINT_T0);
             w[v] = _mm512_loadu_si512(weight + 64 * v);
         }
         weight += 64 * VECTORS;
         for (int r = 0; r < ROWS; r++) {
             int two;
-            __builtin_memcpy(&two, x + r * job.in_features + 2 * pair, sizeof two);
+            __builtin_memcpy(&two, x + r * in_features + 2 * pair, sizeof two);
             const __m512i both = _mm512_set1_epi32(two);
-            for (int v = 0; v < VECTORS; v++)
-                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)w[v], (__m512bh)both);
+            for (int v = 0; v < VECTORS; v++) y[r][v] = _mm512_dpbf16_ps(y[r][v], (__m512bh)w[v], (__m512bh)both);
         }
     }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sums + (r * VECTORS + v) * WIDTH, y[r][v]);
+}
+
+template <int VECTORS, bool IS_FIRST>
+static inline void add_group(long rows, float* sums, const bf16* x, const char* weight, long pairs, long in_features) {
+    switch (rows) {
+        case 1: add_pairs<1, VECTORS, IS_FIRST>(sums, x, weight, pairs, in_features); break;
+        case 2: add_pairs<2, VECTORS, IS_FIRST>(sums, x, weight, pairs, in_features); break;
+        case 3: add_pairs<3, VECTORS, IS_FIRST>(sums, x, weight, pairs, in_features); break;
+        default: add_pairs<4, VECTORS, IS_FIRST>(sums, x, weight, pairs, in_features);
+    }
+}
+
+// Up to MAX_ROWS rows of x times the VECTORS · 16 outputs of one panel.
+template <int VECTORS>
+static inline void panel(const FewRows& job, long number, long first, long rows) {
+    alignas(64) float sums[MAX_ROWS * VECTORS * WIDTH];
+    __builtin_memset(sums, 0, rows * VECTORS * WIDTH * sizeof(float));
+    const char* weight = (const char*)job.weight + number * job.panel_bytes;
+    const bf16* x = (const bf16*)job.x + first * job.in_features;
+    const long pairs = job.in_features / 2, near = rows > GROUP ? NEAR : pairs;
+    for (long pair = 0; pair < pairs; pair += near) {
+        const long some = pairs - pair < near ? pairs - pair : near;
+        const char* part = weight + 64 * VECTORS * pair;
+        add_group<VECTORS, true>(rows, sums, x + 2 * pair, part, some, job.in_features);
+        for (long row = GROUP; row < rows; row += GROUP)
+            add_group<VECTORS, false>(rows - row, sums + row * VECTORS * WIDTH, x + row * job.in_features + 2 * pair, part, some, job.in_features);
+    }
     for (int v = 0; v < VECTORS; v++) {
-        const long output = (first * VECTORS + v) * WIDTH, left = job.out_features - output;
+        const long output = (number * VECTORS + v) * WIDTH, left = job.out_features - output;
         if (left <= 0) break;
         const __mmask16 mask = left >= WIDTH ? 0xffff : (__mmask16)((1u << left) - 1);
-        for (int r = 0; r < ROWS; r++) {
-            __m512 y = sums[r][v];
-            const long at = (row + r) * job.out_features + output;
+        for (long row = 0; row < rows; row++) {
+            __m512 y = _mm512_load_ps(sums + (row * VECTORS + v) * WIDTH);
+            const long at = (first + row) * job.out_features + output;
             auto add = [&](const void* p, long place) {
                 const __m256i half = _mm256_maskz_loadu_epi16(mask, (const bf16*)p + place);
                 y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
@@ -66,15 +96,9 @@ static void panels(const FewRows& job) {
     const long count = (job.out_features + WIDTH * VECTORS - 1) / (WIDTH * VECTORS);
     const long share = count / (8 * omp_get_max_threads()), chunk = share ? share : 1;
     #pragma omp parallel for schedule(dynamic, chunk)
-    for (long first = 0; first < count; first++) {
-        long row = 0;
-        for (; row + 4 <= job.rows; row += 4) panel<4, VECTORS>(job, first, row);
-        switch (job.rows - row) {
-            case 1: panel<1, VECTORS>(job, first, row); break;
-            case 2: panel<2, VECTORS>(job, first, row); break;
-            case 3: panel<3, VECTORS>(job, first, row); break;
-        }
-    }
+    for (long number = 0; number < count; number++)
+        for (long first = 0; first < job.rows; first += MAX_ROWS)
+            panel<VECTORS>(job, number, first, job.rows - first < MAX_ROWS ? job.rows - first : MAX_ROWS);
 }
 
 void few_rows(const FewRows& job) {

@@ -17,7 +17,7 @@ from workers.nn.native import operators
 from workers.nn.native.huge_pages import collapse
 from workers.nn.native.packed import can_read_layouts, read_layout
 
-FEW = 1  # rows; for more oneDNN is faster, with AMX at least
+FEW, FEW_BESIDE_AMX = 12, 1  # rows; for more oneDNN is faster
 OUT, IN = 0, 1  # dimensions of a weight
 
 
@@ -30,6 +30,7 @@ class Panels(NamedTuple):
     in_features: int
     vectors: int  # of 16 outputs in a panel
     panel_bytes: int
+    few: int  # rows, up to which `multiply` is faster than oneDNN
 
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x [rows, in] · Wᵀ + bias + residual: [rows, out] in bfloat16."""
@@ -70,7 +71,7 @@ def _read(packed: Tensor) -> Panels | None:
     is_in_order = two == 2 and strides[IN] == pairs * outputs * two and strides[OUT] >= strides[IN]
     if not is_in_order or outputs not in (16, 32, 48, 64) or in_features % 2:
         return None
-    return Panels(found.address, out_features, in_features, outputs // 16, 2 * strides[OUT])
+    return Panels(found.address, out_features, in_features, outputs // 16, 2 * strides[OUT], _few())
 
 
 @functools.cache
@@ -92,3 +93,8 @@ def _is_readable() -> bool:
     return torch.allclose(
         panels.multiply(x, None, None).float(), F.linear(x.float(), weight.float()), atol=0.1, rtol=0.02
     )
+
+
+@functools.cache
+def _few() -> int:
+    return FEW_BESIDE_AMX if "amx_bf16" in operators.kernels.rows_versions() else FEW

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
-from workers.nn.native.panels import FEW, panels_of
+from workers.nn.native.panels import panels_of
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.experts import ListedExperts, StackedExperts
 from workers.nn.weights.processor import can_pack, has_fbgemm
@@ -45,13 +45,13 @@ class OneDnnLinear(Linear):
         self._panels = panels_of(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._panels is not None and x.ndim == 2 and len(x) <= FEW:
+        if self._panels is not None and x.ndim == 2 and len(x) <= self._panels.few:
             return self._panels.multiply(x, self._bias, None)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return out
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self._panels is not None and x.ndim == 2 and len(x) <= FEW:
+        if self._panels is not None and x.ndim == 2 and len(x) <= self._panels.few:
             return self._panels.multiply(x, self._bias, residual)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return out

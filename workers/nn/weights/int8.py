@@ -1,7 +1,7 @@
 """Weights and activations in 8 bits, quantised at load from a dense checkpoint. On the CPU.
 
 All linear layers of the decoder are quantised, its output layer and its experts included; routers are not.
-The ViT opens the tower's weights without this format, so that they stay dense.
+So are those of a tower's blocks and mergers; its embedding of patches is not.
 """
 
 from __future__ import annotations
@@ -129,4 +129,6 @@ class Int8(Dense):
 
     def check_device(self, device: torch.device) -> None:
         if device.type != "cpu":
-            raise ValueError(f"quantization {self.name!r} is for the CPU, but this rank computes on {device}")
+            raise ValueError(
+                f"quantization {self.name!r} is for the CPU, but this worker computes on {device}"
+            )

@@ -20,7 +20,7 @@ ReadFormat = Callable[[Mapping[str, object]], Format]
 
 # By `quant_method`: formats of checkpoints.
 STORED_FORMATS: Mapping[str, ReadFormat] = {}
-# By the option `--quantization`: formats that are made from dense weights at load.
+# By the options `--quantization` and `--vit-quantization`: formats that are made from dense weights at load.
 MADE_FORMATS: Mapping[str, Callable[[], Format]] = {"int8": Int8, "int4": Int4}
 
 
@@ -33,9 +33,9 @@ def choose_formats(
 ) -> Sequence[Format]:
     """For `Weights`: the checkpoint's format, and one for the layers that it does not hold.
 
-    `override`: the option `--quantization`. `dense`: the format of unquantised layers; the export to ONNX
-    gives one that torch can trace. Raises ValueError for a format that is unknown, or does not compute on
-    the device.
+    `override`: the option `--quantization` or `--vit-quantization`. `dense`: the format of unquantised
+    layers; the export to ONNX gives one that torch can trace. Raises ValueError for a format that is unknown,
+    or does not compute on the device.
     """
     format, dense = _stored_format(folder, stored), dense or Dense()
     if override != "none":

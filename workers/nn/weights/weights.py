@@ -91,6 +91,10 @@ class Weights:
         """A layer of a weight in memory, such as tied embeddings."""
         return self._format_of(self._prefix + module).pack(weight, bias)
 
+    def unquantized(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """As `packed`, of a layer that stays in the model's type whichever format the others have."""
+        return self._formats[-1].pack(weight, bias)
+
     def close(self) -> None:
         """Closes the files once the model is loaded."""
         self._checkpoint.close()

@@ -41,6 +41,7 @@ class EngineSpec:
     cache: Path
     progress: Progress
     limit: SliceLimit
+    quantization: str = "none"  # of the weights; for the engine torch
     after_work: Callable[[], object] | None = None  # for the engine that can report progress (torch)
     is_hurried: Callable[[], bool] = lambda: False  # for the same: to report it after short blocks
     deadlines: Deadlines | None = None  # for engines that cannot
@@ -62,16 +63,22 @@ def warm_up(engine: VitEngine, spec: EngineSpec, max_patches: int) -> None:
 
 def choose_engine(name: str, spec: EngineSpec) -> VitEngine:
     """On a GPU `auto` is TensorRT if it imports and builds, else onnxruntime if its CUDA provider loads, else
-    torch; on the CPU it is torch.
+    torch; on the CPU, and for quantised weights, it is torch.
 
     Raises ValueError when the named engine is not available.
     """
+    is_dense = spec.quantization == "none"
+    if not is_dense and name not in ("auto", "torch"):
+        raise ValueError(
+            f"vit_engine {name!r} computes dense weights, not {spec.quantization}: take torch, or "
+            "--vit-quantization none"
+        )
     if name != "auto":
         engine = ENGINES[name](spec)
         logger.info("ViT engine: %s (asked for)", name)
         return engine
     reasons: list[str] = []
-    for better in ("tensorrt", "onnxruntime") if spec.device.type == "cuda" else ():
+    for better in ("tensorrt", "onnxruntime") if spec.device.type == "cuda" and is_dense else ():
         try:
             engine = ENGINES[better](spec)
         except (ImportError, ValueError, RuntimeError) as error:
@@ -85,7 +92,7 @@ def choose_engine(name: str, spec: EngineSpec) -> VitEngine:
 
 def _torch(spec: EngineSpec) -> VitEngine:
     tower = tower_of(spec.info)
-    weights = open_weights(spec.folder, spec.dtype, spec.device, progress=spec.progress)
+    weights = open_weights(spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress)
     weights.expect(tower.prefix)
     encoder = tower.encoder(spec.info.vision, weights)
     engine = TorchEngine(encoder, spec.limit, spec.after_work, spec.is_hurried)

@@ -38,9 +38,11 @@ def rms_norm(weights: Weights, name: str) -> Norm:
 
 
 def patch_embed(tower: Weights, bias: Tensor | None = None) -> Linear:
-    """The patches of a picture come as rows: the convolution is a matrix product."""
-    weight = tower.tensor("patch_embed.proj.weight").flatten(1)
-    return tower.packed("patch_embed.proj", weight, bias)
+    """The patches of a picture come as rows: the convolution is a matrix product.
+
+    Never quantised: its input is the picture itself, and it is less than a hundredth of a tower.
+    """
+    return tower.unquantized(tower.tensor("patch_embed.proj.weight").flatten(1), bias)
 
 
 def embed_patches(layer: Linear, patches: Tensor, dtype: torch.dtype, pace: Pace) -> Tensor:

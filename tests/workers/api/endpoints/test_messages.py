@@ -18,7 +18,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from tests.pictures import data_url, scene
 from tests.workers.api.serving import FakeClient, endpoint, piece, post, serving
 from workers.api.anthropic_request import MessagesRequest, to_chat_request
-from workers.api.chat_request import check_chat, to_messages
+from workers.api.chat_request import check_chat, to_messages, to_template_options
 from workers.api.json_bodies import decode_json
 
 WEATHER = {
@@ -52,7 +52,12 @@ def text(words: str, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("thinking", "thinks"),
-    [({}, False), ({"thinking": {"type": "disabled"}}, False), ({"thinking": {"type": "adaptive"}}, True)],
+    [
+        ({}, False),
+        ({"thinking": {"type": "disabled"}}, False),
+        ({"thinking": {"type": "adaptive"}}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+    ],
 )
 def test_no_model_thinks_unasked_where_its_template_has_the_choice(
     thinking: dict[str, Any], thinks: bool
@@ -61,6 +66,19 @@ def test_no_model_thinks_unasked_where_its_template_has_the_choice(
     body = {"max_tokens": 9, "messages": [user(text("a"))], **thinking}
     request = to_chat_request(decode_json(json.dumps(body).encode(), MessagesRequest), forms)
     assert request.chat_template_kwargs == {"enable_thinking": thinks}
+
+
+def test_options_go_to_the_template() -> None:
+    forms = ChatForms(ChatTemplate("{% if enable_thinking %}<think>{% endif %}</think>"))
+    options = {"preserve_thinking": True, "add_vision_id": None}
+    body = {"max_tokens": 9, "messages": [user(text("a"))], "chat_template_kwargs": options}
+    request = to_chat_request(decode_json(json.dumps(body).encode(), MessagesRequest), forms)
+    assert to_template_options(request, forms) == {"enable_thinking": False, "preserve_thinking": True}
+    body["chat_template_kwargs"] = {"chat_template": "{{ messages }}"}
+    request = to_chat_request(decode_json(json.dumps(body).encode(), MessagesRequest), forms)
+    with pytest.raises(RequestError) as caught:
+        to_template_options(request, forms)
+    assert caught.value.info.field == "chat_template_kwargs.chat_template"
 
 
 def test_a_system_prompt_pictures_and_texts() -> None:

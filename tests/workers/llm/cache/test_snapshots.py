@@ -37,6 +37,7 @@ def test_a_reserved_place_is_nobodys() -> None:
     snapshots = Snapshots(1)
     place = snapshots.reserve()
     assert place is not None
+    assert snapshots.num_free == 0
     assert snapshots.reserve() is None
     with pytest.raises(AssertionError, match="reserved"):
         snapshots.check_idle()

@@ -30,6 +30,8 @@ from workers.llm.cache.spec import Paged, State, paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
 from workers.llm.models.qwen3_5 import DECODER, Qwen3_5Decoder
 from workers.llm.parallel import TensorParallel
+from workers.nn.weights.base import Linear
+from workers.nn.weights.dense import HalfLinear, OneDnnLinear, TorchLinear
 from workers.nn.weights.registry import open_weights
 
 CPU = torch.device("cpu")
@@ -71,6 +73,7 @@ VISION = {
     "out_hidden_size": HIDDEN,
     "num_position_embeddings": 4,
 }
+DENSE = (TorchLinear, OneDnnLinear, HalfLinear)
 KINDS = ("dense", "experts", "experts as published")
 TOKENS = [(37 * number) % 311 for number in range(NUM_TOKENS)]
 ITEM = range(5, 40)
@@ -240,12 +243,34 @@ def test_ranks_together_compute_what_one_does(
         torch.testing.assert_close(of_rank, case.expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.3), ("int4", 1.0)])
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_is_near(kind: str, make_case: Callable[[str], Case]) -> None:
+def test_fewer_bits_are_near(
+    kind: str, size: int, quantization: str, bound: float, make_case: Callable[[str], Case], on_ranks: OnRanks
+) -> None:
+    """The projections of layers with a state included; on ranks, each with its own part in few bits."""
     case = make_case(kind)
-    found = logits(case.decoder(quantization="int8"), NUM_TOKENS)
-    error = float((found - case.expected).norm() / case.expected.norm())
-    assert 0 < error < 0.3
+
+    def run(parallel: TensorParallel) -> Tensor:
+        decoder = case.decoder(parallel, quantization=quantization)
+        assert not any(isinstance(layer, DENSE) for layer in projections(decoder, case.info))
+        return logits(decoder, 65)
+
+    errors = [
+        float((of_rank - case.expected).norm() / case.expected.norm())
+        for of_rank in on_ranks(size, False, run)
+    ]
+    assert 0 < min(errors) <= max(errors) < bound
+
+
+def projections(decoder: Qwen3_5Decoder, info: Qwen3_5TextInfo) -> list[Linear]:
+    """Of all layers' mixers."""
+    mixers = [layer.mixer for layer in decoder.layers]
+    found = [part for mixer in mixers for part in vars(mixer).values() if isinstance(part, Linear)]
+    num_full = len(info.full_layers)
+    assert len(found) == 3 * num_full + 2 * (info.num_layers - num_full)
+    return found
 
 
 def test_bfloat16_keeps_what_norms_have_beside_one(make_case: Callable[[str], Case]) -> None:

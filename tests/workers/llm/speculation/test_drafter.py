@@ -10,6 +10,7 @@ from workers.llm.cache.manager import CacheManager
 from workers.llm.request import Request
 from workers.llm.scheduler import Scheduler
 from workers.llm.speculation.drafter import MAX_MISSES, MAX_TO_WAIT, Drafter
+from workers.llm.speculation.told import ToldProposer
 
 
 class Ones:
@@ -140,3 +141,79 @@ def test_only_accepted_tokens_are_published() -> None:
     assert made.cache.find(request.block_hashes(3, 4)) == request.block_table[:2]
     assert isinstance(made.cache, CacheManager)
     made.check_integrity()
+
+
+def asking(num_tokens: int, max_rows: int = 16) -> Drafter:
+    return Drafter(ToldProposer, num_tokens, max_rows, asks_runner=True)
+
+
+def told(made: Scheduler, guesses: list[int], accepted: int = 0) -> dict[str, tuple[int, int]]:
+    """The number of each request's drafts in the next step, and of the guesses that it is to make."""
+    items = made.schedule().scheduled
+    made.update(
+        items,
+        {item.request.key: [*item.drafts[:accepted], 2] for item in items},
+        {item.request.key: guesses[: item.num_guesses] for item in items if item.num_guesses},
+    )
+    made.check_integrity()
+    return {item.request.request_id: (len(item.drafts), item.num_guesses) for item in items}
+
+
+def test_the_runner_is_asked_for_what_the_next_step_can_compute() -> None:
+    made, _ = decoding(asking(3), 200)
+    assert told(made, [1, 1, 1]) == {"r0": (0, 3)}
+    assert told(made, [1, 1, 1], 2) == {"r0": (3, 3)}
+    assert told(made, [1, 1], 2) == {"r0": (3, 3)}
+    assert told(made, [1, 1, 1], 2) == {"r0": (2, 3)}, "as many as it could make"
+    made, _ = decoding(asking(3, max_rows=5), 200, 200)
+    assert told(made, [1, 1, 1]) == {"r0": (0, 2), "r1": (0, 2)}
+    assert told(made, [1, 1, 1]) == {"r0": (1, 2), "r1": (2, 2)}
+    made, _ = decoding(asking(3, max_rows=2), 200, 200)
+    assert told(made, []) == {"r0": (0, 0), "r1": (0, 0)}
+
+
+def test_the_runner_is_not_asked_while_a_request_is_left_alone() -> None:
+    made, _ = decoding(asking(3), 200)
+    seen = [told(made, [1, 1, 1])["r0"] for _ in range(40)]
+    assert seen[: 2 + MAX_MISSES + 4] == [
+        (0, 3), *[(3, 3)] * (MAX_MISSES + 1), (0, 0), (0, 3), (3, 3), (0, 0),
+    ]  # fmt: skip
+    for (num_drafts, _), (_, num_guesses) in itertools.pairwise([*reversed(seen)]):
+        assert num_drafts <= num_guesses, "what is verified was asked for"
+
+
+def test_nothing_is_asked_for_behind_the_last_token() -> None:
+    made, _ = decoding(asking(3), 5)
+    assert told(made, [1, 1, 1]) == {"r0": (0, 2)}, "the second to the last but one"
+    assert told(made, [1, 1, 1]) == {"r0": (2, 1)}
+    assert told(made, [1, 1, 1]) == {"r0": (1, 0)}
+    assert told(made, [1, 1, 1]) == {"r0": (0, 0)}
+
+
+def test_blocks_are_not_taken_behind_the_last_token_of_a_request() -> None:
+    """There is no room in the runner's tables for more than the longest context has."""
+    made, (request,) = decoding(asking(8), 9)
+    assert told(made, [1] * 8) == {"r0": (0, 6)}
+    assert told(made, [1] * 8) == {"r0": (6, 5)}, "which may be 11 tokens more, but there are only 7"
+    assert len(request.block_table) == 4, "of 4 tokens each, for 14"
+
+
+def test_guesses_count_only_for_the_place_for_which_they_were_made() -> None:
+    proposer = ToldProposer()
+    proposer.tell(4, [7, 8, 9])
+    proposer.extend([1, 2, 3])
+    assert proposer.propose(2) == ()
+    proposer.extend([4])
+    assert proposer.propose(2) == [7, 8]
+    proposer.extend([7])
+    assert proposer.propose(2) == ()
+
+
+def test_guesses_have_blocks_for_what_they_are_made_from_where_any_are_free() -> None:
+    """Two blocks of 4 for 6 tokens. The step computes the 6th: 3 guesses behind it need two more places."""
+    for num_free, num_blocks in ((4, 2), (0, 2)):
+        made, (request,) = decoding(asking(3), 200, num_blocks=2 + num_free)
+        told(made, [1, 1, 1])
+        assert len(request.block_table) == num_blocks
+        told(made, [1, 1, 1])
+        assert len(request.block_table) == (3 if num_free else 2)

@@ -65,5 +65,5 @@ def test_float16_has_no_kernel_of_ours() -> None:
 
 def test_int4_is_for_the_cpu() -> None:
     Int4().check_device(torch.device("cpu"))
-    with pytest.raises(ValueError, match="'int4' is for the CPU, but this rank computes on cuda:0"):
+    with pytest.raises(ValueError, match="'int4' is for the CPU, but this worker computes on cuda:0"):
         Int4().check_device(torch.device("cuda", 0))

@@ -69,5 +69,5 @@ def test_which_kind_a_weight_gets() -> None:
 
 def test_it_is_for_the_cpu() -> None:
     Int8().check_device(torch.device("cpu"))
-    with pytest.raises(ValueError, match="'int8' is for the CPU, but this rank computes on cuda:0"):
+    with pytest.raises(ValueError, match="'int8' is for the CPU, but this worker computes on cuda:0"):
         Int8().check_device(torch.device("cuda", 0))
