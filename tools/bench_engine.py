@@ -335,20 +335,22 @@ class Bench:
         ]
 
     def turns(self) -> list[Row]:
-        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=((448, 448),), num_turns=6)
+        with self.serve() as served:
+            return [row for size in ((448, 448), (1024, 768)) for row in self._turns(served, size)]
 
-        async def chat(served: Served) -> list[float]:
+    def _turns(self, served: Served, size: tuple[int, int]) -> Iterator[Row]:
+        workload = Workload(num_words=24, num_output=16, num_images=3, sizes=(size,), num_turns=6)
+
+        async def chat() -> list[float]:
             async with open_session() as session:
                 results = await converse(session, served.url, workload, workload.chats(1, self.rng)[0])
             return [result.ttft for result in results]
 
-        with self.serve() as served:
-            times = [asyncio.run(chat(served)) for _ in range(self.rounds + 1)][1:]
+        times = [asyncio.run(chat()) for _ in range(self.rounds + 1)][1:]
         medians = [statistics.median(values) * 1000 for values in zip(*times, strict=True)]
-        return [
-            Row(f"TTFT of the {name} turn, 3 pictures", medians[turn], "first turn", medians[0], "ms")
-            for name, turn in (("second", 1), ("sixth", 5))
-        ]
+        pictures = "3 pictures of {} × {}".format(*size)
+        for name, turn in (("second", 1), ("sixth", 5)):
+            yield Row(f"TTFT of the {name} turn, {pictures}", medians[turn], "first turn", medians[0], "ms")
 
     def memory(self) -> list[Row]:
         kv_gib = 0.5

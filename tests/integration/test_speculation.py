@@ -82,6 +82,18 @@ async def accepted(server: Server) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 
+async def assert_deaths_change_nothing(
+    guessing: Server, client: PipelineClient, expected: dict[str, list[Told]]
+) -> None:
+    for victim in ("llm.0", "llm.1"):
+
+        def kill(victim: str = victim) -> None:
+            os.kill(workers_of(guessing.process.pid)[victim], signal.SIGKILL)
+
+        assert await ask(client, victim, WANTED["drawn"], kill) == expected["drawn"]
+    assert client.counters["resubmitted"] == 2
+
+
 @pytest.mark.parametrize(("quantization", "tp"), [("int8", "2"), ("int4", "1")])
 async def test_every_answer_is_the_same_in_fewer_bits(quantization: str, tp: str) -> None:
     """Steps of several tokens take other kernels than those of one, or other sizes of the same."""
@@ -94,18 +106,6 @@ async def test_every_answer_is_the_same_in_fewer_bits(quantization: str, tp: str
             if guesses:
                 assert await accepted(server) > 100
     assert answers[0] == answers[1]
-
-
-async def assert_deaths_change_nothing(
-    guessing: Server, client: PipelineClient, expected: dict[str, list[Told]]
-) -> None:
-    for victim in ("llm.0", "llm.1"):
-
-        def kill(victim: str = victim) -> None:
-            os.kill(workers_of(guessing.process.pid)[victim], signal.SIGKILL)
-
-        assert await ask(client, victim, WANTED["drawn"], kill) == expected["drawn"]
-    assert client.counters["resubmitted"] == 2
 
 
 async def test_every_answer_is_the_same_on_two_ranks_also_after_a_death(server: Server) -> None:

@@ -103,7 +103,7 @@ class GatedDeltaNet:
         found = torch.empty_like(tokens.v)
         for of_round in layout.rounds:
             if of_round.sources is not None:
-                _copy_rows(states.memory, of_round.sources, of_round.targets)
+                states.memory[of_round.targets] = states.memory[of_round.sources]
             taken = DeltaTokens(*(part[of_round.tokens] for part in tokens))
             found[of_round.tokens] = _advance(states.memory, of_round.targets, taken, are_distinct)
         rows.out.copy_(self.gated(found, rows.z))
@@ -172,12 +172,3 @@ def _advance(memory: Tensor, slots: Tensor, tokens: DeltaTokens, are_distinct: b
     found = advance(of_slots, tokens)
     memory[slots] = of_slots
     return found
-
-
-def _copy_rows(memory: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """memory[targets] = memory[sources]"""
-    if memory.device.type != "cpu":
-        memory[targets] = memory[sources]
-        return
-    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):  # at once, in place
-        memory[target].copy_(memory[source])
