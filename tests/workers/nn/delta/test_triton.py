@@ -20,8 +20,9 @@ from tests.workers.nn.delta.token_by_token import (
     make_layer_states,
     token_by_token,
 )
+from workers.llm.backends import choose_backend
 from workers.nn.delta import triton as delta_triton
-from workers.nn.delta.backends import choose_delta_backend
+from workers.nn.delta.backends import BY_TORCH, choose_delta_backend
 from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
 from workers.nn.delta.plan import plan_spans, plan_step
 from workers.nn.delta.triton import TritonDeltaNet
@@ -284,3 +285,16 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"capability 8\.0"):
         choose_delta_backend("fla", torch.device("cuda"))
+
+
+def test_it_goes_with_other_kernels() -> None:
+    cpu = torch.device("cpu")
+    for attention in ("torch", "auto"):
+        with pytest.raises(ValueError, match="linear_attention 'triton' goes with attention 'triton' or"):
+            choose_backend(attention, cpu, "triton")
+    kernels = choose_backend("triton", cpu, "triton").kernels
+    assert kernels is not None
+    assert kernels.linear_attention.net is TritonDeltaNet
+    kernels = choose_backend("triton", cpu).kernels
+    assert kernels is not None
+    assert kernels.linear_attention == BY_TORCH
