@@ -34,14 +34,15 @@ def choose_backend(name: str, device: torch.device, linear_attention: str = "aut
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "native" if operators.kernels else "torch"
-    backend, of_states = BACKENDS[name](name, device), choose_delta_backend(linear_attention, device)
-    if backend.kernels is not None:
-        return backend._replace(kernels=backend.kernels._replace(linear_attention=of_states))
-    if linear_attention not in ("auto", "torch"):
+    backend = BACKENDS[name](name, device)
+    if backend.kernels is None and linear_attention in ("auto", "torch"):
+        return backend
+    of_states = choose_delta_backend(linear_attention, device)
+    if backend.kernels is None:
         raise ValueError(
             f"linear_attention {linear_attention!r} goes with attention 'triton' or 'flash3', not {name!r}"
         )
-    return backend
+    return backend._replace(kernels=backend.kernels._replace(linear_attention=of_states))
 
 
 def _torch(name: str, device: torch.device) -> Backend:

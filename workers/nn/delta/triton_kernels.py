@@ -92,8 +92,8 @@ def delta_decode_kernel(
     weight = tl.load(gain + values, mask=is_value, other=0.0)
     for member in range(GROUP):
         head = key_head * GROUP + member
-        channels = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + values
-        v = _step_inputs(x, inputs, taps, channels, is_value, NUM_CHANNELS, NUM_TAPS)
+        of_values = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + values
+        v = _step_inputs(x, inputs, taps, of_values, is_value, NUM_CHANNELS, NUM_TAPS)
         fade = tl.exp(_log_fade(tl.load(a + row * a_stride + head), fade_bias, decay, head))
         share = tl.sigmoid(tl.load(b + row * b_stride + head).to(tl.float32))
         places = memory + slot * memory_stride + head * KEY_DIM * VALUE_DIM

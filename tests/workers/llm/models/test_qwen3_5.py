@@ -88,12 +88,8 @@ class Case(NamedTuple):
         self, parallel: TensorParallel | None = None, attention: str = "torch", quantization: str = "none"
     ) -> Qwen3_5Decoder:
         weights = open_weights(self.folder, torch.float32, CPU, quantization)
-        kernels = choose_backend(attention, CPU, linear_attention_of(attention)).kernels
+        kernels = choose_backend(attention, CPU).kernels
         return Qwen3_5Decoder(self.info, weights, parallel or TensorParallel(), kernels)
-
-
-def linear_attention_of(attention: str) -> str:
-    return "triton" if attention == "triton" else "auto"
 
 
 def positions() -> Tensor:
