@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,6 +148,26 @@ async def test_two_groups_with_little_memory_and_killed_workers(family: Family) 
             assert [epochs[name] for name in ("vit.0", "llm.1")] == [2, 2]
             assert client.counters["resubmitted"] > 0
         server.children = workers_of(server.process.pid)
+
+
+@pytest.mark.parametrize(("quantization", "least"), [("int8", 8), ("int4", 1)])
+async def test_layers_with_a_state_in_fewer_bits(
+    quantization: str, least: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """On two ranks, each with its own part, and behind a tower in as few bits. Large random weights amplify
+    errors; by chance, one answer in 4096 would begin as it should."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3_5")
+    reference = Reference(folder)
+    num_right = 0
+    with Server("--model", str(folder), *MODEL, "--tp", "2", "--quantization", quantization) as server:
+        async with PipelineClient(server.run_dir) as client:
+            for chat in FAMILY_CHATS.values():
+                tokens, _ = await generate(client, *to_messages(chat), GREEDY)
+                assert len(tokens) == NUM_TOKENS
+                num_right += tokens[0] == reference.answer(chat, 1).token_ids[0]
+    name = f"first tokens in {quantization}, tp 2, equal to Hugging Face's, of {len(FAMILY_CHATS)}"
+    record_property(name, num_right)
+    assert num_right >= least
 
 
 @pytest.mark.parametrize("option", ["--expert-parallel", "--quantization"])
