@@ -34,7 +34,7 @@ from workers.nn.loader import Checkpoint, choose_dtype
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import Dense, HalfLinear
 from workers.nn.weights.experts import ListedExperts
-from workers.nn.weights.int8 import Int8, Int8Linear
+from workers.nn.weights.int8 import Int8, Int8Linear, PanelLinear
 from workers.nn.weights.weights import Weights
 
 CPU = torch.device("cpu")
@@ -161,7 +161,13 @@ class Bench:
 
 def nbytes(linear: Linear, dtype: torch.dtype) -> int:
     """Of the weight, as it is in memory."""
-    size = 1 if isinstance(linear, Int8Linear) else 2 if isinstance(linear, HalfLinear) else dtype.itemsize
+    size = (
+        1
+        if isinstance(linear, Int8Linear | PanelLinear)
+        else 2
+        if isinstance(linear, HalfLinear)
+        else dtype.itemsize
+    )
     return linear.in_features * linear.out_features * size
 
 

@@ -19,7 +19,7 @@ from workers.nn.loader import no_progress
 from workers.nn.native.quantized_panels import quantized_kernels
 from workers.nn.weights.base import Linear
 from workers.nn.weights.int4 import make_int4_linear
-from workers.nn.weights.int8 import make_int8_linear
+from workers.nn.weights.int8 import Int8Linear, PanelLinear, make_int8_linear
 from workers.vit.engines.choice import EngineSpec, choose_engine
 from workers.vit.engines.torch import TorchEngine
 from workers.vit.models.base import Encoder
@@ -110,7 +110,7 @@ def test_what_engines_are_for_quantised_weights(random_checkpoint: Path, tmp_pat
         engine = choose_engine(name, spec)
         assert isinstance(engine, TorchEngine)
         quantised = [
-            path for path, layer in linears(engine.encoder) if type(layer).__name__.endswith("Int8Linear")
+            path for path, layer in linears(engine.encoder) if isinstance(layer, PanelLinear | Int8Linear)
         ]
         assert len(quantised) == 4 * info.vision.depth + 2
     for name in ("onnxruntime", "tensorrt"):

@@ -20,28 +20,13 @@ GROUP = 32  # inputs with one step and zero; kernels.h has the same
 PART = 256  # outputs that torch quantises at a time: few enough for a cache
 
 
-class PackedInt4(NamedTuple):
-    """A weight [out, in] of numbers (q - zero) · size · scale: q and zero of 4 bits, and sizes from 1 to 16.
-    Of each group of inputs an output has one size and zero, which make its weights whole numbers of 8 bits;
-    scales are those of an output."""
+def pack_int4(weight: Tensor) -> QuantizedPanels:
+    """Of a weight [out, in] in float32 or bfloat16. Needs `quantized_kernels`.
 
-    numbers: Tensor  # [panels, groups, 64 + 64 · GROUP / 2] uint8, sizes and zeros in front
-    in_features: int
-    out_features: int
-    sums: Tensor  # [out] int32
-    scales: Tensor  # [out] float32
-
-    @property
-    def panels(self) -> QuantizedPanels:
-        """Valid as long as `numbers` lives."""
-        return QuantizedPanels(
-            self.numbers.data_ptr(), self.in_features, self.out_features,
-            self.numbers.stride(0), 4, self.sums, self.scales, few_rows(),
-        )  # fmt: skip
-
-
-def pack_int4(weight: Tensor) -> PackedInt4:
-    """Of a weight [out, in] in float32 or bfloat16. Needs `quantized_kernels`."""
+    Its numbers are (q - zero) · size · scale: q and zero of 4 bits, and sizes from 1 to 16. Of each group of
+    inputs an output has one size and zero, which make its weights whole numbers of 8 bits; scales are those
+    of an output. Panels are [groups, 64 + 64 · GROUP / 2] uint8, sizes and zeros in front.
+    """
     assert operators.kernels is not None
     weight = weight.contiguous()
     out_features, in_features = weight.shape
@@ -55,7 +40,7 @@ def pack_int4(weight: Tensor) -> PackedInt4:
         numbers.data_ptr(), sums.data_ptr(), scales.data_ptr(), weight.data_ptr(), out_features, in_features,
         numbers.stride(0), operators.IS_HALF[weight.dtype],
     )  # fmt: skip
-    return PackedInt4(numbers, in_features, out_features, sums, scales)
+    return QuantizedPanels(numbers, in_features, out_features, 4, sums, scales, few_rows())
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCKED = 2  # kind of a layout, in oneDNN's descriptions of memory
-DTYPES = {2: torch.bfloat16, 5: torch.int8}
+DTYPES = {2: torch.bfloat16}
 # Places in oneDNN's `dnnl_memory_desc` as 32-bit numbers; sizes, strides and blocks have 64 bits.
 NDIMS, DIMS, DTYPE, KIND, STRIDES, NUM_BLOCKS, BLOCKS, BLOCK_DIMS = 1, 2, 26, 78, 80, 104, 106, 130
 

@@ -15,30 +15,14 @@ from workers.nn.native import operators
 from workers.nn.native.int4 import dequantized, pack_int4
 from workers.nn.native.quantized_panels import quantized_kernels
 from workers.nn.weights.base import Linear
-from workers.nn.weights.int8 import Int8, make_int8_linear
-
-
-class Int4Linear(Linear):
-    """W in int4 and x in int8, one scale per token, by kernels of ours."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(*weight.shape)
-        self._bias = bias
-        self._packed = pack_int4(weight)
-        self._panels = self._packed.panels
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._panels.multiply(x, self._bias, None)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return self._panels.multiply(x, self._bias, residual)
+from workers.nn.weights.int8 import Int8, PanelLinear, make_int8_linear
 
 
 def make_int4_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """Where this processor has no kernel for 4 bits, the weight is rounded to 4 and kept in 8: torch's own
     products of 4 bits are slower than dense ones, but for a single row in bfloat16."""
     if quantized_kernels() and weight.dtype in operators.IS_HALF:
-        return Int4Linear(weight, bias)
+        return PanelLinear(pack_int4(weight), bias)
     return make_int8_linear(dequantized(weight), bias)
 
 

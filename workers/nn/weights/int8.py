@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.native import operators
-from workers.nn.native.quantized_panels import QuantizedPanels, int8_panels_of
+from workers.nn.native.quantized_panels import QuantizedPanels, pack_int8, quantized_kernels
 from workers.nn.weights.base import Experts, Linear
 from workers.nn.weights.dense import Dense, MakeLinear
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
@@ -25,12 +25,25 @@ ROWS = 4096  # that are quantised at a time
 _ZERO_POINT = torch.tensor(128.5)  # 128, and 0.5 to round
 
 
+class PanelLinear(Linear):
+    """W in 8 or 4 bits, and x in 8, one scale per token, by kernels of ours."""
+
+    def __init__(self, panels: QuantizedPanels, bias: Tensor | None = None) -> None:
+        super().__init__(panels.out_features, panels.in_features)
+        self._panels, self._bias = panels, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._panels.multiply(x, self._bias, None)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._panels.multiply(x, self._bias, residual)
+
+
 class Int8Linear(Linear):
     """W in int8, one scale per output channel, and x in uint8, one scale per token (oneDNN).
 
     With one scale per token an outlier affects no other token. Unsigned with a zero point of 128, since
-    signed activations take oneDNN's reference path, hundreds of times slower. With AVX512-VNNI kernels of
-    ours multiply by the same weight.
+    signed activations take oneDNN's reference path, hundreds of times slower.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -46,17 +59,9 @@ class Int8Linear(Linear):
             wide = part.float()
             torch.div(wide.abs().amax(dim=1).clamp_(min=1e-8), largest, out=scales)
             out.copy_((wide / scales[:, None]).round_())
-        self._panels: QuantizedPanels | None = None
         self._pack(packed)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self._panels is not None:
-            return self._panels.multiply(x, self._bias, residual)
-        return super().add_to(residual, x)
-
     def __call__(self, x: Tensor) -> Tensor:
-        if self._panels is not None:
-            return self._panels.multiply(x, self._bias, None)
         x = x.float()  # in bfloat16 the sum below could round the largest activation up, beyond 255
         largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_(min=1e-8)
         y = self._multiply(x, largest).mul_(largest)
@@ -66,8 +71,6 @@ class Int8Linear(Linear):
 
     def _pack(self, weight: Tensor) -> None:
         self._weight: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-        if self._dtype in operators.IS_HALF:
-            self._panels = int8_panels_of(self._weight, weight, self._scales)
 
     def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
         """(x / largest) Wᵀ in 8 bits. `largest` [num_tokens, 1] is the largest value of each token."""
@@ -109,6 +112,9 @@ class FbgemmInt8Linear(Int8Linear):
 
 
 def make_int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The fastest kind on this processor."""
+    if quantized_kernels() and weight.dtype in operators.IS_HALF:
+        return PanelLinear(pack_int8(weight), bias)
     kind = FbgemmInt8Linear if has_fbgemm() and not is_int8_exact() else Int8Linear
     return kind(weight, bias)
 

@@ -8,8 +8,8 @@ from workers.nn.native import operators
 from workers.nn.native.int4 import dequantized
 from workers.nn.native.quantized_panels import quantized_kernels
 from workers.nn.weights.base import Linear
-from workers.nn.weights.int4 import Int4, Int4Linear, make_int4_linear
-from workers.nn.weights.int8 import Int8Linear
+from workers.nn.weights.int4 import Int4, make_int4_linear
+from workers.nn.weights.int8 import Int8Linear, PanelLinear
 from workers.nn.weights.processor import is_int8_exact
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -23,7 +23,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
         return Int8Linear  # or its subclass for FBGEMM
     if not quantized_kernels():
         pytest.skip("no kernel for 4 bits on this processor")
-    return Int4Linear
+    return PanelLinear
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

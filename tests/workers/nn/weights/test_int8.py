@@ -3,15 +3,25 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from workers.nn.weights.int8 import FbgemmInt8Linear, Int8, Int8Linear, make_int8_linear
+from workers.nn.native.quantized_panels import pack_int8, quantized_kernels
+from workers.nn.weights.dense import MakeLinear
+from workers.nn.weights.int8 import FbgemmInt8Linear, Int8, Int8Linear, PanelLinear, make_int8_linear
 from workers.nn.weights.processor import is_int8_exact, is_x86
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def by_kernels(weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
+    return PanelLinear(pack_int8(weight), bias)
+
+
 INT8_KINDS = [
     Int8Linear,
+    pytest.param(
+        by_kernels, marks=pytest.mark.skipif(not quantized_kernels(), reason="no kernel on this processor")
+    ),
     pytest.param(
         FbgemmInt8Linear,
         marks=pytest.mark.skipif(is_int8_exact() or not is_x86(), reason="not used here"),
@@ -25,7 +35,7 @@ INT8_KINDS = [
 def test_int8_is_close_and_no_row_depends_on_another(
     rows: int,
     dtype: torch.dtype,
-    kind: type[Int8Linear],
+    kind: MakeLinear,
 ) -> None:
     torch.manual_seed(0)
     weight, bias, x = (
@@ -45,7 +55,7 @@ def test_int8_is_close_and_no_row_depends_on_another(
 
 @pytest.mark.parametrize("kind", INT8_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_activation_keeps_its_sign(dtype: torch.dtype, kind: type[Int8Linear]) -> None:
+def test_the_largest_activation_keeps_its_sign(dtype: torch.dtype, kind: MakeLinear) -> None:
     linear = kind(torch.ones(4, 64).to(dtype))
     for value in torch.linspace(0.01, 500, 997).tolist():
         x = torch.zeros(1, 64).to(dtype)
@@ -54,7 +64,7 @@ def test_the_largest_activation_keeps_its_sign(dtype: torch.dtype, kind: type[In
 
 
 @pytest.mark.parametrize("kind", INT8_KINDS)
-def test_int8_does_not_overflow_and_zero_is_zero(kind: type[Int8Linear]) -> None:
+def test_int8_does_not_overflow_and_zero_is_zero(kind: MakeLinear) -> None:
     linear = kind(torch.ones(8, 512))
     assert torch.equal(linear(torch.zeros(2, 512)), torch.zeros(2, 8))
     torch.testing.assert_close(linear(torch.ones(2, 512)), torch.full((2, 8), 512.0))
@@ -63,8 +73,10 @@ def test_int8_does_not_overflow_and_zero_is_zero(kind: type[Int8Linear]) -> None
 
 
 def test_which_kind_a_weight_gets() -> None:
-    kind = Int8Linear if is_int8_exact() or not is_x86() else FbgemmInt8Linear
+    by_torch = Int8Linear if is_int8_exact() or not is_x86() else FbgemmInt8Linear
+    kind = PanelLinear if quantized_kernels() else by_torch
     assert type(make_int8_linear(torch.randn(50, 8))) is kind
+    assert type(make_int8_linear(torch.randn(50, 8).half())) is by_torch
 
 
 def test_it_is_for_the_cpu() -> None:
