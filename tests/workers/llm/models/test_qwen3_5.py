@@ -265,10 +265,10 @@ def test_fewer_bits_are_near(
 
 
 def projections(decoder: Qwen3_5Decoder, info: Qwen3_5TextInfo) -> list[Linear]:
-    """Of all layers' mixers; the gates of a state are in no format."""
-    mixers = [vars(layer.mixer) for layer in decoder.layers]
-    parts = [part for mixer in mixers for name, part in mixer.items() if name != "_gates"]
-    found = [part for part in parts if isinstance(part, Linear)]
+    """Of all layers' mixers, but for the gates of states, which have all their bits."""
+    mixers = [layer.mixer for layer in decoder.layers]
+    parts = [part for mixer in mixers for part in vars(mixer).items() if isinstance(part[1], Linear)]
+    found = [linear for name, linear in parts if name != "_gates"]
     num_full = len(info.full_layers)
     assert len(found) == 3 * num_full + 2 * (info.num_layers - num_full)
     return found
