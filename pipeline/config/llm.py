@@ -34,8 +34,8 @@ class LlmConfig:
     block_size: int = option(16, "tokens of one KV cache block", metavar="TOKENS")
     kv_cache_gib: float | None = option(
         None,
-        "memory for the KV cache of each rank, in GiB (default: 1 on the CPU, on a GPU what "
-        "--gpu-memory-utilization leaves)",
+        "memory for the KV cache and layers' states of each rank, in GiB (default: 1 on the CPU, and room "
+        "for 32 states of models that have any; on a GPU what --gpu-memory-utilization leaves)",
         metavar="GIB",
     )
     gpu_memory_utilization: float = option(
@@ -59,7 +59,8 @@ class LlmConfig:
     max_itl_stretch: float = option(
         1.25,
         "prompts may make the steps of running streams so many times longer; 0: as they like; where LLM and "
-        "ViTs take turns on cores, 4 while more requests wait for a first token than streams run",
+        "ViTs take turns on cores, 4 while more requests with pictures wait for a first token than streams "
+        "run",
         metavar="RATIO",
     )
     attention: str = option(

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from workers.llm.step_times import StepSeconds, StepTimes
 
 LONGEST_S = 0.2  # a request that arrives meanwhile waits for the end
-# Of the streams' gaps in a crowd: more requests wait for their first token than streams run. The sooner they
-# decode together, the fewer steps there are. A crowd is over when none waits: those of it that stream already
-# must not hold up the others.
+# Of the streams' gaps in a crowd: more requests with pictures wait for their first token than streams run. The
+# sooner they decode together, the fewer steps there are. A crowd is over when none waits: those of it that
+# stream already must not hold up the others.
 CROWDED_STRETCH = 4.0
 
 
@@ -30,7 +30,7 @@ class Lending:
         self._has_lent = self._is_crowd = False
 
     def observe(self, step: StepSeconds, num_waiting: int) -> None:
-        """After each step. `num_waiting`: requests wait for their first token."""
+        """After each step. `num_waiting`: requests with pictures wait for their first token."""
         self._is_crowd = num_waiting > (0 if self._is_crowd else step.num_streams)
 
     def behind(

@@ -112,9 +112,10 @@ class Scheduler:
         self.prefixes.stop(request)
 
     @property
-    def num_without_token(self) -> int:
-        """Requests whose first new token has not come."""
-        return sum(not request.has_progress for queue in (self.waiting, self.running) for request in queue)
+    def num_pictures_unanswered(self) -> int:
+        """Requests with pictures or videos whose first new token has not come."""
+        queues = (self.waiting, self.running)
+        return sum(bool(one.items) and not one.has_progress for queue in queues for one in queue)
 
     # What the next step computes.
 

@@ -32,7 +32,7 @@ from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
 from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
-from workers.llm.cache.spec import states_of
+from workers.llm.cache.spec import state_bytes, states_of
 from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.lending import Lending
@@ -94,7 +94,7 @@ def main(context: WorkerContext) -> None:
         wait_for_vits(context, control)
     else:
         # A cache that cannot fit fails before the weights are loaded.
-        gib = available_gib(config, device)
+        gib = available_gib(config, device, state_bytes(spec, dtype))
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
     rendezvous = (
         Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
@@ -113,7 +113,8 @@ def main(context: WorkerContext) -> None:
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
         spec = runner.decoder.cache_spec()
-        gib = parallel.smallest(int(available_gib(config, device) * GIB)) / GIB
+        gib = available_gib(config, device, state_bytes(spec, dtype))
+        gib = parallel.smallest(int(gib * GIB)) / GIB
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
         runner.open_cache(*cache_plan)
         if rank == 0:
@@ -229,7 +230,7 @@ def _serve(
         sharing.announce(is_busy)
         budget.is_prefill_deferred, budget.stretch = False, None
         if is_busy and sharing.takes_turns:
-            step, num_waiting = engine.stepper.last_step, engine.scheduler.num_without_token
+            step, num_waiting = engine.stepper.last_step, engine.scheduler.num_pictures_unanswered
             lending.observe(step, num_waiting)
             loan = lending.behind(step, budget.step_times, budget.has_prefill, sharing.is_awaited)
             budget.is_prefill_deferred, budget.stretch = loan.defers_prefill, loan.stretch

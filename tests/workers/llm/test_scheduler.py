@@ -571,3 +571,14 @@ def test_a_stream_beside_many_of_another_tenant_is_hardly_held_up() -> None:
     assert seconds < 4 * alone
     assert any(len(names) > 30 for names in done), "and the others go on"
     made.check_integrity()
+
+
+def test_requests_with_pictures_are_counted_until_their_first_token() -> None:
+    made = scheduler()
+    text, picture = make("text", 4), make("picture", 4)
+    picture.items = (MmItem((Span(1, 2),), b"h", b"h", (MmChunk(b"h", 2, 0, 1),)),)
+    for request in (text, picture):
+        made.add(request)
+        assert made.num_pictures_unanswered == (request is picture)
+    step(made)
+    assert made.num_pictures_unanswered == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
-from workers.llm.cache.plan import GIB, CachePlan, describe, plan_cache
+from workers.llm.cache.plan import GIB, CachePlan, available_gib, describe, plan_cache
 from workers.llm.cache.spec import Paged, State
 
 PAGED = Paged(2, 64)  # 256 numbers a token
@@ -99,3 +99,11 @@ def test_the_division_is_told() -> None:
 def test_what_does_not_fit_is_refused_with_the_numbers(asked: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         plan_cache([PAGED], 2000, config(max_model_len=asked), torch.float32, 1e-4)
+
+
+def test_a_cpu_has_room_for_states_beside_the_kv_cache() -> None:
+    cpu = torch.device("cpu")
+    assert available_gib(config(), cpu, 0) == 1
+    assert available_gib(config(), cpu, 18 << 20) == 1 + 32 * 18 / 1024
+    asked = Config(llm=LlmConfig(kv_cache_gib=0.5))
+    assert available_gib(asked, cpu, 18 << 20) == 0.5
