@@ -11,9 +11,9 @@ from typing import NamedTuple
 from workers.llm.step_times import StepSeconds, StepTimes
 
 LONGEST_S = 0.2  # a request that arrives meanwhile waits for the end
-# Of the streams' gaps in a crowd: more requests with pictures wait for their first token than streams run. The
-# sooner they decode together, the fewer steps there are. A crowd is over when none waits: those of it that
-# stream already must not hold up the others.
+# Of the streams' gaps in a crowd: more requests with pictures wait for their first token than streams run.
+# The sooner they decode together, the fewer steps there are. A crowd is over when none waits: those of it
+# that stream already must not hold up the others.
 CROWDED_STRETCH = 4.0
 
 
