@@ -128,7 +128,7 @@ def variants(capability: int) -> Iterator[Variant]:
         yield Variant(f"add and norm, {size}", kernels.add_rms_norm_kernel, padded)
     yield Variant("silu and mul", kernels.silu_mul_kernel, {"SIZE": 18_944, "BLOCK": 1024})
     yield from _of_experts()
-    yield from _of_delta()
+    yield from _of_delta(capability)
     tile = {"VOCAB": VOCAB, "TILE": sampling_kernel.TILE, "SMALL_TILE": sampling_kernel.TILE // 4}
     yield Variant("sample", sampling_kernel.sample_kernel, tile, "*i64", sampling_kernel.NUM_WARPS)
 
@@ -203,8 +203,9 @@ def _of_experts() -> Iterator[Variant]:
     yield Variant("sum of experts", expert_kernels.sum_experts_kernel, constants)
 
 
-def _of_delta() -> Iterator[Variant]:
-    """Of layers with linear attention: in bfloat16 of Qwen3.5's 27B, in float32 of its 0.8B."""
+def _of_delta(capability: int) -> Iterator[Variant]:
+    """Of layers with linear attention: in bfloat16 of Qwen3.5's 27B, in float32 of its 0.8B. The recurrence,
+    which takes most registers, with any number of value heads for a key head."""
     for group, dtype in ((3, torch.bfloat16), (1, torch.float32)):
         name, pointer = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
         heads: Mapping[str, object] = {"KEY_HEADS": 16, "GROUP": group, "KEY_DIM": 128, "VALUE_DIM": 128}
@@ -217,19 +218,22 @@ def _of_delta() -> Iterator[Variant]:
             ("step", delta_kernels.delta_decode_kernel, {**whole, "NUM_TAPS": 4}, step),
             ("convolution", delta_kernels.delta_convolve_kernel, convolved, {}),
             ("kept inputs", delta_kernels.delta_keep_kernel, kept, {}),
-            *(_of_chunks(keys, whole, chunk) if dtype not in delta.WALKED else ()),
+            *(_of_chunks(keys, whole, chunk, capability) if dtype not in delta.WALKED else ()),
             *((("walk", delta_kernels.delta_walk_kernel, whole, step),) if dtype in delta.WALKED else ()),
         ):
             yield Variant(f"delta {what}, {name}", kernel, constants, pointer, dtype=pointer, **options)
 
 
 def _of_chunks(
-    keys: Mapping[str, object], whole: Mapping[str, object], chunk: Mapping[str, object]
+    keys: Mapping[str, object], whole: Mapping[str, object], chunk: Mapping[str, object], capability: int
 ) -> Iterator[tuple[str, Any, Mapping[str, object], Mapping[str, int]]]:
     yield "system", delta_kernels.delta_solve_kernel, {**keys, **chunk}, {}
     yield "writes", delta_kernels.delta_write_kernel, {**whole, **chunk}, {}
-    recurrence = {**keys, **chunk, "BLOCK": delta.VALUE_BLOCK}
-    yield "recurrence", delta_kernels.delta_recur_kernel, recurrence, {"num_stages": delta.RECUR_STAGES}
+    num_warps = delta.choose_recur_warps((capability // 10, capability % 10))
+    options = {"num_stages": delta.RECUR_STAGES, "num_warps": num_warps}
+    for group in (1, 2, 3, 4):
+        recurrence = {**keys, **chunk, "GROUP": group, "BLOCK": delta.VALUE_BLOCK}
+        yield f"recurrence in groups of {group}", delta_kernels.delta_recur_kernel, recurrence, options
     yield "outputs", delta_kernels.delta_output_kernel, {**whole, **chunk}, {}
 
 
