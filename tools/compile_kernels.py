@@ -3,9 +3,9 @@
     python -m tools.compile_kernels            # sm_80, sm_90, sm_100
     python -m tools.compile_kernels --json
 
-By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B take, and the experts of
-Qwen3-VL's 30B-A3B, and layers with linear attention. Registers are of one
-thread; a spilled register lies in memory, so none should be; shared memory is of one program. Fails when a
+By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B and Qwen3.5's 27B and 0.8B
+take, and the experts of Qwen3-VL's 30B-A3B. Registers are of one thread; a spilled register lies in memory,
+so none should be; shared memory is of one program. Fails when a
 kernel takes more than there is, or spills.
 """
 
@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ class Variant(NamedTuple):
     num_warps: int = 4
     dtype: str = "*bf16"  # of whatever is in the model's type
     num_stages: int = 3
+    types: Mapping[str, str] = MappingProxyType({})  # of arguments that are none of these
 
 
 class Usage(NamedTuple):
@@ -91,65 +93,81 @@ class Usage(NamedTuple):
         )
 
 
+class Heads(NamedTuple):
+    """Of a decoder's layers with attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    dtype: torch.dtype
+    dim: int = 128
+    num_turned: int = 64  # pairs of a head's numbers
+    has_wide_norm: bool = False  # its weights are in float32
+
+
+HEADS = (
+    Heads(12, 2, torch.bfloat16),
+    Heads(28, 4, torch.bfloat16),
+    Heads(64, 8, torch.bfloat16),
+    Heads(28, 4, torch.float16),
+    Heads(28, 4, torch.float32),
+    Heads(24, 4, torch.bfloat16, 256, 32, has_wide_norm=True),
+    Heads(8, 2, torch.float32, 256, 32, has_wide_norm=True),
+)
+
+
 def variants(capability: int) -> Iterator[Variant]:
-    head = {"DIM": 128, "DIM_PADDED": 128}
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for heads, kv_heads, dtype in ((12, 2, bf16), (28, 4, bf16), (64, 8, bf16), (28, 4, fp16), (28, 4, fp32)):
-        group, name, pointer = (
-            heads // kv_heads,
-            f"{heads}/{kv_heads} heads, {str(dtype).removeprefix('torch.')}",
-            TYPES[dtype],
-        )
-        precision = "ieee" if dtype == fp32 else "tf32"
-        attended = {
-            "NUM_KV_HEADS": kv_heads,
-            "GROUP": group,
-            **head,
-            "BLOCK_SIZE": 16,
-            "PRECISION": precision,
-        }
-        for splits in (1, 16):
-            keys, num_warps = attention.choose_decode_tile(dtype)
-            tile = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
-            out = "*fp32" if splits > 1 else pointer
-            yield Variant(
-                f"decode, {name}, {splits} splits",
-                triton_kernels.decode_kernel,
-                attended | tile,
-                out,
-                num_warps,
-                pointer,
-            )
-        rows, keys, num_warps = attention.choose_prefill_tile(capability, dtype)
-        tile = {"ROWS": rows, "TILE": keys}
-        yield Variant(
-            f"prefill, {name}", triton_kernels.prefill_kernel, attended | tile, pointer, num_warps, pointer
-        )
-        padded = {
-            "HEADS_PADDED": triton.next_power_of_2(heads + 2 * kv_heads),
-            "HALF": 64,
-            "HALF_PADDED": 64,
-            "TURNED": 64,
-        }
-        turned = {"NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, **padded}
-        for what, has_bias, has_norm in (("rotate", True, False), ("norm, rotate", False, True)):
-            constants = {**turned, "HAS_BIAS": has_bias, "HAS_NORM": has_norm}
-            kernel = triton_kernels.norm_rotate_and_write_kernel
-            yield Variant(f"{what} and write, {name}", kernel, constants, dtype=pointer)
+    for heads in HEADS:
+        yield from _of_attention(heads, capability)
     splits = attention.MAX_SPLITS
-    yield Variant(
-        "merge",
-        triton_kernels.merge_kernel,
-        {"NUM_HEADS": 28, "NUM_SPLITS": splits, "SPLITS_PADDED": splits, **head},
-    )
+    for dim in (128, 256):
+        parts = {"NUM_HEADS": 28, "NUM_SPLITS": splits, "SPLITS_PADDED": splits}
+        merged, num_warps = {**parts, "DIM": dim, "DIM_PADDED": dim}, attention.choose_num_warps(dim)
+        yield Variant(f"merge, {dim}", triton_kernels.merge_kernel, merged, num_warps=num_warps)
     for size in (1536, 3584, 8192):
         padded = {"SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size), "HAS_DELTA": True}
         yield Variant(f"add and norm, {size}", kernels.add_rms_norm_kernel, padded)
     yield Variant("silu and mul", kernels.silu_mul_kernel, {"SIZE": 18_944, "BLOCK": 1024})
     yield from _of_experts()
-    yield from _of_delta()
+    yield from _of_delta(capability)
     tile = {"VOCAB": VOCAB, "TILE": sampling_kernel.TILE, "SMALL_TILE": sampling_kernel.TILE // 4}
     yield Variant("sample", sampling_kernel.sample_kernel, tile, "*i64", sampling_kernel.NUM_WARPS)
+
+
+def _of_attention(heads: Heads, capability: int) -> Iterator[Variant]:
+    num_heads, num_kv_heads, dtype, dim = heads[:4]
+    name, pointer = f"{num_heads}/{num_kv_heads} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+    attended = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": num_heads // num_kv_heads,
+        "DIM": dim,
+        "DIM_PADDED": dim,
+        "BLOCK_SIZE": 16,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+    keys, num_warps = attention.choose_decode_tile(dtype, dim)
+    for splits in (1, attention.MAX_SPLITS // 4):
+        tile = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
+        out = "*fp32" if splits > 1 else pointer
+        what, kernel = f"decode, {name}, {splits} splits", triton_kernels.decode_kernel
+        yield Variant(what, kernel, attended | tile, out, num_warps, pointer)
+    rows, keys, num_warps = attention.choose_prefill_tile(capability, dtype, dim)
+    tile, kernel = {"ROWS": rows, "TILE": keys}, triton_kernels.prefill_kernel
+    yield Variant(f"prefill, {name}", kernel, attended | tile, pointer, num_warps, pointer)
+    turned = {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEADS_PADDED": triton.next_power_of_2(num_heads + 2 * num_kv_heads),
+        "HALF": dim // 2,
+        "HALF_PADDED": dim // 2,
+        "TURNED": heads.num_turned,
+    }
+    wide = {"q_norm": "*fp32", "k_norm": "*fp32"} if heads.has_wide_norm else {}
+    for what, has_bias, has_norm in (("rotate", True, False), ("norm, rotate", False, True)):
+        constants = {**turned, "HAS_BIAS": has_bias, "HAS_NORM": has_norm}
+        kernel = triton_kernels.norm_rotate_and_write_kernel
+        num_warps = attention.choose_num_warps(dim)
+        what = f"{what} and write, {name}"
+        yield Variant(what, kernel, constants, num_warps=num_warps, dtype=pointer, types=wide)
 
 
 def _of_experts() -> Iterator[Variant]:
@@ -185,8 +203,9 @@ def _of_experts() -> Iterator[Variant]:
     yield Variant("sum of experts", expert_kernels.sum_experts_kernel, constants)
 
 
-def _of_delta() -> Iterator[Variant]:
-    """Of layers with linear attention: in bfloat16 of Qwen3.5's 27B, in float32 of its 0.8B."""
+def _of_delta(capability: int) -> Iterator[Variant]:
+    """Of layers with linear attention: in bfloat16 of Qwen3.5's 27B, in float32 of its 0.8B. The recurrence,
+    which takes most registers, with any number of value heads for a key head."""
     for group, dtype in ((3, torch.bfloat16), (1, torch.float32)):
         name, pointer = f"16/{16 * group} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
         heads: Mapping[str, object] = {"KEY_HEADS": 16, "GROUP": group, "KEY_DIM": 128, "VALUE_DIM": 128}
@@ -199,19 +218,22 @@ def _of_delta() -> Iterator[Variant]:
             ("step", delta_kernels.delta_decode_kernel, {**whole, "NUM_TAPS": 4}, step),
             ("convolution", delta_kernels.delta_convolve_kernel, convolved, {}),
             ("kept inputs", delta_kernels.delta_keep_kernel, kept, {}),
-            *(_of_chunks(keys, whole, chunk) if dtype not in delta.WALKED else ()),
+            *(_of_chunks(keys, whole, chunk, capability) if dtype not in delta.WALKED else ()),
             *((("walk", delta_kernels.delta_walk_kernel, whole, step),) if dtype in delta.WALKED else ()),
         ):
             yield Variant(f"delta {what}, {name}", kernel, constants, pointer, dtype=pointer, **options)
 
 
 def _of_chunks(
-    keys: Mapping[str, object], whole: Mapping[str, object], chunk: Mapping[str, object]
+    keys: Mapping[str, object], whole: Mapping[str, object], chunk: Mapping[str, object], capability: int
 ) -> Iterator[tuple[str, Any, Mapping[str, object], Mapping[str, int]]]:
     yield "system", delta_kernels.delta_solve_kernel, {**keys, **chunk}, {}
     yield "writes", delta_kernels.delta_write_kernel, {**whole, **chunk}, {}
-    recurrence = {**keys, **chunk, "BLOCK": delta.VALUE_BLOCK}
-    yield "recurrence", delta_kernels.delta_recur_kernel, recurrence, {"num_stages": delta.RECUR_STAGES}
+    num_warps = delta.choose_recur_warps((capability // 10, capability % 10))
+    options = {"num_stages": delta.RECUR_STAGES, "num_warps": num_warps}
+    for group in (1, 2, 3, 4):
+        recurrence = {**keys, **chunk, "GROUP": group, "BLOCK": delta.VALUE_BLOCK}
+        yield f"recurrence in groups of {group}", delta_kernels.delta_recur_kernel, recurrence, options
     yield "outputs", delta_kernels.delta_output_kernel, {**whole, **chunk}, {}
 
 
@@ -223,6 +245,7 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     types = {
         name: variant.dtype if kind == "*bf16" and name != "out" else kind for name, kind in types.items()
     }
+    types |= variant.types
     signature = {name: "constexpr" if name in variant.constants else types[name] for name in names}
     # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16, but
     # for those of the step.

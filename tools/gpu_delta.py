@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from pipeline.wire.steps import SequenceStart, SequenceStep
 from tools.gpu_parts import Machine, Row, captured
 from tools.runners import BLOCK, open_runner, plan_of
 from workers.llm.model_runner import ModelRunner
-from workers.nn.delta.backends import BY_TORCH, DeltaBackend, choose_delta_backend
+from workers.nn.delta.backends import BY_TORCH, DeltaBackend, choose_delta_backend, has_fla
 from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
 from workers.nn.delta.plan import DeltaPlan, plan_step
 
@@ -40,7 +39,7 @@ def delta(machine: Machine) -> Iterator[Row]:
 def _names(machine: Machine) -> list[str]:
     if machine.device.type != "cuda":
         return ["torch"]
-    return ["triton", "fla"] if importlib.util.find_spec("fla") else ["triton"]
+    return ["triton", "fla"] if has_fla() else ["triton"]
 
 
 class _Bench:

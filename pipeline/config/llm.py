@@ -72,7 +72,7 @@ class LlmConfig:
     linear_attention: str = option(
         "auto",
         "what computes layers with linear attention (Gated DeltaNet); auto: on GPUs fla "
-        "(flash-linear-attention) where it is installed, else triton; torch on the CPU",
+        "(flash-linear-attention 0.6 or later) where it is installed, else triton; torch on the CPU",
         choices=("auto", "torch", "triton", "fla"),
     )
     all_reduce: str = option(

@@ -218,14 +218,15 @@ def _take_tool_choice(given: Json | None, chat: ChatCompletionRequest) -> None:
 
 def _take_thinking(given: Json | None, forms: ChatForms, chat: ChatCompletionRequest) -> None:
     """As Anthropic's models, none thinks unasked, where its template has the choice. The template's own
-    option wins."""
+    option wins, unless it is null."""
     given = {"type": "disabled"} if given is None else given
     kind = given.get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         what = f"thinking.type must be enabled, disabled or adaptive, got {shown(kind)}"
         raise RequestError(what, field="thinking.type")
-    if forms.knows(THINKING):
-        chat.chat_template_kwargs = {THINKING: kind != "disabled", **(chat.chat_template_kwargs or {})}
+    options = chat.chat_template_kwargs or {}
+    if forms.knows(THINKING) and options.get(THINKING) is None:
+        chat.chat_template_kwargs = {**options, THINKING: kind != "disabled"}
     budget = given.get("budget_tokens")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
         what = f"thinking.budget_tokens must be a number of tokens, got {shown(budget)}"

@@ -30,6 +30,15 @@ def test_a_weight_may_have_more_digits_than_what_is_normed() -> None:
     assert (found == expected.bfloat16()).double().mean() > 0.99
 
 
+def test_a_weight_may_have_fewer_digits_than_what_is_normed() -> None:
+    """As in its own type: there is no kernel for it."""
+    torch.manual_seed(0)
+    x, weight = 100 * torch.randn(50, 70), torch.randn(70).bfloat16()
+    found = RMSNorm(weight, 1e-6)(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, RMSNorm(weight, 1e-6)(x.bfloat16()).float(), rtol=0, atol=0)
+
+
 def test_rotation_turns_pairs_of_halves() -> None:
     torch.manual_seed(0)
     x, angles = torch.randn(7, 3, 16), torch.randn(7, 8)

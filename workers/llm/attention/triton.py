@@ -29,6 +29,7 @@ from workers.nn.loader import to_device
 
 DECODE_KEYS = 64
 MIN_DOT_ROWS = 16
+WIDE_HEAD = 128  # numbers of a head; more take smaller tiles
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 2
 LOG2_E = 1.4426950408889634  # scales scores: the hardware has exponentials of base 2
@@ -56,7 +57,13 @@ def norm_rotate_and_write(
         *rotary, new_slots, cache, 0.0 if norm is None else norm.eps, qkv.stride(0), cache.stride(0),
         layer.num_heads, layer.num_kv_heads, triton.next_power_of_2(qkv.shape[1]),
         half, triton.next_power_of_2(half), rotary[0].shape[1], bias is not None, norm is not None,
+        num_warps=choose_num_warps(layer.head_dim),
     )  # fmt: skip
+
+
+def choose_num_warps(head_dim: int) -> int:
+    """Of kernels whose programs have whole heads in registers."""
+    return 8 if head_dim > WIDE_HEAD else 4
 
 
 class PrefillTile(NamedTuple):
@@ -65,11 +72,14 @@ class PrefillTile(NamedTuple):
     num_warps: int
 
 
-def choose_prefill_tile(capability: int, dtype: torch.dtype) -> PrefillTile:
+def choose_prefill_tile(capability: int, dtype: torch.dtype, head_dim: int) -> PrefillTile:
     """The largest tile that spills no registers. Hopper (90) and later have more room for accumulators."""
+    is_wide = head_dim > WIDE_HEAD
     if dtype == torch.float32:
-        return PrefillTile(32, 32, 8)
-    return PrefillTile(128, 64, 8) if capability >= 90 else PrefillTile(64, 32, 4)
+        return PrefillTile(32, 16 if is_wide else 32, 8)
+    if capability >= 90:
+        return PrefillTile(128, 32 if is_wide else 64, 8)
+    return PrefillTile(64, 32, choose_num_warps(head_dim))
 
 
 class DecodeTile(NamedTuple):
@@ -77,8 +87,10 @@ class DecodeTile(NamedTuple):
     num_warps: int
 
 
-def choose_decode_tile(dtype: torch.dtype) -> DecodeTile:
-    return DecodeTile(32, 8) if dtype == torch.float32 else DecodeTile(DECODE_KEYS, 4)
+def choose_decode_tile(dtype: torch.dtype, head_dim: int) -> DecodeTile:
+    if dtype == torch.float32:
+        return DecodeTile(32, 8)
+    return DecodeTile(DECODE_KEYS, choose_num_warps(head_dim))
 
 
 def choose_num_splits(num_sequences: int, num_kv_heads: int, num_processors: int, longest: int) -> int:
@@ -119,7 +131,7 @@ class TritonAttention(AttentionBackend):
             properties = torch.cuda.get_device_properties(cache.device)
             self._num_processors = properties.multi_processor_count
             capability = 10 * properties.major + properties.minor
-        self._tile = choose_prefill_tile(capability, cache.dtype)
+        self._tile = choose_prefill_tile(capability, cache.dtype, cache.max_head_dim)
 
     def plan(self, spans: Sequence[SequencePart]) -> TritonStep:
         """Computed on the host and copied in one piece."""
@@ -229,7 +241,7 @@ class TritonStep(AttentionStep):
         cache, layout, splits = self.cache.tensors[layer.index], self.layout, self.layout.num_splits
         num_sequences, num_heads, dim = q.shape
         group, padded = num_heads // layer.num_kv_heads, triton.next_power_of_2(dim)
-        tile = choose_decode_tile(q.dtype)
+        tile = choose_decode_tile(q.dtype, dim)
         parts, sums = out, out
         if splits > 1:
             shape = (num_sequences, splits, num_heads)
@@ -246,6 +258,7 @@ class TritonStep(AttentionStep):
             merge_kernel[(num_sequences, num_heads)](
                 parts, sums, out, out.stride(0),
                 num_heads, splits, triton.next_power_of_2(splits), dim, padded,
+                num_warps=choose_num_warps(dim),
             )  # fmt: skip
 
     def prefill(self, layer: AttentionLayer, tiles: Tiles, q: Tensor, out: Tensor) -> None:

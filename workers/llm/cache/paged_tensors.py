@@ -41,6 +41,11 @@ class PagedTensors:
         return max(tensor[0].nbytes for tensor in self.tensors)
 
     @property
+    def max_head_dim(self) -> int:
+        """Of any layer."""
+        return max(tensor.shape[2] for tensor in self.tensors)
+
+    @property
     def min_kv_heads(self) -> int:
         """Of any layer."""
         return min(tensor.shape[1] // 2 for tensor in self.tensors)

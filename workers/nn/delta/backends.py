@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ import torch
 from workers.nn.delta.layer import GatedDeltaNet
 
 FLA_CAPABILITY = (8, 0)  # of GPUs, the least that the package is made for
+# The least. Older ones let no value heads share a key head, and ignore arguments that they do not know.
+FLA_VERSION = (0, 6)
 
 
 class DeltaBackend(NamedTuple):
@@ -37,7 +41,7 @@ def choose_delta_backend(name: str, device: torch.device) -> DeltaBackend:
 def _best_for(device: torch.device) -> str:
     if device.type != "cuda":
         return "torch"
-    return "fla" if _has_fla() and _is_for_fla(device) else "triton"
+    return "fla" if has_fla() and _is_for_fla(device) else "triton"
 
 
 def _torch(name: str, device: torch.device) -> DeltaBackend:
@@ -53,9 +57,10 @@ def _triton(name: str, device: torch.device) -> DeltaBackend:
 
 def _fla(name: str, device: torch.device) -> DeltaBackend:
     _need_triton(name, device)
-    if not _has_fla():
+    if not has_fla():
         raise ValueError(
-            "linear_attention 'fla' needs the package flash-linear-attention, which has the module fla"
+            "linear_attention 'fla' needs the package flash-linear-attention, version "
+            f"{'.'.join(map(str, FLA_VERSION))} or later, which has the module fla"
         )
     if device.type == "cuda" and not _is_for_fla(device):
         raise ValueError("linear_attention 'fla' is for GPUs of compute capability 8.0 or above")
@@ -71,8 +76,15 @@ BACKENDS: Mapping[str, Callable[[str, torch.device], DeltaBackend]] = {
 }
 
 
-def _has_fla() -> bool:
-    return importlib.util.find_spec("fla") is not None
+def has_fla() -> bool:
+    """Whether flash-linear-attention is installed, in a version that computes these layers."""
+    if importlib.util.find_spec("fla") is None:
+        return False
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("fla-core"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return found is not None and (int(found[1]), int(found[2])) >= FLA_VERSION
 
 
 def _is_for_fla(device: torch.device) -> bool:

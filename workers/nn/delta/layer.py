@@ -92,7 +92,7 @@ class GatedDeltaNet:
         rows.out.copy_(self.gated(found, rows.z))
 
     def draft(self, rows: DeltaRows, states: DeltaStates, layout: DraftLayout, are_distinct: bool) -> None:
-        """As `_decode` for one token after another: only the memory's steps have to wait for each other."""
+        """As `decode` for one token after another: only the memory's steps have to wait for each other."""
         if self._runs(rows, states, layout.sequences):
             return
         kept = states.inputs[layout.slots]

@@ -37,6 +37,11 @@ RECUR_STAGES = 2
 WALKED = (torch.float32,)  # models' types
 
 
+def choose_recur_warps(capability: tuple[int, int]) -> int:
+    """Before Hopper (9.0) a thread of four warps has too few registers for its part of the state."""
+    return 4 if capability >= (9, 0) else 8
+
+
 class TritonDeltaNet(GatedDeltaNet):
     __slots__ = ()
 
@@ -106,6 +111,7 @@ class TritonDeltaNet(GatedDeltaNet):
             mixed, spans.slots, spans.starts, spans.shifts, memory, totals, writes, asks, answers,
             memory.stride(0),
             **options, VALUE_DIM=self.value_dim, BLOCK=VALUE_BLOCK, num_stages=RECUR_STAGES,
+            num_warps=choose_recur_warps(_capability(device)),
         )  # fmt: skip
         delta_output_kernel[grid](
             mixed, rows.z, *chunks, totals, writes, answers, self.gain, rows.out, self.eps,
@@ -144,6 +150,10 @@ class TritonDeltaNet(GatedDeltaNet):
     @property
     def _value_shape(self) -> dict[str, int]:
         return {"VALUE_DIM": self.value_dim, "VALUE_PADDED": _padded(self.value_dim)}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _padded(dim: int) -> int:

@@ -68,7 +68,8 @@ struct DeltaNet {
         value_dim, num_threads;
 };
 static inline long delta_net_bytes(long key_dim, long value_dim) {
-    return 4 * (4 * 64 + 3 * 64 * 64 + 5 * 64 * key_dim + 7 * 64 * value_dim + key_dim * value_dim);
+    const long wider = key_dim > value_dim ? key_dim : value_dim;
+    return 4 * (4 * 64 + 3 * 64 * 64 + 5 * 64 * key_dim + 5 * 64 * value_dim + 64 * wider + key_dim * value_dim);
 }
 
 struct Kernels {

@@ -57,6 +57,7 @@ def text(words: str, **more: Any) -> dict[str, Any]:
         ({"thinking": {"type": "disabled"}}, False),
         ({"thinking": {"type": "adaptive"}}, True),
         ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"chat_template_kwargs": {"enable_thinking": None}}, False),
     ],
 )
 def test_no_model_thinks_unasked_where_its_template_has_the_choice(

@@ -42,7 +42,7 @@ def test_random_steps(num_heads: int, num_kv_heads: int, seed: int) -> None:
     cache = PagedTensors([Paged(num_kv_heads, dim)] * 2, num_blocks, block_size, dtype, CPU)
     attention, layer = TritonAttention(cache), make_layer(1, num_heads, num_kv_heads, dim)
     attention._tile = rng.choice(
-        [choose_prefill_tile(80, torch.float16), choose_prefill_tile(90, torch.float16)],
+        [choose_prefill_tile(capability, torch.float16, dim) for capability in (80, 90)],
     )
     attention._num_processors = rng.choice([1, 8, 64])  # so also splits that have nothing to do
     for tensor in cache.tensors:

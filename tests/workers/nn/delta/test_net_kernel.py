@@ -152,6 +152,34 @@ def test_each_draft_leaves_its_state_in_a_row_of_its_own(dtype: torch.dtype) -> 
     torch.testing.assert_close(states.memory, wanted_states.memory, **tolerance)
 
 
+@pytest.mark.usefixtures("each_version")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [Shape(1, 2, 128, 32), Shape(1, 2, 32, 128), Shape(1, 2, 64, 64)])
+def test_nothing_is_written_behind_the_scratch(
+    shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(7)
+    net, inputs, states = make_net(shape), Inputs.random(shape, 70, dtype), make_states(shape, dtype)
+    plan = plan_step(torch.tensor([1]), [70], [0], TAPS - 1)
+    behind: list[Tensor] = []
+    plain = torch.empty
+
+    def empty(size: int, dtype: torch.dtype) -> Tensor:
+        whole = plain(size + (1 << 16), dtype=dtype).fill_(7)
+        behind.append(whole[size:])
+        return whole
+
+    weights = operators.DeltaWeights(net.taps, net.decay, net.bias, net.gain, net.eps, net.num_key_heads)
+    sequences = plan.prefills[0].sequences
+    assert sequences is not None
+    rows = inputs.rows
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        operators.delta_net(rows, *states, sequences, weights)
+    assert len(behind) == 1
+    assert (behind[0] == 7).all()
+
+
 def stepwise(net: GatedDeltaNet, inputs: Inputs, memory: Tensor) -> Tensor:
     """A sequence that begins, token by token in float64; memory [heads, key_dim, value_dim] float64 is
     updated. Without the norm's gate."""

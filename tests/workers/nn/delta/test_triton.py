@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import sys
 import types
@@ -226,6 +227,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]  # find_spec looks for it
         monkeypatch.setitem(sys.modules, name, module)
     module.chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
+    monkeypatch.setattr(importlib.metadata, "version", {"fla-core": "0.6.0"}.__getitem__)
     yield
     sys.modules.pop("workers.nn.delta.fla", None)
 
@@ -302,6 +304,21 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"capability 8\.0"):
         choose_delta_backend("fla", torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("fla")
+@pytest.mark.parametrize("version", ["0.5.9", "0.6.0", "0.10.1.dev3", "1.0rc1"])
+def test_an_old_package_is_not_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would ignore what it does not know, and compute something else."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", {"fla-core": version}.__getitem__)
+    gpu = torch.device("cuda")
+    if version != "0.5.9":
+        assert choose_delta_backend("auto", gpu).name == "fla"
+        return
+    assert choose_delta_backend("auto", gpu).name == "triton"
+    with pytest.raises(ValueError, match=r"version 0\.6 or later"):
+        choose_delta_backend("fla", gpu)
 
 
 def test_it_goes_with_other_kernels() -> None:
