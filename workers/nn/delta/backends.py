@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 
 from workers.nn.delta.layer import GatedDeltaNet
 
+logger = logging.getLogger(__name__)
 FLA_CAPABILITY = (8, 0)  # of GPUs, the least that the package is made for
 # The least. Older ones let no value heads share a key head, and ignore arguments that they do not know.
 FLA_VERSION = (0, 6)
@@ -33,15 +35,16 @@ def choose_delta_backend(name: str, device: torch.device) -> DeltaBackend:
     On the CPU Triton runs only in its interpreter, which is for tests. Raises ValueError when what is asked
     for is not installed or not for the device.
     """
-    if name == "auto":
-        name = _best_for(device)
-    return BACKENDS[name](name, device)
-
-
-def _best_for(device: torch.device) -> str:
+    if name != "auto":
+        return BACKENDS[name](name, device)
     if device.type != "cuda":
-        return "torch"
-    return "fla" if has_fla() and _is_for_fla(device) else "triton"
+        return BY_TORCH
+    if has_fla() and _is_for_fla(device):
+        try:
+            return _fla("fla", device)
+        except ImportError as error:
+            logger.warning("flash-linear-attention does not load: %s", error)
+    return _triton("triton", device)
 
 
 def _torch(name: str, device: torch.device) -> DeltaBackend:

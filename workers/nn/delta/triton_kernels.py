@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 # No specialisation on values that differ between steps: a compilation would stop the streams. Tables and
-# gates begin anywhere in their tensors.
+# gates begin anywhere in their tensors, and drafts have copies of their gates, without those between them.
 TABLES = ["slots", "span_starts", "shifts", "sequences", "numbers"]
-UNALIGNED = [*TABLES, "b", "a"]
+UNALIGNED = [*TABLES, "b", "a", "b_stride", "a_stride"]
 MIN_DOT = tl.constexpr(16)  # numbers along each side of a product, at least
 
 

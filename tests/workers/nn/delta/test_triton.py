@@ -307,6 +307,17 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fla")
+def test_a_package_that_does_not_load_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delattr(sys.modules["fla.ops.gated_delta_rule"], "chunk_gated_delta_rule")
+    sys.modules.pop("workers.nn.delta.fla", None)
+    assert choose_delta_backend("auto", torch.device("cuda")).name == "triton"
+    assert "flash-linear-attention does not load" in caplog.text
+
+
+@pytest.mark.usefixtures("fla")
 @pytest.mark.parametrize("version", ["0.5.9", "0.6.0", "0.10.1.dev3", "1.0rc1"])
 def test_an_old_package_is_not_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would ignore what it does not know, and compute something else."""
