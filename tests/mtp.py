@@ -1,5 +1,5 @@
 """The head of Qwen3.5 that predicts a further token: a plain reference, from the layers' definition, which
-shares no code with the server; and checkpoints whose head is mostly right."""
+shares no code with the server."""
 
 from __future__ import annotations
 
@@ -9,29 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-
-RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
-
-
-def make_agree(folder: Path, share: float) -> Path:
-    """Makes the next token depend on the current one's embedding, and for a `share` of the usual on the rest
-    of the text; and lets the head see the embedding alone. So both mostly predict the same."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        if name.endswith(RESIDUAL) and "visual" not in name:
-            tensor *= share
-    tensors["model.language_model.embed_tokens.weight"] *= 10  # beside what the layers add
-    size = len(tensors["mtp.norm.weight"])
-    tensors["mtp.norm.weight"] = tensors["model.language_model.norm.weight"].clone()
-    tensors["mtp.pre_fc_norm_embedding.weight"] = torch.zeros(size)
-    tensors["mtp.fc.weight"] = torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
-    )
-    return folder
 
 
 class MtpReference:

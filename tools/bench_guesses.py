@@ -1,20 +1,30 @@
 """What guesses by a model's own head cost: a step that verifies and makes some, beside one without.
 
     python -m tools.bench_guesses --shape qwen3.5-0.8b
+    python -m tools.bench_guesses --shape qwen3.5-0.8b --served     # needs transformers (the extra `test`)
 
 In process, on all cores that torch takes, with random weights of the shape: speed does not depend on their
 values. Sequences decode behind a context. Told are the median milliseconds of a step, and from which share of
 right guesses it pays, if each is as likely to be right as the others.
+
+With `--served`, servers without guesses and with so many answer the same questions in turn, greedily and by
+drawing, with weights whose head is mostly right (`tools/random_checkpoint/agreeing.py`). Told are the share
+of guesses that were right, tokens/s of all answers together, and whether all texts are those without guesses,
+which `--dtype float32` promises.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import random
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +36,10 @@ from pipeline.wire.packing import pack_int32
 from pipeline.wire.sampling import SamplingParams
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from pipeline.wire.topology import Role, WorkerId
+from tools.bench_engine import ALL_CORES, Served, raise_failed, serve
+from tools.bench_serving import Body, Result, Workload, open_session, send
 from tools.random_checkpoint import SHAPES, make_checkpoint
+from tools.random_checkpoint.agreeing import make_agree
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
 
@@ -34,6 +47,7 @@ ORIGIN: Origin = {"sender": WorkerId(Role.LLM), "epoch": 1}
 BLOCK, MAX_DRAFTS = 16, 15
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, seed=1)
 NUM_WARM_UPS = 3
+SHARE = 0.02  # of what the rest of a text usually does to the next token
 
 
 class Decoding:
@@ -109,6 +123,62 @@ def report(decoding: Decoding, counts: Sequence[int], num_steps: int) -> None:
         print(f"{count:7d} {1000 * median:11.1f} {ratio:13.2f} {told:>25}")
 
 
+class Answered(NamedTuple):
+    texts: Sequence[str]
+    tokens_per_s: float
+
+
+def ask(served: Served, bodies: Sequence[Body], num_output: int) -> Answered:
+    """The answers to all questions at once."""
+
+    async def send_all() -> list[Result]:
+        async with open_session() as session:
+            return await asyncio.gather(*(send(session, served.url, body) for body in bodies))
+
+    start = time.perf_counter()
+    results = asyncio.run(send_all())
+    seconds = time.perf_counter() - start
+    raise_failed(results)
+    return Answered([result.text for result in results], num_output * len(bodies) / seconds)
+
+
+def share_right(served: Served) -> float:
+    with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+
+    def total(name: str) -> float:
+        of_name = f"vlm_spec_decode_num_{name}_tokens"
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(of_name))
+
+    return total("accepted") / max(total("draft"), 1.0)
+
+
+def report_served(folder: Path, options: argparse.Namespace) -> None:
+    questions = Workload(num_words=24, num_output=options.output_tokens).chats(
+        options.sequences, random.Random(0)
+    )
+    print("guesses   right   tokens/s greedy   drawn   the same texts")
+    plain: list[Sequence[str]] = []
+    for count in (0, *options.guesses):
+        guesses = ("--speculative", "mtp", "--speculative-tokens", str(count)) if count else ()
+        with serve(folder, "--dtype", options.dtype, "--device", "cpu", *ALL_CORES, *guesses) as served:
+            found = []
+            for temperature in (0.0, 0.7):
+                workload = Workload(num_output=options.output_tokens, temperature=temperature)
+                bodies = [
+                    workload.body([{"role": "user", "content": one}]) | {"seed": 1} for (one,) in questions
+                ]
+                rounds = [ask(served, bodies, options.output_tokens) for _ in range(3)]
+                rates = sorted(one.tokens_per_s for one in rounds)
+                found.append(Answered(rounds[0].texts, rates[1]))
+            texts = [one.texts for one in found]
+            plain = plain or texts
+            right = f"{share_right(served):.0%}" if count else "-"
+            greedy, drawn = (f"{one.tokens_per_s:.1f}" for one in found)
+            told = "yes" if texts == plain else "no"
+            print(f"{count:7d} {right:>7} {greedy:>17} {drawn:>7} {told:>16}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,6 +190,8 @@ def main() -> None:
     parser.add_argument("--guesses", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--steps", type=int, default=30, help="steps of each kind, one in turn")
     parser.add_argument("--folder", type=Path, help="of a checkpoint; otherwise one of the shape is made")
+    parser.add_argument("--served", action="store_true", help="measure servers, not steps")
+    parser.add_argument("--output-tokens", type=int, default=200, help="of an answer of a server")
     options = parser.parse_args()
     if options.sequences * max(options.guesses) > MAX_DRAFTS:
         parser.error(f"a step has at most {MAX_DRAFTS} guesses")
@@ -127,6 +199,11 @@ def main() -> None:
         folder = options.folder or Path(made)
         if options.folder is None:
             make_checkpoint(folder, options.shape)
+        if options.served:
+            if options.folder is None:
+                make_agree(folder, SHARE)
+            report_served(folder, options)
+            return
         num_steps = (len(options.guesses) + 1) * (options.steps + NUM_WARM_UPS)
         decoding = Decoding(folder, options.dtype, options.sequences, options.context, num_steps)
         report(decoding, options.guesses, options.steps)

@@ -136,7 +136,7 @@ def variants(capability: int) -> Iterator[Variant]:
 def _of_attention(heads: Heads, capability: int) -> Iterator[Variant]:
     num_heads, num_kv_heads, dtype, dim = heads[:4]
     name, pointer = f"{num_heads}/{num_kv_heads} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
-    attended = {
+    attended: dict[str, int | str] = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": num_heads // num_kv_heads,
         "DIM": dim,
@@ -146,7 +146,7 @@ def _of_attention(heads: Heads, capability: int) -> Iterator[Variant]:
     }
     keys, num_warps = attention.choose_decode_tile(dtype, dim)
     for splits in (1, attention.MAX_SPLITS // 4):
-        tile = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
+        tile: dict[str, int | str] = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
         out = "*fp32" if splits > 1 else pointer
         what, kernel = f"decode, {name}, {splits} splits", triton_kernels.decode_kernel
         yield Variant(what, kernel, attended | tile, out, num_warps, pointer)

@@ -17,10 +17,10 @@ from pipeline.wire.prompts import ChatMessage, ImagePart, TextPart
 from pipeline.wire.sampling import Grammar, GrammarKind, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import LIMITS
-from tests.mtp import make_agree
 from tests.pictures import encode, scene
 from tests.servers import Server
 from tools.processes import workers_of
+from tools.random_checkpoint.agreeing import make_agree
 
 # Without an end the embedded model's answers repeat themselves, and each other.
 LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)

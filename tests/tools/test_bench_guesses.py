@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from tools.bench_guesses import Decoding, report, share_to_pay
+from tools.bench_guesses import Decoding, report, report_served, share_to_pay
 from tools.random_checkpoint import make_checkpoint
+from tools.random_checkpoint.agreeing import make_agree
 
 
 def test_the_share_that_pays_is_where_a_step_yields_what_it_costs() -> None:
@@ -26,3 +28,15 @@ def test_steps_with_guesses_and_without_take_turns(
     without, with_head = (decoding._runners[has_head] for has_head in (False, True))
     assert without.sequences.lengths[:2].tolist() == [75, 75]
     assert min(with_head.sequences.lengths[:2]) >= 80
+
+
+def test_servers_with_guesses_and_without_say_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(tmp_path, "qwen3.5-tiny")
+    make_agree(tmp_path, 0.02)
+    report_served(tmp_path, Namespace(dtype="float32", sequences=2, guesses=[3], output_tokens=24))
+    without, guessing = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert (without[1], without[-1]) == ("-", "yes")
+    assert int(guessing[1].rstrip("%")) > 30
+    assert guessing[-1] == "yes"

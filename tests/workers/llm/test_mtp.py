@@ -21,11 +21,12 @@ from tests.chats import ChatTurns
 from tests.checkpoints import make_checkpoint
 from tests.engine_rig import CPU, NUM_TOKENS, Rig
 from tests.grammars import grammar_of
-from tests.mtp import MtpReference, make_agree
+from tests.mtp import MtpReference
 from tests.pictures import noise
 from tests.reference import Reference
 from tests.workers.llm.test_grammars import FREE, Runs
 from tests.workers.llm.test_speculation import WANTED, Told, assert_same, finish, submit, with_
+from tools.random_checkpoint.agreeing import make_agree
 from tools.random_checkpoint.make import make_checkpoint as make_hub_checkpoint
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
@@ -255,10 +256,10 @@ def test_grammars_on_two_ranks(num_blocks: int, folder: Path) -> None:
 
 
 @pytest.mark.interpreter
-def test_the_way_of_a_gpu_gives_the_same(folder: Path) -> None:
+def test_the_way_of_a_gpu_gives_the_same(tmp_path: Path) -> None:
     """Steps without drafts run as graphs, and their tokens are guessed behind, too."""
-    told = []
-    wanted = {name: with_(WANTED[name], max_tokens=9) for name in ("greedy", "drawn")}
+    folder, told = make_agree(make_checkpoint(tmp_path, "qwen3_5"), 0.02), []
+    wanted = {name: with_(WANTED[name], max_tokens=7) for name in ("greedy", "drawn")}
     for speculative in ("none", "mtp"):
         rig = Rig(folder, 512, attention="triton", speculative=speculative)
         for name, params in wanted.items():
