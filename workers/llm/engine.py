@@ -189,5 +189,5 @@ class Engine:
         num_scheduled = len(scheduler.waiting) + len(scheduler.running)
         num_open = sum(len(choices.open) for choices in self.requests.values())
         assert num_scheduled == num_open, "a choice is lost or held twice"
-        if not self.requests:
+        if not self.has_work:  # a step in flight may save states for a request that has ended
             scheduler.cache.check_empty()

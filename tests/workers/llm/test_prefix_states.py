@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeline.wire.clients import RequestOutput
+from pipeline.wire.clients import AbortRequest, RequestOutput
 from pipeline.wire.generation import EmbeddingReady, GenerateRequest
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from tests.chats import ChatTurns
 from tests.checkpoints import make_checkpoint
-from tests.engine_rig import Rig
+from tests.engine_rig import CLIENT, Rig
 from tests.pictures import noise
 from workers.llm.request import Request
 from workers.llm.scheduler import Admitted
@@ -240,3 +240,20 @@ def test_followers_wait_for_a_boundary(folder: Path, plain: Rig) -> None:
     for number in range(8):
         mine = [one for one in outputs if one.request_id == str(number)]
         assert [token for one in mine for token in unpack_int32(one.new_token_ids).tolist()] == expected
+
+
+def test_who_is_aborted_while_a_step_saves_a_state_leaves_no_place_behind(folder: Path) -> None:
+    """The worker checks the cache each second, also while that step is in flight."""
+    rig = Rig(folder, 4096, BLOCK, has_overlap=True, num_snapshots=4)
+    request, _ = rig.request([("user", ["word " * 200])], "r")
+    rig.engine.handle(request, 0.0)
+    rig.engine.step(0.0)
+    snapshots = rig.scheduler.cache.snapshots
+    assert snapshots is not None
+    assert snapshots.num_free < 4
+    assert rig.engine.stepper.num_in_flight == 1
+    rig.engine.handle(AbortRequest(client_id=CLIENT, request_id="r", attempt=1), 0.0)
+    rig.engine.check_integrity()
+    rig.run()
+    rig.engine.check_integrity()
+    assert snapshots.num_free == 4

@@ -72,7 +72,8 @@ def plan_cache(
     total -= num_drafts * slot_bytes
     num_slots, num_snapshots = num_seqs, 0
     if slot_bytes:
-        num_states = _num_states(slot_bytes, context_bytes, num_seqs, total, is_asked=asked is not None)
+        sizes = slot_bytes, context_bytes, total
+        num_states = _num_states(*sizes, num_seqs, num_drafts, is_asked=asked is not None)
         num_slots, num_snapshots = _divide(num_states, num_seqs, config.llm.prefix_caching)
     # One more than sequences: the padding rows of a batch have a slot, too.
     left = total - (num_slots + 1 + num_snapshots) * slot_bytes if slot_bytes else total
@@ -97,9 +98,11 @@ def _divide(num_states: int, num_seqs: int, has_prefix_cache: bool) -> tuple[int
     return num_slots, min(num_states - num_slots, MAX_SNAPSHOTS_A_SLOT * num_slots)
 
 
-def _num_states(slot_bytes: int, context_bytes: int, num_seqs: int, total: int, is_asked: bool) -> int:
+def _num_states(
+    slot_bytes: int, context_bytes: int, total: int, num_seqs: int, num_drafts: int, is_asked: bool
+) -> int:
     """States for which there is room, without the spare slot. `context_bytes`: of the KV cache of the longest
-    context.
+    context. `total`: what the states of `num_drafts` drafts have left.
 
     Raises ValueError, with the numbers, where there is no room for the states of one sequence.
     """
@@ -109,7 +112,9 @@ def _num_states(slot_bytes: int, context_bytes: int, num_seqs: int, total: int, 
     fitting = share // slot_bytes - 1  # the spare slot
     if fitting < 1:
         needed = f"the states of one sequence, and of the padding of a batch, take {2 * slot_bytes / GIB:.3f}"
-        raise ValueError(f"{needed} GiB, but there is room for {max(0, share) / GIB:.3f}: raise kv_cache_gib")
+        taken = f"beside {num_drafts * slot_bytes / GIB:.3f} for {num_drafts} drafts " if num_drafts else ""
+        room = f"{taken}there is room for {max(0, share) / GIB:.3f}"
+        raise ValueError(f"{needed} GiB, but {room}: raise kv_cache_gib")
     return fitting
 
 

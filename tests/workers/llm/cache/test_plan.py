@@ -77,6 +77,18 @@ def test_a_context_that_is_asked_for_comes_before_further_sequences() -> None:
         plan_cache(HYBRID, 10**6, config(max_model_len=long), torch.bfloat16, less)
 
 
+def test_drafts_come_off_the_memory_of_states_and_blocks() -> None:
+    gib = (18 * SLOT + 7 * BLOCK) / GIB
+    plain = plan_cache(HYBRID, 100_000, config(), torch.bfloat16, gib)
+    more = plan_cache(HYBRID, 100_000, config(), torch.bfloat16, gib + 15 * SLOT / GIB, num_drafts=15)
+    assert more == plain._replace(num_drafts=15)
+    assert "0 prefixes and 15 drafts" in describe(more, HYBRID, 16, torch.bfloat16)
+    assert plan_cache([PAGED], 1000, config(), torch.bfloat16, 1.0, num_drafts=15).num_drafts == 0
+    words = r"take 0\.006 GiB, but beside 0\.044 for 15 drafts there is room for 0\.000: raise"
+    with pytest.raises(ValueError, match=words):
+        plan_cache(HYBRID, 100_000, config(), torch.bfloat16, 9 * SLOT / GIB, num_drafts=15)
+
+
 def test_a_model_of_states_alone_has_room_for_all_its_contexts() -> None:
     assert plan_cache([STATE], 100, config(max_num_seqs=2), torch.float32, 1.0) == (14, 100, 2, 0, 0)
 
