@@ -94,7 +94,7 @@ def main(context: WorkerContext) -> None:
         wait_for_vits(context, control)
     else:
         # A cache that cannot fit fails before the weights are loaded.
-        gib = available_gib(config, device, state_bytes(spec, dtype))
+        gib = available_gib(config, device, state_bytes(spec, dtype), num_drafts)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
     rendezvous = (
         Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
@@ -113,7 +113,7 @@ def main(context: WorkerContext) -> None:
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
         runner.decoder.on_layer = context.recorder.move
         spec = runner.decoder.cache_spec()
-        gib = available_gib(config, device, state_bytes(spec, dtype))
+        gib = available_gib(config, device, state_bytes(spec, dtype), num_drafts)
         gib = parallel.smallest(int(gib * GIB)) / GIB
         cache_plan = plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
         runner.open_cache(*cache_plan)

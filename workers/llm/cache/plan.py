@@ -11,7 +11,7 @@ from workers.llm.cache.spec import CacheSpec, paged_of, state_bytes
 
 GIB = 1 << 30
 CPU_CACHE_GIB = 1.0
-CPU_STATES = 32  # beside it, of models whose layers keep any: eight sequences and their prefixes
+CPU_STATES = 32  # beside it and beside those of drafts, of models whose layers keep any
 MAX_SNAPSHOTS_A_SLOT = 16  # of a chat of several turns with pictures
 ACTIVATIONS_GIB = 1.5  # of the largest step, the graphs, and what the libraries take
 
@@ -24,16 +24,16 @@ class CachePlan(NamedTuple):
     num_drafts: int = 0  # states behind the drafts of a step
 
 
-def available_gib(config: Config, device: torch.device, slot_bytes: int) -> float:
+def available_gib(config: Config, device: torch.device, slot_bytes: int, num_drafts: int = 0) -> float:
     """Memory for the cache of one rank; on a GPU the rest of its share, after the ViT and the weights.
-    `slot_bytes`: of all states of one sequence.
+    `slot_bytes`: of all states of one sequence. `num_drafts`: as of `plan_cache`.
 
     Raises ValueError, with the numbers, when none is left.
     """
     if config.llm.kv_cache_gib is not None:
         return config.llm.kv_cache_gib
     if device.type != "cuda":
-        return CPU_CACHE_GIB + CPU_STATES * slot_bytes / GIB
+        return CPU_CACHE_GIB + (CPU_STATES + num_drafts) * slot_bytes / GIB
     free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
     left = config.llm.gpu_memory_utilization * total - (total - free) - ACTIVATIONS_GIB
     if left <= 0:

@@ -117,5 +117,6 @@ def test_a_cpu_has_room_for_states_beside_the_kv_cache() -> None:
     cpu = torch.device("cpu")
     assert available_gib(config(), cpu, 0) == 1
     assert available_gib(config(), cpu, 18 << 20) == 1 + 32 * 18 / 1024
+    assert available_gib(config(), cpu, 18 << 20, num_drafts=15) == 1 + 47 * 18 / 1024
     asked = Config(llm=LlmConfig(kv_cache_gib=0.5))
     assert available_gib(asked, cpu, 18 << 20) == 0.5
