@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import read_model_info
-from pipeline.wire.clients import ChoiceProgress
-from pipeline.wire.packing import pack_int32, unpack_int32
+from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import GrammarKind
 from tests.chats import ChatTurns
 from tests.checkpoints import make_checkpoint
@@ -25,7 +24,16 @@ from tests.mtp import MtpReference
 from tests.pictures import noise
 from tests.reference import Reference
 from tests.workers.llm.test_grammars import FREE, Runs
-from tests.workers.llm.test_speculation import WANTED, Told, assert_same, finish, submit, with_
+from tests.workers.llm.test_speculation import (
+    WANTED,
+    Told,
+    assert_go_on,
+    assert_same,
+    finish,
+    submit,
+    submit_again,
+    with_,
+)
 from tools.random_checkpoint.agreeing import make_agree
 from tools.random_checkpoint.make import make_checkpoint as make_hub_checkpoint
 from workers.llm.model_runner import ModelRunner
@@ -194,15 +202,8 @@ def test_every_kind_of_sampling_gives_the_same(
 
 def test_the_next_attempt_goes_on_with_guesses(folder: Path, expected: Expected) -> None:
     rig = Rig(folder, 30, block_size=4, speculative="mtp")
-    for name, params in WANTED.items():
-        so_far = [
-            ChoiceProgress(pack_int32(told.tokens[: 3 + 9 * index]))
-            for (request_id, index), told in expected.items()
-            if request_id == name
-        ]
-        submit(rig, name, with_(params, prompt_logprobs=None), so_far)
-    for key, told in finish(rig).items():
-        assert told.tokens == expected[key].tokens[3 + 9 * key[1] :], key
+    submit_again(rig, expected)
+    assert_go_on(finish(rig), expected)
     assert rig.scheduler.drafter is not None
     assert rig.scheduler.drafter.counters["spec_decode_num_accepted_tokens"] > 20
 

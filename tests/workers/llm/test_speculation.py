@@ -85,6 +85,23 @@ def assert_same(found: Mapping[tuple[str, int], Told], expected: Mapping[tuple[s
             assert values == pytest.approx(wanted, abs=1e-4), key
 
 
+def submit_again(rig: Rig, expected: Mapping[tuple[str, int], Told]) -> None:
+    """The next attempts of all kinds of requests, whose choices have some tokens already."""
+    for name, params in WANTED.items():
+        so_far = [
+            ChoiceProgress(pack_int32(told.tokens[: 3 + 9 * index]))
+            for (request_id, index), told in expected.items()
+            if request_id == name
+        ]
+        submit(rig, name, with_(params, prompt_logprobs=None), so_far)
+
+
+def assert_go_on(found: Mapping[tuple[str, int], Told], expected: Mapping[tuple[str, int], Told]) -> None:
+    """After `submit_again`."""
+    for key, told in found.items():
+        assert told.tokens == expected[key].tokens[3 + 9 * key[1] :], key
+
+
 def texts_of(rig: Rig, told: Mapping[tuple[str, int], Told]) -> list[list[int]]:
     """Prompts and answers of the rig's requests, for guesses."""
     prompts = {name: choices.all[0].prompt_token_ids for name, choices in rig.engine.requests.items()}
@@ -200,17 +217,9 @@ def test_the_next_attempt_goes_on_with_guesses(
     random_checkpoint: Path, expected: dict[tuple[str, int], Told]
 ) -> None:
     rig = Rig(random_checkpoint, 30, block_size=4)
-    for name, params in WANTED.items():
-        so_far = [
-            ChoiceProgress(pack_int32(told.tokens[: 3 + 9 * index]))
-            for (request_id, index), told in expected.items()
-            if request_id == name
-        ]
-        submit(rig, name, with_(params, prompt_logprobs=None), so_far)
+    submit_again(rig, expected)
     drafter = drafted(rig, expected)
-    found = finish(rig)
-    for key, told in found.items():
-        assert told.tokens == expected[key].tokens[3 + 9 * key[1] :], key
+    assert_go_on(finish(rig), expected)
     assert drafter.counters["spec_decode_num_accepted_tokens"] > 40
 
 

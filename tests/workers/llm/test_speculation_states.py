@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.wire.clients import ChoiceProgress
 from pipeline.wire.generation import GenerateRequest
 from pipeline.wire.packing import pack_int32
 from tests.checkpoints import make_checkpoint
@@ -17,10 +16,12 @@ from tests.workers.llm.test_speculation import (
     GREEDY,
     WANTED,
     Told,
+    assert_go_on,
     assert_same,
     drafted,
     finish,
     submit,
+    submit_again,
     with_,
 )
 
@@ -63,16 +64,9 @@ def test_every_kind_of_sampling_gives_the_same(
 
 def test_the_next_attempt_goes_on_with_guesses(folder: Path, expected: Expected) -> None:
     rig = Rig(folder, 30, block_size=4)
-    for name, params in WANTED.items():
-        so_far = [
-            ChoiceProgress(pack_int32(told.tokens[: 3 + 9 * index]))
-            for (request_id, index), told in expected.items()
-            if request_id == name
-        ]
-        submit(rig, name, with_(params, prompt_logprobs=None), so_far)
+    submit_again(rig, expected)
     drafter = drafted(rig, expected)
-    for key, told in finish(rig).items():
-        assert told.tokens == expected[key].tokens[3 + 9 * key[1] :], key
+    assert_go_on(finish(rig), expected)
     assert drafter.counters["spec_decode_num_accepted_tokens"] > 40
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from workers.llm.attention.base import AttentionLayer, HeadNorm, SequencePart
+from workers.llm.attention.base import AttentionBackend, AttentionLayer, HeadNorm, SequencePart
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import Paged
 
@@ -84,3 +86,17 @@ def make_cache(
 def slots_of(span: SequencePart, block_size: int) -> list[int]:
     slots = [block * block_size + place for block in span.block_table for place in range(block_size)]
     return slots[: span.num_computed]
+
+
+def check_wide_norms(attention: Callable[[PagedTensors], AttentionBackend]) -> None:
+    """Norms of heads, in a model in bfloat16, have weights in float32."""
+    torch.manual_seed(0)
+    cache, dim = make_cache([Paged(2, 16)], 4, 4, torch.bfloat16), 16
+    norm = HeadNorm(1 + 0.01 * torch.randn(dim), 1 + 0.01 * torch.randn(dim), 1e-6)
+    layer, qkv = make_layer(0, 4, 2, dim, None, norm), torch.randn(3, 8, dim).bfloat16()
+    q, k = qkv[:, :4].double(), qkv[:, 4:6].double()
+    step = attention(cache).plan([SequencePart(3, 0, [1])])
+    step.write(layer, qkv, step.rotary(torch.zeros(3, dim // 2), torch.bfloat16))
+    for found, heads, weight in ((qkv[:, :4], q, norm.query), (cache.tensors[0][4:7, :2], k, norm.key)):
+        expected = F.rms_norm(heads, (dim,), weight.double(), norm.eps)
+        torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=2**-8)

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.workers.llm.attention.spans import make_cache, make_layer, make_spans, reference, slots_of
+from tests.workers.llm.attention.spans import (
+    check_wide_norms,
+    make_cache,
+    make_layer,
+    make_spans,
+    reference,
+    slots_of,
+)
 from workers.llm.attention.base import HeadNorm, SequencePart
 from workers.llm.attention.torch import FEW_TOKENS, PagedAttention, PromptPart, _TorchStep
 from workers.llm.cache.spec import Paged
@@ -92,16 +99,7 @@ def test_decodes_planned_on_the_device_are_those_of_the_host() -> None:
 
 
 def test_norms_of_heads_may_have_weights_in_float32() -> None:
-    torch.manual_seed(0)
-    cache, dim = make_cache([Paged(2, 16)], 4, 4, torch.bfloat16), 16
-    norm = HeadNorm(1 + 0.01 * torch.randn(dim), 1 + 0.01 * torch.randn(dim), 1e-6)
-    layer, qkv = make_layer(0, 4, 2, dim, None, norm), torch.randn(3, 8, dim).bfloat16()
-    q, k = qkv[:, :4].double(), qkv[:, 4:6].double()
-    step = PagedAttention(cache).plan([SequencePart(3, 0, [1])])
-    step.write(layer, qkv, step.rotary(torch.zeros(3, dim // 2), torch.bfloat16))
-    for found, heads, weight in ((qkv[:, :4], q, norm.query), (cache.tensors[0][4:7, :2], k, norm.key)):
-        expected = F.rms_norm(heads, (dim,), weight.double(), norm.eps)
-        torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=2**-8)
+    check_wide_norms(PagedAttention)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -14,6 +14,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
+from tests.workers.nn.delta.token_by_token import LayerInputs
 from workers.nn.delta.layer import DeltaStates, GatedDeltaNet
 from workers.nn.delta.plan import CHUNK, DeltaPlan, plan_step
 from workers.nn.delta.rule import DeltaTokens, advance, compute_chunk, prepare_chunks, unit_heads
@@ -21,18 +22,6 @@ from workers.nn.delta.rule import DeltaTokens, advance, compute_chunk, prepare_c
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, TAPS = 2, 4, 16, 24, 4
 CHANNELS = 2 * KEY_HEADS * KEY_DIM + VALUE_HEADS * VALUE_DIM
 LENGTH, NUM_SLOTS = 150, 5
-
-
-class Rows(NamedTuple):
-    """A sequence's inputs of the layer."""
-
-    x: Tensor
-    z: Tensor
-    b: Tensor
-    a: Tensor
-
-    def at(self, rows: Tensor) -> Rows:
-        return Rows(*(part[rows] for part in self))
 
 
 class Part(NamedTuple):
@@ -59,10 +48,10 @@ def net() -> GatedDeltaNet:
     )
 
 
-def make_rows(length: int = LENGTH) -> Rows:
+def make_rows(length: int = LENGTH) -> LayerInputs:
     generator = torch.Generator().manual_seed(2)
     widths = CHANNELS, VALUE_HEADS * VALUE_DIM, VALUE_HEADS, VALUE_HEADS
-    return Rows(*(torch.randn(length, width, generator=generator) for width in widths))
+    return LayerInputs(*(torch.randn(length, width, generator=generator) for width in widths))
 
 
 def make_states() -> DeltaStates:
@@ -76,7 +65,7 @@ def plan_of(parts: Sequence[Part]) -> DeltaPlan:
     return plan_step(torch.tensor([part.slot for part in parts]), counts, [part.start for part in parts], 3)
 
 
-def run(net: GatedDeltaNet, rows: Rows, states: DeltaStates, parts: Sequence[Part]) -> list[Tensor]:
+def run(net: GatedDeltaNet, rows: LayerInputs, states: DeltaStates, parts: Sequence[Part]) -> list[Tensor]:
     """One step; the output of each part."""
     taken = [torch.arange(start, stop) for _, start, stop in parts]
     out = net(*rows.at(torch.cat(taken)), states, plan_of(parts))
@@ -88,7 +77,7 @@ class Expected(NamedTuple):
     memory: Tensor
 
 
-def expected(net: GatedDeltaNet, rows: Rows, is_chunked: bool = True) -> Expected:
+def expected(net: GatedDeltaNet, rows: LayerInputs, is_chunked: bool = True) -> Expected:
     """By transformers' functions."""
     taps = net.taps.T[:, None]
     convolved = F.conv1d(rows.x.T[None], taps, groups=CHANNELS, padding=TAPS - 1)[0, :, : len(rows.x)]

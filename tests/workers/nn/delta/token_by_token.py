@@ -43,14 +43,14 @@ class DeltaShape(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """Views of two matrices, as projections give them."""
+    """A sequence's inputs of the layer."""
 
     x: Tensor
     z: Tensor
     b: Tensor
     a: Tensor
 
-    def at(self, rows: slice) -> LayerInputs:
+    def at(self, rows: slice | Tensor) -> LayerInputs:
         return LayerInputs(*(part[rows] for part in self))
 
 
