@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,8 @@ from workers.llm.parallel import TensorParallel
 ORIGIN: Origin = {"sender": WorkerId(Role.LLM), "epoch": 1}
 BLOCK, MAX_DRAFTS = 16, 15
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, seed=1)
-NUM_WARM_UPS = 3
+NUM_WARM_UPS, NUM_ROUNDS = 3, 3
+MAX_WAIT_S = 30.0
 SHARE = 0.02  # of what the rest of a text usually does to the next token
 
 
@@ -142,15 +144,25 @@ def ask(served: Served, bodies: Sequence[Body], num_output: int) -> Answered:
     return Answered([result.text for result in results], num_output * len(bodies) / seconds)
 
 
-def share_right(served: Served) -> float:
+def share_right(served: Served, num_output: int) -> float:
+    """Waits until the metrics count `num_output` tokens: workers tell their counts once a second."""
+    deadline = time.monotonic() + MAX_WAIT_S
+    while (counted := read_counts(served))["vlm_output_tokens"] < num_output:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"of {num_output} tokens the metrics count {counted['vlm_output_tokens']:.0f}")
+        time.sleep(0.1)
+    return counted["vlm_spec_decode_num_accepted_tokens"] / counted["vlm_spec_decode_num_draft_tokens"]
+
+
+def read_counts(served: Served) -> dict[str, float]:
+    """Sums over all workers, by the counter's name without `_total`."""
     with urllib.request.urlopen(f"{served.url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-
-    def total(name: str) -> float:
-        of_name = f"vlm_spec_decode_num_{name}_tokens"
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(of_name))
-
-    return total("accepted") / max(total("draft"), 1.0)
+    counted = defaultdict[str, float](float)
+    for line in lines:
+        if not line.startswith("#"):
+            counted[line.partition("{")[0].removesuffix("_total")] += float(line.split()[-1])
+    return counted
 
 
 def report_served(folder: Path, options: argparse.Namespace) -> None:
@@ -168,12 +180,13 @@ def report_served(folder: Path, options: argparse.Namespace) -> None:
                 bodies = [
                     workload.body([{"role": "user", "content": one}]) | {"seed": 1} for (one,) in questions
                 ]
-                rounds = [ask(served, bodies, options.output_tokens) for _ in range(3)]
-                rates = sorted(one.tokens_per_s for one in rounds)
-                found.append(Answered(rounds[0].texts, rates[1]))
+                rounds = [ask(served, bodies, options.output_tokens) for _ in range(NUM_ROUNDS)]
+                rates = [one.tokens_per_s for one in rounds]
+                found.append(Answered(rounds[0].texts, statistics.median(rates)))
             texts = [one.texts for one in found]
             plain = plain or texts
-            right = f"{share_right(served):.0%}" if count else "-"
+            num_output = 2 * NUM_ROUNDS * len(questions) * options.output_tokens
+            right = f"{share_right(served, num_output):.0%}" if count else "-"
             greedy, drawn = (f"{one.tokens_per_s:.1f}" for one in found)
             told = "yes" if texts == plain else "no"
             print(f"{count:7d} {right:>7} {greedy:>17} {drawn:>7} {told:>16}", flush=True)
