@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pipeline.process.metrics import STAGE_SECONDS, Metrics
+from pipeline.process.metrics import Metrics
 from pipeline.process.trace import Tracer
 from pipeline.wire.base import Origin
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
@@ -33,13 +33,8 @@ from workers.llm.request import Request
 from workers.llm.sampling.matching import mask_of
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
 from workers.llm.step_result import StepResult
+from workers.llm.step_stats import StepStats
 from workers.llm.step_times import StepSeconds
-
-COUNTED = {
-    "steps": "Steps computed",
-    "generation_tokens": "Tokens yielded",
-}
-STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's
 
 
 class StepHandle(Protocol):
@@ -122,15 +117,8 @@ class Stepper:
         self._origin, self._leases, self._publish_step, self._watch = origin, leases, publish_step, watch
         self.has_overlap = has_overlap
         self.is_wide = False  # steps run on all cores
-        self.counters = dict.fromkeys(COUNTED, 0)
-        metrics = watch.metrics
-        metrics.counters(COUNTED, lambda: self.counters)
-        self._step_tokens = metrics.histogram(
-            "iteration_tokens_total", "Tokens that a step computes", STEP_TOKENS
-        )
-        self._step_seconds = metrics.histogram(
-            "step_seconds", "From a step's start, or the end of the step before it, to its end", STAGE_SECONDS
-        )
+        self._stats = StepStats(watch.metrics)
+        self.counters = self._stats.counters
         self._in_flight: deque[InFlightStep] = deque()
         self._started: list[SequenceStart] = []  # to go into the next plan
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
@@ -324,8 +312,7 @@ class Stepper:
         decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
         num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
         num_prefill = sum(item.num_tokens for item in prefills)
-        self._step_tokens.observe(num_decodes + num_prefill)
-        self._step_seconds.observe(ended_at - started_at)
+        self._stats.on_step(num_decodes + num_prefill, ended_at - started_at)
         self.last_step = StepSeconds(len(decodes), num_decodes, ended_at - started_at)
         if step_times is not None:
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)
