@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.process.log import ERASE
-from pipeline.process.process import LOADING
+from pipeline.process.phases import LOADING
 
 logger = logging.getLogger(__name__)
 REDRAW_S = 0.1

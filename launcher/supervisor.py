@@ -50,6 +50,7 @@ from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 START_TIMEOUT_S = 600.0  # without a message from a unit that starts
+DOCTOR = "python -m launcher.doctor says what this machine can do, and what is missing"
 OTHERS_END_S = 0.5  # for the ranks that end because of another rank, while a group starts
 
 
@@ -106,6 +107,8 @@ class Supervisor:
             self._progress.close()
             if reason:
                 logger.error("%s", reason)
+                if not self._fleet.is_started:
+                    logger.error("%s", DOCTOR)
             self._stop(reason)
             for number, handler in previous.items():
                 signal.signal(number, handler)

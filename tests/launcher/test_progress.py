@@ -7,7 +7,7 @@ import pytest
 
 from launcher.progress import MIB, StartProgress, shown_bytes
 from pipeline.process.log import ERASE
-from pipeline.process.process import LOADING, WAITING
+from pipeline.process.phases import LOADING, WAITING
 
 
 class Terminal(io.StringIO):

@@ -17,9 +17,9 @@ import torch
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.phases import LOADING
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
-    LOADING,
     WorkerContext,
     parse_worker,
 )

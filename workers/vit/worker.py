@@ -17,7 +17,8 @@ from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
-from pipeline.process.process import LOADING, WorkerContext
+from pipeline.process.phases import LOADING
+from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Receiver
 from pipeline.transport.mapping_check import check_mapping
 from pipeline.transport.memory import CudaBindings
