@@ -32,7 +32,7 @@ import aiohttp
 import numpy as np
 from PIL import Image
 
-from tools.plots import Bar, Line, bars, height_of_bars, lines, page, shares
+from tools.plots import Bar, Line, bars, color_of, height_of_bars, lines, page, shares
 
 WORDS = [
     "red",
@@ -359,7 +359,10 @@ def plot(by_server: Mapping[str, Sequence[Result]], rounds: Mapping[str, Sequenc
     top = -(-len(panels) // 2) * height
     tall = height_of_bars(len(rounds))
     for number, path in enumerate(TABLE):
-        values = [_bar(url, [pick(summary, path) for summary in found]) for url, found in rounds.items()]
+        values = [
+            _bar(url, [pick(summary, path) for summary in found], color_of(place))
+            for place, (url, found) in enumerate(rounds.items())
+        ]
         drawn += bars(path, values, 10 + number % 2 * width, top + number // 2 * tall, width - 20, 220)
     return page(2 * width, top + -(-len(TABLE) // 2) * tall, drawn)
 
@@ -374,9 +377,11 @@ def _gaps(streams: Sequence[Result]) -> list[Line]:
     ]  # fmt: skip
 
 
-def _bar(url: str, values: Sequence[float]) -> Bar:
+def _bar(url: str, values: Sequence[float], color: str) -> Bar:
     known = [value for value in values if not math.isnan(value)]
-    return Bar(url, statistics.median(known), min(known), max(known)) if known else Bar(url, None)
+    if not known:
+        return Bar(url, None)
+    return Bar(url, statistics.median(known), min(known), max(known), color)
 
 
 def parse_limits(given: Sequence[str]) -> dict[str, float]:

@@ -68,7 +68,8 @@ def lines(title: str, series: Sequence[Line], x: float, y: float, width: float, 
         color = color_of(number)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}"/>')
         if line.name:
-            drawn.append(text(left + 8, y + 38 + 14 * number, line.name, f' fill="{color}"'))
+            at = bottom - 8 - 14 * (len(series) - 1 - number)  # distributions leave this corner free
+            drawn.append(text(left + across, at, line.name, f' fill="{color}" text-anchor="end"'))
     return drawn
 
 
