@@ -29,6 +29,7 @@ class ArrivingEmbeddings:
             self._leases.release([lease])
             return
         chunk.embeddings, chunk.lease = message.embeddings, lease
+        self._requests.stats.on_embeddings(message.sent_at)
 
     def on_failed(self, message: EncodeFailed, now: float) -> None:
         if not self._is_early(message, now) and self._wanted_chunk(message) is not None:
