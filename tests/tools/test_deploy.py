@@ -83,6 +83,15 @@ def test_compose_files() -> None:
     assert [place for place in files if not (FOLDER / place).exists()] == []
 
 
+def test_prometheus_looks_at_the_server_in_both_places() -> None:
+    alone, beside = (
+        yaml.safe_load((FOLDER / name).read_text()) for name in ("prometheus.yml", "prometheus-compose.yml")
+    )
+    assert beside["scrape_configs"][0].pop("static_configs") == [{"targets": ["vlm:8000"]}]
+    assert alone["scrape_configs"][0].pop("static_configs") == [{"targets": ["127.0.0.1:8000"]}]
+    assert alone == beside
+
+
 def test_check_jsonschema_finds_something(tmp_path: Path) -> None:
     (tmp_path / "compose.yml").write_text("services:\n  vlm:\n    imagine: vlm\n")
     found = run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yml")
