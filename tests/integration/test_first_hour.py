@@ -1,4 +1,4 @@
-"""docs/first-hour.md: every command of the tour is run, as it stands there. And the program of docs/direct.md."""
+"""Every command of docs/first-hour.md is run, as it stands there; and the program of docs/direct.md."""
 
 from __future__ import annotations
 
