@@ -53,7 +53,8 @@ def _rows(role: type) -> Iterator[str]:
             names.append(f"--no-{field.name.replace('_', '-')}")
         value = _value(field, hints[field.name])
         shown = "<br>".join(f"`{name}{value if name == names[0] else ''}`" for name in names)
-        text = str(field.metadata["help"]).replace("|", "\\|")
+        choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
+        text = field.metadata["help"] + (f". One of {choices}" if choices else "")
         yield f"| {shown} | {_default(field.default)} | {text} |"
 
 
@@ -61,12 +62,10 @@ def _value(field: dataclasses.Field[object], hint: object) -> str:
     """What stands behind the option's name."""
     if hint is bool:
         return ""
-    if field.metadata["choices"]:
-        return " " + "\\|".join(field.metadata["choices"])
     plain = (
         next(kind for kind in typing.get_args(hint) if kind is not type(None)) if _may_be_none(hint) else hint
     )
-    word = field.metadata["metavar"] or field.name.upper()
+    word = "NAME" if field.metadata["choices"] else field.metadata["metavar"] or field.name.upper()
     return f" {word} …" if typing.get_origin(plain) is tuple else f" {word}"
 
 
