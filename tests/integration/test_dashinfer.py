@@ -11,7 +11,7 @@ import pytest
 
 from launcher.checkpoints import EMBEDDED
 from tests.servers import Server
-from tests.videos import CLIP
+from tests.videos import counting_frames, encode_video
 
 SAMPLES = EMBEDDED / "samples"
 # Of its streaming client, and of its benchmark.
@@ -29,7 +29,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
     for name in ("red-star.png", "number.png", "word.png"):
         (folder / name).write_bytes((SAMPLES / name).read_bytes())
-    (folder / "clip.mp4").write_bytes(CLIP)
+    (folder / "clip.mp4").write_bytes(encode_video(counting_frames(24)))
     return folder
 
 
