@@ -16,7 +16,7 @@ from tests.servers import Server
 def listening(address: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     made.bind(address)
-    made.settimeout(5)
+    made.settimeout(60)
     return made
 
 
