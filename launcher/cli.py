@@ -18,6 +18,7 @@ from pathlib import Path
 from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
 from launcher.config_size import check_size
+from launcher.doctor.command import examine
 from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
 from launcher.memory import warn_of_memory
@@ -88,6 +89,11 @@ def parse(arguments: Sequence[str]) -> Config:
         except ValueError as error:
             parser.error(str(error))
     return Config(**parts)
+
+
+def examine_machine(arguments: Sequence[str]) -> int:
+    """What `python -m launcher.doctor` does."""
+    return examine(arguments, os.environ)
 
 
 def main(arguments: Sequence[str]) -> int:

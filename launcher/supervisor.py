@@ -24,14 +24,13 @@ from launcher.checkpoints import Model
 from launcher.fleet import Fleet
 from launcher.listening import listen
 from launcher.placement import workers
-from launcher.progress import ProgressBar
+from launcher.progress import StartProgress
 from launcher.quarantine import QuarantineRecord
 from launcher.reload import Reload
 from launcher.service_manager import ALIVE, READY, STOPPING, ServiceManager
 from launcher.spawner import Spawner
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
-from pipeline.process.process import WAITING
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.sockets import Sockets
@@ -52,6 +51,7 @@ from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 START_TIMEOUT_S = 600.0  # without a message from a unit that starts
+DOCTOR = "python -m launcher.doctor says what this machine can do, and what is missing"
 OTHERS_END_S = 0.5  # for the ranks that end because of another rank, while a group starts
 
 
@@ -89,7 +89,7 @@ class Supervisor:
         self._num_signals = self._num_hangups = 0
         self._is_draining = False
         self._heartbeat_due = 0.0
-        self._progress = ProgressBar()
+        self._progress = StartProgress()
 
     def run(self) -> int:
         """Serves until a signal (0) or a failure (1). Raises OSError where it cannot listen."""
@@ -116,6 +116,8 @@ class Supervisor:
             self._progress.close()
             if reason:
                 logger.error("%s", reason)
+                if not self._fleet.is_started:
+                    logger.error("%s", DOCTOR)
             self._stop(reason)
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -203,10 +205,11 @@ class Supervisor:
                 case WorkerReady():
                     child.ready, child.moved_at = message, now
                     logger.debug("%s is ready %s", child.worker, message.details)
+                    self._progress.on_ready(str(child.worker))
                     self._on_ready(unit, message)
                 case WorkerStats():
                     child.stats, child.stats_time = message, now
-                    if child.ready is None and not unit.has_served and not message.phase.startswith(WAITING):
+                    if child.ready is None and not unit.has_served:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case ReloadRequested():
                     self._num_hangups += 1

@@ -31,7 +31,7 @@ UNDECLARED = "Told by the worker"
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
-class Source(NamedTuple):
+class MetricSource(NamedTuple):
     """Whose a value is. `engine`: vLLM's name for the number of a group of ranks; 0 for other workers."""
 
     worker: str
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 class Sample(NamedTuple):
     metric: Metric  # with the values, if it is a histogram
-    source: Source
+    source: MetricSource
     label: str = ""  # the value of the metric's label, if it has one
     value: Number = 0
 
@@ -80,7 +80,7 @@ def _own_label(sample: Sample) -> dict[str, str]:
 
 
 def _samples(state: WorkerState, leads: Sequence[int]) -> Iterator[Sample]:
-    source = Source(str(state.worker), _engine_of(state.worker, leads))
+    source = MetricSource(str(state.worker), _engine_of(state.worker, leads))
     of_all = (int(state.is_ready), state.epoch - 1, state.num_open_requests)
     values = {**state.counters, **{one.name: value for one, value in zip(OF_ALL, of_all, strict=True)}}
     declared = {metric.name: metric for metric in (*OF_ALL, *state.metrics)}

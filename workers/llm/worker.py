@@ -17,6 +17,7 @@ import torch
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.phases import LOADING
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WorkerContext,
@@ -95,7 +96,7 @@ def main(context: WorkerContext) -> None:
     parallel = TensorParallel.connect(rank, tp_size, device, rendezvous, config.llm.expert_parallel)
 
     def progress(done: int, total: int) -> None:
-        context.progress("loading weights", done, total)
+        context.progress(LOADING, done, total)
 
     sharing = _sharing(context, device)
     runner: ModelRunner | None = None

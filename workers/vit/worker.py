@@ -17,6 +17,7 @@ from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.phases import LOADING
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Receiver
 from pipeline.transport.mapping_check import check_mapping
@@ -40,6 +41,7 @@ from workers.vit.metrics import VitStats
 from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
+BUILDING = "building the encoder"  # phase of a start, of unknown length
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
@@ -110,7 +112,7 @@ def main(context: WorkerContext) -> None:
         after_work=after_work, is_hurried=lambda: sharing.is_hurried,
         deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit, quantization=config.vit_quantization,
-        progress=lambda done, total: context.progress("loading weights", done, total),
+        progress=lambda done, total: context.progress(LOADING if total > 1 else BUILDING, done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
     context.faults.fill(allocator)
