@@ -30,6 +30,8 @@ OUTSIDE = re.compile(r"(https?:)?//")
 # Names in the theme's script. Of these a browser asks only for what a page uses, and none does (diagrams, a
 # repository's stars), or what only a browser of before 2020 lacks.
 UNUSED = ("unpkg.com/", "api.github.com", "github.com", "gitlab", "clipboardjs.com/", "fb.me", "www.w3.org")
+# Pages that come with the page at / and its lanes.
+TO_COME = {"page.md", "lanes.md"}
 OURS = ("http://127.0.0.1",)
 
 
@@ -79,6 +81,13 @@ def read(path: Path) -> _Page:
 
 def test_every_page_is_in_the_site(site: Path) -> None:
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= {path.stem for path in site.glob("*.html")}
+
+
+def test_every_page_of_the_navigation_is_there() -> None:
+    named = set(re.findall(r"^ +- (?:[^:\n]+: )?([\w.-]+\.md)$", (ROOT / ".mkdocs.yml").read_text(), re.M))
+    there = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert there <= named
+    assert named - there <= TO_COME
 
 
 def test_nothing_is_loaded_from_another_host(site: Path) -> None:
