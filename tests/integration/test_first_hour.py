@@ -139,6 +139,6 @@ def test_a_dashboard(tour: _Tour) -> None:
 def test_a_worker_is_killed(tour: _Tour) -> None:
     kill, look = commands("Kill")
     assert KILL in kill
-    assert '"completion_tokens":1500' in tour.run(kill).replace(" ", "")
+    assert '"completion_tokens":800' in tour.run(kill).replace(" ", "")
     restarts = dict(re.findall(r'worker="([\w.]+)"\} (\d+)', tour.run(look)))
     assert restarts["llm.0"] == "1"
