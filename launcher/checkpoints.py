@@ -74,7 +74,7 @@ def _download(name: str, source: str) -> Path:
         return Path(fetch(name, allow_patterns=list(FILES)))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()  # which would fill a log

@@ -183,7 +183,8 @@ def _stages() -> list[Panel]:
             queries=[Query(rate(f"{metric}_sum"), name) for name, metric in STAGES],
         ),
         Panel(
-            title="Stages, P95", unit="s", text="Of one piece of work.",
+            title="Stages, P95", unit="s",
+            text="Of one piece of work. Queue and prefill have vLLM's bounds, which begin at 0.3 s.",
             queries=[Query(quantile(0.95, metric), name) for name, metric in STAGES],
         ),
     ]  # fmt: skip
