@@ -24,6 +24,8 @@ from launcher.gpu_sharing import gpu_sharing
 from launcher.memory import warn_of_memory
 from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
+from launcher.service_manager import VARIABLE as MANAGER
+from launcher.service_manager import ServiceManager
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
 from pipeline.config.tls import ssl_context
@@ -99,8 +101,9 @@ def main(arguments: Sequence[str]) -> int:
     hide([key for key in (*config.api.api_key, config.api.admin_key, config.preprocess.media_proxy) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
-        # Removed from the environment: workers do not need it.
+        # Removed from the environment: workers do not need them.
         config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
+        manager = ServiceManager(os.environ.pop(MANAGER, ""))
         check_size(config)
         ssl_context(config.api)  # raises for files that cannot be used, before anything starts
         home = home_folder(os.environ)
@@ -119,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
             config = limit_pictures(config, model.folder, os.environ)
             warn_of_memory(config, model.folder)
             with gpu_sharing(config, run_dir, workers_environment(os.environ, home, cache)) as environment:
-                return Supervisor(config, model, run_dir, environment).run()
+                return Supervisor(config, model, run_dir, environment, manager).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

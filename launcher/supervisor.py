@@ -27,6 +27,7 @@ from launcher.placement import workers
 from launcher.progress import StartProgress
 from launcher.quarantine import QuarantineRecord
 from launcher.reload import Reload
+from launcher.service_manager import ALIVE, READY, STOPPING, ServiceManager
 from launcher.spawner import Spawner
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
@@ -63,9 +64,16 @@ class _Stopped(Exception):
 
 
 class Supervisor:
-    def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        run_dir: Path,
+        environment: dict[str, str],
+        manager: ServiceManager,
+    ) -> None:
         """`environment` is the workers'."""
-        self._config, self._model, self._run_dir = config, model, run_dir
+        self._config, self._model, self._run_dir, self._manager = config, model, run_dir, manager
         self._listening: list[socket.socket] = []
         members = workers(config.num_vits, config.num_ranks, config.has_gateway)
         self._fleet = Fleet(units(members, config.llm.tp), config.leads)
@@ -98,6 +106,7 @@ class Supervisor:
             self._wait_until(lambda: self._fleet.is_serving)
             self._progress.close()
             announce(self._config, self._model, self._run_dir, self._listening[0].getsockname()[1])
+            self._manager.tell(READY)
             self._wait_until(lambda: False)
         except _Stopped:
             reason = self._drain()
@@ -165,6 +174,7 @@ class Supervisor:
     def _publish_state(self, end: str | None = None) -> None:
         now = time.monotonic()
         self._heartbeat_due = now + HEARTBEAT_S
+        self._manager.tell(ALIVE)
         for report in self._fleet.reports(now):
             logger.info("%s", report)
         if not self._control.publish(
@@ -329,6 +339,7 @@ class Supervisor:
             "shutting down: waiting up to %.0f s for open requests (Ctrl-C again: at once)",
             self._config.launcher.shutdown_timeout,
         )
+        self._manager.tell(STOPPING)
         start = time.monotonic()
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
@@ -354,3 +365,4 @@ class Supervisor:
         for listening in self._listening:
             listening.close()
         self._wakeup.close()
+        self._manager.close()
