@@ -13,7 +13,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role
 from pipeline.wire.trace_context import Trace
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 CLIENT_ID_BYTES = 16
 MAX_REQUEST_ID = 256  # characters
 MAX_TENANT = 256  # characters

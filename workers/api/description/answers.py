@@ -352,5 +352,11 @@ class Version(Form):
     version: str
 
 
+class Killed(Form):
+    status: Literal["killed"]
+    worker: str
+    epoch: int  # that has ended
+
+
 class Reloading(Form):
     status: Literal["reloading"]
