@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 
 import msgspec
 from aiohttp import web
@@ -38,6 +39,7 @@ from workers.api.generation import Generation
 from workers.api.hosts import Hosts
 from workers.api.key_metrics import KeyMetrics
 from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
+from workers.api.page.routes import Page, is_page
 from workers.api.paths import explain, spellings
 from workers.api.request_trace import RequestTrace
 from workers.api.response_store import ResponseStore
@@ -76,6 +78,7 @@ class ApiServer:
         budget: Budget | None = None,
         forms: ChatForms | None = None,
         spans: OtlpSpans | None = None,
+        samples: Path | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
         self._model = ServedModel(
@@ -89,6 +92,7 @@ class ApiServer:
         self._operations = Operations(
             client, lambda: self.is_ready, self._load, request_reload, self._metrics_of_keys
         )
+        self._page = None if config.disable_page else Page(config, samples)
         self._spans = spans
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self._admission = Admission()
@@ -115,6 +119,8 @@ class ApiServer:
         application.on_response_prepare.append(self._on_head)
         application.router.add_get(PATH, self._describe)
         application.add_routes(self._operations.routes(has_admin=bool(self._config.admin_key)))
+        if self._page is not None:
+            application.add_routes(self._page.routes())
         for route in self._every_route:
             for path in spellings(route.path):
                 if issubclass(route, Endpoint):
@@ -189,7 +195,7 @@ class ApiServer:
             self._access.admit(request)
             if request.match_info.http_exception is None:
                 refuse_type(request)
-            if request.path not in UNCOUNTED_ROUTES:
+            if request.path not in UNCOUNTED_ROUTES and not is_page(request.path):
                 await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
         except asyncio.CancelledError:
