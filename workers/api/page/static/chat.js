@@ -16,6 +16,7 @@ import { t } from "./i18n.js";
 /** @typedef {import("./store.js").Turn} Turn */
 /** @typedef {import("./store.js").Media} Media */
 
+export const ignoresTheme = true;
 const NEAR_END = 80; // pixels: who reads so near to the end follows the text
 const LONGEST_TITLE = 60;
 /** @type {{text: string, media: Media[]}} what was not sent yet when the view was last left */

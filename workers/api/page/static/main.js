@@ -7,13 +7,14 @@
 // `element` is an empty element of the view alone; `unmount()` ends all that the view has begun (timers, streams).
 // It is loaded when it is first shown, at #NAME or #NAME/WHATEVER. The server names the views that it has
 // (`views` of /page/setup.json), and only these are in the bar. A module may also export `strings`,
-// {en: {key: text}, zh: {key: text}}, which `t` then knows. `context` has
+// {en: {key: text}, zh: {key: text}}, which `t` then knows; and `ignoresTheme = true` if all its colours are CSS.
+// `context` has
 //
 //   request(path, init)   fetch with the key. A 401 asks the user for a key and tries again; any other answer
 //                         that is not ok throws an ApiError, whose message is the server's own sentence
 //   t(key, values)        the string in the user's language
 //   language, theme       "en" or "zh"; "light" or "dark", as shown now. When one changes, the view is mounted
-//                         anew
+//                         anew (but for a theme that it ignores)
 //   onError(error)        shows an error to the user, in words
 //   setup                 what /page/setup.json says
 //   rest                  what follows the view's name in the address: "WHATEVER"
@@ -32,6 +33,7 @@ const main = /** @type {HTMLElement} */ (document.getElementById("content"));
 let setup = { needs_key: false, views: ["chat"], max_request_mib: 64, samples: [] };
 let shown = { view: "", rest: "" };
 let unmount = () => {};
+let ignoresTheme = false; // the shown view
 let turn = 0; // counts views, as a view's module may arrive after the next view was chosen
 
 /** @returns {"auto"|"light"|"dark"} */
@@ -54,7 +56,11 @@ function nextTheme() {
   drawBar();
   document.getElementById("theme")?.focus();
   announce(t(`theme.${next}`));
-  showView();
+  onTheme();
+}
+
+function onTheme() {
+  if (!ignoresTheme) showView();
 }
 
 /** @param {string} chosen */
@@ -121,6 +127,7 @@ async function showView() {
     const module = await import(`./${shown.view}.js`);
     if (module.strings) addStrings(module.strings);
     if (mine !== turn) return;
+    ignoresTheme = Boolean(module.ignoresTheme);
     const context = {
       request, t, language: language(), theme: shownTheme(), onError: showError, setup, rest: shown.rest,
     };
@@ -173,7 +180,7 @@ async function start() {
     // A view that changes what follows its own name in the address has drawn that itself.
     if (next.view !== shown.view) showView();
   });
-  darkSystem.addEventListener("change", () => chosenTheme() === "auto" && showView());
+  darkSystem.addEventListener("change", () => chosenTheme() === "auto" && onTheme());
   showView();
   await showModel();
 }
