@@ -66,6 +66,7 @@ class ApiConfig:
         "authorities (PEM): clients must then show a certificate that one of them has signed",
         metavar="FILE",
     )
+    disable_page: bool = option(False, "serve no page for browsers at /")
     max_queued_requests: int | None = option(
         None,
         "further requests get 429 while so many are unfinished, running ones too (default: only "

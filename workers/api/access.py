@@ -10,12 +10,14 @@ from aiohttp import web
 from pipeline.config import ApiConfig, ApiKey
 from pipeline.wire.errors import RequestError
 from workers.api.operations import ADMIN_ROUTES, LANES, METRICS, OPEN_ROUTES
+from workers.api.page.routes import is_page
 from workers.api.tenants import peer_tenant
 
 
 class Access:
     def __init__(self, config: ApiConfig) -> None:
         self._keys, self._admin_key = config.keys, config.admin_key
+        self._serves_page = not config.disable_page
         self._trusts_forwarded_for = config.trust_forwarded_for
 
     def admit(self, request: web.Request) -> None:
@@ -28,7 +30,9 @@ class Access:
             raise RequestError(f"{what}: send a valid one, as Authorization: Bearer KEY", status=401)
 
     def _is_open(self, request: web.Request) -> bool:
-        return request.path in OPEN_ROUTES or (request.path in (METRICS, LANES) and self.is_admin(request))
+        if request.path in OPEN_ROUTES or (self._serves_page and is_page(request.path)):
+            return True
+        return request.path in (METRICS, LANES) and self.is_admin(request)
 
     def is_admin(self, request: web.Request) -> bool:
         has_key = bool(self._admin_key)

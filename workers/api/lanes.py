@@ -77,6 +77,7 @@ class LaneRoutes:
                     async with asyncio.timeout(SLOW_S):
                         await response.write(data)
                 await asyncio.sleep(INTERVAL_S)
+            response.force_close()  # its head could not say so yet
         except TimeoutError:  # an orderly end would wait for this page, too
             if request.transport is not None:
                 request.transport.abort()

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 
 import msgspec
 from aiohttp import web
@@ -41,6 +42,7 @@ from workers.api.kill import KILL, Kill
 from workers.api.lanes import LaneRoutes
 from workers.api.launcher_requests import LauncherRequests
 from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
+from workers.api.page.routes import Page, is_page
 from workers.api.paths import explain, spellings
 from workers.api.request_trace import RequestTrace
 from workers.api.response_store import ResponseStore
@@ -75,6 +77,7 @@ class ApiServer:
         forms: ChatForms | None = None,
         spans: OtlpSpans | None = None,
         tp_size: int = 1,
+        samples: Path | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
         launcher = launcher or LauncherRequests()
@@ -93,6 +96,7 @@ class ApiServer:
         self.lanes = LaneRoutes(
             lambda: client.workers, launcher.watch, self._access, lambda: self.is_retiring, tp_size
         )
+        self._page = None if config.disable_page else Page(config, samples)
         self._spans = spans
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self._admission = Admission()
@@ -122,6 +126,8 @@ class ApiServer:
         application.add_routes(self.lanes.routes())
         if self._access.has_admin:
             application.router.add_post(KILL, self._kill.handle)
+        if self._page is not None:
+            application.add_routes(self._page.routes())
         for route in self._every_route:
             for path in spellings(route.path):
                 if issubclass(route, Endpoint):
@@ -196,7 +202,7 @@ class ApiServer:
             self._access.admit(request)
             if request.match_info.http_exception is None:
                 refuse_type(request)
-            if request.path not in UNCOUNTED_ROUTES:
+            if request.path not in UNCOUNTED_ROUTES and not is_page(request.path):
                 await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
         except asyncio.CancelledError:

@@ -7,9 +7,10 @@ import gc
 import logging
 import socket
 import time
+from pathlib import Path
 
 from pipeline.client.client import PipelineClient
-from pipeline.config import MIB, ApiConfig
+from pipeline.config import MIB, ApiConfig, ModelConfig
 from pipeline.config.tls import ssl_context
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
@@ -94,6 +95,11 @@ def _parser_names(config: ApiConfig, info: ModelInfo) -> tuple[str, str]:
     )
 
 
+def _samples(config: ModelConfig, info: ModelInfo) -> Path | None:
+    """The folder of pictures that come with the model: only the embedded one has some."""
+    return None if config.model else info.folder.parent / "samples"
+
+
 class _Process:
     """The endpoint from its start to its end. It ends with an exception in one of its tasks."""
 
@@ -113,6 +119,7 @@ class _Process:
             forms=ChatForms.read(info.folder, *names),
             spans=context.tracer.otlp,
             tp_size=config.llm.tp,
+            samples=_samples(config.model, info),
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
         self._sites: list[Listener] = []
