@@ -80,6 +80,7 @@ class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
     key: ChunkKey
     lease_id: int
     embeddings: TensorHandle  # [num_tokens, hidden]
+    was_encoded: bool  # since the request came; else it was in my cache
 
 
 class EncodeFailed(WorkerMessage, frozen=True, kw_only=True):

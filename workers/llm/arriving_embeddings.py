@@ -29,6 +29,7 @@ class ArrivingEmbeddings:
             self._leases.release([lease])
             return
         chunk.embeddings, chunk.lease = message.embeddings, lease
+        chunk.was_encoded = chunk.was_encoded or message.was_encoded
 
     def on_failed(self, message: EncodeFailed, now: float) -> None:
         if not self._is_early(message, now) and self._wanted_chunk(message) is not None:

@@ -95,7 +95,8 @@ class VitCore:
             self._act(self.batcher.forget_group(worker.rank))
             self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
 
-    def _act(self, actions: Sequence[Action]) -> None:
+    def _act(self, actions: Sequence[Action], were_encoded: bool = False) -> None:
+        """`were_encoded`: what is ready was encoded just now."""
         for action in actions:
             match action:
                 case NeedPixels(key):
@@ -105,7 +106,13 @@ class VitCore:
                 case Ready(key, lease_id, feature):
                     handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
                     self._llms[key.lead].send(
-                        EmbeddingReady(key=key, lease_id=lease_id, embeddings=handle, **self._origin)
+                        EmbeddingReady(
+                            key=key,
+                            lease_id=lease_id,
+                            embeddings=handle,
+                            was_encoded=were_encoded,
+                            **self._origin,
+                        )
                     )
                 case LeaseGone(key):
                     self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
@@ -147,4 +154,4 @@ class VitCore:
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
         self._num_encodes += len(batch)
-        self._act(self.batcher.on_encoded(batch))
+        self._act(self.batcher.on_encoded(batch), were_encoded=True)

@@ -127,6 +127,6 @@ function figures(ttftMs, writingMs, usage) {
     output,
     thoughts: usage?.completion_tokens_details?.reasoning_tokens ?? 0,
     cached: usage?.prompt_tokens_details?.cached_tokens ?? 0,
-    media: usage?.prompt_tokens_details?.media ?? null,
+    media: usage?.prompt_tokens_details?.media_tokens ?? null,
   };
 }

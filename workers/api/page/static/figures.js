@@ -46,9 +46,9 @@ export function figuresLine(turn) {
 function mediaFigures(media) {
   return /** @type {[string, string, string][]} */ (
     [
-      ["encoded_tokens", "encoded"],
-      ["vision_cached_tokens", "vision-cached hit"],
-      ["prefix_cached_tokens", "prefix-cached hit"],
+      ["encoded", "encoded"],
+      ["vit_cached", "vit-cached hit"],
+      ["prefix_cached", "prefix-cached hit"],
     ]
       .filter(([name]) => media[name])
       .map(([name, kind]) => [kind, t(`figure.${name}`, { tokens: number(media[name]) }), t(`figure.${name}.title`)])
