@@ -41,4 +41,4 @@ def test_nobody_is_believed_for_ever(seconds: float) -> None:
 def test_less_than_no_time_is_none(seconds: float) -> None:
     audience = Audience()
     audience.hear(seconds, 100.0)
-    assert not audience.is_there(99.0)
+    assert not audience.is_there(100.0)

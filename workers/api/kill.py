@@ -24,7 +24,7 @@ class KillBody(msgspec.Struct, forbid_unknown_fields=True):
     worker: str  # as in `/ready`
 
 
-class Kill:
+class KillRoute:
     """`request_kill` asks the launcher. `read` gives the body of a request."""
 
     def __init__(

@@ -38,7 +38,7 @@ from workers.api.errors import end_stream, error_response
 from workers.api.generation import Generation
 from workers.api.hosts import Hosts
 from workers.api.key_metrics import KeyMetrics
-from workers.api.kill import KILL, Kill
+from workers.api.kill import KILL, KillRoute
 from workers.api.lanes import LaneRoutes
 from workers.api.launcher_requests import LauncherRequests
 from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
@@ -92,7 +92,7 @@ class ApiServer:
         self._operations = Operations(
             client, lambda: self.is_ready, self._load, launcher, self._metrics_of_keys
         )
-        self._kill = Kill(lambda: client.workers, launcher.kill, self._read)
+        self._kill = KillRoute(lambda: client.workers, launcher.kill, self._read)
         self.lanes = LaneRoutes(
             lambda: client.workers, launcher.watch, self._access, lambda: self.is_retiring, tp_size
         )

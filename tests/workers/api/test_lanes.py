@@ -184,6 +184,6 @@ async def test_a_page_learns_that_the_endpoint_retires() -> None:
 
 async def test_a_head_of_the_events_is_refused() -> None:
     """It would never end."""
-    async with serving(Asked().server) as site:
-        answer = await site.ask(get(EVENTS).replace(b"GET", b"HEAD"))
-    assert answer.status == 405
+    async with serving(Asked().server) as site, site.connect() as wire:
+        await wire.send(get(EVENTS).replace(b"GET", b"HEAD"))
+        assert (await wire.head())[0] == 405
