@@ -46,6 +46,7 @@ class LaneRoutes:
         self._owners = Owners()
         self._viewers: set[LaneViewer] = set()
         self._announce_due = 0.0
+        self.num_messages = 0  # of workers
 
     def routes(self) -> list[web.RouteDef]:
         return [web.get(LANES, self._events, allow_head=False)]
@@ -60,6 +61,7 @@ class LaneRoutes:
             self._owners.end(request_ids, time.monotonic())
 
     def on_work(self, work: WorkDone) -> None:
+        self.num_messages += 1
         for viewer in self._viewers:
             viewer.add(work)
 

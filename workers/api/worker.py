@@ -49,6 +49,7 @@ WAITING_INTERVAL_S = 1.0
 RETIRING_INTERVAL_S = 0.2
 MAX_LANES_BYTES = 4 * MIB
 IDLE_CONNECTIONS_S = 3.0  # kept open while retiring: a client may be about to send a request
+LANE_MESSAGES = "Messages in which workers told of their work, while a page showed the lanes"
 COUNTED = {
     "stale_outputs": "Outputs of earlier attempts, dropped",
     "gaps": "Gaps in a request's outputs, asked for again",
@@ -122,6 +123,7 @@ class _Process:
             samples=_samples(config.model, info),
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
+        context.metrics.counter("lane_messages", LANE_MESSAGES, lambda: self._server.lanes.num_messages)
         self._sites: list[Listener] = []
         self._tasks = asyncio.TaskGroup()
         self._is_draining = False

@@ -238,6 +238,7 @@ class LanesView {
         onToken: (stream, phase) => this.latencies.add(stream, performance.now(), phase),
         onProgress: (progress) => {
           this.progress = progress;
+          this.latencies.during(demo.phase, performance.now());
           this.#write();
         },
       },
@@ -278,12 +279,13 @@ class LanesView {
     if (before !== this.ink.theme || !this.drawnOnce) this.#colourLegend();
     this.drawnOnce = true;
     this.#drawNames();
-    this.status.textContent = this.#statusText(now);
+    const words = this.#statusText(now);
+    if (this.status.textContent !== words) this.status.textContent = words; // else it would be read out again
     if (!this.latencyPlace.hidden) {
       this.figures.replaceChildren(latencyTable(this.latencies, context));
       const median = this.latencies.median(now);
-      const words = median === null ? "" : t("lanes.table.median", { ms: number(median, context.language, 1) });
-      this.latencyCanvas.setAttribute("aria-label", `${t("lanes.latency")}. ${words}`);
+      const middle = median === null ? "" : t("lanes.table.median", { ms: number(median, context.language, 1) });
+      this.latencyCanvas.setAttribute("aria-label", `${t("lanes.latency")}. ${middle}`);
     }
     if (this.details.open) this.table.replaceChildren(lanesTable(this.model, now, context));
   }

@@ -7,7 +7,7 @@ const STREAMS = {
 };
 const WARM = { light: [46, 58], dark: [62, 70] }; // lightness in percent, in turn
 const FIRST_HUE = 325;
-const NUM_HUES = 120; // degrees of the wheel, through red and yellow
+const NUM_HUES = 100; // degrees of the wheel, through red and yellow
 
 /** @typedef {"light"|"dark"} Theme */
 
@@ -31,7 +31,6 @@ export function requestColour(key, theme) {
 
 /** What else is drawn, as the page's style has it. */
 export function inks() {
-  const style = getComputedStyle(document.documentElement);
   const isDark = shownTheme() === "dark";
   return {
     theme: shownTheme(),
@@ -41,7 +40,7 @@ export function inks() {
     ground: isDark ? "#1e2124" : "#ffffff",
     others: isDark ? "#5c6468" : "#b3b9b5",
     alert: isDark ? "#ff9b91" : "#b42318",
-    font: `12px ${style.fontFamily || "sans-serif"}`,
+    font: `12px ${getComputedStyle(document.body).fontFamily || "sans-serif"}`,
   };
 }
 /** @typedef {ReturnType<typeof inks>} Inks */

@@ -28,6 +28,14 @@ export class Latencies {
     this.points = [];
     /** @type {Map<number, number>} when the last token of each stream came */
     this.last = new Map();
+    /** @type {{from: number, until: number}|null} when pictures ran */
+    this.pictures = null;
+  }
+
+  /** @param {Phase} phase that it is now @param {number} now */
+  during(phase, now) {
+    if (phase === "pictures") this.pictures ??= { from: now, until: Infinity };
+    else if (this.pictures) this.pictures.until = Math.min(this.pictures.until, now);
   }
 
   /** @param {number} stream @param {number} now @param {Phase} phase */
@@ -68,6 +76,7 @@ export class Latencies {
    */
   draw(canvas, right, inks, t) {
     const { context, width } = fitted(canvas, HEIGHT + AXIS_HEIGHT);
+    this.#shadePictures(context, width, right, inks, t);
     drawTimes(context, width, HEIGHT, inks, t);
     const seen = this.points.map((points) => points.filter((point) => point.at > right - WINDOW_MS - 500));
     const longest = Math.max(LEAST_TOP_MS, ...seen.flat().map((point) => point.ms));
@@ -84,6 +93,25 @@ export class Latencies {
       }
       context.stroke();
     });
+  }
+
+  /** @param {CanvasRenderingContext2D} context @param {number} width @param {number} right @param {Inks} inks
+   * @param {any} t */
+  #shadePictures(context, width, right, inks, t) {
+    if (!this.pictures) return;
+    const x = (/** @type {number} */ at) => Math.max(0, Math.min(width, width * (1 - (right - at) / WINDOW_MS)));
+    const [left, end] = [x(this.pictures.from), x(this.pictures.until)];
+    if (end <= left) return;
+    context.fillStyle = inks.line;
+    context.globalAlpha = 0.35;
+    context.fillRect(left, 0, end - left, HEIGHT);
+    context.globalAlpha = 1;
+    context.font = inks.font;
+    context.textAlign = "right";
+    context.textBaseline = "top";
+    context.fillStyle = inks.soft;
+    const words = t("lanes.phase.pictures");
+    if (end - left > context.measureText(words).width + 8) context.fillText(words, end - 5, 2);
   }
 }
 

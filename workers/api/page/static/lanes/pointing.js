@@ -77,7 +77,8 @@ export class Pointing {
     this.marked = marked;
     this.chart.marked = marked && marked.work;
     this.tip.hidden = marked === null;
-    if (marked) this.tip.textContent = this.describe(marked.lane, marked.work);
+    const words = marked ? this.describe(marked.lane, marked.work) : "";
+    if (marked && this.tip.textContent !== words) this.tip.textContent = words;
     this.view.redraw();
   }
 
