@@ -88,7 +88,7 @@ async def messages(server: Server, session: aiohttp.ClientSession) -> float:
     await asyncio.sleep(1.5)  # they are told twice a second
     async with session.get(f"{server.url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vlm_lane_messages_total"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vlm_lane_messages"))
 
 
 async def test_what_all_workers_do_is_shown_and_a_stream_survives_kills() -> None:
