@@ -31,13 +31,15 @@ class _Run:
 
     name: str
     start: float
-    end: float
+    end: float | None
     request_ids: tuple[str, ...]
     amount: int
     num_steps: int
 
     def takes(self, name: str, start: float, end: float, request_ids: tuple[str, ...]) -> bool:
-        if name != self.name or request_ids != self.request_ids or start - self.end > MAX_GAP_S:
+        if self.end is None or name != self.name or request_ids != self.request_ids:
+            return False
+        if start - self.end > MAX_GAP_S:
             return False
         return end - start <= max(SHORT_S, LONG_STEP * (self.end - self.start) / self.num_steps)
 
@@ -68,13 +70,19 @@ class Lanes:
             self._runs.clear()
 
     def add(
-        self, name: str, start: float, end: float, request_ids: tuple[str, ...], amount: int, is_step: bool
+        self,
+        name: str,
+        start: float,
+        end: float | None,
+        request_ids: tuple[str, ...],
+        amount: int,
+        is_step: bool = False,
     ) -> None:
-        """A piece of work. Only a step is told together with the one before."""
+        """A piece of work; without an `end` it goes on. Only a step is told together with the one before."""
         if not self.is_watched:
             return
         request_ids = request_ids[:MAX_SHOWN_REQUESTS]
-        if is_step and self._runs and self._runs[-1].takes(name, start, end, request_ids):
+        if is_step and end is not None and self._runs and self._runs[-1].takes(name, start, end, request_ids):
             self._runs[-1].add(end, amount)
         elif len(self._runs) < MAX_SHOWN_SPANS:
             self._runs.append(_Run(name, start, end, request_ids, amount, 1))

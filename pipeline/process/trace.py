@@ -56,6 +56,11 @@ class Tracer:
         if self.otlp.is_valid(trace):
             self.requests.follow(request_id, attempt, trace)
 
+    def begin(self, name: str, request_ids: Iterable[str], amount: int = 0) -> None:
+        """A long piece of work begins, and is shown by the lanes before its `span` comes."""
+        if self._lanes is not None and self._lanes.is_watched:
+            self._lanes.add(name, time.monotonic(), None, tuple(dict.fromkeys(request_ids)), amount)
+
     def span(
         self, name: str, start: float, request_ids: Iterable[str], amount: int = 0, end: float | None = None
     ) -> None:

@@ -18,7 +18,7 @@ class LaneSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
     name: str
     start: float
-    end: float
+    end: float | None  # None: it goes on; the next piece of this name tells its end
     request_ids: tuple[str, ...]
     amount: int = 0  # tokens or patches
     num_steps: int = 1

@@ -98,11 +98,11 @@ class LaneViewer:
         return named_event("work", body)
 
     def _row(self, span: LaneSpan, requests: dict[int, Json]) -> list[Any]:
-        """Name, start, duration, numbers of the requests, amount, number of steps. Amounts of work for others
-        are not told."""
+        """Name, start, duration (null: it goes on), numbers of the requests, amount, number of steps. Amounts
+        of work for others are not told."""
         numbers = {self._number(request_id, requests): None for request_id in span.request_ids}
         amount = 0 if OTHERS in numbers else span.amount
-        duration = round((span.end - span.start) * 1000, 1)
+        duration = None if span.end is None else round((span.end - span.start) * 1000, 1)
         return [span.name, self._ms(span.start), duration, [*numbers], amount, span.num_steps]
 
     def _number(self, request_id: str, requests: dict[int, Json]) -> int:

@@ -47,7 +47,8 @@ class Rig:
         spans = [span for message in self.end.sent for span in message.spans]
         self.end.sent.clear()
         return [
-            (one.name, round(one.start, 3), round(one.end, 3), one.amount, one.num_steps) for one in spans
+            (one.name, round(one.start, 3), one.end and round(one.end, 3), one.amount, one.num_steps)
+            for one in spans
         ]
 
 
@@ -155,3 +156,18 @@ def test_what_the_reader_has_no_room_for_is_dropped(rig: Rig) -> None:
     rig.end.is_full = False
     rig.step(101.0, 101.01)
     assert len(rig.told()) == 1, "and nothing of it comes later"
+
+
+def test_a_long_piece_of_work_is_told_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    tracer = Tracer("", VIT_0, lanes=rig.lanes)
+    tracer.begin("encode", ["a"])
+    assert rig.told() == [], "nobody looks"
+    rig.lanes.watch(True)
+    tracer.begin("encode", ["a"])
+    (message,) = rig.end.sent
+    assert (message.spans[0].name, message.spans[0].end) == ("encode", None)
+    rig.end.sent.clear()
+    tracer.span("encode", 1.0, ["a"], 64, end=1.5)
+    rig.step(1.5, 1.6)
+    assert [row[0] for row in rig.told()] == ["encode", "decode"]

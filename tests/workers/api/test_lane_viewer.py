@@ -145,3 +145,9 @@ def test_silence_is_broken_now_and_then() -> None:
     assert viewer.take(STATES, 100.0 + SILENCE_S - 0.1) == b""
     assert viewer.take(STATES, 100.0 + SILENCE_S) == ALIVE
     assert viewer.take(STATES, 100.2 + SILENCE_S) == b""
+
+
+def test_work_that_goes_on_has_no_duration() -> None:
+    viewer = viewer_of()
+    viewer.add(WorkDone(sender=LLM_0, epoch=1, spans=(LaneSpan("encode", 100.5, None, ("a",)),)))
+    assert rows(viewer) == [["encode", 500.0, None, [1], 0, 1]]

@@ -53,6 +53,7 @@ class LanesView {
     this.heldAt = null;
     this.isHeldByButton = false;
     this.drawnAt = 0;
+    this.namesShown = "";
     this.ink = inks();
     this.reducesMotion = matchMedia("(prefers-reduced-motion: reduce)");
     this.#build(place);

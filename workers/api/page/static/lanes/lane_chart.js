@@ -105,7 +105,8 @@ export class LaneChart {
   #span(work, width) {
     const start = work.start + work.clock.offset;
     const left = width * (1 - (this.right - start) / WINDOW_MS);
-    return { left, right: Math.max(left + MIN_WIDTH, left + (width * work.duration) / WINDOW_MS) };
+    const right = left + (width * work.duration) / WINDOW_MS;
+    return { left, right: Math.max(left + MIN_WIDTH, Math.min(width, right)) };
   }
 
   /** @param {number} top @param {number} row @param {number} numRows */

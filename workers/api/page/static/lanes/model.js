@@ -10,7 +10,7 @@ const HIDDEN = new Set(["prepare"]); // it only encloses others
  * @property {string} name
  * @property {{offset: number}} clock
  * @property {number} start milliseconds of the server's clock; with `clock.offset` of the page's
- * @property {number} duration ms
+ * @property {number} duration ms; infinite while it goes on
  * @property {number[]} requests their keys; 0: requests that are not shown to this page
  * @property {number} amount
  * @property {number} steps
@@ -45,6 +45,8 @@ export class LanesModel {
   /** A new connection begins. */
   begin() {
     this.#keyBase = this.#nextKey;
+    // Nobody will tell the end of what went on when the last one broke.
+    for (const lane of this.lanes) lane.work = lane.work.filter((work) => work.duration < Infinity);
   }
 
   /** @param {any} event of the server @param {{offset: number}} clock @param {number} now of the page */
@@ -62,6 +64,7 @@ export class LanesModel {
       const lane = before.get(told.worker) ?? newLane(told);
       const gap = lane.gaps.at(-1);
       const isGone = told.epoch !== lane.epoch || (!told.is_ready && lane.isReady);
+      if (isGone) lane.work = lane.work.filter((work) => work.duration < Infinity); // it died with the worker
       if (isGone && (!gap || gap.until !== null)) lane.gaps.push({ at: now, until: null, epoch: told.epoch });
       else if (gap && gap.until === null) gap.epoch = told.epoch;
       const open = lane.gaps.at(-1);
@@ -95,7 +98,10 @@ export class LanesModel {
   /** @param {Lane} lane @param {any[]} row @param {{offset: number}} clock */
   #add(lane, [name, start, duration, numbers, amount, steps], clock) {
     if (HIDDEN.has(name)) return;
+    const going = lane.work.findLastIndex((other) => other.name === name && other.duration === Infinity);
+    if (going >= 0) lane.work.splice(going, 1); // what has come now tells it whole
     const requests = numbers.map((/** @type {number} */ number) => (number === 0 ? 0 : this.#keyBase + number));
+    duration ??= Infinity;
     const work = { name, clock, start, duration, requests, amount, steps, row: 0 };
     const taken = new Set(
       lane.work
@@ -133,7 +139,7 @@ export class LanesModel {
       const inOrder = this.workOf(lane).toSorted((one, other) => one.start - other.start);
       for (const work of inOrder) {
         const start = work.start + work.clock.offset;
-        const end = start + work.duration;
+        const end = Math.min(now, start + work.duration);
         if (end < now - WINDOW_MS) continue;
         counts.set(work.name, (counts.get(work.name) ?? 0) + work.steps);
         busy += Math.max(0, end - Math.max(start, covered));

@@ -16,6 +16,7 @@ export const strings = {
     "lanes.now": "now",
     "lanes.seconds": "−{seconds} s",
     "lanes.ms": "{ms} ms",
+    "lanes.goes.on": "goes on",
 
     "lanes.ready": "serves",
     "lanes.starting": "starts",
@@ -103,6 +104,7 @@ export const strings = {
     "lanes.now": "现在",
     "lanes.seconds": "−{seconds} 秒",
     "lanes.ms": "{ms} 毫秒",
+    "lanes.goes.on": "进行中",
 
     "lanes.ready": "运行中",
     "lanes.starting": "启动中",

@@ -68,7 +68,8 @@ export function latencyTable(latencies, { t, language }) {
  */
 export function workInWords(model, lane, work, streamOf, { t, language }) {
   const parts = [`${lane.worker}: ${t(`lanes.work.${work.name}`)}`];
-  parts.push(t("lanes.ms", { ms: number(work.duration, language, 1) }));
+  const isOver = work.duration < Infinity;
+  parts.push(isOver ? t("lanes.ms", { ms: number(work.duration, language, 1) }) : t("lanes.goes.on"));
   if (work.steps > 1) parts.push(t("lanes.steps", { steps: work.steps }));
   if (work.amount) {
     const unit = work.name === "encode" || work.name === "decode picture" ? "patches" : "tokens";
