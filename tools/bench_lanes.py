@@ -73,9 +73,10 @@ async def compare(url: str, num_rounds: int, num_tokens: int) -> tuple[list[Roun
     beside: list[Round] = []
     async with aiohttp.ClientSession() as session:
         await _measure(session, url, num_tokens, looks=False)  # warms up
-        for _ in range(num_rounds):
-            without.append(await _measure(session, url, num_tokens, looks=False))
-            beside.append(await _measure(session, url, num_tokens, looks=True))
+        for number in range(num_rounds):
+            for looks in (False, True) if number % 2 else (True, False):
+                measured = await _measure(session, url, num_tokens, looks)
+                (beside if looks else without).append(measured)
     return without, beside
 
 
@@ -83,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=200, help="of each stream")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=1000, help="of each stream")
     parser.add_argument("--model", type=Path, default=EMBEDDED / "model")
     args = parser.parse_args()
     with serve(args.model) as served:
