@@ -1,12 +1,13 @@
 // The view of the lanes: what each process has done in the last 30 seconds, live, and a load to see it by.
 
 import { announce, element, iconButton } from "./dom.js";
-import { inks, requestColour, streamColour } from "./lanes/colours.js";
+import { inks } from "./lanes/colours.js";
 import { Demo, NUM_PICTURES, NUM_STREAMS } from "./lanes/demo.js";
 import { LanesFeed } from "./lanes/feed.js";
 import { killWorker } from "./lanes/kill.js";
 import { LaneChart, LANE_HEIGHT } from "./lanes/lane_chart.js";
 import { Latencies } from "./lanes/latency.js";
+import { colourLegend, legend } from "./lanes/legend.js";
 import { LanesModel } from "./lanes/model.js";
 import { Pointing } from "./lanes/pointing.js";
 import { lanesTable, latencyTable, number, workInWords } from "./lanes/words.js";
@@ -116,6 +117,7 @@ class LanesView {
     this.figures = element("div", { class: "lanes-scroll" });
     this.notes = element("p", { class: "hint", id: "lanes-notes" });
     this.table = element("div", { class: "lanes-scroll" });
+    this.legend = legend(t);
     this.details = element(
       "details",
       { class: "lanes-words", on: { toggle: () => this.#write() } },
@@ -130,7 +132,7 @@ class LanesView {
         element("p", { class: "lanes-note", text: t("lanes.note") }),
         element("div", { class: "lanes-controls" }, this.startButton, this.holdButton, this.status),
         element("section", { class: "lanes-chart", "aria-label": t("lanes.chart") }, this.names, this.frame),
-        this.#legend(),
+        this.legend,
         element("p", { class: "hint", id: "lanes-keys", text: t("lanes.keys") }),
         this.notes,
         element("h2", { text: t("lanes.latency") }),
@@ -140,23 +142,6 @@ class LanesView {
         this.details,
       ),
     );
-  }
-
-  #legend() {
-    const entries = ["streams", "pictures", "others", "fetch", "solid", "prefill", "replaced"];
-    this.legend = element(
-      "ul",
-      { class: "lanes-legend", "aria-label": this.t("lanes.legend") },
-      ...entries.map((name) =>
-        element(
-          "li",
-          { class: `legend-${name}` },
-          element("span", { class: "swatch", "aria-hidden": "true" }),
-          this.t(`lanes.legend.${name}`),
-        ),
-      ),
-    );
-    return this.legend;
   }
 
   /** The names on the left, when the lanes or their states have changed. */
@@ -277,7 +262,7 @@ class LanesView {
     const { t, context } = this;
     const before = this.ink.theme;
     this.ink = inks();
-    if (before !== this.ink.theme || !this.drawnOnce) this.#colourLegend();
+    if (before !== this.ink.theme || !this.drawnOnce) colourLegend(this.legend, this.ink);
     this.drawnOnce = true;
     this.#drawNames();
     const words = this.#statusText(now);
@@ -289,25 +274,6 @@ class LanesView {
       this.latencyCanvas.setAttribute("aria-label", `${t("lanes.latency")}. ${middle}`);
     }
     if (this.details.open) this.table.replaceChildren(lanesTable(this.model, now, context));
-  }
-
-  #colourLegend() {
-    const { theme } = this.ink;
-    const paint = (/** @type {string} */ name, /** @type {string} */ background) => {
-      this.legend.querySelector(`.legend-${name} .swatch`).style.background = background;
-    };
-    const stripes = Array.from({ length: NUM_STREAMS }, (_, index) => {
-      const share = 100 / NUM_STREAMS;
-      return `${streamColour(index, theme)} ${index * share}% ${(index + 1) * share}%`;
-    });
-    paint("streams", `linear-gradient(${stripes.join(", ")})`);
-    const warm = [2, 5, 8].map((key, index) => `${requestColour(key, theme)} ${index * 34}% ${(index + 1) * 34}%`);
-    paint("pictures", `linear-gradient(90deg, ${warm.join(", ")})`);
-    paint("others", this.ink.others);
-    paint("solid", requestColour(5, theme));
-    paint("fetch", requestColour(5, theme));
-    paint("prefill", `linear-gradient(${this.ink.text} 4px, ${streamColour(0, theme)} 4px)`);
-    paint("replaced", this.ink.alert);
   }
 
   /** @param {number} now */
