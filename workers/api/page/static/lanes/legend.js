@@ -7,7 +7,7 @@ import { NUM_STREAMS } from "./demo.js";
 const ENTRIES = ["streams", "pictures", "others", "fetch", "solid", "prefill", "replaced"];
 const WARM_KEYS = [2, 5, 8]; // of requests whose colours are shown
 
-/** @param {any} t @returns {HTMLElement} without colours yet */
+/** @param {any} t @returns {any} the element, without colours yet */
 export function legend(t) {
   return element(
     "ul",
