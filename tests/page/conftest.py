@@ -39,9 +39,9 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(browser: Any) -> Iterator[Server]:
-    """`browser` comes first: without one no server is started. `begun` is when the command was given."""
+    """`browser` comes first: without one no server is started."""
     with Server("--dtype", "float32", *LIMITS) as running:
         yield running
 

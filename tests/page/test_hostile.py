@@ -163,7 +163,7 @@ def test_markdown_is_shown(page: Any) -> None:
     ask(page, "Show me.")
     shown = answer(page).locator("> .markdown")
     assert "Some bold & code." in answer_text(page)
-    for selector in ("h3", "strong", "ol > li", "ul", "blockquote", "td.align-right", "pre code", "a[href]"):
+    for selector in ("h2", "strong", "ol > li", "ul", "blockquote", "td.align-right", "pre code", "a[href]"):
         assert shown.locator(selector).count() > 0, selector
     shown.locator(".hl-keyword").first.wait_for()
     assert shown.locator("pre code").inner_text() == "def f():\n    return 1"

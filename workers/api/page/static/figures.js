@@ -28,7 +28,10 @@ export function figuresLine(turn) {
   if (figures.prompt) {
     const prompt = t("figure.prompt", { tokens: number(figures.prompt) });
     shown.push(["prompt", prompt, t("figure.prompt.title")]);
-    const cached = t("figure.cached", { tokens: number(figures.cached) });
+    const pictures = figures.media?.prefix_cached ?? 0;
+    const cached =
+      t("figure.cached", { tokens: number(figures.cached) }) +
+      (pictures ? t("figure.prefix_cached", { tokens: number(pictures) }) : "");
     shown.push([figures.cached ? "cached hit" : "cached", cached, t("figure.cached.title")]);
   }
   if (figures.media) shown.push(...mediaFigures(figures.media));
@@ -48,7 +51,6 @@ function mediaFigures(media) {
     [
       ["encoded", "encoded"],
       ["vit_cached", "vit-cached hit"],
-      ["prefix_cached", "prefix-cached hit"],
     ]
       .filter(([name]) => media[name])
       .map(([name, kind]) => [kind, t(`figure.${name}`, { tokens: number(media[name]) }), t(`figure.${name}.title`)])

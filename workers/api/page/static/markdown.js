@@ -15,6 +15,7 @@ const MOST_CELLS = 2_000; // of a table
 const DEEPEST = 24; // levels of quotes and lists
 const PIECE = 16_000; // characters of plain text in one element: the browser lays out only what is in sight
 const SLOW_MS = 150; // a block that takes longer is not tried again
+const TURN_MS = 50; // of one call: what is left waits for the next
 
 export class MarkdownView {
   constructor() {
@@ -33,6 +34,7 @@ export class MarkdownView {
   /**
    * @param {string} text all of it
    * @param {boolean} isWhole whether no more will come
+   * @returns {boolean} whether all of it is shown; else the caller shall call again soon
    */
   show(text, isWhole) {
     if (!text.startsWith(this.shown)) {
@@ -40,13 +42,15 @@ export class MarkdownView {
       this.begin();
     }
     this.shown = text;
-    if (!this.isPlain) this.showMarkdown(text, isWhole);
+    if (!this.isPlain && !this.showMarkdown(text, isWhole)) return false;
     if (this.isPlain) this.showPlain(text);
+    return true;
   }
 
-  /** @param {string} text @param {boolean} isWhole */
+  /** @param {string} text @param {boolean} isWhole @returns {boolean} */
   showMarkdown(text, isWhole) {
     const room = Math.min(text.length, MOST_MARKDOWN);
+    const begun = performance.now();
     while (this.settled < room || isWhole) {
       const end = Math.min(text.length, this.settled + LARGEST_BLOCK);
       const isLast = end === text.length;
@@ -65,6 +69,7 @@ export class MarkdownView {
         this.isPlain = true;
       }
       if (isLast || this.isPlain) break;
+      if (performance.now() - begun > TURN_MS) return false;
     }
     if (this.settled >= MOST_MARKDOWN && this.settled < text.length) this.isPlain = true;
     if (this.isPlain) {
@@ -72,6 +77,7 @@ export class MarkdownView {
       this.tail.classList.add("plain");
       this.plainEnd = this.settled;
     }
+    return true;
   }
 
   /** Adds what has come since. @param {string} text */
@@ -115,8 +121,8 @@ function blockOf(token, depth) {
     case "def":
       return null;
     case "heading":
-      // The page's own headings stand above those of an answer.
-      return element(`h${Math.min(6, token.depth + 2)}`, {}, ...inlines(token.tokens));
+      // The page's own heading stands above those of an answer.
+      return element(`h${Math.min(6, token.depth + 1)}`, {}, ...inlines(token.tokens));
     case "paragraph":
       return element("p", {}, ...inlines(token.tokens));
     case "code":

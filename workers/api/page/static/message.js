@@ -15,6 +15,7 @@ import { mediaView } from "./media.js";
  */
 
 const LEAST_MS = 80; // between two drawings of a growing answer
+const NEXT_MS = 15; // between two parts of a drawing that is too long for one turn
 const REST = 4; // a drawing takes at most one part in so many of the time
 
 /** @param {Turn} turn @param {Actions} actions */
@@ -96,7 +97,7 @@ class ToolResultView {
     this.element = element(
       "article",
       { class: "turn tool-result", "aria-label": t("turn.tool", { name: turn.name ?? "" }) },
-      element("h3", { class: "small-title", text: t("turn.tool", { name: turn.name ?? "" }) }),
+      element("h2", { class: "small-title", text: t("turn.tool", { name: turn.name ?? "" }) }),
       codeBlock(turn.text, isJson(turn.text) ? "json" : ""),
     );
   }
@@ -150,12 +151,19 @@ class AnswerView {
     this.element.setAttribute("aria-busy", String(!isOver));
     this.waiting.hidden = isOver || turn.text !== "";
     this.thoughts.hidden = !turn.thoughts;
-    if (turn.thoughts) this.thought.show(turn.thoughts, isOver);
+    let isShown = !turn.thoughts || this.thought.show(turn.thoughts, isOver);
     const object = isOver ? asObject(turn.text) : null;
     if (object) this.text.element.replaceWith((this.text.element = codeBlock(object, "json")));
-    else this.text.show(turn.text, isOver);
-    if (turn.calls?.length) this.drawCalls(turn.calls, isOver);
-    if (isOver) this.drawFoot();
+    else isShown = this.text.show(turn.text, isOver) && isShown;
+    if (!isShown) {
+      // The rest comes in turns of its own, so that the page reacts meanwhile.
+      clearTimeout(this.timer);
+      this.timer = window.setTimeout(() => {
+        this.timer = 0;
+        this.draw(isOver);
+      }, NEXT_MS);
+    } else if (turn.calls?.length) this.drawCalls(turn.calls, isOver);
+    if (isOver && isShown) this.drawFoot();
     this.costMs = performance.now() - before;
     this.element.dispatchEvent(new CustomEvent("grown", { bubbles: true }));
   }
@@ -166,7 +174,7 @@ class AnswerView {
       element(
         "div",
         { class: "call" },
-        element("h3", { class: "small-title", text: t("call", { name: call.name }) }),
+        element("h2", { class: "small-title", text: t("call", { name: call.name }) }),
         codeBlock(pretty(call.arguments), "json"),
       ),
     );
