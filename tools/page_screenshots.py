@@ -22,10 +22,12 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 DESK, PHONE = (1200, 780), (390, 780)
 NUM_COLORS = 128  # of the saved pictures: the page has few
 THEMES = ("light", "dark")
+PICTURES_BEFORE_KILL, PICTURES_BEFORE_SHOT = 4, 10  # that are answered, of the lanes' load
 
 
-def take(browser: Browser, url: str, out: Path) -> None:
+def take(browser: Browser, url: str, out: Path, admin_key: str) -> None:
     for theme in THEMES:
+        _lanes(browser, url, out, theme, admin_key)
         page = _open(browser, url, DESK, theme)
         _save(page, out / f"page-{theme}.png")
         _chat(page)
@@ -63,6 +65,23 @@ def _chat(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
+def _lanes(browser: Browser, url: str, out: Path, theme: str, admin_key: str) -> None:
+    """Streams and pictures under way and, with an admin key, a ViT that has been killed meanwhile."""
+    page = _open(browser, url, DESK, theme)
+    page.goto(f"{url}/#lanes")
+    page.locator("#lanes-demo").click()
+    page.locator(".lanes-status", has_text=f"{PICTURES_BEFORE_KILL} of 20").wait_for()
+    if admin_key:
+        page.get_by_role("button", name="Kill vit.0").click()
+        page.get_by_label("Admin key").fill(admin_key)
+        page.get_by_role("button", name="Kill it").click()
+    page.locator(".lanes-status", has_text=f"{PICTURES_BEFORE_SHOT} of 20").wait_for()
+    page.mouse.move(0, 0)
+    _save(page, out / f"page-lanes-{theme}.png")
+    page.locator("#lanes-demo").click()
+    page.context.close()
+
+
 def _save(page: Page, path: Path) -> None:
     page.wait_for_timeout(400)  # until pictures are drawn and nothing moves
     picture = Image.open(io.BytesIO(page.screenshot()))
@@ -74,6 +93,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
+    parser.add_argument("--admin-key", default="", help="of the server: a ViT is killed for the lanes")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--browser", default=shutil.which("chromium"), help="path of Chromium")
     args = parser.parse_args()
@@ -82,7 +102,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.browser, args=list(FLAGS))
-        take(browser, args.base_url.rstrip("/"), args.out)
+        take(browser, args.base_url.rstrip("/"), args.out, args.admin_key)
         browser.close()
 
 
