@@ -115,5 +115,5 @@ async def test_the_endpoint_answers_before_it_is_killed(monkeypatch: pytest.Monk
         assert (await ask(site, {"worker": "api.0"})).status == 202
         assert killer.killed == []
         async with asyncio.timeout(20):
-            while killer.killed != [API]:  # noqa: ASYNC110
+            while killer.killed != [API]:
                 await asyncio.sleep(0.05)
