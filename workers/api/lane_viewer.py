@@ -39,7 +39,7 @@ class LaneViewer:
     def __init__(
         self, tenant: str, sees_all: bool, kill: str, owner_of: OwnerOf, tp_size: int, now: float
     ) -> None:
-        self._tenant, self._sees_all, self._kill = tenant, sees_all, kill
+        self.tenant, self._sees_all, self._kill = tenant, sees_all, kill
         self._owner_of, self._tp_size, self._began = owner_of, tp_size, now
         self._told_at = now
         self._pending: list[tuple[WorkerId, LaneSpan]] = []
@@ -110,7 +110,7 @@ class LaneViewer:
         if (number := self._numbers.get(request_id)) is not None:
             self._numbers.move_to_end(request_id)
             return number
-        is_mine = self._owner_of(request_id) == self._tenant
+        is_mine = self._owner_of(request_id) == self.tenant
         if not (is_mine or self._sees_all):
             return OTHERS
         self._num_numbered += 1

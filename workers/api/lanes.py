@@ -25,7 +25,7 @@ from workers.api.server_sent_events import STREAM_HEADERS
 INTERVAL_S = 0.2  # between two events for a page
 ANNOUNCED_S = 4.0  # for which the launcher is told that somebody looks
 ANNOUNCE_EVERY_S = 1.0
-MAX_VIEWERS = 32
+MAX_VIEWERS, MAX_OF_A_TENANT = 32, 8
 SLOW_S = 10.0  # for which a page may read nothing
 
 
@@ -66,9 +66,10 @@ class LaneRoutes:
             viewer.add(work)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        if len(self._viewers) >= MAX_VIEWERS:
-            raise RequestError(f"{MAX_VIEWERS} pages show the lanes already", status=429)
         viewer = self._viewer_of(request)
+        num_own = sum(other.tenant == viewer.tenant for other in self._viewers)
+        if len(self._viewers) >= MAX_VIEWERS or num_own >= MAX_OF_A_TENANT:
+            raise RequestError("as many pages as may show the lanes do so already", status=429)
         self._viewers.add(viewer)
         response = web.StreamResponse(headers=STREAM_HEADERS)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.fakes import LLM_0
 from tests.workers.api.serving import FakeClient, Pieces, Site, Wire, endpoint, get, piece, post, serving
 from workers.api import lane_viewer
 from workers.api import lanes as module
-from workers.api.lanes import ANNOUNCED_S, MAX_VIEWERS
+from workers.api.lanes import ANNOUNCED_S, MAX_OF_A_TENANT, MAX_VIEWERS
 from workers.api.launcher_requests import LauncherRequests
 from workers.api.server import ApiServer
 
@@ -142,17 +143,17 @@ async def test_a_tenant_sees_its_own_request_and_an_administrator_all() -> None:
 
 
 async def test_too_many_pages_are_refused() -> None:
+    """Of one tenant, here an address, and at all."""
     asked = Asked()
-    async with serving(asked.server) as site:
-        wires = []
-        for _ in range(MAX_VIEWERS):
-            wires.append(connection := site.connect())
-            wire = await connection.__aenter__()
-            await looking(site, wire)
-        assert (await site.ask(get(EVENTS))).status == 429
-        for connection in wires:
-            await connection.__aexit__(None, None, None)
-        await until(lambda: asked.watched[-1] == 0.0)
+    async with AsyncExitStack() as stack:
+        site = await stack.enter_async_context(serving(asked.server))
+        for number in range(MAX_VIEWERS):
+            local = f"127.0.0.{2 + number // MAX_OF_A_TENANT}"
+            await looking(site, await stack.enter_async_context(site.connect(local)))
+            if number == MAX_OF_A_TENANT - 1:
+                assert (await site.ask(get(EVENTS), local)).status == 429
+        assert (await site.ask(get(EVENTS), "127.0.0.99")).status == 429
+    assert asked.watched[-1] == 0.0
 
 
 async def test_a_page_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
