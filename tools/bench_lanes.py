@@ -1,4 +1,5 @@
-"""What the lanes cost: the speed of streams with and without a page that looks, in turn, and bytes a second.
+"""What the lanes cost: the speed of streams with and without a page that looks, in turn, how long processors
+compute for a token, and bytes a second.
 
 python -m tools.bench_lanes --rounds 5
 """
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import aiohttp
 
 from launcher.checkpoints import EMBEDDED
 from tools.bench_engine import serve
+from tools.processes import cpu_seconds, workers_of
 
 NUM_STREAMS = 8
 SETTLING_S = 1.5  # until all workers know that somebody looks, or nobody
@@ -26,6 +28,7 @@ SETTLING_S = 1.5  # until all workers know that somebody looks, or nobody
 
 class Round(NamedTuple):
     tokens_per_s: float
+    cpu_ms: float  # of all workers, for a token
     kb_per_s: float  # of events, while somebody looks
 
 
@@ -57,25 +60,30 @@ class Looker:
             self.num_bytes += len(data)
 
 
-async def _measure(session: aiohttp.ClientSession, url: str, num_tokens: int, looks: bool) -> Round:
+async def _measure(
+    session: aiohttp.ClientSession, url: str, num_tokens: int, looks: bool, spent_s: Callable[[], float]
+) -> Round:
     looker = Looker()
     async with looker.looking(session, url) if looks else contextlib.nullcontext():
         await asyncio.sleep(SETTLING_S)
-        looker.num_bytes, start = 0, time.monotonic()
+        looker.num_bytes, start, spent = 0, time.monotonic(), spent_s()
         await asyncio.gather(*(_stream(session, url, number, num_tokens) for number in range(NUM_STREAMS)))
-        seconds = time.monotonic() - start
-    return Round(NUM_STREAMS * num_tokens / seconds, looker.num_bytes / seconds / 1000)
+        seconds, spent = time.monotonic() - start, spent_s() - spent
+    count = NUM_STREAMS * num_tokens
+    return Round(count / seconds, spent / count * 1000, looker.num_bytes / seconds / 1000)
 
 
-async def compare(url: str, num_rounds: int, num_tokens: int) -> tuple[list[Round], list[Round]]:
-    """Rounds without and with a page, in turn."""
+async def compare(
+    url: str, num_rounds: int, num_tokens: int, spent_s: Callable[[], float]
+) -> tuple[list[Round], list[Round]]:
+    """Rounds without and with a page, in turn. `spent_s`: how long the workers have computed so far."""
     without: list[Round] = []
     beside: list[Round] = []
     async with aiohttp.ClientSession() as session:
-        await _measure(session, url, num_tokens, looks=False)  # warms up
+        await _measure(session, url, num_tokens, False, spent_s)  # warms up
         for number in range(num_rounds):
             for looks in (False, True) if number % 2 else (True, False):
-                measured = await _measure(session, url, num_tokens, looks)
+                measured = await _measure(session, url, num_tokens, looks, spent_s)
                 (beside if looks else without).append(measured)
     return without, beside
 
@@ -89,13 +97,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED / "model")
     args = parser.parse_args()
     with serve(args.model) as served:
-        without, beside = asyncio.run(compare(served.url, args.rounds, args.tokens))
+        pids = workers_of(served.process.pid).values()
+        without, beside = asyncio.run(
+            compare(served.url, args.rounds, args.tokens, lambda: sum(map(cpu_seconds, pids)))
+        )
     ratios = [looked.tokens_per_s / alone.tokens_per_s for alone, looked in zip(without, beside, strict=True)]
     alone = statistics.median(one.tokens_per_s for one in without)
     looked = statistics.median(one.tokens_per_s for one in beside)
     print(f"{NUM_STREAMS} streams: {alone:.1f} tokens/s, while a page looks {looked:.1f}")
     shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     print(f"ratio, round by round: {shown}; median {statistics.median(ratios):.3f}")
+    for what, rounds in (("alone", without), ("while a page looks", beside)):
+        print(f"processors, {what}: {statistics.median(one.cpu_ms for one in rounds):.3f} ms a token")
     print(f"events: {statistics.median(one.kb_per_s for one in beside):.2f} kB/s")
 
 
