@@ -44,6 +44,9 @@ class ChatView {
   constructor(place, context) {
     this.context = context;
     this.onError = context.onError;
+    this.isFollowing = true;
+    /** @type {Chat} */
+    this.chat = library.begin();
     /** @type {Map<Turn, {element: HTMLElement, update: (isOver: boolean) => void}>} */
     this.views = new Map();
     this.sidebar = new Sidebar({
@@ -125,7 +128,8 @@ class ChatView {
     this.chat = chat;
     this.isFollowing = true;
     const address = library.find(chat.id) ? `#chat/${chat.id}` : "#chat";
-    if (location.hash !== address) history.pushState(null, "", address);
+    if (!location.hash) history.replaceState(null, "", address);
+    else if (location.hash !== address) history.pushState(null, "", address);
     this.drawTurns();
     this.panel.show(chat.settings);
     this.drawFrame();
