@@ -6,6 +6,7 @@ import { Composer } from "./composer.js";
 import { announce, element, iconButton } from "./dom.js";
 import { showCode } from "./dialogs.js";
 import { library, newId } from "./library.js";
+import { kindOf } from "./media.js";
 import { messageView } from "./message.js";
 import { Panel } from "./panel.js";
 import { samplesView } from "./samples.js";
@@ -163,7 +164,7 @@ class ChatView {
       element("h2", { text: t("welcome") }),
       element("p", { text: samples.length ? t("welcome.samples") : t("welcome.note") }),
       samples.length > 0 &&
-        samplesView(samples, async (file, question) => this.send(question, [await library.keep(file, "image")])),
+        samplesView(samples, async (file, question) => this.send(question, [await library.keep(file, kindOf(file) ?? "image")])),
     );
   }
 
