@@ -107,6 +107,20 @@ def test_a_video(page: Any) -> None:
     assert page.locator(".question video").count() == 1
 
 
+def test_every_sample_is_answered(page: Any) -> None:
+    """With what can be seen in it: a question that the model does not know would be a bad advertisement."""
+    buttons = page.locator(".sample-questions button")
+    told = {}
+    for number in range(buttons.count()):
+        page.locator(".new-chat").click()
+        question = buttons.nth(number).inner_text()
+        buttons.nth(number).click()
+        told[question] = answer_text(page)
+    assert not [question for question, said in told.items() if "do not know" in said]
+    assert told["Which way does the star move?"] == "To the right."
+    assert (told["What number is shown?"], told["How many bars are there?"]) == ("427.", "Four.")
+
+
 def test_an_answer_streams_and_stops(page: Any) -> None:
     open_settings(page, "More about sampling")
     page.locator("#set-min_tokens").fill("600")

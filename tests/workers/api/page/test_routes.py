@@ -121,7 +121,8 @@ async def test_pictures_that_come_with_the_model() -> None:
         assert len(samples) >= 6
         for sample in samples:
             picture = await site.ask(get(f"/page/samples/{sample['file']}"))
-            assert picture.headers["content-type"] == "image/png"
+            kind = {".png": "image/png", ".mp4": "video/mp4"}[Path(sample["file"]).suffix]
+            assert picture.headers["content-type"] == kind
             assert picture.body == (SAMPLES / sample["file"]).read_bytes()
             assert sample["questions"].keys() == sample["name"].keys() == {"en", "zh"}
             assert all(sample["questions"].values())

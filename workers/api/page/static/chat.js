@@ -6,6 +6,7 @@ import { Composer } from "./composer.js";
 import { announce, element, iconButton } from "./dom.js";
 import { showCode } from "./dialogs.js";
 import { library, newId } from "./library.js";
+import { kindOf } from "./media.js";
 import { messageView } from "./message.js";
 import { Panel } from "./panel.js";
 import { samplesView } from "./samples.js";
@@ -44,6 +45,9 @@ class ChatView {
   constructor(place, context) {
     this.context = context;
     this.onError = context.onError;
+    this.isFollowing = true;
+    /** @type {Chat} */
+    this.chat = library.begin();
     /** @type {Map<Turn, {element: HTMLElement, update: (isOver: boolean) => void}>} */
     this.views = new Map();
     this.sidebar = new Sidebar({
@@ -125,7 +129,8 @@ class ChatView {
     this.chat = chat;
     this.isFollowing = true;
     const address = library.find(chat.id) ? `#chat/${chat.id}` : "#chat";
-    if (location.hash !== address) history.pushState(null, "", address);
+    if (!location.hash) history.replaceState(null, "", address);
+    else if (location.hash !== address) history.pushState(null, "", address);
     this.drawTurns();
     this.panel.show(chat.settings);
     this.drawFrame();
@@ -159,7 +164,7 @@ class ChatView {
       element("h2", { text: t("welcome") }),
       element("p", { text: samples.length ? t("welcome.samples") : t("welcome.note") }),
       samples.length > 0 &&
-        samplesView(samples, async (file, question) => this.send(question, [await library.keep(file, "image")])),
+        samplesView(samples, async (file, question) => this.send(question, [await library.keep(file, kindOf(file) ?? "image")])),
     );
   }
 

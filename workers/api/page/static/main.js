@@ -111,7 +111,7 @@ async function changeKey() {
 
 /** @returns {{view: string, rest: string}} */
 function addressed() {
-  const [view, ...rest] = decodeURIComponent(location.hash.slice(1)).split("/");
+  const [view, ...rest] = location.hash.slice(1).split("/");
   return setup.views.includes(view) ? { view, rest: rest.join("/") } : { view: setup.views[0], rest: "" };
 }
 

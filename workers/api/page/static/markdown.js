@@ -22,12 +22,18 @@ export class MarkdownView {
     this.element = element("div", { class: "markdown" });
     this.tail = element("div", { class: "markdown-tail" });
     this.element.append(this.tail);
-    this.begin();
+    this.settled = 0; // characters whose elements are final
+    this.plainEnd = 0; // characters that are shown as they are written, and those before
+    this.isPlain = false;
+    this.shown = "";
   }
 
-  begin() {
-    this.settled = 0; // characters whose elements are final
-    this.shown = "";
+  /** Begins anew, for another text. */
+  clear() {
+    this.tail.replaceChildren();
+    this.tail.classList.remove("plain");
+    this.element.replaceChildren(this.tail);
+    this.settled = this.plainEnd = 0;
     this.isPlain = false;
   }
 
@@ -37,10 +43,7 @@ export class MarkdownView {
    * @returns {boolean} whether all of it is shown; else the caller shall call again soon
    */
   show(text, isWhole) {
-    if (!text.startsWith(this.shown)) {
-      this.element.replaceChildren(this.tail);
-      this.begin();
-    }
+    if (!text.startsWith(this.shown)) this.clear();
     this.shown = text;
     if (!this.isPlain && !this.showMarkdown(text, isWhole)) return false;
     if (this.isPlain) this.showPlain(text);
@@ -82,7 +85,7 @@ export class MarkdownView {
 
   /** Adds what has come since. @param {string} text */
   showPlain(text) {
-    let from = this.plainEnd ?? 0;
+    let from = this.plainEnd;
     while (from < text.length) {
       const last = this.tail.lastElementChild;
       if (last && (last.textContent?.length ?? 0) < PIECE) {

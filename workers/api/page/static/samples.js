@@ -12,6 +12,15 @@ export function samplesView(samples, ask) {
   return element("ul", { class: "samples" }, ...samples.map((sample) => card(sample, ask)));
 }
 
+/** Its first frame; it plays while somebody points at it. @param {string} url @param {string} name */
+function film(url, name) {
+  const shown = element("video", { src: url, muted: true, loop: true, playsinline: true, preload: "metadata", "aria-label": name });
+  shown.muted = true; // the attribute alone does not count for elements that scripts make
+  shown.addEventListener("pointerenter", () => shown.play());
+  shown.addEventListener("pointerleave", () => shown.pause());
+  return shown;
+}
+
 /** @param {any} sample @param {(file: File, question: string) => void} ask */
 function card(sample, ask) {
   const url = `/page/samples/${encodeURIComponent(sample.file)}`;
@@ -24,7 +33,7 @@ function card(sample, ask) {
   return element(
     "li",
     { class: "sample" },
-    element("img", { src: url, alt: name, width: "112", height: "112", loading: "lazy" }),
+    sample.file.endsWith(".mp4") ? film(url, name) : element("img", { src: url, alt: name, loading: "lazy" }),
     element(
       "div",
       { class: "sample-questions" },

@@ -1,5 +1,6 @@
 // All texts of the page. Both languages have the same keys; a test says so.
 
+/** @type {{en: Object<string, string>, zh: Object<string, string>}} */
 export const strings = {
   en: {
     skip: "Skip to the content",
