@@ -54,14 +54,12 @@ def _open(browser: Browser, url: str, size: tuple[int, int], theme: str) -> Page
 
 
 def _chat(page: Page) -> None:
-    """A question about a sample, then one more about the same picture, and one for an object in JSON."""
+    """A question about a sample, then one more about the same picture."""
     page.get_by_role("button", name="How many shapes are there?").click()
-    for number, question in enumerate(("Where is the heart?", "Describe the picture as JSON."), 1):
-        page.locator(".answer .figures").nth(number - 1).wait_for()
-        page.locator("#question").fill(question)
-        page.locator("#question").press("Enter")
-    page.locator(".answer .figures").nth(2).wait_for()
-    page.locator(".hl-string").first.wait_for()
+    page.locator(".answer .figures").first.wait_for()
+    page.locator("#question").fill("Where is the heart?")
+    page.locator("#question").press("Enter")
+    page.locator(".answer .figures").nth(1).wait_for()
     page.mouse.move(0, 0)
 
 

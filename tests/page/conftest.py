@@ -28,20 +28,25 @@ FLAGS = (
 TIMEOUT_MS = 20_000
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+@pytest.fixture(scope="package")
+def playwright_api() -> Any:
+    """Skips where there is no browser, before a server is started."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
+    return pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser(playwright_api: Any) -> Iterator[Any]:
+    """For one module: while it is there, an event loop counts as running, and no test can have its own."""
+    with playwright_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield started
         started.close()
 
 
-@pytest.fixture(scope="session")
-def server(browser: Any) -> Iterator[Server]:
-    """`browser` comes first: without one no server is started."""
+@pytest.fixture(scope="package")
+def server(playwright_api: Any) -> Iterator[Server]:
     with Server("--dtype", "float32", *LIMITS) as running:
         yield running
 

@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import Image
 
 from tools.tiny_model import assets
@@ -64,7 +65,7 @@ def write_film(path: Path) -> None:
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         for frame in film():
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
 

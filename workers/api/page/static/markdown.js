@@ -149,6 +149,8 @@ function blockOf(token, depth) {
 
 /** @param {any} token @param {number} depth */
 function listOf(token, depth) {
+  // "427." is a number, and no list without anything in it.
+  if (token.items.every((/** @type {any} */ item) => !item.text)) return element("p", { text: token.raw.trim() });
   const start = token.ordered && Number.isInteger(token.start) ? token.start : null;
   return element(
     token.ordered ? "ol" : "ul",
