@@ -18,7 +18,7 @@ EVENTS = "/lanes/events"
 
 
 @pytest.fixture(scope="module")
-def server(browser: Any) -> Iterator[Server]:
+def server(playwright_api: Any) -> Iterator[Server]:
     with Server("--admin-key", "secret", "--max-model-len", "4096") as running:
         yield running
         running.children = workers_of(running.process.pid)
