@@ -15,6 +15,7 @@ from tools.processes import workers_of
 
 PATIENCE_S = 60
 EVENTS = "/lanes/events"
+DRAWN_MS = 1500  # after which a held picture has been drawn again
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +145,13 @@ def test_the_keyboard_goes_from_one_piece_of_work_to_the_next(page: Any) -> None
     page.keyboard.press("ArrowDown")
     expect_text(tip, r"^llm\.0: decode steps, .* ms, .*your request chatcmpl")
     last = tip.inner_text()
+    page.wait_for_timeout(DRAWN_MS)
     held = drawn(page)
     page.keyboard.press("ArrowLeft")
     assert tip.inner_text() != last
     page.keyboard.press("ArrowRight")
     assert tip.inner_text() == last
+    page.wait_for_timeout(DRAWN_MS)
     assert drawn(page) == held, "the picture is held"
     page.keyboard.press("ArrowDown")
     expect_text(tip, "preprocess.0: tokenise")
