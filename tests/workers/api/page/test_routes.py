@@ -17,7 +17,7 @@ from workers.api.page.routes import CONTENT_SECURITY_POLICY
 
 MOST_BYTES = 400_000  # of the whole page, packed
 SAMPLES = EMBEDDED / "samples"
-MODULES = sorted(path for path in STATIC.glob("*.js"))
+MODULES = sorted([*STATIC.glob("*.js"), *(STATIC / "lanes").glob("*.js")])
 
 
 async def test_the_page_and_its_files_are_served() -> None:
@@ -179,10 +179,13 @@ def test_both_languages_have_all_texts_and_no_other() -> None:
 
 
 def _strings() -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for line in (STATIC / "strings.js").read_text().splitlines():
-        if begun := re.match(r"  (en|zh): \{$", line):
-            found[begun[1]] = {}
-        elif entry := re.match(r'    "?([\w.]+)"?: "(.*)",$', line):
-            list(found.values())[-1][entry[1]] = entry[2]
+    """Of the shell, and of the views that bring their own."""
+    found: dict[str, dict[str, str]] = {"en": {}, "zh": {}}
+    language = "en"
+    for path in sorted(STATIC.rglob("strings.js")):
+        for line in path.read_text().splitlines():
+            if begun := re.match(r"  (en|zh): \{$", line):
+                language = begun[1]
+            elif entry := re.match(r'    "?([\w. ]+)"?: "(.*)",$', line):
+                found[language][entry[1]] = entry[2]
     return found

@@ -3,8 +3,7 @@
 export const strings = {
   en: {
     "lanes.title": "What each process does, live",
-    "lanes.note":
-      "One lane for each process, over the last 30 seconds. Pictures are fetched, decoded and encoded in processes of their own, while the LLM goes on with its steps.",
+    "lanes.note": "One lane for each process, over the last 30 seconds. Pictures are fetched, decoded and encoded in processes of their own, while the LLM goes on with its steps.",
     "lanes.start": "Send 4 streams and 20 pictures",
     "lanes.stop": "Stop",
     "lanes.pause": "Hold the picture",
@@ -22,8 +21,6 @@ export const strings = {
     "lanes.starting": "starts",
     "lanes.replaced": "replaced",
     "lanes.with": "with {worker}",
-    "lanes.others": "others",
-    "lanes.request": "request",
     "lanes.request.mine": "your request {id}",
     "lanes.request.other": "request {id}",
     "lanes.request.hidden": "requests of others",
@@ -110,8 +107,6 @@ export const strings = {
     "lanes.starting": "启动中",
     "lanes.replaced": "已替换",
     "lanes.with": "与 {worker} 相同",
-    "lanes.others": "其他",
-    "lanes.request": "请求",
     "lanes.request.mine": "您的请求 {id}",
     "lanes.request.other": "请求 {id}",
     "lanes.request.hidden": "他人的请求",
