@@ -23,6 +23,8 @@ def announce(config: Config, model: Model, run_dir: Path, port: int) -> None:
         logger.info("serving clients with keys at tcp://%s:%s", host, config.direct.direct_port)
     example = example_request(url, model, key=_shown_key(config.api))
     sys.stdout.write(f"\nServing at {url}/v1 — try:\n\n{example}\n\n")
+    if not config.api.disable_page:
+        sys.stdout.write(f"or open {url}/ in a browser.\n\n")
     sys.stdout.flush()
 
 

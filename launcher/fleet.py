@@ -1,6 +1,6 @@
 """All units of the pipeline: what the supervisor decides from what their workers have reported.
 
-Pure but for `Unit.on_end`, which kills: no socket, no clock.
+Pure but for `kill` and `Unit.on_end`, which kill: no socket, no clock.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ class Fleet:
         """Clients keep new requests back until `replace_weights`."""
         for unit in self.units:
             unit.is_closed = unit.role is Role.LLM
+
+    def kill(self, worker: WorkerId) -> bool:
+        """Kills a worker, as from outside. False for one that does not serve: a start that is killed may end
+        the pipeline."""
+        unit = self._unit_of.get(worker)
+        if unit is None or not unit.is_serving:
+            return False
+        unit.children[worker].process.kill()
+        return True
 
     def replace_weights(self, now: float) -> None:
         """Ends ViTs and LLMs at once: no request may meet workers of two generations."""

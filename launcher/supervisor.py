@@ -20,6 +20,7 @@ from types import FrameType
 from typing import assert_never
 
 from launcher.announcement import announce
+from launcher.audience import Audience
 from launcher.checkpoints import Model
 from launcher.fleet import Fleet
 from launcher.listening import listen
@@ -38,6 +39,8 @@ from pipeline.wire.base import PoolClosed
 from pipeline.wire.control import (
     ControlMessage,
     FirstTokenYielded,
+    KillRequested,
+    LanesWatched,
     PipelineState,
     ReloadRequested,
     StatusMessage,
@@ -85,6 +88,7 @@ class Supervisor:
         self._poller = Poller(self._status, self._control, self._wakeup, self._spawner)
         self._quarantine = QuarantineRecord()
         self._reload = Reload(model.folder)
+        self._audience = Audience()
         self._retired: list[Child] = []  # endpoints that finish their connections beside a successor
         self._num_signals = self._num_hangups = 0
         self._is_draining = False
@@ -190,6 +194,7 @@ class Supervisor:
                 end=end,
                 reload=self._reload.state,
                 quarantined=self._quarantine.quarantined(now),
+                is_watched=self._audience.is_there(now),
             )
         ):
             logger.debug("a subscriber of the control edge lags behind")
@@ -213,6 +218,11 @@ class Supervisor:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case ReloadRequested():
                     self._num_hangups += 1
+                case KillRequested(worker=worker):
+                    self._kill(worker)
+                case LanesWatched(seconds=seconds):
+                    if self._audience.hear(seconds, now):
+                        self._heartbeat_due = 0.0
                 case FirstTokenYielded(digest=digest):
                     self._quarantine.clear(digest)
                 case WorkerFailed():
@@ -221,6 +231,13 @@ class Supervisor:
                     self._fleet.on_pool_closed(message)
                 case _:
                     assert_never(message)
+
+    def _kill(self, worker: WorkerId) -> None:
+        """What follows is as for any death."""
+        if self._fleet.kill(worker):
+            logger.warning("%s is killed: an administrator asks for it", worker)
+        else:
+            logger.warning("%s is not killed, as asked: it does not serve", worker)
 
     def _on_ready(self, unit: Unit, message: WorkerReady) -> None:
         if (

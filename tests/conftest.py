@@ -51,7 +51,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def _steps_back(nodeid: str) -> bool:
     """Whether it has no real processes, and demands nothing of how long the event loop stands still."""
-    return not nodeid.startswith(("tests/integration/", "tests/clients/", "tests/workers/api/test_server.py"))
+    return not nodeid.startswith(
+        ("tests/integration/", "tests/clients/", "tests/page/", "tests/workers/api/test_server.py")
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -240,7 +240,12 @@ class Rig:
         handle = self.pool.lend(slot, embedding.shape, "float32")
         self.encoder.encode([EncodeJob(torch.from_numpy(pixels), chunk.grid_thw, self.pool.tensor(handle))])
         return EmbeddingReady(
-            sender=VIT_0, epoch=1, key=key, lease_id=next(self.lease_ids), embeddings=handle
+            sender=VIT_0,
+            epoch=1,
+            key=key,
+            lease_id=next(self.lease_ids),
+            embeddings=handle,
+            was_encoded=True,
         )
 
     def run(self) -> None:

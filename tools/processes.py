@@ -33,6 +33,12 @@ def resident_bytes(pid: int) -> int:
     return 1024 * int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
 
 
+def cpu_seconds(pid: int) -> float:
+    """That all threads of a process have computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")
+
+
 def num_open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 

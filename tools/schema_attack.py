@@ -36,6 +36,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from workers.api.operations import LANES
+
 CHECKS = (
     not_a_server_error,
     status_code_conformance,
@@ -74,6 +76,8 @@ def attack(url: str, key: str, num_examples: int, seed: int) -> Conformance:
         for result in schema.get_all_operations():
             assert isinstance(result, Ok), result
             operation = result.ok()
+            if operation.path == LANES:  # its answer never ends
+                continue
             count = num_examples if operation.body else min(num_examples, 5)
             modes = tuple(GenerationMode) if operation.body else (GenerationMode.POSITIVE,)
             for mode in modes:

@@ -35,7 +35,14 @@ from pipeline.parsers.registry import AUTO, check_names
 from pipeline.parsers.tool_choice import read_tools, to_chat_grammar, to_tool_choice
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
-from pipeline.wire.clients import PromptLogprobs, RequestOutput, SubmitRequest, TokenLogprobs, Welcome
+from pipeline.wire.clients import (
+    MediaTokens,
+    PromptLogprobs,
+    RequestOutput,
+    SubmitRequest,
+    TokenLogprobs,
+    Welcome,
+)
 from pipeline.wire.control import ReloadState, WorkerState
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
 from pipeline.wire.limits import MAX_ITEMS
@@ -62,6 +69,7 @@ class Piece:
     prompt_token_ids: tuple[int, ...] = ()  # of the first piece of a choice, if requested
     prompt_logprobs: PromptLogprobs | None = None  # of one piece, if requested
     stop_reason: str | int | None = None  # of the last piece: the stop string, or the one of `stop_token_ids`
+    media: MediaTokens | None = None  # of the prompt's pictures and videos, if it has any
 
 
 class ParsedPiece(NamedTuple):
@@ -105,6 +113,7 @@ class _ChoiceText:
             () if output.offset else opened.prompt_token_ids,
             output.prompt_logprobs,
             stop_reason,
+            output.media,
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pipeline.wire.clients import ChoiceProgress, QueryRequest, RequestOutput, SubmitRequest
+from pipeline.wire.clients import ChoiceProgress, MediaTokens, QueryRequest, RequestOutput, SubmitRequest
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.packing import pack_int32, unpack_ids
 from pipeline.wire.topology import Role
@@ -23,6 +23,7 @@ class OpenChoice:
     token_ids: list[int] = field(default_factory=list)
     num_earlier_tokens: int = 0  # of `token_ids`: from earlier attempts
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache by the first attempt
+    media: MediaTokens | None = None  # as the first attempt found them
     is_over: bool = False  # its last output is here, or it was aborted
     heard: float = -math.inf  # time of the last message about it
 
@@ -116,7 +117,9 @@ class OpenRequest:
         self.is_asking, self.waits_since, choice.heard = False, None, self.heard
         if choice.num_cached_tokens is None:
             choice.num_cached_tokens = output.num_cached_tokens
-        if output.offset < num_received or output.num_cached_tokens != choice.num_cached_tokens:
+        if choice.media is None:
+            choice.media = output.media
+        if output.offset < num_received or _found_of(output) != _found_of(choice):
             num_repeated = num_received - output.offset
             output = msgspec.structs.replace(
                 output,
@@ -124,6 +127,7 @@ class OpenRequest:
                 new_token_ids=output.new_token_ids[4 * num_repeated :],
                 logprobs=output.logprobs[num_repeated:],
                 num_cached_tokens=choice.num_cached_tokens,
+                media=choice.media,
                 prompt_logprobs=None if num_received else output.prompt_logprobs,
             )
         if output.new_token_ids or output.finish_reason is not None:
@@ -141,3 +145,8 @@ class OpenRequest:
             num_received=tuple(len(choice.token_ids) for choice in self.choices),
             lead=request.lead,
         )
+
+
+def _found_of(known: RequestOutput | OpenChoice) -> tuple[int | None, MediaTokens | None]:
+    """What the caches had of the prompt."""
+    return known.num_cached_tokens, known.media

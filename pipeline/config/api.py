@@ -44,7 +44,7 @@ class ApiConfig:
     named_keys: tuple[ApiKey, ...] = ()  # of the file and the environment: no option of its own
     key_is_in_environment: bool = False  # the variable's value is a key, as a shell may put it into a header
     admin_key: str = option(
-        "", "key for POST /admin/reload; without it there is no such route", metavar="KEY"
+        "", "key for POST /admin/reload and /admin/kill; without it there are no such routes", metavar="KEY"
     )
     allowed_hosts: tuple[str, ...] = option(
         (),
@@ -66,6 +66,7 @@ class ApiConfig:
         "authorities (PEM): clients must then show a certificate that one of them has signed",
         metavar="FILE",
     )
+    disable_page: bool = option(False, "serve no page for browsers at /")
     max_queued_requests: int | None = option(
         None,
         "further requests get 429 while so many are unfinished, running ones too (default: only "

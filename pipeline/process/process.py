@@ -19,6 +19,7 @@ from pipeline.config import MIB, Config
 from pipeline.process import log
 from pipeline.process.faults import Faults
 from pipeline.process.flight_recorder import digest_of
+from pipeline.process.lanes import MAX_UNREAD, Lanes
 from pipeline.process.metrics import DROPPED_SPANS, Metrics
 from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import tracer_of
@@ -34,7 +35,7 @@ from pipeline.wire.control import (
     WorkerState,
     WorkerStats,
 )
-from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
+from pipeline.wire.topology import CONTROL, LANES, STATUS, Role, WorkerId
 
 logger = logging.getLogger(__name__)
 BEHIND_THE_STEP_LOOP = 5  # niceness of roles that share cores with the LLM
@@ -85,7 +86,8 @@ class WorkerContext:
         self.faults = Faults(spec.config.launcher.fault, spec.worker)
         self.sockets = Sockets(Path(spec.run_dir), epochs, self.faults.encoder())
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
-        self.tracer = tracer_of(spec.config.launcher, spec.worker)
+        self.lanes = Lanes(self.origin, lambda: self.sockets.sender(LANES, high_water_mark=MAX_UNREAD))
+        self.tracer = tracer_of(spec.config.launcher, spec.worker, self.lanes)
         self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
         self.quarantine = Quarantine(spec.worker.role, spec.quarantined)
         self.metrics = Metrics()
@@ -118,6 +120,7 @@ class WorkerContext:
             **self.origin,
         )
         self.status.try_send(stats)
+        self.lanes.flush()
 
     def pool_closed(self, worker: WorkerId, epoch: int) -> None:
         """Reports that this process has unmapped the pool of a dead worker."""
@@ -140,6 +143,7 @@ class WorkerContext:
         if state.end is not None:
             raise ShutdownRequested
         self.quarantine.learn(state.quarantined)
+        self.lanes.watch(state.is_watched)
         renewed = self.sockets.follow({worker.worker: worker.epoch for worker in state.workers})
         died = [worker for worker in state.workers if worker.worker in renewed]
         is_retiring = (self.worker, self.epoch) in state.retiring

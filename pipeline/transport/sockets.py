@@ -26,12 +26,14 @@ from pipeline.wire.control import ControlMessage, StatusMessage
 from pipeline.wire.encoding import EncodeMessage, FeedbackMessage
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.generation import LlmMessage
+from pipeline.wire.lanes import LanesMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import (
     CONTROL,
     ENCODE,
     FEEDBACK,
     INGEST,
+    LANES,
     LLM,
     OUTPUTS,
     STATUS,
@@ -46,6 +48,7 @@ MAX_SUBSCRIPTION_BYTES = 4096  # far more than a topic has, or a handshake
 UNIONS: dict[Edge, Any] = {
     INGEST: IngestMessage, ENCODE: EncodeMessage, FEEDBACK: FeedbackMessage, LLM: LlmMessage,
     STEPS: StepsMessage, OUTPUTS: OutputsMessage, CONTROL: ControlMessage, STATUS: StatusMessage,
+    LANES: LanesMessage,
 }  # fmt: skip
 
 S = TypeVar("S", bound="Sender[Any] | Receiver[Any] | AsyncReceiver[Any] | Publisher[Any]")
@@ -147,8 +150,10 @@ class Sockets:
         is_authenticated = self.site_of(edge, rank).is_authenticated
         return self._keep(Receiver(socket, UNIONS[edge], self._url(edge, rank), is_authenticated))
 
-    def async_receiver(self, edge: Edge, rank: int = 0, max_message_bytes: int = 0) -> AsyncReceiver[Any]:
-        socket = self._pull(self._async_context, edge, rank, max_message_bytes, HIGH_WATER_MARK)
+    def async_receiver(
+        self, edge: Edge, rank: int = 0, max_message_bytes: int = 0, high_water_mark: int = HIGH_WATER_MARK
+    ) -> AsyncReceiver[Any]:
+        socket = self._pull(self._async_context, edge, rank, max_message_bytes, high_water_mark)
         return self._keep(AsyncReceiver(socket, UNIONS[edge], self._url(edge, rank)))
 
     def _pull(self, context: Any, edge: Edge, rank: int, max_message_bytes: int, high_water_mark: int) -> Any:

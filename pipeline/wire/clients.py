@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -130,6 +130,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     logprobs: bytes  # float32
 
 
+class MediaTokens(NamedTuple):
+    """The tokens of a prompt's pictures and videos, by where their embeddings came from."""
+
+    encoded: int = 0  # by a ViT, for this request
+    vit_cached: int = 0  # encoded before, kept by a ViT
+    prefix_cached: int = 0  # among the prompt's cached tokens
+
+
 class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """New tokens of one choice; with a `finish_reason` they are its last."""
 
@@ -142,6 +150,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     index: int = 0  # of the choice
     prompt_logprobs: PromptLogprobs | None = None  # if requested: in one output at offset 0
+    media: MediaTokens | None = None  # None: the prompt has no pictures and videos
 
 
 class TokenOutputs(WorkerMessage, frozen=True, kw_only=True):

@@ -46,6 +46,7 @@ class PipelineState(Message, frozen=True, kw_only=True):
     # By role: digests of the requests that workers of this role executed when they died, with no new token
     # since. In that role each of these requests runs alone.
     quarantined: dict[Role, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
+    is_watched: bool = False  # somebody looks at the lanes: workers tell the api of their work
 
 
 # control: launcher → everyone
@@ -86,5 +87,26 @@ class ReloadRequested(WorkerMessage, frozen=True, kw_only=True):
     """api → launcher: an administrator asks for a reload."""
 
 
+class KillRequested(WorkerMessage, frozen=True, kw_only=True):
+    """api → launcher: an administrator asks that this worker be killed, and so replaced."""
+
+    worker: WorkerId
+
+
+class LanesWatched(WorkerMessage, frozen=True, kw_only=True):
+    """api → launcher: somebody looks at the lanes; repeated while it is so."""
+
+    seconds: float  # for which it is believed; 0: nobody looks any longer
+
+
 # status: everyone → launcher
-StatusMessage = ReloadRequested | WorkerReady | WorkerStats | WorkerFailed | PoolClosed | FirstTokenYielded
+StatusMessage = (
+    ReloadRequested
+    | KillRequested
+    | LanesWatched
+    | WorkerReady
+    | WorkerStats
+    | WorkerFailed
+    | PoolClosed
+    | FirstTokenYielded
+)

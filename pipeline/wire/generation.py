@@ -81,6 +81,7 @@ class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
     key: ChunkKey
     lease_id: int
     embeddings: TensorHandle  # [num_tokens, hidden]
+    was_encoded: bool  # since the request came; else it was in my cache
     sent_at: float = 0.0  # in seconds of the machine's monotonic clock; 0: unknown
 
 

@@ -64,7 +64,8 @@ CONTROL = Edge(
 STATUS = Edge(
     "status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM)
 )
-EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS)
+LANES = Edge("lanes", Pattern.PUSH_PULL, Role.API, (Role.PREPROCESS, Role.VIT, Role.LLM))
+EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS, LANES)
 # The edges that clients use; the gateway binds them for clients on other machines.
 DIRECT_EDGES = (CONTROL, INGEST, OUTPUTS)
 

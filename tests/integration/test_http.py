@@ -221,10 +221,18 @@ def test_streaming_gives_the_same_text(client: openai.OpenAI) -> None:
     assert not any(chunk.usage for chunk in ask(client, *parts, max_tokens=4, stream=True))
 
 
+def media_tokens(answer: Any) -> dict[str, int]:
+    found: dict[str, int] = answer.usage.prompt_tokens_details.media_tokens
+    return found
+
+
 def test_the_next_turn_finds_the_last_one_cached(client: openai.OpenAI) -> None:
     question = {"role": "user", "content": [picture(data_url(scene(11))), text("Describe the picture. " * 8)]}
     first = client.chat.completions.create(model=MODEL, messages=[question], max_tokens=30)
     assert first.usage.prompt_tokens_details.cached_tokens == 0
+    num_seen = media_tokens(first)["encoded"]
+    assert media_tokens(first) == {"encoded": num_seen, "vit_cached": 0, "prefix_cached": 0}
+    assert num_seen > 0
     turns = [
         question,
         {"role": "assistant", "content": first.choices[0].message.content},
@@ -232,10 +240,12 @@ def test_the_next_turn_finds_the_last_one_cached(client: openai.OpenAI) -> None:
     ]
     second = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=5)
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens // 16 * 16
+    assert media_tokens(second) == {"encoded": 0, "vit_cached": 0, "prefix_cached": num_seen}
     salted = client.chat.completions.create(
         model=MODEL, messages=turns, max_tokens=5, extra_body={"cache_salt": "mine"}
     )
     assert salted.usage.prompt_tokens_details.cached_tokens == 0
+    assert media_tokens(salted) == {"encoded": 0, "vit_cached": num_seen, "prefix_cached": 0}
     assert salted.choices[0].message.content == second.choices[0].message.content
 
 

@@ -359,7 +359,7 @@ async def test_strangers_frames_are_refused_and_counted_and_nothing_dies(server:
     """On every edge that a client can reach."""
     handle = TensorHandle("vit.0", 1, 0, 1, 0, (1 << 30, 1 << 30), "float32")
     key = ChunkKey("r", 1, 0, 0)
-    forged = EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=1, embeddings=handle)
+    forged = EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=1, embeddings=handle, was_encoded=True)
     good = msgspec.msgpack.encode(Hello(client_id=b"c" * 16, protocol=PROTOCOL_VERSION))
     no_text = {
         "type": "SubmitRequest",

@@ -107,3 +107,22 @@ def test_epochs_count_deaths_and_a_started_pipeline_stays_started(fleet: Fleet) 
     reap(fleet, VIT_0)
     assert fleet.epochs() == {"llm.0": 1, "llm.1": 1, "vit.0": 2, "preprocess.0": 1, "api.0": 1}
     assert (fleet.is_started, fleet.is_serving) == (True, False)
+
+
+def test_a_worker_that_serves_can_be_killed_alone(fleet: Fleet) -> None:
+    killed: list[WorkerId] = []
+    for unit in fleet.units:
+        for child in unit.children.values():
+            child.process = SimpleNamespace(  # type: ignore[assignment]
+                exit_code=None, kill=lambda worker=child.worker: killed.append(worker)
+            )
+    assert fleet.kill(VIT_0)
+    assert killed == [VIT_0]
+    assert unit_of(fleet, VIT_0).is_serving, "its death is found as any other"
+
+
+def test_who_does_not_serve_is_not_killed(fleet: Fleet) -> None:
+    """A start that is killed counts as one that has failed."""
+    reap(fleet, VIT_0)
+    assert not fleet.kill(VIT_0)
+    assert not fleet.kill(WorkerId(Role.VIT, 7))

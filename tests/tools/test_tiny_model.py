@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -42,7 +43,7 @@ from tools.tiny_model.labels import COUNTED, HEADS, NUM_CLASSES
 from tools.tiny_model.lessons import KINDS, make_lesson
 from tools.tiny_model.names import CHINESE, COLORS, SHAPES
 from tools.tiny_model.phrases import COURTESIES, PHRASES
-from tools.tiny_model.samples import samples
+from tools.tiny_model.samples import film, samples
 from tools.tiny_model.scenes import (
     HELD_OUT_PAIRS,
     HELD_OUT_PLACES,
@@ -538,6 +539,11 @@ def test_the_samples_are_those_that_their_tool_draws() -> None:
         <= set(drawn)
         <= {path.stem for path in (EMBEDDED / "samples").iterdir()}
     )
+    with av.open(str(EMBEDDED / "samples" / "moving-star.mp4")) as shown:
+        frames = [frame.to_ndarray(format="rgb24") for frame in shown.decode(video=0)]
+    assert len(frames) == len(film())
+    for frame, image in zip(frames, film(), strict=True):
+        assert np.abs(frame.astype(int) - np.asarray(image).astype(int)).mean() < 4, "but for its coding"
     for name, image in drawn.items():
         with Image.open(EMBEDDED / "samples" / f"{name}.png") as shipped:
             np.testing.assert_array_equal(np.asarray(shipped.convert("RGB")), np.asarray(image), err_msg=name)

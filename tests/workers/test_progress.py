@@ -168,7 +168,14 @@ class World:
                 case Ready(key, lease_id, feature):
                     handle = TensorHandle("vit.0", 1, feature.slot.index, 1, 0, (4, 8), "float32")
                     self.engine.handle(
-                        EmbeddingReady(sender=VIT_0, epoch=1, key=key, lease_id=lease_id, embeddings=handle),
+                        EmbeddingReady(
+                            sender=VIT_0,
+                            epoch=1,
+                            key=key,
+                            lease_id=lease_id,
+                            embeddings=handle,
+                            was_encoded=True,
+                        ),
                         0.0,
                     )
                 case NeedPixels(key):

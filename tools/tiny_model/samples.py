@@ -12,6 +12,8 @@ import argparse
 import random
 from pathlib import Path
 
+import av
+import numpy as np
 from PIL import Image
 
 from tools.tiny_model import assets
@@ -20,6 +22,7 @@ from tools.tiny_model.scenes import Scene, Thing, draw
 
 GROUND = (176, 182, 190)
 SIDE = 224
+NUM_FRAMES, FPS = 16, 8
 SCENES = {
     "red-star": Scene((Thing("star", "red", 0.5, 0.5, 0.28),), GROUND, 2),
     "three-shapes": Scene(
@@ -48,6 +51,24 @@ def samples() -> dict[str, Image.Image]:
     return found
 
 
+def film() -> list[Image.Image]:
+    """A blue star goes from left to right."""
+    return [
+        draw(Scene((Thing("star", "blue", 0.2 + 0.04 * number, 0.5, 0.16),), GROUND, 2), (SIDE, SIDE))
+        for number in range(NUM_FRAMES)
+    ]
+
+
+def write_film(path: Path) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "30", "movflags": "faststart"})
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv420p"
+        for frame in film():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -57,6 +78,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, image in samples().items():
         image.save(args.out / f"{name}.png", optimize=True)
+    write_film(args.out / "moving-star.mp4")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from aiohttp import web
 
 from pipeline.config import ApiConfig, ApiKey
 from pipeline.wire.errors import RequestError
-from workers.api.operations import ADMIN_ROUTES, METRICS, OPEN_ROUTES
+from workers.api.operations import ADMIN_ROUTES, LANES, METRICS, OPEN_ROUTES
+from workers.api.page.routes import is_page
 from workers.api.tenants import peer_tenant
 
 
 class Access:
     def __init__(self, config: ApiConfig) -> None:
         self._keys, self._admin_key = config.keys, config.admin_key
+        self._serves_page = not config.disable_page
         self._trusts_forwarded_for = config.trust_forwarded_for
 
     def admit(self, request: web.Request) -> None:
@@ -28,7 +30,9 @@ class Access:
             raise RequestError(f"{what}: send a valid one, as Authorization: Bearer KEY", status=401)
 
     def _is_open(self, request: web.Request) -> bool:
-        return request.path in OPEN_ROUTES or (request.path == METRICS and self.is_admin(request))
+        if request.path in OPEN_ROUTES or (self._serves_page and is_page(request.path)):
+            return True
+        return request.path in (METRICS, LANES) and self.is_admin(request)
 
     def is_admin(self, request: web.Request) -> bool:
         has_key = bool(self._admin_key)
@@ -37,6 +41,14 @@ class Access:
     def may_see(self, request: web.Request, name: str) -> bool:
         """Whether a reader of the metrics sees what the keys of this name have asked for."""
         return self.is_admin(request) or (bool(name) and name == self.key_name(request))
+
+    @property
+    def has_admin(self) -> bool:
+        return bool(self._admin_key)
+
+    def sees_all(self, request: web.Request) -> bool:
+        """Whether it may see the ids of all requests, whoever has asked."""
+        return not self._keys or self.is_admin(request)
 
     def key_name(self, request: web.Request) -> str:
         """Empty without a valid key."""

@@ -17,7 +17,7 @@ from pipeline.parsers.base import (
     ToolArguments,
     ToolCallBegun,
 )
-from pipeline.wire.clients import PromptLogprobs, TokenLogprobs
+from pipeline.wire.clients import MediaTokens, PromptLogprobs, TokenLogprobs
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import FinishReason
 
@@ -53,6 +53,7 @@ class Usage(NamedTuple):
     num_output_tokens: int
     num_cached_tokens: int  # of the prompt
     num_thought_tokens: int = 0  # of the output
+    media: MediaTokens | None = None  # of the prompt
 
 
 @dataclass(slots=True)
@@ -93,6 +94,7 @@ class ChoiceAnswer:
             piece.num_output_tokens,
             piece.num_cached_tokens,
             self.num_thought_tokens,
+            piece.media,
         )
 
 
@@ -131,6 +133,7 @@ class Answer:
             sum(usage.num_output_tokens for usage in of_choices),
             sum(usage.num_cached_tokens for usage in of_prompts),
             sum(usage.num_thought_tokens for usage in of_choices),
+            _sum_of([usage.media for usage in of_prompts if usage.media is not None]),
         )
 
     def add(self, piece: Piece, prompt: int = 0) -> Update:
@@ -209,3 +212,7 @@ class Answer:
             for token_id, value in zip(ids, values, strict=True)
         ]
         return TokenScores(chosen, tuple(best), rank)
+
+
+def _sum_of(found: Sequence[MediaTokens]) -> MediaTokens | None:
+    return MediaTokens(*map(sum, zip(*found, strict=True))) if found else None

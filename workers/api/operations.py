@@ -14,9 +14,10 @@ from prometheus_client.registry import Collector
 from pipeline.client.client import PipelineClient
 from pipeline.wire.errors import ErrorInfo, RequestError
 from workers.api.errors import RETRY_AFTER_S, error_response
+from workers.api.launcher_requests import LauncherRequests
 from workers.api.metrics import CONTENT_TYPE, WorkerCollector, exposition
 
-METRICS = "/metrics"
+METRICS, LANES = "/metrics", "/lanes/events"
 OPEN_ROUTES = ("/health", "/ready", "/ping")  # need no key
 PACKAGE = "vlm-pipeline"
 UNCOUNTED_ROUTES = (*OPEN_ROUTES, METRICS)  # take nothing from the memory budget
@@ -37,12 +38,12 @@ class Operations:
         client: PipelineClient,
         is_ready: Callable[[], bool],
         load: Callable[[], Load],
-        request_reload: Callable[[], None],
+        launcher: LauncherRequests,
         keys: Callable[[web.Request], Collector],
         model: str,
         has_vllm_names: bool,
     ) -> None:
-        self._client, self._is_ready, self._request_reload = client, is_ready, request_reload
+        self._client, self._is_ready, self._launcher = client, is_ready, launcher
         self._measure_load, self._keys = load, keys
         self._collector = WorkerCollector(lambda: client.workers, lambda: client.leads, model, has_vllm_names)
 
@@ -95,7 +96,7 @@ class Operations:
     async def _reload(self, request: web.Request) -> web.StreamResponse:
         """202 when the reload has begun, 409 with the reason when the launcher refuses it."""
         number = self._client.reload.number
-        self._request_reload()
+        self._launcher.reload()
         end = time.monotonic() + ADMIN_ANSWER_S
         while self._client.reload.number == number and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.05)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 
 import msgspec
 from aiohttp import web
@@ -37,19 +38,18 @@ from workers.api.errors import end_stream, error_response
 from workers.api.generation import Generation
 from workers.api.hosts import Hosts
 from workers.api.key_metrics import KeyMetrics
+from workers.api.kill import KILL, KillRoute
+from workers.api.lanes import LaneRoutes
+from workers.api.launcher_requests import LauncherRequests
 from workers.api.operations import UNCOUNTED_ROUTES, Load, Operations
+from workers.api.page.routes import Page, is_page
 from workers.api.paths import explain, spellings
 from workers.api.request_trace import RequestTrace
 from workers.api.response_store import ResponseStore
+from workers.api.server_sent_events import STREAM_HEADERS
 from workers.api.submission import Submission
 
 logger = logging.getLogger(__name__)
-# Proxies buffer a stream by default; X-Accel-Buffering turns that off in nginx.
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 MAX_SHOWN_NAMES, MAX_SHOWN_NAME = 10, 40  # of ignored fields, in a header
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response to a request, once its head is prepared
 TRACE = web.RequestKey("trace", RequestTrace)  # of a question to the model, if it is traced
@@ -70,14 +70,17 @@ class ApiServer:
         client: PipelineClient,
         model_names: tuple[str, ...],
         info: ModelInfo,
-        request_reload: Callable[[], None] = lambda: None,
+        launcher: LauncherRequests | None = None,
         recovery_timeout_s: float = 60.0,
         pace: BodyPace | None = None,
         budget: Budget | None = None,
         forms: ChatForms | None = None,
         spans: OtlpSpans | None = None,
+        tp_size: int = 1,
+        samples: Path | None = None,
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
+        launcher = launcher or LauncherRequests()
         self._model = ServedModel(
             model_names, info, int(time.time()), forms or ChatForms(None), config.strict_fields
         )
@@ -87,9 +90,14 @@ class ApiServer:
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
         self._key_metrics = KeyMetrics(key.name for key in config.keys)
         self._operations = Operations(
-            client, lambda: self.is_ready, self._load, request_reload, self._metrics_of_keys,
+            client, lambda: self.is_ready, self._load, launcher, self._metrics_of_keys,
             self._model.name, config.vllm_metric_names,
         )  # fmt: skip
+        self._kill = KillRoute(lambda: client.workers, launcher.kill, self._read)
+        self.lanes = LaneRoutes(
+            lambda: client.workers, launcher.watch, self._access, lambda: self.is_retiring, tp_size
+        )
+        self._page = None if config.disable_page else Page(config, samples)
         self._spans = spans
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
         self._admission = Admission()
@@ -116,6 +124,11 @@ class ApiServer:
         application.on_response_prepare.append(self._on_head)
         application.router.add_get(PATH, self._describe)
         application.add_routes(self._operations.routes(has_admin=bool(self._config.admin_key)))
+        application.add_routes(self.lanes.routes())
+        if self._access.has_admin:
+            application.router.add_post(KILL, self._kill.handle)
+        if self._page is not None:
+            application.add_routes(self._page.routes())
         for route in self._every_route:
             for path in spellings(route.path):
                 if issubclass(route, Endpoint):
@@ -190,7 +203,7 @@ class ApiServer:
             self._access.admit(request)
             if request.match_info.http_exception is None:
                 refuse_type(request)
-            if request.path not in UNCOUNTED_ROUTES:
+            if request.path not in UNCOUNTED_ROUTES and not is_page(request.path):
                 await request[LEASE].grow(BASE_BYTES)
             return await handler(request)
         except asyncio.CancelledError:
@@ -288,15 +301,20 @@ class ApiServer:
             self._client, submission, self._model.forms, salt, tenant, trace, record.on_first_token
         )
         record.answer, record.completion_id = generation.answer, submission.request_id
-        if submission.is_streamed:
-            return await self._stream(request, endpoint, generation)
-        answer = endpoint.render(await generation.whole())
+        request_ids = [submission.id_of(number) for number in range(len(submission.prompts))]
+        with self.lanes.owned(request_ids, tenant):
+            if submission.is_streamed:
+                return await self._stream(request, endpoint, generation)
+            answer = endpoint.render(await generation.whole())
         return _json_response(answer, _warning(endpoint.ignored_fields))
+
+    async def _read(self, request: web.Request) -> bytearray:
+        return await read_body(request, request[LEASE], self._pace, self._config.max_request_mib)
 
     async def _decode(self, request: web.Request, endpoint: Endpoint) -> Submission:
         """Reads and decodes the body. The body is freed on return: only the submission holds the media."""
         lease = request[LEASE]
-        body = await read_body(request, lease, self._pace, self._config.max_request_mib)
+        body = await self._read(request)
         # To decode, render and submit a request is the longest work of this loop.
         await self._admission.wait()
         endpoint.reserve = lease.add

@@ -6,6 +6,12 @@ from typing import Any
 
 import msgspec
 
+# Proxies buffer a stream by default; X-Accel-Buffering turns that off in nginx.
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 DONE = b"data: [DONE]\n\n"
 _HOLE = "\x00"
 

@@ -7,13 +7,15 @@ import gc
 import logging
 import socket
 import time
+from pathlib import Path
 
 from pipeline.client.client import PipelineClient
-from pipeline.config import MIB, ApiConfig
+from pipeline.config import MIB, ApiConfig, ModelConfig
 from pipeline.config.tls import ssl_context
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO
+from pipeline.process.lanes import MAX_UNREAD
 from pipeline.process.phases import WAITING
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
@@ -23,10 +25,12 @@ from pipeline.process.process import (
     run_async,
 )
 from pipeline.transport.ends import AsyncReceiver
-from pipeline.wire.control import ControlMessage, ReloadRequested
+from pipeline.wire.control import ControlMessage, KillRequested, LanesWatched, ReloadRequested
 from pipeline.wire.errors import PipelineError
-from pipeline.wire.topology import CONTROL
+from pipeline.wire.lanes import LanesMessage
+from pipeline.wire.topology import CONTROL, LANES
 from workers.api.budget import memory_mib
+from workers.api.launcher_requests import LauncherRequests
 from workers.api.listener import Listener
 from workers.api.response_store import STORED_BYTES
 from workers.api.runner import HttpRunner
@@ -43,7 +47,9 @@ HANDLERS_END_S = 0.5  # for the handlers left then, which still read bodies
 STATS_INTERVAL_S = 0.5
 WAITING_INTERVAL_S = 1.0
 RETIRING_INTERVAL_S = 0.2
+MAX_LANES_BYTES = 4 * MIB
 IDLE_CONNECTIONS_S = 3.0  # kept open while retiring: a client may be about to send a request
+LANE_MESSAGES = "Messages in which workers told of their work, while a page showed the lanes"
 COUNTED = {
     "stale_outputs": "Outputs of earlier attempts, dropped",
     "gaps": "Gaps in a request's outputs, asked for again",
@@ -58,15 +64,27 @@ def main(context: WorkerContext) -> None:
 
 async def _run(context: WorkerContext) -> None:
     control = context.sockets.async_subscriber(CONTROL)
+    lanes = context.sockets.async_receiver(
+        LANES, max_message_bytes=MAX_LANES_BYTES, high_water_mark=MAX_UNREAD
+    )
     process = _Process(context, model_info_of(context))
     limit_memory(allowed_mib(context.config.api))
-    await process.run(control)
+    await process.run(control, lanes)
 
 
 def allowed_mib(config: ApiConfig) -> int:
     """MiB of memory that this process may use."""
     bodies = COPIES_OF_BODIES * memory_mib(config) + COPIES_OF_A_BODY * config.max_request_mib
     return BASE_MIB + bodies + STORED_BYTES // MIB
+
+
+def _launcher(context: WorkerContext) -> LauncherRequests:
+    status, origin = context.status, context.origin
+    return LauncherRequests(
+        reload=lambda: status.send(ReloadRequested(**origin)),
+        kill=lambda worker: status.send(KillRequested(worker=worker, **origin)),
+        watch=lambda seconds: status.send(LanesWatched(seconds=seconds, **origin)),
+    )
 
 
 def _parser_names(config: ApiConfig, info: ModelInfo) -> tuple[str, str]:
@@ -76,6 +94,11 @@ def _parser_names(config: ApiConfig, info: ModelInfo) -> tuple[str, str]:
         info.tool_call_parser if tools == AUTO else tools,
         info.reasoning_parser if reasoning == AUTO else reasoning,
     )
+
+
+def _samples(config: ModelConfig, info: ModelInfo) -> Path | None:
+    """The folder of pictures that come with the model: only the embedded one has some."""
+    return None if config.model else info.folder.parent / "samples"
 
 
 class _Process:
@@ -92,17 +115,20 @@ class _Process:
             self._client,
             config.model.served_model_name,
             info,
-            request_reload=lambda: context.status.send(ReloadRequested(**context.origin)),
+            launcher=_launcher(context),
             recovery_timeout_s=config.launcher.recovery_timeout,
             forms=ChatForms.read(info.folder, *names),
             spans=context.tracer.otlp,
+            tp_size=config.llm.tp,
+            samples=_samples(config.model, info),
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
+        context.metrics.counter("lane_messages", LANE_MESSAGES, lambda: self._server.lanes.num_messages)
         self._sites: list[Listener] = []
         self._tasks = asyncio.TaskGroup()
         self._is_draining = False
 
-    async def run(self, control: AsyncReceiver[ControlMessage]) -> None:
+    async def run(self, control: AsyncReceiver[ControlMessage], lanes: AsyncReceiver[LanesMessage]) -> None:
         await self._runner.setup()
         # The launcher has the listening sockets, too: connections wait for a successor if this process dies.
         tls = ssl_context(self._context.config.api)
@@ -112,6 +138,7 @@ class _Process:
         try:
             async with self._tasks:
                 self._tasks.create_task(self._follow(control))
+                self._tasks.create_task(self._read_lanes(lanes))
                 self._tasks.create_task(self._serve())
         finally:
             await self._runner.cleanup()
@@ -130,6 +157,10 @@ class _Process:
             if news.is_retiring and not self._server.is_retiring:
                 self._server.is_retiring = True
                 self._tasks.create_task(self._retire())
+
+    async def _read_lanes(self, lanes: AsyncReceiver[LanesMessage]) -> None:
+        while True:
+            self._server.lanes.on_work((await lanes.receive()).message)
 
     def _drain(self) -> None:
         if not self._is_draining:

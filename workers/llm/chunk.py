@@ -36,6 +36,7 @@ class Chunk:
     # No longer needed: gathered by every rank, or covered by the prefix cache.
     is_read: bool = False
     is_lost: bool = False  # its lease was released, but it is needed again after a preemption
+    was_encoded: bool = False  # by a ViT since the request came: after a preemption it is in the ViT's cache
     is_kept: bool = False  # its lease is not released when it is read: other choices of the request need it
 
     @property

@@ -233,6 +233,7 @@ def output_of(request: Request, offset: int) -> RequestOutput:
         request.num_cached_tokens,
         request.index,
         _prompt_logprobs(request.prompt_scores) if has_prompt else None,
+        request.media_tokens() if request.output_token_ids else None,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.wire.clients import ChoiceProgress, TokenLogprobs
+from pipeline.wire.clients import ChoiceProgress, MediaTokens, TokenLogprobs
 from pipeline.wire.generation import GenerateRequest, MmItem, Span
 from pipeline.wire.packing import Int32Array, pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
@@ -36,6 +36,11 @@ class _KvRun(NamedTuple):
     span: Span
     row: int  # the item's row at which the run begins
     kv_hash: bytes  # of the item
+
+
+def _num_before(chunk: Chunk, stop: int) -> int:
+    """How many of a chunk's placeholders are among the first `stop` tokens of the prompt."""
+    return sum(max(0, min(piece.stop, stop) - piece.offset) for piece in chunk.pieces)
 
 
 @dataclass(slots=True, eq=False)  # compared by identity, so that queues do not compare arrays
@@ -86,6 +91,7 @@ class Request:
     was_admitted: bool = False
     num_overtaken: int = 0  # by requests with a better priority
     is_over: bool = False  # results of an in-flight step are dropped
+    _media_tokens: MediaTokens | None = None
     _block_hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
@@ -117,7 +123,13 @@ class Request:
         """
         lost = [Chunk(one.item, one.index, one.pieces, one.wire, is_lost=True) for one in self.chunks]
         made = dataclasses.replace(
-            self, index=index, chunks=lost, block_table=[], _block_hashes=[], prompt_scores=[]
+            self,
+            index=index,
+            chunks=lost,
+            block_table=[],
+            _block_hashes=[],
+            prompt_scores=[],
+            _media_tokens=None,
         )
         made.go_on_behind(progress)
         return made
@@ -128,6 +140,16 @@ class Request:
         self.num_earlier_tokens = len(self.output_token_ids)
         has_logprobs = self.sampling.logprobs is not None
         self.logprobs = [TokenLogprobs(b"", b"")] * self.num_earlier_tokens if has_logprobs else []
+
+    def media_tokens(self) -> MediaTokens | None:
+        """Where the embeddings of the prompt's items came from, if it has any. To be asked with its first
+        token or later, when all embeddings have been read."""
+        if self._media_tokens is None and self.chunks:
+            prefix = [_num_before(chunk, self.num_cached_tokens) for chunk in self.chunks]
+            rest = [chunk.wire.num_tokens - known for chunk, known in zip(self.chunks, prefix, strict=True)]
+            encoded = sum(num for chunk, num in zip(self.chunks, rest, strict=True) if chunk.was_encoded)
+            self._media_tokens = MediaTokens(encoded, sum(rest) - encoded, sum(prefix))
+        return self._media_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -94,7 +94,8 @@ class VitCore:
             self._act(self.batcher.forget_group(worker.rank))
             self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
 
-    def _act(self, actions: Sequence[Action]) -> None:
+    def _act(self, actions: Sequence[Action], were_encoded: bool = False) -> None:
+        """`were_encoded`: what is ready was encoded just now."""
         for action in actions:
             match action:
                 case NeedPixels(key):
@@ -105,8 +106,8 @@ class VitCore:
                     handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
                     self.num_bytes[self._pool.info.kind] += handle.nbytes
                     ready = EmbeddingReady(
-                        key=key, lease_id=lease_id, embeddings=handle, sent_at=time.monotonic(),
-                        **self._origin,
+                        key=key, lease_id=lease_id, embeddings=handle, was_encoded=were_encoded,
+                        sent_at=time.monotonic(), **self._origin,
                     )  # fmt: skip
                     self._llms[key.lead].send(ready)
                 case LeaseGone(key):
@@ -149,4 +150,4 @@ class VitCore:
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
         self.num_encodes += len(batch)
-        self._act(self.batcher.on_encoded(batch))
+        self._act(self.batcher.on_encoded(batch), were_encoded=True)

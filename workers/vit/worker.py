@@ -161,7 +161,7 @@ def _serve(
             num_patches = sum(pending.grid_thw.num_patches for pending in batch)
             limit.observe(num_patches, seconds)
             stats.on_encoded(seconds)
-            ids = (key.request_id for pending in batch for key in pending.waiters)
+            ids = [key.request_id for pending in batch for key in pending.waiters]
             context.tracer.span("encode", time.monotonic() - seconds, ids, num_patches)
             core.on_encoded(batch)
             context.recorder.record(())
@@ -170,7 +170,9 @@ def _serve(
         if not batch:
             batch, jobs = core.next_batch(limit.max_patches)
             if batch:
-                context.recorder.record({key.request_id for pending in batch for key in pending.waiters})
+                ids = [key.request_id for pending in batch for key in pending.waiters]
+                context.recorder.record(set(ids))
+                context.tracer.begin("encode", ids)
                 stats.on_begun(batch, time.monotonic())
                 thread.encode(jobs)
             context.recorder.move()

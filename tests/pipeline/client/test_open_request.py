@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.client.open_request import OpenRequest
-from pipeline.wire.clients import ChoiceProgress, RequestOutput, SubmitRequest
+from pipeline.wire.clients import ChoiceProgress, MediaTokens, RequestOutput, SubmitRequest
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.prompts import Chat
 from pipeline.wire.sampling import FinishReason, SamplingParams
@@ -22,7 +22,8 @@ async def opened() -> OpenRequest:
 def output(
     index: int, offset: int, *token_ids: int, end: FinishReason | None = None, cached: int = 0
 ) -> RequestOutput:
-    return RequestOutput("r", 1, offset, pack_int32(token_ids), end, (), cached, index)
+    media = MediaTokens(prefix_cached=cached)
+    return RequestOutput("r", 1, offset, pack_int32(token_ids), end, (), cached, index, media=media)
 
 
 async def test_what_is_repeated_is_passed_on_once_and_a_gap_is_none(opened: OpenRequest) -> None:
@@ -48,7 +49,9 @@ async def test_the_next_attempt_continues_each_choice(opened: OpenRequest) -> No
     opened.take(output(0, 1, 7, end=FinishReason.STOP, cached=32))
     last = [opened.events.get_nowait() for _ in range(3)][-1]
     assert isinstance(last, RequestOutput)
-    assert last.num_cached_tokens == 16, "as the first attempt found them"
+    assert (last.num_cached_tokens, last.media) == (16, MediaTokens(prefix_cached=16)), (
+        "as the first attempt found them"
+    )
     assert opened.is_over
 
 

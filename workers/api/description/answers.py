@@ -44,8 +44,20 @@ class AnthropicError(Form):
 # Chats and completions.
 
 
+class MediaTokensObject(Form):
+    """Tokens of pictures and videos: encoded for this request, kept by a ViT, or in the prefix cache."""
+
+    encoded: int
+    vit_cached: int
+    prefix_cached: int
+
+
 class CachedTokens(Form):
     cached_tokens: int
+
+
+class PromptTokensDetails(CachedTokens):
+    media_tokens: MediaTokensObject | UnsetType = UNSET  # of a prompt with pictures or videos
 
 
 class ReasoningTokens(Form):
@@ -56,7 +68,7 @@ class UsageObject(Form):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: ReasoningTokens
 
 
@@ -350,6 +362,12 @@ class ServerLoad(Form):
 
 class Version(Form):
     version: str
+
+
+class Killed(Form):
+    status: Literal["killed"]
+    worker: str
+    epoch: int  # that has ended
 
 
 class Reloading(Form):

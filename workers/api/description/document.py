@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from workers.api.description.answers import Error, Readiness, Reloading, ServerLoad, Version
+from workers.api.description.answers import Error, Killed, Readiness, Reloading, ServerLoad, Version
 from workers.api.description.forms import FORMS, LIMITS, SPOKEN_TO
 from workers.api.description.schemas import EMPTY, NULL, REFERENCE, SHARED, UNSET
 from workers.api.endpoints.base import Endpoint, Inquiry
 from workers.api.errors import error_headers
 from workers.api.json_bodies import field_kinds
-from workers.api.operations import ADMIN_ROUTES, OPEN_ROUTES, version
+from workers.api.kill import KILL, KillBody
+from workers.api.operations import ADMIN_ROUTES, LANES, OPEN_ROUTES, version
 from workers.api.unserved_fields import NEUTRAL
 
 Json = dict[str, Any]
@@ -99,6 +100,7 @@ def _operations(has_admin: bool) -> dict[str, Json]:
         "/load": {"get": _operation({JSON: {"schema": _named(ServerLoad)}}, WITH_KEY)},
         "/version": {"get": _operation({JSON: {"schema": _named(Version)}}, WITH_KEY)},
         "/metrics": {"get": _operation({TEXT: {"schema": {"type": "string"}}}, WITH_KEY)},
+        LANES: {"get": _operation({STREAM: {}}, (*WITH_KEY, 429))},
         PATH: {"get": _operation({JSON: {"schema": {"type": "object"}}}, WITH_KEY)},
     }
     not_ready = _response(503, {JSON: {"schema": _named(Readiness)}})
@@ -109,6 +111,13 @@ def _operations(has_admin: bool) -> dict[str, Json]:
         begun = {"202": _response(202, {JSON: {"schema": _named(Reloading)}})}
         told = {"responses": {**begun, **_errors((401, 403, 409, 503), Error)}}
         found[f"{ADMIN_ROUTES}reload"] = {"post": told}
+        killed = {"202": _response(202, {JSON: {"schema": _named(Killed)}})}
+        found[KILL] = {
+            "post": {
+                "requestBody": {"required": True, "content": {JSON: {"schema": _named(KillBody)}}},
+                "responses": {**killed, **_errors((*WITH_KEY, 409, *WITH_BODY), Error)},
+            }
+        }
     return found
 
 
@@ -140,7 +149,7 @@ def _schemas(routes: Sequence[type[Endpoint] | type[Inquiry]], facts: ServerFact
         if issubclass(route, Endpoint):
             of_bodies.setdefault(route.fields, []).append(route)
     answers = {kind for route in routes for kind in (route.answer, route.error)}
-    answers |= {Error, Readiness, Reloading, ServerLoad, Version}
+    answers |= {Error, Readiness, Reloading, ServerLoad, Version, Killed, KillBody}
     _, made = msgspec.json.schema_components([*of_bodies, *answers], ref_template=REFERENCE)
     for kind in _structs(of_bodies):
         made[kind.__name__] = _taken(made[kind.__name__], kind, of_bodies.get(kind, ()), facts)

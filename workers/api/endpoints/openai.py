@@ -14,9 +14,17 @@ def usage_object(usage: Usage) -> Json:
     return {
         "prompt_tokens": usage.num_prompt_tokens, "completion_tokens": usage.num_output_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "prompt_tokens_details": _prompt_details(usage),
         "completion_tokens_details": {"reasoning_tokens": usage.num_thought_tokens},
     }  # fmt: skip
+
+
+def _prompt_details(usage: Usage) -> Json:
+    """OpenAI's, and for a prompt with pictures or videos where their embeddings came from."""
+    details: Json = {"cached_tokens": usage.num_cached_tokens}
+    if usage.media is not None:
+        details["media_tokens"] = usage.media._asdict()
+    return details
 
 
 def prompt_logprobs(prompt: PromptAnswer) -> list[Json | None]:

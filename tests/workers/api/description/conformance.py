@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from workers.api.description.document import plain_path
+from workers.api.page.routes import is_page
 from workers.api.server import ApiServer
 
 UNTOLD = (404, 405, 500)  # of no route, or a mistake that a test makes the server make
@@ -30,6 +31,8 @@ class Conformance:
     async def check(self, request: web.Request, response: web.StreamResponse) -> None:
         resource = request.match_info.route.resource
         if resource is None or request.method not in ("GET", "POST", "DELETE"):
+            return
+        if is_page(resource.canonical):  # files for browsers, no part of the API
             return
         path, paths = plain_path(resource.canonical), self._document["paths"]
         operations = paths.get(path) or paths[f"/v1{path}"]
