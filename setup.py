@@ -12,6 +12,7 @@ SOURCES = (
     "module",
     "base",
     "avx2",
+    "avx2_quantized",
     "avx512",
     "avx512_bf16",
     "avx512_vnni",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.progress import shown_bytes
 from pipeline.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_NAME = "embedded-shapes"
@@ -45,7 +51,11 @@ def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
                 f"model {config.model!r} is to be downloaded, but there is no home folder to keep it in: "
                 "set HF_HOME, give --cache-dir, or give --model a folder"
             )
+        start = time.monotonic()
+        logger.info("looking for %s on %s, or in its cache", config.model, config.download_from)
         folder = _download(config.model, config.download_from)
+        size = shown_bytes(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
+        logger.info("%s is in %s: %s, found in %.0f s", config.model, folder, size, time.monotonic() - start)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {str(folder)!r} has no safetensors files")
     return Model(folder, _names(config, config.model))
@@ -64,7 +74,10 @@ def _download(name: str, source: str) -> Path:
         return Path(fetch(name, allow_patterns=list(FILES)))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # which would fill a log
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -18,11 +18,14 @@ from pathlib import Path
 from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
 from launcher.config_size import check_size
+from launcher.doctor.command import examine
 from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
 from launcher.memory import warn_of_memory
 from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
+from launcher.service_manager import VARIABLE as MANAGER
+from launcher.service_manager import ServiceManager
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
 from pipeline.config.tls import ssl_context
@@ -88,13 +91,19 @@ def parse(arguments: Sequence[str]) -> Config:
     return Config(**parts)
 
 
+def examine_machine(arguments: Sequence[str]) -> int:
+    """What `python -m launcher.doctor` does."""
+    return examine(arguments, os.environ)
+
+
 def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
     hide([key for key in (*config.api.api_key, config.api.admin_key, config.preprocess.media_proxy) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
-        # Removed from the environment: workers do not need it.
+        # Removed from the environment: workers do not need them.
         config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
+        manager = ServiceManager(os.environ.pop(MANAGER, ""))
         check_size(config)
         ssl_context(config.api)  # raises for files that cannot be used, before anything starts
         home = home_folder(os.environ)
@@ -113,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
             config = limit_pictures(config, model.folder, os.environ)
             warn_of_memory(config, model.folder)
             with gpu_sharing(config, run_dir, workers_environment(os.environ, home, cache)) as environment:
-                return Supervisor(config, model, run_dir, environment).run()
+                return Supervisor(config, model, run_dir, environment, manager).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

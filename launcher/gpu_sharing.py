@@ -60,7 +60,7 @@ def gpu_sharing(
         daemon.start(_check(environment))
     except MpsUnavailable as reason:
         if option == "mps":
-            raise ValueError(f"gpu_sharing 'mps': {reason}") from None
+            raise ValueError(f"gpu_sharing 'mps': {reason} (python -m launcher.doctor says more)") from None
         logger.info("no MPS daemon is started: %s", reason)
         yield dict(environment)
         return

@@ -30,6 +30,7 @@ def warn_of_memory(
     if weights + PROCESSES_GIB > total:
         logger.warning(
             "the weights take %.1f GiB and the processes about %.0f, the machine has %.1f: if a worker is "
-            "killed, try --quantization int8, which halves them, or int4",
+            "killed, try --quantization int8, which halves them, or int4 (python -m launcher.doctor says "
+            "which models fit)",
             weights, PROCESSES_GIB, total,
         )  # fmt: skip

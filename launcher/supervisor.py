@@ -24,13 +24,13 @@ from launcher.checkpoints import Model
 from launcher.fleet import Fleet
 from launcher.listening import listen
 from launcher.placement import workers
-from launcher.progress import ProgressBar
+from launcher.progress import StartProgress
 from launcher.quarantine import QuarantineRecord
 from launcher.reload import Reload
+from launcher.service_manager import ALIVE, READY, STOPPING, ServiceManager
 from launcher.spawner import Spawner
 from launcher.units import Child, Phase, Unit, has_moved, units
 from pipeline.config import Config
-from pipeline.process.process import WAITING
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.sockets import Sockets
@@ -51,6 +51,7 @@ from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 START_TIMEOUT_S = 600.0  # without a message from a unit that starts
+DOCTOR = "python -m launcher.doctor says what this machine can do, and what is missing"
 OTHERS_END_S = 0.5  # for the ranks that end because of another rank, while a group starts
 
 
@@ -63,9 +64,16 @@ class _Stopped(Exception):
 
 
 class Supervisor:
-    def __init__(self, config: Config, model: Model, run_dir: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        run_dir: Path,
+        environment: dict[str, str],
+        manager: ServiceManager,
+    ) -> None:
         """`environment` is the workers'."""
-        self._config, self._model, self._run_dir = config, model, run_dir
+        self._config, self._model, self._run_dir, self._manager = config, model, run_dir, manager
         self._listening: list[socket.socket] = []
         members = workers(config.num_vits, config.num_ranks, config.has_gateway)
         self._fleet = Fleet(units(members, config.llm.tp), config.leads)
@@ -81,7 +89,7 @@ class Supervisor:
         self._num_signals = self._num_hangups = 0
         self._is_draining = False
         self._heartbeat_due = 0.0
-        self._progress = ProgressBar()
+        self._progress = StartProgress()
 
     def run(self) -> int:
         """Serves until a signal (0) or a failure (1). Raises OSError where it cannot listen."""
@@ -98,6 +106,7 @@ class Supervisor:
             self._wait_until(lambda: self._fleet.is_serving)
             self._progress.close()
             announce(self._config, self._model, self._run_dir, self._listening[0].getsockname()[1])
+            self._manager.tell(READY)
             self._wait_until(lambda: False)
         except _Stopped:
             reason = self._drain()
@@ -107,6 +116,8 @@ class Supervisor:
             self._progress.close()
             if reason:
                 logger.error("%s", reason)
+                if not self._fleet.is_started:
+                    logger.error("%s", DOCTOR)
             self._stop(reason)
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -163,6 +174,7 @@ class Supervisor:
     def _publish_state(self, end: str | None = None) -> None:
         now = time.monotonic()
         self._heartbeat_due = now + HEARTBEAT_S
+        self._manager.tell(ALIVE)
         for report in self._fleet.reports(now):
             logger.info("%s", report)
         if not self._control.publish(
@@ -193,10 +205,11 @@ class Supervisor:
                 case WorkerReady():
                     child.ready, child.moved_at = message, now
                     logger.debug("%s is ready %s", child.worker, message.details)
+                    self._progress.on_ready(str(child.worker))
                     self._on_ready(unit, message)
                 case WorkerStats():
                     child.stats, child.stats_time = message, now
-                    if child.ready is None and not unit.has_served and not message.phase.startswith(WAITING):
+                    if child.ready is None and not unit.has_served:
                         self._progress.show(str(child.worker), message.phase, message.done, message.total)
                 case ReloadRequested():
                     self._num_hangups += 1
@@ -326,6 +339,7 @@ class Supervisor:
             "shutting down: waiting up to %.0f s for open requests (Ctrl-C again: at once)",
             self._config.launcher.shutdown_timeout,
         )
+        self._manager.tell(STOPPING)
         start = time.monotonic()
         end = start + self._config.launcher.shutdown_timeout
         self._is_draining = True
@@ -351,3 +365,4 @@ class Supervisor:
         for listening in self._listening:
             listening.close()
         self._wakeup.close()
+        self._manager.close()

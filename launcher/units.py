@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pipeline.process.flight_recorder import FlightRecorder
 from pipeline.process.fork_server import WorkerProcess
 from pipeline.wire.control import WorkerReady, WorkerState, WorkerStats
-from pipeline.wire.metrics import Metric
+from pipeline.wire.metrics import Metric, Number
 from pipeline.wire.topology import Role, WorkerId
 
 FIRST_EPOCH = 1
@@ -222,9 +222,9 @@ class Unit:
         return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
 
 
-def _load_of(child: Child, now: float) -> tuple[int, dict[str, int], float, tuple[Metric, ...]]:
+def _load_of(child: Child, now: float) -> tuple[int, dict[str, Number], float, tuple[Metric, ...]]:
     """Open requests, counters, the age of these figures in seconds, and the declared metrics."""
-    details = child.ready.details if child.ready else {}
+    details: dict[str, Number] = dict(child.ready.details) if child.ready else {}
     if child.stats is None:
         return 0, details, 0.0, ()
     silent_s = round(max(0.0, now - child.stats_time), 1)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.config import Config, LlmConfig, ModelConfig
 from pipeline.families import ImageSize, ModelInfo, PlacedMedia, SampledFrames, read_model_info
+from pipeline.process.metrics import Metrics
 from pipeline.transport.ends import Subscription
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import TensorPool
@@ -122,8 +123,9 @@ class Rig:
         )
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
         self.ranks_keep_up = True
-        self.clock: Callable[[], float] = time.perf_counter
+        self.clock: Callable[[], float] = time.monotonic
         self.records: list[set[str]] = []
+        self.metrics = Metrics()
         self.first_tokens: list[str] = []  # of these requests
         welcome = Welcome(
             sender=LLM_0, epoch=1, protocol=PROTOCOL_VERSION, model_folder="", tokenizer_hash=b"",
@@ -143,7 +145,11 @@ class Rig:
                 on_first_token=self.first_tokens.append,
             ),
             has_overlap=has_overlap,
-            watch=Watch(clock=lambda: self.clock(), record=lambda ids: self.records.append(set(ids))),
+            watch=Watch(
+                clock=lambda: self.clock(),
+                record=lambda ids: self.records.append(set(ids)),
+                metrics=self.metrics,
+            ),
         )
         self.now = 0.0
         self.greet(CLIENT)

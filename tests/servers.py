@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -37,14 +38,18 @@ class Server:
         expects_failure: bool = False,
         api_key: str = "",
         python_path: Path | None = None,
+        program: str = "launcher",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`api_key` is given in the environment; in `python_path` modules and packages are found first."""
+        """`api_key` is given in the environment; in `python_path` modules and packages are found first.
+        `program` is a module, `environment` what its environment has beside this one's."""
         self._folder = tempfile.TemporaryDirectory(prefix="vlm-test-")
         self.run_dir = Path(self._folder.name) / "run"
         self.run_dir.mkdir(mode=0o700)
         self._shared_memory = set(os.listdir("/dev/shm"))
         self._options, self._expects_failure = options, expects_failure
-        self._environment = {**os.environ, "VLM_API_KEY": api_key}
+        self._environment = {**os.environ, "VLM_API_KEY": api_key, **(environment or {})}
+        self._program = program
         if python_path is not None:
             paths = (str(python_path), os.environ.get("PYTHONPATH", ""))
             self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -56,7 +61,7 @@ class Server:
         command = [
             sys.executable,
             "-m",
-            "launcher",
+            self._program,
             "--port",
             "0",
             "--run-dir",

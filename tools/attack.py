@@ -111,7 +111,7 @@ class Target:
     async def restarts(self) -> dict[str, int]:
         headers = {"Authorization": f"Bearer {VICTIM}"}
         async with self.session.get(f"{self.url.removesuffix('/v1')}/metrics", headers=headers) as response:
-            found = re.findall(r'vlm_worker_restarts\{worker="([^"]+)"\} (\d+)', await response.text())
+            found = re.findall(r'vlm_worker_restarts_total\{worker="([^"]+)"\} (\d+)', await response.text())
         return {worker: int(count) for worker, count in found}
 
 

@@ -147,9 +147,11 @@ def ask(served: Served, bodies: Sequence[Body], num_output: int) -> Answered:
 def share_right(served: Served, num_output: int) -> float:
     """Waits until the metrics count `num_output` tokens: workers tell their counts once a second."""
     deadline = time.monotonic() + MAX_WAIT_S
-    while (counted := read_counts(served))["vlm_output_tokens"] < num_output:
+    while (counted := read_counts(served))["vlm_generation_tokens"] < num_output:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"of {num_output} tokens the metrics count {counted['vlm_output_tokens']:.0f}")
+            raise TimeoutError(
+                f"of {num_output} tokens the metrics count {counted['vlm_generation_tokens']:.0f}"
+            )
         time.sleep(0.1)
     return counted["vlm_spec_decode_num_accepted_tokens"] / counted["vlm_spec_decode_num_draft_tokens"]
 

@@ -38,8 +38,9 @@ from pathlib import Path
 from pipeline.families import read_model_info
 from tools.peers.adapters import ROOT, Limits, LlamaCpp, OpenVino, Ours, Peer, TransformersServe, Vllm
 from tools.peers.figures import Turn
-from tools.peers.report import ROWS, Column, notes, plot, shown, table
+from tools.peers.report import ROWS, Column, notes, plot, table
 from tools.peers.turns import Plan, locked, take_turn
+from tools.plots import shown
 from tools.random_checkpoint import SHAPES, make_checkpoint
 from tools.runners import kv_bytes, num_weights
 

@@ -19,10 +19,11 @@ import asyncio
 import base64
 import io
 import json
+import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 from PIL import Image
+
+from tools.plots import Bar, Line, bars, color_of, height_of_bars, lines, page, shares
 
 WORDS = [
     "red",
@@ -323,43 +326,62 @@ def print_ratios(urls: Sequence[str], rounds: dict[str, list[dict[str, Any]]]) -
     return medians
 
 
-def plot_itl(results: Sequence[Result], path: Path, width: int = 1000, height: int = 420) -> None:
-    """Writes an SVG: the gap before each streamed event, in ms, over the time at which it came; a colour a
-    stream."""
-    streams = [result for result in results if len(result.arrivals) > 1]
+PANEL = (620, 340)  # of the plot
+
+
+def plot(by_server: Mapping[str, Sequence[Result]], rounds: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """An SVG of the last round: ITL over time, a line a stream, of each server; the distributions of TTFT and
+    ITL; and of all rounds the figures of the table."""
+    width, height = PANEL
+    streams = {
+        url: [result for result in results if len(result.arrivals) > 1] for url, results in by_server.items()
+    }
+    panels = [(f"Inter-token latency, ms over s: {url}", _gaps(found)) for url, found in streams.items()]
+    good = {url: [result for result in results if not result.error] for url, results in by_server.items()}
+    panels.append(
+        (
+            "Time to first token: % of requests over ms",
+            [Line(url, shares([1000 * one.ttft for one in found])) for url, found in good.items()],
+        )
+    )
+    panels.append(
+        (
+            "Inter-token latency: % of gaps over ms",
+            [
+                Line(url, shares([1000 * gap for one in found for gap in one.gaps]))
+                for url, found in good.items()
+            ],
+        )
+    )
+    drawn: list[str] = []
+    for number, (title, series) in enumerate(panels):
+        drawn += lines(title, series, number % 2 * width, number // 2 * height, width, height)
+    top = -(-len(panels) // 2) * height
+    tall = height_of_bars(len(rounds))
+    for number, path in enumerate(TABLE):
+        values = [
+            _bar(url, [pick(summary, path) for summary in found], color_of(place))
+            for place, (url, found) in enumerate(rounds.items())
+        ]
+        drawn += bars(path, values, 10 + number % 2 * width, top + number // 2 * tall, width - 20, 220)
+    return page(2 * width, top + -(-len(TABLE) // 2) * tall, drawn)
+
+
+def _gaps(streams: Sequence[Result]) -> list[Line]:
     start = min((result.sent for result in streams), default=0.0)
-    end = max((result.arrivals[-1] for result in streams), default=1.0)
-    top = max((gap for result in streams for gap in result.gaps), default=0.001) * 1000
-    margin = 50
+    return [
+        Line("", [
+            (at - start, 1000 * gap) for at, gap in zip(result.arrivals[1:], result.gaps, strict=True)
+        ])
+        for result in streams
+    ]  # fmt: skip
 
-    def x(seconds: float) -> float:
-        return margin + (seconds - start) / max(end - start, 1e-9) * (width - 2 * margin)
 
-    def y(ms: float) -> float:
-        return height - margin - ms / top * (height - 2 * margin)
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{margin}" y="20">Inter-token latency of {len(streams)} streams, ms over seconds</text>',
-    ]
-    for part in range(5):
-        ms, seconds = top * part / 4, start + (end - start) * part / 4
-        lines.append(
-            f'<line x1="{margin}" x2="{width - margin}" y1="{y(ms):.1f}" y2="{y(ms):.1f}" stroke="#ddd"/>'
-        )
-        lines.append(f'<text x="5" y="{y(ms) + 4:.1f}">{ms:.1f}</text>')
-        lines.append(
-            f'<text x="{x(seconds) - 10:.1f}" y="{height - margin + 20}">{seconds - start:.1f}</text>'
-        )
-    for number, result in enumerate(streams):
-        points = " ".join(
-            f"{x(at):.1f},{y(gap * 1000):.1f}"
-            for at, gap in zip(result.arrivals[1:], result.gaps, strict=True)
-        )
-        lines.append(f'<polyline points="{points}" fill="none" stroke="hsl({number * 137 % 360},70%,45%)"/>')
-    path.write_text("\n".join([*lines, "</svg>"]) + "\n")
+def _bar(url: str, values: Sequence[float], color: str) -> Bar:
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return Bar(url, None)
+    return Bar(url, statistics.median(known), min(known), max(known), color)
 
 
 def parse_limits(given: Sequence[str]) -> dict[str, float]:
@@ -417,7 +439,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument(
-        "--plot", type=Path, help="write an SVG of the last round's ITL over time, a line a stream"
+        "--plot", type=Path, help="write an SVG: ITL over time, distributions, and the figures of all servers"
     )
     return parser.parse_args()
 
@@ -431,6 +453,7 @@ def main() -> None:
         num_shared_images=args.shared_images, num_turns=args.turns,
     )  # fmt: skip
     rounds: dict[str, list[dict[str, Any]]] = {url: [] for url in args.base_url}
+    latest: dict[str, list[Result]] = {}
     for number in range(args.rounds):
         chats = workload.chats(args.num_prompts, random.Random(args.seed + number))
         for url in args.base_url:
@@ -440,8 +463,9 @@ def main() -> None:
             rounds[url].append(summarize(results, time.perf_counter() - start, limits))
             print(f"\n{url}, round {number + 1} of {args.rounds}")
             print_summary(rounds[url][-1])
-            if args.plot:
-                plot_itl(results, args.plot)
+            latest[url] = results
+    if args.plot:
+        args.plot.write_text(plot(latest, rounds))
     medians = print_ratios(args.base_url, rounds) if len(args.base_url) > 1 else {}
     if args.json:
         args.json.write_text(json.dumps({"rounds": rounds, "medians": medians}, indent=1) + "\n")

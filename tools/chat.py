@@ -1,4 +1,4 @@
-"""Asks a running server one question, with pictures if you like, and streams the answer.
+"""Asks a running server one question, with pictures and videos if you like, and streams the answer.
 
 python -m tools.chat "What is in this picture?" --image launcher/embedded/samples/red-star.png
 """
@@ -16,16 +16,21 @@ from pathlib import Path
 import aiohttp
 
 
-def picture(place: str) -> dict[str, object]:
-    """A content part for a local file (sent along) or a URL (fetched by the server)."""
+def medium(kind: str, place: str) -> dict[str, object]:
+    """A content part, `image_url` or `video_url`: a local file is sent along, a URL fetched by the server."""
     if "://" not in place and not place.startswith("data:"):
-        kind = mimetypes.guess_type(place)[0] or "application/octet-stream"
-        place = f"data:{kind};base64,{base64.b64encode(Path(place).read_bytes()).decode()}"
-    return {"type": "image_url", "image_url": {"url": place}}
+        content_type = mimetypes.guess_type(place)[0] or "application/octet-stream"
+        place = f"data:{content_type};base64,{base64.b64encode(Path(place).read_bytes()).decode()}"
+    return {"type": kind, kind: {"url": place}}
+
+
+def _media(args: argparse.Namespace) -> tuple[tuple[str, list[str]], ...]:
+    return (("image_url", args.image), ("video_url", args.video))
 
 
 async def ask(args: argparse.Namespace) -> int:
-    parts = [*map(picture, args.image), {"type": "text", "text": args.question}]
+    media = [medium(kind, place) for kind, places in _media(args) for place in places]
+    parts = [*media, {"type": "text", "text": args.question}]
     messages = [{"role": "system", "content": args.system}] if args.system else []
     body: dict[str, object] = {"messages": [*messages, {"role": "user", "content": parts}], "stream": True}
     for name in ("max_tokens", "temperature", "seed"):
@@ -62,6 +67,9 @@ def main() -> int:
     parser.add_argument("question")
     parser.add_argument(
         "--image", action="append", default=[], help="file or URL of a picture; may be given several times"
+    )
+    parser.add_argument(
+        "--video", action="append", default=[], help="file or URL of a video; may be given several times"
     )
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")

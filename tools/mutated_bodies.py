@@ -187,7 +187,7 @@ class Sender:
             said = connection.getresponse().read().decode()
         return {
             worker: int(count)
-            for worker, count in re.findall(r'vlm_worker_restarts\{worker="([^"]+)"\} (\d+)', said)
+            for worker, count in re.findall(r'vlm_worker_restarts_total\{worker="([^"]+)"\} (\d+)', said)
         }
 
     def _holdings(self) -> dict[str, tuple[int, int]]:

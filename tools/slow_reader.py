@@ -142,7 +142,9 @@ class SlowReader:
 
 def _num_cut_off(client: PipelineClient) -> int:
     return sum(
-        state.counters.get("clients_cut_off", 0) for state in client.workers if state.worker.role is Role.LLM
+        int(state.counters.get("clients_cut_off", 0))
+        for state in client.workers
+        if state.worker.role is Role.LLM
     )
 
 

@@ -305,7 +305,7 @@ class Soak:
         held: dict[str, dict[str, int]] = {}
         for state in client.workers:
             name = str(state.worker)
-            held[name] = {key: state.counters[key] for key in HELD if key in state.counters}
+            held[name] = {key: int(state.counters[key]) for key in HELD if key in state.counters}
             held[name] |= {"open": state.num_open_requests}
             if name in pids:
                 held[name] |= {"rss": resident_bytes(pids[name]), "files": num_open_files(pids[name])}

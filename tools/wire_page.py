@@ -169,7 +169,7 @@ def _messages(union: Any) -> list[str]:
 def _type_name(kind: Any) -> str:
     name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
     name = re.sub(r"\b(pipeline\.wire\.\w+|typing)\.", "", name)
-    return f"`{name}`".replace("|", "\\|")
+    return f"`{name}`".replace("|", "or")  # a bar would end the cell
 
 
 def _example() -> str:

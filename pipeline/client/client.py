@@ -196,6 +196,11 @@ class PipelineClient:
         return self._connection.end.message if self._connection.end else ""
 
     @property
+    def leads(self) -> tuple[int, ...]:
+        """The LLM ranks that lead a group; none before the connection is made."""
+        return self._connection.groups.leads
+
+    @property
     def workers(self) -> tuple[WorkerState, ...]:
         """All workers, by the launcher's last message."""
         return self._connection.workers

@@ -76,6 +76,10 @@ class ApiConfig:
     access_log: str = option(
         "off", "a line for each HTTP request, on standard error; json: as an object", choices=ACCESS_LOGS
     )
+    vllm_metric_names: bool = option(
+        False,
+        "/metrics also shows what vLLM measures under vLLM's own names (vllm:…), for dashboards made for it",
+    )
     strict_fields: bool = option(
         False, "refuse fields of a request that the server does not know, instead of ignoring them"
     )

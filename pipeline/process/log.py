@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
+
+# On a terminal a line erases what the launcher has drawn there of the workers' progress.
+ERASE = "\r\x1b[2K"
 
 
 def configure(name: str, level: str) -> None:
+    erase = ERASE if sys.stderr.isatty() else ""
     logging.basicConfig(
         level=level.upper(),
-        format=f"%(levelname).1s %(asctime)s {name:<12} %(message)s",
+        format=f"{erase}%(levelname).1s %(asctime)s {name:<12} %(message)s",
         datefmt="%H:%M:%S",
         force=True,
     )

@@ -39,7 +39,6 @@ from pipeline.wire.topology import CONTROL, STATUS, Role, WorkerId
 logger = logging.getLogger(__name__)
 BEHIND_THE_STEP_LOOP = 5  # niceness of roles that share cores with the LLM
 DRAIN_STATS_INTERVAL_S = 0.1  # a drain ends with the statistics that say that no request is open
-WAITING = "waiting for "  # prefix of the phase of a start that waits for another worker
 STATUS_LINGER_MS = 2000  # for the error of a failing worker to be sent
 
 

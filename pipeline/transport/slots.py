@@ -124,6 +124,10 @@ class SlotAllocator:
     def num_used(self) -> int:
         return len(self._used)
 
+    @property
+    def num_used_bytes(self) -> int:
+        return sum(self.held.values())
+
     def check_integrity(self) -> None:
         """Every byte is in exactly one hole or slot, every index free or used."""
         spans = sorted(

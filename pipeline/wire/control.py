@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pipeline.wire.base import Message, PoolClosed, WorkerMessage
-from pipeline.wire.metrics import Metric
+from pipeline.wire.metrics import Metric, Number
 from pipeline.wire.topology import Role, WorkerId
 
 
@@ -19,7 +19,7 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executed: tuple[bytes, ...] = ()
     num_open_requests: int = 0
     # the latest of its stats, with the details of its READY
-    counters: dict[str, int] = msgspec.field(default_factory=dict)
+    counters: dict[str, Number] = msgspec.field(default_factory=dict)
     silent_s: float = 0.0  # since its last stats: after some seconds it is in one long piece of work
     metrics: tuple[Metric, ...] = ()  # what `counters` are, and histograms
 
@@ -66,7 +66,7 @@ class WorkerStats(WorkerMessage, frozen=True, kw_only=True):
     done: int = 0
     total: int = 0
     num_open_requests: int = 0
-    counters: dict[str, int] = msgspec.field(default_factory=dict)
+    counters: dict[str, Number] = msgspec.field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()  # what they are, and histograms
 
 

@@ -71,6 +71,7 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: bytes = b""
     tenant: str = ""  # whose turn the request takes; empty: the client is the tenant
+    arrived_at: float = 0.0  # its first attempt, in seconds of the machine's monotonic clock; 0: unknown
     trace: Trace = msgspec.UNSET
 
 
@@ -81,6 +82,7 @@ class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
     lease_id: int
     embeddings: TensorHandle  # [num_tokens, hidden]
     was_encoded: bool  # since the request came; else it was in my cache
+    sent_at: float = 0.0  # in seconds of the machine's monotonic clock; 0: unknown
 
 
 class EncodeFailed(WorkerMessage, frozen=True, kw_only=True):

@@ -7,10 +7,12 @@ from typing import Literal
 import msgspec
 
 Kind = Literal["counter", "gauge", "histogram"]
+Number = int | float
 
 
 class Metric(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The value of a counter or gauge stands in `counters`, under its name. A histogram has its own here."""
+    """The value of a counter or gauge stands in `counters`, under its name. A histogram, and a metric with a
+    label, have their values here."""
 
     name: str
     kind: Kind
@@ -20,3 +22,5 @@ class Metric(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     bounds: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
     total: float = 0.0
+    label: str = ""  # what tells several values of one metric apart
+    values: tuple[tuple[str, Number], ...] = ()  # each with its label's value

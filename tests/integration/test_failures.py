@@ -74,6 +74,7 @@ def test_a_model_that_does_not_divide_is_refused_with_the_numbers() -> None:
     with Server("--tp", "3", "--vit", "1", expects_failure=True) as server:
         assert server.wait() == 1
         assert "tp 3 does not divide the model's 4 attention heads" in server.output
+        assert "python -m launcher.doctor says what this machine can do" in server.output
 
 
 def test_an_engine_that_has_only_dense_weights_is_refused_for_others() -> None:

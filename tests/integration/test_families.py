@@ -104,7 +104,7 @@ def ask_over_http(server: Server, family: Family, name: str) -> None:
 async def saw_preemptions(client: PipelineClient) -> bool:
     """Counts are told once a second, and passed on once a second."""
     for _ in range(20):
-        if any(state.counters.get("preemptions", 0) for state in client.workers):
+        if any(state.counters.get("num_preemptions", 0) for state in client.workers):
             return True
         await asyncio.sleep(0.5)
     return False

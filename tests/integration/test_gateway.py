@@ -49,7 +49,7 @@ class Served(NamedTuple):
             families = list(text_string_to_metric_families(answer.read().decode()))
         samples = [sample for family in families for sample in family.samples]
         return {
-            sample.name.removeprefix("vlm_"): sample.value
+            sample.name.removeprefix("vlm_").removesuffix("_total"): sample.value
             for sample in samples
             if sample.labels["worker"] == worker
         }

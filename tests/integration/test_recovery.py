@@ -307,7 +307,7 @@ async def test_a_stage_that_needs_nobody_any_more_is_not_disturbed() -> None:
                     await asyncio.sleep(0.05)
                 async with probe.get(f"{server.url}/metrics") as answer:
                     metrics = await answer.text()
-            assert 'vlm_worker_restarts{worker="api.0"} 1' in metrics
+            assert 'vlm_worker_restarts_total{worker="api.0"} 1' in metrics
             await asyncio.to_thread(thread.join, 10)
             assert len(ended) == 1
             while (

@@ -78,7 +78,7 @@ async def accepted(server: Server) -> int:
     await asyncio.sleep(2.2)
     async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    name = "vlm_spec_decode_num_accepted_tokens{"
+    name = "vlm_spec_decode_num_accepted_tokens_total{"
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 

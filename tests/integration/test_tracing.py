@@ -172,7 +172,7 @@ def test_a_collector_that_is_away_delays_nothing_and_what_it_misses_is_counted(t
         trace_id, _, context = parent_of(5)
         ask(traced.server, 5, ("traceparent", context.traceparent))
         end = time.monotonic() + 20
-        while not re.search(r'vlm_dropped_spans\{worker="llm.0"\} [1-9]', metrics(traced.server)):
+        while not re.search(r'vlm_dropped_spans_total\{worker="llm.0"\} [1-9]', metrics(traced.server)):
             assert time.monotonic() < end
             time.sleep(0.2)
         assert traced.collector.of_trace(trace_id) == []

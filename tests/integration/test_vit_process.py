@@ -246,5 +246,5 @@ def test_a_lost_release_heals_and_the_launcher_is_told_of_what_was_encoded(aroun
     assert around.stats.counters["leases"] == 0
     metrics = {metric.name: metric for metric in around.stats.metrics}
     assert (metrics["leases"].kind, metrics["encodes"].kind) == ("gauge", "counter")
-    assert sum(metrics["encode_seconds"].counts) == around.stats.counters["encodes"] == 1
-    assert metrics["encode_seconds"].total > 0
+    assert sum(metrics["stage_vit_seconds"].counts) == around.stats.counters["encodes"] == 1
+    assert metrics["stage_vit_seconds"].total > 0

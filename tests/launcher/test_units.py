@@ -28,7 +28,7 @@ from pipeline.wire.metrics import Metric
 from pipeline.wire.topology import Role, WorkerId
 from tests.fakes import LLM_0, VIT_0
 
-SECONDS = Metric("encode_seconds", "histogram", "Seconds", (1.0,), (4, 1), 3.5)
+SECONDS = Metric("stage_vit_seconds", "histogram", "Seconds", (1.0,), (4, 1), 3.5)
 RANKS = (WorkerId(Role.LLM, 0), WorkerId(Role.LLM, 1))
 
 

@@ -58,7 +58,7 @@ async def test_an_attacker_that_dies_is_reported_and_not_waited_for(
         return web.Response(body=json.dumps({"choices": []}), content_type="application/json")
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text='vlm_worker_restarts{worker="llm.0"} 0')
+        return web.Response(text='vlm_worker_restarts_total{worker="llm.0"} 0')
 
     application = web.Application()
     application.router.add_post("/v1/chat/completions", answer)

@@ -21,7 +21,7 @@ from tools.bench_serving import (
     open_session,
     parse_limits,
     parse_sizes,
-    plot_itl,
+    plot,
     print_ratios,
     send,
     summarize,
@@ -86,12 +86,12 @@ def test_loads_repeat_by_seed_and_pictures_are_distinct_or_shared() -> None:
     assert len({part["image_url"]["url"] for turns in shared for part in turns[0][:2]}) == 2
 
 
-def test_the_plot_has_a_line_a_stream(tmp_path: Path) -> None:
-    plot_itl([*TWO, TWO[0]], tmp_path / "itl.svg")
-    lines = ET.parse(tmp_path / "itl.svg").getroot().findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in lines] == [2, 2], (
-        "the stream of one token has no gaps"
-    )
+def test_the_plot_has_a_line_a_stream() -> None:
+    results = [*TWO, TWO[0]]
+    svg = ET.fromstring(plot({"a": results}, {"a": [summarize(results, 1.0, {})]}))
+    lines = [line.attrib["points"].split() for line in svg.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points) for points in lines[:-2]] == [2, 2], "the stream of one token has no gaps"
+    assert len(lines[-2]) == 3, "the distribution of TTFT"
 
 
 def test_two_servers_are_compared_with_the_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,7 +210,7 @@ class Forgetful(BaseHTTPRequestHandler):
     num_asked = 0
 
     def do_GET(self) -> None:
-        self._say(200, f'vlm_worker_restarts{{worker="llm.0"}} {Forgetful.num_asked}\n'.encode())
+        self._say(200, f'vlm_worker_restarts_total{{worker="llm.0"}} {Forgetful.num_asked}\n'.encode())
 
     def do_POST(self) -> None:
         if self.rfile.read(int(self.headers["Content-Length"] or 0)) == QUESTION:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tools.peers.figures import Turn
+from tools.plots import Bar, bars, height_of_bars, page, shown, text
 
 GIB = 2**30
 
@@ -42,10 +42,6 @@ def values_of(turns: Sequence[Turn], key: str, row: Row) -> list[float]:
     """Of all rounds that were not refused, in the unit that is shown."""
     figures = [turn.figures.get(row.part) for turn in turns if turn.peer == key]
     return [figure.value / row.unit for figure in figures if figure is not None and figure.value is not None]
-
-
-def shown(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def median_of(turns: Sequence[Turn], key: str, row: Row) -> float | None:
@@ -90,51 +86,29 @@ def count_refused(turns: Sequence[Turn]) -> int:
 
 # The plot: a panel for each row, a bar for each server, a thin line from its least to its most.
 
-WIDTH, BAR, GAP, HEAD, LABEL = 460, 16, 14, 22, 130
+WIDTH, LABEL = 460, 130
 COLORS = {False: "#4c78a8", True: "#9ecae9"}  # 16 bits, quantised
 OURS = {False: "#e45756", True: "#f2a6a5"}
 
 
-def panel(turns: Sequence[Turn], columns: Sequence[Column], row: Row, x: float, y: float) -> list[str]:
-    spread = {column: values_of(turns, column.key, row) for column in columns}
-    top = max((max(values) for values in spread.values() if values), default=1.0)
-    scale = (WIDTH - LABEL - 60) / top
-    better = "more is better" if row.is_rate else "less is better"
-    lines = [f'<text x="{x}" y="{y + 13}" font-weight="bold">{html.escape(row.label)} ({better})</text>']
-    for number, (column, values) in enumerate(spread.items()):
-        at = y + HEAD + number * BAR
-        lines.append(
-            f'<text x="{x + LABEL - 6}" y="{at + 11}" text-anchor="end">{html.escape(column.name)}</text>'
-        )
-        if not values:
-            continue
-        start, middle = x + LABEL, statistics.median(values)
-        color = (OURS if column.key.startswith("ours") else COLORS)[column.is_quantized]
-        lines.append(
-            f'<rect x="{start}" y="{at + 1}" width="{middle * scale:.1f}" height="{BAR - 3}" fill="{color}"/>'
-        )
-        lines.append(
-            f'<line x1="{start + min(values) * scale:.1f}" x2="{start + max(values) * scale:.1f}" '
-            f'y1="{at + BAR / 2:.1f}" y2="{at + BAR / 2:.1f}" stroke="black"/>'
-        )
-        lines.append(f'<text x="{start + max(values) * scale + 4:.1f}" y="{at + 11}">{shown(middle)}</text>')
-    return lines
+def bar_of(turns: Sequence[Turn], column: Column, row: Row) -> Bar:
+    values = values_of(turns, column.key, row)
+    color = (OURS if column.key.startswith("ours") else COLORS)[column.is_quantized]
+    if not values:
+        return Bar(column.name, None)
+    return Bar(column.name, statistics.median(values), min(values), max(values), color)
 
 
 def plot(turns: Sequence[Turn], columns: Sequence[Column], title: str) -> str:
     """An SVG."""
     rows = [row for row in ROWS if any(values_of(turns, column.key, row) for column in columns)]
-    height = HEAD + len(columns) * BAR + GAP
-    total = 30 + -(-len(rows) // 2) * height
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH + 20} {total}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{2 * WIDTH + 20}" height="{total}" fill="white"/>',
-        f'<text x="10" y="18" font-size="13">{html.escape(title)}</text>',
-    ]
+    height = height_of_bars(len(columns))
+    drawn = [text(10, 18, title, ' font-size="13"')]
     for number, row in enumerate(rows):
-        lines += panel(turns, columns, row, 10 + number % 2 * WIDTH, 30 + number // 2 * height)
-    return "\n".join([*lines, "</svg>"]) + "\n"
+        name = f"{row.label} ({'more' if row.is_rate else 'less'} is better)"
+        values = [bar_of(turns, column, row) for column in columns]
+        drawn += bars(name, values, 10 + number % 2 * WIDTH, 30 + number // 2 * height, WIDTH, LABEL)
+    return page(2 * WIDTH + 20, 30 + -(-len(rows) // 2) * height, drawn, font_size=11)
 
 
 def agreement(turns: Sequence[Turn]) -> dict[str, tuple[int, int]]:

@@ -40,8 +40,12 @@ class RequestRecord:
     status: int = CLIENT_LEFT
     failed_status: int = 0  # of the error, also of one within a stream whose status was sent
     streamed_at: float | None = None  # when a stream's head was sent, which is with the first token
+    first_token_at: float | None = None
     completion_id: str = ""  # of the pipeline
     answer: Answer | None = None  # the model's
+
+    def on_first_token(self) -> None:
+        self.first_token_at = time.monotonic()
 
 
 RECORD = web.RequestKey("record", RequestRecord)

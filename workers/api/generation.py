@@ -82,9 +82,11 @@ class Generation:
         cache_salt: bytes = b"",
         tenant: str = "",
         trace: Trace | None = None,
+        on_first_token: Callable[[], None] = lambda: None,
     ) -> None:
         self._client, self._submission = client, submission
         self._cache_salt, self._tenant, self._trace = cache_salt, tenant, trace
+        self._on_first_token = on_first_token
         makers = [forms.parser_maker(prompt) for prompt in submission.prompts]
         self.answer = Answer(
             submission.sampling.n,
@@ -99,7 +101,11 @@ class Generation:
             partial(self._pieces, number, prompt) for number, prompt in enumerate(self._submission.prompts)
         ]
         async with aclosing(read_ahead([first, *more]) if more else first()) as pieces:
+            has_begun = False
             async for number, piece in pieces:
+                if not has_begun:
+                    has_begun = True
+                    self._on_first_token()
                 yield self.answer.add(piece, number)
 
     async def _pieces(self, number: int, prompt: Prompt) -> Pieces:

@@ -39,10 +39,12 @@ class Operations:
         load: Callable[[], Load],
         request_reload: Callable[[], None],
         keys: Callable[[web.Request], Collector],
+        model: str,
+        has_vllm_names: bool,
     ) -> None:
         self._client, self._is_ready, self._request_reload = client, is_ready, request_reload
         self._measure_load, self._keys = load, keys
-        self._collector = WorkerCollector(lambda: client.workers)
+        self._collector = WorkerCollector(lambda: client.workers, lambda: client.leads, model, has_vllm_names)
 
     def routes(self, has_admin: bool) -> list[web.RouteDef]:
         found = [

@@ -90,8 +90,9 @@ class ApiServer:
         self._cors, self._write_access = Cors(config.allowed_origins), writer_of(config.access_log)
         self._key_metrics = KeyMetrics(key.name for key in config.keys)
         self._operations = Operations(
-            client, lambda: self.is_ready, self._load, request_reload, self._metrics_of_keys
-        )
+            client, lambda: self.is_ready, self._load, request_reload, self._metrics_of_keys,
+            self._model.name, config.vllm_metric_names,
+        )  # fmt: skip
         self._page = None if config.disable_page else Page(config, samples)
         self._spans = spans
         self._pace, self._budget = pace or BodyPace(), budget or Budget(memory_mib(config) * MIB)
@@ -146,7 +147,7 @@ class ApiServer:
         finally:
             self._write_access(request, record)
             if self._is_question(request):
-                self._key_metrics.count(record)
+                self._key_metrics.count(record, time.monotonic())
             if trace is not None:
                 trace.end(record)
             lease.close()
@@ -288,8 +289,10 @@ class ApiServer:
         trace: RequestTrace | None = request.get(TRACE)
         if trace is not None:
             trace.asks(submission.sampling, submission.is_streamed)
-        generation = Generation(self._client, submission, self._model.forms, salt, tenant, trace)
         record = request[RECORD]
+        generation = Generation(
+            self._client, submission, self._model.forms, salt, tenant, trace, record.on_first_token
+        )
         record.answer, record.completion_id = generation.answer, submission.request_id
         if submission.is_streamed:
             return await self._stream(request, endpoint, generation)

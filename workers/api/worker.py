@@ -15,9 +15,9 @@ from pipeline.config.tls import ssl_context
 from pipeline.families import ModelInfo
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO
+from pipeline.process.phases import WAITING
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
-    WAITING,
     ShutdownRequested,
     WorkerContext,
     limit_memory,

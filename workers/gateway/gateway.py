@@ -69,6 +69,7 @@ class Gateway:
         self._num_connections: Counter[bytes] = Counter()
         self._cut_off: set[bytes] = set()
         self.counters = dict.fromkeys(COUNTED, 0)
+        self.num_bytes = 0  # of media from clients, and of outputs to them
 
     @property
     def num_clients(self) -> int:
@@ -152,7 +153,10 @@ class Gateway:
     def on_output(self, client_id: bytes, data: bytes) -> None:
         """Relays a message of the LLM. A client whose queue is full is cut off; it queries its requests when
         it reads again."""
-        if client_id in self._cut_off or self._publish(data, client_id):
+        if client_id in self._cut_off:
+            return
+        if self._publish(data, client_id):
+            self.num_bytes += len(data)
             return
         logger.warning("a client does not read its outputs: cut off")
         self._cut_off.add(client_id)

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from pipeline.config import MIB
-from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
 from pipeline.transport.ends import Publisher, Received, Receiver, Relayed
 from pipeline.transport.keys import ServerKeys
@@ -21,7 +20,8 @@ from pipeline.transport.tcp import ClientListener
 from pipeline.wire.clients import IngestMessage, OutputsMessage
 from pipeline.wire.control import ControlMessage, PipelineState
 from pipeline.wire.topology import CONTROL, INGEST, OUTPUTS
-from workers.gateway.gateway import COUNTED, Gateway
+from workers.gateway.gateway import Gateway
+from workers.gateway.metrics import declare
 
 # messages to preprocess; further ones wait in the queues of their clients
 INSIDE_HIGH_WATER_MARK = 4
@@ -87,20 +87,14 @@ class _Relay:
         self._poller = Poller(self._control, self._states, self._outputs, *self._ups)
         self._is_reading = self._has_new = False
         self._stats_due = self._greeted_at = 0.0
-        self._declare(context.metrics)
+        declare(context.metrics, self._gateway, self._refused)
 
-    def _declare(self, metrics: Metrics) -> None:
-        metrics.counters(COUNTED, lambda: self._gateway.counters)
-        metrics.gauge("clients", "Clients on other machines", lambda: self._gateway.num_clients)
-        metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: self._ingest.num_refused)
-        metrics.counter(
-            "refused_connections", "Connections without a key of ours", lambda: self._door.num_refused
-        )
-        metrics.counter(
-            "refused_subscriptions",
-            "Subscriptions to what is not the client's",
-            lambda: self._outputs.num_refused + self._states.num_refused,
-        )
+    def _refused(self) -> dict[str, int]:
+        return {
+            "refused_messages": self._ingest.num_refused,
+            "refused_connections": self._door.num_refused,
+            "refused_subscriptions": self._outputs.num_refused + self._states.num_refused,
+        }
 
     def turn(self) -> None:
         """One turn of the loop: drains all sockets, then sleeps until one is readable."""
@@ -156,6 +150,7 @@ class _Relay:
                     continue
                 message = self._gateway.stamped(received.message, received.user)
                 self._waiting = received._replace(message=message)
+                self._gateway.num_bytes += sum(frame.nbytes for frame in received.frames)
             if not self._to_preprocess.try_send(self._waiting.message, self._waiting.frames):
                 return
             self._waiting = None

@@ -30,6 +30,7 @@ class ArrivingEmbeddings:
             return
         chunk.embeddings, chunk.lease = message.embeddings, lease
         chunk.was_encoded = chunk.was_encoded or message.was_encoded
+        self._requests.stats.on_embeddings(message.sent_at)
 
     def on_failed(self, message: EncodeFailed, now: float) -> None:
         if not self._is_early(message, now) and self._wanted_chunk(message) is not None:

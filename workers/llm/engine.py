@@ -25,6 +25,7 @@ from workers.llm.intake import Intake
 from workers.llm.leases import Leases
 from workers.llm.matcher_starts import MatcherStarts
 from workers.llm.request import Request
+from workers.llm.request_stats import RequestStats
 from workers.llm.requests import Requests
 from workers.llm.scheduler import Scheduler
 from workers.llm.stepping import Runner, Stepper, Watch
@@ -60,6 +61,7 @@ class Engine:
         self.scheduler, self.runner = scheduler, runner
         self._matcher_starts = matcher_starts or MatcherStarts(())
         self._clients, self._leases = Clients(origin, welcome, links.publish), Leases(origin, links.vits)
+        watch = watch or Watch()
         self.stepper = Stepper(
             origin,
             scheduler,
@@ -67,7 +69,7 @@ class Engine:
             self._leases,
             links.publish_step,
             has_overlap,
-            watch or Watch(),
+            watch,
             lambda: self._matcher_starts.waiting,
         )
         self._requests = Requests(
@@ -78,7 +80,8 @@ class Engine:
             self._leases,
             links.feedback,
             links.on_first_token,
-            watch.tracer if watch is not None else None,
+            RequestStats(watch.metrics, welcome.max_model_len, watch.clock),
+            watch.tracer,
         )
         self.intake = Intake(
             origin,
@@ -107,7 +110,7 @@ class Engine:
 
     @property
     def counters(self) -> dict[str, int]:
-        return {**self.stepper.counters, **self.intake.counters, **self._requests.counters}
+        return {**self.stepper.counters, **self.intake.counters, **self._requests.stats.counters}
 
     def handle(self, message: LlmMessage, now: float, frames: Sequence[memoryview] = ()) -> None:
         self.intake.handle(message, now, frames)

@@ -142,7 +142,7 @@ class Intake:
             self._leases.drop_early(choices.request_id, choices.attempt)
             return
         self._matcher_starts.begin(choices.open, frames[0] if frames else b"")
-        self._requests.counters["prompt_tokens"] += choices.num_prompt_tokens
+        self._requests.stats.counters["prompt_tokens"] += choices.num_prompt_tokens
         self._clients.tell_accepted(choices)
         for early in self._leases.take_early(choices.request_id):
             self.handle(early, now)

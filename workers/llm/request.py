@@ -65,6 +65,12 @@ class Request:
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same salt share cached prefixes
     tenant: str = ""  # whose share of slots, blocks and time it uses
+    # In seconds of the monotonic clock; 0: not yet.
+    arrived_at: float = 0.0  # its first attempt, in preprocess
+    queued_at: float = 0.0
+    started_at: float = 0.0  # admitted for the first time
+    first_token_at: float = 0.0  # of this attempt
+    last_token_at: float = 0.0
     num_earlier_tokens: int = 0  # output tokens of earlier attempts
     output_token_ids: list[int] = field(default_factory=list)
     # One an output token, where requested; empty for tokens of earlier attempts.
@@ -104,6 +110,7 @@ class Request:
             cache_salt=message.cache_salt,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
+            arrived_at=message.arrived_at,
         )  # fmt: skip
         made.go_on_behind(progress_of(message, 0))
         return made

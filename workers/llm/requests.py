@@ -11,11 +11,13 @@ from pipeline.transport.ends import Sink
 from pipeline.wire.base import Origin
 from pipeline.wire.clients import RequestOutput
 from pipeline.wire.encoding import FeedbackMessage, ItemNotNeeded, RequestEnded
+from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
 from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Ended, Failure, Interruption, output_of
 from workers.llm.leases import Leases
 from workers.llm.request import Request
+from workers.llm.request_stats import RequestStats
 from workers.llm.scheduler import Admitted, Scheduler
 from workers.llm.stepping import Collected, Stepper, Yielded
 
@@ -32,14 +34,14 @@ class Requests:
         leases: Leases,
         feedback: Sink[FeedbackMessage],
         on_first_token: Callable[[str], None],
+        stats: RequestStats,
         tracer: Tracer | None = None,
     ) -> None:
         self._origin, self._scheduler, self._stepper = origin, scheduler, stepper
         self._clients, self._leases, self._feedback = clients, leases, feedback
-        self._on_first_token, self._tracer = on_first_token, tracer
+        self._on_first_token, self._tracer, self.stats = on_first_token, tracer, stats
         self._spans = None if tracer is None else tracer.requests
         self.open: dict[str, Choices] = {}
-        self.counters = {"prompt_tokens": 0, "cached_tokens": 0, "interrupted": 0}
 
     def add(self, choices: Choices) -> None:
         self.open[choices.request_id] = choices
@@ -48,6 +50,7 @@ class Requests:
             self._spans.enter(choices.request_id, "queue")
         choices.keep_chunks_behind(self._scheduler.prefixes.num_shared_tokens(choices.all))
         for request in choices.all:
+            self.stats.on_added(request)
             self._scheduler.add(request)
 
     def known(self, request_id: str) -> Choices | Ended | None:
@@ -61,8 +64,7 @@ class Requests:
         request, covered = admitted.request, admitted.num_cached_tokens
         if self._spans is not None:
             self._spans.enter(request.request_id, "prefill", behind="queue")
-        if self.open[request.request_id].leader is request:  # the prompt counts once
-            self.counters["cached_tokens"] += covered
+        self.stats.on_admitted(request)
         missing = {chunk.item for chunk in request.chunks if chunk.embeddings is None and not chunk.is_lost}
         for number, item in enumerate(request.items):
             if number in missing and item.stop <= covered:
@@ -94,7 +96,9 @@ class Requests:
 
     def _tell(self, yielded: Iterable[Yielded]) -> None:
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
+        now = self.stats.now
         for request, offset in yielded:
+            self.stats.on_tokens(request, now)
             if offset == request.num_earlier_tokens:
                 for lease, num_holders in self.open[request.request_id].on_first_token(request):
                     self._leases.share(lease, num_holders)
@@ -114,6 +118,7 @@ class Requests:
 
     def _end_choice(self, request: Request) -> Choices:
         """Called when the choice has its finish reason and has left the scheduler."""
+        self.stats.on_ended(request)
         choices = self.open[request.request_id]
         choices.hand_on(request)
         self._stepper.give_back(request.take_all_leases())
@@ -122,6 +127,7 @@ class Requests:
     def _close_if_over(self, choices: Choices, now: float) -> None:
         """A request ends with its last choice."""
         if choices.leader is None:
+            self.stats.on_all_ended(choices.all)
             self._close(choices, None, now)
 
     def abort_choice(self, request: Request, now: float) -> None:
@@ -135,10 +141,13 @@ class Requests:
         """Aborts all open choices of a request, and tells its client."""
         for request in choices.open:
             request.finish_reason = FinishReason.ABORT
+            self.stats.on_ended(request)
         self._end(choices, None, now)
 
     def fail(self, choices: Choices, failure: Failure, now: float) -> None:
         """Ends an open request with an error or an interruption, and tells its client."""
+        if isinstance(failure, ErrorInfo):  # an interrupted request goes on in its next attempt
+            self.stats.on_failed()
         self._end(choices, failure, now)
 
     def _end(self, choices: Choices, failure: Failure | None, now: float) -> None:
@@ -148,7 +157,7 @@ class Requests:
 
     def interrupt(self, choices: Choices, interruption: Interruption, now: float) -> None:
         """Ends a request that has lost something it needs; its client resubmits it."""
-        self.counters["interrupted"] += 1
+        self.stats.counters["interrupted"] += 1
         self.fail(choices, interruption, now)
 
     def forget(self, choices: Choices) -> None:

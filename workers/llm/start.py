@@ -13,7 +13,8 @@ from pipeline.client.detokenizer import tokenizer_hash
 from pipeline.config import MIB, LlmConfig
 from pipeline.families import ModelInfo
 from pipeline.process.core_sharing import CoreSharing
-from pipeline.process.process import WAITING, WorkerContext
+from pipeline.process.phases import WAITING
+from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller
 from pipeline.wire.clients import PROTOCOL_VERSION, Welcome

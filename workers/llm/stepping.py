@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from pipeline.process.metrics import Metrics
 from pipeline.process.trace import Tracer
 from pipeline.wire.base import Origin
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
@@ -32,6 +33,7 @@ from workers.llm.request import Request
 from workers.llm.sampling.matching import mask_of
 from workers.llm.scheduler import Admitted, Schedule, Scheduled, Scheduler
 from workers.llm.step_result import StepResult
+from workers.llm.step_stats import StepStats
 from workers.llm.step_times import StepSeconds
 
 
@@ -72,11 +74,12 @@ class InFlightStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """A steady clock (seconds), a tracer, and `record`, which takes the ids of the executing requests that
-    have yielded no token."""
+    """The monotonic clock (seconds), a tracer, the worker's metrics, and `record`, which takes the ids of the
+    executing requests that have yielded no token."""
 
-    clock: Callable[[], float] = time.perf_counter
+    clock: Callable[[], float] = time.monotonic
     tracer: Tracer | None = None
+    metrics: Metrics = field(default_factory=Metrics)
     record: Callable[[Iterable[str]], None] | None = None
 
 
@@ -114,7 +117,8 @@ class Stepper:
         self._origin, self._leases, self._publish_step, self._watch = origin, leases, publish_step, watch
         self.has_overlap = has_overlap
         self.is_wide = False  # steps run on all cores
-        self.counters = {"steps": 0, "output_tokens": 0}
+        self._stats = StepStats(watch.metrics)
+        self.counters = self._stats.counters
         self._in_flight: deque[InFlightStep] = deque()
         self._started: list[SequenceStart] = []  # to go into the next plan
         self._decodes = [SequenceStep(slot) for slot in range(scheduler.max_num_seqs)]
@@ -280,7 +284,9 @@ class Stepper:
         for request in finished:
             del request.logprobs[len(request.output_token_ids) :]  # of tokens after the last one
         self.counters["steps"] += 1
-        self.counters["output_tokens"] += sum(len(one.output_token_ids) - offset for one, offset in yielded)
+        self.counters["generation_tokens"] += sum(
+            len(one.output_token_ids) - offset for one, offset in yielded
+        )
         return Collected(yielded, finished)
 
     def _is_ended(self, request: Request, new_token_ids: Mapping[tuple[str, int], Sequence[int]]) -> bool:
@@ -306,6 +312,7 @@ class Stepper:
         decodes, prefills = step.scheduled[: step.num_decodes], step.scheduled[step.num_decodes :]
         num_decodes = sum(item.num_tokens for item in decodes)  # a draft counts as a decode
         num_prefill = sum(item.num_tokens for item in prefills)
+        self._stats.on_step(num_decodes + num_prefill, ended_at - started_at)
         self.last_step = StepSeconds(len(decodes), num_decodes, ended_at - started_at)
         if step_times is not None:
             num_pairs = sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in prefills)

@@ -17,7 +17,7 @@ import torch
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
-from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
+from pipeline.process.phases import LOADING
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WorkerContext,
@@ -37,12 +37,12 @@ from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.lending import Lending
 from workers.llm.matcher_starts import MatcherStarts
+from workers.llm.metrics import declare
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
 from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
-from workers.llm.speculation.drafter import COUNTED as GUESSES
 from workers.llm.start import (
     check_linear_attention,
     has_overlap,
@@ -64,14 +64,6 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
 OUTPUTS_HIGH_WATER_MARK = 2048  # messages (one a step) by which a client may lag before it is cut off
 MAX_MESSAGES_PER_STEP = 512  # read between two steps: a flood of messages must not stop the streams
-COUNTED = {
-    "steps": "Steps computed",
-    "output_tokens": "Tokens yielded",
-    "prompt_tokens": "Tokens of the prompts of accepted requests",
-    "cached_tokens": "Tokens of prompts that the prefix cache had",
-    "interrupted": "Requests interrupted by a worker's death, to be submitted again",
-    "stale_messages": "Messages of dead workers or earlier attempts, dropped",
-}
 
 
 def main(context: WorkerContext) -> None:
@@ -104,7 +96,7 @@ def main(context: WorkerContext) -> None:
     parallel = TensorParallel.connect(rank, tp_size, device, rendezvous, config.llm.expert_parallel)
 
     def progress(done: int, total: int) -> None:
-        context.progress("loading weights", done, total)
+        context.progress(LOADING, done, total)
 
     sharing = _sharing(context, device)
     runner: ModelRunner | None = None
@@ -181,7 +173,7 @@ def _lead(
     engine = Engine(
         context.origin, scheduler, runner, make_welcome(context, max_model_len), links, sockets.epochs,
         has_overlap=has_overlap(config.llm, runner.device),
-        watch=Watch(tracer=context.tracer, record=context.recorder.record),
+        watch=Watch(tracer=context.tracer, record=context.recorder.record, metrics=context.metrics),
         matcher_starts=matchers.starts(),
     )  # fmt: skip
     step_times = measure_steps(context, engine, max_model_len, sharing)
@@ -202,7 +194,7 @@ def _serve(
 ) -> None:  # fmt: skip
     poller, lending = Poller(inbox, outputs, control, wakeup), Lending()
     stats_due, stats_interval = 0.0, STATS_INTERVAL_S
-    _declare(context.metrics, engine, inbox)
+    declare(context.metrics, engine, inbox)
     while True:
         context.recorder.move()
         now = time.monotonic()
@@ -247,32 +239,6 @@ def read_inbox(
         if (received := inbox.receive()) is None:
             return
         handle(received.message, now, received.frames)
-
-
-def _declare(metrics: Metrics, engine: Engine, inbox: Receiver[LlmMessage]) -> None:
-    scheduler, cache = engine.scheduler, engine.scheduler.cache
-    blocks, slots, snapshots = cache.blocks, cache.slots, cache.snapshots
-    metrics.counters(COUNTED, lambda: engine.counters)
-    if (drafter := scheduler.drafter) is not None:
-        metrics.counters(GUESSES, lambda: drafter.counters)
-    metrics.gauge(
-        "free_blocks", "Blocks of the KV cache that are free or may be evicted", lambda: blocks.num_free
-    )
-    metrics.gauge("cached_blocks", "Blocks of the KV cache that hold a prefix", lambda: blocks.num_cached)
-    metrics.gauge("free_slots", "Sequences that may still start", lambda: slots.num_free)
-    if snapshots is not None:
-        metrics.gauge(
-            "free_snapshots", "Places for layers' states that are free or may be evicted",
-            lambda: snapshots.num_free,
-        )  # fmt: skip
-        metrics.gauge(
-            "cached_snapshots", "Places that hold the layers' states behind a prefix", lambda: len(snapshots)
-        )
-    metrics.counter("preemptions", "Requests preempted for their blocks", lambda: scheduler.num_preemptions)
-    metrics.counter(
-        "clients_cut_off", "Clients that lagged too far behind", lambda: engine.num_clients_cut_off
-    )
-    metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: inbox.num_refused)
 
 
 def _follow(

@@ -14,6 +14,7 @@ import platform
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ from torch import Tensor
 PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
+# Bytes of the tensors that are loaded at least in part, and of all; 0 and 1 while their number is unknown.
+Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
@@ -77,12 +79,25 @@ class Checkpoint:
                     self._places[_usual_name(name)] = (path, name)
         if not self._places:
             raise ValueError(f"model {str(folder)!r} has no safetensors files")
-        self._progress, self._total = progress, len(self._places)
+        self._progress = progress
+        self._sizes: dict[Path, dict[str, int]] = {}  # bytes, by the name in the file
         self._loaded: set[str] = set()  # tensors of which at least a part has been read
+        self._done, self._total = 0, 0
 
     def expect(self, prefix: str) -> None:
         """Progress counts the tensors under this prefix only."""
-        self._total = sum(name.startswith(prefix) for name in self._places)
+        self._total = sum(self._size(name) for name in self._places if name.startswith(prefix))
+
+    def _size(self, name: str) -> int:
+        path, stored = self._places[name]
+        if (sizes := self._sizes.get(path)) is None:
+            entries = _header(path)[1]
+            sizes = self._sizes[path] = {
+                key: entry["data_offsets"][1] - entry["data_offsets"][0]
+                for key, entry in entries.items()
+                if key != "__metadata__"
+            }
+        return sizes[stored]
 
     def has_module(self, module: str) -> bool:
         """Whether there is any tensor of this layer, whatever its format."""
@@ -91,11 +106,10 @@ class Checkpoint:
     def rows(self, name: str) -> StoredRows:
         """A matrix that stays in its file."""
         path, stored = self._place(name)
-        with path.open("rb") as file:  # safetensors: the length of a JSON header, the header, the data
-            length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(length))[stored]
+        start, entries = _header(path)
+        entry = entries[stored]
         return StoredRows(
-            path, 8 + length + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
+            path, start + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -122,8 +136,12 @@ class Checkpoint:
         path, stored = self._place(name)
         ranges = (*(() if at is None else (at,)), rows, *(() if columns is None else (columns,)))
         tensor: Tensor = self._open(path).get_slice(stored)[ranges]
-        self._loaded.add(name)
-        self._progress(min(len(self._loaded), self._total), self._total)
+        if name not in self._loaded:
+            self._loaded.add(name)
+            if not self._total:
+                self.expect("")
+            self._done = min(self._done + self._size(name), self._total)
+        self._progress(self._done, self._total)
         return tensor
 
     def _place(self, name: str) -> tuple[Path, str]:
@@ -145,6 +163,14 @@ class Checkpoint:
             self._opened = None
             self._opened = path, safe_open(path, framework="pt")
         return self._opened[1]
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file, which is the length of a JSON header, the header, the data: where the data
+    begin, and the header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(length))
 
 
 def _usual_name(name: str) -> str:

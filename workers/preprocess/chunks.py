@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config.preprocess import MAX_OPEN_CHUNKS
+from pipeline.process.metrics import STAGE_SECONDS, Histogram
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Sink
 from pipeline.transport.fair import FairQueue
@@ -87,6 +88,8 @@ class ChunkFlow:
         # By ViT: what its queue had no room for. Without it the ViT would wait for pixels that never come.
         self._unsent_cancels: dict[int, list[ChunkKey]] = defaultdict(list)
         self.num_decoded = 0
+        self.decode_seconds = Histogram(STAGE_SECONDS)
+        self.num_bytes = {pool.info.kind: 0}  # of pixels sent to ViTs, by transport
 
     def route(
         self,
@@ -253,6 +256,7 @@ class ChunkFlow:
         assert request.pixels is not None
         source, out = state.chunk.source, self._pool.array(request.pixels)
         error = await self._error_of(state, source.decode(state.chunk.frames, out, request.pixels.offset))
+        self.decode_seconds.observe(time.monotonic() - start)
         decrease(self._decoding, state.tenant, 1)
         self._tracer.span("decode picture", start, [state.key.request_id], state.chunk.grid_thw.num_patches)
         self.num_decoded += 1
@@ -269,8 +273,10 @@ class ChunkFlow:
             self._break(state, error)
 
     def _send_or_break(self, state: ChunkState, request: EncodeRequest) -> None:
+        assert request.pixels is not None
         try:
-            self._vits[state.vit].send(request)
+            self._vits[state.vit].send(msgspec.structs.replace(request, sent_at=time.monotonic()))
+            self.num_bytes[self._pool.info.kind] += request.pixels.nbytes
         except PipelineError as error:
             logger.warning("%s cannot be passed on: %s", state.key, error)
             self._break(state, QUEUE_IS_FULL)

@@ -8,10 +8,12 @@ checked like the first URL (`downloads.py`). Sizes are limited while reading.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 from pipeline.client.data_urls import forgiving_base64
 from pipeline.config import MIB, PreprocessConfig
+from pipeline.process.metrics import STAGE_SECONDS, Histogram
 from pipeline.wire.errors import RequestError
 from workers.preprocess.bodies import Body, FileBody, MemoryBody
 from workers.preprocess.bodies import too_large as too_large
@@ -57,6 +60,7 @@ class Fetcher:
         self._in_flight = BytesInFlight(IN_FLIGHT_FACTOR * config.max_open_media_mib * MIB)
         self._downloader = Downloader(config, nameservers)
         self._downloads: dict[tuple[object, ...], _Download] = {}
+        self.seconds = Histogram(STAGE_SECONDS)
 
     async def fetch(
         self,
@@ -70,7 +74,8 @@ class Fetcher:
         Raises RequestError, which names the field.
         """
         max_bytes = self._config.max_media_mib * MIB
-        return await self._fetch(url, field, validators, asker, MemoryBody, max_bytes, _read_all)
+        with self._timed():
+            return await self._fetch(url, field, validators, asker, MemoryBody, max_bytes, _read_all)
 
     async def fetch_file(
         self,
@@ -81,7 +86,17 @@ class Fetcher:
     ) -> Fetched[VideoFile]:
         """`fetch` to a file on disk. A local file is not copied."""
         max_bytes = self._config.max_video_mib * MIB
-        return await self._fetch(url, field, validators, asker, FileBody, max_bytes, _as_video_file)
+        with self._timed():
+            return await self._fetch(url, field, validators, asker, FileBody, max_bytes, _as_video_file)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Measures a fetch, also one that fails or waits for its turn."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds.observe(time.monotonic() - start)
 
     async def _fetch(
         self,

@@ -32,6 +32,7 @@ class KnownRequest:
     lead: int | None = None  # of the group that runs it, once chosen
     leads: tuple[int, ...] = ()  # of the groups that know its client
     num_new_tokens: int = 0  # counted as outstanding in that group
+    arrived_at: float = 0.0  # its first attempt, as far as this process knows: seconds of the monotonic clock
     ended_at: float | None = None
 
 

@@ -87,7 +87,7 @@ class Preprocessor:
         # More threads than cores: one tenant never takes the last thread.
         self._text_threads = FairThreads(num_threads + 1, self.recording, "text")
         self._media_threads = FairThreads(num_threads + 2, self.recording, "media")
-        self._fetcher = Fetcher(config)
+        self.fetcher = Fetcher(config)
         # A tenant leaves one reader to other tenants, a request one more to other requests of its tenant.
         num_readers = num_threads + 2
         limits = ReadLimits(
@@ -97,14 +97,14 @@ class Preprocessor:
             config.media_memory_mib,
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
-        items = ItemReader(config, info, len(vits), self._fetcher, self._media_threads, self.readers)
+        items = ItemReader(config, info, len(vits), self.fetcher, self._media_threads, self.readers)
         self.grammars = Grammars(GrammarVocabulary(info.folder, info.text.vocab_size, info.eos_token_ids))
         self.prompts = PromptReader(
             info, config.max_items_per_request, items, self._text_threads,
             context.config.model.max_model_len, context.tracer,
         )  # fmt: skip
         epochs = context.sockets.epochs
-        self._chunks = ChunkFlow(
+        self.chunks = ChunkFlow(
             self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,
             num_readers * DECODES_PER_READER,
             self._on_broken_chunk, context.tracer, context.quarantine.runs_alone,
@@ -143,8 +143,9 @@ class Preprocessor:
             self._end(known)
         tenant = tenant_of(message)
         opened = KnownRequest(
-            message.client_id, message.request_id, message.attempt, tenant, leads=message.leads
-        )
+            message.client_id, message.request_id, message.attempt, tenant, leads=message.leads,
+            arrived_at=time.monotonic() if known is None else known.arrived_at,
+        )  # fmt: skip
         self._requests.add(opened)
         # The group in which a lower attempt may still run. After the predecessor's death only the client may
         # know it.
@@ -175,7 +176,7 @@ class Preprocessor:
         known = self._requests.get(message.request_id)
         if known is None or known.client_id == message.client_id or known.ended_at is None:
             return known
-        return known if self._chunks.has_chunks_of(known.request_id) else None
+        return known if self.chunks.has_chunks_of(known.request_id) else None
 
     def _refuse_foreign(self, known: KnownRequest, message: SubmitRequest | QueryRequest) -> None:
         refusal = RequestNotYours(
@@ -285,13 +286,13 @@ class Preprocessor:
 
     def _check_chunks(self, tenant: str, items: Sequence[Item]) -> None:
         chunks = [chunk for item in items for chunk in item.chunks]
-        if chunks and not self._chunks.shares.fits(tenant, len(chunks)):
-            raise self._chunks.shares.refusal(
+        if chunks and not self.chunks.shares.fits(tenant, len(chunks)):
+            raise self.chunks.shares.refusal(
                 tenant, len(chunks), "too many pictures and pieces of videos are open"
             )
-        if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self._chunks.largest:
+        if (largest := max((chunk.pixel_bytes for chunk in chunks), default=0)) > self.chunks.largest:
             raise RequestError(
-                f"a picture of {largest} bytes of pixels is larger than {self._chunks.largest}",
+                f"a picture of {largest} bytes of pixels is larger than {self.chunks.largest}",
                 field="messages",
             )
 
@@ -317,7 +318,7 @@ class Preprocessor:
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = self._info.vision.num_tokens(chunk.grid_thw)
                 order = Order(self._last_arrival, len(opened.keys))
-                route = self._chunks.route(key, chunk, order, num_tokens, opened.tenant, message.trace)
+                route = self.chunks.route(key, chunk, order, num_tokens, opened.tenant, message.trace)
                 routed.append(route)
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
@@ -335,12 +336,13 @@ class Preprocessor:
             priority=message.priority,
             cache_salt=message.cache_salt,
             tenant=opened.tenant,
+            arrived_at=opened.arrived_at,
             trace=message.trace,
             **self._origin,
         )
         self._llms[opened.lead].send(request, () if grammar is None else (grammar,))
         opened.was_passed_on = True
-        self._chunks.announce(opened.keys)
+        self.chunks.announce(opened.keys)
 
     def _choose_group(
         self, opened: KnownRequest, prompt: TokenizedPrompt, items: Sequence[MmItem], cache_salt: bytes
@@ -380,12 +382,12 @@ class Preprocessor:
         self._groups.available = {
             state.worker.rank for state in states if state.is_ready and state.worker.role is Role.LLM
         } & set(self._llms)
-        self._chunks.router.available = {
+        self.chunks.router.available = {
             state.worker.rank for state in states if state.is_ready and state.worker.role is Role.VIT
         }
         for dead in died:
             if dead.worker.role is Role.VIT:
-                self._chunks.on_vit_death(dead.worker.rank)
+                self.chunks.on_vit_death(dead.worker.rank)
             elif dead.worker.role is Role.LLM and dead.worker.rank in self._llms:
                 self._on_group_death(dead.worker.rank)
 
@@ -403,13 +405,13 @@ class Preprocessor:
             return
         match message:
             case PixelsReleased(key=key):
-                self._chunks.on_released(key)
+                self.chunks.on_released(key)
             case EncodeMiss(key=key):
-                self._chunks.on_miss(key)
+                self.chunks.on_miss(key)
             case ItemNotNeeded():
                 opened = self._requests.get(message.request_id)
                 if opened is not None and opened.attempt == message.attempt:
-                    self._chunks.cancel([key for key in opened.keys if key.item == message.item])
+                    self.chunks.cancel([key for key in opened.keys if key.item == message.item])
             case RequestEnded(client_id=client_id, attempt=attempt):
                 opened = self._requests.get(message.request_id)
                 if opened is not None and (opened.client_id, opened.attempt) == (client_id, attempt):
@@ -422,17 +424,17 @@ class Preprocessor:
 
     def _end(self, opened: KnownRequest) -> None:
         self._requests.end(opened, time.monotonic())
-        self._chunks.cancel(opened.keys)
+        self.chunks.cancel(opened.keys)
         opened.keys = []
         if opened.num_new_tokens and opened.lead is not None:
             self._groups.finished(opened.lead, opened.num_new_tokens)
 
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks integrity when nothing is open."""
-        self._requests.forget(now, self._chunks.has_chunks_of)
-        self._chunks.tick()
+        self._requests.forget(now, self.chunks.has_chunks_of)
+        self.chunks.tick()
         if not self.num_open:
-            self._chunks.check_integrity()
+            self.chunks.check_integrity()
             assert not any(self._groups.outstanding.values()), "tokens are outstanding for nobody"
             self._requests.check_empty()
 
@@ -445,13 +447,9 @@ class Preprocessor:
         """Bytes of open requests' texts and encoded media."""
         return self._requests.credits.num_held_bytes
 
-    @property
-    def num_decoded(self) -> int:
-        return self._chunks.num_decoded
-
     async def close(self) -> None:
         await self.readers.close()
         await self.grammars.close()
-        await self._fetcher.close()
+        await self.fetcher.close()
         for threads in (self._text_threads, self._media_threads):
             threads.close()

@@ -6,7 +6,6 @@ import asyncio
 import time
 
 from pipeline.config import MIB, PreprocessConfig
-from pipeline.process.metrics import REFUSED_MESSAGES, Metrics
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     ShutdownRequested,
@@ -23,6 +22,7 @@ from pipeline.wire.control import ControlMessage
 from pipeline.wire.encoding import FeedbackMessage
 from pipeline.wire.topology import CONTROL, ENCODE, FEEDBACK, INGEST, LLM
 from workers.model_info import model_info_of
+from workers.preprocess.metrics import declare
 from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
@@ -32,10 +32,6 @@ MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
 LIFE_INTERVAL_S = 0.5
 STUCK_S = 30.0  # in one piece of work of a thread: the longest text takes some seconds
-COUNTED = {
-    "stale_messages": "Messages of dead workers or earlier attempts, dropped",
-    "refused_requests": "Requests refused before they ran",
-}
 
 
 def main(context: WorkerContext) -> None:
@@ -79,19 +75,7 @@ class _Process:
         self._core = Preprocessor(
             context, config.preprocess, info, self._pool, allocator, llms, self._vits, tasks
         )
-        self._declare(context.metrics)
-
-    def _declare(self, metrics: Metrics) -> None:
-        core = self._core
-        metrics.counters(COUNTED, lambda: core.counters)
-        metrics.counter(
-            "decoded_pictures", "Pictures decoded, and chunks of videos", lambda: core.num_decoded
-        )
-        metrics.counter(
-            "refused_messages",
-            REFUSED_MESSAGES,
-            lambda: self._ingest.num_refused + self._feedback.num_refused,
-        )
+        declare(context.metrics, self._core, allocator, lambda: ingest.num_refused + feedback.num_refused)
 
     def start(self, control: AsyncReceiver[ControlMessage]) -> None:
         config = self._context.config.preprocess

@@ -55,6 +55,7 @@ class Pending:
     supplier: ChunkKey | None = None  # the waiter whose pixels are used; None while the chunk is parked
     waiters: dict[ChunkKey, Order] = field(default_factory=dict)
     pixels: TensorHandle | None = None
+    sent_at: float = 0.0  # the pixels
     slot: Slot | None = None
     tenant: str = ""  # of the first waiter: the encode takes this tenant's turn
     is_encoding: bool = False
@@ -76,7 +77,8 @@ class Batcher:
         self, allocator: SlotAllocator, embedding_of: Callable[[GridTHW], EmbeddingSpec],
         runs_alone: Callable[[str], bool] = nobody,
     ) -> None:  # fmt: skip
-        self.cache = FeatureCache(allocator)
+        self.cache, self.allocator = FeatureCache(allocator), allocator
+        self.num_queries = self.num_hits = 0  # of the cache
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
         self._largest, self.embedding_of = allocator.reserve, embedding_of
         self._runs_alone = runs_alone
@@ -96,14 +98,17 @@ class Batcher:
         pixels: TensorHandle | None,
         tenant: str = "",
         will_follow: bool = False,
+        sent_at: float = 0.0,
     ) -> list[Action]:
-        """`will_follow`: the pixels come without being asked for."""
+        """`will_follow`: the pixels come without being asked for. `sent_at`: when they were sent."""
         if (size := self.embedding_of(grid_thw).nbytes) > self._largest:
             reason = f"a chunk of {size} bytes of embeddings is larger than {self._largest}"
             return [Refused(key, reason), PixelsDone(key)]
         if pixels is not None:
-            return self._on_pixels(key, mm_hash, pixels)
+            return self._on_pixels(key, mm_hash, pixels, sent_at)
+        self.num_queries += 1
         feature = self.cache.get(mm_hash)
+        self.num_hits += feature is not None
         if feature is not None and not self._slots.allocator.is_reserved(feature.slot):
             return [Ready(key, self.cache.lease(feature, key.lead), feature), PixelsDone(key)]
         actions: list[Action] = []
@@ -129,14 +134,14 @@ class Batcher:
             return [LeaseGone(key)]
         return [Ready(key, self.cache.lease(feature, key.lead), feature)]
 
-    def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle) -> list[Action]:
+    def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle, sent_at: float) -> list[Action]:
         pending = self._pending.get(mm_hash)
         if pending is None or key not in pending.waiters:
             return [PixelsDone(key)]  # answered from the cache or cancelled meanwhile
         if pending.pixels is not None:
             # another waiter's pixels came first; these are released when their own request is answered
             return []
-        pending.pixels, pending.supplier = pixels, key
+        pending.pixels, pending.supplier, pending.sent_at = pixels, key, sent_at
         self._expect(pending)
         return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
@@ -43,15 +44,12 @@ class VitCore:
         self.batcher, self._pool, self._info = batcher, pool, info
         self._llms, self._feedback = llms, feedback
         self._pools = pools
-        self._num_encodes = self._num_stale = 0
-        context.metrics.counter("encodes", "Chunks of pictures and videos encoded", lambda: self._num_encodes)
-        context.metrics.counter(
-            "stale_messages", "Messages of dead workers, dropped", lambda: self._num_stale
-        )
+        self.num_encodes = self.num_stale = 0
+        self.num_bytes = {pool.info.kind: 0}  # handed to the LLM, by transport
 
     def handle(self, message: EncodeMessage) -> None:
         if not self._is_current(message):
-            self._num_stale += 1
+            self.num_stale += 1
             return
         match message:
             case PoolOpened():
@@ -68,6 +66,7 @@ class VitCore:
                     message.pixels,
                     message.tenant,
                     message.will_follow,
+                    message.sent_at,
                 )
                 self._act(actions)
             case CancelEncode():
@@ -105,15 +104,12 @@ class VitCore:
                     self._feedback.send(PixelsReleased(key=key, **self._origin))
                 case Ready(key, lease_id, feature):
                     handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
-                    self._llms[key.lead].send(
-                        EmbeddingReady(
-                            key=key,
-                            lease_id=lease_id,
-                            embeddings=handle,
-                            was_encoded=were_encoded,
-                            **self._origin,
-                        )
-                    )
+                    self.num_bytes[self._pool.info.kind] += handle.nbytes
+                    ready = EmbeddingReady(
+                        key=key, lease_id=lease_id, embeddings=handle,
+                        was_encoded=were_encoded, sent_at=time.monotonic(), **self._origin,
+                    )  # fmt: skip
+                    self._llms[key.lead].send(ready)
                 case LeaseGone(key):
                     self._llms[key.lead].send(LeaseRefused(key=key, **self._origin))
                 case Refused(key, reason):
@@ -153,5 +149,5 @@ class VitCore:
         return EncodeJob(pixels, grid, self._pool.tensor(handle))
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
-        self._num_encodes += len(batch)
+        self.num_encodes += len(batch)
         self._act(self.batcher.on_encoded(batch), were_encoded=True)

@@ -93,6 +93,10 @@ class FeatureCache:
         return False
 
     @property
+    def num_features(self) -> int:
+        return len(self._features)
+
+    @property
     def num_leases(self) -> int:
         return len(self._leases)
 

@@ -17,7 +17,7 @@ from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
-from pipeline.process.metrics import REFUSED_MESSAGES
+from pipeline.process.phases import LOADING
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Receiver
 from pipeline.transport.mapping_check import check_mapping
@@ -37,14 +37,15 @@ from workers.vit.core import VitCore
 from workers.vit.deadlines import Deadlines
 from workers.vit.engine_thread import EngineThread
 from workers.vit.engines.choice import EngineSpec, choose_engine, warm_up
+from workers.vit.metrics import VitStats
 from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
+BUILDING = "building the encoder"  # phase of a start, of unknown length
 MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
 MEASURED_PATCHES = 64
-ENCODE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 GPU_SLICE_MS = 10.0
 GPU_BATCH_PATCHES, CPU_BATCH_PATCHES = 4096, 1024  # larger batches only raise latency, not throughput
 
@@ -111,7 +112,7 @@ def main(context: WorkerContext) -> None:
         after_work=after_work, is_hurried=lambda: sharing.is_hurried,
         deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit, quantization=config.vit_quantization,
-        progress=lambda done, total: context.progress("loading weights", done, total),
+        progress=lambda done, total: context.progress(LOADING if total > 1 else BUILDING, done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
     context.faults.fill(allocator)
@@ -139,12 +140,7 @@ def _serve(
     thread: EngineThread, wakeup: Wakeup, limit: SliceLimit, sharing: CoreSharing,
 ) -> None:  # fmt: skip
     """Drain → schedule → encode → answer, until the pipeline ends."""
-    batcher, metrics = core.batcher, context.metrics
-    metrics.gauge("leases", "Embeddings that the LLM may read", lambda: batcher.cache.num_leases)
-    metrics.counter("refused_messages", REFUSED_MESSAGES, lambda: inbox.num_refused)
-    encode_seconds = metrics.histogram(
-        "encode_seconds", "Seconds to encode a batch of chunks", ENCODE_SECONDS
-    )
+    batcher, stats = core.batcher, VitStats(context.metrics, core, inbox)
     poller, without_inbox = Poller(inbox, control, wakeup), Poller(control, wakeup)
     batch: list[Pending] = []
     died: list[WorkerState] = []
@@ -164,7 +160,7 @@ def _serve(
         if batch and (seconds := thread.take_done()) is not None:
             num_patches = sum(pending.grid_thw.num_patches for pending in batch)
             limit.observe(num_patches, seconds)
-            encode_seconds.observe(seconds)
+            stats.on_encoded(seconds)
             ids = (key.request_id for pending in batch for key in pending.waiters)
             context.tracer.span("encode", time.monotonic() - seconds, ids, num_patches)
             core.on_encoded(batch)
@@ -175,6 +171,7 @@ def _serve(
             batch, jobs = core.next_batch(limit.max_patches)
             if batch:
                 context.recorder.record({key.request_id for pending in batch for key in pending.waiters})
+                stats.on_begun(batch, time.monotonic())
                 thread.encode(jobs)
             context.recorder.move()
         sharing.announce(bool(batch or batcher.num_pending))

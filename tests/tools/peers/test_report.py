@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from tools.peers.figures import Figure, Turn
-from tools.peers.report import ROWS, Column, advantage, agreement, count_refused, notes, plot, shown, table
+from tools.peers.report import ROWS, Column, advantage, agreement, count_refused, notes, plot, table
+from tools.plots import shown
 
 COLUMNS = [Column("ours", "ours", False), Column("vllm", "vLLM", False), Column("llama", "llama.cpp", False)]
 ROW = {row.part: row for row in ROWS}

@@ -43,6 +43,7 @@ class FakeClient:
         self.answer, self.failure, self.is_draining = answer, "", False
         self.welcome = SimpleNamespace(max_model_len=8192)
         self.workers: tuple[WorkerState, ...] = ()
+        self.leads: tuple[int, ...] = (0,)
         self.num_asked = 0
         self.media: Sequence[bytes | memoryview] = ()
         self.options: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.process.process import WAITING
+from pipeline.process.phases import WAITING
 from workers.api import worker
 
 

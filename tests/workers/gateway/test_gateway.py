@@ -110,6 +110,7 @@ def test_who_does_not_read_is_cut_off_until_it_says_hello() -> None:
     assert rig.topics == [other, slow]
     rig.gateway.on_output(slow, b"4")
     assert rig.published[-1] == (slow, b"4")
+    assert rig.gateway.num_bytes == 2, "of the two outputs that went out"
     assert rig.gateway.counters["clients_cut_off"] == 1
 
 

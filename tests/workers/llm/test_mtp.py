@@ -216,7 +216,7 @@ def test_good_guesses_save_steps(folder: Path) -> None:
         told.append(finish(rig))
     assert_same(told[1], told[0])
     assert rig.engine.counters["steps"] < 60
-    assert rig.engine.counters["output_tokens"] == 100
+    assert rig.engine.counters["generation_tokens"] == 100
 
 
 def test_a_prefix_from_the_cache_gives_the_same(folder: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_prefix_from_the_cache_gives_the_same(folder: Path) -> None:
             told = finish(rig)
         answers.append(told)
     assert_same(answers[1], answers[0])
-    assert rig.engine.counters["cached_tokens"] == 192
+    assert rig.engine.counters["prefix_cache_hits"] == 192
     assert rig.scheduler.drafter is not None
     assert rig.scheduler.drafter.counters["spec_decode_num_accepted_tokens"] > 30
 

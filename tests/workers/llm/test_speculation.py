@@ -157,7 +157,7 @@ def test_good_guesses_save_steps(random_checkpoint: Path, expected: dict[tuple[s
     drafted(rig, expected)
     assert_same(finish(rig), {("greedy", 0): expected["greedy", 0]})
     assert rig.engine.counters["steps"] < 20
-    assert rig.engine.counters["output_tokens"] == 40
+    assert rig.engine.counters["generation_tokens"] == 40
 
 
 @pytest.mark.parametrize("name", ["text only", "one picture", "three pictures between texts"])

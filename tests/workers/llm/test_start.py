@@ -15,7 +15,8 @@ import torch
 from pipeline.config import Config, LlmConfig, ModelConfig, PreprocessConfig
 from pipeline.config.api import MAX_CONNECTIONS
 from pipeline.config.preprocess import MAX_OPEN_CHUNKS
-from pipeline.process.process import WAITING, ShutdownRequested, WorkerContext
+from pipeline.process.phases import WAITING
+from pipeline.process.process import ShutdownRequested, WorkerContext
 from pipeline.process.quarantine import Quarantine
 from pipeline.transport.ends import HIGH_WATER_MARK
 from pipeline.transport.sockets import Sockets

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.workers.nn.test_quantized_panels import FEW
-from workers.nn.native.int4 import GROUP, dequantized, pack_int4, quantize_int4
+from tests.workers.nn.test_quantized_panels import KERNELS
+from workers.nn.native.int4 import GROUP, dequantized, pack_int4, pack_with_torch, quantize_int4
 from workers.nn.native.quantized_panels import quantized_kernels
 
 SHAPES = [(64, 64), (100, 60), (7, 2), (513, 1031), (1024, 768)]
@@ -64,15 +64,12 @@ def test_numbers_are_within_their_bits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 6, 7, 16, 17, 33, 100])
-@pytest.mark.parametrize("few", FEW)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_int4(shape: tuple[int, int], few: int, rows: int, dtype: torch.dtype) -> None:
-    if not quantized_kernels():
-        pytest.skip("no kernel for 4 bits on this processor")
+def test_products_of_int4(shape: tuple[int, int], kernel: str, rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    packed = pack_int4(weight)
-    panels = packed._replace(few=few)
+    panels = pack_int4(weight)._replace(few=kernel, many=kernel)
     x = torch.randn(rows, shape[1]).to(dtype)
     bias, residual = torch.randn(shape[0]).to(dtype), torch.randn(rows, shape[0]).to(dtype)
     largest = x.double().abs().amax(dim=1, keepdim=True)
@@ -87,10 +84,25 @@ def test_products_of_int4(shape: tuple[int, int], few: int, rows: int, dtype: to
         torch.testing.assert_close(found.double(), expected, atol=0.02 * shape[1] ** 0.5, rtol=0.02)
 
 
-def test_both_kernels_give_the_same_bits() -> None:
-    if "amx" not in quantized_kernels():
-        pytest.skip("has no AMX-INT8")
+@pytest.mark.skipif(len(quantized_kernels()) < 2, reason="this processor has one kernel")
+def test_all_kernels_of_int4_give_the_same_bits() -> None:
     torch.manual_seed(0)
     packed, x = pack_int4(torch.randn(200, 300)), torch.randn(40, 300)
-    by_vnni, by_amx = (packed._replace(few=few).multiply(x, None, None) for few in (100, 0))
-    torch.testing.assert_close(by_vnni, by_amx, rtol=0, atol=0)
+    first, *others = (
+        packed._replace(few=name, many=name).multiply(x, None, None) for name in quantized_kernels()
+    )
+    for other in others:
+        torch.testing.assert_close(first, other, rtol=0, atol=0)
+
+
+@pytest.mark.skipif("vnni" not in quantized_kernels(), reason="this processor packs with torch")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torch_packs_as_the_kernel_does(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    packed = pack_int4(weight)
+    numbers, sums, scales = (torch.zeros_like(x) for x in (packed.numbers, packed.sums, packed.scales))
+    pack_with_torch(weight, numbers, sums, scales)
+    torch.testing.assert_close(scales, packed.scales)
+    # Where two steps are as near, rounding decides.
+    assert float((numbers != packed.numbers).float().mean()) < 0.001

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.nn.native.quantized_panels import (
-    ANY,
     PART,
     QuantizedPanels,
     pack_int8,
@@ -16,21 +15,22 @@ from workers.nn.native.quantized_panels import (
 )
 from workers.nn.weights.int8 import Int8Linear
 
-# Rows that the kernel for VNNI takes: all, or none, which is left to AMX.
-FEW = [
-    ANY,
-    pytest.param(0, marks=pytest.mark.skipif("amx" not in quantized_kernels(), reason="has no AMX-INT8")),
+KERNELS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(name not in quantized_kernels(), reason=f"this processor has no {name}"),
+    )
+    for name in ("avx2", "vnni", "amx")
 ]
 
 
-@pytest.fixture(autouse=True)
-def has_kernels() -> None:
-    if not quantized_kernels():
-        pytest.skip("no kernel for 8 bits on this processor")
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def panels_of(weight: Tensor, few: int) -> QuantizedPanels:
-    return pack_int8(weight)._replace(few=few)
+def panels_of(weight: Tensor, kernel: str) -> QuantizedPanels:
+    return pack_int8(weight)._replace(few=kernel, many=kernel)
 
 
 def whole_weight(rows: int, columns: int) -> Tensor:
@@ -42,12 +42,11 @@ def whole_weight(rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 16, 17, 33, 100])
-@pytest.mark.parametrize("few", FEW)
 @pytest.mark.parametrize("shape", [(64, 64), (100, 60), (7, 2), (513, 1031), (1024, 768)])
-def test_products(shape: tuple[int, int], few: int, rows: int, dtype: torch.dtype) -> None:
+def test_products(shape: tuple[int, int], kernel: str, rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = whole_weight(*shape) * 2.0 ** torch.randint(-4, 1, (shape[0], 1))
-    panels = panels_of(weight, few)
+    panels = panels_of(weight, kernel)
     x = torch.randn(rows, shape[1]).to(dtype)
     bias, residual = 100 * torch.randn(shape[0]).to(dtype), 100 * torch.randn(rows, shape[0]).to(dtype)
     largest = x.double().abs().amax(dim=1, keepdim=True)
@@ -64,11 +63,10 @@ def test_products(shape: tuple[int, int], few: int, rows: int, dtype: torch.dtyp
         assert float((found.double() - expected).norm() / expected.norm()) < 0.01
 
 
-@pytest.mark.parametrize("few", FEW)
-def test_a_row_of_zeros_and_an_outlier(few: int) -> None:
+def test_a_row_of_zeros_and_an_outlier(kernel: str) -> None:
     torch.manual_seed(0)
     weight = whole_weight(70, 100)
-    panels = panels_of(weight, few)
+    panels = panels_of(weight, kernel)
     x = torch.zeros(3, 100)
     x[1, 5] = 1e6
     x[2] = torch.randint(-127, 128, (100,)).float()
@@ -78,18 +76,16 @@ def test_a_row_of_zeros_and_an_outlier(few: int) -> None:
     torch.testing.assert_close(found[1:], x[1:] @ weight.t())
 
 
-@pytest.mark.parametrize("few", FEW)
-def test_rows_that_do_not_lie_side_by_side(few: int) -> None:
+def test_rows_that_do_not_lie_side_by_side(kernel: str) -> None:
     torch.manual_seed(0)
-    panels = panels_of(torch.randn(70, 64), few)
+    panels = panels_of(torch.randn(70, 64), kernel)
     wide, residual = torch.randn(4, 128), torch.randn(70, 4).t()
     found = panels.multiply(wide[:, ::2], None, residual)
     torch.testing.assert_close(found, panels.multiply(wide[:, ::2].contiguous(), None, residual.contiguous()))
 
 
-@pytest.mark.parametrize("few", FEW)
-def test_a_row_with_what_is_no_number_has_no_other_numbers(few: int) -> None:
-    panels = panels_of(torch.ones(70, 100), few)
+def test_a_row_with_what_is_no_number_has_no_other_numbers(kernel: str) -> None:
+    panels = panels_of(torch.ones(70, 100), kernel)
     x = torch.ones(2, 100)
     x[0, 37] = float("nan")
     found = panels.multiply(x, None, None)
@@ -102,6 +98,7 @@ def test_float16_is_left_to_onednn() -> None:
     torch.testing.assert_close(Int8Linear(torch.ones(8, 64, dtype=torch.float16))(x), x.sum().expand(1, 8))
 
 
+@pytest.mark.skipif(not quantized_kernels(), reason="no kernel for 8 bits on this processor")
 def test_large_weights_are_packed_in_parts_as_small_ones() -> None:
     weight = torch.randn(2 * PART + 70, 100).bfloat16()
     whole, parts = pack_int8(weight), [pack_int8(part) for part in weight.split(PART)]
@@ -109,7 +106,15 @@ def test_large_weights_are_packed_in_parts_as_small_ones() -> None:
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
-@pytest.mark.parametrize("few", FEW)
-def test_no_rows(few: int) -> None:
-    panels = panels_of(torch.ones(70, 100), few)
+def test_no_rows(kernel: str) -> None:
+    panels = panels_of(torch.ones(70, 100), kernel)
     assert panels.multiply(torch.ones(0, 100), None, None).shape == (0, 70)
+
+
+@pytest.mark.skipif(len(quantized_kernels()) < 2, reason="this processor has one kernel")
+def test_all_kernels_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(200, 300), torch.randn(40, 300)
+    first, *others = (panels_of(weight, name).multiply(x, None, None) for name in quantized_kernels())
+    for other in others:
+        torch.testing.assert_close(first, other, rtol=0, atol=0)

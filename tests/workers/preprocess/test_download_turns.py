@@ -258,7 +258,7 @@ async def test_preprocess_says_on_whose_behalf() -> None:
         raise RequestError("no", field=field)
 
     async with make_rig(1) as rig:
-        rig.core._fetcher.fetch = rig.core._fetcher.fetch_file = fetch
+        rig.core.fetcher.fetch = rig.core.fetcher.fetch_file = fetch
         parts = (ImagePart(url="http://a.test/x"), VideoPart(url="http://a.test/y"))
         for request_id in ("one", "two"):
             rig.submit(request_id, messages=(ChatMessage("user", parts),))

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from aiohttp import web
@@ -127,7 +128,7 @@ class Rig:
         assert self.core.num_open == 0
         assert self.core.num_held_bytes == 0
         assert self.allocator.num_used == 0
-        assert self.core._chunks._chunks == {}
+        assert self.core.chunks._chunks == {}
         self.core.tick(0.0)
 
 
@@ -210,7 +211,8 @@ async def test_a_known_hash_is_asked_for_without_pixels_until_it_is_missed(rig: 
     # the pixels came when others were there already, and those are gone
     rig.feedback(EncodeMiss, key=ask.key)
     (again,) = rig.encodes()
-    assert again == answer
+    assert again.sent_at > answer.sent_at > 0
+    assert msgspec.structs.replace(again, sent_at=answer.sent_at) == answer
     rig.feedback(PixelsReleased, key=answer.key)
     rig.end("a")
     rig.end("b")
@@ -619,7 +621,7 @@ async def test_a_video_is_spread_over_the_vits_and_arrives_in_its_chunks(rig: Ri
     frames = [
         read_number(frame)
         for _, message in sorted(seen.items())
-        for frame in rig.core._chunks._pool.array(message.pixels)
+        for frame in rig.core.chunks._pool.array(message.pixels)
     ]
     assert frames == [0, 5, 10, 15, 20, 25]
     rig.feedback(ItemNotNeeded, request_id="r", attempt=1, item=0)
@@ -650,7 +652,7 @@ async def test_other_frames_of_a_video_never_share_a_key(rig: Rig) -> None:
             generated |= {message.request_id: message for message in rig.llm.take(GenerateRequest)}
     assert len({message.items[0].mm_hash for message in generated.values()}) == len(parts)
     assert [num_times(message) for _, message in sorted(generated.items())] == [2, 2, 2, 2, 2, 3]
-    states = rig.core._chunks._chunks
+    states = rig.core.chunks._chunks
     made = {name: [states[key].chunk for key in rig.core._requests.of(name).keys] for name in parts}
     frames = {name: [frame for chunk in found for frame in chunk.frames] for name, found in made.items()}
     assert frames["four"] == [0, 7, 15, 22]
@@ -670,7 +672,7 @@ async def test_frames_given_as_pictures_arrive_each_at_its_place(rig: Rig) -> No
     rig.submit("r", frames, messages=(ChatMessage("user", (video,)),))
     await rig.settle()
     (message,) = [message for message in rig.encodes() if message.pixels is not None]
-    pixels = rig.core._chunks._pool.array(message.pixels)
+    pixels = rig.core.chunks._pool.array(message.pixels)
     for frame, data in zip(pixels, frames, strict=True):
         assert np.array_equal(frame, decode(data, ImageSize(*frame.shape[:2]), ""))
     rig.feedback(PixelsReleased, key=message.key)
@@ -689,7 +691,7 @@ async def test_no_frame_is_begun_after_a_broken_one(rig: Rig, monkeypatch: pytes
         await decode(self, *args)
 
     monkeypatch.setattr(PictureSource, "decode", counted)
-    rig.core._chunks._max_decoding = 1
+    rig.core.chunks._max_decoding = 1
     rig.submit("r", frames, messages=(ChatMessage("user", (video,)),))
     await rig.settle()
     (refusal,) = rig.llm.take(RequestRefused)
@@ -977,7 +979,7 @@ async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One decode goes on at a time; the single picture comes while the first of ten is being decoded."""
-    rig.core._chunks._max_decoding = 1
+    rig.core.chunks._max_decoding = 1
     decoded: list[str] = []
     gate = asyncio.Semaphore(0)
     original = PictureSource.decode
@@ -1042,7 +1044,7 @@ async def test_pixels_go_in_the_order_of_the_request_whichever_are_there_first(
             rig.feedback(PixelsReleased, key=ChunkKey("r", 1, item, 0))
         rig.end("r")
         rig.check_nothing_left()
-        assert rig.core._chunks._last_sent == {}
+        assert rig.core.chunks._last_sent == {}
 
 
 async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purpose(
@@ -1077,17 +1079,17 @@ async def test_a_request_is_remembered_while_a_chunk_of_it_is_decoded_to_no_purp
 
 
 async def test_a_cancelled_chunk_in_the_queue_is_nobodys_turn(rig: Rig) -> None:
-    rig.core._chunks._max_decoding = 0
+    rig.core.chunks._max_decoding = 0
     rig.submit("r", [encode(scene(1))])
     await rig.settle()
     rig.end("r")
     rig.core._requests._by_id.clear()  # forgotten: the same key comes again
     rig.submit("r", [encode(scene(2))])
     await rig.settle()
-    rig.core._chunks._max_decoding = 2
-    rig.core._chunks._grant()
+    rig.core.chunks._max_decoding = 2
+    rig.core.chunks._grant()
     await rig.settle()
-    assert rig.core.num_decoded == 1
+    assert rig.core.chunks.num_decoded == 1
     rig.feedback(PixelsReleased, key=ChunkKey("r", 1, 0, 0))
     rig.end("r")
     rig.check_nothing_left()
@@ -1160,7 +1162,7 @@ async def test_a_silent_host_holds_neither_slots_nor_decoders(
     rig.submit("silent", [encode(scene(1))])
     await rig.settle()
     assert rig.allocator.num_used == 0
-    assert not rig.core._chunks._decoding
+    assert not rig.core.chunks._decoding
     rig.submit("other", [encode(scene(2))])
     await rig.settle()
     assert [message.key.request_id for message in rig.encodes() if message.pixels] == ["other"]
@@ -1168,7 +1170,7 @@ async def test_a_silent_host_holds_neither_slots_nor_decoders(
     await rig.settle()
     goes_on.set()
     await rig.settle()
-    assert rig.core.num_decoded == 1, "nobody waits for it any more"
+    assert rig.core.chunks.num_decoded == 1, "nobody waits for it any more"
     rig.feedback(PixelsReleased, key=ChunkKey("other", 1, 0, 0))
     rig.end("other")
     rig.check_nothing_left()
@@ -1200,11 +1202,11 @@ async def test_what_is_brought_in_again_for_nobody_is_not_brought_in() -> None:
         async with asyncio.timeout(10):
             await is_asked.wait()
         assert rig.allocator.num_used == 0, "no place in the pool waits for the host"
-        assert not rig.core._fetcher._turns.is_idle
+        assert not rig.core.fetcher._turns.is_idle
         rig.end("a")
         rig.end("b")
         async with asyncio.timeout(2):
-            while not rig.core._fetcher._turns.is_idle:
+            while not rig.core.fetcher._turns.is_idle:
                 await asyncio.sleep(0.01)
         never.set()
         rig.check_nothing_left()
@@ -1227,7 +1229,7 @@ async def test_the_pictures_that_are_open_are_shared_by_tenants(monkeypatch: pyt
         await rig.settle()
         (refusal,) = rig.llm.take(RequestRefused)
         assert (refusal.request_id, refusal.error.status) == ("third", 503)
-        for key in list(rig.core._chunks._chunks):
+        for key in list(rig.core.chunks._chunks):
             rig.feedback(PixelsReleased, key=key)
         for name in (*served, "r3", "third"):
             rig.end(name)
@@ -1259,16 +1261,16 @@ async def test_a_tenant_leaves_decoders_to_others(rig: Rig, monkeypatch: pytest.
 
 
 async def test_a_chunk_cancelled_before_its_turn_is_never_decoded(rig: Rig) -> None:
-    rig.core._chunks._max_decoding = 0
+    rig.core.chunks._max_decoding = 0
     rig.submit("r", [encode(scene(seed)) for seed in range(5)])
     await rig.settle()
     assert rig.allocator.num_used == 5
     rig.end("r")
     rig.check_nothing_left()
-    rig.core._chunks._max_decoding = 2
+    rig.core.chunks._max_decoding = 2
     rig.submit("s", [encode(scene(9))])
     await rig.settle()
-    assert rig.core.num_decoded == 1
+    assert rig.core.chunks.num_decoded == 1
     rig.feedback(PixelsReleased, key=ChunkKey("s", 1, 0, 0))
     rig.end("s")
     rig.check_nothing_left()

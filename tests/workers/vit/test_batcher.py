@@ -67,6 +67,7 @@ def test_a_new_chunk_is_asked_for_encoded_leased_and_kept() -> None:
     again = ask(made, "b", b"h", 2)
     assert [type(action) for action in again] == [Ready, PixelsDone]
     assert made.cache.num_leases == 2
+    assert (made.num_queries, made.num_hits, made.cache.num_features) == (2, 1, 1)
     made.check_integrity()
 
 

@@ -68,6 +68,7 @@ class Drafter:
         self._asks_runner = asks_runner
         self._drafted: dict[tuple[str, int], _Drafted] = {}  # by the request's key
         self.counters = dict.fromkeys(COUNTED, 0)
+        self.accepted_by_place = [0] * num_tokens  # the drafts that were right, by their place
 
     def propose(
         self, decodes: Sequence[Request], num_free_tokens: int, cache: CacheManager, num_spare: int
@@ -145,6 +146,8 @@ class Drafter:
         counts = 1, num_drafts, num_accepted
         for name, count in zip(COUNTED, counts, strict=True):
             self.counters[name] += count
+        for place in range(num_accepted):
+            self.accepted_by_place[place] += 1
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from workers.nn.native import operators
 from workers.nn.native.huge_pages import advise
-from workers.nn.native.quantized_panels import BLOCK, OUTPUTS, QuantizedPanels, few_rows
+from workers.nn.native.quantized_panels import (
+    BLOCK,
+    OUTPUTS,
+    QuantizedPanels,
+    make_panels,
+    quantized_kernels,
+)
 
 GROUP = 32  # inputs with one step and zero; kernels.h has the same
 PART = 256  # outputs that torch quantises at a time: few enough for a cache
@@ -36,11 +42,32 @@ def pack_int4(weight: Tensor) -> QuantizedPanels:
     )
     advise(numbers.data_ptr(), numbers.numel())
     sums, scales = torch.empty(out_features, dtype=torch.int32), torch.empty(out_features)
-    operators.kernels.quantize_int4(
-        numbers.data_ptr(), sums.data_ptr(), scales.data_ptr(), weight.data_ptr(), out_features, in_features,
-        numbers.stride(0), operators.IS_HALF[weight.dtype],
-    )  # fmt: skip
-    return QuantizedPanels(numbers, in_features, out_features, 4, sums, scales, few_rows())
+    if "vnni" in quantized_kernels():
+        operators.kernels.quantize_int4(
+            numbers.data_ptr(), sums.data_ptr(), scales.data_ptr(), weight.data_ptr(), out_features,
+            in_features, numbers.stride(0), operators.IS_HALF[weight.dtype],
+        )  # fmt: skip
+    else:
+        pack_with_torch(weight, numbers, sums, scales)
+    return make_panels(numbers, in_features, 4, sums, scales)
+
+
+def pack_with_torch(weight: Tensor, numbers: Tensor, sums: Tensor, scales: Tensor) -> None:
+    """Of a weight [out, in]: `numbers`, `sums` and `scales` as `pack_int4` has them, without AVX-512."""
+    parts = zip(
+        weight.split(PART), numbers.split(PART // OUTPUTS), sums.split(PART), scales.split(PART), strict=True
+    )
+    for part, panels, of_part, scale in parts:
+        quantized = quantize_int4(F.pad(part.float(), (0, -part.shape[1] % BLOCK)))
+        scale.copy_(quantized.scales)
+        of_part.copy_(quantized.whole().flatten(1).sum(dim=1))
+        steps = (quantized.sizes - 1 + 16 * quantized.zeros).to(torch.uint8)
+        groups, behind = panels.shape[1], (0, 0, 0, 0, 0, -len(part) % OUTPUTS)
+        panels[..., :OUTPUTS] = F.pad(steps, behind).view(-1, OUTPUTS, groups).transpose(1, 2)
+        # Two outputs in a byte are 16 apart.
+        q = F.pad(quantized.q.to(torch.uint8), behind).view(-1, OUTPUTS // 32, 2, 16, groups, GROUP // 4, 4)
+        two = q[:, :, 0] + 16 * q[:, :, 1]
+        panels[..., OUTPUTS:] = two.permute(0, 3, 4, 1, 2, 5).flatten(2)
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ constexpr long BLOCK = 64, GROUP = 32;  // inputs
 struct QuantizedRows {
     void* out; const void *x, *weight, *bias, *residual;  // bias and residual may be null
     const int* sums; const float* scales;  // of each output: its weights' sum, and its scale
-    char* scratch; float* row_scales; char* panels;  // x in 8 bits; of 4 bits a panel in 8 for each thread
+    char* scratch; float* row_scales; char* panels;  // x in 8 bits; of 4 bits a panel in 8 for each thread, for
+                                                       // AVX2 the sum of each group of x
     long rows, in_features, out_features, panel_bytes, bits; bool is_half;
 };
 
@@ -88,6 +89,7 @@ namespace base { Kernels table(bool is_half); }
 #if defined(__x86_64__)
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
+namespace avx2_quantized { void rows(const QuantizedRows&); }
 namespace avx512_vnni { void rows(const QuantizedRows&); }
 namespace avx512_int4 { void quantize(const Int4Weight&); }
 namespace avx512_bf16 {

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 5;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 6;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -24,6 +24,7 @@ struct Version {
 };
 
 bool any() { return true; }
+bool none() { return false; }
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
@@ -153,32 +154,39 @@ bool has_vnni() {
 #endif
 }
 
-// Which kernels of quantised products this processor has.
-PyObject* quantized_kernels(PyObject*, PyObject*) {
-#if defined(HAS_AMX)
-    if (has_vnni() && amx_int8::is_supported()) return Py_BuildValue("(ss)", "vnni", "amx");
-#endif
-    if (has_vnni()) return Py_BuildValue("(s)", "vnni");
-    return PyTuple_New(0);
-}
+struct QuantizedVersion {
+    const char* name;
+    bool (*is_supported)();
+    void (*rows)(const QuantizedRows&);
+};
 
-PyObject* quantized_rows(bool has_tiles, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 16)) return nullptr;
+#if defined(HAS_AMX)
+bool has_int8_tiles() { return has_vnni() && amx_int8::is_supported(); }
+#endif
+const QuantizedVersion QUANTIZED_VERSIONS[] = {
+#if defined(__x86_64__)
+    {"avx2", has_avx2, avx2_quantized::rows},
+    {"vnni", has_vnni, avx512_vnni::rows},
+#endif
+#if defined(HAS_AMX)
+    {"amx", has_int8_tiles, amx_int8::rows},
+#endif
+    {"none", none, nullptr},
+};
+
+PyObject* quantized_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 17)) return nullptr;
+    const char* name = PyUnicode_AsUTF8AndSize(*values++, nullptr);
+    if (!name) return nullptr;
+    const QuantizedVersion* found = nullptr;
+    for (const QuantizedVersion& version : QUANTIZED_VERSIONS)
+        if (!std::strcmp(name, version.name) && version.is_supported()) found = &version;
+    if (!found) return PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
     Arguments a{values};
     QuantizedRows job{a.address(), a.address(), a.address(), a.address(), a.address(), (const int*)a.address(), (const float*)a.address(),
                       (char*)a.address(), (float*)a.address(), (char*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
-#if defined(HAS_AMX)
-    if (has_tiles) return run(amx_int8::rows, job);
-#endif
-#if defined(__x86_64__)
-    if (!has_tiles) return run(avx512_vnni::rows, job);
-#endif
-    PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
-    return nullptr;
+    return run(found->rows, job);
 }
-
-PyObject* rows_vnni(PyObject*, PyObject* const* values, Py_ssize_t count) { return quantized_rows(false, values, count); }
-PyObject* rows_amx(PyObject*, PyObject* const* values, Py_ssize_t count) { return quantized_rows(true, values, count); }
 
 PyObject* quantize_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 8)) return nullptr;
@@ -216,7 +224,6 @@ struct RowsVersion {
     void (*delta_net)(const DeltaNet&);
 };
 
-bool none() { return false; }
 const RowsVersion ROWS_VERSIONS[] = {  // the best one first
 #if defined(HAS_AMX)
     {"amx_bf16", has_amx, amx_bf16::attend_rows, amx_bf16::attend_rows_scratch, amx_bf16::delta_net_half},
@@ -283,6 +290,7 @@ PyObject* names_of(const Any (&all)[N]) {
 
 PyObject* versions(PyObject*, PyObject*) { return names_of(VERSIONS); }
 PyObject* rows_versions(PyObject*, PyObject*) { return names_of(ROWS_VERSIONS); }
+PyObject* quantized_versions(PyObject*, PyObject*) { return names_of(QUANTIZED_VERSIONS); }
 
 PyObject* use_rows(PyObject*, PyObject* name) {
     PyObject* bytes = PyUnicode_AsUTF8String(name);
@@ -313,10 +321,10 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(rows_vnni), FAST(rows_amx), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
-    {"quantized_kernels", quantized_kernels, METH_NOARGS, nullptr},
+    {"quantized_versions", quantized_versions, METH_NOARGS, nullptr},
     {"use", use, METH_O, nullptr},
     {"attend_rows_scratch", attend_rows_scratch, METH_O, nullptr},
     {"rows_versions", rows_versions, METH_NOARGS, nullptr},

@@ -1,6 +1,7 @@
 """Rows, quantised to 8 bits, times a weight in int8 or int4 (`int4.py`).
 
-Two kernels read the same panels: for AVX512-VNNI, at the memory's rate for a few rows, and for AMX-INT8.
+Three kernels read the same panels: for AVX2 and AVX512-VNNI, at the memory's rate for a few rows, and for
+AMX-INT8.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from workers.nn.native import operators
 from workers.nn.native.huge_pages import advise
 
-FEW, ANY = 2, 1 << 62  # rows; for more than FEW AMX is faster
+FEW = 2  # rows; for more AMX is faster
 OUTPUTS, BLOCK = 64, 64  # outputs of a panel; inputs that it is padded to
 PART = 16 * OUTPUTS  # outputs that are quantised at a time: wide copies of a whole output layer are large
 
@@ -29,7 +30,8 @@ class QuantizedPanels(NamedTuple):
     bits: int
     sums: Tensor  # [out] int32, of each output's weights
     scales: Tensor  # [out] float32
-    few: int  # rows that the kernel for VNNI takes; for more there is AMX
+    few: str  # the kernel for up to FEW rows
+    many: str  # that for more
 
     def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x [rows, in] · Wᵀ + bias + residual: [rows, out], all in the type of x. Each row
@@ -42,12 +44,12 @@ class QuantizedPanels(NamedTuple):
             return out
         # Whole pairs of tiles of 16 rows, and whole lines of a cache.
         padded_rows, padded_in = -(-rows // 32) * 32, -(-self.in_features // BLOCK) * BLOCK
-        panels = torch.get_num_threads() * OUTPUTS * padded_in if self.bits == 4 else 0
+        panels = max(torch.get_num_threads() * OUTPUTS, padded_rows // 8) * padded_in if self.bits == 4 else 0
         scratch = torch.empty(padded_rows * (padded_in + 4) + panels, dtype=torch.uint8)
         place = scratch.data_ptr()
         row_scales = place + padded_rows * padded_in
-        multiply = kernels.rows_vnni if rows <= self.few else kernels.rows_amx
-        multiply(
+        kernels.quantized_rows(
+            self.few if rows <= FEW else self.many,
             out.data_ptr(), x.data_ptr(), self.numbers.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(), self.sums.data_ptr(), self.scales.data_ptr(),
             place, row_scales, row_scales + 4 * padded_rows, rows, self.in_features, self.out_features,
@@ -57,13 +59,17 @@ class QuantizedPanels(NamedTuple):
 
 
 def quantized_kernels() -> tuple[str, ...]:
-    """Of this processor: `vnni`, and `amx` with it."""
-    found: tuple[str, ...] = () if operators.kernels is None else operators.kernels.quantized_kernels()
-    return found
+    """Of this processor, the slowest first: `avx2`, `vnni`, `amx`."""
+    return () if operators.kernels is None else tuple(operators.kernels.quantized_versions())
 
 
-def few_rows() -> int:
-    return FEW if "amx" in quantized_kernels() else ANY
+def make_panels(
+    numbers: Tensor, in_features: int, bits: int, sums: Tensor, scales: Tensor
+) -> QuantizedPanels:
+    """With the fastest kernels of this processor: AMX has none for a few rows."""
+    found = quantized_kernels()
+    few = next(name for name in reversed(found) if name != "amx")
+    return QuantizedPanels(numbers, in_features, len(scales), bits, sums, scales, few, found[-1])
 
 
 def pack_int8(weight: Tensor) -> QuantizedPanels:
@@ -83,4 +89,4 @@ def pack_int8(weight: Tensor) -> QuantizedPanels:
         torch.sum(whole, dim=1, dtype=torch.int32, out=of_part)
         whole = F.pad(whole, (0, -in_features % BLOCK, 0, -len(part) % OUTPUTS))
         panels.copy_(whole.view(len(panels), OUTPUTS, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4))
-    return QuantizedPanels(numbers, in_features, out_features, 8, sums, scales, few_rows())
+    return make_panels(numbers, in_features, 8, sums, scales)

@@ -149,5 +149,6 @@ def _need(engine: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ValueError(
-                f"vit_engine {engine!r} needs the package {module}: install vlm-pipeline[cpu] or [gpu]"
+                f"vit_engine {engine!r} needs the package {module}: install vlm-pipeline[cpu] or [gpu]; "
+                "python -m launcher.doctor says which others are missing"
             )

@@ -1,0 +1,127 @@
+"""What each field of a request is for, in a few words: the words of docs/fields.md.
+
+A test says whether a field lacks its words, or words have lost their field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+IGNORED = "changes no answer, and is ignored"
+MEANINGS: Mapping[str, str] = {
+    # of all routes that generate
+    "model": "the served model's name, or one of `--served-model-name`; any other is a 404",
+    "stream": "the answer comes as server-sent events, piece by piece",
+    "stream_options": "`include_usage`: counts of tokens in a last event; `continuous_usage_stats`: in each",
+    "priority": "lower is computed first; only for keys that `--allow-priority` names",
+    "cache_salt": "only requests with the same salt share cached prefixes",
+    "user": IGNORED,
+    "metadata": IGNORED,
+    "store": "changes no answer; on `/v1/responses` false stores nothing",
+    "service_tier": IGNORED,
+    "safety_identifier": IGNORED,
+    "prompt_cache_key": IGNORED,
+    "response_format": "`text`, `json_object`, `json_schema`, `structural_tag`: [form](structured-output.md)",
+    "structured_outputs": "vLLM: `json`, `json_object`, `regex`, `choice`, `grammar`, `structural_tag`",
+    "guided_json": "a JSON schema; vLLM's older name",
+    "guided_regex": "a regular expression for the whole answer",
+    "guided_choice": "the answer is one of these",
+    "guided_grammar": "a grammar in GBNF",
+    "logit_bias": "from token id (as text) to a number from -100 to 100 that is added to its logit",
+    "stop": "the answer ends before one of these texts",
+    "stop_token_ids": "the answer ends at one of these tokens",
+    "allowed_token_ids": "only these tokens are chosen",
+    "bad_words": "none of these texts comes",
+    "n": "so many choices, drawn behind one prompt",
+    "prompt_logprobs": "log-probabilities of the prompt's tokens, with so many of the best; not in streams",
+    "return_token_ids": "the answer has the ids of prompt and output",
+    "truncate_prompt_tokens": "only so many of the prompt's last tokens are kept; -1: as many as fit",
+    "temperature": "0 is greedy; higher is more varied",
+    "top_p": "only the likeliest tokens that together have this probability; 0: the best one",
+    "top_k": "only so many of the likeliest tokens; 0 or -1: all",
+    "min_p": "only tokens at least this likely, in units of the likeliest one",
+    "presence_penalty": "taken off the logit of each token that the output has",
+    "frequency_penalty": "taken off the logit of a token once for each time that the output has it",
+    "repetition_penalty": "divides the logit of each token that prompt or output has",
+    "seed": "the same seed draws the same tokens; -1: any",
+    "min_tokens": "no token ends the answer before so many",
+    "ignore_eos": "the end-of-sequence token ends nothing",
+    "include_stop_str_in_output": "the text has the stop text at its end",
+    "skip_special_tokens": "special tokens are left out of the text",
+    # chats
+    "messages": "the chat: roles and contents; [parts](parts.md) of contents may be pictures and videos",
+    "max_tokens": "the most tokens of the answer; -1 or none: the rest of the context",
+    "max_completion_tokens": "the same, by OpenAI's newer name; the newer name goes first",
+    "logprobs": "log-probabilities of the answer's tokens",
+    "top_logprobs": "with so many of the best tokens, 20 at most; needs `logprobs`",
+    "tools": "functions that the model may call: [tools](tools.md)",
+    "tool_choice": "`auto`, `none`, `required`, a function, or `allowed_tools`",
+    "parallel_tool_calls": "false: one call at most",
+    "chat_template_kwargs": "options of the checkpoint's template, as `enable_thinking`: [tools](tools.md)",
+    "reasoning_effort": "`none` and `minimal` turn thinking off, where the template can",
+    "reasoning": "an object whose `effort` is the same",
+    "include_reasoning": "false: thoughts are left out of the answer",
+    "mm_processor_kwargs": "settings for all pictures and videos: [parts](parts.md#for-all-parts)",
+    "media_io_kwargs": "how all pictures and videos are read: [parts](parts.md#for-all-parts)",
+    "thinking_token_budget": "a thought that goes on after so many tokens is ended",
+    "thinking_budget": "the same, by its other name",
+    "add_generation_prompt": "the prompt ends with the head of the assistant's message",
+    "continue_final_message": "the last message is gone on with; needs `add_generation_prompt` false",
+    "functions": "older than `tools`: only an empty list",
+    "function_call": "older than `tool_choice`: only `none` and `auto`",
+    # completions
+    "prompt": "a text, or token ids, or a list of either",
+    "best_of": "so many are drawn, and the `n` likeliest are answered",
+    "echo": "the prompt comes before its continuation",
+    # Anthropic's messages
+    "system": "the system prompt",
+    "thinking": "`enabled` with a budget, `adaptive` or `disabled`",
+    "output_config": "`effort`, and `format`: a JSON schema",
+    "output_format": "a JSON schema, by its older name",
+    "stop_sequences": "the answer ends before one of these texts",
+    "inference_geo": IGNORED,
+    # responses
+    "input": "a text, or items: messages, calls of functions and their results, thoughts",
+    "instructions": "the system prompt",
+    "max_output_tokens": "the most tokens of the answer",
+    "text": "`format`: the form of the answer",
+    "previous_response_id": "a stored response that this request goes on from",
+    "include": "further parts of the answer: `message.output_text.logprobs`",
+    "background": "only false",
+    "conversation": "only null",
+    "truncation": "only `disabled`",
+    "context_management": "only an empty list",
+    "max_tool_calls": "only null: no tool runs in the server",
+    # tokenize, detokenize
+    "content": "the text; llama.cpp's name for it",
+    "return_token_strs": "the answer has the text of each token",
+    "with_pieces": "tokens are objects with their text, as llama.cpp has them",
+    "add_special_tokens": "models of these families have none to add",
+    "add_special": "the same, by llama.cpp's name",
+    "parse_special": "special tokens that a text spells out are these tokens",
+    "tokens": "token ids",
+}
+# Where a route's field means something of its own.
+OF_ROUTES: Mapping[tuple[str, str], str] = {
+    (
+        "/v1/completions",
+        "max_tokens",
+    ): "the most tokens of the answer; 16 unless given; -1: the rest of the context",
+    ("/v1/completions", "logprobs"): "so many of the best tokens with each token; 0: the chosen one alone",
+    ("/v1/messages", "max_tokens"): "the most tokens of the answer",
+    ("/v1/messages", "tool_choice"): "`auto`, `any`, `none`, or `tool` with a name",
+    (
+        "/v1/messages",
+        "messages",
+    ): "the chat: texts, pictures, calls and their results, thoughts, as Anthropic's clients send them",
+    ("/v1/messages/count_tokens", "messages"): "as of `/v1/messages`",
+    ("/v1/messages/count_tokens", "tool_choice"): "`auto`, `any`, `none`, or `tool` with a name",
+    ("/v1/responses", "top_logprobs"): "with so many of the best tokens, 20 at most; `include` asks for them",
+    ("/v1/responses", "prompt"): "only null",
+    (
+        "/v1/responses",
+        "reasoning",
+    ): "`effort`: `none` and `minimal` turn thinking off, where the template can",
+    ("/tokenize", "prompt"): "the text; or a chat as `messages`",
+    ("/tokenize", "messages"): "a chat; then with the fields of a chat",
+}
