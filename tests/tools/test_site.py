@@ -30,8 +30,6 @@ OUTSIDE = re.compile(r"(https?:)?//")
 # Names in the theme's script. Of these a browser asks only for what a page uses, and none does (diagrams, a
 # repository's stars), or what only a browser of before 2020 lacks.
 UNUSED = ("unpkg.com/", "api.github.com", "github.com", "gitlab", "clipboardjs.com/", "fb.me", "www.w3.org")
-# Pages that come with the page at / and its lanes.
-TO_COME = {"page.md", "lanes.md"}
 OURS = ("http://127.0.0.1",)
 
 
@@ -86,8 +84,7 @@ def test_every_page_is_in_the_site(site: Path) -> None:
 def test_every_page_of_the_navigation_is_there() -> None:
     named = set(re.findall(r"^ +- (?:[^:\n]+: )?([\w.-]+\.md)$", (ROOT / ".mkdocs.yml").read_text(), re.M))
     there = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert there <= named
-    assert named - there <= TO_COME
+    assert there == named
 
 
 def test_nothing_is_loaded_from_another_host(site: Path) -> None:
