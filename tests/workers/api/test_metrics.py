@@ -157,13 +157,14 @@ def test_a_sum_over_workers_does_not_fall_when_one_of_them_is_replaced() -> None
     )
     now: list[WorkerState] = []
     collector = WorkerCollector(lambda: now, lambda: (0,), "m", has_vllm_names=True)
-    for now, num_hits, num_first in turns:
+    for states, num_hits, num_first in turns:
+        now[:] = states
         for _ in range(2):  # however often it is read
             text = exposition(collector).decode()
             of = 'engine="0",model_name="m"'
             assert f"vllm:mm_cache_hits_total{{{of}}} {num_hits}.0" in text
             assert f"vllm:time_to_first_token_seconds_count{{{of}}} {num_first}.0" in text
-    assert "vllm:time_to_first_token_seconds_sum{%s} 2.4" % of in text
+    assert f"vllm:time_to_first_token_seconds_sum{{{of}}} 2.4" in text
 
 
 def test_a_group_keeps_its_number_while_another_one_starts() -> None:
