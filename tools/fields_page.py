@@ -56,7 +56,7 @@ def page() -> str:
         has_shared = shared <= names
         parts.append(f"\n## `POST {path}`\n")
         if has_shared:
-            parts.append("The fields above, and:\n")
+            parts.append("The fields of all routes that generate, and:\n")
         parts.append(_table(route.fields, (path,), names - shared if has_shared else names))
     rows = (f"| `{name}` | {_values(neutral)} |" for name, neutral in NEUTRAL.items())
     return "\n".join([*parts, "", UNSERVED + "\n".join(rows), ""])

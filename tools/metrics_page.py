@@ -16,6 +16,7 @@ from workers.api import key_metrics
 from workers.api.metrics import OF_ALL, PREFIX
 from workers.api.vllm_metrics import VLLM_NAMES
 from workers.api.worker import COUNTED as API_COUNTED
+from workers.api.worker import LANE_MESSAGES
 from workers.gateway import metrics as gateway
 from workers.llm import metrics as llm
 from workers.llm.request_stats import RequestStats
@@ -91,6 +92,7 @@ def declarations() -> dict[str, tuple[Metric, ...]]:
     preprocess.declare(of_preprocess, anything, anything, lambda: 0)
     gateway.declare(of_gateway, anything, dict)
     of_api.counters(API_COUNTED, dict)
+    of_api.counter("lane_messages", LANE_MESSAGES, lambda: 0)
     of_any.counter("dropped_spans", DROPPED_SPANS, lambda: 0)
     return {
         "every worker": (*OF_ALL, *of_any.declared),

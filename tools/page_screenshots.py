@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OUT = Path(__file__).parent.parent / "docs" / "images"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
-DESK, PHONE = (1200, 780), (390, 780)
+DESK, PHONE = (1200, 900), (390, 780)
 NUM_COLORS = 128  # of the saved pictures: the page has few
 THEMES = ("light", "dark")
 PICTURES_BEFORE_KILL, PICTURES_BEFORE_SHOT = 4, 10  # that are answered, of the lanes' load

@@ -17,7 +17,7 @@ from tests.servers import Server
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "first-hour.md").read_text()
 DIRECT = (ROOT / "docs" / "direct.md").read_text()
-KILL = "pkill -KILL -f '^vlm llm.0'"
+KILL = """/admin/kill -H 'Authorization: Bearer tour'"""
 # What is not run: a server of the tour's own (its options are those of the fixture), Docker.
 NOT_RUN = ("-m launcher", "docker compose")
 
@@ -41,7 +41,6 @@ class _Tour:
                 "-m tools.chat": f"-m tools.chat --url {server.url}",
                 "http://127.0.0.1:8000": server.url,
                 "/tmp/vlm-tour": str(server.run_dir),
-                KILL: f"kill -KILL {server.children['llm.0']}",
             }
 
     def run(self, command: str) -> str:
@@ -63,7 +62,7 @@ class _Tour:
 
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Tour]:
-    with Server() as server:
+    with Server("--admin-key", "tour") as server:
         yield _Tour(tmp_path_factory.mktemp("clone"), server)
 
 

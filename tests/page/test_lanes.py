@@ -162,7 +162,7 @@ def test_the_keyboard_goes_from_one_piece_of_work_to_the_next(page: Any) -> None
 
 def test_a_pointer_above_work_is_told_what_it_is(page: Any) -> None:
     ask(page, 100)
-    page.get_by_role("button", name="Hold the picture").click()
+    page.get_by_role("button", name="Pause").click()
     box = page.locator(".lanes-frame canvas").bounding_box()
     assert box is not None
     tip = page.locator(".lanes-tip")

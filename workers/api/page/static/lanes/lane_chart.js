@@ -13,6 +13,7 @@ export const AXIS_HEIGHT = 22;
 const PAD = 5;
 const MIN_WIDTH = 1.2; // pixels: shorter work would not be seen
 const POINTED = 3; // pixels around a point
+const HATCH = 7; // pixels between two lines of a field
 const WITH_PREFILL = new Set(["prefill", "decode and prefill"]);
 
 /**
@@ -54,6 +55,28 @@ export function drawTimes(context, width, height, inks, t) {
     context.textAlign = seconds === 0 ? "right" : seconds === 30 ? "left" : "center";
     context.fillText(seconds === 0 ? t("lanes.now") : t("lanes.seconds", { seconds }), x, height + 5);
   }
+}
+
+/**
+ * A field with a form of its own: a request's colour may be much like that of the field.
+ * @param {CanvasRenderingContext2D} context @param {number} left @param {number} top @param {number} width
+ * @param {number} height @param {string} colour
+ */
+function drawHatch(context, left, top, width, height, colour) {
+  context.save();
+  context.beginPath();
+  context.rect(left, top, width, height);
+  context.clip();
+  context.globalAlpha = 0.5;
+  context.strokeStyle = colour;
+  context.lineWidth = 1;
+  context.beginPath();
+  for (let x = left - height; x < left + width; x += HATCH) {
+    context.moveTo(x, top + height);
+    context.lineTo(x + height, top);
+  }
+  context.stroke();
+  context.restore();
 }
 
 export class LaneChart {
@@ -153,16 +176,19 @@ export class LaneChart {
     const left = x(gap.at);
     const right = Math.min(width, gap.until === null ? width : Math.max(x(gap.until), left + 2));
     if (right < 0) return;
+    drawHatch(context, left, top + 1, right - left, LANE_HEIGHT - 2, inks.alert);
     context.fillStyle = inks.alert;
-    context.globalAlpha = 0.16;
-    context.fillRect(left, top + 1, right - left, LANE_HEIGHT - 2);
-    context.globalAlpha = 1;
     context.fillRect(left, top + 1, 2, LANE_HEIGHT - 2);
     context.font = inks.font;
     context.textBaseline = "middle";
     context.textAlign = "left";
     const words = gap.until === null ? t("lanes.starting") : t("lanes.replaced");
-    context.fillText(words, Math.min(left + 5, width - context.measureText(words).width - 4), top + 12);
+    const space = context.measureText(words).width;
+    const at = Math.min(left + 6, width - space - 4);
+    context.fillStyle = inks.ground; // the words may reach beyond the field, onto work
+    context.fillRect(at - 3, top + 4, space + 6, 17);
+    context.fillStyle = inks.alert;
+    context.fillText(words, at, top + 13);
   }
 
   /**

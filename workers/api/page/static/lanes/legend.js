@@ -6,6 +6,7 @@ import { NUM_STREAMS } from "./demo.js";
 
 const ENTRIES = ["streams", "pictures", "others", "fetch", "solid", "prefill", "replaced"];
 const WARM_KEYS = [2, 5, 8]; // of requests whose colours are shown
+const KIND = 2; // of these: the one that shows kinds of work; it is not the colour of an alert
 
 /** @param {any} t @returns {any} the element, without colours yet */
 export function legend(t) {
@@ -32,10 +33,10 @@ export function colourLegend(shown, inks) {
     streams: `linear-gradient(${bands(cool)})`,
     pictures: `linear-gradient(90deg, ${bands(warm)})`,
     others: inks.others,
-    fetch: warm[1],
-    solid: warm[1],
+    fetch: warm[KIND],
+    solid: warm[KIND],
     prefill: `linear-gradient(${inks.text} 4px, ${cool[0]} 4px)`,
-    replaced: inks.alert,
+    replaced: `linear-gradient(90deg, ${inks.alert} 2px, transparent 2px), repeating-linear-gradient(135deg, ${inks.alert} 0 1px, transparent 1px 5px)`,
   };
   for (const [name, background] of Object.entries(backgrounds)) {
     const swatch = /** @type {HTMLElement} */ (shown.querySelector(`.legend-${name} .swatch`));
