@@ -245,7 +245,10 @@ def test_the_next_turn_finds_the_last_one_cached(client: openai.OpenAI) -> None:
         model=MODEL, messages=turns, max_tokens=5, extra_body={"cache_salt": "mine"}
     )
     assert salted.usage.prompt_tokens_details.cached_tokens == 0
-    assert media_tokens(salted) == {"encoded": 0, "vit_cached": num_seen, "prefix_cached": 0}
+    assert media_tokens(salted) == {"encoded": num_seen, "vit_cached": 0, "prefix_cached": 0}
+    behind_text = [{"role": "user", "content": [text("Look at this."), question["content"][0]]}]
+    other = client.chat.completions.create(model=MODEL, messages=behind_text, max_tokens=5)
+    assert media_tokens(other) == {"encoded": 0, "vit_cached": num_seen, "prefix_cached": 0}
     assert salted.choices[0].message.content == second.choices[0].message.content
 
 
