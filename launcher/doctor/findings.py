@@ -75,7 +75,10 @@ def _instructions(facts: Facts) -> Iterator[Finding]:
     if facts.gpus or facts.machine not in ("x86_64", "AMD64"):
         return
     if "avx2" not in facts.flags:
-        what = "no AVX2: torch's operators compute, several times slower than the compiled kernels"
+        what = (
+            "no AVX2: torch's operators compute, several times slower than the compiled kernels, and "
+            "--quantization int4 takes as much memory as int8"
+        )
         yield Finding("warning", "instructions", what, "in a virtual machine, pass the host's CPU model on")
         return
     has = [name for flag, name in ADDED_BY.items() if flag in facts.flags]
@@ -86,9 +89,6 @@ def _instructions(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "good", "instructions", f"{', '.join(has)}: the model computes in bfloat16 (--dtype auto)"
         )
-    if "avx512_vnni" not in facts.flags:
-        what = "no AVX512-VNNI: --quantization int4 takes as much memory as int8"
-        yield Finding("note", "instructions", what)
 
 
 def _kernels(facts: Facts) -> Iterator[Finding]:

@@ -29,9 +29,10 @@ def weight_gib(model: KnownModel, bits: float) -> float:
 
 
 def on_cpu(facts: Facts) -> list[Fit]:
-    """Without the compiled kernels weights are in 32 bits, but for quantised ones, which have at least 8."""
+    """Without the compiled kernels weights are in 32 bits, but for quantised ones, which have at least 8
+    (docs/quantization.md)."""
     has_kernels = not facts.kernels_error and not facts.torch_error
-    keeps_4_bits = has_kernels and "avx512_vnni" in facts.flags
+    keeps_4_bits = has_kernels and "avx2" in facts.flags
     bits = {
         "16 bits": 16.0 if has_kernels or "avx512_bf16" in facts.flags else 32.0,
         "int8": BITS["int8"],

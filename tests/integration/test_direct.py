@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.client.blocking import BlockingClient
+from pipeline.wire.clients import PROTOCOL_VERSION
 from pipeline.wire.errors import PipelineError, RequestError
 from pipeline.wire.packing import pack_int32
 from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, TextPart, Tokens
@@ -247,12 +248,12 @@ def _forms_of_answers(server: Server, javascript: Path, picture: Path) -> Iterat
     messages = (ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?"))),)
     sampling = SamplingParams(temperature=1, seed=1, max_tokens=200)
     by_schema = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
-    named = {"type": "function", "function": {"name": "look"}}
+    named, protocol = {"type": "function", "function": {"name": "look"}}, str(PROTOCOL_VERSION)
     for form, chat, grammar, choice in (
         ({"schema": schema}, Chat(messages), by_schema, None),
         ({"tool": tool}, Chat(messages, tools=json.dumps([tool]).encode()), None, named),
     ):
-        (answer,) = run_javascript(javascript, server, picture, "1", "5", json.dumps(form))["choices"]
+        (answer,) = run_javascript(javascript, server, picture, "1", protocol, json.dumps(form))["choices"]
         assert answer["finish_reason"] == "stop"
         with BlockingClient(server.run_dir) as client:
             asked = msgspec.structs.replace(sampling, grammar=grammar)

@@ -93,6 +93,10 @@ def test_options_of_this_server_may_stand_beside(tmp_path: Path) -> None:
         (["--allowed-methods", '["GET"]'], "--allowed-methods"),
         (["--allowed-headers", '["X-Mine"]'], "--allowed-headers"),
         (["--allowed-origins", "no JSON"], "--allowed-origins"),
+        (["--allowed-origins", "5"], "--allowed-origins"),
+        (["--allowed-origins", '"https://a.example"'], "--allowed-origins"),
+        (["--api_keys", ""], "--api_keys has no key"),  # a variable of the shell that is not set
+        (["--api_keys", ","], "--api_keys has no key"),
         (["--ssl"], "SSL_KEYFILE"),
     ],
 )

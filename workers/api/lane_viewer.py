@@ -42,21 +42,21 @@ class LaneViewer:
         self.tenant, self._sees_all, self._kill = tenant, sees_all, kill
         self._owner_of, self._tp_size, self._began = owner_of, tp_size, now
         self._told_at = now
-        self._pending: list[tuple[WorkerId, LaneSpan]] = []
+        self._pending: list[tuple[WorkDone, LaneSpan]] = []
         self._lanes: list[Json] | None = None
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._num_numbered = 0
         self.num_dropped = 0
 
     def add(self, work: WorkDone) -> None:
-        self._pending += [(work.sender, span) for span in work.spans]
+        self._pending += [(work, span) for span in work.spans]
         if (num_excess := len(self._pending) - MAX_PENDING) > 0:
             del self._pending[:num_excess]
             self.num_dropped += num_excess
 
     def take(self, states: Sequence[WorkerState], now: float) -> bytes:
         """The events since the last call; empty if there is nothing to tell."""
-        data = self._lanes_event(states, now) + self._work_event(now)
+        data = self._lanes_event(states, now) + self._work_event(states, now)
         if not data and now - self._told_at >= SILENCE_S:
             data = ALIVE
         if data:
@@ -82,14 +82,21 @@ class LaneViewer:
             lane["lead"] = str(WorkerId(Role.LLM, lead))
         return lane
 
-    def _work_event(self, now: float) -> bytes:
-        if not self._pending:
+    def _work_event(self, states: Sequence[WorkerState], now: float) -> bytes:
+        """Of a worker that has died meanwhile nothing goes on: nobody would tell the page its end."""
+        alive = {(state.worker, state.epoch) for state in states if state.is_ready}
+        told = [
+            (done.sender, span)
+            for done, span in self._pending
+            if span.end is not None or (done.sender, done.epoch) in alive
+        ]
+        self._pending.clear()
+        if not told:
             return b""
         work: dict[str, list[list[Any]]] = {}
         requests: dict[int, Json] = {}
-        for worker, span in self._pending:
+        for worker, span in told:
             work.setdefault(str(worker), []).append(self._row(span, requests))
-        self._pending.clear()
         body: Json = {"at": self._ms(now), "work": work}
         if requests:
             body["requests"] = requests

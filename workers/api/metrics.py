@@ -36,6 +36,7 @@ class MetricSource(NamedTuple):
 
     worker: str
     engine: str
+    epoch: int
 
 
 class Sample(NamedTuple):
@@ -58,6 +59,7 @@ class WorkerCollector(Collector):
     ) -> None:
         self._workers, self._leads, self._model = workers, leads, model
         self._has_vllm_names = has_vllm_names
+        self._sums = _EngineSums()
 
     def collect(self) -> Iterable[Family]:
         leads = list(self._leads())
@@ -65,7 +67,7 @@ class WorkerCollector(Collector):
         yield from _families(PREFIX, samples, self._labels)
         if self._has_vllm_names:
             theirs = [sample for sample in samples if sample.metric.name in VLLM_NAMES]
-            yield from _families(VLLM_PREFIX, _sums(theirs), self._vllm_labels)
+            yield from _families(VLLM_PREFIX, self._sums.of(theirs), self._vllm_labels)
 
     def _labels(self, sample: Sample) -> dict[str, str]:
         more = self._vllm_labels(sample) if sample.metric.name in VLLM_NAMES else _own_label(sample)
@@ -80,7 +82,7 @@ def _own_label(sample: Sample) -> dict[str, str]:
 
 
 def _samples(state: WorkerState, leads: Sequence[int]) -> Iterator[Sample]:
-    source = MetricSource(str(state.worker), _engine_of(state.worker, leads))
+    source = MetricSource(str(state.worker), _engine_of(state.worker, leads), state.epoch)
     of_all = (int(state.is_ready), state.epoch - 1, state.num_open_requests)
     values = {**state.counters, **{one.name: value for one, value in zip(OF_ALL, of_all, strict=True)}}
     declared = {metric.name: metric for metric in (*OF_ALL, *state.metrics)}
@@ -99,8 +101,32 @@ def _engine_of(worker: WorkerId, leads: Sequence[int]) -> str:
     return str(leads.index(worker.rank)) if worker.role is Role.LLM and worker.rank in leads else "0"
 
 
+class _EngineSums:
+    """Sums over the workers of an engine. What a worker has counted stays in a sum when it dies: Prometheus
+    would take a sum that falls for one that has begun anew, and count the other workers' share again."""
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[str, str, str], Sample] = {}  # by metric, worker and label
+        self._ended: dict[tuple[str, str, str], Sample] = {}  # of the worker's predecessors
+
+    def of(self, samples: Iterable[Sample]) -> list[Sample]:
+        gauges: list[Sample] = []
+        for sample in samples:
+            if sample.metric.kind == "gauge":
+                gauges.append(sample)
+                continue
+            key = sample.metric.name, sample.source.worker, sample.label
+            before = self._latest.get(key)
+            if before is not None and before.source.epoch != sample.source.epoch:
+                ended = self._ended.get(key)
+                self._ended[key] = before if ended is None else _sum(before, ended)
+            self._latest[key] = sample
+        ended_now = (one._replace(source=self._latest[key].source) for key, one in self._ended.items())
+        return _sums((*gauges, *self._latest.values(), *ended_now))
+
+
 def _sums(samples: Iterable[Sample]) -> list[Sample]:
-    """Over the workers of an engine."""
+    """By metric, engine and label."""
     found: dict[tuple[str, str, str], Sample] = {}
     for sample in samples:
         key = sample.metric.name, sample.source.engine, sample.label

@@ -184,7 +184,10 @@ class ApiServer:
         The head says so, or the client might send its next request on the connection.
         """
         request[BEGUN] = response
+        varies = response.headers.getall("Vary", [])  # a file of the page has other bytes when it is packed
         response.headers.update(self._cors.headers(request))
+        if varies:
+            response.headers["Vary"] = ", ".join(dict.fromkeys((*varies, *response.headers.getall("Vary"))))
         for name in HEADERS:
             response.headers[name] = request[RECORD].request_id
         if self.is_retiring or not request.content.is_eof() or request.method == "CONNECT":

@@ -32,6 +32,7 @@ class Ready(NamedTuple):
     key: ChunkKey
     lease_id: int
     feature: Feature
+    was_encoded: bool = False  # since the waiter came; else it was in the cache
 
 
 class LeaseGone(NamedTuple):
@@ -58,6 +59,7 @@ class Pending:
     sent_at: float = 0.0  # the pixels
     slot: Slot | None = None
     tenant: str = ""  # of the first waiter: the encode takes this tenant's turn
+    found: set[ChunkKey] = field(default_factory=set)  # waiters that came when it was cached
     is_encoding: bool = False
 
     @property
@@ -122,6 +124,8 @@ class Batcher:
                 if not will_follow:
                     actions.append(NeedPixels(key))
         pending.waiters[key] = order
+        if feature is not None:
+            pending.found.add(key)
         self._hashes[key] = mm_hash
         if pending.slot is None:
             self._expect(pending)
@@ -173,7 +177,8 @@ class Batcher:
         if pending.waiters:
             self._expect(pending)
         done = [] if key == pending.supplier and pending.waiters else [PixelsDone(key)]
-        return [Ready(key, self.cache.lease(feature, key.lead), feature), *done]
+        was_encoded = key not in pending.found
+        return [Ready(key, self.cache.lease(feature, key.lead), feature, was_encoded), *done]
 
     def _expect(self, pending: Pending) -> None:
         self._slots.expect(pending.mm_hash, pending.order, pending.tenant)
@@ -252,9 +257,10 @@ class Batcher:
             feature = self.cache.add(pending.mm_hash, pending.slot, self.embedding_of(pending.grid_thw))
             waiters = sorted(pending.waiters, key=lambda key: pending.waiters[key])
             served = waiters[:1] if self._slots.allocator.is_reserved(pending.slot) else waiters
+            pending.found.clear()
             for key in served:
                 del self._hashes[key], pending.waiters[key]
-                actions.append(Ready(key, self.cache.lease(feature, key.lead), feature))
+                actions.append(Ready(key, self.cache.lease(feature, key.lead), feature, was_encoded=True))
             pending.slot, pending.is_encoding = None, False
             # the supplier waits for the reserve: if the chunk is evicted, its pixels are needed again
             if pending.supplier in pending.waiters:

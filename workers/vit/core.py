@@ -94,19 +94,18 @@ class VitCore:
             self._act(self.batcher.forget_group(worker.rank))
             self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
 
-    def _act(self, actions: Sequence[Action], were_encoded: bool = False) -> None:
-        """`were_encoded`: what is ready was encoded just now."""
+    def _act(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
                 case NeedPixels(key):
                     self._feedback.send(EncodeMiss(key=key, **self._origin))
                 case PixelsDone(key):
                     self._feedback.send(PixelsReleased(key=key, **self._origin))
-                case Ready(key, lease_id, feature):
+                case Ready(key, lease_id, feature, was_encoded):
                     handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
                     self.num_bytes[self._pool.info.kind] += handle.nbytes
                     ready = EmbeddingReady(
-                        key=key, lease_id=lease_id, embeddings=handle, was_encoded=were_encoded,
+                        key=key, lease_id=lease_id, embeddings=handle, was_encoded=was_encoded,
                         sent_at=time.monotonic(), **self._origin,
                     )  # fmt: skip
                     self._llms[key.lead].send(ready)
@@ -150,4 +149,4 @@ class VitCore:
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
         self.num_encodes += len(batch)
-        self._act(self.batcher.on_encoded(batch), were_encoded=True)
+        self._act(self.batcher.on_encoded(batch))

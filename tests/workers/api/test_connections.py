@@ -118,7 +118,7 @@ BAD_HEADS = {
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 TLS \r\n\r\n", 400),
     "a bad method": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-    "no version": (b"GET /\r\n\r\n", 404),
+    "no version": (b"GET /nothing\r\n\r\n", 404),
     "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
     "a bad URL": (b"GET http://[::1/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     "a bad header": (b"GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400),

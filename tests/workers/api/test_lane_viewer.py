@@ -151,3 +151,22 @@ def test_work_that_goes_on_has_no_duration() -> None:
     viewer = viewer_of()
     viewer.add(WorkDone(sender=LLM_0, epoch=1, spans=(LaneSpan("encode", 100.5, None, ("a",)),)))
     assert rows(viewer) == [["encode", 500.0, None, [1], 0, 1]]
+
+
+def test_work_of_a_worker_that_has_died_does_not_go_on() -> None:
+    viewer = viewer_of("key:alice")
+    viewer.take(STATES, 100.0)
+    begun = WorkDone(sender=VIT_0, epoch=1, spans=(LaneSpan("encode", 100.1, None, ("a",)),))
+    viewer.add(begun)
+    [(_, body)] = events(viewer.take(STATES, 100.2))
+    assert body["work"]["vit.0"] == [["encode", 100.0, None, [1], 0, 1]]
+    for successor in (
+        WorkerState(VIT_0, 1, False),
+        WorkerState(VIT_0, 2, False),
+        WorkerState(VIT_0, 2, True),
+    ):
+        viewer.add(begun)  # told just before the death, which the launcher tells first
+        assert [name for name, _ in events(viewer.take((STATES[0], successor), 100.4))] == ["lanes"]
+    viewer.add(done("a"))
+    [(_, body)] = events(viewer.take((STATES[0], successor), 100.6))
+    assert [*body["work"]] == ["llm.0"]

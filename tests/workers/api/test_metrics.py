@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.config import ApiKey
@@ -101,11 +102,11 @@ def lead(rank: int, num_tokens: int, *seconds: float) -> WorkerState:
     return WorkerState(worker, 1, True, counters=metrics.values(), metrics=metrics.told())
 
 
-def vit(rank: int, num_hits: int) -> WorkerState:
+def vit(rank: int, num_hits: int, epoch: int = 1) -> WorkerState:
     metrics = Metrics()
     metrics.counter("mm_cache_hits", "Hits", lambda: num_hits)
     worker = WorkerId(Role.VIT, rank)
-    return WorkerState(worker, 1, True, counters=metrics.values(), metrics=metrics.told())
+    return WorkerState(worker, epoch, True, counters=metrics.values(), metrics=metrics.told())
 
 
 def test_by_an_option_the_metrics_of_vllm_have_its_names_and_labels() -> None:
@@ -144,6 +145,26 @@ def test_by_an_option_the_metrics_of_vllm_have_its_names_and_labels() -> None:
         for (name, more), value in found.items()
     }
     assert theirs == expected
+
+
+def test_a_sum_over_workers_does_not_fall_when_one_of_them_is_replaced() -> None:
+    dead = WorkerState(WorkerId(Role.VIT, 0), 2, False)
+    turns = (
+        ([lead(0, 5, 0.1), vit(0, 10), vit(1, 20)], 30, 1),
+        ([lead(0, 5, 0.1), dead, vit(1, 21)], 31, 1),
+        ([lead(0, 5, 0.1, 2.0), vit(0, 1, epoch=2), vit(1, 21)], 32, 2),
+        ([replace(lead(0, 5, 0.3), epoch=2), vit(0, 2, epoch=3), vit(1, 21)], 34, 3),
+    )
+    now: list[WorkerState] = []
+    collector = WorkerCollector(lambda: now, lambda: (0,), "m", has_vllm_names=True)
+    for states, num_hits, num_first in turns:
+        now[:] = states
+        for _ in range(2):  # however often it is read
+            text = exposition(collector).decode()
+            of = 'engine="0",model_name="m"'
+            assert f"vllm:mm_cache_hits_total{{{of}}} {num_hits}.0" in text
+            assert f"vllm:time_to_first_token_seconds_count{{{of}}} {num_first}.0" in text
+    assert f"vllm:time_to_first_token_seconds_sum{{{of}}} 2.4" in text
 
 
 def test_a_group_keeps_its_number_while_another_one_starts() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import pytest
 
@@ -449,3 +449,30 @@ def test_a_tenants_flood_does_not_come_before_anothers_picture() -> None:
         grants += [pending.tenant for pending in made.next_batch(1)]
     assert "other" in grants
     made.on_encoded(first)
+
+
+def test_who_has_waited_for_an_encode_is_told_so_though_the_reserve_makes_it_wait_longer() -> None:
+    made = make(3)
+    for name, mm_hash in (("r", b"a"), ("s", b"b")):
+        ask(made, name, mm_hash, 8)
+        ask(made, name, mm_hash, 8, with_pixels=True)
+    assert {(ready.key, ready.was_encoded) for ready in readies(encode(made))} == {
+        (key("r"), True), (key("s"), True),
+    }  # fmt: skip
+    for arrival, (name, mm_hash) in enumerate((("o", b"x"), ("between", b"q"), ("y", b"x")), start=1):
+        ask(made, name, mm_hash, arrival)
+    ask(made, "o", b"x", 1, with_pixels=True)
+    [first] = readies(encode(made))
+    assert (first.key, first.was_encoded) == (key("o"), True), "the general part is full: x is in the reserve"
+    assert readies(ask(made, "z", b"x", 4)) == []
+    made.cache.release([first.lease_id])
+    assert {ready.key: ready.was_encoded for ready in readies(made.on_cancel([key("between")]))} == {
+        key("y"): True, key("z"): False,
+    }, "z came when x was cached"  # fmt: skip
+    [known] = readies(ask(made, "t", b"a", 9))
+    assert not known.was_encoded
+    made.check_integrity()
+
+
+def readies(actions: Sequence[object]) -> list[Ready]:
+    return [action for action in actions if isinstance(action, Ready)]

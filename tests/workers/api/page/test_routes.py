@@ -55,6 +55,12 @@ async def test_a_file_is_packed_and_not_sent_twice() -> None:
         assert other.status == 200
 
 
+async def test_a_cache_between_tells_packed_files_from_plain_ones_also_for_other_origins() -> None:
+    for origins, expected in (((), "Accept-Encoding"), (("http://a",), "Accept-Encoding, Origin")):
+        async with serving(endpoint(allowed_origins=origins)) as site:
+            assert (await site.ask(get("/page/main.js"))).headers["vary"] == expected
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -4,7 +4,8 @@ import { copyButton } from "./copy.js";
 import { element } from "./dom.js";
 import { t } from "./i18n.js";
 
-const MOST_COLOURED = 50_000; // characters
+const MOST_COLOURED = 10_000; // characters
+const LONGEST_COLOURED = 300; // characters of a line: some grammars take the square of a line's length, or more
 // What people write behind the fence, and the grammar that reads it.
 const GRAMMARS = {
   bash: "bash", sh: "bash", shell: "bash", console: "bash", c: "c", h: "c", cpp: "cpp", "c++": "cpp", css: "css",
@@ -30,8 +31,13 @@ export function codeBlock(text, info) {
   const grammar = Object.hasOwn(GRAMMARS, name.toLowerCase())
     ? GRAMMARS[/** @type {"bash"} */ (name.toLowerCase())]
     : null;
-  if (grammar && text.length <= MOST_COLOURED) colour(code, text, grammar);
+  if (grammar && isQuick(text)) colour(code, text, grammar);
   return element("div", { class: "code" }, head, body);
+}
+
+/** @param {string} text @returns {boolean} whether its colours cost little, whatever it says */
+function isQuick(text) {
+  return text.length <= MOST_COLOURED && text.split("\n").every((line) => line.length <= LONGEST_COLOURED);
 }
 
 /** @param {string} grammar @returns {Promise<any>} the library, which knows the grammar then */

@@ -11,6 +11,7 @@ import { element } from "./dom.js";
 
 const MOST_MARKDOWN = 200_000; // characters of a text that become Markdown
 const LARGEST_BLOCK = 20_000; // characters: beyond, one block would take too long each time it grows
+const FIRST_PART = 1_250; // characters that the lexer is given at first: some texts take it the square of them, or more
 const MOST_CELLS = 2_000; // of a table
 const DEEPEST = 24; // levels of quotes and lists
 const PIECE = 16_000; // characters of plain text in one element: the browser lays out only what is in sight
@@ -23,6 +24,7 @@ export class MarkdownView {
     this.tail = element("div", { class: "markdown-tail" });
     this.element.append(this.tail);
     this.settled = 0; // characters whose elements are final
+    this.part = FIRST_PART; // what the lexer is given: twice as much while no block ends in it and it is quick
     this.plainEnd = 0; // characters that are shown as they are written, and those before
     this.isPlain = false;
     this.shown = "";
@@ -34,6 +36,7 @@ export class MarkdownView {
     this.tail.classList.remove("plain");
     this.element.replaceChildren(this.tail);
     this.settled = this.plainEnd = 0;
+    this.part = FIRST_PART;
     this.isPlain = false;
   }
 
@@ -55,7 +58,7 @@ export class MarkdownView {
     const room = Math.min(text.length, MOST_MARKDOWN);
     const begun = performance.now();
     while (this.settled < room || isWhole) {
-      const end = Math.min(text.length, this.settled + LARGEST_BLOCK);
+      const end = Math.min(text.length, this.settled + this.part);
       const isLast = end === text.length;
       const before = performance.now();
       const tokens = tokensOf(text.slice(this.settled, end));
@@ -68,9 +71,11 @@ export class MarkdownView {
       if (isLast) {
         this.tail.replaceChildren(...tokens.slice(numFinal).map((token) => blockOf(token, 0)).filter(Boolean));
       }
-      if (isSlow || (!isLast && numFinal === 0) || (this.settled >= MOST_MARKDOWN && !isLast)) {
+      const hasEnd = isLast || numFinal > 0;
+      if (isSlow || (!hasEnd && this.part >= LARGEST_BLOCK) || (this.settled >= MOST_MARKDOWN && !isLast)) {
         this.isPlain = true;
       }
+      this.part = hasEnd ? FIRST_PART : 2 * this.part;
       if (isLast || this.isPlain) break;
       if (performance.now() - begun > TURN_MS) return false;
     }

@@ -17,6 +17,8 @@ import { mediaView } from "./media.js";
 const LEAST_MS = 80; // between two drawings of a growing answer
 const NEXT_MS = 15; // between two parts of a drawing that is too long for one turn
 const REST = 4; // a drawing takes at most one part in so many of the time
+const LARGEST_JSON = 200_000; // characters of JSON that is written over several lines
+const DEEPEST_JSON = 64;
 
 /** @param {Turn} turn @param {Actions} actions */
 export function messageView(turn, actions) {
@@ -232,13 +234,27 @@ function isJson(text) {
   }
 }
 
-/** @param {string} text @returns {string} the same JSON over several lines; what is none stays as it is */
+/** @param {string} text @returns {string} the same JSON over several lines; what is none, or too large, stays */
 function pretty(text) {
-  return isJson(text) ? JSON.stringify(JSON.parse(text), null, 2) : text;
+  return fitsLines(text) && isJson(text) ? JSON.stringify(JSON.parse(text), null, 2) : text;
 }
 
 /** @param {string} text @returns {string|null} the JSON of an answer that is a whole object or list */
 function asObject(text) {
   const trimmed = text.trim();
-  return /^[{[]/.test(trimmed) && isJson(trimmed) ? pretty(trimmed) : null;
+  return /^[{[]/.test(trimmed) && fitsLines(trimmed) && isJson(trimmed) ? pretty(trimmed) : null;
+}
+
+/**
+ * Each level of JSON is indented further: deep JSON over several lines is as long as the square of its depth.
+ * @param {string} text
+ */
+function fitsLines(text) {
+  if (text.length > LARGEST_JSON) return false;
+  let depth = 0;
+  for (const mark of text.matchAll(/[[{\]}]/g)) {
+    depth += "[{".includes(mark[0]) ? 1 : -1;
+    if (depth > DEEPEST_JSON) return false;
+  }
+  return true;
 }
