@@ -216,7 +216,7 @@ class AnswerView {
           { class: "turn-buttons" },
           turn.text !== "" && copyButton(() => turn.text),
           iconButton("retry", t("regenerate"), () => this.actions.regenerate(turn), { class: "regenerate" }),
-          iconButton("sliders", t("inspect"), () => this.actions.inspect(turn), { class: "inspect" }),
+          iconButton("braces", t("inspect"), () => this.actions.inspect(turn), { class: "inspect" }),
         ),
         figuresLine(turn),
       ].filter((part) => part),
