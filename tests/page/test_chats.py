@@ -54,7 +54,7 @@ def test_a_sample_answers_at_one_click(page: Any) -> None:
     told = figures(page)
     for part in ("first token", "tokens/s", "prompt", "from the prefix cache", "encoded now"):
         assert part in told
-    assert page.locator(".question .media img").count() == 1
+    wait_until(lambda: page.locator(".question .media img").count() == 1)
 
 
 def test_a_file_is_asked_about_and_the_second_turn_comes_from_the_cache(page: Any) -> None:
@@ -90,7 +90,7 @@ def test_a_picture_is_pasted_and_another_dropped(page: Any) -> None:
     )
     page.locator(".composer .media-place").nth(1).wait_for()
     page.get_by_role("button", name="Remove three-shapes.png").click()
-    assert page.locator(".composer .media-place").count() == 1
+    wait_until(lambda: page.locator(".composer .media-place").count() == 1)
     ask(page, "What shape is in the picture?")
     assert "star" in answer_text(page).lower()
 
@@ -104,7 +104,7 @@ def test_a_video(page: Any) -> None:
     add_files(page, {"name": "ball.mp4", "mimeType": "video/mp4", "buffer": encode_video(frames, 8)})
     ask(page, "Which way does the circle move?")
     assert "right" in answer_text(page).lower()
-    assert page.locator(".question video").count() == 1
+    wait_until(lambda: page.locator(".question video").count() == 1)
 
 
 def test_every_sample_is_answered(page: Any) -> None:
@@ -133,7 +133,7 @@ def test_an_answer_streams_and_stops(page: Any) -> None:
     wait_until(lambda: len(shown.inner_text()) > before)
     page.locator("#question").press("Escape")
     assert "stopped" in figures(page)
-    assert page.locator(".send.stop").is_hidden()
+    wait_until(lambda: page.locator(".send.stop").is_hidden())
     length = len(shown.inner_text())
     page.get_by_role("button", name="Answer again").click()
     wait_until(lambda: page.locator(".send.stop").is_visible())
@@ -154,10 +154,10 @@ def test_a_question_is_edited_and_answered_again(page: Any) -> None:
     page.get_by_label("Edit the question").press("Enter")
     assert "red" in answer_text(page).lower()
     assert (page.locator(".question").count(), page.locator(".answer").count()) == (1, 1)
-    assert page.locator(".question .media img").count() == 1
+    wait_until(lambda: page.locator(".question .media img").count() == 1)
     page.get_by_role("button", name="Answer again").click()
     assert "red" in answer_text(page).lower()
-    assert page.locator(".answer").count() == 1
+    wait_until(lambda: page.locator(".answer").count() == 1)
 
 
 def test_an_answer_is_copied(page: Any, context: Any, server: Server) -> None:
@@ -182,7 +182,7 @@ def test_an_answer_follows_a_schema(page: Any) -> None:
     answer(page).get_by_role("button", name="Show the request").click()
     assert '"json_schema"' in page.locator("dialog").inner_text()
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    wait_until(lambda: page.locator("dialog").count() == 0)
 
 
 def test_a_tool_is_called_and_its_result_goes_back(page: Any) -> None:

@@ -105,7 +105,7 @@ def test_at_the_width_of_a_phone(page: Any) -> None:
     page.locator(".open-panel").click()
     assert_fits(page)
     page.keyboard.press("Escape")
-    assert page.locator(".panel").is_hidden()
+    wait_until(lambda: page.locator(".panel").is_hidden())
 
 
 def test_all_by_the_keyboard(page: Any) -> None:
