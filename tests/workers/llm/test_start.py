@@ -51,7 +51,7 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     told: list[Any] = []
     context: Any = SimpleNamespace(
         progress=lambda *told_now: told.append(told_now), sockets=sockets, worker=LLM_0, epoch=1,
-        quarantine=Quarantine(Role.LLM, {}),
+        quarantine=Quarantine(Role.LLM, {}), lanes=SimpleNamespace(watch=lambda is_watched: None),
     )  # fmt: skip
     context.follow = partial(WorkerContext.follow, context)
     context.read_control = partial(WorkerContext.read_control, context)

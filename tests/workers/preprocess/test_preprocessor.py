@@ -746,12 +746,14 @@ async def test_pictures_that_take_too_long_hold_up_neither_texts_nor_other_pictu
             rig.submit("text", [])
             while not any(message.request_id == "text" for message in rig.llm.take(GenerateRequest)):
                 await asyncio.sleep(0.01)
-            assert rig.llm.take(RequestRefused) == [], "they are still being read"
+            refused = rig.llm.take(RequestRefused)
+            assert len(refused) < 2, "one is still being read: a busy machine may be done with the other"
             rig.submit("picture", [encode(scene(2))])
             while not any(m.pixels and m.key.request_id == "picture" for m in rig.encodes()):
                 await asyncio.sleep(0.01)
             await rig.settle()
-        refusals = {message.request_id: message.error for message in rig.llm.take(RequestRefused)}
+        refused += rig.llm.take(RequestRefused)
+        refusals = {message.request_id: message.error for message in refused}
         assert set(refusals) == {"bad", "worse"}
         for error in refusals.values():
             assert (error.status, error.field) == (400, "messages[0].content[0].image_url")
