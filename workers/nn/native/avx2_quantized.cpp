@@ -4,37 +4,21 @@
 #pragma GCC target("avx2,fma")
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "kernels.h"
 #include "threads.h"
 
 namespace avx2_quantized {
 
-constexpr int LANES = 8;                                // outputs of a vector of sums
+#define LANES 8  // outputs of a vector of sums
+#include "vectors.inc"
+
 constexpr int OUTPUTS = 64, VECTORS = OUTPUTS / LANES;  // of a panel
 constexpr long MOST = 4;                                // rows that a panel is multiplied by at a time
 constexpr long AHEAD = 2048;                            // bytes of weights that are asked for before they are used
 constexpr long GROUP_BYTES = OUTPUTS + OUTPUTS * GROUP / 2;
 
-static inline long padded(const QuantizedRows& job) { return (job.in_features + BLOCK - 1) / BLOCK * BLOCK; }
-
-static inline float from_half(bf16 half) {
-    const unsigned bits = (unsigned)half.bits << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-static inline bf16 to_half(float x) {
-    unsigned bits;
-    std::memcpy(&bits, &x, 4);
-    const unsigned rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return {(unsigned short)(x != x ? 0x7fc0 : rounded)};
-}
-
 static inline float number_at(const void* p, long place, bool is_half) {
-    return is_half ? from_half(((const bf16*)p)[place]) : ((const float*)p)[place];
+    return is_half ? to_float(((const bf16*)p)[place]) : ((const float*)p)[place];
 }
 
 // Eight numbers of a row; behind its end zeros.
@@ -44,9 +28,7 @@ static inline __m256 load(const void* p, long place, long count, bool is_half) {
         for (long i = 0; i < count; i++) few[i] = number_at(p, place + i, is_half);
         return _mm256_load_ps(few);
     }
-    if (!is_half) return _mm256_loadu_ps((const float*)p + place);
-    const __m128i half = _mm_loadu_si128((const __m128i*)((const bf16*)p + place));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    return (__m256)(is_half ? load((const bf16*)p + place) : load((const float*)p + place));
 }
 
 // The largest number of a row; NaN where there is one.
@@ -88,7 +70,7 @@ static void quantize(const QuantizedRows& job, long row) {
 
 static inline __m256i four_of(const signed char* x) {
     int four;
-    std::memcpy(&four, x, 4);
+    __builtin_memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
 }
 
@@ -192,9 +174,9 @@ static void panel(const QuantizedRows& job, const char* weight, long number, lon
             for (long o = 0; o < count; o++) y[o] += number_at(job.bias, first + o, job.is_half);
         if (job.residual)
             for (long o = 0; o < count; o++) y[o] += number_at(job.residual, at + o, job.is_half);
-        if (!job.is_half) std::memcpy((float*)job.out + at, y, 4 * count);
+        if (!job.is_half) __builtin_memcpy((float*)job.out + at, y, 4 * count);
         else
-            for (long o = 0; o < count; o++) ((bf16*)job.out)[at + o] = to_half(y[o]);
+            for (long o = 0; o < count; o++) from_float((bf16*)job.out + at + o, y[o]);
     }
 }
 

@@ -13,8 +13,6 @@ constexpr long AHEAD = 2048;  // bytes of weights that are asked for before they
 
 constexpr long STEP = BLOCK * OUTPUTS;  // bytes of a panel in 8 bits that one block of inputs is multiplied by
 
-inline long padded(const QuantizedRows& job) { return (job.in_features + BLOCK - 1) / BLOCK * BLOCK; }
-
 inline __mmask16 mask_of(long count) { return count >= WIDTH ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
 
 inline __m512 load(const void* p, long place, __mmask16 mask, bool is_half) {

@@ -35,6 +35,7 @@ struct QuantizedRows {
                                                        // AVX2 the sum of each group of x
     long rows, in_features, out_features, panel_bytes, bits; bool is_half;
 };
+static inline long padded(const QuantizedRows& job) { return (job.in_features + BLOCK - 1) / BLOCK * BLOCK; }
 
 // Attention of many rows in bfloat16. A segment's places are rows of q, of out and of the keys; with `blocks`, the
 // first of its blocks. The last segment is only the end of the others. The last two numbers are the kernel's own.
