@@ -12,6 +12,7 @@ Every tensor of the file is served, or refused by its name.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 TOWER = "visual."  # of the layers that encode pictures, by their usual names
 DTYPES = ("F32", "F16", "BF16")
+# Layers that are computed for other rows than a step has, by the ends of their names.
+UNSERVED = {"experts": r"\.experts(\.|$)", "input and output embeddings": r"(^|\.)(embed_tokens|lm_head)$"}
 
 
 class AdaptedModule(NamedTuple):
@@ -64,9 +67,6 @@ class Adapter:
             stored = base.get(f"{name}.weight")
             if stored is None and not any(other.startswith(f"{name}.") for other in base):
                 raise ValueError(f"{self._of(module.a)}, but the model has no layer {name}")
-            if ".experts." in f"{name}." or name.endswith("embed_tokens") or name == "lm_head":
-                kind = "experts" if ".experts." in f"{name}." else "input and output embeddings"
-                raise ValueError(f"{self._of(module.a)}: adapters of {kind} are not served")
             if stored is None:  # packed: its worker compares the sizes
                 continue
             if len(stored.shape) != 2:
@@ -114,6 +114,8 @@ def _modules_of(
         if not tensor.startswith(PREFIX) or kind not in (A, B):
             raise ValueError(f"the tensor {tensor} is not one of those that are served, lora_A and lora_B")
         module = path.removesuffix(kind)
+        if kinds := [what for what, pattern in UNSERVED.items() if re.search(pattern, module)]:
+            raise ValueError(f"the tensor {tensor}: adapters of {kinds[0]} are not served")
         if not settings.is_target(module):
             raise ValueError(f"the tensor {tensor} is of a layer that target_modules does not name")
         other = tensor.removesuffix(kind) + (A if kind == B else B)

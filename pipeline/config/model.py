@@ -26,6 +26,7 @@ class ModelConfig:
         (),
         "LoRA adapters that PEFT has saved: a request chooses one by its name, as its model",
         metavar="NAME=FOLDER",
+        aliases=("--lora-modules",),
     )
     download_from: str = option(
         "huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope")
