@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -55,8 +55,8 @@ def measure(runner: ModelRunner, num_requests: int, num_adapters: int, num_round
     every = [number % num_adapters for number in range(num_requests)]
     ratios, without, with_adapters = list[float](), list[float](), list[float]()
     for _ in range(num_rounds):
-        without.append(decode_seconds(runner, num_requests, 12))
-        with_adapters.append(decode_seconds(runner, num_requests, 12, adapters=every))
+        without.append(decode_seconds(runner, num_requests, 8))
+        with_adapters.append(decode_seconds(runner, num_requests, 8, adapters=every))
         ratios.append(with_adapters[-1] / without[-1])
     shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     before, after = (1000 * statistics.median(times) for times in (without, with_adapters))
