@@ -1,0 +1,195 @@
+"""Matrices of small numbers, with a scale for each group of inputs: the one layout that all quantised
+checkpoints are read into, for every device.
+
+    weight[o, i] = (number[o, i] - zero[o, g]) · scale[o, g]        g: the group of input i
+
+Each output has its numbers side by side, so that a kernel reads a weight as one stream, and a rank's part of
+the outputs is a part of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from itertools import accumulate
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.nn.weights.base import Linear
+
+BLOCK = 32  # inputs: groups are multiples of it
+CHUNK = (
+    128  # inputs that a kernel takes at a time: 1, 2 or 4 groups, or a part of one; outputs are padded to it
+)
+TILE_NUMBERS = 1 << 20  # widened at a time: few enough for a cache
+
+
+class NumberKind(StrEnum):
+    INT4 = "int4"  # 0 to 15, two in a byte
+    INT8 = "int8"  # -128 to 127
+    FP8 = "fp8"  # e4m3
+
+
+# The zero of all groups where a weight has no zeros of its own.
+COMMON_ZERO = {NumberKind.INT4: 8, NumberKind.INT8: 0, NumberKind.FP8: 0}
+
+
+class GroupedWeight(NamedTuple):
+    """A matrix [out_features, in_features].
+
+    Of 4 bits each block of 32 inputs has 16 bytes: in the low halves its first 16 inputs, in the high halves
+    the others.
+    """
+
+    kind: NumberKind
+    numbers: Tensor  # [out, padded inputs · bits / 8]: uint8, int8 or float8_e4m3fn
+    scales: Tensor  # [out, groups] float32
+    zeros: Tensor | None  # [out, groups] uint8 for INT4, int8 for INT8; None: `COMMON_ZERO`
+    group_size: int  # 32, 64 or a multiple of 128; the last group may be shorter
+    in_features: int
+    num_inputs: int  # of the layout: more than in_features where `order` repeats some
+    order: Tensor | None  # [num_inputs] int64: which input of the layer stands there; None: as they are
+
+    @property
+    def out_features(self) -> int:
+        return len(self.numbers)
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """The inputs [rows, num_inputs] in the layout's order, of x [rows, in_features]."""
+        return x if self.order is None else x.index_select(1, self.order)
+
+    def widened(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some outputs [n, num_inputs], with the inputs in the layout's order. With torch's operators."""
+        groups = self.scales[rows, :, None]
+        count, num_groups = groups.shape[:2]
+        wide = _unpacked(self.kind, self.numbers[rows]).float()
+        wide = F.pad(wide, (0, num_groups * self.group_size - wide.shape[1])).view(count, num_groups, -1)
+        zero = COMMON_ZERO[self.kind]
+        if self.zeros is not None:
+            wide = wide - self.zeros[rows, :, None]
+        elif zero:
+            wide = wide - zero
+        return (wide * groups).view(count, -1)[:, : self.num_inputs].to(dtype)
+
+
+class GroupedLinear(Linear):
+    """Widens a part of the weight at a time, and multiplies by it."""
+
+    def __init__(self, weight: GroupedWeight, bias: Tensor | None = None) -> None:
+        super().__init__(weight.out_features, weight.in_features)
+        self.weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.weight.ordered(x)
+        out = x.new_empty(len(x), self.out_features)
+        step = max(BLOCK, TILE_NUMBERS // self.weight.num_inputs)
+        for start in range(0, self.out_features, step):
+            part = slice(start, start + step)
+            torch.mm(x, self.weight.widened(part, x.dtype).t(), out=out[:, part])
+        return out if self._bias is None else out.add_(self._bias)
+
+
+def arrange(
+    kind: NumberKind, numbers: Tensor, scales: Tensor, zeros: Tensor | None, groups: Tensor
+) -> GroupedWeight:
+    """The layout of numbers [out, in] (of 4 bits: one in a byte), and of scales and zeros [out, num_groups].
+
+    groups: [in], the group of each input, in any order and of any sizes: inputs whose groups do not come in
+    blocks are put in order, and each group is padded to whole blocks.
+    """
+    in_features = numbers.shape[1]
+    order: Tensor | None = None
+    if bool((groups[1:] < groups[:-1]).any()):
+        order = torch.argsort(groups, stable=True)
+    ordered = groups if order is None else groups[order]
+    starts = (torch.nonzero(ordered[1:] != ordered[:-1]).flatten() + 1).tolist()
+    is_padding = None
+    if any(start % BLOCK for start in starts):
+        order, is_padding, starts = _padded_order(order, [*starts, in_features])
+    size = _group_size(starts, in_features)
+    if order is not None:
+        numbers, groups = numbers[:, order], groups[order]
+    if is_padding is not None:
+        numbers = _without(kind, numbers, zeros, groups, is_padding)
+    num_inputs = numbers.shape[1]
+    first = torch.arange(0, num_inputs, size)  # the first input of each group has its scale
+    of_group = groups[first].to(scales.device)
+    return GroupedWeight(
+        kind, _packed(kind, numbers), scales[:, of_group].float().contiguous(),
+        None if zeros is None else zeros[:, of_group].contiguous(), size, in_features, num_inputs, order,
+    )  # fmt: skip
+
+
+def stack(weights: Sequence[GroupedWeight]) -> GroupedWeight | None:
+    """The outputs of several weights as one; None where their layouts differ."""
+    first, *others = weights
+    for other in others:
+        if (other.kind, other.group_size, other.num_inputs) != (
+            first.kind,
+            first.group_size,
+            first.num_inputs,
+        ):
+            return None
+        if (other.order is None) != (first.order is None) or (other.zeros is None) != (first.zeros is None):
+            return None
+        if other.order is not None and first.order is not None and not torch.equal(other.order, first.order):
+            return None
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    return first._replace(
+        numbers=torch.cat([weight.numbers for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
+
+
+def _group_size(starts: Sequence[int], num_inputs: int) -> int:
+    """The largest that a kernel takes, whose multiples all groups begin at."""
+    size = gcd(*starts) if starts else -(-num_inputs // CHUNK) * CHUNK
+    return size if size % CHUNK == 0 else gcd(size, CHUNK)
+
+
+def _padded_order(order: Tensor | None, stops: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Each group in whole blocks: its inputs and, as padding, its first one again. Which of them are padding.
+    Where the groups start, but the first."""
+    inputs = torch.arange(stops[-1]) if order is None else order
+    parts: list[Tensor] = []
+    paddings: list[Tensor] = []
+    for start, stop in zip((0, *stops), stops, strict=False):
+        count = -(stop - start) % BLOCK
+        parts += inputs[start:stop], inputs[start].expand(count)
+        paddings += torch.zeros(stop - start, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+    lengths = [-(-(stop - start) // BLOCK) * BLOCK for start, stop in zip((0, *stops), stops, strict=False)]
+    return torch.cat(parts), torch.cat(paddings), list(accumulate(lengths))[:-1]
+
+
+def _without(
+    kind: NumberKind, numbers: Tensor, zeros: Tensor | None, groups: Tensor, is_padding: Tensor
+) -> Tensor:
+    """Weights of 0 for padding, whose input may be any."""
+    if zeros is None:
+        nothing: Tensor = torch.tensor(COMMON_ZERO[kind]).to(numbers.dtype)
+        return torch.where(is_padding, nothing, numbers)
+    return torch.where(is_padding, zeros[:, groups].to(numbers.dtype), numbers)
+
+
+def _packed(kind: NumberKind, numbers: Tensor) -> Tensor:
+    behind = -numbers.shape[1] % CHUNK
+    if kind is NumberKind.FP8:
+        padded = F.pad(numbers.view(torch.uint8), (0, behind))
+        return padded.contiguous().view(torch.float8_e4m3fn)
+    padded = F.pad(numbers, (0, behind))
+    if kind is NumberKind.INT8:
+        return padded.contiguous()
+    blocks = padded.view(len(padded), -1, 2, BLOCK // 2)
+    return (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1)
+
+
+def _unpacked(kind: NumberKind, numbers: Tensor) -> Tensor:
+    if kind is not NumberKind.INT4:
+        return numbers
+    blocks = numbers.view(len(numbers), -1, BLOCK // 2)
+    return torch.stack((blocks & 15, blocks >> 4), dim=2).flatten(1)
