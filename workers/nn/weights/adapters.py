@@ -33,7 +33,7 @@ from workers.nn.weights.shard import WHOLE, Shard
 
 NO_ADAPTER = -1
 FEW_ROWS = 32  # up to which the matrices of other adapters cost less than more products do
-MOST_UNUSED = 4  # adapters for each one in the step, beyond which they do not
+MOST_UNUSED = 2  # adapters for each one in the step, beyond which they do not
 Rows = slice | Tensor  # of a step; a tensor [n] int64
 _Pairs = Mapping[int, tuple[Tensor, Tensor]]  # A and B of a layer, by adapter
 
