@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.adapters import check_adapters
 from launcher.checkpoints import EMBEDDED
-from launcher.cli import main, parse
+from launcher.cli import parse
 from pipeline.adapters.settings import SETTINGS
 from pipeline.config import Config, ModelConfig, VitConfig
 from tests.adapters import is_of_text
@@ -61,12 +63,14 @@ def test_an_engine_without_adapters(engine: str, tmp_path: Path) -> None:
     check_adapters(config_of(of_text, engine), MODEL)
 
 
-def test_the_start_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_start_ends_with_one_line(tmp_path: Path) -> None:
     folder = write_adapter(MODEL, tmp_path / "dora", 2)
     settings = json.loads((folder / SETTINGS).read_text())
     (folder / SETTINGS).write_text(json.dumps({**settings, "use_dora": True}))
-    assert main(["--lora", f"mine={folder}", "--port", "0"]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("E ")]
+    command = [sys.executable, "-m", "launcher", "--port", "0", "--lora", f"mine={folder}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
     assert f"adapter 'mine' in '{folder}': use_dora is True: DoRA also scales" in line
 
 

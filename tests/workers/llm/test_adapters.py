@@ -24,6 +24,7 @@ from tests.engine_rig import NUM_TOKENS, Rig
 from tests.pictures import scene
 from tests.reference import Answer, Reference, assert_same_tokens
 from tools.random_checkpoint.lora import write_adapter
+from workers.llm.attention.triton import TritonAttention
 from workers.llm.decode_graphs import DecodeGraphs, Outputs
 from workers.llm.sequences import StepRows
 from workers.nn.weights.adapters import AdapterSet
@@ -103,8 +104,11 @@ class CountedRuns:
 
 
 @pytest.mark.interpreter
-def test_as_a_cuda_graph_would_capture_it(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_as_a_cuda_graph_would_capture_it(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Uncaptured here."""
+    monkeypatch.setattr(TritonAttention, "warm_up", lambda attention, layers: None)  # nothing is compiled
     lora = options_of(make_adapters(random_checkpoint, tmp_path, {"first": 4, "second": 3}))
     few = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, seed=1)
     found = []
