@@ -37,11 +37,14 @@ class ExpertTile(NamedTuple):
     num_warps: int
 
 
-def choose_expert_tile(dtype: torch.dtype, rows_per_expert: float) -> ExpertTile:
-    """Few rows: many small programs, as the weights' bytes bound the time. 16 rows are the least of a dot."""
+def choose_expert_tile(dtype: torch.dtype, rows_per_expert: float, is_dense: bool) -> ExpertTile:
+    """Few rows: many small programs, as the weights' bytes bound the time. 16 rows are the least of a dot.
+    What is widened in registers takes more of them."""
     if dtype == torch.float32:
         return ExpertTile(16, 32, 32, 4)
-    return ExpertTile(16, 32, 128, 4) if rows_per_expert <= 16 else ExpertTile(64, 64, 64, 4)
+    if rows_per_expert <= 16:
+        return ExpertTile(16, 32, 128, 4)
+    return ExpertTile(64, 64 if is_dense else 32, 64, 4)
 
 
 @triton.jit
@@ -255,7 +258,7 @@ def experts(
     (num_tokens, num_chosen), hidden = chosen.shape, x.shape[1]
     size = down.shape[-1] if isinstance(down, Tensor) else down.in_features
     num_held = len(down) if isinstance(down, Tensor) else down.out_features // hidden
-    tile = choose_expert_tile(x.dtype, chosen.numel() / num_held)
+    tile = choose_expert_tile(x.dtype, chosen.numel() / num_held, isinstance(gate_up, Tensor))
     plan = _plan(chosen, num_held, first, tile.rows)
     inner, outputs = x.new_empty(chosen.numel(), size), x.new_empty(chosen.numel(), hidden)
     num_blocks, of_gate_up, of_down = len(plan.blocks), operand_of(gate_up), operand_of(down)

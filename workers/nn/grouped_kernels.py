@@ -34,12 +34,14 @@ class GroupedTile(NamedTuple):
 
 
 def choose_grouped_tile(dtype: torch.dtype, num_rows: int) -> GroupedTile:
-    """16 rows are the least of a dot. Many rows: a tile of the weight is widened once for all of them."""
+    """16 rows are the least of a dot. Many rows: a tile of the weight is widened once for all of them. The
+    tiles are the largest whose numbers stay in the registers of sm_80."""
     if dtype == torch.float32:
         return GroupedTile(16, 32, 32, 4)
     if num_rows <= FEW_ROWS:
-        return GroupedTile(max(16, triton.next_power_of_2(num_rows)), 64, CHUNK, 4)
-    return GroupedTile(128, 128, 64, 8)
+        rows = max(16, triton.next_power_of_2(num_rows))
+        return GroupedTile(rows, 64 if rows <= 32 else 32, CHUNK, 4)
+    return GroupedTile(128, 64, 64, 8)
 
 
 def split_inputs(num_rows: int, num_tiles: int, num_inputs: int) -> int:
