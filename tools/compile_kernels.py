@@ -1,12 +1,13 @@
 """Compiles every Triton kernel for GPUs that need not be there, and tells what each takes of them.
 
-    python -m tools.compile_kernels            # sm_80, sm_90, sm_100
+    python -m tools.compile_kernels            # all variants for sm_80, sm_90, sm_100: five minutes of a core
+    python -m tools.compile_kernels --quick    # what CI compiles: half a minute
     python -m tools.compile_kernels --json
 
 By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B and Qwen3.5's 27B and 0.8B
-take, and the experts of Qwen3-VL's 30B-A3B. Registers are of one thread; a spilled register lies in memory,
-so none should be; shared memory is of one program. Fails when a
-kernel takes more than there is, or spills.
+take, and the experts of Qwen3-VL's 30B-A3B; of quantised weights with groups of 128 inputs. Registers are of
+one thread; a spilled register lies in memory, so none should be; shared memory is of one program. Fails when
+a kernel takes more than there is, or spills.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ DENSE = StoredKind(DENSE_KIND, False, 128, MappingProxyType({}))
 GROUPED = tuple(
     StoredKind(kind.value, has_zeros, 128, {"weight": pointer, "zeros": pointer, "scales": "*fp32"})
     for kind, has_zeros, pointer in (
-        (NumberKind.INT4, True, "*u8"),
         (NumberKind.INT4, False, "*u8"),
+        (NumberKind.INT4, True, "*u8"),
         (NumberKind.INT8, False, "*i8"),
         (NumberKind.FP8, False, "*u8"),
     )
@@ -361,6 +362,18 @@ def numbers() -> list[tuple[int, int]]:
     ]
 
 
+def quick_numbers() -> list[tuple[int, int]]:
+    """As `numbers`, of each kernel, and each kind of weight that it takes, only the last variant in bfloat16,
+    which is the largest; a kernel that has none in another type. For one capability after the other."""
+    of_all, of_bfloat16 = {}, {}
+    for number, variant in enumerate(variants(min(SHARED_LIMITS))):
+        key = variant.kernel, variant.constants.get("KIND")
+        of_all[key] = number
+        if variant.dtype == TYPES[torch.bfloat16]:
+            of_bfloat16[key] = number
+    return list(zip(itertools.cycle(SHARED_LIMITS), (of_all | of_bfloat16).values(), strict=False))
+
+
 def compile_number(capability: int, number: int) -> Usage:
     return compile_variant(next(itertools.islice(variants(capability), number, None)), capability)
 
@@ -368,10 +381,12 @@ def compile_number(capability: int, number: int) -> Usage:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    as_json = parser.parse_args().json
+    parser.add_argument("--quick", action="store_true", help="each kernel once, as in CI")
+    args = parser.parse_args()
+    chosen = quick_numbers() if args.quick else numbers()
     with ProcessPoolExecutor() as pool:
-        usages = list(pool.map(compile_number, *zip(*numbers(), strict=True)))
-    if as_json:
+        usages = list(pool.map(compile_number, *zip(*chosen, strict=True)))
+    if args.json:
         print(json.dumps([usage._asdict() for usage in usages]))
     else:
         print("| kernel | for | registers | spilled bytes | shared bytes |\n| --- | --- | --- | --- | --- |")
