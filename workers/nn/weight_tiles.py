@@ -59,7 +59,7 @@ def inputs_of_part(begin, part, DEPTH: tl.constexpr, KIND: tl.constexpr):
     """The inputs [DEPTH / parts] of one part of a tile that begins at input `begin`.
 
     Of 4 bits a byte has two inputs that stand 16 apart: what is in the low halves is one part, what is in the
-    high halves the other. Other kinds have one part.
+    high halves the other, and the compiler makes one load of the bytes of both. Other kinds have one part.
     """
     if KIND == "int4":
         places = tl.arange(0, DEPTH // 2)
