@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tests.workers.nn.test_expert_kernels import choose, reference
@@ -12,6 +14,7 @@ from workers.nn.expert_kernels import choose_experts, experts
 from workers.nn.fused import Kernels
 from workers.nn.grouped_kernels import FEW_ROWS, LEAST_SPLIT, grouped_linear, split_inputs
 from workers.nn.kernels import add_rms_norm, silu_mul
+from workers.nn.weight_tiles import inputs_of_part, operand_of, widened_part
 from workers.nn.weights.experts import GroupedExperts
 from workers.nn.weights.grouped import GroupedLinear, GroupedWeight, NumberKind, arrange
 from workers.nn.weights.grouped_cuda import CudaProduct, make_cuda_product
@@ -105,6 +108,35 @@ def test_every_number_of_8_bits_is_widened_exactly() -> None:
     for dtype in (torch.float32, torch.float16):
         found = grouped_linear(torch.eye(32, dtype=dtype)[:1], weight)
         assert torch.equal(found[0].float(), numbers[:, 0].float())
+
+
+@triton.jit
+def widen_kernel(
+    weight, zeros, out, stride,
+    KIND: tl.constexpr, HAS_ZEROS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    columns, first = tl.arange(0, OUTPUTS), tl.program_id(0).to(tl.int64)
+    for part in tl.static_range(2 if KIND == "int4" else 1):
+        dims = inputs_of_part(0, part, INPUTS, KIND)
+        wide = widened_part(
+            weight, zeros, first, columns, columns < OUTPUTS, 0, part, INPUTS, stride, 1,
+            INPUTS, KIND, HAS_ZEROS, INPUTS, out.dtype.element_ty,
+        )  # fmt: skip
+        tl.store(out + columns[None, :] * INPUTS + dims[:, None], wide)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_holds_what_is_widened(kind: str) -> None:
+    """Exactly, numbers minus zeros. The interpreter has no products of bfloat16."""
+    weight = random_numbers(*KINDS[kind], (64, 128), 128)
+    if weight.kind is NumberKind.INT8 and weight.zeros is not None:
+        weight.numbers[0, :2], weight.zeros[0] = torch.tensor([-128, 127], dtype=torch.int8), 127
+    operand, out = operand_of(weight), torch.zeros(64, 128, dtype=torch.bfloat16)
+    widen_kernel[(1,)](
+        operand.numbers, operand.zeros, out, operand.stride, operand.kind, operand.has_zeros, 128, 64
+    )
+    expected = weight._replace(scales=torch.ones(64, 1)).widened(slice(None), torch.float32)
+    assert torch.equal(out.float(), expected)
 
 
 def test_a_layer_has_the_kernels_of_its_device() -> None:
