@@ -28,5 +28,6 @@ class CudaProduct:
         return grouped_linear(x, self._weight, bias, residual)
 
 
-def make_cuda_product(weight: GroupedWeight) -> CudaProduct:
-    return CudaProduct(weight, make_scaled_product(weight))
+def make_cuda_product(weight: GroupedWeight, may_round: bool = True) -> CudaProduct:
+    """`may_round`: whether activations may be rounded to 8 bits, as the scaled product does."""
+    return CudaProduct(weight, make_scaled_product(weight) if may_round else None)

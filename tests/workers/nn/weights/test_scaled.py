@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.nn.grouped_kernels import FEW_ROWS
 from workers.nn.weights import scaled
 from workers.nn.weights.grouped import GroupedWeight, NumberKind, arrange
+from workers.nn.weights.grouped_cuda import make_cuda_product
 from workers.nn.weights.scaled import (
     MOST_ERROR,
     ScaledProduct,
@@ -110,6 +112,19 @@ def test_the_choice_is_told_once(
     assert caplog.records[0].levelname == "INFO"
     assert re.search(words, caplog.text)
     has_scaled_product.cache_clear()
+
+
+@pytest.mark.interpreter
+def test_few_rows_and_other_types_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor any, where activations may not be."""
+    monkeypatch.setattr(scaled, "has_scaled_product", lambda device: True)
+    monkeypatch.setattr(ScaledProduct, "__call__", lambda *arguments: "scaled")
+    weight, wide = random_weight(16, 128), torch.randn(FEW_ROWS + 1, 128)
+    product, exact = make_cuda_product(weight), make_cuda_product(weight, may_round=False)
+    assert product(wide.bfloat16(), None, None) == "scaled"
+    assert exact(wide.bfloat16(), None, None).shape == (FEW_ROWS + 1, 16)
+    assert product(wide, None, None).dtype == torch.float32
+    assert product(wide[:FEW_ROWS].bfloat16(), None, None).shape == (FEW_ROWS, 16)
 
 
 def test_which_weights_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
