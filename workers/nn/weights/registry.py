@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from workers.nn.loader import Checkpoint, Progress, no_progress
+from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.base import Format
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.int4 import Int4
@@ -56,13 +57,15 @@ def open_weights(
     override: str = "none",
     progress: Progress = no_progress,
     dense: Format | None = None,
+    adapters: AdapterSet | None = None,
 ) -> Weights:
-    """The checkpoint in `folder`, in its formats; other tensors in `dtype`.
+    """The checkpoint in `folder`, in its formats, with `adapters` beside its layers; other tensors in
+    `dtype`.
 
     Raises ValueError as `choose_formats` does.
     """
     formats = choose_formats(folder, device, override, dense=dense)
-    return Weights(Checkpoint(folder, dtype, device, progress), formats)
+    return Weights(Checkpoint(folder, dtype, device, progress), formats, adapters=adapters)
 
 
 def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | None:

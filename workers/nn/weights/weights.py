@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint, StoredRows
+from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import load_part, load_side_by_side
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
@@ -17,11 +18,19 @@ from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 class Weights:
     """The tensors under a prefix.
 
-    `formats`: the first that holds a layer reads it; the last one holds every layer.
+    `formats`: the first that holds a layer reads it; the last one holds every layer. `adapters`: what is
+    added to layers, in any format.
     """
 
-    def __init__(self, checkpoint: Checkpoint, formats: Sequence[Format], prefix: str = "") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        formats: Sequence[Format],
+        prefix: str = "",
+        adapters: AdapterSet | None = None,
+    ) -> None:
         self._checkpoint, self._formats, self._prefix = checkpoint, formats, prefix
+        self._adapters = adapters
 
     @property
     def dtype(self) -> torch.dtype:
@@ -33,7 +42,7 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The same checkpoint with a longer prefix: `weights.under("model.layers.3")`."""
-        return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.")
+        return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.", self._adapters)
 
     def expect(self, prefix: str) -> None:
         """Progress counts the tensors under this prefix only."""
@@ -71,12 +80,19 @@ class Weights:
         first, *others = (self._format_of(name) for name in names)
         if any(other is not first for other in others):
             raise ValueError(f"{', '.join(names)} are not all in one format, but are computed as one layer")
-        return first.column(self._checkpoint, names, shards, bias)
+        return self.adapted(first.column(self._checkpoint, names, shards, bias), modules, shards)
 
     def row(self, module: str, shard: Shard) -> Linear:
         """A layer without a bias. Each rank has the inputs of its shard; the ranks' results are summed."""
         name = self._prefix + module
-        return self._format_of(name).row(self._checkpoint, name, shard)
+        linear = self._format_of(name).row(self._checkpoint, name, shard)
+        return linear if self._adapters is None else self._adapters.row(linear, name, shard)
+
+    def adapted(self, linear: Linear, modules: Sequence[str], shards: Sequence[Shard]) -> Linear:
+        """A layer of another making, with the adapters of these modules, of each the outputs of its shard."""
+        if self._adapters is None:
+            return linear
+        return self._adapters.column(linear, [self._prefix + module for module in modules], shards)
 
     def experts(self, module: str, shard: ExpertsShard, kernels: Kernels | None) -> Experts:
         """The experts of a layer, in whichever format and layout the checkpoint has them."""
