@@ -20,7 +20,7 @@ class ExpertsMlp:
     def __init__(
         self, weights: Weights, shard: ExpertsShard, num_chosen: int, kernels: Kernels | None
     ) -> None:
-        self._router = weights.tensor("gate.weight")
+        self._router = weights.matrix("gate")
         self._num_chosen = num_chosen
         self._choose = choose_experts if kernels is None else kernels.choose_experts
         self.experts = weights.experts("experts", shard, kernels)
@@ -52,7 +52,7 @@ class SharedExpertMlp:
         """`of_shared`: the part of the shared expert's intermediate size."""
         self._chosen = ExpertsMlp(weights, shard, num_chosen, kernels)
         self._shared = Mlp(weights.under("shared_expert"), of_shared, kernels)
-        self._gate = weights.tensor("shared_expert_gate.weight")  # [1, hidden], whole as the router
+        self._gate = weights.matrix("shared_expert_gate")  # [1, hidden], whole as the router
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
         """Adds the experts' output to the stream."""
