@@ -41,7 +41,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq", "bits": 2}, "with bits 2, where 4 or 8 is served"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "with checkpoint_format 'marlin'"),
     ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "Marlin's order"),
-    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 2}}}, r"with bits 2.*config\.dynamic\)"),
+    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 2}}}, r"bits 2.*config\.dynamic\)"),
     ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packing_format 'auto_round:fp8'"),
     ({"quant_method": "auto-round", "bits": 2}, "with bits 2"),
     ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "with data_type 'mx_fp'"),
