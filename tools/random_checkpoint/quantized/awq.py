@@ -20,6 +20,10 @@ class AwqRecipe(Recipe):
         self._group_size = group_size
 
     def layer(self, module: str, weight: Tensor) -> Tensors:
+        if weight.shape[1] % self._group_size or weight.shape[0] % 8:
+            raise ValueError(
+                f"AWQ with groups of {self._group_size} cannot have {module} of {tuple(weight.shape)}"
+            )
         groups = torch.arange(weight.shape[1]) // self._group_size
         made: Grouped = quantize_groups(weight, groups, bits=4, is_symmetric=False)
         return {

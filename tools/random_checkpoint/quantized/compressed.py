@@ -34,6 +34,9 @@ class CompressedRecipe(Recipe):
 
         group = next(group for group in self._groups if _match(group, module))
         scheme = _scheme(group)
+        size = group.weights.get("group_size", 1)
+        if weight.shape[1] % size:
+            raise ValueError(f"groups of {size} do not divide the inputs of {module}: {tuple(weight.shape)}")
         scale, zero = _parameters(weight.float(), scheme.weights)
         tensors = {"weight": weight.float(), "weight_scale": scale, "weight_zero_point": zero}
         compressor = BaseCompressor.get_value_from_registry(group.format)

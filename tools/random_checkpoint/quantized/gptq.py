@@ -32,12 +32,15 @@ class GptqRecipe(Recipe):
         return re.search(self._only, module) is not None
 
     def layer(self, module: str, weight: Tensor) -> Tensors:
-        in_features = weight.shape[1]
+        in_features, count = weight.shape[1], 32 // self._bits
+        if in_features % count or len(weight) % count:
+            raise ValueError(
+                f"GPTQ packs {count} numbers in a word, and cannot have {module} of {tuple(weight.shape)}"
+            )
         groups = torch.arange(in_features) // self._group_size
         if self._has_desc_act:  # the inputs in the order of their importance, here of chance
             groups = groups[torch.randperm(in_features, generator=torch.Generator().manual_seed(in_features))]
         made = quantize_groups(weight, groups, self._bits, self._is_symmetric)
-        count = 32 // self._bits
         zeros = (made.zeros - int(self._version == 1)) & ((1 << self._bits) - 1)
         return {
             "qweight": words(made.numbers.t().reshape(-1, count, len(weight)).mT, self._bits),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,24 +16,22 @@ class Grouped(NamedTuple):
 
 
 def quantize_groups(weight: Tensor, groups: Tensor, bits: int, is_symmetric: bool) -> Grouped:
-    """The nearest numbers. groups: [in], the group of each input."""
+    """The nearest numbers. groups: [in], the group of each input: all of one size, but for a shorter last one."""
     count, most = int(groups.max()) + 1, (1 << bits) - 1
-    scales = torch.empty(len(weight), count, dtype=torch.float16)
-    zeros = torch.full((len(weight), count), (most + 1) // 2)
+    size = int((groups == 0).sum())
+    order = torch.argsort(groups, stable=True)
+    parts = F.pad(weight[:, order].float(), (0, count * size - len(order))).unflatten(1, (count, size))
+    low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
+    if is_symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scales = ((high - low) / most).clamp(min=1e-5).half()
+    zeros = torch.full(scales.shape, (most + 1) // 2)
+    if not is_symmetric:
+        zeros = (-low / scales.float()).round().clamp(0, most).long()
+    found = (parts / scales.float()[..., None]).round() + zeros[..., None]
     numbers = torch.empty(weight.shape, dtype=torch.int64)
-    for group in range(count):
-        members = groups == group
-        part = weight[:, members].float()
-        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-        if is_symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
-        scale = ((high - low) / most).clamp(min=1e-5).half()
-        if not is_symmetric:
-            zeros[:, group] = (-low / scale.float()).round().clamp(0, most).long()
-        found = (part / scale.float()[:, None]).round() + zeros[:, group, None]
-        numbers[:, members] = found.clamp(0, most).long()
-        scales[:, group] = scale
+    numbers[:, order] = found.clamp(0, most).long().flatten(1)[:, : len(order)]
     return Grouped(numbers, scales, zeros)
 
 

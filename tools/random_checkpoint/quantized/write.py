@@ -21,7 +21,8 @@ INDEX = "model.safetensors.index.json"
 def quantize_checkpoint(dense: Path, folder: Path, format: str, group_size: int = 128) -> Path:
     """The checkpoint `dense` in one of the formats of `RECIPES`, in `folder`, which is made.
 
-    `group_size`: inputs, or rows and columns of a block, that have one scale.
+    `group_size`: inputs, or rows and columns of a block, that have one scale. Raises ValueError for
+    sizes that the format cannot pack.
     """
     recipe, config = RECIPES[format](group_size), json.loads((dense / "config.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
