@@ -1,4 +1,4 @@
-"""Towers that are quantised too: as the dense one of the maker's formula, also where an engine exports them."""
+"""Towers that are quantised too: as the dense one of the maker's formula, also where an engine gets it."""
 
 from __future__ import annotations
 

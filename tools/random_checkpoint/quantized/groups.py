@@ -16,7 +16,7 @@ class Grouped(NamedTuple):
 
 
 def quantize_groups(weight: Tensor, groups: Tensor, bits: int, is_symmetric: bool) -> Grouped:
-    """The nearest numbers. groups: [in], the group of each input: all of one size, but for a shorter last one."""
+    """The nearest numbers. groups: [in], the group of each input. Only the last may be shorter."""
     count, most = int(groups.max()) + 1, (1 << bits) - 1
     size = int((groups == 0).sum())
     order = torch.argsort(groups, stable=True)
