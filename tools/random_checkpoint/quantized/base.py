@@ -18,6 +18,7 @@ class Recipe(ABC):
     """How a maker stores quantised layers."""
 
     stacks_experts = False  # keeps experts of two tensors so; else they become layers of their own
+    has_tower = False  # quantises the tower's layers as well
     method: str  # the `quant_method`
 
     @abstractmethod

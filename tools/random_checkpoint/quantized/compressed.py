@@ -26,8 +26,8 @@ class CompressedRecipe(Recipe):
 
     method = "compressed-tensors"
 
-    def __init__(self, *groups: Group) -> None:
-        self._groups = groups
+    def __init__(self, *groups: Group, has_tower: bool = False) -> None:
+        self._groups, self.has_tower = groups, has_tower
 
     def layer(self, module: str, weight: Tensor) -> Tensors:
         from compressed_tensors.compressors.base import BaseCompressor
@@ -50,11 +50,12 @@ class CompressedRecipe(Recipe):
         schemes = {f"group_{number}": _scheme(group) for number, group in enumerate(self._groups)}
         formats = {group.format for group in self._groups}
         others = [name for name in kept if "visual" not in name]
+        left_out = [] if self.has_tower else ["re:.*visual.*"]
         made = QuantizationConfig(
             config_groups=schemes,
             format=formats.pop() if len(formats) == 1 else "mixed-precision",
             quantization_status="compressed",
-            ignore=[*others, "re:.*visual.*", "re:.*mtp.*"],
+            ignore=[*others, *left_out, "re:.*mtp.*"],
         )
         found: Settings = made.model_dump(mode="json")
         return found

@@ -41,6 +41,9 @@ RECIPES: Mapping[str, Callable[[int], Recipe]] = {
     "compressed-w8a16": lambda size: CompressedRecipe(Group("pack-quantized", CHANNEL_INT8)),
     "compressed-w8a8": lambda size: CompressedRecipe(Group("int-quantized", CHANNEL_INT8, DYNAMIC_INT8)),
     "compressed-fp8": lambda size: CompressedRecipe(Group("float-quantized", CHANNEL_FP8, DYNAMIC_FP8)),
+    "compressed-fp8-tower": lambda size: CompressedRecipe(
+        Group("float-quantized", CHANNEL_FP8, DYNAMIC_FP8), has_tower=True
+    ),
     "compressed-fp8-block": lambda size: CompressedRecipe(
         Group(
             "float-quantized",

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tools.random_checkpoint.quantized.base import Recipe, Tensors
-from tools.random_checkpoint.quantized.layers import LINEAR, PROJECTIONS, STACKED
+from tools.random_checkpoint.quantized.layers import OTHERS, PROJECTIONS, STACKED, TOWER
 from tools.random_checkpoint.quantized.recipes import RECIPES
 
 TRANSPOSED = ("qwen3_vl_moe",)  # families whose stacked experts are [experts, in, out]
@@ -60,11 +60,14 @@ def _converted(path: Path, recipe: Recipe, family: str, kept: list[str]) -> Iter
                 yield from found.items()
                 continue
             module = name.removesuffix(".weight")
-            if PROJECTIONS.match(module) and name != module and recipe.takes(module):
+            is_layer = name != module and tensor.ndim == 2
+            is_of_tower = TOWER.match(module) is not None
+            is_chosen = recipe.has_tower if is_of_tower else PROJECTIONS.match(module)
+            if is_layer and is_chosen and recipe.takes(module):
                 for part, made in recipe.layer(module, tensor).items():
                     yield f"{module}.{part}", made.contiguous()
                 continue
-            if name != module and (LINEAR.match(module) or PROJECTIONS.match(module)):
+            if is_layer and (is_of_tower or PROJECTIONS.match(module) or OTHERS.match(module)):
                 kept.append(module)
             yield name, tensor
 
