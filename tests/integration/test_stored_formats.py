@@ -1,4 +1,4 @@
-"""A quantised checkpoint through the whole pipeline, on two ranks, behind a tower that is quantised too, which
+"""A quantised checkpoint through the whole pipeline, on two ranks, with a quantised tower, which
 onnxruntime computes. Greedy tokens are those of Hugging Face's model of the dequantised files."""
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.exceptions import Names
-from workers.nn.weights.grouped import NumberKind
+from workers.nn.weights.grouped import BLOCK, NumberKind
 from workers.nn.weights.matrices import StoredMatrix, expect_type
-from workers.nn.weights.packed import without_common, words_of
+from workers.nn.weights.packed import paired, without_common, words_of
 from workers.nn.weights.stored import StoredFormat
 
 # Which of a word's outputs its numbers are, lowest bits first.
@@ -47,6 +47,19 @@ class AwqMatrix(StoredMatrix):
 
     def numbers(self, rows: slice, columns: slice) -> Tensor:
         return self._outputs("qweight", rows, columns)
+
+    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+        words, within = words_of(rows, BITS)
+        found = self._checkpoint.read(self.name, columns, words).to(self._checkpoint.device)
+        size, count = found.shape
+        halves = found.view(-1, 2, BLOCK // 2, count)
+        outputs = torch.empty(count, PER_WORD, size // 2, dtype=torch.uint8, device=found.device)
+        for start, words_of_both in enumerate(paired(halves[:, 0], halves[:, 1])):
+            # A row of words for each eight outputs, whose numbers are then taken apart.
+            octets = words_of_both.flatten(0, 1).t().contiguous().view(torch.uint8).view(count, -1, 4)
+            for place in range(4):
+                outputs[:, ORDER[2 * place + start]] = octets[:, :, place]
+        return outputs.flatten(0, 1)[within]
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.scales", columns=rows)

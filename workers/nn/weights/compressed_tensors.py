@@ -21,7 +21,7 @@ from torch import Tensor
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.exceptions import Names
 from workers.nn.weights.matrices import ScaledMatrix, StoredMatrix, expect_type
-from workers.nn.weights.packed import KINDS, as_kind, unpack, without_common, words_of
+from workers.nn.weights.packed import KINDS, as_kind, blocks_of, unpack, without_common, words_of
 from workers.nn.weights.stored import StoredFormat
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,10 @@ class PackedMatrix(StoredMatrix):
         words, within = words_of(columns, self._bits)
         found = self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device)
         return as_kind(unpack(found, self._bits)[:, within], self._bits)
+
+    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+        words, _ = words_of(columns, self._bits)
+        return blocks_of(self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device))
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.weight_scale", rows)

@@ -20,7 +20,7 @@ from torch import Tensor
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.exceptions import Names, spellings
 from workers.nn.weights.matrices import StoredMatrix, expect_type
-from workers.nn.weights.packed import KINDS, as_kind, unpack, without_common, words_of
+from workers.nn.weights.packed import KINDS, as_kind, blocks_of, unpack, without_common, words_of
 from workers.nn.weights.stored import StoredFormat
 
 
@@ -64,6 +64,11 @@ class GptqMatrix(StoredMatrix):
         words, within = words_of(columns, self._bits)
         found = self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device)
         return as_kind(unpack(found.t(), self._bits)[:, within], self._bits)
+
+    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+        words, _ = words_of(columns, self._bits)
+        found = self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device)
+        return blocks_of(found.t())
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.scales", columns=rows)

@@ -147,10 +147,7 @@ class Arrangement:
     ) -> None:
         """Fills some outputs: numbers [n, in], of 4 bits one in a byte; scales and zeros [n, num_groups]."""
         device = numbers.device
-        of_group = self._of_group.to(device)
-        weight.scales[rows] = scales[:, of_group]
-        if weight.zeros is not None:
-            weight.zeros[rows] = COMMON_ZERO[weight.kind] if zeros is None else zeros[:, of_group]
+        self._put_scales(weight, rows, scales, zeros)
         if self.order is not None:
             # Float8 has no operator that picks.
             numbers = numbers.view(torch.uint8).index_select(1, self.order.to(device)).view(numbers.dtype)
@@ -158,6 +155,23 @@ class Arrangement:
             padding, groups = self._is_padding.to(device), self._groups.to(device)
             numbers = _without(weight.kind, numbers, zeros, groups, padding)
         _pack(weight.kind, numbers, weight.numbers[rows])
+
+    def put_blocks(
+        self, weight: GroupedWeight, rows: slice, blocks: Tensor, scales: Tensor, zeros: Tensor | None
+    ) -> None:
+        """As `put`, of numbers [n, in / 2] of 4 bits that are in the layout's blocks already. Only where
+        inputs stand as they are."""
+        assert self.order is None
+        numbers, count = weight.numbers[rows], blocks.shape[1]
+        numbers[:, :count] = blocks
+        numbers[:, count:] = 0
+        self._put_scales(weight, rows, scales, zeros)
+
+    def _put_scales(self, weight: GroupedWeight, rows: slice, scales: Tensor, zeros: Tensor | None) -> None:
+        of_group = self._of_group.to(scales.device)
+        weight.scales[rows] = scales[:, of_group]
+        if weight.zeros is not None:
+            weight.zeros[rows] = COMMON_ZERO[weight.kind] if zeros is None else zeros[:, of_group]
 
     def nothing(self, weight: GroupedWeight, rows: slice) -> None:
         """Fills some outputs with weights of 0."""

@@ -27,6 +27,11 @@ class StoredMatrix(ABC):
     def numbers(self, rows: slice, columns: slice) -> Tensor:
         """Some outputs' numbers for some inputs [n, m], as `arrange` takes them."""
 
+    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+        """Numbers of 4 bits as the layout has them [n, m / 2], for whole blocks of inputs: faster than one by
+        one. None where the format has no short way."""
+        return None
+
     @abstractmethod
     def scales(self, rows: slice) -> Tensor:
         """[n, num_groups] float32"""

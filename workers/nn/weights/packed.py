@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workers.nn.weights.grouped import COMMON_ZERO, NumberKind
 
+LOW = 0x0F0F0F0F0F0F0F0F  # of each byte
 KINDS = {4: NumberKind.INT4, 8: NumberKind.INT8}
 
 
@@ -16,6 +17,26 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return octets
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
+
+
+def paired(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Of words of two inputs' numbers of 4 bits: each byte of the results has a number of the first, and one
+    of the second in its high half; the even numbers, and the odd ones."""
+    low = LOW if first.dtype == torch.int64 else LOW & 0x7FFFFFFF
+    even = (second & low).bitwise_left_shift_(4).bitwise_or_(first & low)
+    odd = (first >> 4).bitwise_and_(low).bitwise_or_(second & ~low)
+    return even, odd
+
+
+def blocks_of(words: Tensor) -> Tensor:
+    """Numbers of 4 bits in the layout's blocks of 32 inputs, [rows, n · 4] bytes, of words [rows, n] int32
+    that have them in order. n: a multiple of 4."""
+    halves = words.contiguous().view(torch.int64).unflatten(1, (-1, 2))
+    blocks = torch.empty(len(words), 4 * words.shape[1], dtype=torch.uint8, device=words.device)
+    pairs = blocks.view(len(words), -1, 8, 2)
+    for place, numbers in enumerate(paired(halves[:, :, 0], halves[:, :, 1])):
+        pairs[..., place] = numbers.view(torch.uint8).unflatten(1, (-1, 8))
+    return blocks
 
 
 def words_of(numbers: slice, bits: int) -> tuple[slice, slice]:

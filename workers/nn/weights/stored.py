@@ -23,7 +23,7 @@ from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import Dense, are_transposed
 from workers.nn.weights.experts import ListedExperts
-from workers.nn.weights.grouped import Arrangement, GroupedLinear, GroupedWeight
+from workers.nn.weights.grouped import BLOCK, Arrangement, GroupedLinear, GroupedWeight, NumberKind
 from workers.nn.weights.matrices import StoredMatrix
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.side_by_side import SideBySide
@@ -162,18 +162,21 @@ class StoredFormat(Format):
             any(found is not None for found in zeros),
         )
         weight = arrangement.empty(first.kind, count, has_zeros, checkpoint.device)
+        is_short = arrangement.order is None and first.kind is NumberKind.INT4 and _are_blocks(ranges)
         row = 0
         for piece, of_piece in zip(pieces, zeros, strict=True):
             scales = piece.matrix.scales(piece.rows)
             for start in range(0, piece.num_rows, step := _part_size(first.in_features)):
                 part = slice(start, min(start + step, piece.num_rows))
                 rows = slice(piece.rows.start + part.start, piece.rows.start + part.stop)
+                place = slice(row + part.start, row + part.stop)
+                beside = scales[part][:, picked], None if of_piece is None else of_piece[part][:, picked]
+                blocks = piece.matrix.blocks(rows, ranges[0]) if is_short else None
+                if blocks is not None:
+                    arrangement.put_blocks(weight, place, blocks, *beside)
+                    continue
                 numbers = [piece.matrix.numbers(rows, columns) for columns in ranges]
-                arrangement.put(
-                    weight, slice(row + part.start, row + part.stop),
-                    numbers[0] if len(numbers) == 1 else _joined(numbers),
-                    scales[part][:, picked], None if of_piece is None else of_piece[part][:, picked],
-                )  # fmt: skip
+                arrangement.put(weight, place, numbers[0] if len(numbers) == 1 else _joined(numbers), *beside)
             row += piece.num_rows + piece.padding
             arrangement.nothing(weight, slice(row - piece.padding, row))
         return weight
@@ -188,6 +191,10 @@ class StoredFormat(Format):
 def _part_size(in_features: int) -> int:
     """Outputs that are read at a time: whole words of them."""
     return max(8, PART_NUMBERS // in_features // 8 * 8)
+
+
+def _are_blocks(ranges: Sequence[slice]) -> bool:
+    return len(ranges) == 1 and ranges[0].start % BLOCK == 0 and ranges[0].stop % BLOCK == 0
 
 
 def _joined(numbers: Sequence[Tensor]) -> Tensor:
