@@ -102,6 +102,10 @@ class StoredFormat(Format):
         return self._column(checkpoint, pieces, bias)
 
     def row(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Linear:
+        # Makers add biases of 0 to layers that have none.
+        name = f"{module}.bias"
+        if checkpoint.has(name) and bool(checkpoint.read(name).any()):
+            raise ValueError(f"tensor {name!r} is not 0, but the model has no such bias")
         return self._row(checkpoint, self.matrix(checkpoint, module), shard)
 
     def dense(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Tensor:

@@ -18,6 +18,7 @@ from tools.random_checkpoint.quantized import RECIPES
 from tools.random_checkpoint.quantized.base import Recipe
 from workers.llm.parallel import TensorParallel, share_experts
 from workers.nn.loader import Checkpoint
+from workers.nn.weights import stored as stored_module
 from workers.nn.weights.base import Linear
 from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.grouped import GroupedLinear
@@ -252,3 +253,24 @@ def test_engines_get_dense_layers(format: str, tmp_path: Path) -> None:
     assert type(linear) is TorchLinear
     assert_same(linear, torch.cat([stored.matrix(name_of(part)) for part in ("gate", "up")]))
     assert type(weights.packed("gate_proj", torch.zeros(2, 2))) is TorchLinear
+
+
+@pytest.mark.parametrize("format", SERVED)
+def test_a_large_layer_is_read_part_by_part(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never all of an output layer's numbers one by one."""
+    monkeypatch.setattr(stored_module, "PART_NUMBERS", 16 * 64)
+    read: list[int] = []
+
+    class Watched(Checkpoint):
+        def read(self, *arguments: Any, **options: Any) -> Tensor:
+            part = super().read(*arguments, **options)
+            read.append(part.nbytes)
+            return part
+
+    stored = store(tmp_path, format, {name_of("up"): (200, 64)})
+    formats = choose_formats(tmp_path, CPU)
+    linear = Weights(Watched(tmp_path, torch.float32, CPU), formats).column((name_of("up"),), (WHOLE,))
+    assert_same(linear, stored.matrix(name_of("up")))
+    assert max(read) <= max(16 * 64, 200 * 2 * 4), "16 outputs, or all outputs' scales of two groups"

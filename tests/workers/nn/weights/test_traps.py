@@ -248,3 +248,14 @@ def test_what_has_no_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
     ):
         Stored(tmp_path, settings, {"norm.weight": torch.ones(2)}).weights()
     assert sum("KV cache" in record.message for record in caplog.records) == 2
+
+
+def test_a_bias_that_the_model_lacks(tmp_path: Path) -> None:
+    """AutoGPTQ's files have biases of 0 for all layers."""
+    down = "model.layers.0.mlp.down_proj"
+    tensors = tensors_of(RECIPES["gptq"](16), down, random_matrix(16, 32))
+    stored = Stored(tmp_path, GPTQ, tensors | {f"{down}.bias": torch.zeros(16)})
+    assert_same(stored.weights().row(down, WHOLE), stored.matrix(down))
+    stored = Stored(tmp_path, GPTQ, tensors | {f"{down}.bias": torch.ones(16)})
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.down_proj\.bias' is not 0"):
+        stored.weights().row(down, WHOLE)
