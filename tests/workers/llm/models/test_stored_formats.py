@@ -3,6 +3,8 @@ checkpoint that the maker's formula makes of the same files."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,12 @@ CASES = [
 ]
 
 
+Make = Callable[[str], Path]
+
+
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    return functools.cache(lambda family: make_checkpoint(tmp_path_factory.mktemp(family), family))
 
 
 @torch.inference_mode()
@@ -68,10 +73,8 @@ def compute(folder: Path, parallel: TensorParallel | None = None) -> tuple[Tenso
 
 
 @pytest.mark.parametrize(("family", "format"), CASES)
-def test_logits_and_tokens(
-    family: str, format: str, dense: dict[str, Path], tmp_path: Path, on_ranks: OnRanks
-) -> None:
-    quantised = quantize_checkpoint(dense[family], tmp_path / "q", format, GROUP)
+def test_logits_and_tokens(family: str, format: str, dense: Make, tmp_path: Path, on_ranks: OnRanks) -> None:
+    quantised = quantize_checkpoint(dense(family), tmp_path / "q", format, GROUP)
     expected, tokens = compute(dequantise(quantised, tmp_path / "d"))
     found, mine = compute(quantised)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -82,10 +85,8 @@ def test_logits_and_tokens(
 
 
 @pytest.mark.parametrize("format", ["fp8-block-stacked", "awq"])
-def test_whole_experts_on_each_rank(
-    format: str, dense: dict[str, Path], tmp_path: Path, on_ranks: OnRanks
-) -> None:
-    quantised = quantize_checkpoint(dense["qwen3_vl_moe"], tmp_path / "q", format, GROUP)
+def test_whole_experts_on_each_rank(format: str, dense: Make, tmp_path: Path, on_ranks: OnRanks) -> None:
+    quantised = quantize_checkpoint(dense("qwen3_vl_moe"), tmp_path / "q", format, GROUP)
     expected, _ = compute(quantised)
     for of_rank in on_ranks(2, True, lambda parallel: compute(quantised, parallel)[0]):
         torch.testing.assert_close(of_rank, expected, rtol=0, atol=1e-4)
