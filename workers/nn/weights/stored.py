@@ -21,7 +21,7 @@ from torch import Tensor
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts, Format, Linear
-from workers.nn.weights.dense import Dense, are_transposed
+from workers.nn.weights.dense import FUSED, Dense, are_transposed
 from workers.nn.weights.experts import ListedExperts
 from workers.nn.weights.grouped import BLOCK, Arrangement, GroupedLinear, GroupedWeight, NumberKind
 from workers.nn.weights.matrices import StoredMatrix
@@ -115,23 +115,28 @@ class StoredFormat(Format):
     def experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
     ) -> Experts:
+        layers = [
+            (self._column(checkpoint, gate_up, None), self._row(checkpoint, down, shard.intermediate))
+            for gate_up, down in self._experts(checkpoint, module, shard)
+        ]
+        return ListedExperts(layers, shard.held.start)
+
+    def _experts(
+        self, checkpoint: Checkpoint, module: str, shard: ExpertsShard
+    ) -> Iterator[tuple[list[_Piece], StoredMatrix]]:
+        """Of each expert: the gate and up projections of the rank's part, and the down projection."""
         is_stacked = checkpoint.has(f"{module}.gate_up_proj")
         is_transposed = is_stacked and are_transposed(checkpoint, module, shard)
-        layers: list[tuple[Linear, Linear]] = []
         for number in shard.held:
             if is_stacked:
                 gate_up, down = (
-                    self.stacked(checkpoint, f"{module}.{name}", number, is_transposed)
-                    for name in ("gate_up_proj", "down_proj")
+                    self.stacked(checkpoint, f"{module}.{name}", number, is_transposed) for name in FUSED
                 )
-                pieces = list(_pieces(gate_up, shard.gate_up))
-            else:
-                names = [f"{module}.{number}.{name}_proj" for name in ("gate", "up", "down")]
-                gate, up, down = (self.matrix(checkpoint, name) for name in names)
-                pieces = [piece for matrix in (gate, up) for piece in _pieces(matrix, shard.intermediate)]
-            first = self._column(checkpoint, pieces, None)
-            layers.append((first, self._row(checkpoint, down, shard.intermediate)))
-        return ListedExperts(layers, shard.held.start)
+                yield list(_pieces(gate_up, shard.gate_up)), down
+                continue
+            names = [f"{module}.{number}.{name}_proj" for name in ("gate", "up", "down")]
+            gate, up, down = (self.matrix(checkpoint, name) for name in names)
+            yield [piece for matrix in (gate, up) for piece in _pieces(matrix, shard.intermediate)], down
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self._dense.pack(weight, bias)
