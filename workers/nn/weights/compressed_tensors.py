@@ -31,7 +31,7 @@ class PackedMatrix(StoredMatrix):
     def __init__(self, checkpoint: Checkpoint, module: str) -> None:
         name = f"{module}.weight_packed"
         expect_type(checkpoint, name, "I32")
-        expect_type(checkpoint, f"{module}.weight_shape", checkpoint.type_of(f"{module}.weight_shape"))
+        expect_type(checkpoint, f"{module}.weight_shape", "I64", "I32")
         self._checkpoint, self._module = checkpoint, module
         out_features, in_features = checkpoint.read(f"{module}.weight_shape").tolist()
         packed, scales = checkpoint.shape(name), checkpoint.shape(f"{module}.weight_scale")

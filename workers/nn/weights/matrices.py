@@ -114,12 +114,13 @@ class ScaledMatrix(StoredMatrix):
         return table.reshape(-1, num_groups)[of_block]
 
 
-def expect_type(checkpoint: Checkpoint, name: str, wanted: str) -> None:
+def expect_type(checkpoint: Checkpoint, name: str, *wanted: str) -> None:
     """Raises ValueError for a tensor of another type, or one that is missing."""
     if not checkpoint.has(name):
         raise ValueError(f"tensor {name!r} is missing beside the layer's other tensors")
-    if checkpoint.type_of(name) != wanted:
-        raise ValueError(f"tensor {name!r} is of type {checkpoint.type_of(name)}, not {wanted}")
+    if checkpoint.type_of(name) not in wanted:
+        names = " or ".join(wanted)
+        raise ValueError(f"tensor {name!r} is of type {checkpoint.type_of(name)}, not {names}")
 
 
 def read_at(checkpoint: Checkpoint, name: str, at: int | None) -> Tensor:
