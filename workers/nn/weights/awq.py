@@ -48,7 +48,9 @@ class AwqMatrix(StoredMatrix):
     def numbers(self, rows: slice, columns: slice) -> Tensor:
         return self._outputs("qweight", rows, columns)
 
-    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
+        if order is not None:
+            return None
         words, within = words_of(rows, BITS)
         found = self._checkpoint.read(self.name, columns, words).to(self._checkpoint.device)
         size, count = found.shape

@@ -65,7 +65,9 @@ class PackedMatrix(StoredMatrix):
         found = self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device)
         return as_kind(unpack(found, self._bits)[:, within], self._bits)
 
-    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
+        if order is not None:
+            return None
         words, _ = words_of(columns, self._bits)
         return blocks_of(self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device))
 

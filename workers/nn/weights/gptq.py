@@ -20,7 +20,15 @@ from torch import Tensor
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.exceptions import Names, spellings
 from workers.nn.weights.matrices import StoredMatrix, expect_type
-from workers.nn.weights.packed import KINDS, as_kind, blocks_of, unpack, without_common, words_of
+from workers.nn.weights.packed import (
+    KINDS,
+    as_kind,
+    blocks_of,
+    ordered_blocks,
+    unpack,
+    without_common,
+    words_of,
+)
 from workers.nn.weights.stored import StoredFormat
 
 
@@ -65,10 +73,10 @@ class GptqMatrix(StoredMatrix):
         found = self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device)
         return as_kind(unpack(found.t(), self._bits)[:, within], self._bits)
 
-    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
         words, _ = words_of(columns, self._bits)
         found = self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device)
-        return blocks_of(found.t())
+        return blocks_of(found.t()) if order is None else ordered_blocks(found, order.to(found.device))
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.scales", columns=rows)

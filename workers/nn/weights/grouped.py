@@ -121,6 +121,7 @@ class Arrangement:
             order, is_padding, starts = _padded_order(order, [*starts, self.in_features])
         self.group_size = _group_size(starts, self.in_features)
         self.order, self._is_padding = order, is_padding
+        self.has_blocks = is_padding is None  # no input is padding between others
         self._groups = groups if order is None else groups[order]
         self.num_inputs = len(self._groups)
         # The first input of each group has its scale.
@@ -159,9 +160,8 @@ class Arrangement:
     def put_blocks(
         self, weight: GroupedWeight, rows: slice, blocks: Tensor, scales: Tensor, zeros: Tensor | None
     ) -> None:
-        """As `put`, of numbers [n, in / 2] of 4 bits that are in the layout's blocks already. Only where
-        inputs stand as they are."""
-        assert self.order is None
+        """As `put`, of numbers [n, num_inputs / 2] of 4 bits that are in the layout's blocks already. Only
+        where `has_blocks`."""
         numbers, count = weight.numbers[rows], blocks.shape[1]
         numbers[:, :count] = blocks
         numbers[:, count:] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.nn.weights.grouped import COMMON_ZERO, NumberKind
+from workers.nn.weights.grouped import BLOCK, COMMON_ZERO, NumberKind
 
 LOW = 0x0F0F0F0F0F0F0F0F  # of each byte
 KINDS = {4: NumberKind.INT4, 8: NumberKind.INT8}
@@ -37,6 +37,19 @@ def blocks_of(words: Tensor) -> Tensor:
     for place, numbers in enumerate(paired(halves[:, :, 0], halves[:, :, 1])):
         pairs[..., place] = numbers.view(torch.uint8).unflatten(1, (-1, 8))
     return blocks
+
+
+def ordered_blocks(words: Tensor, order: Tensor) -> Tensor:
+    """Numbers of 4 bits in the layout's blocks [rows, m / 2], of words [n, rows] int32, each with eight
+    inputs of a row. order: [m], which of the inputs stands there; m: a multiple of 32."""
+    octets = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+    inputs = octets.new_empty(len(words), 8, words.shape[1])
+    for place in range(4):
+        inputs[:, 2 * place] = octets[:, :, place] & 15
+        inputs[:, 2 * place + 1] = octets[:, :, place] >> 4
+    halves = inputs.flatten(0, 1).index_select(0, order).unflatten(0, (-1, 2, BLOCK // 2))
+    blocks: Tensor = (halves[:, 1] << 4).bitwise_or_(halves[:, 0])
+    return blocks.flatten(0, 1).t()
 
 
 def words_of(numbers: slice, bits: int) -> tuple[slice, slice]:

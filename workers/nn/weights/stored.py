@@ -171,7 +171,7 @@ class StoredFormat(Format):
             any(found is not None for found in zeros),
         )
         weight = arrangement.empty(first.kind, count, has_zeros, checkpoint.device)
-        is_short = arrangement.order is None and first.kind is NumberKind.INT4 and _are_blocks(ranges)
+        is_short = arrangement.has_blocks and first.kind is NumberKind.INT4 and _are_blocks(ranges)
         row = 0
         for piece, of_piece in zip(pieces, zeros, strict=True):
             scales = piece.matrix.scales(piece.rows)
@@ -180,7 +180,7 @@ class StoredFormat(Format):
                 rows = slice(piece.rows.start + part.start, piece.rows.start + part.stop)
                 place = slice(row + part.start, row + part.stop)
                 beside = scales[part][:, picked], None if of_piece is None else of_piece[part][:, picked]
-                blocks = piece.matrix.blocks(rows, ranges[0]) if is_short else None
+                blocks = piece.matrix.blocks(rows, ranges[0], arrangement.order) if is_short else None
                 if blocks is not None:
                     arrangement.put_blocks(weight, place, blocks, *beside)
                     continue
