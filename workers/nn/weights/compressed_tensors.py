@@ -27,7 +27,7 @@ from workers.nn.weights.stored import StoredFormat
 logger = logging.getLogger(__name__)
 
 
-class PackedMatrix(StoredMatrix):
+class CompressedMatrix(StoredMatrix):
     def __init__(self, checkpoint: Checkpoint, module: str) -> None:
         name = f"{module}.weight_packed"
         expect_type(checkpoint, name, "I32")
@@ -101,7 +101,7 @@ class CompressedTensors(StoredFormat):
     def matrix(self, checkpoint: Checkpoint, module: str) -> StoredMatrix:
         names = [f"{module}.{name}" for name in ("weight", "weight_scale", "weight_zero_point")]
         if checkpoint.has(f"{module}.weight_packed"):
-            return PackedMatrix(checkpoint, module)
+            return CompressedMatrix(checkpoint, module)
         return ScaledMatrix(checkpoint, names[0], names[1], list(self._blocks(module)), zero=names[2])
 
     def _blocks(self, module: str) -> Iterator[tuple[int, int]]:

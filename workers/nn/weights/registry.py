@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.families.quantization import check_quantization, stored_quantization
+from pipeline.families.quantization import CHECKS, check_quantization, stored_quantization
 from workers.nn.loader import Checkpoint, Progress, no_progress
 from workers.nn.weights.at_load import GroupedAtLoad
 from workers.nn.weights.auto_round import auto_round
@@ -104,6 +104,6 @@ def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | N
     found = stored_quantization(folder)
     if found is None:
         return None
-    if found.method not in stored or found.method in STORED_FORMATS:
+    if found.method not in stored or found.method in CHECKS:
         check_quantization(folder)
     return stored[found.method](found.settings)
