@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from workers.nn.weights.side_by_side import SideBySide
 
 logger = logging.getLogger(__name__)
 PART_NUMBERS = 1 << 24  # that are unpacked at a time: never a whole output layer
+KEPT = 4  # arrangements: of attention, of its output, and of both projections of an MLP
 # Tensors of a layer that only quantised ones have; of experts in one tensor, behind its name.
 MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_scale_inv", "_scale")
 
@@ -50,7 +52,7 @@ class StoredFormat(Format):
     def __init__(self) -> None:
         self._dense: Format = Dense()
         self._is_exported = False
-        self._arranged: tuple[Tensor, Arrangement] | None = None
+        self._arranged: deque[tuple[Tensor, Arrangement]] = deque(maxlen=KEPT)
         self._warned: set[bool] = set()
 
     @abstractmethod
@@ -192,9 +194,11 @@ class StoredFormat(Format):
 
     def _arrangement(self, groups: Tensor) -> Arrangement:
         """Kept for the next layer, whose groups mostly are the same."""
-        if self._arranged is None or not torch.equal(self._arranged[0], groups):
-            self._arranged = groups, Arrangement(groups)
-        return self._arranged[1]
+        for known, arrangement in self._arranged:
+            if torch.equal(known, groups):
+                return arrangement
+        self._arranged.append((groups, Arrangement(groups)))
+        return self._arranged[-1][1]
 
 
 def _part_size(in_features: int) -> int:
