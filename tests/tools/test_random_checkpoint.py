@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from launcher.checkpoints import find_model
 from launcher.stored_weights import check_weights
+from pipeline.adapters import read_adapter
+from pipeline.adapters.tensors import tensors_in
 from pipeline.config import Config, ModelConfig
 from pipeline.families import read_model_info
 from tools.random_checkpoint import SHAPES, make_checkpoint
@@ -191,8 +193,13 @@ A cat.
 
 def test_the_command_makes_fewer_layers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.random_checkpoint", "qwen3-vl-tiny", str(tmp_path)]
-    subprocess.run([*command, "--layers", "2"], check=True)
+    subprocess.run([*command, "--layers", "2", "--lora", "a", "b", "--lora-rank", "3"], check=True)
     assert read_model_info(tmp_path).text.num_layers == 2
+    a, b = (read_adapter(name, tmp_path.with_name(f"{tmp_path.name}-{name}")) for name in "ab")
+    for adapter in (a, b):
+        adapter.check_fits(tensors_in(tmp_path))
+        assert {module.rank for module in adapter.modules.values()} == {3}
+    assert a.path.read_bytes() != b.path.read_bytes()
     AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     # Deepstack adds to two.
     refused = subprocess.run([*command, "--layers", "1"], check=False, capture_output=True, text=True)

@@ -6,7 +6,7 @@ values.
 
 A shape (`shapes.py`) is a published model's or a small one of its family. `settings.py` writes the JSON
 files, `tokenizer.py` a tokenizer in which every id is a word, `weights.py` the tensors under the hub's names,
-and `quantized/` makes the files of quantised models of them.
+`lora.py` adapters, and `quantized/` makes the files of quantised models of them.
 """
 
 from tools.random_checkpoint.make import make_checkpoint

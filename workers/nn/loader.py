@@ -22,8 +22,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-# prefixes of transformers 5, and the older names for them
-PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+from pipeline.adapters.tensors import usual_name
+
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PLAIN_TYPES = (*FILE_DTYPES, "F64")  # a file's types of weights that are not quantised
@@ -75,11 +75,11 @@ class Checkpoint:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             for name, file in json.loads(index.read_text())["weight_map"].items():
-                self._places[_usual_name(name)] = (folder / file, name)
+                self._places[usual_name(name)] = (folder / file, name)
         else:
             for path in sorted(folder.glob("*.safetensors")):
                 for name in self._open(path).keys():  # noqa: SIM118
-                    self._places[_usual_name(name)] = (path, name)
+                    self._places[usual_name(name)] = (path, name)
         if not self._places:
             raise ValueError(f"model {str(folder)!r} has no safetensors files")
         self._progress = progress
@@ -204,13 +204,6 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
-
-
-def _usual_name(name: str) -> str:
-    for found, wanted in PREFIXES:
-        if name.startswith(found):
-            return wanted + name.removeprefix(found)
-    return name
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

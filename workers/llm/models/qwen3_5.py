@@ -306,8 +306,9 @@ class DeltaMixer:
         modules, shards = ("in_proj_qkv", "in_proj_z"), (layout.channels, layout.values)
         self._in_proj: Linear = weights.column(modules, shards)
         # Few rows, in no format: an error in them would add up over all tokens behind.
-        gates = torch.cat([weights.matrix(f"in_proj_{name}", layout.value_heads) for name in "ba"])
-        self._gates = Dense().pack(gates, None)
+        modules, shards = ("in_proj_b", "in_proj_a"), (layout.value_heads, layout.value_heads)
+        gates = [weights.matrix(name, heads) for name, heads in zip(modules, shards, strict=True)]
+        self._gates = weights.adapted(Dense().pack(torch.cat(gates), None), modules, shards)
         self._out_proj = weights.row("out_proj", layout.values)
         self._net = backend.net(
             num_key_heads=layout.num_key_heads,

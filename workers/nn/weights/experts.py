@@ -11,6 +11,7 @@ from workers.nn.fused import Kernels
 from workers.nn.layers import silu_mul
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts, Format, Linear
+from workers.nn.weights.grouped import GroupedWeight
 from workers.nn.weights.shard import ExpertsShard
 
 
@@ -73,6 +74,35 @@ class StackedExperts(Experts):
     def __init__(self, gate_up: Tensor, down: Tensor, first: int, kernels: Kernels) -> None:
         """Of the experts `first`, `first` + 1, …: gate_up [num_held, 2 · intermediate, hidden], down
         [num_held, hidden, intermediate]."""
+        self._gate_up, self._down, self._first, self._compute = gate_up, down, first, kernels.experts
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        return self._compute(x, self._gate_up, self._down, chosen, shares, self._first)
+
+
+class GroupedExperts(Experts):
+    """As `StackedExperts`, of weights of the one layout of quantised checkpoints: the same kernels widen
+    them."""
+
+    def __init__(
+        self,
+        gate_up: GroupedWeight,
+        down: GroupedWeight,
+        first: int,
+        kernels: Kernels,
+    ) -> None:
+        """Of the experts `first`, `first` + 1, … the outputs one expert after the other (`grouped.stack`):
+        gate_up [num_held · 2 · intermediate, hidden], in each expert gate first; down [num_held · hidden,
+        intermediate]. On the device that computes.
+
+        Raises ValueError for outputs that are no whole number of experts.
+        """
+        hidden, size = gate_up.in_features, down.in_features
+        if gate_up.out_features * hidden != 2 * size * down.out_features or down.out_features % hidden:
+            raise ValueError(
+                f"gate_up has {gate_up.out_features} outputs and {hidden} inputs, down {down.out_features} "
+                f"and {size}: these are not the same whole number of experts"
+            )
         self._gate_up, self._down, self._first, self._compute = gate_up, down, first, kernels.experts
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:

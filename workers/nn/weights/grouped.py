@@ -9,7 +9,8 @@ the outputs is a part of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import accumulate
 from math import gcd
@@ -59,6 +60,14 @@ class GroupedWeight(NamedTuple):
     def out_features(self) -> int:
         return len(self.numbers)
 
+    def to(self, device: torch.device) -> GroupedWeight:
+        return self._replace(
+            numbers=self.numbers.to(device),
+            scales=self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
+
     def ordered(self, x: Tensor) -> Tensor:
         """The inputs [rows, num_inputs] in the layout's order, of x [rows, in_features]."""
         return x if self.order is None else x.index_select(1, self.order)
@@ -85,14 +94,36 @@ class GroupedWeight(NamedTuple):
         return wide.new_zeros(len(wide), self.in_features).index_add_(1, self.order, wide)
 
 
-class GroupedLinear(Linear):
-    """Widens a part of the weight at a time, and multiplies by it."""
+# (x [rows, in], bias, residual): x Wᵀ + bias + residual, of one weight.
+Product = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
-    def __init__(self, weight: GroupedWeight, bias: Tensor | None = None) -> None:
+
+def choose_product(weight: GroupedWeight) -> Product | None:
+    """The kernels of the weight's device; None: torch's operators. Triton is imported only where there is a
+    GPU."""
+    if weight.numbers.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from workers.nn.weights.grouped_cuda import make_cuda_product
+
+    return make_cuda_product(weight)
+
+
+class GroupedLinear(Linear):
+    """By kernels, where there are any; else it widens a part of the weight at a time, and multiplies by
+    it."""
+
+    def __init__(
+        self,
+        weight: GroupedWeight,
+        bias: Tensor | None = None,
+        choose: Callable[[GroupedWeight], Product | None] = choose_product,
+    ) -> None:
         super().__init__(weight.out_features, weight.in_features)
-        self.weight, self._bias = weight, bias
+        self.weight, self._bias, self._product = weight, bias, choose(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._product is not None:
+            return self._product(x, self._bias, None)
         x = self.weight.ordered(x)
         out = x.new_empty(len(x), self.out_features)
         step = max(BLOCK, TILE_NUMBERS // self.weight.num_inputs)
@@ -100,6 +131,11 @@ class GroupedLinear(Linear):
             part = slice(start, start + step)
             torch.mm(x, self.weight.widened(part, x.dtype).t(), out=out[:, part])
         return out if self._bias is None else out.add_(self._bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self._product is not None:
+            return self._product(x, self._bias, residual)
+        return super().add_to(residual, x)
 
 
 class Arrangement:

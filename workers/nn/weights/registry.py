@@ -10,6 +10,7 @@ import torch
 
 from pipeline.families.quantization import CHECKS, check_quantization, stored_quantization
 from workers.nn.loader import Checkpoint, Progress, no_progress
+from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.at_load import GroupedAtLoad
 from workers.nn.weights.auto_round import auto_round
 from workers.nn.weights.awq import Awq
@@ -91,13 +92,15 @@ def open_weights(
     override: str = "none",
     progress: Progress = no_progress,
     dense: Format | None = None,
+    adapters: AdapterSet | None = None,
 ) -> Weights:
-    """The checkpoint in `folder`, in its formats; other tensors in `dtype`.
+    """The checkpoint in `folder`, in its formats, with `adapters` beside its layers; other tensors in
+    `dtype`.
 
     Raises ValueError as `choose_formats` does.
     """
     formats = choose_formats(folder, device, override, dense=dense)
-    return Weights(Checkpoint(folder, dtype, device, progress), formats)
+    return Weights(Checkpoint(folder, dtype, device, progress), formats, adapters=adapters)
 
 
 def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | None:

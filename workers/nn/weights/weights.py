@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint, StoredRows
+from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import load_part, load_side_by_side
 from workers.nn.weights.experts import ListedExperts
@@ -20,11 +21,19 @@ from workers.nn.weights.side_by_side import SideBySide
 class Weights:
     """The tensors under a prefix.
 
-    `formats`: the first that holds a layer reads it; the last one holds every layer.
+    `formats`: the first that holds a layer reads it; the last one holds every layer. `adapters`: what is
+    added to layers, in any format.
     """
 
-    def __init__(self, checkpoint: Checkpoint, formats: Sequence[Format], prefix: str = "") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        formats: Sequence[Format],
+        prefix: str = "",
+        adapters: AdapterSet | None = None,
+    ) -> None:
         self._checkpoint, self._formats, self._prefix = checkpoint, formats, prefix
+        self._adapters = adapters
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,7 +45,7 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The same checkpoint with a longer prefix: `weights.under("model.layers.3")`."""
-        return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.")
+        return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.", self._adapters)
 
     def expect(self, prefix: str) -> None:
         """Progress counts the tensors under this prefix only."""
@@ -82,14 +91,22 @@ class Weights:
             (format, list(run)) for format, run in groupby(pairs, key=lambda pair: self._format_of(pair[0]))
         ]
         if len(runs) == 1:
-            return _column(self._checkpoint, *runs[0], bias)
-        # Stored in several formats, they are computed one by one.
-        return SideBySide([_column(self._checkpoint, format, run, None) for format, run in runs], bias)
+            found = _column(self._checkpoint, *runs[0], bias)
+        else:  # stored in several formats, they are computed one by one
+            found = SideBySide([_column(self._checkpoint, format, run, None) for format, run in runs], bias)
+        return self.adapted(found, modules, shards)
 
     def row(self, module: str, shard: Shard) -> Linear:
         """A layer without a bias. Each rank has the inputs of its shard; the ranks' results are summed."""
         name = self._prefix + module
-        return self._format_of(name).row(self._checkpoint, name, shard)
+        linear = self._format_of(name).row(self._checkpoint, name, shard)
+        return linear if self._adapters is None else self._adapters.row(linear, name, shard)
+
+    def adapted(self, linear: Linear, modules: Sequence[str], shards: Sequence[Shard]) -> Linear:
+        """A layer of another making, with the adapters of these modules, of each the outputs of its shard."""
+        if self._adapters is None:
+            return linear
+        return self._adapters.column(linear, [self._prefix + module for module in modules], shards)
 
     def experts(self, module: str, shard: ExpertsShard, kernels: Kernels | None) -> Experts:
         """The experts of a layer, in whichever format and layout the checkpoint has them."""
