@@ -27,6 +27,7 @@ from pipeline.adapters.tensors import usual_name
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PLAIN_TYPES = (*FILE_DTYPES, "F64")  # a file's types of weights that are not quantised
+MAPPED_BYTES = 256 << 20  # that are read from a file before it is mapped anew: its pages count as memory
 # Bytes of the tensors that are loaded at least in part, and of all; 0 and 1 while their number is unknown.
 Progress = Callable[[int, int], None]
 
@@ -69,6 +70,7 @@ class Checkpoint:
     ) -> None:
         self.dtype, self.device = dtype, device
         self._opened: tuple[Path, safe_open] | None = None
+        self._num_read = 0  # bytes, since the file was opened
         self._places: dict[str, tuple[Path, str]] = {}  # name → file, name in the file
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -162,6 +164,7 @@ class Checkpoint:
             tensor: Tensor = self._open(path).get_slice(stored)[ranges]
         else:
             tensor = self._open(path).get_tensor(stored)
+        self._num_read += tensor.nbytes
         if name not in self._loaded:
             self._loaded.add(name)
             if not self._total:
@@ -187,9 +190,10 @@ class Checkpoint:
             trim(0)
 
     def _open(self, path: Path) -> safe_open:
-        """Keeps one file mapped at a time, since its pages count as this process's memory."""
-        if self._opened is None or self._opened[0] != path:
-            self._opened = None
+        """Keeps one file mapped at a time, and not more of it than was read lately, since its pages count as
+        this process's memory."""
+        if self._opened is None or self._opened[0] != path or self._num_read > MAPPED_BYTES:
+            self._opened, self._num_read = None, 0
             self._opened = path, safe_open(path, framework="pt")
         return self._opened[1]
 
