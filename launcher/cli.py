@@ -27,6 +27,7 @@ from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.service_manager import VARIABLE as MANAGER
 from launcher.service_manager import ServiceManager
+from launcher.stored_weights import check_weights
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
 from pipeline.config.tls import ssl_context
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         check_available(config.launcher.otlp_traces_endpoint)
         check_names(config.api.tool_call_parser, config.api.reasoning_parser)
         model = find_model(config.model, can_keep)
+        check_weights(config, model.folder)
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))
         with RunDir(config.launcher.run_dir, base) as run_dir:
             cache = cache_folder(config.launcher.cache_dir, os.environ, home, run_dir)

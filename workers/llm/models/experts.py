@@ -65,7 +65,7 @@ class SharedExpertMlp:
 
 def _exact(weights: Weights, module: str) -> Linear:
     """A layer in no format."""
-    return weights.adapted(TorchLinear(weights.tensor(f"{module}.weight")), (module,), (WHOLE,))
+    return weights.adapted(TorchLinear(weights.matrix(module)), (module,), (WHOLE,))
 
 
 def choose_experts(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:

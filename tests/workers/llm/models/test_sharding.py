@@ -73,6 +73,12 @@ class MetaCheckpoint:
         self.shapes = shapes
         self.loaded: list[tuple[str, Part]] = []
 
+    def has(self, name: str) -> bool:
+        return name in self.shapes
+
+    def check_plain(self, name: str) -> None:
+        """All are."""
+
     def has_module(self, module: str) -> bool:
         return f"{module}.weight" in self.shapes
 
