@@ -26,6 +26,7 @@ PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 TOWER = "visual."  # of the layers that encode pictures, by their usual names
 DTYPES = ("F32", "F16", "BF16")
+PACKED = ("U8", "I32", "U32", "I64")  # of a weight: of several numbers in one
 # Layers that are computed for other rows than a step has, by the ends of their names.
 UNSERVED = {"experts": r"\.experts(\.|$)", "input and output embeddings": r"(^|\.)(embed_tokens|lm_head)$"}
 
@@ -67,7 +68,7 @@ class Adapter:
             stored = base.get(f"{name}.weight")
             if stored is None and not any(other.startswith(f"{name}.") for other in base):
                 raise ValueError(f"{self._of(module.a)}, but the model has no layer {name}")
-            if stored is None:  # packed: its worker compares the sizes
+            if stored is None or stored.dtype in PACKED:  # its worker compares the sizes
                 continue
             if len(stored.shape) != 2:
                 raise ValueError(f"{self._of(module.a)}, but {name} of the model is no linear layer")

@@ -15,15 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from pipeline.adapters import read_adapter
+from pipeline.adapters.tensors import tensors_in
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.sampling import SamplingParams
-from tests.adapters import RANKS, is_of_text, make_adapters, merged, options_of
+from tests.adapters import RANKS, SPREAD, is_of_text, make_adapters, merged, options_of
 from tests.chats import CHATS, ChatTurns
 from tests.checkpoints import make_checkpoint
+from tests.dequantised import dequantise
 from tests.engine_rig import NUM_TOKENS, Rig
 from tests.pictures import scene
 from tests.reference import Answer, Reference, assert_same_tokens
 from tools.random_checkpoint.lora import write_adapter
+from tools.random_checkpoint.quantized import quantize_checkpoint
 from workers.llm.attention.triton import TritonAttention
 from workers.llm.decode_graphs import DecodeGraphs, Outputs
 from workers.llm.sequences import StepRows
@@ -176,6 +180,24 @@ def test_an_adapter_that_nobody_knows_is_refused(random_checkpoint: Path) -> Non
     rig.run()
     (failed,) = rig.publisher.take(RequestFailed)
     assert (failed.error.status, failed.error.field) == (404, "adapter")
+
+
+@pytest.mark.parametrize("format", ["awq", "fp8-block"])
+def test_beside_quantised_layers(format: str, random_checkpoint: Path, tmp_path: Path) -> None:
+    """As beside the weights that the maker's formula makes of the same files."""
+    quantised = quantize_checkpoint(random_checkpoint, tmp_path / "quantised", format, 16)
+    dense = dequantise(quantised, tmp_path / "dense")
+    adapter = write_adapter(dense, tmp_path / "adapter", 4, SPREAD, is_of_text)
+    read_adapter("tuned", adapter).check_fits(tensors_in(quantised))
+    wanted = Rig(merged(dense, adapter, tmp_path / "merged"), 512)
+    rig = Rig(quantised, 512, lora=(f"tuned={adapter}",))
+    without = Rig(quantised, 512)
+    for one, name in ((wanted, ""), (rig, "tuned"), (without, "")):
+        submit(one, name, "1", CHATS["text only"])
+        one.run()
+    tokens = rig.tokens("1")
+    assert tokens == wanted.tokens("1")
+    assert tokens != without.tokens("1")
 
 
 def saved_by_peft(folder: Path, place: Path, **settings: object) -> Sequence[Path]:
