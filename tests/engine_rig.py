@@ -100,12 +100,13 @@ class Rig:
         drafter: Drafter | None = None,
         num_snapshots: int = 0,
         speculative: str = "none",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         self.num_vits = num_vits  # over which chunks of a video are spread
         llm = LlmConfig(
             block_size=block_size, attention=attention, linear_attention=linear_attention,
-            speculative=speculative,
+            speculative=speculative, kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
         config = Config(model=ModelConfig(dtype="float32"), llm=llm)
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
