@@ -61,7 +61,7 @@ async def test_answers_are_those_of_one_process() -> None:
         output = server.output
     assert tokens == expected
     assert num_cached["first"] == 0
-    assert num_cached["second"] > 2 * BLOCK, "the picture is found in the cache"
+    assert num_cached["second"] >= 2 * BLOCK, "a prefix is found in the cache"
     info = read_model_info(EMBEDDED / "model")
     of_token = token_bytes(decoder_of(info).spec_of(info.text, 2), torch.float32, INT8)
     num_blocks = int(CACHE_GIB * GIB) // (BLOCK * of_token)
