@@ -28,6 +28,7 @@ kernels = Extension(
         for name in (
             "kernels.inc",
             "vectors.inc",
+            "kv_bits.inc",
             "attend_rows.inc",
             "delta.inc",
             "delta_net.inc",

@@ -110,6 +110,7 @@ class Heads(NamedTuple):
     dim: int = 128
     num_turned: int = 64  # pairs of a head's numbers
     has_wide_norm: bool = False  # its weights are in float32
+    kind: int = 0  # of the cache, as kernels know it
 
 
 class StoredKind(NamedTuple):
@@ -154,7 +155,16 @@ HEADS = (
     Heads(28, 4, torch.float32),
     Heads(24, 4, torch.bfloat16, 256, 32, has_wide_norm=True),
     Heads(8, 2, torch.float32, 256, 32, has_wide_norm=True),
+    Heads(28, 4, torch.bfloat16, kind=1),
+    Heads(24, 4, torch.bfloat16, 256, 32, has_wide_norm=True, kind=2),
 )
+# Of a cache: its name, and the types of its numbers and scales. In the model's type it has no scales, and
+# kernels are handed the numbers again.
+KINDS = {
+    0: ("", {}),
+    1: (", int8 cache", {"cache": "*i8", "scales": "*fp32"}),
+    2: (", fp8 cache", {"cache": "*u8", "scales": "*fp32"}),
+}
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -178,7 +188,9 @@ def variants(capability: int) -> Iterator[Variant]:
 
 def _of_attention(heads: Heads, capability: int) -> Iterator[Variant]:
     num_heads, num_kv_heads, dtype, dim = heads[:4]
-    name, pointer = f"{num_heads}/{num_kv_heads} heads, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+    kind, (cached, types) = heads.kind, KINDS[heads.kind]
+    name = f"{num_heads}/{num_kv_heads} heads, {str(dtype).removeprefix('torch.')}{cached}"
+    pointer = TYPES[dtype]
     attended: dict[str, int | str] = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": num_heads // num_kv_heads,
@@ -186,16 +198,23 @@ def _of_attention(heads: Heads, capability: int) -> Iterator[Variant]:
         "DIM_PADDED": dim,
         "BLOCK_SIZE": 16,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "KIND": kind,
     }
-    keys, num_warps = attention.choose_decode_tile(dtype, dim)
-    for splits in (1, attention.MAX_SPLITS // 4):
+    keys, num_warps = attention.choose_decode_tile(dtype, dim, kind)
+    for splits in (1,) if kind else (1, attention.MAX_SPLITS // 4):
         tile: dict[str, int | str] = {"ROWS": 16, "TILE": keys, "NUM_SPLITS": splits}
         out = "*fp32" if splits > 1 else pointer
         what, kernel = f"decode, {name}, {splits} splits", triton_kernels.decode_kernel
-        yield Variant(what, kernel, attended | tile, out, num_warps, pointer)
+        yield Variant(what, kernel, attended | tile, out, num_warps, pointer, types=types)
     rows, keys, num_warps = attention.choose_prefill_tile(capability, dtype, dim)
     tile, kernel = {"ROWS": rows, "TILE": keys}, triton_kernels.prefill_kernel
-    yield Variant(f"prefill, {name}", kernel, attended | tile, pointer, num_warps, pointer)
+    yield Variant(f"prefill, {name}", kernel, attended | tile, pointer, num_warps, pointer, types=types)
+    yield from _of_writes(heads, name)
+
+
+def _of_writes(heads: Heads, name: str) -> Iterator[Variant]:
+    """A cache in 8 bits only behind norms, where a kernel takes most registers."""
+    num_heads, num_kv_heads, dtype, dim = heads[:4]
     turned = {
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
@@ -203,14 +222,18 @@ def _of_attention(heads: Heads, capability: int) -> Iterator[Variant]:
         "HALF": dim // 2,
         "HALF_PADDED": dim // 2,
         "TURNED": heads.num_turned,
+        "KIND": heads.kind,
     }
-    wide = {"q_norm": "*fp32", "k_norm": "*fp32"} if heads.has_wide_norm else {}
-    for what, has_bias, has_norm in (("rotate", True, False), ("norm, rotate", False, True)):
+    types = {**KINDS[heads.kind][1]}
+    if heads.has_wide_norm:
+        types |= {"q_norm": "*fp32", "k_norm": "*fp32"}
+    both = ("rotate", True, False), ("norm, rotate", False, True)
+    for what, has_bias, has_norm in both[1:] if heads.kind else both:
         constants = {**turned, "HAS_BIAS": has_bias, "HAS_NORM": has_norm}
         kernel = triton_kernels.norm_rotate_and_write_kernel
         num_warps = attention.choose_num_warps(dim)
         what = f"{what} and write, {name}"
-        yield Variant(what, kernel, constants, num_warps=num_warps, dtype=pointer, types=wide)
+        yield Variant(what, kernel, constants, num_warps=num_warps, dtype=TYPES[dtype], types=types)
 
 
 def _of_experts() -> Iterator[Variant]:

@@ -1,14 +1,16 @@
-"""What weights of fewer bits cost: errors of logits and of pictures' features, memory at load, and the
-embedded model's exam.
+"""What weights of fewer bits cost, or keys and values: errors of logits and of pictures' features, memory at
+load, and the embedded model's exam.
 
     python -m tools.quantization_loss                         # the embedded model
+    python -m tools.quantization_loss --kv-cache-dtype auto int8 fp8
     python -m tools.quantization_loss --model FOLDER          # any checkpoint, without the exam
     python -m tools.quantization_loss --count 20 --formats none int8 int4
 
 Logits are those of a text's first tokens, features the tower's of pictures in a folder, both beside float32.
 Each format is loaded in a process of its own, for the memory that it takes. The exam's questions are those of
 `tools.tiny_model.evaluate`, through the server: for each format with decoder and tower in it, and with the
-decoder alone.
+decoder alone. With `--kv-cache-dtype` weights are as the checkpoint has them, and only the decoder is asked:
+logits beside those with keys and values in the model's type, where each token attends to what the cache has.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ from tools.tiny_model.evaluate import ask_server
 from tools.tiny_model.exams import SKILLS, Exam, exams
 from workers.llm.attention.base import SequencePart
 from workers.llm.attention.torch import PagedAttention
+from workers.llm.cache.kv_formats import FORMATS
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of
 from workers.llm.models.registry import decoder_of
@@ -57,10 +60,20 @@ class Loaded(NamedTuple):
     peak: int  # and at most while it is loaded, with the pages of its file
 
 
+class KvLoss(NamedTuple):
+    """Of a text, beside keys and values in the model's type."""
+
+    error: float  # relative, of the logits
+    others: float  # share of tokens behind which another one is the likeliest
+    kl: float  # nats, the mean of all tokens
+
+
 Compute = Callable[[Path, torch.dtype, str, Any], Loaded]
 
 
-def logits_of(folder: Path, dtype: torch.dtype, quantization: str, token_ids: Tensor) -> Loaded:
+def logits_of(
+    folder: Path, dtype: torch.dtype, quantization: str, token_ids: Tensor, kv_cache_dtype: str = "auto"
+) -> Loaded:
     """Of the decoder alone."""
     before = _memory()
     info = read_model_info(folder)
@@ -69,7 +82,8 @@ def logits_of(folder: Path, dtype: torch.dtype, quantization: str, token_ids: Te
     weights.close()
     weights_size, peak = _since(before)
     num_tokens, num_blocks = len(token_ids), -(-len(token_ids) // 16)
-    cache = PagedTensors(paged_of(decoder.cache_spec()), num_blocks, 16, dtype, CPU)
+    kv_format, spec = FORMATS.get(kv_cache_dtype), paged_of(decoder.cache_spec())
+    cache = PagedTensors(spec, num_blocks, 16, dtype, CPU, kv_format)
     step = PagedAttention(cache).plan([SequencePart(num_tokens, 0, tuple(range(num_blocks)))])
     hidden = decoder(decoder.embed(token_ids), torch.arange(num_tokens).expand(3, -1), step)
     return Loaded(decoder.logits(hidden).float(), weights_size, peak)
@@ -156,24 +170,53 @@ def print_features(
         print(f"| {_label(name, dtype)} | {errors} | {loaded.weights / MIB:.0f} | {loaded.peak / MIB:.0f} |")
 
 
-def print_exam(dtype: torch.dtype, formats: list[str], count: int) -> None:
+def kv_loss(logits: Tensor, exact: Tensor) -> KvLoss:
+    """Of logits [num_tokens, vocab_size]."""
+    likely, other = (one.double().log_softmax(dim=1) for one in (exact, logits))
+    return KvLoss(
+        float((logits.double() - exact.double()).norm() / exact.double().norm()),
+        float((likely.argmax(dim=1) != other.argmax(dim=1)).double().mean()),
+        float((likely.exp() * (likely - other)).sum(dim=1).mean()),
+    )
+
+
+def print_kv_loss(folder: Path, dtype: torch.dtype, names: list[str], token_ids: Tensor) -> None:
+    exact = logits_of(folder, dtype, "none", token_ids).found
+    print(f"{len(token_ids)} tokens of text, beside keys and values in {_label('none', dtype)}\n")
+    print("| keys and values | error of the logits | another best token | KL, nats |")
+    print("| --- " * 4 + "|")
+    for name in names:
+        loss = kv_loss(logits_of(folder, dtype, "none", token_ids, name).found, exact)
+        label = _label("none" if name == "auto" else name, dtype)
+        print(f"| {label} | {loss.error:.2%} | {loss.others:.2%} | {loss.kl:.6f} |")
+
+
+def print_exam(dtype: torch.dtype, subjects: Mapping[str, Sequence[str]], count: int) -> None:
+    """Of servers with these options, by their names; the first one is what the others stand beside."""
     asked = exams(list(SKILLS), count)
     print(f"\n| exam, {len(asked)} questions | right | right there, wrong here | the reverse |")
     print("| --- " * 4 + "|")
     first: list[bool] = []
+    for label, options in subjects.items():
+        right = right_answers(dtype, options, asked)
+        first = first or right
+        worse = sum(one and not other for one, other in zip(first, right, strict=True))
+        better = sum(other and not one for one, other in zip(first, right, strict=True))
+        print(f"| {label} | {sum(right) / len(right):.2%} | {worse} | {better} |", flush=True)
+
+
+def weight_subjects(dtype: torch.dtype, formats: list[str]) -> dict[str, Sequence[str]]:
+    """Each format for decoder and tower, and for the decoder alone."""
+    subjects: dict[str, Sequence[str]] = {}
     for name in formats:
         for tower in dict.fromkeys((name, "none")):
-            right = right_answers(dtype, name, tower, asked)
-            first = first or right
-            worse = sum(one and not other for one, other in zip(first, right, strict=True))
-            better = sum(other and not one for one, other in zip(first, right, strict=True))
             label = _label(name, dtype) + ("" if tower == name else f", tower in {_label(tower, dtype)}")
-            print(f"| {label} | {sum(right) / len(right):.2%} | {worse} | {better} |", flush=True)
+            subjects[label] = "--quantization", name, "--vit-quantization", tower
+    return subjects
 
 
-def right_answers(dtype: torch.dtype, quantization: str, tower: str, asked: list[Exam]) -> list[bool]:
+def right_answers(dtype: torch.dtype, formats: Sequence[str], asked: list[Exam]) -> list[bool]:
     options = "--dtype", str(dtype).removeprefix("torch."), "--device", "cpu"
-    formats = "--quantization", quantization, "--vit-quantization", tower
     with serve(EMBEDDED / "model", *options, *formats) as served:
         answers = asyncio.run(ask_server(served.url, asked))
     return [answer.text == exam.lesson.turns[-1].answer for exam, answer in zip(asked, answers, strict=True)]
@@ -194,15 +237,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10, help="questions of each skill and split")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--formats", nargs="+", default=["none", *MADE_FORMATS])
+    parser.add_argument("--kv-cache-dtype", nargs="+", choices=("auto", *FORMATS), help="of these instead")
     options = parser.parse_args()
     folder, dtype = options.model or EMBEDDED / "model", choose_dtype(options.dtype, CPU)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     token_ids = torch.tensor(tokenizer.encode(options.text.read_text()).ids[: options.tokens])
+    has_exam = options.model is None and options.count
+    if options.kv_cache_dtype:
+        print_kv_loss(folder, dtype, options.kv_cache_dtype, token_ids)
+        if has_exam:
+            asked = {name: ("--kv-cache-dtype", name) for name in options.kv_cache_dtype}
+            print_exam(dtype, asked, options.count)
+        return
     print_logits(folder, dtype, options.formats, token_ids)
     factor = read_model_info(folder).vision.factor
     print_features(folder, dtype, options.formats, read_pictures(options.pictures, factor))
-    if options.model is None and options.count:
-        print_exam(dtype, options.formats, options.count)
+    if has_exam:
+        print_exam(dtype, weight_subjects(dtype, options.formats), options.count)
 
 
 if __name__ == "__main__":

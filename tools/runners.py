@@ -50,8 +50,8 @@ def open_runner(
         read_model_info(folder), config, folder, device, TensorParallel(), lambda done, total: None
     )
     runner.open_cache(max(num_seqs * (CONTEXT // BLOCK + ROOM_BLOCKS), LONGEST // BLOCK), LONGEST)
-    for tensor in runner.attention.cache.tensors:
-        tensor.zero_()  # contexts are read that nobody has written
+    for layer, _ in enumerate(runner.attention.cache.tensors):
+        runner.attention.cache.zero(layer)  # contexts are read that nobody has written
     yield runner
     del runner.attention
     runner._graphs = None

@@ -38,6 +38,13 @@ class LlmConfig:
         "for 32 states of models that have any; on a GPU what --gpu-memory-utilization leaves)",
         metavar="GIB",
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "keys and values in the KV cache; auto: in the model's type; int8 or fp8 (e4m3): in 8 bits, with a "
+        "scale for each head of each token, so that two to four times as many tokens fit; "
+        "docs/quantization.md has the loss",
+        choices=("auto", "int8", "fp8", "fp8_e4m3"),
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory for all that runs there: ViT, weights, KV cache", metavar="SHARE"
     )
@@ -108,6 +115,11 @@ class LlmConfig:
         if self.speculative != "none" and self.overlap == "on":
             raise ValueError(
                 f"overlap is 'on' and speculative {self.speculative!r}: a guess needs the tokens before it"
+            )
+        if self.kv_cache_dtype != "auto" and self.attention == "flash3":
+            raise ValueError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} goes with attention 'triton', 'native' or 'torch': "
+                "'flash3' reads no keys that have a scale for each token"
             )
         if self.expert_parallel and self.tp == 1:
             raise ValueError("expert_parallel needs several ranks, but tp is 1")

@@ -30,6 +30,7 @@ from tests.chats import generate as ask
 from tests.fakes import LLM_0
 from tests.reference import Reference, assert_same_tokens
 from tests.servers import Server
+from tests.workers.llm.attention.kv_bits import BOUNDS, check_errors, check_poison, check_roundings
 from tests.workers.llm.attention.spans import make_layer, make_spans, reference
 from tests.workers.llm.sampling.test_kernel import OPTIONS, draw
 from workers.llm.cache.paged_tensors import PagedTensors
@@ -89,6 +90,17 @@ def test_attention_of_random_steps(num_heads: int, num_kv_heads: int, dtype: tor
     out = step.attend(layer, qkv)
     assert error(qkv[:, :num_heads], turned[:, :num_heads]) < TOLERANCE[dtype]
     assert error(out, reference(cache.tensors[0], block_size, spans, qkv[:, :num_heads])) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_keys_and_values_in_8_bits(name: str, dim: int, dtype: torch.dtype) -> None:
+    from workers.llm.attention.triton import TritonAttention
+
+    assert 0 < check_errors(TritonAttention, name, dtype, dim, device=CUDA) < 1.1 * BOUNDS[name]
+    check_roundings(TritonAttention, name, CUDA)
+    check_poison(TritonAttention, name, CUDA)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

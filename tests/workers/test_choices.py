@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import LlmConfig, VitConfig
 from workers.llm.backends import BACKENDS
+from workers.llm.cache.kv_formats import FORMATS
 from workers.nn.weights.registry import MADE_FORMATS
 from workers.vit.engines.choice import ENGINES
 
@@ -16,6 +17,7 @@ from workers.vit.engines.choice import ENGINES
     ("config", "option", "neutral", "found"),
     [
         (LlmConfig, "attention", "auto", BACKENDS),
+        (LlmConfig, "kv_cache_dtype", "auto", FORMATS),
         (LlmConfig, "quantization", "none", MADE_FORMATS),
         (VitConfig, "vit_quantization", "none", MADE_FORMATS),
         (VitConfig, "vit_engine", "auto", ENGINES),

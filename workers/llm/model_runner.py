@@ -29,6 +29,7 @@ from pipeline.transport.tensors import PoolMap
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from workers.llm.attention.base import AttentionBackend, SequencePart
 from workers.llm.backends import Backend, choose_backend
+from workers.llm.cache.kv_formats import FORMATS
 from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.spec import paged_of, states_of
 from workers.llm.cache.state_tensors import StateTensors
@@ -151,7 +152,8 @@ class ModelRunner:
         spec, size = self.decoder.cache_spec(), self._config.llm.block_size
         if num_slots is not None:
             self._num_slots = num_slots
-        cache = PagedTensors(paged_of(spec), num_blocks, size, self._dtype, self.device)
+        kv_format = FORMATS.get(self._config.llm.kv_cache_dtype)
+        cache = PagedTensors(paged_of(spec), num_blocks, size, self._dtype, self.device, kv_format)
         self.attention = self._backend.attention(cache)
         self.sequences = SequenceTable(self._num_slots, -(-max_model_len // size))
         states = states_of(spec)

@@ -55,10 +55,10 @@ class MtpRunner:
         self._decoder, self._head = decoder, decoder.mtp
         self._sequences, self._attention = sequences, attention
         # What no request has written is found behind a cached prefix, and must be numbers.
-        cache = attention.cache.tensors[-1].zero_()
+        attention.cache.zero(-1)
         num_slots = len(sequences.lengths)
         shape = num_slots, decoder.info.hidden_size
-        self._hidden = torch.zeros(shape, dtype=decoder.dtype, device=cache.device)
+        self._hidden = torch.zeros(shape, dtype=decoder.dtype, device=attention.cache.device)
         # By slot: whether the last computed token, of this hidden state, waits for the token behind it.
         self._waits = np.zeros(num_slots, dtype=np.bool_)
         self._step: KeptStep | None = None

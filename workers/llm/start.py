@@ -21,6 +21,7 @@ from pipeline.wire.clients import PROTOCOL_VERSION, Welcome
 from pipeline.wire.control import ControlMessage
 from pipeline.wire.steps import StepsMessage
 from pipeline.wire.topology import Role
+from workers.llm.cache.kv_formats import FORMATS
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.plan import CachePlan, describe
 from workers.llm.cache.spec import CacheSpec, states_of
@@ -74,7 +75,9 @@ def make_scheduler(
 ) -> Scheduler:
     """Tells in the log how the memory of the cache is divided."""
     config, spec = context.config.llm, decoder.cache_spec()
-    logger.info("%s", describe(cache_plan, spec, config.block_size, decoder.dtype))
+    logger.info("%s", describe(cache_plan, spec, config, decoder.dtype))
+    if (kv_format := FORMATS.get(config.kv_cache_dtype)) is not None:
+        logger.info("keys and values in %s cost the embedded model %s", kv_format.name, kv_format.loss)
     cache = CacheManager.of_size(
         cache_plan.num_blocks, config.block_size, cache_plan.num_slots, has_states=bool(states_of(spec)),
         num_snapshots=cache_plan.num_snapshots,
@@ -125,12 +128,28 @@ def most_drafts(config: LlmConfig) -> int:
     return min(MAX_ROWS - 1, config.max_num_seqs * config.max_guesses)
 
 
+def check_options(config: LlmConfig, spec: CacheSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for what this model, or its device, has no use for."""
+    check_linear_attention(config, spec)
+    check_kv_cache(config, device, dtype)
+
+
 def check_linear_attention(config: LlmConfig, spec: CacheSpec) -> None:
     """Raises ValueError where a way is asked for and there is nothing to compute."""
     if config.linear_attention != "auto" and not states_of(spec):
         raise ValueError(
             f"linear_attention {config.linear_attention!r} is for models with layers of linear attention, "
             "and this model has none"
+        )
+
+
+def check_kv_cache(config: LlmConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where no kernel is for such keys and values."""
+    is_for_kernels = device.type == "cuda" and config.attention != "torch"
+    if config.kv_cache_dtype != "auto" and is_for_kernels and dtype == torch.float32:
+        raise ValueError(
+            f"kv_cache_dtype {config.kv_cache_dtype!r} on a GPU is for models in 16 bits, and this one "
+            "computes in float32: choose dtype bfloat16, or attention 'torch'"
         )
 
 

@@ -44,7 +44,7 @@ from workers.llm.parallel import TensorParallel
 from workers.llm.sampling.grammar import GrammarRule
 from workers.llm.scheduler import Scheduler
 from workers.llm.start import (
-    check_linear_attention,
+    check_options,
     has_overlap,
     make_scheduler,
     make_welcome,
@@ -78,7 +78,7 @@ def main(context: WorkerContext) -> None:
     choose_formats(context.model_folder, device, config.llm.quantization)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
-    check_linear_attention(config.llm, spec)
+    check_options(config.llm, spec, device, dtype)
     if config.llm.speculative == "mtp":
         spec = [*spec, *decoder_of(info).mtp_spec_of(info.text, tp_size)]
     num_drafts = most_drafts(config.llm)

@@ -36,7 +36,9 @@ class _Prompts(NamedTuple):
     """Consecutive long parts of a step."""
 
     segments: row_attention.RowSegments
-    blocks: row_attention.KeyBlocks
+    # Where their keys are: in blocks of the cache, or, of a cache in 8 bits, in the slots [n] that are to be
+    # read, one context behind the other.
+    keys: row_attention.KeyBlocks | Tensor
 
 
 class NativeAttention(PagedAttention):
@@ -44,14 +46,13 @@ class NativeAttention(PagedAttention):
 
     @staticmethod
     def takes(cache: PagedTensors) -> bool:
-        return all(
-            operators.takes(tensor) and tensor.shape[2] % operators.LANES == 0 for tensor in cache.tensors
-        )
+        has_kernels = operators.takes(torch.empty(0, dtype=cache.dtype, device=cache.device))
+        return has_kernels and all(tensor.shape[2] % operators.LANES == 0 for tensor in cache.tensors)
 
     def plan(self, spans: Sequence[SequencePart]) -> AttentionStep:
         slots = [self.slots(span) for span in spans]
         new = torch.cat([of_span[span.num_computed :] for of_span, span in zip(slots, spans, strict=True)])
-        has_kernel = row_attention.takes(*self.cache.tensors)
+        has_kernel = row_attention.takes(torch.empty(0, dtype=self.cache.dtype))
         parts: list[tuple[int, _Tokens | _Prompts | PromptPart]] = []
         pairs = zip(spans, slots, strict=True)
         for are_few, group in itertools.groupby(pairs, lambda pair: pair[0].num_tokens <= FEW):
@@ -59,22 +60,28 @@ class NativeAttention(PagedAttention):
             if are_few:
                 parts.append(self._tokens([span for span, _ in together]))
             elif has_kernel:
-                parts.append(self._prompts([span for span, _ in together]))
+                parts.append(self._prompts(together))
             else:
                 parts += [(span.num_tokens, self.prompt_part(of_span, span)) for span, of_span in together]
         return _NativeStep(self.cache, new, parts)
 
-    def _prompts(self, spans: Sequence[SequencePart]) -> tuple[int, _Prompts]:
+    def _prompts(self, parts: Sequence[tuple[SequencePart, Tensor]]) -> tuple[int, _Prompts]:
+        """Parts with the slots of their contexts."""
         segments: list[row_attention.RowSegment] = []
         tables: list[npt.NDArray[np.int32]] = []
-        num_tokens = num_blocks = 0
-        for span in spans:
-            segments.append(row_attention.RowSegment(num_tokens, num_blocks, span.num_tokens, span.length))
+        has_blocks = self.cache.format is None
+        num_tokens = num_keys = 0  # or blocks of keys
+        for span, _ in parts:
+            segments.append(row_attention.RowSegment(num_tokens, num_keys, span.num_tokens, span.length))
             table = np.asarray(span.block_table, np.int32)[: -(-span.length // self.cache.block_size)]
-            num_tokens, num_blocks = num_tokens + span.num_tokens, num_blocks + len(table)
             tables.append(table)
+            num_tokens += span.num_tokens
+            num_keys += len(table) if has_blocks else span.length
+        of_segments = row_attention.RowSegments.of(segments)
+        if not has_blocks:
+            return num_tokens, _Prompts(of_segments, torch.cat([slots for _, slots in parts]))
         blocks = row_attention.KeyBlocks(torch.from_numpy(np.concatenate(tables)), self.cache.block_size)
-        return num_tokens, _Prompts(row_attention.RowSegments.of(segments), blocks)
+        return num_tokens, _Prompts(of_segments, blocks)
 
     def _tokens(self, spans: Sequence[SequencePart]) -> tuple[int, _Tokens]:
         counts = [span.num_tokens for span in spans]
@@ -104,27 +111,44 @@ class _NativeStep(AttentionStep):
     def write(self, layer: AttentionLayer, qkv: Tensor, rotary: Rotary) -> None:
         if layer.bias is not None:
             qkv += layer.bias.view(qkv.shape[1:])
-        cache = self.cache.tensors[layer.index]
-        operators.write_cache(qkv, cache, self.new_slots, rotary, layer.norm, layer.num_heads)
+        tensor, scales = self.cache.tensors[layer.index], self.cache.scales_of(layer.index)
+        operators.write_cache(qkv, tensor, self.new_slots, rotary, layer.norm, layer.num_heads, scales)
 
     def attend(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
-        cache, start = self.cache.tensors[layer.index], 0
+        start = 0
         q, kv = layer.split(qkv)
         attended: list[Tensor] = []
         for count, part in self.parts:
             of_part, start = slice(start, start + count), start + count
             if isinstance(part, PromptPart):
-                attended.append(prefill(layer, cache, part, q[of_part], kv[of_part]))
+                found = kv[of_part] if part.history is None else _read(self.cache, layer.index, part.history)
+                attended.append(prefill(layer, part, q[of_part], found))
             elif isinstance(part, _Prompts):
-                attended.append(_attend_prompts(layer, cache, part, q[of_part]))
+                attended.append(_attend_prompts(layer, self.cache, part, q[of_part]))
             else:
-                size = self.cache.block_size
-                attended.append(operators.attend(q[of_part], cache, *part, size, layer.scale))
+                attended.append(_attend_tokens(layer, self.cache, part, q[of_part]))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
-def _attend_prompts(layer: AttentionLayer, cache: Tensor, part: _Prompts, q: Tensor) -> Tensor:
-    keys, values = cache.split(layer.num_kv_heads, dim=1)
+def _read(cache: PagedTensors, layer: int, slots: slice | Tensor) -> Tensor:
+    """`PagedTensors.read`, of a cache in 8 bits by a kernel."""
+    if (scales := cache.scales_of(layer)) is None:
+        return cache.read(layer, slots)
+    places = torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+    return operators.read_cache(cache.tensors[layer], scales, places, cache.dtype)
+
+
+def _attend_tokens(layer: AttentionLayer, cache: PagedTensors, part: _Tokens, q: Tensor) -> Tensor:
+    tensor, scales = cache.tensors[layer.index], cache.scales_of(layer.index)
+    return operators.attend(q, tensor, *part, cache.block_size, layer.scale, scales)
+
+
+def _attend_prompts(layer: AttentionLayer, cache: PagedTensors, part: _Prompts, q: Tensor) -> Tensor:
+    if isinstance(part.keys, row_attention.KeyBlocks):
+        kv, blocks = cache.tensors[layer.index], part.keys
+    else:
+        kv, blocks = _read(cache, layer.index, part.keys), None
+    keys, values = kv.split(layer.num_kv_heads, dim=1)
     out = torch.empty(q.shape, dtype=q.dtype)
-    row_attention.attend(q, keys, values, out, part.segments, layer.scale, blocks=part.blocks, is_causal=True)
+    row_attention.attend(q, keys, values, out, part.segments, layer.scale, blocks=blocks, is_causal=True)
     return out

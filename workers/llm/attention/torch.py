@@ -38,8 +38,8 @@ class _History(NamedTuple):
 class PromptPart(NamedTuple):
     """New tokens that attend to one another and to a history, in order."""
 
-    history: slice | Tensor | None  # slots, the new tokens' included; None: there is no history
-    mask: Tensor | None  # [num_tokens, context] bool; of a folded chunk 0 or -inf
+    history: slice | Tensor | None  # slots, the new tokens' included; None: only these are attended to
+    mask: Tensor | None  # [num_tokens, context] bool; of a folded chunk 0 or -inf; None: there is no history
     is_folded: bool = False
 
 
@@ -111,7 +111,8 @@ class PagedAttention(AttentionBackend):
 
     def prompt_part(self, slots: Tensor, span: SequencePart) -> PromptPart:
         if not span.num_computed:
-            return PromptPart(None, None)
+            # In 8 bits a prompt attends to what the cache has, wherever the prompt is cut.
+            return PromptPart(None if self.cache.format is None else slots, None)
         history = self._history(slots, span)
         # Causal, aligned to the bottom right.
         mask = torch.ones(span.num_tokens, span.length, dtype=torch.bool, device=slots.device)
@@ -151,10 +152,10 @@ class _TorchStep(AttentionStep):
                 of_kind.copy_(F.rms_norm(of_kind.to(weight.dtype), weight.shape, weight, layer.norm.eps))
         turned = turned[..., : rotary[0].shape[-1]]  # or the first numbers of each head
         turned.copy_(rotate(turned, *rotary))
-        self.cache.tensors[layer.index].index_copy_(0, self.layout.new_slots, qkv[:, layer.num_heads :])
+        self.cache.write(layer.index, self.layout.new_slots, qkv[:, layer.num_heads :])
 
     def attend(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
-        cache, counts, others = self.cache.tensors[layer.index], self.layout.counts, self.layout.others
+        cache, counts, others = self.cache, self.layout.counts, self.layout.others
         q, kv = layer.split(qkv)
         parts: list[Tensor] = []
         start = 0
@@ -166,23 +167,24 @@ class _TorchStep(AttentionStep):
             if isinstance(other, _History):
                 parts.append(_decode(layer, cache, other, q[part]))
             else:
-                parts.append(prefill(layer, cache, other, q[part], kv[part]))
+                found = kv[part] if other.history is None else cache.read(layer.index, other.history)
+                parts.append(prefill(layer, other, q[part], found))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _decode_together(layer: AttentionLayer, cache: Tensor, together: _Together, q: Tensor) -> Tensor:
+def _decode_together(layer: AttentionLayer, cache: PagedTensors, together: _Together, q: Tensor) -> Tensor:
     num_sequences, dim = len(together.mask), layer.head_dim
-    rows = cache.index_select(0, together.slots).view(num_sequences, -1, 2, layer.num_kv_heads, dim)
+    rows = cache.read(layer.index, together.slots).view(num_sequences, -1, 2, layer.num_kv_heads, dim)
     keys, values = rows.transpose(1, 3).unbind(2)  # [sequences, kv_heads, longest, head_dim]
     folded = q.view(num_sequences, layer.num_kv_heads, -1, dim)
     out = F.scaled_dot_product_attention(folded, keys, values, together.mask, scale=layer.scale)
     return out.view(num_sequences, layer.num_heads, dim)
 
 
-def _decode(layer: AttentionLayer, cache: Tensor, history: _History, q: Tensor) -> Tensor:
-    out, log_sum = _attend_to(layer, q, cache[history.run])
+def _decode(layer: AttentionLayer, cache: PagedTensors, history: _History, q: Tensor) -> Tensor:
+    out, log_sum = _attend_to(layer, q, cache.read(layer.index, history.run))
     if history.rest is not None:
-        of_rest, log_sum_of_rest = _attend_to(layer, q, cache.index_select(0, history.rest))
+        of_rest, log_sum_of_rest = _attend_to(layer, q, cache.read(layer.index, history.rest))
         share = torch.sigmoid(log_sum_of_rest - log_sum)[..., None].to(out.dtype)
         out = torch.lerp(out, of_rest.to(out.dtype), share)
     return out.reshape(1, layer.num_heads, layer.head_dim)
@@ -201,9 +203,8 @@ def _attend_to(layer: AttentionLayer, q: Tensor, rows: Tensor) -> tuple[Tensor, 
     return out, log_sum
 
 
-def prefill(layer: AttentionLayer, cache: Tensor, chunk: PromptPart, q: Tensor, kv: Tensor) -> Tensor:
-    if chunk.history is not None:
-        kv = cache[chunk.history]
+def prefill(layer: AttentionLayer, chunk: PromptPart, q: Tensor, kv: Tensor) -> Tensor:
+    """kv: keys before values of the chunk's history, or of its own tokens."""
     keys, values = kv.transpose(0, 1)[None].split(
         layer.num_kv_heads,
         dim=1,

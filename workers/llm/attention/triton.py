@@ -35,28 +35,42 @@ PROGRAMS_PER_PROCESSOR = 2
 LOG2_E = 1.4426950408889634  # scales scores: the hardware has exponentials of base 2
 
 
+class Numbers(NamedTuple):
+    """Keys before values of a layer, as kernels are told where they are."""
+
+    numbers: Tensor  # [num_slots, 2 · kv_heads, head_dim]; of e4m3 as bytes
+    scales: Tensor  # [num_slots, 2 · kv_heads] float32; of kind 0 any tensor: Triton needs a valid pointer
+    kind: int  # KIND of the kernels
+
+    @staticmethod
+    def of(cache: PagedTensors, layer: int) -> Numbers:
+        tensor, scales = cache.tensors[layer], cache.scales_of(layer)
+        if scales is None:
+            return Numbers(tensor, tensor, 0)
+        is_whole = tensor.dtype is torch.int8
+        return Numbers(tensor if is_whole else tensor.view(torch.uint8), scales, 1 if is_whole else 2)
+
+
 def norm_rotate_and_write(
-    layer: AttentionLayer,
-    qkv: Tensor,
-    rotary: Rotary,
-    new_slots: Tensor,
-    cache: Tensor,
+    layer: AttentionLayer, qkv: Tensor, rotary: Rotary, new_slots: Tensor, cache: Numbers
 ) -> None:
     """`AttentionStep.write`: queries are left in `qkv`, keys and values in the cache.
 
     qkv: [num_tokens, heads + 2 · kv_heads, head_dim]. rotary: [num_tokens, n] float32 each.
-    new_slots: [num_tokens] int. cache: [num_slots, 2 · kv_heads, head_dim].
+    new_slots: [num_tokens] int.
     """
     bias, norm, half = layer.bias, layer.norm, layer.head_dim // 2
+    numbers, scales, kind = cache
     norm_rotate_and_write_kernel[(len(qkv),)](
         qkv,
         # Triton needs a valid pointer even where it is not read.
         qkv if bias is None else bias,
         qkv if norm is None else norm.query,
         qkv if norm is None else norm.key,
-        *rotary, new_slots, cache, 0.0 if norm is None else norm.eps, qkv.stride(0), cache.stride(0),
+        *rotary, new_slots, numbers, scales, 0.0 if norm is None else norm.eps, qkv.stride(0),
+        numbers.stride(0), scales.stride(0),
         layer.num_heads, layer.num_kv_heads, triton.next_power_of_2(qkv.shape[1]),
-        half, triton.next_power_of_2(half), rotary[0].shape[1], bias is not None, norm is not None,
+        half, triton.next_power_of_2(half), rotary[0].shape[1], bias is not None, norm is not None, kind,
         num_warps=choose_num_warps(layer.head_dim),
     )  # fmt: skip
 
@@ -87,9 +101,11 @@ class DecodeTile(NamedTuple):
     num_warps: int
 
 
-def choose_decode_tile(dtype: torch.dtype, head_dim: int) -> DecodeTile:
+def choose_decode_tile(dtype: torch.dtype, head_dim: int, kind: int = 0) -> DecodeTile:
     if dtype == torch.float32:
         return DecodeTile(32, 8)
+    if kind:  # numbers are widened in registers
+        return DecodeTile(DECODE_KEYS // 2, choose_num_warps(head_dim))
     return DecodeTile(DECODE_KEYS, choose_num_warps(head_dim))
 
 
@@ -224,7 +240,7 @@ class TritonStep(AttentionStep):
         return angles.cos(), angles.sin()
 
     def write(self, layer: AttentionLayer, qkv: Tensor, rotary: Rotary) -> None:
-        norm_rotate_and_write(layer, qkv, rotary, self.layout.new_slots, self.cache.tensors[layer.index])
+        norm_rotate_and_write(layer, qkv, rotary, self.layout.new_slots, Numbers.of(self.cache, layer.index))
 
     def attend(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
         num_decodes, tiles = self.layout.num_decodes, self.layout.tiles
@@ -238,21 +254,22 @@ class TritonStep(AttentionStep):
 
     def decode(self, layer: AttentionLayer, q: Tensor, out: Tensor) -> None:
         """Fills `out` for sequences with one new token."""
-        cache, layout, splits = self.cache.tensors[layer.index], self.layout, self.layout.num_splits
+        layout, splits = self.layout, self.layout.num_splits
+        numbers, scales, kind = Numbers.of(self.cache, layer.index)
         num_sequences, num_heads, dim = q.shape
         group, padded = num_heads // layer.num_kv_heads, triton.next_power_of_2(dim)
-        tile = choose_decode_tile(q.dtype, dim)
+        tile = choose_decode_tile(q.dtype, dim, kind)
         parts, sums = out, out
         if splits > 1:
             shape = (num_sequences, splits, num_heads)
             parts = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
             sums = torch.empty(shape, dtype=torch.float32, device=q.device)
         decode_kernel[(num_sequences, layer.num_kv_heads, splits)](
-            q, cache, layout.tables, layout.lengths, parts, sums, layer.scale * LOG2_E,
-            q.stride(0), cache.stride(0), layout.tables.stride(0), parts.stride(0),
+            q, numbers, scales, layout.tables, layout.lengths, parts, sums, layer.scale * LOG2_E,
+            q.stride(0), numbers.stride(0), scales.stride(0), layout.tables.stride(0), parts.stride(0),
             parts.stride(1) if splits > 1 else 0,
             layer.num_kv_heads, group, max(MIN_DOT_ROWS, triton.next_power_of_2(group)), dim, padded,
-            self.cache.block_size, tile.keys, splits, _precision(q.dtype), num_warps=tile.num_warps,
+            self.cache.block_size, tile.keys, splits, _precision(q.dtype), kind, num_warps=tile.num_warps,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(num_sequences, num_heads)](
@@ -263,15 +280,16 @@ class TritonStep(AttentionStep):
 
     def prefill(self, layer: AttentionLayer, tiles: Tiles, q: Tensor, out: Tensor) -> None:
         """Fills `out` for the sequences behind the decodes."""
-        cache, layout, tile = self.cache.tensors[layer.index], self.layout, self.tile
+        layout, tile = self.layout, self.tile
+        numbers, scales, kind = Numbers.of(self.cache, layer.index)
         num_heads, dim = q.shape[1:]
         tables, lengths = layout.tables[layout.num_decodes :], layout.lengths[layout.num_decodes :]
         prefill_kernel[(len(tiles.sequences), num_heads)](
-            q, cache, tables, lengths, tiles.starts, tiles.sequences, tiles.offsets, out,
+            q, numbers, scales, tables, lengths, tiles.starts, tiles.sequences, tiles.offsets, out,
             layer.scale * LOG2_E,
-            q.stride(0), cache.stride(0), tables.stride(0), out.stride(0),
+            q.stride(0), numbers.stride(0), scales.stride(0), tables.stride(0), out.stride(0),
             layer.num_kv_heads, num_heads // layer.num_kv_heads, dim, triton.next_power_of_2(dim),
-            self.cache.block_size, tile.rows, tile.keys, _precision(q.dtype), num_warps=tile.num_warps,
+            self.cache.block_size, tile.rows, tile.keys, _precision(q.dtype), kind, num_warps=tile.num_warps,
         )  # fmt: skip
 
 

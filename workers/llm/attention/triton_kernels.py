@@ -1,4 +1,9 @@
-"""The Triton kernels of `triton.py`. They read keys and values through the block table."""
+"""The Triton kernels of `triton.py`. They read keys and values through the block table.
+
+KIND is what the cache has: 0 the numbers themselves, 1 whole numbers of 8 bits, 2 floats of 8 bits (e4m3) as
+bytes; of 1 and 2 each head of each token has a scale. Floats of 8 bits are taken apart by their bits, since
+GPUs before Hopper have no instruction for them.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +18,69 @@ def _slots(table, positions, is_inside, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _widen(numbers, like, KIND: tl.constexpr):
+    """Numbers of the cache in the type of `like`; those of e4m3 are 2^-8 of what they are."""
+    if KIND == 2:
+        # In a float of 16 bits the exponent has one bit more, and there are 7 more bits behind.
+        wide = numbers.to(tl.int16)
+        numbers = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return numbers.to(like.dtype)
+
+
+@triton.jit
+def _narrow(x, KIND: tl.constexpr):
+    """x float32, of at most 127 or 448, to the nearest whole number, or the bits of the nearest e4m3."""
+    if KIND == 1:
+        shift = 12582912.0  # 1.5 · 2^23: adding it rounds to an integer
+        numbers = ((x + shift) - shift).to(tl.int8)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        normal = (size + 0x7FFFF + ((size >> 20) & 1) - (120 << 23)) >> 20
+        small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - (141 << 23)
+        numbers = tl.where(size < (121 << 23), small, normal)  # below 2^-6 in steps of 2^-9
+        numbers = (numbers | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return numbers
+
+
+@triton.jit
 def _attend(
-    q, keys, values, table, positions, is_seen, is_inside, best, total, out, scale, slot_stride,
-    BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    q, keys, values, key_scales, value_scales, table, positions, is_seen, is_inside, best, total, out, scale,
+    slot_stride, scale_stride, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
     """One iteration of the online softmax, in base 2: q [rows, dim] and the keys at `positions` [tile]."""
     dims = tl.arange(0, DIM_PADDED)
     slots = _slots(table, positions, is_inside, BLOCK_SIZE)
     is_there = is_inside[:, None] & (dims < DIM)[None, :]
     places = slots[:, None] * slot_stride + dims[None, :]
-    k = tl.load(keys + places, mask=is_there, other=0.0)
+    unit: tl.constexpr = 256.0 if KIND == 2 else 1.0
+    k = _widen(tl.load(keys + places, mask=is_there, other=0), q, KIND)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if KIND != 0:
+        scores *= (unit * tl.load(key_scales + slots * scale_stride, mask=is_inside, other=0.0))[None, :]
     scores = tl.where(is_seen, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
     # A row without any key so far has -inf here: -inf - -inf would be NaN.
     shift = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights = tl.exp2(scores - shift[:, None])
     keep = tl.exp2(best - shift)
-    v = tl.load(values + places, mask=is_there, other=0.0)
+    total = total * keep + tl.sum(weights, 1)
+    v = _widen(tl.load(values + places, mask=is_there, other=0), q, KIND)
+    if KIND != 0:
+        weights *= (unit * tl.load(value_scales + slots * scale_stride, mask=is_inside, other=0.0))[None, :]
     out = out * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    return new_best, total * keep + tl.sum(weights, 1), out
+    return new_best, total, out
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def decode_kernel(
-    q, cache, tables, lengths, out, sums, scale,
-    q_stride, slot_stride, table_stride, out_stride, split_stride,
+    q, cache, scales, tables, lengths, out, sums, scale,
+    q_stride, slot_stride, scale_stride, table_stride, out_stride, split_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, kv head, split).
 
@@ -56,7 +95,7 @@ def decode_kernel(
     heads = kv_head * GROUP + rows
     is_head = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
     queries = tl.load(q + sequence * q_stride + heads[:, None] * DIM + dims[None, :], mask=is_head, other=0.0)
-    keys = cache + kv_head * DIM
+    keys, key_scales = cache + kv_head * DIM, scales + kv_head
     values = keys + NUM_KV_HEADS * DIM
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -65,9 +104,9 @@ def decode_kernel(
         positions = start + tl.arange(0, TILE)
         is_inside = positions < last
         best, total, found = _attend(
-            queries, keys, values, tables + sequence * table_stride,
-            positions, is_inside[None, :], is_inside, best, total, found, scale, slot_stride,
-            BLOCK_SIZE, PRECISION, DIM, DIM_PADDED,
+            queries, keys, values, key_scales, key_scales + NUM_KV_HEADS, tables + sequence * table_stride,
+            positions, is_inside[None, :], is_inside, best, total, found, scale, slot_stride, scale_stride,
+            BLOCK_SIZE, PRECISION, KIND, DIM, DIM_PADDED,
         )  # fmt: skip
     sum_or_1 = tl.where(total > 0, total, 1.0)  # 0 for a split without keys
     found = found / sum_or_1[:, None]
@@ -107,10 +146,11 @@ def merge_kernel(
 # No specialisation on values that differ between steps: a compilation would stop the streams.
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def prefill_kernel(
-    q, cache, tables, lengths, starts, tile_sequences, tile_offsets, out, scale,
-    q_stride, slot_stride, table_stride, out_stride,
+    q, cache, scales, tables, lengths, starts, tile_sequences, tile_offsets, out, scale,
+    q_stride, slot_stride, scale_stride, table_stride, out_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries of one sequence, head).
 
@@ -130,7 +170,7 @@ def prefill_kernel(
     )
     own = length - num_queries + rows  # the positions of the queries
     last = tl.minimum(length, length - num_queries + offset + ROWS)
-    keys = cache + head // GROUP * DIM
+    keys, key_scales = cache + head // GROUP * DIM, scales + head // GROUP
     values = keys + NUM_KV_HEADS * DIM
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -140,9 +180,9 @@ def prefill_kernel(
         is_inside = positions < last
         is_seen = (positions[None, :] <= own[:, None]) & is_inside[None, :]
         best, total, found = _attend(
-            queries, keys, values, tables + sequence * table_stride,
-            positions, is_seen, is_inside, best, total, found, scale, slot_stride,
-            BLOCK_SIZE, PRECISION, DIM, DIM_PADDED,
+            queries, keys, values, key_scales, key_scales + NUM_KV_HEADS, tables + sequence * table_stride,
+            positions, is_seen, is_inside, best, total, found, scale, slot_stride, scale_stride,
+            BLOCK_SIZE, PRECISION, KIND, DIM, DIM_PADDED,
         )  # fmt: skip
     found = found / tl.where(total > 0, total, 1.0)[:, None]
     places = (start + rows)[:, None].to(tl.int64) * out_stride + head * DIM + dims[None, :]
@@ -151,10 +191,10 @@ def prefill_kernel(
 
 @triton.jit
 def norm_rotate_and_write_kernel(
-    qkv, bias, q_norm, k_norm, cos, sin, new_slots, cache, eps, qkv_stride, slot_stride,
+    qkv, bias, q_norm, k_norm, cos, sin, new_slots, cache, scales, eps, qkv_stride, slot_stride, scale_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
     HALF: tl.constexpr, HALF_PADDED: tl.constexpr, TURNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Program (token): adds the bias, norms and rotates queries and keys.
 
@@ -178,13 +218,13 @@ def norm_rotate_and_write_kernel(
         second += tl.load(bias + opposite, mask=is_there, other=0.0).to(tl.float32)
     if HAS_NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        scales = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        factors = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
         q_first = tl.load(q_norm + ones, mask=is_half, other=0.0).to(tl.float32)[None, :]
         q_second = tl.load(q_norm + others, mask=is_half, other=0.0).to(tl.float32)[None, :]
         k_first = tl.load(k_norm + ones, mask=is_half, other=0.0).to(tl.float32)[None, :]
         k_second = tl.load(k_norm + others, mask=is_half, other=0.0).to(tl.float32)[None, :]
-        first = tl.where(is_turned, first * scales * tl.where(is_query_head, q_first, k_first), first)
-        second = tl.where(is_turned, second * scales * tl.where(is_query_head, q_second, k_second), second)
+        first = tl.where(is_turned, first * factors * tl.where(is_query_head, q_first, k_first), first)
+        second = tl.where(is_turned, second * factors * tl.where(is_query_head, q_second, k_second), second)
     c = tl.load(cos + token * TURNED + halves, mask=halves < TURNED, other=1.0)[None, :]
     s = tl.load(sin + token * TURNED + halves, mask=halves < TURNED, other=0.0)[None, :]
     low = tl.where(is_turned, first * c - second * s, first)
@@ -195,5 +235,17 @@ def norm_rotate_and_write_kernel(
     slot = tl.load(new_slots + token).to(tl.int64)
     is_cached = is_there & (heads >= NUM_HEADS)[:, None]
     place = slot * slot_stride - NUM_HEADS * 2 * HALF
-    tl.store(cache + place + inside, low.to(cache.dtype.element_ty), mask=is_cached)
-    tl.store(cache + place + opposite, high.to(cache.dtype.element_ty), mask=is_cached)
+    if KIND == 0:
+        tl.store(cache + place + inside, low.to(cache.dtype.element_ty), mask=is_cached)
+        tl.store(cache + place + opposite, high.to(cache.dtype.element_ty), mask=is_cached)
+    else:
+        most = tl.maximum(tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)), 1e-30)
+        largest: tl.constexpr = 127.0 if KIND == 1 else 448.0
+        up = (largest / most)[:, None]
+        tl.store(cache + place + inside, _narrow(low * up, KIND), mask=is_cached)
+        tl.store(cache + place + opposite, _narrow(high * up, KIND), mask=is_cached)
+        of_head = slot * scale_stride - NUM_HEADS + heads
+        is_kept = (heads >= NUM_HEADS) & (heads < NUM_HEADS + 2 * NUM_KV_HEADS)
+        # NaN where a number is not finite: the maximum may have passed over it.
+        rest = tl.sum((low - low) + (high - high), 1)
+        tl.store(scales + of_head, most / largest + rest, mask=is_kept)

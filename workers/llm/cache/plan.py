@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.config import Config
-from workers.llm.cache.spec import CacheSpec, paged_of, state_bytes
+from pipeline.config import Config, LlmConfig
+from workers.llm.cache.kv_formats import FORMATS
+from workers.llm.cache.spec import CacheSpec, state_bytes, token_bytes
 
 GIB = 1 << 30
 CPU_CACHE_GIB = 1.0
@@ -65,7 +66,7 @@ def plan_cache(
         raise ValueError(
             f"max_model_len {asked} is more than the model's {max_position_embeddings} positions",
         )
-    block_bytes = block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
+    block_bytes = block_size * token_bytes(spec, dtype, FORMATS.get(config.llm.kv_cache_dtype))
     context_bytes = -(-(asked or max_position_embeddings) // block_size) * block_bytes
     slot_bytes, total = state_bytes(spec, dtype), int(gib * GIB)
     num_drafts = num_drafts if slot_bytes else 0
@@ -118,10 +119,13 @@ def _num_states(
     return fitting
 
 
-def describe(plan: CachePlan, spec: CacheSpec, block_size: int, dtype: torch.dtype) -> str:
+def describe(plan: CachePlan, spec: CacheSpec, config: LlmConfig, dtype: torch.dtype) -> str:
     """How the memory is divided, in a sentence for the log."""
-    kv_bytes = plan.num_blocks * block_size * sum(paged.bytes_per_token(dtype) for paged in paged_of(spec))
-    said = f"the KV cache has {kv_bytes / GIB:.2f} GiB for {plan.num_blocks * block_size} tokens"
+    kv_format, num_tokens = FORMATS.get(config.kv_cache_dtype), plan.num_blocks * config.block_size
+    kv_bytes = num_tokens * token_bytes(spec, dtype, kv_format)
+    said = f"the KV cache has {kv_bytes / GIB:.2f} GiB for {num_tokens} tokens"
+    if kv_format is not None:
+        said += f" in {kv_format.name}"
     if (slot_bytes := state_bytes(spec, dtype)) == 0:
         return said
     states_gib = (plan.num_slots + 1 + plan.num_snapshots + plan.num_drafts) * slot_bytes / GIB

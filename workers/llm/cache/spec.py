@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from workers.llm.cache.kv_formats import SCALE_BYTES, KvFormat
+
 
 class Paged(NamedTuple):
     """Keys and values of each token, in blocks of the KV cache: they grow with the sequence."""
@@ -16,8 +18,10 @@ class Paged(NamedTuple):
     num_kv_heads: int  # of one rank
     head_dim: int
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+    def bytes_per_token(self, dtype: torch.dtype, kv_format: KvFormat | None = None) -> int:
+        """In a model of this type; with a format its numbers, and their scales."""
+        head = self.head_dim * dtype.itemsize if kv_format is None else self.head_dim + SCALE_BYTES
+        return 2 * self.num_kv_heads * head
 
 
 class State(NamedTuple):
@@ -38,6 +42,11 @@ CacheSpec = Sequence[Paged | State]
 
 def paged_of(spec: CacheSpec) -> list[Paged]:
     return [entry for entry in spec if isinstance(entry, Paged)]
+
+
+def token_bytes(spec: CacheSpec, dtype: torch.dtype, kv_format: KvFormat | None) -> int:
+    """Of the keys and values of one token, in all layers."""
+    return sum(paged.bytes_per_token(dtype, kv_format) for paged in paged_of(spec))
 
 
 def state_bytes(spec: CacheSpec, dtype: torch.dtype) -> int:

@@ -1,6 +1,6 @@
-// For processors with AVX2 and FMA.
+// For processors with AVX2, FMA and F16C.
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
 
 #include "kernels.h"

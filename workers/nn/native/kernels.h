@@ -2,20 +2,27 @@
 #pragma once
 
 struct bf16 { unsigned short bits; };
+struct i8 { signed char bits; };
+struct e4m3 { unsigned char bits; };  // a float: sign, 4 bits of exponent, 3 behind
 
 constexpr long SERIAL = 1 << 14;  // numbers; below, a second thread costs more than it saves
 
 // `is_wide`: the weights of norms are in float.
 struct RmsNorm { void* out; const void *x, *weight; long rows, size; float eps; bool is_wide; };
 struct Activation { void* out; const void* x; long rows, size; };
+// What a cache of keys and values has: numbers as queries are, or 8 bits with a scale for each head of each token.
+enum CacheKind : long { AS_QUERIES, WHOLE_NUMBERS, SMALL_FLOATS };
 struct CacheWrite {
-    void *qkv, *cache; const long* slots; const float *cos, *sin; const void *query_norm, *key_norm; float eps;
-    long rows, num_heads, num_kv_heads, head_dim, turned; bool is_wide;
+    void *qkv, *cache; float* scales; const long* slots; const float *cos, *sin; const void *query_norm, *key_norm; float eps;
+    long rows, num_heads, num_kv_heads, head_dim, turned; bool is_wide; CacheKind kind;
 };
+// Rows of such a cache in 8 bits, in the type of queries; `num_heads`: of keys and of values together.
+struct CacheRead { void* out; const void* cache; const float* scales; const long* slots; long rows, num_heads, head_dim; CacheKind kind; };
 struct SplitRotated { void *q, *k, *v; const void* qkv; const float *cos, *sin; long stride, rows, num_heads, head_dim; };
 struct Attend {
-    void* out; const void *q, *cache; const int *tables, *lengths; float* scratch; float scale;
+    void* out; const void *q, *cache; const float* scales; const int *tables, *lengths; float* scratch; float scale;
     const long* starts; long rows, q_stride, table_stride, block_size, num_heads, num_kv_heads, head_dim, part, num_threads;
+    CacheKind kind;
 };
 
 // A few rows times a weight that lies in panels: of `vectors` · 16 outputs, and within a panel by pairs of inputs.
@@ -80,6 +87,7 @@ struct Kernels {
     void (*quick_gelu)(const Activation&);
     void (*gelu_tanh)(const Activation&);
     void (*write_cache)(const CacheWrite&);
+    void (*read_cache)(const CacheRead&);
     void (*split_rotated)(const SplitRotated&);
     void (*attend)(const Attend&);
     void (*delta_step)(const DeltaStep&);

@@ -7,15 +7,17 @@
 #include <cstring>
 
 #include "kernels.h"
-#if defined(HAS_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(HAS_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace {
 
-constexpr long INTERFACE = 6;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 7;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -26,7 +28,12 @@ struct Version {
 bool any() { return true; }
 bool none() { return false; }
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Conversions of floats of 16 bits: a name that GCC 10 does not know.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -85,12 +92,20 @@ PyObject* quick_gelu(PyObject*, PyObject* const* values, Py_ssize_t count) { ret
 PyObject* gelu_tanh(PyObject*, PyObject* const* values, Py_ssize_t count) { return activation(&Kernels::gelu_tanh, values, count); }
 
 PyObject* write_cache(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 15)) return nullptr;
+    if (!has_count(count, 17)) return nullptr;
     Arguments a{values};
     const bool is_half = a.number();
-    CacheWrite job{a.address(), a.address(), (const long*)a.address(), (const float*)a.address(), (const float*)a.address(),
-                   a.address(), a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
+    CacheWrite job{a.address(), a.address(), (float*)a.address(), (const long*)a.address(), (const float*)a.address(), (const float*)a.address(),
+                   a.address(), a.address(), a.real(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0, (CacheKind)a.number()};
     return run(chosen[is_half].write_cache, job);
+}
+
+PyObject* read_cache(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 9)) return nullptr;
+    Arguments a{values};
+    const bool is_half = a.number();
+    CacheRead job{a.address(), a.address(), (const float*)a.address(), (const long*)a.address(), a.number(), a.number(), a.number(), (CacheKind)a.number()};
+    return run(chosen[is_half].read_cache, job);
 }
 
 PyObject* split_rotated(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -103,11 +118,11 @@ PyObject* split_rotated(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!has_count(count, 18)) return nullptr;
+    if (!has_count(count, 20)) return nullptr;
     Arguments a{values};
     const bool is_half = a.number();
-    Attend job{a.address(), a.address(), a.address(), (const int*)a.address(), (const int*)a.address(), (float*)a.address(),
-               a.real(), (const long*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number()};
+    Attend job{a.address(), a.address(), a.address(), (const float*)a.address(), (const int*)a.address(), (const int*)a.address(), (float*)a.address(),
+               a.real(), (const long*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number(), (CacheKind)a.number()};
     return run(chosen[is_half].attend, job);
 }
 
@@ -321,7 +336,7 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"quantized_versions", quantized_versions, METH_NOARGS, nullptr},

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-INTERFACE = 6  # of module.cpp
+INTERFACE = 7  # of module.cpp
 kernels: Any = None
 with contextlib.suppress(ImportError):
     kernels = importlib.import_module("workers.nn.native._kernels")
@@ -30,6 +30,7 @@ TILE = 64  # tokens whose scores a thread has at once
 DELTA_TAPS = 4  # of a convolution before the delta rule
 PART = 256  # tokens of a context that one thread attends to at a time
 IS_HALF = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of caches; 0: in the type of queries
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -95,10 +96,13 @@ def write_cache(
     rotary: tuple[Tensor, Tensor],
     norm: tuple[Tensor, Tensor, float] | None,
     num_heads: int,
+    scales: Tensor | None = None,
 ) -> None:
-    """Norms and rotates queries and keys of qkv [rows, heads + 2 · kv_heads, head_dim] in place, and copies
+    """Norms and rotates queries and keys of qkv [rows, heads + 2 · kv_heads, head_dim] in place, and writes
     keys and values to `slots` [rows] int64 of the cache [num_slots, 2 · kv_heads, head_dim].
 
+    The cache is in the type of qkv, or in 8 bits; then head_dim is a multiple of 16, and `scales` [num_slots,
+    2 · kv_heads] float32 gets the scale of each head.
     rotary: cosines and sines [rows, n] float32, for the first 2 n numbers of a head. norm: weights of queries
     and of keys [head_dim], both of the type of qkv or in float32, and epsilon.
     """
@@ -107,10 +111,22 @@ def write_cache(
     query, key, eps = (norm[0].data_ptr(), norm[1].data_ptr(), norm[2]) if norm else (0, 0, 0.0)
     is_wide = norm is not None and norm[0].dtype is torch.float32
     kernels.write_cache(
-        IS_HALF[qkv.dtype], qkv.data_ptr(), cache.data_ptr(), slots.data_ptr(), cos.data_ptr(),
-        sin.data_ptr(), query, key, eps, len(qkv), num_heads, cache.shape[1] // 2, qkv.shape[2],
-        2 * cos.shape[1], int(is_wide),
+        IS_HALF[qkv.dtype], qkv.data_ptr(), cache.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), query, key, eps, len(qkv), num_heads,
+        cache.shape[1] // 2, qkv.shape[2], 2 * cos.shape[1], int(is_wide), KINDS.get(cache.dtype, 0),
     )  # fmt: skip
+
+
+def read_cache(cache: Tensor, scales: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys before values of these slots [n] int64 of a cache in 8 bits, as `write_cache` has written them, in
+    this type: [n, 2 · kv_heads, head_dim]."""
+    assert kernels is not None
+    out = torch.empty(len(slots), *cache.shape[1:], dtype=dtype)
+    kernels.read_cache(
+        IS_HALF[dtype], out.data_ptr(), cache.data_ptr(), scales.data_ptr(), slots.data_ptr(), *out.shape,
+        KINDS[cache.dtype],
+    )  # fmt: skip
+    return out
 
 
 def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,22 +151,25 @@ def part_starts(lengths: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, block_size: int, scale: float
-) -> Tensor:
+    q: Tensor, cache: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, block_size: int, scale: float,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of single tokens, each over its own context in the cache: [rows, heads, head_dim].
 
     q: [rows, heads, head_dim], the heads of a row side by side; head_dim a multiple of 16. tables: [rows,
     max_blocks] int32, the blocks of each context. lengths: [rows] int32, at least 1. starts: what
-    `part_starts` makes of them.
+    `part_starts` makes of them. cache and scales: as of `write_cache`.
     """
     assert kernels is not None
     rows, heads, dim = q.shape
-    size = int(starts[-1]) * heads * (dim + 2) + torch.get_num_threads() * heads * (dim + TILE + 2)
+    of_thread = heads * (dim + TILE + 2) + cache.shape[1] * TILE
+    size = int(starts[-1]) * heads * (dim + 2) + torch.get_num_threads() * of_thread
     scratch, out = torch.empty(size, dtype=torch.float32), q.new_empty((rows, heads, dim))
     kernels.attend(
-        IS_HALF[q.dtype], out.data_ptr(), q.data_ptr(), cache.data_ptr(), tables.data_ptr(),
-        lengths.data_ptr(), scratch.data_ptr(), scale, starts.data_ptr(), rows, q.stride(0), tables.shape[1],
-        block_size, heads, cache.shape[1] // 2, dim, PART, torch.get_num_threads(),
+        IS_HALF[q.dtype], out.data_ptr(), q.data_ptr(), cache.data_ptr(),
+        0 if scales is None else scales.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
+        scratch.data_ptr(), scale, starts.data_ptr(), rows, q.stride(0), tables.shape[1], block_size, heads,
+        cache.shape[1] // 2, dim, PART, torch.get_num_threads(), KINDS.get(cache.dtype, 0),
     )  # fmt: skip
     return out
 

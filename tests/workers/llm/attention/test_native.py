@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.workers.llm.attention.kv_bits import BOUNDS, check_errors, check_poison, check_roundings
 from tests.workers.llm.attention.spans import (
     check_wide_norms,
     make_cache,
@@ -169,3 +170,18 @@ def test_heads_are_normed_and_turned_and_written(has_norm: bool, num_turned: int
 def test_heads_of_other_sizes_are_left_to_torch() -> None:
     assert not NativeAttention.takes(make_cache([Paged(2, 24)], 4, 4))
     assert not NativeAttention.takes(make_cache([Paged(2, 16)], 4, 4, torch.float16))
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_keys_and_values_in_8_bits(name: str) -> None:
+    for dim in (16, 48, 128):
+        assert 0 < check_errors(NativeAttention, name, torch.float32, dim) < BOUNDS[name]
+    assert 0 < check_errors(NativeAttention, name, torch.bfloat16, 80) < 1.1 * BOUNDS[name]
+    check_roundings(NativeAttention, name)
+    check_poison(NativeAttention, name)
+
+
+@pytest.mark.usefixtures("each_rows_version")
+@pytest.mark.parametrize("name", BOUNDS)
+def test_long_parts_in_bfloat16_read_8_bits(name: str) -> None:
+    assert 0 < check_errors(NativeAttention, name, torch.bfloat16, 128) < 1.1 * BOUNDS[name]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.workers.llm.attention.kv_bits import BOUNDS, check_errors, check_poison, check_roundings
 from tests.workers.llm.attention.spans import (
     check_wide_norms,
     make_cache,
@@ -120,3 +121,11 @@ def test_heads_are_normed_before_they_are_turned(has_bias: bool) -> None:
     written: Tensor = cache.tensors[0][4:7]
     torch.testing.assert_close(written[:, :2], rotate(k, *tables))
     torch.testing.assert_close(written[:, 2:], plain[:, 6:])
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_keys_and_values_in_8_bits(name: str) -> None:
+    assert 0 < check_errors(PagedAttention, name, torch.float32, 24) < BOUNDS[name]
+    assert 0 < check_errors(PagedAttention, name, torch.bfloat16, 128) < 1.1 * BOUNDS[name]
+    check_roundings(PagedAttention, name)
+    check_poison(PagedAttention, name)

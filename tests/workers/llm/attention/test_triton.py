@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.workers.llm.attention.kv_bits import BOUNDS, check_errors, check_poison, check_roundings
 from tests.workers.llm.attention.spans import make_layer, make_spans, reference
 from workers.llm.attention.base import HeadNorm, SequencePart
 from workers.llm.attention.triton import (
     MAX_SPLITS,
+    Numbers,
     TritonAttention,
     choose_num_splits,
     choose_prefill_tile,
@@ -113,7 +115,7 @@ def test_norm_rotation_and_cache_write_in_one(
         k.copy_(F.rms_norm(k, (dim,), norm.key, norm.eps))
     turned = rotate(expected, *rotary_tables(angles, torch.float32))
     layer = make_layer(0, num_heads, num_kv_heads, dim, bias, norm)
-    norm_rotate_and_write(layer, qkv, (angles.cos(), angles.sin()), slots, cache)
+    norm_rotate_and_write(layer, qkv, (angles.cos(), angles.sin()), slots, Numbers(cache, cache, 0))
     torch.testing.assert_close(qkv[:, :num_heads], turned[:, :num_heads])
     torch.testing.assert_close(cache[slots, :num_kv_heads], turned[:, num_heads:num_turned])
     torch.testing.assert_close(cache[slots, num_kv_heads:], expected[:, num_turned:])
@@ -138,3 +140,12 @@ def test_layers_may_have_heads_of_their_own() -> None:
         step.write(layer, qkv, step.rotary(torch.randn(3, dim // 2), torch.float32))
         expected = reference(cache.tensors[layer.index], 4, spans, qkv[:, :num_heads])
         torch.testing.assert_close(step.attend(layer, qkv).double(), expected, atol=2e-5, rtol=2e-5)
+
+
+# NaN becomes any whole number: its scale is NaN.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize(("name", "dim"), [("int8", 24), ("fp8", 32)])
+def test_keys_and_values_in_8_bits(name: str, dim: int) -> None:
+    assert 0 < check_errors(TritonAttention, name, torch.float16, dim, are_few=True) < BOUNDS[name]
+    check_roundings(TritonAttention, name)
+    check_poison(TritonAttention, name)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pipeline.config import Config, LlmConfig, ModelConfig
+from workers.llm.cache.kv_formats import FORMATS
+from workers.llm.cache.paged_tensors import PagedTensors
 from workers.llm.cache.plan import GIB, CachePlan, available_gib, describe, plan_cache
 from workers.llm.cache.spec import Paged, State
 
@@ -11,8 +13,15 @@ PAGED = Paged(2, 64)  # 256 numbers a token
 STATE = State((16, 128, 128), torch.float32)  # 1 MiB
 
 
-def config(max_num_seqs: int = 8, max_model_len: int | None = None, prefix_caching: bool = False) -> Config:
-    llm = LlmConfig(max_num_seqs=max_num_seqs, block_size=16, prefix_caching=prefix_caching)
+def config(
+    max_num_seqs: int = 8,
+    max_model_len: int | None = None,
+    prefix_caching: bool = False,
+    kv_cache_dtype: str = "auto",
+) -> Config:
+    llm = LlmConfig(
+        max_num_seqs=max_num_seqs, block_size=16, prefix_caching=prefix_caching, kv_cache_dtype=kv_cache_dtype
+    )
     return Config(model=ModelConfig(max_model_len=max_model_len), llm=llm)
 
 
@@ -82,7 +91,7 @@ def test_drafts_come_off_the_memory_of_states_and_blocks() -> None:
     plain = plan_cache(HYBRID, 100_000, config(), torch.bfloat16, gib)
     more = plan_cache(HYBRID, 100_000, config(), torch.bfloat16, gib + 15 * SLOT / GIB, num_drafts=15)
     assert more == plain._replace(num_drafts=15)
-    assert "0 prefixes and 15 drafts" in describe(more, HYBRID, 16, torch.bfloat16)
+    assert "0 prefixes and 15 drafts" in describe(more, HYBRID, LlmConfig(), torch.bfloat16)
     assert plan_cache([PAGED], 1000, config(), torch.bfloat16, 1.0, num_drafts=15).num_drafts == 0
     words = r"take 0\.006 GiB, but beside 0\.044 for 15 drafts there is room for 0\.000: raise"
     with pytest.raises(ValueError, match=words):
@@ -95,13 +104,30 @@ def test_a_model_of_states_alone_has_room_for_all_its_contexts() -> None:
 
 def test_the_division_is_told() -> None:
     plan = plan_cache(HYBRID, 10_000, config(max_num_seqs=8), torch.bfloat16, 0.5)
-    told = describe(plan, HYBRID, 16, torch.bfloat16)
+    told = describe(plan, HYBRID, LlmConfig(), torch.bfloat16)
     assert told == (
         "the KV cache has 0.04 GiB for 80000 tokens; states have 0.03 GiB for 8 sequences at once and "
         "0 prefixes, 3.0 MiB each"
     )
-    told = describe(CachePlan(4, 64, 8), [PAGED], 16, torch.bfloat16)
+    told = describe(CachePlan(4, 64, 8), [PAGED], LlmConfig(), torch.bfloat16)
     assert told == "the KV cache has 0.00 GiB for 64 tokens"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_cache_in_8_bits_has_room_for_as_many_more_tokens_as_its_bytes_say(
+    name: str, dtype: torch.dtype
+) -> None:
+    """States have what they had."""
+    heads, quantized = Paged(2, 128), config(kv_cache_dtype=name)
+    plain, more = (plan_cache([STATE, heads], 10**6, one, dtype, 0.5) for one in (config(), quantized))
+    assert more.num_blocks / plain.num_blocks == pytest.approx(128 * dtype.itemsize / 132, rel=1e-3)
+    assert (more.num_slots, more.num_snapshots) == (plain.num_slots, plain.num_snapshots)
+    cache = PagedTensors([heads], 4, 16, dtype, torch.device("cpu"), FORMATS[name])
+    num_bytes = sum(tensor.nbytes for tensor in (*cache.tensors, *cache.scales))
+    assert num_bytes == 5 * 16 * heads.bytes_per_token(dtype, cache.format), "with the spare block"
+    told = describe(more, [STATE, heads], quantized.llm, dtype)
+    assert f"GiB for {more.num_blocks * 16} tokens in {name}; states have" in told
 
 
 @pytest.mark.parametrize(
