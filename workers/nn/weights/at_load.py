@@ -17,7 +17,8 @@ from torch import Tensor
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts
-from workers.nn.weights.dense import Dense
+from workers.nn.weights.dense import Dense, StoredExperts
+from workers.nn.weights.experts import put_together
 from workers.nn.weights.grouped import CHUNK, Arrangement, GroupedLinear, GroupedWeight, NumberKind
 from workers.nn.weights.shard import ExpertsShard
 
@@ -35,8 +36,12 @@ class GroupedAtLoad(Dense):
     def experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
     ) -> Experts:
-        """The decoder's kernels are for dense weights."""
-        return super().experts(checkpoint, module, shard, None)
+        stored = StoredExperts(checkpoint, module, shard)
+        layers = [
+            (self.pack(stored.gate_up(number), None), self.pack(stored.down(number), None))
+            for number in shard.held
+        ]
+        return put_together(layers, shard.held.start, kernels)
 
 
 def quantized(weight: Tensor, kind: NumberKind) -> GroupedWeight:

@@ -11,7 +11,7 @@ from workers.nn.fused import Kernels
 from workers.nn.layers import silu_mul
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts, Format, Linear
-from workers.nn.weights.grouped import GroupedWeight
+from workers.nn.weights.grouped import GroupedLinear, GroupedWeight, stack
 from workers.nn.weights.shard import ExpertsShard
 
 
@@ -107,3 +107,17 @@ class GroupedExperts(Experts):
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         return self._compute(x, self._gate_up, self._down, chosen, shares, self._first)
+
+
+def put_together(layers: Sequence[tuple[Linear, Linear]], first: int, kernels: Kernels | None) -> Experts:
+    """Quantised experts, (gate_up, down) each: by kernels where there are any and all layouts are alike."""
+    if kernels is not None:
+        gate_up, down = (_stacked(side) for side in zip(*layers, strict=True))
+        if gate_up is not None and down is not None:
+            return GroupedExperts(gate_up, down, first, kernels)
+    return ListedExperts(layers, first)
+
+
+def _stacked(layers: Sequence[Linear]) -> GroupedWeight | None:
+    weights = [layer.weight for layer in layers if isinstance(layer, GroupedLinear)]
+    return stack(weights) if len(weights) == len(layers) else None

@@ -23,7 +23,7 @@ from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.dense import FUSED, Dense, are_transposed
-from workers.nn.weights.experts import ListedExperts
+from workers.nn.weights.experts import put_together
 from workers.nn.weights.grouped import BLOCK, Arrangement, GroupedLinear, GroupedWeight, NumberKind
 from workers.nn.weights.matrices import StoredMatrix
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
@@ -121,7 +121,7 @@ class StoredFormat(Format):
             (self._column(checkpoint, gate_up, None), self._row(checkpoint, down, shard.intermediate))
             for gate_up, down in self._experts(checkpoint, module, shard)
         ]
-        return ListedExperts(layers, shard.held.start)
+        return put_together(layers, shard.held.start, kernels)
 
     def _experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard

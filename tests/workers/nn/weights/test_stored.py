@@ -17,11 +17,14 @@ from tests.dequantised import dense_tensors
 from tools.random_checkpoint.quantized import RECIPES
 from tools.random_checkpoint.quantized.base import Recipe
 from workers.llm.parallel import TensorParallel, share_experts
+from workers.nn.fused import Kernels, StackedWeight
+from workers.nn.layers import silu_mul
 from workers.nn.loader import Checkpoint
 from workers.nn.weights import stored as stored_module
 from workers.nn.weights.base import Linear
 from workers.nn.weights.dense import Dense, TorchLinear
-from workers.nn.weights.grouped import GroupedLinear
+from workers.nn.weights.experts import GroupedExperts, ListedExperts
+from workers.nn.weights.grouped import GroupedLinear, GroupedWeight
 from workers.nn.weights.registry import choose_formats, open_weights
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.side_by_side import SideBySide
@@ -210,6 +213,27 @@ def expected_experts(stored: Stored, x: Tensor, chosen: Tensor, shares: Tensor) 
     return out
 
 
+def widened_experts(
+    x: Tensor, gate_up: StackedWeight, down: StackedWeight, chosen: Tensor, shares: Tensor, first: int
+) -> Tensor:
+    """In place of kernels: one token after the other, by matrices that are widened whole."""
+    assert isinstance(gate_up, GroupedWeight)
+    assert isinstance(down, GroupedWeight)
+    of_gate_up = gate_up.dense(x.dtype).view(-1, 2 * down.in_features, gate_up.in_features)
+    of_down = down.dense(x.dtype).view(-1, gate_up.in_features, down.in_features)
+    out = torch.zeros_like(x)
+    for token, (experts, of_experts) in enumerate(zip(chosen.tolist(), shares, strict=True)):
+        for number, share in zip(experts, of_experts, strict=True):
+            if 0 <= (place := number - first) < len(of_down):
+                out[token] += share * (of_down[place] @ silu_mul(of_gate_up[place] @ x[token]))
+    return out
+
+
+def unused(*_: object) -> Any:
+    raise AssertionError("experts take one kernel only")
+
+
+KERNELS = Kernels(unused, unused, unused, widened_experts)
 STACKED = [("fp8-block-stacked", layout) for layout in ("stacked", "transposed")]
 ONE_BY_ONE = [(format, "one by one") for format in SERVED]
 
@@ -226,6 +250,9 @@ def test_experts_of_all_ranks_add_up(format: str, layout: str, tmp_path: Path) -
             shard = share_experts(4, 64, 48, TensorParallel(rank, num_ranks, has_whole_experts=has_whole))
             total += stored.weights().under(MLP).experts("experts", shard, None)(x, chosen, shares)
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+    for_kernels = stored.weights().under(MLP).experts("experts", EXPERTS, KERNELS)
+    assert isinstance(for_kernels, GroupedExperts)
+    torch.testing.assert_close(for_kernels(x, chosen, shares), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_of_which_one_is_dense(tmp_path: Path) -> None:
@@ -237,7 +264,8 @@ def test_experts_of_which_one_is_dense(tmp_path: Path) -> None:
     tensors[f"{dense}.weight"] = random_matrix(48, 64) / 4
     stored = Stored(tmp_path, recipe.settings([]), tensors)
     x, chosen, shares = random_matrix(3, 64), torch.tensor([[0, 1], [2, 1], [1, 2]]), torch.rand(3, 2)
-    made = stored.weights().under(MLP).experts("experts", EXPERTS, None)
+    made = stored.weights().under(MLP).experts("experts", EXPERTS, KERNELS)
+    assert isinstance(made, ListedExperts)
     torch.testing.assert_close(
         made(x, chosen, shares), expected_experts(stored, x, chosen, shares), rtol=1e-4, atol=1e-4
     )
