@@ -23,13 +23,13 @@ NAME = "model"
 ENGINES = {"tensorrt": "tensorrt", "transformers": "torch"}
 # Its --quant-type: ours, or why there is none.
 QUANTIZATIONS = {"a8w8": "int8"}
-NO_QUANTIZED_FILES = "quantised checkpoints are not served; a dense one is quantised by a8w8"
+OF_THE_FILES = "files in GPTQ say it themselves: leave the option out"
 NO_QUANTIZATION = {
-    "gptq": NO_QUANTIZED_FILES,
-    "gptq_weight_only": NO_QUANTIZED_FILES,
+    "gptq": OF_THE_FILES,
+    "gptq_weight_only": OF_THE_FILES,
     "a16w4": "activations stay in 16 bits there; the nearest is --quantization int4, where they have 8",
     "a16w8": "activations stay in 16 bits there; the nearest is a8w8",
-    "fp8": "there are no products in fp8 here; the nearest is a8w8",
+    "fp8": "activations stay in 16 bits here; the nearest is --quantization fp8",
 }
 KEY_FILE, CERTIFICATE = "SSL_KEYFILE", "SSL_CERTFILE"
 # Its clients ask for this host unless told otherwise. No page of a browser gains by that: it is no name.

@@ -26,7 +26,7 @@ CHATS = {name: FAMILY_CHATS[name] for name in ("one picture", "a video")}
 
 
 async def test_tokens_before_and_behind_kills(tmp_path: Path) -> None:
-    dense = make_checkpoint(tmp_path / "m", "qwen3_vl_moe")
+    dense = make_checkpoint(tmp_path / "m", "qwen3_5_moe")
     folder = quantize_checkpoint(dense, tmp_path / "q", "compressed-fp8-tower")
     reference = Reference(dequantise(folder, tmp_path / "d"))
     answers = {name: reference.answer(chat, NUM_TOKENS) for name, chat in CHATS.items()}
