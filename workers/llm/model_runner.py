@@ -102,7 +102,10 @@ class ModelRunner:
         match the decoder."""
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device, config.llm.linear_attention)
-        weights = open_weights(folder, dtype, device, config.llm.quantization, progress)
+        activations = config.llm.activation_quantization
+        weights = open_weights(
+            folder, dtype, device, config.llm.quantization, progress, activations=activations
+        )
         kind, has_mtp = decoder_of(info), config.llm.speculative == "mtp"
         if has_mtp and not weights.has_module(MTP_MODULE):
             raise ValueError(

@@ -75,7 +75,8 @@ def main(context: WorkerContext) -> None:
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
     # What is not served fails before any waiting.
-    choose_formats(context.model_folder, device, config.llm.quantization)
+    activations = config.llm.activation_quantization
+    choose_formats(context.model_folder, device, config.llm.quantization, activations=activations)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
     check_linear_attention(config.llm, spec)

@@ -9,7 +9,7 @@ the outputs is a part of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import accumulate
 from math import gcd
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.weights.base import Linear
+from workers.nn.weights.base import Activations, Linear
 
 BLOCK = 32  # inputs: groups are multiples of it
 CHUNK = (
@@ -76,14 +76,39 @@ class GroupedWeight(NamedTuple):
         return (wide * groups).view(count, -1)[:, : self.num_inputs].to(dtype)
 
 
-class GroupedLinear(Linear):
-    """Widens a part of the weight at a time, and multiplies by it."""
+# (x [rows, in], bias, residual): x Wᵀ + bias + residual, of one weight.
+Product = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
-    def __init__(self, weight: GroupedWeight, bias: Tensor | None = None) -> None:
+
+def choose_product(weight: GroupedWeight, activations: Activations = Activations.AUTO) -> Product | None:
+    """The kernels of the weight's device; None: torch's operators.
+
+    Raises ValueError where there are none for such activations.
+    """
+    if weight.numbers.device.type == "cpu":
+        from workers.nn.weights.grouped_cpu import make_cpu_product
+
+        return make_cpu_product(weight, activations)
+    if activations is Activations.INT8:
+        raise ValueError(f"there are no activations in 8 bits on {weight.numbers.device}")
+    return None
+
+
+class GroupedLinear(Linear):
+    """By kernels, where there are any; else it widens a part of the weight at a time for torch's product."""
+
+    def __init__(
+        self,
+        weight: GroupedWeight,
+        bias: Tensor | None = None,
+        choose: Callable[[GroupedWeight], Product | None] = choose_product,
+    ) -> None:
         super().__init__(weight.out_features, weight.in_features)
-        self.weight, self._bias = weight, bias
+        self.weight, self._bias, self._product = weight, bias, choose(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._product is not None:
+            return self._product(x, self._bias, None)
         x = self.weight.ordered(x)
         out = x.new_empty(len(x), self.out_features)
         step = max(BLOCK, TILE_NUMBERS // self.weight.num_inputs)
@@ -91,6 +116,11 @@ class GroupedLinear(Linear):
             part = slice(start, start + step)
             torch.mm(x, self.weight.widened(part, x.dtype).t(), out=out[:, part])
         return out if self._bias is None else out.add_(self._bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if self._product is not None:
+            return self._product(x, self._bias, residual)
+        return super().add_to(residual, x)
 
 
 def arrange(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from workers.nn.loader import Checkpoint, Progress, no_progress
-from workers.nn.weights.base import Format
+from workers.nn.weights.base import Activations, Format
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.int4 import Int4
 from workers.nn.weights.int8 import Int8
@@ -30,12 +30,14 @@ def choose_formats(
     override: str = "none",
     stored: Mapping[str, ReadFormat] = STORED_FORMATS,
     dense: Format | None = None,
+    activations: str = "auto",
 ) -> Sequence[Format]:
     """For `Weights`: the checkpoint's format, and one for the layers that it does not hold.
 
     `override`: the option `--quantization` or `--vit-quantization`. `dense`: the format of unquantised
-    layers; the export to ONNX gives one that torch can trace. Raises ValueError for a format that is unknown,
-    or does not compute on the device.
+    layers; the export to ONNX gives one that torch can trace. `activations`: the option
+    `--activation-quantization`. Raises ValueError for a format that is unknown, or does not compute on the
+    device, or not with such activations.
     """
     format, dense = _stored_format(folder, stored), dense or Dense()
     if override != "none":
@@ -43,8 +45,14 @@ def choose_formats(
             found = f"{str(folder)!r} has {format.name}"
             raise ValueError(f"quantization {override!r} is for dense weights, but {found}")
         format = MADE_FORMATS[override]()
+    wanted = Activations(activations)
+    (format or dense).choose_activations(wanted)
     if format is None:
         return (dense,)
+    if wanted is Activations.INT8 and device.type != "cpu":
+        raise ValueError(
+            f"activation_quantization 'int8' is for the CPU, but this worker computes on {device}"
+        )
     format.check_device(device)
     return format, dense
 
@@ -56,12 +64,13 @@ def open_weights(
     override: str = "none",
     progress: Progress = no_progress,
     dense: Format | None = None,
+    activations: str = "auto",
 ) -> Weights:
     """The checkpoint in `folder`, in its formats; other tensors in `dtype`.
 
     Raises ValueError as `choose_formats` does.
     """
-    formats = choose_formats(folder, device, override, dense=dense)
+    formats = choose_formats(folder, device, override, dense=dense, activations=activations)
     return Weights(Checkpoint(folder, dtype, device, progress), formats)
 
 

@@ -42,6 +42,7 @@ class EngineSpec:
     progress: Progress
     limit: SliceLimit
     quantization: str = "none"  # of the weights; for the engine torch
+    activations: str = "auto"  # what quantised weights are multiplied by; for the engine torch
     after_work: Callable[[], object] | None = None  # for the engine that can report progress (torch)
     is_hurried: Callable[[], bool] = lambda: False  # for the same: to report it after short blocks
     deadlines: Deadlines | None = None  # for engines that cannot
@@ -92,7 +93,9 @@ def choose_engine(name: str, spec: EngineSpec) -> VitEngine:
 
 def _torch(spec: EngineSpec) -> VitEngine:
     tower = tower_of(spec.info)
-    weights = open_weights(spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress)
+    weights = open_weights(
+        spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress, activations=spec.activations
+    )
     weights.expect(tower.prefix)
     encoder = tower.encoder(spec.info.vision, weights)
     engine = TorchEngine(encoder, spec.limit, spec.after_work, spec.is_hurried)
