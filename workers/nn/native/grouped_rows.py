@@ -40,7 +40,7 @@ def multiply(
     if not len(x):
         return out
     padded, groups = -(-weight.num_inputs // 128) * 128, weight.scales.shape[1]
-    of_row = LINE + (-(-groups // 16) * LINE + padded if is_quantized else 4 * padded)
+    of_row = LINE + (-(-groups // 16) * LINE + padded if is_quantized else 6 * padded)
     padded_rows = -(-len(x) // MOST) * MOST
     scratch = torch.empty(2 * LINE + padded // 8 + padded_rows * of_row, dtype=torch.uint8)
     place = scratch.data_ptr() + -scratch.data_ptr() % LINE

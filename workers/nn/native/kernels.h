@@ -46,10 +46,13 @@ struct GroupedRows {
     char* scratch; long rows, in_features, num_inputs, out_features, kind, group_size; bool is_quantized, is_half;
 };
 static inline long grouped_inputs(const GroupedRows& job) { return (job.num_inputs + 127) / 128 * 128; }
-// Of `scratch`, for each row, padded to a multiple of four of them. Before them are grouped_inputs / 8 bytes, padded to 64.
-static inline long grouped_row_bytes(const GroupedRows& job) {
+// `scratch` begins with grouped_inputs / 8 bytes, padded to 64, and has these for each row, padded to a multiple of four.
+static inline long grouped_sums_bytes(const GroupedRows& job) {  // of each group, or of the lanes of each 32 inputs
     const long groups = (job.num_inputs + job.group_size - 1) / job.group_size;
-    return 64 + (job.is_quantized ? (groups + 15) / 16 * 64 + grouped_inputs(job) : 4 * grouped_inputs(job));
+    return job.is_quantized ? (groups + 15) / 16 * 64 : grouped_inputs(job) / 32 * 64;
+}
+static inline long grouped_row_bytes(const GroupedRows& job) {
+    return 64 + grouped_sums_bytes(job) + grouped_inputs(job) * (job.is_quantized ? 1 : 4);
 }
 
 // Attention of many rows in bfloat16. A segment's places are rows of q, of out and of the keys; with `blocks`, the

@@ -1,12 +1,15 @@
 """What multiplies by a weight of `grouped.py` on a CPU with AVX2.
 
-    a few rows    kernels that read the weight as it is (`workers/nn/native/grouped_rows.py`)
-    more          the weight is made dense, a part at a time, for torch's product
+    a few rows          kernels that read the weight as it is (`workers/nn/native/grouped_rows.py`)
+    more                the weight is made dense, a part at a time, for torch's product
+    any, x in 8 bits    the kernels; more rows beside AMX as above
 
 Of float16, which has no kernels, in float32.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -16,8 +19,8 @@ from workers.nn.native.grouped_rows import grouped_versions, multiply, widen
 from workers.nn.weights.base import Activations
 from workers.nn.weights.grouped import TILE_NUMBERS, GroupedWeight, NumberKind
 
-# Rows, up to which the kernels are faster than a dense product and what it needs first.
-FEW, FEW_QUANTIZED = 16, 64
+FEW = 24  # rows; for more a dense product, and what it needs first, are faster than exact kernels
+FEW_BESIDE_AMX = 64  # the same of kernels for x in 8 bits, where products in bfloat16 have tiles
 
 
 class CpuProduct:
@@ -27,6 +30,7 @@ class CpuProduct:
             raise ValueError("activations are in 8 bits, but weights in FP8 have no kernel for these")
         self._weight, self._activations = weight, activations
         self._kernel = grouped_versions()[-1]
+        self._has_tiles = "amx_bf16" in operators.kernels.rows_versions()
 
     def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x Wᵀ + bias + residual [rows, out], of x [rows, in]."""
@@ -34,20 +38,26 @@ class CpuProduct:
             wide = (None if part is None else part.float() for part in (bias, residual))
             return self(x.float(), *wide).to(x.dtype)
         is_quantized = self.is_quantized(x.dtype)
-        if len(x) <= (FEW_QUANTIZED if is_quantized else FEW):
+        if len(x) <= self._few(x.dtype, is_quantized):
             return multiply(self._kernel, self._weight, x, bias, residual, is_quantized)
-        out = self._multiply_dense(x)
+        out = self.multiply_dense(x)
         if bias is not None:
             out.add_(bias)
         return out if residual is None else out.add_(residual)
 
     def is_quantized(self, dtype: torch.dtype) -> bool:
-        """Whether a few rows of this type are. Many are not: that would take longer."""
+        """Whether rows of this type are, as long as they are few."""
         if self._weight.kind is NumberKind.FP8 or self._activations is Activations.NONE:
             return False
         return self._activations is Activations.INT8 or dtype is torch.bfloat16
 
-    def _multiply_dense(self, x: Tensor) -> Tensor:
+    def _few(self, dtype: torch.dtype, is_quantized: bool) -> int:
+        if not is_quantized:
+            return FEW
+        return FEW_BESIDE_AMX if dtype is torch.bfloat16 and self._has_tiles else sys.maxsize
+
+    def multiply_dense(self, x: Tensor) -> Tensor:
+        """x Wᵀ, by dense parts of the weight."""
         weight, x = self._weight, self._weight.ordered(x)
         out = x.new_empty(len(x), weight.out_features)
         step = min(weight.out_features, max(1, TILE_NUMBERS // weight.num_inputs))
