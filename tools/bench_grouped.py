@@ -6,8 +6,8 @@
 Dense weights and those that `--quantization int4` makes at load, beside weights of quantised checkpoints
 (`workers/nn/weights/grouped.py`): by the kernels that read them as they are, with x in the model's type or in
 8 bits, and widened for a dense product. Numbers are random: speed does not depend on them. Several copies of
-the layer take turns, so that no cache holds a weight. Rounds are interleaved and medians are told, since shared
-machines drift.
+the layer take turns, so that no cache holds a weight. Rounds are interleaved and medians are told, since
+shared machines drift.
 """
 
 from __future__ import annotations
@@ -137,6 +137,22 @@ def seconds(subject: Subject, matrices: Sequence[Matrix], rows: int) -> float:
     return (time.perf_counter() - start) / len(layers)
 
 
+def measure(
+    subjects: Mapping[str, Subject], matrices: Sequence[Matrix], all_rows: Sequence[int], rounds: int
+) -> dict[tuple[str, int], float]:
+    """Seconds of one layer, by subject and rows."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for number in range(rounds + 1):
+        for name, subject in subjects.items():
+            for rows in all_rows:
+                if rows < subject.least:
+                    continue
+                taken = seconds(subject, matrices, rows)
+                if number:  # the first round warms up
+                    times.setdefault((name, rows), []).append(taken)
+    return {key: statistics.median(taken) for key, taken in times.items()}
+
+
 def print_table(
     subjects: Mapping[str, Subject], found: Mapping[tuple[str, int], float], num_weights: int
 ) -> None:
@@ -180,16 +196,7 @@ def main() -> None:
     }
     for kind in NumberKind:
         subjects |= grouped_subjects(kind, matrices, options.group)
-    times: dict[tuple[str, int], list[float]] = {}
-    for number in range(options.rounds + 1):
-        for name, subject in subjects.items():
-            for rows in options.rows:
-                if rows < subject.least:
-                    continue
-                taken = seconds(subject, matrices, rows)
-                if number:  # the first round warms up
-                    times.setdefault((name, rows), []).append(taken)
-    found = {key: statistics.median(taken) for key, taken in times.items()}
+    found = measure(subjects, matrices, options.rows, options.rounds)
     print_table(subjects, found, sum(matrix.out_features * matrix.in_features for matrix in matrices))
 
 
