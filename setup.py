@@ -35,6 +35,8 @@ kernels = Extension(
             "delta_net.inc",
             "half_products.inc",
             "grouped.inc",
+            "grouped_lanes.inc",
+            "grouped_products.inc",
             "kernels.h",
             "threads.h",
             "avx512_rows.h",
