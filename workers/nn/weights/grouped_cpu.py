@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.nn.native import operators
 from workers.nn.native.grouped_rows import grouped_versions, multiply, widen
+from workers.nn.native.huge_pages import collapse
 from workers.nn.weights.base import Activations
 from workers.nn.weights.grouped import TILE_NUMBERS, GroupedWeight, NumberKind
 
@@ -30,6 +31,7 @@ class CpuProduct:
             raise ValueError("activations are in 8 bits, but weights in FP8 have no kernel for these")
         self._weight, self._activations = weight, activations
         self._kernel = grouped_versions()[-1]
+        collapse(weight.numbers.data_ptr(), weight.numbers.numel() * weight.numbers.itemsize)
         self._has_tiles = "amx_bf16" in operators.kernels.rows_versions()
 
     def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
