@@ -60,13 +60,15 @@ def test_it_is_mostly_right_in_transformers(right: list[bool]) -> None:
 @pytest.mark.parametrize("setup", SETUPS)
 def test_right_where_transformers_is_right(setup: str, asked: list[Exam], right: list[bool]) -> None:
     options, most_differences = SETUPS[setup]
+    repeated = slice(None, None, 2)  # one question of each skill
     with Server(*options, *LIMITS) as server:
-        answers, again = (asyncio.run(ask_server(server.url, asked)) for _ in range(2))
+        answers = asyncio.run(ask_server(server.url, asked))
+        again = asyncio.run(ask_server(server.url, asked[repeated]))
     assert _differences(answers, asked, right) <= most_differences * len(asked)
-    assert _differences(again, asked, right) <= most_differences * len(asked)
+    assert _differences(again, asked[repeated], right[repeated]) <= most_differences * len(asked)
     assert all(
         answer.num_cached_tokens
-        for answer, exam in zip(again, asked, strict=True)
+        for answer, exam in zip(again, asked[repeated], strict=True)
         if exam.lesson.turns[0].pictures
     )
 

@@ -73,13 +73,16 @@ async def all_answers(client: PipelineClient) -> dict[str, list[Told]]:
     return dict(zip(WANTED, told, strict=True))
 
 
-async def accepted(server: Server) -> int:
+async def wait_for_accepted(server: Server, least: int = 100) -> None:
     """By `/metrics`; workers tell their counts once a second."""
-    await asyncio.sleep(2.2)
-    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
-        lines = (await response.text()).splitlines()
     name = "vlm_spec_decode_num_accepted_tokens_total{"
-    return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
+    async with aiohttp.ClientSession() as session, asyncio.timeout(30):
+        while True:
+            async with session.get(f"{server.url}/metrics") as response:
+                lines = (await response.text()).splitlines()
+            if sum(float(line.split()[-1]) for line in lines if line.startswith(name)) > least:
+                return
+            await asyncio.sleep(0.1)
 
 
 async def assert_deaths_change_nothing(
@@ -104,7 +107,7 @@ async def test_every_answer_is_the_same_in_fewer_bits(quantization: str, tp: str
             async with PipelineClient(server.run_dir) as client:
                 answers.append(await all_answers(client))
             if guesses:
-                assert await accepted(server) > 100
+                await wait_for_accepted(server)
     assert answers[0] == answers[1]
 
 
@@ -116,7 +119,7 @@ async def test_every_answer_is_the_same_on_two_ranks_also_after_a_death(server: 
     with Server(*options) as guessing:
         async with PipelineClient(guessing.run_dir) as client:
             assert await all_answers(client) == expected
-            assert await accepted(guessing) > 100
+            await wait_for_accepted(guessing)
             await assert_deaths_change_nothing(guessing, client, expected)
         guessing.children = workers_of(guessing.process.pid)
 
@@ -134,7 +137,7 @@ async def test_a_models_own_head_changes_no_answer(family: str, tmp_path: Path) 
         async with PipelineClient(guessing.run_dir) as client:
             for _ in range(2):
                 assert await all_answers(client) == expected
-            assert await accepted(guessing) > 100
+            await wait_for_accepted(guessing)
             await assert_deaths_change_nothing(guessing, client, expected)
         guessing.children = workers_of(guessing.process.pid)
 

@@ -26,6 +26,7 @@ INTERVAL_S = 0.2  # between two events for a page
 ANNOUNCED_S = 4.0  # for which the launcher is told that somebody looks
 ANNOUNCE_EVERY_S = 1.0
 MAX_VIEWERS, MAX_OF_A_TENANT = 32, 8
+KEPT_FOR_ADMINS = 4  # of the viewers
 SLOW_S = 10.0  # for which a page may read nothing
 
 
@@ -68,7 +69,9 @@ class LaneRoutes:
     async def _events(self, request: web.Request) -> web.StreamResponse:
         viewer = self._viewer_of(request)
         num_own = sum(other.tenant == viewer.tenant for other in self._viewers)
-        if len(self._viewers) >= MAX_VIEWERS or num_own >= MAX_OF_A_TENANT:
+        must_leave_some = self._access.has_admin and not self._access.is_admin(request)
+        most = MAX_VIEWERS - KEPT_FOR_ADMINS if must_leave_some else MAX_VIEWERS
+        if len(self._viewers) >= most or num_own >= MAX_OF_A_TENANT:
             raise RequestError("as many pages as may show the lanes do so already", status=429)
         self._viewers.add(viewer)
         response = web.StreamResponse(headers=STREAM_HEADERS)

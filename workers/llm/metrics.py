@@ -50,6 +50,7 @@ def _declare_cache(metrics: Metrics, cache: CacheManager) -> None:
     metrics.gauge("slots", "Sequences that may run at once", lambda: slots.num_slots)
     metrics.gauge("free_slots", "Sequences that may still start", lambda: slots.num_free)
     if snapshots is not None:
+        metrics.gauge("snapshots", "Places for layers' states behind prefixes", lambda: snapshots.num_places)
         metrics.gauge(
             "free_snapshots", "Places for layers' states that are free or may be evicted",
             lambda: snapshots.num_free,

@@ -17,7 +17,7 @@ from tests.fakes import LLM_0
 from tests.workers.api.serving import FakeClient, Pieces, Site, Wire, endpoint, get, piece, post, serving
 from workers.api import lane_viewer
 from workers.api import lanes as module
-from workers.api.lanes import ANNOUNCED_S, MAX_OF_A_TENANT, MAX_VIEWERS
+from workers.api.lanes import ANNOUNCED_S, KEPT_FOR_ADMINS, MAX_OF_A_TENANT, MAX_VIEWERS
 from workers.api.launcher_requests import LauncherRequests
 from workers.api.server import ApiServer
 
@@ -142,17 +142,20 @@ async def test_a_tenant_sees_its_own_request_and_an_administrator_all() -> None:
     assert everything["work"]["llm.0"][0][3:5] == [[1, 2], 5]
 
 
-async def test_too_many_pages_are_refused() -> None:
-    """Of one tenant, here an address, and at all."""
-    asked = Asked()
+@pytest.mark.parametrize(("admin_key", "num_kept"), [("", 0), ("of-admin", KEPT_FOR_ADMINS)])
+async def test_too_many_pages_are_refused(admin_key: str, num_kept: int) -> None:
+    """Of one tenant, here an address, and at all; some places are kept for who has the admin key."""
+    asked = Asked(admin_key=admin_key)
     async with AsyncExitStack() as stack:
         site = await stack.enter_async_context(serving(asked.server))
-        for number in range(MAX_VIEWERS):
+        for number in range(MAX_VIEWERS - num_kept):
             local = f"127.0.0.{2 + number // MAX_OF_A_TENANT}"
             await looking(site, await stack.enter_async_context(site.connect(local)))
             if number == MAX_OF_A_TENANT - 1:
                 assert (await site.ask(get(EVENTS), local)).status == 429
         assert (await site.ask(get(EVENTS), "127.0.0.99")).status == 429
+        if admin_key:
+            await looking(site, await stack.enter_async_context(site.connect("127.0.0.99")), ADMIN)
     assert asked.watched[-1] == 0.0
 
 

@@ -8,6 +8,8 @@ import { t } from "./i18n.js";
 /** @typedef {import("./store.js").Chat} Chat */
 /** @typedef {import("./store.js").Turn} Turn */
 
+const LEAST_TIMED = 8; // tokens: the rate of a shorter answer says nothing
+
 /** @type {Map<string, {controller: AbortController, turn: Turn}>} by chat */
 const running = new Map();
 /** @type {Set<(chat: Chat, turn: Turn, isOver: boolean) => void>} */
@@ -122,7 +124,7 @@ function figures(ttftMs, writingMs, usage) {
   return {
     ttft: ttftMs / 1000,
     // The first token came with the TTFT: the others took the rest of the time.
-    rate: output > 1 && writingMs > 0 ? ((output - 1) * 1000) / writingMs : null,
+    rate: output >= LEAST_TIMED && writingMs > 0 ? ((output - 1) * 1000) / writingMs : null,
     prompt: usage?.prompt_tokens ?? 0,
     output,
     thoughts: usage?.completion_tokens_details?.reasoning_tokens ?? 0,

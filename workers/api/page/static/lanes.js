@@ -169,7 +169,7 @@ class LanesView {
       "li",
       { class: lane.isReady ? "" : "starting" },
       element("span", { class: "lane-name", text: worker }),
-      element("span", { class: "lane-state", text: lane.epoch > 1 ? `${state}, № ${lane.epoch}` : state }),
+      element("span", { class: "lane-state", text: lane.epoch > 1 ? `${state}, ${t("lanes.replaced.times", { times: lane.epoch - 1 })}` : state }),
       model.kill !== "off" &&
         iconButton("close", t("lanes.kill", { worker }), () => this.#kill(worker), {
           class: "lane-kill", "data-worker": worker, "aria-disabled": !lane.isReady && "true",
