@@ -157,15 +157,17 @@ def print_table(
     subjects: Mapping[str, Subject], found: Mapping[tuple[str, int], float], num_weights: int
 ) -> None:
     all_rows = sorted({rows for _, rows in found})
-    print("\n| ms a layer | bits | " + " | ".join(f"{rows} rows" for rows in all_rows) + " | dense / it |")
-    print("| --- " * (3 + len(all_rows)) + "|")
+    titles = [f"{rows} row{'s' if rows > 1 else ''}" for rows in all_rows]
+    print("\nms of a layer, and how many times as long dense weights take\n")
+    print(f"| | bits of a weight | {' | '.join(titles)} |\n" + "| --- " * (2 + len(titles)) + "|")
     for name, subject in subjects.items():
-        cells = [f"{1e3 * found[name, rows]:.2f}" if (name, rows) in found else "" for rows in all_rows]
-        ratios = [
-            f"{found['dense', rows] / found[name, rows]:.2f}" if (name, rows) in found else ""
+        cells = [
+            f"{1e3 * found[name, rows]:.2f} ({found['dense', rows] / found[name, rows]:.2f})"
+            if (name, rows) in found
+            else ""
             for rows in all_rows
         ]
-        print(f"| {name} | {subject.bits:.2f} | {' | '.join(cells)} | {', '.join(filter(None, ratios))} |")
+        print(f"| {name} | {subject.bits:.2f} | {' | '.join(cells)} |")
     rate = memory_rate().bytes_per_s
     print(f"\nshare of the memory's rate, {rate / 1e9:.1f} GB/s, at {all_rows[0]} rows:")
     for name, subject in subjects.items():

@@ -141,6 +141,7 @@ def test_few_rows_and_many(
     groups: str, kind: NumberKind, has_zeros: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grouped_cpu, "TILE_NUMBERS", 5000)
+    monkeypatch.setattr(grouped_cpu, "FEW", dict.fromkeys(NumberKind, 16))
     weight = weight_of(kind, has_zeros, LAYOUTS[groups], 70)
     bias, x = torch.randn(70), torch.randn(100, weight.in_features)
     residual = torch.randn(100, 70)

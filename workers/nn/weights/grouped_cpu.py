@@ -1,8 +1,8 @@
 """What multiplies by a weight of `grouped.py` on a CPU with AVX2.
 
-    a few rows          kernels that read the weight as it is (`workers/nn/native/grouped_rows.py`)
-    more                the weight is made dense, a part at a time, for torch's product
-    any, x in 8 bits    the kernels; more rows beside AMX as above
+    a few rows           kernels that read the weight as it is (`workers/nn/native/grouped_rows.py`)
+    more                 the weight is made dense, a part at a time, for torch's product
+    any, x in 8 bits     the kernels; but more of bfloat16, beside AMX, as above
 
 Of float16, which has no kernels, in float32.
 """
@@ -20,8 +20,10 @@ from workers.nn.native.huge_pages import collapse
 from workers.nn.weights.base import Activations
 from workers.nn.weights.grouped import TILE_NUMBERS, GroupedWeight, NumberKind
 
-FEW = 24  # rows; for more a dense product, and what it needs first, are faster than exact kernels
-FEW_BESIDE_AMX = 64  # the same of kernels for x in 8 bits, where products in bfloat16 have tiles
+# Rows, up to which the kernels are faster than a dense product and what it needs first. In float32; and in
+# bfloat16, where the processor multiplies these in one instruction, or in tiles.
+FEW = {NumberKind.INT4: 128, NumberKind.INT8: 128, NumberKind.FP8: 64}
+FEW_HALF, FEW_BESIDE_TILES = 16, 64  # the second one: with x in 8 bits
 
 
 class CpuProduct:
@@ -32,7 +34,7 @@ class CpuProduct:
         self._weight, self._activations = weight, activations
         self._kernel = grouped_versions()[-1]
         collapse(weight.numbers.data_ptr(), weight.numbers.numel() * weight.numbers.itemsize)
-        self._has_tiles = "amx_bf16" in operators.kernels.rows_versions()
+        self._half = operators.kernels.rows_versions()  # what this processor has for products in bfloat16
 
     def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """x Wᵀ + bias + residual [rows, out], of x [rows, in]."""
@@ -54,9 +56,10 @@ class CpuProduct:
         return self._activations is Activations.INT8 or dtype is torch.bfloat16
 
     def _few(self, dtype: torch.dtype, is_quantized: bool) -> int:
-        if not is_quantized:
-            return FEW
-        return FEW_BESIDE_AMX if dtype is torch.bfloat16 and self._has_tiles else sys.maxsize
+        has_products = dtype is torch.bfloat16 and bool(self._half)
+        if is_quantized:
+            return FEW_BESIDE_TILES if has_products and "amx_bf16" in self._half else sys.maxsize
+        return FEW_HALF if has_products else FEW[self._weight.kind]
 
     def multiply_dense(self, x: Tensor) -> Tensor:
         """x Wᵀ, by dense parts of the weight."""
