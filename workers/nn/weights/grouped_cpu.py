@@ -22,7 +22,7 @@ from workers.nn.weights.grouped import TILE_NUMBERS, GroupedWeight, NumberKind
 
 # Rows, up to which the kernels are faster than a dense product and what it needs first. In float32; and in
 # bfloat16, where the processor multiplies these in one instruction, or in tiles.
-FEW = {NumberKind.INT4: 128, NumberKind.INT8: 128, NumberKind.FP8: 64}
+FEW = {NumberKind.INT4: 48, NumberKind.INT8: 48, NumberKind.FP8: 32}
 FEW_HALF, FEW_BESIDE_TILES = 16, 64  # the second one: with x in 8 bits
 
 
