@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.progress import shown_bytes
+from launcher.stored_weights import refuse_gguf, weight_bytes
 from pipeline.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
             EMBEDDED / "samples" / "red-star.png",
         )
     folder = Path(config.model)
+    refuse_gguf(config.model, [file.name for file in folder.iterdir()] if folder.is_dir() else [])
     if not folder.is_dir():
         if config.model.startswith((".", "/", "~")):
             raise ValueError(f"model {config.model!r} is no folder")
@@ -56,8 +58,9 @@ def find_model(config: ModelConfig, can_keep: bool = True) -> Model:
         folder = _download(config.model, config.download_from)
         size = shown_bytes(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
         logger.info("%s is in %s: %s, found in %.0f s", config.model, folder, size, time.monotonic() - start)
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model {str(folder)!r} has no safetensors files")
+    if not weight_bytes(folder):
+        hint = ": files named so on a hub are mostly GGUF alone" if "gguf" in config.model.lower() else ""
+        raise ValueError(f"model {str(folder)!r} has no safetensors files{hint}")
     return Model(folder, _names(config, config.model))
 
 

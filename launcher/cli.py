@@ -15,6 +15,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.adapters import check_adapters
 from launcher.api_keys import VARIABLE, hide, with_keys
 from launcher.checkpoints import find_model
 from launcher.config_size import check_size
@@ -26,6 +27,7 @@ from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.service_manager import VARIABLE as MANAGER
 from launcher.service_manager import ServiceManager
+from launcher.stored_weights import check_weights
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
 from pipeline.config.tls import ssl_context
@@ -64,9 +66,11 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
     is_optional = isinstance(hint, types.UnionType)
     plain = next(part for part in typing.get_args(hint) if part is not type(None)) if is_optional else hint
     is_list = typing.get_origin(plain) is tuple
+    # An option with a list that is given again adds to the list, unless there is one without it.
+    adds = is_list and field.default == ()
     group.add_argument(
-        *names, dest=field.name, type=str if is_list else typing.cast(type, plain), default=field.default,
-        help=text,
+        *names, dest=field.name, type=str if is_list else typing.cast(type, plain),
+        default=[] if adds else field.default, action="extend" if adds else "store", help=text,
         nargs="+" if is_list else None, choices=field.metadata["choices"] or None,
         metavar=field.metadata["metavar"] or None,
     )  # fmt: skip
@@ -113,6 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         check_available(config.launcher.otlp_traces_endpoint)
         check_names(config.api.tool_call_parser, config.api.reasoning_parser)
         model = find_model(config.model, can_keep)
+        check_weights(config, model.folder)
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))
         with RunDir(config.launcher.run_dir, base) as run_dir:
             cache = cache_folder(config.launcher.cache_dir, os.environ, home, run_dir)
@@ -120,6 +125,7 @@ def main(arguments: Sequence[str]) -> int:
             located = dataclasses.replace(config.launcher, cache_dir=str(cache))
             config = dataclasses.replace(config, model=named, launcher=located)
             config = limit_pictures(config, model.folder, os.environ)
+            config = check_adapters(config, model.folder)
             warn_of_memory(config, model.folder)
             with gpu_sharing(config, run_dir, workers_environment(os.environ, home, cache)) as environment:
                 return Supervisor(config, model, run_dir, environment, manager).run()

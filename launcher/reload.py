@@ -17,27 +17,32 @@ from pathlib import Path
 import msgspec
 
 from launcher.units import Unit
+from pipeline.adapters import read_adapter
 from pipeline.wire.control import ReloadState
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ".safetensors"
 
 
-def settings_fingerprint(folder: Path) -> str:
-    """Of the content of all files but the weights."""
+def settings_fingerprint(folder: Path, adapters: Sequence[Path] = ()) -> str:
+    """Of the content of all files but the weights, and of what layers the adapters in these folders have."""
     digest = hashlib.sha256()
+    for place in adapters:
+        adapter = read_adapter("", place)
+        digest.update(repr(sorted(adapter.modules.items())).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix != WEIGHTS and not path.name.endswith(f"{WEIGHTS}.index.json"):
             digest.update(repr((path.name, path.read_bytes() if path.is_file() else b"")).encode())
     return digest.hexdigest()
 
 
-def weights_fingerprint(folder: Path) -> str:
+def weights_fingerprint(folder: Path, adapters: Sequence[Path] = ()) -> str:
     """Of the names, inodes, sizes and times of the weight files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(f"*{WEIGHTS}*")):
-        info = path.stat()
-        digest.update(repr((path.name, info.st_ino, info.st_size, info.st_mtime_ns)).encode())
+    for place in (folder, *adapters):
+        for path in sorted(place.glob(f"*{WEIGHTS}*")):
+            info = path.stat()
+            digest.update(repr((path.name, info.st_ino, info.st_size, info.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
@@ -51,11 +56,13 @@ def has_whole_weights(folder: Path) -> bool:
 
 
 class Reload:
-    """Refused where config or tokenizer have changed: old and new workers could not work together."""
+    """Refused where config or tokenizer have changed, or which layers an adapter has: old and new workers
+    could not work together. `adapters`: their folders."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._settings, self._weights = settings_fingerprint(folder), weights_fingerprint(folder)
+    def __init__(self, folder: Path, adapters: Sequence[Path] = ()) -> None:
+        self._folder, self._adapters = folder, adapters
+        self._settings = settings_fingerprint(folder, adapters)
+        self._weights = weights_fingerprint(folder, adapters)
         self._queue: list[Unit] = []
         self.waits_since: float | None = None  # for open requests to end, before new weights are loaded
         self.state = ReloadState()
@@ -69,7 +76,8 @@ class Reload:
             refusal = "the server is starting or stopping"
         elif self._has_new_settings():
             what = "other files than the weights have changed"
-            refusal = f"{what} in {self._folder} since the server started: start it anew"
+            places = ", ".join(map(str, (self._folder, *self._adapters)))
+            refusal = f"{what} in {places} since the server started: start it anew"
         if refusal:
             logger.error("no reload: %s", refusal)
         elif self.has_new_weights():
@@ -83,20 +91,23 @@ class Reload:
 
     def _has_new_settings(self) -> bool:
         try:
-            return settings_fingerprint(self._folder) != self._settings
-        except OSError:
+            return settings_fingerprint(self._folder, self._adapters) != self._settings
+        except (OSError, ValueError):
             return True
 
     def has_new_weights(self) -> bool:
         """Whether a worker that starts now would load other weights than the serving ones have."""
         try:
-            return weights_fingerprint(self._folder) != self._weights and has_whole_weights(self._folder)
+            fingerprint = weights_fingerprint(self._folder, self._adapters)
+            for place in self._adapters:
+                read_adapter("", place)
+            return fingerprint != self._weights and has_whole_weights(self._folder)
         except (OSError, ValueError, LookupError):
             return False  # the loader reports what is wrong with the files
 
     def take_new_weights(self) -> None:
         """Begins the next generation; workers with older weights are to be ended."""
-        self._weights, self.waits_since = weights_fingerprint(self._folder), None
+        self._weights, self.waits_since = weights_fingerprint(self._folder, self._adapters), None
         generation = self.state.generation + 1
         self.state = msgspec.structs.replace(self.state, is_running=True, generation=generation)
 

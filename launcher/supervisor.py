@@ -31,6 +31,7 @@ from launcher.reload import Reload
 from launcher.service_manager import ALIVE, READY, STOPPING, ServiceManager
 from launcher.spawner import Spawner
 from launcher.units import Child, Phase, Unit, has_moved, units
+from pipeline.adapters import named_folders
 from pipeline.config import Config
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller, Wakeup
@@ -87,7 +88,7 @@ class Supervisor:
         self._spawner = Spawner(config, model.folder, run_dir, environment, self._fleet.workers)
         self._poller = Poller(self._status, self._control, self._wakeup, self._spawner)
         self._quarantine = QuarantineRecord()
-        self._reload = Reload(model.folder)
+        self._reload = Reload(model.folder, tuple(named_folders(config.model.lora).values()))
         self._audience = Audience()
         self._retired: list[Child] = []  # endpoints that finish their connections beside a successor
         self._num_signals = self._num_hangups = 0

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,14 +100,16 @@ class Rig:
         drafter: Drafter | None = None,
         num_snapshots: int = 0,
         speculative: str = "none",
+        lora: tuple[str, ...] = (),
+        **options: Any,
     ) -> None:
         self.info: ModelInfo = read_model_info(folder)
         self.num_vits = num_vits  # over which chunks of a video are spread
         llm = LlmConfig(
             block_size=block_size, attention=attention, linear_attention=linear_attention,
-            speculative=speculative,
+            speculative=speculative, **options,
         )  # fmt: skip
-        config = Config(model=ModelConfig(dtype="float32"), llm=llm)
+        config = Config(model=ModelConfig(dtype="float32", lora=lora), llm=llm)
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
         runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots, num_drafts=MAX_DRAFTS)
         decoder = runner.decoder
@@ -145,6 +147,7 @@ class Rig:
                 on_first_token=self.first_tokens.append,
             ),
             has_overlap=has_overlap,
+            adapters=runner.adapters,
             watch=Watch(
                 clock=lambda: self.clock(),
                 record=lambda ids: self.records.append(set(ids)),

@@ -35,6 +35,7 @@ PURE_CACHE_FILES = [
 ]
 HOUSES = {  # the folders of pipeline/, and which others each may import
     "wire": (),
+    "adapters": (),
     "config": ("wire",),
     "families": ("wire",),
     "parsers": ("wire", "families"),

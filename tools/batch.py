@@ -120,7 +120,8 @@ async def run(args: argparse.Namespace) -> int:
         welcome = client.welcome
         info = read_model_info(client.model_folder)
         forms = ChatForms.read(info.folder, info.tool_call_parser, info.reasoning_parser)
-        model = ServedModel((welcome.model_name,), info, int(time.time()), forms)
+        adapters = welcome.adapters
+        model = ServedModel((welcome.model_name,), info, int(time.time()), forms, adapters=adapters)
         width = min(args.concurrency, welcome.max_requests, MOST_UNDER_WAY)
         with (
             args.output.open("ab") as output,

@@ -33,7 +33,7 @@ async def ask(args: argparse.Namespace) -> int:
     parts = [*media, {"type": "text", "text": args.question}]
     messages = [{"role": "system", "content": args.system}] if args.system else []
     body: dict[str, object] = {"messages": [*messages, {"role": "user", "content": parts}], "stream": True}
-    for name in ("max_tokens", "temperature", "seed"):
+    for name in ("model", "max_tokens", "temperature", "seed"):
         if (value := getattr(args, name)) is not None:
             body[name] = value
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
@@ -73,6 +73,7 @@ def main() -> int:
     )
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
+    parser.add_argument("--model", help="the model's name, or an adapter's")
     parser.add_argument("--api-key", default="")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)

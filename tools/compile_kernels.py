@@ -1,12 +1,13 @@
 """Compiles every Triton kernel for GPUs that need not be there, and tells what each takes of them.
 
-    python -m tools.compile_kernels            # sm_80, sm_90, sm_100
+    python -m tools.compile_kernels            # all variants for sm_80, sm_90, sm_100: five minutes of a core
+    python -m tools.compile_kernels --quick    # what CI compiles: half a minute
     python -m tools.compile_kernels --json
 
 By Triton's ahead-of-time compiler, in the variants that Qwen2-VL's 2B, 7B and 72B and Qwen3.5's 27B and 0.8B
-take, and the experts of Qwen3-VL's 30B-A3B. Registers are of one thread; a spilled register lies in memory,
-so none should be; shared memory is of one program. Fails when a
-kernel takes more than there is, or spills.
+take, and the experts of Qwen3-VL's 30B-A3B; of quantised weights with groups of 128 inputs. Registers are of
+one thread; a spilled register lies in memory, so none should be; shared memory is of one program. Fails when
+a kernel takes more than there is, or spills.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ from triton.compiler import ASTSource
 from workers.llm.attention import triton as attention
 from workers.llm.attention import triton_kernels
 from workers.llm.sampling import kernel as sampling_kernel
-from workers.nn import expert_kernels, kernels
+from workers.nn import expert_kernels, grouped_kernels, kernels
 from workers.nn.delta import triton as delta
 from workers.nn.delta import triton_kernels as delta_kernels
 from workers.nn.delta.plan import CHUNK
+from workers.nn.weight_tiles import DENSE as DENSE_KIND
+from workers.nn.weights.grouped import NumberKind
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of one program, by compute capability
 # By a name's first word.
 MAX_REGISTERS = {
     "decode": 160, "prefill": 255, "rotate": 128, "norm": 128, "merge": 96, "add": 160, "silu": 64,
-    "sample": 160, "choose": 64, "plan": 64, "gate": 255, "down": 160, "sum": 64, "delta": 255,
+    "sample": 160, "choose": 64, "plan": 64, "gate": 255, "down": 168, "sum": 64, "delta": 255,
+    "grouped": 255,
 }  # fmt: skip
 # By the names of arguments: kernels are compiled for what the decoder hands them. The rest are int32 numbers,
 # or constants.
@@ -52,6 +56,8 @@ POINTERS = {
     "tile_offsets": "*i32",
     "chosen": "*i64", "order": "*i32", "blocks": "*i32", "inner": "*bf16", "outputs": "*bf16",
     "scores": "*bf16", "shares": "*bf16",
+    "scales": "*bf16", "zeros": "*bf16",  # of a dense weight: the weight, and never read
+    "residual": "*bf16", "splits": "*fp32",
     "z": "*bf16", "a": "*bf16", "b": "*bf16", "inputs": "*bf16", "mixed": "*bf16", "writes": "*bf16",
     "asks": "*bf16", "solvers": "*bf16", "memory": "*fp32", "taps": "*fp32", "decay": "*fp32",
     "fade_bias": "*fp32",
@@ -60,6 +66,8 @@ POINTERS = {
 }  # fmt: skip
 # Tables of a step, and numbers of which only a part is handed on: aligned or not, from step to step.
 UNALIGNED = ("tables", "lengths", "table_stride", "params_stride", *delta_kernels.UNALIGNED)
+# Numbers of a layer, multiples of 16 in the decoders here, which the just-in-time compiler sees.
+ALIGNED = ("stride", "num_inputs", "num_outputs", "inputs_of_split")
 FLOATS = ("scale", "eps", "length_eps")
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 VOCAB = 151_936
@@ -104,6 +112,40 @@ class Heads(NamedTuple):
     has_wide_norm: bool = False  # its weights are in float32
 
 
+class StoredKind(NamedTuple):
+    """A weight as it is stored."""
+
+    kind: str
+    has_zeros: bool
+    group_size: int
+    types: Mapping[str, str]
+
+    @property
+    def suffix(self) -> str:
+        zeros = ", zeros" if self.has_zeros else ""
+        return "" if self.kind == DENSE_KIND else f", {self.kind}, groups of {self.group_size}{zeros}"
+
+    @property
+    def constants(self) -> Mapping[str, object]:
+        return {"GROUP": self.group_size, "KIND": self.kind, "HAS_ZEROS": self.has_zeros}
+
+    def layout(self, num_inputs: int) -> Mapping[str, int]:
+        num_groups = 1 if self.kind == DENSE_KIND else num_inputs // self.group_size
+        stride = num_inputs // 2 if self.kind == NumberKind.INT4 else num_inputs
+        return {"INPUTS": num_inputs, "STRIDE": stride, "NUM_GROUPS": num_groups}
+
+
+DENSE = StoredKind(DENSE_KIND, False, 128, MappingProxyType({}))
+GROUPED = tuple(
+    StoredKind(kind.value, has_zeros, 128, {"weight": pointer, "zeros": pointer, "scales": "*fp32"})
+    for kind, has_zeros, pointer in (
+        (NumberKind.INT4, False, "*u8"),
+        (NumberKind.INT4, True, "*u8"),
+        (NumberKind.INT8, False, "*i8"),
+        (NumberKind.FP8, False, "*u8"),
+    )
+)
+
 HEADS = (
     Heads(12, 2, torch.bfloat16),
     Heads(28, 4, torch.bfloat16),
@@ -128,6 +170,7 @@ def variants(capability: int) -> Iterator[Variant]:
         yield Variant(f"add and norm, {size}", kernels.add_rms_norm_kernel, padded)
     yield Variant("silu and mul", kernels.silu_mul_kernel, {"SIZE": 18_944, "BLOCK": 1024})
     yield from _of_experts()
+    yield from _of_grouped()
     yield from _of_delta(capability)
     tile = {"VOCAB": VOCAB, "TILE": sampling_kernel.TILE, "SMALL_TILE": sampling_kernel.TILE // 4}
     yield Variant("sample", sampling_kernel.sample_kernel, tile, "*i64", sampling_kernel.NUM_WARPS)
@@ -184,23 +227,55 @@ def _of_experts() -> Iterator[Variant]:
         name = f"plan of experts, {'few' if is_sparse else 'many'} choices"
         yield Variant(name, expert_kernels.plan_experts_kernel, constants)
     for dtype, rows_per_expert in ((torch.bfloat16, 1), (torch.bfloat16, 1000), (torch.float32, 1)):
-        tile = expert_kernels.choose_expert_tile(dtype, rows_per_expert)
-        shape = {
-            "HIDDEN": hidden,
-            "SIZE": size,
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": tile.depth,
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        }
-        name, pointer = f"{tile.rows} rows, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
-        for what, kernel, constants in (
-            ("gate and up", expert_kernels.gate_up_kernel, {**shape, "NUM_CHOSEN": num_chosen}),
-            ("down", expert_kernels.down_kernel, shape),
-        ):
-            yield Variant(f"{what} of experts, {name}", kernel, constants, pointer, tile.num_warps, pointer)
+        for weight in (DENSE, *(GROUPED if dtype == torch.bfloat16 else ())):
+            tile = expert_kernels.choose_expert_tile(dtype, rows_per_expert, weight is DENSE)
+            name, pointer = f"{tile.rows} rows, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+            shape = {
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "DEPTH": tile.depth,
+                "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            }
+            for what, kernel, num_inputs, constants in (
+                (
+                    "gate and up",
+                    expert_kernels.gate_up_kernel,
+                    hidden,
+                    {"NUM_CHOSEN": num_chosen, "SIZE": size},
+                ),
+                ("down", expert_kernels.down_kernel, size, {"HIDDEN": hidden}),
+            ):
+                yield Variant(
+                    f"{what} of experts, {name}{weight.suffix}", kernel,
+                    {**constants, **weight.constants, **weight.layout(num_inputs), **shape},
+                    pointer, tile.num_warps, pointer, types=weight.types,
+                )  # fmt: skip
     constants = {"NUM_CHOSEN": num_chosen, "HIDDEN": hidden, "COLUMNS": expert_kernels.SUM_COLUMNS}
     yield Variant("sum of experts", expert_kernels.sum_experts_kernel, constants)
+
+
+def _of_grouped() -> Iterator[Variant]:
+    """Linear layers of quantised weights: one row, the most of few rows, and many."""
+    many = grouped_kernels.FEW_ROWS + 1
+    for dtype, num_rows in (*((torch.bfloat16, count) for count in (1, 32, 64, many)), (torch.float32, 1)):
+        tile = grouped_kernels.choose_grouped_tile(dtype, num_rows)
+        name, pointer = f"{tile.rows} rows, {str(dtype).removeprefix('torch.')}", TYPES[dtype]
+        for weight in GROUPED:
+            constants = {
+                **weight.constants,
+                "HAS_BIAS": True,
+                "HAS_RESIDUAL": num_rows == many,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "DEPTH": tile.depth,
+                "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            }
+            yield Variant(
+                f"grouped linear, {name}{weight.suffix}", grouped_kernels.grouped_linear_kernel, constants,
+                pointer, tile.num_warps, pointer, types=weight.types,
+            )  # fmt: skip
+    constants = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "BLOCK": grouped_kernels.SUM_BLOCK}
+    yield Variant("sum of splits", grouped_kernels.sum_splits_kernel, constants)
 
 
 def _of_delta(capability: int) -> Iterator[Variant]:
@@ -250,7 +325,7 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     # As the just-in-time compiler sees it: torch's memory is aligned, and strides are multiples of 16, but
     # for those of the step.
     is_aligned = [
-        name not in UNALIGNED and (signature[name].startswith("*") or name.endswith("stride"))
+        name not in UNALIGNED and (signature[name].startswith("*") or name.endswith(ALIGNED))
         for name in names
     ]
     aligned = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(is_aligned) if is_one}
@@ -287,6 +362,18 @@ def numbers() -> list[tuple[int, int]]:
     ]
 
 
+def quick_numbers() -> list[tuple[int, int]]:
+    """As `numbers`, of each kernel, and each kind of weight that it takes, only the last variant in bfloat16,
+    which is the largest; a kernel that has none in another type. For one capability after the other."""
+    of_all, of_bfloat16 = {}, {}
+    for number, variant in enumerate(variants(min(SHARED_LIMITS))):
+        key = variant.kernel, variant.constants.get("KIND")
+        of_all[key] = number
+        if variant.dtype == TYPES[torch.bfloat16]:
+            of_bfloat16[key] = number
+    return list(zip(itertools.cycle(SHARED_LIMITS), (of_all | of_bfloat16).values(), strict=False))
+
+
 def compile_number(capability: int, number: int) -> Usage:
     return compile_variant(next(itertools.islice(variants(capability), number, None)), capability)
 
@@ -294,10 +381,12 @@ def compile_number(capability: int, number: int) -> Usage:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    as_json = parser.parse_args().json
+    parser.add_argument("--quick", action="store_true", help="each kernel once, as in CI")
+    args = parser.parse_args()
+    chosen = quick_numbers() if args.quick else numbers()
     with ProcessPoolExecutor() as pool:
-        usages = list(pool.map(compile_number, *zip(*numbers(), strict=True)))
-    if as_json:
+        usages = list(pool.map(compile_number, *zip(*chosen, strict=True)))
+    if args.json:
         print(json.dumps([usage._asdict() for usage in usages]))
     else:
         print("| kernel | for | registers | spilled bytes | shared bytes |\n| --- | --- | --- | --- | --- |")

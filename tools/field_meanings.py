@@ -10,7 +10,7 @@ from collections.abc import Mapping
 IGNORED = "changes no answer, and is ignored"
 MEANINGS: Mapping[str, str] = {
     # of all routes that generate
-    "model": "the served model's name, or one of `--served-model-name`; any other is a 404",
+    "model": "the served model's name, one of `--served-model-name` or of `--lora`; any other is a 404",
     "stream": "the answer comes as server-sent events, piece by piece",
     "stream_options": "`include_usage`: counts of tokens in a last event; `continuous_usage_stats`: in each",
     "priority": "lower is computed first; only for keys that `--allow-priority` names",

@@ -17,6 +17,7 @@ prefill      2k and 8k tokens of the 7B shape beside the matmul rate
 isolation    P99 ITL of streams while pictures are encoded on the same GPU, by turns and by MPS
 attention    Triton's decode attention beside the copy rate, and beside FlashAttention-3 where it is installed
 experts      the experts' kernels at decode steps of a 30B-A3B, beside the copy rate
+grouped      quantised weights (int4, int8, FP8 in blocks), linear layers and experts, beside dense ones
 delta        layers with linear attention, of Qwen3.5's 0.8B: beside torch, and beside the copy rate
 fidelity     logits of random models in bf16, beside transformers in bf16; both against float32
 tests        every test marked `gpu`, in the time that is left
@@ -39,7 +40,7 @@ from typing import Any
 
 import torch
 
-from tools import gpu_delta, gpu_parts
+from tools import gpu_delta, gpu_grouped, gpu_parts
 from tools.gpu_parts import Machine, Row
 
 TOTAL_S = 480.0
@@ -48,7 +49,8 @@ PARTS: dict[str, tuple[Callable[[Machine], Iterator[Row]], float]] = {  # and th
     "checkpoints": (gpu_parts.checkpoints, 60),
     "decode": (gpu_parts.decode, 90), "server": (gpu_parts.server, 80), "prefill": (gpu_parts.prefill, 40),
     "isolation": (gpu_parts.isolation, 80), "attention": (gpu_parts.attention, 40),
-    "experts": (gpu_parts.experts, 30), "towers": (gpu_parts.towers, 50),
+    "experts": (gpu_parts.experts, 30), "grouped": (gpu_grouped.grouped, 60),
+    "towers": (gpu_parts.towers, 50),
     "delta": (gpu_delta.delta, 60), "fidelity": (gpu_parts.fidelity, 60),
     "tests": (gpu_parts.tests, 200),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def _answers(machine: Machine) -> Iterator[Row]:
     """Greedy tokens of a small model in float32: graphs and kernels beside neither."""
     folder, answers = machine.checkpoint(MODEL), []
     for name in ("torch", _names(machine)[0]):
-        options = {"cuda_graphs": name != "torch", "linear_attention": name}
+        options: dict[str, Any] = {"cuda_graphs": name != "torch", "linear_attention": name}
         with open_runner(folder, machine.device, "float32", 3, **options) as runner:
             answers.append(_greedy(runner))
     same = sum(a == b for a, b in zip(*answers, strict=True))

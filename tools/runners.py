@@ -23,6 +23,7 @@ from pipeline.wire.steps import SequenceStart, SequenceStep, StepPlan
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.model_runner import ModelRunner
 from workers.llm.parallel import TensorParallel
+from workers.llm.sequences import NO_ADAPTER
 from workers.nn.loader import Checkpoint
 
 BLOCK = 16
@@ -33,11 +34,16 @@ LONGEST = 9000  # tokens of a prompt
 
 @contextmanager
 def open_runner(
-    folder: Path, device: torch.device, dtype: str, num_seqs: int, **options: Any
+    folder: Path,
+    device: torch.device,
+    dtype: str,
+    num_seqs: int,
+    lora: tuple[str, ...] = (),
+    **options: Any,
 ) -> Iterator[ModelRunner]:
     """Has room for `num_seqs` contexts or one prompt of `LONGEST`. `options`: of `LlmConfig`."""
     config = Config(
-        model=ModelConfig(dtype=dtype),
+        model=ModelConfig(dtype=dtype, lora=lora),
         llm=LlmConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(num_seqs, 2048), **options),
     )
     runner = ModelRunner.load(
@@ -54,14 +60,18 @@ def open_runner(
         torch.cuda.empty_cache()
 
 
-def decode_seconds(runner: ModelRunner, batch: int, num_steps: int = 40, **wishes: Any) -> float:
-    """Median of a step behind a context of `CONTEXT`, launched while the one before it runs."""
+def decode_seconds(
+    runner: ModelRunner, batch: int, num_steps: int = 40, adapters: Sequence[int] = (), **wishes: Any
+) -> float:
+    """Median of a step behind a context of `CONTEXT`, launched while the one before it runs. `adapters`: of
+    the requests, by number; empty: none has any."""
     blocks = CONTEXT // BLOCK + ROOM_BLOCKS
     sampling = SamplingParams(**{"temperature": 0, "seed": 1, **wishes})
     starts = [
         SequenceStart(
             slot, CONTEXT + 1, sampling, pack_int32([7] * (CONTEXT + 1)), num_computed_tokens=CONTEXT,
             block_table=pack_int32(range(slot * blocks, (slot + 1) * blocks)),
+            adapter=adapters[slot] if adapters else NO_ADAPTER,
         )
         for slot in range(batch)
     ]  # fmt: skip

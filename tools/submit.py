@@ -29,7 +29,8 @@ async def submit(args: argparse.Namespace, media: list[bytes]) -> None:
     client = PipelineClient(args.run_dir or args.url, args.keys, args.model_folder)
     await client.start(timeout_s=5)
     try:
-        async for piece in client.generate([ChatMessage("user", parts)], sampling, media):
+        message = ChatMessage("user", parts)
+        async for piece in client.generate([message], sampling, media, adapter=args.adapter):
             print(piece.text, end="", flush=True)
             if piece.finish_reason is not None:
                 print(
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument(
         "--image", action="append", default=[], help="file of a picture; may be given several times"
     )
+    parser.add_argument("--adapter", default="", help="a LoRA adapter of the server, by its name")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int)

@@ -1,6 +1,6 @@
 """Says in plain words what this machine can do, which models fit, and what is missing.
 
-python -m launcher.doctor            # --json: for programs
+python -m launcher.doctor            # --json: for programs; --model FOLDER: and about these files
 
 Exit status 0: the embedded model can be served here.
 """
@@ -12,11 +12,13 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.doctor.facts import Facts, gather
 from launcher.doctor.findings import Finding, can_serve, findings
 from launcher.doctor.fits import Fit, on_cpu, on_gpus
+from launcher.doctor.judged_model import TOPIC, judge_model
 
 MARKS = {"good": "ok", "note": "note", "warning": "WARN", "error": "ERROR"}
 
@@ -27,9 +29,12 @@ def examine(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="facts and findings as one JSON object")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model's files, to be judged as well")
     options = parser.parse_args(arguments)
     facts = gather(environment)
     found = findings(facts)
+    if options.model is not None:
+        found += judge_model(options.model, facts)
     fits = on_gpus(facts) if facts.gpus else on_cpu(facts)
     sys.stdout.write(as_json(facts, found, fits) if options.json else as_text(facts, found, fits))
     return 0 if can_serve(found) else 1
@@ -56,7 +61,8 @@ def _verdict(found: Sequence[Finding]) -> str:
     if can_serve(list(found)):
         return "The embedded model can be served here: python -m launcher"
     topics = ", ".join(dict.fromkeys(finding.topic for finding in found if finding.level == "error"))
-    return f"The embedded model cannot be served here yet: {topics}."
+    which = "This model" if topics == TOPIC else "The embedded model"
+    return f"{which} cannot be served here yet: {topics}."
 
 
 def as_json(facts: Facts, found: Sequence[Finding], fits: Sequence[Fit]) -> str:

@@ -14,6 +14,8 @@ GPU_OTHERS_GIB = 3.0  # activations, graphs, libraries, the pool of embeddings
 GPU_SHARE = 0.9  # the default of --gpu-memory-utilization
 CONTEXT = 8192  # tokens that a GPU should hold beside the weights
 BITS = {"16 bits": 16.0, "int8": 8.0, "int4": 4.25}
+# On GPUs: int4 has a scale of 32 bits and a zero of 8 for each 128 numbers (workers/nn/weights/at_load.py).
+GPU_BITS = {"16 bits": 16.0, "fp8": 8.0, "int4": 4 + 40 / 128}
 
 
 class Fit(NamedTuple):
@@ -43,14 +45,11 @@ def on_cpu(facts: Facts) -> list[Fit]:
 
 
 def on_gpus(facts: Facts) -> list[Fit]:
-    """With a rank on each GPU (`--tp`). Options that quantise are for CPUs only."""
+    """With a rank on each GPU (`--tp`)."""
     smallest = min(gpu.memory for gpu in facts.gpus) / GIB
     num_gpus = len(facts.gpus)
     room = num_gpus * (GPU_SHARE * smallest - GPU_OTHERS_GIB)
-    return [
-        _fit(model, {"16 bits": BITS["16 bits"]}, CONTEXT * model.kv_bytes / GIB, room)
-        for model in KNOWN_MODELS
-    ]
+    return [_fit(model, GPU_BITS, CONTEXT * model.kv_bytes / GIB, room) for model in KNOWN_MODELS]
 
 
 def _fit(model: KnownModel, bits: dict[str, float], others: float, room: float) -> Fit:

@@ -79,14 +79,22 @@ class BlockingClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
-        trace_context: TraceContext | None = None,
+        trace_context: TraceContext | None = None, adapter: str = "",
     ) -> Iterator[Piece]:  # fmt: skip
         """As `PipelineClient.generate`; leaving the iteration early, or closing the iterator, aborts the
         request."""
         assert self._client is not None
         return self._read(
             self._client.generate(
-                prompt, sampling, media, request_id, priority, cache_salt, tenant, trace_context
+                prompt,
+                sampling,
+                media,
+                request_id,
+                priority,
+                cache_salt,
+                tenant,
+                trace_context,
+                adapter=adapter,
             )
         )
 
@@ -95,6 +103,7 @@ class BlockingClient:
         request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
         trace_context: TraceContext | None = None,
         tool_choice: str | Mapping[str, Any] | None = None, parallel_tool_calls: bool = True,
+        adapter: str = "",
     ) -> Iterator[ParsedPiece]:  # fmt: skip
         """As `PipelineClient.chat`; leaving early aborts the request, too."""
         assert self._client is not None
@@ -110,6 +119,7 @@ class BlockingClient:
                 trace_context,
                 tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls,
+                adapter=adapter,
             )
         )
 

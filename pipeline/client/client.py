@@ -218,6 +218,7 @@ class PipelineClient:
         media: Sequence[bytes | memoryview] = (), request_id: str = "",
         priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
         trace_context: TraceContext | None = None, on_interrupted: OnInterrupted | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         """Runs one prompt and yields its pieces. The last piece of each choice has a finish reason.
 
@@ -227,13 +228,13 @@ class PipelineClient:
         timing reveals the prompt of a request with another salt. `tenant`: the user, where one client submits
         for many; a gateway replaces it by the key's owner. `trace_context`: the place in the caller's trace
         (W3C Trace Context), in which the pipeline's spans are then. `on_interrupted` is called with the
-        attempt and the reason where a worker's death ends one; the next attempt follows. Leaving the
-        generator early aborts the request.
+        attempt and the reason where a worker's death ends one; the next attempt follows. `adapter`: one of
+        those that `welcome` names. Leaving the generator early aborts the request.
         Raises RequestError when the request is refused or fails.
         """
         request = request_id or f"req-{uuid.uuid4().hex}"
         opened = self._submit(
-            prompt, sampling, list(media), request, priority, cache_salt, tenant, trace_context
+            prompt, sampling, list(media), request, priority, cache_salt, tenant, trace_context, adapter
         )
         opened.on_interrupted = on_interrupted
         assert self._tokenizer is not None
@@ -270,6 +271,7 @@ class PipelineClient:
         request_id: str = "", priority: int = 0, cache_salt: bytes = b"", tenant: str = "",
         trace_context: TraceContext | None = None, on_interrupted: OnInterrupted | None = None,
         tool_choice: str | Mapping[str, Any] | None = None, parallel_tool_calls: bool = True,
+        adapter: str = "",
     ) -> AsyncGenerator[ParsedPiece, None]:  # fmt: skip
         """As `generate`, with what each piece says: content, thoughts, and calls of the chat's functions.
 
@@ -284,8 +286,9 @@ class PipelineClient:
         make_parser = self.forms.parser_maker(chat)
         parsers = [make_parser() for _ in range(sampling.n)]
         pieces = self.generate(
-            chat, sampling, media, request_id, priority, cache_salt, tenant, trace_context, on_interrupted
-        )
+            chat, sampling, media, request_id, priority, cache_salt, tenant, trace_context, on_interrupted,
+            adapter,
+        )  # fmt: skip
         async with aclosing(pieces):
             async for piece in pieces:
                 parser = parsers[piece.index]
@@ -322,7 +325,7 @@ class PipelineClient:
         self, prompt: Sequence[ChatMessage] | Prompt, sampling: SamplingParams,
         frames: list[bytes | memoryview],
         request_id: str,
-        priority: int, cache_salt: bytes, tenant: str, trace_context: TraceContext | None,
+        priority: int, cache_salt: bytes, tenant: str, trace_context: TraceContext | None, adapter: str,
     ) -> OpenRequest:  # fmt: skip
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority must fit 32 bits, got {priority}", field="priority")
@@ -346,7 +349,7 @@ class PipelineClient:
         request = SubmitRequest(
             client_id=self._connection.client_id, request_id=request_id, attempt=1, prompt=prompt,
             sampling=sampling, priority=priority,
-            cache_salt=cache_salt, tenant=tenant,
+            cache_salt=cache_salt, tenant=tenant, adapter=adapter,
             trace=msgspec.UNSET if trace_context is None else trace_context,
         )  # fmt: skip
         return self._connection.submit(request, frames)

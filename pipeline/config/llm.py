@@ -50,8 +50,9 @@ class LlmConfig:
     quantization: str = option(
         "none",
         "int8: weights in 8 bits, activations too, token by token; int4: weights in 4 bits, activations in "
-        "8; of the decoder and, without --vit-quantization, of the ViT; on the CPU only",
-        choices=("none", "int8", "int4"),
+        "8; fp8: weights in 8 bits of floating point; on a GPU activations keep their type; of the decoder "
+        "and, without --vit-quantization, of the ViT; for checkpoints that are not quantised",
+        choices=("none", "int8", "int4", "fp8"),
     )
     activation_quantization: str = option(
         "auto",

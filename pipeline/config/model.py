@@ -22,6 +22,12 @@ class ModelConfig:
         "as given to --model)",
         metavar="NAME",
     )
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA adapters that PEFT has saved: a request chooses one by its name, as its model",
+        metavar="NAME=FOLDER",
+        aliases=("--lora-modules",),
+    )
     download_from: str = option(
         "huggingface", "where a hub name is looked up", choices=("huggingface", "modelscope")
     )
@@ -41,6 +47,23 @@ class ModelConfig:
         at_least(self, max_model_len=16)
         if "" in self.served_model_name:
             raise ValueError("served_model_name must not be empty")
+        names = [self._adapter_name(adapter) for adapter in self.lora]
+        for name in names:
+            if names.count(name) > 1 or name in self.served_model_name:
+                other = "another adapter" if names.count(name) > 1 else "the model"
+                raise ValueError(f"lora names an adapter {name!r}, which is also the name of {other}")
+
+    @staticmethod
+    def _adapter_name(adapter: str) -> str:
+        name, _, folder = adapter.partition("=")
+        if not name or not folder:
+            raise ValueError(f"lora takes NAME=FOLDER, not {adapter!r}")
+        return name
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """In the order in which they are given."""
+        return tuple(map(self._adapter_name, self.lora))
 
     @property
     def model_name(self) -> str:

@@ -21,9 +21,9 @@ class VitConfig:
     )
     vit_quantization: str | None = option(
         None,
-        "the ViT's weights in 8 or 4 bits, as --quantization has the decoder's; on the CPU and with engine "
-        "torch only (default: as --quantization)",
-        choices=("none", "int8", "int4"),
+        "the ViT's weights in 8 or 4 bits, as --quantization has the decoder's; with engine torch only "
+        "(default: as --quantization)",
+        choices=("none", "int8", "int4", "fp8"),
     )
     vit_max_batch_patches: int | None = option(
         None,

@@ -13,7 +13,7 @@ from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.topology import Role
 from pipeline.wire.trace_context import Trace
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 CLIENT_ID_BYTES = 16
 MAX_REQUEST_ID = 256  # characters
 MAX_TENANT = 256  # characters
@@ -46,6 +46,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index; empty: no outputs yet
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same salt share cached prefixes
+    adapter: str = ""  # one of those in `Welcome`; empty: the model without one
     lead: int | None = None  # of the group that has accepted it, in an earlier attempt or in this one
     leads: tuple[int, ...] = ()  # of the groups that know the client and so may run it; empty: all groups
     tenant: str = ""  # see docs/fairness.md; empty: the client is the tenant
@@ -97,6 +98,7 @@ class Welcome(WorkerMessage, frozen=True, kw_only=True):
     model_folder: str  # has the tokenizer's files
     tokenizer_hash: bytes  # BLAKE2b, 16 bytes, of tokenizer.json
     model_name: str
+    adapters: tuple[str, ...] = ()  # names that requests may give
     max_model_len: int
     max_requests: int  # open at once
     max_request_bytes: int  # of one SubmitRequest with its frames

@@ -22,6 +22,7 @@ class EncodeRequest(WorkerMessage, frozen=True, kw_only=True):
     grid_thw: GridTHW
     pixels: TensorHandle | None = None  # uint8 [t, height, width, 3]
     will_follow: bool = False  # the pixels are being decoded, and need not be requested
+    adapter: str = ""  # of the request, if it changes the tower
     tenant: str = ""  # whose turn the chunk takes
     sent_at: float = 0.0  # pixels; in seconds of the machine's monotonic clock; 0: unknown
     trace: Trace = msgspec.UNSET  # of the request

@@ -70,6 +70,7 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     choices: tuple[ChoiceProgress, ...] = ()  # of earlier attempts, by index
     priority: int = 0
     cache_salt: bytes = b""
+    adapter: str = ""  # its name; empty: the model without one
     tenant: str = ""  # whose turn the request takes; empty: the client is the tenant
     arrived_at: float = 0.0  # its first attempt, in seconds of the machine's monotonic clock; 0: unknown
     trace: Trace = msgspec.UNSET

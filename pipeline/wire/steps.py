@@ -37,6 +37,7 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     is_masked: bool = False  # its tokens are chosen when `TokenMasks` has arrived
     # Of the snapshots of layers' states: what it goes on from, before the plan saves any; -1: no state.
     snapshot: int = -1
+    adapter: int = -1  # its number among the options `--lora`; -1: none
 
 
 class StateSave(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

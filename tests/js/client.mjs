@@ -9,7 +9,7 @@ import { readFileSync } from "node:fs";
 import { decode, encode } from "@msgpack/msgpack";
 import { Push, Subscriber } from "zeromq";
 
-const [runDir, question, picture, n = "1", protocol = "6", form = "{}"] = process.argv.slice(2);
+const [runDir, question, picture, n = "1", protocol = "7", form = "{}"] = process.argv.slice(2);
 const clientId = randomBytes(16);
 const requestId = randomUUID();
 const address = (name) => `ipc://${runDir}/${name}`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -36,3 +37,11 @@ def test_weights_that_leave_no_room_are_told_with_a_remedy(
     assert not warning(folder, Config(llm=LlmConfig(quantization="int8")), 7.9, caplog, absent)
     assert not warning(folder, Config(), 7.9, caplog, present), "weights are in the GPU's memory"
     assert warning(folder, Config(model=ModelConfig(device="cpu")), 7.9, caplog, present)
+
+
+def test_quantised_weights_have_another_remedy(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    told = warning(folder, Config(), 7.9, caplog, folder / "absent")
+    assert "7.0 GiB" in told
+    assert "files of fewer bits" in told
+    assert "--quantization" not in told

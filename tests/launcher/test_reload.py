@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoints import EMBEDDED
 from launcher.reload import Reload
 from launcher.units import Phase, Unit
+from pipeline.adapters.files import WEIGHTS
 from pipeline.wire.topology import Role, WorkerId
+from tools.random_checkpoint.lora import write_adapter
 
 NOW = 5.0
 
@@ -117,3 +120,31 @@ def test_half_of_the_files_are_no_new_weights(folder: Path) -> None:
     assert not reload.has_new_weights()
     (folder / "model-2.safetensors").write_bytes(b"new")
     assert reload.has_new_weights()
+
+
+def test_new_weights_of_an_adapter_are_new_weights(folder: Path, short_path: Path) -> None:
+    base = EMBEDDED / "model"
+    adapter = write_adapter(base, short_path / "adapter", 2)
+    reload = Reload(folder, (adapter,))
+    assert not reload.has_new_weights()
+    write_adapter(base, short_path / "newer", 2, spread=0.3)
+    shutil.copy(short_path / "newer" / WEIGHTS, adapter / "part")
+    (adapter / "part").replace(adapter / WEIGHTS)
+    assert reload.has_new_weights()
+    reload.begin(UNITS, is_possible=True, now=NOW)
+    assert reload.state.is_running
+    reload.take_new_weights()
+    assert not reload.has_new_weights()
+
+
+def test_other_layers_of_an_adapter_need_a_start(folder: Path, short_path: Path) -> None:
+    """Preprocess knows which adapters change the tower."""
+    adapter = write_adapter(EMBEDDED / "model", short_path / "adapter", 2)
+    reload = Reload(folder, (adapter,))
+    write_adapter(EMBEDDED / "model", adapter, 2, is_target=lambda name: name.startswith("model."))
+    reload.begin(UNITS, is_possible=True, now=NOW)
+    assert not reload.state.is_running
+    assert reload.state.refusal.startswith("other files than the weights have changed")
+    assert str(adapter) in reload.state.refusal
+    (adapter / WEIGHTS).write_bytes(b"torn")
+    assert not reload.has_new_weights()

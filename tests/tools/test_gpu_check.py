@@ -17,14 +17,28 @@ from tools.gpu_parts import Machine, Row
 def test_the_parts_run_at_tiny_sizes(tmp_path: Path) -> None:
     """Not isolation, which needs a GPU to share; not the tests, which are skipped here."""
     rows = {}
-    names = "rates", "attention", "experts", "towers", "delta", "decode", "prefill", "fidelity", "server"
+    names = (
+        "rates",
+        "attention",
+        "experts",
+        "grouped",
+        "towers",
+        "delta",
+        "decode",
+        "prefill",
+        "fidelity",
+        "server",
+    )
     for name in names:
         gpu_check.run_part(name, tmp_path, is_small=True)
         rows[name] = [Row(**row) for row in json.loads((tmp_path / f"{name}.rows.json").read_text())]
     assert [row.verdict for row in rows["fidelity"]] == ["met"] * 3, rows["fidelity"]
+    errors = [row.verdict for row in rows["grouped"] if row.what.startswith("error")]
+    assert errors == ["met"] * 9, rows["grouped"]
     assert json.loads((tmp_path / "rates.json").read_text())["copy"] != gpu_check.USUAL_RATES["copy"]
     counts = {
-        "attention": 1, "experts": 1, "towers": 2, "delta": 4, "decode": 6, "prefill": 1, "server": 2,
+        "attention": 1, "experts": 1, "grouped": 18, "towers": 2, "delta": 4, "decode": 6, "prefill": 1,
+        "server": 2,
     }  # fmt: skip
     for name, count in counts.items():
         shares = [row.share for row in rows[name] if row.share is not None]

@@ -10,11 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from launcher.checkpoints import find_model
+from launcher.stored_weights import check_weights
+from pipeline.adapters import read_adapter
+from pipeline.adapters.tensors import tensors_in
+from pipeline.config import Config, ModelConfig
 from pipeline.families import read_model_info
 from tools.random_checkpoint import SHAPES, make_checkpoint
+from tools.random_checkpoint.quantized import quantize_checkpoint
 from tools.random_checkpoint.settings import write_settings
 from tools.random_checkpoint.shapes import LARGE_VOCABULARY
 from tools.random_checkpoint.tokenizer import write_tokenizer
@@ -186,10 +193,47 @@ A cat.
 
 def test_the_command_makes_fewer_layers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.random_checkpoint", "qwen3-vl-tiny", str(tmp_path)]
-    subprocess.run([*command, "--layers", "2"], check=True)
+    subprocess.run([*command, "--layers", "2", "--lora", "a", "b", "--lora-rank", "3"], check=True)
     assert read_model_info(tmp_path).text.num_layers == 2
+    a, b = (read_adapter(name, tmp_path.with_name(f"{tmp_path.name}-{name}")) for name in "ab")
+    for adapter in (a, b):
+        adapter.check_fits(tensors_in(tmp_path))
+        assert {module.rank for module in adapter.modules.values()} == {3}
+    assert a.path.read_bytes() != b.path.read_bytes()
     AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     # Deepstack adds to two.
     refused = subprocess.run([*command, "--layers", "1"], check=False, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "from 2 to 3 layers" in refused.stderr
+
+
+@pytest.mark.parametrize(("format", "words"), [("nvfp4", "as NVFP4"), ("gguf", "is in GGUF")])
+def test_formats_that_are_refused(format: str, words: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "dense", "tiny")
+    folder = quantize_checkpoint(tmp_path / "dense", tmp_path / "q", format)
+    with pytest.raises(ValueError, match=words):
+        check_weights(Config(), find_model(ModelConfig(model=str(folder))).folder)
+
+
+def test_the_command_quantises(tmp_path: Path) -> None:
+    """With the tower and the output layer left as they are, as makers do."""
+    folder = tmp_path / "q"
+    command = [sys.executable, "-m", "tools.random_checkpoint", "qwen3.5-moe-tiny", str(folder)]
+    refused = subprocess.run([*command, "--quantized", "awq"], check=False, capture_output=True, text=True)
+    assert "AWQ with groups of 128 cannot have model.language_model.layers." in refused.stderr
+    subprocess.run([*command, "--quantized", "awq", "--group-size", "64"], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"], "nothing of the dense one stays"
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["modules_to_not_convert"][0] == "visual"
+    kinds = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
+    names = set()
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            names.add(name)
+            assert tensor.dtype == kinds.get(name.rpartition(".")[2], torch.bfloat16), name
+    layer = "model.language_model.layers.0"
+    assert f"{layer}.mlp.experts.3.down_proj.qweight" in names
+    assert f"{layer}.linear_attn.in_proj_qkv.qzeros" in names
+    assert {f"{layer}.mlp.gate.weight", "mtp.fc.weight", f"{layer}.linear_attn.in_proj_b.weight"} <= names
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == names

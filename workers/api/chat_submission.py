@@ -38,5 +38,6 @@ def to_submission(request: ChatCompletionRequest, model: ServedModel, request_id
         sampling=msgspec.structs.replace(sampling, grammar=grammar),
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        adapter=model.adapter,
         is_streamed=request.stream,
     )

@@ -117,6 +117,7 @@ class Generation:
             request_id=submission.id_of(number),
             priority=submission.priority,
             cache_salt=self._cache_salt,
+            adapter=submission.adapter,
             tenant=self._tenant,
             trace_context=None if trace is None else trace.context,
             on_interrupted=None if trace is None else trace.on_interrupted,

@@ -38,17 +38,16 @@ class RequestFields(msgspec.Struct, kw_only=True):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def check_request(fields: RequestFields, model_names: Sequence[str]) -> None:
-    """Raises RequestError for a field out of range, or for a model other than the served one."""
+def check_request(fields: RequestFields) -> None:
+    """Raises RequestError for a field out of range."""
     if fields.priority is not None and not -(2**31) <= fields.priority < 2**31:
         raise RequestError(f"priority must fit 32 bits, got {shown(fields.priority)}", field="priority")
     if fields.stream_options is not None and not fields.stream:
         raise RequestError("stream_options need stream to be true", field="stream_options")
-    check_model(fields.model, model_names)
 
 
 def check_model(name: str, model_names: Sequence[str]) -> None:
-    """Raises RequestError for a model other than the served one; without a name it is that one."""
+    """Raises RequestError for a name that is not served; without one it is the model itself."""
     if name and name not in model_names:
         raise RequestError.from_info(unknown_model(name, model_names))
 

@@ -78,12 +78,14 @@ class ApiServer:
         spans: OtlpSpans | None = None,
         tp_size: int = 1,
         samples: Path | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> None:
         self._config, self._client, self._recovery_timeout_s = config, client, recovery_timeout_s
         launcher = launcher or LauncherRequests()
         self._model = ServedModel(
-            model_names, info, int(time.time()), forms or ChatForms(None), config.strict_fields
-        )
+            model_names, info, int(time.time()), forms or ChatForms(None), config.strict_fields,
+            adapters=adapters,
+        )  # fmt: skip
         self._every_route = routes()
         self._routes = {path: route for route in self._every_route for path in spellings(route.path)}
         self._access, self._hosts = Access(config), Hosts(config.host, config.allowed_hosts)
@@ -263,7 +265,7 @@ class ApiServer:
     @functools.cached_property
     def description(self) -> bytes:
         """Of all routes, when it is first asked for."""
-        names, config = self._model.names, self._config
+        names, config = self._model.every_name, self._config
         facts = ServerFacts(names, config.strict_fields, bool(config.keys), bool(config.admin_key))
         return msgspec.json.encode(document(self._every_route, facts))
 

@@ -22,6 +22,7 @@ class Submission:
     media: Sequence[memoryview] = ()
     priority: int = 0  # lower goes first
     cache_salt: str = ""  # as the client gave it
+    adapter: str = ""
     is_streamed: bool = False
     further_prompts: Sequence[Prompt] = ()  # of text: they are answered as `prompt` is
 

@@ -121,6 +121,7 @@ class _Process:
             spans=context.tracer.otlp,
             tp_size=config.llm.tp,
             samples=_samples(config.model, info),
+            adapters=config.model.adapter_names,
         )
         self._runner = HttpRunner(self._server.application(), shutdown_timeout=HANDLERS_END_S)
         context.metrics.counter("lane_messages", LANE_MESSAGES, lambda: self._server.lanes.num_messages)

@@ -9,7 +9,7 @@ import msgspec
 from pipeline.wire.generation import GenerateRequest
 from pipeline.wire.trace_context import Trace
 from workers.llm.chunk import Lease
-from workers.llm.request import Request, progress_of
+from workers.llm.request import WITHOUT_ADAPTER, AdapterKey, Request, progress_of
 
 
 @dataclass(slots=True, eq=False)
@@ -27,8 +27,10 @@ class Choices:
     trace: Trace = msgspec.UNSET
 
     @classmethod
-    def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Choices:
-        first = Request.from_wire(message, max_model_len)
+    def from_wire(
+        cls, message: GenerateRequest, max_model_len: int, adapter: AdapterKey = WITHOUT_ADAPTER
+    ) -> Choices:
+        first = Request.from_wire(message, max_model_len, adapter)
         every = [(index, progress_of(message, index)) for index in range(message.sampling.n)]
         made = cls(
             message.client_id,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.adapters import Adapter
 from pipeline.transport.ends import Sink, Subscription
 from pipeline.wire.base import Origin
 from pipeline.wire.clients import Welcome
@@ -24,7 +25,7 @@ from workers.llm.clients import Clients, Interruption, Publish
 from workers.llm.intake import Intake
 from workers.llm.leases import Leases
 from workers.llm.matcher_starts import MatcherStarts
-from workers.llm.request import Request
+from workers.llm.request import AdapterKey, Request
 from workers.llm.request_stats import RequestStats
 from workers.llm.requests import Requests
 from workers.llm.scheduler import Scheduler
@@ -44,7 +45,8 @@ class Links:
 
 
 class Engine:
-    """`epochs` are the current epochs of the workers. For `has_overlap` see `Stepper`."""
+    """`epochs` are the current epochs of the workers, `adapters` those of the runner, by number. For
+    `has_overlap` see `Stepper`."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class Engine:
         has_overlap: bool = False,
         watch: Watch | None = None,
         matcher_starts: MatcherStarts | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._matcher_starts = matcher_starts or MatcherStarts(())
@@ -92,6 +95,7 @@ class Engine:
             welcome,
             {} if epochs is None else epochs,
             self._matcher_starts,
+            {one.name: AdapterKey(number, one.digest) for number, one in enumerate(adapters)},
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import assert_never
 
 from pipeline.process.flight_recorder import digest_of
@@ -26,13 +27,13 @@ from workers.llm.choices import Choices
 from workers.llm.clients import Clients, Ended, Failure, Interruption, aborted_output, output_of
 from workers.llm.leases import Leases
 from workers.llm.matcher_starts import MatcherStarts
-from workers.llm.request import Request
+from workers.llm.request import WITHOUT_ADAPTER, AdapterKey, Request
 from workers.llm.requests import Requests
 from workers.llm.stepping import Stepper
 
 
 class Intake:
-    """`epochs` are the current epochs of the workers."""
+    """`epochs` are the current epochs of the workers, `adapters` those that requests may name."""
 
     def __init__(
         self,
@@ -44,12 +45,14 @@ class Intake:
         welcome: Welcome,
         epochs: Mapping[WorkerId, int],
         matcher_starts: MatcherStarts,
+        adapters: Mapping[str, AdapterKey] = MappingProxyType({}),
     ) -> None:
         self._origin, self._requests, self._stepper = origin, requests, stepper
         self._clients, self._leases, self._welcome = clients, leases, welcome
         self._pools = stepper.runner.pools
         self._embeddings = ArrivingEmbeddings(requests, clients, leases, self._pools)
         self.epochs, self._matcher_starts = epochs, matcher_starts
+        self._adapters = {"": WITHOUT_ADAPTER, **adapters}
         self.counters = {"stale_messages": 0}
 
     def handle(self, message: LlmMessage, now: float, frames: Sequence[memoryview] = ()) -> None:
@@ -132,7 +135,13 @@ class Intake:
         self._open(message, now, frames)
 
     def _open(self, message: GenerateRequest, now: float, frames: Sequence[memoryview]) -> None:
-        choices = Choices.from_wire(message, self._welcome.max_model_len)
+        adapter = self._adapters.get(message.adapter)
+        if adapter is None:  # preprocess has read other options
+            unknown = ErrorInfo(404, f"the adapter {message.adapter!r} is not served here", "adapter")
+            ended = Ended(message.client_id, message.attempt, now, unknown)
+            self._end_unknown(message.request_id, ended)
+            return
+        choices = Choices.from_wire(message, self._welcome.max_model_len, adapter)
         if message.sampling.max_tokens == 0:
             self._tell_prompt(choices, now)
             return

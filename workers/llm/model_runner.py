@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.adapters import Adapter, read_adapters
+from pipeline.adapters.files import TOWER
 from pipeline.config import Config
 from pipeline.families import ModelInfo
 from pipeline.transport.tensors import PoolMap
@@ -45,11 +48,12 @@ from workers.llm.sampling.prompt_logprobs import (
     scores_of,
 )
 from workers.llm.sampling.sampler import Sampled, Sampler, make_processors
-from workers.llm.sequences import Int64Array, SequenceTable, StepRows
+from workers.llm.sequences import NO_ADAPTER, Int64Array, SequenceTable, StepRows
 from workers.llm.step_inputs import positions_of, spans_of, token_ids_of
 from workers.llm.step_result import LaunchedStep
 from workers.llm.unchosen import Unchosen, logit_rows
 from workers.nn.loader import Progress, choose_dtype, to_device
+from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.registry import open_weights
 
 MTP_MODULE = "mtp.fc"  # in all checkpoints with such a head
@@ -72,6 +76,7 @@ class ModelRunner:
         backend: Backend,
         device: torch.device,
         parallel: TensorParallel,
+        adapters: AdapterSet | None = None,
     ) -> None:
         self.device, self._info, self._config = device, info, config
         self.decoder, self._backend = decoder, backend
@@ -83,7 +88,10 @@ class ModelRunner:
         self._prompts = PromptTable(self._num_slots)
         # By slot; the last slot is for padding rows of a batch.
         self._last_tokens = torch.zeros(self._num_slots + 1, dtype=torch.int64, device=device)
+        self._slot_adapters = torch.full_like(self._last_tokens, NO_ADAPTER)
+        self._adapters = adapters
         self._graphs: DecodeGraphs | None = None
+        self._adapted_graphs: DecodeGraphs | None = None  # for steps in which any row has an adapter
         self._mtp: MtpRunner | None = None
         # The rows of the step launched last that wait for `choose`.
         self._open: tuple[LaunchedStep, Unchosen] | None = None
@@ -98,14 +106,18 @@ class ModelRunner:
         parallel: TensorParallel,
         progress: Progress,
     ) -> ModelRunner:
-        """Loads a checkpoint's weights. Raises ValueError where the width of the tower's embeddings does not
-        match the decoder."""
+        """Loads a checkpoint's weights, and the adapters. Raises ValueError where the width of the tower's
+        embeddings does not match the decoder, and for an adapter of a layer that takes none."""
         dtype = choose_dtype(config.model.dtype, device)
         backend = choose_backend(config.llm.attention, device, config.llm.linear_attention)
-        activations = config.llm.activation_quantization
+        adapters = None
+        if config.model.lora:
+            served = read_adapters(config.model.lora)
+            adapters = AdapterSet(served, lambda module: not module.startswith(TOWER), dtype, device)
         weights = open_weights(
-            folder, dtype, device, config.llm.quantization, progress, activations=activations
-        )
+            folder, dtype, device, config.llm.quantization, progress, adapters=adapters,
+            activations=config.llm.activation_quantization,
+        )  # fmt: skip
         kind, has_mtp = decoder_of(info), config.llm.speculative == "mtp"
         if has_mtp and not weights.has_module(MTP_MODULE):
             raise ValueError(
@@ -116,12 +128,14 @@ class ModelRunner:
         if has_mtp:
             decoder.load_mtp(weights)
         weights.close()
+        if adapters is not None:
+            adapters.check_all_loaded()
         width, wanted = info.vision.embedding_width, (1 + decoder.num_features) * info.text.hidden_size
         if width != wanted:
             raise ValueError(f"the tower's embeddings are {width} wide, the decoder takes {wanted}")
         if config.llm.all_reduce == "symmetric":
             parallel.use_symmetric_memory(LARGEST_GRAPH * info.text.hidden_size, dtype)
-        return cls(info, config, decoder, backend, device, parallel)
+        return cls(info, config, decoder, backend, device, parallel, adapters)
 
     def open_cache(
         self,
@@ -167,8 +181,15 @@ class ModelRunner:
         def compute(inputs: GraphInputs) -> Outputs:
             return self._decode(inputs, max_model_len)
 
+        def compute_adapted(inputs: GraphInputs) -> Outputs:
+            assert self._adapters is not None
+            with self._adapters.of_masked(self._slot_adapters[inputs.slots.long()]):
+                return self._decode(inputs, max_model_len)
+
         with torch.inference_mode():
             self._graphs = DecodeGraphs(sizes, buffers, compute, self.device)
+            if self._adapters:
+                self._adapted_graphs = DecodeGraphs(sizes, buffers, compute_adapted, self.device)
 
     def _warm_up_states(self, spare_block: int) -> None:
         """Compiles the kernels of layers with a state, where there are any, by a decode and a prefill of two
@@ -199,7 +220,12 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops the graphs: NCCL cannot shut down while a graph holds its communicator."""
-        self._graphs = None
+        self._graphs = self._adapted_graphs = None
+
+    @property
+    def adapters(self) -> Sequence[Adapter]:
+        """By number."""
+        return () if self._adapters is None else self._adapters.adapters
 
     @torch.inference_mode()
     def finish(self) -> None:
@@ -222,8 +248,9 @@ class ModelRunner:
             return LaunchedStep(self.device)
         rows = self.sequences.rows(plan.sequences)
         self.sequences.advance(rows)
-        if self._graphs is not None and self._graphs.can_run(rows) and not self._has_waiting_pairs(rows):
-            outputs = self._graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
+        graphs = self._graphs if not self._has_adapters(rows) else self._adapted_graphs
+        if graphs is not None and graphs.can_run(rows) and not self._has_waiting_pairs(rows):
+            outputs = graphs.run(rows, self.sampler.draw_params(rows.slots, rows.stops))
             self._save_states(plan.sequences)
             self._keep(rows, plan.sequences, np.arange(1, len(rows.slots) + 1), None, outputs.hidden)
             launched = self._choose_ready(Unchosen.of(rows, outputs.logits), outputs.token_ids)
@@ -245,6 +272,10 @@ class ModelRunner:
         self._choose(launched, unchosen, masks)
         if self._mtp is not None:
             self._mtp.guess(launched, self._last_tokens)
+
+    def _has_adapters(self, rows: StepRows) -> bool:
+        """Whether adapters of this worker's layers take part in the step."""
+        return bool(self._adapters) and bool((self.sequences.adapters[rows.slots] != NO_ADAPTER).any())
 
     def _has_waiting_pairs(self, rows: StepRows) -> bool:
         return self._mtp is not None and self._mtp.has_waiting(rows.slots)
@@ -306,6 +337,8 @@ class ModelRunner:
     def _start(self, start: SequenceStart) -> None:
         """Overwrites all state of the slot's previous sequence."""
         self.sequences.start(start)
+        if self._adapters:
+            self._slot_adapters[start.slot] = start.adapter
         self.sampler.start(start)
         if self._mtp is not None:
             self._mtp.start(start.slot)
@@ -368,9 +401,15 @@ class ModelRunner:
         kept = x if self._mtp is None else x.clone()  # the decoder may overwrite it
         positions = positions_of(rows, ends, self.sequences, self.device)
         planned = self.attention.plan(spans_of(rows, self.sequences))
-        hidden = self.decoder(x, positions, planned, features, states)
+        with self._adapted(rows):
+            hidden = self.decoder(x, positions, planned, features, states)
         self._keep(rows, steps, ends, kept, hidden)
         return hidden, ends
+
+    def _adapted(self, rows: StepRows) -> AbstractContextManager[None]:
+        if self._adapters is None or not self._has_adapters(rows):
+            return nullcontext()
+        return self._adapters.of_rows(self.sequences.adapters_of(rows))
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values.astype(np.int64, copy=False), self.device)

@@ -171,7 +171,8 @@ class HeadLayout:
         self.head_dim = info.head_dim
         first_kv = rank * info.num_kv_heads // size
         self.query = Shard.split(info.num_heads * info.head_dim, rank, size)
-        self.kv = Shard.of_range(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
+        part = slice(first_kv * info.head_dim, (first_kv + self.num_kv_heads) * info.head_dim)
+        self.kv = Shard((part,), size=info.num_kv_heads * info.head_dim)
         self.mlp = Shard.split(info.intermediate_size, rank, size) if info.has_dense_mlps else WHOLE
         self.vocab = Shard.split_padded(info.vocab_size, rank, size)
 
@@ -190,7 +191,7 @@ def share_experts(
             raise ValueError(f"tp {size} does not divide the model's {num_experts} experts")
         count = num_experts // size
         return ExpertsShard(
-            *sizes, range(rank * count, (rank + 1) * count), Shard.of_range(0, intermediate_size)
+            *sizes, range(rank * count, (rank + 1) * count), Shard.split(intermediate_size, 0, 1)
         )
     if intermediate_size % size:
         raise ValueError(

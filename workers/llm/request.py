@@ -30,6 +30,16 @@ MIN_TEXT_PART = 64
 AGED = -(2**31) - 1  # the rank of such a request: below every priority
 
 
+class AdapterKey(NamedTuple):
+    """What a request's adapter is to the engine."""
+
+    number: int = -1  # -1: none
+    digest: bytes = b""  # of its files: keys and values of other adapters are of no use
+
+
+WITHOUT_ADAPTER = AdapterKey()
+
+
 class _KvRun(NamedTuple):
     """A run of placeholders, and what its KV depends on."""
 
@@ -64,6 +74,7 @@ class Request:
     are_others_ahead: bool = False  # another choice has yielded a token in this attempt
     priority: int = 0  # lower goes first
     cache_salt: bytes = b""  # only requests with the same salt share cached prefixes
+    adapter: AdapterKey = WITHOUT_ADAPTER
     tenant: str = ""  # whose share of slots, blocks and time it uses
     # In seconds of the monotonic clock; 0: not yet.
     arrived_at: float = 0.0  # its first attempt, in preprocess
@@ -95,7 +106,9 @@ class Request:
     _block_hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def from_wire(cls, message: GenerateRequest, max_model_len: int) -> Request:
+    def from_wire(
+        cls, message: GenerateRequest, max_model_len: int, adapter: AdapterKey = WITHOUT_ADAPTER
+    ) -> Request:
         prompt = unpack_int32(message.prompt_token_ids).tolist()
         positions = unpack_int32(message.positions).reshape(3, len(prompt))
         chunks = [chunk for number, item in enumerate(message.items) for chunk in chunks_of(number, item)]
@@ -107,7 +120,7 @@ class Request:
             prompt_token_ids=prompt, positions=positions, position_delta=message.position_delta,
             chunks=chunks, items=message.items,
             sampling=message.sampling, priority=message.priority,
-            cache_salt=message.cache_salt,
+            cache_salt=message.cache_salt, adapter=adapter,
             max_tokens=room if asked is None else min(asked, room),
             tenant=message.tenant or message.client_id.hex(),
             arrived_at=message.arrived_at,
@@ -261,7 +274,7 @@ class Request:
         runs = _runs_of(self.items) if len(hashes) < num_blocks else []
         while len(hashes) < num_blocks:
             start, stop = len(hashes) * block_size, (len(hashes) + 1) * block_size
-            digest = hashlib.sha256(hashes[-1] if hashes else hashlib.sha256(self.cache_salt).digest())
+            digest = hashlib.sha256(hashes[-1] if hashes else self._first_hash())
             digest.update(pack_int32(self.token_ids(start, stop)))
             # A long video has hundreds of runs: those before the block are skipped.
             for run in runs[bisect_right(runs, start, key=_stop_of) :]:
@@ -272,6 +285,12 @@ class Request:
                 digest.update(struct.pack("<qqqq", *place, len(run.kv_hash)) + run.kv_hash)
             hashes.append(digest.digest())
         return hashes[:num_blocks]
+
+    def _first_hash(self) -> bytes:
+        """Before any block: of whom the request shares with. No salt makes another adapter's."""
+        if self.adapter.digest:
+            return hashlib.blake2b(self.cache_salt, key=self.adapter.digest, digest_size=32).digest()
+        return hashlib.sha256(self.cache_salt).digest()
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         prompt = len(self.prompt_token_ids)

@@ -19,6 +19,7 @@ from pipeline.wire.steps import SequenceStart, SequenceStep
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+NO_ADAPTER = -1
 
 
 class StepRows(NamedTuple):
@@ -50,6 +51,7 @@ class SequenceTable:
         self.num_blocks = np.zeros(num_slots + 1, dtype=np.int64)
         self.lengths = np.zeros(num_slots + 1, dtype=np.int64)  # tokens computed, or being computed
         self.position_deltas = np.zeros(num_slots + 1, dtype=np.int64)
+        self.adapters = np.full(num_slots + 1, NO_ADAPTER, dtype=np.int64)  # by number
         # From this index on the device has all that a decode needs: the last token known at the start, or the
         # one after it if that token is no text.
         self._decodes_from = np.zeros(num_slots + 1, dtype=np.int64)
@@ -61,7 +63,7 @@ class SequenceTable:
         positions = unpack_int32(start.positions).reshape(3, -1) if start.positions else None
         self._token_ids[slot], self._positions[slot] = token_ids, positions
         self.lengths[slot], self.num_blocks[slot] = start.num_computed_tokens, 0
-        self.position_deltas[slot] = start.position_delta
+        self.position_deltas[slot], self.adapters[slot] = start.position_delta, start.adapter
         self.extend(slot, unpack_int32(start.block_table))
         last = len(token_ids) - 1
         is_text = positions is None or last >= positions.shape[1]
@@ -107,6 +109,10 @@ class SequenceTable:
         found = self._token_ids[slot][start:stop]
         assert len(found) == stop - start, "a token that is to be computed is not known"
         return found
+
+    def adapters_of(self, rows: StepRows) -> Int64Array:
+        """[num_tokens]: of each token of a step, by number."""
+        return np.repeat(self.adapters[rows.slots], rows.counts)
 
     def positions(self, slot: int, start: int, stop: int) -> Int32Array:
         """M-RoPE positions [3, stop - start]; behind the prompt all rows are the index plus the delta."""

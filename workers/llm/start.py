@@ -103,6 +103,7 @@ def make_welcome(context: WorkerContext, max_model_len: int) -> Welcome:
     config, folder = context.config, context.model_folder
     return Welcome(
         protocol=PROTOCOL_VERSION, model_folder=str(folder), model_name=config.model.model_name,
+        adapters=config.model.adapter_names,
         max_model_len=max_model_len, max_requests=config.max_requests_per_client,
         max_request_bytes=config.api.max_request_mib * MIB, max_attempts=config.launcher.max_attempts,
         recovery_timeout=config.launcher.recovery_timeout,

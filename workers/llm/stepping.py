@@ -334,6 +334,7 @@ def _start_of(request: Request, num_cached_tokens: int, snapshot: int) -> Sequen
         block_table=pack_int32(request.block_table),
         is_masked=bool(request.matchers),
         snapshot=snapshot,
+        adapter=request.adapter.number,
     )
 
 

@@ -174,7 +174,7 @@ def _lead(
         context.origin, scheduler, runner, make_welcome(context, max_model_len), links, sockets.epochs,
         has_overlap=has_overlap(config.llm, runner.device),
         watch=Watch(tracer=context.tracer, record=context.recorder.record, metrics=context.metrics),
-        matcher_starts=matchers.starts(),
+        matcher_starts=matchers.starts(), adapters=runner.adapters,
     )  # fmt: skip
     step_times = measure_steps(context, engine, max_model_len, sharing)
     blocks = scheduler.cache.blocks

@@ -16,6 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.nn.weight_tiles import (
+    WeightOperand,
+    inputs_of_part,
+    operand_of,
+    sum_after,
+    sum_before,
+    widened_part,
+)
+from workers.nn.weights.grouped import GroupedWeight
+
 PLAN_TILE = 1024  # choices that a program of the plan sees at once
 SUM_COLUMNS = 1024
 
@@ -27,11 +37,14 @@ class ExpertTile(NamedTuple):
     num_warps: int
 
 
-def choose_expert_tile(dtype: torch.dtype, rows_per_expert: float) -> ExpertTile:
-    """Few rows: many small programs, as the weights' bytes bound the time. 16 rows are the least of a dot."""
+def choose_expert_tile(dtype: torch.dtype, rows_per_expert: float, is_dense: bool) -> ExpertTile:
+    """Few rows: many small programs, as the weights' bytes bound the time. 16 rows are the least of a dot.
+    What is widened in registers takes more of them."""
     if dtype == torch.float32:
         return ExpertTile(16, 32, 32, 4)
-    return ExpertTile(16, 32, 128, 4) if rows_per_expert <= 16 else ExpertTile(64, 64, 64, 4)
+    if rows_per_expert <= 16:
+        return ExpertTile(16, 32, 128, 4)
+    return ExpertTile(64, 64 if is_dense else 32, 64, 4)
 
 
 @triton.jit
@@ -117,67 +130,82 @@ def plan_experts_kernel(
 
 @triton.jit
 def gate_up_kernel(
-    x, weight, order, blocks, out,
-    NUM_CHOSEN: tl.constexpr, HIDDEN: tl.constexpr, SIZE: tl.constexpr,
+    x, weight, scales, zeros, order, blocks, out,
+    NUM_CHOSEN: tl.constexpr, SIZE: tl.constexpr,
+    INPUTS: tl.constexpr, STRIDE: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, HAS_ZEROS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block, tile of columns): silu(gate) · up [num_choices, SIZE], in the order of `order`."""
     block = blocks + 3 * tl.program_id(0)
     expert, start, stop = tl.load(block).to(tl.int64), tl.load(block + 1), tl.load(block + 2)
     if start < stop:
-        rows, columns = start + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        is_row, is_column = rows < stop, columns < SIZE
+        rows, columns = start + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        first = tl.program_id(1) * COLUMNS
+        is_row, is_column = rows < stop, first + columns < SIZE
+        of_gate = expert * (2 * SIZE) + first
+        of_up = of_gate + SIZE
         tokens = tl.load(order + rows, mask=is_row, other=0).to(tl.int64) // NUM_CHOSEN
-        of_gate = weight + expert * (2 * SIZE * HIDDEN)
-        of_up = of_gate + SIZE * HIDDEN
+        of_tokens = x + tokens[:, None] * INPUTS
         gate = tl.zeros([ROWS, COLUMNS], tl.float32)
         up = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for begin in range(0, HIDDEN, DEPTH):
-            dims = begin + tl.arange(0, DEPTH)
-            is_dim = dims < HIDDEN
-            part = tl.load(
-                x + tokens[:, None] * HIDDEN + dims[None, :],
-                mask=is_row[:, None] & is_dim[None, :],
-                other=0.0,
-            )
-            places = columns[None, :] * HIDDEN + dims[:, None]
-            is_there = is_column[None, :] & is_dim[:, None]
-            gate_part = tl.load(of_gate + places, mask=is_there, other=0.0)
-            up_part = tl.load(of_up + places, mask=is_there, other=0.0)
-            gate = tl.dot(part, gate_part, gate, input_precision=PRECISION)
-            up = tl.dot(part, up_part, up, input_precision=PRECISION)
-        places = rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
+        for begin in range(0, INPUTS, DEPTH):
+            gates, ups = sum_before(gate, KIND), sum_before(up, KIND)
+            for part in tl.static_range(2 if KIND == "int4" else 1):
+                dims = inputs_of_part(begin, part, DEPTH, KIND)
+                is_there = is_row[:, None] & (dims < INPUTS)[None, :]
+                of_x = tl.load(of_tokens + dims[None, :], mask=is_there, other=0.0)
+                wide_gate = widened_part(
+                    weight, zeros, of_gate, columns, is_column, begin, part, INPUTS, STRIDE, NUM_GROUPS,
+                    GROUP, KIND, HAS_ZEROS, DEPTH, x.dtype.element_ty,
+                )  # fmt: skip
+                wide_up = widened_part(
+                    weight, zeros, of_up, columns, is_column, begin, part, INPUTS, STRIDE, NUM_GROUPS,
+                    GROUP, KIND, HAS_ZEROS, DEPTH, x.dtype.element_ty,
+                )  # fmt: skip
+                gates = tl.dot(of_x, wide_gate, gates, input_precision=PRECISION)
+                ups = tl.dot(of_x, wide_up, ups, input_precision=PRECISION)
+            gate = sum_after(gate, gates, scales, of_gate, columns, is_column, begin, NUM_GROUPS, GROUP, KIND)
+            up = sum_after(up, ups, scales, of_up, columns, is_column, begin, NUM_GROUPS, GROUP, KIND)
+        places = rows.to(tl.int64)[:, None] * SIZE + first + columns[None, :]
         value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
         tl.store(out + places, value, mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
 def down_kernel(
-    inner, weight, order, blocks, out,
-    HIDDEN: tl.constexpr, SIZE: tl.constexpr,
+    inner, weight, scales, zeros, order, blocks, out,
+    HIDDEN: tl.constexpr,
+    INPUTS: tl.constexpr, STRIDE: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, HAS_ZEROS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block, tile of columns): outputs [num_choices, HIDDEN], in the tokens' own order."""
     block = blocks + 3 * tl.program_id(0)
     expert, start, stop = tl.load(block).to(tl.int64), tl.load(block + 1), tl.load(block + 2)
     if start < stop:
-        rows, columns = start + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        is_row, is_column = rows < stop, columns < HIDDEN
+        rows, columns = start + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        first = tl.program_id(1) * COLUMNS
+        is_row, is_column = rows < stop, first + columns < HIDDEN
+        of_outputs = expert * HIDDEN + first
         choices = tl.load(order + rows, mask=is_row, other=0).to(tl.int64)
-        of_expert = weight + expert * (HIDDEN * SIZE)
+        of_rows = inner + rows.to(tl.int64)[:, None] * INPUTS
         value = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for begin in range(0, SIZE, DEPTH):
-            dims = begin + tl.arange(0, DEPTH)
-            is_dim = dims < SIZE
-            part = tl.load(
-                inner + rows.to(tl.int64)[:, None] * SIZE + dims[None, :],
-                mask=is_row[:, None] & is_dim[None, :],
-                other=0.0,
+        for begin in range(0, INPUTS, DEPTH):
+            products = sum_before(value, KIND)
+            for part in tl.static_range(2 if KIND == "int4" else 1):
+                dims = inputs_of_part(begin, part, DEPTH, KIND)
+                is_there = is_row[:, None] & (dims < INPUTS)[None, :]
+                of_inner = tl.load(of_rows + dims[None, :], mask=is_there, other=0.0)
+                wide = widened_part(
+                    weight, zeros, of_outputs, columns, is_column, begin, part, INPUTS, STRIDE, NUM_GROUPS,
+                    GROUP, KIND, HAS_ZEROS, DEPTH, inner.dtype.element_ty,
+                )  # fmt: skip
+                products = tl.dot(of_inner, wide, products, input_precision=PRECISION)
+            value = sum_after(
+                value, products, scales, of_outputs, columns, is_column, begin, NUM_GROUPS, GROUP, KIND
             )
-            places = columns[None, :] * SIZE + dims[:, None]
-            of_part = tl.load(of_expert + places, mask=is_column[None, :] & is_dim[:, None], other=0.0)
-            value = tl.dot(part, of_part, value, input_precision=PRECISION)
-        places = choices[:, None] * HIDDEN + columns[None, :]
+        places = choices[:, None] * HIDDEN + first + columns[None, :]
         tl.store(out + places, value.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
@@ -218,23 +246,53 @@ def _plan(chosen: Tensor, num_held: int, first: int, rows: int) -> _Plan:
     return _Plan(order, blocks)
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, first: int) -> Tensor:
+def experts(
+    x: Tensor,
+    gate_up: Tensor | GroupedWeight,
+    down: Tensor | GroupedWeight,
+    chosen: Tensor,
+    shares: Tensor,
+    first: int,
+) -> Tensor:
     """As `Kernels.experts`."""
-    (num_tokens, num_chosen), (num_held, hidden, size) = chosen.shape, down.shape
-    tile = choose_expert_tile(x.dtype, chosen.numel() / num_held)
+    (num_tokens, num_chosen), hidden = chosen.shape, x.shape[1]
+    size = down.shape[-1] if isinstance(down, Tensor) else down.in_features
+    num_held = len(down) if isinstance(down, Tensor) else down.out_features // hidden
+    tile = choose_expert_tile(x.dtype, chosen.numel() / num_held, isinstance(gate_up, Tensor))
     plan = _plan(chosen, num_held, first, tile.rows)
     inner, outputs = x.new_empty(chosen.numel(), size), x.new_empty(chosen.numel(), hidden)
-    precision, num_blocks = "ieee" if x.dtype == torch.float32 else "tf32", len(plan.blocks)
-    shape = tile.rows, tile.columns, tile.depth, precision
+    num_blocks, of_gate_up, of_down = len(plan.blocks), operand_of(gate_up), operand_of(down)
     gate_up_kernel[(num_blocks, triton.cdiv(size, tile.columns))](
-        x, gate_up, plan.order, plan.blocks, inner, num_chosen, hidden, size, *shape,
-        num_warps=tile.num_warps,
+        _ordered(gate_up, x), of_gate_up.numbers, of_gate_up.scales, of_gate_up.zeros,
+        plan.order, plan.blocks, inner, num_chosen, size, **_constants(of_gate_up, tile, x.dtype),
     )  # fmt: skip
     down_kernel[(num_blocks, triton.cdiv(hidden, tile.columns))](
-        inner, down, plan.order, plan.blocks, outputs, hidden, size, *shape, num_warps=tile.num_warps
-    )
+        _ordered(down, inner), of_down.numbers, of_down.scales, of_down.zeros,
+        plan.order, plan.blocks, outputs, hidden, **_constants(of_down, tile, x.dtype),
+    )  # fmt: skip
     out, columns = torch.empty_like(x), min(SUM_COLUMNS, triton.next_power_of_2(hidden))
     sum_experts_kernel[(num_tokens, triton.cdiv(hidden, columns))](
         outputs, chosen, shares, out, first, num_held, num_chosen, hidden, columns
     )
     return out
+
+
+def _ordered(weight: Tensor | GroupedWeight, x: Tensor) -> Tensor:
+    return x if isinstance(weight, Tensor) else weight.ordered(x)
+
+
+def _constants(weight: WeightOperand, tile: ExpertTile, dtype: torch.dtype) -> dict[str, int | bool | str]:
+    """Of the kernels of both projections, and their warps."""
+    return {
+        "INPUTS": weight.num_inputs,
+        "STRIDE": weight.stride,
+        "NUM_GROUPS": weight.num_groups,
+        "GROUP": weight.group_size,
+        "KIND": weight.kind,
+        "HAS_ZEROS": weight.has_zeros,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": weight.depth(tile.depth),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": tile.num_warps,
+    }

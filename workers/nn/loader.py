@@ -22,10 +22,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-# prefixes of transformers 5, and the older names for them
-PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+from pipeline.adapters.tensors import usual_name
+
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_TYPES = (*FILE_DTYPES, "F64")  # a file's types of weights that are not quantised
+MAPPED_BYTES = 256 << 20  # that are read from a file before it is mapped anew: its pages count as memory
 # Bytes of the tensors that are loaded at least in part, and of all; 0 and 1 while their number is unknown.
 Progress = Callable[[int, int], None]
 
@@ -68,19 +70,20 @@ class Checkpoint:
     ) -> None:
         self.dtype, self.device = dtype, device
         self._opened: tuple[Path, safe_open] | None = None
+        self._num_read = 0  # bytes, since the file was opened
         self._places: dict[str, tuple[Path, str]] = {}  # name → file, name in the file
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             for name, file in json.loads(index.read_text())["weight_map"].items():
-                self._places[_usual_name(name)] = (folder / file, name)
+                self._places[usual_name(name)] = (folder / file, name)
         else:
             for path in sorted(folder.glob("*.safetensors")):
                 for name in self._open(path).keys():  # noqa: SIM118
-                    self._places[_usual_name(name)] = (path, name)
+                    self._places[usual_name(name)] = (path, name)
         if not self._places:
             raise ValueError(f"model {str(folder)!r} has no safetensors files")
         self._progress = progress
-        self._sizes: dict[Path, dict[str, int]] = {}  # bytes, by the name in the file
+        self._entries: dict[Path, dict[str, Any]] = {}  # of the files' headers, by the name in the file
         self._loaded: set[str] = set()  # tensors of which at least a part has been read
         self._done, self._total = 0, 0
 
@@ -89,15 +92,19 @@ class Checkpoint:
         self._total = sum(self._size(name) for name in self._places if name.startswith(prefix))
 
     def _size(self, name: str) -> int:
-        path, stored = self._places[name]
-        if (sizes := self._sizes.get(path)) is None:
-            entries = _header(path)[1]
-            sizes = self._sizes[path] = {
-                key: entry["data_offsets"][1] - entry["data_offsets"][0]
-                for key, entry in entries.items()
-                if key != "__metadata__"
-            }
-        return sizes[stored]
+        start, stop = self._entry(name)["data_offsets"]
+        return int(stop - start)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """What the header of its file says of a tensor."""
+        path, stored = self._place(name)
+        if path not in self._entries:
+            self._entries[path] = _header(path)[1]
+        found: dict[str, Any] = self._entries[path][stored]
+        return found
+
+    def has(self, name: str) -> bool:
+        return name in self._places
 
     def has_module(self, module: str) -> bool:
         """Whether there is any tensor of this layer, whatever its format."""
@@ -108,21 +115,39 @@ class Checkpoint:
         path, stored = self._place(name)
         start, entries = _header(path)
         entry = entries[stored]
+        self.check_plain(name)
         return StoredRows(
             path, start + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        path, stored = self._place(name)
-        return tuple(self._open(path).get_slice(stored).get_shape())
+        return tuple(self._entry(name)["shape"])
+
+    def type_of(self, name: str) -> str:
+        """As safetensors calls it: `BF16`, `F8_E4M3`, `I32`."""
+        return str(self._entry(name)["dtype"])
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor holds numbers that are weights as they are."""
+        return self.type_of(name) in PLAIN_TYPES
+
+    def check_plain(self, name: str) -> None:
+        """Raises ValueError for a tensor of numbers that are no weights without their scales."""
+        if not self.is_plain(name):
+            raise ValueError(
+                f"tensor {name!r} of the checkpoint is of type {self.type_of(name)}: it is quantised, and "
+                "the checkpoint does not say how (no scales beside it, or no quantization_config)"
+            )
 
     def load(
         self, name: str, rows: slice = slice(None), columns: slice | None = None, at: int | None = None
     ) -> Tensor:
         """A tensor or a part of it: contiguous, a copy, in the model's dtype, on its device.
 
-        `at`: of one of the matrices that the tensor stacks.
+        `at`: of one of the matrices that the tensor stacks. Raises ValueError for a tensor of numbers that
+        are no weights without their scales.
         """
+        self.check_plain(name)
         tensor = self.read(name, rows, columns, at)
         return tensor.to(
             device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format
@@ -135,7 +160,11 @@ class Checkpoint:
         the file."""
         path, stored = self._place(name)
         ranges = (*(() if at is None else (at,)), rows, *(() if columns is None else (columns,)))
-        tensor: Tensor = self._open(path).get_slice(stored)[ranges]
+        if self.shape(name):
+            tensor: Tensor = self._open(path).get_slice(stored)[ranges]
+        else:
+            tensor = self._open(path).get_tensor(stored)
+        self._num_read += tensor.nbytes
         if name not in self._loaded:
             self._loaded.add(name)
             if not self._total:
@@ -146,7 +175,10 @@ class Checkpoint:
 
     def _place(self, name: str) -> tuple[Path, str]:
         if name not in self._places:
-            raise KeyError(f"the checkpoint has no tensor {name!r}")
+            module = name.rpartition(".")[0]
+            others = [other for other in self._places if module and other.startswith(f"{module}.")]
+            beside = f", but {', '.join(sorted(others)[:4])}" if others else ""
+            raise KeyError(f"the checkpoint has no tensor {name!r}{beside}")
         return self._places[name]
 
     def close(self) -> None:
@@ -158,9 +190,10 @@ class Checkpoint:
             trim(0)
 
     def _open(self, path: Path) -> safe_open:
-        """Keeps one file mapped at a time, since its pages count as this process's memory."""
-        if self._opened is None or self._opened[0] != path:
-            self._opened = None
+        """Keeps one file mapped at a time, and not more of it than was read lately, since its pages count as
+        this process's memory."""
+        if self._opened is None or self._opened[0] != path or self._num_read > MAPPED_BYTES:
+            self._opened, self._num_read = None, 0
             self._opened = path, safe_open(path, framework="pt")
         return self._opened[1]
 
@@ -171,13 +204,6 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
-
-
-def _usual_name(name: str) -> str:
-    for found, wanted in PREFIXES:
-        if name.startswith(found):
-            return wanted + name.removeprefix(found)
-    return name
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -56,6 +56,7 @@ class ChunkState:
     is_decoding: bool = False
     is_over: bool = False  # released or cancelled while it was being decoded
     tenant: str = ""
+    adapter: str = ""
     trace: Trace = msgspec.UNSET
 
 
@@ -99,11 +100,12 @@ class ChunkFlow:
         num_tokens: int,
         tenant: str = "",
         trace: Trace = msgspec.UNSET,
+        adapter: str = "",
     ) -> MmChunk:
-        """Adds a chunk and chooses its ViT; `announce` sends it there."""
+        """Adds a chunk and chooses its ViT; `announce` sends it there. `adapter`: of the tower."""
         choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
         state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
-        state.tenant, state.trace = tenant, trace
+        state.tenant, state.trace, state.adapter = tenant, trace, adapter
         assert key not in self._chunks, f"{key} is on its way already"
         self._chunks[key] = state
         self._num_by_request[key.request_id] += 1
@@ -184,7 +186,7 @@ class ChunkFlow:
             key=state.key, arrival=state.order.arrival, position=state.order.position,
             mm_hash=state.chunk.mm_hash,
             grid_thw=state.chunk.grid_thw, pixels=pixels, will_follow=state.is_wanted and pixels is None,
-            tenant=state.tenant, trace=state.trace, **self._origin,
+            tenant=state.tenant, adapter=state.adapter, trace=state.trace, **self._origin,
         )  # fmt: skip
 
     def _load(self, state: ChunkState) -> None:

@@ -45,10 +45,14 @@ Data = bytes | memoryview
 
 
 class Scope(NamedTuple):
-    """The owner of media. Names belong to a tenant and a salt; entries cached by content, to a salt."""
+    """The owner of media. Names belong to a tenant and a salt; entries cached by content, to a salt.
+
+    `encoder`: what of the request's adapter their embeddings depend on.
+    """
 
     tenant: str
     salt: bytes
+    encoder: bytes = b""
 
 
 class _Known(NamedTuple):
@@ -91,7 +95,7 @@ class ItemReader:
     ) -> Item:
         known, load = await self._resolve_picture(part, field, frames, scope, hold)
         size = picture_size(part, known.size, self._info, field)
-        mm_hash = self._hash(scope.salt, "picture", known.content, size)
+        mm_hash = self._hash(scope, "picture", known.content, size)
         return picture_item(PictureSource(load, field, self._readers), size, mm_hash, self._info)
 
     async def _frames(
@@ -105,7 +109,7 @@ class ItemReader:
         content = hashlib.sha256(b"".join(picture.known.content for picture in pictures)).digest()
         source = FramesSource([PictureSource(load, field, self._readers) for _, load in pictures])
         seen = SampledFrames(tuple(range(len(pictures))), len(pictures), part.fps, part.timestamps)
-        mm_hash = self._hash(scope.salt, "frames", content, size)
+        mm_hash = self._hash(scope, "frames", content, size)
         return video_item(source, seen, size, mm_hash, self._info, self._num_vits)
 
     async def _video(
@@ -117,13 +121,14 @@ class ItemReader:
         check_aspect(source_size, field)
         seen = chosen_frames(part, metadata, self._info, self._max_frames, field)
         size = video_frame_size(part, source_size, len(seen.numbers), self._info, field)
-        content = self._hash(scope.salt, "video", known.content, size)
+        content = self._hash(scope, "video", known.content, size)
         source = VideoSource(load, self._readers, field)
         return video_item(source, seen, size, content, self._info, self._num_vits)
 
-    def _hash(self, salt: bytes, kind: str, content: bytes, size: ImageSize) -> bytes:
-        """The `mm_hash`: sha256 of the content and of all settings that affect the pixels."""
-        return hashlib.sha256(repr((self._settings, salt, kind, content, tuple(size))).encode()).digest()
+    def _hash(self, scope: Scope, kind: str, content: bytes, size: ImageSize) -> bytes:
+        """The `mm_hash`: sha256 of the content and of all settings that affect the embeddings."""
+        owner = self._settings, scope.salt, scope.encoder
+        return hashlib.sha256(repr((*owner, kind, content, tuple(size))).encode()).digest()
 
     # Cached hashes and sizes, and how to fetch the media.
 

@@ -18,6 +18,7 @@ from typing import assert_never
 
 import msgspec
 
+from pipeline.adapters import read_adapters
 from pipeline.config import PreprocessConfig
 from pipeline.families import ModelInfo
 from pipeline.process.process import WorkerContext
@@ -109,6 +110,7 @@ class Preprocessor:
             num_readers * DECODES_PER_READER,
             self._on_broken_chunk, context.tracer, context.quarantine.runs_alone,
         )  # fmt: skip
+        self._adapters = {one.name: one for one in read_adapters(context.config.model.lora)}
         self._requests = KnownRequests(Credits(config.max_open_requests, config.max_open_media_mib))
         self._last_arrival = 0
         self.is_draining = False
@@ -163,7 +165,7 @@ class Preprocessor:
             if self.is_draining and not opened.was_begun:
                 raise RequestError("the server is shutting down", status=503)
             self._requests.take_credit(opened)
-            check_submission(message, self._info.text, self._config.allow_priority)
+            check_submission(message, self._info.text, self._config.allow_priority, tuple(self._adapters))
             self._requests.hold(opened, sum(len(frame) for frame in frames) + num_held_bytes(message))
         except RequestError as error:
             self._refuse(opened, error.info)
@@ -263,8 +265,9 @@ class Preprocessor:
             # First: it costs little to refuse one before media are fetched.
             compiled = None if grammar is None else await self.grammars.compile(grammar)
             prepared = await self.prompts.read(
-                message, frames, opened.tenant, functools.partial(self._requests.hold, opened)
-            )
+                message, frames, opened.tenant, functools.partial(self._requests.hold, opened),
+                self._adapters[message.adapter].tower_key if message.adapter else b"",
+            )  # fmt: skip
             # From here on nothing is awaited.
             self._check_chunks(opened.tenant, prepared.items)
             self._announce(opened, message, prepared, compiled)
@@ -310,7 +313,10 @@ class Preprocessor:
         items: list[MmItem] = []
         for item, spans in zip(media, spans_of_items, strict=True):
             items.append(MmItem(spans, item.mm_hash, item.kv_hash, ()))
-        self._choose_group(opened, prompt, items, message.cache_salt)
+        adapter = self._adapters.get(message.adapter)
+        salt = message.cache_salt + (b"" if adapter is None else adapter.digest)
+        of_tower = message.adapter if adapter is not None and adapter.adapts_tower else ""
+        self._choose_group(opened, prompt, items, salt)
         assert opened.lead is not None
         for number, item in enumerate(media):
             routed: list[MmChunk] = []
@@ -318,8 +324,8 @@ class Preprocessor:
                 key = ChunkKey(opened.request_id, opened.attempt, number, index, opened.lead)
                 num_tokens = self._info.vision.num_tokens(chunk.grid_thw)
                 order = Order(self._last_arrival, len(opened.keys))
-                route = self.chunks.route(key, chunk, order, num_tokens, opened.tenant, message.trace)
-                routed.append(route)
+                owner = opened.tenant, message.trace, of_tower
+                routed.append(self.chunks.route(key, chunk, order, num_tokens, *owner))
                 opened.keys.append(key)
             items[number] = msgspec.structs.replace(items[number], chunks=tuple(routed))
         request = GenerateRequest(
@@ -335,6 +341,7 @@ class Preprocessor:
             choices=message.choices,
             priority=message.priority,
             cache_salt=message.cache_salt,
+            adapter=message.adapter,
             tenant=opened.tenant,
             arrived_at=opened.arrived_at,
             trace=message.trace,

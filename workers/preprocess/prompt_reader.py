@@ -52,15 +52,21 @@ class PromptReader:
         return most if self._max_model_len is None else min(most, self._max_model_len)
 
     async def read(
-        self, message: SubmitRequest, frames: list[memoryview], tenant: str, hold: Callable[[int], None]
+        self,
+        message: SubmitRequest,
+        frames: list[memoryview],
+        tenant: str,
+        hold: Callable[[int], None],
+        encoder: bytes = b"",
     ) -> Prepared:
         """Fetches media, reads their sizes and hashes, and tokenises the prompt.
 
-        `hold` is called with the number of bytes of encoded media as they arrive. Raises RequestError.
+        `hold` is called with the number of bytes of encoded media as they arrive. `encoder` as in `Scope`.
+        Raises RequestError.
         """
         parts = list(_located_media(message.prompt))
         self._check_counts([part for part, _ in parts])
-        scope = Scope(tenant, message.cache_salt)
+        scope = Scope(tenant, message.cache_salt, encoder)
         start = time.monotonic()
         items = await gather(self._items.read(part, field, frames, scope, hold) for part, field in parts)
         if parts:

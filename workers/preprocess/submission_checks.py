@@ -9,7 +9,7 @@ from typing import assert_never
 from pipeline.families import TextInfo
 from pipeline.parsers.tool_choice import read_tools
 from pipeline.wire.clients import MAX_SALT_BYTES, MAX_TENANT, SubmitRequest
-from pipeline.wire.errors import RequestError, context_overflow, shown
+from pipeline.wire.errors import MODEL_NOT_FOUND, ErrorInfo, RequestError, context_overflow, shown
 from pipeline.wire.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS
 from pipeline.wire.packing import unpack_int32
 from pipeline.wire.prompts import TEMPLATE_OPTIONS, Chat, Prompt, Text, Tokens
@@ -18,9 +18,15 @@ from workers.preprocess.chats import parts_of, texts_of
 ALL = "all"  # every tenant may set a priority
 
 
-def check_submission(message: SubmitRequest, text: TextInfo, allow_priority: Sequence[str]) -> None:
+def check_submission(
+    message: SubmitRequest, text: TextInfo, allow_priority: Sequence[str], adapters: Sequence[str] = ()
+) -> None:
     """Raises RequestError, naming the field at fault."""
     vocab_size = text.vocab_size
+    if message.adapter and message.adapter not in adapters:
+        served = f"only {', '.join(map(repr, adapters))}" if adapters else "and there is none"
+        what = f"the adapter {shown(message.adapter)} is not served here, {served}"
+        raise RequestError.from_info(ErrorInfo(404, what, "adapter", MODEL_NOT_FOUND))
     _check_prompt(message.prompt, text, message.sampling.truncate_prompt_tokens is not None)
     if message.attempt < 1:
         raise RequestError("attempt counts from 1", field="attempt")

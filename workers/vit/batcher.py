@@ -59,6 +59,7 @@ class Pending:
     sent_at: float = 0.0  # the pixels
     slot: Slot | None = None
     tenant: str = ""  # of the first waiter: the encode takes this tenant's turn
+    adapter: str = ""  # of the tower; the hash tells it apart
     found: set[ChunkKey] = field(default_factory=set)  # waiters that came when it was cached
     is_encoding: bool = False
 
@@ -101,6 +102,7 @@ class Batcher:
         tenant: str = "",
         will_follow: bool = False,
         sent_at: float = 0.0,
+        adapter: str = "",
     ) -> list[Action]:
         """`will_follow`: the pixels come without being asked for. `sent_at`: when they were sent."""
         if (size := self.embedding_of(grid_thw).nbytes) > self._largest:
@@ -116,7 +118,9 @@ class Batcher:
         actions: list[Action] = []
         pending = self._pending.get(mm_hash)
         if pending is None:
-            pending = self._pending[mm_hash] = Pending(mm_hash, grid_thw, tenant=tenant)
+            pending = self._pending[mm_hash] = Pending(
+                mm_hash, grid_thw, tenant=tenant, adapter=adapter
+            )  # fmt: skip
             if feature is not None:
                 self._parked.add(mm_hash)
             else:

@@ -28,22 +28,25 @@ from pipeline.wire.encoding import (
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.generation import EmbeddingReady, EncodeFailed, LeaseRefused, LlmMessage
 from pipeline.wire.topology import Role
+from workers.nn.weights.adapters import NO_ADAPTER
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.models.base import EncodeJob
 
 
 class VitCore:
-    """`llms`: a sender to rank 0 of each LLM group, by that rank's number in the pipeline."""
+    """`llms`: a sender to rank 0 of each LLM group, by that rank's number in the pipeline. `adapters`: names,
+    in the order of the engine's numbers."""
 
     def __init__(
         self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
         llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
+        adapters: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._origin = context.origin
         self._is_current, self._follow = context.is_current, context.tracer.follow
         self.batcher, self._pool, self._info = batcher, pool, info
         self._llms, self._feedback = llms, feedback
-        self._pools = pools
+        self._pools, self._adapters = pools, adapters
         self.num_encodes = self.num_stale = 0
         self.num_bytes = {pool.info.kind: 0}  # handed to the LLM, by transport
 
@@ -67,6 +70,7 @@ class VitCore:
                     message.tenant,
                     message.will_follow,
                     message.sent_at,
+                    message.adapter,
                 )
                 self._act(actions)
             case CancelEncode():
@@ -145,7 +149,8 @@ class VitCore:
             raise StaleHandleError(f"their shape {tuple(pixels.shape)} does not fit the grid {tuple(grid)}")
         embedding = self.batcher.embedding_of(grid)
         handle = self._pool.lend(pending.slot, embedding.shape, embedding.dtype)
-        return EncodeJob(pixels, grid, self._pool.tensor(handle))
+        adapter = self._adapters.index(pending.adapter) if pending.adapter else NO_ADAPTER
+        return EncodeJob(pixels, grid, self._pool.tensor(handle), adapter)
 
     def on_encoded(self, batch: Sequence[Pending]) -> None:
         self.num_encodes += len(batch)

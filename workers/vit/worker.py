@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.adapters import read_adapters
 from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
@@ -112,7 +113,7 @@ def main(context: WorkerContext) -> None:
         after_work=after_work, is_hurried=lambda: sharing.is_hurried,
         deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit, quantization=config.vit_quantization,
-        activations=config.llm.activation_quantization,
+        activations=config.llm.activation_quantization, adapters=read_adapters(config.model.lora),
         progress=lambda done, total: context.progress(LOADING if total > 1 else BUILDING, done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)
@@ -124,7 +125,8 @@ def main(context: WorkerContext) -> None:
     batcher = Batcher(
         allocator, lambda grid: info.vision.embedding(grid, dtype_name), context.quarantine.runs_alone
     )
-    core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal))
+    adapters = config.model.adapter_names
+    core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal), adapters)
     if device.type == "cuda":
         warm_up(engine, spec, max_patches)  # takes the engine's memory before the LLM takes the rest
     elif config.vit.vit_engine == "onnxruntime":

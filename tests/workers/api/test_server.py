@@ -10,6 +10,7 @@ import time
 import zlib
 from importlib import metadata
 from math import inf
+from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -316,6 +317,12 @@ async def test_the_version_is_the_packages() -> None:
 
 
 # Names of the model.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": json.loads(CHAT),
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/messages": {**json.loads(CHAT), "max_tokens": 4},
+    "/v1/responses": {"input": "Hello"},
+}
 
 
 async def test_all_names_of_the_model_are_taken_and_the_first_is_shown() -> None:
@@ -328,3 +335,21 @@ async def test_all_names_of_the_model_are_taken_and_the_first_is_shown() -> None
         error = (await site.ask(post(json.dumps({**json.loads(CHAT), "model": "also"}).encode()))).error
         assert (error.status, error.code, error.field) == (404, "model_not_found", "model")
         assert "'m', 'also-m'" in error.message
+
+
+async def test_adapters_are_models_whose_parent_is_the_model() -> None:
+    client = FakeClient()
+    async with serving(endpoint(client, adapters=("tuned", "other"))) as site:
+        listed = json.loads((await site.ask(get("/v1/models"))).body)["data"]
+        shown = [(card["id"], card["root"], card["parent"]) for card in listed]
+        assert shown == [("m", "m", None), ("tuned", "tuned", "m"), ("other", "other", "m")]
+        assert json.loads((await site.ask(get("/v1/models/tuned"))).body)["parent"] == "m"
+        for path, fields in ADAPTED.items():
+            for name in ("tuned", "m", ""):
+                body = json.dumps({**fields, "model": name}).encode()
+                answer = await site.ask(post(body, path=path))
+                assert json.loads(answer.body)["model"] == (name or "m"), path
+                assert client.options["adapter"] == ("tuned" if name == "tuned" else ""), path
+        error = (await site.ask(post(json.dumps({**json.loads(CHAT), "model": "tune"}).encode()))).error
+        assert (error.status, error.code, error.field) == (404, "model_not_found", "model")
+        assert "'m', 'tuned', 'other'" in error.message

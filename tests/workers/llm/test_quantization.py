@@ -19,7 +19,7 @@ def logits(folder: Path, dtype: torch.dtype, quantization: str = "none") -> Tens
     return logits_of(folder, dtype, quantization, token_ids).found.double()
 
 
-@pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.1), ("int8", 0.25), ("int4", 0.6)])
+@pytest.mark.parametrize(("name", "bound"), [("bfloat16", 0.1), ("int8", 0.25), ("int4", 0.6), ("fp8", 0.25)])
 def test_relative_error_of_the_logits(
     name: str, bound: float, random_checkpoint: Path, record_property: Callable[[str, object], None]
 ) -> None:

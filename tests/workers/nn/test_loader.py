@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from workers.nn import loader
 from workers.nn.loader import Checkpoint
 
 CPU = torch.device("cpu")
@@ -68,6 +69,17 @@ def test_what_is_loaded_does_not_hold_the_file(folder: Path) -> None:
     checkpoint.close()
     assert str(folder) not in Path("/proc/self/maps").read_text()
     assert len(kept) == 2
+
+
+def test_pages_of_what_was_read_are_given_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "MAPPED_BYTES", 1)
+    checkpoint = Checkpoint(folder, torch.float32, CPU)
+    opened: list[object] = []
+    for _ in range(3):
+        kept = checkpoint.read("visual.patch.weight")
+        opened.append(checkpoint._opened)
+        assert torch.equal(kept.float(), checkpoint.load("visual.patch.weight"))
+    assert len(set(map(id, opened))) == 3
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

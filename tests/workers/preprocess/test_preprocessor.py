@@ -25,7 +25,7 @@ from aiohttp.test_utils import TestServer
 from PIL import Image
 
 from launcher.checkpoints import EMBEDDED
-from pipeline.config import Config, PreprocessConfig
+from pipeline.config import Config, ModelConfig, PreprocessConfig
 from pipeline.families import ImageSize, read_model_info
 from pipeline.process.flight_recorder import FlightRecorder, digest_of
 from pipeline.process.quarantine import Quarantine
@@ -138,7 +138,7 @@ async def rig() -> AsyncIterator[Rig]:
         yield made
 
 
-def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> Any:
+def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), lora: tuple[str, ...] = (), **options: Any) -> Any:
     from contextlib import asynccontextmanager
 
     @asynccontextmanager
@@ -149,7 +149,7 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), **options: Any) -> An
                 origin={"sender": PREPROCESS, "epoch": 1},
                 sockets=SimpleNamespace(epochs=epochs),
                 spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2)),
-                config=Config(),
+                config=Config(model=ModelConfig(lora=lora)),
                 is_current=lambda message: message.epoch >= 1,
                 tracer=Tracer("", PREPROCESS),
                 recorder=FlightRecorder(Path(folder), PREPROCESS),

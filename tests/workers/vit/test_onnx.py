@@ -235,8 +235,8 @@ def with_config(source: Path, folder: Path, **changes: object) -> Path:
 def test_a_tower_in_an_unknown_format_is_refused_by_the_key(
     info: ModelInfo, random_checkpoint: Path, tmp_path: Path, exports: list[Path]
 ) -> None:  # fmt: skip
-    folder = with_config(random_checkpoint, tmp_path / "m", quantization_config={"quant_method": "awq"})
-    with pytest.raises(ValueError, match=r"'awq': .* \(key quantization_config\.quant_method\)"):
+    folder = with_config(random_checkpoint, tmp_path / "m", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ValueError, match=r"by 'hqq' \(config\.json, key quantization_config\.quant_method\)"):
         exported(info, folder, torch.float32, tmp_path / "cache", no_progress)
     assert not exports
 
@@ -250,7 +250,7 @@ def test_the_format_that_the_checkpoint_names_reads_the_tower(
     class Toy(Dense):
         name = "toy"
 
-        def holds(self, module: str) -> bool:
+        def holds(self, checkpoint: Checkpoint, module: str) -> bool:
             return module.endswith("mlp.fc1")
 
         def column(

@@ -340,7 +340,7 @@ class ModelCard(Form):
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None  # of an adapter: the model
     max_model_len: int
 
 

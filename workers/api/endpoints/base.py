@@ -19,6 +19,7 @@ from workers.api.answer import Answer, Update
 from workers.api.description.answers import Error
 from workers.api.errors import error_body
 from workers.api.json_bodies import decode_fields
+from workers.api.request_fields import check_model
 from workers.api.response_store import NO_STORE, ResponseStore
 from workers.api.server_sent_events import DONE, event
 from workers.api.submission import Submission
@@ -35,11 +36,21 @@ class ServedModel(NamedTuple):
     is_strict: bool = False  # unknown fields are refused
     max_model_len: int = 0  # once the pipeline serves
     store: ResponseStore = NO_STORE
+    adapters: tuple[str, ...] = ()  # that requests may name in the model's place
+    adapter: str = ""  # that the request names
 
     @property
     def name(self) -> str:
         """The name that answers show."""
-        return self.names[0]
+        return self.adapter or self.names[0]
+
+    @property
+    def every_name(self) -> tuple[str, ...]:
+        return (*self.names, *self.adapters)
+
+    def of(self, name: str) -> ServedModel:
+        """As a request asks for it, by one of `every_name` or by none."""
+        return self._replace(adapter=name if name in self.adapters else "")
 
 
 class Route(ABC):
@@ -99,6 +110,11 @@ class Endpoint(Route):
             name = self.ignored_fields[0]
             raise RequestError(f"the field {shown(name)} is not known to this server", field=name)
         return request
+
+    def choose_model(self, name: str) -> None:
+        """Raises RequestError for a model that is not served."""
+        check_model(name, self.model.every_name)
+        self.model = self.model.of(name)
 
     @abstractmethod
     def decode(self, body: bytes | bytearray) -> Submission:

@@ -38,7 +38,8 @@ class ChatCompletions(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: ChatCompletionRequest = self.read(body)
-        check_request(request, self.model.names)
+        check_request(request)
+        self.choose_model(request.model)
         self._options, self._has_logprobs = request.stream_options, bool(request.logprobs)
         self._wants_prompt_logprobs = request.prompt_logprobs is not None
         self._wants_token_ids = bool(request.return_token_ids)

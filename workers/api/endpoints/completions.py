@@ -81,7 +81,8 @@ class Completions(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: CompletionRequest = self.read(body)
-        check_request(request, self.model.names)
+        check_request(request)
+        self.choose_model(request.model)
         prompts = to_prompts(request.prompt)
         self._num_logprobs, self._options = request.logprobs, request.stream_options
         self._echoed = prompts if request.echo else ()
@@ -99,6 +100,7 @@ class Completions(Endpoint):
             sampling=sampling,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
+            adapter=self.model.adapter,
             is_streamed=request.stream,
         )
 

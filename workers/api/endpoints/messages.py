@@ -23,7 +23,6 @@ from workers.api.blocks import (
 from workers.api.chat_submission import to_submission
 from workers.api.description.answers import AnthropicAnswer, AnthropicError, TokenCount
 from workers.api.endpoints.base import Endpoint, Json, ServedModel
-from workers.api.request_fields import check_model
 from workers.api.sampling_fields import check_max_tokens
 from workers.api.server_sent_events import event
 from workers.api.submission import Submission, for_its_prompt
@@ -68,7 +67,7 @@ class Messages(_Anthropic):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: MessagesRequest = self.read(body)
-        check_model(request.model, self.model.names)
+        self.choose_model(request.model)
         check_max_tokens(request.max_tokens, "max_tokens")
         return to_submission(to_chat_request(request, self.model.forms), self.model, self._id)
 
@@ -113,7 +112,7 @@ class CountTokens(_Anthropic):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: MessagesFields = self.read(body)
-        check_model(request.model, self.model.names)
+        self.choose_model(request.model)
         chat = to_chat_request(request, self.model.forms)
         return for_its_prompt(
             to_submission(chat, self.model, f"count-{uuid.uuid4().hex}"), self.model.max_model_len

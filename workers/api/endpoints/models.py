@@ -12,7 +12,7 @@ class Models(Inquiry):
     path, answer = "/v1/models", ModelList
 
     def render(self, **places: str) -> Json:
-        return {"object": "list", "data": [_card(name, self.model) for name in self.model.names]}
+        return {"object": "list", "data": [_card(name, self.model) for name in self.model.every_name]}
 
 
 class OneModel(Inquiry):
@@ -20,16 +20,18 @@ class OneModel(Inquiry):
 
     def render(self, **places: str) -> Json:
         name = places["name"]
-        if name not in self.model.names:
-            raise RequestError.from_info(unknown_model(name, self.model.names))
+        if name not in self.model.every_name:
+            raise RequestError.from_info(unknown_model(name, self.model.every_name))
         return _card(name, self.model)
 
 
 def _card(name: str, model: ServedModel) -> Json:
-    """OpenAI's fields, and those of vLLM by which clients set their limits."""
+    """OpenAI's fields, and those of vLLM by which clients set their limits and know adapters."""
+    is_adapter = name in model.adapters
     return {
         "id": name, "object": "model", "created": model.created, "owned_by": "local",
-        "root": model.name, "parent": None, "max_model_len": model.max_model_len,
+        "root": name if is_adapter else model.name, "parent": model.name if is_adapter else None,
+        "max_model_len": model.max_model_len,
     }  # fmt: skip
 
 

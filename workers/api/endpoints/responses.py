@@ -48,7 +48,8 @@ class Responses(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: ResponsesRequest = self.read(body)
-        check_request(request, self.model.names)
+        check_request(request)
+        self.choose_model(request.model)
         check_responses(request)
         given = to_items(request.input)
         check_items(given)

@@ -19,7 +19,6 @@ from workers.api.chat_submission import to_submission
 from workers.api.description.answers import Detokenized, RenderedChat, Tokenized
 from workers.api.description.schemas import NULL, TEXT, TOKEN_ID, listed, one_of, opened
 from workers.api.endpoints.base import Endpoint, Json
-from workers.api.request_fields import check_model
 from workers.api.submission import Submission, for_its_prompt
 
 NO_MESSAGES = one_of([None, []])
@@ -72,7 +71,7 @@ class Tokenize(_Inspection):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: TokenizeRequest = self.read(body)
-        check_model(request.model, self.model.names)
+        self.choose_model(request.model)
         if not request.parse_special:
             what = "parse_special is not served by this server but as true: a special token in a text is one"
             raise RequestError(what, field="parse_special")
@@ -104,7 +103,7 @@ class Detokenize(_Inspection):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: DetokenizeRequest = self.read(body)
-        check_model(request.model, self.model.names)
+        self.choose_model(request.model)
         if not all(0 <= token < 2**31 for token in request.tokens):
             raise RequestError("token ids are 0 or more, and fit 32 bits", field="tokens")
         return self.submission(Tokens(pack_int32(request.tokens)))
@@ -119,7 +118,7 @@ class Render(_Inspection):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request: ChatCompletionRequest = self.read(body)
-        check_model(request.model, self.model.names)
+        self.choose_model(request.model)
         return self.submission_of(request)
 
     def render(self, answer: Answer) -> Json:

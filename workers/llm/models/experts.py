@@ -10,7 +10,9 @@ from workers.llm.models.mlp import Mlp
 from workers.llm.models.stream import ResidualStream
 from workers.nn.fused import Kernels
 from workers.nn.layers import RMSNorm
-from workers.nn.weights.shard import ExpertsShard, Shard
+from workers.nn.weights.base import Linear
+from workers.nn.weights.dense import TorchLinear
+from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.weights import Weights
 
 
@@ -20,7 +22,7 @@ class ExpertsMlp:
     def __init__(
         self, weights: Weights, shard: ExpertsShard, num_chosen: int, kernels: Kernels | None
     ) -> None:
-        self._router = weights.tensor("gate.weight")
+        self._router = _exact(weights, "gate")
         self._num_chosen = num_chosen
         self._choose = choose_experts if kernels is None else kernels.choose_experts
         self.experts = weights.experts("experts", shard, kernels)
@@ -35,7 +37,7 @@ class ExpertsMlp:
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each token, and their shares. Both [num_tokens, k]."""
-        return self._choose(F.linear(x, self._router), self._num_chosen)
+        return self._choose(self._router(x), self._num_chosen)
 
 
 class SharedExpertMlp:
@@ -52,13 +54,18 @@ class SharedExpertMlp:
         """`of_shared`: the part of the shared expert's intermediate size."""
         self._chosen = ExpertsMlp(weights, shard, num_chosen, kernels)
         self._shared = Mlp(weights.under("shared_expert"), of_shared, kernels)
-        self._gate = weights.tensor("shared_expert_gate.weight")  # [1, hidden], whole as the router
+        self._gate = _exact(weights, "shared_expert_gate")  # of one output, whole as the router
 
     def __call__(self, stream: ResidualStream, norm: RMSNorm) -> None:
         """Adds the experts' output to the stream."""
         x = stream.normed(norm)
-        shared = self._shared.part(x) * F.linear(x, self._gate).sigmoid_()
+        shared = self._shared.part(x) * self._gate(x).sigmoid_()
         stream.add_part(self._chosen.part(x).add_(shared))
+
+
+def _exact(weights: Weights, module: str) -> Linear:
+    """A layer in no format."""
+    return weights.adapted(TorchLinear(weights.matrix(module)), (module,), (WHOLE,))
 
 
 def choose_experts(logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:

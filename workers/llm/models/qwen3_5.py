@@ -255,7 +255,8 @@ def _queries_and_gates(info: TextInfo, parallel: TensorParallel) -> tuple[Shard,
     heads = range(parallel.rank * count, (parallel.rank + 1) * count)
     queries = tuple(slice(2 * head * dim, (2 * head + 1) * dim) for head in heads)
     gates = tuple(slice((2 * head + 1) * dim, (2 * head + 2) * dim) for head in heads)
-    return Shard(queries), Shard(gates)
+    size = 2 * info.num_heads * dim
+    return Shard(queries, size=size), Shard(gates, size=size)
 
 
 class DeltaLayout:
@@ -273,13 +274,14 @@ class DeltaLayout:
         self.info = info
         self.num_key_heads, self.num_value_heads = info.num_key_heads // size, info.num_value_heads // size
         keys, values = info.num_key_heads * info.key_dim, info.num_value_heads * info.value_dim
-        (of_keys,), _ = Shard.split(keys, rank, size)
+        (of_keys,) = Shard.split(keys, rank, size).slices
         self.values = Shard.split(values, rank, size)
-        (of_values,), _ = self.values
+        (of_values,) = self.values.slices
         self.value_heads = Shard.split(info.num_value_heads, rank, size)
         # Queries, keys and values lie one behind the other: a rank has its part of each.
         parts = ((of_keys, 0), (of_keys, keys), (of_values, 2 * keys))
-        self.channels = Shard(tuple(slice(part.start + at, part.stop + at) for part, at in parts))
+        channels = tuple(slice(part.start + at, part.stop + at) for part, at in parts)
+        self.channels = Shard(channels, size=2 * keys + values)
         self.num_channels = (2 * keys + values) // size
 
     @property
@@ -304,9 +306,9 @@ class DeltaMixer:
         modules, shards = ("in_proj_qkv", "in_proj_z"), (layout.channels, layout.values)
         self._in_proj: Linear = weights.column(modules, shards)
         # Few rows, in no format: an error in them would add up over all tokens behind.
-        names = (f"in_proj_{name}.weight" for name in "ba")
-        gates = torch.cat([weights.tensor(name, layout.value_heads) for name in names])
-        self._gates = Dense().pack(gates, None)
+        modules, shards = ("in_proj_b", "in_proj_a"), (layout.value_heads, layout.value_heads)
+        gates = [weights.matrix(name, heads) for name, heads in zip(modules, shards, strict=True)]
+        self._gates = weights.adapted(Dense().pack(torch.cat(gates), None), modules, shards)
         self._out_proj = weights.row("out_proj", layout.values)
         self._net = backend.net(
             num_key_heads=layout.num_key_heads,

@@ -28,18 +28,21 @@ class Vocabulary:
         head: str = HEAD,
     ) -> None:
         self._dtype, self._vocab_size = weights.dtype, vocab_size
+        module = table.removesuffix(".weight")
         # On the CPU the table stays in the file: tied weights are in memory already, for the output layer.
-        is_in_file = weights.device.type == "cpu"
-        self.table = weights.rows_in_file(table) if is_in_file else weights.tensor(table)
-        if not weights.has_module(head) or (is_tied and _are_equal(weights, shard, table, f"{head}.weight")):
-            self.head = self._tied_head(weights, shard, table, head)
-        else:
+        is_in_file = weights.device.type == "cpu" and not weights.is_quantized(module)
+        self.table = weights.rows_in_file(table) if is_in_file else weights.matrix(module)
+        if weights.has_module(head) and not (is_tied and _are_equal(weights, shard, module, head)):
             self.head = weights.column((head,), (shard,))
+        elif weights.is_quantized(module):
+            self.head = weights.column((module,), (shard,))
+        else:
+            self.head = self._tied_head(weights, shard, table, head)
 
     def _tied_head(self, weights: Weights, shard: Shard, table: str, head: str) -> Linear:
         if not isinstance(self.table, Tensor):
             return weights.packed(head, weights.tensor(table, shard))
-        (rows,), padding = shard
+        (rows,), padding, _ = shard
         part = self.table[rows]  # a view
         return weights.packed(head, F.pad(part, (0, 0, 0, padding)) if padding else part)
 
@@ -55,5 +58,7 @@ class Vocabulary:
 
 def _are_equal(weights: Weights, shard: Shard, table: str, head: str) -> bool:
     """Whether a stored output layer is the table. Where it is not, it counts, tied or not: as in
-    transformers, for checkpoints whose output layer was trained further."""
-    return torch.equal(weights.tensor(table, shard), weights.tensor(head, shard))
+    transformers, for checkpoints whose output layer was trained further. So does a quantised one."""
+    if weights.is_quantized(table) or weights.is_quantized(head):
+        return False
+    return torch.equal(weights.matrix(table, shard), weights.matrix(head, shard))

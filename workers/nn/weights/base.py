@@ -83,8 +83,13 @@ class Format(ABC):
             )
 
     @abstractmethod
-    def holds(self, module: str) -> bool:
-        """Whether this layer is stored in the format. Every checkpoint has layers that are not."""
+    def holds(self, checkpoint: Checkpoint, module: str) -> bool:
+        """Whether this layer, or the tensor of this name that stacks experts, is stored in the format: by
+        the checkpoint's tensors. Every checkpoint has layers that are not."""
+
+    def compare(self, module: str, is_held: bool) -> None:  # noqa: B027
+        """Logs it where that is not what the checkpoint's settings say; without settings there is nothing to
+        compare."""
 
     @abstractmethod
     def column(
@@ -105,6 +110,11 @@ class Format(ABC):
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
     ) -> Experts:
         """The experts of one layer. `kernels`: those of the decoder."""
+
+    @abstractmethod
+    def dense(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Tensor:
+        """The weight [out, in] of some outputs of a layer, in the model's type: for what is computed in no
+        format."""
 
     @abstractmethod
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:

@@ -103,7 +103,7 @@ class Dense(Format):
     def check_device(self, device: torch.device) -> None:
         """Dense weights compute on every device."""
 
-    def holds(self, module: str) -> bool:
+    def holds(self, checkpoint: Checkpoint, module: str) -> bool:
         return True
 
     def column(
@@ -132,6 +132,9 @@ class Dense(Format):
         ]
         return ListedExperts(layers, shard.held.start)
 
+    def dense(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Tensor:
+        return load_part(checkpoint, f"{module}.weight", shard)
+
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self._make(weight, bias)
 
@@ -149,7 +152,7 @@ class StoredExperts:
     def __init__(self, checkpoint: Checkpoint, module: str, shard: ExpertsShard) -> None:
         self._checkpoint, self._module, self._shard = checkpoint, module, shard
         self._is_fused = not checkpoint.has_module(f"{module}.{shard.held.start}.gate_proj")
-        self._is_transposed = self._is_fused and self._find_transposed()
+        self._is_transposed = self._is_fused and are_transposed(checkpoint, module, shard)
 
     def gate_up(self, expert: int) -> Tensor:
         """[2 · intermediate, hidden], gate first."""
@@ -171,16 +174,20 @@ class StoredExperts:
             return load_part(self._checkpoint, name, rows, columns, at=expert)
         return load_part(self._checkpoint, name, columns, rows, at=expert).t().contiguous()
 
-    def _find_transposed(self) -> bool:
-        """Never ambiguous: no sizes make both tensors square."""
-        count, hidden, size = self._shard[:3]
-        linear = (count, 2 * size, hidden), (count, hidden, size)
-        transposed = (count, hidden, 2 * size), (count, size, hidden)
-        found = tuple(self._checkpoint.shape(f"{self._module}.{name}") for name in FUSED)
-        if found not in (linear, transposed):
-            wanted = f"{linear} or {transposed}"
-            raise ValueError(f"{', '.join(FUSED)} of {self._module} have shapes {found}, not {wanted}")
-        return found == transposed
+
+def are_transposed(checkpoint: Checkpoint, module: str, shard: ExpertsShard) -> bool:
+    """Whether experts in two tensors are stored transposed. Never ambiguous: no sizes make both square.
+
+    Raises ValueError for shapes that are neither.
+    """
+    count, hidden, size = shard[:3]
+    linear = (count, 2 * size, hidden), (count, hidden, size)
+    transposed = (count, hidden, 2 * size), (count, size, hidden)
+    found = tuple(checkpoint.shape(f"{module}.{name}") for name in FUSED)
+    if found not in (linear, transposed):
+        wanted = f"{linear} or {transposed}"
+        raise ValueError(f"{', '.join(FUSED)} of {module} have shapes {found}, not {wanted}")
+    return found == transposed
 
 
 def _stack(read: Callable[[int], Tensor], numbers: range) -> Tensor:
@@ -204,9 +211,13 @@ def load_part(
 ) -> Tensor:
     """A rank's rows or columns of a tensor, as a copy in the model's type. One of the two must be `WHOLE`.
 
-    `at`: of one of the matrices that the tensor stacks.
+    `at`: of one of the matrices that the tensor stacks. Raises ValueError for a tensor of other sizes than
+    the model's settings have.
     """
     assert WHOLE in (rows, columns), "no layer is cut both ways"
+    for axis, shard in ((0, rows), (1, columns)):
+        if shard.size:
+            shard.check(checkpoint.shape(name)[axis + (at is not None)], f"axis {axis} of {name!r}")
     if columns == WHOLE:
         parts, axis, padding = [checkpoint.load(name, part, at=at) for part in rows.slices], 0, rows.padding
     else:

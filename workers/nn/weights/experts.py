@@ -11,6 +11,7 @@ from workers.nn.fused import Kernels
 from workers.nn.layers import silu_mul
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.base import Experts, Format, Linear
+from workers.nn.weights.grouped import GroupedLinear, GroupedWeight, stack
 from workers.nn.weights.shard import ExpertsShard
 
 
@@ -77,3 +78,46 @@ class StackedExperts(Experts):
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         return self._compute(x, self._gate_up, self._down, chosen, shares, self._first)
+
+
+class GroupedExperts(Experts):
+    """As `StackedExperts`, of weights of the one layout of quantised checkpoints: the same kernels widen
+    them."""
+
+    def __init__(
+        self,
+        gate_up: GroupedWeight,
+        down: GroupedWeight,
+        first: int,
+        kernels: Kernels,
+    ) -> None:
+        """Of the experts `first`, `first` + 1, … the outputs one expert after the other (`grouped.stack`):
+        gate_up [num_held · 2 · intermediate, hidden], in each expert gate first; down [num_held · hidden,
+        intermediate]. On the device that computes.
+
+        Raises ValueError for outputs that are no whole number of experts.
+        """
+        hidden, size = gate_up.in_features, down.in_features
+        if gate_up.out_features * hidden != 2 * size * down.out_features or down.out_features % hidden:
+            raise ValueError(
+                f"gate_up has {gate_up.out_features} outputs and {hidden} inputs, down {down.out_features} "
+                f"and {size}: these are not the same whole number of experts"
+            )
+        self._gate_up, self._down, self._first, self._compute = gate_up, down, first, kernels.experts
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        return self._compute(x, self._gate_up, self._down, chosen, shares, self._first)
+
+
+def put_together(layers: Sequence[tuple[Linear, Linear]], first: int, kernels: Kernels | None) -> Experts:
+    """Quantised experts, (gate_up, down) each: by kernels where there are any and all layouts are alike."""
+    if kernels is not None:
+        gate_up, down = (_stacked(side) for side in zip(*layers, strict=True))
+        if gate_up is not None and down is not None:
+            return GroupedExperts(gate_up, down, first, kernels)
+    return ListedExperts(layers, first)
+
+
+def _stacked(layers: Sequence[Linear]) -> GroupedWeight | None:
+    weights = [layer.weight for layer in layers if isinstance(layer, GroupedLinear)]
+    return stack(weights) if len(weights) == len(layers) else None

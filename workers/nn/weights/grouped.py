@@ -9,6 +9,7 @@ the outputs is a part of the memory.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import accumulate
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.nn.native.huge_pages import advise
 from workers.nn.weights.base import Activations, Linear
 
 BLOCK = 32  # inputs: groups are multiples of it
@@ -34,6 +36,7 @@ class NumberKind(StrEnum):
     FP8 = "fp8"  # e4m3
 
 
+_DTYPES = {NumberKind.INT4: torch.uint8, NumberKind.INT8: torch.int8, NumberKind.FP8: torch.float8_e4m3fn}
 # The zero of all groups where a weight has no zeros of its own.
 COMMON_ZERO = {NumberKind.INT4: 8, NumberKind.INT8: 0, NumberKind.FP8: 0}
 
@@ -58,6 +61,14 @@ class GroupedWeight(NamedTuple):
     def out_features(self) -> int:
         return len(self.numbers)
 
+    def to(self, device: torch.device) -> GroupedWeight:
+        return self._replace(
+            numbers=self.numbers.to(device),
+            scales=self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
+
     def ordered(self, x: Tensor) -> Tensor:
         """The inputs [rows, num_inputs] in the layout's order, of x [rows, in_features]."""
         return x if self.order is None else x.index_select(1, self.order)
@@ -75,27 +86,42 @@ class GroupedWeight(NamedTuple):
             wide = wide - zero
         return (wide * groups).view(count, -1)[:, : self.num_inputs].to(dtype)
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [out, in], with the inputs as the layer has them."""
+        wide = self.widened(slice(None), dtype)
+        if self.order is None:
+            return wide
+        # Of an input that stands in several places one has its weight, the others have 0.
+        return wide.new_zeros(len(wide), self.in_features).index_add_(1, self.order, wide)
+
 
 # (x [rows, in], bias, residual): x Wᵀ + bias + residual, of one weight.
 Product = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def choose_product(weight: GroupedWeight, activations: Activations = Activations.AUTO) -> Product | None:
-    """The kernels of the weight's device; None: torch's operators.
+    """The kernels of the weight's device; None: torch's operators. Triton is imported only where there is a
+    GPU.
 
     Raises ValueError where there are none for such activations.
     """
-    if weight.numbers.device.type == "cpu":
+    device = weight.numbers.device
+    if device.type == "cpu":
         from workers.nn.weights.grouped_cpu import make_cpu_product
 
         return make_cpu_product(weight, activations)
     if activations is Activations.INT8:
-        raise ValueError(f"there are no activations in 8 bits on {weight.numbers.device}")
-    return None
+        raise ValueError(f"there are no activations in 8 bits on {device}")
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from workers.nn.weights.grouped_cuda import make_cuda_product
+
+    return make_cuda_product(weight)
 
 
 class GroupedLinear(Linear):
-    """By kernels, where there are any; else it widens a part of the weight at a time for torch's product."""
+    """By kernels, where there are any; else it widens a part of the weight at a time, and multiplies by
+    it."""
 
     def __init__(
         self,
@@ -123,35 +149,99 @@ class GroupedLinear(Linear):
         return super().add_to(residual, x)
 
 
+class Arrangement:
+    """Where the inputs of a matrix stand in the layout, by their groups, and how parts of it are put there.
+
+    Inputs whose groups do not come in blocks are put in order, and each group is padded to whole blocks.
+    """
+
+    def __init__(self, groups: Tensor) -> None:
+        """groups: [in] int64, on the host: the group of each input, in any order and of any sizes."""
+        self.in_features = len(groups)
+        order: Tensor | None = None
+        if bool((groups[1:] < groups[:-1]).any()):
+            order = torch.argsort(groups, stable=True)
+        ordered = groups if order is None else groups[order]
+        starts = (torch.nonzero(ordered[1:] != ordered[:-1]).flatten() + 1).tolist()
+        is_padding = None
+        if any(start % BLOCK for start in starts):
+            order, is_padding, starts = _padded_order(order, [*starts, self.in_features])
+        self.group_size = _group_size(starts, self.in_features)
+        self.order, self._is_padding = order, is_padding
+        self.has_blocks = is_padding is None  # no input is padding between others
+        self._groups = groups if order is None else groups[order]
+        self.num_inputs = len(self._groups)
+        # The first input of each group has its scale.
+        self._of_group = self._groups[torch.arange(0, self.num_inputs, self.group_size)]
+
+    def empty(
+        self, kind: NumberKind, out_features: int, has_zeros: bool, device: torch.device
+    ) -> GroupedWeight:
+        """A weight whose rows `put` fills."""
+        num_groups, width = len(self._of_group), -(-self.num_inputs // CHUNK) * CHUNK
+        dtype = _DTYPES[kind]
+        if kind is NumberKind.INT4:
+            width //= 2
+        zeros = torch.empty(out_features, num_groups, dtype=dtype, device=device) if has_zeros else None
+        numbers = torch.empty(out_features, width, dtype=dtype, device=device)
+        if device.type == "cpu":
+            advise(numbers.data_ptr(), numbers.numel() * numbers.itemsize)
+        return GroupedWeight(
+            kind, numbers,
+            torch.empty(out_features, num_groups, device=device), zeros,
+            self.group_size, self.in_features, self.num_inputs,
+            None if self.order is None else self.order.to(device),
+        )  # fmt: skip
+
+    def put(
+        self, weight: GroupedWeight, rows: slice, numbers: Tensor, scales: Tensor, zeros: Tensor | None
+    ) -> None:
+        """Fills some outputs: numbers [n, in], of 4 bits one in a byte; scales and zeros [n, num_groups]."""
+        device = numbers.device
+        self._put_scales(weight, rows, scales, zeros)
+        if self.order is not None:
+            # Float8 has no operator that picks.
+            numbers = numbers.view(torch.uint8).index_select(1, self.order.to(device)).view(numbers.dtype)
+        if self._is_padding is not None:
+            padding, groups = self._is_padding.to(device), self._groups.to(device)
+            numbers = _without(weight.kind, numbers, zeros, groups, padding)
+        _pack(weight.kind, numbers, weight.numbers[rows])
+
+    def put_blocks(
+        self, weight: GroupedWeight, rows: slice, blocks: Tensor, scales: Tensor, zeros: Tensor | None
+    ) -> None:
+        """As `put`, of numbers [n, num_inputs / 2] of 4 bits that are in the layout's blocks already. Only
+        where `has_blocks`."""
+        numbers, count = weight.numbers[rows], blocks.shape[1]
+        numbers[:, :count] = blocks
+        numbers[:, count:] = 0
+        self._put_scales(weight, rows, scales, zeros)
+
+    def _put_scales(self, weight: GroupedWeight, rows: slice, scales: Tensor, zeros: Tensor | None) -> None:
+        of_group = self._of_group.to(scales.device)
+        weight.scales[rows] = scales[:, of_group]
+        if weight.zeros is not None:
+            weight.zeros[rows] = COMMON_ZERO[weight.kind] if zeros is None else zeros[:, of_group]
+
+    def nothing(self, weight: GroupedWeight, rows: slice) -> None:
+        """Fills some outputs with weights of 0."""
+        weight.numbers[rows].view(torch.uint8).zero_()
+        weight.scales[rows] = 0
+        if weight.zeros is not None:
+            weight.zeros[rows] = 0
+
+
 def arrange(
     kind: NumberKind, numbers: Tensor, scales: Tensor, zeros: Tensor | None, groups: Tensor
 ) -> GroupedWeight:
     """The layout of numbers [out, in] (of 4 bits: one in a byte), and of scales and zeros [out, num_groups].
 
-    groups: [in], the group of each input, in any order and of any sizes: inputs whose groups do not come in
-    blocks are put in order, and each group is padded to whole blocks.
+    groups: as `Arrangement` takes them.
     """
-    in_features = numbers.shape[1]
-    order: Tensor | None = None
-    if bool((groups[1:] < groups[:-1]).any()):
-        order = torch.argsort(groups, stable=True)
-    ordered = groups if order is None else groups[order]
-    starts = (torch.nonzero(ordered[1:] != ordered[:-1]).flatten() + 1).tolist()
-    is_padding = None
-    if any(start % BLOCK for start in starts):
-        order, is_padding, starts = _padded_order(order, [*starts, in_features])
-    size = _group_size(starts, in_features)
-    if order is not None:
-        numbers, groups = numbers[:, order], groups[order]
-    if is_padding is not None:
-        numbers = _without(kind, numbers, zeros, groups, is_padding)
-    num_inputs = numbers.shape[1]
-    first = torch.arange(0, num_inputs, size)  # the first input of each group has its scale
-    of_group = groups[first].to(scales.device)
-    return GroupedWeight(
-        kind, _packed(kind, numbers), scales[:, of_group].float().contiguous(),
-        None if zeros is None else zeros[:, of_group].contiguous(), size, in_features, num_inputs, order,
-    )  # fmt: skip
+    arrangement = Arrangement(groups)
+    weight = arrangement.empty(kind, len(numbers), zeros is not None, numbers.device)
+    arrangement.put(weight, slice(None), numbers, scales, zeros)
+    return weight
 
 
 def stack(weights: Sequence[GroupedWeight]) -> GroupedWeight | None:
@@ -206,16 +296,19 @@ def _without(
     return torch.where(is_padding, zeros[:, groups].to(numbers.dtype), numbers)
 
 
-def _packed(kind: NumberKind, numbers: Tensor) -> Tensor:
+def _pack(kind: NumberKind, numbers: Tensor, out: Tensor) -> None:
+    """Into rows of the layout, with zeros behind."""
+    if kind is not NumberKind.INT4:
+        wide, count = numbers.view(torch.uint8), numbers.shape[1]
+        out.view(torch.uint8)[:, :count] = wide
+        out.view(torch.uint8)[:, count:] = 0
+        return
     behind = -numbers.shape[1] % CHUNK
-    if kind is NumberKind.FP8:
-        padded = F.pad(numbers.view(torch.uint8), (0, behind))
-        return padded.contiguous().view(torch.float8_e4m3fn)
-    padded = F.pad(numbers, (0, behind))
-    if kind is NumberKind.INT8:
-        return padded.contiguous()
+    padded = F.pad(numbers, (0, behind)) if behind else numbers
     blocks = padded.view(len(padded), -1, 2, BLOCK // 2)
-    return (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1)
+    halves = out.view(len(out), -1, BLOCK // 2)
+    torch.bitwise_left_shift(blocks[:, :, 1], 4, out=halves)
+    halves |= blocks[:, :, 0]
 
 
 def _unpacked(kind: NumberKind, numbers: Tensor) -> Tensor:

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pipeline.families.quantization import CHECKS, check_quantization, stored_quantization
 from workers.nn.loader import Checkpoint, Progress, no_progress
+from workers.nn.weights.adapters import AdapterSet
+from workers.nn.weights.at_load import GroupedAtLoad
+from workers.nn.weights.auto_round import auto_round
+from workers.nn.weights.awq import Awq
 from workers.nn.weights.base import Activations, Format
+from workers.nn.weights.compressed_tensors import CompressedTensors
 from workers.nn.weights.dense import Dense
+from workers.nn.weights.fp8 import Fp8
+from workers.nn.weights.gptq import Gptq
+from workers.nn.weights.grouped import NumberKind
 from workers.nn.weights.int4 import Int4
 from workers.nn.weights.int8 import Int8
+from workers.nn.weights.modelopt import ModelOpt
+from workers.nn.weights.stored import StoredFormat
 from workers.nn.weights.weights import Weights
 
-# From a `quantization_config` to its format. Raises ValueError for an unknown variant.
-ReadFormat = Callable[[Mapping[str, object]], Format]
+# From a `quantization_config`, which `check_quantization` has seen, to its format.
+ReadFormat = Callable[[Mapping[str, Any]], Format]
 
 # By `quant_method`: formats of checkpoints.
-STORED_FORMATS: Mapping[str, ReadFormat] = {}
-# By the options `--quantization` and `--vit-quantization`: formats that are made from dense weights at load.
-MADE_FORMATS: Mapping[str, Callable[[], Format]] = {"int8": Int8, "int4": Int4}
+STORED_FORMATS: Mapping[str, ReadFormat] = {
+    "fp8": Fp8,
+    "awq": Awq,
+    "gptq": Gptq,
+    "auto-round": auto_round,
+    "compressed-tensors": CompressedTensors,
+    "modelopt": ModelOpt,
+}
+
+
+def _int8(device: torch.device) -> Format:
+    return Int8() if device.type == "cpu" else GroupedAtLoad(NumberKind.INT8)
+
+
+def _int4(device: torch.device) -> Format:
+    return Int4() if device.type == "cpu" else GroupedAtLoad(NumberKind.INT4)
+
+
+def _fp8(device: torch.device) -> Format:
+    return GroupedAtLoad(NumberKind.FP8)
+
+
+# By the options `--quantization` and `--vit-quantization`: formats that are made from dense weights at load,
+# for a device.
+MADE_FORMATS: Mapping[str, Callable[[torch.device], Format]] = {"int8": _int8, "int4": _int4, "fp8": _fp8}
 
 
 def choose_formats(
@@ -35,16 +68,19 @@ def choose_formats(
     """For `Weights`: the checkpoint's format, and one for the layers that it does not hold.
 
     `override`: the option `--quantization` or `--vit-quantization`. `dense`: the format of unquantised
-    layers; the export to ONNX gives one that torch can trace. `activations`: the option
-    `--activation-quantization`. Raises ValueError for a format that is unknown, or does not compute on the
-    device, or not with such activations.
+    layers; the export to ONNX gives one that torch can trace, and gets quantised ones dequantised.
+    `activations`: the option `--activation-quantization`. Raises ValueError for a format that is unknown, or
+    does not compute on the device, or not with such activations.
     """
-    format, dense = _stored_format(folder, stored), dense or Dense()
+    format = _stored_format(folder, stored)
+    if dense is not None and isinstance(format, StoredFormat):
+        format.export(dense)
+    dense = dense or Dense()
     if override != "none":
         if format is not None:
             found = f"{str(folder)!r} has {format.name}"
             raise ValueError(f"quantization {override!r} is for dense weights, but {found}")
-        format = MADE_FORMATS[override]()
+        format = MADE_FORMATS[override](device)
     wanted = Activations(activations)
     (format or dense).choose_activations(wanted)
     if format is None:
@@ -64,38 +100,22 @@ def open_weights(
     override: str = "none",
     progress: Progress = no_progress,
     dense: Format | None = None,
+    adapters: AdapterSet | None = None,
     activations: str = "auto",
 ) -> Weights:
-    """The checkpoint in `folder`, in its formats; other tensors in `dtype`.
+    """The checkpoint in `folder`, in its formats, with `adapters` beside its layers; other tensors in
+    `dtype`.
 
     Raises ValueError as `choose_formats` does.
     """
     formats = choose_formats(folder, device, override, dense=dense, activations=activations)
-    return Weights(Checkpoint(folder, dtype, device, progress), formats)
+    return Weights(Checkpoint(folder, dtype, device, progress), formats, adapters=adapters)
 
 
 def _stored_format(folder: Path, stored: Mapping[str, ReadFormat]) -> Format | None:
-    config = _quantization_config(folder)
-    if config is None:
+    found = stored_quantization(folder)
+    if found is None:
         return None
-    method = str(config.get("quant_method"))
-    if method not in stored:
-        known = f"known are {', '.join(sorted(stored))}" if stored else "only dense weights are served"
-        what = f"are quantised by {method!r}: {known}"
-        raise ValueError(
-            f"the weights of model {str(folder)!r} {what} (key quantization_config.quant_method)"
-        )
-    return stored[method](config)
-
-
-def _quantization_config(folder: Path) -> Mapping[str, object] | None:
-    """From `config.json`, at its top or in its text config, or from the file that ModelOpt writes instead."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    nested = config.get("text_config") or {}
-    found: Mapping[str, object] | None = config.get("quantization_config") or nested.get(
-        "quantization_config",
-    )
-    if not found and (folder / "hf_quant_config.json").is_file():
-        return {"quant_method": "modelopt"}
-    return found or None
+    if found.method not in stored or found.method in CHECKS:
+        check_quantization(folder)
+    return stored[found.method](found.settings)

@@ -14,6 +14,7 @@ class Shard(NamedTuple):
 
     slices: tuple[slice, ...] = (slice(None),)
     padding: int = 0  # zeros that are not in the checkpoint
+    size: int = 0  # of the whole axis, by the model's settings; 0: the file's own counts
 
     @classmethod
     def of_range(cls, start: int, stop: int, padding: int = 0) -> Shard:
@@ -23,7 +24,15 @@ class Shard(NamedTuple):
     def split(cls, size: int, rank: int, num_ranks: int) -> Shard:
         """One of `num_ranks` equal parts of an axis. `size` must be a multiple of `num_ranks`."""
         assert size % num_ranks == 0, "the model refuses what does not divide, with a word of its own"
-        return cls.of_range(rank * size // num_ranks, (rank + 1) * size // num_ranks)
+        return cls((slice(rank * size // num_ranks, (rank + 1) * size // num_ranks),), size=size)
+
+    def check(self, size: int, what: str) -> None:
+        """Raises ValueError where an axis of a file is not as the model's settings have it."""
+        last = max((part.stop or 0 for part in self.slices), default=0)
+        if (self.size and size != self.size) or last > size:
+            raise ValueError(
+                f"{what} are {size} in the checkpoint's file, by its config.json {self.size or last}"
+            )
 
     @classmethod
     def split_padded(cls, size: int, rank: int, num_ranks: int) -> Shard:
@@ -50,4 +59,5 @@ class ExpertsShard(NamedTuple):
         """Of the gate and up projections side by side, gate first."""
         parts = self.intermediate.slices
         size = self.intermediate_size
-        return Shard((*parts, *(slice(part.start + size, part.stop + size) for part in parts)))
+        both = (*parts, *(slice(part.start + size, part.stop + size) for part in parts))
+        return Shard(both, size=2 * size)

@@ -11,9 +11,13 @@ from typing import Protocol
 
 import torch
 
+from pipeline.adapters import Adapter
+from pipeline.adapters.files import TOWER
+from pipeline.adapters.served import check_engine
 from pipeline.families import ModelInfo
 from pipeline.wire.base import GridTHW
 from workers.nn.loader import Progress
+from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.registry import open_weights
 from workers.vit.deadlines import Deadlines
 from workers.vit.engines.torch import TorchEngine
@@ -43,9 +47,15 @@ class EngineSpec:
     limit: SliceLimit
     quantization: str = "none"  # of the weights; for the engine torch
     activations: str = "auto"  # what quantised weights are multiplied by; for the engine torch
+    adapters: Sequence[Adapter] = ()  # by number; those of the tower are for the engine torch
     after_work: Callable[[], object] | None = None  # for the engine that can report progress (torch)
     is_hurried: Callable[[], bool] = lambda: False  # for the same: to report it after short blocks
     deadlines: Deadlines | None = None  # for engines that cannot
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether no ONNX file has what is to be computed."""
+        return self.quantization != "none" or any(adapter.adapts_tower for adapter in self.adapters)
 
 
 def warm_up(engine: VitEngine, spec: EngineSpec, max_patches: int) -> None:
@@ -64,22 +74,22 @@ def warm_up(engine: VitEngine, spec: EngineSpec, max_patches: int) -> None:
 
 def choose_engine(name: str, spec: EngineSpec) -> VitEngine:
     """On a GPU `auto` is TensorRT if it imports and builds, else onnxruntime if its CUDA provider loads, else
-    torch; on the CPU, and for quantised weights, it is torch.
+    torch; on the CPU, for quantised weights and for adapters of the tower it is torch.
 
     Raises ValueError when the named engine is not available.
     """
-    is_dense = spec.quantization == "none"
-    if not is_dense and name not in ("auto", "torch"):
+    if spec.quantization != "none" and name not in ("auto", "torch"):
         raise ValueError(
             f"vit_engine {name!r} computes dense weights, not {spec.quantization}: take torch, or "
             "--vit-quantization none"
         )
+    check_engine(name, spec.adapters)
     if name != "auto":
         engine = ENGINES[name](spec)
         logger.info("ViT engine: %s (asked for)", name)
         return engine
     reasons: list[str] = []
-    for better in ("tensorrt", "onnxruntime") if spec.device.type == "cuda" and is_dense else ():
+    for better in ("tensorrt", "onnxruntime") if spec.device.type == "cuda" and not spec.needs_torch else ():
         try:
             engine = ENGINES[better](spec)
         except (ImportError, ValueError, RuntimeError) as error:
@@ -93,13 +103,21 @@ def choose_engine(name: str, spec: EngineSpec) -> VitEngine:
 
 def _torch(spec: EngineSpec) -> VitEngine:
     tower = tower_of(spec.info)
+    adapters = None
+    if any(adapter.adapts_tower for adapter in spec.adapters):
+        adapters = AdapterSet(
+            spec.adapters, lambda module: module.startswith(TOWER), spec.dtype, spec.device
+        )  # fmt: skip
     weights = open_weights(
-        spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress, activations=spec.activations
-    )
+        spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress, adapters=adapters,
+        activations=spec.activations,
+    )  # fmt: skip
     weights.expect(tower.prefix)
     encoder = tower.encoder(spec.info.vision, weights)
-    engine = TorchEngine(encoder, spec.limit, spec.after_work, spec.is_hurried)
+    engine = TorchEngine(encoder, spec.limit, spec.after_work, spec.is_hurried, adapters)
     weights.close()
+    if adapters is not None:
+        adapters.check_all_loaded()
     return engine
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.families import VisionInfo
 from pipeline.wire.base import GridTHW
+from workers.nn.weights.adapters import NO_ADAPTER
 from workers.nn.weights.weights import Weights
 from workers.vit.pace import UNPACED, Pace
 
@@ -26,6 +27,7 @@ class EncodeJob(NamedTuple):
     pixels: Tensor  # [frames, height, width, 3] uint8
     grid_thw: GridTHW
     output: Tensor  # [num_tokens, width]
+    adapter: int = NO_ADAPTER  # by number
 
 
 class Axis(NamedTuple):

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from pipeline.adapters.tensors import usual_name
 from pipeline.families import TextInfo
 from pipeline.families.qwen3_5 import DeltaNetInfo, Qwen3_5TextInfo
 from pipeline.families.qwen3_vl import ExpertsInfo, Qwen3TextInfo
@@ -26,7 +27,6 @@ from workers.llm.models.qwen2 import Qwen2Decoder
 from workers.llm.models.qwen3 import Qwen3Decoder
 from workers.llm.models.qwen3_5 import Qwen3_5Decoder
 from workers.llm.parallel import TensorParallel
-from workers.nn.loader import _usual_name
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.weights import Weights
 
@@ -73,6 +73,12 @@ class MetaCheckpoint:
         self.shapes = shapes
         self.loaded: list[tuple[str, Part]] = []
 
+    def has(self, name: str) -> bool:
+        return name in self.shapes
+
+    def check_plain(self, name: str) -> None:
+        """All are."""
+
     def has_module(self, module: str) -> bool:
         return f"{module}.weight" in self.shapes
 
@@ -105,7 +111,7 @@ def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
     )
     with torch.device("meta"):
         made = Qwen2VLForConditionalGeneration(config)
-    shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
+    shapes = {usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
     return {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
 
 
@@ -182,7 +188,7 @@ def published_experts(count: int, hidden: int, size: int) -> tuple[dict[str, tor
     )
     with torch.device("meta"):
         made = Qwen3VLMoeForConditionalGeneration(config)
-    shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
+    shapes = {usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
     decoder = {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
     turned = {
         name: torch.Size((shape[0], shape[2], shape[1])) if ".experts." in name else shape
@@ -237,7 +243,7 @@ def test_parts_of_a_hybrid_are_loaded_exactly_once(size: int) -> None:
     }  # fmt: skip
     with torch.device("meta"):
         made = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config={"depth": 1}))
-    shapes = {_usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
+    shapes = {usual_name(name): tensor.shape for name, tensor in made.named_parameters()}
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
     loaded: list[tuple[str, Part]] = []
     for rank in range(size):

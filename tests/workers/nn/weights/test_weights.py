@@ -15,11 +15,13 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
+from workers.nn.weights.at_load import GroupedAtLoad
 from workers.nn.weights.base import Activations, Experts, Format, Linear
 from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.experts import list_experts
 from workers.nn.weights.registry import choose_formats, open_weights
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
+from workers.nn.weights.side_by_side import SideBySide
 from workers.nn.weights.weights import Weights
 
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ class Toy(Format):
         if device.type != "cpu":
             raise ValueError("toys are for the CPU")
 
-    def holds(self, module: str) -> bool:
+    def holds(self, checkpoint: Checkpoint, module: str) -> bool:
         return module not in self._ignored
 
     def column(
@@ -80,6 +82,11 @@ class Toy(Format):
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
     ) -> Experts:
         return list_experts(self, checkpoint, module, shard)
+
+    def dense(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Tensor:
+        (rows,) = shard.slices
+        scales = checkpoint.read(f"{module}.scales", rows).repeat_interleave(GROUP, dim=1)
+        return checkpoint.read(f"{module}.packed", rows) * scales
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(weight, bias)
@@ -165,8 +172,14 @@ def test_what_a_format_does_not_hold_is_dense(stored: Stored) -> None:
     )
     assert isinstance(weights.column(("q",), (WHOLE,)), ToyLinear)
     assert isinstance(weights.linear("q"), ToyLinear)
-    with pytest.raises(ValueError, match=r"packed\.q, packed\.head are not all in one format"):
-        weights.column(("q", "head"), (WHOLE, WHOLE))
+    bias = torch.rand(OUT + 5)
+    both = weights.column(("q", "head"), (WHOLE, WHOLE), bias)
+    assert isinstance(both, SideBySide)
+    assert (both.in_features, both.out_features) == (IN, OUT + 5)
+    apart = [F.linear(x, stored.dense["q"]), F.linear(x, stored.tensors["packed.head.weight"])]
+    torch.testing.assert_close(both(x), torch.cat(apart, dim=1) + bias)
+    assert torch.equal(weights.matrix("head"), stored.tensors["packed.head.weight"])
+    torch.testing.assert_close(weights.matrix("q", Shard.of_range(1, 3)), stored.dense["q"][1:3])
     assert weights.has_module("head")
     assert weights.has_module("q"), "whatever its tensors are called"
     assert not weights.has_module("lm_head")
@@ -189,7 +202,7 @@ def test_the_checkpoint_says_its_format(place: str, tmp_path: Path) -> None:
     configure(tmp_path, {"quant_method": "toy", "ignored": ["a"]}, place)
     toy, dense = choose_formats(tmp_path, CPU, stored={"toy": Toy.read})
     assert (toy.name, dense.name) == ("toy", "dense")
-    assert not toy.holds("a")
+    assert isinstance(toy, Toy)
     with pytest.raises(ValueError, match="toys are for the CPU"):
         choose_formats(tmp_path, torch.device("meta"), stored={"toy": Toy.read})
     with pytest.raises(ValueError, match=r"'int8' is for dense weights, but .* has toy"):
@@ -197,14 +210,15 @@ def test_the_checkpoint_says_its_format(place: str, tmp_path: Path) -> None:
 
 
 def test_a_format_that_is_not_known_is_refused_by_its_name(tmp_path: Path) -> None:
-    configure(tmp_path, {"quant_method": "awq", "bits": 4})
-    with pytest.raises(ValueError, match="are quantised by 'awq': only dense weights are served"):
+    configure(tmp_path, {"quant_method": "hqq", "bits": 4})
+    with pytest.raises(
+        ValueError, match=r"quantised by 'hqq' \(config\.json, key .*\): known are auto-round, awq,"
+    ):
         choose_formats(tmp_path, CPU)
-    with pytest.raises(ValueError, match="are quantised by 'awq': known are toy"):
-        choose_formats(tmp_path, CPU, stored={"toy": Toy.read})
     configure(tmp_path, None)
-    (tmp_path / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="are quantised by 'modelopt'"):
+    quantization = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(quantization))
+    with pytest.raises(ValueError, match="by 'modelopt' as NVFP4"):
         open_weights(tmp_path, torch.float32, CPU)
 
 
@@ -241,5 +255,6 @@ def test_dense_weights_may_be_quantised_at_load(tmp_path: Path) -> None:
     configure(tmp_path, None)
     assert [format.name for format in choose_formats(tmp_path, CPU)] == ["dense"]
     assert [format.name for format in choose_formats(tmp_path, CPU, "int8")] == ["int8", "dense"]
-    with pytest.raises(ValueError, match="for the CPU"):
-        choose_formats(tmp_path, torch.device("cuda", 0), "int8")
+    for name in ("int8", "int4", "fp8"):
+        made, _ = choose_formats(tmp_path, torch.device("cuda", 0), name)
+        assert isinstance(made, GroupedAtLoad), "the CPU's kernels are for CPUs"

@@ -45,7 +45,8 @@ class ToyCompletions(Endpoint):
 
     def decode(self, body: bytes | bytearray) -> Submission:
         request = decode_json(body, ToyRequest)
-        check_request(request, self.model.names)
+        check_request(request)
+        self.choose_model(request.model)
         defaults = self.model.info.default_sampling
         return Submission(
             request_id="toy",
