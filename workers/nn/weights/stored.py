@@ -4,8 +4,8 @@ of `grouped.py`, and computed there. A format says only how a layer's tensors be
     format.matrix(checkpoint, module) → StoredMatrix        fp8.py, awq.py, gptq.py, compressed_tensors.py, …
 
 Whether a layer is quantised is decided by what the file has; a checkpoint's list of exceptions is only
-compared with it. Weights are dequantised exactly; `--activation-quantization` says what they are multiplied by: what
-a file says of activations (`input_scale`, a scheme of 8 bits) is for other servers, and is not needed.
+compared with it. Weights are dequantised exactly, and `--activation-quantization` says what multiplies them:
+what a file says of activations (`input_scale`, a scheme of 8 bits) is for other servers, and not needed.
 """
 
 from __future__ import annotations
