@@ -61,6 +61,13 @@ class LlmConfig:
         "and, without --vit-quantization, of the ViT; for checkpoints that are not quantised",
         choices=("none", "int8", "int4", "fp8"),
     )
+    activation_quantization: str = option(
+        "auto",
+        "what the weights of a checkpoint in 4 or 8 bits are multiplied by, on the CPU; auto: in bfloat16 by "
+        "activations in 8 bits, token by token, in float32 by exact ones; int8: by 8 bits, which is faster; "
+        "none: by exact ones",
+        choices=("auto", "int8", "none"),
+    )
     prefix_caching: bool = option(
         True, "keep computed prompts, text and pictures, for requests that begin alike"
     )

@@ -115,8 +115,10 @@ class ModelRunner:
         if config.model.lora:
             served = read_adapters(config.model.lora)
             adapters = AdapterSet(served, lambda module: not module.startswith(TOWER), dtype, device)
-        quantization = config.llm.quantization
-        weights = open_weights(folder, dtype, device, quantization, progress, adapters=adapters)
+        weights = open_weights(
+            folder, dtype, device, config.llm.quantization, progress, adapters=adapters,
+            activations=config.llm.activation_quantization,
+        )  # fmt: skip
         kind, has_mtp = decoder_of(info), config.llm.speculative == "mtp"
         if has_mtp and not weights.has_module(MTP_MODULE):
             raise ValueError(

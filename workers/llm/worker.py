@@ -70,12 +70,12 @@ def main(context: WorkerContext) -> None:
     config, tp_size = context.config, context.config.llm.tp
     rank, lead = context.worker.rank % tp_size, context.worker.rank // tp_size * tp_size
     torch.set_num_threads(context.spec.placement.num_threads)
-    control = context.control()
-    info = model_info_of(context)
+    control, info = context.control(), model_info_of(context)
     device = choose_device(config.model.device, context.spec.placement.device)
     dtype = choose_dtype(config.model.dtype, device)
     # What is not served fails before any waiting.
-    choose_formats(context.model_folder, device, config.llm.quantization)
+    activations = config.llm.activation_quantization
+    choose_formats(context.model_folder, device, config.llm.quantization, activations=activations)
     decoder_of(info).check_experts(info.text, tp_size, config.llm.expert_parallel)
     spec = decoder_of(info).spec_of(info.text, tp_size)
     check_options(config.llm, spec, device, dtype)

@@ -113,7 +113,7 @@ def main(context: WorkerContext) -> None:
         after_work=after_work, is_hurried=lambda: sharing.is_hurried,
         deadlines=Deadlines(context.recorder.expect, config.launcher.hang_timeout),
         cache=Path(config.launcher.cache_dir), limit=limit, quantization=config.vit_quantization,
-        adapters=read_adapters(config.model.lora),
+        activations=config.llm.activation_quantization, adapters=read_adapters(config.model.lora),
         progress=lambda done, total: context.progress(LOADING if total > 1 else BUILDING, done, total),
     )  # fmt: skip
     engine = choose_engine(config.vit.vit_engine, spec)

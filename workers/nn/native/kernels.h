@@ -44,6 +44,24 @@ struct QuantizedRows {
 };
 static inline long padded(const QuantizedRows& job) { return (job.in_features + BLOCK - 1) / BLOCK * BLOCK; }
 
+// Rows times a weight of numbers with a scale for each group of inputs, as workers/nn/weights/grouped.py lays it out, plus
+// bias and residual. `kind`: 0 for 4 bits, 1 for 8, 2 for e4m3. `order` says which input of x stands where in the layout.
+// To widen a weight only `out` [out_features, num_inputs], the weight and the sizes are told.
+struct GroupedRows {
+    void* out; const void *x, *numbers; const float* scales; const unsigned char* zeros;  // zeros may be null
+    const void *bias, *residual; const long* order;  // each may be null
+    char* scratch; long rows, in_features, num_inputs, out_features, kind, group_size; bool is_quantized, is_half;
+};
+static inline long grouped_inputs(const GroupedRows& job) { return (job.num_inputs + 127) / 128 * 128; }
+// `scratch` begins with grouped_inputs / 8 bytes, padded to 64, and has these for each row, padded to a multiple of four.
+static inline long grouped_sums_bytes(const GroupedRows& job) {  // of each group, or of the lanes of each 32 inputs
+    const long groups = (job.num_inputs + job.group_size - 1) / job.group_size;
+    return job.is_quantized ? (groups + 15) / 16 * 64 : grouped_inputs(job) / 32 * 64;
+}
+static inline long grouped_row_bytes(const GroupedRows& job) {
+    return 64 + grouped_sums_bytes(job) + grouped_inputs(job) * (job.is_quantized ? 1 : 4);
+}
+
 // Attention of many rows in bfloat16. A segment's places are rows of q, of out and of the keys; with `blocks`, the
 // first of its blocks. The last segment is only the end of the others. The last two numbers are the kernel's own.
 // `packed` has room for so many heads of keys of all segments at once, or with `heads_at_once` 0 for one head of the
@@ -100,6 +118,8 @@ namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
 namespace avx2_quantized { void rows(const QuantizedRows&); }
 namespace avx512_vnni { void rows(const QuantizedRows&); }
+namespace avx2_grouped { void rows(const GroupedRows&); void widen(const GroupedRows&); }
+namespace avx512_grouped { void rows(const GroupedRows&); void widen(const GroupedRows&); }
 namespace avx512_int4 { void quantize(const Int4Weight&); }
 namespace avx512_bf16 {
 void few_rows(const FewRows&);

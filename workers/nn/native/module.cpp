@@ -203,6 +203,48 @@ PyObject* quantized_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return run(found->rows, job);
 }
 
+struct GroupedVersion {
+    const char* name;
+    bool (*is_supported)();
+    void (*rows)(const GroupedRows&);
+    void (*widen)(const GroupedRows&);
+};
+
+#if defined(__x86_64__)
+bool has_half_floats() {  // F16C: compilers before GCC 11 cannot be asked
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+}
+#endif
+const GroupedVersion GROUPED_VERSIONS[] = {
+#if defined(__x86_64__)
+    {"avx2", has_half_floats, avx2_grouped::rows, avx2_grouped::widen},
+    {"vnni", has_vnni, avx512_grouped::rows, avx512_grouped::widen},
+#endif
+    {"none", none, nullptr, nullptr},
+};
+
+// The name of a version, then all of a job.
+PyObject* grouped(void (*GroupedVersion::*kernel)(const GroupedRows&), PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 18)) return nullptr;
+    const char* name = PyUnicode_AsUTF8AndSize(*values++, nullptr);
+    if (!name) return nullptr;
+    const GroupedVersion* found = nullptr;
+    for (const GroupedVersion& version : GROUPED_VERSIONS)
+        if (!std::strcmp(name, version.name) && version.is_supported()) found = &version;
+    if (!found) return PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
+    Arguments a{values};
+    GroupedRows job{a.address(), a.address(), a.address(), (const float*)a.address(), (const unsigned char*)a.address(), a.address(),
+                    a.address(), (const long*)a.address(), (char*)a.address(), a.number(), a.number(), a.number(), a.number(),
+                    a.number(), a.number(), a.number() != 0, a.number() != 0};
+    if (!PyErr_Occurred() && (job.kind < 0 || job.kind > 2 || (job.kind == 2 && job.is_quantized)))
+        PyErr_SetString(PyExc_ValueError, "no kernel for this weight");
+    return run(found->*kernel, job);
+}
+
+PyObject* grouped_rows(PyObject*, PyObject* const* values, Py_ssize_t count) { return grouped(&GroupedVersion::rows, values, count); }
+PyObject* widen_grouped(PyObject*, PyObject* const* values, Py_ssize_t count) { return grouped(&GroupedVersion::widen, values, count); }
+
 PyObject* quantize_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 8)) return nullptr;
     Arguments a{values};
@@ -307,6 +349,8 @@ PyObject* versions(PyObject*, PyObject*) { return names_of(VERSIONS); }
 PyObject* rows_versions(PyObject*, PyObject*) { return names_of(ROWS_VERSIONS); }
 PyObject* quantized_versions(PyObject*, PyObject*) { return names_of(QUANTIZED_VERSIONS); }
 
+PyObject* grouped_versions(PyObject*, PyObject*) { return names_of(GROUPED_VERSIONS); }
+
 PyObject* use_rows(PyObject*, PyObject* name) {
     PyObject* bytes = PyUnicode_AsUTF8String(name);
     if (!bytes) return nullptr;
@@ -336,10 +380,11 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(grouped_rows), FAST(widen_grouped), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"quantized_versions", quantized_versions, METH_NOARGS, nullptr},
+    {"grouped_versions", grouped_versions, METH_NOARGS, nullptr},
     {"use", use, METH_O, nullptr},
     {"attend_rows_scratch", attend_rows_scratch, METH_O, nullptr},
     {"rows_versions", rows_versions, METH_NOARGS, nullptr},

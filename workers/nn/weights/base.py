@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,14 @@ from torch import Tensor
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.shard import ExpertsShard, Shard
+
+
+class Activations(StrEnum):
+    """What weights of `grouped.py` are multiplied by: the option `--activation-quantization`."""
+
+    AUTO = "auto"  # on a CPU in 8 bits, where the model computes in bfloat16 and weights are whole numbers
+    INT8 = "int8"  # in 8 bits, each row with a scale of its own
+    NONE = "none"  # in the model's type
 
 
 class Linear(ABC):
@@ -63,6 +72,15 @@ class Format(ABC):
     @abstractmethod
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError for a device on which the format does not compute."""
+
+    def choose_activations(self, activations: Activations) -> None:
+        """For the layers to come. Raises ValueError where there is no choice: only weights of `grouped.py`
+        have one."""
+        if activations is not Activations.AUTO:
+            raise ValueError(
+                f"activation_quantization {str(activations)!r} is for checkpoints whose weights are "
+                f"quantised, not for {self.name!r}"
+            )
 
     @abstractmethod
     def holds(self, checkpoint: Checkpoint, module: str) -> bool:

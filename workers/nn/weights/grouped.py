@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.nn.weights.base import Linear
+from workers.nn.native.huge_pages import advise
+from workers.nn.weights.base import Activations, Linear
 
 BLOCK = 32  # inputs: groups are multiples of it
 CHUNK = (
@@ -98,10 +99,20 @@ class GroupedWeight(NamedTuple):
 Product = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def choose_product(weight: GroupedWeight) -> Product | None:
+def choose_product(weight: GroupedWeight, activations: Activations = Activations.AUTO) -> Product | None:
     """The kernels of the weight's device; None: torch's operators. Triton is imported only where there is a
-    GPU."""
-    if weight.numbers.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    GPU.
+
+    Raises ValueError where there are none for such activations.
+    """
+    device = weight.numbers.device
+    if device.type == "cpu":
+        from workers.nn.weights.grouped_cpu import make_cpu_product
+
+        return make_cpu_product(weight, activations)
+    if activations is Activations.INT8:
+        raise ValueError(f"there are no activations in 8 bits on {device}")
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from workers.nn.weights.grouped_cuda import make_cuda_product
 
@@ -172,8 +183,11 @@ class Arrangement:
         if kind is NumberKind.INT4:
             width //= 2
         zeros = torch.empty(out_features, num_groups, dtype=dtype, device=device) if has_zeros else None
+        numbers = torch.empty(out_features, width, dtype=dtype, device=device)
+        if device.type == "cpu":
+            advise(numbers.data_ptr(), numbers.numel() * numbers.itemsize)
         return GroupedWeight(
-            kind, torch.empty(out_features, width, dtype=dtype, device=device),
+            kind, numbers,
             torch.empty(out_features, num_groups, device=device), zeros,
             self.group_size, self.in_features, self.num_inputs,
             None if self.order is None else self.order.to(device),

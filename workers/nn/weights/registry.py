@@ -14,7 +14,7 @@ from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.at_load import GroupedAtLoad
 from workers.nn.weights.auto_round import auto_round
 from workers.nn.weights.awq import Awq
-from workers.nn.weights.base import Format
+from workers.nn.weights.base import Activations, Format
 from workers.nn.weights.compressed_tensors import CompressedTensors
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.fp8 import Fp8
@@ -63,12 +63,14 @@ def choose_formats(
     override: str = "none",
     stored: Mapping[str, ReadFormat] = STORED_FORMATS,
     dense: Format | None = None,
+    activations: str = "auto",
 ) -> Sequence[Format]:
     """For `Weights`: the checkpoint's format, and one for the layers that it does not hold.
 
     `override`: the option `--quantization` or `--vit-quantization`. `dense`: the format of unquantised
-    layers; the export to ONNX gives one that torch can trace, and gets quantised ones dequantised. Raises
-    ValueError for a format that is unknown, or does not compute on the device.
+    layers; the export to ONNX gives one that torch can trace, and gets quantised ones dequantised.
+    `activations`: the option `--activation-quantization`. Raises ValueError for a format that is unknown, or
+    does not compute on the device, or not with such activations.
     """
     format = _stored_format(folder, stored)
     if dense is not None and isinstance(format, StoredFormat):
@@ -79,8 +81,14 @@ def choose_formats(
             found = f"{str(folder)!r} has {format.name}"
             raise ValueError(f"quantization {override!r} is for dense weights, but {found}")
         format = MADE_FORMATS[override](device)
+    wanted = Activations(activations)
+    (format or dense).choose_activations(wanted)
     if format is None:
         return (dense,)
+    if wanted is Activations.INT8 and device.type != "cpu":
+        raise ValueError(
+            f"activation_quantization 'int8' is for the CPU, but this worker computes on {device}"
+        )
     format.check_device(device)
     return format, dense
 
@@ -93,13 +101,14 @@ def open_weights(
     progress: Progress = no_progress,
     dense: Format | None = None,
     adapters: AdapterSet | None = None,
+    activations: str = "auto",
 ) -> Weights:
     """The checkpoint in `folder`, in its formats, with `adapters` beside its layers; other tensors in
     `dtype`.
 
     Raises ValueError as `choose_formats` does.
     """
-    formats = choose_formats(folder, device, override, dense=dense)
+    formats = choose_formats(folder, device, override, dense=dense, activations=activations)
     return Weights(Checkpoint(folder, dtype, device, progress), formats, adapters=adapters)
 
 

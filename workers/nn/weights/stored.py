@@ -4,8 +4,8 @@ of `grouped.py`, and computed there. A format says only how a layer's tensors be
     format.matrix(checkpoint, module) → StoredMatrix        fp8.py, awq.py, gptq.py, compressed_tensors.py, …
 
 Whether a layer is quantised is decided by what the file has; a checkpoint's list of exceptions is only
-compared with it. Weights are dequantised exactly, activations stay in the model's type: what a file says of
-activations (`input_scale`, a scheme of 8 bits) is for servers that multiply in 8 bits, and is not needed.
+compared with it. Weights are dequantised exactly, and `--activation-quantization` says what multiplies them:
+what a file says of activations (`input_scale`, a scheme of 8 bits) is for other servers, and not needed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,17 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
-from workers.nn.weights.base import Experts, Format, Linear
+from workers.nn.weights.base import Activations, Experts, Format, Linear
 from workers.nn.weights.dense import FUSED, Dense, are_transposed
 from workers.nn.weights.experts import put_together
-from workers.nn.weights.grouped import BLOCK, Arrangement, GroupedLinear, GroupedWeight, NumberKind
+from workers.nn.weights.grouped import (
+    BLOCK,
+    Arrangement,
+    GroupedLinear,
+    GroupedWeight,
+    NumberKind,
+    choose_product,
+)
 from workers.nn.weights.matrices import StoredMatrix
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.side_by_side import SideBySide
@@ -52,6 +60,7 @@ class StoredFormat(Format):
     def __init__(self) -> None:
         self._dense: Format = Dense()
         self._is_exported = False
+        self._activations = Activations.AUTO
         self._arranged: deque[tuple[Tensor, Arrangement]] = deque(maxlen=KEPT)
         self._warned: set[bool] = set()
 
@@ -71,6 +80,9 @@ class StoredFormat(Format):
     def export(self, dense: Format) -> None:
         """From now on layers are dequantised, and dense ones of that format."""
         self._dense, self._is_exported = dense, True
+
+    def choose_activations(self, activations: Activations) -> None:
+        self._activations = activations
 
     def check_device(self, device: torch.device) -> None:
         """The layout computes on every device."""
@@ -146,7 +158,7 @@ class StoredFormat(Format):
     def _linear(self, checkpoint: Checkpoint, weight: GroupedWeight, bias: Tensor | None) -> Linear:
         if self._is_exported:
             return self._dense.pack(weight.dense(checkpoint.dtype), bias)
-        return GroupedLinear(weight, bias)
+        return GroupedLinear(weight, bias, partial(choose_product, activations=self._activations))
 
     def _column(self, checkpoint: Checkpoint, pieces: Sequence[_Piece], bias: Tensor | None) -> Linear:
         runs = _runs(pieces)

@@ -46,6 +46,7 @@ class EngineSpec:
     progress: Progress
     limit: SliceLimit
     quantization: str = "none"  # of the weights; for the engine torch
+    activations: str = "auto"  # what quantised weights are multiplied by; for the engine torch
     adapters: Sequence[Adapter] = ()  # by number; those of the tower are for the engine torch
     after_work: Callable[[], object] | None = None  # for the engine that can report progress (torch)
     is_hurried: Callable[[], bool] = lambda: False  # for the same: to report it after short blocks
@@ -108,7 +109,8 @@ def _torch(spec: EngineSpec) -> VitEngine:
             spec.adapters, lambda module: module.startswith(TOWER), spec.dtype, spec.device
         )  # fmt: skip
     weights = open_weights(
-        spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress, adapters=adapters
+        spec.folder, spec.dtype, spec.device, spec.quantization, spec.progress, adapters=adapters,
+        activations=spec.activations,
     )  # fmt: skip
     weights.expect(tower.prefix)
     encoder = tower.encoder(spec.info.vision, weights)

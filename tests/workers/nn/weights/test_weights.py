@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.at_load import GroupedAtLoad
-from workers.nn.weights.base import Experts, Format, Linear
+from workers.nn.weights.base import Activations, Experts, Format, Linear
 from workers.nn.weights.dense import Dense, TorchLinear
 from workers.nn.weights.experts import list_experts
 from workers.nn.weights.registry import choose_formats, open_weights
@@ -220,6 +220,35 @@ def test_a_format_that_is_not_known_is_refused_by_its_name(tmp_path: Path) -> No
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(quantization))
     with pytest.raises(ValueError, match="by 'modelopt' as NVFP4"):
         open_weights(tmp_path, torch.float32, CPU)
+
+
+def test_activations_are_a_choice_where_weights_are_quantised(tmp_path: Path) -> None:
+    configure(tmp_path, {"quant_method": "toy", "ignored": []})
+    chosen: list[Activations] = []
+
+    class Grouped(Toy):
+        def choose_activations(self, activations: Activations) -> None:
+            chosen.append(activations)
+
+        def check_device(self, device: torch.device) -> None:
+            """On every one."""
+
+    def read(config: Mapping[str, object]) -> Grouped:
+        return Grouped([])
+
+    for activations in Activations:
+        choose_formats(tmp_path, CPU, stored={"toy": read}, activations=activations)
+    assert chosen == list(Activations)
+    with pytest.raises(ValueError, match="'int8' is for the CPU, but this worker computes on meta"):
+        choose_formats(tmp_path, torch.device("meta"), stored={"toy": read}, activations="int8")
+    with pytest.raises(
+        ValueError, match="'none' is for checkpoints whose weights are quantised, not for 'toy'"
+    ):
+        choose_formats(tmp_path, CPU, stored={"toy": Toy.read}, activations="none")
+    configure(tmp_path, None)
+    for override, name in (("none", "dense"), ("int4", "int4")):
+        with pytest.raises(ValueError, match=f"weights are quantised, not for '{name}'"):
+            choose_formats(tmp_path, CPU, override, activations="int8")
 
 
 def test_dense_weights_may_be_quantised_at_load(tmp_path: Path) -> None:
