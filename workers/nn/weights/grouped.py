@@ -218,10 +218,16 @@ class Arrangement:
         self._put_scales(weight, rows, scales, zeros)
 
     def _put_scales(self, weight: GroupedWeight, rows: slice, scales: Tensor, zeros: Tensor | None) -> None:
-        of_group = self._of_group.to(scales.device)
-        weight.scales[rows] = scales[:, of_group]
+        weight.scales[rows] = self._by_group(scales)
         if weight.zeros is not None:
-            weight.zeros[rows] = COMMON_ZERO[weight.kind] if zeros is None else zeros[:, of_group]
+            weight.zeros[rows] = COMMON_ZERO[weight.kind] if zeros is None else self._by_group(zeros)
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """[n, groups of the layout] of [n, num_groups]; mostly they are the same."""
+        count = len(self._of_group)
+        if values.shape[1] == count and torch.equal(self._of_group, torch.arange(count)):
+            return values
+        return values[:, self._of_group.to(values.device)]
 
     def nothing(self, weight: GroupedWeight, rows: slice) -> None:
         """Fills some outputs with weights of 0."""
