@@ -14,10 +14,10 @@ from torch import Tensor
 from tools.gpu_parts import Machine, Row, captured
 from workers.llm.backends import choose_backend
 from workers.nn.fused import Kernels
-from workers.nn.weights.base import Experts
+from workers.nn.weights.base import Activations, Experts
 from workers.nn.weights.dense import TorchLinear
 from workers.nn.weights.experts import GroupedExperts, ListedExperts, StackedExperts
-from workers.nn.weights.grouped import CHUNK, GroupedLinear, GroupedWeight, NumberKind
+from workers.nn.weights.grouped import CHUNK, GroupedLinear, GroupedWeight, NumberKind, choose_product
 
 NUM_LAYERS = 2  # in turn, so that no cache holds what is read
 MAX_ERROR = {False: 0.01, True: 0.05}  # of what is computed in bfloat16; where activations are in FP8 too
@@ -62,11 +62,18 @@ def random_weight(kind: NumberKind, num_outputs: int, num_inputs: int, device: t
     return GroupedWeight(kind, numbers, scales, zeros, CHUNK, num_inputs, num_inputs, None)
 
 
+def _layer(weight: GroupedWeight) -> GroupedLinear:
+    """On a CPU, where the parts are only tried, with exact activations: nothing here allows for others."""
+    if weight.numbers.device.type == "cpu":
+        return GroupedLinear(weight, choose=functools.partial(choose_product, activations=Activations.NONE))
+    return GroupedLinear(weight)
+
+
 def _linear(machine: Machine, kind: NumberKind, sizes: _Sizes) -> Iterator[Row]:
     weights = [
         random_weight(kind, sizes.num_outputs, sizes.num_inputs, machine.device) for _ in range(NUM_LAYERS)
     ]
-    layers = [GroupedLinear(weight) for weight in weights]
+    layers = [_layer(weight) for weight in weights]
     dense = [weight.widened(slice(None), torch.bfloat16) for weight in weights]
     for num_rows in sizes.rows:
         x = torch.randn(num_rows, sizes.num_inputs, device=machine.device).bfloat16()
@@ -117,7 +124,7 @@ def _quantized(gate_up: GroupedWeight, down: GroupedWeight, count: int, kernels:
     if kernels is not None:
         return GroupedExperts(gate_up, down, 0, kernels)
     parts = zip(_split(gate_up, count), _split(down, count), strict=True)
-    return ListedExperts([(GroupedLinear(first), GroupedLinear(second)) for first, second in parts], 0)
+    return ListedExperts([(_layer(first), _layer(second)) for first, second in parts], 0)
 
 
 def _dense(

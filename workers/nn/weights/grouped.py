@@ -116,7 +116,7 @@ def choose_product(weight: GroupedWeight, activations: Activations = Activations
         return None
     from workers.nn.weights.grouped_cuda import make_cuda_product
 
-    return make_cuda_product(weight)
+    return make_cuda_product(weight, may_round=activations is not Activations.NONE)
 
 
 class GroupedLinear(Linear):
