@@ -167,7 +167,7 @@ class Server:
 
 
 def _shared_memory_files() -> set[str]:
-    """Without semaphores of multiprocessing: the server has none, and tests beside it have pools of processes."""
+    """Without the semaphores of multiprocessing: the server has none, but tests beside it have pools."""
     return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
 
 
