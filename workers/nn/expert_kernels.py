@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers.nn.weight_tiles import (
     WeightOperand,
+    add_products,
     inputs_of_part,
     operand_of,
     sum_after,
@@ -192,19 +193,10 @@ def down_kernel(
         of_rows = inner + rows.to(tl.int64)[:, None] * INPUTS
         value = tl.zeros([ROWS, COLUMNS], tl.float32)
         for begin in range(0, INPUTS, DEPTH):
-            products = sum_before(value, KIND)
-            for part in tl.static_range(2 if KIND == "int4" else 1):
-                dims = inputs_of_part(begin, part, DEPTH, KIND)
-                is_there = is_row[:, None] & (dims < INPUTS)[None, :]
-                of_inner = tl.load(of_rows + dims[None, :], mask=is_there, other=0.0)
-                wide = widened_part(
-                    weight, zeros, of_outputs, columns, is_column, begin, part, INPUTS, STRIDE, NUM_GROUPS,
-                    GROUP, KIND, HAS_ZEROS, DEPTH, inner.dtype.element_ty,
-                )  # fmt: skip
-                products = tl.dot(of_inner, wide, products, input_precision=PRECISION)
-            value = sum_after(
-                value, products, scales, of_outputs, columns, is_column, begin, NUM_GROUPS, GROUP, KIND
-            )
+            value = add_products(
+                value, of_rows, is_row, weight, scales, zeros, of_outputs, columns, is_column, begin, INPUTS,
+                STRIDE, NUM_GROUPS, GROUP, KIND, HAS_ZEROS, DEPTH, PRECISION,
+            )  # fmt: skip
         places = choices[:, None] * HIDDEN + first + columns[None, :]
         tl.store(out + places, value.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 

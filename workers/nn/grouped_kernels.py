@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.nn.weight_tiles import inputs_of_part, operand_of, sum_after, sum_before, widened_part
+from workers.nn.weight_tiles import add_products, operand_of
 from workers.nn.weights.grouped import CHUNK, GroupedWeight
 
 FEW_ROWS = 64  # up to which inputs are split
@@ -70,17 +70,10 @@ def grouped_linear_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     stop = tl.minimum((split + 1) * inputs_of_split, num_inputs)
     for begin in range(split * inputs_of_split, stop, DEPTH):
-        products = sum_before(total, KIND)
-        for part in tl.static_range(2 if KIND == "int4" else 1):
-            dims = inputs_of_part(begin, part, DEPTH, KIND)
-            is_there = is_row[:, None] & (dims < num_inputs)[None, :]
-            of_x = tl.load(of_rows + dims[None, :], mask=is_there, other=0.0)
-            wide = widened_part(
-                weight, zeros, first, columns, is_column, begin, part, num_inputs, stride, num_groups,
-                GROUP, KIND, HAS_ZEROS, DEPTH, x.dtype.element_ty,
-            )  # fmt: skip
-            products = tl.dot(of_x, wide, products, input_precision=PRECISION)
-        total = sum_after(total, products, scales, first, columns, is_column, begin, num_groups, GROUP, KIND)
+        total = add_products(
+            total, of_rows, is_row, weight, scales, zeros, first, columns, is_column, begin, num_inputs,
+            stride, num_groups, GROUP, KIND, HAS_ZEROS, DEPTH, PRECISION,
+        )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + first + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     places = rows.to(tl.int64)[:, None] * num_outputs + first + columns[None, :]

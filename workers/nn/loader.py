@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.adapters.tensors import usual_name
+from pipeline.adapters.tensors import read_header, usual_name
 
 WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -83,7 +83,8 @@ class Checkpoint:
         if not self._places:
             raise ValueError(f"model {str(folder)!r} has no safetensors files")
         self._progress = progress
-        self._entries: dict[Path, dict[str, Any]] = {}  # of the files' headers, by the name in the file
+        # Where each file's data begin, and the entries of its header by the name in the file.
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._loaded: set[str] = set()  # tensors of which at least a part has been read
         self._done, self._total = 0, 0
 
@@ -98,10 +99,14 @@ class Checkpoint:
     def _entry(self, name: str) -> dict[str, Any]:
         """What the header of its file says of a tensor."""
         path, stored = self._place(name)
-        if path not in self._entries:
-            self._entries[path] = _header(path)[1]
-        found: dict[str, Any] = self._entries[path][stored]
+        found: dict[str, Any] = self._header(path)[1][stored]
         return found
+
+    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+        if path not in self._headers:
+            header = read_header(path)
+            self._headers[path] = 8 + len(header), json.loads(header)
+        return self._headers[path]
 
     def has(self, name: str) -> bool:
         return name in self._places
@@ -112,13 +117,10 @@ class Checkpoint:
 
     def rows(self, name: str) -> StoredRows:
         """A matrix that stays in its file."""
-        path, stored = self._place(name)
-        start, entries = _header(path)
-        entry = entries[stored]
         self.check_plain(name)
-        return StoredRows(
-            path, start + entry["data_offsets"][0], entry["shape"][1], FILE_DTYPES[entry["dtype"]]
-        )
+        path, entry = self._place(name)[0], self._entry(name)
+        start = self._header(path)[0] + entry["data_offsets"][0]
+        return StoredRows(path, start, entry["shape"][1], FILE_DTYPES[entry["dtype"]])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name)["shape"])
@@ -196,14 +198,6 @@ class Checkpoint:
             self._opened, self._num_read = None, 0
             self._opened = path, safe_open(path, framework="pt")
         return self._opened[1]
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Of a safetensors file, which is the length of a JSON header, the header, the data: where the data
-    begin, and the header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 8 + length, json.loads(file.read(length))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

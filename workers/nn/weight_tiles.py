@@ -130,3 +130,25 @@ def sum_after(
     else:
         of_group = (first + columns) * num_groups + begin // GROUP
         return total + products * tl.load(scales + of_group, mask=is_column, other=0.0)[None, :]
+
+
+@triton.jit
+def add_products(
+    total, of_rows, is_row, weight, scales, zeros, first, columns, is_column, begin, num_inputs, stride,
+    num_groups,
+    GROUP: tl.constexpr, KIND: tl.constexpr, HAS_ZEROS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`total` [rows, columns] with the products of one tile of inputs. `of_rows` [rows, 1]: where each row of
+    inputs begins."""
+    products = sum_before(total, KIND)
+    for part in tl.static_range(2 if KIND == "int4" else 1):
+        dims = inputs_of_part(begin, part, DEPTH, KIND)
+        is_there = is_row[:, None] & (dims < num_inputs)[None, :]
+        of_x = tl.load(of_rows + dims[None, :], mask=is_there, other=0.0)
+        wide = widened_part(
+            weight, zeros, first, columns, is_column, begin, part, num_inputs, stride, num_groups,
+            GROUP, KIND, HAS_ZEROS, DEPTH, of_x.dtype,
+        )  # fmt: skip
+        products = tl.dot(of_x, wide, products, input_precision=PRECISION)
+    return sum_after(total, products, scales, first, columns, is_column, begin, num_groups, GROUP, KIND)

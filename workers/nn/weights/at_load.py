@@ -36,11 +36,7 @@ class GroupedAtLoad(Dense):
     def experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
     ) -> Experts:
-        stored = StoredExperts(checkpoint, module, shard)
-        layers = [
-            (self.pack(stored.gate_up(number), None), self.pack(stored.down(number), None))
-            for number in shard.held
-        ]
+        layers = self.expert_layers(StoredExperts(checkpoint, module, shard), shard)
         return put_together(layers, shard.held.start, kernels)
 
 

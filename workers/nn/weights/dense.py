@@ -126,11 +126,14 @@ class Dense(Format):
         if kernels is not None:
             gate_up, down = (_stack(read, shard.held) for read in (stored.gate_up, stored.down))
             return StackedExperts(gate_up, down, shard.held.start, kernels)
-        layers = [
+        return ListedExperts(self.expert_layers(stored, shard), shard.held.start)
+
+    def expert_layers(self, stored: StoredExperts, shard: ExpertsShard) -> list[tuple[Linear, Linear]]:
+        """(gate_up, down) of each expert that the rank holds."""
+        return [
             (self.pack(stored.gate_up(number), None), self.pack(stored.down(number), None))
             for number in shard.held
         ]
-        return ListedExperts(layers, shard.held.start)
 
     def dense(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Tensor:
         return load_part(checkpoint, f"{module}.weight", shard)
